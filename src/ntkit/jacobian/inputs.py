@@ -1,0 +1,187 @@
+"""What goes into a model and comes out: a batch is a tensor, a tuple of tensors (``model(*x)``) or a dict (``model(**x)``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.checks import refusal
+
+Batch = Any  # Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+Outputs = str | Callable[[Any], Tensor]
+
+MODES = ("full", "diagonal", "trace", "sum")
+
+
+def leaves(x: Batch) -> list[Tensor]:
+    """Tensors of a batch."""
+    if isinstance(x, Tensor):
+        return [x]
+    return list(x.values()) if isinstance(x, dict) else list(x)
+
+
+def take(x: Batch, index: Any) -> Batch:
+    """Index every tensor of a batch along its samples."""
+    if isinstance(x, Tensor):
+        return x[index]
+    if isinstance(x, dict):
+        return {name: value[index] for name, value in x.items()}
+    return tuple(value[index] for value in x)
+
+
+def count(x: Batch) -> int:
+    """Number of samples."""
+    return leaves(x)[0].shape[0]
+
+
+def check_batch(x: Batch, name: str) -> None:
+    """Refuse a batch that is no batch: not tensors, empty, ragged or non-finite."""
+    tensors = leaves(x) if isinstance(x, (Tensor, tuple, list, dict)) else []
+    if not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
+        raise refusal(
+            name,
+            got=type(x).__name__,
+            expected="a tensor with samples along its first axis, or a tuple or dict of such tensors",
+            fix="Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x).",
+        )
+    sizes = {t.shape[0] for t in tensors}
+    if len(sizes) > 1:
+        raise refusal(name, got=f"tensors with {sorted(sizes)} samples", expected="one number of samples", fix="Cut them alike.")
+    if sizes == {0}:
+        raise refusal(name, got="an empty set", expected="at least one sample", fix="Check the selection that made it.")
+    for tensor in tensors:
+        if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
+            index = tuple(int(i) for i in (~finite).nonzero()[0])
+            raise refusal(
+                name,
+                got=f"{tensor[index].item()} at index {index}",
+                expected="finite values",
+                fix="Remove or repair that sample.",
+            )
+
+
+def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
+    """Parameters by name: all trainable ones (None), those named, or those a predicate accepts; a tied one once."""
+    known = dict(model.named_parameters())
+    if params is None:
+        chosen = {name: p for name, p in known.items() if p.requires_grad}
+        wish = "a model with at least one parameter that requires grad"
+    elif callable(params):
+        import inspect
+
+        takes_two = len(inspect.signature(params).parameters) > 1
+        chosen = {name: p for name, p in known.items() if (params(name, p) if takes_two else params(name))}
+        wish = "a predicate that accepts at least one parameter name"
+    else:
+        names = [params] if isinstance(params, str) else list(params)
+        alias = dict(model.named_parameters(remove_duplicate=False))
+        if missing := [name for name in names if name not in alias]:
+            from ntkit.checks import nearest
+
+            raise refusal("params", got=repr(missing[0]), expected="a parameter's name", fix=nearest(missing[0], alias))
+        wanted = {id(alias[name]) for name in names}
+        chosen = {name: p for name, p in known.items() if id(p) in wanted}
+        wish = "at least one name"
+    chosen = {name: p for name, p in chosen.items() if p.is_floating_point()}
+    if not chosen:
+        raise refusal("params", got="no parameter", expected=wish, fix="See dict(model.named_parameters()) for the names.")
+    return chosen
+
+
+def check_mode(model: nn.Module) -> None:
+    """Refuse layers whose output for one sample depends on the others or on chance, by name."""
+    for name, module in model.named_modules():
+        where = f"layer '{name}' ({type(module).__name__})"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            own = "train mode" if module.training else "batch statistics (track_running_stats=False)"
+            raise refusal(
+                where,
+                got=own,
+                expected="eval mode with running statistics, or the samples of a batch mix and no kernel k(x, x') exists",
+                fix="Call model.eval(), or replace the layer by GroupNorm.",
+            )
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rate = module.p
+        elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+            rate = module.dropout
+        else:
+            continue
+        if module.training and rate > 0:
+            raise refusal(where, got=f"dropout p={rate} active", expected="no randomness", fix="Call model.eval().")
+
+
+def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
+    """Outputs to differentiate, [n, C]: C outputs for "full", "diagonal" and "trace"; one for "sum" and a callable."""
+    if callable(outputs):
+        scalar = outputs(raw)
+        if not isinstance(scalar, Tensor) or tuple(scalar.shape) != (n,):
+            got = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
+            raise refusal(
+                "outputs", got=f"a callable that returned {got}", expected=f"one scalar per sample, shape ({n},)",
+                fix="It is called on the outputs of a whole batch; reduce every axis but the first.",
+            )  # fmt: skip
+        return _real(scalar[:, None])
+    if not isinstance(raw, Tensor):
+        raise refusal(
+            "the model's output", got=type(raw).__name__, expected="a tensor",
+            fix="Pass outputs=lambda y: ... that picks one scalar per sample, or wrap the model so that it returns a tensor.",
+        )  # fmt: skip
+    if raw.dim() == 0 or raw.shape[0] != n:
+        raise refusal(
+            "the model's output", got=f"shape {tuple(raw.shape)} for {n} samples", expected=f"({n}, ...)",
+            fix="Samples must lie along the first axis of input and output; wrap the model if they do not.",
+        )  # fmt: skip
+    flat = _real(raw.reshape(n, -1))
+    return flat.sum(1, keepdim=True) / flat.shape[1] ** 0.5 if outputs == "sum" else flat
+
+
+def _real(out: Tensor) -> Tensor:
+    if not out.is_floating_point():
+        raise refusal(
+            "the model's output", got=str(out.dtype), expected="real floating point",
+            fix="Return real outputs, e.g. torch.view_as_real for complex ones.",
+        )  # fmt: skip
+    return out
+
+
+@contextmanager
+def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Differentiate with respect to `params` only, and leave the model and the RNGs as they were found.
+
+    requires_grad, buffers and random states are restored; .grad is never written (gradients are returned, not
+    accumulated); the mode (train or eval) is not touched at all.
+    """
+    chosen = {id(p) for p in params.values()}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        for p, _ in flags:
+            p.requires_grad_(id(p) in chosen)
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def call(model: nn.Module, x: Batch) -> Any:
+    """Run the model on a batch; says which input it got when the model itself refuses it."""
+    try:
+        if isinstance(x, Tensor):
+            return model(x)
+        return model(**x) if isinstance(x, dict) else model(*x)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in leaves(x))
+        raise refusal(
+            f"model {type(model).__name__}", got=f"input {shapes}, on which its forward failed ({error})",
+            expected="input that the model accepts", fix="Check channels, sizes and dtype against the model's first layer.",
+        ) from error  # fmt: skip

@@ -1,0 +1,1 @@
+"""Kernels: one noun, one interface (`Kernel`), one file per kernel."""

@@ -1,0 +1,98 @@
+"""The noun that carries the library: a kernel is values on two sets, a diagonal, pairs, and matrix-free products."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkit.checks import refusal
+from ntkit.jacobian.inputs import Batch, check_batch, count
+
+
+class Kernel(ABC):
+    """A kernel k(x, x'). Subclasses implement `_gram`, `_pairs` and `operator`; input is checked here, once."""
+
+    def __call__(self, x1: Batch, x2: Batch | None = None) -> Tensor:
+        """Kernel values between two sets.
+
+        Parameters
+        ----------
+        x1, x2 : samples along the first axis (a tensor, or a tuple or dict of tensors). ``x2=None`` means the same set:
+            then the symmetric half is computed once and the result is exactly symmetric.
+
+        Returns
+        -------
+        Tensor
+            [n1, n2] or with output axes behind, as the kernel's class says.
+
+        Raises
+        ------
+        Refused
+            For empty, ragged or non-finite input, and for a model whose samples are not independent.
+        """
+        check_batch(x1, "x1")
+        if x2 is not None:
+            check_batch(x2, "x2")
+        return self._gram(x1, x2)
+
+    def diagonal(self, x: Batch) -> Tensor:
+        """k(x_i, x_i) for every i: what ``k(x)[i, i]`` is, at the cost of n values."""
+        check_batch(x, "x")
+        return self._pairs(x, None)
+
+    def paired(self, x1: Batch, x2: Batch) -> Tensor:
+        """k(x1_i, x2_i) for every i, at the cost of n values; both sets have n samples."""
+        check_batch(x1, "x1")
+        check_batch(x2, "x2")
+        if count(x1) != count(x2):
+            raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix="Pair them one to one.")
+        return self._pairs(x1, x2)
+
+    @abstractmethod
+    def operator(self, x: Batch) -> KernelOperator:
+        """Matrix-free k(x, x)."""
+
+    @abstractmethod
+    def _gram(self, x1: Batch, x2: Batch | None) -> Tensor: ...
+
+    @abstractmethod
+    def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor: ...
+
+
+class KernelOperator:
+    """k(x, x) as a symmetric linear operator, [N, N]: ``op @ v`` for vectors [N] and blocks [N, k]; K is never formed.
+
+    N = n, or n * C with row i * C + c for a kernel with C outputs ("full").
+    """
+
+    def __init__(self, size: int, apply: Callable[[Tensor], Tensor], diagonal: Callable[[], Tensor], like: Tensor) -> None:
+        self.shape = (size, size)
+        self._apply, self._diagonal = apply, diagonal
+        self.dtype, self.device = like.dtype, like.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """K v."""
+        if v.dim() not in (1, 2) or v.shape[0] != self.shape[0]:
+            raise refusal(
+                "vector", got=f"shape {tuple(v.shape)}", expected=f"({self.shape[0]},) or ({self.shape[0]}, k)",
+                fix="Flatten samples first, outputs second.",
+            )  # fmt: skip
+        block = v.to(dtype=self.dtype, device=self.device)
+        return self._apply(block[:, None])[:, 0] if v.dim() == 1 else self._apply(block)
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of K, [N]."""
+        return self._diagonal()
+
+    def to_scipy(self) -> Any:
+        """``scipy.sparse.linalg.LinearOperator`` in float64 numpy, e.g. for ``eigsh``."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def apply(v: Any) -> Any:
+            return (self @ torch.from_numpy(v)).double().cpu().numpy()
+
+        return LinearOperator(self.shape, matvec=lambda v: apply(v.reshape(-1)), matmat=apply, dtype="float64")

@@ -1,0 +1,108 @@
+"""The conjugate kernel: inner products of the last hidden features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.checks import nearest, refusal
+from ntkit.jacobian.graph import find_uses
+from ntkit.jacobian.inputs import Batch, call, check_mode, count, select_parameters, take, untouched
+from ntkit.kernels.base import Kernel, KernelOperator
+
+_BATCH = 256
+_WEIGHTED = {"AddmmBackward0": (2, "_saved_mat1"), "MmBackward0": (1, "_saved_self"), "ConvolutionBackward0": (1, "_saved_input")}
+
+
+class ConjugateKernel(Kernel):
+    """k(x, x') = <phi(x), phi(x')> with phi the input of the last weight layer, without a bias feature.
+
+    Parameters
+    ----------
+    model : any module in eval mode.
+    layer : name of a submodule whose *output* is phi instead (see ``model.named_modules()``).
+
+    Notes
+    -----
+    Long 2021, section 2 ("conjugate kernel"). The last weight layer is read off the autograd graph: the dense or
+    convolution node with a trainable weight that is nearest to the output.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 1))
+    >>> ConjugateKernel(model)(torch.eye(2))
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+
+    def __init__(self, model: nn.Module, layer: str | None = None) -> None:
+        self._model = model
+        self._layer: nn.Module | None = None
+        if layer is not None:
+            modules = dict(model.named_modules())
+            if layer not in modules:
+                raise refusal("layer", got=repr(layer), expected="a submodule's name", fix=nearest(layer, modules))
+            self._layer = modules[layer]
+
+    def features(self, x: Batch) -> Tensor:
+        """phi(x), [n, d]."""
+        check_mode(self._model)
+        parts = [self._features(take(x, slice(s, s + _BATCH))) for s in range(0, count(x), _BATCH)]
+        return torch.cat(parts)
+
+    def operator(self, x: Batch) -> KernelOperator:
+        """Matrix-free k(x, x): two products with the features."""
+        phi = self.features(x)
+        return KernelOperator(len(phi), lambda v: phi @ (phi.T @ v), lambda: phi.square().sum(1), phi)
+
+    def _gram(self, x1: Batch, x2: Batch | None) -> Tensor:
+        phi = self.features(x1)
+        if x2 is None:
+            gram = phi @ phi.T
+            return gram.triu() + gram.triu(1).T  # exactly symmetric
+        return phi @ self.features(x2).T
+
+    def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
+        phi = self.features(x1)
+        return (phi * (phi if x2 is None else self.features(x2))).sum(1)
+
+    def _features(self, x: Batch) -> Tensor:
+        n = count(x)
+        params = select_parameters(self._model, None) if self._layer is None else dict(self._model.named_parameters())
+        with untouched(self._model, params):
+            if self._layer is not None:
+                phi = self._output_of(self._layer, x)
+            else:
+                out = call(self._model, x)
+                phi = self._last_hidden(out, params) if isinstance(out, Tensor) else None
+        if phi is None:
+            raise refusal(
+                f"model {type(self._model).__name__}", got="no dense or convolution layer with a trainable weight behind its output",
+                expected="one, whose input is the conjugate kernel's feature map",
+                fix="Name a layer: ConjugateKernel(model, layer=...).",
+            )  # fmt: skip
+        if phi.shape[0] != n:
+            raise refusal(
+                "the features", got=f"shape {tuple(phi.shape)} for {n} samples", expected=f"({n}, ...)",
+                fix="Name a layer whose output has the samples first: ConjugateKernel(model, layer=...).",
+            )  # fmt: skip
+        return phi.reshape(n, -1)
+
+    def _output_of(self, layer: nn.Module, x: Batch) -> Any:
+        caught: list[Any] = []
+        handle = layer.register_forward_hook(lambda module, args, output: caught.append(output))
+        try:
+            call(self._model, x)
+        finally:
+            handle.remove()
+        return caught[-1].detach() if caught and isinstance(caught[-1], Tensor) else None
+
+    @staticmethod
+    def _last_hidden(out: Tensor, params: dict[str, nn.Parameter]) -> Tensor | None:
+        for use in find_uses(out, params):
+            slot, saved = _WEIGHTED.get(use.node.name(), (-1, ""))
+            if use.slot == slot:
+                return getattr(use.node, saved).detach()
+        return None

@@ -1,0 +1,271 @@
+"""The tangent kernel of a finite network: exact, tiled under a memory budget, checked against autograd on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.checks import nearest, refusal
+from ntkit.jacobian.contract import Plan, Tile, make_plan, multiply, multiply_aligned, prepare
+from ntkit.jacobian.factors import Gradients, Irregular, Size, Structure
+from ntkit.jacobian.inputs import MODES, Batch, Outputs, check_batch, check_mode, count, select_parameters, take
+from ntkit.jacobian.operator import jacobian_times, jacobian_transpose_times
+from ntkit.kernels.base import Kernel, KernelOperator
+from ntkit.progress import task
+
+_BLOCK = 1024  # rows multiplied at a time: of a symmetric tile only blocks on and above the diagonal are computed
+
+
+class TangentKernel(Kernel):
+    """Theta(x, x') = J(x) J(x')^T, J(x) = d f(x) / d parameters [C, P]: the (empirical) neural tangent kernel.
+
+    Parameters
+    ----------
+    model : any ``nn.Module``, unmodified; batch norm in eval mode, dropout off. At its current parameters: the kernel at
+        initialisation, along training or after it ("after kernel") is the same object at another time.
+    outputs : what is differentiated and how outputs are combined. "full": [n1, n2, C, C]. "diagonal": [n1, n2, C], the
+        entries c = c'. "trace": [n1, n2], their **sum** over outputs (neural-tangents' default is the mean). "sum":
+        [n1, n2], the kernel of sum_c f_c / sqrt(C) (pseudo-NTK). Or a callable from the model's outputs on a batch to
+        one scalar per sample [n]: the kernel of that scalar, [n1, n2].
+    params : parameter names, a predicate on names (or on name and parameter), or None for all that require grad.
+    memory : bytes of scratch memory (or text such as "2 GB"), beside inputs and result; half of what is free if None.
+
+    Raises
+    ------
+    Refused
+        Batch norm in train mode, active dropout, non-finite or empty input, outputs that are not one row per sample.
+    SelfCheckError
+        When gradients on the first samples differ from plain autograd; names the parameter.
+
+    Notes
+    -----
+    Jacot, Gabriel, Hongler 2018, section 4 (NTK); Long 2021 (after kernel). Values are in the network's own dtype:
+    convert the model and the input to float64 for reference values.
+
+    Examples
+    --------
+    A linear model's kernel is X X^T, whatever its weights:
+
+    >>> model = torch.nn.Linear(3, 1, bias=False)
+    >>> x = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+    >>> TangentKernel(model, outputs="trace")(x)
+    tensor([[5., 2.],
+            [2., 2.]])
+    """
+
+    def __init__(self, model: nn.Module, outputs: Outputs = "full", params: Any = None, memory: int | str | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise refusal("model", got=type(model).__name__, expected="a torch.nn.Module", fix="Wrap the function in a module.")
+        if not callable(outputs) and outputs not in MODES:
+            raise refusal("outputs", got=repr(outputs), expected="a mode or a callable", fix=nearest(str(outputs), MODES))
+        self._model, self._outputs = model, outputs
+        self._mode = outputs if outputs in ("full", "diagonal") else "trace"
+        self._budget = parse_memory(memory)
+        self._gradients = Gradients(model, select_parameters(model, params), outputs)
+
+    # ------------------------------------------------------------------ values
+
+    def layers(self, x1: Batch, x2: Batch | None = None) -> dict[str, Tensor]:
+        """Each parameter's share of the kernel, by name; the shares sum to ``k(x1, x2)``.
+
+        A parameter used at several places (tied weights) is one parameter: its share holds the cross terms.
+        """
+        check_batch(x1, "x1")
+        if x2 is not None:
+            check_batch(x2, "x2")
+        names = list(self._gradients.params)
+        shares: dict[str, Tensor] = {}
+
+        def products(t1: Tile, t2: Tile, scratch: int) -> Tensor:
+            return torch.stack([multiply(t1.only(name), t2.only(name), self._mode, scratch) for name in names])
+
+        whole = self._tiled(x1, x2, products, lead=(len(names),))
+        for name, share in zip(names, whole, strict=True):
+            shares[name] = share
+        return shares
+
+    def plan(self, x1: Batch, x2: Batch | None = None) -> Plan:
+        """How ``k(x1, x2)`` would be computed: route and cost per parameter, samples per tile and forward pass."""
+        check_batch(x1, "x1")
+        return self._planned(x1, x1 if x2 is None else x2)[2]
+
+    def operator(self, x: Batch) -> KernelOperator:
+        """Matrix-free k(x): two passes over the data per product, memory O(P) and one batch's graph."""
+        check_batch(x, "x")
+        check_mode(self._model)
+        known = self._gradients.structure(x)
+        n, outputs, full = count(x), known.outputs, self._mode == "full"
+        if self._mode == "diagonal":
+            raise refusal(
+                'operator of outputs="diagonal"', got="one matrix per output", expected="one matrix",
+                fix='Use outputs="full", or a callable that picks the output: lambda y: y[:, 0].',
+            )  # fmt: skip
+        like = next(iter(self._gradients.params.values()))
+        batch = max(1, min(256, int(self._memory() * 0.3 / (known.bytes_per_sample * 4 * outputs + 1))))
+
+        def once(v: Tensor) -> Tensor:
+            pulled = jacobian_transpose_times(self._gradients, x, v, batch)
+            return jacobian_times(self._gradients, x, pulled, batch)
+
+        def apply(v: Tensor) -> Tensor:
+            if full:
+                return once(v.reshape(n, outputs, -1)).reshape(n * outputs, -1)
+            # the trace kernel is a sum of one kernel per output
+            total = torch.zeros_like(v)
+            for c in range(outputs):
+                padded = v.new_zeros(n, outputs, v.shape[1])
+                padded[:, c] = v
+                total += once(padded)[:, c]
+            return total
+
+        def diagonal() -> Tensor:
+            values = self.diagonal(x)
+            return values.diagonal(dim1=1, dim2=2).reshape(-1) if full else values
+
+        return KernelOperator(n * outputs if full else n, apply, diagonal, like)
+
+    def _gram(self, x1: Batch, x2: Batch | None) -> Tensor:
+        def product(t1: Tile, t2: Tile, scratch: int) -> Tensor:
+            return multiply(t1, t2, self._mode, scratch)[None]
+
+        return self._tiled(x1, x2, product, lead=(1,))[0]
+
+    def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
+        other = x1 if x2 is None else x2
+        while True:
+            known1, known2, plan = self._planned(x1, other, aligned=True)
+            parts = []
+            try:
+                for start in range(0, count(x1), plan.tile):
+                    part = slice(start, start + plan.tile)
+                    t1 = prepare(self._gradients, take(x1, part), known1, plan)
+                    t2 = t1 if x2 is None else prepare(self._gradients, take(other, part), known2, plan)
+                    parts.append(multiply_aligned(t1, t2, self._mode))
+                return torch.cat(parts)
+            except Irregular as signal:
+                known1.fallback[signal.name] = known2.fallback[signal.name] = signal.reason
+
+    # ------------------------------------------------------------------ tiles
+
+    def _tiled(self, x1: Batch, x2: Batch | None, product: Callable[..., Tensor], lead: tuple[int, ...]) -> Tensor:
+        while True:
+            known1, known2, plan = self._planned(x1, x1 if x2 is None else x2)
+            try:
+                return self._fill(x1, x2, known1, known2, plan, product, lead)
+            except Irregular as signal:  # seen only in a later batch: that parameter goes sample by sample
+                known1.fallback[signal.name] = known2.fallback[signal.name] = signal.reason
+
+    def _fill(
+        self, x1: Batch, x2: Batch | None, known1: Structure, known2: Structure, plan: Plan,
+        product: Callable[..., Tensor], lead: tuple[int, ...],
+    ) -> Tensor:  # fmt: skip
+        same = x2 is None
+        other = x1 if same else x2
+        n1, n2, size = count(x1), count(other), plan.tile
+        tail = {"full": (known1.outputs,) * 2, "diagonal": (known1.outputs,)}.get(self._mode, ())
+        like = next(iter(self._gradients.params.values()))
+        result = like.new_empty(*lead, n1, n2, *tail).detach()
+        scratch = max(self._memory() // 8, 1)
+        starts1, starts2 = range(0, n1, size), range(0, n2, size)
+        work = sum(size * (1 + len([j for j in starts2 if not same or j > i])) for i in starts1)
+        with task("tangent kernel", total=work) as progress, torch.no_grad():
+            for i in starts1:
+                rows = slice(i, min(i + size, n1))
+                t1 = prepare(self._gradients, take(x1, rows), known1, plan, progress.advance)
+                for j in starts2:
+                    if same and j < i:
+                        continue
+                    columns = slice(j, min(j + size, n2))
+                    t2 = t1 if same and i == j else prepare(self._gradients, take(other, columns), known2, plan, progress.advance)
+                    for a, b in _blocks(t1.n, t2.n, same and i == j):
+                        block = product(t1.part(a.start, a.stop), t2.part(b.start, b.stop), scratch)
+                        here = slice(i + a.start, i + a.stop), slice(j + b.start, j + b.stop)
+                        result[(slice(None), *here)] = block
+                        if same and (i != j or a != b):
+                            flipped = block.transpose(1, 2)
+                            result[(slice(None), here[1], here[0])] = flipped.transpose(3, 4) if len(tail) == 2 else flipped
+                        elif same:
+                            _mirror(result[(slice(None), *here)], len(tail) == 2)
+                    del t2
+        return result
+
+    def _planned(self, x1: Batch, x2: Batch, aligned: bool = False) -> tuple[Structure, Structure, Plan]:
+        check_mode(self._model)
+        known1 = self._gradients.structure(x1)
+        known2 = known1 if x2 is x1 else self._gradients.structure(x2)
+        if known1.outputs != known2.outputs:
+            raise refusal("x2", got=f"{known2.outputs} outputs", expected=f"{known1.outputs}, as for x1", fix="Use inputs of one kind.")
+        both = known1 if known2 is known1 else _joined(known1, known2)
+        item = next(iter(self._gradients.params.values())).element_size()
+        plan = make_plan(both, self._mode, count(x1), count(x2), self._memory(), item, aligned)
+        return known1, known2, plan
+
+    def _memory(self) -> int:
+        return self._budget if self._budget is not None else free_memory(next(iter(self._gradients.params.values())).device) // 2
+
+
+def _blocks(n1: int, n2: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+    """Cut n1 x n2 into blocks; of a symmetric square only those on and above the diagonal."""
+    for a in range(0, n1, _BLOCK):
+        for b in range(a if symmetric else 0, n2, _BLOCK):
+            yield slice(a, min(a + _BLOCK, n1)), slice(b, min(b + _BLOCK, n2))
+
+
+def _mirror(block: Tensor, full: bool) -> None:
+    """Copy the upper triangle of [1, n, n, ...] to the lower: rounding may differ between the halves."""
+    n = block.shape[1]
+    i, j = torch.triu_indices(n, n, 1, device=block.device)
+    upper = block[:, i, j]
+    block[:, j, i] = upper.transpose(-1, -2) if full else upper
+    if full:  # and each sample's own C x C block
+        own = block[:, range(n), range(n)]
+        block[:, range(n), range(n)] = own.triu() + own.triu(1).transpose(-1, -2)
+
+
+def _joined(a: Structure, b: Structure) -> Structure:
+    """A structure whose plan serves both sides: factors only where both have them, the longer positions for the cost."""
+    sizes = {}
+    for name, s in a.sizes.items():
+        o = b.sizes[name]
+        if 0 in (s.positions, o.positions) or s.gather != o.gather:
+            sizes[name] = Size(0, 0, 0, s.entries)
+        else:
+            sizes[name] = s if s.positions >= o.positions else o
+    return replace(a, sizes=sizes, fallback=a.fallback | b.fallback, bytes_per_sample=max(a.bytes_per_sample, b.bytes_per_sample))
+
+
+def parse_memory(memory: int | str | None) -> int | None:
+    """Bytes from a number or text like "500 MB", "2 GB".
+
+    >>> parse_memory("2 GB")
+    2000000000
+    """
+    if memory is None:
+        return None
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    try:
+        if isinstance(memory, str):
+            digits = memory.strip().rstrip("KMGiBkmgb ").strip()
+            value = int(float(digits) * units[memory.strip()[len(digits) :].strip().upper()])
+        else:
+            value = int(memory)
+        if value <= 0:
+            raise ValueError(memory)
+    except (ValueError, KeyError) as error:
+        raise refusal(
+            "memory", got=repr(memory), expected='bytes, or text such as "500 MB" or "2 GB"', fix="Give the scratch memory allowed."
+        ) from error
+    return value
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available

@@ -1,0 +1,340 @@
+"""The hard-margin support vector machine without bias, on a kernel matrix, with a certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ntkit.checks import refusal
+from ntkit.machines import _gram
+
+_EPS = torch.finfo(torch.float64).eps
+_FIRST_BLOCK = 256
+_MAX_STEPS = 2000
+_ARC = 26  # trial steps 1, 1/4, 1/16, ... down to the rounding
+
+
+class HardMarginSVM:
+    r"""Hard-margin SVM without bias: the separator of largest margin in the feature space of a kernel.
+
+    Solves, in float64, the dual
+
+    .. math:: \max_{a \ge 0} \sum_i a_i - \tfrac12 (a y)^\top K (a y)
+
+    whose separator is w = sum_i a_i y_i phi(x_i) with y_i <w, phi(x_i)> >= 1. More than two labels are taken
+    one against the rest. Multiplying K by a positive number changes no prediction.
+
+    Parameters
+    ----------
+    tol : relative duality gap at which the answer counts as optimal.
+
+    Attributes
+    ----------
+    alpha_ : [n], or [n, C] one-vs-rest. The dual variables, >= 0, scaled so that sum(a) = (a y)^T K (a y). Where the
+        data are not separable: a unit-sum combination under which the signed features cancel.
+    margin_ : 1 / sqrt((a y)^T K (a y)), in units of the feature norm; [C] one-vs-rest; 0 where not separable.
+        No separator has a larger margin; this one attains ``margin_ * sqrt(1 - gap_)``.
+    gap_ : relative duality gap (P - D) / P over all points with K as given (if K is asymmetric by rounding: its
+        symmetric part), the primal P being that of w rescaled to smallest functional margin 1. The worst class.
+    kkt_ : largest violation of y_i <w, phi_i> >= 1 and of a_i (y_i <w, phi_i> - 1) = 0, a relative to its largest.
+    support_ : indices with alpha > 0; one-vs-rest: a list, one per class.
+    status_ : "optimal" (gap_ <= tol) | "not separable" (to the precision of K) | "inaccurate". The worst class.
+    advice_ : what to do when the status is not "optimal", else "".
+    iterations_ : Newton steps taken, all classes together.
+    classes_ : the distinct labels, sorted. A positive binary decision means ``classes_[1]``.
+
+    Notes
+    -----
+    The problem of Long (2021), "Properties of the After Kernel", section 2 (there solved by gradient methods under a
+    time limit). ``sklearn.svm.SVC`` has a bias and so solves another problem. Method: projected Newton steps
+    (Bertsekas 1982) on the support and the most violating points, by Cholesky, until the gap closes. Memory: K in
+    float64 and twice the square of the number of supports.
+
+    For a kernel with negative eigenvalues (rounding) a closed gap certifies the optimality conditions for K as it is.
+
+    Examples
+    --------
+    >>> x = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    >>> svm = HardMarginSVM().fit(x @ x.T, torch.tensor([1, 1, 0]))
+    >>> svm.status_, round(svm.margin_, 6), svm.predict(x @ x.T).tolist()
+    ('optimal', 0.707107, [1, 1, 0])
+    """
+
+    alpha_: Any
+    margin_: Any
+    gap_: float
+    kkt_: float
+    support_: Any
+    status_: str
+    advice_: str
+    iterations_: int
+    classes_: Any
+
+    def __init__(self, tol: float = 1e-6):
+        if not 0 < tol < 1:
+            raise refusal("tol", got=tol, expected="a number between 0 and 1", fix="The default is 1e-6.")
+        self.tol = tol
+        self._weights: torch.Tensor | None = None
+
+    def fit(self, K: Any, y: Any) -> HardMarginSVM:
+        """Fit on K, [n, n] symmetric, and labels y, [n] with at least two distinct values.
+
+        Raises
+        ------
+        Refused
+            When K is not square, symmetric and finite with a non-negative diagonal, or y does not fit it.
+        """
+        matrix, symmetric, eps = _gram.as_gram(K)
+        labels, codes = _classes(y, len(matrix))
+        scale = 1.0 / matrix.diagonal().mean().item() if matrix.diagonal().any() else 0.0
+        if not 0 < scale < float("inf"):
+            raise refusal("K", got="a zero diagonal", expected="K[i, i] > 0", fix="Check the features: all are zero.")
+        positives = [1] if len(labels) == 2 else range(len(labels))
+        signs = [torch.from_numpy(np.where(codes == c, 1.0, -1.0)).to(matrix.device) for c in positives]
+        found = [_solve(matrix, sign, scale, symmetric, eps, self.tol) for sign in signs]
+
+        alpha = torch.stack([one.alpha for one in found], dim=1)
+        margin = torch.stack([one.margin for one in found])
+        supports = [_gram.same_kind(torch.nonzero(one.alpha).ravel(), K) for one in found]
+        self._weights = alpha * torch.stack(signs, dim=1)
+        binary = len(found) == 1
+        self.alpha_ = _gram.same_kind(alpha[:, 0] if binary else alpha, K)
+        self.margin_ = margin.item() if binary else _gram.same_kind(margin, K)
+        self.support_ = supports[0] if binary else supports
+        self.gap_ = max(one.gap for one in found)
+        self.kkt_ = max(one.kkt for one in found)
+        self.iterations_ = sum(one.steps for one in found)
+        severity = {"optimal": 0, "inaccurate": 1, "not separable": 2}
+        worst = max(range(len(found)), key=lambda c: severity[found[c].status])
+        self.status_ = found[worst].status
+        self.advice_ = _advice(found[worst], matrix, signs[worst], self.tol)
+        if self.advice_ and not binary:
+            self.advice_ = f"Class {labels[worst]} against the rest. {self.advice_}"
+        self.classes_ = torch.from_numpy(labels).to(y.device) if isinstance(y, torch.Tensor) else labels
+        return self
+
+    def decision_function(self, K_test: Any) -> Any:
+        """Return <w, phi(x)> of test points, [m] or one-vs-rest [m, C], from K_test = k(x_test, x_train), [m, n].
+
+        Raises
+        ------
+        Refused
+            Before fit; when K_test is not a finite [m, n].
+        """
+        return _gram.same_kind(self._decide(K_test), K_test)
+
+    def predict(self, K_test: Any) -> Any:
+        """Return the labels of test points, [m], of the kind given to fit, from K_test = k(x_test, x_train), [m, n].
+
+        Raises
+        ------
+        Refused
+            As `decision_function`.
+        """
+        values = self._decide(K_test)
+        index = (values > 0).long() if values.ndim == 1 else values.argmax(dim=1)
+        on_torch = isinstance(self.classes_, torch.Tensor)
+        return self.classes_[index.to(self.classes_.device)] if on_torch else self.classes_[index.cpu().numpy()]
+
+    def _decide(self, K_test: Any) -> torch.Tensor:
+        if self._weights is None:
+            raise _gram.unfitted("HardMarginSVM")
+        matrix = _gram.as_test_matrix(K_test, len(self._weights), self._weights)
+        values = matrix @ self._weights
+        return values[:, 0] if values.shape[1] == 1 else values
+
+
+@dataclass
+class _Solution:
+    alpha: torch.Tensor
+    margin: torch.Tensor
+    gap: float
+    kkt: float
+    status: str
+    steps: int
+    curvature: float  # a^T Q a / a^T a with K at unit mean diagonal: 0 where the signed features cancel
+
+
+def _classes(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sort out the distinct labels and each point's place among them."""
+    values = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
+    if values.ndim != 1:
+        raise refusal("y", got=f"shape {list(values.shape)}", expected="[n] labels", fix="Pass one label per point.")
+    _gram.check_length(values, n)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise refusal("y", got=f"{values[bad]} at index {bad}", expected="labels", fix="Drop the unlabelled points.")
+    labels, codes = np.unique(values, return_inverse=True)
+    if len(labels) < 2:
+        raise refusal("y", got=f"one class, {labels[0]}", expected="two or more", fix="Add points of another class.")
+    return labels, codes
+
+
+def _solve(
+    K: torch.Tensor, y: torch.Tensor, scale: float, symmetric: bool, eps: float, tol: float
+) -> _Solution:
+    """Minimise 1/2 a^T Q a - sum a over a >= 0, Q = scale * y y^T * K; see `HardMarginSVM`.
+
+    Each step solves for the exact minimiser on the free points (the support and a block of the most violating ones),
+    ignoring signs, and goes towards it along the projection onto a >= 0 as far as is best. The gradient is computed
+    afresh from K at every step, so the jitter of the factorisation only affects speed: it is its own refinement.
+    """
+    n = len(y)
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        u = y * v
+        return (scale * y) * (K @ u if symmetric else (K @ u + K.T @ u) / 2)
+
+    # Below this, a^T Q a cannot be told from 0: rounding of the products, and of the entries of K themselves.
+    floor = 2 * _EPS * n + eps * n**0.5
+    target = 1e-3 * tol  # one or two steps beyond tol settle the support itself, not only the objective
+    a, block, steps, stalled = torch.zeros_like(y), _FIRST_BLOCK, 0, 0
+    best = (float("inf"), a)
+    factor = _Factor(K, y, scale)
+    mean = product(torch.ones_like(y))
+    gradient = mean * (n / mean.sum().clamp(min=_EPS)) - 1  # ranks the first block: hardest for the class means
+    status = "inaccurate"
+    while True:
+        step = factor.step(a, gradient if steps else -torch.ones_like(y), _free(a, gradient, block, target))
+        steps += 1
+        if step is None:
+            if block == 0:
+                break
+            block //= 8
+            continue
+        a = step
+        margins = product(a)
+        total, energy = a.sum().item(), (a @ margins).item()
+        if energy <= floor * (a @ a).item():
+            status = "not separable" if energy >= -floor * (a @ a).item() else "inaccurate"
+            best = (1.0, a)
+            break
+        gap = _gap(total, energy, margins.min().item())
+        stalled = 0 if gap < 0.5 * best[0] else stalled + 1
+        if gap < best[0]:
+            best = (gap, a)
+        if gap <= target or steps >= _MAX_STEPS or (stalled >= 8 and best[0] <= tol) or stalled >= 200:
+            break
+        gradient, block = margins - 1, max(_FIRST_BLOCK, int((a > 0).sum()))
+    return _certify(best[1], product, status, scale, tol, steps)
+
+
+def _gap(total: float, energy: float, smallest: float) -> float:
+    """Compute 1 - D/P for the best multiple of a in the dual, and w rescaled to margin 1 in the primal."""
+    return 1.0 if smallest <= 0 else max(0.0, 1.0 - (total * smallest / energy) ** 2)
+
+
+def _certify(
+    a: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor], status: str, scale: float, tol: float, steps: int
+) -> _Solution:
+    margins = product(a)
+    total, energy = a.sum(), a @ margins
+    curvature = (energy / (a @ a).clamp(min=_EPS)).item()
+    if status == "not separable" or energy <= 0:
+        # no multiple of a is a dual optimum: report the combination under which the features cancel
+        return _Solution(a / total, torch.zeros_like(total), 1.0, float("inf"), status, steps, curvature)
+    gap = _gap(total.item(), energy.item(), margins.min().item())
+    rescale = total / energy
+    a, margins = a * rescale, margins * rescale
+    violation = torch.maximum((1 - margins).clamp(min=0), (a / a.max()) * (margins - 1).abs()).max()
+    status = "optimal" if gap <= tol else status
+    a = a * scale
+    return _Solution(a, a.sum().rsqrt(), gap, violation.item(), status, steps, curvature)
+
+
+def _free(a: torch.Tensor, gradient: torch.Tensor, block: int, target: float) -> torch.Tensor:
+    """Indices of the support and of up to `block` points that violate their margin most, sorted."""
+    chosen = a > 0
+    worst = torch.where(chosen, torch.inf, gradient)
+    count = min(block, int((worst < -target / 10).sum()) or (0 if chosen.any() else len(a)))
+    if count:
+        chosen[worst.topk(count, largest=False).indices] = True
+    return torch.nonzero(chosen).ravel()
+
+
+class _Factor:
+    """The Cholesky factor of the free points, kept while they stay the same."""
+
+    def __init__(self, K: torch.Tensor, y: torch.Tensor, scale: float):
+        self.K, self.y, self.scale = K, y, scale
+        self.free = torch.empty(0, dtype=torch.long, device=y.device)
+
+    def step(self, a: torch.Tensor, gradient: torch.Tensor, free: torch.Tensor) -> torch.Tensor | None:
+        """Return the best point on the projected Newton arc from a, or None where none lowers the objective."""
+        while True:
+            if not torch.equal(free, self.free):
+                self._factorise(free)
+            start, slope = a[free], gradient[free]
+            direction = -torch.cholesky_solve(slope[:, None], self.lower)
+            reached = start[:, None] + direction
+            leaving = (reached[:, 0] < 0) & (start == 0)
+            if not leaving.any():
+                break
+            free = free[~leaving]  # a zero that wants to go below zero only bends the path of the others
+        if (reached < 0).any():
+            lengths = 0.25 ** torch.arange(_ARC, dtype=a.dtype, device=a.device)
+            moves = (start[:, None] + direction * lengths).clamp_(min=0) - start[:, None]
+            # differences, not values, of the objective: no cancellation near the optimum
+            change = slope @ moves + 0.5 * (moves * (self.Q @ moves)).sum(0)
+            k = int(change.argmin())
+            if change[k] >= 0:
+                return None
+            reached = start[:, None] + moves[:, k : k + 1]
+        new = torch.zeros_like(a)
+        new[free] = reached[:, 0].clamp(min=0)
+        return new
+
+    def _factorise(self, free: torch.Tensor) -> None:
+        self.free = self.Q = self.lower = torch.empty(0)  # let go of the old ones before making the new
+        Q = self.K[free[:, None], free]
+        Q *= (self.scale * self.y[free])[:, None]
+        Q *= self.y[free]
+        jitter = 4 * _EPS * len(free)
+        while True:
+            Q.diagonal().add_(jitter)
+            lower, failed = torch.linalg.cholesky_ex(Q)
+            Q.diagonal().sub_(jitter)
+            if not failed:
+                break
+            jitter *= 30
+        self.free, self.Q, self.lower = free, Q, lower
+
+
+def _advice(found: _Solution, K: torch.Tensor, y: torch.Tensor, tol: float) -> str:
+    if found.status == "optimal":
+        return ""
+    if found.status == "inaccurate":
+        negative = found.curvature < 0
+        reason = "K has negative eigenvalues" if negative else f"the gap is {found.gap:.1e}, above tol = {tol:.1e}"
+        return (
+            f"Not solved to tolerance: {reason}. Compute K in float64, or use KernelRidge, which does not need "
+            "separable data."
+        )
+    support = torch.nonzero(found.alpha).ravel()
+    zero = support[K.diagonal()[support] == 0]
+    if len(zero):
+        return f"Point {int(zero[0])} has a zero feature vector, on no side of any separator. Drop it or use KernelRidge."
+    pairs = _contradictions(K, y)
+    named = ", ".join(f"{i} and {j}" for i, j in pairs)
+    cause = f"Points with the same features and different labels: {named}. " if pairs else ""
+    return (
+        f"{cause}No separator without bias exists at the precision of K. Correct or drop contradictory points, use a "
+        "richer kernel, or use KernelRidge, which does not need separable data."
+    )
+
+
+def _contradictions(K: torch.Tensor, y: torch.Tensor, most: int = 3) -> list[tuple[int, int]]:
+    """Find up to `most` pairs with K_ii = K_jj = K_ij to rounding and different labels."""
+    diagonal, pairs = K.diagonal(), []
+    for i in torch.nonzero(y > 0).ravel().tolist():
+        room = 1e-12 * diagonal[i]
+        same = (y < 0) & ((K[i] - diagonal[i]).abs() <= room) & ((diagonal - diagonal[i]).abs() <= room)
+        for j in torch.nonzero(same).ravel().tolist():
+            pairs.append((min(i, j), max(i, j)))
+            if len(pairs) == most:
+                return pairs
+    return pairs

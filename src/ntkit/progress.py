@@ -1,0 +1,83 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere, nothing for work that is over soon."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+_PATIENCE = 2.0  # seconds of silence before the first sign of life: short calls print nothing
+_LINE_EVERY = 20.0  # seconds between plain lines, where no terminal can redraw one
+
+
+class Task:
+    """One piece of long work; `advance` as it goes on."""
+
+    def __init__(self, label: str, total: float, stream: TextIO) -> None:
+        self.label, self.total, self.done = label, total, 0.0
+        self._stream, self._start, self._last = stream, time.monotonic(), 0.0
+        self._bar = None
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Say that `amount` more of `total` is done."""
+        self.done += amount
+        elapsed = time.monotonic() - self._start
+        if elapsed < _PATIENCE:
+            return
+        if self._stream.isatty():
+            self._draw()
+        elif elapsed - self._last > _LINE_EVERY or (self.done >= self.total and self._last):
+            self._last = elapsed
+            left = elapsed * (self.total - self.done) / self.done if self.done else float("nan")
+            print(f"{self.label}: {self.done / self.total:.0%}, {_clock(left)} left", file=self._stream, flush=True)
+
+    def _draw(self) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("left"))
+            self._bar = Progress(*columns, console=Console(file=self._stream), transient=True)
+            self._bar.start()
+            self._id = self._bar.add_task(self.label, total=self.total)
+        self._bar.update(self._id, completed=self.done)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    if seconds != seconds:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+_active: list[Task] = []
+
+
+@contextmanager
+def task(label: str, total: float) -> Iterator[Task]:
+    """Follow `total` units of work under a label; tasks inside a task stay silent, the outer one speaks.
+
+    Examples
+    --------
+    >>> with task("counting", total=3) as work:
+    ...     for _ in range(3):
+    ...         work.advance()
+    >>> work.done
+    3.0
+    """
+    work = Task(label, total, sys.stderr)
+    nested = bool(_active)
+    if nested:
+        work.advance = lambda amount=1.0: None  # type: ignore[method-assign]
+    _active.append(work)
+    try:
+        yield work
+    finally:
+        _active.remove(work)
+        work._close()

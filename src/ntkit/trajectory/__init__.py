@@ -1,0 +1,7 @@
+"""What a training run leaves on disk: parameters at steps, batch indices, optimiser settings, losses. Replayable."""
+
+from ntkit.trajectory.train import train as train
+from ntkit.trajectory.trajectory import Trajectory as Trajectory
+from ntkit.trajectory.trajectory import load_weights as load_weights
+
+__all__ = ["Trajectory", "load_weights", "train"]
