@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "ntkit.kernels.base": ("Kernel",),
     "ntkit.kernels.tangent": ("TangentKernel",),
     "ntkit.kernels.conjugate": ("ConjugateKernel",),
+    "ntkit.machines": ("HardMarginSVM", "KernelRidge"),
+    "ntkit.spectra": ("Spectrum", "spectrum", "alignment", "effective_rank"),
+    "ntkit.probes": ("invariance",),
+    "ntkit.trajectory": ("Trajectory", "train", "load_weights"),
+    "ntkit.settings": ("Settings",),
+    "ntkit.analysis": ("analyze",),
+    "ntkit.checks": ("Refused",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_HOME)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ntkit import data_files
 from ntkit.checks import nearest, refusal
+from ntkit.data_draw import draw, held_out_quotas, stratified
 from ntkit.data_files import Files
 
 Kind = Literal["images", "vectors", "tokens"]
@@ -48,7 +49,7 @@ class Data:
     Examples
     --------
     >>> load("digits", classes=(3, 8))
-    Data(digits: 286 train, 71 test, 2 classes, images 1 x 8 x 8)
+    Data(digits: 285 train, 72 test, 2 classes, images 1 x 8 x 8)
     """
 
     x_train: Tensor
@@ -232,8 +233,8 @@ def _build(
     source = files.source
     x, y, kind = _door(files.train, subject if files.test is None else f"{subject}, training set", float_dtype)
     if files.test is None:
-        known = _class_names(files.classes, y, subject)
-        held_out = _stratified(y, _test_quotas(y, subject), _SPLIT_SEED)
+        known = _class_names(files.classes, {subject: y})
+        held_out = stratified(y, held_out_quotas(y, subject), _SPLIT_SEED)
         kept = torch.ones(len(y), dtype=torch.bool)
         kept[held_out] = False
         rows = [kept.nonzero().squeeze(1), held_out]
@@ -245,7 +246,7 @@ def _build(
             got = f"examples {list(x_test.shape[1:])} {x_test.dtype}"
             expected = f"{list(x.shape[1:])} {x.dtype}, as in the training set"
             raise refusal(f"{subject}, test set", got=got, expected=expected, fix="Prepare both sets the same way.")
-        known = _class_names(files.classes, torch.cat([y, y_test]), subject)
+        known = _class_names(files.classes, {f"{subject}, training set": y, f"{subject}, test set": y_test})
         sets = [(x, y), (x_test, y_test)]
         rows = [torch.arange(len(y)), torch.arange(len(y_test))]
     labels = [y[index] for (_, y), index in zip(sets, rows, strict=True)]
@@ -264,7 +265,7 @@ def _build(
         source += f"; classes {', '.join(known)}"
     for part, (count, where) in enumerate(zip(counts, ("train", "test"), strict=True)):
         if count is not None:
-            keep = _draw(labels[part], count, where, seed, part)
+            keep = draw(labels[part], count, where, seed, part)
             source += f"; {count:,} of {len(labels[part]):,} {where} examples, stratified, seed {seed}"
             rows[part], labels[part] = rows[part][keep], labels[part][keep]
     inputs = [x if len(index) == len(x) else x[index] for (x, _), index in zip(sets, rows, strict=True)]
@@ -272,7 +273,8 @@ def _build(
     if x.dtype == torch.uint8:
         inputs = [x.to(torch.float32, memory_format=torch.contiguous_format).div_(files.scale) for x in inputs]
         normalisation = f"pixels / {files.scale:.0f}, no centring"
-    return Data(inputs[0], labels[0], inputs[1], labels[1], known, name, normalisation, source, kind)
+    y_train, y_test = (y.to(x.device) for y in labels)
+    return Data(inputs[0], y_train, inputs[1], y_test, known, name, normalisation, source, kind)
 
 
 def _door(pair: tuple[Any, Any], subject: str, float_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Kind]:
@@ -337,18 +339,20 @@ def _images(x: Tensor, subject: str) -> Tensor:
     raise refusal(f"{subject}, x", got=got, expected="1 or 3 channels, in the second or last place", fix=fix)
 
 
-def _class_names(names: Sequence[str] | None, y: Tensor, subject: str) -> tuple[str, ...]:
+def _class_names(names: Sequence[str] | None, sets: dict[str, Tensor]) -> tuple[str, ...]:
     # Without names the largest label tells how many classes there are; a target or an id taken for one must not.
-    limit = max(1000, len(y)) if names is None else len(names)
-    bad = ((y < 0) | (y >= limit)).nonzero()
-    if len(bad):
-        row = int(bad[0])
-        got = f"label {int(y[row])} in row {row:,}"
-        fix = "Number the classes from 0, or give all their names."
-        raise refusal(f"{subject}, labels y", got=got, expected=f"0 to {limit - 1}", fix=fix)
-    known = tuple(str(label) for label in range(int(y.max()) + 1)) if names is None else tuple(map(str, names))
+    limit = max(1000, *map(len, sets.values())) if names is None else len(names)
+    for subject, y in sets.items():
+        bad = ((y < 0) | (y >= limit)).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            got = f"label {int(y[row])} in row {row:,}"
+            fix = "Number the classes from 0, or give all their names."
+            raise refusal(f"{subject}, labels y", got=got, expected=f"0 to {limit - 1}", fix=fix)
+    largest = max(int(y.max()) for y in sets.values())
+    known = tuple(str(label) for label in range(largest + 1)) if names is None else tuple(map(str, names))
     if len(set(known)) < len(known):
-        raise refusal(f"{subject}, classes", got=", ".join(known), expected="different names", fix="Rename one.")
+        raise refusal("classes", got=", ".join(known), expected="different names", fix="Rename one.")
     return known
 
 
@@ -366,54 +370,6 @@ def _resolve(chosen: Sequence[str | int], known: tuple[str, ...]) -> list[int]:
         got = ", ".join(map(str, chosen)) or "none"
         raise refusal("classes", got=got, expected=expected, fix="Name each class once, and at least two.")
     return picked
-
-
-def _draw(y: Tensor, count: int, where: str, seed: int, part: int) -> Tensor:
-    for subject, value, low in ((where, count, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < low:
-            expected = f"an integer of at least {low}"
-            raise refusal(subject, got=repr(value), expected=expected, fix="Give a number, or leave it out.")
-    if count > len(y):
-        got = f"{count:,} examples"
-        raise refusal(where, got=got, expected=f"at most {len(y):,}, all there are", fix="Ask for fewer, or for all.")
-    sizes = y.bincount()
-    return _stratified(y, _quotas(sizes, count, sizes), [seed, part])
-
-
-def _test_quotas(y: Tensor, subject: str) -> Tensor:
-    sizes = y.bincount()
-    room = (sizes - 1).clamp(min=0)  # every class keeps at least one example to train on
-    total = min(-(-len(y) // 5), int(room.sum()))
-    if total == 0:
-        got = f"{len(y)} examples, no class with two"
-        raise refusal(subject, got=got, expected="enough to split off a test set", fix="Give a test set.")
-    return _quotas(sizes, total, room)
-
-
-def _quotas(sizes: Tensor, total: int, room: Tensor) -> Tensor:
-    """Share `total` out in proportion to `sizes`, none above `room`, and none without if it can be helped."""
-    quotas = torch.minimum(sizes * total // sizes.sum(), room)
-    if total >= int((room > 0).sum()):
-        quotas = torch.maximum(quotas, (room > 0).long())
-    while (excess := int(quotas.sum()) - total) != 0:
-        owed = sizes * total - quotas * sizes.sum()  # integers: ties fall the same way everywhere
-        never = torch.iinfo(torch.int64).min
-        if excess > 0:
-            quotas[(-owed).masked_fill(quotas <= 1, never).argmax()] -= 1
-        else:
-            quotas[owed.masked_fill(quotas >= room, never).argmax()] += 1
-    return quotas
-
-
-def _stratified(y: Tensor, quotas: Tensor, seed: int | list[int]) -> Tensor:
-    """Rows, ascending, of a random choice of ``quotas[c]`` examples of each class c."""
-    # Raw bits of a bit generator are the one random stream NumPy promises never to change between versions.
-    keys = np.random.PCG64(seed).random_raw(len(y))
-    shuffled = np.argsort(keys, kind="stable")
-    by_class = shuffled[np.argsort(y.numpy()[shuffled], kind="stable")]
-    starts = np.concatenate([[0], np.cumsum(y.bincount().numpy())])
-    parts = [by_class[start : start + int(quota)] for start, quota in zip(starts, quotas, strict=False)]
-    return torch.from_numpy(np.sort(np.concatenate(parts)))
 
 
 def _stack(dataset: Any, subject: str) -> tuple[Tensor, Tensor]:

@@ -207,19 +207,36 @@ def _cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _latin1(text: str, encoding: str = "") -> bytes:
-    """Stand in for ``_codecs.encode``, which NumPy's protocol-2 pickles use for raw bytes; no other codec is reached."""
+    """Stand in for ``_codecs.encode``, which NumPy's protocol-2 pickles use for raw bytes; no other codec runs."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"codec {encoding!r}")
     return text.encode("latin-1")
 
 
-# `_reconstruct` is taken from an array itself: its module's name differs between NumPy versions.
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
+class _Array:
+    """Stand in for a pickled array: keeps its state as plain values, since NumPy's own code trusts what it is given."""
+
+    state: Any = ()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Dtype:
+    """Stand in for a pickled dtype: keeps its name only."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        self.name = name.decode("latin-1") if isinstance(name, bytes) else str(name)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 _PERMITTED: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _latin1,
 }
 
@@ -254,13 +271,17 @@ def _cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise refusal(str(path), got=got, expected="a CIFAR-10 python batch", fix=_AGAIN) from error
     entries = batch if isinstance(batch, dict) else {}
     # Python 2's keys arrive as bytes, those of a batch pickled again under Python 3 as str.
-    x, labels = (entries.get(key.encode(), entries.get(key)) for key in ("data", "labels"))
-    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 2 or x.shape[1] != _RECORD - 1 or not len(x):
-        got = f"data {x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else "no array under the key data"
-        raise refusal(str(path), got=got, expected=f"uint8 data of shape [n, {_RECORD - 1}]", fix=_AGAIN)
-    if not isinstance(labels, list) or len(labels) != len(x):
-        got = f"{len(labels):,} labels" if isinstance(labels, list) else "no list under the key labels"
-        raise refusal(str(path), got=got, expected=f"a list of {len(x):,} labels", fix=_AGAIN)
+    array, labels = (entries.get(key.encode(), entries.get(key)) for key in ("data", "labels"))
+    state = array.state if isinstance(array, _Array) else ()
+    if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], _Dtype):
+        raise refusal(str(path), got="no array under the key data", expected="a CIFAR-10 python batch", fix=_AGAIN)
+    _, shape, dtype, by_columns, raw = state
+    rows = len(labels) if isinstance(labels, list) else 0
+    if dtype.name != "u1" or shape != (rows, _RECORD - 1) or not isinstance(raw, bytes) or len(raw) != math.prod(shape):
+        got = f"data {dtype.name} of shape {shape} and {rows:,} labels"
+        expected = f"data u1 (uint8) of shape (n, {_RECORD - 1}) and a list of n labels"
+        raise refusal(str(path), got=got, expected=expected, fix=_AGAIN)
+    x = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if by_columns else "C")
     for row, label in enumerate(labels):
         if type(label) is not int or not 0 <= label <= 9:
             got = f"label {label!r} in row {row:,}"
@@ -331,7 +352,11 @@ def read_image_folder(folder: Path) -> Files:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        fix = "Check its permissions."
+        raise refusal(str(folder), got=error.strerror or error, expected="a readable folder", fix=fix) from error
 
 
 def _class_folders(root: Path) -> list[Path]:

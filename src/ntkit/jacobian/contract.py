@@ -69,9 +69,7 @@ def _cost(size: Size, route: str, outputs: int, mode: str, n1: int, n2: int) -> 
     return form + pairs * 2 * products * size.entries
 
 
-def make_plan(
-    known: Structure, mode: str, n1: int, n2: int, budget: int, itemsize: int, aligned: bool = False
-) -> Plan:
+def make_plan(known: Structure, mode: str, n1: int, n2: int, budget: int, itemsize: int, aligned: bool = False) -> Plan:
     """Choose routes, then tile and batch sizes under a memory budget.
 
     Parameters
@@ -143,7 +141,8 @@ class Tile:
         return Tile(self.rows[:, :, start:stop], {}, {name: (0, stop - start)})
 
 
-def prepare(gradients: Gradients, x: Batch, known: Structure, plan: Plan, advance=None) -> Tile:  # noqa: ANN001
+@torch.no_grad()
+def prepare(gradients: Gradients, x: Batch, known: Structure, plan: Plan, advance=None) -> Tile:
     """Forward and backward the samples of `x` batch by batch and keep what the plan's routes need."""
     n, spans, start = count(x), {}, 0
     for name in plan.on_rows:

@@ -52,10 +52,10 @@ class Structure:
     """What the self-check established for one graph: valid for any batch whose graph has the same signature."""
 
     outputs: int
-    owners: dict[int, Owner]  # use number -> owner
+    owners: dict[tuple[str, int], Owner]  # (parameter, which of its uses) -> owner
     fallback: dict[str, str]  # parameter -> why
     unused: set[str]
-    signature: tuple
+    uses: dict[str, tuple]  # parameter -> what its uses look like (`graph.signature`)
     sizes: dict[str, Size] = field(default_factory=dict)
     bytes_per_sample: int = 0  # of saved tensors and cotangents, for one output
 
@@ -119,29 +119,24 @@ class Gradients:
         return (signature(uses), tuple((t.dtype, t.shape[1:]) for t in leaves(x)))
 
     def _same_graph(self, uses: list[Use], known: Structure) -> None:
-        expected = known.signature
-        if signature(uses) != expected:
-            changed = {use.name for use in uses} | set(known.sizes)
-            for name in changed:
-                if [u[1:] for u in signature(uses) if u[0] == name] != [u[1:] for u in expected if u[0] == name]:
-                    raise Irregular(name, "its use in the graph changes from batch to batch")
-            raise Irregular(next(iter(self.params)), "the graph changes from batch to batch")
+        now = _by_name(uses)
+        for name in self.params:
+            if name not in known.fallback and now.get(name, ()) != known.uses.get(name, ()):
+                raise Irregular(name, "its use in the graph changes from batch to batch")
 
     # ------------------------------------------------------------------ factors
 
     @torch.no_grad()
-    def _factors(
-        self, out: Tensor, uses: list[Use], known: Structure, basis: Tensor, n: int
-    ) -> dict[str, Rows | Pair]:
+    def _factors(self, out: Tensor, uses: list[Use], known: Structure, basis: Tensor, n: int) -> dict[str, Rows | Pair]:
         """Factors of the parameters on the fast path; basis [K, n, C] holds the K cotangents of the outputs."""
-        fast = [(i, use) for i, use in enumerate(uses) if use.name not in known.fallback]
+        fast = [(key, use) for key, use in _numbered(uses) if use.name not in known.fallback]
         cotangents = self._backward(out, [use.node for _, use in fast], basis)
         parts: dict[str, list[tuple[Use, Factor]]] = {}
-        for i, use in fast:
+        for key, use in fast:
             cot = cotangents[use.node]
-            if not known.owners[i].fits(tuple(cot.shape[1:]), n):
+            if not known.owners[key].fits(tuple(cot.shape[1:]), n):
                 raise Irregular(use.name, "the rows of its layer do not grow with the batch")
-            factor = RULES[use.node.name()](use, known.owners[i], n, cot)
+            factor = RULES[use.node.name()](use, known.owners[key], n, cot)
             if factor is None:
                 raise Irregular(use.name, f"no rule for this use by {use.node.name()}")
             parts.setdefault(use.name, []).append((use, factor))
@@ -236,7 +231,7 @@ class Gradients:
         out = self.forward(probe)
         uses = find_uses(out, self.params)
         shapes_fewer = self._shapes(take(probe, slice(0, 2)), uses)
-        known = Structure(out.shape[1], {}, {}, set(self.params) - {use.name for use in uses}, signature(uses))
+        known = Structure(out.shape[1], {}, {}, set(self.params) - {use.name for use in uses}, _by_name(uses))
         generator = torch.Generator().manual_seed(0)
         draw = torch.randn(2, _PROBE, out.shape[1], generator=generator, dtype=torch.float64).to(out)
 
@@ -244,7 +239,7 @@ class Gradients:
         masked[range(_PROBE), range(_PROBE)] = draw[0]
         ruled = [use for use in uses if use.node.name() in RULES]
         cotangents = self._backward(out, [use.node for use in ruled], masked)
-        for i, use in enumerate(uses):
+        for i, (key, use) in enumerate(_numbered(uses)):
             if use.node not in cotangents:
                 known.fallback[use.name] = f"no rule for {use.node.name()}"
                 continue
@@ -253,7 +248,7 @@ class Gradients:
             if owner is None:
                 known.fallback[use.name] = f"rows of {use.node.name()} could not be assigned to samples"
             else:
-                known.owners[i] = owner
+                known.owners[key] = owner
         factors = self._fast_or_fallback(out, uses, known, draw)
         known.sizes = {name: _size(f, self.params[name]) for name, f in factors.items()}
         known.sizes |= {name: Size(0, 0, 0, self.params[name].numel()) for name in known.fallback}
@@ -294,7 +289,9 @@ class Gradients:
                     expected="the same output in every batch and at every call",
                     fix="Look for layers that mix samples (batch statistics) or draw random numbers; call model.eval().",
                 )
-            reference = self._single(alone, list(factors), draw[:, s])
+            reference = self._single(alone, list(factors), draw[:, s]) if factors else {}
+            if not reference:
+                continue
             whole = torch.stack([g.norm() for g in reference.values()]).norm()
             for name, factor in factors.items():
                 fast = (factor.rows() if isinstance(factor, Pair) else factor.values)[s].reshape(draw.shape[0], -1)
@@ -306,6 +303,24 @@ class Gradients:
                         f"error {error:.3g}, norm {reference[name].norm():.3g}. No kernel was computed. Leave it out "
                         "with params=..., and please report the layer that uses it."
                     )
+
+
+def _numbered(uses: list[Use]) -> list[tuple[tuple[str, int], Use]]:
+    """Uses with a key that survives other parameters' uses coming and going: (parameter, which of its uses)."""
+    seen: dict[str, int] = {}
+    keyed = []
+    for use in uses:
+        keyed.append(((use.name, seen.get(use.name, 0)), use))
+        seen[use.name] = seen.get(use.name, 0) + 1
+    return keyed
+
+
+def _by_name(uses: list[Use]) -> dict[str, tuple]:
+    """What the uses of each parameter look like."""
+    found: dict[str, tuple] = {}
+    for use, look in zip(uses, signature(uses), strict=True):
+        found[use.name] = (*found.get(use.name, ()), look[1:])
+    return found
 
 
 def _in_place(use: Use, factor: Factor) -> Pair | None:

@@ -50,7 +50,9 @@ def check_batch(x: Batch, name: str) -> None:
         )
     sizes = {t.shape[0] for t in tensors}
     if len(sizes) > 1:
-        raise refusal(name, got=f"tensors with {sorted(sizes)} samples", expected="one number of samples", fix="Cut them alike.")
+        raise refusal(
+            name, got=f"tensors with {sorted(sizes)} samples", expected="one number of samples", fix="Cut them alike."
+        )
     if sizes == {0}:
         raise refusal(name, got="an empty set", expected="at least one sample", fix="Check the selection that made it.")
     for tensor in tensors:
@@ -88,7 +90,9 @@ def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
         wish = "at least one name"
     chosen = {name: p for name, p in chosen.items() if p.is_floating_point()}
     if not chosen:
-        raise refusal("params", got="no parameter", expected=wish, fix="See dict(model.named_parameters()) for the names.")
+        raise refusal(
+            "params", got="no parameter", expected=wish, fix="See dict(model.named_parameters()) for the names."
+        )
     return chosen
 
 

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.jacobian.inputs import Batch, Outputs, call, count, leaves, reduce_outputs, select_parameters, take, untouched
+from ntkit.jacobian.inputs import (
+    Batch,
+    Outputs,
+    call,
+    count,
+    leaves,
+    reduce_outputs,
+    select_parameters,
+    take,
+    untouched,
+)
 
 
 def jacobian(

@@ -130,7 +130,7 @@ def _convolution(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
     return Pair(data.flatten(1, 2), cot.flatten(2, 3), patches.shape[1], groups=node._saved_groups)
 
 
-def _patches(x: Tensor, kernel, stride, padding, dilation) -> Tensor:  # noqa: ANN001
+def _patches(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
     """Receptive fields, [N, channels * prod(kernel), positions], for any number of spatial axes."""
     if len(kernel) == 2:
         return F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)

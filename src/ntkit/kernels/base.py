@@ -69,7 +69,9 @@ class KernelOperator:
     N = n, or n * C with row i * C + c for a kernel with C outputs ("full").
     """
 
-    def __init__(self, size: int, apply: Callable[[Tensor], Tensor], diagonal: Callable[[], Tensor], like: Tensor) -> None:
+    def __init__(
+        self, size: int, apply: Callable[[Tensor], Tensor], diagonal: Callable[[], Tensor], like: Tensor
+    ) -> None:
         self.shape = (size, size)
         self._apply, self._diagonal = apply, diagonal
         self.dtype, self.device = like.dtype, like.device

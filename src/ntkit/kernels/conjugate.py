@@ -13,7 +13,11 @@ from ntkit.jacobian.inputs import Batch, call, check_mode, count, select_paramet
 from ntkit.kernels.base import Kernel, KernelOperator
 
 _BATCH = 256
-_WEIGHTED = {"AddmmBackward0": (2, "_saved_mat1"), "MmBackward0": (1, "_saved_self"), "ConvolutionBackward0": (1, "_saved_input")}
+_WEIGHTED = {
+    "AddmmBackward0": (2, "_saved_mat1"),
+    "MmBackward0": (1, "_saved_self"),
+    "ConvolutionBackward0": (1, "_saved_input"),
+}
 
 
 class ConjugateKernel(Kernel):

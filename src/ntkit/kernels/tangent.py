@@ -57,11 +57,17 @@ class TangentKernel(Kernel):
             [2., 2.]])
     """
 
-    def __init__(self, model: nn.Module, outputs: Outputs = "full", params: Any = None, memory: int | str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, outputs: Outputs = "full", params: Any = None, memory: int | str | None = None
+    ) -> None:
         if not isinstance(model, nn.Module):
-            raise refusal("model", got=type(model).__name__, expected="a torch.nn.Module", fix="Wrap the function in a module.")
+            raise refusal(
+                "model", got=type(model).__name__, expected="a torch.nn.Module", fix="Wrap the function in a module."
+            )
         if not callable(outputs) and outputs not in MODES:
-            raise refusal("outputs", got=repr(outputs), expected="a mode or a callable", fix=nearest(str(outputs), MODES))
+            raise refusal(
+                "outputs", got=repr(outputs), expected="a mode or a callable", fix=nearest(str(outputs), MODES)
+            )
         self._model, self._outputs = model, outputs
         self._mode = outputs if outputs in ("full", "diagonal") else "trace"
         self._budget = parse_memory(memory)
@@ -92,6 +98,11 @@ class TangentKernel(Kernel):
         """How ``k(x1, x2)`` would be computed: route and cost per parameter, samples per tile and forward pass."""
         check_batch(x1, "x1")
         return self._planned(x1, x1 if x2 is None else x2)[2]
+
+    def fallback(self, x: Batch) -> dict[str, str]:
+        """Parameters computed by plain autograd, sample by sample, on inputs like `x`, and why; empty at best."""
+        check_batch(x, "x")
+        return dict(self._gradients.structure(x).fallback)
 
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): two passes over the data per product, memory O(P) and one batch's graph."""
@@ -180,14 +191,20 @@ class TangentKernel(Kernel):
                     if same and j < i:
                         continue
                     columns = slice(j, min(j + size, n2))
-                    t2 = t1 if same and i == j else prepare(self._gradients, take(other, columns), known2, plan, progress.advance)
+                    t2 = (
+                        t1
+                        if same and i == j
+                        else prepare(self._gradients, take(other, columns), known2, plan, progress.advance)
+                    )
                     for a, b in _blocks(t1.n, t2.n, same and i == j):
                         block = product(t1.part(a.start, a.stop), t2.part(b.start, b.stop), scratch)
                         here = slice(i + a.start, i + a.stop), slice(j + b.start, j + b.stop)
                         result[(slice(None), *here)] = block
                         if same and (i != j or a != b):
                             flipped = block.transpose(1, 2)
-                            result[(slice(None), here[1], here[0])] = flipped.transpose(3, 4) if len(tail) == 2 else flipped
+                            result[(slice(None), here[1], here[0])] = (
+                                flipped.transpose(3, 4) if len(tail) == 2 else flipped
+                            )
                         elif same:
                             _mirror(result[(slice(None), *here)], len(tail) == 2)
                     del t2
@@ -198,14 +215,23 @@ class TangentKernel(Kernel):
         known1 = self._gradients.structure(x1)
         known2 = known1 if x2 is x1 else self._gradients.structure(x2)
         if known1.outputs != known2.outputs:
-            raise refusal("x2", got=f"{known2.outputs} outputs", expected=f"{known1.outputs}, as for x1", fix="Use inputs of one kind.")
+            raise refusal(
+                "x2",
+                got=f"{known2.outputs} outputs",
+                expected=f"{known1.outputs}, as for x1",
+                fix="Use inputs of one kind.",
+            )
         both = known1 if known2 is known1 else _joined(known1, known2)
         item = next(iter(self._gradients.params.values())).element_size()
         plan = make_plan(both, self._mode, count(x1), count(x2), self._memory(), item, aligned)
         return known1, known2, plan
 
     def _memory(self) -> int:
-        return self._budget if self._budget is not None else free_memory(next(iter(self._gradients.params.values())).device) // 2
+        return (
+            self._budget
+            if self._budget is not None
+            else free_memory(next(iter(self._gradients.params.values())).device) // 2
+        )
 
 
 def _blocks(n1: int, n2: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
@@ -235,7 +261,9 @@ def _joined(a: Structure, b: Structure) -> Structure:
             sizes[name] = Size(0, 0, 0, s.entries)
         else:
             sizes[name] = s if s.positions >= o.positions else o
-    return replace(a, sizes=sizes, fallback=a.fallback | b.fallback, bytes_per_sample=max(a.bytes_per_sample, b.bytes_per_sample))
+    return replace(
+        a, sizes=sizes, fallback=a.fallback | b.fallback, bytes_per_sample=max(a.bytes_per_sample, b.bytes_per_sample)
+    )
 
 
 def parse_memory(memory: int | str | None) -> int | None:
@@ -257,7 +285,10 @@ def parse_memory(memory: int | str | None) -> int | None:
             raise ValueError(memory)
     except (ValueError, KeyError) as error:
         raise refusal(
-            "memory", got=repr(memory), expected='bytes, or text such as "500 MB" or "2 GB"', fix="Give the scratch memory allowed."
+            "memory",
+            got=repr(memory),
+            expected='bytes, or text such as "500 MB" or "2 GB"',
+            fix="Give the scratch memory allowed.",
         ) from error
     return value
 

@@ -9,10 +9,11 @@ import torch
 
 from ntkit.checks import refusal
 
+_ONE_OUTPUT = 'A kernel with outputs="full" has one block per pair of outputs: choose "trace" or "sum".'
 _ROWS = 1024  # rows looked at together: the checks never make a second n x n array
 
 
-def as_matrix(K: Any, name: str) -> torch.Tensor:
+def as_matrix(K: Any, name: str, fix: str = _ONE_OUTPUT) -> torch.Tensor:
     """Take a real matrix of any kind as a float64 tensor (no copy where it is one already).
 
     Raises
@@ -20,13 +21,13 @@ def as_matrix(K: Any, name: str) -> torch.Tensor:
     Refused
         For complex or non-numeric values, another number of dimensions, no rows, or a value that is not finite.
     """
-    tensor = _as_tensor(K, name)
+    tensor = as_tensor(K, name)
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise refusal(
             name,
             got=f"shape {list(tensor.shape)}",
             expected="a matrix with at least one row and column",
-            fix='A kernel with outputs="full" has one block per pair of outputs: choose "trace" or "sum".',
+            fix=fix,
         )
     tensor = tensor.to(torch.float64)
     for start in range(0, len(tensor), _ROWS):
@@ -50,7 +51,7 @@ def as_gram(K: Any) -> tuple[torch.Tensor, bool, float]:
     Refused
         As `as_matrix`; also for a matrix that is not square, not symmetric to rounding, or has a negative diagonal.
     """
-    given = _as_tensor(K, "K")
+    given = as_tensor(K, "K")
     eps = torch.finfo(given.dtype).eps if given.is_floating_point() else torch.finfo(torch.float64).eps
     matrix = as_matrix(given, "K")
     if matrix.shape[0] != matrix.shape[1]:
@@ -125,20 +126,20 @@ def same_kind(tensor: torch.Tensor, like: Any) -> Any:
     return tensor if isinstance(like, torch.Tensor) else tensor.cpu().numpy()
 
 
-def _as_tensor(value: Any, name: str) -> torch.Tensor:
+def as_tensor(value: Any, name: str) -> torch.Tensor:
+    """Take real numbers of any kind as a detached tensor, copied only where torch cannot share them."""
+    fix = "Pass a real array or tensor."
     if isinstance(value, torch.Tensor):
-        tensor = value.detach()
-        tensor = tensor.cpu() if tensor.device.type == "mps" else tensor  # that device has no float64
-        kind = "complex" if tensor.is_complex() else None
-    else:
+        if value.is_complex():
+            raise refusal(name, got="complex values", expected="real numbers", fix=fix)
+        return value.detach().cpu() if value.device.type == "mps" else value.detach()  # that device has no float64
+    try:
         array = np.asarray(value)
-        kind = None if array.dtype.kind in "fiub" else f"{array.dtype}"
-        if kind is None:
-            # torch reads neither read-only arrays without a warning, nor negative strides or foreign byte orders
-            array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-            plain = array.flags.writeable and array.flags.c_contiguous and array.dtype != np.longdouble
-            array = array if plain else np.array(array, dtype=np.float64 if array.dtype == np.longdouble else None)
-            tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if kind is not None:
-        raise refusal(name, got=f"{kind} values", expected="real numbers", fix="Pass a real array or tensor.")
-    return tensor
+    except ValueError as error:
+        raise refusal(name, got="rows of unequal length", expected="real numbers", fix=fix) from error
+    if array.dtype.kind not in "fiub":
+        raise refusal(name, got=f"{array.dtype} values", expected="real numbers", fix=fix)
+    known = array.dtype.kind == "f" and array.dtype.itemsize <= 8
+    dtype = array.dtype.newbyteorder("=") if known else np.float64
+    # torch takes no negative strides, and warns of read-only arrays: those are copied
+    return torch.from_numpy(np.require(array, dtype, ["C", "W"]))

@@ -22,12 +22,17 @@ class KernelRidge:
 
     Attributes
     ----------
-    alpha_ : [n], or [n, C]: the dual coefficients; NaN where singular.
+    alpha_ : [n], or [n, C]: the dual coefficients; NaN where singular, and so are the predictions.
     residual_ : relative residual of the solve, |(K + ridge I) alpha - y| / |y| (Frobenius).
     loo_ : [n], or [n, C]: y_i minus the prediction for x_i of the machine fitted without point i,
         alpha_i / [(K + ridge I)^-1]_ii.
     status_ : "solved" | "singular" (K + ridge I has no Cholesky factor to working precision).
     advice_ : what to do when singular, else "".
+
+    Raises
+    ------
+    Refused
+        When `ridge` is negative or not finite.
 
     Notes
     -----
@@ -36,8 +41,8 @@ class KernelRidge:
     Examples
     --------
     >>> machine = KernelRidge(ridge=1.0).fit(torch.eye(2), torch.tensor([4.0, 2.0]))
-    >>> machine.predict(torch.eye(2)).tolist(), machine.loo_.tolist()
-    ([2.0, 1.0], [4.0, 2.0])
+    >>> print(machine.predict(torch.eye(2)), machine.loo_)
+    tensor([2.0000, 1.0000], dtype=torch.float64) tensor([4.0000, 2.0000], dtype=torch.float64)
     """
 
     alpha_: Any
@@ -61,7 +66,11 @@ class KernelRidge:
             When K is not square, symmetric and finite with a non-negative diagonal, or y does not fit it.
         """
         matrix, symmetric, _ = _gram.as_gram(K)
-        targets, flat = self._targets(y, matrix)
+        targets = _gram.as_tensor(y, "y")
+        flat = targets.ndim == 1
+        targets = _gram.as_matrix(targets[:, None] if flat else targets, "y", fix="Pass [n] or [n, C] targets.")
+        _gram.check_length(targets, len(matrix))
+        targets = targets.to(matrix.device)
         shifted = matrix.clone() if symmetric else (matrix + matrix.T) / 2
         shifted.diagonal().add_(self.ridge)
         lower, failed = torch.linalg.cholesky_ex(shifted)
@@ -97,11 +106,3 @@ class KernelRidge:
         if self._alpha is None:
             raise _gram.unfitted("KernelRidge")
         return _gram.same_kind(_gram.as_test_matrix(K_test, len(self._alpha), self._alpha) @ self._alpha, K_test)
-
-    def _targets(self, y: Any, matrix: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Take the targets as [n, C], and whether they came as [n]."""
-        shape = list(getattr(y, "shape", [len(y)]))
-        flat = len(shape) == 1
-        targets = _gram.as_matrix(y[:, None] if flat and hasattr(y, "shape") else [[v] for v in y] if flat else y, "y")
-        _gram.check_length(targets, len(matrix))
-        return targets.to(matrix.device), flat

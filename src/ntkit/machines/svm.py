@@ -13,8 +13,10 @@ from ntkit.checks import refusal
 from ntkit.machines import _gram
 
 _EPS = torch.finfo(torch.float64).eps
-_FIRST_BLOCK = 256
+_BLOCK = 128  # new points per step, or a quarter of the support where that is more
 _MAX_STEPS = 2000
+_PATIENCE = 100  # steps without a smaller gap or a larger dual objective
+_DAMPING, _MOST_DAMPING = 1e3 * _EPS, 1e-6  # relative to the trace of the system solved
 _ARC = 26  # trial steps 1, 1/4, 1/16, ... down to the rounding
 
 
@@ -47,12 +49,17 @@ class HardMarginSVM:
     iterations_ : Newton steps taken, all classes together.
     classes_ : the distinct labels, sorted. A positive binary decision means ``classes_[1]``.
 
+    Raises
+    ------
+    Refused
+        When `tol` is not between 0 and 1.
+
     Notes
     -----
     The problem of Long (2021), "Properties of the After Kernel", section 2 (there solved by gradient methods under a
     time limit). ``sklearn.svm.SVC`` has a bias and so solves another problem. Method: projected Newton steps
     (Bertsekas 1982) on the support and the most violating points, by Cholesky, until the gap closes. Memory: K in
-    float64 and twice the square of the number of supports.
+    float64 and two square matrices of the size of the support and a quarter.
 
     For a kernel with negative eigenvalues (rounding) a closed gap certifies the optimality conditions for K as it is.
 
@@ -111,7 +118,7 @@ class HardMarginSVM:
         severity = {"optimal": 0, "inaccurate": 1, "not separable": 2}
         worst = max(range(len(found)), key=lambda c: severity[found[c].status])
         self.status_ = found[worst].status
-        self.advice_ = _advice(found[worst], matrix, signs[worst], self.tol)
+        self.advice_ = _advice(found[worst], matrix, signs[worst], eps, self.tol)
         if self.advice_ and not binary:
             self.advice_ = f"Class {labels[worst]} against the rest. {self.advice_}"
         self.classes_ = torch.from_numpy(labels).to(y.device) if isinstance(y, torch.Tensor) else labels
@@ -156,7 +163,7 @@ class _Solution:
     kkt: float
     status: str
     steps: int
-    curvature: float  # a^T Q a / a^T a with K at unit mean diagonal: 0 where the signed features cancel
+    energy: float  # a^T Q a / (sum a)^2, K at unit mean diagonal: the square of a bound on the relative margin
 
 
 def _classes(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -174,14 +181,12 @@ def _classes(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     return labels, codes
 
 
-def _solve(
-    K: torch.Tensor, y: torch.Tensor, scale: float, symmetric: bool, eps: float, tol: float
-) -> _Solution:
+def _solve(K: torch.Tensor, y: torch.Tensor, scale: float, symmetric: bool, eps: float, tol: float) -> _Solution:
     """Minimise 1/2 a^T Q a - sum a over a >= 0, Q = scale * y y^T * K; see `HardMarginSVM`.
 
     Each step solves for the exact minimiser on the free points (the support and a block of the most violating ones),
     ignoring signs, and goes towards it along the projection onto a >= 0 as far as is best. The gradient is computed
-    afresh from K at every step, so the jitter of the factorisation only affects speed: it is its own refinement.
+    afresh from K at every step, so the damping of the factorisation only affects speed: it is its own refinement.
     """
     n = len(y)
 
@@ -192,35 +197,42 @@ def _solve(
     # Below this, a^T Q a cannot be told from 0: rounding of the products, and of the entries of K themselves.
     floor = 2 * _EPS * n + eps * n**0.5
     target = 1e-3 * tol  # one or two steps beyond tol settle the support itself, not only the objective
-    a, block, steps, stalled = torch.zeros_like(y), _FIRST_BLOCK, 0, 0
-    best = (float("inf"), a)
-    factor = _Factor(K, y, scale)
-    mean = product(torch.ones_like(y))
-    gradient = mean * (n / mean.sum().clamp(min=_EPS)) - 1  # ranks the first block: hardest for the class means
-    status = "inaccurate"
-    while True:
-        step = factor.step(a, gradient if steps else -torch.ones_like(y), _free(a, gradient, block, target))
+    a, gradient = torch.zeros_like(y), -torch.ones_like(y)
+    factor, status, steps, stalled = _Factor(K, y, scale), "inaccurate", 0, 0
+    best, best_gap, best_dual = a, float("inf"), 0.0
+    most, mean = _BLOCK, product(torch.ones_like(y))
+    block = mean.topk(min(most, n), largest=False).indices  # the first block: hardest for the class means
+    while steps < _MAX_STEPS and stalled < _PATIENCE:
+        step = factor.step(a, gradient, block)
         steps += 1
         if step is None:
-            if block == 0:
+            if len(block) > 0:
+                most = len(block) // 8 or int(len(block) > 1)
+            elif factor.damping < _MOST_DAMPING:
+                # dependent features: the step drowned in the rounding of a nearly singular solve
+                factor.damping, most = 100 * factor.damping, _BLOCK
+            else:
                 break
-            block //= 8
-            continue
-        a = step
-        margins = product(a)
-        total, energy = a.sum().item(), (a @ margins).item()
-        if energy <= floor * (a @ a).item():
-            status = "not separable" if energy >= -floor * (a @ a).item() else "inaccurate"
-            best = (1.0, a)
-            break
-        gap = _gap(total, energy, margins.min().item())
-        stalled = 0 if gap < 0.5 * best[0] else stalled + 1
-        if gap < best[0]:
-            best = (gap, a)
-        if gap <= target or steps >= _MAX_STEPS or (stalled >= 8 and best[0] <= tol) or stalled >= 200:
-            break
-        gradient, block = margins - 1, max(_FIRST_BLOCK, int((a > 0).sum()))
-    return _certify(best[1], product, status, scale, tol, steps)
+        else:
+            a = step
+            factor.damping = max(_DAMPING, factor.damping / 10)
+            margins = product(a)
+            energy, size = (a @ margins).item(), (a @ a).item()
+            if energy <= floor * size:
+                if best_gap >= 1:  # no separator was ever seen
+                    best, status = a, "not separable" if energy >= -floor * size else "inaccurate"
+                break
+            total = a.sum().item()
+            gap, dual = _gap(total, energy, margins.min().item()), total**2 / energy
+            stalled = 0 if gap < 0.9 * best_gap or dual > best_dual * (1 + 1e-6) else stalled + 1
+            if gap <= best_gap:
+                best, best_gap = a, gap
+            best_dual = max(best_dual, dual)
+            if gap <= target or (best_gap <= tol and stalled >= 10):
+                break
+            gradient, most = margins - 1, max(_BLOCK, int((a > 0).sum()) // 4)
+        block = _violators(a, gradient, most, target)
+    return _certify(best, product, status, scale, tol, steps)
 
 
 def _gap(total: float, energy: float, smallest: float) -> float:
@@ -233,83 +245,107 @@ def _certify(
 ) -> _Solution:
     margins = product(a)
     total, energy = a.sum(), a @ margins
-    curvature = (energy / (a @ a).clamp(min=_EPS)).item()
+    relative = (energy / total.square()).item()
     if status == "not separable" or energy <= 0:
         # no multiple of a is a dual optimum: report the combination under which the features cancel
-        return _Solution(a / total, torch.zeros_like(total), 1.0, float("inf"), status, steps, curvature)
+        return _Solution(a / total, torch.zeros_like(total), 1.0, float("inf"), status, steps, relative)
     gap = _gap(total.item(), energy.item(), margins.min().item())
     rescale = total / energy
     a, margins = a * rescale, margins * rescale
     violation = torch.maximum((1 - margins).clamp(min=0), (a / a.max()) * (margins - 1).abs()).max()
     status = "optimal" if gap <= tol else status
     a = a * scale
-    return _Solution(a, a.sum().rsqrt(), gap, violation.item(), status, steps, curvature)
+    return _Solution(a, a.sum().rsqrt(), gap, violation.item(), status, steps, relative)
 
 
-def _free(a: torch.Tensor, gradient: torch.Tensor, block: int, target: float) -> torch.Tensor:
-    """Indices of the support and of up to `block` points that violate their margin most, sorted."""
-    chosen = a > 0
-    worst = torch.where(chosen, torch.inf, gradient)
-    count = min(block, int((worst < -target / 10).sum()) or (0 if chosen.any() else len(a)))
-    if count:
-        chosen[worst.topk(count, largest=False).indices] = True
-    return torch.nonzero(chosen).ravel()
+def _violators(a: torch.Tensor, gradient: torch.Tensor, most: int, target: float) -> torch.Tensor:
+    """Find up to `most` points outside the support that violate their margin most."""
+    outside = torch.where(a > 0, torch.inf, gradient)
+    count = min(most, int((outside < -target / 10).sum()))
+    return outside.topk(count, largest=False).indices
 
 
 class _Factor:
-    """The Cholesky factor of the free points, kept while they stay the same."""
+    """The Cholesky factor of Q over the support and a block of new points (in this order), kept while they stay."""
 
     def __init__(self, K: torch.Tensor, y: torch.Tensor, scale: float):
         self.K, self.y, self.scale = K, y, scale
-        self.free = torch.empty(0, dtype=torch.long, device=y.device)
+        self.damping = _DAMPING
+        self.key = (0.0, torch.empty(0, dtype=torch.long, device=y.device))
 
-    def step(self, a: torch.Tensor, gradient: torch.Tensor, free: torch.Tensor) -> torch.Tensor | None:
+    def step(self, a: torch.Tensor, gradient: torch.Tensor, block: torch.Tensor) -> torch.Tensor | None:
         """Return the best point on the projected Newton arc from a, or None where none lowers the objective."""
-        while True:
-            if not torch.equal(free, self.free):
-                self._factorise(free)
-            start, slope = a[free], gradient[free]
-            direction = -torch.cholesky_solve(slope[:, None], self.lower)
-            reached = start[:, None] + direction
-            leaving = (reached[:, 0] < 0) & (start == 0)
-            if not leaving.any():
-                break
-            free = free[~leaving]  # a zero that wants to go below zero only bends the path of the others
+        support = torch.nonzero(a).ravel()
+        free = torch.cat([support, block])
+        if self.key[0] != self.damping or not torch.equal(free, self.key[1]):
+            self._factorise(free)
+        start, slope = a[free, None], gradient[free, None]
+        direction = self._direction(slope, len(support))
+        reached = start + direction
         if (reached < 0).any():
             lengths = 0.25 ** torch.arange(_ARC, dtype=a.dtype, device=a.device)
-            moves = (start[:, None] + direction * lengths).clamp_(min=0) - start[:, None]
+            moves = (start + direction * lengths).clamp_(min=0) - start
             # differences, not values, of the objective: no cancellation near the optimum
-            change = slope @ moves + 0.5 * (moves * (self.Q @ moves)).sum(0)
+            change = (slope * moves).sum(0) + 0.5 * (moves * (self.Q @ moves)).sum(0)
             k = int(change.argmin())
             if change[k] >= 0:
                 return None
-            reached = start[:, None] + moves[:, k : k + 1]
+            reached = start + moves[:, k : k + 1]
         new = torch.zeros_like(a)
         new[free] = reached[:, 0].clamp(min=0)
         return new
 
+    def _direction(self, slope: torch.Tensor, old: int) -> torch.Tensor:
+        """Solve for the Newton direction, [m, 1], with the new points that would go below zero held at zero.
+
+        A zero that wants to go below zero only bends the path of the others. Holding it takes the Schur complement of
+        the new points, which is the trailing block of the factor times its transpose: no new factorisation.
+        """
+        L = self.lower
+        u = torch.linalg.solve_triangular(L, -slope, upper=False)
+        trailing = L[old:, old:]
+        complement, right = trailing @ trailing.T, trailing @ u[old:]
+        moves = torch.zeros_like(right)
+        kept = torch.arange(len(right), device=L.device)
+        while len(kept):
+            part = _cholesky(complement[kept[:, None], kept], 4 * _EPS)
+            found = torch.cholesky_solve(right[kept], part)
+            if (found >= 0).all():
+                moves[kept] = found
+                break
+            kept = kept[found[:, 0] >= 0]
+        rest = torch.linalg.solve_triangular(L[:old, :old].T, u[:old] - L[old:, :old].T @ moves, upper=True)
+        return torch.cat([rest, moves])
+
     def _factorise(self, free: torch.Tensor) -> None:
-        self.free = self.Q = self.lower = torch.empty(0)  # let go of the old ones before making the new
+        self.Q = self.lower = torch.empty(0)  # let go of the old ones before making the new
         Q = self.K[free[:, None], free]
         Q *= (self.scale * self.y[free])[:, None]
         Q *= self.y[free]
-        jitter = 4 * _EPS * len(free)
-        while True:
-            Q.diagonal().add_(jitter)
-            lower, failed = torch.linalg.cholesky_ex(Q)
-            Q.diagonal().sub_(jitter)
-            if not failed:
-                break
-            jitter *= 30
-        self.free, self.Q, self.lower = free, Q, lower
+        self.lower, self.Q, self.key = _cholesky(Q, self.damping), Q, (self.damping, free)
 
 
-def _advice(found: _Solution, K: torch.Tensor, y: torch.Tensor, tol: float) -> str:
+def _cholesky(H: torch.Tensor, damping: float) -> torch.Tensor:
+    """Factorise H + a multiple of I: damping, relative to the trace, or more where that is not enough for rounding."""
+    diagonal = H.diagonal().clone()
+    while True:
+        H.diagonal().copy_(diagonal + damping * diagonal.sum())
+        lower, failed = torch.linalg.cholesky_ex(H)
+        H.diagonal().copy_(diagonal)
+        if not failed:
+            return lower
+        damping *= 30
+
+
+def _advice(found: _Solution, K: torch.Tensor, y: torch.Tensor, eps: float, tol: float) -> str:
     if found.status == "optimal":
         return ""
     if found.status == "inaccurate":
-        negative = found.curvature < 0
-        reason = "K has negative eigenvalues" if negative else f"the gap is {found.gap:.1e}, above tol = {tol:.1e}"
+        if found.energy <= 0:
+            reason = "K has negative eigenvalues"
+        else:
+            bound = found.energy**0.5
+            reason = f"gap {found.gap:.1e} above tol {tol:.1e}; the margin is at most {bound:.1e} of the feature norm"
         return (
             f"Not solved to tolerance: {reason}. Compute K in float64, or use KernelRidge, which does not need "
             "separable data."
@@ -317,8 +353,10 @@ def _advice(found: _Solution, K: torch.Tensor, y: torch.Tensor, tol: float) -> s
     support = torch.nonzero(found.alpha).ravel()
     zero = support[K.diagonal()[support] == 0]
     if len(zero):
-        return f"Point {int(zero[0])} has a zero feature vector, on no side of any separator. Drop it or use KernelRidge."
-    pairs = _contradictions(K, y)
+        return (
+            f"Point {int(zero[0])} has a zero feature vector, on no side of any separator. Drop it or use KernelRidge."
+        )
+    pairs = _contradictions(K, y, eps)
     named = ", ".join(f"{i} and {j}" for i, j in pairs)
     cause = f"Points with the same features and different labels: {named}. " if pairs else ""
     return (
@@ -327,14 +365,15 @@ def _advice(found: _Solution, K: torch.Tensor, y: torch.Tensor, tol: float) -> s
     )
 
 
-def _contradictions(K: torch.Tensor, y: torch.Tensor, most: int = 3) -> list[tuple[int, int]]:
-    """Find up to `most` pairs with K_ii = K_jj = K_ij to rounding and different labels."""
+def _contradictions(K: torch.Tensor, y: torch.Tensor, eps: float, most: int = 3) -> list[tuple[int, int]]:
+    """Find up to `most` pairs with K_ii = K_jj = K_ij to rounding and different labels, each positive point once."""
     diagonal, pairs = K.diagonal(), []
     for i in torch.nonzero(y > 0).ravel().tolist():
-        room = 1e-12 * diagonal[i]
+        room = max(1e-12, 32 * eps) * diagonal[i]
         same = (y < 0) & ((K[i] - diagonal[i]).abs() <= room) & ((diagonal - diagonal[i]).abs() <= room)
-        for j in torch.nonzero(same).ravel().tolist():
+        if same.any():
+            j = int(same.nonzero()[0])
             pairs.append((min(i, j), max(i, j)))
             if len(pairs) == most:
-                return pairs
+                break
     return pairs

@@ -231,11 +231,15 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         pairs = [(key, old.get(key, "absent"), new.get(key, "absent")) for key in keys]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and _of_dicts(old + new):
         pairs = [(index, *pair) for index, pair in enumerate(zip(old, new, strict=True))]
     else:
         return [] if old == new else [f"{name} (was {_short(old)}, now {_short(new)})"]
     return [change for key, a, b in pairs for change in _differences(a, b, f"{name}.{key}" if name else str(key))]
+
+
+def _of_dicts(values: list[Any]) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _short(value: Any) -> str:

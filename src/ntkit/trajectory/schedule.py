@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from functools import lru_cache
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ntkit.checks import nearest, refusal
 
 
-def snapshot_steps(record: str | Sequence[int], steps: int) -> Collection[int]:
+def snapshot_steps(record: str | Iterable[int], steps: int) -> Collection[int]:
     """Give the steps to record of a run of `steps` optimisation steps; 0 and `steps` are always among them.
 
     Parameters
@@ -30,25 +31,24 @@ def snapshot_steps(record: str | Sequence[int], steps: int) -> Collection[int]:
     >>> sorted(snapshot_steps("log", 20))
     [0, 1, 2, 3, 4, 6, 8, 11, 16, 20]
     """
-    if isinstance(record, str):
-        if record == "all":
-            return range(steps + 1)
-        if record == "log":
-            return frozenset(
-                {0, steps} | {s for k in range(2 * steps.bit_length()) if (s := round(2 ** (k / 2))) < steps}
+    if isinstance(record, str) and record == "all":
+        return range(steps + 1)
+    if isinstance(record, str) and record == "log":
+        powers = (round(2 ** (k / 2)) for k in range(2 * steps.bit_length()))
+        return frozenset({0, steps, *(s for s in powers if s < steps)})
+    if isinstance(record, str) or not isinstance(record, Iterable):
+        fix = nearest(str(record), ["log", "all"])
+        raise refusal("record", got=repr(record), expected="'log', 'all' or a list of steps", fix=fix)
+    listed = list(record)
+    for s in listed:
+        if isinstance(s, bool) or not isinstance(s, Integral) or not 0 <= s <= steps:
+            raise refusal(
+                "record",
+                got=f"step {s!r}",
+                expected=f"integers from 0 to steps = {steps}",
+                fix="Leave that step out or train for more steps.",
             )
-        raise refusal(
-            "record", got=repr(record), expected="'log', 'all' or a list of steps", fix=nearest(record, ["log", "all"])
-        )
-    wrong = [s for s in record if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s <= steps]
-    if wrong:
-        raise refusal(
-            "record",
-            got=f"step {wrong[0]!r}",
-            expected=f"integers from 0 to steps = {steps}",
-            fix="Leave that step out or train for more steps.",
-        )
-    return frozenset({0, steps, *record})
+    return frozenset({0, steps, *map(int, listed)})
 
 
 def derived_seed(*parts: int | str) -> int:

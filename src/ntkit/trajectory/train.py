@@ -42,8 +42,9 @@ def train(
 
     The run is a pure function of its arguments: the rows of step s depend on (seed, n, batch_size, s) only, and torch's
     random numbers (dropout) are seeded from (seed, s) at each step. So a run that was killed at any moment and resumed
-    ends with the same bits as one that was not, wherever torch's own kernels are deterministic (always on one CPU thread
-    count). The caller's random state, train/eval modes, ``requires_grad`` and ``.grad`` are left as they were.
+    ends with the same bits as one that was not, wherever torch's own kernels are deterministic (as on a CPU with the
+    same number of threads). The caller's random state, train/eval modes, ``requires_grad`` and ``.grad`` are left as
+    they were.
 
     Parameters
     ----------
@@ -168,8 +169,8 @@ def _advance(
         out.backward()
         opt.step()
         run.losses.append(value)
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-        return run.end_diverged(steps, math.nan)
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+        return run.end_diverged(steps, math.nan)  # the loss there would be, and was not computed
     run.hold()
     return run.end(steps, "steps", None)
 
@@ -183,33 +184,12 @@ class _Problem:
         if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], Tensor):
             raise refusal("data", got=type(data).__name__, expected="(x, y) tensors", fix="Pass data=(x, y).")
         x, self.y = data[0], data[1].detach()
-        named = x.items() if isinstance(x, Mapping) else enumerate([x] if isinstance(x, Tensor) else x)
-        self.inputs: dict[Any, Tensor] = {}
-        for name, value in [*named, ("y", self.y)]:
-            label = name if name == "y" else "x" if isinstance(x, Tensor) else f"x[{name!r}]"
-            if not isinstance(value, Tensor) or value.ndim == 0 or len(value) == 0:
-                got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise refusal(
-                    label,
-                    got=got,
-                    expected="a tensor with at least one example along dimension 0",
-                    fix="Check the data.",
-                )
-            if len(value) != len(self.y):
-                raise refusal(
-                    label, got=f"{len(value)} rows", expected=f"{len(self.y)}, as y has", fix="One target per example."
-                )
-            finite = torch.isfinite(value).reshape(len(value), -1).all(dim=1)
-            if not bool(finite.all()):
-                raise refusal(
-                    label,
-                    got=f"a value that is not finite in row {int((~finite).nonzero()[0])} (first of {int((~finite).sum())})",
-                    expected="finite values",
-                    fix="Remove or repair those rows.",
-                )
-            self.inputs[name] = value.detach()
         self.by_name = isinstance(x, Mapping)
-        del self.inputs["y"]
+        inputs: dict[Any, Any] = dict(x if isinstance(x, Mapping) else enumerate([x] if isinstance(x, Tensor) else x))
+        for name, value in inputs.items():
+            _check_rows("x" if isinstance(x, Tensor) else f"x[{name!r}]", value, self.y)
+        _check_rows("y", self.y, self.y)
+        self.inputs: dict[Any, Tensor] = {name: value.detach() for name, value in inputs.items()}
         self.n = len(self.y)
         if batch_size is not None and (not _is_integer(batch_size) or not 1 <= batch_size <= self.n):
             raise refusal(
@@ -258,6 +238,25 @@ class _Problem:
                 expected="a differentiable function of model(x)",
                 fix="Do not detach, round or argmax the outputs, and leave torch.no_grad out of the model.",
             )
+
+
+def _check_rows(label: str, value: Any, y: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) == 0:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        expected = "a tensor with at least one example along dimension 0"
+        raise refusal(label, got=got, expected=expected, fix="Check how the data was read.")
+    if value.ndim and y.ndim and len(value) != len(y):
+        raise refusal(
+            label, got=f"{len(value)} rows", expected=f"{len(y)}, as y has", fix="Give one target per example."
+        )
+    bad = (~torch.isfinite(value).reshape(len(value), -1).all(dim=1)).nonzero().flatten()
+    if len(bad):
+        raise refusal(
+            label,
+            got=f"a value that is not finite in row {int(bad[0])} (first of {len(bad)} such rows)",
+            expected="finite values",
+            fix="Remove or repair those rows.",
+        )
 
 
 def _check_numbers(steps: int, seed: int, target: float | None) -> None:
@@ -358,3 +357,5 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if event.is_set():  # it came during the last step
+        raise KeyboardInterrupt

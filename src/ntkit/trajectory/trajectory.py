@@ -31,10 +31,12 @@ class Trajectory:
     ----------
     path : the folder.
     settings : what the run was started with (``run.json``): steps, batch_size, record, seed, target, loss,
-        optimizer (class, defaults, groups), parameters (shape and dtype by name), aliases of tied tensors, n, data hash.
+        optimizer (class, defaults, groups), parameters (shape and dtype by name, buffers too), aliases of tied
+        tensors, n, hash of the data.
     status : ``"running"`` (or killed), ``"complete"`` or ``"diverged"`` (a loss that is not finite).
     stop : why and where it ended: ``reason`` (``"steps"``, ``"target"``, ``"diverged"``), ``step`` (the final one),
-        ``loss`` there if it was computed; a diverged run adds ``diverged_at`` and ``diverged_loss``. Empty while running.
+        ``loss`` there if it was computed; a diverged run adds ``diverged_at`` and ``diverged_loss``. Empty while
+        running.
     steps : the recorded steps, ascending.
 
     Examples
@@ -167,16 +169,14 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
     }  # non-persistent buffers may be absent
     wrong: dict[str, list[str]] = {
         "missing": [names[0] for names, _ in groups if not tensors.keys() & set(names) and needed & set(names)],
-        "unexpected": [name for name in tensors if name not in canonical],
+        "unexpected": sorted(tensors.keys() - canonical.keys()),
         "of another shape": [],
         "of a dtype that would lose digits": [],
         "tied in the model, different here": [],
     }
     new: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name not in canonical:
-            continue
-        target = targets[canonical[name]]
+    for name in [name for name in canonical if name in tensors]:
+        tensor, target = tensors[name], targets[canonical[name]]
         if tensor.shape != target.shape:
             wrong["of another shape"].append(f"{name} {list(tensor.shape)} (model: {list(target.shape)})")
         elif torch.promote_types(tensor.dtype, target.dtype) != target.dtype:
@@ -237,7 +237,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     from safetensors.torch import save
 
     blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-    write_atomically(path, lambda aside: aside.write_bytes(blob) and None)
+
+    def write(aside: Path) -> None:
+        aside.write_bytes(blob)
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

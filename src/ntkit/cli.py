@@ -1,0 +1,115 @@
+"""The command line: a thin layer over the library's functions. torch is imported inside commands only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from ntkit import __version__
+from ntkit.checks import Refused
+from ntkit.settings import Settings
+
+app = App(
+    name="ntkit",
+    help="See a PyTorch network through its tangent kernel: before, along and after training.",
+    version=__version__,
+    default_parameter=Parameter(consume_multiple=True, negative=()),
+)
+
+
+@app.command
+def analyze(
+    settings: Annotated[Settings | None, Parameter(name="*")] = None,
+    *,
+    out: Path | None = None,
+    from_: Annotated[Path | None, Parameter(name="--from")] = None,
+    overwrite: bool = False,
+) -> None:
+    """Train or load a network, measure its kernel before, along and after training, and write a report.
+
+    Parameters
+    ----------
+    settings
+        What to analyse, and how.
+    out
+        Run folder (runs/MODEL-DATA by default).
+    from_
+        Folder of an earlier run: one that did not end goes on; a complete one is repeated into --out.
+    overwrite
+        Replace an existing run.
+    """
+    from ntkit.analysis import analyze as run
+
+    folder = run(settings, out=out, resume=from_, overwrite=overwrite, say=_say)
+    _print_summary(folder)
+
+
+@app.command
+def report(run: Path) -> None:
+    """Make the report of a run anew from its results.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    """
+    from ntkit.report import render
+
+    print(render(run))
+
+
+def main() -> None:
+    """Entry point: refusals are one line on stderr and exit 2; Ctrl-C says how to go on and exits 130."""
+    try:
+        app()
+    except Refused as refused:
+        print(f"ntkit: {refused}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nntkit: stopped. What is done is kept; go on with: ntkit analyze --from RUN", file=sys.stderr)
+        sys.exit(130)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_summary(folder: Path) -> None:
+    """Print the short table: test errors with their standard errors and certificates, then the report's path."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ntkit.files import read_json
+
+    results = read_json(folder / "results.json")
+    table = Table(title=results["title"], title_justify="left")
+    for column in ("test error of", "%", "± s.e.", "certificate"):
+        table.add_column(column, justify="right" if column in ("%", "± s.e.") else "left", overflow="fold")
+
+    def row(label: str, number: dict, certificate: str) -> None:
+        value = "-" if number["value"] is None else f"{100 * number['value']:.2f}"
+        table.add_row(label, value, "-" if number["error"] is None else f"{100 * number['error']:.2f}", certificate)
+
+    row("the network", results["network"]["test_error"], "")
+    for m in results["machines"]:
+        gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
+        row(f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}")
+    console = Console()
+    console.print(table)
+    first, last = results["quality"][0], results["quality"][1]
+    console.print(
+        f"alignment with the targets: {first['alignment']:.3f} at initialisation, {last['alignment']:.3f} after"
+    )
+    failed = [c["what"] for c in results["certificates"] if not c["ok"]]
+    console.print(
+        f"certificates: {len(results['certificates']) - len(failed)} hold"
+        + (f"; NOT: {'; '.join(failed)}" if failed else "")
+    )
+    print(f"report: {folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""The questions `ntkit analyze` asks of one network, each a function from kernels and data to plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ntkit.checks import refusal
+from ntkit.data import Data
+from ntkit.jacobian.inputs import call, take, untouched
+from ntkit.jacobian.reference import tangent_kernel
+from ntkit.kernels.base import Kernel
+from ntkit.kernels.conjugate import ConjugateKernel
+from ntkit.kernels.tangent import TangentKernel
+from ntkit.machines import HardMarginSVM
+from ntkit.probes import invariance, standard
+from ntkit.progress import task
+from ntkit.spectra import alignment, effective_rank, spectrum
+from ntkit.trajectory import Trajectory
+
+TOP = 20  # eigenvalues followed along training
+ENERGY_KS = (1, 2, 5, 10, 20)
+NEIGHBOURS, SHOWN = 5, 8  # per test image, and test images shown
+LABELS = {
+    "init": "tangent kernel at initialisation",
+    "after": "after kernel",
+    "conjugate": "conjugate kernel (last hidden layer)",
+}
+
+
+def number(value: float, error: float | None, certificate: str) -> dict[str, Any]:
+    """One number of a result: value, standard error and what certifies it."""
+    return {"value": _finite(value), "error": _finite(error), "certificate": certificate}
+
+
+def rate(wrong: Tensor, what: str) -> dict[str, Any]:
+    """Error rate with its binomial standard error."""
+    p, n = float(wrong.double().mean()), wrong.numel()
+    return number(p, (p * (1 - p) / n) ** 0.5, f"binomial standard error, {n:,} {what}")
+
+
+class Task:
+    """What the network is trained for: two classes with one output (logistic), or one output per class (softmax)."""
+
+    def __init__(self, model: nn.Module, data: Data) -> None:
+        self.data, self.classes = data, len(data.classes)
+        self.outputs = outputs_of(model, data.x_train[:2]).shape[1]
+        if self.outputs not in ({1, 2} if self.classes == 2 else {self.classes}):
+            raise refusal(
+                f"model {type(model).__name__}", got=f"{self.outputs} outputs for {self.classes} classes",
+                expected="one output per class" + (", or one output" if self.classes == 2 else ""),
+                fix="Give the factory a parameter named outputs, or select as many classes with --classes.",
+            )  # fmt: skip
+        self.binary = self.outputs == 1
+        self.name = "logistic (one output)" if self.binary else "cross-entropy"
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        """Mean loss of outputs [n, ...] for labels [n]."""
+        out = out.reshape(len(y), -1)
+        return F.binary_cross_entropy_with_logits(out[:, 0], y.to(out)) if self.binary else F.cross_entropy(out, y)
+
+    def predict(self, out: Tensor) -> Tensor:
+        """Labels from outputs [n, C]."""
+        return (out[:, 0] > 0).long() if self.binary else out.argmax(1)
+
+    def targets(self, y: Tensor) -> Tensor:
+        """What the kernel should align with: +-1 [n], or one-hot [n, C]."""
+        return 2.0 * y.double() - 1 if self.binary else F.one_hot(y, self.classes).double()
+
+    def residual(self, out: Tensor, y: Tensor) -> Tensor:
+        """Derivative of each sample's loss with respect to its outputs, [n, C]."""
+        out = out.double()
+        return torch.sigmoid(out) - y[:, None] if self.binary else torch.softmax(out, 1) - F.one_hot(y, self.classes)
+
+
+def outputs_of(model: nn.Module, x: Any, batch: int = 512) -> Tensor:
+    """Outputs [n, C] in batches, without gradients; the model is left as it was."""
+    parts = []
+    with untouched(model, {}), torch.no_grad():
+        for start in range(0, len(x), batch):
+            out = call(model, take(x, slice(start, start + batch)))
+            parts.append(out.reshape(len(out), -1))
+    return torch.cat(parts)
+
+
+def network(task_: Task, model: nn.Module) -> dict[str, Any]:
+    """Loss and error of the network itself on both sets."""
+    result = {}
+    for part, x, y in (
+        ("train", task_.data.x_train, task_.data.y_train),
+        ("test", task_.data.x_test, task_.data.y_test),
+    ):
+        out = outputs_of(model, x)
+        result[f"{part}_error"] = rate(task_.predict(out) != y, f"{part} examples")
+        loss = F.binary_cross_entropy_with_logits(out[:, 0], y.to(out), reduction="none") if task_.binary else (
+            F.cross_entropy(out, y, reduction="none"))  # fmt: skip
+        error = float(loss.double().std() / len(y) ** 0.5) if len(y) > 1 else None
+        result[f"{part}_loss"] = number(float(loss.double().mean()), error, f"standard error over {len(y):,} examples")
+    return result
+
+
+def quality(K: Tensor, targets: Tensor) -> dict[str, Any]:
+    """Numbers of one train x train kernel."""
+    trace = float(K.diagonal().double().sum())
+    return {
+        "alignment": _finite(alignment(K, targets)),
+        "alignment_centered": _finite(alignment(K, targets, centered=True)),
+        "effective_rank": _finite(effective_rank(K)),
+        "trace": trace,
+        "scale": trace / len(K),
+    }
+
+
+def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Hard-margin SVM on one kernel: numbers with their certificate, and its arrays."""
+    svm = HardMarginSVM().fit(K, data.y_train)
+    gap = _finite(float(svm.gap_))
+    certificate = f"SVM {svm.status_}, relative gap {gap:.1e}" if gap is not None else f"SVM {svm.status_}"
+    errors = {}
+    for part, values, y in (("train", K, data.y_train), ("test", K_test, data.y_test)):
+        entry = rate(torch.as_tensor(svm.predict(values)).to(y) != y, f"{part} examples")
+        entry["certificate"] = f"{certificate}; {entry['certificate']}"
+        errors[f"{part}_error"] = entry
+    alpha = np.asarray(svm.alpha_, dtype=np.float64)
+    margin = np.asarray(svm.margin_, dtype=np.float64)
+    result = {
+        "status": svm.status_,
+        "advice": svm.advice_,
+        **errors,
+        "gap": gap,
+        "kkt": _finite(float(svm.kkt_)),
+        "margin": [_finite(m) for m in margin.tolist()] if margin.ndim else _finite(float(margin)),
+        "support": int((alpha.reshape(len(alpha), -1) > 0).any(1).sum()),
+        "n": len(K),
+    }
+    return result, {"alpha": alpha, "decision": np.asarray(svm.decision_function(K_test), dtype=np.float64)}
+
+
+def along(
+    task_: Task, model: nn.Module, trajectory: Trajectory, points: int, memory: int, lr: float | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The kernel on the same training points at every snapshot (Kopitkov & Indelman 2020; trace kernel)."""
+    n = min(points, len(task_.data.x_train))
+    chosen = torch.linspace(0, len(task_.data.x_train) - 1, n).long()
+    x, y = task_.data.x_train[chosen], task_.data.y_train[chosen]
+    targets = task_.targets(y)
+    k = min(TOP, n)
+    ks = [j for j in ENERGY_KS if j <= k]
+    series: dict[str, list] = {
+        name: []
+        for name in (
+            "losses", "eigenvalues", "trace", "alignment", "alignment_centered", "effective_rank", "distance_to_init",
+            "energy_targets", "energy_outputs", "energy_residual",
+        )
+    }  # fmt: skip
+    worst, first = 0.0, None
+    vectors = []
+    with task("kernel along training", total=len(trajectory.steps)) as progress:
+        for step in trajectory.steps:
+            trajectory.load(model, step)
+            K = TangentKernel(model, outputs="trace", memory=memory)(x).double()
+            out = outputs_of(model, x)
+            first = K if first is None else first
+            found = spectrum(K)
+            series["losses"].append(_finite(float(task_.loss(out, y))))
+            series["eigenvalues"].append(found.eigenvalues[:k].tolist())
+            series["trace"].append(found.trace)
+            series["alignment"].append(_finite(alignment(K, targets)))
+            series["alignment_centered"].append(_finite(alignment(K, targets, centered=True)))
+            series["effective_rank"].append(_finite(effective_rank(K)))
+            series["distance_to_init"].append(_finite(1 - alignment(K, first)))
+            for name, v in (("targets", targets), ("outputs", out), ("residual", task_.residual(out, y))):
+                energy = found.energy(v)
+                series[f"energy_{name}"].append([_finite(float(energy[j - 1])) for j in ks])
+            worst = max(worst, float(found.residuals[:k].max()))
+            vectors.append(found.eigenvectors[:, :k].cpu().numpy())
+            progress.advance()
+    result = {
+        "points": n,
+        "steps": list(trajectory.steps),
+        **series,
+        "energy_ks": ks,
+        "residual": worst,
+        # 2 n / lambda_1 bounds stable full-batch steps for least squares and one output; no such number otherwise
+        "stable_lr": [2 * n / row[0] for row in series["eigenvalues"]] if task_.outputs == 1 else None,
+        "lr": lr,
+    }
+    arrays = {
+        "eigenvalues": np.asarray(series["eigenvalues"]),
+        "eigenvectors": np.stack(vectors),
+        "points": chosen.numpy(),
+    }
+    return result, arrays
+
+
+def invariances(kernels: dict[str, Kernel], x: Tensor, samples: int) -> dict[str, Any] | None:
+    """Cosine between an image and its transform, under each kernel (Long 2021)."""
+    chosen = x[torch.linspace(0, len(x) - 1, min(samples, len(x))).long()]
+    probes = standard(tuple(x.shape[1:]))
+    rows = []
+    with task("invariances", total=len(probes)) as progress:
+        for name, transforms in probes.items():
+            row: dict[str, Any] = {
+                "name": name,
+                "parameters": "; ".join(t.parameters for t in transforms),
+                "undefined": 0,
+            }
+            for key, kernel in kernels.items():
+                found = invariance(kernel, chosen, transforms)
+                row[{"init": "before"}.get(key, key)] = number(
+                    found.mean, found.standard_error, f"standard error over {len(chosen)} images"
+                )
+                row["undefined"] += found.undefined
+            rows.append(row)
+            progress.advance()
+    return {"samples": len(chosen), "rows": rows}
+
+
+def neighbours(
+    kernels: dict[str, TangentKernel], model_after: nn.Module, task_: Task
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Training examples nearest to some test examples by kernel cosine: up to half of them misclassified ones."""
+    data = task_.data
+    predicted = task_.predict(outputs_of(model_after, data.x_test))
+    wrong = (predicted != data.y_test).nonzero().flatten()[: SHOWN // 2]
+    right = (predicted == data.y_test).nonzero().flatten()
+    right = right[torch.linspace(0, max(len(right) - 1, 0), min(SHOWN - len(wrong), len(right))).long()]
+    shown = torch.cat([wrong, right])
+    rows = [
+        {"test_index": int(i), "label": data.classes[data.y_test[i]], "predicted": data.classes[predicted[i]]}
+        for i in shown
+    ]
+    arrays = {"test": _pixels(data.x_test[shown])} if data.kind == "images" else {}
+    most = min(NEIGHBOURS, len(data.x_train))
+    for name, kernel in kernels.items():
+        norms = kernel.diagonal(data.x_train).double().sqrt(), kernel.diagonal(data.x_test[shown]).double().sqrt()
+        cosine = kernel(data.x_test[shown], data.x_train).double() / (norms[1][:, None] * norms[0][None]).clamp_min(
+            1e-300
+        )
+        values, index = cosine.topk(most, dim=1)
+        for row, v, i in zip(rows, values.tolist(), index.tolist(), strict=True):
+            row[name] = [
+                {"index": j, "label": data.classes[data.y_train[j]], "similarity": c} for j, c in zip(i, v, strict=True)
+            ]
+        if data.kind == "images":
+            arrays[name] = _pixels(data.x_train[index.flatten()]).reshape(len(shown), most, *arrays["test"].shape[1:])
+    return {"rows": rows, "kind": data.kind}, arrays
+
+
+def against_oracle(model: nn.Module, x: Tensor, when: str) -> dict[str, Any]:
+    """Certificate: the kernel of a few samples against per-sample autograd in float64."""
+    few = x[torch.linspace(0, len(x) - 1, min(3, len(x))).long()]
+    exact = (
+        tangent_kernel(model, few.cpu(), outputs="trace")
+        if few.device.type == "cpu"
+        else tangent_kernel(model, few, outputs="trace")
+    )
+    error = float((TangentKernel(model, outputs="trace")(few).double() - exact).abs().max() / exact.abs().max())
+    what = f"tangent kernel {when} ({few.dtype if few.is_floating_point() else 'model dtype'}) against per-sample autograd in float64, {len(few)} samples".replace(
+        "torch.", ""
+    )
+    return {"what": what, "value": error, "tolerance": 1e-4, "ok": error <= 1e-4}
+
+
+def kernels_of(models: dict[str, nn.Module], memory: int) -> dict[str, Callable[[], Kernel]]:
+    """The three kernels compared: made on demand."""
+    return {
+        "init": lambda: TangentKernel(models["init"], outputs="trace", memory=memory),
+        "after": lambda: TangentKernel(models["after"], outputs="trace", memory=memory),
+        "conjugate": lambda: ConjugateKernel(models["after"]),
+    }
+
+
+def _pixels(x: Tensor) -> np.ndarray:
+    """Images [n, C, H, W] in [0, 1] as bytes [n, H, W, 1 or 3]."""
+    x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not np.isfinite(value) else float(value)

@@ -1,0 +1,398 @@
+"""Image transformations, and how little a kernel notices them: the after-kernel paper's measure of invariance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkit.checks import refusal
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """A named change of images: call it on x [n, C, H, W]; shape, dtype and device stay, and x is not written to.
+
+    Attributes
+    ----------
+    name : what it does, one word or two.
+    parameters : its settings, to print.
+    apply : the function on [n, C, H, W].
+    """
+
+    name: str
+    parameters: str
+    apply: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the transformed images."""
+        _images(x)
+        return self.apply(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Invariance:
+    """Mean cosine between what the kernel sees of an image and of its transformed copy: 1 = it sees no difference.
+
+    Attributes
+    ----------
+    mean : over the samples where the cosine is defined; NaN if there is none.
+    standard_error : sample standard deviation (n - 1) over sqrt(n); NaN below two defined samples.
+    per_sample : Tensor [n], float64; NaN where undefined.
+    name : of the transform.
+    undefined : how many samples have K(x, x) = 0 or K(Tx, Tx) = 0: no direction, hence no cosine, and not in the mean.
+    """
+
+    mean: float
+    standard_error: float
+    per_sample: Tensor
+    name: str
+    undefined: int
+
+
+def shift(dx: int = 1, dy: int = 0) -> Transform:
+    """Move the picture `dx` pixels to the right and `dy` down (negative: left, up); what enters is zero.
+
+    Raises
+    ------
+    Refused
+        When dx or dy is not an integer; when called on images that leave nothing of the picture.
+
+    Examples
+    --------
+    >>> shift(1)(torch.tensor([[[[1, 2, 3]]]])).tolist()
+    [[[[0, 1, 2]]]]
+    """
+    for name, value in (("dx", dx), ("dy", dy)):
+        _integer(f"shift: {name}", value, "an integer number of pixels")
+
+    def apply(x: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        if abs(dx) >= W or abs(dy) >= H:
+            expected = f"less than the picture, {W} wide and {H} high"
+            raise refusal("shift", got=f"dx={dx}, dy={dy}", expected=expected, fix="Shift by fewer pixels.")
+        moved = torch.zeros_like(x)
+        moved[..., max(dy, 0) : H + min(dy, 0), max(dx, 0) : W + min(dx, 0)] = x[
+            ..., max(-dy, 0) : H - max(dy, 0), max(-dx, 0) : W - max(dx, 0)
+        ]
+        return moved
+
+    return Transform("shift", f"dx = {dx}, dy = {dy} pixels", apply)
+
+
+def rotate(angle: float) -> Transform:
+    """Rotate about the image centre by `angle` radians, counter-clockwise as displayed; nearest neighbour, zero fill.
+
+    Raises
+    ------
+    Refused
+        When the angle is not finite.
+
+    Examples
+    --------
+    >>> rotate(math.pi / 2)(torch.tensor([[[[1, 2], [3, 4]]]])).tolist()
+    [[[[2, 4], [1, 3]]]]
+    """
+    if not math.isfinite(angle):
+        raise refusal("rotate: angle", got=angle, expected="a finite number of radians", fix="Check what computed it.")
+    cos, sin = math.cos(angle), math.sin(angle)
+
+    def apply(x: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        v = (torch.arange(H, dtype=torch.float64) - (H - 1) / 2)[:, None]
+        u = (torch.arange(W, dtype=torch.float64) - (W - 1) / 2)[None, :]
+        row = _nearest(u * sin + v * cos + (H - 1) / 2)
+        column = _nearest(u * cos - v * sin + (W - 1) / 2)
+        inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        source = (row.clamp(0, H - 1) * W + column.clamp(0, W - 1)).to(x.device)
+        turned = x.flatten(-2)[..., source.flatten()].unflatten(-1, (H, W))
+        return torch.where(inside.to(x.device), turned, torch.zeros_like(turned))
+
+    return Transform("rotation", f"{angle:+.4g} rad", apply)
+
+
+def zoom(crop: float = 13 / 14) -> Transform:
+    """Keep the central fraction `crop` of each side, and resize it back to the full size (bilinear).
+
+    Each side keeps round(size * crop) pixels; an odd remainder leaves half a pixel more on either side, so that the
+    crop stays central. Sampling is between pixel centres, edges repeated, as in
+    ``torch.nn.functional.interpolate(align_corners=False)``. Integer images are rounded back to integers.
+
+    Raises
+    ------
+    Refused
+        When crop is not in (0, 1]; when called on images so small that a crop below 1 would crop nothing.
+
+    Examples
+    --------
+    >>> zoom(0.5)(torch.tensor([[[[0.0, 0.0, 1.0, 0.0]] * 4]]))[0, 0, 0].tolist()
+    [0.0, 0.25, 0.75, 1.0]
+    """
+    if not 0 < crop <= 1:
+        raise refusal(
+            "zoom: crop", got=crop, expected="a fraction in (0, 1]", fix="Give the part of each side to keep."
+        )
+
+    def apply(x: Tensor) -> Tensor:
+        if crop == 1:
+            return x.clone()
+        H, W = x.shape[-2:]
+        for size in (H, W):
+            if _kept(size, crop) == size:
+                fix = f"Crop to {size - 1}/{size} of the side or less, or use larger images."
+                raise refusal("zoom: crop", got=f"{crop:.4g} of {size} pixels", expected="a crop of a pixel", fix=fix)
+        work = x.to(x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float64)
+        work = _resampled(work, -2, _kept(H, crop))
+        work = _resampled(work, -1, _kept(W, crop))
+        return (work if x.is_floating_point() else work.round()).to(x.dtype)
+
+    return Transform("zoom", f"central {Fraction(crop).limit_denominator(1000)} of each side", apply)
+
+
+def swap_quadrants() -> Transform:
+    """Exchange the upper-left and the lower-right quadrant, floor(H/2) x floor(W/2) pixels each.
+
+    It breaks the global arrangement and keeps local statistics: a low cosine means a "global" kernel (Long 2021).
+
+    Raises
+    ------
+    Refused
+        When called on images less than 2 pixels high or wide.
+
+    Examples
+    --------
+    >>> swap_quadrants()(torch.tensor([[[[1, 2], [3, 4]]]])).tolist()
+    [[[[4, 2], [3, 1]]]]
+    """
+
+    def apply(x: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        h, w = H // 2, W // 2
+        if not h or not w:
+            fix = "Use larger images."
+            raise refusal("swap_quadrants", got=f"{H} x {W} pixels", expected="2 x 2 or more", fix=fix)
+        swapped = x.clone()
+        swapped[..., :h, :w] = x[..., H - h :, W - w :]
+        swapped[..., H - h :, W - w :] = x[..., :h, :w]
+        return swapped
+
+    return Transform("quadrant swap", "upper left with lower right", apply)
+
+
+def shuffle_patches(grid: int = 2, seed: int = 0) -> Transform:
+    """Cut each image into grid x grid patches and put them in another order: the same for all images, never the same.
+
+    Raises
+    ------
+    Refused
+        When grid is not an integer above 1; when called on images whose height or width it does not divide.
+
+    Examples
+    --------
+    >>> x = torch.arange(4).reshape(1, 1, 2, 2)
+    >>> sorted(shuffle_patches(2)(x).flatten().tolist())
+    [0, 1, 2, 3]
+    """
+    _integer("shuffle_patches: grid", grid, "an integer, 2 or more", least=2)
+    _integer("shuffle_patches: seed", seed, "an integer, 0 or more", least=0)
+    generator = torch.Generator().manual_seed(seed)
+    identity = torch.arange(grid * grid)
+    order = identity
+    while torch.equal(order, identity):
+        order = torch.randperm(grid * grid, generator=generator)
+
+    def apply(x: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        if H % grid or W % grid:
+            fix = "Choose a grid that divides both sides, or crop the images."
+            raise refusal("shuffle_patches", got=f"{H} x {W} pixels", expected=f"multiples of {grid}", fix=fix)
+        patches = x.unflatten(-2, (grid, H // grid)).unflatten(-1, (grid, W // grid))  # n C row h column w
+        patches = patches.transpose(-3, -2).flatten(2, 3)[:, :, order.to(x.device)]
+        return patches.unflatten(2, (grid, grid)).transpose(-3, -2).reshape(x.shape)
+
+    return Transform("patch shuffle", f"{grid} x {grid} patches, seed {seed}", apply)
+
+
+def standard(image_shape: Sequence[int]) -> dict[str, tuple[Transform, ...]]:
+    """Return the transformations of the after-kernel paper for images of one size, under their names.
+
+    "shift": 1 pixel right and 1 down, averaged; "rotation": +0.25 and -0.25 radians, averaged; "zoom": 13/14 (where
+    that would crop nothing, size - 2 pixels; ``parameters`` says); "quadrant swap"; "patch shuffle" on the largest grid
+    of 4, 3, 2 that divides both sides, left out where none does.
+
+    Parameters
+    ----------
+    image_shape : (C, H, W), or (H, W); both sides 3 pixels or more.
+
+    Raises
+    ------
+    Refused
+        When the shape is not one of images, or they are too small.
+
+    References
+    ----------
+    Long 2021, Properties of the After Kernel, and its code; that code has no patch shuffle.
+
+    Examples
+    --------
+    >>> [(name, len(group)) for name, group in standard((1, 28, 28)).items()]
+    [('shift', 2), ('rotation', 2), ('zoom', 1), ('quadrant swap', 1), ('patch shuffle', 1)]
+    """
+    if len(image_shape) not in (2, 3) or min(image_shape[-2:]) < 3:
+        expected = "(C, H, W) or (H, W), both sides 3 pixels or more"
+        raise refusal("image_shape", got=tuple(image_shape), expected=expected, fix="Give x.shape[1:] of the images.")
+    H, W = image_shape[-2:]
+    side = min(H, W)
+    crop = 13 / 14 if _kept(side, 13 / 14) < side else (side - 2) / side
+    probes: dict[str, tuple[Transform, ...]] = {
+        "shift": (shift(1, 0), shift(0, 1)),
+        "rotation": (rotate(0.25), rotate(-0.25)),
+        "zoom": (zoom(crop),),
+        "quadrant swap": (swap_quadrants(),),
+    }
+    for grid in (4, 3, 2):
+        if H % grid == 0 and W % grid == 0:
+            probes["patch shuffle"] = (shuffle_patches(grid),)
+            break
+    return probes
+
+
+def invariance(
+    kernel: Any, x: Tensor, transform: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]]
+) -> Invariance:
+    """Measure how little a kernel notices a transformation: the mean of ``K(x, Tx) / sqrt(K(x, x) K(Tx, Tx))``.
+
+    The norms are exact: the paper's code adds 1e-4 to each feature norm, which pulls every cosine (also that of the
+    identity) below its value; here an image without a norm is counted as undefined instead.
+
+    Parameters
+    ----------
+    kernel : any kernel. Uses ``kernel.diagonal(x)`` ([n], [n, C] or [n, C, C]; summed over outputs) and, for K(x, Tx),
+        ``kernel.paired(x1, x2)`` (the same shapes) where there is one, else diagonals of blocks ``kernel(x1, x2)``.
+    x : images [n, C, H, W], two or more.
+    transform : one, or several whose cosines are averaged per sample first.
+
+    Returns
+    -------
+    Invariance
+
+    Raises
+    ------
+    Refused
+        When x is not two or more images or not finite; when a transform changes the shape; when the kernel's values are
+        not finite or of another shape.
+
+    References
+    ----------
+    Long 2021, Properties of the After Kernel (there over the first test examples).
+
+    Examples
+    --------
+    >>> class Linear:
+    ...     def __call__(self, x1, x2):
+    ...         return x1.flatten(1) @ x2.flatten(1).T
+    ...
+    ...     def diagonal(self, x):
+    ...         return (x**2).flatten(1).sum(1)
+    >>> x = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]]).reshape(2, 1, 1, 4)
+    >>> result = invariance(Linear(), x, shift(1))
+    >>> round(result.mean, 6), round(result.standard_error, 6)
+    (0.5, 0.0)
+    """
+    transforms = list(transform) if isinstance(transform, Sequence) else [transform]
+    if not transforms:
+        raise refusal("transform", got="an empty sequence", expected="one or more", fix="Give a transform.")
+    _images(x)
+    if x.shape[0] < 2:
+        got = f"{x.shape[0]} sample"
+        raise refusal("x", got=got, expected="2 or more, for a standard error", fix="Give more images.")
+    _finite(x, "x")
+    own = _numbers(kernel.diagonal(x), x.shape[0], "kernel.diagonal(x)")
+    cosines = []
+    for one in transforms:
+        moved = one(x)
+        if moved.shape != x.shape:
+            fix = "Use a transform that keeps the shape."
+            raise refusal("transform(x)", got=f"shape {list(moved.shape)}", expected=f"{list(x.shape)}", fix=fix)
+        other = _numbers(kernel.diagonal(moved), x.shape[0], "kernel.diagonal(transform(x))")
+        cosine = (_paired(kernel, x, moved) / own) / (other / own).sqrt()  # no product that could overflow
+        cosine = torch.where(cosine.abs() < 1 + 1e-5, cosine.clamp(-1, 1), cosine)  # rounding only: more must be seen
+        cosines.append(cosine.where((own > 0) & (other > 0), math.nan))
+    per_sample = torch.stack(cosines).mean(0)
+    valid = per_sample[~per_sample.isnan()]
+    count = len(valid)
+    error = float(valid.std(correction=1)) / math.sqrt(count) if count > 1 else math.nan
+    mean = float(valid.mean()) if count else math.nan
+    names = dict.fromkeys(str(getattr(one, "name", getattr(one, "__name__", "transform"))) for one in transforms)
+    return Invariance(mean, error, per_sample, ", ".join(names), len(per_sample) - count)
+
+
+def _paired(kernel: Any, x1: Tensor, x2: Tensor, block: int = 32) -> Tensor:
+    """k(x1_i, x2_i) for each i, summed over outputs: [n], float64."""
+    if hasattr(kernel, "paired"):
+        return _numbers(kernel.paired(x1, x2), x1.shape[0], "kernel.paired(x, transform(x))")
+    parts = []
+    for a, b in zip(x1.split(block), x2.split(block), strict=True):
+        K = kernel(a, b)  # [b, b], [b, b, C] or [b, b, C, C]
+        parts.append(K.diagonal(dim1=0, dim2=1).movedim(-1, 0))
+    return _numbers(torch.cat(parts), x1.shape[0], "kernel(x, transform(x))")
+
+
+def _numbers(values: Tensor, n: int, name: str) -> Tensor:
+    """One float64 number per sample from [n], [n, C] (summed) or [n, C, C] (traced); on the CPU."""
+    shape = list(values.shape)
+    if shape[:1] != [n] or len(shape) > 3 or (len(shape) == 3 and shape[1] != shape[2]):
+        fix = "Use one of ntkit's kernels, or follow their shapes."
+        raise refusal(name, got=f"shape {shape}", expected=f"[{n}], [{n}, C] or [{n}, C, C]", fix=fix)
+    values = values.detach().to("cpu", torch.float64)
+    _finite(values, name)
+    if values.ndim == 3:
+        values = values.diagonal(dim1=1, dim2=2)
+    return values.reshape(n, -1).sum(1)
+
+
+def _images(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.numel() == 0:
+        shape = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        fix = "Give at least one image; add the missing dimensions with reshape."
+        raise refusal("x", got=shape, expected="images [n, C, H, W], a tensor, not empty", fix=fix)
+
+
+def _finite(values: Tensor, name: str) -> None:
+    good = values.isfinite()
+    if not bool(good.all()):
+        first = (~good).nonzero()[0].tolist()
+        got = f"{float(values[tuple(first)])} at index {first}"
+        raise refusal(name, got=got, expected="finite values", fix="Look for it in the data and the parameters.")
+
+
+def _integer(subject: str, value: Any, expected: str, least: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+        raise refusal(subject, got=repr(value), expected=expected, fix="Give a plain integer.")
+
+
+def _nearest(position: Tensor) -> Tensor:
+    """Round to the nearest pixel; exact halves go up, whatever the last bit of the sine was."""
+    return torch.floor(torch.round(position, decimals=9) + 0.5).to(torch.int64)
+
+
+def _kept(size: int, crop: float) -> int:
+    return max(1, round(size * crop))
+
+
+def _resampled(x: Tensor, dim: int, kept: int) -> Tensor:
+    """Stretch the central `kept` pixels of one dimension over the whole of it, linearly between pixel centres."""
+    size = x.shape[dim]
+    margin = (size - kept) / 2
+    position = (torch.arange(size, dtype=torch.float64) + 0.5) * (kept / size) - 0.5
+    position = margin + position.clamp(0, kept - 1)
+    low = position.floor()
+    weight = (position - low).to(x).reshape([-1] + [1] * (-dim - 1))
+    low = low.to(x.device, torch.int64)
+    high = (low + 1).clamp(max=size - 1)
+    return x.index_select(dim, low) * (1 - weight) + x.index_select(dim, high) * weight

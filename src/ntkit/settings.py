@@ -1,0 +1,93 @@
+"""What `ntkit analyze` can be told: one dataclass that serves the command line, ``run.json`` and Python. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to analyse, and how."""
+
+    data: str = "digits"
+    """digits (embedded), mnist, cifar10, an .npz file, or a folder of class-named image folders."""
+    data_dir: str | None = None
+    """Folder with the official files of mnist or cifar10. Nothing is downloaded."""
+    classes: tuple[str, ...] | None = None
+    """Classes to keep, e.g. --classes 3 8. With two classes the network gets one output."""
+    train: int | None = None
+    """Training examples to keep (all by default)."""
+    test: int | None = None
+    """Test examples to keep (all by default)."""
+    model: str = "cnn"
+    """linear, mlp, cnn, vgg, package.module:factory or file.py:factory."""
+    weights: str | None = None
+    """A .safetensors file: analyse these weights instead of training."""
+    epochs: int = 10
+    """Passes over the training set."""
+    batch_size: int | None = 32
+    """Examples per step; a number at least the size of the set means full batch."""
+    optimizer: str = "sgd"
+    """sgd or adam."""
+    lr: float = 0.05
+    """Learning rate."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    weight_decay: float = 0.0
+    """L2 penalty (sgd) or its Adam form."""
+    target: float | None = None
+    """Stop when the training loss is at most this."""
+    seed: int = 0
+    """Seed of initial weights, batches and sub-samples."""
+    track_points: int = 500
+    """Training points on which the kernel is followed along training."""
+    probe_samples: int = 200
+    """Test images on which invariances are measured."""
+    memory: str = "2 GB"
+    """Scratch memory of the kernel computation."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def slug(self) -> str:
+        """Short folder name."""
+        model = Path(self.model.rpartition(":")[0] or self.model).stem
+        return "-".join([model, Path(self.data).stem, *(self.classes or ())])
+
+    def arguments(self) -> list[str]:
+        """Command-line words that give these settings (only those that differ from the defaults, data and model always)."""
+        words: list[str] = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default and field.name not in ("data", "model"):
+                continue
+            values = [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+            words += ["--" + field.name.replace("_", "-"), *values]
+        return words
+
+    def describe_optimizer(self) -> str:
+        """For people, e.g. "SGD, lr 0.05, momentum 0.9"."""
+        parts = [self.optimizer.upper() if self.optimizer == "sgd" else self.optimizer.capitalize(), f"lr {self.lr:g}"]
+        if self.optimizer == "sgd" and self.momentum:
+            parts.append(f"momentum {self.momentum:g}")
+        if self.weight_decay:
+            parts.append(f"weight decay {self.weight_decay:g}")
+        return ", ".join(parts)
+
+
+def _sgd(s: Settings) -> Callable[[Any], Any]:
+    import torch
+
+    return lambda params: torch.optim.SGD(params, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+
+
+def _adam(s: Settings) -> Callable[[Any], Any]:
+    import torch
+
+    return lambda params: torch.optim.Adam(params, lr=s.lr, weight_decay=s.weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[[Settings], Callable[[Any], Any]]] = {"sgd": _sgd, "adam": _adam}

@@ -1,0 +1,777 @@
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import random
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ntkit.checks import Refused
+from ntkit.data import from_dataset, from_tensors, load
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+HTML = b"  \n<!DOCTYPE html><html><body>Please sign in</body></html>"
+RECORD = 3073
+
+
+def numbers(seed=0):
+    return np.random.default_rng(seed)
+
+
+# --- making files, byte by byte, apart from the code under test ---
+
+
+def idx_bytes(array):
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return head + array.astype(np.uint8).tobytes()
+
+
+def write_mnist(folder, sizes=(23, 11), end="", dot=False, zipped=False):
+    rng = numbers()
+    arrays = {}
+    for part, n in zip(("train", "t10k"), sizes, strict=True):
+        x, y = rng.integers(0, 256, (n, 5, 7)), np.arange(n) % 10
+        for kind, array in (("images-idx3-ubyte", x), ("labels-idx1-ubyte", y)):
+            name = f"{part}-{kind}".replace("-idx", ".idx") if dot else f"{part}-{kind}"
+            blob = idx_bytes(array)
+            (folder / (name + end)).write_bytes(gzip.compress(blob) if zipped else blob)
+            arrays[f"{part}-{kind[:6]}"] = array
+    return arrays
+
+
+def cifar_arrays(sizes=(3, 2, 4, 2, 5, 7)):
+    rng = numbers(1)
+    return [(rng.integers(0, 256, (n, 3072), dtype=np.uint8), (np.arange(n) + i) % 10) for i, n in enumerate(sizes)]
+
+
+def cifar_names(end=""):
+    return [f"data_batch_{i}{end}" for i in range(1, 6)] + [f"test_batch{end}"]
+
+
+def write_cifar_binary(folder):
+    arrays = cifar_arrays()
+    for name, (x, y) in zip(cifar_names(".bin"), arrays, strict=True):
+        (folder / name).write_bytes(b"".join(bytes([label]) + row.tobytes() for row, label in zip(x, y, strict=True)))
+    return arrays
+
+
+def short_binstring(raw):
+    return b"U" + bytes([len(raw)]) + raw if len(raw) < 256 else b"T" + len(raw).to_bytes(4, "little") + raw
+
+
+def python2_batch(x, labels):
+    """Protocol 2 as Python 2 wrote it: byte strings as BINSTRING, numpy.core's _reconstruct."""
+    shape = b"(" + b"".join(b"J" + n.to_bytes(4, "little") for n in x.shape) + b"t"
+    dtype = b"cnumpy\ndtype\n(" + short_binstring(b"u1") + b"K\x00K\x01tR(K\x03" + short_binstring(b"|") + b"NNN"
+    dtype += b"J\xff\xff\xff\xff" * 2 + b"K\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + short_binstring(b"b") + b"tR"
+    array += b"(K\x01" + shape + dtype + b"\x89" + short_binstring(x.tobytes()) + b"tb"
+    values = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    entries = short_binstring(b"data") + array + short_binstring(b"labels") + values
+    return b"\x80\x02}(" + entries + short_binstring(b"batch_label") + short_binstring(b"batch") + b"u."
+
+
+def write_cifar_python(folder, dump):
+    arrays = cifar_arrays()
+    for name, (x, y) in zip(cifar_names(), arrays, strict=True):
+        (folder / name).write_bytes(dump(x, [int(label) for label in y]))
+    return arrays
+
+
+def write_images(folder, classes=("ant", "bee"), each=5, mode="L", size=(7, 5), suffix=".png"):
+    from PIL import Image
+
+    rng = numbers(2)
+    arrays = {}
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            shape = size[::-1] if mode == "L" else (*size[::-1], 3)
+            pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}{suffix}")
+            arrays[name, i] = pixels
+    return arrays
+
+
+def same(tensor, pixels):
+    assert tensor.dtype == torch.float32
+    assert torch.equal(tensor, torch.tensor(np.asarray(pixels) / 255, dtype=torch.float32))
+
+
+# --- digits, choice of classes, sub-samples ---
+
+
+def test_digits_are_scikit_learns_and_the_split_is_fixed_and_stratified():
+    from sklearn.datasets import load_digits
+
+    data = load("digits", seed=5)
+    assert data.hash == load(seed=6).hash
+    assert (len(data.x_train), len(data.x_test), data.input_shape) == (1437, 360, (1, 8, 8))
+    assert data.kind == "images"
+    assert data.normalisation == "pixels / 16, no centring"
+    assert "fixed stratified split, 1,437 train / 360 test, independent of seed" in data.source
+    everything = load_digits()
+    truth = sorted((tuple(row), int(label)) for row, label in zip(everything.data, everything.target, strict=True))
+    x, y = torch.cat([data.x_train, data.x_test]), torch.cat([data.y_train, data.y_test])
+    assert truth == sorted((tuple((16 * row).flatten().tolist()), int(label)) for row, label in zip(x, y, strict=True))
+    share = data.y_test.bincount() - torch.cat([data.y_train, data.y_test]).bincount() * 360 / 1797
+    assert share.abs().max() < 1
+
+
+def test_classes_give_labels_in_the_order_named():
+    data, whole = load("digits", classes=("8", 3)), load("digits")
+    assert data.classes == ("8", "3")
+    keep = (whole.y_train == 3) | (whole.y_train == 8)
+    assert torch.equal(data.x_train, whole.x_train[keep])
+    assert torch.equal(data.y_train, (whole.y_train[keep] == 3).long())
+    assert data.y_train.dtype == torch.int64
+    assert "classes 8, 3" in data.source
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 11, 33, 100, 1436, 1437])
+def test_a_sub_sample_is_stratified_in_order_and_repeats_with_its_seed(count):
+    whole = load("digits")
+    data, again, other = (load("digits", train=count, seed=seed) for seed in (3, 3, 4))
+    assert len(data.y_train) == len(data.x_train) == count
+    assert len(data.y_test) == 360
+    exact = whole.y_train.bincount() * count / 1437
+    assert (data.y_train.bincount(minlength=10) - exact).abs().max() < 1
+    assert count < 10 or data.y_train.bincount(minlength=10).min() >= 1
+    assert data.hash == again.hash
+    assert (data.hash == other.hash) == (count == 1437)
+    place = {tuple(row.flatten().tolist()): i for i, row in enumerate(whole.x_train)}
+    rows = [place[tuple(row.flatten().tolist())] for row in data.x_train]
+    assert rows == sorted(set(rows))
+    assert torch.equal(whole.y_train[rows], data.y_train)
+
+
+def test_train_and_test_draws_are_stated():
+    data = load("digits", classes=(3, 8), train=20, test=7, seed=2)
+    assert (len(data.x_train), len(data.x_test)) == (20, 7)
+    assert "20 of 285 train examples, stratified, seed 2" in data.source
+    assert "7 of 72 test examples" in data.source
+
+
+def test_a_rare_class_is_kept_in_both_parts():
+    y = np.array([0] * 40 + [1] * 2 + [2])
+    data = from_tensors((np.arange(43.0)[:, None], y))
+    assert len(data.y_test) == 9
+    assert data.y_test.bincount(minlength=3).tolist()[1:] == [1, 0]
+    assert data.y_train.bincount(minlength=3).tolist()[1:] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"classes": (3, 12)},
+            "classes: got 12; expected a class of the data. Did you mean .* Known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9.",
+        ),
+        ({"classes": (3, -1)}, "classes: got -1"),
+        ({"classes": (3, True)}, "classes: got True"),
+        ({"classes": (3, "3")}, "got 3, 3; expected a sequence of at least two different classes"),
+        ({"classes": (3,)}, "got 3; expected a sequence of at least two"),
+        ({"classes": ()}, "got none; expected"),
+        ({"classes": "38"}, "got '38'; expected a sequence"),
+        ({"train": 1438}, "train: got 1,438 examples; expected at most 1,437"),
+        ({"test": 73, "classes": (3, 8)}, "test: got 73 examples; expected at most 72"),
+        ({"train": 0}, "train: got 0; expected an integer of at least 1"),
+        ({"train": 2.5}, "train: got 2.5"),
+        ({"train": True}, "train: got True"),
+        ({"train": 5, "seed": -1}, "seed: got -1"),
+        ({"name_or_path": "minst"}, "Did you mean mnist"),
+        ({"name_or_path": "mnist"}, "data_dir for mnist: got none; .*train-images-idx3-ubyte.* nothing is ever"),
+        ({"name_or_path": "cifar10"}, "data_dir for cifar10: got none; .*data_batch_1.bin.* nothing is ever downl"),
+    ],
+)
+def test_refused_choices(arguments, message):
+    with pytest.raises(Refused, match=message):
+        load(**arguments)
+
+
+def test_a_class_without_examples_is_refused(tmp_path):
+    y = np.array([0, 1, 2, 0, 1, 2])
+    np.savez(tmp_path / "a.npz", x_train=np.ones((6, 2)), y_train=y, x_test=np.ones((2, 2)), y_test=y[:2])
+    with pytest.raises(Refused, match=r"classes: got '2', which has no examples in the test set"):
+        load(tmp_path / "a.npz", classes=(0, 2))
+    assert load(tmp_path / "a.npz", classes=(1, 0)).y_test.tolist() == [1, 0]
+
+
+def test_hash_sees_values_dtype_and_shape():
+    x, y = torch.arange(12.0).reshape(6, 2), torch.arange(6) % 2
+    base = from_tensors((x, y), (x, y))
+    assert len(base.hash) == 16
+    assert base.hash == from_tensors((x.clone(), y.int()), (x, y), classes=["a", "b"]).hash
+    moved = x.clone()
+    moved[5, 1] = torch.nextafter(moved[5, 1], torch.tensor(99.0))
+    others = [
+        from_tensors((moved, y), (x, y)),
+        from_tensors((x, y), (moved, y)),
+        from_tensors((x, 1 - y), (x, y)),
+        from_tensors((x.double(), y), (x.double(), y)),
+        from_tensors((x[:, :, None], y), (x[:, :, None], y)),
+    ]
+    assert len({base.hash, *(other.hash for other in others)}) == 6
+
+
+def test_repr_is_one_short_line():
+    assert repr(load("digits", classes=(3, 8))) == "Data(digits: 285 train, 72 test, 2 classes, images 1 x 8 x 8)"
+
+
+# --- MNIST ---
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize("dot", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_mnist_files_under_every_name(tmp_path, end, dot, zipped):
+    arrays = write_mnist(tmp_path, end=end, dot=dot, zipped=zipped)
+    data = load("mnist", data_dir=str(tmp_path))
+    same(data.x_train, arrays["train-images"][:, None])
+    same(data.x_test, arrays["t10k-images"][:, None])
+    assert data.y_train.tolist() == arrays["train-labels"].tolist()
+    assert data.classes == tuple("0123456789")
+    assert data.normalisation == "pixels / 255, no centring"
+    assert "train" in data.source
+    assert str(tmp_path) not in data.source
+
+
+def test_missing_mnist_files_are_named(tmp_path):
+    write_mnist(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(Refused, match=r"got no t10k-labels-idx1-ubyte; expected the four MNIST files .*downloaded"):
+        load("mnist", data_dir=tmp_path)
+    with pytest.raises(Refused, match=r"absent: got no train-images-idx3-ubyte, train-labels"):
+        load("mnist", data_dir=tmp_path / "absent")
+
+
+TRAIN_X, TRAIN_Y = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (TRAIN_X, lambda b: idx_bytes(np.zeros(23)), "magic number 2049 at byte 0, a file of labels; .*2051"),
+        (TRAIN_Y, lambda b: idx_bytes(np.zeros((23, 5, 7))), "magic number 2051 at byte 0, a file of images; .*2049"),
+        (TRAIN_X, lambda b: b"\0\0\x0d\x03" + b[4:], "magic number 3331 at byte 0; "),
+        (TRAIN_X, lambda b: b[:-9], r"got 812 bytes \(cut short\); expected 821 bytes for 23 x 5 x 7 images"),
+        (TRAIN_X, lambda b: b + b"ab", r"got 823 bytes \(2 trailing bytes from byte 821\)"),
+        (TRAIN_X, lambda b: b[:10], "got 10 bytes; expected a header of 16 bytes"),
+        (TRAIN_X, lambda b: b[:3], "got 3 bytes; expected a header"),
+        (TRAIN_X, lambda b: b"\0\0\x08\x03" + b"\xff" * 12, "got 16 bytes .cut short"),
+        (TRAIN_X, lambda b: b"", "an empty file"),
+        (TRAIN_X, lambda b: HTML, "an HTML page"),
+        (TRAIN_X, lambda b: gzip.compress(b)[:-20], "a gzip file cut short at byte"),
+        (TRAIN_X, lambda b: gzip.compress(b)[:-8] + bytes(8), "gzip data that cannot be unpacked"),
+        (TRAIN_X, lambda b: gzip.compress(b) + b"junk", "gzip data that cannot be unpacked, in the part from byte"),
+        (TRAIN_Y, lambda b: idx_bytes(np.arange(22) % 10), "got 22 labels; expected 23, as many as train-images"),
+        (TRAIN_Y, lambda b: b[:13] + b"\x0b" + b[14:], r"label 11 in row 5 \(byte 13\); expected labels 0 to 9"),
+        ("t10k-images-idx3-ubyte", lambda b: idx_bytes(np.zeros((11, 5, 6))), r"test set: got examples \[1, 5, 6\]"),
+    ],
+)
+def test_broken_idx_files_are_refused_by_name_and_byte(tmp_path, name, change, message):
+    write_mnist(tmp_path)
+    blob = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(change(blob))
+    with pytest.raises(Refused, match=message) as caught:
+        load("mnist", data_dir=tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert name in str(caught.value) or "test set" in message
+
+
+def test_empty_idx_set_is_refused(tmp_path):
+    write_mnist(tmp_path, sizes=(23, 0))
+    with pytest.raises(Refused, match=r"test set, x: got an empty set"):
+        load("mnist", data_dir=tmp_path)
+
+
+def test_concatenated_gzip_members_are_one_file(tmp_path):
+    arrays = write_mnist(tmp_path)
+    blob = (tmp_path / TRAIN_X).read_bytes()
+    (tmp_path / TRAIN_X).write_bytes(gzip.compress(blob[:100]) + gzip.compress(blob[100:]))
+    same(load("mnist", data_dir=tmp_path).x_train, arrays["train-images"][:, None])
+
+
+# --- CIFAR-10 ---
+
+
+def check_cifar(data, arrays):
+    x = np.concatenate([x for x, _ in arrays[:-1]]).reshape(-1, 3, 32, 32)
+    same(data.x_train, x)
+    same(data.x_test, arrays[-1][0].reshape(-1, 3, 32, 32))
+    assert data.y_train.tolist() == np.concatenate([y for _, y in arrays[:-1]]).tolist()
+    assert data.y_test.tolist() == arrays[-1][1].tolist()
+    assert data.classes[3] == "cat"
+    assert data.x_train.is_contiguous()
+
+
+@pytest.mark.parametrize("sub", [".", "cifar-10-batches-bin"])
+def test_cifar_binary(tmp_path, sub):
+    (tmp_path / sub).mkdir(exist_ok=True)
+    arrays = write_cifar_binary(tmp_path / sub)
+    data = load("cifar10", data_dir=tmp_path)
+    check_cifar(data, arrays)
+    assert "data_batch_3.bin (4)" in data.source
+    two = load("cifar10", data_dir=tmp_path, classes=("frog", 5))
+    assert two.classes == ("frog", "dog")
+    assert torch.equal(two.x_train[two.y_train == 1], data.x_train[data.y_train == 5])
+
+
+@pytest.mark.parametrize("sub", [".", "cifar-10-batches-py"])
+@pytest.mark.parametrize(
+    "dump",
+    [
+        python2_batch,
+        lambda x, y: pickle.dumps({b"data": x, b"labels": y, b"filenames": [b"a.png"]}, protocol=2),
+        lambda x, y: pickle.dumps({"data": x, "labels": y}, protocol=4),
+        lambda x, y: pickle.dumps({"data": np.asfortranarray(x), "labels": y}, protocol=4),
+    ],
+)
+def test_cifar_python(tmp_path, sub, dump):
+    (tmp_path / sub).mkdir(exist_ok=True)
+    arrays = write_cifar_python(tmp_path / sub, dump)
+    check_cifar(load("cifar10", data_dir=tmp_path), arrays)
+
+
+def test_the_python2_fixture_is_what_pickle_reads():
+    x = numbers().integers(0, 256, (2, 3072), dtype=np.uint8)
+    read = pickle.loads(python2_batch(x, [4, 2]), encoding="bytes")
+    assert read[b"labels"] == [4, 2]
+    assert (read[b"data"] == x).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda b: b[:-1],
+            r"got 12,291 bytes: 3 whole records up to byte 9,219, then 3,072 bytes; expected a multiple",
+        ),
+        (lambda b: b[: 2 * RECORD] + b"\x0a" + b[2 * RECORD + 1 :], r"label 10 in row 2 \(byte 6,146\)"),
+        (lambda b: HTML, "an HTML page"),
+        (lambda b: b"", "an empty file"),
+    ],
+)
+def test_broken_cifar_binary(tmp_path, change, message):
+    write_cifar_binary(tmp_path)
+    path = tmp_path / "data_batch_3.bin"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(Refused, match=f"data_batch_3.bin: .*{message}"):
+        load("cifar10", data_dir=tmp_path)
+
+
+def test_missing_cifar_files_are_named(tmp_path):
+    with pytest.raises(Refused, match=r"got no CIFAR-10 files; expected data_batch_1.bin .* nothing is ever"):
+        load("cifar10", data_dir=tmp_path)
+    write_cifar_binary(tmp_path)
+    (tmp_path / "data_batch_4.bin").unlink()
+    with pytest.raises(Refused, match=r"got no data_batch_4.bin; expected"):
+        load("cifar10", data_dir=tmp_path)
+
+
+def batch(x, labels):
+    return pickle.dumps({b"data": x, b"labels": labels}, protocol=4)
+
+
+class Hostile:
+    def __init__(self, call, *arguments):
+        self.made = (call, arguments)
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, protocol):
+    victim = tmp_path / "owned"
+    blob = pickle.dumps({b"data": Hostile(os.mkdir, str(victim))}, protocol=protocol)
+    write_cifar_python(tmp_path, lambda x, y: blob)
+    with pytest.raises(Refused, match=r"data_batch_1: got a pickle that asks for (posix|nt).mkdir; .*executed"):
+        load("cifar10", data_dir=tmp_path)
+    assert not victim.exists()
+    pickle.loads(blob)  # the same bytes do run where nothing is restricted
+    assert victim.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("blob", "message"),
+    [
+        (pickle.dumps({b"data": Hostile(eval, "1")}), "asks for (builtins|__builtin__).eval"),
+        (b"cnumpy\nload\n.", "asks for numpy.load"),
+        (b"cnumpy\ndtype.type\n.", "asks for numpy.dtype.type"),
+        (b"\x80\x04\x8c\x05numpy\x8c\x10ndarray.__init__\x93.", "asks for numpy.ndarray.__init__"),
+        (b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x06\x00\x00\x00base64tR.", "cannot be read .codec b?'base64'"),
+        (b"\x82\x01.", "cannot be read"),
+        (
+            pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1, 2]})[:-9],
+            r"pickle of [\d,]+ bytes that",
+        ),
+        (HTML, "an HTML page"),
+        (pickle.dumps([1, 2]), "no array under the key data"),
+        (pickle.dumps({b"data": [1]}), "no array under the key data"),
+        (batch(np.zeros((2, 3071), np.uint8), [1, 2]), r"data u1 of shape \(2, 3071\) and 2 labels; expected data u1"),
+        (batch(np.zeros((2, 3072)), [1, 2]), r"data f8 of shape \(2, 3072\)"),
+        (batch(np.zeros((2, 3072), np.uint8), None), r"shape \(2, 3072\) and 0 labels"),
+        (batch(np.zeros((2, 3072), np.uint8), [1]), r"shape \(2, 3072\) and 1 labels"),
+        (batch(np.zeros((2, 3072), np.uint8), [1, 2]).replace(b"M\x00\x0c", b"M\x00\x0d"), r"shape \(2, 3328\)"),
+        (batch(np.array([[{}]]), [1]), r"data O8 of shape \(1, 1\)"),
+        (batch(np.zeros((2, 3072), np.uint8), [1, 10]), "label 10 in row 1"),
+        (batch(np.zeros((2, 3072), np.uint8), [1, True]), "label True in row 1"),
+    ],
+)
+def test_broken_pickles(tmp_path, blob, message):
+    write_cifar_python(tmp_path, python2_batch)
+    (tmp_path / "test_batch").write_bytes(blob)
+    with pytest.raises(Refused, match=f"test_batch: got .*{message}"):
+        load("cifar10", data_dir=tmp_path)
+
+
+# --- npz ---
+
+
+def test_npz_of_images_vectors_and_tokens(tmp_path):
+    rng, y, path = numbers(3), np.arange(12) % 3, tmp_path / "mine.npz"
+
+    def through_file(x):
+        np.savez(path, x_train=x, y_train=y, x_test=x[:5], y_test=y[:5])
+        return load(str(path))
+
+    pixels = rng.integers(0, 256, (12, 5, 7, 3), dtype=np.uint8)
+    data = through_file(pixels)
+    same(data.x_train, pixels.transpose(0, 3, 1, 2))
+    assert data.x_train.is_contiguous()
+    assert (data.name, data.kind, data.classes) == ("mine", "images", ("0", "1", "2"))
+    same(through_file(pixels[..., 0]).x_train, pixels[:, None, :, :, 0])
+    same(through_file(pixels[..., :1]).x_test, pixels[:5, None, :, :, 0])
+    same(through_file(pixels.transpose(0, 3, 1, 2)).x_train, pixels.transpose(0, 3, 1, 2))
+    for shape, kind in (((12, 2, 5, 7), "images"), ((12, 4), "vectors"), ((12, 4, 3), "vectors")):
+        values = rng.normal(size=shape)
+        data = through_file(values.astype(">f8"))
+        assert (data.kind, data.x_train.dtype) == (kind, torch.float32)
+        assert torch.equal(data.x_train, torch.tensor(values, dtype=torch.float32))
+        assert data.normalisation == "values as given, no scaling or centring"
+    for dtype in (np.int16, np.int32, np.int64):
+        words = rng.integers(0, 900, (12, 6)).astype(dtype)
+        data = through_file(words)
+        assert (data.kind, data.x_train.dtype) == ("tokens", torch.int64)
+        assert data.x_train.tolist() == words.tolist()
+
+
+def test_npz_without_a_test_set_is_split_the_same_way_every_time(tmp_path):
+    x, y = np.arange(50.0)[:, None], np.repeat([0, 1, 2], [30, 15, 5])
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    data = load(tmp_path / "a.npz", seed=1)
+    assert data.hash == load(tmp_path / "a.npz", seed=2).hash
+    assert data.y_train.bincount().tolist() == [24, 12, 4]
+    assert data.y_test.bincount().tolist() == [6, 3, 1]
+    train, test = data.x_train.flatten().tolist(), data.x_test.flatten().tolist()
+    assert sorted(train + test) == list(range(50))
+    assert train == sorted(train)
+    assert [y[int(value)] for value in test] == data.y_test.tolist()
+    assert test != list(range(24, 30)) + list(range(42, 45)) + [49]
+
+
+def npz(**arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def odd_zip(content):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("x.npy", content)
+        archive.writestr("y.npy", content)
+    return buffer.getvalue()
+
+
+CLAIM = b"{'descr': '<f8', 'fortran_order': False, 'shape': (9000000000000, 9), }"
+HUGE = np.lib.format.magic(1, 0) + b"v\0" + CLAIM.ljust(117) + b"\n"
+ONES, LABELS = np.ones((6, 2)), np.array([0, 1, 0, 1, 0, 1])
+NAN = np.where(np.arange(12).reshape(6, 2) == 7, np.nan, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("blob", "message"),
+    [
+        (b"PK not really", "not a zip archive, or one cut short"),
+        (pickle.dumps({"x": 1}), "not a zip archive"),
+        (npz(x=ONES, y=LABELS)[:-30], "not a zip archive, or one cut short"),
+        (npz(x=ONES, y=LABELS).replace(ONES.tobytes(), (2 * ONES).tobytes()), "x cannot be read .*CRC"),
+        (npz(x=ONES, y=np.array([{}] * 6, dtype=object)), "y cannot be read .*Object arrays cannot be loaded"),
+        (npz(x_train=ONES, y_train=LABELS, y=LABELS), "keys x_train, y, y_train; expected x_train, y_train, x_test"),
+        (odd_zip(b"hello"), "cannot be read|no numeric array"),
+        (odd_zip(HUGE), "x cannot be read"),
+        (HTML, "an HTML page"),
+        (b"", "an empty file"),
+        (npz(x=NAN, y=LABELS), "x: got nan in row 3 .1 such rows.; expected finite"),
+        (npz(x=ONES * 1e300, y=LABELS), "x: got inf in row 0 .6 such rows."),
+        (npz(x=ONES, y=LABELS + 0.0), "labels y: got torch.float64 of shape .6.; expected integers"),
+        (npz(x=ONES, y=LABELS > 0), "labels y: got torch.bool"),
+        (npz(x=ONES, y=LABELS[:, None]), "labels y: got torch.int64 of shape .6, 1."),
+        (npz(x=ONES, y=LABELS - 1), "labels y: got label -1 in row 0; expected 0 to"),
+        (npz(x=ONES, y=LABELS * 5000), "labels y: got label 5000 in row 1; expected 0 to 999"),
+        (npz(x=ONES, y=LABELS[:5]), "got 6 examples and 5 labels"),
+        (npz(x=ONES[:0], y=LABELS[:0]), "empty set"),
+        (npz(x=ONES[:, 0], y=LABELS), r"x: got shape \[6\]; expected \[n, ...\]"),
+        (npz(x=np.array([["a"], ["b"]]), y=LABELS[:2]), "no numeric array"),
+        (npz(x=ONES.astype(np.uint8), y=LABELS), r"x: got torch.uint8 of shape \[6, 2\]; expected floats, uint8 im"),
+        (npz(x=ONES + 0j, y=LABELS), "got torch.complex128"),
+        (npz(x=np.ones((6, 5, 7, 4), np.uint8), y=LABELS), "expected 1 or 3 channels"),
+        (npz(x=ONES[:2], y=LABELS[:2]), "2 examples, no class with two"),
+        (npz(x_train=ONES, y_train=LABELS, x_test=ONES[:, :1], y_test=LABELS), r"got examples \[1\] .*expected \[2\]"),
+        (
+            npz(x_train=ONES, y_train=LABELS, x_test=ONES, y_test=LABELS - 1),
+            "test set, labels y: got label -1 in row 0",
+        ),
+        (npz(x_train=ONES, y_train=LABELS, x_test=NAN, y_test=LABELS), "test set, x: got nan in row 3"),
+    ],
+)
+def test_broken_npz(tmp_path, blob, message):
+    path = tmp_path / "broken.npz"
+    path.write_bytes(blob)
+    with pytest.raises(Refused, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_an_unreadable_file_and_folder_are_refused(tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    np.savez(tmp_path / "a.npz", x=ONES, y=LABELS)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", denied)
+        with pytest.raises(Refused, match=r"a.npz: got Permission denied"):
+            load(tmp_path / "a.npz")
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(Refused, match=f"{tmp_path.name}: got Permission denied"):
+        load(tmp_path)
+
+
+def test_other_paths_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("1,2")
+    with pytest.raises(Refused, match=r"a.csv: got another kind of file"):
+        load(tmp_path / "a.csv")
+    with pytest.raises(Refused, match=r"none.npz: got No such file"):
+        load(tmp_path / "none.npz")
+    with pytest.raises(Refused, match=r"no known name and no file"):
+        load(tmp_path / "nowhere")
+    # a Path is a path, even where a data set has that name
+    with pytest.raises(Refused, match=r"no known name and no file"):
+        load(Path("mnist"))
+
+
+# --- image folders ---
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+def test_image_folder_with_a_split(tmp_path, mode, channels):
+    train = write_images(tmp_path / "train", mode=mode)
+    test = write_images(tmp_path / "test", mode=mode, each=2)
+    (tmp_path / "train" / "ant" / ".hidden").write_text("ignored")
+    data = load(tmp_path)
+    assert data.classes == ("ant", "bee")
+    assert data.input_shape == (channels, 5, 7)
+    for x, arrays in ((data.x_train, train), (data.x_test, test)):
+        pixels = np.stack([value for _, value in sorted(arrays.items())]).reshape(len(x), 5, 7, channels)
+        same(x, pixels.transpose(0, 3, 1, 2))
+    assert data.y_train.tolist() == [0] * 5 + [1] * 5
+    assert load(tmp_path, classes=("bee", "ant")).y_test.tolist() == [1, 1, 0, 0]
+
+
+def test_image_folder_is_split_80_20(tmp_path):
+    write_images(tmp_path, classes=("a", "b", "c"), each=5, suffix=".jpeg", mode="RGB")
+    data = load(str(tmp_path))
+    assert data.y_train.bincount().tolist() == [4, 4, 4]
+    assert data.y_test.bincount().tolist() == [1, 1, 1]
+
+
+def break_image(path, what):
+    from PIL import Image
+
+    if what in ("RGBA", "P", "1", "I;16", "RGB"):
+        Image.new(what, (7, 5)).save(path)
+    elif what == "size":
+        Image.new("L", (5, 7)).save(path)
+    elif what == "cut":
+        path.write_bytes(path.read_bytes()[:60])
+    elif what == "gif":
+        Image.new("L", (7, 5)).save(path, format="GIF")
+    else:
+        path.write_bytes(what)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("RGBA", "got mode RGBA; expected 8-bit grey"),
+        ("P", "got mode P;"),
+        ("1", "got mode 1;"),
+        ("I;16", "got mode I;16;"),
+        ("RGB", "got 7 x 5 RGB; expected 7 x 5 L, as 0.png"),
+        ("size", "got 5 x 7 L; expected 7 x 5 L"),
+        ("cut", "cannot be read"),
+        ("gif", "cannot be read"),
+        (b"not an image", "cannot be read"),
+        (HTML, "an HTML page"),
+        (b"", "an empty file"),
+    ],
+)
+def test_broken_images_are_named(tmp_path, what, message):
+    write_images(tmp_path)
+    break_image(tmp_path / "bee" / "3.png", what)
+    with pytest.raises(Refused, match=f"3.png: got .*{message}|3.png: {message}") as caught:
+        load(tmp_path)
+    assert str(tmp_path / "bee" / "3.png") in str(caught.value)
+
+
+def test_odd_folders_are_refused(tmp_path):
+    with pytest.raises(Refused, match="no class folders"):
+        load(tmp_path)
+    write_images(tmp_path / "train")
+    write_images(tmp_path / "test", classes=("ant",))
+    with pytest.raises(Refused, match=r"class 'bee' in only one of train and test"):
+        load(tmp_path)
+    (tmp_path / "test" / "bee").mkdir()
+    with pytest.raises(Refused, match=r"bee: got an empty class folder"):
+        load(tmp_path)
+    (tmp_path / "test" / "bee" / "notes.txt").write_text("x")
+    with pytest.raises(Refused, match=r"notes.txt: got a file that is not .png"):
+        load(tmp_path)
+
+
+# --- tensors and datasets ---
+
+
+def test_from_tensors_keeps_dtype_and_names():
+    x, y = torch.arange(10.0, dtype=torch.float64).reshape(5, 2).requires_grad_(), np.array([0, 1, 1, 0, 1], np.uint8)
+    data = from_tensors((x, y), (x[:2], y[:2]), classes=["no", "yes"], name="toy")
+    assert data.x_train.dtype == torch.float64
+    assert not data.x_train.requires_grad
+    assert x.requires_grad
+    assert torch.equal(data.x_train, x)
+    assert (data.classes, data.name, data.kind) == (("no", "yes"), "toy", "vectors")
+    assert data.y_train.tolist() == [0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("pair", "classes", "message"),
+    [
+        ((ONES, LABELS), ["a"], "labels y: got label 1 in row 1; expected 0 to 0"),
+        ((ONES, LABELS), ["a", "a"], "classes: got a, a; expected different names"),
+        (ONES, None, r"got a ndarray; expected a pair \(x, y\)"),
+        ((ONES, "abc"), None, "no numeric array"),
+        (([[1.0], [2.0, 3.0]], [0, 1]), None, "no numeric array"),
+        ((torch.ones(2, 0), [0, 1]), None, "empty set"),
+    ],
+)
+def test_refused_tensors(pair, classes, message):
+    with pytest.raises(Refused, match=message):
+        from_tensors(pair, classes=classes)
+
+
+class Pairs(torch.utils.data.Dataset):
+    classes = ("cat", "dog")
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        item = self.items[index]
+        return item() if callable(item) else item
+
+
+def test_from_dataset_of_pillow_images():
+    from PIL import Image
+
+    pixels = numbers(4).integers(0, 256, (6, 3, 3, 3), dtype=np.uint8)  # a size that could be mistaken for channels
+    data = from_dataset(Pairs([(Image.fromarray(image), i % 2) for i, image in enumerate(pixels)]), name="photos")
+    pixels_again = torch.cat([data.x_train, data.x_test]).mul(255).round().flatten(1).tolist()
+    assert sorted(pixels_again) == sorted(image.transpose(2, 0, 1).flatten().tolist() for image in pixels)
+    assert data.classes == ("cat", "dog")
+    assert data.normalisation == "pixels / 255, no centring"
+    grey = Pairs([(Image.fromarray(image[..., 0]), 0) for image in pixels])
+    same(from_dataset(grey, test=grey).x_train, pixels[:, None, :, :, 0])
+
+
+def test_from_dataset_of_tensors_equals_from_tensors():
+    x, y = torch.arange(22.0).reshape(11, 2), torch.arange(11) % 2
+    items = [
+        (row, [int(label), label, np.int64(label)][i % 3]) for i, (row, label) in enumerate(zip(x, y, strict=True))
+    ]
+    assert from_dataset(Pairs(items)).hash == from_tensors((x, y)).hash
+    assert from_dataset(Pairs(items), test=Pairs(items[:3])).y_test.tolist() == [0, 1, 0]
+
+
+def test_from_dataset_leaves_the_random_states():
+    def noisy():
+        return torch.rand(2) + random.random() + float(np.random.rand()), 1  # noqa: NPY002
+
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    from_dataset(Pairs([noisy] * 5))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
+
+
+def test_loading_leaves_the_random_states():
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    load("digits", train=50, seed=9)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Stream(), "without a length; expected a map-style"),
+        (Pairs([]), "empty set"),
+        (Pairs([(torch.ones(2), 0), torch.ones(3)]), r"index 1: got a Tensor; expected a pair"),
+        (Pairs([(torch.ones(2), 0), (torch.ones(3), 0)]), r"index 1: got \[3\] torch.float32; expected \[2\]"),
+        (Pairs([(torch.ones(2), 0), (torch.ones(2).double(), 0)]), r"index 1: got \[2\] torch.float64"),
+        (Pairs([(torch.ones(2), 0.5)]), r"index 0: got label 0.5; expected an integer"),
+        (Pairs([(torch.ones(2), True)]), r"index 0: got label True"),
+        (Pairs([(torch.ones(2), 7)] * 3), r"label 7 in row 0; expected 0 to 1"),
+        (Pairs([(torch.full((2,), torch.inf), 1)] * 3), r"inf in row 0 \(3 such rows\)"),
+        (Pairs([("text", 1)]), r"index 0: got str that is no numeric array"),
+    ],
+)
+def test_refused_datasets(dataset, message):
+    with pytest.raises(Refused, match=message):
+        from_dataset(dataset)
+
+
+# --- the real files ---
+
+
+@pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="no shared MNIST files")
+def test_real_mnist_threes_and_eights():
+    start = time.perf_counter()
+    data = load("mnist", data_dir=SHARED / "mnist", classes=(3, 8))
+    assert time.perf_counter() - start < 10
+    assert (len(data.y_train), len(data.y_test), data.input_shape) == (11982, 1984, (1, 28, 28))
+    assert (data.x_train.min(), data.x_train.max()) == (0, 1)
+
+
+@pytest.mark.skipif(not (SHARED / "cifar-10").is_dir(), reason="no shared CIFAR-10 files")
+def test_real_cifar_two_and_dogs():
+    data = load("cifar10", data_dir=SHARED / "cifar-10", classes=("cat", "dog"))
+    assert (len(data.y_train), len(data.y_test), data.input_shape) == (10000, 2000, (3, 32, 32))
+    assert data.y_train.bincount().tolist() == [5000, 5000]
+    assert data.hash == load("cifar10", data_dir=SHARED / "cifar-10", classes=(3, "5")).hash

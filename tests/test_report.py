@@ -1,0 +1,449 @@
+"""The report: pure, whole, safe, and drawn (the last in a real browser, where one is installed)."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import html
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import report_case
+
+from ntkit.checks import Refused
+from ntkit.report import figures, readings, render
+
+HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(report_case.write(tmp_path_factory.mktemp("full"), *report_case.full()))
+
+
+@pytest.fixture(scope="module")
+def minimal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(report_case.write(tmp_path_factory.mktemp("minimal"), report_case.minimal()))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(report_case.write(tmp_path_factory.mktemp("hostile"), _poison(report_case.full()[0])))
+
+
+def _poison(value: Any, key: str = "") -> Any:
+    """Put hostile text into every string that a user could choose."""
+    if isinstance(value, dict):
+        return {k: _poison(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_poison(v, key) for v in value]
+    fixed = {"kind", "kernel", "status", "stop", "kernel_outputs"}
+    return HOSTILE + value if isinstance(value, str) and key not in fixed else value
+
+
+def _body(path: Path) -> str:
+    """The page without plotly.js and the style sheet: what this package wrote around them."""
+    text = path.read_text(encoding="utf-8")
+    start = text.index("<script>", text.index("</main>"))
+    return text[:start] + text[text.index("</script>", start) + len("</script>") :]
+
+
+def _words(path: Path) -> str:
+    text = re.sub(r"(?s)<(style|script)\b.*?</\1>", " ", _body(path))
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text)))
+
+
+def _plots(path: Path) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="plots">(.*?)</script>', _body(path), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+# What is in the file
+
+
+def test_results_appear(full: Path) -> None:
+    words = _words(full)
+    results = report_case.full()[0]
+    for machine in results["machines"]:
+        assert machine["label"] in words
+        assert f"{machine['support']} of {machine['n']}" in words
+        assert f"{100 * machine['test_error']['value']:.1f} ± {100 * machine['test_error']['error']:.1f} %" in words
+    for row in results["invariances"]["rows"]:
+        assert f"{row['after']['value']:.3f} ± {row['after']['error']:.3f}" in words
+        assert row["parameters"] in words
+    for row in results["quality"]:
+        assert f"{row['alignment']:.3f}" in words
+    for value in results["similarity"].values():
+        assert f"{value:.3f}" in words
+    for check in results["certificates"]:
+        assert check["what"] in words
+    assert "3.1e-15" in words
+    assert "1e-10" in words
+    for text in (results["reproduce"]["command"], results["data"]["hash"], results["data"]["normalisation"]):
+        assert text in words
+    assert "Conv2d(1, 16" in words
+    assert "38,282 parameters" in words
+
+
+def test_every_figure_has_title_reading_and_text_alternative(full: Path) -> None:
+    body, plots = _body(full), _plots(full)
+    blocks = re.findall(r"<figure\b.*?</figure>", body, re.DOTALL)
+    assert len(blocks) == 9
+    for block in blocks:
+        assert re.search(r"<h3>[^<]+</h3>\s*<p class=\"reading\">[^<]{20,}</p>", block), block[:200]
+    drawn = re.findall(r'class="plot" id="([\w-]+)" role="img" aria-label="([^"]{20,})"', body)
+    assert {name for name, _ in drawn} == set(plots)
+
+
+def test_curves_are_the_results(full: Path) -> None:
+    along, plots = report_case.full()[0]["along"], _plots(full)
+    steps = [0.5, *along["steps"][1:]]
+    last = {trace["name"]: trace for trace in plots["plot-eigenvalues"]["data"]}
+    assert last["λ<sub>3</sub>"]["y"] == [row[2] for row in along["eigenvalues"]]
+    assert last["λ<sub>3</sub>"]["x"] == steps
+    assert last["2n / learning rate"]["y"] == [2 * 500 / 0.05] * 2
+    axis = plots["plot-eigenvalues"]["layout"]["xaxis"]
+    assert dict(zip(axis["tickvals"], axis["ticktext"], strict=True))[0.5] == "0"
+    for name in ("targets", "outputs", "residual"):
+        drawn = {trace["name"]: trace["y"] for trace in plots[f"plot-energy-{name}"]["data"]}
+        for i, k in enumerate(along["energy_ks"]):
+            assert drawn[f"top {k}"] == [row[i] for row in along[f"energy_{name}"]]
+    shares = plots["plot-spectrum"]["data"][1]["y"]
+    assert shares == pytest.approx([100 * v / along["trace"][-1] for v in along["eigenvalues"][-1]])
+
+
+def test_figures_are_valid_plotly(full: Path) -> None:
+    from plotly.graph_objects import Figure
+
+    for plot in _plots(full).values():
+        colours = re.findall(r'"var\((--[\w-]+)\)"', json.dumps(plot))
+        style = full.read_text(encoding="utf-8")
+        assert colours
+        for scheme in re.findall(r":root(?:\[data-theme=\"dark\"\])? \{[^}]*\}", style):
+            assert not [name for name in colours if f"{name}:" not in scheme]
+        Figure(json.loads(re.sub(r'"var\(--[\w-]+\)"', '"#123456"', json.dumps(plot))))  # refuses unknown properties
+
+
+def test_thumbnails_are_the_arrays(full: Path) -> None:
+    from PIL import Image
+
+    arrays = report_case.full()[1]
+    found = re.findall(r'<img class="thumb" src="data:image/png;base64,([^"]+)" alt="([^"]+)"', _body(full))
+    assert len(found) == 6 * 11
+    pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, _ in found]
+    np.testing.assert_array_equal(pixels[11], arrays["test"][1, :, :, 0])
+    np.testing.assert_array_equal(pixels[11 + 1 + 2], arrays["init"][1, 2, :, :, 0])
+    np.testing.assert_array_equal(pixels[11 + 6 + 4], arrays["after"][1, 4, :, :, 0])
+
+
+def test_colour_thumbnails_keep_their_colours(tmp_path: Path) -> None:
+    from PIL import Image
+
+    results, arrays = report_case.full()
+    colour = {name: np.repeat(value, 3, axis=-1) for name, value in arrays.items()}
+    colour["test"][0, 2, 3] = (250, 10, 90)
+    text = _body(render(report_case.write(tmp_path, results, colour)))
+    data = re.findall(r'src="data:image/png;base64,([^"]+)"', text)[0]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).getpixel((3, 2)) == (250, 10, 90)
+
+
+def test_other_labels_are_marked_in_words(full: Path) -> None:
+    rows = report_case.full()[0]["neighbours"]["rows"]
+    other = sum(n["label"] != row["label"] for row in rows for key in ("init", "after") for n in row[key])
+    assert other > 0
+    assert _body(full).count('aria-label="other label"') == other
+    assert "✗ network says 8" in _words(full)
+
+
+def test_same_results_same_bytes(full: Path, tmp_path: Path) -> None:
+    again = render(report_case.write(tmp_path, *report_case.full()))
+    assert again.read_bytes() == full.read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+
+
+# Alone and safe
+
+
+def test_self_contained(full: Path) -> None:
+    text, body = full.read_text(encoding="utf-8"), _body(full)
+    assert len(re.findall(r"\* plotly\.js v\d", text)) == 1
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', body)
+    assert policy
+    rules = dict(rule.split(" ", 1) for rule in policy[1].split("; "))
+    assert rules["default-src"] == "'none'"
+    assert rules["script-src"] == "'unsafe-inline'"
+    assert "http" not in policy[1]
+    assert "connect-src" not in rules
+    assert not re.findall(r'(?:src|srcset|poster|action)="(?!data:)[^"]*"', body)
+    assert not re.findall(r"url\(|@import", body)
+    links = re.findall(r'<(\w+)[^>]*\bhref="(https?://[^"]+)"', body)
+    assert {tag for tag, _ in links} == {"a"}
+    assert len(re.findall(r"https?://", body)) == len(links)
+    start, end = body.index('id="definitions"'), body.index('id="reproduce"')
+    assert all(start < m.start() < end for m in re.finditer(r"https?://", body))
+
+
+def test_hostile_names_are_text(hostile: Path) -> None:
+    body = _body(hostile)
+    assert "<img src=x" not in body
+    assert "<script>window.broken" not in body
+    assert "&lt;script&gt;window.broken" in body
+    assert body.count("</script>") == len(re.findall(r"<script\b", body))
+    axis = _plots(hostile)["plot-invariance-gentle"]["layout"]["yaxis"]
+    assert all("<" not in text for text in axis["ticktext"])
+    assert "</script>" not in json.dumps(_plots(hostile)["plot-invariance-gentle"]["layout"]["yaxis"])
+
+
+def test_nulls_become_sentences(minimal: Path) -> None:
+    words, plots = _words(minimal), _plots(minimal)
+    assert list(plots) == ["plot-machines"]
+    assert plots["plot-machines"]["data"][0]["x"] == [25.0]
+    assert len(plots["plot-machines"]["data"]) == 3
+    assert "error_x" not in plots["plot-machines"]["data"][0]
+    assert "the weights were loaded, so there was no training to follow" in words
+    assert "defined for images, and these data are vectors" in words
+    assert "there is nothing to show for vectors" in words
+    assert "✗ not separable" in words
+    assert "Use a soft margin." in words
+    assert "1 check failed: symmetry." in words
+    assert "✗ no" in words
+    assert "an operation without a rule" in words
+    assert not re.search(r"\b(None|nan|NaN|null)\b", words)
+
+
+def test_images_not_measured_say_so(tmp_path: Path) -> None:
+    results = report_case.full()[0]
+    for key in ("along", "invariances", "neighbours"):
+        results[key] = None
+    words = _words(render(report_case.write(tmp_path, results)))
+    assert "not followed along training in this run" in words
+    assert "invariances were not measured in this run" in words
+    assert "neighbours were not looked up in this run" in words
+
+
+def test_undefined_values_along_training(tmp_path: Path) -> None:
+    results = report_case.full()[0]
+    results["training"]["stop"] = "diverged"
+    results["training"]["losses"] = [2.3, None, None]
+    along = results["along"]
+    for key, value in along.items():
+        if key not in ("steps", "energy_ks") and isinstance(value, list):
+            along[key] = [[None] * len(row) if isinstance(row, list) else None for row in value]
+    words = _words(render(report_case.write(tmp_path, results)))
+    assert "Training diverged" in words
+    assert not re.search(r"\b(None|nan|NaN)\b", words)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"results\.json: got no such file; expected a JSON file"):
+        render(tmp_path)
+    results = report_case.minimal()
+    results["format"] = 2
+    with pytest.raises(Refused, match=r"got format 2; expected format 1\. Render it with the version"):
+        render(report_case.write(tmp_path, results))
+    assert not (tmp_path / "report.html").exists()
+
+
+# What it says
+
+
+def _errors(wrong: dict[str, int], n: int = 360) -> dict[str, Any]:
+    results = report_case.full()[0]
+    results["network"]["test_error"] = report_case.rate(wrong["network"], n, "test")
+    for machine in results["machines"]:
+        machine["test_error"] = report_case.rate(wrong[machine["kernel"]], n, "test")
+    return results
+
+
+@pytest.mark.parametrize(
+    ("init", "after", "lead"),
+    [
+        (40, 8, "Training made a better kernel."),
+        (8, 40, "Training made a worse kernel."),
+        (12, 8, "No difference beyond noise between the kernels before and after training."),
+        (2, 0, "No difference beyond noise between the kernels before and after training."),  # error 0: its binomial
+    ],  # standard error is 0, yet 2 of 360 against 0 of 360 proves nothing
+)
+def test_findings_follow_the_noise(init: int, after: int, lead: str) -> None:
+    results = _errors({"network": 9, "init": init, "after": after, "conjugate": 9})
+    assert readings.in_short(results)[0][0] == lead
+    beyond = "beyond noise" in readings.answer(results)
+    assert beyond == lead.startswith("No difference")
+
+
+def test_nothing_is_claimed_without_standard_errors() -> None:
+    results = _errors({"network": 9, "init": 300, "after": 1, "conjugate": 9})
+    results["machines"][1]["test_error"]["error"] = None
+    assert "cannot be compared" in readings.in_short(results)[0][0]
+    assert "cannot be judged" in readings.answer(results)
+    assert "not comparable" in readings.machines(results)
+
+
+@pytest.mark.parametrize(
+    ("name", "after", "said"),
+    [
+        ("shift", 0.9, "more invariant to shift"),
+        ("shift", 0.3, "less invariant to shift"),
+        ("shift", 0.62, "no different beyond noise for shift"),
+        ("quadrant swap", 0.3, "more global for quadrant swap"),
+        ("patch shuffle", 0.9, "less global for patch shuffle"),
+    ],
+)
+def test_invariance_directions(name: str, after: float, said: str) -> None:
+    row = {"name": name, "before": report_case.number(0.6, 0.01), "after": report_case.number(after, 0.01)}
+    assert said in readings.invariances({"invariances": {"rows": [row]}})
+
+
+def test_eigenvalue_reading_knows_the_bound() -> None:
+    results = report_case.full()[0]
+    assert "always below 2n / learning rate" in readings.eigenvalues(results)
+    high = copy.deepcopy(results)
+    high["along"]["lr"] = 0.5  # 2 n / lr = 2000: crossed, and not left again
+    first = next(
+        s for s, row in zip(high["along"]["steps"], high["along"]["eigenvalues"], strict=True) if row[0] > 2000
+    )
+    assert f"above 2n / learning rate from step {first} on" in readings.eigenvalues(high)
+    results["along"]["lr"] = None
+    assert "2n" not in readings.eigenvalues(results)
+
+
+def test_a_line_that_is_crossed_twice_is_not_called_lasting() -> None:
+    results = report_case.full()[0]
+    top = [row[0] for row in results["along"]["eigenvalues"]]
+    results["along"]["eigenvalues"][3][0] = 10 * max(top)
+    results["along"]["eigenvalues"][-1][0] = 10 * max(top)
+    results["along"]["lr"] = 1000 / (2 * max(top))
+    assert "above 2n / learning rate at times" in readings.eigenvalues(results)
+
+
+def test_ticks_cover_any_range() -> None:
+    for values in ([1e-12, 1e9], [3.0, 3.0], [None, 0.0], [0.02, 0.9], [5e-7, 6e-7]):
+        axis = figures._log_axis("", values)
+        low, high = axis["range"]
+        assert low < high
+        assert all(10 ** (low - 1e-9) <= tick <= 10 ** (high + 1e-9) for tick in axis["tickvals"])
+        assert len(axis["tickvals"]) == len(set(axis["ticktext"])) <= 14
+    assert figures._log_axis("", [1e-9, 1e-2])["ticktext"][0] == "10⁻⁹"
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as play:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = play.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page opened in the browser, with everything it complained of or asked for."""
+
+    def __init__(self, browser: Any, path: Path, width: int, height: int, scheme: str) -> None:
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        self.page, self.complaints, self.asked = context.new_page(), [], []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-drawn]")
+        self.page.wait_for_timeout(150)
+
+    def check(self, path: Path) -> None:
+        assert self.complaints == []
+        assert [url for url in self.asked if not url.startswith("data:")] == [path.as_uri()]
+        assert self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+
+    def luminance(self) -> float:
+        """Mean of the background's red, green and blue."""
+        colour = self.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return float(np.mean([int(c) for c in re.findall(r"\d+", colour)[:3]]))
+
+    def ink(self) -> str:
+        return self.page.evaluate("getComputedStyle(document.querySelector('.plot .xtick text')).fill")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
+def test_page_draws(chromium: Any, full: Path, width: int, height: int, scheme: str) -> None:
+    visit = Visit(chromium, full, width, height, scheme)
+    visit.check(full)
+    assert (visit.luminance() > 128) == (scheme == "light")
+    paths = visit.page.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('.plot')].map(plot => "
+        "[plot.id, plot.querySelectorAll('svg .scatterlayer path').length]))"
+    )
+    assert set(paths) == set(_plots(full))
+    assert min(paths.values()) >= 2
+    too_wide = "svg => svg.clientWidth > svg.closest('figure').clientWidth"
+    assert not visit.page.evaluate(f"[...document.querySelectorAll('svg.main-svg')].some({too_wide})")
+
+
+@pytest.mark.browser
+def test_toggle_repaints_page_and_figures(chromium: Any, full: Path) -> None:
+    visit = Visit(chromium, full, 1280, 900, "light")
+    light, ink = visit.luminance(), visit.ink()
+    visit.page.click("#theme")
+    visit.page.wait_for_timeout(150)
+    assert visit.luminance() < 64 < light
+    assert visit.ink() != ink
+    visit.page.reload()
+    visit.page.wait_for_selector("html[data-drawn]")
+    assert visit.luminance() < 64  # kept
+    visit.page.click("#theme")
+    visit.page.wait_for_timeout(150)
+    assert visit.luminance() == light
+    assert visit.ink() == ink
+    assert visit.complaints == []
+
+
+@pytest.mark.browser
+def test_copy_print_and_policy(chromium: Any, full: Path) -> None:
+    visit = Visit(chromium, full, 1280, 900, "dark")
+    visit.page.click("#copy")
+    visit.page.wait_for_selector("#copy:text-is('Copied')", timeout=3000)
+    ink = visit.ink()
+    visit.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert visit.luminance() > 128
+    assert visit.ink() != ink
+    visit.page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert visit.luminance() < 128
+    assert visit.ink() == ink
+    visit.check(full)
+    blocked = visit.page.evaluate(
+        "new Promise(done => { document.addEventListener('securitypolicyviolation', e => done(e.violatedDirective));"
+        " const image = new Image(); image.src = 'https://example.invalid/x.png'; document.body.append(image);"
+        " setTimeout(() => done(''), 2000); })"
+    )
+    assert blocked == "img-src"
+
+
+@pytest.mark.browser
+def test_hostile_and_minimal_pages(chromium: Any, hostile: Path, minimal: Path) -> None:
+    for path in (hostile, minimal):
+        visit = Visit(chromium, path, 390, 844, "light")
+        visit.check(path)
+        assert visit.page.evaluate("window.broken === undefined")
+
+
+@pytest.mark.browser
+def test_without_javascript(chromium: Any, full: Path) -> None:
+    page = chromium.new_context(java_script_enabled=False, viewport={"width": 390, "height": 844}).new_page()
+    page.goto(full.as_uri())
+    assert "JavaScript is off" in page.inner_text("noscript")
+    assert "Training made a better kernel." in page.inner_text("main")

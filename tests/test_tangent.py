@@ -1,0 +1,237 @@
+"""The engine equals the oracle: every case, every output mode, every route, any tiling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, make, softplus_sum, tiny_mlp, vectors
+from torch import nn
+
+import ntkit
+from ntkit.jacobian import contract, rules
+from ntkit.jacobian.factors import SelfCheckError
+from ntkit.jacobian.reference import tangent_kernel
+from ntkit.testing import assert_equal, check_kernel
+
+MODES = ["full", "diagonal", "trace", "sum", softplus_sum]
+# what has no rule yet, by case; everything else must be on the fast path
+FALLBACK = {
+    "conv transposed": {"0.weight"},
+    "weight norm": {"net.0.parametrizations.weight.original0", "net.0.parametrizations.weight.original1"},
+    "experts": {"experts.0.weight", "experts.0.bias", "experts.1.weight", "experts.1.bias"},
+    "norms": {"net.7.weight", "net.7.bias"},
+}
+
+
+@pytest.mark.parametrize("outputs", MODES, ids=lambda m: m if isinstance(m, str) else "callable")
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_oracle(name, outputs):
+    model, x1, x2 = make(name)
+    kernel = ntkit.TangentKernel(model, outputs=outputs)
+    assert_equal(kernel(x1, x2), tangent_kernel(model, x1, x2, outputs), 1e-10, "k(x1, x2)")
+    assert_equal(kernel(x1), tangent_kernel(model, x1, None, outputs), 1e-10, "k(x1)")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_equals_the_oracle(name):
+    model, x1, x2 = make(name)
+    exact = tangent_kernel(model, x1, x2)
+
+    def single(x):
+        if isinstance(x, dict):
+            return {k: single(v) for k, v in x.items()}
+        return tuple(map(single, x)) if isinstance(x, tuple) else x.float() if x.is_floating_point() else x
+
+    assert_equal(ntkit.TangentKernel(model.float())(single(x1), single(x2)), exact, 1e-4, "float32")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_laws(name):
+    model, x1, x2 = make(name)
+    for outputs in ("full", "trace", "diagonal"):
+        check_kernel(ntkit.TangentKernel(model, outputs=outputs), x1, x2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fast_path_is_taken(name):
+    model, x1, _ = make(name)
+    missing = ntkit.TangentKernel(model).fallback(x1)
+    assert set(missing) <= FALLBACK.get(name, set()), missing
+    assert bool(missing) == (name in FALLBACK)
+
+
+@pytest.mark.parametrize("route", ["rows", "pairs"])
+@pytest.mark.parametrize(
+    "name", ["conv", "reused", "attention, sequence first", "lstm", "tokens through linear", "two inputs"]
+)
+def test_every_route_gives_the_same(name, route, monkeypatch):
+    model, x1, x2 = make(name)
+    dear = contract._cost
+
+    def steered(size, chosen, *rest):
+        return dear(size, chosen, *rest) * (1e9 if (chosen == "rows") == (route == "pairs") else 1)
+
+    monkeypatch.setattr(contract, "_cost", steered)
+    for outputs in MODES:
+        kernel = ntkit.TangentKernel(model, outputs=outputs)
+        taken = {
+            step.route
+            for step in kernel.plan(x1, x2).steps
+            if kernel._gradients.structure(x1).sizes[step.name].positions
+        }
+        assert taken == {"rows"} if route == "rows" else taken <= {"outer", "tokens"}
+        assert_equal(kernel(x1, x2), tangent_kernel(model, x1, x2, outputs), 1e-10, f"{route} {outputs}")
+        assert_equal(
+            kernel.diagonal(x1), ntkit.TangentKernel(model, outputs=outputs)(x1)[range(7), range(7)], 1e-10, "diagonal"
+        )
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "tied", "attention, batch first", "experts"])
+@pytest.mark.parametrize("memory", [1, 3000, 20000, "1 MB"])
+def test_any_tiling_gives_the_same(name, memory, monkeypatch):
+    monkeypatch.setattr("ntkit.kernels.tangent._BLOCK", 3)
+    model, x1, x2 = make(name)
+    for outputs in ("full", "diagonal", "trace"):
+        kernel = ntkit.TangentKernel(model, outputs=outputs, memory=memory)
+        assert_equal(kernel(x1, x2), tangent_kernel(model, x1, x2, outputs), 1e-10, f"memory {memory}")
+        check_kernel(kernel, x1, x2)
+
+
+def test_a_small_budget_makes_small_tiles():
+    model, x1, x2 = make("mlp")
+    assert ntkit.TangentKernel(model, memory=2000).plan(x1, x2).tile < 7
+    assert ntkit.TangentKernel(model, memory="1 GB").plan(x1, x2).tile == 7
+
+
+def test_linear_model_is_the_gram_matrix_of_inputs():
+    x = vectors(6)
+    K = ntkit.TangentKernel(nn.Linear(5, 2, bias=False).double())(x)
+    assert_equal(K, torch.einsum("ij,cd->ijcd", x @ x.T, torch.eye(2).double()), 1e-12, "X X^T (x) I")
+
+
+def test_trace_is_a_sum_and_sum_is_scaled_by_outputs():
+    model, x1, x2 = make("mlp")
+    full = ntkit.TangentKernel(model)(x1, x2)
+    assert_equal(
+        ntkit.TangentKernel(model, outputs="trace")(x1, x2), full.diagonal(dim1=2, dim2=3).sum(-1), 1e-12, "trace"
+    )
+    assert_equal(ntkit.TangentKernel(model, outputs="sum")(x1, x2), full.sum((2, 3)) / 3, 1e-12, "sum")
+
+
+def test_parameters_are_selected_by_name_predicate_and_grad():
+    model, x1, x2 = make("mlp")
+    shares = ntkit.TangentKernel(model).layers(x1, x2)
+    for params in (
+        ["0.weight", "2.bias"],
+        lambda name: name in ("0.weight", "2.bias"),
+        lambda name, p: name in ("0.weight", "2.bias"),
+    ):
+        K = ntkit.TangentKernel(model, params=params)(x1, x2)
+        assert_equal(K, shares["0.weight"] + shares["2.bias"], 1e-10, "chosen")
+    model[0].requires_grad_(False)
+    rest = sum(v for name, v in shares.items() if not name.startswith("0."))
+    assert_equal(ntkit.TangentKernel(model)(x1, x2), rest, 1e-10, "frozen layers are left out")
+    assert_equal(ntkit.TangentKernel(model, params=["0.weight"])(x1, x2), shares["0.weight"], 1e-10, "unless named")
+    assert not model[0].weight.requires_grad
+
+
+def test_one_sample_and_unused_parameters():
+    model = tiny_mlp()
+    model.spare = nn.Linear(2, 2).double()
+    forward = nn.Sequential.forward
+
+    class Partial(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return self.net[2](self.net[1](self.net[0](x)))
+
+    del forward
+    x = vectors(1)
+    kernel = ntkit.TangentKernel(Partial())
+    assert_equal(kernel(x), tangent_kernel(Partial(), x), 1e-10, "one sample")
+    assert kernel.layers(x)["net.spare.weight"].abs().max() == 0
+
+
+def test_compiled_and_wrapped_input_types():
+    model, x1, x2 = make("mlp")
+    exact = tangent_kernel(model, x1, x2)
+    strided = torch.stack([x1, x1], -1)[..., 0]
+    assert not strided.is_contiguous()
+    assert_equal(ntkit.TangentKernel(model)(strided, x2), exact, 1e-10, "non-contiguous")
+    assert_equal(ntkit.TangentKernel(nn.DataParallel(model))(x1, x2), exact, 1e-10, "DataParallel")
+
+
+def test_operator_works_with_scipy():
+    from scipy.sparse.linalg import eigsh
+
+    model, x1, _ = make("mlp")
+    operator = ntkit.TangentKernel(model).operator(x1)
+    top = eigsh(operator.to_scipy(), k=2, return_eigenvectors=False)
+    K = tangent_kernel(model, x1).permute(0, 2, 1, 3).reshape(21, 21)
+    assert_equal(torch.as_tensor(top), torch.linalg.eigvalsh(K)[-2:], 1e-10, "eigsh")
+
+
+@pytest.mark.parametrize(("node", "parameter"), [("AddmmBackward0", "0.weight"), ("ConvolutionBackward0", "0.weight")])
+def test_self_check_names_the_parameter_whose_gradient_is_wrong(node, parameter, monkeypatch):
+    model, x1, _ = make("mlp" if node.startswith("Add") else "conv")
+    true = rules.RULES[node]
+
+    def wrong(use, owner, n, cot):
+        return true(use, owner, n, cot * 1.001 if use.name == parameter else cot)
+
+    monkeypatch.setitem(rules.RULES, node, wrong)
+    with pytest.raises(SelfCheckError, match=f"parameter '{parameter}' differs from plain autograd"):
+        ntkit.TangentKernel(model)(x1)
+
+
+def test_self_check_catches_a_gradient_the_graph_does_not_show(monkeypatch):
+    model, x1, _ = make("mlp")
+    monkeypatch.setattr(
+        "ntkit.jacobian.factors.find_uses", lambda out, params: [u for u in find(out, params) if u.name != "2.bias"]
+    )
+    with pytest.raises(SelfCheckError, match=r"2\.bias"):
+        ntkit.TangentKernel(model)(x1)
+
+
+def find(out, params):
+    from ntkit.jacobian.graph import find_uses
+
+    return find_uses(out, params)
+
+
+def test_dead_layers_are_right_and_come_alive():
+    """A zero-initialised output layer hides which rows belong to whom; the result must still be exact."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2), nn.Flatten()).double()
+    nn.init.zeros_(model[2].weight)
+    x1, x2 = torch.randn(5, 3, 5).double(), torch.randn(4, 3, 5).double()
+    kernel = ntkit.TangentKernel(model)
+    assert_equal(kernel(x1, x2), tangent_kernel(model, x1, x2), 1e-10, "dead")
+    nn.init.normal_(model[2].weight)
+    assert_equal(kernel(x1, x2), tangent_kernel(model, x1, x2), 1e-10, "alive again")
+
+
+def test_comparison_fails_on_ten_times_its_tolerance():
+    K = torch.rand(3, 3).double()
+    K[0, 0] = 1
+    with pytest.raises(AssertionError, match="error"):
+        assert_equal(K + 1e-9 * torch.eye(3), K, 1e-10, "perturbed")
+    with pytest.raises(AssertionError):
+        assert_equal(torch.full((3, 3), torch.nan), K, 1e-10, "nan")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_equals_the_oracle(name):
+    model, x1, x2 = make(name)
+    exact = tangent_kernel(model, x1, x2)
+
+    def move(x):
+        if isinstance(x, dict):
+            return {k: move(v) for k, v in x.items()}
+        return tuple(map(move, x)) if isinstance(x, tuple) else x.cuda()
+
+    assert_equal(ntkit.TangentKernel(model.cuda())(move(x1), move(x2)).cpu(), exact, 1e-10, "GPU float64")

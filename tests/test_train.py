@@ -1,0 +1,647 @@
+"""`train` against plain loops, bit for bit; kills at every step; nothing global changed; every refusal."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ntkit.checks import Refused
+from ntkit.trajectory import Trajectory, load_weights, train
+from ntkit.trajectory.schedule import batch_indices, snapshot_steps
+
+F64 = torch.float64
+N, D = 11, 3
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.02, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.02),
+    "groups": lambda p: torch.optim.SGD([{"params": p[:1], "lr": 0.2}, {"params": p[1:]}], lr=0.1, momentum=0.5),
+}
+SGD = OPTIMIZERS["sgd"]
+
+
+def mse(outputs, y):
+    return ((outputs - y) ** 2).mean()
+
+
+def data():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(N, D, generator=generator, dtype=F64)
+    return x, torch.sin(x.sum(1, keepdim=True))
+
+
+def mlp(*middle):
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), *middle, nn.Linear(7, 1)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.5 * torch.randn(p.shape, generator=generator, dtype=F64))
+    return model
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a
+    )
+
+
+def eval_loss(model, load, step):
+    load(model, step)
+    model.eval()
+    with torch.no_grad():
+        return mse(model(data()[0]), data()[1]).item()
+
+
+def bytes_of(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+
+
+def always_checkpoint(monkeypatch):
+    monkeypatch.setattr(import_module("ntkit.trajectory.run"), "CHECKPOINT_SECONDS", 0.0)
+
+
+# --- the same bits as a loop written by hand -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_a_plain_loop(name, batch_size):
+    x, y = data()
+    model = mlp()
+    plain = copy.deepcopy(model)
+    traj = train(model, (x, y), mse, OPTIMIZERS[name], steps=9, batch_size=batch_size, record="all", seed=3)
+
+    opt = OPTIMIZERS[name](list(plain.parameters()))
+    losses = []
+    for step in range(9):
+        assert same_bits(traj.state(step), plain.state_dict())
+        rows = traj.batch(step)
+        opt.zero_grad()
+        loss = mse(plain(x[rows]), y[rows])
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert same_bits(traj.state(9), plain.state_dict())
+    assert same_bits(model.state_dict(), plain.state_dict())
+    assert traj.losses.dtype == F64
+    assert traj.losses.tolist() == losses
+    assert losses[0] != losses[-1]
+    assert traj.status == "complete"
+    assert traj.stop == {"reason": "steps", "step": 9, "loss": None}
+    assert (traj.steps, len(traj)) == (list(range(10)), 10)
+
+
+def test_inputs_as_tuple_and_dict():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(D, 1).double(), nn.Linear(D, 1).double()
+
+        def forward(self, x, y):
+            return self.a(x) - 2 * self.b(y)
+
+    x, y = data()
+    start = Two()
+    states = []
+    for inputs in ((x, x**2), {"y": x**2, "x": x}):
+        model = copy.deepcopy(start)
+        states.append(train(model, (inputs, y), mse, SGD, steps=5, batch_size=3).state(5))
+    assert same_bits(*states)
+    assert not same_bits(states[0], start.state_dict())
+
+
+# --- batches and recorded steps ------------------------------------------------------------------------------
+
+
+def test_each_epoch_is_a_permutation_with_a_ragged_last_batch():
+    n, b = 11, 4
+    epochs = []
+    for epoch in range(3):
+        rows = [batch_indices(7, n, b, 3 * epoch + k) for k in range(3)]
+        assert [len(r) for r in rows] == [4, 4, 3]
+        epochs.append(torch.cat(rows).tolist())
+        assert sorted(epochs[-1]) == list(range(n))
+    assert len({tuple(e) for e in epochs}) == 3
+    assert torch.cat([batch_indices(8, n, b, k) for k in range(3)]).tolist() != epochs[0]
+    assert batch_indices(7, n, None, 5).tolist() == list(range(n))
+
+
+def test_a_batch_cannot_be_spoiled_by_its_receiver():
+    first = batch_indices(7, 11, 4, 0)
+    kept = first.clone()
+    first.zero_()
+    assert batch_indices(7, 11, 4, 0).tolist() == kept.tolist()
+
+
+def test_recorded_steps():
+    assert sorted(snapshot_steps("log", 100)) == [0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 100]
+    assert sorted(snapshot_steps("log", 1)) == [0, 1]
+    assert sorted(snapshot_steps("all", 3)) == [0, 1, 2, 3]
+    assert sorted(snapshot_steps(np.array([5, 2]), 9)) == [0, 2, 5, 9]
+    traj = train(mlp(), data(), mse, SGD, steps=9, record=[4])
+    assert traj.steps == [0, 4, 9]
+    with pytest.raises(Refused, match=r"step 5: got a step that was not recorded.*nearest: 0, 4, 9"):
+        traj.state(5)
+    with pytest.raises(Refused, match="step: got 9; expected 0 <= step < 9"):
+        traj.batch(9)
+
+
+def test_on_step_sees_every_step_and_loss():
+    seen = []
+    traj = train(mlp(), data(), mse, SGD, steps=5, on_step=lambda step, loss: seen.append((step, loss)))
+    assert seen == list(enumerate(traj.losses.tolist()))
+
+
+# --- kill and resume -----------------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    """Dropout, running statistics, a tied pair and a non-persistent buffer that moves."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.norm, self.drop = nn.Linear(D, 7), nn.BatchNorm1d(7), nn.Dropout(0.4)
+        self.middle, self.again = nn.Linear(7, 7), nn.Linear(7, 7)
+        self.again.weight = self.middle.weight
+        self.last = nn.Linear(7, 1)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.double()
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        h = self.drop(torch.tanh(self.norm(self.first(x))))
+        return self.last(torch.tanh(self.again(self.middle(h)))) * (1 + 0.01 * self.calls)
+
+
+@pytest.mark.parametrize("often", [True, False])
+@pytest.mark.parametrize("early", [False, True])
+def test_resume_after_a_kill_at_any_step_gives_the_same_bytes(tmp_path, monkeypatch, often, early):
+    if often:
+        always_checkpoint(monkeypatch)
+    args = (data(), mse, OPTIMIZERS["adam"])
+    settings = dict(steps=13, batch_size=4, seed=4, record="log")
+    if early:  # a loss that is first reached at the end of epoch 2 or 3
+        probe = Noisy()
+        free = train(probe, *args, **(settings | dict(record="all"))).load
+        settings["target"] = max(eval_loss(probe, free, step) for step in (6, 9)) * (1 + 1e-9)
+    whole, killed_at = tmp_path / "whole", [0, 1, 5, 6, 12]
+
+    def copy_disk(step, loss):
+        if step in killed_at:  # what a kill at this moment would leave
+            shutil.copytree(whole, tmp_path / f"killed-{step}")
+
+    model = Noisy()
+    uninterrupted = train(model, *args, path=whole, on_step=copy_disk, **settings)
+    copies = sorted(tmp_path.glob("killed-*"))
+    assert len(copies) >= 3 if early else len(copies) == 5
+    assert uninterrupted.stop["reason"] == ("target" if early else "steps")
+    assert not early or uninterrupted.stop["step"] in (6, 9)
+    for folder in copies:
+        assert Trajectory.open(folder).status == "running"
+        (folder / "snapshots" / "step-00000099.safetensors.part").write_bytes(b"half")
+        fresh, steps = Noisy(), []
+        with torch.no_grad():
+            for p in fresh.parameters():
+                p.add_(1.0)  # the checkpoint counts, not what the model holds
+        train(fresh, *args, path=folder, resume=True, on_step=lambda step, loss, to=steps: to.append(step), **settings)
+        assert same_bits(fresh.state_dict(), model.state_dict())
+        assert fresh.calls == model.calls == uninterrupted.stop["step"]
+        (folder / "snapshots" / "step-00000099.safetensors.part").unlink()
+        assert bytes_of(folder) == bytes_of(whole)
+        if often:
+            assert steps[0] == int(folder.name.removeprefix("killed-"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_resume_after_a_real_kill(tmp_path):
+    script = """
+        import os, signal, sys
+        import torch
+        sys.path.insert(0, sys.argv[1])
+        import test_train as t
+        import ntkit.trajectory.run as run
+        run.CHECKPOINT_SECONDS = 0.0
+        kill = lambda step, loss: step == 6 and os.kill(os.getpid(), signal.SIGKILL)
+        t.train(t.Noisy(), t.data(), t.mse, t.OPTIMIZERS["momentum"], 9, 4, path=sys.argv[2], on_step=kill)
+    """
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    command = [sys.executable, "-c", textwrap.dedent(script), str(here), str(tmp_path / "killed")]
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] == "running"
+    models = [Noisy(), Noisy()]
+    steps: list[int] = []
+    for model, name in zip(models, ("killed", "whole"), strict=True):
+        train(
+            model,
+            data(),
+            mse,
+            OPTIMIZERS["momentum"],
+            9,
+            4,
+            path=tmp_path / name,
+            resume=True,
+            on_step=lambda step, loss: steps.append(step),
+        )
+    assert steps == [6, 7, 8, *range(9)]
+    assert same_bits(models[0].state_dict(), models[1].state_dict())
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
+
+
+def test_a_kill_before_the_first_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+
+    def stop(step, loss):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        train(mlp(), data(), mse, SGD, steps=3, path=folder, on_step=stop)
+    (folder / "checkpoint.safetensors").unlink()
+    other = mlp()
+    nn.init.zeros_(other[0].bias)
+    with pytest.raises(Refused, match="got initial parameters with hash"):
+        train(other, data(), mse, SGD, steps=3, path=folder, resume=True)
+    train(mlp(), data(), mse, SGD, steps=3, path=folder, resume=True)
+    train(mlp(), data(), mse, SGD, steps=3, path=tmp_path / "whole")
+    assert bytes_of(folder) == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["raised", "signal"])
+def test_ctrl_c_keeps_the_last_finished_step(tmp_path, how):
+    folder = tmp_path / "run"
+    calls = 0
+
+    def loss(outputs, y):
+        nonlocal calls
+        calls += 1
+        if how == "signal" and calls == 8:  # one trial call, then step 6: in the middle of a step
+            signal.raise_signal(signal.SIGINT)
+        return mse(outputs, y)
+
+    def on_step(step, loss):
+        if how == "raised" and step == 6:
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(mlp(), data(), loss, SGD, steps=9, path=folder, on_step=on_step)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(Trajectory.open(folder).losses) == 6  # steps 0 to 5 are done
+    seen = []
+    train(mlp(), data(), loss, SGD, steps=9, path=folder, resume=True, on_step=lambda step, loss: seen.append(step))
+    assert seen == [6, 7, 8]
+    train(mlp(), data(), loss, SGD, steps=9, path=tmp_path / "whole")
+    assert bytes_of(folder) == bytes_of(tmp_path / "whole")
+
+
+def test_ctrl_c_in_the_last_step_is_not_lost(tmp_path):
+    class Interrupting(torch.optim.SGD):
+        def step(self, closure=None):
+            signal.raise_signal(signal.SIGINT)
+            return super().step(closure)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(mlp(), data(), mse, lambda p: Interrupting(p, lr=0.1), steps=1, path=tmp_path / "run")
+    assert Trajectory.open(tmp_path / "run").status == "complete"
+
+
+def test_resume_of_an_ended_run_loads_it(tmp_path):
+    model = mlp()
+    traj = train(model, data(), mse, SGD, steps=4, path=tmp_path / "run")
+    before, fresh = bytes_of(tmp_path / "run"), mlp()
+    again = train(fresh, data(), mse, SGD, steps=4, path=tmp_path / "run", resume=True, on_step=lambda *_: 1 / 0)
+    assert same_bits(fresh.state_dict(), model.state_dict())
+    assert bytes_of(tmp_path / "run") == before
+    assert again.losses.tolist() == traj.losses.tolist()
+
+
+def test_resume_with_something_else_is_refused(tmp_path):
+    (x, y), folder = data(), tmp_path / "run"
+    train(mlp(), (x, y), mse, SGD, steps=4, path=folder)
+    with pytest.raises(Refused, match=r"holds a run.*Pass resume=True"):
+        train(mlp(), (x, y), mse, SGD, steps=4, path=folder)
+    for change, message in [
+        (dict(steps=5), r"steps \(was 4, now 5\)"),
+        (dict(seed=1, steps=4), r"seed \(was 0, now 1\)"),
+        (dict(steps=4, optimizer=lambda p: torch.optim.SGD(p, lr=0.2)), r"optimizer.defaults.lr \(was 0.1, now 0.2\)"),
+        (dict(steps=4, data=(x, y + 1)), r"data \(was \w"),
+        (
+            dict(steps=4, model=mlp(nn.Linear(7, 7).double())),
+            r"parameters.3.weight \(was absent, now \[\[1, 7\], \"torch.float64\"\]\)",
+        ),
+    ]:
+        arguments = dict(model=mlp(), data=(x, y), optimizer=SGD) | change
+        with pytest.raises(Refused, match=message):
+            train(loss=mse, path=folder, resume=True, **arguments)
+    (folder / "run.json").write_text('{"format": "other"}')
+    with pytest.raises(Refused, match=r"got format \('other', None\)"):
+        Trajectory.open(folder)
+
+
+# --- how a run ends ------------------------------------------------------------------------------------------
+
+
+def test_target_full_batch_stops_at_the_first_step_that_reaches_it():
+    model = mlp(nn.BatchNorm1d(7, affine=False).double())
+    losses = train(copy.deepcopy(model), data(), mse, SGD, steps=40).losses
+    target = float(losses[17])
+    first = int((losses <= target).nonzero()[0])
+    traj = train(model, data(), mse, SGD, steps=40, target=target)
+    assert 0 < first <= 17
+    assert traj.stop == {"reason": "target", "step": first, "loss": float(losses[first])}
+    assert traj.steps[-1] == first
+    assert len(traj.losses) == first
+    assert model[2].num_batches_tracked == first  # the forward that found the target is not part of the run
+    assert same_bits(traj.state(first), model.state_dict())
+
+
+def test_target_minibatch_is_the_whole_loss_in_eval_mode_after_an_epoch():
+    x, y = data()
+    model = mlp(nn.Dropout(0.3))
+    reference = copy.deepcopy(model)
+    free = train(reference, (x, y), mse, SGD, steps=60, batch_size=4, record="all")
+    reference.eval()
+    after_epoch = {}
+    for step in range(3, 61, 3):
+        free.load(reference, step)
+        after_epoch[step] = mse(reference(x), y).item()
+    target = 0.5 * (after_epoch[3] + min(after_epoch.values()))
+    first = min(step for step, value in after_epoch.items() if value <= target)
+    traj = train(model, (x, y), mse, SGD, steps=60, batch_size=4, target=target)
+    assert (traj.stop["reason"], traj.stop["step"]) == ("target", first)
+    assert traj.stop["loss"] == pytest.approx(after_epoch[first], rel=1e-12)
+    assert same_bits(traj.state(first), free.state(first))
+
+
+def test_divergence_is_a_status_and_keeps_the_last_finite_step(tmp_path):
+    x, y = data()
+    model = nn.Linear(D, 1).double()
+    plain = copy.deepcopy(model)
+    wild = lambda p: torch.optim.SGD(p, lr=1e40)
+    traj = train(model, (x, y), mse, wild, steps=50, path=tmp_path / "run")
+    opt = wild(plain.parameters())
+    values, states = [], []
+    while not values or np.isfinite(values[-1]):
+        states.append(copy.deepcopy(plain.state_dict()))
+        opt.zero_grad()
+        loss = mse(plain(x), y)
+        values.append(loss.item())
+        loss.backward()
+        opt.step()
+    previous = dict(states[-2])
+    bad = len(values) - 1
+    assert 0 < bad < 50
+    assert traj.status == "diverged"
+    assert traj.stop == {
+        "reason": "diverged",
+        "step": bad - 1,
+        "loss": values[bad - 1],
+        "diverged_at": bad,
+        "diverged_loss": str(values[bad]),
+    }
+    assert traj.steps[-1] == bad - 1
+    assert same_bits(traj.state(bad - 1), previous)
+    assert same_bits(dict(model.state_dict()), previous)
+    assert traj.losses.tolist() == values[: bad - 1]
+    fresh = copy.deepcopy(plain)
+    assert train(fresh, (x, y), mse, wild, steps=50, path=tmp_path / "run", resume=True).status == "diverged"
+    assert same_bits(dict(fresh.state_dict()), previous)
+
+
+def test_an_update_that_breaks_the_last_step_or_a_start_that_is_broken():
+    model = mlp()
+    start = copy.deepcopy(model.state_dict())
+    traj = train(model, data(), mse, lambda p: torch.optim.SGD(p, lr=float("inf")), steps=1)
+    assert (traj.status, traj.stop["step"], traj.stop["diverged_at"]) == ("diverged", 0, 1)
+    assert same_bits(model.state_dict(), start)
+    with torch.no_grad():
+        model[0].bias[2] = float("nan")
+    traj = train(model, data(), mse, SGD, steps=3)
+    assert (traj.status, traj.stop["step"], traj.stop["diverged_at"], traj.steps) == ("diverged", 0, 0, [0])
+    assert len(traj.losses) == 0
+
+
+@pytest.mark.parametrize("failing", ["run.json", "step-00000004", "checkpoint", "losses"])
+def test_a_full_disk_leaves_no_half_file_and_the_run_can_go_on(tmp_path, monkeypatch, failing):
+    always_checkpoint(monkeypatch)
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    train(mlp(), data(), mse, SGD, steps=6, path=whole)
+    fsync, files = os.fsync, import_module("ntkit.files")
+    room = 3
+
+    def full(descriptor):
+        nonlocal room
+        if failing in os.readlink(f"/proc/self/fd/{descriptor}"):
+            room -= 1
+            if room <= 0 or failing != "checkpoint":
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return fsync(descriptor)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("finds the file written through /proc")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(Refused, match="No space left on device"):
+        train(mlp(), data(), mse, SGD, steps=6, path=folder)
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    assert not list(folder.rglob("*.part"))
+    train(mlp(), data(), mse, SGD, steps=6, path=folder, resume=True)
+    assert bytes_of(folder) == bytes_of(whole)
+
+
+# --- what is recorded, and loading ---------------------------------------------------------------------------
+
+
+def test_tied_weights_and_buffers_are_recorded():
+    model = Noisy()
+    plain = copy.deepcopy(model)
+    traj = train(model, data(), mse, SGD, steps=3, record="all")
+    assert traj.settings["aliases"] == {"again.weight": "middle.weight"}
+    state = traj.state(3)
+    assert state.keys() == model.state_dict().keys() | {"calls"}
+    assert torch.equal(state["again.weight"], model.middle.weight)
+    x = data()[0]
+    mean = 0.1 * plain.first(x).mean(0)  # momentum 0.1, from zero
+    torch.testing.assert_close(traj.state(1)["norm.running_mean"], mean, rtol=1e-12, atol=1e-14)
+    assert traj.state(0)["norm.running_mean"].abs().max() == 0
+    assert [int(traj.state(s)["calls"]) for s in range(4)] == [0, 1, 2, 3]
+    traj.load(plain, 2)
+    assert plain.again.weight is plain.middle.weight
+    assert plain.calls == 2
+    assert same_bits(dict(plain.state_dict()), {k: v for k, v in traj.state(2).items() if k != "calls"})
+
+
+def test_the_temporary_folder_lives_as_long_as_the_trajectory():
+    traj = train(mlp(), data(), mse, SGD, steps=2)
+    folder = traj.path
+    assert folder.is_dir()
+    del traj
+    assert not folder.exists()
+
+
+def test_load_checks_everything_before_it_changes_anything(tmp_path):
+    traj = train(mlp(), data(), mse, SGD, steps=2)
+    other = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 2), nn.Linear(2, 2)).double()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(
+        Refused,
+        match=r"2 missing: 3\.weight, 3\.bias; 2 of another shape: 2\.weight \[1, 7\] \(model: \[2, 7\]\), 2\.bias",
+    ):
+        traj.load(other, 2)
+    with pytest.raises(Refused, match=r"2 unexpected: 2\.bias, 2\.weight"):
+        traj.load(other[:2], 2)
+    with pytest.raises(Refused, match=r"4 of a dtype that would lose digits: 0\.weight torch\.float64"):
+        traj.load(mlp().float(), 2)
+    assert same_bits(before, other.state_dict())
+
+    wide = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(Refused, match=r"8 missing: 0.weight, 0.bias, 1.weight, 1.bias, 2.weight, \.\.\.;"):
+        load_weights(wide, tmp_path / "empty.safetensors")
+
+
+def test_load_weights(tmp_path):
+    source, model = Noisy(), Noisy()
+    nn.init.ones_(source.middle.weight)
+    tensors = {k: v.clone() for k, v in source.state_dict().items()}
+    save_file(tensors, tmp_path / "both.safetensors")
+    load_weights(model, tmp_path / "both.safetensors")
+    assert same_bits(source.state_dict(), model.state_dict())
+    save_file(tensors | {"again.weight": tensors["again.weight"] + 1}, tmp_path / "untied.safetensors")
+    with pytest.raises(Refused, match=r"1 tied in the model, different here: again\.weight"):
+        load_weights(model, tmp_path / "untied.safetensors")
+    del tensors["middle.weight"]
+    save_file(tensors, tmp_path / "one.safetensors")
+    model = Noisy()
+    load_weights(model, tmp_path / "one.safetensors")
+    assert same_bits(source.state_dict(), model.state_dict())
+    assert all(p.requires_grad for p in model.parameters())
+
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(Refused, match=r"model\.pt: got a file that is not whole safetensors.*Convert it"):
+        load_weights(model, tmp_path / "model.pt")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes()[:-9])
+    with pytest.raises(Refused, match="not whole safetensors"):
+        load_weights(model, tmp_path / "cut.safetensors")
+    with pytest.raises(Refused, match="got no such file"):
+        load_weights(model, tmp_path / "absent.safetensors")
+    assert same_bits(source.state_dict(), model.state_dict())
+
+
+# --- nothing global changed ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_global_is_changed(fails):
+    model = mlp(nn.Dropout(0.2), nn.BatchNorm1d(7).double())
+    model.train()
+    model[3].eval()
+    model[0].bias.requires_grad_(False)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    x, y = (t.clone().requires_grad_() for t in data())
+    modes = [m.training for m in model.modules()]
+    rng = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    frozen = model[0].bias.detach().clone()
+
+    def on_step(step, loss):
+        assert all(m.training for m in model.modules())
+        if fails and step == 2:
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine") if fails else nullcontext():
+        train(model, (x, y), mse, SGD, steps=4, batch_size=4, on_step=on_step)
+    assert torch.equal(torch.get_rng_state(), rng[0])
+    assert random.getstate() == rng[1]
+    assert np.random.get_state()[1].tolist() == rng[2]  # noqa: NPY002
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == [True, False] + [True] * 4
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    assert all(p.grad is None for p in list(model.parameters())[1:])
+    assert x.grad is None
+    assert torch.equal(model[0].bias, frozen)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
+
+
+def test_runs_where_gradients_are_off_and_whatever_the_random_state():
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            states.append(train(mlp(nn.Dropout(0.5)), data(), mse, SGD, steps=3).state(3))
+            assert not torch.is_grad_enabled()
+    assert same_bits(*states)
+    other = train(mlp(nn.Dropout(0.5)), data(), mse, SGD, steps=3, seed=1).state(3)
+    assert not same_bits(states[0], other)
+
+
+# --- refusals ------------------------------------------------------------------------------------------------
+
+X, Y = data()
+BAD = X.clone()
+BAD[4, 1] = float("nan")
+BAD[7, 0] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(data=(X[:0], Y[:0])), r"x: got shape \[0, 3\]; expected a tensor with at least one example"),
+        (dict(data=(X, Y[:5])), "x: got 11 rows; expected 5, as y has"),
+        (dict(data=({"a": X, "b": X[:2]}, Y)), r"x\['b'\]: got 2 rows"),
+        (dict(data=((X, 3), Y)), r"x\[1\]: got int"),
+        (dict(data=X), "data: got Tensor"),
+        (dict(data=(X, torch.tensor(1.0))), "y: got shape"),
+        (dict(data=(BAD, Y)), r"x: got a value that is not finite in row 4 \(first of 2 such rows\)"),
+        (dict(data=(X, BAD[:, :2])), "y: got a value that is not finite in row 4"),
+        (dict(steps=0), "steps: got 0"),
+        (dict(steps=2.0), "steps: got 2.0"),
+        (dict(seed=None), "seed: got None"),
+        (dict(target=float("nan")), "target: got nan"),
+        (dict(batch_size=0), "batch_size: got 0; expected 1 <= batch_size <= 11"),
+        (dict(batch_size=12), "batch_size: got 12"),
+        (dict(record="logs"), r"record: got 'logs'.*Did you mean log\?"),
+        (dict(record=None), "record: got None"),
+        (dict(record=[1, 4]), "record: got step 4; expected integers from 0 to steps = 3"),
+        (dict(record=[1.0]), "record: got step 1.0"),
+        (dict(loss=lambda o, y: (o - y) ** 2), r"loss: got shape \[11, 1\]; expected a scalar"),
+        (dict(loss=lambda o, y: 1.0), "loss: got float"),
+        (dict(loss=lambda o, y: y.sum()), "loss: got a value that does not depend on the parameters"),
+        (dict(loss=lambda o, y: mse(o.detach(), y)), "does not depend on the parameters"),
+        (dict(optimizer=lambda p: None), "optimizer: got a function returning NoneType"),
+        (dict(optimizer=SGD([nn.Parameter(X.clone())])), "optimizer: got a SGD; expected a function"),
+        (dict(optimizer=lambda p: SGD([nn.Parameter(X.clone())])), "got a parameter that is not a trainable one"),
+        (dict(optimizer=torch.optim.LBFGS), "LBFGS, which evaluates the loss several times"),
+        (dict(model=nn.Tanh()), "model: got no trainable parameters"),
+        (dict(resume=True), "resume: got no path"),
+    ],
+)
+def test_refusals_leave_nothing_behind(tmp_path, change, message):
+    arguments = dict(model=mlp(), data=(X, Y), loss=mse, optimizer=SGD, steps=3, path=tmp_path / "run") | change
+    if change == dict(resume=True):
+        del arguments["path"]
+    with pytest.raises(Refused, match=message):
+        train(**arguments)
+    assert not (tmp_path / "run").exists()
