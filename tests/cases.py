@@ -104,9 +104,19 @@ class Norms(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.PReLU(4), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.GELU(),
-            nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4, affine=True), nn.Flatten(), nn.RMSNorm(64), nn.LayerNorm(64), nn.Linear(64, 2),
-        )  # fmt: skip
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.PReLU(4),
+            nn.Conv2d(4, 4, 3),
+            nn.GroupNorm(2, 4),
+            nn.GELU(),
+            nn.Conv2d(4, 4, 1),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.Flatten(),
+            nn.RMSNorm(64),
+            nn.LayerNorm(64),
+            nn.Linear(64, 2),
+        )
         for module in self.modules():
             if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -188,20 +198,38 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], object]]] = {
     "conv": (lambda: _cnn(nn.Conv2d(2, 4, 3, padding=1), nn.MaxPool2d(2), features=36)(), images),
     "conv strided dilated": (lambda: _cnn(nn.Conv2d(2, 4, 2, stride=2, dilation=2, padding=1), features=36)(), images),
     "conv grouped": (lambda: _cnn(nn.Conv2d(2, 4, 3, groups=2), features=64)(), images),
-    "conv depthwise": (lambda: _cnn(nn.Conv2d(2, 2, 3, groups=2, padding="same", padding_mode="reflect"), features=72)(), images),
+    "conv depthwise": (
+        lambda: _cnn(nn.Conv2d(2, 2, 3, groups=2, padding="same", padding_mode="reflect"), features=72)(),
+        images,
+    ),
     "conv transposed": (lambda: _cnn(nn.ConvTranspose2d(2, 3, 2, stride=2), features=432)(), images),
-    "conv 1d": (lambda: _cnn(nn.Conv1d(3, 4, 3, stride=2, padding=2), features=16)(), lambda n: torch.randn(n, 3, 5).double()),
-    "conv 3d": (lambda: _cnn(nn.Conv3d(1, 2, 2, dilation=2), features=16)(), lambda n: torch.randn(n, 1, 4, 4, 4).double()),
+    "conv 1d": (
+        lambda: _cnn(nn.Conv1d(3, 4, 3, stride=2, padding=2), features=16)(),
+        lambda n: torch.randn(n, 3, 5).double(),
+    ),
+    "conv 3d": (
+        lambda: _cnn(nn.Conv3d(1, 2, 2, dilation=2), features=16)(),
+        lambda n: torch.randn(n, 1, 4, 4, 4).double(),
+    ),
     "frames": (FramesConv, lambda n: torch.randn(n, 3, 2, 5, 5).double()),
-    "channels last": (lambda: _cnn(nn.Conv2d(2, 4, 3), features=64)(), lambda n: images(n).to(memory_format=torch.channels_last)),
+    "channels last": (
+        lambda: _cnn(nn.Conv2d(2, 4, 3), features=64)(),
+        lambda n: images(n).to(memory_format=torch.channels_last),
+    ),
     "norms": (Norms, images),
     "tied": (TiedLM, tokens),
     "reused": (Reused, vectors),
     "siamese": (Siamese, images),
     "attention, batch first": (lambda: Attention(True), tokens),
     "attention, sequence first": (lambda: Attention(False), tokens),
-    "transformer": (lambda: nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(18, 2)), lambda n: torch.randn(n, 3, 6).double()),
-    "tokens through linear": (lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2), nn.Flatten()), lambda n: torch.randn(n, 3, 5).double()),
+    "transformer": (
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(18, 2)),
+        lambda n: torch.randn(n, 3, 6).double(),
+    ),
+    "tokens through linear": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2), nn.Flatten()),
+        lambda n: torch.randn(n, 3, 5).double(),
+    ),
     "lstm": (lambda: Recurrent(nn.LSTM), lambda n: torch.randn(n, 3, 5).double()),
     "gru, sequence first": (lambda: Recurrent(nn.GRU, False), lambda n: torch.randn(n, 3, 5).double()),
     "raw parameters": (Raw, vectors),
@@ -210,7 +238,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], object]]] = {
     "checkpointed": (Checkpointed, vectors),
     "two inputs": (TwoInputs, lambda n: (vectors(n), tokens(n))),
     "dict input": (TwoInputs, lambda n: {"x": vectors(n), "ids": tokens(n)}),
-}  # fmt: skip
+}
 
 
 def make(name: str) -> tuple[nn.Module, object, object]:

@@ -1,40 +1,39 @@
 """ntkit: see a PyTorch network through its tangent kernel, before, along and after training.
 
-The door: every public name and the room it comes from. Rooms are opened on first use, so that ``import ntkit`` and
-``ntkit --help`` do not wait for torch.
+The door: every public name and the room it lives in. A room is opened when a name in it is first used, so that
+``import ntkit`` and ``ntkit --help`` do not wait for torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "ntkit.kernels.base": ("Kernel",),
+    "ntkit.kernels.base": ("Kernel", "KernelOperator"),
     "ntkit.kernels.tangent": ("TangentKernel",),
     "ntkit.kernels.conjugate": ("ConjugateKernel",),
     "ntkit.machines": ("HardMarginSVM", "KernelRidge"),
-    "ntkit.spectra": ("Spectrum", "spectrum", "alignment", "effective_rank"),
+    "ntkit.spectra": ("Spectrum", "alignment", "effective_rank", "spectrum"),
     "ntkit.probes": ("invariance",),
-    "ntkit.trajectory": ("Trajectory", "train", "load_weights"),
-    "ntkit.settings": ("Settings",),
+    "ntkit.trajectory": ("Trajectory", "load_weights", "train"),
     "ntkit.analysis": ("analyze",),
+    "ntkit.settings": ("Settings",),
     "ntkit.checks": ("Refused",),
+    "ntkit": ("data", "probes", "report", "testing"),  # rooms that are names themselves
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    try:
-        return import_module(f"ntkit.{name}")
-    except ModuleNotFoundError as error:
-        raise AttributeError(f"module 'ntkit' has no attribute '{name}'") from error
+    if name not in _HOME:
+        raise AttributeError(f"module 'ntkit' has no attribute '{name}'")
+    room = _HOME[name]
+    return import_module(f"ntkit.{name}") if room == "ntkit" else getattr(import_module(room), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return __all__

@@ -97,7 +97,8 @@ class _Run:
 
     def __init__(self, folder: Path, settings: Settings, say: Callable[[str], None], before: dict | None) -> None:
         self.folder, self.settings, self.say, self.before = folder, settings, say, before
-        self.memory = parse_memory(settings.memory) or 2 * 10**9
+        settings.check()
+        self.memory = parse_memory(settings.memory) or 0
         device = settings.device
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.data: Data
@@ -107,6 +108,15 @@ class _Run:
     # ------------------------------------------------------------------ the whole
 
     def go(self) -> Path:
+        """Do what is not done yet; whatever stops it, what is done is kept."""
+        try:
+            return self._go()
+        except KeyboardInterrupt:
+            if (self.folder / "run.json").exists():
+                self.say(f"Stopped; nothing done is lost. go on with: ntkit analyze --from {shlex.quote(str(self.folder))}")
+            raise
+
+    def _go(self) -> Path:
         started = time.monotonic()
         self._open()
         self._train()
@@ -195,8 +205,8 @@ class _Run:
 
     def _train(self) -> None:
         s = self.settings
+        self.trajectory: Trajectory | None = None
         if s.weights is not None:
-            self.trajectory: Trajectory | None = None
             return
         n = len(self.data.x_train)
         batch = None if s.batch_size is None or s.batch_size >= n else s.batch_size

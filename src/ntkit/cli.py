@@ -62,14 +62,13 @@ def report(run: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: refusals are one line on stderr and exit 2; Ctrl-C says how to go on and exits 130."""
+    """Entry point: refusals are one line on stderr and exit 2; Ctrl-C exits 130."""
     try:
         app()
     except Refused as refused:
         print(f"ntkit: {refused}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nntkit: stopped. What is done is kept; go on with: ntkit analyze --from RUN", file=sys.stderr)
         sys.exit(130)
 
 

@@ -10,6 +10,7 @@ from ntkit.checks import refusal
 
 
 def draw(y: Tensor, count: int, where: str, seed: int, part: int) -> Tensor:
+    """Rows, ascending, of a stratified choice of `count` examples with labels `y`; `where` names it in a refusal."""
     for subject, value, low in ((where, count, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < low:
             expected = f"an integer of at least {low}"
@@ -22,6 +23,7 @@ def draw(y: Tensor, count: int, where: str, seed: int, part: int) -> Tensor:
 
 
 def held_out_quotas(y: Tensor, subject: str) -> Tensor:
+    """Examples per class of a test set: a fifth of all if there is room, each class keeping one to train on."""
     sizes = y.bincount()
     room = (sizes - 1).clamp(min=0)  # every class keeps at least one example to train on
     total = min(-(-len(y) // 5), int(room.sum()))

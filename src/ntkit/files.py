@@ -50,7 +50,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write text, whole or not at all (see `write_atomically`)."""
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)
+
+    def write(aside: Path) -> None:
+        aside.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -85,7 +89,11 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     from safetensors.numpy import save
 
     blob = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
-    write_atomically(path, lambda aside: aside.write_bytes(blob) and None)
+
+    def write(aside: Path) -> None:
+        aside.write_bytes(blob)
+
+    write_atomically(path, write)
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:

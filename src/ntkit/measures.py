@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ntkit.checks import refusal
 from ntkit.data import Data
@@ -17,7 +17,7 @@ from ntkit.jacobian.reference import tangent_kernel
 from ntkit.kernels.base import Kernel
 from ntkit.kernels.conjugate import ConjugateKernel
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.machines import HardMarginSVM
+from ntkit.machines import HardMarginSVM, KernelRidge
 from ntkit.probes import invariance, standard
 from ntkit.progress import task
 from ntkit.spectra import alignment, effective_rank, spectrum
@@ -25,6 +25,7 @@ from ntkit.trajectory import Trajectory
 
 TOP = 20  # eigenvalues followed along training
 ENERGY_KS = (1, 2, 5, 10, 20)
+RIDGE = 1e-4  # of kernel ridge regression, relative to the kernel's mean diagonal
 NEIGHBOURS, SHOWN = 5, 8  # per test image, and test images shown
 LABELS = {
     "init": "tangent kernel at initialisation",
@@ -52,10 +53,11 @@ class Task:
         self.outputs = outputs_of(model, data.x_train[:2]).shape[1]
         if self.outputs not in ({1, 2} if self.classes == 2 else {self.classes}):
             raise refusal(
-                f"model {type(model).__name__}", got=f"{self.outputs} outputs for {self.classes} classes",
+                f"model {type(model).__name__}",
+                got=f"{self.outputs} outputs for {self.classes} classes",
                 expected="one output per class" + (", or one output" if self.classes == 2 else ""),
                 fix="Give the factory a parameter named outputs, or select as many classes with --classes.",
-            )  # fmt: skip
+            )
         self.binary = self.outputs == 1
         self.name = "logistic (one output)" if self.binary else "cross-entropy"
 
@@ -97,8 +99,11 @@ def network(task_: Task, model: nn.Module) -> dict[str, Any]:
     ):
         out = outputs_of(model, x)
         result[f"{part}_error"] = rate(task_.predict(out) != y, f"{part} examples")
-        loss = F.binary_cross_entropy_with_logits(out[:, 0], y.to(out), reduction="none") if task_.binary else (
-            F.cross_entropy(out, y, reduction="none"))  # fmt: skip
+        loss = (
+            F.binary_cross_entropy_with_logits(out[:, 0], y.to(out), reduction="none")
+            if task_.binary
+            else F.cross_entropy(out, y, reduction="none")
+        )
         error = float(loss.double().std() / len(y) ** 0.5) if len(y) > 1 else None
         result[f"{part}_loss"] = number(float(loss.double().mean()), error, f"standard error over {len(y):,} examples")
     return result
@@ -117,13 +122,16 @@ def quality(K: Tensor, targets: Tensor) -> dict[str, Any]:
 
 
 def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Hard-margin SVM on one kernel: numbers with their certificate, and its arrays."""
+    """Hard-margin SVM, and ridge regression beside it, on one kernel: numbers with their certificates, and arrays."""
     svm = HardMarginSVM().fit(K, data.y_train)
+    no_machine = svm.status_ == "not separable"  # then its decision is that of no separator: no number to report
     gap = _finite(float(svm.gap_))
     certificate = f"SVM {svm.status_}, relative gap {gap:.1e}" if gap is not None else f"SVM {svm.status_}"
     errors = {}
     for part, values, y in (("train", K, data.y_train), ("test", K_test, data.y_test)):
         entry = rate(torch.as_tensor(svm.predict(values)).to(y) != y, f"{part} examples")
+        if no_machine:
+            entry |= {"value": None, "error": None}
         entry["certificate"] = f"{certificate}; {entry['certificate']}"
         errors[f"{part}_error"] = entry
     alpha = np.asarray(svm.alpha_, dtype=np.float64)
@@ -132,6 +140,7 @@ def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict
         "status": svm.status_,
         "advice": svm.advice_,
         **errors,
+        "ridge_test_error": _ridge_error(K, K_test, data),
         "gap": gap,
         "kkt": _finite(float(svm.kkt_)),
         "margin": [_finite(m) for m in margin.tolist()] if margin.ndim else _finite(float(margin)),
@@ -139,6 +148,17 @@ def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict
         "n": len(K),
     }
     return result, {"alpha": alpha, "decision": np.asarray(svm.decision_function(K_test), dtype=np.float64)}
+
+
+def _ridge_error(K: Tensor, K_test: Tensor, data: Data) -> dict[str, Any]:
+    """Test error of kernel ridge regression on centred one-hot targets, the class of the largest output."""
+    ridge = RIDGE * float(K.diagonal().double().mean())
+    targets = F.one_hot(data.y_train, len(data.classes)).double()
+    machine = KernelRidge(ridge).fit(K, targets - targets.mean(0))
+    predicted = torch.as_tensor(machine.predict(K_test)).argmax(1)
+    entry = rate(predicted.to(data.y_test) != data.y_test, "test examples")
+    entry["certificate"] = f"ridge {machine.status_}, residual {float(machine.residual_):.1e}; {entry['certificate']}"
+    return entry
 
 
 def along(
@@ -231,7 +251,7 @@ def neighbours(
     right = (predicted == data.y_test).nonzero().flatten()
     right = right[torch.linspace(0, max(len(right) - 1, 0), min(SHOWN - len(wrong), len(right))).long()]
     shown = torch.cat([wrong, right])
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"test_index": int(i), "label": data.classes[data.y_test[i]], "predicted": data.classes[predicted[i]]}
         for i in shown
     ]
@@ -261,10 +281,9 @@ def against_oracle(model: nn.Module, x: Tensor, when: str) -> dict[str, Any]:
         else tangent_kernel(model, few, outputs="trace")
     )
     error = float((TangentKernel(model, outputs="trace")(few).double() - exact).abs().max() / exact.abs().max())
-    what = f"tangent kernel {when} ({few.dtype if few.is_floating_point() else 'model dtype'}) against per-sample autograd in float64, {len(few)} samples".replace(
-        "torch.", ""
-    )
-    return {"what": what, "value": error, "tolerance": 1e-4, "ok": error <= 1e-4}
+    precision = few.dtype if few.is_floating_point() else "model dtype"
+    what = f"tangent kernel {when} ({precision}) against per-sample autograd in float64, {len(few)} samples"
+    return {"what": what.replace("torch.", ""), "value": error, "tolerance": 1e-4, "ok": error <= 1e-4}
 
 
 def kernels_of(models: dict[str, nn.Module], memory: int) -> dict[str, Callable[[], Kernel]]:

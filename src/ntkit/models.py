@@ -42,9 +42,16 @@ def cnn(shape: Shape, outputs: int) -> nn.Module:
     channels, height, width = _image(shape, "cnn")
     features = 32 * math.ceil(height / 2) * math.ceil(width / 2)
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
-        nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, outputs),
-    )  # fmt: skip
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.Flatten(),
+        nn.Linear(features, 64),
+        nn.ReLU(),
+        nn.Linear(64, outputs),
+    )
 
 
 def vgg(shape: Shape, outputs: int) -> nn.Module:
@@ -93,7 +100,7 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
     >>> sum(p.numel() for p in build("vgg", (1, 28, 28), 1, seed=0).parameters())
     95267
     """
-    factory = BUILT_IN.get(name) or _factory(name)
+    factory: Callable[..., nn.Module] = BUILT_IN.get(name) or _factory(name)
     known = inspect.signature(factory).parameters
     wanted = {"shape": tuple(shape), "outputs": outputs}
     arguments = {key: value for key, value in wanted.items() if key in known}
@@ -103,10 +110,11 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
             model = factory(**arguments)
         except TypeError as error:
             raise refusal(
-                f"--model {name}", got=f"a factory that could not be called ({error})",
+                f"--model {name}",
+                got=f"a factory that could not be called ({error})",
                 expected="a callable without required arguments other than shape and outputs",
                 fix="Give its other parameters defaults.",
-            ) from error  # fmt: skip
+            ) from error
     if not isinstance(model, nn.Module):
         raise refusal(
             f"--model {name}",
@@ -127,9 +135,11 @@ def _factory(name: str) -> Callable[..., nn.Module]:
     place, _, attribute = name.rpartition(":")
     if not place:
         raise refusal(
-            "--model", got=repr(name), expected="a built-in name, package.module:factory or file.py:factory",
+            "--model",
+            got=repr(name),
+            expected="a built-in name, package.module:factory or file.py:factory",
             fix=nearest(name, BUILT_IN),
-        )  # fmt: skip
+        )
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise refusal(f"--model {name}", got=f"no file {place}", expected="a Python file", fix="Check the path.")
@@ -143,9 +153,11 @@ def _factory(name: str) -> Callable[..., nn.Module]:
             module = importlib.import_module(place)
         except ModuleNotFoundError as error:
             raise refusal(
-                f"--model {name}", got=f"no module {error.name}", expected="an importable module",
+                f"--model {name}",
+                got=f"no module {error.name}",
+                expected="an importable module",
                 fix="Install it, or run from its folder, or name the file: path/file.py:factory.",
-            ) from error  # fmt: skip
+            ) from error
     if not callable(found := getattr(module, attribute, None)):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise refusal(
@@ -160,9 +172,11 @@ def _factory(name: str) -> Callable[..., nn.Module]:
 def _image(shape: Shape, name: str) -> tuple[int, int, int]:
     if len(shape) != 3:
         raise refusal(
-            f"--model {name}", got=f"inputs of shape {tuple(shape)}", expected="images (channels, height, width)",
+            f"--model {name}",
+            got=f"inputs of shape {tuple(shape)}",
+            expected="images (channels, height, width)",
             fix="Use --model mlp, or your own module.",
-        )  # fmt: skip
+        )
     return shape[0], shape[1], shape[2]
 
 

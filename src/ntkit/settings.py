@@ -1,12 +1,15 @@
-"""What `ntkit analyze` can be told: one dataclass that serves the command line, ``run.json`` and Python. No torch here."""
+"""What `ntkit analyze` can be told: one dataclass for the command line, ``run.json`` and Python. No torch here."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ntkit.checks import Refused, nearest, refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +55,34 @@ class Settings:
     device: str = "auto"
     """auto, cpu or cuda."""
 
+    def check(self) -> None:
+        """Refuse values that no run can have.
+
+        Raises
+        ------
+        Refused
+            Names the option as the command line spells it.
+        """
+        for name in ("train", "test", "epochs", "batch_size", "track_points", "probe_samples"):
+            value, low = getattr(self, name), 2 if name == "probe_samples" else 1
+            if value is not None and (not isinstance(value, int) or value < low):
+                raise _bad(name, value, f"an integer of at least {low}", "Give a larger number.")
+        for name, low in (("lr", 0.0), ("momentum", 0.0), ("weight_decay", 0.0), ("target", 0.0)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < math.inf:
+                raise _bad(name, value, "a finite number of at least 0", "Give such a number.")
+        for name, known in (("optimizer", tuple(OPTIMIZERS)), ("device", ("auto", "cpu", "cuda"))):
+            value = getattr(self, name)
+            if value not in known:
+                raise _bad(name, value, "a known name", nearest(str(value), known))
+
     def slug(self) -> str:
         """Short folder name."""
         model = Path(self.model.rpartition(":")[0] or self.model).stem
         return "-".join([model, Path(self.data).stem, *(self.classes or ())])
 
     def arguments(self) -> list[str]:
-        """Command-line words that give these settings (only those that differ from the defaults, data and model always)."""
+        """Command-line words that give these settings: those that differ from the defaults, data and model always."""
         words: list[str] = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -76,6 +100,10 @@ class Settings:
         if self.weight_decay:
             parts.append(f"weight decay {self.weight_decay:g}")
         return ", ".join(parts)
+
+
+def _bad(name: str, value: Any, expected: str, fix: str) -> Refused:
+    return refusal("--" + name.replace("_", "-"), got=repr(value), expected=expected, fix=fix)
 
 
 def _sgd(s: Settings) -> Callable[[Any], Any]:

@@ -26,9 +26,9 @@ def assert_equal(got: Tensor, expected: Tensor, relative: float, what: str) -> N
 def check_kernel(kernel: Kernel, x1: Batch, x2: Batch, tolerance: float = 1e-10) -> None:
     """Check the laws of a kernel on two sets of different sizes.
 
-    Symmetry; k(x) = k(x, x) and its transpose law; smallest eigenvalue >= -tolerance x largest; diagonal and pairs equal
-    the matrix's; rows do not depend on the others in the set; operator products equal matrix products; layers sum to
-    the whole.
+    Symmetry; k(x) = k(x, x) and its transpose law; smallest eigenvalue >= -tolerance x largest; diagonal and pairs
+    equal the matrix's; rows do not depend on the others in the set; operator products equal matrix products; layers sum
+    to the whole.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ All ``rows`` parameters of a tile share one matrix, so that small ones (biases, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -142,7 +142,9 @@ class Tile:
 
 
 @torch.no_grad()
-def prepare(gradients: Gradients, x: Batch, known: Structure, plan: Plan, advance=None) -> Tile:
+def prepare(
+    gradients: Gradients, x: Batch, known: Structure, plan: Plan, advance: Callable[[int], None] | None = None
+) -> Tile:
     """Forward and backward the samples of `x` batch by batch and keep what the plan's routes need."""
     n, spans, start = count(x), {}, 0
     for name in plan.on_rows:

@@ -2,8 +2,8 @@
 
 `Gradients` binds a model, its parameters and the outputs to differentiate. Before its first use on a model it takes a
 few samples, establishes who owns which rows, and compares every parameter's gradient with plain autograd on single
-samples; a mismatch raises. What has no rule, or whose rows cannot be told apart, is computed by plain autograd sample by
-sample ("fallback"): slower, never wrong.
+samples; a mismatch raises. What has no rule, or whose rows cannot be told apart, is computed by plain autograd sample
+by sample ("fallback"): slower, never wrong.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SelfCheckError(RuntimeError):
     """The fast path disagreed with plain autograd on the user's model. No result is returned."""
 
 
-class Irregular(Exception):  # noqa: N818 - a signal between rooms, not an error
+class Irregular(Exception):  # a signal between rooms, not an error
     """A batch whose rows for `name` do not follow the layout established: plan that parameter again."""
 
     def __init__(self, name: str, reason: str) -> None:
@@ -174,15 +174,12 @@ class Gradients:
         }
 
     def _merge(self, name: str, found: list[tuple[Use, Factor]], n: int, outputs: int) -> Rows | Pair:
-        """Sum the uses of one parameter. Pairs of one kind are joined along positions, so cross terms come by themselves."""
+        """Sum a parameter's uses. Pairs of one kind are joined along positions, so cross terms come by themselves."""
         pairs = [_in_place(use, factor) for use, factor in found]
         first = pairs[0]
-        if first is not None and all(
-            p is not None and (p.data_first, p.groups, p.data.dtype) == (first.data_first, first.groups, first.data.dtype)
-            for p in pairs
-        ) and (len(pairs) == 1 or first.groups == 1):  # fmt: skip
-            if len(pairs) == 1:
-                return first
+        if first is not None and len(pairs) == 1:
+            return first
+        if first is not None and first.groups == 1 and all(p is not None and _alike(p, first) for p in pairs):
             data = torch.cat([p.data for p in pairs if p], 1)
             return replace(first, data=data, cotangent=torch.cat([p.cotangent for p in pairs if p], 2))
         total: Tensor | None = None
@@ -287,7 +284,8 @@ class Gradients:
                     f"model {type(self.model).__name__}",
                     got=f"an output for one sample that changes by {gap:.2g} when the sample is evaluated alone",
                     expected="the same output in every batch and at every call",
-                    fix="Look for layers that mix samples (batch statistics) or draw random numbers; call model.eval().",
+                    fix="Look for layers that mix samples (batch statistics) or draw random numbers; "
+                    "call model.eval().",
                 )
             reference = self._single(alone, list(factors), draw[:, s]) if factors else {}
             if not reference:
@@ -331,6 +329,11 @@ def _in_place(use: Use, factor: Factor) -> Pair | None:
         return factor
     transposed = use.layout in (("TBackward0",), ("TransposeBackward0",)) and len(use.shape) == 2
     return replace(factor, data_first=not factor.data_first) if transposed and factor.groups == 1 else None
+
+
+def _alike(p: Pair, q: Pair) -> bool:
+    """Whether two pairs can be joined along positions."""
+    return (p.data_first, p.groups, p.data.dtype) == (q.data_first, q.groups, q.data.dtype)
 
 
 def _size(factor: Rows | Pair, parameter: nn.Parameter) -> Size:

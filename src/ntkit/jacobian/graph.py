@@ -1,4 +1,7 @@
-"""Find where the autograd graph of one forward pass uses parameters (no hook, no patch: tied weights come out right)."""
+"""Find where the autograd graph of one forward pass uses parameters.
+
+No hook, no patch: tied weights come out right.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What goes into a model and comes out: a batch is a tensor, a tuple of tensors (``model(*x)``) or a dict (``model(**x)``)."""
+"""What goes into a model and comes out.
+
+A batch is a tensor, a tuple of tensors (``model(*x)``) or a dict (``model(**x)``).
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,8 @@ def check_mode(model: nn.Module) -> None:
             raise refusal(
                 where,
                 got=own,
-                expected="eval mode with running statistics, or the samples of a batch mix and no kernel k(x, x') exists",
+                expected="eval mode with running statistics, "
+                "or the samples of a batch mix and no kernel k(x, x') exists",
                 fix="Call model.eval(), or replace the layer by GroupNorm.",
             )
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -125,20 +129,27 @@ def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
         if not isinstance(scalar, Tensor) or tuple(scalar.shape) != (n,):
             got = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
             raise refusal(
-                "outputs", got=f"a callable that returned {got}", expected=f"one scalar per sample, shape ({n},)",
+                "outputs",
+                got=f"a callable that returned {got}",
+                expected=f"one scalar per sample, shape ({n},)",
                 fix="It is called on the outputs of a whole batch; reduce every axis but the first.",
-            )  # fmt: skip
+            )
         return _real(scalar[:, None])
     if not isinstance(raw, Tensor):
         raise refusal(
-            "the model's output", got=type(raw).__name__, expected="a tensor",
-            fix="Pass outputs=lambda y: ... that picks one scalar per sample, or wrap the model so that it returns a tensor.",
-        )  # fmt: skip
+            "the model's output",
+            got=type(raw).__name__,
+            expected="a tensor",
+            fix="Pass outputs=lambda y: ... that picks one scalar per sample, "
+            "or wrap the model so that it returns a tensor.",
+        )
     if raw.dim() == 0 or raw.shape[0] != n:
         raise refusal(
-            "the model's output", got=f"shape {tuple(raw.shape)} for {n} samples", expected=f"({n}, ...)",
+            "the model's output",
+            got=f"shape {tuple(raw.shape)} for {n} samples",
+            expected=f"({n}, ...)",
             fix="Samples must lie along the first axis of input and output; wrap the model if they do not.",
-        )  # fmt: skip
+        )
     flat = _real(raw.reshape(n, -1))
     return flat.sum(1, keepdim=True) / flat.shape[1] ** 0.5 if outputs == "sum" else flat
 
@@ -146,9 +157,11 @@ def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
 def _real(out: Tensor) -> Tensor:
     if not out.is_floating_point():
         raise refusal(
-            "the model's output", got=str(out.dtype), expected="real floating point",
+            "the model's output",
+            got=str(out.dtype),
+            expected="real floating point",
             fix="Return real outputs, e.g. torch.view_as_real for complex ones.",
-        )  # fmt: skip
+        )
     return out
 
 
@@ -186,6 +199,8 @@ def call(model: nn.Module, x: Batch) -> Any:
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in leaves(x))
         raise refusal(
-            f"model {type(model).__name__}", got=f"input {shapes}, on which its forward failed ({error})",
-            expected="input that the model accepts", fix="Check channels, sizes and dtype against the model's first layer.",
-        ) from error  # fmt: skip
+            f"model {type(model).__name__}",
+            got=f"input {shapes}, on which its forward failed ({error})",
+            expected="input that the model accepts",
+            fix="Check channels, sizes and dtype against the model's first layer.",
+        ) from error

@@ -11,7 +11,10 @@ from ntkit.jacobian.inputs import Batch, count, take, untouched
 
 
 def jacobian_transpose_times(gradients: Gradients, x: Batch, v: Tensor, batch: int) -> list[Tensor]:
-    """J^T v for a block of vectors: v [n, C, k] -> per parameter [k, *shape] (one backward pass per batch and vector)."""
+    """J^T v for a block of vectors: v [n, C, k] -> per parameter [k, *shape].
+
+    One backward pass per batch and vector.
+    """
     params = list(gradients.params.values())
     total = [p.new_zeros(v.shape[2], *p.shape) for p in params]
     with untouched(gradients.model, gradients.params):

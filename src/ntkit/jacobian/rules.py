@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ntkit.jacobian.graph import Use
 from ntkit.jacobian.ownership import Owner
@@ -81,7 +81,7 @@ def rule(*nodes: str) -> Callable[[Rule], Rule]:
 
 
 def _summed(values: Tensor, use: Use, owner: Owner, n: int, align: int | None = None) -> Rows:
-    """Sum [C, *node shape] over positions down to W's shape, per sample; W broadcasts from the right, or at axis `align`."""
+    """Sum [C, *node shape] over positions to W's shape, per sample; W broadcasts from the right, or at axis `align`."""
     per_sample = owner.split(values, n, lead=1)  # [n, C, *shape without the batch]
     rank = per_sample.dim() - 2
     if align is None:
@@ -111,9 +111,7 @@ def _matrix_product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | Non
     data = node._saved_mat2  # out = W @ data: [o, a] @ [a, R]
     if owner.dim != 1:
         return None
-    return Pair(
-        owner.split(data, n).transpose(1, 2), owner.split(cot, n, lead=1).transpose(2, 3), data.shape[0]
-    )  # fmt: skip
+    return Pair(owner.split(data, n).transpose(1, 2), owner.split(cot, n, lead=1).transpose(2, 3), data.shape[0])
 
 
 @rule("ConvolutionBackward0")
@@ -130,7 +128,9 @@ def _convolution(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
     return Pair(data.flatten(1, 2), cot.flatten(2, 3), patches.shape[1], groups=node._saved_groups)
 
 
-def _patches(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
+def _patches(
+    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
     """Receptive fields, [N, channels * prod(kernel), positions], for any number of spatial axes."""
     if len(kernel) == 2:
         return F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)
@@ -139,9 +139,13 @@ def _patches(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
     steps = x.stride()
     view = x.as_strided(
         (*x.shape[:2], *kernel, *out),
-        (*steps[:2], *(s * d for s, d in zip(steps[2:], dilation)), *(s * d for s, d in zip(steps[2:], stride))),
+        (
+            *steps[:2],
+            *(s * d for s, d in zip(steps[2:], dilation, strict=True)),
+            *(s * d for s, d in zip(steps[2:], stride, strict=True)),
+        ),
         x.storage_offset(),
-    )  # fmt: skip
+    )
     return view.reshape(x.shape[0], x.shape[1] * math.prod(kernel), math.prod(out))
 
 

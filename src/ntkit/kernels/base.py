@@ -80,9 +80,11 @@ class KernelOperator:
         """K v."""
         if v.dim() not in (1, 2) or v.shape[0] != self.shape[0]:
             raise refusal(
-                "vector", got=f"shape {tuple(v.shape)}", expected=f"({self.shape[0]},) or ({self.shape[0]}, k)",
+                "vector",
+                got=f"shape {tuple(v.shape)}",
+                expected=f"({self.shape[0]},) or ({self.shape[0]}, k)",
                 fix="Flatten samples first, outputs second.",
-            )  # fmt: skip
+            )
         block = v.to(dtype=self.dtype, device=self.device)
         return self._apply(block[:, None])[:, 0] if v.dim() == 1 else self._apply(block)
 
@@ -97,4 +99,5 @@ class KernelOperator:
         def apply(v: Any) -> Any:
             return (self @ torch.from_numpy(v)).double().cpu().numpy()
 
-        return LinearOperator(self.shape, matvec=lambda v: apply(v.reshape(-1)), matmat=apply, dtype="float64")
+        operator: Any = LinearOperator  # type checkers read its __init__, which takes less than its __new__
+        return operator(self.shape, matvec=lambda v: apply(v.reshape(-1)), matmat=apply, dtype="float64")

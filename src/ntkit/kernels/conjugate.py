@@ -83,15 +83,18 @@ class ConjugateKernel(Kernel):
                 phi = self._last_hidden(out, params) if isinstance(out, Tensor) else None
         if phi is None:
             raise refusal(
-                f"model {type(self._model).__name__}", got="no dense or convolution layer with a trainable weight behind its output",
+                f"model {type(self._model).__name__}",
+                got="no dense or convolution layer with a trainable weight behind its output",
                 expected="one, whose input is the conjugate kernel's feature map",
                 fix="Name a layer: ConjugateKernel(model, layer=...).",
-            )  # fmt: skip
+            )
         if phi.shape[0] != n:
             raise refusal(
-                "the features", got=f"shape {tuple(phi.shape)} for {n} samples", expected=f"({n}, ...)",
+                "the features",
+                got=f"shape {tuple(phi.shape)} for {n} samples",
+                expected=f"({n}, ...)",
                 fix="Name a layer whose output has the samples first: ConjugateKernel(model, layer=...).",
-            )  # fmt: skip
+            )
         return phi.reshape(n, -1)
 
     def _output_of(self, layer: nn.Module, x: Batch) -> Any:

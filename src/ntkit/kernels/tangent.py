@@ -25,8 +25,8 @@ class TangentKernel(Kernel):
 
     Parameters
     ----------
-    model : any ``nn.Module``, unmodified; batch norm in eval mode, dropout off. At its current parameters: the kernel at
-        initialisation, along training or after it ("after kernel") is the same object at another time.
+    model : any ``nn.Module``, unmodified; batch norm in eval mode, dropout off. At its current parameters: the kernel
+        at initialisation, along training or after it ("after kernel") is the same object at another time.
     outputs : what is differentiated and how outputs are combined. "full": [n1, n2, C, C]. "diagonal": [n1, n2, C], the
         entries c = c'. "trace": [n1, n2], their **sum** over outputs (neural-tangents' default is the mean). "sum":
         [n1, n2], the kernel of sum_c f_c / sqrt(C) (pseudo-NTK). Or a callable from the model's outputs on a batch to
@@ -112,9 +112,11 @@ class TangentKernel(Kernel):
         n, outputs, full = count(x), known.outputs, self._mode == "full"
         if self._mode == "diagonal":
             raise refusal(
-                'operator of outputs="diagonal"', got="one matrix per output", expected="one matrix",
+                'operator of outputs="diagonal"',
+                got="one matrix per output",
+                expected="one matrix",
                 fix='Use outputs="full", or a callable that picks the output: lambda y: y[:, 0].',
-            )  # fmt: skip
+            )
         like = next(iter(self._gradients.params.values()))
         batch = max(1, min(256, int(self._memory() * 0.3 / (known.bytes_per_sample * 4 * outputs + 1))))
 
@@ -171,9 +173,15 @@ class TangentKernel(Kernel):
                 known1.fallback[signal.name] = known2.fallback[signal.name] = signal.reason
 
     def _fill(
-        self, x1: Batch, x2: Batch | None, known1: Structure, known2: Structure, plan: Plan,
-        product: Callable[..., Tensor], lead: tuple[int, ...],
-    ) -> Tensor:  # fmt: skip
+        self,
+        x1: Batch,
+        x2: Batch | None,
+        known1: Structure,
+        known2: Structure,
+        plan: Plan,
+        product: Callable[..., Tensor],
+        lead: tuple[int, ...],
+    ) -> Tensor:
         same = x2 is None
         other = x1 if same else x2
         n1, n2, size = count(x1), count(other), plan.tile
@@ -253,7 +261,7 @@ def _mirror(block: Tensor, full: bool) -> None:
 
 
 def _joined(a: Structure, b: Structure) -> Structure:
-    """A structure whose plan serves both sides: factors only where both have them, the longer positions for the cost."""
+    """A structure whose plan serves both sides: factors where both have them, the longer positions for the cost."""
     sizes = {}
     for name, s in a.sizes.items():
         o = b.sizes[name]

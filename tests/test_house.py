@@ -1,0 +1,146 @@
+"""The house itself: ARCHITECTURE.md is true, imports point down, README and examples run, the door is complete."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ntkit
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "ntkit"
+
+
+def modules() -> list[str]:
+    """Every module, as a path under src/ntkit without .py; a package is its folder."""
+    found = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = path.relative_to(SOURCE).with_suffix("").as_posix()
+        found.append(name.removesuffix("/__init__") if name != "__init__" else "__init__")
+    return found
+
+
+def levels() -> dict[str, int]:
+    """Module -> storey, read from the table in ARCHITECTURE.md (the bottom row is storey 0)."""
+    rows = re.findall(r"^\| *(\d+) *\|([^|]*)\|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+    return {name: int(level) for level, cell in rows for name in re.findall(r"`([\w/]+)`", cell)}
+
+
+def imports_of(path: Path) -> set[str]:
+    """ntkit modules that a file imports, anywhere in it."""
+    known, found = set(modules()), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ntkit"):
+            base = node.module.removeprefix("ntkit").strip(".").replace(".", "/")
+            inner = {f"{base}/{a.name}".strip("/") for a in node.names} & known
+            found |= inner or ({base} if base else set())
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("ntkit.").replace(".", "/") for a in node.names if a.name.startswith("ntkit.")}
+    return found
+
+
+def test_architecture_names_every_module_and_only_those():
+    assert set(levels()) == set(modules()) - {"__init__"}
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m != "__init__"])
+def test_imports_point_down(module):
+    level = levels()
+    path = SOURCE / f"{module}.py"
+    path = path if path.exists() else SOURCE / module / "__init__.py"
+    room = module.split("/")[0]
+    for other in imports_of(path):
+        assert level[other] < level[module] or other.split("/")[0] == room, f"{module} imports {other}"
+
+
+def test_imports_inside_a_room_make_no_circle():
+    graph = {m: imports_of(p if (p := SOURCE / f"{m}.py").exists() else SOURCE / m / "__init__.py") for m in modules()}
+    done, path = set(), []
+
+    def visit(m):
+        assert m not in path, f"circle: {' -> '.join([*path, m])}"
+        if m in done or m not in graph:
+            return
+        path.append(m)
+        for other in graph[m]:
+            visit(other)
+        path.pop()
+        done.add(m)
+
+    for m in graph:
+        visit(m)
+
+
+def test_every_public_name_opens():
+    for name in ntkit.__all__:
+        assert getattr(ntkit, name).__doc__, name
+    assert callable(ntkit.spectrum)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ntkit.nothing
+
+
+def test_import_and_help_do_not_wait_for_torch():
+    code = (
+        "import sys, ntkit, ntkit.cli\n"
+        "try: ntkit.cli.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "slow = {'torch', 'scipy', 'sklearn', 'plotly', 'numpy'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "analyze" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_example_runs(path, tmp_path):
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert "assert " in path.read_text()
+
+
+def test_readme_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_readme_links_and_tests_exist():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"`(tests/\w+\.py)`", text):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m != "cli"])
+def test_docstring_examples(module):
+    name = "ntkit" if module == "__init__" else "ntkit." + module.replace("/", ".")
+    loaded = importlib.import_module(name)
+    failed, _ = doctest.testmod(loaded, extraglobs={"torch": importlib.import_module("torch")})
+    assert failed == 0
+
+
+def test_every_module_says_what_it_is():
+    for info in pkgutil.walk_packages([str(SOURCE)], "ntkit."):
+        assert importlib.import_module(info.name).__doc__, info.name
+
+
+def test_no_file_names_a_path_of_some_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    bad = re.compile(r"(/work/|/root/|/home/\w|/tmp/\w)")
+    for name in listed:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".json", ".html", ".css") and path.exists() and path != Path(__file__):
+            assert not bad.search(path.read_text()), name

@@ -1,0 +1,175 @@
+"""One law over all public names: nothing global, and nothing of the model, is left changed by any call."""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import jinja2
+import numpy as np
+import plotly.offline
+import pytest
+import scipy.sparse.linalg
+import sklearn.datasets
+import torch
+from torch import nn
+
+import ntkit
+from ntkit.probes import rotate, shift, shuffle_patches, swap_quadrants, zoom
+
+
+# Importing these adds warning filters and draws random numbers, once a process and by no doing of ours: done before.
+IMPORTED = (jinja2, plotly.offline, scipy.sparse.linalg, sklearn.datasets)
+
+
+class Model(nn.Module):
+    """Batch norm in eval mode, dropout off, a frozen layer, a buffer that the forward writes to, mixed modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5)
+        self.frozen, self.head = nn.Linear(108, 6), nn.Linear(6, 2)
+        self.frozen.requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.head(torch.tanh(self.frozen(self.drop(torch.relu(self.norm(self.conv(x)))).flatten(1))))
+
+
+def model() -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = Model().eval()
+    made.head.train()  # modes are a mixture, to be kept as they are
+    made.head.weight.grad = torch.ones_like(made.head.weight)
+    return made
+
+
+X = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1, 0, 1, 0, 1])
+K = X.flatten(1) @ X.flatten(1).T + torch.eye(6)
+
+
+def train(m, tmp):
+    ntkit.train(m, (X, Y), nn.functional.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1), 3, batch_size=4)
+
+
+def kernel_calls(kernel):
+    kernel(X)
+    kernel(X[:4], X)
+    kernel.diagonal(X)
+    kernel.paired(X, X.flip(-1))
+    kernel.operator(X) @ torch.ones(kernel.operator(X).shape[0])
+
+
+def tangent(m, tmp):
+    kernel_calls(ntkit.TangentKernel(m))
+    ntkit.TangentKernel(m, outputs="trace").layers(X)
+    ntkit.TangentKernel(m, params=["frozen.weight"]).plan(X)
+
+
+def refused(m, tmp):
+    for x in (X[:0], X * torch.nan, X.expand(6, 2, 8, 8), X.long()):
+        with pytest.raises(ntkit.Refused):
+            ntkit.TangentKernel(m)(x)
+
+
+def weights(m, tmp):
+    from safetensors.torch import save_file
+
+    save_file({k: v.clone() for k, v in m.state_dict().items()}, tmp / "w.safetensors")
+    ntkit.load_weights(m, tmp / "w.safetensors")
+
+
+def analysis(m, tmp):
+    settings = ntkit.Settings(classes=("3", "8"), train=20, test=10, model="linear", epochs=1, track_points=8)
+    ntkit.analyze(settings, out=tmp / "run")
+    ntkit.report.render(tmp / "run")
+
+
+CALLS = {
+    "TangentKernel": tangent,
+    "Kernel": refused,
+    "KernelOperator": tangent,
+    "Refused": refused,
+    "ConjugateKernel": lambda m, tmp: kernel_calls(ntkit.ConjugateKernel(m)) or ntkit.ConjugateKernel(m, layer="norm")(X),
+    "HardMarginSVM": lambda m, tmp: ntkit.HardMarginSVM().fit(K, Y).predict(K),
+    "KernelRidge": lambda m, tmp: ntkit.KernelRidge(0.1).fit(K, Y.float()).predict(K),
+    "Spectrum": lambda m, tmp: ntkit.spectrum(K, k=1).extend(K),
+    "spectrum": lambda m, tmp: ntkit.spectrum(K).energy(Y.float()),
+    "alignment": lambda m, tmp: ntkit.alignment(K, Y.float(), centered=True),
+    "effective_rank": lambda m, tmp: ntkit.effective_rank(K),
+    "invariance": lambda m, tmp: ntkit.invariance(ntkit.TangentKernel(m, outputs="trace"), X, shift()),
+    "probes": lambda m, tmp: [t(X) for t in (shift(), rotate(0.2), zoom(0.75), swap_quadrants(), shuffle_patches())],
+    "data": lambda m, tmp: ntkit.data.load("digits", train=30, test=20, seed=1),
+    "train": train,
+    "Trajectory": train,
+    "load_weights": weights,
+    "testing": lambda m, tmp: ntkit.testing.check_kernel(ntkit.TangentKernel(m), X[:4], X[:3], 1e-3),
+    "Settings": analysis,
+    "analyze": analysis,
+    "report": analysis,
+}
+
+
+def test_the_table_holds_every_public_name():
+    assert set(CALLS) == set(ntkit.__all__)
+
+
+def state(m: nn.Module, parameters: bool) -> dict:
+    found = {
+        "torch rng": torch.get_rng_state().tolist(),
+        "numpy rng": [np.asarray(part).tolist() for part in np.random.get_state()],  # noqa: NPY002
+        "python rng": random.getstate(),
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "sdpa": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()),
+        "warnings": list(warnings.filters),
+        "numpy errors": np.geterr(),
+        "modes": [(name, module.training) for name, module in m.named_modules()],
+        "hooks": [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in m.modules()],
+        "requires_grad": [(name, p.requires_grad) for name, p in m.named_parameters()],
+        "grads": [(name, None if p.grad is None else p.grad.tolist()) for name, p in m.named_parameters()],
+    }
+    if parameters:
+        found["parameters"] = {name: t.tolist() for name, t in m.state_dict().items()}
+    return found
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_is_left_changed(name, tmp_path):
+    m = model()
+    trains = name in ("train", "Trajectory")  # training is asked to change parameters and buffers, nothing else
+    before = state(m, not trains)
+    CALLS[name](m, tmp_path)
+    after = state(m, not trains)
+    assert {k for k in before if before[k] != after[k]} == set()
+    assert all(p is q for p, q in zip(m.parameters(), m.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["TangentKernel", "ConjugateKernel", "train", "spectrum", "invariance"])
+def test_nothing_is_left_changed_without_grad_and_with_another_default_dtype(name, tmp_path):
+    m = model()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            before = state(m, False)
+            CALLS[name](m, tmp_path)
+            assert state(m, False) == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_law_would_notice():
+    m = model()
+    before = state(m, True)
+    m.eval()
+    torch.rand(1)
+    after = state(m, True)
+    assert {k for k in before if before[k] != after[k]} == {"modes", "torch rng"}
