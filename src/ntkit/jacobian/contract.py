@@ -26,6 +26,10 @@ from ntkit.jacobian.rules import Pair
 # product (memory against compute, on CPUs and GPUs of the last years). It only steers the choice of a route.
 _ENTRY = 30
 
+# Bytes of activations, cotangents and receptive fields that one forward batch may hold. Past the caches, and with fresh
+# pages for every large tensor, a sample of a convolutional net costs two to three times as much on a CPU (LOG.md).
+_FORWARD = 32e6
+
 
 @dataclass(frozen=True)
 class Step:
@@ -69,7 +73,7 @@ def _cost(size: Size, route: str, outputs: int, mode: str, n1: int, n2: int) -> 
     return form + pairs * 2 * products * size.entries
 
 
-def make_plan(known: Structure, mode: str, n1: int, n2: int, budget: int, itemsize: int, aligned: bool = False) -> Plan:
+def make_plan(known: Structure, mode: str, n1: int, n2: int, budget: int, like: Tensor, aligned: bool = False) -> Plan:
     """Choose routes, then tile and batch sizes under a memory budget.
 
     Parameters
@@ -78,9 +82,9 @@ def make_plan(known: Structure, mode: str, n1: int, n2: int, budget: int, itemsi
     mode : "full", "diagonal" or "trace" ("sum" and callables have one output and are "trace").
     n1, n2 : samples on each side; `aligned` when only pairs (i, i) are wanted.
     budget : bytes of scratch memory, beside inputs and result.
-    itemsize : bytes per number.
+    like : a parameter, for its device and its bytes per number.
     """
-    outputs = known.outputs
+    outputs, itemsize = known.outputs, like.element_size()
     pairs1, pairs2 = (1, 1) if aligned else (n1, n2)
     steps = []
     for name, size in known.sizes.items():
@@ -95,12 +99,12 @@ def make_plan(known: Structure, mode: str, n1: int, n2: int, budget: int, itemsi
         too_big = 4 * row_bytes > budget  # two samples a side would not fit: never form these rows
         steps.append(pair if pair.flops <= rows.flops or too_big else rows)
     prepared = sum(step.bytes_per_sample for step in steps)
-    # Beside the tiles: cotangents and saved tensors of the forward batch, receptive fields of its largest convolution,
-    # and the products a tile pair needs before they are added up.
-    patches = max((s.positions * (s.a + outputs * s.o) * itemsize for s in known.sizes.values()), default=0)
-    rows_max = max((outputs * s.entries * itemsize for s in known.sizes.values()), default=0)
-    transient = known.bytes_per_sample * (outputs + 1) + 2 * patches + rows_max + 1
-    batch = max(1, min(256, int(budget * 0.3 / transient), max(n1, n2)))
+    # Beside the tiles: cotangents and saved tensors of the forward batch, and for the parameter in hand its two factors
+    # (receptive fields included) and, on the rows route, its entries.
+    factors = max((s.positions * (s.a + outputs * s.o) * itemsize for s in known.sizes.values()), default=0)
+    entries = max((step.bytes_per_sample for step in steps if step.route != "outer"), default=0)
+    transient = known.bytes_per_sample * (outputs + 1) + 2 * factors + entries + 1
+    batch = max(1, min(256, int(min(budget * 0.3, _FORWARD if like.device.type == "cpu" else math.inf) / transient), max(n1, n2)))
     scratch = 4 * outputs ** (2 if mode == "full" else 1) * itemsize if not aligned else 0
     room = budget * 0.6
     if scratch:

@@ -230,8 +230,8 @@ class TangentKernel(Kernel):
                 fix="Use inputs of one kind.",
             )
         both = known1 if known2 is known1 else _joined(known1, known2)
-        item = next(iter(self._gradients.params.values())).element_size()
-        plan = make_plan(both, self._mode, count(x1), count(x2), self._memory(), item, aligned)
+        like = next(iter(self._gradients.params.values()))
+        plan = make_plan(both, self._mode, count(x1), count(x2), self._memory(), like, aligned)
         return known1, known2, plan
 
     def _memory(self) -> int:

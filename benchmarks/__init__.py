@@ -1,0 +1,1 @@
+"""Benchmarks: run all with ``make bench``; each writes raw results, with the machine they were measured on."""
