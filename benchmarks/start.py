@@ -13,7 +13,9 @@ def main() -> None:
     for name, words in {
         "python -c pass": ["-c", "pass"], "import ntkit": ["-c", "import ntkit"], "ntkit --help": ["-m", "ntkit.cli", "--help"],
     }.items():  # fmt: skip
-        seconds = median_seconds(lambda words=words: subprocess.run([sys.executable, *words], capture_output=True, check=True), 9)
+        seconds = median_seconds(
+            lambda words=words: subprocess.run([sys.executable, *words], capture_output=True, check=True), 9
+        )
         rows.append({"command": name, "seconds": seconds})
     save("start", rows)
 

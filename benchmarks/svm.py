@@ -23,7 +23,10 @@ def problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     data = ntkit.data.load("digits")
     model = build("cnn", data.input_shape, 1, seed=0)
     K = ntkit.TangentKernel(model, outputs="trace")(torch.cat([data.x_train, data.x_test]))
-    found["digits, CNN tangent kernel, even / odd, n = 1797"] = (K, (torch.cat([data.y_train, data.y_test]) % 2) * 2.0 - 1)
+    found["digits, CNN tangent kernel, even / odd, n = 1797"] = (
+        K,
+        (torch.cat([data.y_train, data.y_test]) % 2) * 2.0 - 1,
+    )
     return found
 
 
@@ -47,7 +50,13 @@ def main() -> None:
         start = time.perf_counter()
         svm = ntkit.HardMarginSVM().fit(K, y)
         seconds = time.perf_counter() - start
-        row = {"problem": name, "seconds": seconds, "gap": float(svm.gap_), "status": svm.status_, "support": len(svm.support_)}
+        row = {
+            "problem": name,
+            "seconds": seconds,
+            "gap": float(svm.gap_),
+            "status": svm.status_,
+            "support": len(svm.support_),
+        }
         if len(y) <= 2000:
             objective = 0.5 / float(svm.margin_) ** 2
             row["objective / PIQP - 1"] = objective / piqp_objective(K, y) - 1

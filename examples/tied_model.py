@@ -40,7 +40,9 @@ if __name__ == "__main__":
     for outputs in ("full", "diagonal", "trace", "sum", lambda y: y.logsumexp(1)):
         K, exact = ntkit.TangentKernel(model, outputs=outputs)(x1, x2), tangent_kernel(model, x1, x2, outputs)
         error = float((K - exact).abs().max() / exact.abs().max())
-        print(f"{outputs if isinstance(outputs, str) else 'callable':9s} {list(K.shape)!s:14s} relative error {error:.1e}")
+        print(
+            f"{outputs if isinstance(outputs, str) else 'callable':9s} {list(K.shape)!s:14s} relative error {error:.1e}"
+        )
         assert error < 1e-10
     for name, share in ntkit.TangentKernel(model, outputs="trace").layers(x1).items():
         print(f"{name:13s} {float(share.diagonal().sum()):8.1f} of the trace")

@@ -22,7 +22,21 @@ import ntkit
 from ntkit.files import read_arrays
 from ntkit.models import build
 
-SMALL = ["--classes", "3", "8", "--train", "60", "--test", "30", "--track-points", "20", "--probe-samples", "8", "--epochs", "3"]
+SMALL = [
+    "--classes",
+    "3",
+    "8",
+    "--train",
+    "60",
+    "--test",
+    "30",
+    "--track-points",
+    "20",
+    "--probe-samples",
+    "8",
+    "--epochs",
+    "3",
+]
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "tied_model.py"
 
@@ -123,7 +137,9 @@ def test_killed_at_five_random_moments_the_run_ends_the_same(whole, tmp_path):
     for _ in range(40):
         started = (run / "run.json").exists()
         words = ["--from", run] if started else [*SMALL, "--out", run, "--overwrite"]
-        process = subprocess.Popen(command("analyze", *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command("analyze", *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         while not (run / "run.json").exists() and process.poll() is None:
             time.sleep(0.01)
         if started:
@@ -169,7 +185,10 @@ def test_stopped_between_any_two_files_the_run_ends_the_same(whole, tmp_path, st
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command("analyze", *SMALL[:-1], "20000", "--out", run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command("analyze", *SMALL[:-1], "20000", "--out", run),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not (run / "trajectory" / "checkpoint.safetensors").exists() and process.poll() is None:
         time.sleep(0.02)
@@ -310,7 +329,9 @@ def test_a_run_goes_on_only_with_the_same_data_model_and_versions(whole, tmp_pat
     shutil.copytree(whole, run)
     (run / "results.json").unlink()
     state = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(state | {"status": "running", "identity": state["identity"] | {"data": "other"}}))
+    (run / "run.json").write_text(
+        json.dumps(state | {"status": "running", "identity": state["identity"] | {"data": "other"}})
+    )
     with pytest.raises(ntkit.Refused, match=r"changed since the run began: data \(was other"):
         ntkit.analyze(resume=run)
     with pytest.raises(ntkit.Refused, match=r"run\.json: got no such file"):
@@ -325,7 +346,9 @@ def test_one_line_on_stderr_and_exit_2():
     assert done.stderr.startswith("ntkit: --model: got 'vg'")
 
 
-@pytest.mark.parametrize(("name", "classes", "train", "test"), [("mnist", ("3", "8"), 11982, 1984), ("cifar10", ("3", "5"), 10000, 2000)])
+@pytest.mark.parametrize(
+    ("name", "classes", "train", "test"), [("mnist", ("3", "8"), 11982, 1984), ("cifar10", ("3", "5"), 10000, 2000)]
+)
 def test_real_data_on_a_sample(name, classes, train, test, shared_data, tmp_path):
     folder = shared_data / {"mnist": "mnist", "cifar10": "cifar-10"}[name]
     full = ntkit.data.load(name, folder, classes)
@@ -333,6 +356,8 @@ def test_real_data_on_a_sample(name, classes, train, test, shared_data, tmp_path
     ntkit.analyze(small(data=name, data_dir=str(folder), classes=classes, model="mlp", epochs=1), out=tmp_path / "run")
     found = results(tmp_path / "run")
     for m in found["machines"]:  # a few dead features need not separate 60 images: then a status, advice, and no number
-        assert (m["status"], m["advice"]) == ("optimal", "") or (m["test_error"]["value"] is None and "KernelRidge" in m["advice"])
+        assert (m["status"], m["advice"]) == ("optimal", "") or (
+            m["test_error"]["value"] is None and "KernelRidge" in m["advice"]
+        )
         assert m["ridge_test_error"]["value"] <= 1
     assert all(c["ok"] for c in found["certificates"] if "SVM" not in c["what"])

@@ -11,7 +11,9 @@ import ntkit
 from ntkit.testing import assert_equal, check_kernel
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv", "one output", "attention, sequence first", "tied", "lstm", "two inputs"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "conv", "one output", "attention, sequence first", "tied", "lstm", "two inputs"]
+)
 def test_laws(name):
     model, x1, x2 = make(name)
     check_kernel(ntkit.ConjugateKernel(model), x1, x2)
@@ -51,7 +53,9 @@ def test_refusals():
     with pytest.raises(ntkit.Refused, match="no dense or convolution layer with a trainable weight"):
         ntkit.ConjugateKernel(nn.LayerNorm(5).double())(vectors(3))
     with pytest.raises(ntkit.Refused, match=r"features: got shape \(3, 7, 6\) for 7 samples.*Name a layer"):
-        ntkit.ConjugateKernel(nn.Sequential(Transposed(), nn.Linear(5, 6)).double(), layer="1")(torch.randn(7, 3, 5).double())
+        ntkit.ConjugateKernel(nn.Sequential(Transposed(), nn.Linear(5, 6)).double(), layer="1")(
+            torch.randn(7, 3, 5).double()
+        )
     model = tiny_mlp()
     with pytest.raises(ntkit.Refused, match="an empty set"):
         ntkit.ConjugateKernel(model)(vectors(0))

@@ -44,7 +44,9 @@ def imports_of(path: Path) -> set[str]:
             inner = {f"{base}/{a.name}".strip("/") for a in node.names} & known
             found |= inner or ({base} if base else set())
         elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("ntkit.").replace(".", "/") for a in node.names if a.name.startswith("ntkit.")}
+            found |= {
+                a.name.removeprefix("ntkit.").replace(".", "/") for a in node.names if a.name.startswith("ntkit.")
+            }
     return found
 
 
@@ -142,5 +144,9 @@ def test_no_file_names_a_path_of_some_machine():
     bad = re.compile(r"(/work/|/root/|/home/\w|/tmp/\w)")
     for name in listed:
         path = ROOT / name
-        if path.suffix in (".py", ".md", ".toml", ".json", ".html", ".css") and path.exists() and path != Path(__file__):
+        if (
+            path.suffix in (".py", ".md", ".toml", ".json", ".html", ".css")
+            and path.exists()
+            and path != Path(__file__)
+        ):
             assert not bad.search(path.read_text()), name

@@ -54,7 +54,9 @@ class Coupled(nn.Module):
 
 @pytest.mark.parametrize("how", [lambda x: x - x.mean(0), lambda x: x.sort(0)[0], lambda x: x * torch.rand_like(x)])
 def test_samples_that_mix_or_chance(how):
-    with refused(r"changes by .* when the sample is evaluated alone; expected the same output in every batch and at every call"):
+    with refused(
+        r"changes by .* when the sample is evaluated alone; expected the same output in every batch and at every call"
+    ):
         kernel(Coupled(how).double())(X)
 
 
@@ -62,11 +64,17 @@ def test_samples_that_mix_or_chance(how):
     ("x", "message"),
     [
         (X[:0], "x1: got an empty set; expected at least one sample"),
-        (torch.where(torch.arange(20).view(4, 5) == 13, torch.nan, X), r"x1: got nan at index \(2, 3\); expected finite values"),
+        (
+            torch.where(torch.arange(20).view(4, 5) == 13, torch.nan, X),
+            r"x1: got nan at index \(2, 3\); expected finite values",
+        ),
         (torch.where(torch.arange(20).view(4, 5) == 5, torch.inf, X), r"got inf at index \(1, 0\)"),
         ([[1.0, 2.0]], r"x1: got list; expected a tensor with samples along its first axis.*torch\.as_tensor"),
         ((X, X[:3]), r"tensors with \[3, 4\] samples; expected one number of samples"),
-        (torch.randn(4, 6).double(), r"got input \(\d, 6\) float64, on which its forward failed .*Check channels, sizes and dtype"),
+        (
+            torch.randn(4, 6).double(),
+            r"got input \(\d, 6\) float64, on which its forward failed .*Check channels, sizes and dtype",
+        ),
         (X.float(), r"got input \(\d, 5\) float32, on which its forward failed"),
     ],
     ids=["empty", "nan", "inf", "list", "ragged", "channels", "dtype"],

@@ -89,7 +89,7 @@ def test_every_route_gives_the_same(name, route, monkeypatch):
 @pytest.mark.parametrize("name", ["mlp", "conv", "tied", "attention, batch first", "experts"])
 @pytest.mark.parametrize("memory", [1, 3000, 20000, "1 MB"])
 def test_any_tiling_gives_the_same(name, memory, monkeypatch):
-    monkeypatch.setattr("ntkit.kernels.tangent._BLOCK", 3)
+    monkeypatch.setattr(contract, "_BLOCK", 3)
     model, x1, x2 = make(name)
     for outputs in ("full", "diagonal", "trace"):
         kernel = ntkit.TangentKernel(model, outputs=outputs, memory=memory)

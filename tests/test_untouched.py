@@ -93,7 +93,9 @@ CALLS = {
     "Kernel": refused,
     "KernelOperator": tangent,
     "Refused": refused,
-    "ConjugateKernel": lambda m, tmp: kernel_calls(ntkit.ConjugateKernel(m)) or ntkit.ConjugateKernel(m, layer="norm")(X),
+    "ConjugateKernel": lambda m, tmp: (
+        kernel_calls(ntkit.ConjugateKernel(m)) or ntkit.ConjugateKernel(m, layer="norm")(X)
+    ),
     "HardMarginSVM": lambda m, tmp: ntkit.HardMarginSVM().fit(K, Y).predict(K),
     "KernelRidge": lambda m, tmp: ntkit.KernelRidge(0.1).fit(K, Y.float()).predict(K),
     "Spectrum": lambda m, tmp: ntkit.spectrum(K, k=1).extend(K),

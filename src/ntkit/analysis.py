@@ -113,7 +113,9 @@ class _Run:
             return self._go()
         except KeyboardInterrupt:
             if (self.folder / "run.json").exists():
-                self.say(f"Stopped; nothing done is lost. go on with: ntkit analyze --from {shlex.quote(str(self.folder))}")
+                self.say(
+                    f"Stopped; nothing done is lost. go on with: ntkit analyze --from {shlex.quote(str(self.folder))}"
+                )
             raise
 
     def _go(self) -> Path:
@@ -259,8 +261,13 @@ class _Run:
         return measures.invariances(kernels, self.data.x_test, self.settings.probe_samples), {}
 
     def _neighbours(self) -> tuple[Any, dict[str, np.ndarray]]:
-        kernels = {k: TangentKernel(self.models[k], outputs="trace", memory=self.memory) for k in ("init", "after")}
-        return measures.neighbours(kernels, self.models["after"], self.task)
+        shown, predicted = measures.shown_tests(self.task, self.models["after"])
+        values = {}
+        for key in ("init", "after"):
+            kernel = TangentKernel(self.models[key], outputs="trace", memory=self.memory)
+            own = kernel.diagonal(self.data.x_test[shown]).cpu()
+            values[key] = (self._kept(f"{key}-test")[shown.cpu()], own, self._kept(f"{key}-train").diagonal())
+        return measures.neighbours(self.data, shown, predicted, values)
 
     def _oracle(self) -> tuple[Any, dict[str, np.ndarray]]:
         x = self.data.x_test

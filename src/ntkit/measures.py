@@ -157,7 +157,7 @@ def _ridge_error(K: Tensor, K_test: Tensor, data: Data) -> dict[str, Any]:
     machine = KernelRidge(ridge).fit(K, targets - targets.mean(0))
     predicted = torch.as_tensor(machine.predict(K_test)).argmax(1)
     entry = rate(predicted.to(data.y_test) != data.y_test, "test examples")
-    entry["certificate"] = f"ridge {machine.status_}, residual {float(machine.residual_):.1e}; {entry['certificate']}"
+    entry["certificate"] = f"{machine.status_}, residual {float(machine.residual_):.0e}"
     return entry
 
 
@@ -241,34 +241,42 @@ def invariances(kernels: dict[str, Kernel], x: Tensor, samples: int) -> dict[str
     return {"samples": len(chosen), "rows": rows}
 
 
-def neighbours(
-    kernels: dict[str, TangentKernel], model_after: nn.Module, task_: Task
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Training examples nearest to some test examples by kernel cosine: up to half of them misclassified ones."""
-    data = task_.data
-    predicted = task_.predict(outputs_of(model_after, data.x_test))
-    wrong = (predicted != data.y_test).nonzero().flatten()[: SHOWN // 2]
-    right = (predicted == data.y_test).nonzero().flatten()
+def shown_tests(task_: Task, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Test examples to look at: up to half of them misclassified, the others spread over the set; and all predictions."""
+    predicted = task_.predict(outputs_of(model, task_.data.x_test))
+    wrong = (predicted != task_.data.y_test).nonzero().flatten()[: SHOWN // 2]
+    right = (predicted == task_.data.y_test).nonzero().flatten()
     right = right[torch.linspace(0, max(len(right) - 1, 0), min(SHOWN - len(wrong), len(right))).long()]
-    shown = torch.cat([wrong, right])
+    return torch.cat([wrong, right]), predicted
+
+
+def neighbours(
+    data: Data, shown: Tensor, predicted: Tensor, values: dict[str, tuple[Tensor, Tensor, Tensor]]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Training examples nearest to the test examples shown, by kernel cosine.
+
+    Parameters
+    ----------
+    values : kernel -> (k(shown, train) [R, n], diagonal on shown [R], diagonal on train [n]).
+    """
+    classes = data.classes
     rows: list[dict[str, Any]] = [
-        {"test_index": int(i), "label": data.classes[data.y_test[i]], "predicted": data.classes[predicted[i]]}
-        for i in shown
+        {"test_index": i, "label": classes[data.y_test[i]], "predicted": classes[predicted[i]]} for i in shown.tolist()
     ]
     arrays = {"test": _pixels(data.x_test[shown])} if data.kind == "images" else {}
     most = min(NEIGHBOURS, len(data.x_train))
-    for name, kernel in kernels.items():
-        norms = kernel.diagonal(data.x_train).double().sqrt(), kernel.diagonal(data.x_test[shown]).double().sqrt()
-        cosine = kernel(data.x_test[shown], data.x_train).double() / (norms[1][:, None] * norms[0][None]).clamp_min(
-            1e-300
-        )
-        values, index = cosine.topk(most, dim=1)
-        for row, v, i in zip(rows, values.tolist(), index.tolist(), strict=True):
+    for name, (K, own, train) in values.items():
+        cosine = K.double() / (own.double().sqrt()[:, None] * train.double().sqrt()[None]).clamp_min(1e-300)
+        top, index = cosine.topk(most, dim=1)
+        for row, c, found in zip(rows, top.tolist(), index.tolist(), strict=True):
             row[name] = [
-                {"index": j, "label": data.classes[data.y_train[j]], "similarity": c} for j, c in zip(i, v, strict=True)
+                {"index": j, "label": classes[data.y_train[j]], "similarity": similarity}
+                for j, similarity in zip(found, c, strict=True)
             ]
         if data.kind == "images":
-            arrays[name] = _pixels(data.x_train[index.flatten()]).reshape(len(shown), most, *arrays["test"].shape[1:])
+            arrays[name] = _pixels(data.x_train[index.flatten().to(data.x_train.device)]).reshape(
+                len(shown), most, *arrays["test"].shape[1:]
+            )
     return {"rows": rows, "kind": data.kind}, arrays
 
 

@@ -50,7 +50,7 @@ class Settings:
     """Training points on which the kernel is followed along training."""
     probe_samples: int = 200
     """Test images on which invariances are measured."""
-    memory: str = "2 GB"
+    memory: str = "3 GB"
     """Scratch memory of the kernel computation."""
     device: str = "auto"
     """auto, cpu or cuda."""

@@ -30,6 +30,8 @@ _ENTRY = 30
 # pages for every large tensor, a sample of a convolutional net costs two to three times as much on a CPU (LOG.md).
 _FORWARD = 32e6
 
+_BLOCK = 1024  # samples multiplied at a time: large enough for the full rate of a matrix product
+
 
 @dataclass(frozen=True)
 class Step:
@@ -43,10 +45,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a kernel will be computed: one `Step` per parameter, samples per tile and per forward pass."""
+    """How a kernel will be computed: one `Step` per parameter, and sizes in samples.
+
+    The rows of the kernel are done ``tile`` at a time, whose factors stay in memory while the columns pass by, ``columns``
+    at a time: so the columns are prepared once per tile of rows. ``block`` samples are multiplied at a time, ``batch`` go
+    through the model at a time.
+    """
 
     steps: tuple[Step, ...]
     tile: int
+    columns: int
+    block: int
     batch: int
 
     def route(self, name: str) -> str:
@@ -104,17 +113,20 @@ def make_plan(known: Structure, mode: str, n1: int, n2: int, budget: int, like: 
     factors = max((s.positions * (s.a + outputs * s.o) * itemsize for s in known.sizes.values()), default=0)
     entries = max((step.bytes_per_sample for step in steps if step.route != "outer"), default=0)
     transient = known.bytes_per_sample * (outputs + 1) + 2 * factors + entries + 1
-    batch = max(1, min(256, int(min(budget * 0.3, _FORWARD if like.device.type == "cpu" else math.inf) / transient), max(n1, n2)))
-    scratch = 4 * outputs ** (2 if mode == "full" else 1) * itemsize if not aligned else 0
-    room = budget * 0.6
-    if scratch:
-        tile = int((-2 * prepared + math.sqrt(4 * prepared**2 + 4 * scratch * room)) / (2 * scratch))
+    batch = max(
+        1,
+        min(256, int(min(budget * 0.3, _FORWARD if like.device.type == "cpu" else math.inf) / transient), max(n1, n2)),
+    )
+    results = outputs**2 if mode == "full" else 1 if mode == "trace" else outputs
+    block = max(1, min(_BLOCK, math.isqrt(int(budget * 0.1 / (3 * results * itemsize)))))
+    room = budget * 0.7 / (prepared + 1)  # samples whose factors fit
+    if aligned:
+        tile = columns = max(1, min(int(room / 2), n1, _BLOCK))
     else:
-        tile = int(room / (2 * prepared + 1))
-    tile = max(1, min(tile, max(n1, n2)))
-    # Equal tiles: the last is not a sliver.
-    tile = math.ceil(max(n1, n2) / math.ceil(max(n1, n2) / tile))
-    return Plan(tuple(steps), tile, min(batch, tile))
+        columns = max(1, min(int(room * 0.15), n2, _BLOCK))
+        tile = max(1, min(int(room) - columns, n1))
+        tile = math.ceil(n1 / math.ceil(n1 / tile))  # equal tiles: the last is not a sliver
+    return Plan(tuple(steps), tile, columns, block, min(batch, max(tile, columns)))
 
 
 @dataclass
@@ -267,6 +279,14 @@ def multiply_aligned(t1: Tile, t2: Tile, mode: str) -> Tensor:
             near = (p1.data[:, :, None] == p2.data[:, None, :]).to(p1.cotangent.dtype)
         else:
             near = p1.data @ p2.data.transpose(1, 2)  # [n, T1, T2]
+        if near.shape[1:] == (1, 1):
+            c1, c2 = p1.cotangent[:, :, 0], p2.cotangent[:, :, 0]
+            if mode == "full":
+                total += near * (c1 @ c2.transpose(1, 2))
+            else:
+                far = near[:, 0] * (c1 * c2).sum(2)
+                total += far if mode == "diagonal" else far.sum(1)
+            continue
         for s in range(t1.n):  # sample by sample: [C T1, C T2] is the only intermediate
             c1, c2 = p1.cotangent[s], p2.cotangent[s]
             if mode == "full":

@@ -17,8 +17,6 @@ from ntkit.jacobian.operator import jacobian_times, jacobian_transpose_times
 from ntkit.kernels.base import Kernel, KernelOperator
 from ntkit.progress import task
 
-_BLOCK = 1024  # rows multiplied at a time: of a symmetric tile only blocks on and above the diagonal are computed
-
 
 class TangentKernel(Kernel):
     """Theta(x, x') = J(x) J(x')^T, J(x) = d f(x) / d parameters [C, P]: the (empirical) neural tangent kernel.
@@ -184,38 +182,33 @@ class TangentKernel(Kernel):
     ) -> Tensor:
         same = x2 is None
         other = x1 if same else x2
-        n1, n2, size = count(x1), count(other), plan.tile
+        n1, n2 = count(x1), count(other)
         tail = {"full": (known1.outputs,) * 2, "diagonal": (known1.outputs,)}.get(self._mode, ())
         like = next(iter(self._gradients.params.values()))
         result = like.new_empty(*lead, n1, n2, *tail).detach()
         scratch = max(self._memory() // 8, 1)
-        starts1, starts2 = range(0, n1, size), range(0, n2, size)
-        work = sum(size * (1 + len([j for j in starts2 if not same or j > i])) for i in starts1)
-        with task("tangent kernel", total=work) as progress, torch.no_grad():
-            for i in starts1:
-                rows = slice(i, min(i + size, n1))
+        strips = [slice(i, min(i + plan.tile, n1)) for i in range(0, n1, plan.tile)]
+        with (
+            task(
+                "tangent kernel", total=sum(n1 - s.start if same else s.stop - s.start + n2 for s in strips)
+            ) as progress,
+            torch.no_grad(),
+        ):
+            for rows in strips:
                 t1 = prepare(self._gradients, take(x1, rows), known1, plan, progress.advance)
-                for j in starts2:
-                    if same and j < i:
-                        continue
-                    columns = slice(j, min(j + size, n2))
-                    t2 = (
-                        t1
-                        if same and i == j
-                        else prepare(self._gradients, take(other, columns), known2, plan, progress.advance)
+                if same:
+                    for a, b in _blocks(t1.n, t1.n, plan.block, symmetric=True):
+                        block = product(t1.part(a.start, a.stop), t1.part(b.start, b.stop), scratch)
+                        _store(result, block, rows.start + a.start, rows.start + b.start, mirrored=True)
+                for j in range(rows.stop if same else 0, n2, plan.columns):
+                    t2 = prepare(
+                        self._gradients, take(other, slice(j, j + plan.columns)), known2, plan, progress.advance
                     )
-                    for a, b in _blocks(t1.n, t2.n, same and i == j):
+                    for a, b in _blocks(t1.n, t2.n, plan.block, symmetric=False):
                         block = product(t1.part(a.start, a.stop), t2.part(b.start, b.stop), scratch)
-                        here = slice(i + a.start, i + a.stop), slice(j + b.start, j + b.stop)
-                        result[(slice(None), *here)] = block
-                        if same and (i != j or a != b):
-                            flipped = block.transpose(1, 2)
-                            result[(slice(None), here[1], here[0])] = (
-                                flipped.transpose(3, 4) if len(tail) == 2 else flipped
-                            )
-                        elif same:
-                            _mirror(result[(slice(None), *here)], len(tail) == 2)
+                        _store(result, block, rows.start + a.start, j + b.start, mirrored=same)
                     del t2
+                del t1  # its memory is the next one's
         return result
 
     def _planned(self, x1: Batch, x2: Batch, aligned: bool = False) -> tuple[Structure, Structure, Plan]:
@@ -242,15 +235,29 @@ class TangentKernel(Kernel):
         )
 
 
-def _blocks(n1: int, n2: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+def _blocks(n1: int, n2: int, size: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
     """Cut n1 x n2 into blocks; of a symmetric square only those on and above the diagonal."""
-    for a in range(0, n1, _BLOCK):
-        for b in range(a if symmetric else 0, n2, _BLOCK):
-            yield slice(a, min(a + _BLOCK, n1)), slice(b, min(b + _BLOCK, n2))
+    for a in range(0, n1, size):
+        for b in range(a if symmetric else 0, n2, size):
+            yield slice(a, min(a + size, n1)), slice(b, min(b + size, n2))
+
+
+def _store(result: Tensor, block: Tensor, i: int, j: int, mirrored: bool) -> None:
+    """Write a block [lead, m1, m2, ...] at (i, j), and its mirror image at (j, i)."""
+    m1, m2 = block.shape[1:3]
+    result[:, i : i + m1, j : j + m2] = block
+    if not mirrored:
+        return
+    full = block.dim() == 5
+    if i == j:  # rounding may differ between the halves: the upper one counts
+        _mirror(result[:, i : i + m1, j : j + m2], full)
+        return
+    flipped = block.transpose(1, 2)
+    result[:, j : j + m2, i : i + m1] = flipped.transpose(3, 4) if full else flipped
 
 
 def _mirror(block: Tensor, full: bool) -> None:
-    """Copy the upper triangle of [1, n, n, ...] to the lower: rounding may differ between the halves."""
+    """Copy the upper triangle of [lead, n, n, ...] to the lower."""
     n = block.shape[1]
     i, j = torch.triu_indices(n, n, 1, device=block.device)
     upper = block[:, i, j]
