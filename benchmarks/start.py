@@ -11,7 +11,8 @@ from benchmarks.common import median_seconds, save
 def main() -> None:
     rows = []
     for name, words in {
-        "python -c pass": ["-c", "pass"], "import ntkit": ["-c", "import ntkit"], "ntkit --help": ["-m", "ntkit.cli", "--help"],
+        "python -c pass": ["-c", "pass"],
+        "import ntkit": ["-c", "import ntkit"], "ntkit --help": ["-m", "ntkit.cli", "--help"],
     }.items():  # fmt: skip
         seconds = median_seconds(
             lambda words=words: subprocess.run([sys.executable, *words], capture_output=True, check=True), 9

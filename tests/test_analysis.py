@@ -230,7 +230,8 @@ def test_a_users_own_module_on_tokens(tmp_path):
     y = draw.integers(0, 3, 90)
     np.savez(tmp_path / "tokens.npz", x=(draw.integers(0, 6, (90, 7)) + 6 * y[:, None]).astype(np.int64), y=y)
     done = ntkit_cli(
-        "analyze", "--data", tmp_path / "tokens.npz", "--model", f"{EXAMPLE}:make", "--epochs", 4, "--optimizer", "adam",
+        "analyze", "--data", tmp_path / "tokens.npz", "--model", f"{EXAMPLE}:make", "--epochs", 4, "--optimizer",
+        "adam",
         "--lr", "0.01", "--track-points", 20, "--out", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,6 @@ from torch import nn
 import ntkit
 from ntkit.probes import rotate, shift, shuffle_patches, swap_quadrants, zoom
 
-
 # Importing these adds warning filters and draws random numbers, once a process and by no doing of ours: done before.
 IMPORTED = (jinja2, plotly.offline, scipy.sparse.linalg, sklearn.datasets)
 

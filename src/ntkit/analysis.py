@@ -1,14 +1,14 @@
 """`ntkit analyze`: from data and a model to a run folder with results and a report.
 
-A run is a folder: ``run.json`` (resolved settings, versions, hashes) is written first; each stage leaves its numbers in
-``stages/`` and its arrays in ``arrays/`` when it is whole, so that a run killed at any moment goes on where it was; Grams
-wait in ``work/`` until the run is complete. ``results.json`` holds no time and no date: the same run gives the same bytes.
+A run is a folder: ``run.json`` (resolved settings, versions, hashes) is written first; each stage leaves its numbers
+in ``stages/`` and its arrays in ``arrays/`` when it is whole, so that a run killed at any moment goes on where it was;
+Grams wait in ``work/`` until the run is complete. ``results.json`` holds no time and no date: the same run gives the
+same bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import platform
 import shlex
 import shutil
 import time
@@ -28,12 +28,10 @@ from ntkit.files import ensure_folder, read_json, write_arrays, write_atomically
 from ntkit.kernels.tangent import TangentKernel, parse_memory
 from ntkit.models import build, source_hash
 from ntkit.progress import task
+from ntkit.results import FORMAT, KERNELS, assemble, versions
 from ntkit.settings import OPTIMIZERS, Settings
 from ntkit.spectra import alignment
 from ntkit.trajectory import Trajectory, load_weights, tensor_hash, train
-
-FORMAT = 1
-_KEYS = ("init", "after", "conjugate")
 
 
 def analyze(
@@ -67,7 +65,7 @@ def analyze(
     """
     if resume is not None:
         before = read_json(Path(resume) / "run.json")
-        settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in before["settings"].items()})
+        settings = Settings.of(before["settings"])
         if out is None:
             if before["status"] == "complete" and (Path(resume) / "results.json").exists():
                 say("The run is complete; its report is made anew.")
@@ -78,9 +76,11 @@ def analyze(
     if (folder / "run.json").exists():
         if not overwrite:
             raise refusal(
-                str(folder), got="a folder that holds a run", expected="a new folder",
+                str(folder),
+                got="a folder that holds a run",
+                expected="a new folder",
                 fix=f"Go on with it (--from {folder}), replace it (--overwrite) or name another (--out).",
-            )  # fmt: skip
+            )
         shutil.rmtree(folder)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise refusal(
@@ -119,14 +119,14 @@ class _Run:
             raise
 
     def _go(self) -> Path:
-        started = time.monotonic()
+        s, started = self.settings, time.monotonic()
         self._open()
         self._train()
         stages: list[tuple[str, Callable[[], tuple[dict, dict[str, np.ndarray]]]]] = [
             ("network", lambda: (measures.network(self.task, self.models["after"]), {})),
-            *[(f"gram-{key}", lambda key=key: self._gram(key)) for key in _KEYS],
+            *[(f"gram-{key}", lambda key=key: self._gram(key)) for key in KERNELS],
             ("similarity", self._similarity),
-            *[(f"machine-{key}", lambda key=key: self._machine(key)) for key in _KEYS],
+            *[(f"machine-{key}", lambda key=key: self._machine(key)) for key in KERNELS],
             ("along", self._along),
             ("invariances", self._invariances),
             ("neighbours", self._neighbours),
@@ -135,7 +135,8 @@ class _Run:
         done: dict[str, Any] = {}
         for number, (name, work) in enumerate(stages, 2):
             done[name] = self._stage(name, f"{number}/{len(stages) + 1}", work)
-        write_json(self.folder / "results.json", self._results(done))
+        results = assemble(s, self.task, self.models["after"], self.trajectory, done, self.device, self.memory)
+        write_json(self.folder / "results.json", results)
         report = _report(self.folder)
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         run = read_json(self.folder / "run.json")
@@ -166,9 +167,10 @@ class _Run:
         self.data = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
         outputs = 1 if len(self.data.classes) == 2 else len(self.data.classes)
         model = build(s.model, self.data.input_shape, outputs, s.seed)
-        self.data = dataclasses.replace(self.data, **{
-            part: getattr(self.data, part).to(self.device) for part in ("x_train", "y_train", "x_test", "y_test")
-        })  # fmt: skip
+        self.data = dataclasses.replace(
+            self.data,
+            **{part: getattr(self.data, part).to(self.device) for part in ("x_train", "y_train", "x_test", "y_test")},
+        )
         self.models = {
             "init": model.to(self.device),
             "after": build(s.model, self.data.input_shape, outputs, s.seed).to(self.device),
@@ -191,18 +193,24 @@ class _Run:
             changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old.get(k) != v]
             if changed:
                 raise refusal(
-                    f"--from {self.folder}", got="changed since the run began: " + "; ".join(changed),
-                    expected="the same data, model and versions", fix="Restore them, or start a new run.",
-                )  # fmt: skip
+                    f"--from {self.folder}",
+                    got="changed since the run began: " + "; ".join(changed),
+                    expected="the same data, model and versions",
+                    fix="Restore them, or start a new run.",
+                )
             self.say(f"Going on with {self.folder}")
             return
         ensure_folder(self.folder)
         for part in ("stages", "arrays", "work"):
             ensure_folder(self.folder / part)
         run = {
-            "format": FORMAT, "status": "running", "settings": dataclasses.asdict(s), "identity": identity,
-            "versions": _versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }  # fmt: skip
+            "format": FORMAT,
+            "status": "running",
+            "settings": dataclasses.asdict(s),
+            "identity": identity,
+            "versions": versions(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
         write_json(self.folder / "run.json", run)
 
     def _train(self) -> None:
@@ -216,11 +224,18 @@ class _Run:
         self.say(f"[1/13] training {s.model}: {steps:,} steps ({s.epochs} epochs)")
         with task("training", total=steps) as progress:
             self.trajectory = train(
-                self.models["after"], (self.data.x_train, self.data.y_train), self.task.loss, OPTIMIZERS[s.optimizer](s),
-                steps=steps, batch_size=batch, seed=s.seed, target=s.target, path=self.folder / "trajectory",
+                self.models["after"],
+                (self.data.x_train, self.data.y_train),
+                self.task.loss,
+                OPTIMIZERS[s.optimizer](s),
+                steps=steps,
+                batch_size=batch,
+                seed=s.seed,
+                target=s.target,
+                path=self.folder / "trajectory",
                 resume=(self.folder / "trajectory" / "run.json").exists(),
                 on_step=lambda step, loss: progress.advance(),
-            )  # fmt: skip
+            )
         self.models["after"].eval()
 
     # ------------------------------------------------------------------ stages
@@ -295,50 +310,6 @@ class _Run:
     def _kept(self, name: str) -> Tensor:
         return torch.from_numpy(np.load(self.folder / "work" / f"{name}.npy", allow_pickle=False))
 
-    def _results(self, done: dict[str, Any]) -> dict[str, Any]:
-        s, data = self.settings, self.data
-        machines = [done[f"machine-{key}"] for key in _KEYS]
-        svm = [
-            {"what": f"hard-margin SVM on the {m['label']}: relative duality gap", "value": m["gap"], "tolerance": 1e-6, "ok": m["status"] == "optimal"}
-            for m in machines
-        ]  # fmt: skip
-        along, trajectory = done["along"], self.trajectory
-        eigen = [] if along is None else [
-            {"what": "eigenpairs along training: largest |K v - lambda v| / lambda_1", "value": along["residual"], "tolerance": 1e-8, "ok": along["residual"] <= 1e-8}
-        ]  # fmt: skip
-        training = None
-        if trajectory is not None:
-            training = {
-                "optimizer": s.describe_optimizer(), "batch_size": trajectory.settings["batch_size"] or len(data.x_train),
-                "steps": trajectory.stop["step"], "stop": trajectory.stop["reason"], "losses": trajectory.losses.tolist(), "seed": s.seed,
-            }  # fmt: skip
-        model = self.models["after"]
-        return {
-            "format": FORMAT,
-            "title": f"{s.model} on {data.name}" + (f", classes {' and '.join(data.classes)}" if s.classes else ""),
-            "data": {
-                "name": data.name, "kind": data.kind, "classes": list(data.classes), "train": len(data.x_train), "test": len(data.x_test),
-                "input_shape": list(data.input_shape), "normalisation": data.normalisation, "source": data.source, "hash": data.hash,
-            },
-            "model": {
-                "name": s.model, "parameters": sum(p.numel() for p in model.parameters()), "outputs": self.task.outputs, "loss": self.task.name,
-                "weights": s.weights, "kernel_outputs": "trace", "fallback": done["oracle"]["fallback"], "text": done["oracle"]["text"],
-            },
-            "training": training,
-            "network": done["network"],
-            "machines": machines,
-            "quality": [done[f"gram-{key}"] for key in _KEYS],
-            "similarity": done["similarity"],
-            "along": along,
-            "invariances": done["invariances"],
-            "neighbours": done["neighbours"],
-            "certificates": [*done["oracle"]["checks"], *svm, *eigen],
-            "reproduce": {
-                "command": "ntkit analyze " + " ".join(map(shlex.quote, s.arguments())), "versions": _versions(), "seed": s.seed,
-                "device": str(self.device), "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "memory": self.memory,
-            },
-        }  # fmt: skip
-
 
 _SAY = {
     "network": "the network's own error",
@@ -357,10 +328,3 @@ def _report(folder: Path) -> Path:
 
     render(folder)
     return folder
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("torch", "numpy", "scipy", "scikit-learn")
-    return {"ntkit": ntkit.__version__, "python": platform.python_version(), **{name: version(name) for name in names}}

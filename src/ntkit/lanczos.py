@@ -1,4 +1,4 @@
-"""Leading eigenpairs from products alone, repeated eigenvalues included (scipy's ARPACK, searched until nothing is missed)."""
+"""Leading eigenpairs from products alone, repeated eigenvalues included (ARPACK, asked until nothing is missed)."""
 
 from __future__ import annotations
 

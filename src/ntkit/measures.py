@@ -242,7 +242,7 @@ def invariances(kernels: dict[str, Kernel], x: Tensor, samples: int) -> dict[str
 
 
 def shown_tests(task_: Task, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Test examples to look at: up to half of them misclassified, the others spread over the set; and all predictions."""
+    """Test examples to look at, up to half of them misclassified, the others spread over the set; all predictions."""
     predicted = task_.predict(outputs_of(model, task_.data.x_test))
     wrong = (predicted != task_.data.y_test).nonzero().flatten()[: SHOWN // 2]
     right = (predicted == task_.data.y_test).nonzero().flatten()

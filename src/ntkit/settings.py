@@ -55,6 +55,12 @@ class Settings:
     device: str = "auto"
     """auto, cpu or cuda."""
 
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> Settings:
+        """Settings from ``run.json`` (JSON has lists where settings have tuples)."""
+        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
+        return cls(**fields)
+
     def check(self) -> None:
         """Refuse values that no run can have.
 

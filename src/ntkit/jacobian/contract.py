@@ -47,9 +47,9 @@ class Step:
 class Plan:
     """How a kernel will be computed: one `Step` per parameter, and sizes in samples.
 
-    The rows of the kernel are done ``tile`` at a time, whose factors stay in memory while the columns pass by, ``columns``
-    at a time: so the columns are prepared once per tile of rows. ``block`` samples are multiplied at a time, ``batch`` go
-    through the model at a time.
+    The rows of the kernel are done ``tile`` at a time, whose factors stay in memory while the columns pass by,
+    ``columns`` at a time: so the columns are prepared once per tile of rows. ``block`` samples are multiplied at a
+    time, ``batch`` go through the model at a time.
     """
 
     steps: tuple[Step, ...]
