@@ -271,7 +271,7 @@ class Noisy(Mixing):
         ({"model": "FILE:needs"}, "a factory that could not be called"),
         ({"model": "FILE:text"}, "got str; expected a torch.nn.Module"),
         ({"model": "FILE:Mixing"}, "changes by .* when the sample is evaluated alone"),
-        ({"model": "FILE:Noisy"}, "changes by .* when the sample is evaluated alone"),
+        ({"model": "FILE:Noisy"}, "a forward pass that draws random numbers"),
         ({"classes": ("3", "11")}, "11"),
         ({"classes": ("3",)}, "at least two"),
         ({"data": "mnst"}, "Did you mean mnist"),

@@ -9,8 +9,8 @@ from torch import nn
 
 import ntkit
 from ntkit.jacobian import contract, rules
-from ntkit.jacobian.factors import SelfCheckError
 from ntkit.jacobian.reference import tangent_kernel
+from ntkit.jacobian.structure import SelfCheckError
 from ntkit.testing import assert_equal, check_kernel
 
 MODES = ["full", "diagonal", "trace", "sum", softplus_sum]
@@ -74,11 +74,7 @@ def test_every_route_gives_the_same(name, route, monkeypatch):
     monkeypatch.setattr(contract, "_cost", steered)
     for outputs in MODES:
         kernel = ntkit.TangentKernel(model, outputs=outputs)
-        taken = {
-            step.route
-            for step in kernel.plan(x1, x2).steps
-            if kernel._gradients.structure(x1).sizes[step.name].positions
-        }
+        taken = {step.route for step in kernel.plan(x1, x2).steps if kernel._known(x1).sizes[step.name].positions}
         assert taken == {"rows"} if route == "rows" else taken <= {"outer", "tokens"}
         assert_equal(kernel(x1, x2), tangent_kernel(model, x1, x2, outputs), 1e-10, f"{route} {outputs}")
         assert_equal(
@@ -190,7 +186,7 @@ def test_self_check_names_the_parameter_whose_gradient_is_wrong(node, parameter,
 def test_self_check_catches_a_gradient_the_graph_does_not_show(monkeypatch):
     model, x1, _ = make("mlp")
     monkeypatch.setattr(
-        "ntkit.jacobian.factors.find_uses", lambda out, params: [u for u in find(out, params) if u.name != "2.bias"]
+        "ntkit.jacobian.check.find_uses", lambda out, params: [u for u in find(out, params) if u.name != "2.bias"]
     )
     with pytest.raises(SelfCheckError, match=r"2\.bias"):
         ntkit.TangentKernel(model)(x1)

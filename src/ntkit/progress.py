@@ -19,12 +19,13 @@ class Task:
         self.label, self.total, self.done = label, total, 0.0
         self._stream, self._start, self._last = stream, time.monotonic(), 0.0
         self._bar = None
+        self.silent = False
 
     def advance(self, amount: float = 1.0) -> None:
         """Say that `amount` more of `total` is done."""
         self.done += amount
         elapsed = time.monotonic() - self._start
-        if elapsed < _PATIENCE:
+        if self.silent or elapsed < _PATIENCE:
             return
         if self._stream.isatty():
             self._draw()
@@ -72,9 +73,7 @@ def task(label: str, total: float) -> Iterator[Task]:
     3.0
     """
     work = Task(label, total, sys.stderr)
-    nested = bool(_active)
-    if nested:
-        work.advance = lambda amount=1.0: None  # type: ignore[method-assign]
+    work.silent = bool(_active)
     _active.append(work)
     try:
         yield work

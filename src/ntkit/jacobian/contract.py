@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ntkit.jacobian.factors import Gradients, Irregular, Size, Structure
+from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.inputs import Batch, count, take
 from ntkit.jacobian.rules import Pair
+from ntkit.jacobian.structure import Irregular, Size, Structure
 
 # One entry read, multiplied and written back costs about as much as this many floating-point operations of a matrix
 # product (memory against compute, on CPUs and GPUs of the last years). It only steers the choice of a route.
@@ -175,21 +176,22 @@ def prepare(
             factor = factors[name]
             values = factor.rows() if isinstance(factor, Pair) else factor.values
             if rows is None:
-                rows = values.new_empty(n, values.shape[1], start)
+                rows = values.new_empty(n, values.shape[1], start, dtype=gradients.dtype)
             rows[begin:stop, :, first:last] = values
         for step in plan.steps:
             if step.name in spans:
                 continue
             factor = factors[step.name]
             if not isinstance(factor, Pair) or factor.groups > 1:
-                raise Irregular(step.name, "its gradient has no factors in some batch")
+                raise Irregular({step.name: "its gradient has no factors in some batch"})
             if step.name not in pairs:
-                data = factor.data.new_empty(n, *factor.data.shape[1:])
-                cotangent = factor.cotangent.new_empty(n, *factor.cotangent.shape[1:])
+                wide = None if factor.data.dtype == torch.int64 else gradients.dtype
+                data = factor.data.new_empty(n, *factor.data.shape[1:], dtype=wide)
+                cotangent = factor.cotangent.new_empty(n, *factor.cotangent.shape[1:], dtype=gradients.dtype)
                 pairs[step.name] = Pair(data, cotangent, factor.a, factor.data_first)
             kept = pairs[step.name]
             if kept.data.shape[1] != factor.data.shape[1]:
-                raise Irregular(step.name, "its number of positions changes from batch to batch")
+                raise Irregular({step.name: "its number of positions changes from batch to batch"})
             kept.data[begin:stop] = factor.data
             kept.cotangent[begin:stop] = factor.cotangent
         if advance is not None:
@@ -211,6 +213,7 @@ def multiply(t1: Tile, t2: Tile, mode: str, scratch: int) -> Tensor:
     else:
         total = t1.rows.reshape(n1, -1) @ t2.rows.reshape(n2, -1).T
     for name, p1 in t1.pairs.items():
+        assert p1.data_first == t2.pairs[name].data_first, name
         for i, j, block in _pair_blocks(p1, t2.pairs[name], mode, scratch):
             if mode == "full":
                 total[i, :, j] += block

@@ -74,6 +74,18 @@ def find_uses(output: Tensor, params: dict[str, nn.Parameter]) -> list[Use]:
     return uses
 
 
+def nodes_behind(output: Tensor) -> list[Node]:
+    """List every node of the graph behind `output`, in a fixed order (breadth first)."""
+    seen: dict[Node, None] = {}
+    queue: deque[Node] = deque([output.grad_fn])
+    while queue:
+        node = queue.popleft()
+        if node is not None and node not in seen:
+            seen[node] = None
+            queue.extend(child for child, _ in node.next_functions)
+    return list(seen)
+
+
 def _parameter_behind(node: Node, names: dict[int, str]) -> tuple[str | None, tuple[str, ...]] | None:
     """Name of the parameter behind a chain of layout nodes; (None, ...) for a leaf not asked for; None if data."""
     layout: list[str] = []

@@ -5,10 +5,14 @@ A batch is a tensor, a tuple of tensors (``model(*x)``) or a dict (``model(**x)`
 
 from __future__ import annotations
 
+import inspect
+import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +20,8 @@ from ntkit.checks import refusal
 
 Batch = Any  # Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Outputs = str | Callable[[Any], Tensor]
+
+_ONE_AT_A_TIME = threading.RLock()
 
 MODES = ("full", "diagonal", "trace", "sum")
 
@@ -41,8 +47,8 @@ def count(x: Batch) -> int:
     return leaves(x)[0].shape[0]
 
 
-def check_batch(x: Batch, name: str) -> None:
-    """Refuse a batch that is no batch: not tensors, empty, ragged or non-finite."""
+def checked(x: Batch, name: str) -> Batch:
+    """Refuse a batch that is no batch (not tensors, empty, ragged, non-finite); return it without its own graph."""
     tensors = leaves(x) if isinstance(x, (Tensor, tuple, list, dict)) else []
     if not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
         raise refusal(
@@ -67,6 +73,11 @@ def check_batch(x: Batch, name: str) -> None:
                 expected="finite values",
                 fix="Remove or repair that sample.",
             )
+    with torch.inference_mode(False):
+        clean = [t.clone() if t.is_inference() else t.detach() for t in tensors]
+    if isinstance(x, Tensor):
+        return clean[0]
+    return dict(zip(x, clean, strict=True)) if isinstance(x, dict) else tuple(clean)
 
 
 def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
@@ -76,10 +87,13 @@ def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
         chosen = {name: p for name, p in known.items() if p.requires_grad}
         wish = "a model with at least one parameter that requires grad"
     elif callable(params):
-        import inspect
-
-        takes_two = len(inspect.signature(params).parameters) > 1
-        chosen = {name: p for name, p in known.items() if (params(name, p) if takes_two else params(name))}
+        takes_two = _required(params) > 1
+        accepted = {
+            id(p)
+            for name, p in model.named_parameters(remove_duplicate=False)  # a tied parameter under each of its names
+            if (params(name, p) if takes_two else params(name))
+        }
+        chosen = {name: p for name, p in known.items() if id(p) in accepted}
         wish = "a predicate that accepts at least one parameter name"
     else:
         names = [params] if isinstance(params, str) else list(params)
@@ -91,12 +105,27 @@ def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
         wanted = {id(alias[name]) for name in names}
         chosen = {name: p for name, p in known.items() if id(p) in wanted}
         wish = "at least one name"
-    chosen = {name: p for name, p in chosen.items() if p.is_floating_point()}
+    if odd := [name for name, p in chosen.items() if not p.is_floating_point()]:
+        raise refusal(
+            f"parameter '{odd[0]}'",
+            got=str(chosen[odd[0]].dtype),
+            expected="real floating point",
+            fix="Store real and imaginary parts as real parameters (torch.view_as_complex), or leave it out: params=...",
+        )
     if not chosen:
         raise refusal(
             "params", got="no parameter", expected=wish, fix="See dict(model.named_parameters()) for the names."
         )
     return chosen
+
+
+def _required(function: Callable[..., Any]) -> int:
+    """Positional arguments a callable needs; 1 where Python cannot tell."""
+    try:
+        known = inspect.signature(function).parameters.values()
+    except ValueError:
+        return 1
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in known)
 
 
 def check_mode(model: nn.Module) -> None:
@@ -111,6 +140,13 @@ def check_mode(model: nn.Module) -> None:
                 expected="eval mode with running statistics, "
                 "or the samples of a batch mix and no kernel k(x, x') exists",
                 fix="Call model.eval(), or replace the layer by GroupNorm.",
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise refusal(
+                where,
+                got="max_norm, which changes its weight at every call",
+                expected="parameters that a forward pass leaves alone",
+                fix="Renormalise the weight once and set max_norm = None.",
             )
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rate = module.p
@@ -150,6 +186,13 @@ def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
             expected=f"({n}, ...)",
             fix="Samples must lie along the first axis of input and output; wrap the model if they do not.",
         )
+    if raw.numel() == 0:
+        raise refusal(
+            "the model's output",
+            got=f"shape {tuple(raw.shape)}",
+            expected="at least one output",
+            fix="Look at the model's last layer.",
+        )
     flat = _real(raw.reshape(n, -1))
     return flat.sum(1, keepdim=True) / flat.shape[1] ** 0.5 if outputs == "sum" else flat
 
@@ -169,25 +212,32 @@ def _real(out: Tensor) -> Tensor:
 def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[None]:
     """Differentiate with respect to `params` only, and leave the model and the RNGs as they were found.
 
-    requires_grad, buffers and random states are restored; .grad is never written (gradients are returned, not
+    requires_grad, buffers and random states are restored, also when threads share a model: one at a time gets in; .grad is never written (gradients are returned, not
     accumulated); the mode (train or eval) is not touched at all.
     """
     chosen = {id(p) for p in params.values()}
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        for p, _ in flags:
-            p.requires_grad_(id(p) in chosen)
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+    with _ONE_AT_A_TIME, torch.inference_mode(False):
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+        buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (kept, not used)
+        try:
+            for p, _ in flags:
+                p.requires_grad_(id(p) in chosen)
+            with torch.random.fork_rng(devices), torch.enable_grad():
+                yield
+        finally:
+            for p, flag in flags:
+                p.requires_grad_(flag)
+            with torch.no_grad():
+                for module, name, buffer in owned:  # a forward may bind another tensor to the name
+                    module._buffers[name] = buffer
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def call(model: nn.Module, x: Batch) -> Any:

@@ -40,28 +40,29 @@ def establish(
     cotangents: Tensor,  # [n, *shape]: entry s is the backward pass of sample s's outputs alone
     shape_fewer: tuple[int, ...],  # the node's shape at another batch size
     n_fewer: int,
-) -> Owner | None:
-    """Find the one layout that explains which rows each sample's outputs reach; None if none or several do.
+) -> tuple[Owner | None, bool]:
+    """Find the layout that explains which rows each sample's outputs reach, and say whether it is sure.
 
-    Several do when all rows are zero (a dead or zero-initialised branch): the caller must not guess.
+    It is sure when every row was reached by the sample that owns it. A dead or gated branch, or tokens that no output
+    reads, leave rows unreached: then several layouts may fit, one is proposed, and each batch must check it again.
+    None if no layout fits.
     """
     n, shape = cotangents.shape[0], tuple(cotangents.shape[1:])
     if len(shape) != len(shape_fewer):
-        return None
+        return None, True
     growing = [d for d, (size, fewer) in enumerate(zip(shape, shape_fewer, strict=True)) if size != fewer]
     if len(growing) != 1:
-        return None
+        return None, True
     dim = growing[0]
     if shape[dim] % n or shape[dim] // n * n_fewer != shape_fewer[dim]:
-        return None
+        return None, True
     folds = shape[dim] // n
     reached = cotangents.movedim(1 + dim, 1).flatten(2).ne(0).any(-1) if len(shape) > 1 else cotangents.ne(0)
-    own = torch.arange(n, device=cotangents.device)
+    own = torch.eye(n, dtype=torch.bool, device=cotangents.device)[:, None, :, None]
     candidates = []
     for before in (d for d in range(1, folds + 1) if folds % d == 0):
-        owner = Owner(dim, before, folds // before)
         rows = reached.unflatten(1, (before, n, folds // before))  # [sample, before, owner, after]
-        foreign = rows & (own[:, None, None, None] != own[None, None, :, None])
-        if not foreign.any():
-            candidates.append(owner)
-    return candidates[0] if len(candidates) == 1 else None
+        if not (rows & ~own).any():
+            candidates.append((Owner(dim, before, folds // before), bool((rows | ~own).all())))
+    # All rows reached: only the true layout fits. The first proposal otherwise is sample-major, the commonest.
+    return next((c for c in candidates if c[1]), candidates[0] if candidates else (None, True))

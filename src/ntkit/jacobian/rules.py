@@ -154,7 +154,7 @@ def _embedding(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     if node._saved_scale_grad_by_freq or cot.dim() - 2 <= owner.dim:
         return None  # frequencies count over the whole batch: not a gradient of one sample
-    index = node._saved_indices
+    index = node._saved_indices.long()
     # autograd stores "no padding index" as the largest unsigned number
     if 0 <= node._saved_padding_idx < use.shape[0]:
         cot = cot * (index != node._saved_padding_idx).unsqueeze(-1)
@@ -203,14 +203,16 @@ def _broadcast(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor:
 
 
 @rule("MulBackward0")
-def _product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor:
-    node = use.node
-    return _summed(cot * (node._saved_other if use.slot == 0 else node._saved_self), use, owner, n)
+def _product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+    other = use.node._saved_other if use.slot == 0 else use.node._saved_self
+    return None if other.is_complex() or cot.is_complex() else _summed(cot * other, use, owner, n)
 
 
 @rule("DivBackward0")
 def _quotient(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
-    return _summed(cot / use.node._saved_other, use, owner, n) if use.slot == 0 else None
+    if use.slot != 0 or cot.is_complex() or use.node._saved_other.is_complex():
+        return None
+    return _summed(cot / use.node._saved_other, use, owner, n)
 
 
 @rule("PreluKernelBackward0")

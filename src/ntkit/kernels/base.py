@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkit.checks import refusal
-from ntkit.jacobian.inputs import Batch, check_batch, count
+from ntkit.jacobian.inputs import Batch, checked, count
 
 
 class Kernel(ABC):
@@ -34,20 +34,15 @@ class Kernel(ABC):
         Refused
             For empty, ragged or non-finite input, and for a model whose samples are not independent.
         """
-        check_batch(x1, "x1")
-        if x2 is not None:
-            check_batch(x2, "x2")
-        return self._gram(x1, x2)
+        return self._gram(checked(x1, "x1"), None if x2 is None else checked(x2, "x2"))
 
     def diagonal(self, x: Batch) -> Tensor:
         """k(x_i, x_i) for every i: what ``k(x)[i, i]`` is, at the cost of n values."""
-        check_batch(x, "x")
-        return self._pairs(x, None)
+        return self._pairs(checked(x, "x"), None)
 
     def paired(self, x1: Batch, x2: Batch) -> Tensor:
         """k(x1_i, x2_i) for every i, at the cost of n values; both sets have n samples."""
-        check_batch(x1, "x1")
-        check_batch(x2, "x2")
+        x1, x2 = checked(x1, "x1"), checked(x2, "x2")
         if count(x1) != count(x2):
             raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix="Pair them one to one.")
         return self._pairs(x1, x2)

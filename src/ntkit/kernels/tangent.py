@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.checks import nearest, refusal
+from ntkit.jacobian.check import structure_of
 from ntkit.jacobian.contract import Plan, Tile, make_plan, multiply, multiply_aligned, prepare
-from ntkit.jacobian.factors import Gradients, Irregular, Size, Structure
-from ntkit.jacobian.inputs import MODES, Batch, Outputs, check_batch, check_mode, count, select_parameters, take
+from ntkit.jacobian.factors import Gradients
+from ntkit.jacobian.inputs import MODES, Batch, Outputs, check_mode, checked, count, select_parameters, take
 from ntkit.jacobian.operator import jacobian_times, jacobian_transpose_times
+from ntkit.jacobian.structure import Irregular, Size, Structure
 from ntkit.kernels.base import Kernel, KernelOperator
 from ntkit.progress import task
 
@@ -69,6 +71,7 @@ class TangentKernel(Kernel):
         self._model, self._outputs = model, outputs
         self._mode = outputs if outputs in ("full", "diagonal") else "trace"
         self._budget = parse_memory(memory)
+        self._params = params
         self._gradients = Gradients(model, select_parameters(model, params), outputs)
 
     # ------------------------------------------------------------------ values
@@ -78,9 +81,7 @@ class TangentKernel(Kernel):
 
         A parameter used at several places (tied weights) is one parameter: its share holds the cross terms.
         """
-        check_batch(x1, "x1")
-        if x2 is not None:
-            check_batch(x2, "x2")
+        x1, x2 = checked(x1, "x1"), None if x2 is None else checked(x2, "x2")
         names = list(self._gradients.params)
         shares: dict[str, Tensor] = {}
 
@@ -94,19 +95,17 @@ class TangentKernel(Kernel):
 
     def plan(self, x1: Batch, x2: Batch | None = None) -> Plan:
         """How ``k(x1, x2)`` would be computed: route and cost per parameter, samples per tile and forward pass."""
-        check_batch(x1, "x1")
-        return self._planned(x1, x1 if x2 is None else x2)[2]
+        x1 = checked(x1, "x1")
+        return self._planned(x1, x1 if x2 is None else checked(x2, "x2"))[2]
 
     def fallback(self, x: Batch) -> dict[str, str]:
         """Parameters computed by plain autograd, sample by sample, on inputs like `x`, and why; empty at best."""
-        check_batch(x, "x")
-        return dict(self._gradients.structure(x).fallback)
+        return dict(self._known(checked(x, "x")).fallback)
 
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): two passes over the data per product, memory O(P) and one batch's graph."""
-        check_batch(x, "x")
-        check_mode(self._model)
-        known = self._gradients.structure(x)
+        x = checked(x, "x")
+        known = self._known(x)
         n, outputs, full = count(x), known.outputs, self._mode == "full"
         if self._mode == "diagonal":
             raise refusal(
@@ -158,7 +157,8 @@ class TangentKernel(Kernel):
                     parts.append(multiply_aligned(t1, t2, self._mode))
                 return torch.cat(parts)
             except Irregular as signal:
-                known1.fallback[signal.name] = known2.fallback[signal.name] = signal.reason
+                known1.fallback |= signal.reasons
+                known2.fallback |= signal.reasons
 
     # ------------------------------------------------------------------ tiles
 
@@ -168,7 +168,8 @@ class TangentKernel(Kernel):
             try:
                 return self._fill(x1, x2, known1, known2, plan, product, lead)
             except Irregular as signal:  # seen only in a later batch: that parameter goes sample by sample
-                known1.fallback[signal.name] = known2.fallback[signal.name] = signal.reason
+                known1.fallback |= signal.reasons
+                known2.fallback |= signal.reasons
 
     def _fill(
         self,
@@ -185,7 +186,7 @@ class TangentKernel(Kernel):
         n1, n2 = count(x1), count(other)
         tail = {"full": (known1.outputs,) * 2, "diagonal": (known1.outputs,)}.get(self._mode, ())
         like = next(iter(self._gradients.params.values()))
-        result = like.new_empty(*lead, n1, n2, *tail).detach()
+        result = torch.empty(*lead, n1, n2, *tail, dtype=self._gradients.dtype, device=like.device)
         scratch = max(self._memory() // 8, 1)
         strips = [slice(i, min(i + plan.tile, n1)) for i in range(0, n1, plan.tile)]
         with (
@@ -212,9 +213,9 @@ class TangentKernel(Kernel):
         return result
 
     def _planned(self, x1: Batch, x2: Batch, aligned: bool = False) -> tuple[Structure, Structure, Plan]:
-        check_mode(self._model)
-        known1 = self._gradients.structure(x1)
-        known2 = known1 if x2 is x1 else self._gradients.structure(x2)
+        known1 = self._known(x1)
+        known2 = known1 if x2 is x1 else self._known(x2)
+        known1 = self._known(x1)  # x2 may have shown more different samples of the same kind
         if known1.outputs != known2.outputs:
             raise refusal(
                 "x2",
@@ -226,6 +227,15 @@ class TangentKernel(Kernel):
         like = next(iter(self._gradients.params.values()))
         plan = make_plan(both, self._mode, count(x1), count(x2), self._memory(), like, aligned)
         return known1, known2, plan
+
+    def _known(self, x: Batch) -> Structure:
+        """What is known of the model on inputs like `x`; the model may have got other parameters since the last call."""
+        check_mode(self._model)
+        current = select_parameters(self._model, self._params)
+        held = self._gradients.params
+        if current.keys() != held.keys() or any(current[name] is not p for name, p in held.items()):
+            self._gradients = Gradients(self._model, current, self._outputs)
+        return structure_of(self._gradients, x)
 
     def _memory(self) -> int:
         return (
@@ -272,7 +282,7 @@ def _joined(a: Structure, b: Structure) -> Structure:
     sizes = {}
     for name, s in a.sizes.items():
         o = b.sizes[name]
-        if 0 in (s.positions, o.positions) or s.gather != o.gather:
+        if 0 in (s.positions, o.positions) or (s.gather, s.data_first) != (o.gather, o.data_first):
             sizes[name] = Size(0, 0, 0, s.entries)
         else:
             sizes[name] = s if s.positions >= o.positions else o
