@@ -1,4 +1,4 @@
-"""Before the first result on a model: who owns which rows, and do a few samples agree with plain autograd?"""
+"""Before the first result on a model: find out who owns which rows, and compare a few samples with plain autograd."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ntkit.jacobian.structure import Irregular, SelfCheckError, Size, Structure
 
 _PROBE = 3  # samples: odd, and more than two, so that a foreign row shows
 
-# Nodes that can move rows about depending on data or on the batch's size: behind them ownership is checked in each batch.
+# Nodes that can move rows depending on data or on the batch's size: behind them each batch checks who owns what.
 _MOVERS = ("Index", "Gather", "Scatter", "Sort", "Topk", "Masked", "Flip", "Roll", "Take", "Unique", "Nonzero")
 
 

@@ -1,7 +1,7 @@
 """Gradients of every sample of a batch, in factored form, from one forward and one (batched) backward pass.
 
 `Gradients` binds a model, its parameters and the outputs to differentiate. What has no rule, or whose rows cannot be
-told apart, is computed by plain autograd sample by sample ("fallback"): slower, never wrong. `jacobian.check` establishes
+told apart, is computed by plain autograd sample by sample ("fallback"): slower, never wrong. `jacobian.check` finds out
 who owns which rows, and compares a few samples with plain autograd, before the first result.
 """
 
@@ -266,7 +266,7 @@ def _alike(p: Pair, q: Pair) -> bool:
 
 
 class _Code:
-    """One more cotangent, sample i's scaled by a number of its own: a row that follows another factor has another owner.
+    """One more cotangent, each sample's scaled by a number of its own: a row that follows another number is not its own.
 
     With g a direction of the outputs, the backward pass of s_i g must be s_i times that of g on every row of sample i,
     and nothing else is linear in the same way: foreign rows and mixtures of samples show.

@@ -110,7 +110,7 @@ def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
             f"parameter '{odd[0]}'",
             got=str(chosen[odd[0]].dtype),
             expected="real floating point",
-            fix="Store real and imaginary parts as real parameters (torch.view_as_complex), or leave it out: params=...",
+            fix="Store its parts as a real parameter (torch.view_as_complex in the forward), or leave it out: params=...",
         )
     if not chosen:
         raise refusal(
@@ -212,8 +212,8 @@ def _real(out: Tensor) -> Tensor:
 def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[None]:
     """Differentiate with respect to `params` only, and leave the model and the RNGs as they were found.
 
-    requires_grad, buffers and random states are restored, also when threads share a model: one at a time gets in; .grad is never written (gradients are returned, not
-    accumulated); the mode (train or eval) is not touched at all.
+    requires_grad, buffers and random states are restored, also when threads share a model: one at a time gets in.
+    .grad is never written (gradients are returned, not accumulated); the mode (train or eval) is not touched at all.
     """
     chosen = {id(p) for p in params.values()}
     with _ONE_AT_A_TIME, torch.inference_mode(False):

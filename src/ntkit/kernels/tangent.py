@@ -229,7 +229,7 @@ class TangentKernel(Kernel):
         return known1, known2, plan
 
     def _known(self, x: Batch) -> Structure:
-        """What is known of the model on inputs like `x`; the model may have got other parameters since the last call."""
+        """What is known of the model on inputs like `x`; it may have got other parameters since the last call."""
         check_mode(self._model)
         current = select_parameters(self._model, self._params)
         held = self._gradients.params
