@@ -775,3 +775,37 @@ def test_real_cifar_two_and_dogs():
     assert (len(data.y_train), len(data.y_test), data.input_shape) == (10000, 2000, (3, 32, 32))
     assert data.y_train.bincount().tolist() == [5000, 5000]
     assert data.hash == load("cifar10", data_dir=SHARED / "cifar-10", classes=(3, "5")).hash
+
+
+MAKERS = """
+import torch, ntkit
+x, y = torch.arange(60.0).reshape(20, 3) / 60, torch.arange(20) % 2
+def pair(): return x, y
+def pairs(): return (x, y), (x[:6], y[:6])
+def dataset(): return torch.utils.data.TensorDataset(x, y)
+def datasets(): return dataset(), dataset()
+def data(): return ntkit.data.from_tensors((x, y), classes=["even", "odd"])
+def nonsense(): return 7
+"""
+
+
+@pytest.mark.parametrize(
+    ("maker", "train", "test"),
+    [("pair", 16, 4), ("pairs", 20, 6), ("dataset", 16, 4), ("datasets", 20, 20), ("data", 16, 4)],
+)
+def test_the_users_own_data_by_name(maker, train, test, tmp_path):
+    (tmp_path / "mine.py").write_text(MAKERS)
+    made = load(f"{tmp_path / 'mine.py'}:{maker}")
+    assert (len(made.x_train), len(made.x_test), made.kind) == (train, test, "vectors")
+    assert made.classes == (("even", "odd") if maker == "data" else ("0", "1"))
+    assert f"mine.py:{maker}" in made.source
+    few = load(f"{tmp_path / 'mine.py'}:{maker}", classes=[1, 0], train=4, test=4)
+    assert few.classes == made.classes[::-1]
+
+
+def test_the_users_own_data_refused_by_name(tmp_path):
+    (tmp_path / "mine.py").write_text(MAKERS)
+    with pytest.raises(Refused, match=r"--data .*mine\.py:dta: got no factory 'dta'.*Did you mean data"):
+        load(f"{tmp_path / 'mine.py'}:dta")
+    with pytest.raises(Refused, match="got a factory that returned a int; expected a torch dataset or a pair"):
+        load(f"{tmp_path / 'mine.py'}:nonsense")

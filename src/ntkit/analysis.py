@@ -24,9 +24,10 @@ import ntkit
 from ntkit import measures
 from ntkit.checks import nearest, refusal
 from ntkit.data import Data, load
+from ntkit.factory import source_hash
 from ntkit.files import ensure_folder, read_json, write_arrays, write_atomically, write_json
 from ntkit.kernels.tangent import TangentKernel, parse_memory
-from ntkit.models import build, source_hash
+from ntkit.models import build
 from ntkit.progress import task
 from ntkit.results import FORMAT, KERNELS, assemble, versions
 from ntkit.settings import OPTIMIZERS, Settings

@@ -18,6 +18,7 @@ from ntkit import data_files
 from ntkit.checks import nearest, refusal
 from ntkit.data_draw import draw, held_out_quotas, stratified
 from ntkit.data_files import Files
+from ntkit.factory import find
 
 Kind = Literal["images", "vectors", "tokens"]
 
@@ -98,7 +99,9 @@ def load(
         ``"mnist"`` or ``"cifar10"`` (official files in `data_dir`), or a path: an ``.npz`` file, or a folder of PNG or
         JPEG images laid out ``train/CLASS/`` and ``test/CLASS/``, or ``CLASS/``. What has no test set is split 80/20,
         stratified, the same way every time. In an ``.npz``: uint8 of rank 3 or 4 is images (/ 255), floats become
-        float32 as given, int16/32/64 of rank 2 is tokens.
+        float32 as given, int16/32/64 of rank 2 is tokens. Or your own: ``file.py:factory`` or
+        ``package.module:factory``, a function without arguments that returns a torch dataset, a pair of them (training,
+        test), tensors ``(x, y)``, a pair of such pairs, or a `Data`.
     data_dir : folder of the official MNIST or CIFAR-10 files.
     classes : the classes to keep, by name or else by index; their order gives the labels 0, 1, ...
     train, test : how many examples to keep, drawn stratified, in the data's order; None keeps all.
@@ -209,15 +212,37 @@ def _read(name_or_path: str | Path, data_dir: str | Path | None) -> tuple[Files,
         folder = Path(data_dir).expanduser()
         return read(folder), name_or_path, str(folder)
     path = Path(name_or_path).expanduser()
+    if ":" in str(name_or_path) and not path.exists():
+        return _made(str(name_or_path))
     if path.is_dir():
         return data_files.read_image_folder(path), path.resolve().name, str(path)
     if path.suffix == ".npz":
         return data_files.read_npz(path), path.stem, str(path)
-    expected = "digits, mnist, cifar10, the path of an .npz file, or of a folder of images"
+    expected = "digits, mnist, cifar10, the path of an .npz file or of a folder of images, or file.py:factory"
     if path.exists():
         raise refusal(str(path), got="another kind of file", expected=expected, fix="Save arrays with numpy.savez.")
     fix = nearest(str(name_or_path), ["digits", *official])
     raise refusal("data", got=f"{str(name_or_path)!r}, no known name and no file", expected=expected, fix=fix)
+
+
+def _made(place: str) -> tuple[Files, str, str]:
+    """Call the user's factory and take whatever kind of data it returns."""
+    made = find("--data", place, ())()
+    name = place.rpartition(":")[2]
+    if not isinstance(made, Data):
+        pair = made if isinstance(made, tuple | list) and len(made) == 2 else (made, None)
+        if isinstance(pair[0], torch.utils.data.Dataset):
+            made = from_dataset(*pair, name=name)
+        elif isinstance(pair[0], tuple | list):
+            made = from_tensors(*pair, name=name)
+        elif pair[1] is not None:
+            made = from_tensors(pair, name=name)
+        else:
+            expected = "a torch dataset or a pair of tensors (x, y), or two of either (training, test)"
+            got = f"a factory that returned a {type(made).__name__}"
+            raise refusal(f"--data {place}", got=got, expected=expected, fix="Return one of those.")
+    sets = (made.x_train, made.y_train), (made.x_test, made.y_test)
+    return Files(*sets, made.classes, f"{made.source}, made by {place}"), name, place
 
 
 def _build(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from ntkit.checks import nearest, refusal
+from ntkit.checks import refusal
 
 Shape = tuple[int, ...]
 
@@ -100,7 +96,7 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
     >>> sum(p.numel() for p in build("vgg", (1, 28, 28), 1, seed=0).parameters())
     95267
     """
-    factory: Callable[..., nn.Module] = BUILT_IN.get(name) or _factory(name)
+    factory: Callable[..., nn.Module] = BUILT_IN.get(name) or find("--model", name, BUILT_IN)
     known = inspect.signature(factory).parameters
     wanted = {"shape": tuple(shape), "outputs": outputs}
     arguments = {key: value for key, value in wanted.items() if key in known}
@@ -123,50 +119,6 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
             fix="Return the module from the factory.",
         )
     return model.eval()
-
-
-def source_hash(name: str) -> str | None:
-    """SHA-256 (first 16 characters) of the file a ``file.py:factory`` lives in; None for other names."""
-    path = Path(name.rpartition(":")[0])
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.suffix == ".py" and path.is_file() else None
-
-
-def _factory(name: str) -> Callable[..., nn.Module]:
-    place, _, attribute = name.rpartition(":")
-    if not place:
-        raise refusal(
-            "--model",
-            got=repr(name),
-            expected="a built-in name, package.module:factory or file.py:factory",
-            fix=nearest(name, BUILT_IN),
-        )
-    if place.endswith(".py"):
-        if not Path(place).is_file():
-            raise refusal(f"--model {name}", got=f"no file {place}", expected="a Python file", fix="Check the path.")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise refusal(
-                f"--model {name}",
-                got=f"no module {error.name}",
-                expected="an importable module",
-                fix="Install it, or run from its folder, or name the file: path/file.py:factory.",
-            ) from error
-    if not callable(found := getattr(module, attribute, None)):
-        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise refusal(
-            f"--model {name}",
-            got=f"no factory '{attribute}' in {place}",
-            expected="a callable",
-            fix=nearest(attribute, names),
-        )
-    return found
 
 
 def _image(shape: Shape, name: str) -> tuple[int, int, int]:

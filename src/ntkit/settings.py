@@ -17,7 +17,7 @@ class Settings:
     """What to analyse, and how."""
 
     data: str = "digits"
-    """digits (embedded), mnist, cifar10, an .npz file, or a folder of class-named image folders."""
+    """digits (embedded), mnist, cifar10, an .npz file, a folder of class-named image folders, or file.py:factory."""
     data_dir: str | None = None
     """Folder with the official files of mnist or cifar10. Nothing is downloaded."""
     classes: tuple[str, ...] | None = None

@@ -266,7 +266,7 @@ def _alike(p: Pair, q: Pair) -> bool:
 
 
 class _Code:
-    """One more cotangent, each sample's scaled by a number of its own: a row that follows another number is not its own.
+    """One more cotangent, each sample's scaled by a number of its own: a row that follows another is another sample's.
 
     With g a direction of the outputs, the backward pass of s_i g must be s_i times that of g on every row of sample i,
     and nothing else is linear in the same way: foreign rows and mixtures of samples show.

@@ -110,7 +110,7 @@ def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
             f"parameter '{odd[0]}'",
             got=str(chosen[odd[0]].dtype),
             expected="real floating point",
-            fix="Store its parts as a real parameter (torch.view_as_complex in the forward), or leave it out: params=...",
+            fix="Store its parts as a real parameter (torch.view_as_complex), or leave it out: params=...",
         )
     if not chosen:
         raise refusal(
