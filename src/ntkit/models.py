@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ntkit.checks import refusal
+from ntkit.factory import find
 
 Shape = tuple[int, ...]
 
