@@ -230,7 +230,7 @@ def _made(place: str) -> tuple[Files, str, str]:
     made = find("--data", place, ())()
     name = place.rpartition(":")[2]
     if not isinstance(made, Data):
-        pair = made if isinstance(made, tuple | list) and len(made) == 2 else (made, None)
+        pair: Any = made if isinstance(made, tuple | list) and len(made) == 2 else (made, None)
         if isinstance(pair[0], torch.utils.data.Dataset):
             made = from_dataset(*pair, name=name)
         elif isinstance(pair[0], tuple | list):
