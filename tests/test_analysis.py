@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,7 +104,8 @@ def test_results_are_what_the_library_says(whole):
     wrong = (svm.predict(kernel(data.x_test, data.x_train)) != data.y_test).double().mean()
     found = results(whole)
     assert found["machines"][1]["test_error"]["value"] == pytest.approx(float(wrong))
-    assert found["machines"][1]["margin"] == pytest.approx(float(svm.margin_), rel=1e-4)
+    unit = float(K.diagonal().mean()) ** 0.5
+    assert found["machines"][1]["margin"] == pytest.approx(float(svm.margin_) / unit, rel=1e-4)
     assert found["quality"][1]["alignment"] == pytest.approx(ntkit.alignment(K, 2.0 * data.y_train - 1), rel=1e-5)
     out = model(data.x_test)[:, 0] > 0
     assert found["network"]["test_error"]["value"] == pytest.approx(float((out != data.y_test.bool()).double().mean()))
@@ -152,9 +155,7 @@ def test_killed_at_five_random_moments_the_run_ends_the_same(whole, tmp_path):
         process.wait()
         if killed == 5 or process.returncode == 0:
             break
-    assert killed >= 1
-    if killed < 5:
-        pytest.skip(f"this machine finished the run after {killed} kills")
+    assert killed >= 3, "this machine is so fast that the run must be made longer"
     done = ntkit_cli("analyze", "--from", run)
     assert done.returncode == 0, done.stderr
     same_runs(whole, run)
@@ -195,7 +196,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"go on with: ntkit analyze --from {run}" in err
+    assert f"To go on with it: ntkit analyze --from {run}" in err
     assert ntkit.Trajectory.open(run / "trajectory").status == "running"
 
 
@@ -215,7 +216,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
 def test_weights_are_analysed_without_training(whole, tmp_path):
     trajectory = ntkit.Trajectory.open(whole / "trajectory")
     save_file(trajectory.state(trajectory.steps[-1]), tmp_path / "w.safetensors")
-    ntkit.analyze(small(weights=str(tmp_path / "w.safetensors")), out=tmp_path / "run")
+    settings = dataclasses.replace(small(), epochs=10, weights=str(tmp_path / "w.safetensors"))
+    ntkit.analyze(settings, out=tmp_path / "run")
     found, trained = results(tmp_path / "run"), results(whole)
     assert found["training"] is None
     assert found["along"] is None
@@ -282,8 +284,9 @@ class Noisy(Mixing):
         ({"lr": -1.0}, r"--lr: got -1\.0"),
         ({"device": "tpu"}, "--device: got 'tpu'"),
         ({"memory": "lots"}, "memory: got 'lots'"),
-        ({"weights": "WRONG"}, r"(?s)missing.*0\.bias"),
-        ({"weights": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"weights": "WRONG", "epochs": 10}, r"(?s)missing.*0\.bias"),
+        ({"weights": "x.safetensors"}, "--epochs: got 3; expected no training settings beside --weights"),
+        ({"weights": "nowhere.safetensors", "epochs": 10}, "nowhere.safetensors"),
     ],
     ids=lambda v: str(v)[:40],
 )
@@ -293,7 +296,7 @@ def test_refusals_come_before_any_work(change, message, tmp_path):
     if "model" in change:
         change = {"model": change["model"].replace("FILE", str(tmp_path / "broken.py"))}
     if change.get("weights") == "WRONG":
-        change = {"weights": str(tmp_path / "wrong.safetensors")}
+        change = {"weights": str(tmp_path / "wrong.safetensors"), "epochs": 10}
     with pytest.raises(ntkit.Refused, match=message):
         ntkit.analyze(small(**change), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -310,6 +313,61 @@ def test_bad_data_is_refused_by_name(tmp_path):
         ntkit.analyze(small(data=str(tmp_path / "empty.npz"), classes=None), out=tmp_path / "run")
 
 
+def test_a_refusal_with_overwrite_leaves_the_old_run(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    with pytest.raises(ntkit.Refused, match="Did you mean vgg"):
+        ntkit.analyze(small(model="vg"), out=run, overwrite=True)
+    same_runs(whole, run)
+    ntkit.analyze(small(model="linear"), out=run, overwrite=True)
+    assert results(run)["model"]["name"] == "linear"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_from_takes_its_settings_from_the_run(whole, tmp_path):
+    done = ntkit_cli("analyze", "--from", whole, "--epochs", "7")
+    assert done.returncode == 2
+    assert "got other settings beside it" in done.stderr
+    with pytest.raises(ntkit.Refused, match="no ntkit analyze of this version wrote"):
+        ntkit.analyze(resume=whole / "trajectory")
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    state = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(state | {"status": "running"}))
+    with pytest.raises(ntkit.Refused, match="a run that did not end, and --out"):
+        ntkit.analyze(resume=run, out=tmp_path / "other")
+
+
+def test_a_network_that_died_or_diverged_is_reported_not_dropped(tmp_path):
+    """Huge steps: the measures that have no answer say why; the rest of the report stands."""
+    for name, settings in {"huge": small(lr=1e3), "diverged": small(lr=1e9, momentum=0.0)}.items():
+        ntkit.analyze(settings, out=tmp_path / name)
+        found = results(tmp_path / name)
+        assert found["quality"][0]["alignment"] > 0
+        missing = [c["what"] for c in found["certificates"] if "not measured" in c["what"]]
+        stopped = found["training"]["stop"] == "diverged"
+        assert missing or stopped or found["network"]["test_error"]["value"] > 0.2, name
+        assert (tmp_path / name / "report.html").exists()
+
+
+def test_a_model_without_last_hidden_features_still_gets_its_report(tmp_path):
+    (tmp_path / "seq.py").write_text(
+        "from torch import nn\n"
+        "from dataclasses import dataclass\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.token = nn.Linear(8, 1)\n"
+        "    def forward(self, x): return self.token(x[:, 0]).tanh().mean(1)\n"
+    )
+    ntkit.analyze(small(model=f"{tmp_path / 'seq.py'}:Net"), out=tmp_path / "run")
+    found = results(tmp_path / "run")
+    assert [m["kernel"] for m in found["machines"]] == ["init", "after"]
+    reasons = [c["what"] for c in found["certificates"] if c["what"].startswith("gram-conjugate: not measured")]
+    assert "Name a layer" in reasons[0]
+    assert found["similarity"]["after_conjugate"] is None
+
+
 def test_folders_are_never_overwritten_unasked(whole, tmp_path):
     with pytest.raises(ntkit.Refused, match=r"holds a run.*--from"):
         ntkit.analyze(small(), out=whole)
@@ -324,8 +382,6 @@ def test_folders_are_never_overwritten_unasked(whole, tmp_path):
 
 
 def test_a_run_goes_on_only_with_the_same_data_model_and_versions(whole, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "results.json").unlink()

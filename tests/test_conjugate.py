@@ -49,9 +49,18 @@ def test_is_the_last_layers_share_of_the_tangent_kernel():
     assert_equal(ntkit.ConjugateKernel(model)(x1, x2), share, 1e-12, "last layer")
 
 
+def test_a_frozen_head_still_has_its_features():
+    model, x1, _ = make("mlp")
+    model[4].requires_grad_(False)
+    assert_equal(ntkit.ConjugateKernel(model).features(x1), model[:4](x1).detach(), 1e-12, "frozen head")
+
+
 def test_refusals():
-    with pytest.raises(ntkit.Refused, match="no dense or convolution layer with a trainable weight"):
+    with pytest.raises(ntkit.Refused, match=r"last weight layer: got NativeLayerNormBackward0, whose weight.*layer="):
         ntkit.ConjugateKernel(nn.LayerNorm(5).double())(vectors(3))
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 2))
+    with pytest.raises(ntkit.Refused, match="got AddmmBackward0, whose weight is not a parameter of a dense"):
+        ntkit.ConjugateKernel(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), normed).double())(vectors(3))
     with pytest.raises(ntkit.Refused, match=r"features: got shape \(3, 7, 6\) for 7 samples.*Name a layer"):
         ntkit.ConjugateKernel(nn.Sequential(Transposed(), nn.Linear(5, 6)).double(), layer="1")(
             torch.randn(7, 3, 5).double()

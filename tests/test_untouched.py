@@ -92,6 +92,7 @@ CALLS = {
     "Kernel": refused,
     "KernelOperator": tangent,
     "Refused": refused,
+    "SelfCheckError": refused,
     "ConjugateKernel": lambda m, tmp: (
         kernel_calls(ntkit.ConjugateKernel(m)) or ntkit.ConjugateKernel(m, layer="norm")(X)
     ),

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "ntkit.kernels.base": ("Kernel", "KernelOperator"),
     "ntkit.kernels.tangent": ("TangentKernel",),
+    "ntkit.jacobian.structure": ("SelfCheckError",),
     "ntkit.kernels.conjugate": ("ConjugateKernel",),
     "ntkit.machines": ("HardMarginSVM", "KernelRidge"),
     "ntkit.spectra": ("Spectrum", "alignment", "effective_rank", "spectrum"),

@@ -8,6 +8,8 @@ same bytes.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import shlex
 import shutil
@@ -20,13 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import ntkit
 from ntkit import measures
-from ntkit.checks import nearest, refusal
+from ntkit.checks import Refused, refusal
 from ntkit.data import Data, load
 from ntkit.factory import source_hash
 from ntkit.files import ensure_folder, read_json, write_arrays, write_atomically, write_json
-from ntkit.kernels.tangent import TangentKernel, parse_memory
+from ntkit.kernels.tangent import TangentKernel, free_memory, parse_memory
 from ntkit.models import build
 from ntkit.progress import task
 from ntkit.results import FORMAT, KERNELS, assemble, versions
@@ -49,9 +50,9 @@ def analyze(
     ----------
     settings : what to do (`ntkit.settings.Settings`); the default is a CNN on the embedded digits.
     out : run folder; ``runs/MODEL-DATA`` if None.
-    resume : folder of an earlier run. One that did not end goes on in place. A complete one is repeated into `out`, or,
-        without `out`, only its report is made anew.
-    overwrite : replace an existing run in `out`.
+    resume : folder of an earlier run, whose settings are used. One that did not end goes on in place. A complete one is
+        repeated into `out`, or, without `out`, only its report is made anew.
+    overwrite : replace an existing run in `out`, once everything asked for is known to be possible.
     say : receives one line per stage.
 
     Returns
@@ -64,14 +65,23 @@ def analyze(
     Refused
         For anything that cannot give a right result; names it and what to do.
     """
+    before = None
     if resume is not None:
-        before = read_json(Path(resume) / "run.json")
+        before = _before(Path(resume), settings)
         settings = Settings.of(before["settings"])
+        complete = before["status"] == "complete" and (Path(resume) / "results.json").exists()
         if out is None:
-            if before["status"] == "complete" and (Path(resume) / "results.json").exists():
+            if complete:
                 say("The run is complete; its report is made anew.")
                 return _report(Path(resume))
-            return _Run(Path(resume), settings, say, before).go()
+            return _Run(Path(resume), settings, say, before, goes_on=True).go()
+        if not complete:
+            raise refusal(
+                f"--from {resume}",
+                got="a run that did not end, and --out",
+                expected="one of them: it goes on in its own folder",
+                fix="Leave out --out, and repeat the run elsewhere when it is complete.",
+            )
     settings = settings or Settings()
     folder = Path(out) if out is not None else Path("runs") / settings.slug()
     if (folder / "run.json").exists():
@@ -82,7 +92,6 @@ def analyze(
                 expected="a new folder",
                 fix=f"Go on with it (--from {folder}), replace it (--overwrite) or name another (--out).",
             )
-        shutil.rmtree(folder)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise refusal(
             str(folder),
@@ -90,18 +99,48 @@ def analyze(
             expected="a new or empty folder",
             fix="Name another --out.",
         )
-    return _Run(folder, settings, say, None).go()
+    return _Run(folder, settings, say, before).go()
+
+
+def _before(folder: Path, settings: Settings | None) -> dict[str, Any]:
+    """Read the ``run.json`` of an earlier run, or refuse what is none, and settings beside it."""
+    before = read_json(folder / "run.json")
+    known = {field.name for field in dataclasses.fields(Settings)}
+    if before.get("format") != FORMAT or not set(before.get("settings", ())) <= known:
+        raise refusal(
+            str(folder / "run.json"),
+            got="a file that no ntkit analyze of this version wrote",
+            expected=f"the run.json of a run (format {FORMAT})",
+            fix="Name the run's own folder; trajectory/ inside it is not one.",
+        )
+    if settings not in (None, Settings()):
+        raise refusal(
+            f"--from {folder}",
+            got="other settings beside it",
+            expected="none: they come from the run",
+            fix="Leave them out, or start a new run without --from.",
+        )
+    return before
 
 
 class _Run:
-    """One run in its folder."""
+    """One run in its folder: a new one, or (``goes_on``) one not ended; ``before`` is an earlier ``run.json``."""
 
-    def __init__(self, folder: Path, settings: Settings, say: Callable[[str], None], before: dict | None) -> None:
-        self.folder, self.settings, self.say, self.before = folder, settings, say, before
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        say: Callable[[str], None],
+        before: dict[str, Any] | None,
+        goes_on: bool = False,
+    ) -> None:
+        self.folder, self.settings, self.say, self.before, self.goes_on = folder, settings, say, before, goes_on
         settings.check()
         self.memory = parse_memory(settings.memory) or 0
-        device = settings.device
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        gpu = torch.cuda.is_available()
+        if settings.device == "cuda" and not gpu:
+            raise refusal("--device", got="cuda", expected="a device that is there", fix="Use --device cpu.")
+        self.device = torch.device(("cuda" if gpu else "cpu") if settings.device == "auto" else settings.device)
         self.data: Data
         self.task: measures.Task
         self.models: dict[str, nn.Module] = {}
@@ -114,14 +153,22 @@ class _Run:
             return self._go()
         except KeyboardInterrupt:
             if (self.folder / "run.json").exists():
-                self.say(
-                    f"Stopped; nothing done is lost. go on with: ntkit analyze --from {shlex.quote(str(self.folder))}"
-                )
+                place = shlex.quote(str(self.folder))
+                self.say(f"Stopped; nothing done is lost. To go on with it: ntkit analyze --from {place}")
             raise
 
     def _go(self) -> Path:
         s, started = self.settings, time.monotonic()
         self._open()
+        try:
+            return self._work(s)
+        finally:
+            with contextlib.suppress(Refused):  # a full disk was said already
+                run = read_json(self.folder / "run.json")
+                seconds = round(run.get("seconds", 0) + time.monotonic() - started, 1)
+                write_json(self.folder / "run.json", run | {"seconds": seconds})
+
+    def _work(self, s: Settings) -> Path:
         self._train()
         stages: list[tuple[str, Callable[[], tuple[dict, dict[str, np.ndarray]]]]] = [
             ("network", lambda: (measures.network(self.task, self.models["after"]), {})),
@@ -135,14 +182,12 @@ class _Run:
         ]
         done: dict[str, Any] = {}
         for number, (name, work) in enumerate(stages, 2):
-            done[name] = self._stage(name, f"{number}/{len(stages) + 1}", work)
+            done[name] = self._stage(name, f"{number} of {len(stages) + 1}", work)
         results = assemble(s, self.task, self.models["after"], self.trajectory, done, self.device, self.memory)
         write_json(self.folder / "results.json", results)
         report = _report(self.folder)
         shutil.rmtree(self.folder / "work", ignore_errors=True)
-        run = read_json(self.folder / "run.json")
-        run |= {"status": "complete", "seconds": round(run.get("seconds", 0) + time.monotonic() - started, 1)}
-        write_json(self.folder / "run.json", run)
+        write_json(self.folder / "run.json", read_json(self.folder / "run.json") | {"status": "complete"})
         return report
 
     def _stage(self, name: str, place: str, work: Callable[[], tuple[dict, dict[str, np.ndarray]]]) -> Any:
@@ -151,7 +196,14 @@ class _Run:
         if file.exists():
             return read_json(file)
         self.say(f"[{place}] {_SAY[name.partition('-')[0]]}{measures.LABELS.get(name.partition('-')[2], '')}")
-        result, arrays = work()
+        try:
+            result, arrays = work()
+        except Refused as refused:
+            # The door was passed before training, so this is what training left: a dead or overflowing network, or a
+            # layer that a measure cannot use. The other measures still hold; this one says why it is absent.
+            if isinstance(refused.__cause__, OSError):
+                raise
+            result, arrays = {"absent": str(refused)}, {}
         if arrays:
             write_arrays(self.folder / "arrays" / f"{name}.safetensors", arrays)
         write_json(file, result)
@@ -161,10 +213,6 @@ class _Run:
 
     def _open(self) -> None:
         s = self.settings
-        if s.optimizer not in OPTIMIZERS:
-            raise refusal(
-                "--optimizer", got=repr(s.optimizer), expected="a known name", fix=nearest(s.optimizer, OPTIMIZERS)
-            )
         self.data = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
         outputs = 1 if len(self.data.classes) == 2 else len(self.data.classes)
         model = build(s.model, self.data.input_shape, outputs, s.seed)
@@ -172,38 +220,42 @@ class _Run:
             self.data,
             **{part: getattr(self.data, part).to(self.device) for part in ("x_train", "y_train", "x_test", "y_test")},
         )
-        self.models = {
-            "init": model.to(self.device),
-            "after": build(s.model, self.data.input_shape, outputs, s.seed).to(self.device),
-        }
+        model = model.to(self.device)
+        self.models = {"init": model, "after": copy.deepcopy(model)}
         if s.weights is not None:
             load_weights(self.models["after"], s.weights)
         self.task = measures.Task(model, self.data)
-        TangentKernel(model, outputs="trace").plan(
-            self.data.x_train[:3]
-        )  # refusals and the self-check come before any work
+        self._check_size()
+        # Refusals and the self-check come before any work.
+        TangentKernel(model, outputs="trace").plan(self.data.x_train[:3])
         identity = {
             "data": self.data.hash,
             "initial parameters": tensor_hash(model.state_dict()),
+            "weights": s.weights and tensor_hash(self.models["after"].state_dict()),
             "model file": source_hash(s.model),
-            "ntkit": ntkit.__version__,
-            "torch": torch.__version__,
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            **versions(),
         }
-        if self.before is not None:
-            old = self.before["identity"]
-            changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old.get(k) != v]
+        old = {} if self.before is None else self.before["identity"]
+        changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old and old.get(k) != v]
+        if self.goes_on:
             if changed:
                 raise refusal(
                     f"--from {self.folder}",
                     got="changed since the run began: " + "; ".join(changed),
-                    expected="the same data, model and versions",
+                    expected="the same data, model, versions and number of threads",
                     fix="Restore them, or start a new run.",
                 )
             self.say(f"Going on with {self.folder}")
             return
+        if changed:
+            self.say("Not the same as the run repeated: " + "; ".join(changed))
+        replaced = self.folder.with_name(self.folder.name + ".replaced")
+        if (self.folder / "run.json").exists():  # the old run goes when the new one stands
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.folder.replace(replaced)
         ensure_folder(self.folder)
-        for part in ("stages", "arrays", "work"):
-            ensure_folder(self.folder / part)
         run = {
             "format": FORMAT,
             "status": "running",
@@ -213,6 +265,18 @@ class _Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_json(self.folder / "run.json", run)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _check_size(self) -> None:
+        """Refuse what cannot fit: a Gram matrix in float32, and twice in float64 while a machine is solved."""
+        n, free = len(self.data.x_train), free_memory(torch.device("cpu"))
+        if 20 * n**2 > free:
+            raise refusal(
+                f"{n:,} training examples",
+                got=f"kernel matrices of about {20 * n**2 / 1e9:.0f} GB while they are solved",
+                expected=f"at most {free / 1e9:.0f} GB, what is free here",
+                fix=f"Keep fewer, e.g. --train {int((free / 40) ** 0.5) // 100 * 100}.",
+            )
 
     def _train(self) -> None:
         s = self.settings
@@ -222,7 +286,7 @@ class _Run:
         n = len(self.data.x_train)
         batch = None if s.batch_size is None or s.batch_size >= n else s.batch_size
         steps = s.epochs * -(-n // (batch or n))
-        self.say(f"[1/13] training {s.model}: {steps:,} steps ({s.epochs} epochs)")
+        self.say(f"[1] training {s.model}: {steps:,} steps ({s.epochs} epochs)")
         with task("training", total=steps) as progress:
             self.trajectory = train(
                 self.models["after"],
@@ -244,17 +308,21 @@ class _Run:
     def _gram(self, key: str) -> tuple[dict, dict[str, np.ndarray]]:
         kernel = measures.kernels_of(self.models, self.memory)[key]()
         K = kernel(self.data.x_train)
-        self._keep(f"{key}-train", K)
-        self._keep(f"{key}-test", kernel(self.data.x_test, self.data.x_train))
+        K_test = kernel(self.data.x_test, self.data.x_train)
         found = measures.quality(K.cpu(), self.task.targets(self.data.y_train.cpu()))
+        self._keep(f"{key}-train", K)
+        self._keep(f"{key}-test", K_test)
         return {"kernel": key, "label": measures.LABELS[key], **found}, {}
 
     def _similarity(self) -> tuple[dict, dict[str, np.ndarray]]:
-        result = {}
+        result: dict[str, float | None] = {}
         for a, b in (("init", "after"), ("after", "conjugate"), ("init", "conjugate")):
+            if not all((self.folder / "work" / f"{key}-train.npy").exists() for key in (a, b)):
+                result |= {f"{a}_{b}": None, f"{a}_{b}_centered": None}
+                continue
             K1, K2 = self._kept(f"{a}-train"), self._kept(f"{b}-train")
-            result[f"{a}_{b}"] = alignment(K1, K2)
-            result[f"{a}_{b}_centered"] = alignment(K1, K2, centered=True)
+            result[f"{a}_{b}"] = measures.finite(alignment(K1, K2))
+            result[f"{a}_{b}_centered"] = measures.finite(alignment(K1, K2, centered=True))
         return result, {}
 
     def _machine(self, key: str) -> tuple[dict, dict[str, np.ndarray]]:
@@ -266,14 +334,15 @@ class _Run:
         if self.trajectory is None:
             return None, {}
         s = self.settings
-        model = build(s.model, self.data.input_shape, self.task.outputs, s.seed).to(self.device)
+        model = copy.deepcopy(self.models["init"])
         lr = s.lr if s.optimizer == "sgd" and s.momentum == 0 else None
         return measures.along(self.task, model, self.trajectory, s.track_points, self.memory, lr)
 
     def _invariances(self) -> tuple[Any, dict[str, np.ndarray]]:
         if self.data.kind != "images":
             return None, {}
-        kernels = {key: make() for key, make in measures.kernels_of(self.models, self.memory).items()}
+        made = measures.kernels_of(self.models, self.memory)
+        kernels = {key: make() for key, make in made.items() if (self.folder / "work" / f"{key}-train.npy").exists()}
         return measures.invariances(kernels, self.data.x_test, self.settings.probe_samples), {}
 
     def _neighbours(self) -> tuple[Any, dict[str, np.ndarray]]:
@@ -309,6 +378,8 @@ class _Run:
         write_atomically(self.folder / "work" / f"{name}.npy", write)
 
     def _kept(self, name: str) -> Tensor:
+        if not (self.folder / "work" / f"{name}.npy").exists():
+            raise refusal(name, got="no kernel matrix", expected="one", fix="See why its own stage is absent.")
         return torch.from_numpy(np.load(self.folder / "work" / f"{name}.npy", allow_pickle=False))
 
 

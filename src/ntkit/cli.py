@@ -68,6 +68,11 @@ def main() -> None:
     except Refused as refused:
         print(f"ntkit: {refused}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "SelfCheckError":  # by name: its module imports torch
+            raise
+        print(f"ntkit: {error}", file=sys.stderr)
+        sys.exit(3)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -90,7 +95,8 @@ def _print_summary(folder: Path) -> None:
 
     def row(label: str, number: dict, certificate: str) -> None:
         value = "-" if number["value"] is None else f"{100 * number['value']:.2f}"
-        table.add_row(label, value, "-" if number["error"] is None else f"{100 * number['error']:.2f}", certificate)
+        # no error among m examples has no useful binomial standard error
+        table.add_row(label, value, f"{100 * number['error']:.2f}" if number["error"] else "-", certificate)
 
     row("the network", results["network"]["test_error"], "")
     for m in results["machines"]:
@@ -98,10 +104,9 @@ def _print_summary(folder: Path) -> None:
         row(f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}")
     console = Console()
     console.print(table)
-    first, last = results["quality"][0], results["quality"][1]
-    console.print(
-        f"alignment with the targets: {first['alignment']:.3f} at initialisation, {last['alignment']:.3f} after"
-    )
+    aligned = {q["kernel"]: q["alignment_centered"] for q in results["quality"]}
+    first, last = (f"{a:.3f}" if (a := aligned.get(key)) is not None else "-" for key in ("init", "after"))
+    console.print(f"alignment with the targets (centred): {first} at initialisation, {last} after")
     failed = [c["what"] for c in results["certificates"] if not c["ok"]]
     console.print(
         f"certificates: {len(results['certificates']) - len(failed)} hold"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,16 @@ def find(option: str, name: str, built_in: Iterable[str]) -> Callable[..., Any]:
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise refusal(f"{option} {name}", got=f"no file {place}", expected="a Python file", fix="Check the path.")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        spec = importlib.util.spec_from_file_location(f"ntkit_user_{Path(place).stem}", place)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.modules[spec.name] = module  # dataclasses, among others, look their module up
+        sys.path.insert(0, str(Path(place).resolve().parent))  # as python does for a script: its neighbours import
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.pop(0)
     else:
         try:
             module = importlib.import_module(place)
@@ -64,6 +70,10 @@ def find(option: str, name: str, built_in: Iterable[str]) -> Callable[..., Any]:
 
 
 def source_hash(name: str) -> str | None:
-    """SHA-256 (first 16 characters) of the file a ``file.py:factory`` lives in; None for other names."""
-    path = Path(name.rpartition(":")[0])
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.suffix == ".py" and path.is_file() else None
+    """SHA-256 (first 16 characters) of the file a factory lives in; None for built-in names."""
+    place = name.rpartition(":")[0]
+    if place and not place.endswith(".py"):
+        spec = importlib.util.find_spec(place)
+        place = spec.origin or "" if spec is not None else ""
+    path = Path(place)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if place.endswith(".py") and path.is_file() else None

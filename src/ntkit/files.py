@@ -31,6 +31,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     path = Path(path)
     aside = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
         with open(aside, "rb+") as handle:
             os.fsync(handle.fileno())

@@ -34,9 +34,9 @@ LABELS = {
 }
 
 
-def number(value: float, error: float | None, certificate: str) -> dict[str, Any]:
+def number(value: float | None, error: float | None, certificate: str) -> dict[str, Any]:
     """One number of a result: value, standard error and what certifies it."""
-    return {"value": _finite(value), "error": _finite(error), "certificate": certificate}
+    return {"value": finite(value), "error": finite(error), "certificate": certificate}
 
 
 def rate(wrong: Tensor, what: str) -> dict[str, Any]:
@@ -113,9 +113,9 @@ def quality(K: Tensor, targets: Tensor) -> dict[str, Any]:
     """Numbers of one train x train kernel."""
     trace = float(K.diagonal().double().sum())
     return {
-        "alignment": _finite(alignment(K, targets)),
-        "alignment_centered": _finite(alignment(K, targets, centered=True)),
-        "effective_rank": _finite(effective_rank(K)),
+        "alignment": finite(alignment(K, targets)),
+        "alignment_centered": finite(alignment(K, targets, centered=True)),
+        "effective_rank": finite(effective_rank(K)),
         "trace": trace,
         "scale": trace / len(K),
     }
@@ -125,7 +125,7 @@ def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict
     """Hard-margin SVM, and ridge regression beside it, on one kernel: numbers with their certificates, and arrays."""
     svm = HardMarginSVM().fit(K, data.y_train)
     no_machine = svm.status_ == "not separable"  # then its decision is that of no separator: no number to report
-    gap = _finite(float(svm.gap_))
+    gap = finite(float(svm.gap_))
     certificate = f"SVM {svm.status_}, relative gap {gap:.1e}" if gap is not None else f"SVM {svm.status_}"
     errors = {}
     for part, values, y in (("train", K, data.y_train), ("test", K_test, data.y_test)):
@@ -135,15 +135,16 @@ def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict
         entry["certificate"] = f"{certificate}; {entry['certificate']}"
         errors[f"{part}_error"] = entry
     alpha = np.asarray(svm.alpha_, dtype=np.float64)
-    margin = np.asarray(svm.margin_, dtype=np.float64)
+    # In units of the features' root mean square norm: a kernel times four has twice the margin and is no better.
+    margin = np.asarray(svm.margin_, dtype=np.float64) / float(K.diagonal().double().mean()) ** 0.5
     result = {
         "status": svm.status_,
         "advice": svm.advice_,
         **errors,
         "ridge_test_error": _ridge_error(K, K_test, data),
         "gap": gap,
-        "kkt": _finite(float(svm.kkt_)),
-        "margin": [_finite(m) for m in margin.tolist()] if margin.ndim else _finite(float(margin)),
+        "kkt": finite(float(svm.kkt_)),
+        "margin": [finite(m) for m in margin.tolist()] if margin.ndim else finite(float(margin)),
         "support": int((alpha.reshape(len(alpha), -1) > 0).any(1).sum()),
         "n": len(K),
     }
@@ -151,13 +152,15 @@ def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict
 
 
 def _ridge_error(K: Tensor, K_test: Tensor, data: Data) -> dict[str, Any]:
-    """Test error of kernel ridge regression on centred one-hot targets, the class of the largest output."""
+    """Test error of kernel ridge regression on one-hot targets less their mean, the class of the largest output."""
     ridge = RIDGE * float(K.diagonal().double().mean())
     targets = F.one_hot(data.y_train, len(data.classes)).double()
     machine = KernelRidge(ridge).fit(K, targets - targets.mean(0))
-    predicted = torch.as_tensor(machine.predict(K_test)).argmax(1)
+    predicted = (torch.as_tensor(machine.predict(K_test)) + targets.mean(0)).argmax(1)
     entry = rate(predicted.to(data.y_test) != data.y_test, "test examples")
     entry["certificate"] = f"{machine.status_}, residual {float(machine.residual_):.0e}"
+    if machine.status_ != "solved":
+        entry |= {"value": None, "error": None}
     return entry
 
 
@@ -183,20 +186,29 @@ def along(
     with task("kernel along training", total=len(trajectory.steps)) as progress:
         for step in trajectory.steps:
             trajectory.load(model, step)
-            K = TangentKernel(model, outputs="trace", memory=memory)(x).double()
+            K = TangentKernel(model, outputs="trace", memory=memory)(x)
             out = outputs_of(model, x)
             first = K if first is None else first
             found = spectrum(K)
-            series["losses"].append(_finite(float(task_.loss(out, y))))
-            series["eigenvalues"].append(found.eigenvalues[:k].tolist())
+            series["losses"].append(finite(float(task_.loss(out, y))))
+            if not bool(K.any()):  # a dead network: its kernel is zero, and nothing else can be said of it
+                for name in series.keys() - {"losses", "eigenvalues", "trace"}:
+                    series[name].append([None] * len(ks) if name.startswith("energy") else None)
+                series["trace"].append(0.0)
+                series["eigenvalues"].append([None] * k)
+                vectors.append(np.full((n, k), np.nan))
+                continue
+            # Up to `noise` an eigenvalue is rounding of K's own precision, and so is the direction of its vector.
+            real = int((found.eigenvalues[:k] > found.noise).sum())
+            series["eigenvalues"].append([*found.eigenvalues[:real].tolist(), *[None] * (k - real)])
             series["trace"].append(found.trace)
-            series["alignment"].append(_finite(alignment(K, targets)))
-            series["alignment_centered"].append(_finite(alignment(K, targets, centered=True)))
-            series["effective_rank"].append(_finite(effective_rank(K)))
-            series["distance_to_init"].append(_finite(1 - alignment(K, first)))
+            series["alignment"].append(finite(alignment(K, targets)))
+            series["alignment_centered"].append(finite(alignment(K, targets, centered=True)))
+            series["effective_rank"].append(finite(effective_rank(K)))
+            series["distance_to_init"].append(finite(1 - alignment(K, first)))
             for name, v in (("targets", targets), ("outputs", out), ("residual", task_.residual(out, y))):
                 energy = found.energy(v)
-                series[f"energy_{name}"].append([_finite(float(energy[j - 1])) for j in ks])
+                series[f"energy_{name}"].append([finite(float(energy[j - 1])) if j <= real else None for j in ks])
             worst = max(worst, float(found.residuals[:k].max()))
             vectors.append(found.eigenvectors[:, :k].cpu().numpy())
             progress.advance()
@@ -206,12 +218,13 @@ def along(
         **series,
         "energy_ks": ks,
         "residual": worst,
-        # 2 n / lambda_1 bounds stable full-batch steps for least squares and one output; no such number otherwise
-        "stable_lr": [2 * n / row[0] for row in series["eigenvalues"]] if task_.outputs == 1 else None,
+        # 2 n / lambda_1 bounds stable steps of plain gradient descent for squared loss and one output: a landmark
+        # beside the learning rate where the steps are plain ones (`lr` given), and nothing otherwise
+        "stable_lr": [row[0] and 2 * n / row[0] for row in series["eigenvalues"]] if task_.binary and lr else None,
         "lr": lr,
     }
     arrays = {
-        "eigenvalues": np.asarray(series["eigenvalues"]),
+        "eigenvalues": np.asarray(series["eigenvalues"], dtype=np.float64),
         "eigenvectors": np.stack(vectors),
         "points": chosen.numpy(),
     }
@@ -230,12 +243,14 @@ def invariances(kernels: dict[str, Kernel], x: Tensor, samples: int) -> dict[str
                 "parameters": "; ".join(t.parameters for t in transforms),
                 "undefined": 0,
             }
+            row |= {name: number(None, None, "not measured") for name in ("before", "after", "conjugate")}
             for key, kernel in kernels.items():
                 found = invariance(kernel, chosen, transforms)
+                defined = len(chosen) - found.undefined
                 row[{"init": "before"}.get(key, key)] = number(
-                    found.mean, found.standard_error, f"standard error over {len(chosen)} images"
+                    found.mean, found.standard_error, f"standard error over {defined} images"
                 )
-                row["undefined"] += found.undefined
+                row["undefined"] = max(row["undefined"], found.undefined)
             rows.append(row)
             progress.advance()
     return {"samples": len(chosen), "rows": rows}
@@ -283,15 +298,11 @@ def neighbours(
 def against_oracle(model: nn.Module, x: Tensor, when: str) -> dict[str, Any]:
     """Certificate: the kernel of a few samples against per-sample autograd in float64."""
     few = x[torch.linspace(0, len(x) - 1, min(3, len(x))).long()]
-    exact = (
-        tangent_kernel(model, few.cpu(), outputs="trace")
-        if few.device.type == "cpu"
-        else tangent_kernel(model, few, outputs="trace")
-    )
+    exact = tangent_kernel(model, few, outputs="trace")
     error = float((TangentKernel(model, outputs="trace")(few).double() - exact).abs().max() / exact.abs().max())
     precision = few.dtype if few.is_floating_point() else "model dtype"
     what = f"tangent kernel {when} ({precision}) against per-sample autograd in float64, {len(few)} samples"
-    return {"what": what.replace("torch.", ""), "value": error, "tolerance": 1e-4, "ok": error <= 1e-4}
+    return {"what": what.replace("torch.", ""), "value": finite(error), "tolerance": 1e-4, "ok": error <= 1e-4}
 
 
 def kernels_of(models: dict[str, nn.Module], memory: int) -> dict[str, Callable[[], Kernel]]:
@@ -309,5 +320,6 @@ def _pixels(x: Tensor) -> np.ndarray:
     return (x.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """None for what is no number: JSON has no NaN."""
     return None if value is None or not np.isfinite(value) else float(value)

@@ -101,17 +101,18 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
     known = inspect.signature(factory).parameters
     wanted = {"shape": tuple(shape), "outputs": outputs}
     arguments = {key: value for key, value in wanted.items() if key in known}
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise refusal(
+            f"--model {name}",
+            got=f"a factory that could not be called ({error})",
+            expected="a callable without required arguments other than shape and outputs",
+            fix="Give its other parameters defaults.",
+        ) from error
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        try:
-            model = factory(**arguments)
-        except TypeError as error:
-            raise refusal(
-                f"--model {name}",
-                got=f"a factory that could not be called ({error})",
-                expected="a callable without required arguments other than shape and outputs",
-                fix="Give its other parameters defaults.",
-            ) from error
+        model = factory(**arguments)
     if not isinstance(model, nn.Module):
         raise refusal(
             f"--model {name}",

@@ -32,7 +32,9 @@ def assemble(
     No times and no dates: the same run gives the same bytes.
     """
     s, data = settings, task.data
-    machines = [done[f"machine-{key}"] for key in KERNELS]
+    absent = {stage: found["absent"] for stage, found in done.items() if found is not None and "absent" in found}
+    done = {stage: None if stage in absent else found for stage, found in done.items()}
+    machines = [m for key in KERNELS if (m := done[f"machine-{key}"]) is not None]
     svm = [
         {
             "what": f"hard-margin SVM on the {m['label']}: relative duality gap",
@@ -48,13 +50,18 @@ def assemble(
         if along is None
         else [
             {
-                "what": "eigenpairs along training: largest |K v - lambda v| / lambda_1",
+                "what": "eigenpairs along training: largest |K v - lambda v| / lambda_1 (of K as computed)",
                 "value": along["residual"],
                 "tolerance": 1e-8,
                 "ok": along["residual"] <= 1e-8,
             }
         ]
     )
+    missing = [
+        {"what": f"{stage}: not measured. {reason}", "value": None, "tolerance": None, "ok": False}
+        for stage, reason in absent.items()
+    ]
+    oracle = done["oracle"] or {"checks": [], "fallback": {}, "text": ""}
     training = None
     if trajectory is not None:
         training = {
@@ -86,18 +93,18 @@ def assemble(
             "loss": task.name,
             "weights": s.weights,
             "kernel_outputs": "trace",
-            "fallback": done["oracle"]["fallback"],
-            "text": done["oracle"]["text"],
+            "fallback": oracle["fallback"],
+            "text": oracle["text"],
         },
         "training": training,
         "network": done["network"],
         "machines": machines,
-        "quality": [done[f"gram-{key}"] for key in KERNELS],
+        "quality": [q for key in KERNELS if (q := done[f"gram-{key}"]) is not None],
         "similarity": done["similarity"],
         "along": along,
         "invariances": done["invariances"],
         "neighbours": done["neighbours"],
-        "certificates": [*done["oracle"]["checks"], *svm, *eigen],
+        "certificates": [*oracle["checks"], *svm, *eigen, *missing],
         "reproduce": {
             "command": "ntkit analyze " + " ".join(map(shlex.quote, s.arguments())),
             "versions": versions(),

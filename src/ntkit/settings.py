@@ -29,17 +29,17 @@ class Settings:
     model: str = "cnn"
     """linear, mlp, cnn, vgg, package.module:factory or file.py:factory."""
     weights: str | None = None
-    """A .safetensors file: analyse these weights instead of training."""
+    """A .safetensors file: analyse these weights instead of training (then no training option may be given)."""
     epochs: int = 10
     """Passes over the training set."""
     batch_size: int | None = 32
     """Examples per step; a number at least the size of the set means full batch."""
     optimizer: str = "sgd"
     """sgd or adam."""
-    lr: float = 0.05
+    lr: float = 0.01
     """Learning rate."""
     momentum: float = 0.9
-    """Momentum of sgd."""
+    """Momentum of sgd (adam has its own and does not look at this)."""
     weight_decay: float = 0.0
     """L2 penalty (sgd) or its Adam form."""
     target: float | None = None
@@ -54,6 +54,14 @@ class Settings:
     """Scratch memory of the kernel computation."""
     device: str = "auto"
     """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        """Take numbers and paths where words are meant: classes=(3, 8), data=Path(...)."""
+        if self.classes is not None:
+            object.__setattr__(self, "classes", tuple(str(name) for name in self.classes))
+        for name in ("data", "data_dir", "model", "weights"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, str(value))
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> Settings:
@@ -77,6 +85,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not low <= value < math.inf:
                 raise _bad(name, value, "a finite number of at least 0", "Give such a number.")
+        for field in dataclasses.fields(self):
+            training = field.name in ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "target")
+            if self.weights is not None and training and getattr(self, field.name) != field.default:
+                raise _bad(
+                    field.name, getattr(self, field.name), "no training settings beside --weights", "Leave it out."
+                )
         for name, known in (("optimizer", tuple(OPTIMIZERS)), ("device", ("auto", "cpu", "cuda"))):
             value = getattr(self, name)
             if value not in known:

@@ -56,7 +56,9 @@ def jacobian(
             for value in out:
                 grads = torch.autograd.grad(value, list(chosen.values()), retain_graph=True, allow_unused=True)
                 for (name, p), grad in zip(chosen.items(), grads, strict=True):
-                    per_output[name].append(torch.zeros(p.numel(), dtype=dtype) if grad is None else grad.reshape(-1))
+                    per_output[name].append(
+                        torch.zeros(p.numel(), dtype=dtype, device=p.device) if grad is None else grad.reshape(-1)
+                    )
             for name, values in per_output.items():
                 rows[name].append(torch.stack(values))
     return {name: torch.stack(values) for name, values in rows.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.checks import nearest, refusal
-from ntkit.jacobian.graph import find_uses
+from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.inputs import Batch, call, check_mode, count, select_parameters, take, untouched
 from ntkit.kernels.base import Kernel, KernelOperator
 
@@ -18,6 +18,10 @@ _WEIGHTED = {
     "MmBackward0": (1, "_saved_self"),
     "ConvolutionBackward0": (1, "_saved_input"),
 }
+
+_BIASED = {"AddmmBackward0": 0, "ConvolutionBackward0": 2}
+_SHIFTS = ("AddBackward0", "SubBackward0")  # a parameter added is a bias
+_PRODUCTS = ("MvBackward0", "BmmBackward0", "DotBackward0")
 
 
 class ConjugateKernel(Kernel):
@@ -74,7 +78,7 @@ class ConjugateKernel(Kernel):
 
     def _features(self, x: Batch) -> Tensor:
         n = count(x)
-        params = select_parameters(self._model, None) if self._layer is None else dict(self._model.named_parameters())
+        params = select_parameters(self._model, lambda name: True)  # a frozen layer counts, too
         with untouched(self._model, params):
             if self._layer is not None:
                 phi = self._output_of(self._layer, x)
@@ -108,8 +112,19 @@ class ConjugateKernel(Kernel):
 
     @staticmethod
     def _last_hidden(out: Tensor, params: dict[str, nn.Parameter]) -> Tensor | None:
-        for use in find_uses(out, params):
-            slot, saved = _WEIGHTED.get(use.node.name(), (-1, ""))
-            if use.slot == slot:
-                return getattr(use.node, saved).detach()
+        uses = {(use.node, use.slot) for use in find_uses(out, params)}
+        for node in nodes_behind(out):
+            name = node.name()
+            slot, saved = _WEIGHTED.get(name, (-1, ""))
+            if (node, slot) in uses:
+                return getattr(node, saved).detach()
+            biases = (_BIASED.get(name),) if name in _BIASED else range(2 if name in _SHIFTS else 0)
+            if slot < 0 and name not in _PRODUCTS and not any(n == node and s not in biases for n, s in uses):
+                continue
+            raise refusal(
+                "the last weight layer",
+                got=f"{name}, whose weight is not a parameter of a dense or convolution layer",
+                expected="a model whose last layer says what its hidden features are",
+                fix="Name the layer whose output they are: ConjugateKernel(model, layer=...).",
+            )
         return None
