@@ -447,3 +447,11 @@ def test_without_javascript(chromium: Any, full: Path) -> None:
     page.goto(full.as_uri())
     assert "JavaScript is off" in page.inner_text("noscript")
     assert "Training made a better kernel." in page.inner_text("main")
+
+
+def test_a_machine_that_is_not_optimal_is_no_evidence():
+    results, _ = report_case.full()
+    for m in results["machines"]:
+        m["status"] = "inaccurate"
+    assert "cannot be judged" in readings.answer(results)
+    assert "cannot be compared" in readings.in_short(results)[1][0]

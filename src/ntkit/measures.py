@@ -189,7 +189,6 @@ def along(
             K = TangentKernel(model, outputs="trace", memory=memory)(x)
             out = outputs_of(model, x)
             first = K if first is None else first
-            found = spectrum(K)
             series["losses"].append(finite(float(task_.loss(out, y))))
             if not bool(K.any()):  # a dead network: its kernel is zero, and nothing else can be said of it
                 for name in series.keys() - {"losses", "eigenvalues", "trace"}:
@@ -198,6 +197,7 @@ def along(
                 series["eigenvalues"].append([None] * k)
                 vectors.append(np.full((n, k), np.nan))
                 continue
+            found = spectrum(K)
             # Up to `noise` an eigenvalue is rounding of K's own precision, and so is the direction of its vector.
             real = int((found.eigenvalues[:k] > found.noise).sum())
             series["eigenvalues"].append([*found.eigenvalues[:real].tolist(), *[None] * (k - real)])

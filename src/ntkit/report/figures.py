@@ -122,14 +122,15 @@ def _losses(results: dict[str, Any]) -> Figure:
     a, training = results["along"], results["training"]
     data = []
     if training is not None:
-        steps = list(range(1, len(training["losses"]) + 1))
+        # entry s is the loss before step s: at the parameters of snapshot s, like the other curve
+        steps = list(range(len(training["losses"])))
         data.append(_line(steps, training["losses"], "minibatch", "var(--faint)", width=1.2))
     data.append(_line(a["steps"], a["losses"], f"{a['points']} points", "var(--after)", ends=True))
     last = max([*a["steps"], len(training["losses"]) if training else 0])
     seen = a["losses"] + (training["losses"] if training else [])
     layout = _layout(_step_axis(last), _log_axis("loss", seen))
     legend = [
-        ("each minibatch", "var(--faint)", "line"),
+        ("each step's own batch", "var(--faint)", "line"),
         (f"all {a['points']} followed points", "var(--after)", "line"),
     ]
     label = f"Loss against step, from {_told(a['losses'][0])} to {_told(a['losses'][-1])}."

@@ -90,8 +90,8 @@ def answer(results: dict[str, Any]) -> str:
         "than on the kernel at initialisation.",
         "same": "On this test set a plain kernel machine does no better and no worse, beyond noise, on the trained "
         "network’s kernel than on the kernel at initialisation.",
-        "unknown": "Whether training made the kernel better cannot be judged here: a test error or its standard error "
-        "is missing.",
+        "unknown": "Whether training made the kernel better cannot be judged here: a machine is not optimal, or a test "
+        "error or its standard error is missing.",
     }
     return f"{start} {words[verdict]}"
 
@@ -136,7 +136,7 @@ def machines(results: dict[str, Any]) -> str:
         "unknown": "not comparable with the network’s own",
         "same": "no different, beyond noise, from the network’s own",
     }
-    verdict = compare(after["test_error"], network, _floor(results)) if after else "unknown"
+    verdict = compare(after["test_error"], network, _floor(results)) if _solved(after) else "unknown"
     return f"The after kernel’s test error is {parts[0]}, {parts[1]}, and {own[verdict]}."
 
 
@@ -282,7 +282,7 @@ def _network_finding(results: dict[str, Any]) -> tuple[str, str]:
         "same": "The after kernel does as well as its network, within noise.",
         "unknown": "The after kernel cannot be compared with its network.",
     }
-    verdict = compare(after["test_error"], network, _floor(results)) if after else "unknown"
+    verdict = compare(after["test_error"], network, _floor(results)) if _solved(after) else "unknown"
     errors = [percent(m["test_error"]) if m else "undefined" for m in (after, conjugate)]
     text = f"Test error: network {percent(network)}, after kernel {errors[0]}, conjugate kernel {errors[1]}."
     return leads[verdict], text
@@ -307,8 +307,11 @@ def _task_finding(results: dict[str, Any]) -> tuple[str, str]:
 def _along_finding(a: dict[str, Any]) -> tuple[str, str]:
     moved = a["distance_to_init"][-1]
     lead = (
-        "The kernel changed along training." if moved is None or moved >= 0.01 else "The kernel hardly changed shape."
+        "The kernel changed along training."
+        if moved is not None and moved >= 0.01
+        else "The kernel hardly changed shape."
     )
+    lead = "The kernel died along training." if moved is None else lead
     place = min(range(len(a["energy_ks"])), key=lambda i: abs(a["energy_ks"][i] - 10))
     first, last = a["energy_targets"][0][place], a["energy_targets"][-1][place]
     text = f"Its largest eigenvalue {_change(a['eigenvalues'][0][0], a['eigenvalues'][-1][0])}; the top "
@@ -351,7 +354,14 @@ def _floor(results: dict[str, Any]) -> float:
 
 
 def _compare_errors(results: dict[str, Any], a: dict[str, Any] | None, b: dict[str, Any] | None) -> str:
-    return compare(a["test_error"], b["test_error"], _floor(results)) if a and b else "unknown"
+    if not _solved(a) or not _solved(b):
+        return "unknown"
+    return compare(a["test_error"], b["test_error"], _floor(results))
+
+
+def _solved(machine: dict[str, Any] | None) -> bool:
+    """Only a machine with an optimal certificate is evidence; the others' errors are shown, not judged."""
+    return machine is not None and machine["status"] == "optimal"
 
 
 def _change(first: float | None, last: float | None) -> str:

@@ -1,0 +1,185 @@
+"""The numbers of `ntkit analyze`, each against an independent computation on a small case."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ntkit
+from ntkit import measures
+from ntkit.data import Data
+from ntkit.jacobian.reference import tangent_kernel
+from ntkit.models import build
+
+
+def case(classes: tuple[str, ...], outputs: int, steps: int = 12, **sgd: float):
+    """Data, task and a recorded training of a small net on some digits."""
+    data = ntkit.data.load("digits", classes=classes, train=24, test=15)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, outputs))
+    task = measures.Task(model, data)
+    trajectory = ntkit.train(
+        model, (data.x_train, data.y_train), task.loss, lambda p: torch.optim.SGD(p, lr=0.2, **sgd), steps, record="all"
+    )
+    return data, task, model, trajectory
+
+
+@pytest.mark.parametrize(("classes", "outputs"), [(("3", "8"), 1), (("3", "8"), 2), (("0", "1", "2"), 3)])
+def test_along_training(classes, outputs):
+    data, task, model, trajectory = case(classes, outputs)
+    found, arrays = measures.along(task, model, trajectory, points=100, memory=10**8, lr=0.2)
+    assert found["points"] == 24
+    assert found["steps"] == list(range(13))
+    at = 7
+    trajectory.load(model, at)
+    K = tangent_kernel(model, data.x_train, outputs="trace").numpy()
+    values, vectors = np.linalg.eigh(K)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    assert np.allclose(found["eigenvalues"][at], values[:20], rtol=1e-4, atol=1e-5 * values[0])
+    assert found["trace"][at] == pytest.approx(np.trace(K), rel=1e-5)
+    assert found["effective_rank"][at] == pytest.approx(np.trace(K) / values[0], rel=1e-5)
+    if outputs == 1:
+        targets = np.where(data.y_train.numpy() == 1, 1.0, -1.0)[:, None]
+        assert found["stable_lr"][at] == pytest.approx(2 * 24 / values[0], rel=1e-4)
+    else:
+        targets = np.eye(outputs)[data.y_train.numpy()]
+        assert found["stable_lr"] is None
+    wanted = targets @ targets.T
+    assert found["alignment"][at] == pytest.approx(
+        (K * wanted).sum() / np.linalg.norm(K) / np.linalg.norm(wanted), rel=1e-5
+    )
+    H = np.eye(24) - 1 / 24
+    A, B = H @ K @ H, H @ wanted @ H
+    assert found["alignment_centered"][at] == pytest.approx(
+        (A * B).sum() / np.linalg.norm(A) / np.linalg.norm(B), rel=1e-4
+    )
+    out = model(data.x_train).detach().requires_grad_(True)
+    (residual,) = torch.autograd.grad(task.loss(out, data.y_train), out)  # by autograd, up to the factor n of the mean
+    for name, v in (("targets", targets), ("outputs", out.detach().numpy()), ("residual", residual.numpy())):
+        energy = np.cumsum(((vectors.T @ v) ** 2).sum(1)) / (v**2).sum()
+        for k, e in zip(found["energy_ks"], found[f"energy_{name}"][at], strict=True):
+            assert e == pytest.approx(energy[k - 1], abs=1e-4), (name, k)
+    trajectory.load(model, 0)
+    K0 = tangent_kernel(model, data.x_train, outputs="trace").numpy()
+    distance = 1 - (K * K0).sum() / np.linalg.norm(K) / np.linalg.norm(K0)
+    assert found["distance_to_init"][at] == pytest.approx(distance, rel=1e-4)
+    assert found["losses"][at] == pytest.approx(float(trajectory.losses[at]), rel=1e-5)
+    assert arrays["eigenvectors"].shape == (13, 24, 20)
+
+
+def test_eigenvalues_that_are_rounding_are_not_reported():
+    """A linear model on 24 points in 3 dimensions: rank 4 with the bias, and nothing is said beyond."""
+    x, y = torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 2
+    data = ntkit.data.from_tensors((x, y), (x, y))
+    model = nn.Linear(3, 1)
+    task = measures.Task(model, data)
+    trajectory = ntkit.train(model, (x, y), task.loss, lambda p: torch.optim.SGD(p, lr=0.1), 2)
+    found, _ = measures.along(task, model, trajectory, points=24, memory=10**8, lr=0.1)
+    assert [value is not None for value in found["eigenvalues"][-1]] == [True] * 4 + [False] * 16
+    assert found["energy_targets"][-1][found["energy_ks"].index(5)] is None
+
+
+def test_a_dead_network_has_a_zero_kernel_and_no_other_numbers():
+    data = ntkit.data.load("digits", classes=("3", "8"), train=24, test=15)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 1, bias=False))
+    nn.init.constant_(model[1].bias, -1e4)
+    task = measures.Task(model, data)
+    trajectory = ntkit.train(model, (data.x_train, data.y_train), task.loss, lambda p: torch.optim.SGD(p, lr=0.1), 2)
+    found, _ = measures.along(task, model, trajectory, points=24, memory=10**8, lr=0.1)
+    assert found["trace"] == [0.0, 0.0, 0.0]
+    assert found["alignment"] == [None] * 3
+    assert found["eigenvalues"][0] == [None] * 20
+    with pytest.raises(ntkit.Refused, match="zero"):
+        measures.quality(torch.zeros(4, 4), torch.ones(4))
+
+
+@pytest.mark.parametrize(("classes", "outputs"), [(("3", "8"), 1), (("0", "1", "2"), 3)])
+def test_the_network_and_its_errors(classes, outputs):
+    data, task, model, _ = case(classes, outputs)
+    found = measures.network(task, model)
+    out = model(data.x_test).detach()
+    if outputs == 1:
+        losses = F.softplus(-(2.0 * data.y_test - 1) * out[:, 0])
+        wrong = (out[:, 0] > 0) != (data.y_test == 1)
+    else:
+        losses = -out.log_softmax(1)[range(15), data.y_test]
+        wrong = out.argmax(1) != data.y_test
+    p = float(wrong.double().mean())
+    assert found["test_error"]["value"] == pytest.approx(p)
+    assert found["test_error"]["error"] == pytest.approx((p * (1 - p) / 15) ** 0.5)
+    assert found["test_loss"]["value"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert found["test_loss"]["error"] == pytest.approx(float(losses.double().std()) / 15**0.5, rel=1e-4)
+
+
+def kernels_with_three_classes() -> tuple[torch.Tensor, torch.Tensor, Data]:
+    data = ntkit.data.load("digits", classes=("0", "1", "2"), train=40, test=20)
+    kernel = ntkit.TangentKernel(build("mlp", data.input_shape, 3, seed=0), outputs="trace")
+    return kernel(data.x_train), kernel(data.x_test, data.x_train), data
+
+
+def test_machines():
+    K, K_test, data = kernels_with_three_classes()
+    found, arrays = measures.machine(K, K_test, data)
+    wide, test = K.double().numpy(), K_test.double().numpy()
+    targets = np.eye(3)[data.y_train.numpy()]
+    mean = targets.mean(0)
+    solved = np.linalg.solve(wide + 1e-4 * np.trace(wide) / 40 * np.eye(40), targets - mean)
+    predicted = (test @ solved + mean).argmax(1)
+    assert found["ridge_test_error"]["value"] == pytest.approx((predicted != data.y_test.numpy()).mean())
+    assert found["status"] == "optimal"
+    assert found["test_error"]["value"] == pytest.approx((arrays["decision"].argmax(1) != data.y_test.numpy()).mean())
+    scaled, _ = measures.machine(4 * K, 4 * K_test, data)
+    assert np.allclose(scaled["margin"], found["margin"], rtol=1e-6)  # a kernel's scale does not matter
+    assert scaled["support"] == found["support"]
+
+
+def test_a_machine_that_does_not_exist_has_no_error():
+    K = torch.ones(4, 4)  # all alike, labels not
+    data = ntkit.data.from_tensors(
+        (torch.arange(4.0)[:, None], torch.tensor([0, 1, 0, 1])), (torch.arange(2.0)[:, None], torch.tensor([0, 1]))
+    )
+    found, _ = measures.machine(K, torch.ones(2, 4), data)
+    assert found["status"] == "not separable"
+    assert found["test_error"]["value"] is None
+    assert "KernelRidge" in found["advice"]
+
+
+def test_neighbours_are_the_largest_cosines():
+    K, K_test, data = kernels_with_three_classes()
+    shown, predicted = torch.tensor([2, 5]), torch.zeros(20, dtype=torch.int64)
+    own = torch.tensor([4.0, 9.0])
+    found, arrays = measures.neighbours(data, shown, predicted, {"init": (K_test[shown], own, K.diagonal())})
+    cosine = K_test[shown].numpy() / np.sqrt(own.numpy()[:, None] * K.diagonal().numpy())
+    for row, values in zip(found["rows"], cosine, strict=True):
+        best = np.argsort(-values)[:5]
+        assert [n["index"] for n in row["init"]] == best.tolist()
+        assert np.allclose([n["similarity"] for n in row["init"]], values[best])
+    index = [n["index"] for n in found["rows"][1]["init"]]
+    pixels = (data.x_train[index] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert (arrays["init"][1] == pixels).all()
+
+
+def test_shown_tests_are_errors_first():
+    data, task, model, _ = case(("3", "8"), 1, steps=1)
+    shown, predicted = measures.shown_tests(task, model)
+    wrong = (predicted != data.y_test).nonzero().flatten().tolist()
+    assert shown.tolist()[: min(4, len(wrong))] == wrong[:4]
+    assert len(set(shown.tolist())) == len(shown) == 8
+
+
+def test_invariances_agree_with_the_kernel():
+    data, _, model, _ = case(("3", "8"), 1)
+    kernel = ntkit.TangentKernel(model, outputs="trace")
+    found = measures.invariances({"after": kernel}, data.x_test, samples=15)
+    row = next(r for r in found["rows"] if r["name"] == "quadrant swap")
+    swapped = ntkit.probes.swap_quadrants()(data.x_test)
+    K = kernel(torch.cat([data.x_test, swapped])).double()
+    own = K.diagonal().sqrt()
+    cosine = torch.stack([K[i, 15 + i] / (own[i] * own[15 + i]) for i in range(15)])
+    assert row["after"]["value"] == pytest.approx(float(cosine.mean()), rel=1e-5)
+    assert row["after"]["error"] == pytest.approx(float(cosine.std()) / 15**0.5, rel=1e-4)
+    assert row["before"]["value"] is None
