@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import engine, start, svm
+from benchmarks import engine, memory, start, svm
 
-for benchmark in (start, engine, svm):
+for benchmark in (start, engine, memory, svm):
     benchmark.main()

@@ -7,7 +7,7 @@ two as independent; without standard errors nothing is said about noise.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 NOISE = 2.0
 DISRUPTIVE = ("quadrant swap", "patch shuffle")
@@ -359,7 +359,7 @@ def _compare_errors(results: dict[str, Any], a: dict[str, Any] | None, b: dict[s
     return compare(a["test_error"], b["test_error"], _floor(results))
 
 
-def _solved(machine: dict[str, Any] | None) -> bool:
+def _solved(machine: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
     """Only a machine with an optimal certificate is evidence; the others' errors are shown, not judged."""
     return machine is not None and machine["status"] == "optimal"
 
