@@ -50,7 +50,8 @@ def main() -> None:
     for case in CASES:
         words = [sys.executable, "-m", "benchmarks.memory", *map(str, case)]
         share = float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-        rows.append({"network": "VGG-38", "budget_GB": case[0], "mode": case[1], "n": case[2], "outputs": case[3], "peak / budget": share})  # fmt: skip
+        names = ("budget_GB", "mode", "n", "outputs")
+        rows.append({"network": "VGG-38", **dict(zip(names, case, strict=True)), "peak / budget": share})
     save("memory", rows)
 
 

@@ -30,8 +30,8 @@ from ntkit.files import ensure_folder, read_json, write_arrays, write_atomically
 from ntkit.kernels.tangent import TangentKernel, free_memory, parse_memory
 from ntkit.models import build
 from ntkit.progress import task
-from ntkit.results import FORMAT, KERNELS, assemble, versions
-from ntkit.settings import OPTIMIZERS, Settings
+from ntkit.results import KERNELS, assemble, versions
+from ntkit.settings import FORMAT, OPTIMIZERS, Settings
 from ntkit.spectra import alignment
 from ntkit.trajectory import Trajectory, load_weights, tensor_hash, train
 
@@ -299,7 +299,7 @@ class _Run:
                 target=s.target,
                 path=self.folder / "trajectory",
                 resume=(self.folder / "trajectory" / "run.json").exists(),
-                on_step=lambda step, loss: progress.advance(),
+                on_step=lambda step, loss: progress.advance(step + 1 - progress.done),
             )
         self.models["after"].eval()
 

@@ -315,9 +315,12 @@ def kernels_of(models: dict[str, nn.Module], memory: int) -> dict[str, Callable[
 
 
 def _pixels(x: Tensor) -> np.ndarray:
-    """Images [n, C, H, W] in [0, 1] as bytes [n, H, W, 1 or 3]."""
+    """Images [n, C, H, W] as bytes [n, H, W, 1 or 3]; what is not in [0, 1] (standardised pixels) is stretched to it."""
     x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
-    return (x.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+    low, high = x.min(), x.max()
+    if low < 0 or high > 1:
+        x = (x - low) / (high - low).clamp_min(1e-12)
+    return (x * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
 
 
 def finite(value: float | None) -> float | None:

@@ -11,10 +11,9 @@ from torch import nn
 
 import ntkit
 from ntkit.measures import Task
-from ntkit.settings import Settings
+from ntkit.settings import FORMAT, Settings
 from ntkit.trajectory import Trajectory
 
-FORMAT = 1
 KERNELS = ("init", "after", "conjugate")
 
 

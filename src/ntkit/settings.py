@@ -11,6 +11,8 @@ from typing import Any
 
 from ntkit.checks import Refused, nearest, refusal
 
+FORMAT = 1  # of run.json and results.json
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -13,8 +13,8 @@ import numpy as np
 from ntkit.checks import refusal
 from ntkit.files import read_arrays, read_json, write_text
 from ntkit.report import figures, readings
+from ntkit.settings import FORMAT
 
-_FORMAT = 1
 _THUMB = 112  # pixels, twice the size shown: enough for a dense screen
 
 
@@ -48,9 +48,9 @@ def render(run: str | Path) -> Path:
     run = Path(run)
     results = read_json(run / "results.json")
     found = results.get("format") if isinstance(results, dict) else None
-    if found != _FORMAT:
+    if found != FORMAT:
         fix = "Render it with the version of ntkit that wrote it, or run `ntkit analyze --from` on the folder again."
-        raise refusal(str(run / "results.json"), got=f"format {found}", expected=f"format {_FORMAT}", fix=fix)
+        raise refusal(str(run / "results.json"), got=f"format {found}", expected=f"format {FORMAT}", fix=fix)
     images = run / "arrays" / "neighbours.safetensors"
     path = run / "report.html"
     write_text(path, _page(results, read_arrays(images) if images.exists() else {}))
