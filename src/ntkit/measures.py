@@ -315,7 +315,7 @@ def kernels_of(models: dict[str, nn.Module], memory: int) -> dict[str, Callable[
 
 
 def _pixels(x: Tensor) -> np.ndarray:
-    """Images [n, C, H, W] as bytes [n, H, W, 1 or 3]; what is not in [0, 1] (standardised pixels) is stretched to it."""
+    """Images [n, C, H, W] as bytes [n, H, W, 1 or 3]; standardised pixels are stretched to [0, 1]."""
     x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
     low, high = x.min(), x.max()
     if low < 0 or high > 1:
