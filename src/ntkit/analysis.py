@@ -398,5 +398,4 @@ _SAY = {
 def _report(folder: Path) -> Path:
     from ntkit.report import render
 
-    render(folder)
-    return folder
+    return render(folder).parent

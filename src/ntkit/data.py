@@ -1,4 +1,7 @@
-"""Data: examples with labels, from embedded digits, official files, arrays or a torch dataset, checked at the door."""
+"""Data: examples with labels, from embedded digits, official files, arrays or a torch dataset, checked at the door.
+
+Longer than most files here: every way in ends in the same `_build`, and what it refuses stands beside it.
+"""
 
 from __future__ import annotations
 
