@@ -158,17 +158,17 @@ class _Run:
             raise
 
     def _go(self) -> Path:
-        s, started = self.settings, time.monotonic()
+        started = time.monotonic()
         self._open()
         try:
-            return self._work(s)
+            return self._work()
         finally:
             with contextlib.suppress(Refused):  # a full disk was said already
                 run = read_json(self.folder / "run.json")
                 seconds = round(run.get("seconds", 0) + time.monotonic() - started, 1)
                 write_json(self.folder / "run.json", run | {"seconds": seconds})
 
-    def _work(self, s: Settings) -> Path:
+    def _work(self) -> Path:
         self._train()
         stages: list[tuple[str, Callable[[], tuple[dict, dict[str, np.ndarray]]]]] = [
             ("network", lambda: (measures.network(self.task, self.models["after"]), {})),
@@ -183,7 +183,9 @@ class _Run:
         done: dict[str, Any] = {}
         for number, (name, work) in enumerate(stages, 2):
             done[name] = self._stage(name, f"{number} of {len(stages) + 1}", work)
-        results = assemble(s, self.task, self.models["after"], self.trajectory, done, self.device, self.memory)
+        results = assemble(
+            self.settings, self.task, self.models["after"], self.trajectory, done, self.device, self.memory
+        )
         write_json(self.folder / "results.json", results)
         report = _report(self.folder)
         shutil.rmtree(self.folder / "work", ignore_errors=True)
@@ -261,7 +263,6 @@ class _Run:
             "status": "running",
             "settings": dataclasses.asdict(s),
             "identity": identity,
-            "versions": versions(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_json(self.folder / "run.json", run)

@@ -1,4 +1,7 @@
-"""Readers of data files. A file is read whole and checked, or refused with its name and the bad byte or row."""
+"""Readers of data files. A file is read whole and checked, or refused with its name and the bad byte or row.
+
+One reader after the other, each with its refusals: together they are a little long, apart they would share too much.
+"""
 
 from __future__ import annotations
 
