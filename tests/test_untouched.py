@@ -96,6 +96,9 @@ CALLS = {
     "ConjugateKernel": lambda m, tmp: (
         kernel_calls(ntkit.ConjugateKernel(m)) or ntkit.ConjugateKernel(m, layer="norm")(X)
     ),
+    "SketchedKernel": lambda m, tmp: (
+        kernel_calls(ntkit.SketchedKernel(m, 16)) or ntkit.SketchedKernel(m, 16, outputs="trace").standard_error(X)
+    ),
     "HardMarginSVM": lambda m, tmp: ntkit.HardMarginSVM().fit(K, Y).predict(K),
     "KernelRidge": lambda m, tmp: ntkit.KernelRidge(0.1).fit(K, Y.float()).predict(K),
     "Spectrum": lambda m, tmp: ntkit.spectrum(K, k=1).extend(K),

@@ -16,6 +16,7 @@ _ROOMS = {
     "ntkit.kernels.tangent": ("TangentKernel",),
     "ntkit.jacobian.structure": ("SelfCheckError",),
     "ntkit.kernels.conjugate": ("ConjugateKernel",),
+    "ntkit.kernels.sketch": ("SketchedKernel",),
     "ntkit.machines": ("HardMarginSVM", "KernelRidge"),
     "ntkit.spectra": ("Spectrum", "alignment", "effective_rank", "spectrum"),
     "ntkit.probes": ("invariance",),

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.checks import refusal
-from ntkit.jacobian.factors import Gradients, by_name, numbered
-from ntkit.jacobian.graph import Use, find_uses, nodes_behind, signature
+from ntkit.jacobian.factors import Gradients, looks_of, numbered
+from ntkit.jacobian.graph import Use, find_uses, nodes_behind, shapes_of
 from ntkit.jacobian.inputs import Batch, count, leaves, take, untouched
 from ntkit.jacobian.ownership import establish
-from ntkit.jacobian.rules import RULES, Pair, Rows
-from ntkit.jacobian.structure import Irregular, SelfCheckError, Size, Structure
+from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
+from ntkit.jacobian.rules import RULES
+from ntkit.jacobian.structure import Irregular, Part, SelfCheckError, Size, Structure
 
 _PROBE = 3  # samples: odd, and more than two, so that a foreign row shows
 
 # Nodes that can move rows depending on data or on the batch's size: behind them each batch checks who owns what.
+_FUSED_RNN = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
+
 _MOVERS = ("Index", "Gather", "Scatter", "Sort", "Topk", "Masked", "Flip", "Roll", "Take", "Unique", "Nonzero")
 
 
@@ -39,8 +42,9 @@ def structure_of(gradients: Gradients, x: Batch) -> Structure:
     with untouched(gradients.model, gradients.params):
         first = gradients.forward(take(x, [0, 0]))
         nodes = nodes_behind(first)
-        look = tuple((node.name(), tuple(m.shape) if (m := _metadata(node)) is not None else ()) for node in nodes)
-        key = (look, signature(find_uses(first, gradients.params)), tuple((t.dtype, t.shape[1:]) for t in leaves(x)))
+        look = tuple((node.name(), shapes_of(node)[:1]) for node in nodes)
+        uses = tuple(use.look for use in find_uses(nodes, gradients.params, set()))
+        key = (look, uses, tuple((t.dtype, t.shape[1:]) for t in leaves(x)))
         known = gradients.structures.get(key)
         if known is None or (known.distinct < _PROBE and count(x) > known.distinct):
             if any("CheckpointFunction" in node.name() for node in nodes):
@@ -54,10 +58,6 @@ def structure_of(gradients: Gradients, x: Batch) -> Structure:
             known.watched |= any(_moves_rows(node) for node in nodes)
             gradients.structures[key] = known
         return known
-
-
-def _metadata(node: Any) -> Any:
-    return node._input_metadata[0] if getattr(node, "_input_metadata", None) else None
 
 
 def _moves_rows(node: Any) -> bool:
@@ -85,10 +85,25 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
     chosen = _different_samples(x)
     probe = take(x, (chosen * _PROBE)[:_PROBE])
     out = gradients.forward(probe)
-    uses = find_uses(out, gradients.params)
-    shapes_fewer = _shapes(gradients, take(probe, slice(0, 2)), uses)
-    unused = set(gradients.params) - {use.name for use in uses}
-    known = Structure(out.shape[1], unused, by_name(uses), len(chosen))
+    nodes = nodes_behind(out)
+    plain_rnn = any(node.name().startswith(_FUSED_RNN) for node in nodes)
+    if plain_rnn:
+        out = gradients.forward(probe, plain_rnn)
+        nodes = nodes_behind(out)
+    fewer = nodes_behind(gradients.forward(take(probe, slice(0, 2)), plain_rnn))
+    names = tuple(node.name() for node in nodes)
+    comparable = tuple(node.name() for node in fewer) == names
+    constant = {
+        i
+        for i, (node, other) in enumerate(zip(nodes, fewer, strict=False))
+        if comparable and shapes_of(node) and shapes_of(node) == shapes_of(other)
+    }
+    uses = find_uses(nodes, gradients.params, constant)
+    unused = set(gradients.params) - {name for use in uses for name in use.params}
+    known = Structure(out.shape[1], unused, looks_of(uses), len(chosen), plain_rnn=plain_rnn)
+    known.eps = max(torch.finfo(dtype).eps for dtype in {out.dtype, *gradients.dtypes(), *_precisions(nodes)})
+    if any(not use.direct for use in uses):  # else rearrangements are all there is on the weight side
+        known.names, known.constant = names, frozenset(constant)
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(2, _PROBE, out.shape[1], generator=generator, dtype=torch.float64).to(out)
 
@@ -96,14 +111,16 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
     masked[range(_PROBE), range(_PROBE)] = draw[0]
     ruled = [use for use in uses if use.node.name() in RULES]
     cotangents = gradients.backward(out, [use.node for use in ruled], masked)
-    for i, (key, use) in enumerate(numbered(uses)):
+    position = {node: i for i, node in enumerate(nodes)}
+    for key, use in numbered(uses):
         if use.node not in cotangents:
-            known.fallback[use.name] = f"no rule for {use.node.name()}"
+            known.fallback |= dict.fromkeys(use.params, f"no rule for {use.node.name()}")
             continue
-        shape = shapes_fewer.get(i)
+        shape = shapes_of(fewer[position[use.node]])[0] if comparable else None
         owner, sure = establish(cotangents[use.node], shape, 2) if shape is not None else (None, True)
         if owner is None:
-            known.fallback[use.name] = f"rows of {use.node.name()} could not be assigned to samples"
+            reason = f"rows of {use.node.name()} could not be assigned to samples"
+            known.fallback |= dict.fromkeys(use.params, reason)
         else:
             known.owners[key] = owner
             known.watched |= not sure
@@ -114,24 +131,68 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
         except Irregular as signal:
             known.fallback |= signal.reasons
     known.sizes = {name: _size(f, gradients.params[name]) for name, f in factors.items()}
-    known.sizes |= {name: Size(0, 0, 0, gradients.params[name].numel()) for name in known.fallback}
+    known.sizes |= {name: Size(gradients.params[name].numel()) for name in known.fallback}
+    known.shared = _shared(uses, known)
     held = sum(t[0].numel() for t in cotangents.values())
     known.bytes_per_sample = 2 * held * out.element_size() // _PROBE
-    _compare(gradients, probe, out, factors, draw)
+    size = {node: t.norm() for node, t in cotangents.items()}
+    floors: dict[str, Tensor] = {}
+    for use in ruled:
+        for name in use.params:
+            floors[name] = torch.maximum(floors.get(name, out.new_zeros(())), size[use.node])
+    _compare(gradients, probe, out, factors, draw, floors, known.eps)
     return known
 
 
-def _shapes(gradients: Gradients, x: Batch, uses: list[Use]) -> dict[int, tuple[int, ...]]:
-    """Output shapes of the same uses on another batch; empty if the graph is another one."""
-    others = find_uses(gradients.forward(x), gradients.params)
-    if signature(others) != signature(uses):
-        return {}
-    return {i: tuple(use.node._input_metadata[0].shape) for i, use in enumerate(others)}
+def _precisions(nodes: list[Any]) -> set[torch.dtype]:
+    """Floating-point types of the results of nodes."""
+    found = {m.dtype for node in nodes if not hasattr(node, "variable") for m in node._input_metadata}
+    return {dtype for dtype in found if dtype.is_floating_point or dtype.is_complex}
 
 
-def _compare(gradients: Gradients, probe: Batch, out: Tensor, factors: dict[str, Rows | Pair], draw: Tensor) -> None:
+def _shared(uses: list[Use], known: Structure) -> dict[str, str]:
+    """Biases whose every use is by the nodes that use one factored weight: {bias: weight}.
+
+    The bias's gradient is then the weight's with a data factor of ones, and its kernel costs no product of its own.
+    """
+    nodes: dict[str, list[tuple]] = {}
+    for use in uses:
+        for name in use.params:
+            nodes.setdefault(name, []).append((use.node, use.slot, use.direct))
+    weights = {
+        tuple(node for node, _, _ in found): name
+        for name, found in nodes.items()
+        if name in known.sizes and len(known.sizes[name].parts) == 1 and known.sizes[name].parts[0].block is None
+        and all(direct for _, _, direct in found)
+    }  # fmt: skip
+    shared = {}
+    for name, found in nodes.items():
+        plain = all(direct and _is_bias(node, slot) for node, slot, direct in found)
+        weight = weights.get(tuple(node for node, _, _ in found))
+        if not plain or weight is None or name not in known.sizes or name in known.fallback:
+            continue
+        size = known.sizes[name]
+        if not size.parts and size.entries == known.sizes[weight].parts[0].cotangent:
+            shared[name] = weight
+    return shared
+
+
+def _is_bias(node: Any, slot: int) -> bool:
+    if node.name() == "AddmmBackward0":
+        return slot == 0 and node._saved_beta == node._saved_alpha == 1
+    return node.name() == "ConvolutionBackward0" and slot == 2 and not node._saved_transposed
+
+
+def _compare(
+    gradients: Gradients,
+    probe: Batch,
+    out: Tensor,
+    factors: dict[str, Whole],
+    draw: Tensor,
+    floors: dict[str, Tensor],
+    eps: float,
+) -> None:
     """Raise unless outputs and gradients of the probe equal those of its samples taken one at a time."""
-    eps = max(torch.finfo(t.dtype).eps for t in (out, *gradients.params.values()))
     for s in range(_PROBE):
         gradients.compare_alone(probe, out, s)
         if not factors:
@@ -139,10 +200,14 @@ def _compare(gradients: Gradients, probe: Batch, out: Tensor, factors: dict[str,
         reference = gradients.single(take(probe, slice(s, s + 1)), list(factors), draw[:, s])
         whole = torch.stack([g.norm().to(out) for g in reference.values()]).norm()
         for name, factor in factors.items():
-            fast = (factor.rows() if isinstance(factor, Pair) else factor.values)[s].reshape(draw.shape[0], -1)
+            with torch.no_grad():
+                rows = factor.rows()
+            fast = rows[s].reshape(draw.shape[0], -1)
             error, own = (fast - reference[name]).norm(), reference[name].norm()
-            # The floor is for gradients that vanish by symmetry (a bias before a normalisation): pure rounding.
-            if not error <= eps**0.5 * own + min(1e3 * eps, 1e-2) * whole:
+            # The floor is for gradients that vanish by symmetry (a bias before a normalisation): what is left is the
+            # rounding of a sum of cotangents.
+            floor = min(1e3 * eps, 1e-2) * (whole + floors.get(name, 0))
+            if not error <= eps**0.5 * own + floor:
                 raise SelfCheckError(
                     f"gradient of parameter '{name}' differs from plain autograd on sample {s} of the self-check: "
                     f"error {error:.3g}, norm {own:.3g}. No kernel was computed. Leave it out with params=..., and "
@@ -150,8 +215,15 @@ def _compare(gradients: Gradients, probe: Batch, out: Tensor, factors: dict[str,
                 )
 
 
-def _size(factor: Rows | Pair, parameter: nn.Parameter) -> Size:
-    if isinstance(factor, Rows) or factor.groups > 1:
-        return Size(0, 0, 0, parameter.numel())
-    gather = factor.data.dtype == torch.int64
-    return Size(factor.data.shape[1], factor.a, factor.cotangent.shape[3], parameter.numel(), gather, factor.data_first)
+def _size(factor: Whole, parameter: nn.Parameter) -> Size:
+    entries = parameter.numel()
+    if isinstance(factor, Convolved) and factor.groups == 1:
+        return Size(entries, (Part(factor.positions, factor.l, factor.r, False, False, None),))
+    if isinstance(factor, Pairs):
+        return Size(entries, tuple(part_of(p) for p in factor.parts))
+    return Size(entries)
+
+
+def part_of(p: Pair) -> Part:
+    """Shape of a pair."""
+    return Part(p.positions, p.l, p.r, p.data_left, p.data.dtype == torch.int64, p.block)

@@ -1,142 +1,34 @@
-"""Plan and multiply: from factors of two sets of samples to their kernel, by the cheapest exact route per parameter.
-
-Routes for a parameter with data factor A [n, T, a] and cotangent factor B [n, C, T, o]:
-
-- ``outer``  (T = 1): (A1 A2^T) * (B1 B2^T); nothing of size n x P is formed;
-- ``tokens`` (few T): the same over pairs of positions, summed;
-- ``rows``   (many T, or no factors): per-sample gradient entries [n, C, a*o], then one matrix product.
-
-All ``rows`` parameters of a tile share one matrix, so that small ones (biases, scales) do not cost a product each.
-"""
+"""Multiply: from factors of two sets of samples to their kernel, along the routes of a `jacobian.plan.Plan`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ntkit.jacobian.check import part_of
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.inputs import Batch, count, take
-from ntkit.jacobian.rules import Pair
-from ntkit.jacobian.structure import Irregular, Size, Structure
-
-# One entry read, multiplied and written back costs about as much as this many floating-point operations of a matrix
-# product (memory against compute, on CPUs and GPUs of the last years). It only steers the choice of a route.
-_ENTRY = 30
-
-# Bytes of activations, cotangents and receptive fields that one forward batch may hold. Past the caches, and with fresh
-# pages for every large tensor, a sample of a convolutional net costs two to three times as much on a CPU (LOG.md).
-_FORWARD = 32e6
-
-_BLOCK = 1024  # samples multiplied at a time: large enough for the full rate of a matrix product
-
-
-@dataclass(frozen=True)
-class Step:
-    """The plan for one parameter: its route and what that costs for the whole product."""
-
-    name: str
-    route: str
-    flops: float
-    bytes_per_sample: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a kernel will be computed: one `Step` per parameter, and sizes in samples.
-
-    The rows of the kernel are done ``tile`` at a time, whose factors stay in memory while the columns pass by,
-    ``columns`` at a time: so the columns are prepared once per tile of rows. ``block`` samples are multiplied at a
-    time, ``batch`` go through the model at a time.
-    """
-
-    steps: tuple[Step, ...]
-    tile: int
-    columns: int
-    block: int
-    batch: int
-
-    def route(self, name: str) -> str:
-        """Route of a parameter."""
-        return next(step.route for step in self.steps if step.name == name)
-
-    @property
-    def on_rows(self) -> list[str]:
-        """Parameters that share the matrix of gradient entries."""
-        return [step.name for step in self.steps if step.route in ("rows", "fallback")]
-
-
-def _cost(size: Size, route: str, outputs: int, mode: str, n1: int, n2: int) -> float:
-    """Floating-point operations (entries weighted) of n1 x n2 products of one parameter's gradients."""
-    results = outputs**2 if mode == "full" else 1 if mode == "trace" else outputs
-    products = outputs**2 if mode == "full" else outputs
-    pairs = float(n1) * n2
-    if route == "outer":
-        return pairs * (2 * size.a * (not size.gather) + 2 * products * size.o + _ENTRY * results)
-    if route == "tokens":
-        per = 2 * size.a * (not size.gather) + 2 * products * size.o + _ENTRY * results
-        return pairs * size.positions**2 * per
-    form = (n1 + n2) * outputs * (2.0 * max(size.positions, 1) * size.o * size.a + _ENTRY * size.entries)
-    return form + pairs * 2 * products * size.entries
-
-
-def make_plan(known: Structure, mode: str, n1: int, n2: int, budget: int, like: Tensor, aligned: bool = False) -> Plan:
-    """Choose routes, then tile and batch sizes under a memory budget.
-
-    Parameters
-    ----------
-    known : structure of the model on these inputs.
-    mode : "full", "diagonal" or "trace" ("sum" and callables have one output and are "trace").
-    n1, n2 : samples on each side; `aligned` when only pairs (i, i) are wanted.
-    budget : bytes of scratch memory, beside inputs and result.
-    like : a parameter, for its device and its bytes per number.
-    """
-    outputs, itemsize = known.outputs, like.element_size()
-    pairs1, pairs2 = (1, 1) if aligned else (n1, n2)
-    steps = []
-    for name, size in known.sizes.items():
-        row_bytes = outputs * size.entries * itemsize
-        pair_bytes = size.positions * (size.a * (not size.gather) + outputs * size.o) * itemsize
-        rows = Step(name, "rows", _cost(size, "rows", outputs, mode, pairs1, pairs2), row_bytes)
-        if name in known.fallback or size.positions == 0:
-            steps.append(Step(name, "fallback", rows.flops, row_bytes) if name in known.fallback else rows)
-            continue
-        route = "outer" if size.positions == 1 else "tokens"
-        pair = Step(name, route, _cost(size, route, outputs, mode, pairs1, pairs2), pair_bytes)
-        too_big = 4 * row_bytes > budget  # two samples a side would not fit: never form these rows
-        steps.append(pair if pair.flops <= rows.flops or too_big else rows)
-    prepared = sum(step.bytes_per_sample for step in steps)
-    # Beside the tiles: cotangents and saved tensors of the forward batch, and for the parameter in hand its two factors
-    # (receptive fields included) and, on the rows route, its entries.
-    factors = max((s.positions * (s.a + outputs * s.o) * itemsize for s in known.sizes.values()), default=0)
-    entries = max((step.bytes_per_sample for step in steps if step.route != "outer"), default=0)
-    transient = known.bytes_per_sample * (outputs + 1) + 2 * factors + entries + 1
-    batch = max(
-        1,
-        min(256, int(min(budget * 0.3, _FORWARD if like.device.type == "cpu" else math.inf) / transient), max(n1, n2)),
-    )
-    results = outputs**2 if mode == "full" else 1 if mode == "trace" else outputs
-    block = max(1, min(_BLOCK, math.isqrt(int(budget * 0.1 / (3 * results * itemsize)))))
-    room = budget * 0.7 / (prepared + 1)  # samples whose factors fit
-    if aligned:
-        tile = columns = max(1, min(int(room / 2), n1, _BLOCK))
-    else:
-        columns = max(1, min(int(room * 0.15), n2, _BLOCK))
-        tile = max(1, min(int(room) - columns, n1))
-        tile = math.ceil(n1 / math.ceil(n1 / tile))  # equal tiles: the last is not a sliver
-    return Plan(tuple(steps), tile, columns, block, min(batch, max(tile, columns)))
+from ntkit.jacobian.pairs import Convolved, Pair, Pairs, comparable, inner
+from ntkit.jacobian.plan import Plan
+from ntkit.jacobian.structure import Irregular, Structure
 
 
 @dataclass
 class Tile:
-    """Prepared factors of n samples: one matrix of gradient entries [n, C, E] and the pairs of the other parameters."""
+    """Prepared factors of n samples: one matrix of gradient entries [n, C, E] and the pairs of the other parameters.
+
+    ``spans``: columns of ``rows`` by parameter; ``nested``: parameters whose pairs are contracted one side first;
+    ``shared``: bias -> weight whose pairs it shares.
+    """
 
     rows: Tensor
-    pairs: dict[str, Pair]
-    spans: dict[str, tuple[int, int]]  # columns of `rows` by parameter
+    pairs: dict[str, Pairs]
+    spans: dict[str, tuple[int, int]]
+    nested: frozenset[str] = frozenset()
+    shared: dict[str, str] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -145,15 +37,16 @@ class Tile:
 
     def part(self, start: int, stop: int) -> Tile:
         """Some of the samples, as views."""
-        cut = {
-            name: Pair(p.data[start:stop], p.cotangent[start:stop], p.a, p.data_first) for name, p in self.pairs.items()
-        }
-        return Tile(self.rows[start:stop], cut, self.spans)
+        index = slice(start, stop)
+        return replace(self, rows=self.rows[index], pairs={name: p.part(index) for name, p in self.pairs.items()})
 
     def only(self, name: str) -> Tile:
         """One parameter."""
+        none = self.rows[:, :, :0]
+        if name in self.shared:
+            return Tile(none, {name: self.pairs[self.shared[name]].bias()}, {})
         if name in self.pairs:
-            return Tile(self.rows[:, :, :0], {name: self.pairs[name]}, {})
+            return Tile(none, {name: replace(self.pairs[name], ones=False)}, {}, self.nested)
         start, stop = self.spans[name]
         return Tile(self.rows[:, :, start:stop], {}, {name: (0, stop - start)})
 
@@ -167,39 +60,50 @@ def prepare(
     for name in plan.on_rows:
         entries = known.sizes[name].entries
         spans[name], start = (start, start + entries), start + entries
+    shared = {step.name: known.shared[step.name] for step in plan.steps if step.route == "shared"}
+    factored = [step.name for step in plan.steps if step.name not in spans and step.name not in shared]
+    assert set(shared.values()) <= set(factored)
     rows: Tensor | None = None
-    pairs: dict[str, Pair] = {}
+    kept: dict[str, Pairs] = {}
     for begin in range(0, n, plan.batch):
         stop = min(begin + plan.batch, n)
         factors = gradients.batch(take(x, slice(begin, stop)), known)
         for name, (first, last) in spans.items():
-            factor = factors[name]
-            values = factor.rows() if isinstance(factor, Pair) else factor.values
+            values = factors[name].rows()
             if rows is None:
                 rows = values.new_empty(n, values.shape[1], start, dtype=gradients.dtype)
             rows[begin:stop, :, first:last] = values
-        for step in plan.steps:
-            if step.name in spans:
-                continue
-            factor = factors[step.name]
-            if not isinstance(factor, Pair) or factor.groups > 1:
-                raise Irregular({step.name: "its gradient has no factors in some batch"})
-            if step.name not in pairs:
-                wide = None if factor.data.dtype == torch.int64 else gradients.dtype
-                data = factor.data.new_empty(n, *factor.data.shape[1:], dtype=wide)
-                cotangent = factor.cotangent.new_empty(n, *factor.cotangent.shape[1:], dtype=gradients.dtype)
-                pairs[step.name] = Pair(data, cotangent, factor.a, factor.data_first)
-            kept = pairs[step.name]
-            if kept.data.shape[1] != factor.data.shape[1]:
-                raise Irregular({step.name: "its number of positions changes from batch to batch"})
-            kept.data[begin:stop] = factor.data
-            kept.cotangent[begin:stop] = factor.cotangent
+        for name in factored:
+            factor = factors[name]
+            if isinstance(factor, Convolved) and factor.groups == 1:
+                factor = Pairs((factor.pair(),), (factor.l, factor.r))
+            if not isinstance(factor, Pairs):
+                raise Irregular({name: "its gradient has no factors in some batch"})
+            if name not in kept:
+                parts = tuple(_room(part, n, gradients.dtype) for part in factor.parts)
+                kept[name] = Pairs(parts, factor.shape, name in shared.values())
+            if [part_of(p) for p in kept[name].parts] != [part_of(p) for p in factor.parts]:
+                raise Irregular({name: "its number of positions changes from batch to batch"})
+            for room, part in zip(kept[name].parts, factor.parts, strict=True):
+                room.left[begin:stop] = part.left
+                room.right[begin:stop] = part.right
+        del factors
         if advance is not None:
             advance(stop - begin)
     if rows is None:
-        some = next(iter(pairs.values())).cotangent
+        some = next(iter(kept.values())).parts[0].cotangent
         rows = some.new_empty(n, some.shape[1], 0)
-    return Tile(rows, pairs, spans)
+    nested = frozenset(step.name for step in plan.steps if step.route == "nested")
+    return Tile(rows, kept, spans, nested, shared)
+
+
+def _room(pair: Pair, n: int, dtype: torch.dtype) -> Pair:
+    """An empty pair like `pair` for n samples; its numbers in the precision of results."""
+    left, right = (
+        t.new_empty(n, *t.shape[1:], dtype=t.dtype if t.dtype == torch.int64 else dtype)
+        for t in (pair.left, pair.right)
+    )
+    return replace(pair, left=left, right=right)
 
 
 def multiply(t1: Tile, t2: Tile, mode: str, scratch: int) -> Tensor:
@@ -212,90 +116,166 @@ def multiply(t1: Tile, t2: Tile, mode: str, scratch: int) -> Tensor:
         total = torch.bmm(t1.rows.transpose(0, 1), t2.rows.permute(1, 2, 0))
     else:
         total = t1.rows.reshape(n1, -1) @ t2.rows.reshape(n2, -1).T
-    for name, p1 in t1.pairs.items():
-        assert p1.data_first == t2.pairs[name].data_first, name
-        for i, j, block in _pair_blocks(p1, t2.pairs[name], mode, scratch):
-            if mode == "full":
-                total[i, :, j] += block
-            elif mode == "diagonal":
-                total[:, i, j] += block
-            else:
-                total[i, j] += block
+    for name, pairs in t1.pairs.items():
+        for p in pairs.parts:
+            for q in t2.pairs[name].parts:
+                if comparable(p, q):
+                    _add(total, p, q, mode, scratch, ones=pairs.ones, nested=name in t1.nested)
     if mode == "full":
         return total.permute(0, 2, 1, 3)
     return total.permute(1, 2, 0) if mode == "diagonal" else total
 
 
-def _pair_blocks(p1: Pair, p2: Pair, mode: str, scratch: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Contributions of one factored parameter, block by block so that no intermediate exceeds `scratch` bytes."""
-    n1, outputs, t1, o = p1.cotangent.shape
-    n2, _, t2, _ = p2.cotangent.shape
-    wide = outputs**2 if mode == "full" else 1
-    room = max(1, scratch // (3 * t1 * t2 * wide * p1.cotangent.element_size()))
+def _add(total: Tensor, p: Pair, q: Pair, mode: str, scratch: int, ones: bool, nested: bool) -> None:
+    """Add the products of two pairs to total, block by block so that no intermediate exceeds `scratch` bytes."""
+    n1, outputs, t1 = p.cotangent.shape[:3]
+    n2, t2 = q.cotangent.shape[0], q.positions
+    crossed = p.data_left != q.data_left
+    if nested and not crossed:
+        wide = t1 * (t2 + 2 * outputs * p.cotangent.shape[3])
+    else:
+        wide = t1 * t2 * (outputs**2 if mode == "full" else outputs if crossed else 1)
+    room = max(1, scratch // (3 * wide * p.cotangent.element_size()))
     step2 = max(1, min(n2, room))
     step1 = max(1, min(n1, room // step2))
     for a in range(0, n1, step1):
         i = slice(a, min(a + step1, n1))
         for b in range(0, n2, step2):
             j = slice(b, min(b + step2, n2))
-            near = _data_products(p1, p2, i, j)  # [i T1, j T2]
-            c1, c2 = p1.cotangent[i], p2.cotangent[j]
-            m1, m2 = c1.shape[0], c2.shape[0]
-            if mode == "full":
-                far = (c1.reshape(-1, o) @ c2.reshape(-1, o).T).view(m1, outputs, t1, m2, outputs, t2)
-                block = far.mul_(near.view(m1, 1, t1, m2, 1, t2))
-                yield i, j, block[:, :, 0, :, :, 0] if t1 == t2 == 1 else block.sum((2, 5))
-            elif mode == "diagonal":
-                result = near.new_empty(outputs, m1, m2)
-                for c in range(outputs):
-                    far = (c1[:, c].reshape(-1, o) @ c2[:, c].reshape(-1, o).T).mul_(near)
-                    result[c] = _sum_positions(far, m1, t1, m2, t2)
-                yield i, j, result
+            u, v = p.part(i), q.part(j)
+            if crossed:
+                _add_crossed(_at(total, i, j, mode), u, v, mode)
+            elif nested:
+                _add_nested(_at(total, i, j, mode), u, v, ones)
             else:
-                far = c1.transpose(1, 2).reshape(m1 * t1, -1) @ c2.transpose(1, 2).reshape(m2 * t2, -1).T
-                yield i, j, _sum_positions(far.mul_(near), m1, t1, m2, t2)
+                _add_tokens(_at(total, i, j, mode), u, v, mode, ones)
 
 
-def _sum_positions(far: Tensor, m1: int, t1: int, m2: int, t2: int) -> Tensor:
-    return far if t1 == t2 == 1 else far.view(m1, t1, m2, t2).sum((1, 3))
+def _at(total: Tensor, i: slice, j: slice, mode: str) -> Tensor:
+    return total[i, :, j] if mode == "full" else total[:, i, j] if mode == "diagonal" else total[i, j]
 
 
-def _data_products(p1: Pair, p2: Pair, i: slice, j: slice) -> Tensor:
-    """Inner products of the data factors, [i T1, j T2]; for row selections whether the rows are the same."""
-    d1, d2 = p1.data[i], p2.data[j]
-    if d1.dtype == torch.int64:
-        return (d1.reshape(-1, 1) == d2.reshape(1, -1)).to(p1.cotangent.dtype)
-    return d1.reshape(-1, p1.a) @ d2.reshape(-1, p2.a).T
+def _data_products(p: Pair, q: Pair, ones: bool) -> Tensor:
+    """Inner products of the data factors, [n1 T1, n2 T2], and one more for the bias."""
+    near = inner(p.data, q.data).to(p.cotangent.dtype)
+    return near.add_(1) if ones else near
+
+
+def _add_tokens(total: Tensor, p: Pair, q: Pair, mode: str, ones: bool) -> None:
+    """Data products times cotangent products, summed over pairs of positions."""
+    near = _data_products(p, q, ones)
+    c1, c2 = p.cotangent, q.cotangent
+    (n1, outputs, t1, _), n2, t2 = c1.shape, c2.shape[0], q.positions
+    if mode == "full":
+        far = inner(c1, c2).view(n1, outputs, t1, n2, outputs, t2)
+        near = near.view(n1, 1, t1, n2, 1, t2)
+        if t1 == t2 == 1:
+            total.addcmul_(far[:, :, 0, :, :, 0], near[:, :, 0, :, :, 0])
+        else:
+            total += far.mul_(near).sum((2, 5))
+    elif mode == "diagonal":
+        for c in range(outputs):
+            _add_positions(total[c], inner(c1[:, c], c2[:, c]), near, t1, t2)
+    else:
+        # [n, T, C * o]: the sum over outputs is part of the product
+        far = inner(c1.transpose(1, 2).flatten(2), c2.transpose(1, 2).flatten(2))
+        _add_positions(total, far, near, t1, t2)
+
+
+def _add_positions(total: Tensor, far: Tensor, near: Tensor, t1: int, t2: int) -> None:
+    if t1 == t2 == 1:
+        total.addcmul_(far, near)
+    else:
+        total += far.mul_(near).view(total.shape[0], t1, total.shape[1], t2).sum((1, 3))
+
+
+def _add_nested(total: Tensor, p: Pair, q: Pair, ones: bool) -> None:
+    """All pairs of outputs: data products into the second side's cotangents, then the first side's with the result."""
+    (n1, outputs, t1, o), n2, t2 = p.cotangent.shape, q.cotangent.shape[0], q.positions
+    near = _data_products(p, q, ones).view(n1 * t1, n2, t2).transpose(0, 1)  # [j, (i t), s]
+    mixed = torch.bmm(near, q.cotangent.transpose(1, 2).reshape(n2, t2, outputs * o))  # [j, (i t), (d o)]
+    mixed = mixed.view(n2, n1, t1, outputs, o).permute(1, 2, 4, 0, 3).reshape(n1, t1 * o, n2 * outputs)
+    total += torch.bmm(p.cotangent.reshape(n1, outputs, t1 * o), mixed).view(n1, outputs, n2, outputs)
+
+
+def _add_crossed(total: Tensor, p: Pair, q: Pair, mode: str) -> None:
+    """One pair has its cotangents left, the other right: each product holds the outputs of one side."""
+    (n1, outputs, t1), n2, t2 = p.cotangent.shape[:3], q.cotangent.shape[0], q.positions
+    if p.data_left:  # right: p's cotangents with q's data; left: p's data with q's cotangents
+        first, second = inner(p.right, q.right), inner(p.left, q.left)
+    else:
+        first, second = inner(p.left, q.left), inner(p.right, q.right)
+    first = first.view(n1, outputs, t1, n2, t2).permute(0, 3, 1, 2, 4)  # [i, j, c, t, s]
+    second = second.view(n1, t1, n2, outputs, t2).permute(0, 2, 3, 1, 4)  # [i, j, d, t, s]
+    if mode == "full":
+        products = first.reshape(n1 * n2, outputs, -1) @ second.reshape(n1 * n2, outputs, -1).transpose(1, 2)
+        total += products.view(n1, n2, outputs, outputs).permute(0, 2, 1, 3)
+    else:
+        products = (first * second).sum((3, 4))  # [i, j, c]
+        total += products.sum(2) if mode == "trace" else products.permute(2, 0, 1)
 
 
 def multiply_aligned(t1: Tile, t2: Tile, mode: str) -> Tensor:
     """Kernel of pairs (i, i) only: [n, C, C] "full", [n, C] "diagonal", [n] "trace"."""
     if mode == "full":
         total = torch.bmm(t1.rows, t2.rows.transpose(1, 2))
-    elif mode == "diagonal":
-        total = torch.einsum("nce,nce->nc", t1.rows, t2.rows)
     else:
-        total = torch.einsum("nce,nce->n", t1.rows, t2.rows)
-    for name, p1 in t1.pairs.items():
-        p2 = t2.pairs[name]
-        if p1.data.dtype == torch.int64:
-            near = (p1.data[:, :, None] == p2.data[:, None, :]).to(p1.cotangent.dtype)
-        else:
-            near = p1.data @ p2.data.transpose(1, 2)  # [n, T1, T2]
-        if near.shape[1:] == (1, 1):
-            c1, c2 = p1.cotangent[:, :, 0], p2.cotangent[:, :, 0]
-            if mode == "full":
-                total += near * (c1 @ c2.transpose(1, 2))
-            else:
-                far = near[:, 0] * (c1 * c2).sum(2)
-                total += far if mode == "diagonal" else far.sum(1)
-            continue
-        for s in range(t1.n):  # sample by sample: [C T1, C T2] is the only intermediate
-            c1, c2 = p1.cotangent[s], p2.cotangent[s]
-            if mode == "full":
-                far = torch.einsum("cto,dso->cdts", c1, c2)
-                total[s] += (far * near[s]).sum((2, 3))
-            else:
-                far = (torch.einsum("cto,cso->cts", c1, c2) * near[s]).sum((1, 2))
-                total[s] += far if mode == "diagonal" else far.sum()
-    return total
+        total = torch.einsum("nce,nce->nc", t1.rows, t2.rows)
+    for name, pairs in t1.pairs.items():
+        for p in pairs.parts:
+            for q in t2.pairs[name].parts:
+                if comparable(p, q):
+                    total += _aligned(p, q, mode)
+    return total.sum(1) if mode == "trace" else total
+
+
+def _aligned(p: Pair, q: Pair, mode: str) -> Tensor:
+    """Products of two pairs, sample by sample: [n, C, C] "full", else [n, C]."""
+    n, outputs, t1 = p.cotangent.shape[:3]
+    if p.data_left != q.data_left:
+        side = ("right", "left") if p.data_left else ("left", "right")
+        first, second = (_aligned_inner(getattr(p, s), getattr(q, s)) for s in side)  # [n, (C T), T], [n, T, (C T)]
+        first = first.view(n, outputs, t1, -1)
+        second = second.view(n, t1, outputs, -1).transpose(1, 2)
+        if mode == "full":
+            return first.flatten(2) @ second.flatten(2).transpose(1, 2)
+        return (first * second).sum((2, 3))
+    near = _aligned_inner(p.data, q.data).to(p.cotangent.dtype)  # [n, T1, T2]
+    mixed = near[:, None] @ q.cotangent  # [n, C, T1, o]
+    if mode == "full":
+        return p.cotangent.flatten(2) @ mixed.flatten(2).transpose(1, 2)
+    return (p.cotangent * mixed).sum((2, 3))
+
+
+def _aligned_inner(u: Tensor, v: Tensor) -> Tensor:
+    """`inner`, sample by sample: [n, C1 T1, C2 T2]."""
+    if u.dtype == v.dtype == torch.int64:
+        return u.flatten(1)[:, :, None] == v.flatten(1)[:, None, :]
+    if u.dtype == torch.int64:
+        return _aligned_inner(v, u).transpose(1, 2)
+    if v.dtype == torch.int64:
+        u = u.flatten(1, 2)
+        return u.gather(2, v.flatten(1)[:, None, :].expand(-1, u.shape[1], -1))
+    return u.flatten(1, 2) @ v.flatten(1, 2).transpose(1, 2)
+
+
+def blocks(n1: int, n2: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Cut n1 x n2 into blocks of at most `size` x `size`."""
+    for a in range(0, n1, size):
+        for b in range(0, n2, size):
+            yield slice(a, min(a + size, n1)), slice(b, min(b + size, n2))
+
+
+def triangle(start: int, stop: int, size: int, leaf: int) -> Iterator[tuple[slice, slice]]:
+    """Cut the upper half of a symmetric square into blocks, halving it: half the work in large products.
+
+    Squares on the diagonal are done whole once they are no larger than `leaf`.
+    """
+    if stop - start <= leaf:
+        yield slice(start, stop), slice(start, stop)
+        return
+    middle = (start + stop) // 2
+    yield from triangle(start, middle, size, leaf)
+    for a, b in blocks(middle - start, stop - middle, size):
+        yield slice(start + a.start, start + a.stop), slice(middle + b.start, middle + b.stop)
+    yield from triangle(middle, stop, size, leaf)

@@ -1,14 +1,16 @@
-"""Gradients of every sample of a batch, in factored form, from one forward and one (batched) backward pass.
+"""Per-sample gradients of a model in factors: one forward pass, one batched backward pass, one rule per use.
 
-`Gradients` binds a model, its parameters and the outputs to differentiate. What has no rule, or whose rows cannot be
-told apart, is computed by plain autograd sample by sample ("fallback"): slower, never wrong. `jacobian.check` finds out
-who owns which rows, and compares a few samples with plain autograd, before the first result.
+No weight gradient is formed here unless its factors would be larger. What has no rule goes through plain autograd, one
+sample at a time: slow, but exact. `jacobian.check` establishes, once per graph, who owns which rows, and compares a few
+samples with plain autograd, before the first result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
 
@@ -18,10 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from ntkit.checks import refusal
-from ntkit.jacobian.graph import Use, find_uses, signature
+from ntkit.jacobian.graph import Use, find_uses, nodes_behind
 from ntkit.jacobian.inputs import Batch, Outputs, call, count, reduce_outputs, take, untouched
-from ntkit.jacobian.rules import RULES, Factor, Pair, Rows
+from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable
+from ntkit.jacobian.rules import RULES
 from ntkit.jacobian.structure import Irregular, Structure
+
+_ALONE = 8  # samples from one check of a sample alone to the next
 
 
 class Gradients:
@@ -40,11 +45,18 @@ class Gradients:
         # rows and results are in the widest precision of the parameters
         self.dtype = reduce(torch.promote_types, (p.dtype for p in params.values()))
         self._batched = True  # vmapped backward; a graph with a node that cannot be vmapped loops instead
+        self._unchecked = _ALONE  # samples since one was last evaluated alone
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Precisions of the parameters."""
+        return {p.dtype for p in self.params.values()}
 
     # ------------------------------------------------------------------ a batch
 
-    def forward(self, x: Batch) -> Tensor:
+    def forward(self, x: Batch, plain_rnn: bool = False) -> Tensor:
         """Outputs to differentiate, [n, C], with their graph. Call inside `untouched`.
+
+        ``plain_rnn``: recurrent layers step by step instead of fused, so that the graph shows their parameters.
 
         Raises
         ------
@@ -52,7 +64,8 @@ class Gradients:
             When an output is not finite, none depends on the parameters, or the forward drew random numbers.
         """
         before = _random_state()
-        out = reduce_outputs(call(self.model, x), self.outputs, count(x))
+        with _without_fused_rnn() if plain_rnn else contextlib.nullcontext():
+            out = reduce_outputs(call(self.model, x), self.outputs, count(x))
         if any(a != b for a, b in zip(before, _random_state(), strict=True)):
             raise refusal(
                 f"model {type(self.model).__name__}",
@@ -78,22 +91,25 @@ class Gradients:
             )
         return out
 
-    def batch(self, x: Batch, known: Structure) -> dict[str, Rows | Pair]:
-        """Factors of every parameter for the samples of `x`; rows are flat, [n, C, entries], in the parameter's order.
+    def batch(self, x: Batch, known: Structure) -> dict[str, Whole]:
+        """Factors of every parameter for the samples of `x`, in the parameter's own layout.
 
         Raises
         ------
         Irregular
             When this batch's rows do not follow the established layout.
         """
-        if count(x) == 1:  # some layers take another path for a batch of one
-            pair = self.batch(take(x, [0, 0]), known)
-            return {name: _first(factor) for name, factor in pair.items()}
         with untouched(self.model, self.params):
+            if count(x) == 1:  # some layers take another path for a batch of one
+                pair = self.batch(take(x, [0, 0]), known)
+                return {name: factor.first() for name, factor in pair.items()}
             n = count(x)
-            out = self.forward(x)
-            self.compare_alone(x, out, n // 2)
-            uses = find_uses(out, self.params)
+            out = self.forward(x, known.plain_rnn)
+            self._unchecked += n
+            if self._unchecked >= _ALONE:
+                self.compare_alone(x, out, n // 2)
+                self._unchecked = 0
+            uses = self.uses(out, known)
             self._same_graph(uses, known)
             basis = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)
             basis = basis[:, None, :].expand(-1, n, -1)
@@ -107,9 +123,17 @@ class Gradients:
                 factors |= {name: Rows(torch.stack(g)) for name, g in values.items()}
             return factors
 
+    def uses(self, out: Tensor, known: Structure) -> list[Use]:
+        """Uses of the parameters in the graph of a batch, which side a node is on being known from the self-check."""
+        nodes = nodes_behind(out)
+        if not known.constant:
+            return find_uses(nodes, self.params, set())
+        same = tuple(node.name() for node in nodes) == known.names
+        return find_uses(nodes, self.params, set(known.constant) if same else set())
+
     def compare_alone(self, x: Batch, out: Tensor, s: int) -> None:
         """Refuse a model whose output for sample `s` is another one when the sample is evaluated alone."""
-        tolerance = max(torch.finfo(t.dtype).eps for t in (out, *self.params.values())) ** 0.5
+        tolerance = max(torch.finfo(dtype).eps for dtype in {out.dtype, *self.dtypes()}) ** 0.5
         out = out.detach()
         gap = (self.forward(take(x, slice(s, s + 1))).detach()[0] - out[s]).abs().max()
         if not gap <= tolerance * out.abs().max() + torch.finfo(out.dtype).tiny:
@@ -121,9 +145,11 @@ class Gradients:
             )
 
     def _same_graph(self, uses: list[Use], known: Structure) -> None:
-        now = by_name(uses)
+        now = looks_of(uses)
         changed = [
-            name for name in self.params if name not in known.fallback and now.get(name, ()) != known.uses.get(name, ())
+            name
+            for name in self.params
+            if name not in known.fallback and now.get(name, ()) != known.looks.get(name, ())
         ]
         if changed:
             raise Irregular(dict.fromkeys(changed, "its use in the graph changes from batch to batch"))
@@ -131,35 +157,122 @@ class Gradients:
     # ------------------------------------------------------------------ factors
 
     @torch.no_grad()
-    def factors(self, out: Tensor, uses: list[Use], known: Structure, basis: Tensor, n: int) -> dict[str, Rows | Pair]:
+    def factors(self, out: Tensor, uses: list[Use], known: Structure, basis: Tensor, n: int) -> dict[str, Whole]:
         """Factors of the parameters on the fast path; basis [K, n, C] holds the K cotangents of the outputs."""
-        fast = [(key, use) for key, use in numbered(uses) if use.name not in known.fallback]
-        code = _Code(basis) if known.watched else None
+        fast = [(key, use) for key, use in numbered(uses) if not known.fallback.keys() & set(use.params)]
+        code = _Code(basis, known.eps) if known.watched else None
         nodes = [use.node for _, use in fast]
         cotangents = self.backward(out, nodes, basis if code is None else code.basis)
-        parts: dict[str, list[tuple[Use, Factor]]] = {}
+        parts: dict[str, list[Factor]] = {}
         irregular: dict[str, str] = {}
         for key, use in fast:
             cot, owner = cotangents[use.node], known.owners[key]
             if not owner.fits(tuple(cot.shape[1:]), n):
-                irregular[use.name] = "the rows of its layer do not grow with the batch"
+                irregular |= dict.fromkeys(use.params, "the rows of its layer do not grow with the batch")
                 continue
             if code is not None:
                 if not code.owned(owner.split(cot, n, lead=1)):
-                    irregular[use.name] = "the rows of its layer change owners from batch to batch"
+                    irregular |= dict.fromkeys(use.params, "the rows of its layer change owners from batch to batch")
                     continue
                 cot = cot[:-1]
-            factor = RULES[use.node.name()](use, owner, n, cot)
+            # a complex product's gradient takes conjugates, which the rules do not
+            factor = None if cot.is_complex() else RULES[use.node.name()](use, owner, n, cot)
             if factor is None:
-                irregular[use.name] = f"no rule for this use by {use.node.name()}"
+                irregular |= dict.fromkeys(use.params, f"no rule for this use by {use.node.name()}")
                 continue
-            parts.setdefault(use.name, []).append((use, factor))
+            for name, found in self._in_place(key, use, factor, known).items():
+                parts.setdefault(name, []).append(found)
         if irregular:
             raise Irregular(irregular)
-        result = {name: self._merge(name, found, n, basis.shape[0]) for name, found in parts.items()}
+        result = {name: self._merged(name, found) for name, found in parts.items()}
         for name in known.unused:
             result[name] = Rows(out.new_zeros(n, basis.shape[0], self.params[name].numel()))
         return result
+
+    def _in_place(self, key: tuple, use: Use, factor: Factor, known: Structure) -> dict[str, Factor]:
+        """From the source as the node sees it to the parameters behind it: by relabelling, or through autograd."""
+        if not use.direct or (use.chain and isinstance(factor, Rows)):
+            return self._pulled_back(use, factor.rows())
+        (name,) = use.params
+        if isinstance(factor, Rows) or not use.chain:
+            return {name: factor}
+        if key not in known.places:
+            known.places[key] = self.place(use, factor) if isinstance(factor, Pair) else None
+        place = known.places[key]
+        if place is None or not isinstance(factor, Pair):
+            return self._pulled_back(use, factor.rows())
+        return {name: factor.placed(place)}
+
+    def place(self, use: Use, factor: Pair) -> tuple[bool, tuple[int, int] | None] | None:
+        """Where a factored gradient of a rearranged parameter belongs in it, found out by numbering its entries."""
+        (name,) = use.params
+        parameter = self.params[name]
+        chain = [
+            node.split("Backward")[0] for node in use.chain or () if not node.startswith(("Alias", "Clone", "ToCopy"))
+        ]
+        if not chain:
+            return False, None
+        if chain in (["T"], ["Transpose"]) and parameter.dim() == 2:
+            return True, None
+        if any(node.startswith("ToCopy") for node in use.chain or ()) or parameter.dtype not in (
+            torch.float32,
+            torch.float64,
+        ):
+            return None  # their numbers cannot count that far
+        number = torch.arange(factor.l * factor.r, device=parameter.device)
+        digits = torch.stack([number // 4096, number % 4096, torch.ones_like(number)]).to(parameter.dtype)
+        high, low, reached = self._pulled_back(use, digits[:, None])[name].rows()[:, 0].long()
+        at = reached.nonzero()[:, 0]
+        where = torch.empty_like(number).index_copy_(0, (high * 4096 + low)[at], at).view(factor.l, factor.r)
+        offset = int(where[0, 0])
+        down = int(where[1, 0]) - offset if factor.l > 1 else 0
+        along = int(where[0, 1]) - offset if factor.r > 1 else 0
+        width = parameter.numel() // parameter.shape[0]
+        for turned, across, step in ((False, down, along), (True, along, down)):
+            rows, columns = (factor.r, factor.l) if turned else (factor.l, factor.r)
+            if (rows > 1 and across != width) or (columns > 1 and step != 1) or offset % width + columns > width:
+                continue
+            i, j = torch.arange(factor.l, device=at.device)[:, None], torch.arange(factor.r, device=at.device)
+            grid = offset + (j * width + i if turned else i * width + j)
+            if torch.equal(grid, where):
+                return turned, None if rows * columns == parameter.numel() else divmod(offset, width)
+        return None
+
+    def _pulled_back(self, use: Use, values: Tensor) -> dict[str, Factor]:
+        """Entries [n, K, source] through the weight side's own derivative to every parameter behind the source."""
+        n, outputs = values.shape[:2]
+        params = [self.params[name] for name in use.params]
+        flat = values.reshape(n * outputs, *use.shape)
+        edge = [GradientEdge(use.source, use.number)]
+        grads = _vector_jacobian_products(edge, params, [flat])
+        return {
+            name: Rows(flat.new_zeros(n, outputs, p.numel()) if g is None else g.reshape(n, outputs, -1))
+            for name, p, g in zip(use.params, params, grads, strict=True)
+        }
+
+    def _merged(self, name: str, found: list[Factor]) -> Whole:
+        """Sum a parameter's uses. Pairs of one kind are joined along positions, so cross terms come by themselves."""
+        if len(found) == 1 and isinstance(found[0], (Rows, Convolved)):
+            return found[0]
+        if any(isinstance(f, Rows) or (isinstance(f, Convolved) and f.groups > 1) for f in found):
+            return Rows(sum((self._merged(name, [f]).rows() for f in found[1:]), self._merged(name, found[:1]).rows()))
+        kinds: dict[tuple, list[Pair]] = {}
+        for factor in found:
+            pair = factor.pair() if isinstance(factor, Convolved) else factor
+            assert isinstance(pair, Pair)
+            kinds.setdefault((pair.l, pair.r, pair.block, pair.data_left, pair.data.dtype), []).append(pair)
+        joined = tuple(
+            p[0]
+            if len(p) == 1
+            else replace(p[0], left=torch.cat([q.left for q in p], 2), right=torch.cat([q.right for q in p], 2))
+            for p in kinds.values()
+        )
+        parameter = self.params[name]
+        rows = joined[0].l if joined[0].block is None else parameter.shape[0]
+        whole = Pairs(joined, (rows, parameter.numel() // rows))
+        if any(comparable(p, q) is None for p in joined for q in joined):
+            return Rows(whole.rows())
+        return whole
 
     def backward(self, out: Tensor, nodes: list, basis: Tensor) -> dict:
         """Cotangents [K, *node output] of every node for K cotangents of the outputs [K, n, C]."""
@@ -170,54 +283,16 @@ class Gradients:
         grads: tuple[Tensor | None, ...] | None = None
         if self._batched and basis.shape[0] > 1:
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message=".*performance drop.*")
-                    grads = torch.autograd.grad(
-                        [out], edges, [basis], is_grads_batched=True, retain_graph=True, allow_unused=True
-                    )
+                grads = _batched_products([out], edges, [basis])
             except RuntimeError:
                 self._batched = False
         if grads is None:
-            rows = [
-                torch.autograd.grad([out], edges, [row], retain_graph=True, allow_unused=True) for row in basis.unbind()
-            ]
-            grads = tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
+            grads = _looped_products([out], edges, [basis])
         shapes = (basis.shape[:1] + tuple(node._input_metadata[0].shape) for node in unique)
         return {
             node: out.new_zeros(shape) if grad is None else grad
             for node, grad, shape in zip(unique, grads, shapes, strict=True)
         }
-
-    def _merge(self, name: str, found: list[tuple[Use, Factor]], n: int, outputs: int) -> Rows | Pair:
-        """Sum a parameter's uses. Pairs of one kind are joined along positions, so cross terms come by themselves."""
-        pairs = [_in_place(use, factor) for use, factor in found]
-        first = pairs[0]
-        if first is not None and len(pairs) == 1:
-            return first
-        if first is not None and first.groups == 1 and all(p is not None and _alike(p, first) for p in pairs):
-            data = torch.cat([p.data for p in pairs if p], 1)
-            return replace(first, data=data, cotangent=torch.cat([p.cotangent for p in pairs if p], 2))
-        total: Tensor | None = None
-        for (use, factor), pair in zip(found, pairs, strict=True):
-            if pair is not None:
-                values = pair.rows()
-            else:
-                values = factor.rows() if isinstance(factor, Pair) else factor.values
-                values = self._pull_back(values.reshape(n * outputs, *use.shape), use)
-            values = values.reshape(n, outputs, -1)
-            total = values if total is None else total + values
-        assert total is not None
-        return Rows(total)
-
-    def _pull_back(self, values: Tensor, use: Use) -> Tensor:
-        """From the weight as the node sees it to the parameter itself, through the views between them."""
-        if not use.layout:
-            return values
-        child, number = use.node.next_functions[use.slot]
-        (grad,) = torch.autograd.grad(
-            [GradientEdge(child, number)], [self.params[use.name]], [values], is_grads_batched=True, retain_graph=True
-        )
-        return grad
 
     def single(self, x: Batch, names: list[str], basis: Tensor | None) -> dict[str, Tensor]:
         """Plain autograd for one sample: {name: [K, entries]}; basis [K, C] (identity if None)."""
@@ -232,37 +307,56 @@ class Gradients:
         return {name: torch.stack([r[j].reshape(-1) for r in rows]) for j, name in enumerate(names)}
 
 
-def numbered(uses: list[Use]) -> list[tuple[tuple[str, int], Use]]:
-    """Uses with a key that survives other parameters' uses coming and going: (parameter, which of its uses)."""
-    seen: dict[str, int] = {}
+def _vector_jacobian_products(outputs: list, inputs: list, vectors: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Several vectors through one graph at a time: vmapped, or one by one where some node cannot be."""
+    try:
+        return _batched_products(outputs, inputs, vectors)
+    except RuntimeError:
+        return _looped_products(outputs, inputs, vectors)
+
+
+def _batched_products(outputs: list, inputs: list, vectors: list[Tensor]) -> tuple[Tensor | None, ...]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*performance drop.*")
+        return torch.autograd.grad(
+            outputs, inputs, vectors, is_grads_batched=True, retain_graph=True, allow_unused=True
+        )
+
+
+def _looped_products(outputs: list, inputs: list, vectors: list[Tensor]) -> tuple[Tensor | None, ...]:
+    rows = [
+        torch.autograd.grad(outputs, inputs, list(row), retain_graph=True, allow_unused=True)
+        for row in zip(*vectors, strict=True)
+    ]
+    return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
+
+
+@contextlib.contextmanager
+def _without_fused_rnn() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TF32 acceleration.*")
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            yield
+
+
+def numbered(uses: list[Use]) -> list[tuple[tuple, Use]]:
+    """Uses with a key that survives other parameters' uses coming and going: (parameters, which of their uses)."""
+    seen: dict[tuple, int] = {}
     keyed = []
     for use in uses:
-        keyed.append(((use.name, seen.get(use.name, 0)), use))
-        seen[use.name] = seen.get(use.name, 0) + 1
+        number = seen.get(use.params, 0)
+        keyed.append(((use.params, number), use))
+        seen[use.params] = number + 1
     return keyed
 
 
-def by_name(uses: list[Use]) -> dict[str, tuple]:
+def looks_of(uses: list[Use]) -> dict[str, tuple]:
     """What the uses of each parameter look like."""
     found: dict[str, tuple] = {}
-    for use, look in zip(uses, signature(uses), strict=True):
-        found[use.name] = (*found.get(use.name, ()), look[1:])
+    for use in uses:
+        for name in use.params:
+            found[name] = (*found.get(name, ()), use.look)
     return found
-
-
-def _in_place(use: Use, factor: Factor) -> Pair | None:
-    """The factor as a pair in the parameter's own layout, when at most a matrix transpose lies between."""
-    if not isinstance(factor, Pair):
-        return None
-    if not use.layout:
-        return factor
-    transposed = use.layout in (("TBackward0",), ("TransposeBackward0",)) and len(use.shape) == 2
-    return replace(factor, data_first=not factor.data_first) if transposed and factor.groups == 1 else None
-
-
-def _alike(p: Pair, q: Pair) -> bool:
-    """Whether two pairs can be joined along positions."""
-    return (p.data_first, p.groups, p.data.dtype) == (q.data_first, q.groups, q.data.dtype)
 
 
 class _Code:
@@ -272,8 +366,9 @@ class _Code:
     and nothing else is linear in the same way: foreign rows and mixtures of samples show.
     """
 
-    def __init__(self, basis: Tensor) -> None:
+    def __init__(self, basis: Tensor, eps: float) -> None:
         outputs, n = basis.shape[0], basis.shape[1]
+        self.eps = eps
         draw = torch.Generator().manual_seed(n)
         scale = (1 + torch.rand(n, generator=draw)) * (1 - 2 * torch.randint(0, 2, (n,), generator=draw))
         self.scale = scale.to(basis)
@@ -287,19 +382,13 @@ class _Code:
         expected = self.scale.reshape(-1, *(1,) * (plain.dim() - 1)) * plain
         error = (cot[:, -1] - expected).abs().max() if plain.numel() else plain.sum()
         peak = cot.abs().max() if cot.numel() else error
-        return bool(error <= torch.finfo(cot.dtype).eps ** 0.5 * peak)
+        return bool(error <= self.eps**0.5 * peak)
 
 
 def _dense(grad: Tensor | None, parameter: Tensor) -> Tensor:
     if grad is None:
         return torch.zeros_like(parameter)
     return grad.to_dense() if grad.is_sparse else grad
-
-
-def _first(factor: Rows | Pair) -> Rows | Pair:
-    if isinstance(factor, Rows):
-        return Rows(factor.values[:1])
-    return replace(factor, data=factor.data[:1], cotangent=factor.cotangent[:1])
 
 
 def _random_state() -> tuple[bytes, object, bytes, int]:

@@ -1,6 +1,9 @@
 """Find where the autograd graph of one forward pass uses parameters.
 
-No hook, no patch: tied weights come out right.
+No hook, no patch: tied weights come out right. The graph has two sides. The *weight side* is what depends on
+parameters only, whatever the batch: the parameters, views of them, and what is made of them (a weight norm's
+W = g v / |v|, a LoRA's W + B A, the embeddings of positions 0..T-1). The *data side* is the rest. Where a node of the
+data side takes in something of the weight side is a *use*; what it takes in is the use's *source*.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 Node = Any  # torch.autograd.graph.Node
 
-# Nodes that only rearrange a tensor's entries. Between a parameter and its consumer they are not uses themselves.
+# Nodes that only rearrange a tensor's entries: over a parameter they are weight side, whatever else is known.
 LAYOUT = {
     f"{name}Backward{i}"
     for i in (0, 1)
@@ -26,52 +29,27 @@ LAYOUT = {
 
 @dataclass(frozen=True)
 class Use:
-    """One place where the graph consumes a parameter.
+    """One place where the data side takes in a source.
 
-    ``slot`` is the consumer's input; ``layout`` the names of the rearranging nodes on the way, nearest to the consumer
-    first; ``shape`` that of the weight as the consumer sees it.
+    ``slot`` is the consumer's input; ``source`` and ``number`` name the source's node and which of its results;
+    ``params`` are the parameters behind it; ``chain`` the nodes from the source down to the parameter, when they are
+    one line of rearrangements (empty: the parameter itself), else None; ``shape`` that of the source; ``look`` what
+    must stay the same from batch to batch.
     """
 
-    name: str
     node: Node
     slot: int
-    layout: tuple[str, ...]
+    source: Node
+    number: int
+    params: tuple[str, ...]
+    chain: tuple[str, ...] | None
     shape: tuple[int, ...]
+    look: tuple
 
-
-def find_uses(output: Tensor, params: dict[str, nn.Parameter]) -> list[Use]:
-    """List every use of `params` in the graph behind `output`, in a fixed order (breadth first from the output).
-
-    Parameters
-    ----------
-    output : result of a forward pass with grad enabled.
-    params : parameter by name.
-
-    Returns
-    -------
-    list of Use
-        Empty when the output depends on none of them.
-    """
-    names = {id(p): name for name, p in params.items()}
-    uses: list[Use] = []
-    seen: set[Node] = set()
-    queue: deque[Node] = deque([output.grad_fn] if output.grad_fn is not None else [])
-    while queue:
-        node = queue.popleft()
-        if node in seen:
-            continue
-        seen.add(node)
-        for slot, (child, number) in enumerate(node.next_functions):
-            if child is None:
-                continue
-            found = _parameter_behind(child, names)
-            if found is None:
-                queue.append(child)
-            elif found[0] is not None:
-                metadata = child._input_metadata if child.name() in LAYOUT else None
-                shape = tuple(metadata[number].shape) if metadata else tuple(params[found[0]].shape)
-                uses.append(Use(found[0], node, slot, found[1], shape))
-    return uses
+    @property
+    def direct(self) -> bool:
+        """Whether the source is one parameter's own entries, perhaps rearranged."""
+        return self.chain is not None
 
 
 def nodes_behind(output: Tensor) -> list[Node]:
@@ -86,17 +64,86 @@ def nodes_behind(output: Tensor) -> list[Node]:
     return list(seen)
 
 
-def _parameter_behind(node: Node, names: dict[int, str]) -> tuple[str | None, tuple[str, ...]] | None:
-    """Name of the parameter behind a chain of layout nodes; (None, ...) for a leaf not asked for; None if data."""
-    layout: list[str] = []
-    while node.name() in LAYOUT and len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
-        layout.append(node.name())
-        node = node.next_functions[0][0]
-    if hasattr(node, "variable"):  # AccumulateGrad: a leaf
-        return names.get(id(node.variable)), tuple(layout)
-    return None
+def shapes_of(node: Node) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a node's results; of a leaf none."""
+    return () if hasattr(node, "variable") else tuple(tuple(m.shape) for m in node._input_metadata)
 
 
-def signature(uses: list[Use]) -> tuple[tuple[str, str, int, tuple[str, ...]], ...]:
+def find_uses(nodes: list[Node], params: dict[str, nn.Parameter], constant: set[int]) -> list[Use]:
+    """List every use in a graph, in the order of `nodes`.
+
+    Parameters
+    ----------
+    nodes : what `nodes_behind` gave.
+    params : parameter by name.
+    constant : positions in `nodes` of those whose results do not grow with the batch.
+    """
+    names = {id(p): name for name, p in params.items()}
+    side = _weight_side(nodes, names, constant)
+    uses = []
+    for node in nodes:
+        if node in side:
+            continue
+        for slot, (child, number) in enumerate(node.next_functions):
+            if child is not None and child in side:
+                behind, chain, looks = _describe(child, side)
+                shape = tuple(
+                    child.variable.shape if hasattr(child, "variable") else child._input_metadata[number].shape
+                )
+                look = (behind, node.name(), slot, number, looks)
+                uses.append(Use(node, slot, child, number, behind, chain, shape, look))
+    return uses
+
+
+def _weight_side(nodes: list[Node], names: dict[int, str], constant: set[int]) -> dict[Node, str | None]:
+    """Nodes of the weight side; of parameters with their name."""
+    side: dict[Node, str | None] = {}
+    waiting: dict[Node, list[Node]] = {}
+    open_children: dict[Node, int] = {}
+    ready: deque[Node] = deque()
+    for i, node in enumerate(nodes):
+        if hasattr(node, "variable"):
+            if id(node.variable) in names:
+                side[node] = names[id(node.variable)]
+                ready.append(node)
+            continue
+        children = {child for child, _ in node.next_functions if child is not None}
+        if children and (i in constant or (node.name() in LAYOUT and len(children) == 1)):
+            open_children[node] = len(children)
+            for child in children:
+                waiting.setdefault(child, []).append(node)
+    while ready:
+        for parent in waiting.get(ready.popleft(), ()):
+            open_children[parent] -= 1
+            if not open_children[parent]:
+                side[parent] = None
+                ready.append(parent)
+    return side
+
+
+def _describe(source: Node, side: dict[Node, str | None]) -> tuple[tuple[str, ...], tuple[str, ...] | None, tuple]:
+    """Parameters behind a source, its chain of rearrangements if it is one, and the names of all its nodes."""
+    behind: dict[str, None] = {}
+    chain: list[str] | None = []
+    looks = []
+    seen: set[Node] = set()
+    queue: deque[Node] = deque([source])
+    while queue:
+        node = queue.popleft()
+        if node in seen:
+            continue
+        seen.add(node)
+        if (name := side[node]) is not None:
+            behind[name] = None
+            continue
+        looks.append(node.name())
+        children = [child for child, _ in node.next_functions if child is not None]
+        queue.extend(children)
+        if chain is not None:
+            chain = [*chain, node.name()] if node.name() in LAYOUT and len(children) == 1 else None
+    return tuple(behind), None if chain is None or len(behind) > 1 else tuple(chain), tuple(looks)
+
+
+def signature(uses: list[Use]) -> tuple:
     """What must stay the same for a check made on some samples to hold for others: the uses, without sizes."""
-    return tuple((use.name, use.node.name(), use.slot, use.layout) for use in uses)
+    return tuple(use.look for use in uses)

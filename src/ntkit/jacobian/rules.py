@@ -1,19 +1,14 @@
-"""One rule per autograd node: from the node's saved tensors and its cotangent to factors of a parameter's gradient.
+"""One rule per autograd node: from the node's saved tensors and its cotangent to a factor of a weight's gradient.
 
-The gradient of the weight W as the node sees it, for sample i and output c, comes in one of two forms:
-
-- `Rows`: the entries themselves, [n, C, *W.shape]; for small parameters (biases, scales);
-- `Pair`: sum over positions t of cotangent[i, c, t, :] (x) data[i, t, :], kept as its two factors; for dense layers and
-  convolutions, whose entries would be n x C x P numbers.
-
-A rule is called with the use, the owner of the node's rows, n, and the cotangent [C, *node output shape].
+A rule is called with the use, the owner of the node's rows, n, and the cotangent [C, *node output shape]. It returns
+the gradient of the source as the node sees it (`Rows`, `Pair` or `Convolved`: see `jacobian.pairs`), per sample and
+output, or None where it does not apply: the parameters behind that source then fall back.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,57 +16,14 @@ from torch.nn import functional as F
 
 from ntkit.jacobian.graph import Use
 from ntkit.jacobian.ownership import Owner
+from ntkit.jacobian.pairs import Convolved, Factor, Pair, Rows
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Gradient entries, [n, C, *W.shape]."""
-
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Gradient in factors: W[o, a] += cotangent[i, c, t, o] * data[i, t, a], positions t = 1..T.
-
-    ``data`` is [n, T, a], or integer [n, T] for a row selection (embedding), which stands for one-hot vectors of length
-    ``a``. ``data_first``: W is laid out [a, o] instead of [o, a]. ``groups`` > 1: both factors' last axes are cut into
-    that many equal parts which meet only each other (grouped convolution), W is [o, a / groups].
-    """
-
-    data: Tensor
-    cotangent: Tensor
-    a: int
-    data_first: bool = False
-    groups: int = 1
-
-    def rows(self) -> Tensor:
-        """Multiply out: [n, C, o * a / groups], in W's own order of entries."""
-        n, outputs, _, o = self.cotangent.shape
-        if self.data.dtype == torch.int64:
-            values = self.cotangent.new_zeros(n, outputs, self.a, o)
-            index = self.data[:, None, :, None].expand_as(self.cotangent)
-            values.scatter_add_(2, index, self.cotangent)
-            return (values if self.data_first else values.transpose(2, 3)).reshape(n, outputs, -1)
-        g = self.groups
-        left = self.cotangent.unflatten(3, (g, o // g))  # [n, C, T, g, o/g]
-        right = self.data.unflatten(2, (g, self.a // g))  # [n, T, g, a/g]
-        # One batched product per (sample, group) with all outputs stacked: the data factor is read once.
-        left = left.permute(0, 3, 1, 4, 2).reshape(n * g, outputs * (o // g), -1)
-        right = right.permute(0, 2, 1, 3).reshape(n * g, -1, self.a // g)
-        values = torch.bmm(left, right).reshape(n, g, outputs, o // g, self.a // g).transpose(1, 2)
-        if self.data_first:
-            values = values.reshape(n, outputs, o, self.a).transpose(2, 3)
-        return values.reshape(n, outputs, -1)
-
-
-Factor = Rows | Pair
 Rule = Callable[[Use, Owner, int, Tensor], Factor | None]
 RULES: dict[str, Rule] = {}
 
 
 def rule(*nodes: str) -> Callable[[Rule], Rule]:
-    """Register a rule for nodes by name. It returns None where it does not apply: the parameter then falls back."""
+    """Register a rule for nodes by name."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(nodes, function))
@@ -91,7 +43,15 @@ def _summed(values: Tensor, use: Use, owner: Owner, n: int, align: int | None = 
     over = [d + 2 for d, size in enumerate(target) if size == 1 and per_sample.shape[d + 2] != 1]
     if over:
         per_sample = per_sample.sum(over, keepdim=True)
-    return Rows(per_sample.reshape(n, values.shape[0], *use.shape))
+    return Rows(per_sample.reshape(n, values.shape[0], -1))
+
+
+def _split(t: Tensor, owner: Owner, n: int) -> Tensor:
+    """Data saved by a node, by sample and with an axis for the outputs: [n, 1, ...]."""
+    return owner.split(t, n)[:, None]
+
+
+# ---------------------------------------------------------------------- products
 
 
 @rule("AddmmBackward0", "MmBackward0")
@@ -100,53 +60,63 @@ def _matrix_product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | Non
     addmm = node.name() == "AddmmBackward0"
     if addmm and use.slot == 0:
         return _summed(cot * node._saved_beta if node._saved_beta != 1 else cot, use, owner, n)
-    weight_second = use.slot == (2 if addmm else 1)
     if addmm and node._saved_alpha != 1:
         cot = cot * node._saved_alpha
-    if weight_second:  # out = data @ W: [R, a] @ [a, o]
+    if use.slot == (2 if addmm else 1):  # out = data @ W: [R, a] @ [a, o]
         data = node._saved_mat1 if addmm else node._saved_self
         if owner.dim != 0:
             return None
-        return Pair(owner.split(data, n), owner.split(cot, n, lead=1), data.shape[1], data_first=True)
+        return Pair(_split(data, owner, n), owner.split(cot, n, lead=1), *use.shape, data_left=True)
     data = node._saved_mat2  # out = W @ data: [o, a] @ [a, R]
     if owner.dim != 1:
         return None
-    return Pair(owner.split(data, n).transpose(1, 2), owner.split(cot, n, lead=1).transpose(2, 3), data.shape[0])
+    data, cot = _split(data, owner, n).transpose(2, 3), owner.split(cot, n, lead=1).transpose(2, 3)
+    return Pair(cot, data, *use.shape, data_left=False)
 
 
-@rule("ConvolutionBackward0")
-def _convolution(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+@rule("BmmBackward0", "BaddbmmBackward0")
+def _batched_product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
     node = use.node
-    if use.slot == 2:
-        return _summed(cot, use, owner, n, align=1)
-    if use.slot != 1 or owner.dim != 0 or node._saved_transposed:
+    first = 0 if node.name() == "BmmBackward0" else 1
+    if first:
+        if use.slot == 0:
+            return _summed(cot * node._saved_beta, use, owner, n)
+        cot = cot * node._saved_alpha
+    if use.slot == first + 1:  # out[g] = data[g] @ W[g]
+        data = node._saved_batch1 if first else node._saved_self
+        if owner.dim == 1:
+            left, right = _split(data, owner, n), owner.split(cot, n, lead=1)  # [n, 1 | C, g, T, a | o]
+        else:
+            return None  # a weight of every sample's own: it was expanded, and that is its use
+    else:  # out[g] = W[g] @ data[g]
+        data = node._saved_batch2 if first else node._saved_mat2
+        if owner.dim != 2:
+            return None
+        left, right = owner.split(cot, n, lead=1).transpose(3, 4), _split(data, owner, n).transpose(3, 4)
+    if use.shape[0] == 1:
+        return Pair(left[:, :, 0], right[:, :, 0], *use.shape[1:], data_left=use.slot == first + 1)
+    return Rows((left.transpose(3, 4) @ right).flatten(2))
+
+
+@rule("MvBackward0")
+def _matrix_times_vector(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+    data = use.node._saved_self  # out = data @ w: [R, a] @ [a]
+    if use.slot != 1 or owner.dim != 0:
         return None
-    kernel = use.shape[2:]
-    patches = _patches(node._saved_input, kernel, node._saved_stride, node._saved_padding, node._saved_dilation)
-    data = owner.split(patches, n).transpose(2, 3)  # [n, images per sample, positions, channels * kernel]
-    cot = owner.split(cot.flatten(3), n, lead=1).transpose(3, 4)  # [n, C, images per sample, positions, channels out]
-    return Pair(data.flatten(1, 2), cot.flatten(2, 3), patches.shape[1], groups=node._saved_groups)
+    return Rows((owner.split(cot, n, lead=1)[:, :, None] @ _split(data, owner, n))[:, :, 0])
 
 
-def _patches(
-    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
-) -> Tensor:
-    """Receptive fields, [N, channels * prod(kernel), positions], for any number of spatial axes."""
-    if len(kernel) == 2:
-        return F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)
-    x = F.pad(x, [p for size in reversed(padding) for p in (size, size)])
-    out = [(x.shape[2 + d] - dilation[d] * (k - 1) - 1) // stride[d] + 1 for d, k in enumerate(kernel)]
-    steps = x.stride()
-    view = x.as_strided(
-        (*x.shape[:2], *kernel, *out),
-        (
-            *steps[:2],
-            *(s * d for s, d in zip(steps[2:], dilation, strict=True)),
-            *(s * d for s, d in zip(steps[2:], stride, strict=True)),
-        ),
-        x.storage_offset(),
-    )
-    return view.reshape(x.shape[0], x.shape[1] * math.prod(kernel), math.prod(out))
+@rule("TrilinearBackward0")
+def _bilinear(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+    node = use.node
+    if use.slot != 1 or owner.dim != 0 or cot.dim() != 3:
+        return None
+    x1, x2 = _split(node._saved_i1, owner, n), _split(node._saved_i3, owner, n)
+    x1, x2 = x1.squeeze(3), x2.squeeze(3)  # [n, 1, T, a1], [n, 1, T, a2]: nn.Bilinear's own call
+    if x1.dim() != 4 or x2.dim() != 4 or use.shape[1:] != (x1.shape[3], x2.shape[3]):
+        return None
+    data = (x1[..., :, None] * x2[..., None, :]).flatten(3)
+    return Pair(owner.split(cot, n, lead=1), data, use.shape[0], data.shape[3], data_left=False)
 
 
 @rule("EmbeddingBackward0")
@@ -159,7 +129,88 @@ def _embedding(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
     if 0 <= node._saved_padding_idx < use.shape[0]:
         cot = cot * (index != node._saved_padding_idx).unsqueeze(-1)
     cot = owner.split(cot, n, lead=1).flatten(2, -2)
-    return Pair(owner.split(index, n).flatten(1), cot, use.shape[0], data_first=True)
+    return Pair(_split(index, owner, n).flatten(2), cot, *use.shape, data_left=True)
+
+
+@rule("EmbeddingBagBackward0")
+def _embedding_bag(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+    node = use.node
+    index, bags, weights = node._saved_indices.long(), cot.shape[1], node._saved_per_sample_weights
+    if use.slot != 0 or owner.dim != 0 or node._saved_scale_grad_by_freq or node._saved_mode == 2:  # 2: max
+        return None
+    length = index.numel() // bags
+    if not length or not torch.equal(node._saved_offsets[:bags], length * torch.arange(bags, device=index.device)):
+        return None  # bags of different lengths
+    share = cot.new_ones(bags, length)
+    if 0 <= node._saved_padding_idx < use.shape[0]:
+        share = (index != node._saved_padding_idx).to(share).view(bags, length)
+    if node._saved_mode == 1:  # the mean
+        share = share / share.sum(1, keepdim=True).clamp(min=1)
+    elif weights is not None:
+        share = share * weights.view(bags, length)
+    index = owner.split(index.view(bags, length), n).flatten(1)[:, None]
+    cot = owner.split(cot[:, :, None] * share[..., None], n, lead=1).flatten(2, 3)
+    return Pair(index, cot, *use.shape, data_left=True)
+
+
+@rule("IndexBackward0")
+def _rows_by_index(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+    indices = [i for i in use.node._saved_indices if i is not None]
+    if len(indices) != 1 or use.node._saved_indices[0] is None or indices[0].dtype == torch.bool:
+        return None
+    index = indices[0].long()
+    if owner.dim >= index.dim():
+        return None
+    index = torch.where(index < 0, index + use.shape[0], index)
+    cot = cot.flatten(1 + index.dim()) if cot.dim() > 1 + index.dim() else cot.unsqueeze(-1)
+    cot = owner.split(cot, n, lead=1).flatten(2, -2)
+    return Pair(_split(index, owner, n).flatten(2), cot, use.shape[0], math.prod(use.shape[1:]), data_left=True)
+
+
+# ---------------------------------------------------------------------- convolutions
+
+
+@rule("ConvolutionBackward0")
+def _convolution(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+    node = use.node
+    if use.slot == 2:
+        return _summed(cot, use, owner, n, align=1)
+    if use.slot != 1 or owner.dim != 0:
+        return None
+    x, kernel, groups = node._saved_input, use.shape[2:], node._saved_groups
+    geometry = (tuple(kernel), tuple(node._saved_stride), tuple(node._saved_dilation))
+    padding = [p for size in reversed(node._saved_padding) for p in (size, size)]
+    if not node._saved_transposed:
+        x = F.pad(x, padding) if any(padding) else x
+        return Convolved(owner.split(x, n), owner.split(cot, n, lead=1), *geometry, groups)
+    # The transposed convolution of x is the convolution's gradient: weight [a, o / groups, *kernel] sums over places of
+    # x the receptive fields of the cotangent.
+    cot = F.pad(cot, padding) if any(padding) else cot
+    cot, x = owner.split(cot, n, lead=1), owner.split(x, n)  # [n, C, F, o, *space], [n, F, a, *places]
+    outputs = cot.shape[1]
+    swapped = Convolved(cot.flatten(0, 1), _each(x, outputs)[:, None], *geometry, groups)
+    places = tuple(
+        (size - step * (k - 1) - 1) // s + 1 for size, k, s, step in zip(cot.shape[4:], *geometry, strict=True)
+    )
+    if places != tuple(x.shape[3:]):  # output padding leaves places that no input reaches
+        keep = (
+            ...,
+            *(slice(0, (p - 1) * s + step * (k - 1) + 1) for p, k, s, step in zip(x.shape[3:], *geometry, strict=True)),
+        )
+        swapped = Convolved(cot[keep].flatten(0, 1), swapped.cotangent, *geometry, groups)
+    if groups > 1:
+        return Rows(swapped.rows().unflatten(0, (n, outputs))[:, :, 0])
+    fields = swapped.pair()
+    left = x.flatten(3).transpose(2, 3).reshape(n, 1, -1, x.shape[2])
+    return Pair(left, fields.right[:, 0].unflatten(0, (n, outputs)), fields.l, fields.r, data_left=True)
+
+
+def _each(x: Tensor, times: int) -> Tensor:
+    """Repeat every sample's entry for every output, as a view where possible: [n, ...] -> [n * times, ...]."""
+    return x[:, None].expand(-1, times, *(-1,) * (x.dim() - 1)).flatten(0, 1)
+
+
+# ---------------------------------------------------------------------- normalisations
 
 
 @rule("NativeLayerNormBackward0")
@@ -168,6 +219,12 @@ def _layer_norm(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
     if use.slot == 1:
         cot = cot * ((node._saved_input - node._saved_result1) * node._saved_result2)
     return _summed(cot, use, owner, n) if use.slot in (1, 2) else None
+
+
+@rule("FusedRmsNormBackward0")
+def _rms_norm(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+    node = use.node
+    return _summed(cot * (node._saved_input * node._saved_result1), use, owner, n) if use.slot == 1 else None
 
 
 @rule("NativeGroupNormBackward0")
@@ -194,6 +251,9 @@ def _batch_norm(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
     return _summed(cot, use, owner, n, align=1) if use.slot in (1, 2) else None
 
 
+# ---------------------------------------------------------------------- entry by entry
+
+
 @rule("AddBackward0", "SubBackward0", "ExpandBackward0")
 def _broadcast(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor:
     if use.slot == 1 and use.node.name() != "ExpandBackward0":
@@ -202,17 +262,51 @@ def _broadcast(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor:
     return _summed(cot, use, owner, n)
 
 
+@rule("RepeatBackward0")
+def _repeat(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+    per_sample = owner.split(cot, n, lead=1)
+    lead = per_sample.dim() - 2 - len(use.shape)
+    per_sample = per_sample.sum(tuple(range(2, 2 + lead))) if lead else per_sample
+    for d, size in enumerate(use.shape):
+        if per_sample.shape[2 + d] % max(size, 1):
+            return None
+        per_sample = per_sample.unflatten(2 + d, (-1, size)).sum(2 + d)
+    return Rows(per_sample.flatten(2) if use.shape else per_sample[:, :, None])
+
+
 @rule("MulBackward0")
-def _product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
-    other = use.node._saved_other if use.slot == 0 else use.node._saved_self
-    return None if other.is_complex() or cot.is_complex() else _summed(cot * other, use, owner, n)
+def _product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor:
+    return _summed(cot * (use.node._saved_other if use.slot == 0 else use.node._saved_self), use, owner, n)
 
 
 @rule("DivBackward0")
-def _quotient(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
-    if use.slot != 0 or cot.is_complex() or use.node._saved_other.is_complex():
+def _quotient(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor:
+    below = use.node._saved_other
+    if use.slot == 0:
+        return _summed(cot / below, use, owner, n)
+    return _summed(-cot * use.node._saved_self / below.square(), use, owner, n)
+
+
+@rule("AddcmulBackward0")
+def _scaled_product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+    node = use.node
+    if use.slot:
+        cot = cot * (node._saved_tensor2 if use.slot == 1 else node._saved_tensor1) * node._saved_value
+    return _summed(cot, use, owner, n)
+
+
+@rule("PowBackward1")
+def _power(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+    if use.slot != 1:
         return None
-    return _summed(cot / use.node._saved_other, use, owner, n)
+    base, power = use.node._saved_self, use.node._saved_result
+    return _summed(cot * torch.where(base == 0, 0, power * base.log()), use, owner, n)
+
+
+@rule("WhereBackward0")
+def _choice(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+    chosen = use.node._saved_condition if use.slot == 1 else ~use.node._saved_condition
+    return _summed(cot * chosen, use, owner, n)
 
 
 @rule("PreluKernelBackward0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ntkit.jacobian.ownership import Owner
+from ntkit.jacobian.pairs import Block, Place
 
 
 class SelfCheckError(RuntimeError):
@@ -23,15 +24,38 @@ class Irregular(Exception):
 
 
 @dataclass(frozen=True)
-class Size:
-    """Shape of one parameter's gradient in factors: T positions of data [a] and cotangent [o]; T = 0 means rows."""
+class Part:
+    """Shape of one pair of factors (see `jacobian.pairs.Pair`): T positions, sizes, which side is the data's, where."""
 
     positions: int
-    a: int
-    o: int
+    l: int  # noqa: E741 (the formula's own letter)
+    r: int
+    data_left: bool
+    index: bool
+    block: Block | None
+
+    @property
+    def data(self) -> int:
+        """Size of the data factor."""
+        return self.l if self.data_left else self.r
+
+    @property
+    def cotangent(self) -> int:
+        """Size of the cotangent factor."""
+        return self.r if self.data_left else self.l
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of one parameter's gradient: its entries, and its pairs of factors; none if it comes in entries only."""
+
     entries: int
-    gather: bool = False
-    data_first: bool = False
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def positions(self) -> int:
+        """Positions of all pairs; 0 if the gradient comes in entries only."""
+        return sum(part.positions for part in self.parts)
 
 
 @dataclass
@@ -44,10 +68,16 @@ class Structure:
 
     outputs: int
     unused: set[str]
-    uses: dict[str, tuple]  # parameter -> what its uses look like (`graph.signature`)
+    looks: dict[str, tuple]  # parameter -> what its uses look like
     distinct: int  # how many different samples it was established on
-    owners: dict[tuple[str, int], Owner] = field(default_factory=dict)  # (parameter, which of its uses) -> owner
+    names: tuple[str, ...] = ()  # of the graph's nodes, in order
+    constant: frozenset[int] = frozenset()  # which of them do not grow with the batch
+    owners: dict[tuple, Owner] = field(default_factory=dict)  # (parameters, which of their uses) -> owner
+    places: dict[tuple, Place | None] = field(default_factory=dict)  # ... -> where its factors belong in the parameter
     fallback: dict[str, str] = field(default_factory=dict)  # parameter -> why
     sizes: dict[str, Size] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)  # bias -> weight of the same layer, whose cotangent is its own
     watched: bool = False
+    eps: float = 0.0  # rounding of the coarsest precision anywhere in the graph
+    plain_rnn: bool = False  # fused recurrent layers hide their steps: they are taken apart
     bytes_per_sample: int = 0  # of saved tensors and cotangents, for one output

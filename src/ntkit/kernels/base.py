@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,25 +17,28 @@ from ntkit.jacobian.inputs import Batch, checked, count
 class Kernel(ABC):
     """A kernel k(x, x'). Subclasses implement `_gram`, `_pairs` and `operator`; input is checked here, once."""
 
-    def __call__(self, x1: Batch, x2: Batch | None = None) -> Tensor:
+    def __call__(self, x1: Batch, x2: Batch | None = None, out: Any = None) -> Tensor:
         """Kernel values between two sets.
 
         Parameters
         ----------
         x1, x2 : samples along the first axis (a tensor, or a tuple or dict of tensors). ``x2=None`` means the same set:
             then the symmetric half is computed once and the result is exactly symmetric.
+        out : a tensor or numpy array (a memmap, too) of the result's shape and dtype, on any device: the values are
+            written into it, tile by tile where the kernel has tiles.
 
         Returns
         -------
         Tensor
-            [n1, n2] or with output axes behind, as the kernel's class says.
+            [n1, n2] or with output axes behind, as the kernel's class says; shares its memory with `out`.
 
         Raises
         ------
         Refused
-            For empty, ragged or non-finite input, and for a model whose samples are not independent.
+            For empty, ragged or non-finite input, an `out` that does not fit, and a model whose samples are not
+            independent.
         """
-        return self._gram(checked(x1, "x1"), None if x2 is None else checked(x2, "x2"))
+        return self._gram(checked(x1, "x1"), None if x2 is None else checked(x2, "x2"), _writable(out))
 
     def diagonal(self, x: Batch) -> Tensor:
         """k(x_i, x_i) for every i: what ``k(x)[i, i]`` is, at the cost of n values."""
@@ -52,10 +56,43 @@ class Kernel(ABC):
         """Matrix-free k(x, x)."""
 
     @abstractmethod
-    def _gram(self, x1: Batch, x2: Batch | None) -> Tensor: ...
+    def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor: ...
 
     @abstractmethod
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor: ...
+
+
+def _writable(out: Any) -> Tensor | None:
+    """The user's array as a tensor over the same memory."""
+    if out is None or isinstance(out, Tensor):
+        return out
+    if isinstance(out, np.ndarray) and out.flags.writeable:
+        return torch.from_numpy(out)
+    raise refusal(
+        "out",
+        got="a read-only array" if isinstance(out, np.ndarray) else type(out).__name__,
+        expected="a tensor or a writable numpy array",
+        fix='Open a memmap with mode "r+" or "w+".',
+    )
+
+
+def written(values: Tensor, out: Tensor | None) -> Tensor:
+    """Values in the user's own tensor, if there is one."""
+    if out is None:
+        return values
+    check_out(out, tuple(values.shape), values.dtype)
+    return out.copy_(values)
+
+
+def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse a tensor that cannot take the result as it is."""
+    if tuple(out.shape) != shape or out.dtype != dtype:
+        raise refusal(
+            "out",
+            got=f"shape {tuple(out.shape)}, {out.dtype}",
+            expected=f"shape {shape}, {dtype}",
+            fix="Make it anew; its values are overwritten.",
+        )
 
 
 class KernelOperator:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ntkit.checks import nearest, refusal
 from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.inputs import Batch, call, check_mode, count, select_parameters, take, untouched
-from ntkit.kernels.base import Kernel, KernelOperator
+from ntkit.kernels.base import Kernel, KernelOperator, written
 
 _BATCH = 256
 _WEIGHTED = {
@@ -65,12 +65,12 @@ class ConjugateKernel(Kernel):
         phi = self.features(x)
         return KernelOperator(len(phi), lambda v: phi @ (phi.T @ v), lambda: phi.square().sum(1), phi)
 
-    def _gram(self, x1: Batch, x2: Batch | None) -> Tensor:
+    def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
         phi = self.features(x1)
         if x2 is None:
             gram = phi @ phi.T
-            return gram.triu() + gram.triu(1).T  # exactly symmetric
-        return phi @ self.features(x2).T
+            return written(gram.triu() + gram.triu(1).T, out)  # exactly symmetric
+        return written(phi @ self.features(x2).T, out)
 
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
         phi = self.features(x1)
@@ -112,7 +112,7 @@ class ConjugateKernel(Kernel):
 
     @staticmethod
     def _last_hidden(out: Tensor, params: dict[str, nn.Parameter]) -> Tensor | None:
-        uses = {(use.node, use.slot) for use in find_uses(out, params)}
+        uses = {(use.node, use.slot) for use in find_uses(nodes_behind(out), params, set())}
         for node in nodes_behind(out):
             name = node.name()
             slot, saved = _WEIGHTED.get(name, (-1, ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from ntkit.checks import nearest, refusal
 from ntkit.jacobian.check import structure_of
-from ntkit.jacobian.contract import Plan, Tile, make_plan, multiply, multiply_aligned, prepare
+from ntkit.jacobian.contract import Tile, blocks, multiply, multiply_aligned, prepare, triangle
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.inputs import MODES, Batch, Outputs, check_mode, checked, count, select_parameters, take
 from ntkit.jacobian.operator import jacobian_times, jacobian_transpose_times
+from ntkit.jacobian.plan import ROUTES, Plan, make_plan
 from ntkit.jacobian.structure import Irregular, Size, Structure
-from ntkit.kernels.base import Kernel, KernelOperator
+from ntkit.kernels.base import Kernel, KernelOperator, check_out
 from ntkit.progress import task
+
+_LEAF = 64  # samples: smaller products are not worth saving half of
 
 
 class TangentKernel(Kernel):
@@ -33,6 +36,8 @@ class TangentKernel(Kernel):
         one scalar per sample [n]: the kernel of that scalar, [n1, n2].
     params : parameter names, a predicate on names (or on name and parameter), or None for all that require grad.
     memory : bytes of scratch memory (or text such as "2 GB"), beside inputs and result; half of what is free if None.
+    routes : parameter name -> "outer", "tokens", "nested" or "rows" (see ``print(kernel.plan(x))``), where the choice
+        is not to be the cheapest by the machine's rates.
 
     Raises
     ------
@@ -58,7 +63,12 @@ class TangentKernel(Kernel):
     """
 
     def __init__(
-        self, model: nn.Module, outputs: Outputs = "full", params: Any = None, memory: int | str | None = None
+        self,
+        model: nn.Module,
+        outputs: Outputs = "full",
+        params: Any = None,
+        memory: int | str | None = None,
+        routes: Mapping[str, str] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise refusal(
@@ -73,6 +83,16 @@ class TangentKernel(Kernel):
         self._budget = parse_memory(memory)
         self._params = params
         self._gradients = Gradients(model, select_parameters(model, params), outputs)
+        self._routes = dict(routes or {})
+        for name, route in self._routes.items():
+            if name not in self._gradients.params or route not in ROUTES:
+                known = self._gradients.params if name not in self._gradients.params else ROUTES
+                raise refusal(
+                    "routes",
+                    got=f"{name!r}: {route!r}",
+                    expected="a parameter's name and a route",
+                    fix=nearest(name if known is not ROUTES else route, known),
+                )
 
     # ------------------------------------------------------------------ values
 
@@ -83,20 +103,16 @@ class TangentKernel(Kernel):
         """
         x1, x2 = checked(x1, "x1"), None if x2 is None else checked(x2, "x2")
         names = list(self._gradients.params)
-        shares: dict[str, Tensor] = {}
 
         def products(t1: Tile, t2: Tile, scratch: int) -> Tensor:
             return torch.stack([multiply(t1.only(name), t2.only(name), self._mode, scratch) for name in names])
 
-        whole = self._tiled(x1, x2, products, lead=(len(names),))
-        for name, share in zip(names, whole, strict=True):
-            shares[name] = share
-        return shares
+        return dict(zip(names, self._tiled(x1, x2, products, lead=(len(names),)), strict=True))
 
     def plan(self, x1: Batch, x2: Batch | None = None) -> Plan:
         """How ``k(x1, x2)`` would be computed: route and cost per parameter, samples per tile and forward pass."""
         x1 = checked(x1, "x1")
-        return self._planned(x1, x1 if x2 is None else checked(x2, "x2"))[2]
+        return self._planned(x1, None if x2 is None else checked(x2, "x2"))[2]
 
     def fallback(self, x: Batch) -> dict[str, str]:
         """Parameters computed by plain autograd, sample by sample, on inputs like `x`, and why; empty at best."""
@@ -138,16 +154,16 @@ class TangentKernel(Kernel):
 
         return KernelOperator(n * outputs if full else n, apply, diagonal, like)
 
-    def _gram(self, x1: Batch, x2: Batch | None) -> Tensor:
+    def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
         def product(t1: Tile, t2: Tile, scratch: int) -> Tensor:
             return multiply(t1, t2, self._mode, scratch)[None]
 
-        return self._tiled(x1, x2, product, lead=(1,))[0]
+        return self._tiled(x1, x2, product, lead=(1,), out=out)[0]
 
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
         other = x1 if x2 is None else x2
         while True:
-            known1, known2, plan = self._planned(x1, other, aligned=True)
+            known1, known2, plan = self._planned(x1, x2, aligned=True)
             parts = []
             try:
                 for start in range(0, count(x1), plan.tile):
@@ -159,62 +175,91 @@ class TangentKernel(Kernel):
             except Irregular as signal:
                 known1.fallback |= signal.reasons
                 known2.fallback |= signal.reasons
+            except torch.OutOfMemoryError:
+                self._halve(plan)
 
     # ------------------------------------------------------------------ tiles
 
-    def _tiled(self, x1: Batch, x2: Batch | None, product: Callable[..., Tensor], lead: tuple[int, ...]) -> Tensor:
-        while True:
-            known1, known2, plan = self._planned(x1, x1 if x2 is None else x2)
-            try:
-                return self._fill(x1, x2, known1, known2, plan, product, lead)
-            except Irregular as signal:  # seen only in a later batch: that parameter goes sample by sample
-                known1.fallback |= signal.reasons
-                known2.fallback |= signal.reasons
-
-    def _fill(
+    def _tiled(
         self,
+        x1: Batch,
+        x2: Batch | None,
+        product: Callable[..., Tensor],
+        lead: tuple[int, ...],
+        out: Tensor | None = None,
+    ) -> Tensor:
+        n1, n2 = count(x1), count(x1 if x2 is None else x2)
+        result: Tensor | None = None
+        done = 0  # rows of the result that are final
+        with task("tangent kernel", total=n1 + n2) as progress, torch.no_grad():
+            while done < n1:
+                known1, known2, plan = self._planned(x1, x2)
+                if result is None:
+                    result = self._result(out, lead, n1, n2, known1)
+                rows = slice(done, min(done + plan.tile, n1))
+                try:
+                    self._strip(result, rows, x1, x2, known1, known2, plan, product, progress.advance)
+                except Irregular as signal:  # seen only in a later batch: that parameter goes sample by sample
+                    known1.fallback |= signal.reasons
+                    known2.fallback |= signal.reasons
+                    done = 0
+                    continue
+                except torch.OutOfMemoryError:
+                    self._halve(plan)
+                    continue
+                done = rows.stop
+        assert result is not None
+        return result
+
+    def _result(self, out: Tensor | None, lead: tuple[int, ...], n1: int, n2: int, known: Structure) -> Tensor:
+        """Where the values go: [*lead, n1, n2, ...], new, or the user's own."""
+        tail = {"full": (known.outputs,) * 2, "diagonal": (known.outputs,)}.get(self._mode, ())
+        dtype = self._gradients.dtype
+        if out is None:
+            device = next(iter(self._gradients.params.values())).device
+            return torch.empty(*lead, n1, n2, *tail, dtype=dtype, device=device)
+        check_out(out, (n1, n2, *tail), dtype)
+        return out[None]
+
+    def _strip(
+        self,
+        result: Tensor,
+        rows: slice,
         x1: Batch,
         x2: Batch | None,
         known1: Structure,
         known2: Structure,
         plan: Plan,
         product: Callable[..., Tensor],
-        lead: tuple[int, ...],
-    ) -> Tensor:
+        advance: Callable[[int], None],
+    ) -> None:
+        """One strip of rows: of a symmetric kernel only from the diagonal on, and its mirror image."""
         same = x2 is None
         other = x1 if same else x2
-        n1, n2 = count(x1), count(other)
-        tail = {"full": (known1.outputs,) * 2, "diagonal": (known1.outputs,)}.get(self._mode, ())
-        like = next(iter(self._gradients.params.values()))
-        result = torch.empty(*lead, n1, n2, *tail, dtype=self._gradients.dtype, device=like.device)
         scratch = max(self._memory() // 8, 1)
-        strips = [slice(i, min(i + plan.tile, n1)) for i in range(0, n1, plan.tile)]
-        with (
-            task(
-                "tangent kernel", total=sum(n1 - s.start if same else s.stop - s.start + n2 for s in strips)
-            ) as progress,
-            torch.no_grad(),
-        ):
-            for rows in strips:
-                t1 = prepare(self._gradients, take(x1, rows), known1, plan, progress.advance)
-                if same:
-                    for a, b in _blocks(t1.n, t1.n, plan.block, symmetric=True):
-                        block = product(t1.part(a.start, a.stop), t1.part(b.start, b.stop), scratch)
-                        _store(result, block, rows.start + a.start, rows.start + b.start, mirrored=True)
-                for j in range(rows.stop if same else 0, n2, plan.columns):
-                    t2 = prepare(
-                        self._gradients, take(other, slice(j, j + plan.columns)), known2, plan, progress.advance
-                    )
-                    for a, b in _blocks(t1.n, t2.n, plan.block, symmetric=False):
-                        block = product(t1.part(a.start, a.stop), t2.part(b.start, b.stop), scratch)
-                        _store(result, block, rows.start + a.start, j + b.start, mirrored=same)
-                    del t2
-                del t1  # its memory is the next one's
-        return result
+        t1 = prepare(self._gradients, take(x1, rows), known1, plan, advance)
+        if same:
+            # leaves of an eighth: the squares on the diagonal, done whole, then cost an eighth of the half saved
+            for a, b in triangle(0, t1.n, plan.block, max(_LEAF, t1.n // 16)):
+                block = product(t1.part(a.start, a.stop), t1.part(b.start, b.stop), scratch)
+                _store(result, block, rows.start + a.start, rows.start + b.start, mirrored=True)
+        for j in range(rows.stop if same else 0, count(other), plan.columns):
+            t2 = prepare(self._gradients, take(other, slice(j, j + plan.columns)), known2, plan, advance)
+            for a, b in blocks(t1.n, t2.n, plan.block):
+                block = product(t1.part(a.start, a.stop), t2.part(b.start, b.stop), scratch)
+                _store(result, block, rows.start + a.start, j + b.start, mirrored=same)
+            del t2
 
-    def _planned(self, x1: Batch, x2: Batch, aligned: bool = False) -> tuple[Structure, Structure, Plan]:
+    def _halve(self, plan: Plan) -> None:
+        """After the device ran out of memory: half the budget, unless it is down to single samples."""
+        if plan.tile == plan.batch == 1:
+            raise
+        torch.cuda.empty_cache()
+        self._budget = max(self._memory() // 2, 1)
+
+    def _planned(self, x1: Batch, x2: Batch | None, aligned: bool = False) -> tuple[Structure, Structure, Plan]:
         known1 = self._known(x1)
-        known2 = known1 if x2 is x1 else self._known(x2)
+        known2 = known1 if x2 is None else self._known(x2)
         known1 = self._known(x1)  # x2 may have shown more different samples of the same kind
         if known1.outputs != known2.outputs:
             raise refusal(
@@ -225,7 +270,10 @@ class TangentKernel(Kernel):
             )
         both = known1 if known2 is known1 else _joined(known1, known2)
         like = next(iter(self._gradients.params.values()))
-        plan = make_plan(both, self._mode, count(x1), count(x2), self._memory(), like, aligned)
+        n1, n2 = count(x1), count(x1 if x2 is None else x2)
+        plan = make_plan(
+            both, self._mode, n1, n2, self._memory(), like, same=x2 is None, aligned=aligned, routes=self._routes
+        )
         return known1, known2, plan
 
     def _known(self, x: Batch) -> Structure:
@@ -243,13 +291,6 @@ class TangentKernel(Kernel):
             if self._budget is not None
             else free_memory(next(iter(self._gradients.params.values())).device) // 2
         )
-
-
-def _blocks(n1: int, n2: int, size: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
-    """Cut n1 x n2 into blocks; of a symmetric square only those on and above the diagonal."""
-    for a in range(0, n1, size):
-        for b in range(a if symmetric else 0, n2, size):
-            yield slice(a, min(a + size, n1)), slice(b, min(b + size, n2))
 
 
 def _store(result: Tensor, block: Tensor, i: int, j: int, mirrored: bool) -> None:
@@ -282,12 +323,14 @@ def _joined(a: Structure, b: Structure) -> Structure:
     sizes = {}
     for name, s in a.sizes.items():
         o = b.sizes[name]
-        if 0 in (s.positions, o.positions) or (s.gather, s.data_first) != (o.gather, o.data_first):
-            sizes[name] = Size(0, 0, 0, s.entries)
-        else:
-            sizes[name] = s if s.positions >= o.positions else o
+        alike = [replace(p, positions=0) for p in s.parts] == [replace(p, positions=0) for p in o.parts]
+        sizes[name] = (s if s.positions >= o.positions else o) if alike else Size(s.entries)
     return replace(
-        a, sizes=sizes, fallback=a.fallback | b.fallback, bytes_per_sample=max(a.bytes_per_sample, b.bytes_per_sample)
+        a,
+        sizes=sizes,
+        fallback=a.fallback | b.fallback,
+        shared={bias: weight for bias, weight in a.shared.items() if b.shared.get(bias) == weight},
+        bytes_per_sample=max(a.bytes_per_sample, b.bytes_per_sample),
     )
 
 

@@ -1,0 +1,243 @@
+"""Plan a kernel: the cheapest exact route per parameter by the machine's measured rates, and tiles under a budget.
+
+Routes for a parameter whose gradient is a sum over positions t of cotangent [C, T, o] times data [T, a]:
+
+- ``outer``  (T = 1): (A1 A2^T) * (B1 B2^T); nothing of size n x P is formed;
+- ``tokens`` (few T): the same over pairs of positions, summed;
+- ``nested`` (few T, C > 1, all outputs): the data products are multiplied into one side's cotangents first, so that
+  pairs of positions are not paired with pairs of outputs;
+- ``rows``   (many T, or no factors): per-sample gradient entries [n, C, P], then one matrix product for all of these;
+- ``shared``: a bias whose layer's weight is on one of the first three: one more in every data product, no product;
+- ``fallback``: rows by plain autograd, sample by sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ntkit.checks import nearest, refusal
+from ntkit.jacobian.rates import Rates, rates_for
+from ntkit.jacobian.structure import Part, Size, Structure
+
+# Bytes of activations, cotangents and receptive fields that one forward batch may hold. Past the caches, and with fresh
+# pages for every large tensor, a sample of a convolutional net costs two to three times as much on a CPU (LOG.md).
+_FORWARD = 32e6
+
+# Numbers of the kernel multiplied at a time: enough for the full rate of a matrix product, and what is added up stays
+# in a CPU's caches.
+_BLOCK = {"cpu": 2**20, "cuda": 2**26}
+_TILE = 1024  # samples of the streaming side at a time
+
+ROUTES = ("outer", "tokens", "nested", "rows")
+
+
+@dataclass(frozen=True)
+class Step:
+    """The plan for one parameter: its route, and what that costs for the whole product.
+
+    ``flops`` are floating-point operations of matrix products; ``bytes_per_sample`` what is kept of a sample while its
+    tile is in hand; ``seconds`` what the machine's rates say.
+    """
+
+    name: str
+    route: str
+    flops: float
+    bytes_per_sample: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel will be computed: one `Step` per parameter, and sizes in samples. ``print(plan)`` shows a table.
+
+    The rows of the kernel are done ``tile`` at a time, whose factors stay in memory while the columns pass by,
+    ``columns`` at a time: so the columns are prepared once per tile of rows. ``block`` samples are multiplied at a
+    time, ``batch`` go through the model at a time.
+    """
+
+    steps: tuple[Step, ...]
+    tile: int
+    columns: int
+    block: int
+    batch: int
+
+    def route(self, name: str) -> str:
+        """Route of a parameter."""
+        return next(step.route for step in self.steps if step.name == name)
+
+    @property
+    def on_rows(self) -> list[str]:
+        """Parameters that share the matrix of gradient entries."""
+        return [step.name for step in self.steps if step.route in ("rows", "fallback")]
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of all matrix products, the model's own passes not counted."""
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Time of all products by the machine's rates, the model's own passes not counted."""
+        return sum(step.seconds for step in self.steps)
+
+    def __str__(self) -> str:
+        """Table of routes and costs, the dearest first."""
+        width = max(len(step.name) for step in self.steps)
+        lines = [f"{'parameter':{width}}  route     {'GFLOP':>9}  {'kB/sample':>9}  {'ms':>8}"]
+        for step in sorted(self.steps, key=lambda step: -step.seconds):
+            lines.append(
+                f"{step.name:{width}}  {step.route:8}  {step.flops / 1e9:9.3f}  {step.bytes_per_sample / 1e3:9.1f}  "
+                f"{step.seconds * 1e3:8.2f}"
+            )
+        kept = sum(step.bytes_per_sample for step in self.steps)
+        lines.append(f"{'all':{width}}  {'':8}  {self.flops / 1e9:9.3f}  {kept / 1e3:9.1f}  {self.seconds * 1e3:8.2f}")
+        lines.append(
+            f"beside forward and backward passes of {self.batch} samples each; rows {self.tile} at a time, columns "
+            f"{self.columns}, products {self.block} x {self.block}"
+        )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is to be computed: pairs of samples, samples whose gradients are formed, outputs and how they combine."""
+
+    pairs: float
+    samples: float
+    outputs: int
+    mode: str
+    aligned: bool
+
+    @property
+    def products(self) -> int:
+        """Inner products of cotangents per pair of samples."""
+        return self.outputs**2 if self.mode == "full" else self.outputs
+
+    @property
+    def results(self) -> int:
+        """Numbers per pair of samples."""
+        return self.outputs**2 if self.mode == "full" else 1 if self.mode == "trace" else self.outputs
+
+
+def _cost(size: Size, route: str, what: _Shape, rates: Rates) -> tuple[float, float]:
+    """Floating-point operations and seconds of one parameter's share."""
+    if route == "rows":
+        form = what.samples * what.outputs * sum(2.0 * p.positions * p.l * p.r for p in size.parts)
+        product = what.pairs * 2 * what.products * size.entries
+        passes = what.samples * what.outputs * size.entries
+        return form + product, form / rates.batched + product / rates.product + passes / rates.entries
+    flops = entries = 0.0
+    for p in size.parts:
+        for q in size.parts:
+            if (p.l, p.r, p.block) == (q.l, q.r, q.block):
+                more = _pair_cost(p, q, route, what)
+                flops, entries = flops + more[0], entries + more[1]
+    return flops, flops / rates.product + entries / rates.entries
+
+
+def _pair_cost(p: Part, q: Part, route: str, what: _Shape) -> tuple[float, float]:
+    """Floating-point operations and entries touched by the products of two pairs of factors."""
+    grid, c = what.pairs * p.positions * q.positions, what.outputs
+    if p.data_left != q.data_left:
+        flops = grid * (2 * c * (p.l * (not p.index) + p.r * (not q.index)) + 2 * what.results)
+        return flops, grid * 4 * c
+    near = 2 * p.data * (not p.index)
+    if route == "nested":
+        flops = grid * (near + 2 * c * p.cotangent) + what.pairs * 2 * p.positions * what.products * p.cotangent
+        return flops, grid * 2 + what.pairs * 2 * p.positions * c * p.cotangent
+    return grid * (near + 2 * what.products * p.cotangent), grid * (1 + (1 if p.positions == 1 else 2) * what.results)
+
+
+def _choices(size: Size, what: _Shape) -> list[str]:
+    """Routes open to a parameter."""
+    if not size.parts:
+        return ["rows"]
+    if what.aligned:  # pairs of positions are always nested there
+        return ["nested" if size.positions > 1 else "outer", "rows"]
+    if size.positions == 1:
+        return ["outer", "rows"]
+    nested = what.mode == "full" and what.outputs > 1 and len({p.data_left for p in size.parts}) == 1
+    return ["tokens", *(["nested"] if nested else []), "rows"]
+
+
+def make_plan(
+    known: Structure,
+    mode: str,
+    n1: int,
+    n2: int,
+    budget: int,
+    like: Tensor,
+    *,
+    same: bool = False,
+    aligned: bool = False,
+    routes: Mapping[str, str] | None = None,
+) -> Plan:
+    """Choose routes, then tile and batch sizes under a memory budget.
+
+    Parameters
+    ----------
+    known : structure of the model on these inputs.
+    mode : "full", "diagonal" or "trace" ("sum" and callables have one output and are "trace").
+    n1, n2 : samples on each side; `same` when the second set is the first, `aligned` when only pairs (i, i) are wanted.
+    budget : bytes of scratch memory, beside inputs and result.
+    like : a parameter, for its device and its bytes per number.
+    routes : parameter -> route, where the choice is not to be the cheapest.
+
+    Raises
+    ------
+    Refused
+        For a route that a parameter's gradient does not allow.
+    """
+    outputs, itemsize, rates = known.outputs, like.element_size(), rates_for(like)
+    pairs = n1 if aligned else n1 * n2 / 2 if same else n1 * n2
+    what = _Shape(float(pairs), float(n1 if same else n1 + n2), outputs, mode, aligned)
+    steps: dict[str, Step] = {}
+    for name, size in known.sizes.items():
+        row_bytes = outputs * size.entries * itemsize
+        pair_bytes = sum(p.positions * (outputs * p.cotangent + p.data) * itemsize for p in size.parts)
+        options = {}
+        for route in _choices(size, what):
+            flops, seconds = _cost(size, route, what, rates)
+            options[route] = Step(name, route, flops, row_bytes if route == "rows" else pair_bytes, seconds)
+        if name in known.fallback:
+            step = options["rows"]
+            steps[name] = Step(name, "fallback", step.flops, row_bytes, step.seconds)
+            continue
+        wish = (routes or {}).get(name)
+        if wish is not None and wish not in options:
+            raise refusal(
+                f"route of '{name}'", got=repr(wish), expected=f"one of {sorted(options)}", fix=nearest(wish, options)
+            )
+        if len(options) > 1 and 4 * row_bytes > budget and wish is None:
+            del options["rows"]  # two samples a side would not fit: never form these rows
+        steps[name] = options[wish] if wish else min(options.values(), key=lambda step: step.seconds)
+    for bias, weight in known.shared.items():
+        factored = steps[weight].route not in ("rows", "fallback")
+        if factored and bias not in known.fallback and bias not in (routes or {}) and not aligned:
+            steps[bias] = Step(bias, "shared", 0.0, 0, 0.0)
+    chosen = tuple(steps.values())
+    prepared = sum(step.bytes_per_sample for step in chosen)
+    # Beside the tiles: cotangents and saved tensors of the forward batch, and for the parameter in hand its two factors
+    # (receptive fields included) and, on the rows route, its entries.
+    factors = max(
+        (p.positions * (p.data + outputs * p.cotangent) * itemsize for s in known.sizes.values() for p in s.parts),
+        default=0,
+    )
+    entries = max((step.bytes_per_sample for step in chosen if step.route != "outer"), default=0)
+    transient = known.bytes_per_sample * (outputs + 1) + 2 * factors + entries + 1
+    room = budget * 0.3 if like.device.type == "cuda" else min(budget * 0.3, _FORWARD)
+    batch = max(1, min(256, int(room / transient), max(n1, n2)))
+    numbers = min(_BLOCK.get(like.device.type, 2**20), budget * 0.1 / (3 * itemsize))
+    block = max(1, math.isqrt(int(numbers / what.results)))
+    room = budget * 0.7 / (prepared + 1)  # samples whose factors fit
+    if aligned:
+        tile = columns = max(1, min(int(room / 2), n1, _TILE))
+    else:
+        columns = max(1, min(int(room * 0.15), n2, _TILE))
+        tile = max(1, min(int(room) - columns, n1))
+        tile = math.ceil(n1 / math.ceil(n1 / tile))  # equal tiles: the last is not a sliver
+    return Plan(chosen, tile, columns, block, min(batch, max(tile, columns)))
