@@ -166,6 +166,63 @@ class Experts(nn.Module):
         return out
 
 
+class Unruled(nn.Module):
+    """One parameter taken in by an operation that has no rule, between two layers that have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.mix = nn.Linear(5, 6), nn.Linear(6, 2), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(torch.lerp(h, torch.sin(h), self.mix))
+
+
+class Positions(nn.Module):
+    """Embeddings of positions, cross-attention with its packed projection cut in parts, and a tied output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(9, 6), nn.Embedding(7, 6)
+        self.attention, self.bias = nn.MultiheadAttention(6, 3, batch_first=True), nn.Parameter(torch.randn(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
+        h = h + self.attention(h, torch.tanh(h), h * h, need_weights=False)[0]
+        return F.linear(h[:, -1], self.tokens.weight, self.bias)
+
+
+class Adapted(nn.Module):
+    """Low-rank adapters merged into the weight, a spectral norm, a bilinear layer and a bag of embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.a, self.b = (nn.Parameter(torch.randn(s)) for s in ((4, 5), (2, 5), (4, 2)))
+        self.normed = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+        self.pair, self.bag = nn.Bilinear(4, 3, 2), nn.EmbeddingBag(9, 3, mode="mean", padding_idx=0)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        h = torch.tanh(F.linear(x, self.w + 0.5 * self.b @ self.a))
+        return self.pair(torch.sin(self.normed(h)), self.bag(ids))
+
+
+class Contracted(nn.Module):
+    """Parameters in einsum, batched products, vectors, powers, choices and instance norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.mix = nn.Parameter(torch.randn(2, 5, 3)), nn.Parameter(torch.randn(4, 4))
+        self.v, self.power, self.floor = (nn.Parameter(torch.rand(s) + 0.5) for s in ((3,), (3,), (1,)))
+        self.norm = nn.InstanceNorm1d(2, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.einsum("bti,hio->bhto", x, self.heads)
+        h = torch.einsum("st,bhto->bhso", self.mix, h).abs() + 0.1
+        h = self.norm((h**self.power).flatten(2))
+        h = torch.where(h > 0, h, self.floor).unflatten(2, (4, 3))
+        return (h @ self.v).flatten(1)
+
+
 class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -235,6 +292,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], object]]] = {
     "raw parameters": (Raw, vectors),
     "weight norm": (WeightNormed, vectors),
     "experts": (Experts, vectors),
+    "no rule": (Unruled, vectors),
+    "positions": (Positions, tokens),
+    "adapters": (Adapted, lambda n: (vectors(n), tokens(n))),
+    "contractions": (Contracted, lambda n: torch.randn(n, 4, 5).double()),
+    "conv transposed grouped": (
+        lambda: _cnn(
+            nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2), features=784
+        )(),
+        images,
+    ),
     "checkpointed": (Checkpointed, vectors),
     "two inputs": (TwoInputs, lambda n: (vectors(n), tokens(n))),
     "dict input": (TwoInputs, lambda n: {"x": vectors(n), "ids": tokens(n)}),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ntkit.checks import refusal
 from ntkit.jacobian.factors import Gradients, looks_of, numbered
-from ntkit.jacobian.graph import Use, find_uses, nodes_behind, shapes_of
+from ntkit.jacobian.graph import Use, find_uses, nodes_behind, nodes_from, shapes_of
 from ntkit.jacobian.inputs import Batch, count, leaves, take, untouched
 from ntkit.jacobian.ownership import establish
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
@@ -99,6 +99,13 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
         if comparable and shapes_of(node) and shapes_of(node) == shapes_of(other)
     }
     uses = find_uses(nodes, gradients.params, constant)
+    # Rows that data chose may happen to be as many in both batches. What then takes them in is no rule's business: they
+    # are the data's after all.
+    position = {node: i for i, node in enumerate(nodes)}
+    for use in uses:
+        if not use.direct and use.node.name() not in RULES:
+            constant -= {position[node] for node in nodes_from(use.source)}
+    uses = find_uses(nodes, gradients.params, constant)
     unused = set(gradients.params) - {name for use in uses for name in use.params}
     known = Structure(out.shape[1], unused, looks_of(uses), len(chosen), plain_rnn=plain_rnn)
     known.eps = max(torch.finfo(dtype).eps for dtype in {out.dtype, *gradients.dtypes(), *_precisions(nodes)})
@@ -111,19 +118,25 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
     masked[range(_PROBE), range(_PROBE)] = draw[0]
     ruled = [use for use in uses if use.node.name() in RULES]
     cotangents = gradients.backward(out, [use.node for use in ruled], masked)
-    position = {node: i for i, node in enumerate(nodes)}
     for key, use in numbered(uses):
         if use.node not in cotangents:
             known.fallback |= dict.fromkeys(use.params, f"no rule for {use.node.name()}")
             continue
         shape = shapes_of(fewer[position[use.node]])[0] if comparable else None
-        owner, sure = establish(cotangents[use.node], shape, 2) if shape is not None else (None, True)
-        if owner is None:
-            reason = f"rows of {use.node.name()} could not be assigned to samples"
-            known.fallback |= dict.fromkeys(use.params, reason)
-        else:
+        cot = cotangents[use.node]
+        owner, sure = establish(cot, shape, 2) if shape is not None else (None, True)
+        if owner is not None:
             known.owners[key] = owner
             known.watched |= not sure
+            continue
+        reason = f"rows of {use.node.name()} could not be assigned to samples"
+        # rows that data chose, each reached by one sample at most
+        apart = cot.dim() > 1 and bool((cot.flatten(2).ne(0).any(-1) if cot.dim() > 2 else cot.ne(0)).sum(0).max() < 2)
+        if apart and use.direct:
+            known.scattered |= dict.fromkeys(use.params, reason)
+            known.watched = True
+        else:
+            known.fallback |= dict.fromkeys(use.params, reason)
     while True:
         try:
             factors = gradients.factors(out, uses, known, draw, _PROBE)

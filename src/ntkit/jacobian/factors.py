@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge
 from ntkit.checks import refusal
 from ntkit.jacobian.graph import Use, find_uses, nodes_behind
 from ntkit.jacobian.inputs import Batch, Outputs, call, count, reduce_outputs, take, untouched
+from ntkit.jacobian.ownership import Code, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable
 from ntkit.jacobian.rules import RULES
 from ntkit.jacobian.structure import Irregular, Structure
@@ -146,11 +147,16 @@ class Gradients:
 
     def _same_graph(self, uses: list[Use], known: Structure) -> None:
         now = looks_of(uses)
-        changed = [
+        changed = {
             name
             for name in self.params
             if name not in known.fallback and now.get(name, ()) != known.looks.get(name, ())
-        ]
+        }
+        if known.scattered:
+            for name in known.unused & changed:  # an expert that no sample was handed to before
+                known.scattered[name] = "handed to no sample of the self-check"
+                known.unused.discard(name)
+            changed -= known.scattered.keys()
         if changed:
             raise Irregular(dict.fromkeys(changed, "its use in the graph changes from batch to batch"))
 
@@ -160,32 +166,39 @@ class Gradients:
     def factors(self, out: Tensor, uses: list[Use], known: Structure, basis: Tensor, n: int) -> dict[str, Whole]:
         """Factors of the parameters on the fast path; basis [K, n, C] holds the K cotangents of the outputs."""
         fast = [(key, use) for key, use in numbered(uses) if not known.fallback.keys() & set(use.params)]
-        code = _Code(basis, known.eps) if known.watched else None
+        code = Code(basis, known.eps) if known.watched else None
         nodes = [use.node for _, use in fast]
         cotangents = self.backward(out, nodes, basis if code is None else code.basis)
         parts: dict[str, list[Factor]] = {}
         irregular: dict[str, str] = {}
         for key, use in fast:
-            cot, owner = cotangents[use.node], known.owners[key]
-            if not owner.fits(tuple(cot.shape[1:]), n):
-                irregular |= dict.fromkeys(use.params, "the rows of its layer do not grow with the batch")
+            cot = cotangents[use.node]
+            loose = not known.scattered.keys().isdisjoint(use.params)
+            owner = code.assign(cot) if loose and code is not None else known.owners.get(key)
+            if owner is None:
+                irregular |= dict.fromkeys(use.params, "rows of its layer belong to no one sample")
                 continue
-            if code is not None:
-                if not code.owned(owner.split(cot, n, lead=1)):
+            if isinstance(owner, Owner):
+                if not owner.fits(tuple(cot.shape[1:]), n):
+                    irregular |= dict.fromkeys(use.params, "the rows of its layer do not grow with the batch")
+                    continue
+                if code is not None and not code.owned(owner.split(cot, n, lead=1)):
                     irregular |= dict.fromkeys(use.params, "the rows of its layer change owners from batch to batch")
                     continue
-                cot = cot[:-1]
+            cot = cot if code is None else cot[:-1]
             # a complex product's gradient takes conjugates, which the rules do not
             factor = None if cot.is_complex() else RULES[use.node.name()](use, owner, n, cot)
             if factor is None:
                 irregular |= dict.fromkeys(use.params, f"no rule for this use by {use.node.name()}")
                 continue
+            if loose and not isinstance(factor, Rows):
+                factor = Rows(factor.rows())  # another number of positions in every batch
             for name, found in self._in_place(key, use, factor, known).items():
                 parts.setdefault(name, []).append(found)
         if irregular:
             raise Irregular(irregular)
         result = {name: self._merged(name, found) for name, found in parts.items()}
-        for name in known.unused:
+        for name in known.unused | known.scattered.keys() - result.keys() - known.fallback.keys():
             result[name] = Rows(out.new_zeros(n, basis.shape[0], self.params[name].numel()))
         return result
 
@@ -335,7 +348,9 @@ def _looped_products(outputs: list, inputs: list, vectors: list[Tensor]) -> tupl
 def _without_fused_rnn() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*TF32 acceleration.*")
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+        cudnn = torch.backends.cudnn
+        kept = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+        with torch.backends.mkldnn.flags(enabled=False), cudnn.flags(enabled=False, **kept):
             yield
 
 
@@ -357,32 +372,6 @@ def looks_of(uses: list[Use]) -> dict[str, tuple]:
         for name in use.params:
             found[name] = (*found.get(name, ()), use.look)
     return found
-
-
-class _Code:
-    """One more cotangent, each sample's scaled by a number of its own: a row that follows another is another sample's.
-
-    With g a direction of the outputs, the backward pass of s_i g must be s_i times that of g on every row of sample i,
-    and nothing else is linear in the same way: foreign rows and mixtures of samples show.
-    """
-
-    def __init__(self, basis: Tensor, eps: float) -> None:
-        outputs, n = basis.shape[0], basis.shape[1]
-        self.eps = eps
-        draw = torch.Generator().manual_seed(n)
-        scale = (1 + torch.rand(n, generator=draw)) * (1 - 2 * torch.randint(0, 2, (n,), generator=draw))
-        self.scale = scale.to(basis)
-        self.direction = (1 + torch.rand(outputs, generator=draw)).to(basis)
-        combined = torch.einsum("k,knc->nc", self.direction, basis)
-        self.basis = torch.cat([basis, (self.scale[:, None] * combined)[None]])
-
-    def owned(self, cot: Tensor) -> bool:
-        """Whether cotangents [n, K + 1, ...] (the coded one last) belong to the samples they are said to."""
-        plain = torch.einsum("k,nk...->n...", self.direction, cot[:, :-1])
-        expected = self.scale.reshape(-1, *(1,) * (plain.dim() - 1)) * plain
-        error = (cot[:, -1] - expected).abs().max() if plain.numel() else plain.sum()
-        peak = cot.abs().max() if cot.numel() else error
-        return bool(error <= self.eps**0.5 * peak)
 
 
 def _dense(grad: Tensor | None, parameter: Tensor) -> Tensor:

@@ -54,8 +54,13 @@ class Use:
 
 def nodes_behind(output: Tensor) -> list[Node]:
     """List every node of the graph behind `output`, in a fixed order (breadth first)."""
+    return nodes_from(output.grad_fn)
+
+
+def nodes_from(start: Node) -> list[Node]:
+    """A node and all behind it, breadth first."""
     seen: dict[Node, None] = {}
-    queue: deque[Node] = deque([output.grad_fn])
+    queue: deque[Node] = deque([start])
     while queue:
         node = queue.popleft()
         if node is not None and node not in seen:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -214,9 +215,11 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
 
     requires_grad, buffers and random states are restored, also when threads share a model: one at a time gets in.
     .grad is never written (gradients are returned, not accumulated); the mode (train or eval) is not touched at all.
+    Compiled modules run uncompiled, since a compiled graph hides what it does with its parameters; convolutions on a
+    GPU use TF32 only where matrix products may (`torch.set_float32_matmul_precision`).
     """
     chosen = {id(p) for p in params.values()}
-    with _ONE_AT_A_TIME, torch.inference_mode(False):
+    with _ONE_AT_A_TIME, torch.inference_mode(False), _uncompiled(), _no_tf32_unasked(model):
         flags = [(p, p.requires_grad) for p in model.parameters()]
         owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
@@ -238,6 +241,27 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
                         buffer.copy_(value)
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _uncompiled() -> Any:
+    """Make compiled modules run eagerly; only where something was compiled, since asking is slow to import."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+@contextmanager
+def _no_tf32_unasked(model: nn.Module) -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    on_gpu = any(p.device.type == "cuda" for p in model.parameters())
+    if not on_gpu or not cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest":
+        yield
+        return
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = True
 
 
 def call(model: nn.Module, x: Batch) -> Any:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ntkit.jacobian.check import structure_of
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.inputs import Batch, count, take, untouched
+from ntkit.jacobian.structure import Irregular
 
 
 def jacobian_transpose_times(gradients: Gradients, x: Batch, v: Tensor, batch: int) -> list[Tensor]:
@@ -33,23 +35,48 @@ def jacobian_times(gradients: Gradients, x: Batch, u: list[Tensor], batch: int) 
     """J u for a block of parameter directions: u per parameter [k, *shape] -> [n, C, k].
 
     By differentiating twice: g(c) = J^T c is linear in c, so its own vector-Jacobian product with u is J u. This works
-    where an operation has no forward mode; fused attention has no second derivative, so its plain form is used.
+    where an operation has no forward mode; fused attention has no second derivative, so its plain form is used. Where
+    some other operation has none either, the samples' gradients are formed.
     """
-    params = list(gradients.params.values())
-    vectors = u[0].shape[0]
     results = []
-    with untouched(gradients.model, gradients.params), sdpa_kernel(SDPBackend.MATH):
-        for start in range(0, count(x), batch):
-            out = gradients.forward(take(x, slice(start, start + batch)))
-            c = torch.zeros_like(out, requires_grad=True)
-            pulled = torch.autograd.grad([out], params, [c], create_graph=True, allow_unused=True)
-            used = [(g, i) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-            columns = []
-            for k in range(vectors):
-                directions = [u[i][k] for _, i in used]
-                (column,) = torch.autograd.grad(
-                    [g for g, _ in used], [c], directions, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                columns.append(column)
-            results.append(torch.stack(columns, -1))
+    for start in range(0, count(x), batch):
+        part = take(x, slice(start, start + batch))
+        try:
+            results.append(_by_differentiating_twice(gradients, part, u))
+        except NotImplementedError:
+            results.append(_by_gradients(gradients, part, u))
     return torch.cat(results)
+
+
+def _by_differentiating_twice(gradients: Gradients, x: Batch, u: list[Tensor]) -> Tensor:
+    params = list(gradients.params.values())
+    with untouched(gradients.model, gradients.params), sdpa_kernel(SDPBackend.MATH):
+        out = gradients.forward(x)
+        c = torch.zeros_like(out, requires_grad=True)
+        pulled = torch.autograd.grad([out], params, [c], create_graph=True, allow_unused=True)
+        used = [(g, i) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+        columns = [
+            torch.autograd.grad(
+                [g for g, _ in used],
+                [c],
+                [u[i][k] for _, i in used],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )[0]
+            for k in range(u[0].shape[0])
+        ]
+    return torch.stack(columns, -1)
+
+
+@torch.no_grad()
+def _by_gradients(gradients: Gradients, x: Batch, u: list[Tensor]) -> Tensor:
+    known = structure_of(gradients, x)
+    while True:
+        try:
+            factors = gradients.batch(x, known)
+            break
+        except Irregular as signal:
+            known.fallback |= signal.reasons
+    shares = [factors[name].rows() @ v.flatten(1).T for name, v in zip(gradients.params, u, strict=True)]
+    return torch.stack(shares).sum(0)

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ntkit.jacobian.graph import Use
-from ntkit.jacobian.ownership import Owner
+from ntkit.jacobian.ownership import Assigned, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Rows
 
-Rule = Callable[[Use, Owner, int, Tensor], Factor | None]
+Rule = Callable[[Use, Owner | Assigned, int, Tensor], Factor | None]
 RULES: dict[str, Rule] = {}
 
 
@@ -32,7 +32,7 @@ def rule(*nodes: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _summed(values: Tensor, use: Use, owner: Owner, n: int, align: int | None = None) -> Rows:
+def _summed(values: Tensor, use: Use, owner: Owner | Assigned, n: int, align: int | None = None) -> Rows:
     """Sum [C, *node shape] over positions to W's shape, per sample; W broadcasts from the right, or at axis `align`."""
     per_sample = owner.split(values, n, lead=1)  # [n, C, *shape without the batch]
     rank = per_sample.dim() - 2
@@ -46,7 +46,7 @@ def _summed(values: Tensor, use: Use, owner: Owner, n: int, align: int | None = 
     return Rows(per_sample.reshape(n, values.shape[0], -1))
 
 
-def _split(t: Tensor, owner: Owner, n: int) -> Tensor:
+def _split(t: Tensor, owner: Owner | Assigned, n: int) -> Tensor:
     """Data saved by a node, by sample and with an axis for the outputs: [n, 1, ...]."""
     return owner.split(t, n)[:, None]
 
@@ -55,7 +55,7 @@ def _split(t: Tensor, owner: Owner, n: int) -> Tensor:
 
 
 @rule("AddmmBackward0", "MmBackward0")
-def _matrix_product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _matrix_product(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     addmm = node.name() == "AddmmBackward0"
     if addmm and use.slot == 0:
@@ -75,7 +75,7 @@ def _matrix_product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | Non
 
 
 @rule("BmmBackward0", "BaddbmmBackward0")
-def _batched_product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _batched_product(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     first = 0 if node.name() == "BmmBackward0" else 1
     if first:
@@ -99,7 +99,7 @@ def _batched_product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | No
 
 
 @rule("MvBackward0")
-def _matrix_times_vector(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _matrix_times_vector(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     data = use.node._saved_self  # out = data @ w: [R, a] @ [a]
     if use.slot != 1 or owner.dim != 0:
         return None
@@ -107,7 +107,7 @@ def _matrix_times_vector(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor 
 
 
 @rule("TrilinearBackward0")
-def _bilinear(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _bilinear(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     if use.slot != 1 or owner.dim != 0 or cot.dim() != 3:
         return None
@@ -120,7 +120,7 @@ def _bilinear(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
 
 
 @rule("EmbeddingBackward0")
-def _embedding(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _embedding(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     if node._saved_scale_grad_by_freq or cot.dim() - 2 <= owner.dim:
         return None  # frequencies count over the whole batch: not a gradient of one sample
@@ -133,7 +133,7 @@ def _embedding(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
 
 
 @rule("EmbeddingBagBackward0")
-def _embedding_bag(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _embedding_bag(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     index, bags, weights = node._saved_indices.long(), cot.shape[1], node._saved_per_sample_weights
     if use.slot != 0 or owner.dim != 0 or node._saved_scale_grad_by_freq or node._saved_mode == 2:  # 2: max
@@ -154,7 +154,7 @@ def _embedding_bag(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None
 
 
 @rule("IndexBackward0")
-def _rows_by_index(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _rows_by_index(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     indices = [i for i in use.node._saved_indices if i is not None]
     if len(indices) != 1 or use.node._saved_indices[0] is None or indices[0].dtype == torch.bool:
         return None
@@ -171,7 +171,7 @@ def _rows_by_index(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None
 
 
 @rule("ConvolutionBackward0")
-def _convolution(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _convolution(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     if use.slot == 2:
         return _summed(cot, use, owner, n, align=1)
@@ -214,7 +214,7 @@ def _each(x: Tensor, times: int) -> Tensor:
 
 
 @rule("NativeLayerNormBackward0")
-def _layer_norm(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _layer_norm(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     if use.slot == 1:
         cot = cot * ((node._saved_input - node._saved_result1) * node._saved_result2)
@@ -222,13 +222,13 @@ def _layer_norm(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
 
 
 @rule("FusedRmsNormBackward0")
-def _rms_norm(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _rms_norm(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     return _summed(cot * (node._saved_input * node._saved_result1), use, owner, n) if use.slot == 1 else None
 
 
 @rule("NativeGroupNormBackward0")
-def _group_norm(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _group_norm(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     if use.slot == 1:
         x = node._saved_input
@@ -239,7 +239,7 @@ def _group_norm(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
 
 
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
-def _batch_norm(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _batch_norm(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     if getattr(node, "_saved_training", True):
         return None
@@ -255,7 +255,7 @@ def _batch_norm(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
 
 
 @rule("AddBackward0", "SubBackward0", "ExpandBackward0")
-def _broadcast(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor:
+def _broadcast(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor:
     if use.slot == 1 and use.node.name() != "ExpandBackward0":
         factor = -use.node._saved_alpha if use.node.name() == "SubBackward0" else use.node._saved_alpha
         cot = cot * factor if factor != 1 else cot
@@ -263,7 +263,7 @@ def _broadcast(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor:
 
 
 @rule("RepeatBackward0")
-def _repeat(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _repeat(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     per_sample = owner.split(cot, n, lead=1)
     lead = per_sample.dim() - 2 - len(use.shape)
     per_sample = per_sample.sum(tuple(range(2, 2 + lead))) if lead else per_sample
@@ -275,12 +275,12 @@ def _repeat(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
 
 
 @rule("MulBackward0")
-def _product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor:
+def _product(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor:
     return _summed(cot * (use.node._saved_other if use.slot == 0 else use.node._saved_self), use, owner, n)
 
 
 @rule("DivBackward0")
-def _quotient(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor:
+def _quotient(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor:
     below = use.node._saved_other
     if use.slot == 0:
         return _summed(cot / below, use, owner, n)
@@ -288,7 +288,7 @@ def _quotient(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor:
 
 
 @rule("AddcmulBackward0")
-def _scaled_product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _scaled_product(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     node = use.node
     if use.slot:
         cot = cot * (node._saved_tensor2 if use.slot == 1 else node._saved_tensor1) * node._saved_value
@@ -296,7 +296,7 @@ def _scaled_product(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | Non
 
 
 @rule("PowBackward1")
-def _power(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _power(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     if use.slot != 1:
         return None
     base, power = use.node._saved_self, use.node._saved_result
@@ -304,11 +304,11 @@ def _power(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
 
 
 @rule("WhereBackward0")
-def _choice(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
-    chosen = use.node._saved_condition if use.slot == 1 else ~use.node._saved_condition
+def _choice(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
+    chosen = use.node._saved_condition if use.slot == 0 else ~use.node._saved_condition  # the condition has no slot
     return _summed(cot * chosen, use, owner, n)
 
 
 @rule("PreluKernelBackward0")
-def _prelu(use: Use, owner: Owner, n: int, cot: Tensor) -> Factor | None:
+def _prelu(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     return _summed(cot * use.node._saved_self.clamp(max=0), use, owner, n) if use.slot == 1 else None

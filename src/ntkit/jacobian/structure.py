@@ -74,6 +74,9 @@ class Structure:
     constant: frozenset[int] = frozenset()  # which of them do not grow with the batch
     owners: dict[tuple, Owner] = field(default_factory=dict)  # (parameters, which of their uses) -> owner
     places: dict[tuple, Place | None] = field(default_factory=dict)  # ... -> where its factors belong in the parameter
+    scattered: dict[str, str] = field(
+        default_factory=dict
+    )  # parameter -> why its rows find their owners in every batch
     fallback: dict[str, str] = field(default_factory=dict)  # parameter -> why
     sizes: dict[str, Size] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)  # bias -> weight of the same layer, whose cotangent is its own

@@ -118,6 +118,58 @@ class TangentKernel(Kernel):
         """Parameters computed by plain autograd, sample by sample, on inputs like `x`, and why; empty at best."""
         return dict(self._known(checked(x, "x")).fallback)
 
+    def jvp(self, x: Batch, direction: Mapping[str, Tensor]) -> Tensor:
+        """Jacobian times a parameter direction, J(x) u: the outputs' first-order change, [n, C].
+
+        Parameters
+        ----------
+        x : n samples.
+        direction : parameter name -> change, of the parameter's shape; parameters not named do not change.
+
+        Examples
+        --------
+        >>> model = torch.nn.Linear(2, 1)
+        >>> TangentKernel(model).jvp(torch.tensor([[3.0, 4.0]]), {"weight": torch.tensor([[1.0, 10.0]])})
+        tensor([[43.]])
+        """
+        x = checked(x, "x")
+        known = self._known(x)
+        params = self._gradients.params
+        for name, change in direction.items():
+            if name not in params:
+                raise refusal("direction", got=repr(name), expected="a parameter's name", fix=nearest(name, params))
+            _expect(change, tuple(params[name].shape), f"direction '{name}'")
+        block = [
+            direction[name].to(p)[None] if name in direction else p.new_zeros(1, *p.shape) for name, p in params.items()
+        ]
+        return jacobian_times(self._gradients, x, block, self._vector_batch(known))[:, :, 0]
+
+    def vjp(self, x: Batch, cotangent: Tensor) -> dict[str, Tensor]:
+        """Transposed Jacobian times a vector over samples and outputs, J(x)^T v: {parameter name: [*shape]}.
+
+        Parameters
+        ----------
+        x : n samples.
+        cotangent : [n, C].
+
+        Examples
+        --------
+        >>> model = torch.nn.Linear(2, 1)
+        >>> TangentKernel(model).vjp(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]]))["weight"]
+        tensor([[6., 8.]])
+        """
+        x = checked(x, "x")
+        known = self._known(x)
+        _expect(cotangent, (count(x), known.outputs), "cotangent")
+        params = self._gradients.params
+        vector = cotangent.to(next(iter(params.values())))[:, :, None]
+        pulled = jacobian_transpose_times(self._gradients, x, vector, self._vector_batch(known))
+        return {name: p[0] for name, p in zip(params, pulled, strict=True)}
+
+    def _vector_batch(self, known: Structure) -> int:
+        """Samples a forward pass may hold when vectors are multiplied."""
+        return max(1, min(256, int(self._memory() * 0.3 / (known.bytes_per_sample * 4 * known.outputs + 1))))
+
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): two passes over the data per product, memory O(P) and one batch's graph."""
         x = checked(x, "x")
@@ -131,7 +183,7 @@ class TangentKernel(Kernel):
                 fix='Use outputs="full", or a callable that picks the output: lambda y: y[:, 0].',
             )
         like = next(iter(self._gradients.params.values()))
-        batch = max(1, min(256, int(self._memory() * 0.3 / (known.bytes_per_sample * 4 * outputs + 1))))
+        batch = self._vector_batch(known)
 
         def once(v: Tensor) -> Tensor:
             pulled = jacobian_transpose_times(self._gradients, x, v, batch)
@@ -332,6 +384,11 @@ def _joined(a: Structure, b: Structure) -> Structure:
         shared={bias: weight for bias, weight in a.shared.items() if b.shared.get(bias) == weight},
         bytes_per_sample=max(a.bytes_per_sample, b.bytes_per_sample),
     )
+
+
+def _expect(t: Tensor, shape: tuple[int, ...], what: str) -> None:
+    if tuple(t.shape) != shape:
+        raise refusal(what, got=f"shape {tuple(t.shape)}", expected=f"{shape}", fix="Reshape it.")
 
 
 def parse_memory(memory: int | str | None) -> int | None:
