@@ -43,14 +43,18 @@ def test_is_the_explicit_sketch_of_the_oracles_jacobian(name):
         assert_equal(kernel(x1, x2), torch.einsum("icm,jdm->ijcd", phi1, phi2), 1e-10, f"kernel, dim {dim}")
 
 
-@pytest.mark.parametrize("outputs", ["full", "diagonal", "trace", "sum", softplus_sum], ids=str)
+@pytest.mark.parametrize(
+    "outputs", ["full", "diagonal", "trace", "sum", softplus_sum], ids=lambda m: getattr(m, "__name__", m)
+)
 @pytest.mark.parametrize("name", ["mlp", "one output", "conv", "tied", "attention, sequence first", "dict input"])
 def test_laws(name, outputs):
     model, x1, x2 = make(name)
     check_kernel(ntkit.SketchedKernel(model, 16, outputs=outputs), x1, x2)
 
 
-@pytest.mark.parametrize("outputs", ["full", "diagonal", "trace", "sum", softplus_sum], ids=str)
+@pytest.mark.parametrize(
+    "outputs", ["full", "diagonal", "trace", "sum", softplus_sum], ids=lambda m: getattr(m, "__name__", m)
+)
 def test_outputs_combine_as_in_the_exact_kernel(outputs):
     model, x1, x2 = make("mlp")
     phi1, phi2 = (explicit(jacobian(model, x, outputs), 0, 16) for x in (x1, x2))
