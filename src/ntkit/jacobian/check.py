@@ -55,7 +55,6 @@ def structure_of(gradients: Gradients, x: Batch) -> Structure:
                     fix="Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
                 )
             known = _establish(gradients, x)
-            known.watched |= any(_moves_rows(node) for node in nodes)
             gradients.structures[key] = known
         return known
 
@@ -118,6 +117,7 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
     masked[range(_PROBE), range(_PROBE)] = draw[0]
     ruled = [use for use in uses if use.node.name() in RULES]
     cotangents = gradients.backward(out, [use.node for use in ruled], masked)
+    moved = any(_moves_rows(node) for node in nodes)
     for key, use in numbered(uses):
         if use.node not in cotangents:
             known.fallback |= dict.fromkeys(use.params, f"no rule for {use.node.name()}")
@@ -127,14 +127,15 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
         owner, sure = establish(cot, shape, 2) if shape is not None else (None, True)
         if owner is not None:
             known.owners[key] = owner
-            known.watched |= not sure
+            if moved or not sure:
+                known.watched.add(key)
             continue
         reason = f"rows of {use.node.name()} could not be assigned to samples"
         # rows that data chose, each reached by one sample at most
         apart = cot.dim() > 1 and bool((cot.flatten(2).ne(0).any(-1) if cot.dim() > 2 else cot.ne(0)).sum(0).max() < 2)
         if apart and use.direct:
             known.scattered |= dict.fromkeys(use.params, reason)
-            known.watched = True
+            known.watched.add(key)
         else:
             known.fallback |= dict.fromkeys(use.params, reason)
     while True:

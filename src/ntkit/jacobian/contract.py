@@ -15,19 +15,24 @@ from ntkit.jacobian.pairs import Convolved, Pair, Pairs, comparable, inner
 from ntkit.jacobian.plan import Plan
 from ntkit.jacobian.structure import Irregular, Structure
 
+_LARGE = 4096  # entries of a parameter from which a matrix product of its own costs nothing extra
+
 
 @dataclass
 class Tile:
-    """Prepared factors of n samples: one matrix of gradient entries [n, C, E] and the pairs of the other parameters.
+    """Prepared factors of n samples: gradient entries, and the pairs of the other parameters.
 
-    ``spans``: columns of ``rows`` by parameter; ``nested``: parameters whose pairs are contracted one side first;
-    ``shared``: bias -> weight whose pairs it shares.
+    ``rows`` [n, C, E] holds the entries of all small parameters, ``large`` those of each large one; ``spans``: columns
+    of ``rows`` by parameter; ``nested``: parameters whose pairs are contracted one side first; ``late``: those
+    multiplied out when their turn comes; ``shared``: bias -> weight whose pairs it shares.
     """
 
     rows: Tensor
+    large: dict[str, Tensor]
     pairs: dict[str, Pairs]
     spans: dict[str, tuple[int, int]]
     nested: frozenset[str] = frozenset()
+    late: frozenset[str] = frozenset()
     shared: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -38,17 +43,24 @@ class Tile:
     def part(self, start: int, stop: int) -> Tile:
         """Some of the samples, as views."""
         index = slice(start, stop)
-        return replace(self, rows=self.rows[index], pairs={name: p.part(index) for name, p in self.pairs.items()})
+        return replace(
+            self,
+            rows=self.rows[index],
+            large={name: entries[index] for name, entries in self.large.items()},
+            pairs={name: p.part(index) for name, p in self.pairs.items()},
+        )
 
     def only(self, name: str) -> Tile:
         """One parameter."""
         none = self.rows[:, :, :0]
         if name in self.shared:
-            return Tile(none, {name: self.pairs[self.shared[name]].bias()}, {})
+            return Tile(none, {}, {name: self.pairs[self.shared[name]].bias()}, {})
         if name in self.pairs:
-            return Tile(none, {name: replace(self.pairs[name], ones=False)}, {}, self.nested)
+            return Tile(none, {}, {name: replace(self.pairs[name], ones=False)}, {}, self.nested, self.late)
+        if name in self.large:
+            return Tile(none, {name: self.large[name]}, {}, {})
         start, stop = self.spans[name]
-        return Tile(self.rows[:, :, start:stop], {}, {name: (0, stop - start)})
+        return Tile(self.rows[:, :, start:stop], {}, {}, {name: (0, stop - start)})
 
 
 @torch.no_grad()
@@ -57,13 +69,15 @@ def prepare(
 ) -> Tile:
     """Forward and backward the samples of `x` batch by batch and keep what the plan's routes need."""
     n, spans, start = count(x), {}, 0
-    for name in plan.on_rows:
-        entries = known.sizes[name].entries
+    size = {name: known.sizes[name].entries for name in plan.on_rows}
+    for name in (name for name, entries in size.items() if entries < _LARGE):
+        entries = size[name]
         spans[name], start = (start, start + entries), start + entries
     shared = {step.name: known.shared[step.name] for step in plan.steps if step.route == "shared"}
-    factored = [step.name for step in plan.steps if step.name not in spans and step.name not in shared]
+    factored = [step.name for step in plan.steps if step.name not in size and step.name not in shared]
     assert set(shared.values()) <= set(factored)
     rows: Tensor | None = None
+    large: dict[str, Tensor] = {}
     kept: dict[str, Pairs] = {}
     for begin in range(0, n, plan.batch):
         stop = min(begin + plan.batch, n)
@@ -73,6 +87,15 @@ def prepare(
             if rows is None:
                 rows = values.new_empty(n, values.shape[1], start, dtype=gradients.dtype)
             rows[begin:stop, :, first:last] = values
+        for name in size.keys() - spans.keys():
+            if name not in large:
+                large[name] = torch.empty(
+                    n, known.outputs, size[name], dtype=gradients.dtype, device=_device(gradients)
+                )
+            room = large[name][begin:stop]
+            values = factors[name].rows(room)
+            if values is not room:
+                room.copy_(values)
         for name in factored:
             factor = factors[name]
             if isinstance(factor, Convolved) and factor.groups == 1:
@@ -91,10 +114,14 @@ def prepare(
         if advance is not None:
             advance(stop - begin)
     if rows is None:
-        some = next(iter(kept.values())).parts[0].cotangent
-        rows = some.new_empty(n, some.shape[1], 0)
+        rows = torch.empty(n, known.outputs, 0, dtype=gradients.dtype, device=_device(gradients))
     nested = frozenset(step.name for step in plan.steps if step.route == "nested")
-    return Tile(rows, kept, spans, nested, shared)
+    late = frozenset(step.name for step in plan.steps if step.late)
+    return Tile(rows, large, kept, spans, nested, late, shared)
+
+
+def _device(gradients: Gradients) -> torch.device:
+    return next(iter(gradients.params.values())).device
 
 
 def _room(pair: Pair, n: int, dtype: torch.dtype) -> Pair:
@@ -106,24 +133,61 @@ def _room(pair: Pair, n: int, dtype: torch.dtype) -> Pair:
     return replace(pair, left=left, right=right)
 
 
-def multiply(t1: Tile, t2: Tile, mode: str, scratch: int) -> Tensor:
+class Scratch:
+    """Bytes that products may take for what they hold in between, and buffers used again and again.
+
+    A CPU pays for every page of fresh memory; the entries of one parameter after the other go into the same.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._buffers: dict[str, Tensor] = {}
+
+    def rows(self, pairs: Pairs, side: str) -> Tensor:
+        """Multiply pairs out, [n, C, entries]; valid until the next call for the same side."""
+        n, outputs = pairs.parts[0].cotangent.shape[:2]
+        numbers = n * outputs * pairs.shape[0] * pairs.shape[1]
+        buffer = self._buffers.get(side)
+        if buffer is None or buffer.numel() < numbers:
+            buffer = self._buffers[side] = pairs.parts[0].cotangent.new_empty(numbers)
+        return pairs.rows(buffer[:numbers].view(n, outputs, -1))
+
+
+def multiply(t1: Tile, t2: Tile, mode: str, scratch: Scratch) -> Tensor:
     """Kernel of two tiles: [n1, n2, C, C] "full", [n1, n2, C] "diagonal", [n1, n2] "trace"."""
     n1, n2, outputs = t1.n, t2.n, t1.rows.shape[1]
     if mode == "full":
         flat = t1.rows.reshape(n1 * outputs, -1) @ t2.rows.reshape(n2 * outputs, -1).T
         total = flat.view(n1, outputs, n2, outputs)
     elif mode == "diagonal":
-        total = torch.bmm(t1.rows.transpose(0, 1), t2.rows.permute(1, 2, 0))
+        flat = total = torch.bmm(t1.rows.transpose(0, 1), t2.rows.permute(1, 2, 0))
     else:
-        total = t1.rows.reshape(n1, -1) @ t2.rows.reshape(n2, -1).T
+        flat = total = t1.rows.reshape(n1, -1) @ t2.rows.reshape(n2, -1).T
+    for r1, r2 in _entries(t1, t2, scratch):
+        if mode == "full":
+            flat.addmm_(r1.flatten(0, 1), r2.flatten(0, 1).T)
+        elif mode == "diagonal":
+            flat.baddbmm_(r1.transpose(0, 1), r2.permute(1, 2, 0))
+        else:
+            flat.addmm_(r1.flatten(1), r2.flatten(1).T)
     for name, pairs in t1.pairs.items():
-        for p in pairs.parts:
+        for p in pairs.parts if name not in t1.late else ():
             for q in t2.pairs[name].parts:
                 if comparable(p, q):
-                    _add(total, p, q, mode, scratch, ones=pairs.ones, nested=name in t1.nested)
+                    _add(total, p, q, mode, scratch.limit, ones=pairs.ones, nested=name in t1.nested)
     if mode == "full":
         return total.permute(0, 2, 1, 3)
     return total.permute(1, 2, 0) if mode == "diagonal" else total
+
+
+def _entries(t1: Tile, t2: Tile, scratch: Scratch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Entries of one large parameter after the other, [n, C, entries]: those kept, then those multiplied out."""
+    for name, entries in t1.large.items():
+        yield entries, t2.large[name]
+    for name in sorted(t1.late):
+        if name in t1.pairs:
+            first = scratch.rows(t1.pairs[name], "first")
+            yield first, first if t1 is t2 else scratch.rows(t2.pairs[name], "second")
 
 
 def _add(total: Tensor, p: Pair, q: Pair, mode: str, scratch: int, ones: bool, nested: bool) -> None:
@@ -131,13 +195,15 @@ def _add(total: Tensor, p: Pair, q: Pair, mode: str, scratch: int, ones: bool, n
     n1, outputs, t1 = p.cotangent.shape[:3]
     n2, t2 = q.cotangent.shape[0], q.positions
     crossed = p.data_left != q.data_left
-    if nested and not crossed:
-        wide = t1 * (t2 + 2 * outputs * p.cotangent.shape[3])
+    nested = nested and not crossed
+    room = max(1, scratch // (3 * p.cotangent.element_size()))
+    if nested:
+        step2 = max(1, min(n2, 256))
+        step1 = max(1, min(n1, room // (t1 * (t2 * step2 + outputs * p.cotangent.shape[3]))))
     else:
-        wide = t1 * t2 * (outputs**2 if mode == "full" else outputs if crossed else 1)
-    room = max(1, scratch // (3 * wide * p.cotangent.element_size()))
-    step2 = max(1, min(n2, room))
-    step1 = max(1, min(n1, room // step2))
+        room //= t1 * t2 * (outputs**2 if mode == "full" else outputs if crossed else 1)
+        step2 = max(1, min(n2, room))
+        step1 = max(1, min(n1, room // step2))
     for a in range(0, n1, step1):
         i = slice(a, min(a + step1, n1))
         for b in range(0, n2, step2):
@@ -190,12 +256,15 @@ def _add_positions(total: Tensor, far: Tensor, near: Tensor, t1: int, t2: int) -
 
 
 def _add_nested(total: Tensor, p: Pair, q: Pair, ones: bool) -> None:
-    """All pairs of outputs: data products into the second side's cotangents, then the first side's with the result."""
+    """All pairs of outputs: data products into one sample's cotangents, then the other side's cotangents with these."""
     (n1, outputs, t1, o), n2, t2 = p.cotangent.shape, q.cotangent.shape[0], q.positions
-    near = _data_products(p, q, ones).view(n1 * t1, n2, t2).transpose(0, 1)  # [j, (i t), s]
-    mixed = torch.bmm(near, q.cotangent.transpose(1, 2).reshape(n2, t2, outputs * o))  # [j, (i t), (d o)]
-    mixed = mixed.view(n2, n1, t1, outputs, o).permute(1, 2, 4, 0, 3).reshape(n1, t1 * o, n2 * outputs)
-    total += torch.bmm(p.cotangent.reshape(n1, outputs, t1 * o), mixed).view(n1, outputs, n2, outputs)
+    near = _data_products(p, q, ones).view(n1 * t1, n2, t2)
+    first = p.cotangent.reshape(n1, outputs, t1 * o)
+    second = q.cotangent.permute(0, 2, 3, 1).reshape(n2, t2, o * outputs)
+    mixed = near.new_empty(n1 * t1, o * outputs)  # one for all: fresh memory costs more than the product
+    for j in range(n2):
+        torch.mm(near[:, j], second[j], out=mixed)
+        total[:, :, j] += torch.bmm(first, mixed.view(n1, t1 * o, outputs))
 
 
 def _add_crossed(total: Tensor, p: Pair, q: Pair, mode: str) -> None:
@@ -217,10 +286,13 @@ def _add_crossed(total: Tensor, p: Pair, q: Pair, mode: str) -> None:
 
 def multiply_aligned(t1: Tile, t2: Tile, mode: str) -> Tensor:
     """Kernel of pairs (i, i) only: [n, C, C] "full", [n, C] "diagonal", [n] "trace"."""
-    if mode == "full":
-        total = torch.bmm(t1.rows, t2.rows.transpose(1, 2))
-    else:
-        total = torch.einsum("nce,nce->nc", t1.rows, t2.rows)
+    total: Tensor | float = 0.0
+    for r1, r2 in [(t1.rows, t2.rows), *((entries, t2.large[name]) for name, entries in t1.large.items())]:
+        if mode == "full":
+            total = total + torch.bmm(r1, r2.transpose(1, 2))
+        else:
+            total = total + torch.einsum("nce,nce->nc", r1, r2)
+    assert isinstance(total, Tensor)
     for name, pairs in t1.pairs.items():
         for p in pairs.parts:
             for q in t2.pairs[name].parts:

@@ -182,7 +182,7 @@ class Gradients:
                 if not owner.fits(tuple(cot.shape[1:]), n):
                     irregular |= dict.fromkeys(use.params, "the rows of its layer do not grow with the batch")
                     continue
-                if code is not None and not code.owned(owner.split(cot, n, lead=1)):
+                if code is not None and key in known.watched and not code.owned(owner.split(cot, n, lead=1)):
                     irregular |= dict.fromkeys(use.params, "the rows of its layer change owners from batch to batch")
                     continue
             cot = cot if code is None else cot[:-1]

@@ -19,7 +19,7 @@ class Rows:
 
     values: Tensor
 
-    def rows(self) -> Tensor:
+    def rows(self, out: Tensor | None = None) -> Tensor:
         """The entries."""
         return self.values
 
@@ -66,8 +66,8 @@ class Pair:
             return Pair(self.right, self.left, self.r, self.l, not self.data_left, block)
         return replace(self, block=block)
 
-    def rows(self) -> Tensor:
-        """Multiply out: [n, C, l * r]."""
+    def rows(self, out: Tensor | None = None) -> Tensor:
+        """Multiply out: [n, C, l * r]; into `out` where that is the product's own layout."""
         n, outputs = self.cotangent.shape[:2]
         if self.data.dtype == torch.int64:
             values = self.cotangent.new_zeros(n, outputs, self.l if self.data_left else self.r, self.cotangent.shape[3])
@@ -79,7 +79,7 @@ class Pair:
             values = torch.bmm(self.left[:, 0].transpose(1, 2), right).view(n, self.l, outputs, self.r)
             return values.transpose(1, 2).reshape(n, outputs, -1)
         left = self.left.transpose(2, 3).reshape(n, -1, self.positions)
-        return torch.bmm(left, self.right[:, 0]).reshape(n, outputs, -1)
+        return _stacked(left, self.right[:, 0], outputs, out)
 
     def part(self, index: slice) -> Pair:
         """Some of the samples, as views."""
@@ -97,11 +97,11 @@ class Pairs:
     shape: tuple[int, int]
     ones: bool = False
 
-    def rows(self) -> Tensor:
+    def rows(self, out: Tensor | None = None) -> Tensor:
         """Multiply out: [n, C, entries]."""
         first = self.parts[0]
         if len(self.parts) == 1 and first.block is None:
-            return first.rows()
+            return first.rows(out)
         n, outputs = first.cotangent.shape[:2]
         values = first.cotangent.new_zeros(n, outputs, *self.shape)
         for part in self.parts:
@@ -126,6 +126,15 @@ class Pairs:
         cot = whole.cotangent
         ones = cot.new_ones(()).expand(cot.shape[0], 1, cot.shape[2], 1)
         return Pairs((Pair(cot, ones, cot.shape[3], 1, False),), (cot.shape[3], 1))
+
+
+def _stacked(left: Tensor, right: Tensor, outputs: int, out: Tensor | None) -> Tensor:
+    """Products [n, C * l, T] @ [n, T, r] as [n, C, l * r]."""
+    n, rows, columns = left.shape[0], left.shape[1], right.shape[2]
+    if out is not None and out.is_contiguous() and out.dtype == left.dtype:
+        torch.bmm(left, right, out=out.view(n, rows, columns))
+        return out
+    return torch.bmm(left, right).reshape(n, outputs, -1)
 
 
 def comparable(p: Pair, q: Pair) -> bool | None:
@@ -179,14 +188,16 @@ class Convolved:
         left = self.cotangent.flatten(4).transpose(3, 4).reshape(n, outputs, self.positions, self.l)
         return Pair(left, fields, self.l, self.r, data_left=False)
 
-    def rows(self) -> Tensor:
-        """Gradient entries, [n, C, entries]."""
+    def rows(self, out: Tensor | None = None) -> Tensor:
+        """Gradient entries, [n, C, entries]; into `out` where that is the product's own layout."""
         n, outputs, images, o = self.cotangent.shape[:4]
         # Unfolding writes every input entry prod(kernel) times. With few rows to multiply that costs more than the
         # product; then one product per offset of the kernel, on shifted views of the input, is twice as fast.
         few = outputs * o < self.r and len(self.kernel) == 2 and images == self.groups == 1
         if few and set(self.stride) == {1} and math.prod(self.kernel) > 1:
             return self._by_shifts()
+        if self.groups == 1:
+            return self.pair().rows(out)
         g = self.groups
         fields = self._fields().reshape(n, images, g, self.r, -1)
         left = self.cotangent.flatten(4).unflatten(3, (g, o // g))  # [n, C, F, g, o/g, L]

@@ -26,6 +26,7 @@ from ntkit.jacobian.structure import Part, Size, Structure
 # Bytes of activations, cotangents and receptive fields that one forward batch may hold. Past the caches, and with fresh
 # pages for every large tensor, a sample of a convolutional net costs two to three times as much on a CPU (LOG.md).
 _FORWARD = 32e6
+_FEWEST = 4  # samples: below that, convolutions lose more than the caches give
 
 # Numbers of the kernel multiplied at a time: enough for the full rate of a matrix product, and what is added up stays
 # in a CPU's caches.
@@ -40,7 +41,8 @@ class Step:
     """The plan for one parameter: its route, and what that costs for the whole product.
 
     ``flops`` are floating-point operations of matrix products; ``bytes_per_sample`` what is kept of a sample while its
-    tile is in hand; ``seconds`` what the machine's rates say.
+    tile is in hand; ``seconds`` what the machine's rates say. ``late``: the entries of the rows route are formed when
+    they are multiplied, block by block, because the factors are smaller to keep.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Step:
     flops: float
     bytes_per_sample: int
     seconds: float
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Plan:
 
     @property
     def on_rows(self) -> list[str]:
-        """Parameters that share the matrix of gradient entries."""
-        return [step.name for step in self.steps if step.route in ("rows", "fallback")]
+        """Parameters whose gradient entries are kept."""
+        return [step.name for step in self.steps if step.route in ("rows", "fallback") and not step.late]
 
     @property
     def flops(self) -> float:
@@ -201,8 +204,11 @@ def make_plan(
         pair_bytes = sum(p.positions * (outputs * p.cotangent + p.data) * itemsize for p in size.parts)
         options = {}
         for route in _choices(size, what):
+            late = route == "rows" and bool(size.parts) and pair_bytes < row_bytes and not aligned
+            kept = row_bytes if route == "rows" and not late else pair_bytes
             flops, seconds = _cost(size, route, what, rates)
-            options[route] = Step(name, route, flops, row_bytes if route == "rows" else pair_bytes, seconds)
+            seconds += what.samples * kept / itemsize / rates.fresh
+            options[route] = Step(name, route, flops, kept, seconds, late)
         if name in known.fallback:
             step = options["rows"]
             steps[name] = Step(name, "fallback", step.flops, row_bytes, step.seconds)
@@ -229,11 +235,16 @@ def make_plan(
     )
     entries = max((step.bytes_per_sample for step in chosen if step.route != "outer"), default=0)
     transient = known.bytes_per_sample * (outputs + 1) + 2 * factors + entries + 1
-    room = budget * 0.3 if like.device.type == "cuda" else min(budget * 0.3, _FORWARD)
-    batch = max(1, min(256, int(room / transient), max(n1, n2)))
+    batch = budget * 0.3 / transient
+    if like.device.type == "cpu":
+        batch = min(batch, max(_FORWARD / transient, _FEWEST))
+    batch = max(1, min(256, int(batch), max(n1, n2)))
     numbers = min(_BLOCK.get(like.device.type, 2**20), budget * 0.1 / (3 * itemsize))
     block = max(1, math.isqrt(int(numbers / what.results)))
-    room = budget * 0.7 / (prepared + 1)  # samples whose factors fit
+    late = max((outputs * known.sizes[step.name].entries * itemsize for step in chosen if step.late), default=0)
+    if late:  # the entries of two blocks are held while they are multiplied
+        block = max(1, min(block, int(budget * 0.2 / (2 * late))))
+    room = budget * (0.5 if late else 0.7) / (prepared + 1)  # samples whose factors fit
     if aligned:
         tile = columns = max(1, min(int(room / 2), n1, _TILE))
     else:

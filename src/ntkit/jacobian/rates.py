@@ -28,15 +28,17 @@ class Rates:
     """Speed of a device in one precision.
 
     ``product``: floating-point operations per second of a large matrix product. ``batched``: of many small ones (a
-    sample's gradient of a convolution). ``entries``: numbers per second read, multiplied and added in place.
+    sample's gradient of a convolution). ``entries``: numbers per second read, multiplied and added in place. ``fresh``:
+    numbers per second written to memory just taken from the system, which a CPU pays for page by page.
     """
 
     product: float
     batched: float
     entries: float
+    fresh: float
 
 
-_DEFAULT = Rates(product=2.0**37, batched=2.0**36, entries=2.0**30)
+_DEFAULT = Rates(product=2.0**37, batched=2.0**36, entries=2.0**30, fresh=2.0**28)
 _KNOWN: dict[str, Rates] = {}
 
 
@@ -69,7 +71,7 @@ def calibrate(like: Tensor, rates: Rates | None = None) -> Rates:
     Examples
     --------
     >>> before = rates_for(torch.zeros(1))
-    >>> calibrate(torch.zeros(1), Rates(product=1e11, batched=5e10, entries=1e9)).product
+    >>> calibrate(torch.zeros(1), Rates(1e11, 5e10, 1e9, 3e8)).product
     100000000000.0
     >>> calibrate(torch.zeros(1), before) == before
     True
@@ -119,6 +121,7 @@ def _measure(like: Tensor) -> Rates:
             product=_rounded(2 * _N**3, _seconds(lambda: a @ a, like.device)),
             batched=_rounded(2 * 16 * 64 * 512 * 128, _seconds(lambda: torch.bmm(left, right), like.device)),
             entries=_rounded(_N**2, _seconds(lambda: total.addcmul_(a, a, value=1e-3), like.device)),
+            fresh=_rounded(16 * _N**2, _seconds(lambda: total.new_empty(16 * _N**2).zero_(), like.device)),
         )
 
 

@@ -62,8 +62,8 @@ class Size:
 class Structure:
     """What the self-check established for one graph: valid for any batch whose graph looks the same.
 
-    ``watched``: rows are moved about by data, or some rows were not reached by any output of the samples checked, so
-    each batch checks again who owns what.
+    ``watched``: uses whose owners each batch checks again, because some rows were not reached by any output of the
+    samples checked, or (all uses) because rows are moved about by data.
     """
 
     outputs: int
@@ -80,7 +80,7 @@ class Structure:
     fallback: dict[str, str] = field(default_factory=dict)  # parameter -> why
     sizes: dict[str, Size] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)  # bias -> weight of the same layer, whose cotangent is its own
-    watched: bool = False
+    watched: set[tuple] = field(default_factory=set)
     eps: float = 0.0  # rounding of the coarsest precision anywhere in the graph
     plain_rnn: bool = False  # fused recurrent layers hide their steps: they are taken apart
     bytes_per_sample: int = 0  # of saved tensors and cotangents, for one output

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ntkit.checks import nearest, refusal
 from ntkit.jacobian.check import structure_of
-from ntkit.jacobian.contract import Tile, blocks, multiply, multiply_aligned, prepare, triangle
+from ntkit.jacobian.contract import Scratch, Tile, blocks, multiply, multiply_aligned, prepare, triangle
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.inputs import MODES, Batch, Outputs, check_mode, checked, count, select_parameters, take
 from ntkit.jacobian.operator import jacobian_times, jacobian_transpose_times
@@ -104,8 +104,12 @@ class TangentKernel(Kernel):
         x1, x2 = checked(x1, "x1"), None if x2 is None else checked(x2, "x2")
         names = list(self._gradients.params)
 
-        def products(t1: Tile, t2: Tile, scratch: int) -> Tensor:
-            return torch.stack([multiply(t1.only(name), t2.only(name), self._mode, scratch) for name in names])
+        def products(t1: Tile, t2: Tile, scratch: Scratch) -> Tensor:
+            shares = []
+            for name in names:
+                own = t1.only(name)
+                shares.append(multiply(own, own if t1 is t2 else t2.only(name), self._mode, scratch))
+            return torch.stack(shares)
 
         return dict(zip(names, self._tiled(x1, x2, products, lead=(len(names),)), strict=True))
 
@@ -207,7 +211,7 @@ class TangentKernel(Kernel):
         return KernelOperator(n * outputs if full else n, apply, diagonal, like)
 
     def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
-        def product(t1: Tile, t2: Tile, scratch: int) -> Tensor:
+        def product(t1: Tile, t2: Tile, scratch: Scratch) -> Tensor:
             return multiply(t1, t2, self._mode, scratch)[None]
 
         return self._tiled(x1, x2, product, lead=(1,), out=out)[0]
@@ -288,12 +292,13 @@ class TangentKernel(Kernel):
         """One strip of rows: of a symmetric kernel only from the diagonal on, and its mirror image."""
         same = x2 is None
         other = x1 if same else x2
-        scratch = max(self._memory() // 8, 1)
+        scratch = Scratch(max(self._memory() // 8, 1))
         t1 = prepare(self._gradients, take(x1, rows), known1, plan, advance)
         if same:
             # leaves of an eighth: the squares on the diagonal, done whole, then cost an eighth of the half saved
             for a, b in triangle(0, t1.n, plan.block, max(_LEAF, t1.n // 16)):
-                block = product(t1.part(a.start, a.stop), t1.part(b.start, b.stop), scratch)
+                left = t1.part(a.start, a.stop)
+                block = product(left, left if a == b else t1.part(b.start, b.stop), scratch)
                 _store(result, block, rows.start + a.start, rows.start + b.start, mirrored=True)
         for j in range(rows.stop if same else 0, count(other), plan.columns):
             t2 = prepare(self._gradients, take(other, slice(j, j + plan.columns)), known2, plan, advance)
