@@ -132,7 +132,8 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
             continue
         reason = f"rows of {use.node.name()} could not be assigned to samples"
         # rows that data chose, each reached by one sample at most
-        apart = cot.dim() > 1 and bool((cot.flatten(2).ne(0).any(-1) if cot.dim() > 2 else cot.ne(0)).sum(0).max() < 2)
+        reached = cot.flatten(2).ne(0).any(-1) if cot.dim() > 2 else cot.ne(0)
+        apart = cot.dim() > 1 and bool((reached.sum(0) < 2).all())
         if apart and use.direct:
             known.scattered |= dict.fromkeys(use.params, reason)
             known.watched.add(key)

@@ -332,10 +332,16 @@ def _aligned_inner(u: Tensor, v: Tensor) -> Tensor:
 
 
 def blocks(n1: int, n2: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut n1 x n2 into blocks of at most `size` x `size`."""
-    for a in range(0, n1, size):
-        for b in range(0, n2, size):
-            yield slice(a, min(a + size, n1)), slice(b, min(b + size, n2))
+    """Cut n1 x n2 into blocks of at most `size` x `size`, about equal: a sliver multiplies slowly."""
+    for a in _cuts(n1, size):
+        for b in _cuts(n2, size):
+            yield a, b
+
+
+def _cuts(n: int, size: int) -> list[slice]:
+    pieces = -(-n // size)
+    edges = [n * i // pieces for i in range(pieces + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def triangle(start: int, stop: int, size: int, leaf: int) -> Iterator[tuple[slice, slice]]:

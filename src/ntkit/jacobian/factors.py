@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from ntkit.checks import refusal
-from ntkit.jacobian.graph import Use, find_uses, nodes_behind
+from ntkit.jacobian.graph import Use, find_uses, mend, nodes_behind
 from ntkit.jacobian.inputs import Batch, Outputs, call, count, reduce_outputs, take, untouched
 from ntkit.jacobian.ownership import Code, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable
@@ -90,6 +90,7 @@ class Gradients:
                 fix="Look for torch.no_grad or .detach() in its forward, reentrant checkpointing "
                 "(use use_reentrant=False), or the choice of params.",
             )
+        mend(out)
         return out
 
     def batch(self, x: Batch, known: Structure) -> dict[str, Whole]:
@@ -135,9 +136,15 @@ class Gradients:
     def compare_alone(self, x: Batch, out: Tensor, s: int) -> None:
         """Refuse a model whose output for sample `s` is another one when the sample is evaluated alone."""
         tolerance = max(torch.finfo(dtype).eps for dtype in {out.dtype, *self.dtypes()}) ** 0.5
-        out = out.detach()
-        gap = (self.forward(take(x, slice(s, s + 1))).detach()[0] - out[s]).abs().max()
-        if not gap <= tolerance * out.abs().max() + torch.finfo(out.dtype).tiny:
+        out, alone = out.detach(), self.forward(take(x, slice(s, s + 1)))
+        gap = (alone.detach()[0] - out[s]).abs().max()
+        if gap <= tolerance * out.abs().max() + torch.finfo(out.dtype).tiny:
+            return
+        # Outputs that vanish by symmetry are nothing but rounding: of terms as large as a parameter times its gradient.
+        params = list(self.params.values())
+        grads = torch.autograd.grad(alone.sum(), params, allow_unused=True)
+        terms = max(float((g * p.detach()).abs().sum()) for g, p in zip(grads, params, strict=True) if g is not None)
+        if not gap <= tolerance**2 * 1e3 * terms:
             raise refusal(
                 f"model {type(self.model).__name__}",
                 got=f"an output for one sample that changes by {gap:.2g} when the sample is evaluated alone",
@@ -173,6 +180,9 @@ class Gradients:
         irregular: dict[str, str] = {}
         for key, use in fast:
             cot = cotangents[use.node]
+            if cot.is_complex():  # a complex product's gradient takes conjugates, which the rules do not
+                irregular |= dict.fromkeys(use.params, f"complex numbers in {use.node.name()}")
+                continue
             loose = not known.scattered.keys().isdisjoint(use.params)
             owner = code.assign(cot) if loose and code is not None else known.owners.get(key)
             if owner is None:
@@ -186,8 +196,7 @@ class Gradients:
                     irregular |= dict.fromkeys(use.params, "the rows of its layer change owners from batch to batch")
                     continue
             cot = cot if code is None else cot[:-1]
-            # a complex product's gradient takes conjugates, which the rules do not
-            factor = None if cot.is_complex() else RULES[use.node.name()](use, owner, n, cot)
+            factor = RULES[use.node.name()](use, owner, n, cot)
             if factor is None:
                 irregular |= dict.fromkeys(use.params, f"no rule for this use by {use.node.name()}")
                 continue

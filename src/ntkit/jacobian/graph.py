@@ -69,6 +69,16 @@ def nodes_from(start: Node) -> list[Node]:
     return list(seen)
 
 
+def mend(output: Tensor) -> None:
+    """Work around a wrong gradient of PyTorch's (2.13, CPU): of a batch norm in eval mode, for a batch of one.
+
+    It is wrong where the cotangent is channels-last in memory, right in plain order. Instance norms always call it so.
+    """
+    for node in nodes_behind(output):
+        if node.name() == "NativeBatchNormBackward0" and node._saved_input.shape[0] == 1:
+            node.register_prehook(lambda grads: tuple(None if g is None else g.contiguous() for g in grads))
+
+
 def shapes_of(node: Node) -> tuple[tuple[int, ...], ...]:
     """Shapes of a node's results; of a leaf none."""
     return () if hasattr(node, "variable") else tuple(tuple(m.shape) for m in node._input_metadata)
@@ -83,7 +93,7 @@ def find_uses(nodes: list[Node], params: dict[str, nn.Parameter], constant: set[
     params : parameter by name.
     constant : positions in `nodes` of those whose results do not grow with the batch.
     """
-    names = {id(p): name for name, p in params.items()}
+    names = {id(p): name for name, p in params.items() if p.numel()}  # no entries, no share
     side = _weight_side(nodes, names, constant)
     uses = []
     for node in nodes:

@@ -265,7 +265,11 @@ def _no_tf32_unasked(model: nn.Module) -> Iterator[None]:
 
 
 def call(model: nn.Module, x: Batch) -> Any:
-    """Run the model on a batch; says which input it got when the model itself refuses it."""
+    """Run the model on a copy of a batch (it may write to it); says which input it got when the model refuses it."""
+    if isinstance(x, Tensor):
+        x = x.clone()
+    else:
+        x = {name: t.clone() for name, t in x.items()} if isinstance(x, dict) else tuple(t.clone() for t in x)
     try:
         if isinstance(x, Tensor):
             return model(x)

@@ -83,6 +83,8 @@ class Code:
 
     def assign(self, cot: Tensor) -> Assigned | None:
         """Owners of the rows of cotangents [K + 1, R, ...] (the coded one last); None if a row is no one sample's."""
+        if not cot.numel():  # an expert that no row was handed to
+            return Assigned(torch.full((len(self.scale), 1), cot.shape[1], device=cot.device))
         flat = cot.flatten(2) if cot.dim() > 2 else cot[..., None]
         plain, coded = torch.einsum("k,kra->ra", self.direction, flat[:-1]), flat[-1]
         norm = plain.square().sum(1)

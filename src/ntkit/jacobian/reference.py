@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkit.jacobian.graph import mend
 from ntkit.jacobian.inputs import (
     Batch,
     Outputs,
@@ -52,6 +53,7 @@ def jacobian(
     with untouched(oracle, chosen):
         for s in range(count(x)):
             out = reduce_outputs(call(oracle, take(x, slice(s, s + 1))), outputs, 1)[0]
+            mend(out)
             per_output: dict[str, list[Tensor]] = {name: [] for name in chosen}
             for value in out:
                 grads = torch.autograd.grad(value, list(chosen.values()), retain_graph=True, allow_unused=True)

@@ -20,7 +20,7 @@ from ntkit.jacobian.structure import Irregular, Size, Structure
 from ntkit.kernels.base import Kernel, KernelOperator, check_out
 from ntkit.progress import task
 
-_LEAF = 64  # samples: smaller products are not worth saving half of
+_LEAF = 128  # samples: smaller products are not worth saving half of
 
 
 class TangentKernel(Kernel):
