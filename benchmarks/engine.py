@@ -1,73 +1,391 @@
-"""The tangent kernel against its floors (matrix product, forward and backward) and against torch.func's tutorial."""
+"""The tangent kernel against its floors and against its peers: ``python -m benchmarks.engine [NAME ...]``.
+
+What is measured and how to read it: benchmarks/README.md. Results are merged into results/engine.json by workload, so
+that some can be run again, and results/engine.md is made from that.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
 
 import ntkit
-from benchmarks.common import gemm_rate, median_seconds, save
-from ntkit.models import build
+from benchmarks.common import RESULTS
+from benchmarks.peers import job as jobs
+from benchmarks.peers.setup import interpreter
+from benchmarks.workloads import WORKLOADS, Workload
+
+SECONDS = 90.0  # for the repeats of ours and the floors, per workload
+LIMIT = 300.0  # for a peer's calls; twice that for its start and compilation
+REPEATS = 15
+PEERS = ("neural-tangents", "torch.func Jacobian", "torch.func products", "nngeometry")
+Row = dict[str, Any]
 
 
-def mlp(outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, outputs))
+# ---------------------------------------------------------------- ours and the floors
 
 
-def tutorial_cnn() -> nn.Module:
-    layers: list[nn.Module] = []
-    for channels in (3, 32, 32):
-        layers += [nn.Conv2d(channels, 32, 3), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 26 * 26, 10))
+def timings(work: Callable[[], Any], seconds: float) -> list[float]:
+    """Wall times after one warm-up, as many as fit; a warm-up longer than all the time given counts itself."""
+    first = timed(work)
+    if first > seconds:
+        return [first]
+    times = [timed(work)]
+    while len(times) < REPEATS and first + sum(times) + times[-1] < seconds:
+        times.append(timed(work))
+    return times
 
 
-WORKLOADS = [
-    ("MLP 784-512-512-10", lambda: mlp(10), (784,), 64, 64),
-    ("MLP 784-512-512-1", lambda: mlp(1), (784,), 1000, 1000),
-    ("tutorial CNN, 10 outputs", tutorial_cnn, (3, 32, 32), 20, 5),
-    ("VGG-38, 1 output", lambda: build("vgg", (1, 28, 28), 1, 0), (1, 28, 28), 100, 100),
-    ("VGG-38, 10 outputs", lambda: build("vgg", (1, 28, 28), 10, 0), (1, 28, 28), 50, 50),
-]
+def timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
-def tutorial(model: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
-    """Contract Jacobians the way the torch.func tutorial does."""
-    params = {k: v.detach() for k, v in model.named_parameters()}
-
-    def single(p: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(model, p, (x[None],))[0]
-
-    j1, j2 = (vmap(jacrev(single), (None, 0))(params, x) for x in (x1, x2))
-    return torch.stack([torch.einsum("Naf,Mbf->NMab", j1[k].flatten(2), j2[k].flatten(2)) for k in j1]).sum(0)
+def gemm_rate(n: int = 2048) -> float:
+    """Floating-point operations per second of a float32 matrix product, the best of some."""
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    return 2 * n**3 / min(timed(lambda: a @ b) for _ in range(8))
 
 
-def forward_backward(model: nn.Module, *sets: Tensor) -> None:
-    """One forward and one backward pass of each sample, for one output: the floor of any exact method."""
+def passes(model: nn.Module, sets: Iterable[Tensor], backwards: int) -> None:
+    """Forward of every sample, and `backwards` backward passes, in batches of 32."""
+    params = list(model.parameters())
     for x in sets:
-        torch.autograd.grad(model(x).sum(), list(model.parameters()))
+        for batch in x.split(32):
+            out = model(batch)
+            for c in range(backwards):
+                torch.autograd.grad(out[:, c].sum(), params, retain_graph=c + 1 < backwards)
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    rate, rows = gemm_rate(), []
-    for name, make, shape, n1, n2 in WORKLOADS:
-        model, x1, x2 = make().eval(), torch.randn(n1, *shape), torch.randn(n2, *shape)
-        kernel = ntkit.TangentKernel(model)
-        ours = median_seconds(partial(kernel, x1, x2))
-        peer = median_seconds(partial(tutorial, model, x1, x2), repeats=3)
-        floor = median_seconds(partial(forward_backward, model, x1, x2))
-        difference = float((kernel(x1, x2) - tutorial(model, x1, x2)).abs().max() / kernel(x1, x2).abs().max())
-        outputs = model(x1[:1]).shape[1]
-        rows.append({
-            "workload": f"{name}, {n1} x {n2}", "seconds": ours, "torch.func / ours": peer / ours,
-            "ours / (outputs x forward+backward)": ours / (outputs * floor),
-            "relative difference": difference,
-        })  # fmt: skip
-    save("engine", rows, gemm_gflops=rate / 1e9)
+def measure_ours(w: Workload, seconds: float) -> tuple[Row, Tensor]:
+    """Measure one workload without peers; also gives the kernel."""
+    model, x1 = w.model(), w.draw(w.n1, 1)
+    x2 = None if w.symmetric else w.draw(w.n2, 2)
+    other = x2 if w.n1 == w.n2 else w.draw(w.n1, 3)  # for k(x1, other) beside k(x1), at the same size
+    kernel = ntkit.TangentKernel(model, outputs=w.outputs)
+    classes = model(x1[:1]).shape[1]
+    rate = gemm_rate()
+    kernel(x1[:3], x1[:2])  # the check at first use
+    calls = {"ours": lambda: kernel(x1) if x2 is None else kernel(x1, x2)}
+    calls["symmetric"] = (lambda: kernel(x1)) if x2 is not None else calls["ours"]
+    calls["general"] = (lambda: kernel(x1, other)) if other is not x2 else calls["ours"]
+    distinct = list(dict.fromkeys(calls.values()))
+    times = {call: timings(call, 0.75 * seconds / len(distinct)) for call in distinct}
+    sets = [x for x in (x1, x2) if x is not None]
+    one = timings(lambda: passes(model, sets, 1), 0.1 * seconds)
+    plan = kernel.plan(x1) if x2 is None else kernel.plan(x1, x2)
+    row: Row = {
+        "name": w.name,
+        "n1": w.n1,
+        "n2": w.n2 or w.n1,
+        "k(x1) alone": w.symmetric,
+        "outputs": classes,
+        "mode": w.outputs,
+        "note": w.note,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gemm_gflops_per_second": rate / 1e9,
+        "plan_gflops": getattr(plan, "flops", sum(step.flops for step in plan.steps)) / 1e9,
+        "plan_seconds": getattr(plan, "seconds", None),
+        "routes": dict(Counter(step.route for step in plan.steps)),
+        **{name: times[call] for name, call in calls.items()},
+        "forward_backward": one,
+        "forward_c_backwards": one if classes == 1 else timings(lambda: passes(model, sets, classes), 0.15 * seconds),
+    }
+    return row, calls["ours"]()
+
+
+# ---------------------------------------------------------------- peers
+
+
+def measure_peers(w: Workload, row: Row, ours: Tensor, seconds: float, limit: float) -> Row:
+    """Run every peer on a workload; each gives a record whose ``status`` says how it went."""
+    model, x1 = w.model(), w.draw(w.n1, 1)
+    x2 = None if w.symmetric else w.draw(w.n2, 2)
+    found: Row = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_inputs(folder, w, model, x1, x2)
+        for peer in PEERS:
+            record = run_peer(peer, w, row, model, folder, min(seconds, limit) / 4, limit)
+            if path := record.pop("values", None):
+                record["relative_difference"] = difference(np.load(path, mmap_mode="r"), w, ours, peer, x1)
+            found[peer] = record
+            print(f"  {peer}: {summary(record)}", flush=True)
+    return found
+
+
+def write_inputs(folder: Path, w: Workload, model: nn.Module, x1: Tensor, x2: Tensor | None) -> None:
+    """Write model and data, for torch and as arrays."""
+    torch.save({"model": model, "x1": x1, "x2": x2, "outputs": w.outputs}, folder / "inputs.pt")
+    arrays = {f"param:{name}": p for name, p in model.named_parameters()}
+    arrays |= {f"fixed:{name}": b for name, b in model.named_buffers()}
+    arrays |= {f"x:{name}": x for name, x in (("x1", x1), ("x2", x2)) if x is not None}
+    np.savez(folder / "inputs.npz", **{name: a.detach().numpy() for name, a in arrays.items()})
+
+
+def run_peer(peer: str, w: Workload, row: Row, model: nn.Module, folder: Path, seconds: float, limit: float) -> Row:
+    """Run one peer in its plain form and, where that cannot hold the workload, in tiles."""
+    memory = int(psutil.virtual_memory().available * 0.7)
+    threads, common = torch.get_num_threads(), {"seconds": seconds, "outputs": w.outputs, "family": w.family}
+    torch_job = {**common, "inputs": str(folder / "inputs.pt")}
+    entry = 4 * row["outputs"] * row["parameters"]  # bytes of one sample's Jacobian
+    needs, samples = 0, w.n1 + w.n2
+    if peer == "nngeometry":
+        if w.family not in ("sequential", "resnet18"):
+            return {"status": "not supported", "why": "raw and tied parameters, or tokens"}
+        needs = 4 * (w.n1 * row["outputs"]) ** 2
+        module, python, job = "nngeometry", interpreter("torch"), {**torch_job, "batch": 1000}  # the larger, the faster
+        tiles: Row = {"batch": 100}
+    elif peer == "neural-tangents":
+        layers = [
+            [type(m).__name__, name, getattr(m, "padding", (0,))[0] if isinstance(m, nn.Conv2d) else 0]
+            for name, m in model.named_children()
+        ]
+        job = {**common, "inputs": str(folder / "inputs.npz"), "layers": layers if w.family == "sequential" else []}
+        module, python = "neural_tangents", interpreter("jax")
+        both = math.gcd(w.n1, w.n2)  # it wants equal tiles
+        tiles = {"batch": max(d for d in range(1, both + 1) if both % d == 0 and d <= max(1, both // 8))}
+    else:
+        method = peer.split()[1].lower()
+        module, python, job = "torch_func", Path(sys.executable), {**torch_job, "method": method}
+        needs = entry * (samples if method == "jacobian" else w.n1)
+        tiles = torch_tiles(method, w, entry, per_sample(model, w) * row["outputs"], memory)
+    if not python.exists():
+        return {"status": "not installed"}
+    if peer == "neural-tangents":
+        return best_layout(w, job, tiles, python, folder, limit, memory, threads)
+    if needs > memory:
+        plain: Row = {"status": f"needs {needs / 1e9:.0f} GB"}
+    else:
+        plain = jobs.run(module, python, {**job, "chunked": False}, folder, limit, memory, threads)
+    if not tiles or (needs <= memory and plain["status"] != "out of memory"):
+        return plain
+    again = jobs.run(module, python, {**job, "chunked": True, **tiles}, folder, limit, memory, threads)
+    return {**again, "plain": plain["status"], "tiles": tiles}
+
+
+def best_layout(
+    w: Workload, job: Row, tiles: Row, python: Path, folder: Path, limit: float, memory: int, threads: int
+) -> Row:
+    """Run neural-tangents with images in both layouts, where there are images, and keep the faster."""
+    best: Row = {}
+    tried = {}
+    for layout in ("NHWC", "NCHW") if len(w.shape) == 3 else ("NHWC",):
+        settings = {**job, "layout": layout}
+        record = jobs.run("neural_tangents", python, {**settings, "chunked": False}, folder, limit, memory, threads)
+        if record["status"] == "out of memory":
+            again = jobs.run(
+                "neural_tangents", python, {**settings, "chunked": True, **tiles}, folder, limit, memory, threads
+            )
+            record = {**again, "plain": "out of memory", "tiles": tiles}
+        tried[layout] = summary(record)
+        if path := record.get("values"):
+            record["values"] = str(Path(path).replace(folder / f"{layout}.npy"))
+        median = statistics.median(record["seconds"]) if record["status"] == "ok" else math.inf
+        if not best or median < best["median"]:
+            best = {**record, "layout": layout, "median": median}
+    del best["median"]
+    return {**best, "layouts": tried}
+
+
+def torch_tiles(method: str, w: Workload, entry: int, activations: int, memory: int) -> Row:
+    """Samples per tile for torch.func: rows as many as fit, since each strip does the columns' Jacobians anew."""
+    n2 = w.n2 or w.n1
+    if method == "jacobian":
+        rows, columns = 0.3 * memory / entry, 0.05 * memory / entry
+    else:  # vmap puts the product of every pair with a parameter-sized tangent of its own
+        rows = columns = math.sqrt(0.2 * memory / (entry + activations))
+    return {"rows": max(1, min(w.n1, int(rows))), "columns": max(1, min(n2, int(columns)))}
+
+
+def per_sample(model: nn.Module, w: Workload) -> int:
+    """Bytes that autograd saves for one more sample: what is saved of the parameters cancels."""
+    held = []
+    for n in (1, 2):
+        total = 0
+
+        def pack(t: Tensor) -> Tensor:
+            nonlocal total
+            total += t.numel() * t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(w.draw(n, 1))
+        held.append(total)
+    return max(1, held[1] - held[0])
+
+
+def difference(theirs: np.ndarray, w: Workload, ours: Tensor, peer: str, x1: Tensor) -> float:
+    """Largest difference to our values, relative to our largest value."""
+    if peer == "nngeometry" and not w.symmetric:  # it has k(x1) only
+        ours = ntkit.TangentKernel(w.model(), outputs=w.outputs)(x1)
+    if theirs.shape != tuple(ours.shape):
+        raise ValueError(f"{peer}: shape {theirs.shape}, expected {tuple(ours.shape)}")
+    largest = max(float((torch.from_numpy(np.array(a)) - b).abs().max()) for a, b in zip(theirs, ours, strict=True))
+    return largest / float(ours.abs().max())
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def figures(row: Row) -> Row:
+    """Derive a workload's figures from its raw seconds; None where there is none."""
+    ours, symmetric = statistics.median(row["ours"]), statistics.median(row["symmetric"])
+    gemm = row["plan_gflops"] / row["gemm_gflops_per_second"]
+    one, many = (statistics.median(row[key]) for key in ("forward_backward", "forward_c_backwards"))
+    ratios = {}
+    for peer, record in row["peers"].items():
+        if record["status"] == "ok":  # nngeometry has k(x1) only: against our k(x1)
+            ratios[peer] = statistics.median(record["seconds"]) / (symmetric if peer == "nngeometry" else ours)
+    tutorial = [ratio for peer, ratio in ratios.items() if peer.startswith("torch.func")]
+    best = min(ratios, key=ratios.__getitem__, default=None)
+    return {
+        "ours": ours,
+        "best": best,
+        "best / ours": ratios[best] if best else None,
+        "torch.func / ours": min(tutorial, default=None),
+        "gemm": gemm,
+        "forward_backward": one,
+        "forward_c_backwards": many,
+        "ours / floor": ours / (gemm + one),
+        "ours / floor C": ours / (gemm + many),
+        "symmetric / general": symmetric / statistics.median(row["general"]),
+        "difference": row["peers"][best]["relative_difference"] if best else None,
+    }
+
+
+def summary(record: Row) -> str:
+    """One peer's outcome in few words."""
+    words = f"{statistics.median(record['seconds']):.3g} s" if record["status"] == "ok" else record["status"]
+    words += " (first call)" if record.get("cold") else ""
+    return f"{words} (in tiles; plain: {record['plain']})" if "plain" in record else words
+
+
+def markdown(rows: list[Row]) -> str:
+    """Tables of all workloads measured."""
+    cell = lambda value, form="{:.3g}": "" if value is None else form.format(value)
+    found = {row["name"]: figures(row) for row in rows}
+    lines = [
+        "# Tangent kernel: ours, peers, floors",
+        "",
+        "Made by `python -m benchmarks.engine`; how to read it: [../README.md](../README.md). Seconds are medians, "
+        "float32. Ratios above 1 mean that ntkit is faster.",
+        "",
+        *sorted({f"- {machine_line(row['machine'])}" for row in rows}),
+        "",
+        "| workload | ours, s | best peer | best peer / ours | torch.func / ours | GEMM floor, s | forward + backward, "
+        "s | ours / floors | C backwards, s | ours / floors, C backwards | k(x1) / k(x1, x2) | difference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        f = found[row["name"]]
+        cells = [
+            label(row), cell(f["ours"]), f["best"] or "none", cell(f["best / ours"], "{:.2f}"),
+            cell(f["torch.func / ours"], "{:.2f}"), cell(f["gemm"]), cell(f["forward_backward"]),
+            cell(f["ours / floor"], "{:.2f}"), cell(f["forward_c_backwards"]), cell(f["ours / floor C"], "{:.2f}"),
+            cell(f["symmetric / general"], "{:.2f}"), cell(f["difference"], "{:.0e}"),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Geometric means over the workloads where both were measured:", ""]
+    for key in ("best / ours", "torch.func / ours", "ours / floor", "ours / floor C", "symmetric / general"):
+        values = [f[key] for f in found.values() if f[key] is not None]
+        if values:
+            lines.append(f"- {key}: {statistics.geometric_mean(values):.2f} ({len(values)} of {len(rows)})")
+    lines += ["", "Every peer (its seconds and the difference to our values, or why there are none):", ""]
+    lines += [f"| workload | {' | '.join(PEERS)} |", "|---" * (len(PEERS) + 1) + "|"]
+    for row in rows:
+        cells = []
+        for peer in PEERS:
+            record = row["peers"].get(peer, {"status": "not run"})
+            apart = f", {record['relative_difference']:.0e}" if "relative_difference" in record else ""
+            cells.append(summary(record) + apart)
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def label(row: Row) -> str:
+    """Name and sizes of a workload."""
+    size = f"k(x1), {row['n1']}" if row["k(x1) alone"] else f"{row['n1']} x {row['n2']}"
+    mode = "" if row["outputs"] == 1 else f", {row['mode']}" + (f" ({row['note']})" if row["note"] else "")
+    return f"{row['name']}: {size}{mode}"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ntkit": ntkit.__version__,
+    }
+
+
+def machine_line(found: dict[str, Any]) -> str:
+    """Say a machine in one line."""
+    return (
+        f"{found['processor']}, {found['threads']} of {found['cores']} cores, {found['memory_gb']} GB; "
+        f"Python {found['python']}, torch {found['torch']}, ntkit {found['ntkit']}"
+    )
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def save(row: Row) -> list[Row]:
+    """Put a workload's row into the results, in the order of `WORKLOADS`; gives all rows."""
+    file, order = RESULTS / "engine.json", [w.name for w in WORKLOADS]
+    kept = json.loads(file.read_text())["rows"] if file.exists() else []
+    by_name = {old["name"]: old for old in kept if old.get("name") in order} | {row["name"]: row}
+    rows = [by_name[name] for name in order if name in by_name]
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    (RESULTS / "engine.md").write_text(markdown(rows))
+    return rows
+
+
+def main(names: Iterable[str] = (), seconds: float = SECONDS, limit: float = LIMIT) -> None:
+    """Measure the workloads named, or all."""
+    wanted, known = list(names), [w.name for w in WORKLOADS]
+    if unknown := [name for name in wanted if name not in known]:
+        raise SystemExit(f"no workload {', '.join(unknown)}; there are: {', '.join(known)}")
+    for w in WORKLOADS:
+        if wanted and w.name not in wanted:
+            continue
+        print(f"{w.name}", flush=True)
+        row, ours = measure_ours(w, seconds)
+        print(f"  ours: {statistics.median(row['ours']):.3g} s", flush=True)
+        row["peers"] = measure_peers(w, row, ours, seconds, limit)
+        row["machine"] = machine()
+        rows = save(row)
+    print(markdown(rows))
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="workloads to measure; all if none is named")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for ours and the floors, per workload")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="for each peer's process")
+    given = parser.parse_args()
+    main(given.names, given.seconds, given.limit)

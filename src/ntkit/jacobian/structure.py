@@ -58,7 +58,7 @@ class Size:
         return sum(part.positions for part in self.parts)
 
 
-@dataclass
+@dataclass(eq=False)
 class Structure:
     """What the self-check established for one graph: valid for any batch whose graph looks the same.
 

@@ -317,7 +317,8 @@ class TangentKernel(Kernel):
     def _planned(self, x1: Batch, x2: Batch | None, aligned: bool = False) -> tuple[Structure, Structure, Plan]:
         known1 = self._known(x1)
         known2 = known1 if x2 is None else self._known(x2)
-        known1 = self._known(x1)  # x2 may have shown more different samples of the same kind
+        if known1 not in self._gradients.structures.values():  # x2 has shown more different samples of the same kind
+            known1 = self._known(x1)
         if known1.outputs != known2.outputs:
             raise refusal(
                 "x2",
