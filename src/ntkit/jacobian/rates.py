@@ -121,7 +121,8 @@ def _measure(like: Tensor) -> Rates:
             product=_rounded(2 * _N**3, _seconds(lambda: a @ a, like.device)),
             batched=_rounded(2 * 16 * 64 * 512 * 128, _seconds(lambda: torch.bmm(left, right), like.device)),
             entries=_rounded(_N**2, _seconds(lambda: total.addcmul_(a, a, value=1e-3), like.device)),
-            fresh=_rounded(16 * _N**2, _seconds(lambda: total.new_empty(16 * _N**2).zero_(), like.device)),
+            # large enough that the allocator gives it back to the system each time
+            fresh=_rounded(16 * _N**2, _seconds(lambda: total.new_empty(16 * _N**2).zero_(), like.device, 3)),
         )
 
 
@@ -129,9 +130,9 @@ def _rounded(work: float, seconds: float) -> float:
     return float(f"{work / seconds:.2g}")
 
 
-def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
+def _seconds(work: Callable[[], Tensor], device: torch.device, repeats: int = 8) -> float:
     times = []
-    for _ in range(9):
+    for _ in range(repeats + 1):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
