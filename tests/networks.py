@@ -417,21 +417,12 @@ def unused(d):
 # ---------------------------------------------------------------------- normalisation
 
 
-def row_major(h: Tensor) -> Tensor:
-    """The same features, whose gradient will be row-major in memory.
-
-    In eval mode PyTorch's batch norm (2.13, CPU) gets the gradient of a batch of one wrong when the cotangent is
-    channels-last in memory: then the oracle would be wrong. `test_traps.py` has a test of it.
-    """
-    return h.flatten().reshape(h.shape)
-
-
 @op("v", "t", *IMAGES, keeps=True)
 def batch_norm(d):
     if d.kind == "t":
         return Op(lambda m, h: m.f(h.transpose(1, 2)).transpose(1, 2), f=nn.BatchNorm1d(d.h.shape[2]))
     kind = {"v": nn.BatchNorm1d, "i1": nn.BatchNorm1d, "i2": nn.BatchNorm2d, "i3": nn.BatchNorm3d}[d.kind]
-    return Op(lambda m, h: row_major(m.f(h)), f=kind(d.h.shape[1]))
+    return Op(lambda m, h: m.f(h), f=kind(d.h.shape[1]))
 
 
 @op(*ANY, keeps=True)
@@ -459,7 +450,7 @@ def instance_norm(d):
     if math.prod(d.h.shape[2:]) == 1:
         return None
     layer = kind(d.h.shape[1], affine=d.one("affine", (True, False)), track_running_stats=stats)
-    return Op(lambda m, h: row_major(m.f(h)), f=layer)
+    return Op(lambda m, h: m.f(h), f=layer)
 
 
 # ---------------------------------------------------------------------- images

@@ -248,7 +248,10 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
         ),
         vectors,
     ),
-    "bags of words": (lambda: nn.Sequential(nn.EmbeddingBag(9, 4, padding_idx=2), nn.Tanh(), nn.Linear(4, 2)), tokens),
+    "bags of words": (
+        lambda: Op(lambda m, x: m.gate * m.head(m.bag(x)), bag=nn.EmbeddingBag(9, 4), head=mlp(4), gate=parameter()),
+        tokens,
+    ),
 }
 
 

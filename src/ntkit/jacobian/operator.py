@@ -78,5 +78,5 @@ def _by_gradients(gradients: Gradients, x: Batch, u: list[Tensor]) -> Tensor:
             break
         except Irregular as signal:
             known.fallback |= signal.reasons
-    shares = [factors[name].rows() @ v.flatten(1).T for name, v in zip(gradients.params, u, strict=True)]
+    shares = [factors[name].rows() @ v.reshape(v.shape[0], -1).T for name, v in zip(gradients.params, u, strict=True)]
     return torch.stack(shares).sum(0)
