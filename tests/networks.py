@@ -440,7 +440,8 @@ def group_norm(d):
     groups = d.divisor("groups", channels)
     if channels // groups * rest == 1:
         return None
-    return Op(lambda m, h: m.f(h), f=nn.GroupNorm(groups, channels))
+    # PyTorch (2.13, CPU) crashes in the backward pass of a channels-last input that needs no gradient itself.
+    return Op(lambda m, h: m.f(h.contiguous()), f=nn.GroupNorm(groups, channels))
 
 
 @op(*IMAGES, keeps=True)
