@@ -32,6 +32,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, images, make, softplus_sum, tiny_mlp, tokens, vectors
@@ -479,3 +480,79 @@ def test_every_option_changes_something():
     assert set(inspect.signature(ntkit.TangentKernel).parameters) == {"model", *changes}
     for name, changed in changes.items():
         assert changed(), f"option {name} is accepted and ignored"
+
+
+class Changing(nn.Module):
+    """Samples of one shape, several graphs: by a flag, by the data, by the number of samples."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by, self.flag = by, False
+        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        if self.by == "number" and len(x) > 20:  # the same, another way
+            return torch.cat([self(part) for part in x.split(10)])
+        flag = {"flag": self.flag, "data": x.mean() > 0, "number": False}[self.by]
+        return self.three(self.two(self.one(x).sigmoid()).tanh() if flag else self.one(x).tanh())
+
+
+@pytest.mark.parametrize("by", ["flag", "data", "number"])
+def test_a_graph_that_changes_between_calls(by):
+    torch.manual_seed(3)
+    model = Changing(by).double()
+    kernel = ntkit.TangentKernel(model)
+    x = torch.randn(40, 4, dtype=torch.float64).abs()
+    calls = [(x[:5], x[5:9]), (-x[:5], -x[5:9]), (x[:20], x[20:]), (x[:5], x[5:9])]
+    for flag in (False, True, False):
+        model.flag = flag
+        for x1, x2 in calls:
+            assert_equal(kernel(x1, x2), tangent_kernel(model, x1, x2), 1e-12, f"{by}, {flag}")
+            assert_equal(kernel(x1), tangent_kernel(model, x1), 1e-12, "k(x)")
+            assert_equal(kernel.diagonal(x1), tangent_kernel(model, x1).diagonal().permute(2, 0, 1), 1e-12, "diagonal")
+
+
+def test_a_model_converted_after_the_kernel_was_made():
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(6, 5)
+    kernel = ntkit.TangentKernel(model)
+    kernel(x)
+    model.double()
+    got = kernel(x.double())
+    assert got.dtype == torch.float64
+    assert_equal(got, tangent_kernel(model, x.double()), 1e-12, "float64")
+
+
+def test_samples_that_mix_in_large_batches_only():
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.f(x).sin()
+            return h - h.mean(0) * (len(x) > 16)
+
+    kernel, x = ntkit.TangentKernel(Centred()), torch.randn(40, 4)
+    assert kernel(x[:8]).shape == (8, 8, 2, 2)
+    with pytest.raises(ntkit.Refused, match="evaluated alone"):
+        kernel(x)
+
+
+def test_numpy_random_numbers_are_noticed_and_put_back():
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.f(x) * np.random.normal()  # noqa: NPY002 (what users write)
+
+    np.random.seed(0)  # noqa: NPY002
+    np.random.normal()  # noqa: NPY002 (one more is now in store: taking it moves no pointer)
+    with pytest.raises(ntkit.Refused, match="random numbers"):
+        ntkit.TangentKernel(Noisy())(torch.randn(3, 4))
+    after = np.random.normal()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    np.random.normal()  # noqa: NPY002
+    assert after == np.random.normal()  # noqa: NPY002

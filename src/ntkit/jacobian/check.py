@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 from ntkit.checks import refusal
 from ntkit.jacobian.factors import Gradients, looks_of, numbered
-from ntkit.jacobian.graph import Use, find_uses, nodes_behind, nodes_from, shapes_of
+from ntkit.jacobian.graph import Use, find_uses, nodes_behind, nodes_from, shapes_of, sizes_of
 from ntkit.jacobian.inputs import Batch, count, leaves, take, untouched
 from ntkit.jacobian.ownership import establish
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
 from ntkit.jacobian.rules import RULES
-from ntkit.jacobian.structure import Irregular, Part, SelfCheckError, Size, Structure
-
-_PROBE = 3  # samples: odd, and more than two, so that a foreign row shows
+from ntkit.jacobian.structure import PROBE, Expected, Irregular, Part, SelfCheckError, Size, Structure
 
 # Nodes that can move rows depending on data or on the batch's size: behind them each batch checks who owns what.
 _FUSED_RNN = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
@@ -24,13 +22,15 @@ _FUSED_RNN = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
 _MOVERS = ("Index", "Gather", "Scatter", "Sort", "Topk", "Masked", "Flip", "Roll", "Take", "Unique", "Nonzero")
 
 
-def structure_of(gradients: Gradients, x: Batch) -> Structure:
+def structure_of(gradients: Gradients, x: Batch, unseen: bool = False) -> Structure:
     """Establish (once per graph) and return what is known of the model's graph on inputs like `x`.
 
     Parameters
     ----------
     gradients : model, parameters, outputs.
     x : the samples at hand; up to three different ones are tried.
+    unseen : whether what held for the last samples of these shapes may be returned without a look at the graph, when
+        `Gradients.batch` is to compare the whole graph of its samples with the one expected.
 
     Raises
     ------
@@ -39,14 +39,18 @@ def structure_of(gradients: Gradients, x: Batch) -> Structure:
     SelfCheckError
         When a parameter's gradient differs from plain autograd.
     """
+    kind = tuple((t.dtype, t.shape[1:]) for t in leaves(x))
+    known = gradients.usual.get(kind)
+    if unseen and known is not None and known.expected is not None and known.covers(count(x)):
+        return known
     with untouched(gradients.model, gradients.params):
         first = gradients.forward(take(x, [0, 0]))
         nodes = nodes_behind(first)
         look = tuple((node.name(), shapes_of(node)[:1]) for node in nodes)
         uses = tuple(use.look for use in find_uses(nodes, gradients.params, set()))
-        key = (look, uses, tuple((t.dtype, t.shape[1:]) for t in leaves(x)))
+        key = (look, uses, kind)
         known = gradients.structures.get(key)
-        if known is None or (known.distinct < _PROBE and count(x) > known.distinct):
+        if known is None or not known.covers(count(x)):
             if any("CheckpointFunction" in node.name() for node in nodes):
                 raise refusal(
                     f"model {type(gradients.model).__name__}",
@@ -56,6 +60,7 @@ def structure_of(gradients: Gradients, x: Batch) -> Structure:
                 )
             known = _establish(gradients, x)
             gradients.structures[key] = known
+        gradients.usual[kind] = known
         return known
 
 
@@ -75,14 +80,14 @@ def _different_samples(x: Batch) -> list[int]:
     for i in candidates:
         if all(any(not torch.equal(t[i], t[j]) for t in leaves(x)) for j in chosen):
             chosen.append(i)
-        if len(chosen) == _PROBE:
+        if len(chosen) == PROBE:
             break
     return chosen
 
 
 def _establish(gradients: Gradients, x: Batch) -> Structure:
     chosen = _different_samples(x)
-    probe = take(x, (chosen * _PROBE)[:_PROBE])
+    probe = take(x, (chosen * PROBE)[:PROBE])
     out = gradients.forward(probe)
     nodes = nodes_behind(out)
     plain_rnn = any(node.name().startswith(_FUSED_RNN) for node in nodes)
@@ -111,10 +116,10 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
     if any(not use.direct for use in uses):  # else rearrangements are all there is on the weight side
         known.names, known.constant = names, frozenset(constant)
     generator = torch.Generator().manual_seed(0)
-    draw = torch.randn(2, _PROBE, out.shape[1], generator=generator, dtype=torch.float64).to(out)
+    draw = torch.randn(2, PROBE, out.shape[1], generator=generator, dtype=torch.float64).to(out)
 
-    masked = torch.zeros(_PROBE, _PROBE, out.shape[1], dtype=out.dtype, device=out.device)
-    masked[range(_PROBE), range(_PROBE)] = draw[0]
+    masked = torch.zeros(PROBE, PROBE, out.shape[1], dtype=out.dtype, device=out.device)
+    masked[range(PROBE), range(PROBE)] = draw[0]
     ruled = [use for use in uses if use.node.name() in RULES]
     cotangents = gradients.backward(out, [use.node for use in ruled], masked)
     moved = any(_moves_rows(node) for node in nodes)
@@ -141,7 +146,7 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
             known.fallback |= dict.fromkeys(use.params, reason)
     while True:
         try:
-            factors = gradients.factors(out, uses, known, draw, _PROBE)
+            factors = gradients.factors(out, uses, known, draw, PROBE)
             break
         except Irregular as signal:
             known.fallback |= signal.reasons
@@ -149,14 +154,24 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
     known.sizes |= {name: Size(gradients.params[name].numel()) for name in known.fallback}
     known.shared = _shared(uses, known)
     held = sum(t[0].numel() for t in cotangents.values())
-    known.bytes_per_sample = 2 * held * out.element_size() // _PROBE
+    known.bytes_per_sample = 2 * held * out.element_size() // PROBE
     size = {node: t.norm() for node, t in cotangents.items()}
     floors: dict[str, Tensor] = {}
     for use in ruled:
         for name in use.params:
             floors[name] = torch.maximum(floors.get(name, out.new_zeros(())), size[use.node])
     _compare(gradients, probe, out, factors, draw, floors, known.eps)
+    known.expected = _expected(nodes, fewer) if comparable and not known.scattered else None
     return known
+
+
+def _expected(three: list[Any], two: list[Any]) -> Expected | None:
+    """The graph of any number of samples, from those of three and of two."""
+    sizes = [(sizes_of(node), sizes_of(other)) for node, other in zip(three, two, strict=True)]
+    if any(len(more) != len(base) for more, base in sizes):
+        return None
+    steps = tuple(tuple(m - b for m, b in zip(more, base, strict=True)) for more, base in sizes)
+    return Expected(tuple(node.name() for node in three), tuple(base for _, base in sizes), steps)
 
 
 def _precisions(nodes: list[Any]) -> set[torch.dtype]:
@@ -208,7 +223,7 @@ def _compare(
     eps: float,
 ) -> None:
     """Raise unless outputs and gradients of the probe equal those of its samples taken one at a time."""
-    for s in range(_PROBE):
+    for s in range(PROBE):
         gradients.compare_alone(probe, out, s)
         if not factors:
             continue

@@ -102,6 +102,10 @@ def prepare(
                 factor = Pairs((factor.pair(),), (factor.l, factor.r))
             if not isinstance(factor, Pairs):
                 raise Irregular({name: "its gradient has no factors in some batch"})
+            if stop - begin == n and all(p.left.dtype == p.right.dtype == gradients.dtype for p in factor.parts):
+                # all there is: nothing to put it behind
+                kept[name] = Pairs(tuple(p.detach() for p in factor.parts), factor.shape, name in shared.values())
+                continue
             if name not in kept:
                 parts = tuple(_room(part, n, gradients.dtype) for part in factor.parts)
                 kept[name] = Pairs(parts, factor.shape, name in shared.values())

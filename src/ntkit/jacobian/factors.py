@@ -8,26 +8,24 @@ samples with plain autograd, before the first result.
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from ntkit.checks import refusal
-from ntkit.jacobian.graph import Use, find_uses, mend, nodes_behind
-from ntkit.jacobian.inputs import Batch, Outputs, call, count, reduce_outputs, take, untouched
+from ntkit.jacobian.graph import Use, find_uses, mend, nodes_behind, sizes_of
+from ntkit.jacobian.inputs import Batch, Outputs, call, count, drew, reduce_outputs, take, untouched
 from ntkit.jacobian.ownership import Code, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable
 from ntkit.jacobian.rules import RULES
 from ntkit.jacobian.structure import Irregular, Structure
 
-_ALONE = 8  # samples from one check of a sample alone to the next
+_ALONE = 1024  # samples from one check of a sample alone to the next
 
 
 class Gradients:
@@ -43,10 +41,16 @@ class Gradients:
     def __init__(self, model: nn.Module, params: dict[str, nn.Parameter], outputs: Outputs) -> None:
         self.model, self.params, self.outputs = model, params, outputs
         self.structures: dict[tuple, Structure] = {}  # what `jacobian.check` established, by the graph's look
+        self.usual: dict[tuple, Structure] = {}  # the same by the samples' shapes: the last one met
         # rows and results are in the widest precision of the parameters
         self.dtype = reduce(torch.promote_types, (p.dtype for p in params.values()))
+        self._kinds = _kinds(params)
         self._batched = True  # vmapped backward; a graph with a node that cannot be vmapped loops instead
-        self._unchecked = _ALONE  # samples since one was last evaluated alone
+        self._checked: dict[int, int] = {}  # batch size -> samples since one of them was last evaluated alone
+
+    def current(self, params: dict[str, nn.Parameter]) -> bool:
+        """Whether these are the parameters it was made for, converted and moved nowhere since."""
+        return _kinds(params) == self._kinds
 
     def dtypes(self) -> set[torch.dtype]:
         """Precisions of the parameters."""
@@ -64,10 +68,9 @@ class Gradients:
         Refused
             When an output is not finite, none depends on the parameters, or the forward drew random numbers.
         """
-        before = _random_state()
         with _without_fused_rnn() if plain_rnn else contextlib.nullcontext():
             out = reduce_outputs(call(self.model, x), self.outputs, count(x))
-        if any(a != b for a, b in zip(before, _random_state(), strict=True)):
+        if drew():
             raise refusal(
                 f"model {type(self.model).__name__}",
                 got="a forward pass that draws random numbers",
@@ -107,11 +110,18 @@ class Gradients:
                 return {name: factor.first() for name, factor in pair.items()}
             n = count(x)
             out = self.forward(x, known.plain_rnn)
-            self._unchecked += n
-            if self._unchecked >= _ALONE:
+            nodes = nodes_behind(out)
+            names = tuple(node.name() for node in nodes)
+            if known.expected is not None and not known.expected.fits(names, [sizes_of(node) for node in nodes], n):
+                known.expected = None  # from now on each call looks for itself
+                raise Irregular({})
+            since = self._checked.get(n, _ALONE) + n  # samples may mix in large batches only
+            if since > _ALONE:
                 self.compare_alone(x, out, n // 2)
-                self._unchecked = 0
-            uses = self.uses(out, known)
+                since = 0
+            self._checked[n] = since
+            constant = known.constant if names == known.names else ()
+            uses = find_uses(nodes, self.params, set(constant))
             self._same_graph(uses, known)
             basis = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)
             basis = basis[:, None, :].expand(-1, n, -1)
@@ -124,14 +134,6 @@ class Gradients:
                         values[name].append(g)
                 factors |= {name: Rows(torch.stack(g)) for name, g in values.items()}
             return factors
-
-    def uses(self, out: Tensor, known: Structure) -> list[Use]:
-        """Uses of the parameters in the graph of a batch, which side a node is on being known from the self-check."""
-        nodes = nodes_behind(out)
-        if not known.constant:
-            return find_uses(nodes, self.params, set())
-        same = tuple(node.name() for node in nodes) == known.names
-        return find_uses(nodes, self.params, set(known.constant) if same else set())
 
     def compare_alone(self, x: Batch, out: Tensor, s: int) -> None:
         """Refuse a model whose output for sample `s` is another one when the sample is evaluated alone."""
@@ -389,7 +391,5 @@ def _dense(grad: Tensor | None, parameter: Tensor) -> Tensor:
     return grad.to_dense() if grad.is_sparse else grad
 
 
-def _random_state() -> tuple[bytes, object, bytes, int]:
-    """State of the generators a forward pass on the CPU could draw from."""
-    numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002 (looked at, not used)
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), numpy["key"].tobytes(), numpy["pos"]
+def _kinds(params: dict[str, nn.Parameter]) -> list[tuple]:
+    return [(name, id(p), p.dtype, p.device) for name, p in params.items()]

@@ -84,6 +84,13 @@ def shapes_of(node: Node) -> tuple[tuple[int, ...], ...]:
     return () if hasattr(node, "variable") else tuple(tuple(m.shape) for m in node._input_metadata)
 
 
+def sizes_of(node: Node) -> tuple[int, ...]:
+    """Shapes of a node's results, one behind the other; of a leaf its own."""
+    if hasattr(node, "variable"):
+        return tuple(node.variable.shape)
+    return tuple(size for m in node._input_metadata for size in m.shape)
+
+
 def find_uses(nodes: list[Node], params: dict[str, nn.Parameter], constant: set[int]) -> list[Use]:
     """List every use in a graph, in the order of `nodes`.
 
@@ -157,8 +164,3 @@ def _describe(source: Node, side: dict[Node, str | None]) -> tuple[tuple[str, ..
         if chain is not None:
             chain = [*chain, node.name()] if node.name() in LAYOUT and len(children) == 1 else None
     return tuple(behind), None if chain is None or len(behind) > 1 else tuple(chain), tuple(looks)
-
-
-def signature(uses: list[Use]) -> tuple:
-    """What must stay the same for a check made on some samples to hold for others: the uses, without sizes."""
-    return tuple(use.look for use in uses)

@@ -43,6 +43,23 @@ def take(x: Batch, index: Any) -> Batch:
     return tuple(value[index] for value in x)
 
 
+def alike(x1: Batch, x2: Batch) -> bool:
+    """Whether two batches can be put behind each other."""
+    if type(x1) is not type(x2) or (isinstance(x1, dict) and x1.keys() != x2.keys()):
+        return False
+    kinds = [[(t.shape[1:], t.dtype, t.device) for t in leaves(x)] for x in (x1, x2)]
+    return kinds[0] == kinds[1]
+
+
+def join(x1: Batch, x2: Batch) -> Batch:
+    """Two batches behind each other."""
+    if isinstance(x1, Tensor):
+        return torch.cat([x1, x2])
+    if isinstance(x1, dict):
+        return {name: torch.cat([value, x2[name]]) for name, value in x1.items()}
+    return tuple(torch.cat(pair) for pair in zip(x1, x2, strict=True))
+
+
 def count(x: Batch) -> int:
     """Number of samples."""
     return leaves(x)[0].shape[0]
@@ -66,7 +83,10 @@ def checked(x: Batch, name: str) -> Batch:
     if sizes == {0}:
         raise refusal(name, got="an empty set", expected="at least one sample", fix="Check the selection that made it.")
     for tensor in tensors:
-        if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
+        # the sum is finite only if all are; it may overflow, so then each is looked at
+        if not tensor.is_floating_point() or torch.isfinite(tensor.sum()):
+            continue
+        if not (finite := torch.isfinite(tensor)).all():
             index = tuple(int(i) for i in (~finite).nonzero()[0])
             raise refusal(
                 name,
@@ -218,13 +238,14 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
     Compiled modules run uncompiled, since a compiled graph hides what it does with its parameters; convolutions on a
     GPU use TF32 only where matrix products may (`torch.set_float32_matmul_precision`).
     """
+    global _entered
     chosen = {id(p) for p in params.values()}
     with _ONE_AT_A_TIME, torch.inference_mode(False), _uncompiled(), _no_tf32_unasked(model):
         flags = [(p, p.requires_grad) for p in model.parameters()]
         owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
         devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (kept, not used)
+        outer, _entered = _entered, _random_states()
         try:
             for p, _ in flags:
                 p.requires_grad_(id(p) in chosen)
@@ -239,8 +260,26 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+            if drew():
+                _, python, numpy = _entered
+                random.setstate(python)
+                np.random.set_state(numpy)  # noqa: NPY002 (put back, not used)
+            _entered = outer
+
+
+_entered: Any = None  # random states on entering `untouched`
+
+
+def drew() -> bool:
+    """Whether random numbers were drawn, from a generator of the CPU, since `untouched` was entered."""
+    (torch1, python1, numpy1), (torch2, python2, numpy2) = _entered, _random_states()
+    pointer = [(state["state"]["pos"], state["has_gauss"]) for state in (numpy1, numpy2)]
+    same = python1 == python2 and pointer[0] == pointer[1]
+    return not (same and np.array_equal(numpy1["state"]["key"], numpy2["state"]["key"]) and torch1.equal(torch2))
+
+
+def _random_states() -> tuple[Tensor, tuple, dict[str, Any]]:
+    return torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002 (kept, not used)
 
 
 def _uncompiled() -> Any:

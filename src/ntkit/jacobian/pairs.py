@@ -85,6 +85,10 @@ class Pair:
         """Some of the samples, as views."""
         return replace(self, left=self.left[index], right=self.right[index])
 
+    def detach(self) -> Pair:
+        """The same numbers, without the graph that made them."""
+        return replace(self, left=self.left.detach(), right=self.right.detach())
+
 
 @dataclass(frozen=True)
 class Pairs:

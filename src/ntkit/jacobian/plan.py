@@ -59,7 +59,7 @@ class Plan:
 
     The rows of the kernel are done ``tile`` at a time, whose factors stay in memory while the columns pass by,
     ``columns`` at a time: so the columns are prepared once per tile of rows. ``block`` samples are multiplied at a
-    time, ``batch`` go through the model at a time.
+    time, ``batch`` go through the model at a time; ``scratch`` bytes are for what a product holds in between.
     """
 
     steps: tuple[Step, ...]
@@ -67,6 +67,7 @@ class Plan:
     columns: int
     block: int
     batch: int
+    scratch: int
 
     def route(self, name: str) -> str:
         """Route of a parameter."""
@@ -238,7 +239,7 @@ def make_plan(
     batch = budget * 0.3 / transient
     if like.device.type == "cpu":
         batch = min(batch, max(_FORWARD / transient, _FEWEST))
-    batch = max(1, min(256, int(batch), max(n1, n2)))
+    batch = max(1, min(256, int(batch), n1 if same else n1 + n2))
     numbers = min(_BLOCK.get(like.device.type, 2**20), budget * 0.1 / (3 * itemsize))
     block = max(1, math.isqrt(int(numbers / what.results)))
     late = max((outputs * known.sizes[step.name].entries * itemsize for step in chosen if step.late), default=0)
@@ -251,4 +252,4 @@ def make_plan(
         columns = max(1, min(int(room * 0.15), n2, _TILE))
         tile = max(1, min(int(room) - columns, n1))
         tile = math.ceil(n1 / math.ceil(n1 / tile))  # equal tiles: the last is not a sliver
-    return Plan(chosen, tile, columns, block, min(batch, max(tile, columns)))
+    return Plan(chosen, tile, columns, block, batch, max(budget // 8, 1))

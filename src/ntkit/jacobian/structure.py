@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from ntkit.jacobian.ownership import Owner
 from ntkit.jacobian.pairs import Block, Place
 
+PROBE = 3  # samples that a structure is established on: odd, and more than two, so that a foreign row shows
+
 
 class SelfCheckError(RuntimeError):
     """The fast path disagreed with plain autograd on the user's model. No result is returned."""
@@ -58,6 +60,24 @@ class Size:
         return sum(part.positions for part in self.parts)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """The graph that a batch of any size should have: names of its nodes, and their shapes, linear in that size."""
+
+    names: tuple[str, ...]
+    two: tuple[tuple[int, ...], ...]  # shapes of each node's results, one behind the other, for two samples
+    more: tuple[tuple[int, ...], ...]  # what one more sample adds
+
+    def fits(self, names: tuple[str, ...], shapes: list[tuple[int, ...]], n: int) -> bool:
+        """Whether a batch of n samples has this graph."""
+        if names != self.names or [len(s) for s in shapes] != [len(s) for s in self.two]:
+            return False
+        return all(
+            all(size == base + (n - 2) * step for size, base, step in zip(found, two, more, strict=True))
+            for found, two, more in zip(shapes, self.two, self.more, strict=True)
+        )
+
+
 @dataclass(eq=False)
 class Structure:
     """What the self-check established for one graph: valid for any batch whose graph looks the same.
@@ -82,5 +102,10 @@ class Structure:
     shared: dict[str, str] = field(default_factory=dict)  # bias -> weight of the same layer, whose cotangent is its own
     watched: set[tuple] = field(default_factory=set)
     eps: float = 0.0  # rounding of the coarsest precision anywhere in the graph
+    expected: Expected | None = None  # the whole graph by the batch's size, where it is as regular as that
     plain_rnn: bool = False  # fused recurrent layers hide their steps: they are taken apart
     bytes_per_sample: int = 0  # of saved tensors and cotangents, for one output
+
+    def covers(self, n: int) -> bool:
+        """Whether it was established on as many different samples as n could show."""
+        return self.distinct >= min(n, PROBE)

@@ -13,7 +13,18 @@ from ntkit.checks import nearest, refusal
 from ntkit.jacobian.check import structure_of
 from ntkit.jacobian.contract import Scratch, Tile, blocks, multiply, multiply_aligned, prepare, triangle
 from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.inputs import MODES, Batch, Outputs, check_mode, checked, count, select_parameters, take
+from ntkit.jacobian.inputs import (
+    MODES,
+    Batch,
+    Outputs,
+    alike,
+    check_mode,
+    checked,
+    count,
+    join,
+    select_parameters,
+    take,
+)
 from ntkit.jacobian.operator import jacobian_times, jacobian_transpose_times
 from ntkit.jacobian.plan import ROUTES, Plan, make_plan
 from ntkit.jacobian.structure import Irregular, Size, Structure
@@ -292,20 +303,35 @@ class TangentKernel(Kernel):
         """One strip of rows: of a symmetric kernel only from the diagonal on, and its mirror image."""
         same = x2 is None
         other = x1 if same else x2
-        scratch = Scratch(max(self._memory() // 8, 1))
-        t1 = prepare(self._gradients, take(x1, rows), known1, plan, advance)
+        scratch = Scratch(plan.scratch)
+        n1, n2 = count(x1), count(other)
+        t2: Tile | None = None
+        if (
+            not same
+            and known1 is known2
+            and alike(x1, other)
+            and n1 + n2 <= plan.batch
+            and n1 <= plan.tile
+            and n2 <= plan.columns
+        ):
+            # few samples: one pass through the model for both sides
+            whole = prepare(self._gradients, join(x1, other), known1, plan, advance)
+            t1, t2 = whole.part(0, n1), whole.part(n1, n1 + n2)
+        else:
+            t1 = prepare(self._gradients, take(x1, rows), known1, plan, advance)
         if same:
             # leaves of an eighth: the squares on the diagonal, done whole, then cost an eighth of the half saved
             for a, b in triangle(0, t1.n, plan.block, max(_LEAF, t1.n // 16)):
                 left = t1.part(a.start, a.stop)
                 block = product(left, left if a == b else t1.part(b.start, b.stop), scratch)
                 _store(result, block, rows.start + a.start, rows.start + b.start, mirrored=True)
-        for j in range(rows.stop if same else 0, count(other), plan.columns):
-            t2 = prepare(self._gradients, take(other, slice(j, j + plan.columns)), known2, plan, advance)
+        for j in range(rows.stop if same else 0, n2, plan.columns):
+            if t2 is None:
+                t2 = prepare(self._gradients, take(other, slice(j, j + plan.columns)), known2, plan, advance)
             for a, b in blocks(t1.n, t2.n, plan.block):
                 block = product(t1.part(a.start, a.stop), t2.part(b.start, b.stop), scratch)
                 _store(result, block, rows.start + a.start, j + b.start, mirrored=same)
-            del t2
+            t2 = None
 
     def _halve(self, plan: Plan) -> None:
         """After the device ran out of memory: half the budget, unless it is down to single samples."""
@@ -315,10 +341,12 @@ class TangentKernel(Kernel):
         self._budget = max(self._memory() // 2, 1)
 
     def _planned(self, x1: Batch, x2: Batch | None, aligned: bool = False) -> tuple[Structure, Structure, Plan]:
-        known1 = self._known(x1)
-        known2 = known1 if x2 is None else self._known(x2)
-        if known1 not in self._gradients.structures.values():  # x2 has shown more different samples of the same kind
-            known1 = self._known(x1)
+        self._renew()
+        known1 = known2 = structure_of(self._gradients, x1, unseen=True)
+        if x2 is not None:
+            known2 = structure_of(self._gradients, x2, unseen=True)
+            if known1 not in self._gradients.structures.values():  # x2 has shown more different samples of that kind
+                known1 = structure_of(self._gradients, x1, unseen=True)
         if known1.outputs != known2.outputs:
             raise refusal(
                 "x2",
@@ -335,13 +363,16 @@ class TangentKernel(Kernel):
         return known1, known2, plan
 
     def _known(self, x: Batch) -> Structure:
-        """What is known of the model on inputs like `x`; it may have got other parameters since the last call."""
+        """What is known of the model on inputs like `x`."""
+        self._renew()
+        return structure_of(self._gradients, x)
+
+    def _renew(self) -> None:
+        """Look at the model again: it may have got another mode or other parameters since the last call."""
         check_mode(self._model)
         current = select_parameters(self._model, self._params)
-        held = self._gradients.params
-        if current.keys() != held.keys() or any(current[name] is not p for name, p in held.items()):
+        if not self._gradients.current(current):
             self._gradients = Gradients(self._model, current, self._outputs)
-        return structure_of(self._gradients, x)
 
     def _memory(self) -> int:
         return (
