@@ -14,6 +14,7 @@ from ntkit.jacobian.plan import ROUTES
 
 SAMPLES = {"mlp-10-64": 64, "mlp-1-1000": 1000, "cnn-10-20": 20, "vgg-1-100": 100, "vgg-10-100": 50,
            "resnet18-10-32": 8, "vit-10-32": 8, "gpt2-1-16": 8}  # fmt: skip
+HOPELESS = 10  # times the chosen route's time by the model: not timed, or one shape takes the morning
 LARGEST = 1e6  # entries: the rows of a larger one need more memory than they are worth timing
 
 
@@ -30,14 +31,17 @@ def main() -> None:
             if size in seen or parameter.dim() < 2 or parameter.numel() > LARGEST:
                 continue
             seen.add(size)
-            chosen = kernel.plan(x).route(name)
+            plan = kernel.plan(x)
+            chosen = plan.route(name)
             seconds = {}
             for route in ROUTES:
                 forced = ntkit.TangentKernel(model, workload.outputs, params=[name], routes={name: route})
                 try:
-                    forced.plan(x)
+                    expected = forced.plan(x).seconds
                 except ntkit.Refused:
                     continue  # its gradient does not come in that form
+                if expected > HOPELESS * max(plan.seconds, 1e-3):
+                    continue
                 seconds[route] = median_seconds(partial(forced, x), repeats=3)
             best = min(seconds, key=lambda route: seconds[route])
             rows.append({

@@ -156,7 +156,7 @@ def comparable(p: Pair, q: Pair) -> bool | None:
 class Convolved:
     """Gradient of a convolution's weight [o, a / groups, *kernel], from its input and its cotangent.
 
-    ``x`` [n, F, a, *space] holds F images a sample, padded already; ``cotangent`` is [n, C, F, o, *positions].
+    ``x`` [n, F, a, *space] holds F images a sample; ``cotangent`` is [n, C, F, o, *positions].
     """
 
     x: Tensor
@@ -164,6 +164,7 @@ class Convolved:
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
+    padding: tuple[int, ...]
     groups: int
 
     @property
@@ -195,11 +196,8 @@ class Convolved:
     def rows(self, out: Tensor | None = None) -> Tensor:
         """Gradient entries, [n, C, entries]; into `out` where that is the product's own layout."""
         n, outputs, images, o = self.cotangent.shape[:4]
-        # Unfolding writes every input entry prod(kernel) times. With few rows to multiply that costs more than the
-        # product; then one product per offset of the kernel, on shifted views of the input, is twice as fast.
-        few = outputs * o < self.r and len(self.kernel) == 2 and images == self.groups == 1
-        if few and set(self.stride) == {1} and math.prod(self.kernel) > 1:
-            return self._by_shifts()
+        if self._few():
+            return self._one_by_one()
         if self.groups == 1:
             return self.pair().rows(out)
         g = self.groups
@@ -214,6 +212,8 @@ class Convolved:
         """Receptive fields, [n, F, a * prod(kernel), L]."""
         n, images = self.x.shape[:2]
         x = self.x.flatten(0, 1)
+        if any(self.padding):
+            x = F.pad(x, [p for size in reversed(self.padding) for p in (size, size)])
         if len(self.kernel) == 2:
             fields = F.unfold(x, self.kernel, dilation=self.dilation, stride=self.stride)
         else:
@@ -226,21 +226,28 @@ class Convolved:
             fields = windows.reshape(x.shape[0], x.shape[1] * math.prod(self.kernel), -1)
         return fields.unflatten(0, (n, images))
 
-    def _by_shifts(self) -> Tensor:
-        """One product per kernel offset: with rows of one width, an offset is a shift of the flattened image."""
+    def _few(self) -> bool:
+        """Whether a call per sample and output is cheaper than unfolding.
+
+        That writes every input entry prod(kernel) times: with few rows to multiply it costs more than the product. The
+        calls must be large enough, and their sums long enough, for the library's own kernel to get going (LOG.md).
+        """
+        _, outputs, _, o = self.cotangent.shape[:4]
+        work = 2 * self.positions * o * self.r
+        native = self.x.device.type == "cpu" and self.x.dtype == torch.float32 and len(self.kernel) == 2
+        few = outputs * (o // self.groups) < self.r and math.prod(self.kernel) > 1
+        return native and few and self.positions >= 64 and (work >= 4e6 or self.groups > 1)
+
+    def _one_by_one(self) -> Tensor:
+        """Gradient entries by one backward call per sample and output."""
         n, outputs, _, o = self.cotangent.shape[:4]
-        height, width = self.cotangent.shape[4:]
-        a, wide = self.x.shape[2], self.x.shape[4]
-        length = height * wide
-        # one more row of zeros, so that the last shift stays inside
-        flat = F.pad(self.x[:, 0], (0, 0, 0, 1)).flatten(2)
-        left = F.pad(self.cotangent[:, :, 0], (0, wide - width)).reshape(n, outputs * o, length)
-        values = flat.new_empty(math.prod(self.kernel), n, outputs * o, a)
-        for k, out in enumerate(values):
-            row, column = divmod(k, self.kernel[1])
-            shift = row * self.dilation[0] * wide + column * self.dilation[1]
-            torch.bmm(left, flat[:, :, shift : shift + length].transpose(1, 2), out=out)
-        return values.permute(1, 2, 3, 0).reshape(n, outputs, -1)
+        weight = self.x.new_empty(()).expand(o, self.x.shape[2] // self.groups, *self.kernel)  # only its shape counts
+        values = self.x.new_empty(n, outputs, *weight.shape)
+        rest = (None, self.stride, self.padding, self.dilation, False, (0, 0), self.groups, (False, True, False))
+        for s, x in enumerate(self.x.unbind()):
+            for c, cot in enumerate(self.cotangent[s].unbind()):
+                values[s, c] = torch.ops.aten.convolution_backward(cot, x, weight, *rest)[1]
+        return values.flatten(2)
 
 
 Factor = Rows | Pair | Convolved  # of one use
