@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import engine, memory, routes, start, svm
+from benchmarks import engine, memory, routes, spectrum, start, svm
 
-for benchmark in (start, engine, routes, memory, svm):
+for benchmark in (start, engine, routes, memory, svm, spectrum):
     benchmark.main()

@@ -18,7 +18,7 @@ import pytest
 import report_case
 
 from ntkit.checks import Refused
-from ntkit.report import figures, readings, render
+from ntkit.report import draw, readings, render
 
 HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
 
@@ -326,12 +326,14 @@ def test_a_line_that_is_crossed_twice_is_not_called_lasting() -> None:
 
 def test_ticks_cover_any_range() -> None:
     for values in ([1e-12, 1e9], [3.0, 3.0], [None, 0.0], [0.02, 0.9], [5e-7, 6e-7]):
-        axis = figures._log_axis("", values)
+        axis = draw.log_axis("", values)
         low, high = axis["range"]
         assert low < high
         assert all(10 ** (low - 1e-9) <= tick <= 10 ** (high + 1e-9) for tick in axis["tickvals"])
         assert len(axis["tickvals"]) == len(set(axis["ticktext"])) <= 14
-    assert figures._log_axis("", [1e-9, 1e-2])["ticktext"][0] == "10⁻⁹"
+    assert draw.log_axis("", [109, 325])["ticktext"] == ["150", "200", "300"]
+    assert draw.log_axis("", [109, 140])["ticktext"] == ["109", "140"]
+    assert draw.log_axis("", [1e-9, 1e-2])["ticktext"][0] == "10⁻⁹"
 
 
 # In a browser

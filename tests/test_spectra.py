@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import ntkit.lanczos as lanczos
+import ntkit.krylov as krylov
 import ntkit.spectra as module
 from ntkit.checks import Refused
 from ntkit.spectra import alignment, effective_rank, spectrum
@@ -143,11 +143,11 @@ def test_single_precision_operator():
 
 
 def test_iteration_that_does_not_converge_is_a_status(monkeypatch):
-    monkeypatch.setattr(lanczos, "_arpack", lambda product, N, k, *rest: (None, np.empty((N, k - 1)), False))
-    K = gram(30)
+    monkeypatch.setattr(krylov, "_ROUNDS", 2)
+    K = gram(300, rank=400)
     lost = spectrum(Operator(K.numpy()), k=2)
     assert "did not converge" in lost.status
-    assert bool(lost.eigenvalues.isnan().all())
+    assert float(lost.residuals.max()) > 1e-8  # how far it got
     kept = spectrum(K, k=2)  # in memory the dense route stands in
     assert kept.status == "converged"
     assert torch.allclose(kept.eigenvalues, spectrum(K).eigenvalues[:2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ from torch import nn
 from ntkit.checks import Refused
 from ntkit.trajectory import Trajectory, load_weights, train
 from ntkit.trajectory.schedule import batch_indices, snapshot_steps
+from ntkit.trajectory.tensors import read_tensors_and_metadata
 
 F64 = torch.float64
 N, D = 11, 3
@@ -78,6 +80,7 @@ def bytes_of(folder):
 
 def always_checkpoint(monkeypatch):
     monkeypatch.setattr(import_module("ntkit.trajectory.run"), "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(import_module("ntkit.trajectory.run"), "CHECKPOINT_SHARE", math.inf)
 
 
 # --- the same bits as a loop written by hand -----------------------------------------------------------------
@@ -158,12 +161,84 @@ def test_recorded_steps():
     assert sorted(snapshot_steps("log", 1)) == [0, 1]
     assert sorted(snapshot_steps("all", 3)) == [0, 1, 2, 3]
     assert sorted(snapshot_steps(np.array([5, 2]), 9)) == [0, 2, 5, 9]
+    for record, steps in [([4], [0, 4, 9]), (4, [0, 4, 8, 9]), (lambda step: step % 7 == 2, [0, 2, 9])]:
+        assert train(mlp(), data(), mse, SGD, steps=9, record=record).steps == steps
     traj = train(mlp(), data(), mse, SGD, steps=9, record=[4])
-    assert traj.steps == [0, 4, 9]
     with pytest.raises(Refused, match=r"step 5: got a step that was not recorded.*nearest: 0, 4, 9"):
         traj.state(5)
     with pytest.raises(Refused, match="step: got 9; expected 0 <= step < 9"):
         traj.batch(9)
+
+
+# --- learning rates ------------------------------------------------------------------------------------------
+
+
+def halved(step):
+    return 0.5 ** (step // 3)
+
+
+@pytest.mark.parametrize("name", ["momentum", "groups"])
+def test_a_schedule_is_that_of_lambda_lr(tmp_path, name):
+    (x, y), model = data(), mlp()
+    plain = copy.deepcopy(model)
+    traj = train(model, (x, y), mse, OPTIMIZERS[name], steps=9, batch_size=4, schedule=halved)
+    opt = OPTIMIZERS[name](list(plain.parameters()))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, halved)
+    used = []
+    for step in range(9):
+        used.append([group["lr"] for group in opt.param_groups])
+        opt.zero_grad()
+        mse(plain(x[traj.batch(step)]), y[traj.batch(step)]).backward()
+        opt.step()
+        scheduler.step()
+    assert same_bits(traj.state(9), plain.state_dict())
+    assert traj.learning_rates.dtype == F64
+    assert traj.learning_rates.tolist() == used
+    assert traj.settings["schedule"] == "halved"
+    tensor = lambda p: torch.optim.Adam(p, lr=torch.tensor(0.25))
+    traj = train(mlp(), (x, y), mse, tensor, steps=4, schedule=halved)
+    assert traj.learning_rates.flatten().tolist() == [0.25, 0.25, 0.25, 0.125]
+
+
+def test_a_scheduled_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    always_checkpoint(monkeypatch)
+    arguments = (data(), mse, OPTIMIZERS["adam"], 9, 4)
+
+    def stop(step, loss):
+        if step == 5:
+            raise RuntimeError("stop")
+
+    train(mlp(), *arguments, path=tmp_path / "whole", schedule=halved)
+    with pytest.raises(RuntimeError, match="stop"):
+        train(mlp(), *arguments, path=tmp_path / "run", schedule=halved, on_step=stop)
+    assert Trajectory.open(tmp_path / "run").learning_rates.flatten().tolist() == [0.02] * 3 + [0.01] * 2
+    with pytest.raises(Refused, match=r"schedule \(was halved, now null\)"):
+        train(mlp(), *arguments, path=tmp_path / "run", resume=True)
+    train(mlp(), *arguments, path=tmp_path / "run", schedule=halved, resume=True)
+    assert bytes_of(tmp_path / "run") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_run_of_an_older_release_has_constant_rates_and_goes_on(tmp_path, monkeypatch, ended):
+    always_checkpoint(monkeypatch)
+    arguments = (data(), mse, OPTIMIZERS["groups"], 6)
+
+    def stop(step, loss):
+        if step == 4 and not ended:
+            raise RuntimeError("stop")
+
+    with nullcontext() if ended else pytest.raises(RuntimeError, match="stop"):
+        train(mlp(), *arguments, path=tmp_path, on_step=stop)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["settings"].pop("schedule", "absent") is None
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    file = tmp_path / ("losses.safetensors" if ended else "checkpoint.safetensors")
+    tensors, metadata = read_tensors_and_metadata(file)
+    del tensors["learning_rates"]
+    save_file(tensors, file, metadata)
+    assert Trajectory.open(tmp_path).learning_rates.tolist() == [[0.2, 0.1]] * (6 if ended else 4)
+    again = train(mlp(), *arguments, path=tmp_path, resume=True)
+    assert again.learning_rates.tolist() == [[0.2, 0.1]] * 6
 
 
 def test_on_step_sees_every_step_and_loss():
@@ -237,12 +312,12 @@ def test_resume_after_a_kill_at_any_step_gives_the_same_bytes(tmp_path, monkeypa
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_resume_after_a_real_kill(tmp_path):
     script = """
-        import os, signal, sys
+        import math, os, signal, sys
         import torch
         sys.path.insert(0, sys.argv[1])
         import test_train as t
         import ntkit.trajectory.run as run
-        run.CHECKPOINT_SECONDS = 0.0
+        run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE = 0.0, math.inf
         kill = lambda step, loss: step == 6 and os.kill(os.getpid(), signal.SIGKILL)
         t.train(t.Noisy(), t.data(), t.mse, t.OPTIMIZERS["momentum"], 9, 4, path=sys.argv[2], on_step=kill)
     """
@@ -626,6 +701,10 @@ BAD[7, 0] = float("inf")
         (dict(record=None), "record: got None"),
         (dict(record=[1, 4]), "record: got step 4; expected integers from 0 to steps = 3"),
         (dict(record=[1.0]), "record: got step 1.0"),
+        (dict(record=0), "record: got 0; expected 'log', 'all', every how many steps"),
+        (dict(schedule=0.5), "schedule: got a float; expected a function of the step"),
+        (dict(schedule=lambda step: math.nan), "schedule: got nan at step 0; expected a finite factor"),
+        (dict(schedule=lambda step: None), "schedule: got None at step 0"),
         (dict(loss=lambda o, y: (o - y) ** 2), r"loss: got shape \[11, 1\]; expected a scalar"),
         (dict(loss=lambda o, y: 1.0), "loss: got float"),
         (dict(loss=lambda o, y: y.sum()), "loss: got a value that does not depend on the parameters"),

@@ -48,13 +48,82 @@ def analyze(
 
 
 @app.command
+def track(
+    run: Path,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    data_dir: str | None = None,
+    points: int = 500,
+    k: int = 20,
+    outputs: str = "trace",
+    memory: str | None = None,
+    out: Path | None = None,
+    follow: bool = False,
+    tensorboard: Path | None = None,
+) -> None:
+    """Follow the kernel along a recorded run: spectrum, alignment, energies, learning-rate bound, first order.
+
+    Parameters
+    ----------
+    run
+        A run folder of ntkit analyze, or the folder of a recorded trajectory (then name --model and --data).
+    model
+        As in ntkit analyze.
+    data
+        As in ntkit analyze.
+    data_dir
+        Folder with the official files of mnist or cifar10.
+    points
+        Training examples to follow, spread evenly.
+    k
+        Eigenpairs.
+    outputs
+        trace (n x n), full (nC x nC) or diagonal (each output's own).
+    memory
+        Bytes for Gram matrices, such as "2 GB"; beyond, the kernel is only multiplied with vectors.
+    out
+        Folder for the numbers (RUN/track by default); a tracking that was stopped goes on there.
+    follow
+        Wait for further snapshots until the run ends.
+    tensorboard
+        Folder for TensorBoard events.
+    """
+    from ntkit.follow import track_run
+
+    track_run(
+        run, model=model, data=data, data_dir=data_dir, points=points, k=k, outputs=outputs, memory=memory, out=out,
+        follow=follow, tensorboard=tensorboard, say=lambda line: print(line, flush=True),
+    )  # fmt: skip
+
+
+@app.command
+def study(name: str, *, scale: str = "quick", out: Path | None = None) -> None:
+    """Reproduce a paper: run its experiments, judge its claims, write a report.
+
+    Parameters
+    ----------
+    name
+        kopitkov2019 (spectrum alignment).
+    scale
+        quick (minutes) or paper (its own sizes, for a GPU); a study that was stopped goes on.
+    out
+        Run folder (runs/NAME-SCALE by default).
+    """
+    from ntkit.studies import study as run
+
+    folder = run(name, scale, out, say=_say)
+    _print_claims(folder)
+
+
+@app.command
 def report(run: Path) -> None:
     """Make the report of a run anew from its results.
 
     Parameters
     ----------
     run
-        A run folder.
+        The folder of a run, a tracking or a study.
     """
     from ntkit.report import render
 
@@ -112,6 +181,24 @@ def _print_summary(folder: Path) -> None:
         f"certificates: {len(results['certificates']) - len(failed)} hold"
         + (f"; NOT: {'; '.join(failed)}" if failed else "")
     )
+    print(f"report: {folder / 'report.html'}")
+
+
+def _print_claims(folder: Path) -> None:
+    """Print a study's table: claim, number, whether it holds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ntkit.files import read_json
+
+    results = read_json(folder / "results.json")
+    paper = results["paper"]
+    table = Table(title=f"{paper['authors']} {paper['year']}: {paper['title']}", title_justify="left")
+    for column in ("claim", "measured", "holds"):
+        table.add_column(column, overflow="fold")
+    for claim in results["claims"]:
+        table.add_row(claim["claim"], claim["number"], {True: "holds", False: "does NOT", None: "-"}[claim["holds"]])
+    Console().print(table)
     print(f"report: {folder / 'report.html'}")
 
 

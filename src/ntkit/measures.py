@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ntkit.checks import refusal
 from ntkit.data import Data
-from ntkit.jacobian.inputs import call, take, untouched
+from ntkit.jacobian.inputs import raw_outputs
 from ntkit.jacobian.reference import tangent_kernel
 from ntkit.kernels.base import Kernel
 from ntkit.kernels.conjugate import ConjugateKernel
@@ -20,7 +20,8 @@ from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines import HardMarginSVM, KernelRidge
 from ntkit.probes import invariance, standard
 from ntkit.progress import task
-from ntkit.spectra import alignment, effective_rank, spectrum
+from ntkit.spectra import alignment, effective_rank
+from ntkit.tracking import track
 from ntkit.trajectory import Trajectory
 
 TOP = 20  # eigenvalues followed along training
@@ -80,14 +81,9 @@ class Task:
         return torch.sigmoid(out) - y[:, None] if self.binary else torch.softmax(out, 1) - F.one_hot(y, self.classes)
 
 
-def outputs_of(model: nn.Module, x: Any, batch: int = 512) -> Tensor:
+def outputs_of(model: nn.Module, x: Any) -> Tensor:
     """Outputs [n, C] in batches, without gradients; the model is left as it was."""
-    parts = []
-    with untouched(model, {}), torch.no_grad():
-        for start in range(0, len(x), batch):
-            out = call(model, take(x, slice(start, start + batch)))
-            parts.append(out.reshape(len(out), -1))
-    return torch.cat(parts)
+    return raw_outputs(model, x).reshape(len(x), -1)
 
 
 def network(task_: Task, model: nn.Module) -> dict[str, Any]:
@@ -171,53 +167,26 @@ def along(
     n = min(points, len(task_.data.x_train))
     chosen = torch.linspace(0, len(task_.data.x_train) - 1, n).long()
     x, y = task_.data.x_train[chosen], task_.data.y_train[chosen]
-    targets = task_.targets(y)
     k = min(TOP, n)
     ks = [j for j in ENERGY_KS if j <= k]
-    series: dict[str, list] = {
-        name: []
-        for name in (
-            "losses", "eigenvalues", "trace", "alignment", "alignment_centered", "effective_rank", "distance_to_init",
-            "energy_targets", "energy_outputs", "energy_residual",
-        )
-    }  # fmt: skip
-    worst, first = 0.0, None
-    vectors = []
-    with task("kernel along training", total=len(trajectory.steps)) as progress:
-        for step in trajectory.steps:
-            trajectory.load(model, step)
-            K = TangentKernel(model, outputs="trace", memory=memory)(x)
-            out = outputs_of(model, x)
-            first = K if first is None else first
-            series["losses"].append(finite(float(task_.loss(out, y))))
-            if not bool(K.any()):  # a dead network: its kernel is zero, and nothing else can be said of it
-                for name in series.keys() - {"losses", "eigenvalues", "trace"}:
-                    series[name].append([None] * len(ks) if name.startswith("energy") else None)
-                series["trace"].append(0.0)
-                series["eigenvalues"].append([None] * k)
-                vectors.append(np.full((n, k), np.nan))
-                continue
-            found = spectrum(K)
-            # Up to `noise` an eigenvalue is rounding of K's own precision, and so is the direction of its vector.
-            real = int((found.eigenvalues[:k] > found.noise).sum())
-            series["eigenvalues"].append([*found.eigenvalues[:real].tolist(), *[None] * (k - real)])
-            series["trace"].append(found.trace)
-            series["alignment"].append(finite(alignment(K, targets)))
-            series["alignment_centered"].append(finite(alignment(K, targets, centered=True)))
-            series["effective_rank"].append(finite(effective_rank(K)))
-            series["distance_to_init"].append(finite(1 - alignment(K, first)))
-            for name, v in (("targets", targets), ("outputs", out), ("residual", task_.residual(out, y))):
-                energy = found.energy(v)
-                series[f"energy_{name}"].append([finite(float(energy[j - 1])) if j <= real else None for j in ks])
-            worst = max(worst, float(found.residuals[:k].max()))
-            vectors.append(found.eigenvectors[:, :k].cpu().numpy())
-            progress.advance()
+    tracked = track(trajectory, x, y, model=model, loss=task_.loss, k=k, outputs="trace", memory=memory)
+    series = tracked.series
+    energies = {
+        f"energy_{name}s" if name != "residual" else "energy_residual": [
+            [row[j - 1] for j in ks] for row in series[f"energy_{name}"]
+        ]
+        for name in ("target", "output", "residual")
+    }
     result = {
         "points": n,
-        "steps": list(trajectory.steps),
-        **series,
+        "steps": tracked.steps,
+        "losses": series["loss"],
+        **{name: series[name] for name in ("eigenvalues", "trace", "alignment", "alignment_centered")},
+        "effective_rank": series["effective_rank"],
+        "distance_to_init": series["distance"],
+        **energies,
         "energy_ks": ks,
-        "residual": worst,
+        "residual": max((r for r in series["residual"] if r is not None), default=0.0),
         # 2 n / lambda_1 bounds stable steps of plain gradient descent for squared loss and one output: a landmark
         # beside the learning rate where the steps are plain ones (`lr` given), and nothing otherwise
         "stable_lr": [row[0] and 2 * n / row[0] for row in series["eigenvalues"]] if task_.binary and lr else None,
@@ -225,7 +194,7 @@ def along(
     }
     arrays = {
         "eigenvalues": np.asarray(series["eigenvalues"], dtype=np.float64),
-        "eigenvectors": np.stack(vectors),
+        "eigenvectors": np.stack([tracked.eigenvectors(step) for step in tracked.steps]),
         "points": chosen.numpy(),
     }
     return result, arrays

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ntkit.checks import refusal
-from ntkit.lanczos import leading
+from ntkit.krylov import leading
 
 # Largest |K - K^T| relative to the largest |K| that is rounding and not a mistake, by the precision K was computed in.
 _ASYMMETRY = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
@@ -32,7 +32,7 @@ class Spectrum:
     residuals : Tensor [k], |K v - lambda v| / |lambda_1|: the certificate of each pair.
     noise : eigenvalues up to this size are rounding of K's own precision, not information.
     outputs : C of a kernel [n, n, C, C], 1 for [n, n], None (not known) for an operator.
-    status : "converged", or what the iteration did not reach (pairs not found are NaN).
+    status : "converged", or what the iteration did not reach (`residuals` say how far it got).
     """
 
     eigenvalues: Tensor
@@ -135,9 +135,9 @@ class Spectrum:
 def spectrum(K: Any, k: int | None = None) -> Spectrum:
     """Eigenpairs of a Gram matrix: all of them, or the top `k`.
 
-    All of them by a dense float64 eigendecomposition of (K + K^T)/2. The top `k` by Lanczos iteration (ARPACK, fixed
-    start), with two additions: a second iteration outside the subspace found looks for copies of repeated eigenvalues,
-    which Lanczos can miss and no residual shows, and a final Rayleigh-Ritz step makes the vectors orthonormal.
+    All of them by a dense float64 eigendecomposition of (K + K^T)/2. The top `k` by block Krylov iteration
+    (fixed start), and a second one outside the subspace found, which looks for copies of repeated eigenvalues: those
+    that the start missed show in no residual.
 
     Parameters
     ----------
@@ -185,7 +185,7 @@ def spectrum(K: Any, k: int | None = None) -> Spectrum:
     k, status = int(k or N), "converged"
     pairs = None
     if 3 * k <= N:
-        *pairs, status = leading(product, N, k, eps if eps > 1e-15 and matrix is None else 0.0)
+        *pairs, status = leading(product, N, k, 1e-12 if eps < 1e-15 or matrix is not None else 8 * eps)
     if pairs is None or (status != "converged" and matrix is not None):
         if matrix is None:
             matrix = np.concatenate([product(np.eye(N, min(64, N - i), -i)) for i in range(0, N, 64)], axis=1)

@@ -65,6 +65,15 @@ def count(x: Batch) -> int:
     return leaves(x)[0].shape[0]
 
 
+def raw_outputs(model: nn.Module, x: Batch, batch: int = 512) -> Tensor:
+    """Outputs of the model as they are, [n, ...], in batches, without gradients; the model is left as it was."""
+    parts = []
+    with untouched(model, {}), torch.no_grad():
+        for start in range(0, count(x), batch):
+            parts.append(call(model, take(x, slice(start, start + batch))))
+    return torch.cat(parts)
+
+
 def checked(x: Batch, name: str) -> Batch:
     """Refuse a batch that is no batch (not tensors, empty, ragged, non-finite); return it without its own graph."""
     tensors = leaves(x) if isinstance(x, (Tensor, tuple, list, dict)) else []

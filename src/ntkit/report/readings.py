@@ -1,76 +1,13 @@
-"""What the report says in words: pure functions of the results, never more than the numbers allow.
-
-Two numbers differ "beyond noise" when they are more than `NOISE` standard errors of their difference apart, taking the
-two as independent; without standard errors nothing is said about noise.
-"""
+"""What the report says in words: pure functions of the results, never more than the numbers allow."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeGuard
 
-NOISE = 2.0
+from ntkit.report.words import change, compare, listed, middle, percent, plain, share
+
 DISRUPTIVE = ("quadrant swap", "patch shuffle")
 """Transformations that keep local statistics and break the layout: a low cosine means a global kernel."""
-
-Number = dict[str, Any]
-
-
-def percent(number: Number, unit: bool = True) -> str:
-    r"""Write an error rate as percent with its standard error.
-
-    >>> percent({"value": 0.025, "error": 0.0082}).replace("\u00a0", " ")
-    '2.5 ± 0.8 %'
-    """
-    if number["value"] is None:
-        return "undefined"
-    value, error = 100 * number["value"], number["error"]
-    digits = 2 if (error is not None and 0 < error < 1e-3) else 1
-    spread = f"\u00a0±\u00a0{100 * error:.{digits}f}" if error else ""  # a binomial error of 0 says nothing
-    unit_text = "\u00a0%" if unit else ""
-    return f"{value:.{digits}f}{spread}{unit_text}"
-
-
-def plain(value: float | None, digits: int = 3) -> str:
-    """Write a number with a few significant digits, a dash where there is none.
-
-    >>> plain(0.123456), plain(1731.0), plain(3.1e-10), plain(None)
-    ('0.123', '1731', '3.1e-10', '–')
-    """
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-3 or abs(value) >= 1e6:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        return f"{mantissa}e{int(exponent)}"
-    text = f"{value:.{digits}g}"
-    return f"{value:.0f}" if "e" in text or abs(value) >= 10**digits else text
-
-
-def compare(a: Number, b: Number, floor: float = 0.0) -> str:
-    """Say whether `a` lies "below" or "above" `b` beyond noise, is the "same" within it, or "unknown".
-
-    Parameters
-    ----------
-    a, b : numbers with ``value`` and standard ``error``.
-    floor : least standard error believed; 1 / n for error rates, whose binomial standard error is 0 at 0 errors.
-
-    Examples
-    --------
-    >>> compare({"value": 0.02, "error": 0.008}, {"value": 0.07, "error": 0.013})
-    'below'
-    >>> compare({"value": 0.02, "error": 0.008}, {"value": 0.03, "error": 0.009})
-    'same'
-    """
-    if None in (a["value"], b["value"], a["error"], b["error"]):
-        return "unknown"
-    error = math.hypot(max(a["error"], floor), max(b["error"], floor))
-    difference = a["value"] - b["value"]
-    if abs(difference) <= NOISE * error:
-        return "same"
-    return "below" if difference < 0 else "above"
 
 
 def answer(results: dict[str, Any]) -> str:
@@ -156,7 +93,7 @@ def eigenvalues(results: dict[str, Any]) -> str:
     """Read the largest eigenvalues, against the bound 2 n / learning rate where both are known."""
     a = results["along"]
     top = [row[0] for row in a["eigenvalues"]]
-    text = f"The largest eigenvalue {_change(top[0], top[-1])}"
+    text = f"The largest eigenvalue {change(top[0], top[-1])}"
     if not (a["lr"] and a["stable_lr"]):
         return f"{text}."
     bound = 2 * a["points"] / a["lr"]
@@ -192,12 +129,12 @@ def distance(results: dict[str, Any]) -> str:
 def energy(results: dict[str, Any]) -> str:
     """Read the energies at the middle k: where targets, outputs and residual lie."""
     a = results["along"]
-    place = min(range(len(a["energy_ks"])), key=lambda i: abs(a["energy_ks"][i] - 10))
-    k = a["energy_ks"][place]
+    place, k = middle(a["energy_ks"])
     pairs = []
     for name in ("targets", "outputs", "residual"):
-        first, last = a[f"energy_{name}"][0][place], a[f"energy_{name}"][-1][place]
-        pairs.append(f"{_share(first)} → {_share(last)} of the {name}")
+        if f"energy_{name}" in a:
+            first, last = a[f"energy_{name}"][0][place], a[f"energy_{name}"][-1][place]
+            pairs.append(f"{share(first)} → {share(last)} of the {name}")
     return f"In the top {k} eigenvectors, first → last step: {'; '.join(pairs)}."
 
 
@@ -205,7 +142,7 @@ def size(results: dict[str, Any]) -> str:
     """Read trace and effective rank."""
     a = results["along"]
     return (
-        f"The trace {_change(a['trace'][0], a['trace'][-1])}; the effective rank goes from "
+        f"The trace {change(a['trace'][0], a['trace'][-1])}; the effective rank goes from "
         f"{plain(a['effective_rank'][0])} to {plain(a['effective_rank'][-1])}."
     )
 
@@ -217,7 +154,7 @@ def spectra(results: dict[str, Any]) -> str:
     for row in (0, -1):
         whole, parts = a["trace"][row], a["eigenvalues"][row]
         sums.append(sum(parts) / whole if whole and None not in parts else None)
-    start, end = _share(sums[0]), _share(sums[1])
+    start, end = share(sums[0]), share(sums[1])
     return (
         f"The top {len(a['eigenvalues'][0])} eigenvalues hold {start} of the trace at the start and {end} at the end."
     )
@@ -228,12 +165,12 @@ def invariances(results: dict[str, Any]) -> str:
     gentle, broken = _invariance_verdicts(results["invariances"])
     parts = []
     words = {"above": "more invariant to", "below": "less invariant to", "same": "no different beyond noise for"}
-    parts += [f"{words[v]} {_list(gentle[v])}" for v in words if gentle[v]]
+    parts += [f"{words[v]} {listed(gentle[v])}" for v in words if gentle[v]]
     words = {"below": "more global for", "above": "less global for", "same": "no more and no less global for"}
-    parts += [f"{words[v]} {_list(broken[v])}" for v in words if broken[v]]
+    parts += [f"{words[v]} {listed(broken[v])}" for v in words if broken[v]]
     unknown = gentle["unknown"] + broken["unknown"]
     if unknown:
-        parts.append(f"not comparable for {_list(unknown)}")
+        parts.append(f"not comparable for {listed(unknown)}")
     return f"After training the kernel is {'; '.join(parts)}." if parts else "No transformation was measured."
 
 
@@ -312,10 +249,10 @@ def _along_finding(a: dict[str, Any]) -> tuple[str, str]:
         else "The kernel hardly changed shape."
     )
     lead = "The kernel died along training." if moved is None else lead
-    place = min(range(len(a["energy_ks"])), key=lambda i: abs(a["energy_ks"][i] - 10))
+    place, _ = middle(a["energy_ks"])
     first, last = a["energy_targets"][0][place], a["energy_targets"][-1][place]
-    text = f"Its largest eigenvalue {_change(a['eigenvalues'][0][0], a['eigenvalues'][-1][0])}; the top "
-    text += f"{a['energy_ks'][place]} eigenvectors hold {_share(last)} of the targets (at first {_share(first)})."
+    text = f"Its largest eigenvalue {change(a['eigenvalues'][0][0], a['eigenvalues'][-1][0])}; the top "
+    text += f"{a['energy_ks'][place]} eigenvectors hold {share(last)} of the targets (at first {share(first)})."
     return lead, text
 
 
@@ -323,16 +260,16 @@ def _invariance_finding(invariances: dict[str, Any]) -> tuple[str, str]:
     gentle, broken = _invariance_verdicts(invariances)
     parts = []
     words = {"above": "more invariant to", "below": "less invariant to"}
-    parts += [f"{words[v]} {_list(gentle[v])}" for v in words if gentle[v]]
+    parts += [f"{words[v]} {listed(gentle[v])}" for v in words if gentle[v]]
     words = {"below": "lower (more global) under", "above": "higher (less global) under"}
-    parts += [f"{words[v]} {_list(broken[v])}" for v in words if broken[v]]
+    parts += [f"{words[v]} {listed(broken[v])}" for v in words if broken[v]]
     same = gentle["same"] + broken["same"]
     if not parts:
         return (
             "No invariance changed beyond noise.",
-            f"Compared: {_list(same + gentle['unknown'] + broken['unknown'])}.",
+            f"Compared: {listed(same + gentle['unknown'] + broken['unknown'])}.",
         )
-    tail = f"; no difference beyond noise for {_list(same)}" if same else ""
+    tail = f"; no difference beyond noise for {listed(same)}" if same else ""
     return "Training changed what the kernel ignores.", f"It is {'; '.join(parts)}{tail}."
 
 
@@ -362,24 +299,6 @@ def _compare_errors(results: dict[str, Any], a: dict[str, Any] | None, b: dict[s
 def _solved(machine: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
     """Only a machine with an optimal certificate is evidence; the others' errors are shown, not judged."""
     return machine is not None and machine["status"] == "optimal"
-
-
-def _change(first: float | None, last: float | None) -> str:
-    if first is None or last is None or first <= 0 or last <= 0:
-        return f"goes from {plain(first)} to {plain(last)}"
-    ratio = last / first
-    if 0.95 < ratio < 1.05:
-        return f"stays near {plain(last)}"
-    verb = "grew" if ratio > 1 else "shrank"
-    return f"{verb} {plain(max(ratio, 1 / ratio), 2)}-fold, from {plain(first)} to {plain(last)}"
-
-
-def _share(value: float | None) -> str:
-    return "an undefined share" if value is None else f"{100 * value:.0f}\u00a0%"
-
-
-def _list(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"
 
 
 def _count(n: int, word: str) -> str:

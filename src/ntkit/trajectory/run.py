@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +16,40 @@ from torch.optim import Optimizer
 
 from ntkit.checks import refusal
 from ntkit.files import ensure_folder, write_json
-from ntkit.trajectory.trajectory import (
-    FORMAT,
-    VERSION,
-    assign,
-    read_run,
-    read_tensors,
-    read_tensors_and_metadata,
-    snapshot_path,
-    tensor_hash,
-    tied_names,
-    write_tensors,
-)
+from ntkit.trajectory.tensors import read_tensors, read_tensors_and_metadata, tensor_hash, write_tensors
+from ntkit.trajectory.trajectory import FORMAT, VERSION, assign, read_run, snapshot_path, tied_names
 
-CHECKPOINT_SECONDS = 10.0  # a kill loses at most about this much work
-CHECKPOINT_SHARE = 0.05  # and checkpoints at snapshots take at most about this share of the time
+CHECKPOINT_SECONDS = 10.0  # a kill loses at most about this much work, and what the share below says
+CHECKPOINT_SHARE = 0.05  # checkpoints take at most about this share of the time
+
+
+class Pace:
+    """When a checkpoint is due: often enough, and little of the time."""
+
+    def __init__(self) -> None:
+        self._last, self._cost = -math.inf, 0.0
+
+    def due(self, recorded: bool) -> bool:
+        """Say whether it is time: at a recorded step, or when the last is long ago."""
+        age = time.monotonic() - self._last
+        return age >= self._cost / CHECKPOINT_SHARE and (recorded or age >= CHECKPOINT_SECONDS)
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measure the writing of a checkpoint."""
+        started = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._cost = self._last - started
 
 
 class Run:
-    """A run being written: the model and optimiser at work, and a held copy of the network at the last sound step."""
+    """A run being written: its folder, the model and optimiser at work, and when a checkpoint is due."""
 
     def __init__(self, model: nn.Module, opt: Optimizer, folder: Path, settings: dict[str, Any]) -> None:
         self.model, self.opt, self.folder = model, opt, folder
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.step = 0
-        self.losses: list[float] = []
-        self._live = {names[0]: tensor for names, tensor in tied_names(model)}
-        trained = {name for name, _ in model.named_parameters()}
-        self._buffers = [name for name in self._live if name not in trained]
-        self._held = {name: tensor.clone() for name, tensor in self._live.items()}
-        self._written_at, self._cost = -math.inf, 0.0
+        self.pace = Pace()
 
     @property
     def _checkpoint(self) -> Path:
@@ -61,7 +67,9 @@ class Run:
                 fix="Pass resume=True to go on with it, or name another folder.",
             )
         run = read_run(self.folder)
-        changes = _differences(run["settings"], self.settings)
+        # What an older release did not know, and is None here, is no difference.
+        known = {name: None for name, value in self.settings.items() if value is None}
+        changes = _differences(known | run["settings"], self.settings)
         if changes:
             raise refusal(
                 f"resume of {self.folder}",
@@ -75,12 +83,12 @@ class Run:
         self._checkpoint.unlink(missing_ok=True)  # a kill between run.json and its removal
         return True
 
-    def start(self, resume: bool) -> None:
-        """Write run.json and the first checkpoint, or take up the one there is."""
+    def begin(self, network: Mapping[str, Tensor], resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Write run.json; or take up the last checkpoint and give what it holds beside network and optimiser."""
         if resume and self._checkpoint.exists():
-            return self._take_up()
+            return self._taken_up()
         ensure_folder(self.folder / "snapshots")
-        initial = tensor_hash(self._held)
+        initial = tensor_hash(network)
         if (self.folder / "run.json").exists():
             begun = read_run(self.folder)["initial"]
             if begun != initial:  # killed before the first checkpoint: the start exists nowhere else
@@ -91,64 +99,30 @@ class Run:
                     fix="Build the model with the same seed, or name another folder.",
                 )
         self._write_run("running", {}, initial)
-        self.checkpoint(0)
+        return None
 
-    def _take_up(self) -> None:
+    def _taken_up(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, metadata = read_tensors_and_metadata(self._checkpoint)
         rest = json.loads(metadata["ntkit"])
         network = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
         assign(self.model, network, str(self._checkpoint))
         self.opt.load_state_dict(_unpacked(rest["optimizer"], tensors))
-        self.step, self.losses = rest["step"], tensors["losses"].tolist()
-        self.hold()
+        return tensors, rest
 
-    def buffers(self) -> list[Tensor]:
-        """Copy the buffers."""
-        return [self._live[name].clone() for name in self._buffers]
-
-    def hold(self, buffers: list[Tensor] | None = None) -> None:
-        """Hold a copy of the network as it is now, with these buffers if given."""
-        for name, tensor in self._live.items():
-            self._held[name].copy_(tensor)
-        for name, tensor in zip(self._buffers, buffers or [], strict=False):
-            self._held[name].copy_(tensor)
-
-    def keep(self, step: int, recorded: bool) -> None:
-        """Write the held network if `step` is recorded, and a checkpoint if it is time for one."""
-        if recorded:
-            write_tensors(snapshot_path(self.folder, step), self._held)
-        age = time.monotonic() - self._written_at
-        if age >= CHECKPOINT_SECONDS or (recorded and age * CHECKPOINT_SHARE >= self._cost):
-            self.checkpoint(step)
-
-    def checkpoint(self, step: int) -> None:
-        """Write all that is needed to go on from `step`: the held network, optimiser state, losses so far."""
-        started = time.monotonic()
-        tensors = {f"model.{name}": tensor for name, tensor in self._held.items()}
+    def write_checkpoint(
+        self, step: int, network: Mapping[str, Tensor], more: Mapping[str, Tensor], **rest: Any
+    ) -> None:
+        """Write all that is needed to go on from `step`: the network there, optimiser state, and more."""
+        tensors = {f"model.{name}": tensor for name, tensor in network.items()}
         state = _packed(self.opt.state_dict(), tensors)
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        write_tensors(self._checkpoint, tensors, {"ntkit": json.dumps({"step": step, "optimizer": state})})
-        self._written_at = time.monotonic()
-        self._cost = self._written_at - started
+        content = json.dumps({"step": step, "optimizer": state, **rest})
+        write_tensors(self._checkpoint, tensors | dict(more), {"ntkit": content})
 
-    def end(self, step: int, reason: str, loss: float | None, **more: Any) -> None:
-        """Leave the held network, which is that of `step`, in the model and as the last snapshot."""
-        with torch.no_grad():
-            for name, tensor in self._live.items():
-                tensor.copy_(self._held[name])
-        write_tensors(snapshot_path(self.folder, step), self._held)
-        losses = torch.tensor(self.losses[:step], dtype=torch.float64)
-        write_tensors(self.folder / "losses.safetensors", {"losses": losses})
-        stop = {"reason": reason, "step": step, "loss": loss, **more}
-        self._write_run("diverged" if reason == "diverged" else "complete", stop, read_run(self.folder)["initial"])
+    def finish(self, status: str, stop: dict[str, Any]) -> None:
+        """Say in run.json how the run ended: the last thing written."""
+        self._write_run(status, stop, read_run(self.folder)["initial"])
         # An ended run needs no checkpoint; without it the folder is the same bytes, interrupted or not.
         self._checkpoint.unlink(missing_ok=True)
-
-    def end_diverged(self, step: int, loss: float) -> None:
-        """End at the step before `step`, whose loss (or parameters) are not finite."""
-        last = max(step - 1, 0)
-        known = self.losses[last] if step > 0 else None
-        self.end(last, "diverged", known, diverged_at=step, diverged_loss=str(loss))
 
     def _write_run(self, status: str, stop: dict[str, Any], initial: str) -> None:
         write_json(
@@ -198,7 +172,7 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Turn an optimiser's state into JSON, its tensors moved to `tensors`."""
     if isinstance(value, Tensor):
         name = f"optimizer.{len(tensors)}"
-        tensors[name] = value.clone()
+        tensors[name] = value.detach().cpu()
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[key, _packed(item, tensors)] for key, item in value.items()]}

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ntkit.checks import refusal
-from ntkit.trajectory.run import Run, described
-from ntkit.trajectory.schedule import batch_indices, derived_seed, snapshot_steps, steps_per_epoch
-from ntkit.trajectory.trajectory import Trajectory, tensor_hash
+from ntkit.trajectory.held import HeldRun
+from ntkit.trajectory.rates import Rates
+from ntkit.trajectory.run import described
+from ntkit.trajectory.schedule import Record, batch_indices, derived_seed, snapshot_steps, steps_per_epoch
+from ntkit.trajectory.tensors import tensor_hash
+from ntkit.trajectory.trajectory import Trajectory
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -31,12 +34,13 @@ def train(
     optimizer: Callable[[list[nn.Parameter]], Optimizer],
     steps: int,
     batch_size: int | None = None,
-    record: str | Sequence[int] = "log",
+    record: Record = "log",
     seed: int = 0,
     path: str | Path | None = None,
     target: float | None = None,
     resume: bool = False,
     on_step: Callable[[int, float], None] | None = None,
+    schedule: Callable[[int], float] | None = None,
 ) -> Trajectory:
     """Train `model` in place and record the run: theta_{s+1} = theta_s + update(grad of the loss on batch(s)).
 
@@ -55,15 +59,18 @@ def train(
     optimizer : parameters -> any torch optimiser that needs no closure.
     steps : number of optimisation steps.
     batch_size : rows per batch, reshuffled each epoch, the ragged last batch kept; None = all rows at every step.
-    record : the steps whose parameters are kept: ``"log"`` (0 and round(2^(k/2))), ``"all"`` or a list. The first and
-        the last are always kept.
+    record : the steps whose parameters are kept: ``"log"`` (0 and round(2^(k/2))), ``"all"``, an integer n (every
+        n-th), a list, or a function step -> bool. The first and the last are always kept.
     seed : seed of batches and of torch's random numbers during training.
     path : folder to write; None = a temporary one that lives as long as the Trajectory.
     target : stop once the training loss is <= target: each step's own loss when full batch, else the loss over all
         rows in eval mode at the end of each epoch.
-    resume : go on with the run in `path`, from its last checkpoint (at most about 10 s before it was killed); the
-        model's present parameter values do not matter then. A run that has ended is loaded. With no run there, start.
+    resume : go on with the run in `path`, from its last checkpoint (about 10 s before it was killed, or 20 times what
+        a checkpoint takes to write); the model's present parameter values do not matter then. A run that has ended is
+        loaded. With no run there, start.
     on_step : called as ``on_step(step, loss)``, before that step's update.
+    schedule : step -> the factor on every group's learning rate in that step's update, as LambdaLR's; a pure function.
+        None = constant rates.
 
     Returns
     -------
@@ -97,12 +104,14 @@ def train(
     _check_numbers(steps, seed, target)
     recorded = snapshot_steps(record, steps)
     opt = _made(optimizer, model)
+    rates = Rates(opt, schedule)
     settings = {
         "steps": steps,
         "batch_size": batch_size,
-        "record": record if isinstance(record, str) else sorted(recorded),
+        "record": record if isinstance(record, (str, int)) else sorted(recorded),
         "seed": seed,
         "target": target,
+        "schedule": schedule and getattr(schedule, "__qualname__", type(schedule).__qualname__),
         "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
         "n": problem.n,
         "data": problem.hash(),
@@ -112,12 +121,12 @@ def train(
         raise refusal("resume", got="no path", expected="the folder of the run", fix="Pass path=.")
     temporary = TemporaryDirectory(prefix="ntkit-") if path is None else None
     try:
-        run = Run(model, opt, Path(temporary.name if temporary else path or ""), settings)
+        run = HeldRun(model, opt, Path(temporary.name if temporary else path or ""), settings)
         if not run.ended(resume):
             with _left_as_found(model) as devices, _deferred_interrupt() as interrupted:
                 problem.check(model)
                 run.start(resume)
-                _advance(run, problem, recorded, devices, interrupted, on_step)
+                _advance(run, problem, recorded, devices, interrupted, rates, on_step)
         return Trajectory(run.folder, temporary=temporary)
     except BaseException:
         if temporary is not None:
@@ -126,11 +135,12 @@ def train(
 
 
 def _advance(
-    run: Run,
+    run: HeldRun,
     problem: _Problem,
     recorded: Any,
     devices: list[int],
     interrupted: threading.Event,
+    rates: Rates,
     on_step: Callable[[int, float], None] | None,
 ) -> None:
     """Take the run's remaining steps."""
@@ -167,6 +177,7 @@ def _advance(
             run.checkpoint(step)
             raise
         out.backward()
+        run.rates.append(rates.set(step))
         opt.step()
         run.losses.append(value)
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.checks import refusal
-from ntkit.files import read_json, write_atomically
+from ntkit.files import read_json
+from ntkit.trajectory.log import read_indices, read_log
 from ntkit.trajectory.schedule import batch_indices
+from ntkit.trajectory.tensors import read_if_there, read_tensors
 
 FORMAT = "ntkit-trajectory"
 VERSION = 1
@@ -24,19 +26,20 @@ VERSION = 1
 class Trajectory:
     """A training run on disk: parameters at recorded steps, batches, losses and settings.
 
-    Step s means: after s optimisation steps, so step 0 is the initial network. Made by `ntkit.train`, or
-    re-opened with `Trajectory.open`. ``len(trajectory)`` is the number of recorded steps.
+    Step s means: after s optimisation steps, so step 0 is the initial network. Made by `ntkit.train` or
+    `ntkit.record`, and opened at any time with `Trajectory.open`, also while another process is writing it: open it
+    again to see what is new. ``len(trajectory)`` is the number of recorded steps.
 
     Attributes
     ----------
     path : the folder.
-    settings : what the run was started with (``run.json``): steps, batch_size, record, seed, target, loss,
+    settings : what the run was started with (``run.json``): kind (``"recorded"``; absent for `train`), record,
         optimizer (class, defaults, groups), parameters (shape and dtype by name, buffers too), aliases of tied
-        tensors, n, hash of the data.
+        tensors; for `train` also steps, batch_size, seed, target, loss, schedule, n, hash of the data.
     status : ``"running"`` (or killed), ``"complete"`` or ``"diverged"`` (a loss that is not finite).
-    stop : why and where it ended: ``reason`` (``"steps"``, ``"target"``, ``"diverged"``), ``step`` (the final one),
-        ``loss`` there if it was computed; a diverged run adds ``diverged_at`` and ``diverged_loss``. Empty while
-        running.
+    stop : why and where it ended: ``reason`` (``"steps"``, ``"target"``, ``"diverged"``; ``"ended"`` for a recorded
+        loop), ``step`` (the final one), ``loss`` there if it was computed; a diverged run adds ``diverged_at`` and
+        ``diverged_loss``. Empty while running.
     steps : the recorded steps, ascending.
 
     Examples
@@ -84,11 +87,36 @@ class Trajectory:
 
     @cached_property
     def losses(self) -> Tensor:
-        """Loss before each step: float64 [S], entry s on ``batch(s)`` at the parameters of step s (S: steps made)."""
+        """Loss before each step: float64 [S], entry s on ``batch(s)`` at the parameters of step s (S: steps made).
+
+        NaN where a recorded loop gave none.
+        """
+        return self._log["losses"]
+
+    @cached_property
+    def learning_rates(self) -> Tensor:
+        """Learning rate of each step's update: float64 [S, groups of the optimiser].
+
+        NaN where a group has none of its own, or was added later.
+        """
+        if "learning_rates" in self._log:
+            return self._log["learning_rates"]
+        groups = self.settings["optimizer"]["groups"]  # written by an older release: no schedule
+        constant = torch.tensor([group.get("lr", math.nan) for group in groups], dtype=torch.float64)
+        return constant.repeat(len(self.losses), 1)
+
+    @cached_property
+    def _log(self) -> dict[str, Tensor]:
+        if self._is_recorded_loop:
+            return read_log(self.path / "log")
         for name in ("losses.safetensors", "checkpoint.safetensors"):
-            if (self.path / name).exists():
-                return read_tensors(self.path / name)["losses"]
-        return torch.zeros(0, dtype=torch.float64)
+            if (held := read_if_there(self.path / name)) is not None:
+                return held
+        return {"losses": torch.zeros(0, dtype=torch.float64)}
+
+    @property
+    def _is_recorded_loop(self) -> bool:
+        return self.settings.get("kind") == "recorded"
 
     def batch(self, step: int) -> Tensor:
         """Give the indices (int64 [rows]) of the training examples that step `step` used.
@@ -96,14 +124,24 @@ class Trajectory:
         Raises
         ------
         Refused
-            When the run has no such step.
+            When the run has no such step, or was recorded without indices.
         """
-        last = self.stop.get("step", self.settings["steps"])
+        last = len(self.losses) if self._is_recorded_loop else self.stop.get("step", self.settings.get("steps"))
         if not 0 <= step < last:
             raise refusal(
                 "step", got=step, expected=f"0 <= step < {last}", fix="Step s leads from state s to state s + 1."
             )
-        return batch_indices(self.settings["seed"], self.settings["n"], self.settings["batch_size"], step)
+        if not self._is_recorded_loop:
+            return batch_indices(self.settings["seed"], self.settings["n"], self.settings["batch_size"], step)
+        indices = read_indices(self.path / "log", step)
+        if indices is None:
+            raise refusal(
+                f"batch of step {step}",
+                got="a step recorded without indices",
+                expected="the rows it was trained on",
+                fix="Call rec.step(indices, loss) in the loop that is recorded.",
+            )
+        return indices
 
     def state(self, step: int) -> dict[str, Tensor]:
         """Read parameters and buffers at a recorded step, by name; tied tensors appear under each of their names.
@@ -121,7 +159,14 @@ class Trajectory:
                 expected=f"one of trajectory.steps; nearest: {', '.join(map(str, near)) or 'none yet'}",
                 fix="Ask for one of those, or train again with record='all' or record=[steps].",
             )
-        tensors = read_tensors(snapshot_path(self.path, step))
+        tensors = read_if_there(snapshot_path(self.path, step))
+        if tensors is None:
+            raise refusal(
+                f"step {step}",
+                got="a snapshot that is gone: the run, held to its budget, gave it up",
+                expected="one of those still there",
+                fix="Open the trajectory again and choose from its steps.",
+            )
         return tensors | {alias: tensors[name] for alias, name in self.settings["aliases"].items()}
 
     def load(self, model: nn.Module, step: int) -> None:
@@ -204,15 +249,6 @@ def tied_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     return list(found.values())
 
 
-def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, dtypes, shapes and bytes (sha256)."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def snapshot_path(folder: Path, step: int) -> Path:
     """Name the file of a recorded step."""
     return folder / "snapshots" / f"step-{step:08d}.safetensors"
@@ -230,43 +266,6 @@ def read_run(folder: Path) -> dict[str, Any]:
             fix="Name the folder that ntkit.train wrote, or open it with the release that did.",
         )
     return run
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write named tensors (no two sharing memory) as one safetensors file, whole or not at all."""
-    from safetensors.torch import save
-
-    blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-
-    def write(aside: Path) -> None:
-        aside.write_bytes(blob)
-
-    write_atomically(path, write)
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, or refuse what is none."""
-    return read_tensors_and_metadata(path)[0]
-
-
-def read_tensors_and_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata of a safetensors file, or refuse what is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error))
-        raise refusal(str(path), got=reason, expected="a .safetensors file", fix="Check the name.") from error
-    except SafetensorError as error:
-        raise refusal(
-            str(path),
-            got=f"a file that is not whole safetensors ({error})",
-            expected="a .safetensors file",
-            fix="Convert it where you trust it: "
-            "safetensors.torch.save_file(torch.load(file, weights_only=True), 'weights.safetensors').",
-        ) from error
 
 
 def _first(names: list[str], most: int = 5) -> str:

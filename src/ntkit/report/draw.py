@@ -1,0 +1,222 @@
+"""How a figure is drawn: panels, axes and curves as plain plotly dictionaries, alike in every report.
+
+Colours are written as ``var(--name)`` and resolved in the page from ``style.css``, so that light, dark and print share
+one definition of every figure. A step axis is logarithmic, with step 0 drawn at 0.5.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ntkit.report.words import plain
+
+RAMP = 6
+"""Colours from light to dark, ``--ramp-1`` to ``--ramp-6`` of ``style.css``."""
+DASHES = ("solid", "dash", "dot", "dashdot")
+_FONT = "system-ui, -apple-system, Segoe UI, Roboto, Liberation Sans, sans-serif"
+_MARKS = {"solid": "line", "dash": "dash"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: its id in the page, a heading (or ""), and what plotly draws."""
+
+    id: str
+    heading: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A titled group of plots with one legend.
+
+    `label` is the text alternative; `legend` holds (text, colour, symbol) with a symbol of `style.css`.
+    """
+
+    id: str
+    title: str
+    label: str
+    panels: list[Panel]
+    legend: list[tuple[str, str, str]] = field(default_factory=list)
+    wide: bool = False
+
+
+def line(
+    steps: Sequence[int],
+    values: Sequence[float | None],
+    name: str,
+    colour: str,
+    *,
+    dash: str = "solid",
+    width: float = 2.2,
+    ends: bool = False,
+) -> dict[str, Any]:
+    """One curve against step; `ends` marks the first snapshot in the initial kernel's colour."""
+    trace: dict[str, Any] = {
+        "type": "scatter", "mode": "lines", "x": [place(s) for s in steps], "y": list(values), "name": name,
+        "customdata": list(steps), "line": {"color": colour, "width": width, "dash": dash},
+        "hovertemplate": f"step %{{customdata}}<br>{name}: %{{y:.4g}}<extra></extra>",
+    }  # fmt: skip
+    if ends or len(steps) == 1:
+        trace["mode"] = "lines+markers"
+        trace["marker"] = {"color": ["var(--init)"] + [colour] * (len(steps) - 1), "size": 6}
+        trace["marker"]["symbol"] = ["circle"] + ["diamond"] * (len(steps) - 1)
+    return trace
+
+
+def layout(x: dict[str, Any], y: dict[str, Any], *, height: int = 300) -> dict[str, Any]:
+    """Layout that all plots share, around two axes."""
+    clear = "rgba(0,0,0,0)"
+    return {
+        "height": height, "autosize": True, "showlegend": False, "hovermode": "closest", "uirevision": "keep",
+        "paper_bgcolor": clear, "plot_bgcolor": clear, "margin": {"l": 54, "r": 14, "t": 12, "b": 46},
+        "font": {"family": _FONT, "size": 12.5, "color": "var(--soft)"},
+        "hoverlabel": {
+            "bgcolor": "var(--card)", "bordercolor": "var(--line)", "font": {"color": "var(--ink)", "size": 12.5}
+        },
+        "xaxis": x, "yaxis": y,
+    }  # fmt: skip
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """Linear axis, with plotly's own options on top."""
+    axis = {
+        "title": {"text": title, "standoff": 8, "font": {"size": 12.5}},
+        "gridcolor": "var(--grid)", "linecolor": "var(--line)",
+        "zeroline": False, "showline": True, "ticks": "", "automargin": True, "fixedrange": False,
+    }  # fmt: skip
+    return axis | more
+
+
+def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
+    """Logarithmic axis over the positive values: a tick at each power of ten, more of them within two decades."""
+    known = [v for v in values if v is not None and v > 0] or [1.0]
+    low, high = _log10(min(known)), _log10(max(known))
+    pad = 0.06 * (high - low) or 0.3
+    decades = range(math.floor(low - pad), math.ceil(high + pad) + 1)
+    parts = (1, 2, 5) if high - low < 2 else (1,)
+    every = max(1, len(decades) // 6)
+
+    def inside(parts: Sequence[float]) -> list[tuple[float, int]]:
+        ticks = [(m, e) for e in decades for m in parts if e % every == 0]
+        return [(m, e) for m, e in ticks if low - pad <= _log10(m * 10.0**e) <= high + pad]
+
+    ticks = inside(parts)
+    if len(ticks) < 3 and high - low < 1:
+        ticks = inside((1, 1.5, 2, 3, 4, 5, 7))
+    shown = [(m * 10.0**e, _power(m, e)) for m, e in ticks]
+    if len(shown) < 2:  # too narrow for round numbers: its ends
+        shown = list({plain(v): (v, plain(v)) for v in (min(known), max(known))}.values())
+    return axis(
+        title,
+        type="log",
+        range=[low - pad, high + pad],
+        tickvals=[value for value, _ in shown],
+        ticktext=[text for _, text in shown],
+    )
+
+
+def _power(m: float, e: int) -> str:
+    if -3 <= e <= 4:
+        return f"{m * 10.0**e:.{max(0, -e + (m % 1 > 0))}f}"
+    exponent = str(e).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"10{exponent}" if m == 1 else f"{m}·10{exponent}"
+
+
+def rows_axis(names: Sequence[str]) -> dict[str, Any]:
+    """Names from top to bottom, one per unit."""
+    count = len(names)
+    places = list(range(count - 1, -1, -1))
+    return axis(
+        "",
+        range=[-0.6, count - 0.35],
+        tickvals=places,
+        ticktext=[safe(n) for n in names],
+        showgrid=False,
+        fixedrange=True,
+    )
+
+
+def step_axis(last: int) -> dict[str, Any]:
+    """Logarithmic steps with step 0 drawn at 0.5."""
+    ticks = [step for decade in range(9) for step in (10**decade,) if step <= max(1, last)]
+    if len(ticks) <= 2:
+        ticks = [step for step in (1, 2, 5, 10, 20, 50) if step <= max(1, last)]
+    texts = [f"{t // 1000}k" if 1000 <= t < 10**6 else f"{t // 10**6}M" if t >= 10**6 else str(t) for t in ticks]
+    top = _log10(max(2, last) * 1.25)
+    return axis("step", type="log", tickvals=[0.5, *ticks], ticktext=["0", *texts], range=[_log10(0.4), top])
+
+
+def _log10(value: float) -> float:
+    return round(math.log10(value), 6)
+
+
+def place(step: int) -> float:
+    """Where a step lies on its logarithmic axis."""
+    return 0.5 if step == 0 else step
+
+
+def positive(value: float | None) -> float | None:
+    """A value that a logarithmic axis can show, or None."""
+    return value if value is not None and value > 0 else None
+
+
+def times(value: float | None, factor: float) -> float | None:
+    """A product, None where there is no value."""
+    return None if value is None else value * factor
+
+
+def ramp(i: int, count: int) -> str:
+    """Colour of the i-th of `count` curves that have an order."""
+    place = i % RAMP if count > RAMP else round(i * (RAMP - 1) / max(1, count - 1))
+    return f"var(--ramp-{place + 1})"
+
+
+def safe(text: str) -> str:
+    """Escape user words, for plotly reads a few tags in texts."""
+    return html.escape(str(text), quote=False)
+
+
+def told(value: float | None) -> str:
+    """Write a value in a text alternative."""
+    return "undefined" if value is None else plain(value)
+
+
+def against_index(values: Sequence[float | None], name: str, colour: str, symbol: str, hover: str) -> dict[str, Any]:
+    """Markers and line of values numbered from 1; `hover` is what their hover text says of ``%{x}`` and ``%{y}``."""
+    index = list(range(1, len(values) + 1))
+    return line([], [], name, colour) | {
+        "x": index, "y": list(values), "mode": "lines+markers", "customdata": index,
+        "marker": {"symbol": symbol, "size": 7, "color": colour}, "hovertemplate": f"{hover}<extra></extra>",
+    }  # fmt: skip
+
+
+def index_axis(title: str, count: int) -> dict[str, Any]:
+    """Logarithmic axis of the numbers 1 to `count`."""
+    ticks = [i for i in (1, 2, 5, 10, 20, 50, 100, 200, 500) if i <= count]
+    return axis(title, type="log", tickvals=ticks, ticktext=[str(i) for i in ticks])
+
+
+def family(
+    steps: Sequence[int], rows: Sequence[tuple[str, Sequence[float | None]]], *, width: float = 2.2
+) -> tuple[list[dict[str, Any]], list[tuple[str, str, str]]]:
+    """Curves of ordered things (name, values), told apart by the ramp's colours, then by dashes; and their legend."""
+    data, legend = [], []
+    for i, (name, values) in enumerate(rows):
+        colour, dash = ramp(i, len(rows)), DASHES[i // RAMP % len(DASHES)]
+        data.append(line(steps, values, safe(name), colour, dash=dash, width=width))
+        legend.append((name, colour, _MARKS.get(dash, "dot")))
+    return data, legend
+
+
+def filled(told: Sequence[tuple[Figure, str]]) -> list[tuple[Figure, str]]:
+    """The same figures in rows of two, where the last one takes a row that it would have half empty."""
+    if not told or sum(not figure.wide for figure, _ in told) % 2 == 0:
+        return list(told)
+    figure, reading = told[-1]
+    return [*told[:-1], (replace(figure, wide=True), reading)]

@@ -1,0 +1,134 @@
+"""Eigenfunctions as images along training, made small enough for a page: 8 bits, few pixels, few snapshots."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkit.checks import refusal
+from ntkit.files import read_arrays
+from ntkit.report.words import plain
+
+FUNCTIONS = 6
+_PIXELS = 96  # longest side, in pixels
+_SNAPSHOTS = 60
+_BELOW = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
+def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None]) -> dict[str, Any] | None:
+    """What the page needs to show ``folder/images.safetensors``; None where there is no such file.
+
+    Parameters
+    ----------
+    folder : of a tracking. The file holds ``target`` [H, W], ``steps`` [T], ``eigenfunctions`` [T, q, H, W], and
+        perhaps ``output`` [T, H, W] and ``bandwidth`` [T, q].
+    eigenvalues : step -> eigenvalues there.
+
+    Raises
+    ------
+    Refused
+        When one of the first three is missing, or their shapes do not agree.
+    """
+    path = folder / "images.safetensors"
+    if not path.exists():
+        return None
+    arrays = read_arrays(path)
+    _check(path, arrays)
+    steps = arrays["steps"]
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _SNAPSHOTS)).round().astype(int))
+    functions = _same_signs(_smaller(arrays["eigenfunctions"][:, :FUNCTIONS])[chosen])
+    bandwidth = arrays.get("bandwidth")
+    target = _smaller(arrays["target"])
+    low, high = float(target.min()), float(target.max())
+    captions = []
+    for t in chosen:
+        known = eigenvalues.get(int(steps[t])) or []
+        bands = [] if bandwidth is None else [float(b) for b in bandwidth[t]]
+        captions.append([_caption(i, known, bands) for i in range(functions.shape[1])])
+    output = _grey(_smaller(arrays["output"])[chosen], low, high) if "output" in arrays else None
+    return {
+        "steps": [int(steps[t]) for t in chosen],
+        "of": len(steps),
+        "count": functions.shape[1],
+        "low": low,
+        "high": high,
+        "bandwidth": bandwidth is not None,
+        "data": {
+            "height": target.shape[0],
+            "width": target.shape[1],
+            "steps": [int(steps[t]) for t in chosen],
+            "captions": captions,
+            "target": _text(_grey(target, low, high)),
+            "output": None if output is None else _text(output),
+            "functions": _text(_signed(functions)),
+        },
+    }
+
+
+def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    missing = [name for name in ("target", "steps", "eigenfunctions") if name not in arrays]
+    if missing:
+        fix = "Write target, steps and eigenfunctions together, or no such file."
+        raise refusal(str(path), got=f"no {', '.join(missing)}", expected="images with a target and steps", fix=fix)
+    T, shape = len(arrays["steps"]), arrays["target"].shape
+    wanted = {"eigenfunctions": (T, arrays["eigenfunctions"].shape[1:2], shape), "output": (T, (), shape)}
+    for name, (first, middle, last) in wanted.items():
+        found = arrays[name].shape if name in arrays else (first, *middle, *last)
+        if (
+            found != (first, *middle, *last)
+            or len(shape) != 2
+            or not T
+            or (name == "eigenfunctions" and len(found) != 4)
+        ):
+            fix = "Write one image per step, all of one size."
+            raise refusal(f"{path}: {name}", got=f"shape {found}", expected=f"images {shape} at {T} steps", fix=fix)
+
+
+def _smaller(images: np.ndarray) -> np.ndarray:
+    """Means over square blocks, at most `_PIXELS` on the longest side; an incomplete last row or column is left out."""
+    images = np.nan_to_num(images.astype(np.float64))
+    H, W = images.shape[-2:]
+    b = -(-max(H, W) // _PIXELS)
+    b = min(b, H, W)
+    h, w = H // b, W // b
+    return images[..., : h * b, : w * b].reshape(*images.shape[:-2], h, b, w, b).mean((-3, -1))
+
+
+def _same_signs(functions: np.ndarray) -> np.ndarray:
+    """Signs of eigenfunctions mean nothing: each [T, q] takes the one that agrees with its snapshot before.
+
+    >>> a = np.array([[[[1.0, -2.0]]], [[[-1.0, 2.1]]]])
+    >>> _same_signs(a).ravel().tolist()
+    [-1.0, 2.0, -1.0, 2.1]
+    """
+    functions = functions.copy()
+    first = functions[0].reshape(functions.shape[1], -1)
+    peak = np.take_along_axis(first, np.abs(first).argmax(1)[:, None], 1)[:, 0]
+    functions[0] *= np.where(peak < 0, -1.0, 1.0)[:, None, None]
+    for before, now in zip(functions, functions[1:], strict=False):
+        now *= np.where((before * now).sum((1, 2)) < 0, -1.0, 1.0)[:, None, None]
+    return functions
+
+
+def _signed(functions: np.ndarray) -> np.ndarray:
+    """1 to 255 with 0 at 128, each image by its own largest value."""
+    largest = np.abs(functions).max((-2, -1), keepdims=True)
+    return (np.round(127 * functions / np.where(largest > 0, largest, 1)) + 128).astype(np.uint8)
+
+
+def _grey(images: np.ndarray, low: float, high: float) -> np.ndarray:
+    return np.round(255 * np.clip((images - low) / ((high - low) or 1.0), 0, 1)).astype(np.uint8)
+
+
+def _text(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
+
+
+def _caption(i: int, eigenvalues: list[float | None], bandwidth: list[float]) -> str:
+    value = f"\u00a0=\u00a0{plain(eigenvalues[i])}" if i < len(eigenvalues) and eigenvalues[i] is not None else ""
+    band = f", {plain(bandwidth[i], 2)}\u00a0cycles" if i < len(bandwidth) and np.isfinite(bandwidth[i]) else ""
+    return f"λ{str(i + 1).translate(_BELOW)}{value}{band}"

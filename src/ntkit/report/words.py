@@ -1,0 +1,133 @@
+"""Numbers in words: how reports write values, errors, shares and changes.
+
+Two numbers differ "beyond noise" when they are more than `NOISE` standard errors of their difference apart, taking the
+two as independent; without standard errors nothing is said about noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+NOISE = 2.0
+
+Number = dict[str, Any]
+
+
+def percent(number: Number, unit: bool = True) -> str:
+    r"""Write an error rate as percent with its standard error.
+
+    >>> percent({"value": 0.025, "error": 0.0082}).replace("\u00a0", " ")
+    '2.5 ± 0.8 %'
+    """
+    if number["value"] is None:
+        return "undefined"
+    value, error = 100 * number["value"], number["error"]
+    digits = 2 if (error is not None and 0 < error < 1e-3) else 1
+    spread = f"\u00a0±\u00a0{100 * error:.{digits}f}" if error else ""  # a binomial error of 0 says nothing
+    unit_text = "\u00a0%" if unit else ""
+    return f"{value:.{digits}f}{spread}{unit_text}"
+
+
+def plain(value: float | None, digits: int = 3) -> str:
+    """Write a number with a few significant digits, a dash where there is none.
+
+    >>> plain(0.123456), plain(1731.0), plain(3.1e-10), plain(None)
+    ('0.123', '1731', '3.1e-10', '–')
+    """
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3 or abs(value) >= 1e6:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{mantissa}e{int(exponent)}"
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e" in text or abs(value) >= 10**digits else text
+
+
+def spread(value: float | list[float] | None) -> str:
+    """One value, or the range of the values of the one-vs-rest machines."""
+    if isinstance(value, list):
+        known = [v for v in value if v is not None]
+        return f"{plain(min(known))} to {plain(max(known))}" if known else "–"
+    return plain(value)
+
+
+def measure(number: dict[str, Any]) -> str:
+    """Write a number with its standard error, to the digits the error supports.
+
+    >>> measure({"value": 0.6123, "error": 0.0114})
+    '0.612 ± 0.011'
+    """
+    value, error = number["value"], number["error"]
+    if value is None:
+        return "undefined"
+    if not error:
+        return plain(value)
+    digits = max(0, (1 if f"{error:.1e}"[0] == "1" else 0) - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if digits < 6 else f"{plain(value)} ± {error:.1e}"
+
+
+def compare(a: Number, b: Number, floor: float = 0.0) -> str:
+    """Say whether `a` lies "below" or "above" `b` beyond noise, is the "same" within it, or "unknown".
+
+    Parameters
+    ----------
+    a, b : numbers with ``value`` and standard ``error``.
+    floor : least standard error believed; 1 / n for error rates, whose binomial standard error is 0 at 0 errors.
+
+    Examples
+    --------
+    >>> compare({"value": 0.02, "error": 0.008}, {"value": 0.07, "error": 0.013})
+    'below'
+    >>> compare({"value": 0.02, "error": 0.008}, {"value": 0.03, "error": 0.009})
+    'same'
+    """
+    if None in (a["value"], b["value"], a["error"], b["error"]):
+        return "unknown"
+    error = math.hypot(max(a["error"], floor), max(b["error"], floor))
+    difference = a["value"] - b["value"]
+    if abs(difference) <= NOISE * error:
+        return "same"
+    return "below" if difference < 0 else "above"
+
+
+def change(first: float | None, last: float | None) -> str:
+    """Say how a positive number changed.
+
+    >>> change(2.0, 7.0), change(1.0, 1.01)
+    ('grew 3.5-fold, from 2 to 7', 'stays near 1.01')
+    """
+    if first is None or last is None or first <= 0 or last <= 0:
+        return f"goes from {plain(first)} to {plain(last)}"
+    ratio = last / first
+    if 0.95 < ratio < 1.05:
+        return f"stays near {plain(last)}"
+    verb = "grew" if ratio > 1 else "shrank"
+    return f"{verb} {plain(max(ratio, 1 / ratio), 2)}-fold, from {plain(first)} to {plain(last)}"
+
+
+def share(value: float | None) -> str:
+    """Write a share of 1 as percent."""
+    return "an undefined share" if value is None else f"{100 * value:.0f}\u00a0%"
+
+
+def middle(ks: Sequence[int]) -> tuple[int, int]:
+    """Place and value of the k nearest to 10: the one that sentences are about.
+
+    >>> middle([1, 2, 5, 10, 20])
+    (3, 10)
+    """
+    return min(enumerate(ks), key=lambda pair: abs(pair[1] - 10))
+
+
+def listed(words: list[str]) -> str:
+    """Join words as a sentence does.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"

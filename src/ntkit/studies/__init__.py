@@ -1,0 +1,41 @@
+"""One file per paper: its experiments, run and judged claim by claim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from ntkit.checks import nearest, refusal
+
+STUDIES = ("kopitkov2019",)
+SCALES = ("quick", "paper")
+
+
+def study(
+    name: str, scale: str = "quick", out: str | Path | None = None, say: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Reproduce a paper: run its experiments, judge its claims, write a report.
+
+    Parameters
+    ----------
+    name : "kopitkov2019".
+    scale : "quick" (minutes on two cores) or "paper" (its own sizes: days, for a GPU).
+    out : run folder, runs/NAME-SCALE by default. A study that was stopped goes on there.
+    say : called with a line at each stage.
+
+    Returns
+    -------
+    Path
+        The folder: ``results.json`` (claims, curves), ``report.html``, ``runs/`` (trajectories and trackings).
+
+    Raises
+    ------
+    Refused
+        For an unknown name or scale, or a folder with another study.
+    """
+    for what, value, known in (("study", name, STUDIES), ("scale", scale, SCALES)):
+        if value not in known:
+            raise refusal(what, got=repr(value), expected=" or ".join(known), fix=nearest(value, known))
+    folder = Path(out) if out is not None else Path("runs") / f"{name}-{scale}"
+    return import_module(f"ntkit.studies.{name}").run(scale, folder, say)

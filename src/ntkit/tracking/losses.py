@@ -1,0 +1,46 @@
+"""Losses of the points followed, and their derivatives by the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ntkit.tracking.snapshot import finite
+
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+def half_squared(out: Any, y: Tensor) -> Tensor:
+    """Half the squared distance to the targets, mean over samples: (1 / 2n) sum_i |f(x_i) - y_i|^2."""
+    return 0.5 * ((out.reshape(len(y), -1) - y.reshape(len(y), -1)) ** 2).sum(1).mean()
+
+
+def logistic(out: Any, y: Tensor) -> Tensor:
+    """Logistic loss of one output for labels 0 and 1."""
+    return F.binary_cross_entropy_with_logits(out.reshape(len(y)), y.to(out))
+
+
+def cross_entropy(out: Any, y: Tensor) -> Tensor:
+    """Cross-entropy of one output per class."""
+    return F.cross_entropy(out.reshape(len(y), -1), y)
+
+
+def derivatives(loss: Loss, raw: Tensor, y: Tensor) -> tuple[float | None, Tensor, Tensor]:
+    """Loss, its derivative by each sample's outputs [n, C], and the second one [n, C, C]; of n times the mean."""
+    n = len(raw)
+    with torch.enable_grad():
+        leaf = raw.detach().double().requires_grad_()
+        value = loss(leaf, y.double() if y.is_floating_point() else y)
+        (slope,) = torch.autograd.grad(n * value, leaf, create_graph=True)
+        flat = slope.reshape(n, -1)
+        rows = []
+        for c in range(flat.shape[1]):
+            row = None
+            if flat.requires_grad:
+                (row,) = torch.autograd.grad(flat[:, c].sum(), leaf, retain_graph=True, allow_unused=True)
+            rows.append(torch.zeros_like(flat) if row is None else row.reshape(n, -1))
+    return finite(float(value.detach())), flat.detach(), torch.stack(rows, 1).detach()

@@ -1,0 +1,244 @@
+"""`LightningCallback` and `TransformersCallback` in real trainings: what they record is what the framework did."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.families import _missing as repaired  # makes a torchvision importable that was built for another torch
+
+from ntkit.checks import Refused
+from ntkit.trajectory import Trajectory
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+
+
+def copied(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_states(traj, states):
+    assert traj.steps == sorted(states)
+    for step, state in states.items():
+        assert traj.state(step).keys() >= state.keys()
+        assert all(torch.equal(traj.state(step)[name], tensor) for name, tensor in state.items()), step
+
+
+def test_the_module_needs_no_framework_and_says_what_is_missing():
+    code = (
+        "import sys\n"
+        "for name in ('lightning', 'pytorch_lightning', 'transformers'): sys.modules[name] = None\n"
+        "import ntkit.trajectory.callbacks as callbacks\n"
+        "from ntkit import Refused\n"
+        "for name in ('Lightning', 'Transformers'):\n"
+        "    try: getattr(callbacks, name + 'Callback')\n"
+        "    except Refused as refused: print(refused)\n"
+        "assert not hasattr(callbacks, 'KerasCallback')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "callback: got no lightning in this Python; expected it installed. Run: pip install lightning",
+        "callback: got no transformers in this Python; expected it installed. Run: pip install transformers",
+    ]
+
+
+# --- Lightning -----------------------------------------------------------------------------------------------
+
+
+def rows_dataset():
+    x = torch.randn(14, 3, generator=torch.Generator().manual_seed(0))
+    return [{"x": x[i], "y": x[i].sum(0, keepdim=True), "row": i} for i in range(14)]
+
+
+def lightning_parts(name):
+    repaired("torchvision")
+    pl = pytest.importorskip(name, reason=f"{name} is not installed")
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1))
+
+        def training_step(self, batch, batch_idx):
+            return {"loss": nn.functional.mse_loss(self.net(batch["x"]), batch["y"])}
+
+        def configure_optimizers(self):
+            opt = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
+            return {"optimizer": opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    class Spy(pl.Callback):
+        """Keeps states and losses on its own, in the optimiser's step and around it."""
+
+        def __init__(self):
+            self.states, self.losses, self.rows, self.rates = {}, [], [], []
+
+        def on_train_start(self, trainer, module):
+            self.states[0] = copied(module)
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            self.losses.append(outputs["loss"].item())
+            self.rows.append(batch["row"].tolist())
+            if trainer.global_step not in self.states:  # else another batch of the next step: running statistics move
+                self.states[trainer.global_step] = copied(module)
+
+    def fit(*callbacks, module=None, **options):
+        loader = torch.utils.data.DataLoader(rows_dataset(), batch_size=3)  # 5 batches, the last of 2 rows
+        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer = pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **quiet, **options)
+        module = module or Module()
+        trainer.fit(module, loader)
+        return module
+
+    return pl, Module, Spy, fit
+
+
+@pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
+def test_lightning(tmp_path, name):
+    pl, _, Spy, fit = lightning_parts(name)
+    from ntkit.trajectory.callbacks import LightningCallback
+
+    spy = Spy()
+    callback = LightningCallback(tmp_path / "run", record="all", indices="row")
+    assert isinstance(callback, pl.Callback) or name == "pytorch_lightning"  # made of the other one, which works too
+    module = fit(callback, spy, max_epochs=2, accumulate_grad_batches=2)
+    traj = Trajectory.open(tmp_path / "run")
+    assert traj.status == "complete"
+    assert callback.recorder.done == 6  # 5 batches an epoch are 2 + 2 + 1
+    assert_states(traj, spy.states)
+    assert_states(traj, spy.states | {6: copied(module)})
+    assert traj.learning_rates.tolist() == spy.rates
+    assert len({rate for (rate,) in spy.rates}) == 6
+    groups = [[0, 1], [2, 3], [4], [5, 6], [7, 8], [9]]
+    for step, group in enumerate(groups):
+        assert traj.batch(step).tolist() == [row for i in group for row in spy.rows[i]]
+        assert traj.losses[step].item() == pytest.approx(sum(spy.losses[i] for i in group), rel=1e-6)
+
+
+def test_lightning_options_and_what_goes_wrong(tmp_path):
+    _, Module, _, fit = lightning_parts("lightning.pytorch")
+    from ntkit.trajectory.callbacks import LightningCallback
+
+    fit(LightningCallback(tmp_path / "a", record=2, budget="9 kB"), max_epochs=1)
+    traj = Trajectory.open(tmp_path / "a")
+    assert (len(traj.losses), traj.steps[0], traj.steps[-1]) == (5, 0, 5)
+    assert len(traj.steps) < 5
+    assert sum(f.stat().st_size for f in (tmp_path / "a" / "snapshots").iterdir()) <= 9000
+    with pytest.raises(Refused, match="got a step recorded without indices"):
+        traj.batch(0)
+    with pytest.raises(
+        Refused, match=r"indices: got a batch with \['row', 'x', 'y'\]; expected a batch that is a dict"
+    ):
+        fit(LightningCallback(tmp_path / "b", indices="idx"), max_epochs=1)
+    with pytest.raises(Refused, match=r"holds a run"):
+        fit(LightningCallback(tmp_path / "a"), max_epochs=1)
+
+    class Failing(Module):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:
+                raise RuntimeError("mine")
+            return super().training_step(batch, batch_idx)
+
+    failing = Failing()
+    with pytest.raises(RuntimeError, match="mine"):
+        fit(LightningCallback(tmp_path / "c"), module=failing, max_epochs=1)
+    traj = Trajectory.open(tmp_path / "c")
+    assert (traj.status, len(traj.losses), traj.steps) == ("running", 3, [0, 1, 2, 3])
+
+    class Two(Module):
+        def configure_optimizers(self):
+            self.automatic_optimization = False
+            return [torch.optim.SGD(self.parameters()), torch.optim.SGD(self.parameters())]
+
+    with pytest.raises(Refused, match="LightningCallback: got 2 optimisers; expected one"):
+        fit(LightningCallback(tmp_path / "d"), module=Two(), max_epochs=1)
+    assert not (tmp_path / "d").exists()
+
+
+# --- Hugging Face --------------------------------------------------------------------------------------------
+
+
+def hugging_face(tmp_path, callback, **options):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+    class Spy(transformers.TrainerCallback):
+        def __init__(self):
+            self.states, self.losses, self.rates = {}, [], []
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.states[0] = copied(model)
+
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.states[state.global_step] = copied(model)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.losses += [logs["loss"]] if "loss" in logs else []
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=30)
+    config = transformers.BertConfig(**sizes, max_position_embeddings=8, num_labels=2)
+    model = transformers.BertForSequenceClassification(config)
+    data = [{"input_ids": torch.randint(0, 30, (6,)), "labels": i % 2} for i in range(20)]
+    settings = dict(
+        output_dir=tmp_path / "theirs", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2, learning_rate=1e-2,
+    )  # fmt: skip
+    spy = Spy()
+    arguments = transformers.TrainingArguments(**(settings | options))
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback, spy])
+    trainer.train()
+    return model, spy
+
+
+def transformers_callback(*args, **kwargs):
+    repaired("transformers")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from ntkit.trajectory.callbacks import TransformersCallback
+
+    return TransformersCallback(*args, **kwargs)
+
+
+def test_transformers(tmp_path):
+    callback = transformers_callback(tmp_path / "run", record="all")
+    model, spy = hugging_face(tmp_path, callback, logging_steps=1)
+    traj = Trajectory.open(tmp_path / "run")
+    assert (traj.status, callback.recorder.done) == ("complete", 10)  # 10 batches an epoch, two to a step
+    assert_states(traj, spy.states)
+    assert_states(traj, spy.states | {10: copied(model)})
+    assert traj.learning_rates.tolist() == spy.rates
+    assert len({tuple(rates) for rates in spy.rates}) == 10  # the Trainer lets them fall
+    assert len(set(spy.losses)) > 5
+    assert traj.losses.tolist() == spy.losses
+
+
+def test_transformers_options_and_what_goes_wrong(tmp_path):
+    size = 40_000
+    callback = transformers_callback(tmp_path / "a", record=3, budget=4 * size)
+    _, spy = hugging_face(tmp_path, callback, logging_steps=5)
+    traj = Trajectory.open(tmp_path / "a")
+    assert (traj.steps[0], traj.steps[-1]) == (0, 10)
+    assert {3, 6, 9} & set(traj.steps)
+    assert sum(f.stat().st_size for f in (tmp_path / "a" / "snapshots").iterdir()) <= 4 * size
+    assert len(spy.losses) == 2
+    assert traj.losses.isnan().all()  # means over five steps are no step's loss
+    assert traj.status == "complete"
+    best = dict(load_best_model_at_end=True, eval_strategy="no", save_strategy="no")
+    with pytest.raises(Refused, match="got load_best_model_at_end=True; expected a model that keeps its last state"):
+        hugging_face(tmp_path, transformers_callback(tmp_path / "b"), **best)
+    assert not (tmp_path / "b").exists()

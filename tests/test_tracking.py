@@ -1,0 +1,272 @@
+"""Numbers along training against their definitions, in both forms of the kernel; laws; stopping and going on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ntkit
+from ntkit.checks import Refused
+from ntkit.jacobian.reference import tangent_kernel
+from ntkit.tracking import Tracked, half_squared, scalars, track
+
+N, C = 11, 3
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def mlp(outputs: int = C, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+
+
+def run(model, x, y, loss=half_squared, lr=0.05, steps=8, **more):
+    return ntkit.train(model, (x, y), loss, lambda p: torch.optim.SGD(p, lr=lr), steps=steps, **more)
+
+
+@pytest.fixture(scope="module")
+def case():
+    x, y = draw(N, 4), draw(N, C, seed=1)
+    model = mlp()
+    return x, y, model, run(model, x, y)
+
+
+@pytest.mark.parametrize("memory", [None, "2 kB"])  # the second: no room for a Gram matrix
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+def test_every_number_is_its_definition(case, outputs, memory):
+    x, y, model, trajectory = case
+    tracked = track(trajectory, x, y, model=model, k=4, outputs=outputs, memory=memory)
+    assert tracked.settings["kernel"] == ("dense" if memory is None else "matrix-free")
+    assert tracked.steps == trajectory.steps
+    Ks, other = [], mlp()
+    for i, step in enumerate(tracked.steps):
+        at = {name: values[i] for name, values in tracked.series.items()}
+        trajectory.load(other, step)
+        K4 = tangent_kernel(other, x)
+        flat = K4.permute(0, 2, 1, 3).reshape(N * C, N * C)
+        K = flat if outputs == "full" else K4.diagonal(dim1=2, dim2=3).sum(2)
+        Ks.append(K)
+        f = other(x).detach()
+        values, vectors = torch.linalg.eigh(K)
+        values, vectors = values.flip(0), vectors.flip(1)
+        assert at["eigenvalues"] == pytest.approx(values[:4].tolist(), rel=1e-9)
+        assert at["residual"] < 1e-8
+        assert at["trace"] == pytest.approx(float(K.diagonal().sum()), rel=1e-12)
+        assert at["tail"] == pytest.approx(float(values[4:].sum()), rel=1e-9)
+        assert at["effective_rank"] == pytest.approx(at["trace"] / float(values[0]), rel=1e-9)
+        assert at["condition"] == pytest.approx(float(values[0] / values[3]), rel=1e-8)
+        for name, v in (("target", y), ("output", f), ("residual", f - y)):
+            v = v.reshape(-1, 1) if outputs == "full" else v
+            energy = ((vectors[:, :4].T @ v) ** 2).sum(1).cumsum(0) / (v**2).sum()
+            assert at[f"energy_{name}"] == pytest.approx(energy.tolist(), abs=1e-8)
+        assert at["loss"] == pytest.approx(float(((f - y) ** 2).sum() / (2 * N)), rel=1e-12)
+        sharpness = float(torch.linalg.eigvalsh(flat)[-1]) / N
+        assert at["sharpness"] == pytest.approx(sharpness, rel=1e-4)
+        assert at["stable_learning_rate"] == pytest.approx(2 / sharpness, rel=1e-4)  # 2 N / lambda_1
+        assert at["learning_rate"] == 0.05
+        # the real next step, since these are all points and the steps are plain
+        if step + 1 in trajectory.steps:
+            trajectory.load(other, step + 1)
+            true = (other(x).detach() - f).reshape(-1)
+            linear = -0.05 / N * flat @ (f - y).reshape(-1)
+            first = at["first_order"]
+            assert first["cosine"] == pytest.approx(float(true @ linear / true.norm() / linear.norm()), rel=1e-9)
+            assert first["relative_error"] == pytest.approx(float((true - linear).norm() / true.norm()), rel=1e-6)
+            assert first["norm_ratio"] == pytest.approx(float(linear.norm() / true.norm()), rel=1e-9)
+        cosine = float((K * Ks[0]).sum() / K.norm() / Ks[0].norm())
+        change = float((K - Ks[0]).norm() / Ks[0].norm())
+        if memory is None:
+            Y = y.reshape(-1, 1) if outputs == "full" else y
+            alignment = float((Y * (K @ Y)).sum() / K.norm() / (Y.T @ Y).norm())
+            assert at["alignment"] == pytest.approx(alignment, rel=1e-9)
+            assert at["distance"] == pytest.approx(max(0.0, 1 - cosine), abs=1e-12)
+            assert at["change"] == pytest.approx(change, abs=1e-12)
+            assert sum(at["layer_trace"].values()) == pytest.approx(at["trace"], rel=1e-9)
+            assert at["layer_trace"].keys() == at["layer_alignment"].keys() == {"0", "2"}
+            assert at["change_error"] == 0.0
+            if i:
+                before = float((K * Ks[-2]).sum() / K.norm() / Ks[-2].norm())
+                assert at["velocity"] == pytest.approx((1 - before) / (step - tracked.steps[i - 1]), abs=1e-10)
+        elif i:  # estimated: within five of its own standard errors of the square
+            assert abs(at["change"] ** 2 / change**2 - 1) < 5 * at["change_error"] + 1e-9
+    assert tracked.series["velocity"][0] is None
+
+
+def test_estimates_get_better_as_the_square_root():
+    from ntkit.tracking import snapshot
+
+    K = draw(40, 40)
+    K = K @ K.T
+    first = K + 0.3 * torch.diag(draw(40, seed=5).abs())
+
+    class Products:
+        shape, device = (40, 40), torch.device("cpu")
+
+        def __init__(self, K):
+            self.K = K
+
+        def __matmul__(self, v):
+            return self.K @ v
+
+    a, b = (snapshot.MatrixFree(Products(m), 40).signature() for m in (K, first))
+    found = snapshot.Change(a, b, b, 1).numbers()
+    assert found["change"] == pytest.approx(float((K - first).norm() / first.norm()), rel=0.3)
+    assert found["distance"] == pytest.approx(1 - float((K * first).sum() / K.norm() / first.norm()), abs=0.02)
+    assert 0 < found["change_error"] < 1
+
+
+def test_each_output_on_its_own(case):
+    x, y, model, trajectory = case
+    tracked = track(trajectory, x, y, model=model, k=3, outputs="diagonal", steps=[0, 8])
+    for c, part in itertools.product(range(C), [1]):
+        one = track(trajectory, x, model=model, k=3, outputs=lambda out, c=c: out[:, c], steps=[0, 8])
+        own = tracked.series["per_output"][part][c]
+        assert own["eigenvalues"] == pytest.approx(one.series["eigenvalues"][part], rel=1e-9)
+        assert own["energy_output"] == pytest.approx(one.series["energy_output"][part], abs=1e-9)
+        assert own["energy_target"][0] <= 1
+    assert tracked.eigenvectors(8).shape == (C, N, 3)
+
+
+def test_a_linear_model_keeps_its_kernel_and_halving_the_rate_halves_the_error():
+    x, y = draw(N, 4), draw(N, 1, seed=1)
+    model = nn.Linear(4, 1).double()
+    series = track(run(model, x, y), x, y, model=model, k=2).series
+    assert max(series["change"]) < 1e-12
+    assert all(first["relative_error"] < 1e-10 for first in series["first_order"])
+    errors = []
+    for lr in (0.02, 0.01, 0.005):
+        model = mlp(1)
+        found = track(run(model, x, y, lr=lr, steps=1), x, y, model=model, k=2, steps=[0])
+        errors.append(found.series["first_order"][0]["relative_error"])
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.05)
+
+
+def test_the_bound_on_the_learning_rate_is_where_training_turns():
+    x, y = draw(N, 4), draw(N, 1, seed=1)
+    model = nn.Linear(4, 1).double()
+    bound = track(run(model, x, y, steps=1), x, y, model=model, k=1).series["stable_learning_rate"][0]
+    losses = []
+    for factor in (0.98, 1.02):
+        torch.manual_seed(0)
+        again = nn.Linear(4, 1).double()
+        losses.append(run(again, x, y, lr=factor * bound, steps=400).losses)
+    assert float(losses[0][-1]) < float(losses[0][0])
+    assert float(losses[1][-1]) > 10 * float(losses[1][0])
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_labels_and_losses(outputs):
+    x, labels = draw(N, 4), torch.arange(N) % max(2, outputs)
+    model = mlp(outputs)
+
+    def loss(out, y):
+        return F.cross_entropy(out, y) if outputs > 1 else F.binary_cross_entropy_with_logits(out[:, 0], y.double())
+
+    trajectory = run(model, x, labels, loss)
+    tracked = track(trajectory, x, labels, model=model, k=5, steps=[8])
+    given = track(trajectory, x, labels, model=model, k=5, steps=[8], loss=loss)
+    del given.series["velocity"], tracked.series["velocity"]
+    assert given.series == tracked.series  # the default is the usual one
+    out = model(x).detach()
+    if outputs > 1:
+        p = out.softmax(1)
+        H = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    else:
+        p = out.sigmoid()
+        H = (p * (1 - p))[:, :, None]
+    K = tangent_kernel(model, x)
+    flat = K.permute(0, 2, 1, 3).reshape(N * outputs, -1)
+    expected = float(torch.linalg.eigvals(torch.block_diag(*H) @ flat).real.max()) / N
+    assert tracked.series["sharpness"][0] == pytest.approx(expected, rel=1e-4)
+    assert tracked.series["loss"][0] == pytest.approx(float(loss(out, labels)), rel=1e-12)
+
+
+def test_stopped_and_gone_on(case, tmp_path):
+    x, y, model, trajectory = case
+    whole = track(trajectory, x, y, model=model, k=3)
+    seen = []
+
+    def stop(record):
+        seen.append(record["step"])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        track(trajectory, x, y, model=model, k=3, path=tmp_path, on_snapshot=stop)
+    assert Tracked.open(tmp_path).steps == trajectory.steps[:3]
+    (tmp_path / f"step-{trajectory.steps[2]:08d}.json").unlink()  # killed between arrays and numbers
+    gone_on = track(trajectory, x, y, model=model, k=3, path=tmp_path, on_snapshot=lambda r: seen.append(r["step"]))
+    assert seen == [*trajectory.steps[:3], *trajectory.steps[2:]]
+    assert gone_on.series == whole.series
+    again = Tracked.open(tmp_path)
+    assert again.series == whole.series
+    assert (again.eigenvectors(8) == whole.eigenvectors(8)).all()
+    with pytest.raises(Refused, match="another k"):
+        track(trajectory, x, y, model=model, k=4, path=tmp_path)
+    with pytest.raises(Refused, match=r"track\.json"):
+        Tracked.open(tmp_path / "nowhere")
+
+
+def test_the_model_is_left_as_it_was(case):
+    x, y, _, trajectory = case
+    model = mlp(seed=7).train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    track(trajectory, x, y, model=model, k=2)
+    assert model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_a_dead_network_has_no_spectrum():
+    x, y = draw(N, 4), draw(N, 1, seed=1)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1, bias=False)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model[0].bias.fill_(-100.0)
+    tracked = track(run(model, x, y, steps=2), x, y, model=model, k=3)
+    assert tracked.series["trace"] == [0.0] * 3
+    assert tracked.series["eigenvalues"][0] == [None] * 3
+    assert tracked.series["stable_learning_rate"] == [None] * 3
+
+
+def test_refusals(case):
+    x, y, model, trajectory = case
+    with pytest.raises(Refused, match=r"y: got shape \(10, 3\)"):
+        track(trajectory, x, y[:10], model=model)
+    with pytest.raises(Refused, match="k: got 99; expected 1 to 11"):
+        track(trajectory, x, y, model=model, k=99)
+    with pytest.raises(Refused, match="model's parameters"):
+        track(trajectory, x, model=mlp(2), k=2)
+    with pytest.raises(Refused, match="diagonal"):
+        track(trajectory, x, model=model, k=2, outputs="diagonal", memory="1 kB")
+
+
+def test_tensorboard(case, tmp_path):
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    x, y, model, trajectory = case
+    tracked = track(trajectory, x, y, model=model, k=3)
+    tracked.to_tensorboard(tmp_path)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    read = [(e.step, e.value) for e in events.Scalars("ntkit/eigenvalues/1")]
+    expected = [row[0] for row in tracked.series["eigenvalues"]]
+    assert [s for s, _ in read] == tracked.steps
+    assert [v for _, v in read] == pytest.approx(expected, rel=1e-6)
+
+
+def test_scalars():
+    record = {"loss": 0.5, "energy_target": [i / 10 for i in range(10)], "status": "x", "k": None, "trace": math.pi}
+    assert scalars(record) == {
+        "loss": 0.5, "energy_target/1": 0.0, "energy_target/5": 0.4, "energy_target/10": 0.9, "trace": math.pi,
+    }  # fmt: skip
