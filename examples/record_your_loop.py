@@ -11,14 +11,15 @@ from ntkit.report import render_tracked
 
 torch.manual_seed(0)
 x = ntkit.grid(16).float()
-y = torch.sin(5 * x.norm(dim=1, keepdim=True))  # ripples around the centre
-model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+y = torch.sin(6 * x.norm(dim=1, keepdim=True))  # ripples around the centre
+hidden = [nn.Linear(64, 64), nn.LeakyReLU()]
+model = nn.Sequential(nn.Linear(2, 64), nn.LeakyReLU(), *hidden, nn.Linear(64, 64), nn.LeakyReLU(), nn.Linear(64, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=600, gamma=0.5)
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1200, gamma=0.5)
 folder = Path(tempfile.mkdtemp())
 
 with ntkit.record(model, optimizer, path=folder / "run") as rec:  # 1: around the loop
-    for _ in range(1000):
+    for _ in range(2000):
         loss = 0.5 * ((model(x) - y) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()

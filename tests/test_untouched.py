@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from unittest import mock
 
 import jinja2
 import numpy as np
@@ -11,14 +12,16 @@ import plotly.offline
 import pytest
 import scipy.sparse.linalg
 import sklearn.datasets
+import sympy
 import torch
 from torch import nn
 
 import ntkit
 from ntkit.probes import rotate, shift, shuffle_patches, swap_quadrants, zoom
+from ntkit.studies import kopitkov2019
 
 # Importing these adds warning filters and draws random numbers, once a process and by no doing of ours: done before.
-IMPORTED = (jinja2, plotly.offline, scipy.sparse.linalg, sklearn.datasets)
+IMPORTED = (jinja2, plotly.offline, scipy.sparse.linalg, sklearn.datasets, sympy)
 
 
 class Model(nn.Module):
@@ -87,7 +90,42 @@ def analysis(m, tmp):
     ntkit.report.render(tmp / "run")
 
 
+def record(m, tmp):
+    other = model()  # the loop is the user's own and leaves gradients
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with ntkit.record(other, optimizer, path=tmp / "run") as rec:
+        for _ in range(2):
+            (optimizer.zero_grad(), other(X).sum().backward(), optimizer.step(), rec.step())
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def track(m, tmp):
+    other = model()
+    train(other, tmp)
+    run = ntkit.train(
+        other, (X, Y), nn.functional.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1), 2, path=tmp / "run"
+    )
+    tracked = ntkit.track(run, X, Y, model=m, k=2, path=tmp / "track")
+    ntkit.Tracked.open(tmp / "track").eigenvectors(tracked.steps[0])
+    ntkit.track(run, X, Y, model=m, k=2, memory="1 kB")
+
+
+def toy_study(m, tmp):
+    toy = kopitkov2019.Scale(4, 4, 4, 0.05, 2, 12, 2, 12, 2)
+    with mock.patch.dict(kopitkov2019.SCALES, quick=toy), mock.patch.object(kopitkov2019, "SEEDS", (0, 1)):
+        ntkit.study("kopitkov2019", out=tmp / "run")
+
+
 CALLS = {
+    "record": record,
+    "track": track,
+    "Tracked": track,
+    "study": toy_study,
+    "grid": lambda m, tmp: ntkit.grid(3),
+    "bandwidth": lambda m, tmp: ntkit.bandwidth(X),
+    "eigenfunctions": lambda m, tmp: ntkit.eigenfunctions(
+        ntkit.TangentKernel(m, "trace"), ntkit.spectrum(ntkit.TangentKernel(m, "trace")(X), k=1), X, X[:2]
+    ),
     "TangentKernel": tangent,
     "Kernel": refused,
     "KernelOperator": tangent,
@@ -150,7 +188,11 @@ def state(m: nn.Module, parameters: bool) -> dict:
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_is_left_changed(name, tmp_path):
     m = model()
-    trains = name in ("train", "Trajectory")  # training is asked to change parameters and buffers, nothing else
+    trains = name in (
+        "train",
+        "Trajectory",
+        "record",
+    )  # training is asked to change parameters and buffers, nothing else
     before = state(m, not trains)
     CALLS[name](m, tmp_path)
     after = state(m, not trains)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.checks import nearest, refusal
+from ntkit.checks import nearest, parse_bytes, refusal
 from ntkit.jacobian.check import structure_of
 from ntkit.jacobian.contract import Scratch, Tile, blocks, multiply, multiply_aligned, prepare, triangle
 from ntkit.jacobian.factors import Gradients
@@ -429,30 +429,8 @@ def _expect(t: Tensor, shape: tuple[int, ...], what: str) -> None:
 
 
 def parse_memory(memory: int | str | None) -> int | None:
-    """Bytes from a number or text like "500 MB", "2 GB".
-
-    >>> parse_memory("2 GB")
-    2000000000
-    """
-    if memory is None:
-        return None
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    try:
-        if isinstance(memory, str):
-            digits = memory.strip().rstrip("KMGiBkmgb ").strip()
-            value = int(float(digits) * units[memory.strip()[len(digits) :].strip().upper()])
-        else:
-            value = int(memory)
-        if value <= 0:
-            raise ValueError(memory)
-    except (ValueError, KeyError) as error:
-        raise refusal(
-            "memory",
-            got=repr(memory),
-            expected='bytes, or text such as "500 MB" or "2 GB"',
-            fix="Give the scratch memory allowed.",
-        ) from error
-    return value
+    """Bytes of scratch memory from a number or text like "500 MB"."""
+    return parse_bytes(memory, "memory", "Give the scratch memory allowed.")
 
 
 def free_memory(device: torch.device) -> int:

@@ -181,9 +181,13 @@ def _drawn(trajectory: Trajectory, tracked: Tracked, model: nn.Module, x: Tensor
     for step in steps:
         trajectory.load(model, step)
         outputs.append(model(fine).detach().reshape(size).numpy())
-        top = spectrum(kernel(x), k=SHOWN)
-        drawn = eigenfunctions(kernel, top, x, fine).T.reshape(SHOWN, *size)
-        functions.append(drawn.float().numpy())
+        K = kernel(x)
+        top = spectrum(K, k=SHOWN)
+        usable = int((top.eigenvalues > top.noise).sum())  # the others are rounding: drawn empty
+        drawn = np.zeros((SHOWN, *size), dtype=np.float32)
+        if usable:
+            drawn[:usable] = eigenfunctions(kernel, spectrum(K, k=usable), x, fine).T.reshape(-1, *size).numpy()
+        functions.append(drawn)
         vectors = torch.from_numpy(np.ascontiguousarray(tracked.eigenvectors(step).T)).reshape(-1, side, side)
         widths.append(bandwidth(vectors).numpy())
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ntkit.checks import Refused, refusal
+from ntkit.checks import Refused, parse_bytes, refusal
 from ntkit.trajectory.log import Entry, Log
 from ntkit.trajectory.run import Run, described
 from ntkit.trajectory.schedule import Record, recorded_at, thinned
@@ -123,7 +122,7 @@ class Recorder:
         if isinstance(record, Iterable) and not isinstance(record, str):
             record = list(record)  # once: it may be an iterator
         self._recorded = recorded_at(record)
-        self._budget = _parsed(budget)
+        self._budget = parse_bytes(budget, "budget", "Say how much disk all snapshots together may take.")
         self._resume, self._checkpoints = resume, _checkpoints
         self._owners = [
             (f"{prefix}.{key}".lstrip("."), module._buffers, key)
@@ -388,19 +387,3 @@ def _checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
 
 
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _parsed(budget: int | str | None) -> int | None:
-    """Bytes from a number or text such as "500 MB"."""
-    if budget is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(budget))
-    if found is None or found[2].upper() not in _UNITS:
-        raise refusal(
-            "budget",
-            got=repr(budget),
-            expected='bytes, or text such as "500 MB" or "2 GB"',
-            fix="Say how much disk all snapshots together may take.",
-        )
-    return int(float(found[1]) * _UNITS[found[2].upper()])
