@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 
 from ntkit.checks import refusal
 from ntkit.jacobian.graph import Use, find_uses, mend, nodes_behind, sizes_of
-from ntkit.jacobian.inputs import Batch, Outputs, call, count, drew, reduce_outputs, take, untouched
+from ntkit.jacobian.inputs import Batch, Outputs, call, count, drew, random_forward, reduce_outputs, take, untouched
 from ntkit.jacobian.ownership import Code, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable
 from ntkit.jacobian.rules import RULES
@@ -58,10 +58,11 @@ class Gradients:
 
     # ------------------------------------------------------------------ a batch
 
-    def forward(self, x: Batch, plain_rnn: bool = False) -> Tensor:
+    def forward(self, x: Batch, plain_rnn: bool = False, watch: bool = True) -> Tensor:
         """Outputs to differentiate, [n, C], with their graph. Call inside `untouched`.
 
         ``plain_rnn``: recurrent layers step by step instead of fused, so that the graph shows their parameters.
+        ``watch``: look at once for random numbers drawn; `untouched` does at its end.
 
         Raises
         ------
@@ -70,13 +71,8 @@ class Gradients:
         """
         with _without_fused_rnn() if plain_rnn else contextlib.nullcontext():
             out = reduce_outputs(call(self.model, x), self.outputs, count(x))
-        if drew():
-            raise refusal(
-                f"model {type(self.model).__name__}",
-                got="a forward pass that draws random numbers",
-                expected="the same output at every call",
-                fix="Call model.eval(), or switch off dropout, stochastic depth and sampling.",
-            )
+        if watch and drew():
+            raise random_forward(self.model)
         if not (finite := torch.isfinite(out)).all():
             sample = int((~finite).nonzero()[0, 0])
             raise refusal(
@@ -109,7 +105,7 @@ class Gradients:
                 pair = self.batch(take(x, [0, 0]), known)
                 return {name: factor.first() for name, factor in pair.items()}
             n = count(x)
-            out = self.forward(x, known.plain_rnn)
+            out = self.forward(x, known.plain_rnn, watch=False)
             nodes = nodes_behind(out)
             names = tuple(node.name() for node in nodes)
             if known.expected is not None and not known.expected.fits(names, [sizes_of(node) for node in nodes], n):

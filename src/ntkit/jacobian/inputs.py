@@ -244,6 +244,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
 
     requires_grad, buffers and random states are restored, also when threads share a model: one at a time gets in.
     .grad is never written (gradients are returned, not accumulated); the mode (train or eval) is not touched at all.
+    A model that drew random numbers inside is refused at the end.
     Compiled modules run uncompiled, since a compiled graph hides what it does with its parameters; convolutions on a
     GPU use TF32 only where matrix products may (`torch.set_float32_matmul_precision`).
     """
@@ -255,6 +256,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
         devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         outer, _entered = _entered, _random_states()
+        changed = False
         try:
             for p, _ in flags:
                 p.requires_grad_(id(p) in chosen)
@@ -269,11 +271,14 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
-            if drew():
+            changed = drew()
+            if changed:
                 _, python, numpy = _entered
                 random.setstate(python)
                 np.random.set_state(numpy)  # noqa: NPY002 (put back, not used)
             _entered = outer
+        if changed:
+            raise random_forward(model)
 
 
 _entered: Any = None  # random states on entering `untouched`
@@ -285,6 +290,16 @@ def drew() -> bool:
     pointer = [(state["state"]["pos"], state["has_gauss"]) for state in (numpy1, numpy2)]
     same = python1 == python2 and pointer[0] == pointer[1]
     return not (same and np.array_equal(numpy1["state"]["key"], numpy2["state"]["key"]) and torch1.equal(torch2))
+
+
+def random_forward(model: nn.Module) -> Exception:
+    """The refusal of a model whose forward pass draws random numbers."""
+    return refusal(
+        f"model {type(model).__name__}",
+        got="a forward pass that draws random numbers",
+        expected="the same output at every call",
+        fix="Call model.eval(), or switch off dropout, stochastic depth and sampling.",
+    )
 
 
 def _random_states() -> tuple[Tensor, tuple, dict[str, Any]]:
