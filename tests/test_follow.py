@@ -14,6 +14,7 @@ import torch
 
 import ntkit
 from ntkit.checks import Refused
+from ntkit.files import read_arrays
 from ntkit.follow import track_run
 from ntkit.tracking import Tracked, track
 
@@ -82,6 +83,12 @@ def test_a_run_of_analyze_is_known(tmp_path):
     assert len(lines) == 2 + len(tracked.steps)  # titles, rows, the report's place
     assert tracked.steps == ntkit.Trajectory.open(run / "trajectory").steps
     assert tracked.settings["points"] == 15
+    images = read_arrays(out / "images.safetensors")
+    data, vectors = ntkit.data.load("digits", classes=("3", "8"), train=60, test=20), tracked.eigenvectors(0)
+    x = data.x_train[torch.linspace(0, 59, 15).long()].double()
+    expected = sum(vectors[j, 1] * x[j, 0] for j in range(15))
+    assert torch.allclose(torch.from_numpy(images["eigenfunctions"][0, 1]).double(), expected, atol=1e-5)
+    assert "mean image" in (out / "track.html").read_text()
     lines.clear()
     track_run(run, points=15, k=4, say=lines.append)
     assert len(lines) == 2  # nothing is measured twice

@@ -8,17 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.checks import refusal
+from ntkit.checks import Refused, refusal
 from ntkit.data import load
-from ntkit.files import read_json
+from ntkit.files import read_json, write_arrays
 from ntkit.models import build
+from ntkit.nystrom import bandwidth, patterns
 from ntkit.settings import Settings
 from ntkit.tracking import Tracked, scalars, track
 from ntkit.trajectory import Trajectory
 
+SHOWN = 6  # eigenvectors drawn
 _PATIENCE = 2.0  # seconds between looks at a run that is still at work
 
 _COLUMNS = (
@@ -76,24 +79,39 @@ def track_run(
         trajectory = Trajectory.open(folder)
         ended = trajectory.status != "running"
         steps = trajectory.steps if ended or not follow else trajectory.steps[:-1] or trajectory.steps
-        tracked = _tracked(
-            trajectory, x, y, model=network, k=min(k, len(y)), outputs=outputs, memory=memory, path=place, steps=steps,
-            on_snapshot=lambda record: say(_row(record)),
-        )  # fmt: skip
+        try:
+            tracked = track(
+                trajectory, x, y, model=network, k=min(k, len(y)), outputs=outputs, memory=memory, path=place, steps=steps,
+                on_snapshot=lambda record: say(_row(record)),
+            )  # fmt: skip
+        except Refused:
+            # a recorder that keeps to its disk budget takes snapshots away, perhaps between our listing and reading
+            if set(trajectory.steps) <= set(Trajectory.open(folder).steps):
+                raise
+            continue
         if ended or not follow:
             break
         time.sleep(_PATIENCE)
     if tensorboard is not None:
         tracked.to_tensorboard(tensorboard)
+    if x.dim() == 4 and outputs == "trace":
+        _draw(tracked, x, place)
     from ntkit.report import render_tracked
 
     say(f"report: {render_tracked(place)}")
     return place
 
 
-def _tracked(trajectory: Trajectory, x: Tensor, y: Tensor, **settings: Any) -> Tracked:
-    """Track what is there; a recorder that keeps to its budget may take a snapshot away meanwhile."""
-    return track(trajectory, x, y, **settings)
+def _draw(tracked: Tracked, x: Tensor, place: Path) -> None:
+    """Leave the top eigenvectors as images, with how fast they vary, for the page."""
+    drawn = [patterns(np.nan_to_num(tracked.eigenvectors(step)[:, :SHOWN]), x) for step in tracked.steps]
+    arrays = {
+        "mean": x.double().mean((0, 1)).float().cpu().numpy(),
+        "steps": np.asarray(tracked.steps),
+        "eigenfunctions": torch.stack(drawn).float().numpy(),
+        "bandwidth": torch.stack([bandwidth(images) for images in drawn]).numpy(),
+    }
+    write_arrays(place / "images.safetensors", arrays)
 
 
 def _found(

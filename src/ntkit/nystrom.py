@@ -64,6 +64,34 @@ def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, 
     return torch.cat(parts)
 
 
+def patterns(vectors: Tensor | np.ndarray, images: Tensor) -> Tensor:
+    """Eigenvectors as images: the points, which are images, weighted by the entries, sum_j v_i[j] x_j.
+
+    Parameters
+    ----------
+    vectors : [n, k], one entry per image.
+    images : [n, channels, H, W]; channels are averaged.
+
+    Returns
+    -------
+    Tensor [k, H, W], float64
+
+    Examples
+    --------
+    >>> patterns(torch.tensor([[1.0], [-1.0]]), torch.tensor([[[[3.0, 1.0]]], [[[1.0, 1.0]]]])).tolist()
+    [[[2.0, 0.0]]]
+    """
+    values = torch.as_tensor(vectors).double()
+    if images.dim() != 4 or values.dim() != 2 or len(values) != len(images):
+        raise refusal(
+            "patterns",
+            got=f"vectors {list(values.shape)}, images {list(images.shape)}",
+            expected="[n, k] and [n, channels, H, W]",
+            fix="Give one entry per image.",
+        )
+    return torch.einsum("nk,nhw->khw", values, images.detach().double().mean(1).to(values.device))
+
+
 def power(images: Tensor | np.ndarray) -> Tensor:
     """Power of the 2-D Fourier transform, mean removed, zero frequency in the middle: [..., H, W] -> [..., H, W]."""
     images = _images(images)

@@ -25,7 +25,8 @@ def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None]) -
     Parameters
     ----------
     folder : of a tracking. The file holds ``target`` [H, W], ``steps`` [T], ``eigenfunctions`` [T, q, H, W], and
-        perhaps ``output`` [T, H, W] and ``bandwidth`` [T, q].
+        perhaps ``output`` [T, H, W] and ``bandwidth`` [T, q]. With ``mean`` [H, W] instead of ``target`` the
+        eigenfunctions are the images followed, weighted by the eigenvectors' entries, and this is their mean.
     eigenvalues : step -> eigenvalues there.
 
     Raises
@@ -37,6 +38,9 @@ def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None]) -
     if not path.exists():
         return None
     arrays = read_arrays(path)
+    weighted = "mean" in arrays
+    if weighted:
+        arrays["target"] = arrays["mean"]
     _check(path, arrays)
     steps = arrays["steps"]
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _SNAPSHOTS)).round().astype(int))
@@ -53,6 +57,7 @@ def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None]) -
     return {
         "steps": [int(steps[t]) for t in chosen],
         "of": len(steps),
+        "weighted": weighted,
         "count": functions.shape[1],
         "low": low,
         "high": high,

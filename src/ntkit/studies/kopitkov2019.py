@@ -154,8 +154,8 @@ def _trained(
 def _picture(s: Scale, depth: int, seed: int, folder: Path, say: Say) -> Tracked:
     """Learn the picture, follow the kernel on its points, draw the eigenfunctions."""
     name = f"depth-{depth}-seed-{seed}"
-    place, x = folder / "runs" / name, grid(s.side).float()
-    y, model = picture(x), mlp(2, 1, depth, s.width, seed)
+    place, x = folder / "runs" / name, grid(s.side).float().to(_device())
+    y, model = picture(x), mlp(2, 1, depth, s.width, seed).to(_device())
     if (place / "track" / "images.safetensors").exists():
         return Tracked.open(place / "track")
     say(f"picture, depth {depth}, seed {seed}")
@@ -173,30 +173,35 @@ def _picture(s: Scale, depth: int, seed: int, folder: Path, say: Say) -> Tracked
 
 def _drawn(trajectory: Trajectory, tracked: Tracked, model: nn.Module, x: Tensor, side: int) -> dict[str, np.ndarray]:
     """Target, outputs and top eigenfunctions on a grid twice as fine as the points."""
-    fine, size = grid(2 * side).float(), (2 * side, 2 * side)
+    fine, size = grid(2 * side).to(x), (2 * side, 2 * side)
     outputs, functions, widths = [], [], []
     steps = tracked.steps[:: max(1, len(tracked.steps) // 24)]
     steps = [*steps, *([] if steps[-1] == tracked.steps[-1] else [tracked.steps[-1]])]
     kernel = TangentKernel(model, outputs="trace")
     for step in steps:
         trajectory.load(model, step)
-        outputs.append(model(fine).detach().reshape(size).numpy())
+        outputs.append(model(fine).detach().reshape(size).cpu().numpy())
         K = kernel(x)
         top = spectrum(K, k=SHOWN)
         usable = int((top.eigenvalues > top.noise).sum())  # the others are rounding: drawn empty
         drawn = np.zeros((SHOWN, *size), dtype=np.float32)
         if usable:
-            drawn[:usable] = eigenfunctions(kernel, spectrum(K, k=usable), x, fine).T.reshape(-1, *size).numpy()
+            found = eigenfunctions(kernel, spectrum(K, k=usable), x, fine)
+            drawn[:usable] = found.T.reshape(-1, *size).cpu().numpy()
         functions.append(drawn)
         vectors = torch.from_numpy(np.ascontiguousarray(tracked.eigenvectors(step).T)).reshape(-1, side, side)
         widths.append(bandwidth(vectors).numpy())
     return {
-        "target": picture(fine).reshape(size).numpy(),
+        "target": picture(fine).reshape(size).cpu().numpy(),
         "steps": np.asarray(steps),
         "output": np.stack(outputs),
         "eigenfunctions": np.stack(functions),
         "bandwidth": np.stack(widths),
     }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _sgd(params: list[nn.Parameter], lr: float, momentum: float = 0.0) -> torch.optim.Optimizer:
@@ -219,10 +224,9 @@ def _digits(s: Scale, optimizer: str, seed: int, folder: Path, say: Say) -> Trac
     place = folder / "runs" / f"{optimizer}-seed-{seed}"
     data = load("digits")
     chosen = torch.linspace(0, len(data.x_train) - 1, min(s.points, len(data.x_train))).long()
-    x, y = data.x_train.flatten(1), data.y_train
-    model = mlp(x.shape[1], len(data.classes), 4, s.width, seed)
-    if not (place / "track" / "done").exists():
-        say(f"digits, {optimizer}, seed {seed}")
+    x, y = data.x_train.flatten(1).to(_device()), data.y_train.to(_device())
+    model = mlp(x.shape[1], len(data.classes), 4, s.width, seed).to(_device())
+    say(f"digits, {optimizer}, seed {seed}")
     trajectory = _trained(
         model, place, (x, y), _cross_entropy, OPTIMIZERS[optimizer], steps=s.digit_steps, batch_size=32, seed=seed
     )
