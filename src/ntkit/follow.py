@@ -81,8 +81,8 @@ def track_run(
         steps = trajectory.steps if ended or not follow else trajectory.steps[:-1] or trajectory.steps
         try:
             tracked = track(
-                trajectory, x, y, model=network, k=min(k, len(y)), outputs=outputs, memory=memory, path=place, steps=steps,
-                on_snapshot=lambda record: say(_row(record)),
+                trajectory, x, y, model=network, k=min(k, len(y)), outputs=outputs, memory=memory, path=place,
+                steps=steps, on_snapshot=lambda record: say(_row(record)),
             )  # fmt: skip
         except Refused:
             # a recorder that keeps to its disk budget takes snapshots away, perhaps between our listing and reading
