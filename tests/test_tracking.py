@@ -250,6 +250,22 @@ def test_refusals(case):
         track(trajectory, x, model=model, k=2, outputs="diagonal", memory="1 kB")
 
 
+def test_phases_of_a_decayed_run():
+    x, y = draw(N, 4), draw(N, 1, seed=1)
+    model = mlp(1)
+    trajectory = run(model, x, y, lr=0.4, steps=12, record="all", schedule=lambda step: 1.0 if step < 5 else 0.25)
+    tracked = track(trajectory, x, y, model=model, k=2)
+    assert tracked.series["learning_rate"] == pytest.approx([0.4] * 5 + [0.1] * 8)
+    one, two = tracked.phases()
+    assert (one["start"], one["stop"], two["start"], two["stop"]) == (0, 4, 5, 12)
+    assert two["learning_rate"] == pytest.approx(0.1)
+    top = [row[0] for row in tracked.series["eigenvalues"]]
+    assert one["lambda_1"] == [top[0], top[4]]
+    assert two["lambda_1"] == [top[5], top[12]]
+    assert two["stability"] == pytest.approx(tracked.series["sharpness"][12] * 0.05)
+    assert track(trajectory, x, model=model, k=2).phases()[0]["trace"][0] == tracked.series["trace"][0]
+
+
 def test_tensorboard(case, tmp_path):
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

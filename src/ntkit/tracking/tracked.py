@@ -13,6 +13,7 @@ from ntkit.checks import refusal
 from ntkit.files import ensure_folder, read_arrays, read_json, write_json
 
 FORMAT = "ntkit-track"
+_TRENDS = ("trace", "sharpness", "alignment_centered")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,31 @@ class Tracked:
         if step not in self.vectors:
             raise refusal(f"step {step}", got="no snapshot", expected=f"one of {self.steps}", fix="See .steps.")
         return self.vectors[step]
+
+    def phases(self) -> list[dict[str, Any]]:
+        """Trends over each phase of constant learning rate, in order: what a decay does to the spectrum.
+
+        Returns
+        -------
+        list of dict
+            ``start``, ``stop`` (steps of its first and last snapshot), ``learning_rate``, and [first, last] of
+            ``lambda_1``, ``trace``, ``sharpness``, ``alignment_centered``; ``stability``: sharpness x learning rate
+            / 2 at its last snapshot (1: the limit of plain gradient descent). None where a number is undefined.
+        """
+        found: list[dict[str, Any]] = []
+        rates = self.series.get("learning_rate", [None] * len(self.steps))
+        for i, (step, rate) in enumerate(zip(self.steps, rates, strict=True)):
+            now = {name: self.series[name][i] for name in _TRENDS if name in self.series}
+            if "eigenvalues" in self.series and self.series["eigenvalues"][i]:
+                now["lambda_1"] = self.series["eigenvalues"][i][0]
+            if not found or found[-1]["learning_rate"] != rate:
+                found.append({"start": step, "learning_rate": rate, **{name: [v, v] for name, v in now.items()}})
+            found[-1]["stop"] = step
+            for name, value in now.items():
+                found[-1][name][1] = value
+            sharpness = now.get("sharpness")
+            found[-1]["stability"] = None if sharpness is None or rate is None else sharpness * rate / 2
+        return found
 
     def to_tensorboard(self, folder: str | Path) -> None:
         """Write the scalar series as TensorBoard events (needs the package tensorboard).
