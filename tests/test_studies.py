@@ -92,3 +92,17 @@ def test_refusals(folder):
         ntkit.study("kopitkov2019", scale="huge")
     with pytest.raises(Refused, match="another run"):
         ntkit.study("kopitkov2019", scale="paper", out=folder)
+
+
+def test_mnist_where_its_files_are_at_hand(shared_data, tmp_path):
+    toy = kopitkov.Scale(4, 4, 4, 0.05, 2, 12, 2, 12, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kopitkov.SCALES, "quick", toy)
+        patch.setattr(kopitkov, "SEEDS", (0, 1))
+        patch.setattr(kopitkov, "OPTIMIZERS", {"sgd": kopitkov.OPTIMIZERS["sgd"]})
+        place = ntkit.study("kopitkov2019", out=tmp_path / "run", data_dir=shared_data / "mnist")
+    results = json.loads((place / "results.json").read_text())
+    assert [c["claim"] for c in results["claims"][-2:]] == [
+        f"The same with sgd, on {name}" for name in ("digits", "mnist")
+    ]
+    assert (place / "runs" / "mnist-sgd-seed-0" / "track" / "track.html").exists()

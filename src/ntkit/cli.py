@@ -98,7 +98,7 @@ def track(
 
 
 @app.command
-def study(name: str, *, scale: str = "quick", out: Path | None = None) -> None:
+def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir: Path | None = None) -> None:
     """Reproduce a paper: run its experiments, judge its claims, write a report.
 
     Parameters
@@ -109,10 +109,12 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None) -> None:
         quick (minutes) or paper (its own sizes, for a GPU); a study that was stopped goes on.
     out
         Run folder (runs/NAME-SCALE by default).
+    data_dir
+        Folder with the official files of mnist: experiments on it are made, too.
     """
     from ntkit.studies import study as run
 
-    folder = run(name, scale, out, say=_say)
+    folder = run(name, scale, out, say=_say, data_dir=data_dir)
     _print_claims(folder)
 
 

@@ -13,7 +13,11 @@ SCALES = ("quick", "paper")
 
 
 def study(
-    name: str, scale: str = "quick", out: str | Path | None = None, say: Callable[[str], None] = lambda line: None
+    name: str,
+    scale: str = "quick",
+    out: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    data_dir: str | Path | None = None,
 ) -> Path:
     """Reproduce a paper: run its experiments, judge its claims, write a report.
 
@@ -23,6 +27,7 @@ def study(
     scale : "quick" (minutes on two cores) or "paper" (its own sizes: days, for a GPU).
     out : run folder, runs/NAME-SCALE by default. A study that was stopped goes on there.
     say : called with a line at each stage.
+    data_dir : folder with the official files of MNIST: experiments on it are made, too.
 
     Returns
     -------
@@ -38,4 +43,4 @@ def study(
         if value not in known:
             raise refusal(what, got=repr(value), expected=" or ".join(known), fix=nearest(value, known))
     folder = Path(out) if out is not None else Path("runs") / f"{name}-{scale}"
-    return import_module(f"ntkit.studies.{name}").run(scale, folder, say)
+    return import_module(f"ntkit.studies.{name}").run(scale, folder, say, data_dir)

@@ -1,7 +1,8 @@
 """Kopitkov & Indelman 2020, Neural Spectrum Alignment: the kernel turns towards the target while a network learns it.
 
 Part one: a picture as a function of position, full-batch gradient descent, one decay of the learning rate, MLPs of
-three depths. Part two: digits, an MLP under SGD, momentum and Adam. Three seeds each.
+three depths. Part two: digits (and MNIST, where its files are at hand), an MLP under SGD, momentum and Adam. Three
+seeds each.
 """
 
 from __future__ import annotations
@@ -84,17 +85,21 @@ def decayed(step: int, at: int) -> float:
     return 1.0 if step < at else 0.5
 
 
-def run(scale: str, folder: Path, say: Say) -> Path:
+def run(scale: str, folder: Path, say: Say, data_dir: str | Path | None = None) -> Path:
     """Run what is not done yet, judge, write results and report."""
     s = SCALES[scale]
     ensure_folder(folder)
-    header = {"format": FORMAT, "kind": "study", "name": "kopitkov2019", "scale": scale}
+    sets = ["digits", *([] if data_dir is None else ["mnist"])]
+    header = {"format": FORMAT, "kind": "study", "name": "kopitkov2019", "scale": scale, "sets": sets}
     start = folder / "run.json"
     if start.exists() and (found := read_json(start)) | header != found:
         raise refusal(str(folder), got="another run", expected="this study at this scale", fix="Name another --out.")
     write_json(start, header | {"sizes": vars(s), "versions": versions(), "status": "running"})
     picture_runs = {depth: [_picture(s, depth, seed, folder, say) for seed in SEEDS] for depth in DEPTHS}
-    digit_runs = {name: [_digits(s, name, seed, folder, say) for seed in SEEDS] for name in OPTIMIZERS}
+    classified = {
+        name: {o: [_classes(s, name, data_dir, o, seed, folder, say) for seed in SEEDS] for o in OPTIMIZERS}
+        for name in sets
+    }
     images = read_arrays(folder / "runs" / f"depth-{DEPTHS[-1]}-seed-0" / "track" / "images.safetensors")
     results: dict[str, Any] = header | {
         "title": "Neural spectrum alignment",
@@ -104,31 +109,37 @@ def run(scale: str, folder: Path, say: Say) -> Path:
             f"A grey picture (ripples around the centre, {s.side} x {s.side} points of [-1, 1]^2, standardised) is "
             f"learned as a function of position by leaky-ReLU MLPs of width {s.width} and depth "
             f"{', '.join(map(str, DEPTHS))} with full-batch gradient descent on half the mean squared error: "
-            f"{s.steps:,} steps at learning rate {s.lr}, halved after step {s.decay:,}. Then digits (ten classes, "
-            f"cross-entropy, minibatches of 32, {s.digit_steps:,} steps) by an MLP of depth 4 under SGD, momentum and "
-            f"Adam; kernel followed on {s.points} training digits. {len(SEEDS)} seeds each; +- is one standard error."
+            f"{s.steps:,} steps at learning rate {s.lr}, halved after step {s.decay:,}. Then {' and '.join(sets)} (ten "
+            f"classes, cross-entropy, minibatches of 32, {s.digit_steps:,} steps) by an MLP of depth 4 under SGD, "
+            f"momentum and Adam; kernel followed on {s.points} training images. {len(SEEDS)} seeds each; +- is one "
+            f"standard error."
         ),
         "departures": [
             "The paper's picture is the Mona Lisa on 10,000 points, its run 600,000 steps; the scale paper has these "
             "sizes, with the built-in picture.",
             "Initialisation (PyTorch's default), leaky slope (0.01), range of the inputs and the decay's place are not "
             "stated in the sources at hand.",
-            "The paper compares SGD and Adam on the picture; here optimisers are compared on digits.",
+            "The paper compares SGD and Adam on the picture; here optimisers are compared on digits."
+            + ("" if data_dir else " MNIST only where --data-dir names its files."),
         ],
-        "claims": [*_picture_claims(s, picture_runs, images), *_digit_claims(digit_runs)],
+        "claims": [
+            *_picture_claims(s, picture_runs, images),
+            *(claim for name, runs in classified.items() for claim in _class_claims(name, runs)),
+        ],
         "settings": vars(s),
         "versions": versions(),
         "curves": [
             {"title": "A picture, by depth", "groups": [
                 _group(f"depth {depth}", runs, s.top) for depth, runs in picture_runs.items()
             ]},
-            {"title": "Digits, by optimiser", "groups": [_group(name, runs, 10) for name, runs in digit_runs.items()]},
+            *({"title": f"{name}, by optimiser", "groups": [_group(o, runs, 10) for o, runs in found.items()]}
+              for name, found in classified.items()),
         ],
         "runs": [
             {"name": name, "title": title, "track": f"runs/{name}/track"}
             for name, title in (
                 *((f"depth-{d}-seed-{SEEDS[0]}", f"picture, depth {d}") for d in reversed(DEPTHS)),
-                *((f"{o}-seed-{SEEDS[0]}", f"digits, {o}") for o in OPTIMIZERS),
+                *((f"{name}-{o}-seed-{SEEDS[0]}", f"{name}, {o}") for name in sets for o in OPTIMIZERS),
             )
         ],
     }  # fmt: skip
@@ -219,14 +230,16 @@ def _cross_entropy(out: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(out, y)
 
 
-def _digits(s: Scale, optimizer: str, seed: int, folder: Path, say: Say) -> Tracked:
-    """Learn digits with an optimiser, follow the trace kernel on some of them."""
-    place = folder / "runs" / f"{optimizer}-seed-{seed}"
-    data = load("digits")
+def _classes(
+    s: Scale, name: str, data_dir: str | Path | None, optimizer: str, seed: int, folder: Path, say: Say
+) -> Tracked:
+    """Learn images of ten classes with an optimiser, follow the trace kernel on some of them."""
+    place = folder / "runs" / f"{name}-{optimizer}-seed-{seed}"
+    data = load(name, None if name == "digits" else str(data_dir))
     chosen = torch.linspace(0, len(data.x_train) - 1, min(s.points, len(data.x_train))).long()
     x, y = data.x_train.flatten(1).to(_device()), data.y_train.to(_device())
     model = mlp(x.shape[1], len(data.classes), 4, s.width, seed).to(_device())
-    say(f"digits, {optimizer}, seed {seed}")
+    say(f"{name}, {optimizer}, seed {seed}")
     trajectory = _trained(
         model, place, (x, y), _cross_entropy, OPTIMIZERS[optimizer], steps=s.digit_steps, batch_size=32, seed=seed
     )
@@ -332,15 +345,15 @@ def _picture_claims(s: Scale, runs: dict[int, list[Tracked]], images: dict[str, 
     ]
 
 
-def _digit_claims(runs: dict[str, list[Tracked]]) -> list[dict[str, Any]]:
+def _class_claims(name: str, runs: dict[str, list[Tracked]]) -> list[dict[str, Any]]:
     claims = []
-    for name, found in runs.items():
+    for optimizer, found in runs.items():
         first = [_energy(t, "target", 10)[0] for t in found]
         last = [_energy(t, "target", 10)[-1] for t in found]
         gain = [b - a for a, b in zip(first, last, strict=True)]
         claims.append(
             _claim(
-                f"The same with {name}, on digits",
+                f"The same with {optimizer}, on {name}",
                 f"E(target, 10): {_told(first)} → {_told(last)}",
                 _mean(gain)[0] > 2 * _mean(gain)[1],
                 "trace kernel, one-hot targets; holds if it rises by more than two standard errors",
