@@ -286,3 +286,79 @@ def test_scalars():
     assert scalars(record) == {
         "loss": 0.5, "energy_target/1": 0.0, "energy_target/5": 0.4, "energy_target/10": 0.9, "trace": math.pi,
     }  # fmt: skip
+
+
+def test_numbers_of_another_run_are_never_taken_for_this_one(tmp_path):
+    x, y = draw(N, 4), draw(N, 1, seed=1)
+    slow, fast = (run(mlp(1), x, y, lr=lr, steps=8) for lr in (0.05, 0.5))  # the same start
+    track(slow, x, y, model=mlp(1), k=2, path=tmp_path)
+    with pytest.raises(Refused, match="another run"):
+        track(fast, x, y, model=mlp(1), k=2, path=tmp_path)
+    outputs = mlp(3)
+    both = run(outputs, x, draw(N, 3))
+    track(both, x, model=outputs, k=2, path=tmp_path / "c", outputs=lambda out: out[:, 0])
+    with pytest.raises(Refused, match="another output"):
+        track(both, x, model=outputs, k=2, path=tmp_path / "c", outputs=lambda out: out[:, 1])
+    labels = torch.arange(N) % 3
+    track(both, x, labels, model=outputs, k=2, path=tmp_path / "l", loss=nn.CrossEntropyLoss())
+    with pytest.raises(Refused, match="another loss"):
+        track(both, x, labels, model=outputs, k=2, path=tmp_path / "l", loss=nn.CrossEntropyLoss(label_smoothing=0.3))
+
+
+def test_changes_are_from_the_first_step_asked_for_also_when_gone_on(case, tmp_path):
+    x, y, model, trajectory = case
+    track(trajectory, x, y, model=model, k=2, path=tmp_path, steps=[8])
+    again = track(trajectory, x, y, model=model, k=2, path=tmp_path, steps=[8, 0])
+    fresh = track(trajectory, x, y, model=model, k=2, steps=[0, 8])
+    assert again.steps == [0, 8]
+    assert again.series == fresh.series
+    assert again.series["change"][1] > 0
+
+
+@pytest.mark.parametrize("labels", [[-1, 1], [1, 2, 3]])
+def test_labels_are_numbered_from_zero(labels):
+    x = draw(N, 4)
+    model = mlp(1 if len(labels) == 2 else 3)
+    trajectory = run(model, x, draw(N, 1 if len(labels) == 2 else 3))
+    y = torch.tensor([labels[i % len(labels)] for i in range(N)], dtype=torch.int32)
+    with pytest.raises(Refused, match="labels from"):
+        track(trajectory, x, y, model=model, k=2)
+    track(trajectory, x, y.clamp(min=0) % 2, model=model, k=2, steps=[0])  # int32 is as good as int64
+
+
+def test_class_weights_and_snapshots_that_are_not_finite(tmp_path):
+    x, labels = draw(N, 4).float(), torch.arange(N) % 3
+    model = mlp(3).float()
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with ntkit.record(model, optimizer, path=tmp_path / "run", record="all") as rec:
+        for step in range(3):
+            optimizer.zero_grad()
+            loss(model(x), labels).backward()
+            optimizer.step()
+            if step == 1:
+                with torch.no_grad():
+                    model[0].weight[0, 0] = math.nan
+            rec.step()
+    tracked = track(ntkit.Trajectory.open(tmp_path / "run"), x, labels, model=model, k=2, loss=loss)
+    assert tracked.series["eigenvalues"][0] is not None
+    assert tracked.series["eigenvalues"][2] is None
+    assert tracked.series["status"][2] == "parameters that are not finite"
+    model.load_state_dict(mlp(3).float().state_dict())
+    assert tracked.series["loss"][0] == pytest.approx(float(loss(mlp(3).float()(x), labels).detach()), rel=1e-5)
+
+
+def test_groups_that_came_later_have_no_first_order(tmp_path):
+    x, y = draw(N, 4), draw(N, 1, seed=1)
+    model = mlp(1)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with ntkit.record(model, optimizer, path=tmp_path / "run", record="all") as rec:
+        for step in range(3):
+            if step == 1:
+                optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.01})
+            optimizer.zero_grad()
+            half_squared(model(x), y).backward()
+            optimizer.step()
+            rec.step()
+    tracked = track(ntkit.Trajectory.open(tmp_path / "run"), x, y, model=model, k=2)
+    assert tracked.series["first_order"] == [None] * 4

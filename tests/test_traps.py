@@ -556,3 +556,47 @@ def test_numpy_random_numbers_are_noticed_and_put_back():
     np.random.seed(0)  # noqa: NPY002
     np.random.normal()  # noqa: NPY002
     assert after == np.random.normal()  # noqa: NPY002
+
+
+class Turned(nn.Module):
+    """Batch-major or time-major inside, by a flag: where there are as many samples as times, shapes cannot tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.major, self.f = True, nn.Linear(5, 2).double()
+
+    def forward(self, x):
+        order = (0, 1, 2) if self.major else (1, 0, 2)
+        inside = x.permute(*order).clone(memory_format=torch.contiguous_format)
+        return self.f(inside).tanh().permute(*order).sum(1)
+
+
+class Cut(nn.Module):
+    """A parameter of which two parts are used; one of them moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.start = nn.Parameter(torch.randn(6, 4, dtype=torch.float64)), 0
+
+    def forward(self, x):
+        one, two = F.linear(x, self.w[0:3]), F.linear(x, self.w[self.start : self.start + 3])
+        return one.tanh().sum(1, keepdim=True) + two.sin().sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("n", [5, 6])
+def test_axes_that_trade_places_between_calls(n):
+    torch.manual_seed(0)
+    model, x = Turned(), torch.randn(n, 6, 5, dtype=torch.float64)
+    kernel = ntkit.TangentKernel(model)
+    for major in (True, False, True):
+        model.major = major
+        assert_equal(kernel(x), tangent_kernel(model, x), 1e-12, f"major {major}")
+
+
+def test_a_cut_that_moves_between_calls():
+    torch.manual_seed(0)
+    model, x = Cut(), torch.randn(5, 4, dtype=torch.float64)
+    kernel = ntkit.TangentKernel(model)
+    for start in (0, 3, 1, 0):
+        model.start = start
+        assert_equal(kernel(x), tangent_kernel(model, x), 1e-12, f"start {start}")

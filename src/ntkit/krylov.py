@@ -45,7 +45,7 @@ def leading(product: Product, N: int, k: int, tolerance: float) -> tuple[np.ndar
 
         threshold = max(values[-1], 0.0) + max(1e-10, 10 * tolerance) * abs(values[0])
         start = draw.standard_normal((N, min(N, _block(1))))
-        missed, _, found = _grow(outside, start, 1, 1e-3, draw, enough=threshold)
+        missed, _, found = _grow(outside, start, 1, 1e-3, draw, threshold)
         missed, _ = np.linalg.qr(missed - vectors @ (vectors.T @ missed))
         largest = np.linalg.eigvalsh(missed.T @ product(missed))[-1]
         if not found or largest <= threshold:
@@ -62,9 +62,17 @@ def _ritz(basis: np.ndarray, image: np.ndarray, k: int) -> tuple[np.ndarray, np.
 
 
 def _grow(
-    product: Product, start: np.ndarray, k: int, tolerance: float, draw: np.random.Generator, enough: float = np.inf
+    product: Product,
+    start: np.ndarray,
+    k: int,
+    tolerance: float,
+    draw: np.random.Generator,
+    threshold: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Grow a basis until its top k pairs converge, or its first value exceeds `enough`: basis, image, whether so."""
+    """Grow a basis until its top k pairs converge, or it is clear on which side of `threshold` the first is.
+
+    Returns basis, image, whether it came so far.
+    """
     N, block = len(start), _block(k)
     basis, _ = np.linalg.qr(start)
     image = product(basis)
@@ -79,7 +87,11 @@ def _grow(
         residuals -= vectors * values
         sizes = np.linalg.norm(residuals, axis=0) / max(abs(values[0]), np.finfo(float).tiny)
         worst = sizes[:k].max()
-        if top >= k and (worst <= tolerance or values[0] > enough):
+        if top >= k and worst <= tolerance:
+            return basis, image, True
+        if threshold is not None and (
+            values[0] > threshold or values[0] + np.linalg.norm(residuals[:, 0]) <= threshold
+        ):
             return basis, image, True
         # Rounding sets a floor, which the matrix's own precision decides: once there, no more is to be had.
         stalled = 0 if worst < 0.5 * best else stalled + 1

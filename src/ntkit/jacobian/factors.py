@@ -108,7 +108,7 @@ class Gradients:
             out = self.forward(x, known.plain_rnn, watch=False)
             nodes = nodes_behind(out)
             names = tuple(node.name() for node in nodes)
-            if known.expected is not None and not known.expected.fits(names, [sizes_of(node) for node in nodes], n):
+            if known.expected is not None and not self._as_expected(x, known, nodes, n):
                 known.expected = None  # from now on each call looks for itself
                 raise Irregular({})
             since = self._checked.get(n, _ALONE) + n  # samples may mix in large batches only
@@ -130,6 +130,19 @@ class Gradients:
                         values[name].append(g)
                 factors |= {name: Rows(torch.stack(g)) for name, g in values.items()}
             return factors
+
+    def _as_expected(self, x: Batch, known: Structure, nodes: list, n: int) -> bool:
+        """Whether the graph of a batch is the one established, and not one that only happens to have its shapes."""
+        expected = known.expected
+        assert expected is not None
+        few = expected.telling(n)
+        looks = [(n, nodes)]
+        if few != n:
+            looks.append((few, nodes_behind(self.forward(take(x, [0] * few), known.plain_rnn))))
+        return all(
+            expected.fits(tuple(node.name() for node in found), [sizes_of(node) for node in found], m)
+            for m, found in looks
+        )
 
     def compare_alone(self, x: Batch, out: Tensor, s: int) -> None:
         """Refuse a model whose output for sample `s` is another one when the sample is evaluated alone."""

@@ -27,6 +27,10 @@ LAYOUT = {
 }  # fmt: skip
 
 
+# What these nodes save of where they cut: another place is another use.
+_CUTS = ("_saved_dim", "_saved_start", "_saved_step", "_saved_index", "_saved_split_size", "_saved_split_sizes")
+
+
 @dataclass(frozen=True)
 class Use:
     """One place where the data side takes in a source.
@@ -158,7 +162,9 @@ def _describe(source: Node, side: dict[Node, str | None]) -> tuple[tuple[str, ..
         if (name := side[node]) is not None:
             behind[name] = None
             continue
-        looks.append(node.name())
+        looks.append(
+            (node.name(), *(str(getattr(node, saved, "")) for saved in _CUTS)) if node.name() in LAYOUT else node.name()
+        )
         children = [child for child, _ in node.next_functions if child is not None]
         queue.extend(children)
         if chain is not None:

@@ -68,6 +68,12 @@ class Expected:
     two: tuple[tuple[int, ...], ...]  # shapes of each node's results, one behind the other, for two samples
     more: tuple[tuple[int, ...], ...]  # what one more sample adds
 
+    def telling(self, n: int) -> int:
+        """Samples that tell this graph from one with two axes swapped: n, unless an axis has that size anyway."""
+        fixed = {s for two, more in zip(self.two, self.more, strict=True) if any(more)
+                 for s, step in zip(two, more, strict=True) if not step}  # fmt: skip
+        return n if n not in fixed else next(m for m in range(2, len(fixed) + 3) if m not in fixed)
+
     def fits(self, names: tuple[str, ...], shapes: list[tuple[int, ...]], n: int) -> bool:
         """Whether a batch of n samples has this graph."""
         if names != self.names or [len(s) for s in shapes] != [len(s) for s in self.two]:

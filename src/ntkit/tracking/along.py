@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,7 @@ def track(
     ([0.0, 0.0, 0.0, 0.0, 0.0], 1.0)
     """
     follower = _Follower(trajectory, x, y, model, loss, k, outputs, memory)
-    wanted = list(trajectory.steps if steps is None else steps)
+    wanted = sorted(set(trajectory.steps if steps is None else steps))
     folder = None if path is None else Path(path)
     if folder is not None:
         open_folder(folder, follower.settings)
@@ -88,8 +89,9 @@ def track(
     with _put_back(model), task("kernel along training", total=len(wanted)) as progress:
         for i, step in enumerate(wanted):
             file = None if folder is None else folder / f"step-{step:08d}.json"
-            if file is not None and file.exists():
-                record, arrays = read_json(file), read_arrays(file.with_suffix(".safetensors"))
+            kept = follower.kept(file, step, wanted[:i])
+            if kept is not None:
+                record, arrays = kept
             else:
                 record, arrays = follower.at(step, wanted[:i])
                 if file is not None:  # the numbers last: a snapshot with numbers is whole
@@ -149,7 +151,11 @@ class _Follower:
         self.settings = {
             "format": FORMAT, "points": self.n, "k": k, "outputs": self.label, "outputs_of_model": self.outputs,
             "kernel": "dense" if self.dense else "matrix-free",
-            "loss": getattr(self.loss, "__qualname__", type(self.loss).__qualname__) if self.loss else None,
+            "loss": _named(self.loss) if self.loss else None,
+            "output": _named(outputs) if callable(outputs) else None,
+            "model": hashlib.sha256(repr(model).encode()).hexdigest()[:16],
+            "trained": [name for name, p in model.named_parameters() if p.requires_grad],
+            "run": hashlib.sha256(json.dumps(trajectory.settings, sort_keys=True).encode()).hexdigest()[:16],
             "data": _hash([*leaves(self.x), *([] if self.y is None else [self.y])]),
             "initial": _hash(list(trajectory.state(trajectory.steps[0]).values())),
         }  # fmt: skip
@@ -165,6 +171,11 @@ class _Follower:
             raise refusal("y", got=f"shape {tuple(y.shape)}, {y.dtype}", expected=expected, fix="One target per point.")
         if not labels:
             return y, y.detach().double().reshape(self.n, -1), loss or half_squared
+        y = y.long()
+        classes = max(2, self.outputs)
+        if int(y.min()) < 0 or int(y.max()) >= classes:
+            got, fix = f"labels from {int(y.min())} to {int(y.max())}", "Number the classes from 0, or give values."
+            raise refusal("y", got=got, expected=f"labels from 0 to {classes - 1}", fix=fix)
         if self.outputs == 1:
             return y, 2.0 * y.double()[:, None] - 1, loss or logistic
         return y, F.one_hot(y.long(), self.outputs).double(), loss or cross_entropy
@@ -175,12 +186,35 @@ class _Follower:
 
     # ------------------------------------------------------------------ one snapshot
 
+    def _identity(self, step: int, earlier: list[int]) -> dict[str, Any]:
+        """What a snapshot's numbers hang on beside the settings: parameters, and where changes are measured from."""
+        first = earlier[0] if earlier else step
+        return {
+            "state": _hash(list(self.trajectory.state(step).values())),
+            "since": [first, earlier[-1] if earlier else step],
+        }
+
+    def kept(
+        self, file: Path | None, step: int, earlier: list[int]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """Numbers of an earlier call, if they are of the same."""
+        if file is None or not file.exists():
+            return None
+        record = read_json(file)
+        same = all(record.get(name) == value for name, value in self._identity(step, earlier).items())
+        return (record, read_arrays(file.with_suffix(".safetensors"))) if same else None
+
     def at(self, step: int, earlier: list[int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Numbers and eigenvectors of one snapshot."""
         self._load(step)
+        record: dict[str, Any] = {"step": step, "loss": None, "learning_rate": finite(self._rate(step))}
+        record |= self._identity(step, earlier)
+        if not all(bool(t.isfinite().all()) for t in self.trajectory.state(step).values() if t.is_floating_point()):
+            N = self.n * (self.outputs if self.mode == "full" else 1)
+            shape = (self.outputs, N, self.k) if self.mode == "diagonal" else (N, self.k)
+            return record | {"status": "parameters that are not finite"}, {"eigenvectors": np.full(shape, np.nan)}
         raw = raw_outputs(self.model, self.x)
         out = raw.reshape(self.n, -1).double()
-        record: dict[str, Any] = {"step": step, "loss": None, "learning_rate": finite(self._rate(step))}
         slope = curvature = None
         if self.loss is not None:
             record["loss"], slope, curvature = derivatives(self.loss, raw, self.y)
@@ -265,6 +299,8 @@ class _Follower:
             return None
         row = rates[min(step, len(rates) - 1)].tolist()
         groups = self.trajectory.settings["optimizer"]["groups"]
+        if len(groups) != len(row):  # groups came later: whose rate is whose is not recorded
+            return None
         rate = {name: lr for lr, group in zip(row, groups, strict=True) for name in group["params"]}
         gradient = self.full.vjp(self.x, slope / self.n)
         update = {name: -rate.get(name, 0.0) * g for name, g in gradient.items()}
@@ -302,6 +338,20 @@ def _put_back(model: nn.Module) -> Iterator[None]:
                 tensor.copy_(value)
         for module, mode in modes:
             module.training = mode
+
+
+def _named(function: Any) -> str:
+    """A function's name and code, or an object's repr: what tells one loss or output from another."""
+    code = getattr(function, "__code__", None)
+    if code is None:  # a module, a partial: its own plain settings
+        own = {
+            k: v
+            for k, v in getattr(function, "__dict__", {}).items()
+            if isinstance(v, (bool, int, float, str)) or v is None
+        }
+        return f"{type(function).__name__} {own}"
+    parts = (code.co_code, code.co_consts, code.co_names, function.__defaults__)
+    return f"{function.__qualname__} {hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
 
 def _hash(tensors: list[Tensor]) -> str:

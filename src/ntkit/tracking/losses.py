@@ -31,10 +31,17 @@ def cross_entropy(out: Any, y: Tensor) -> Tensor:
 
 def derivatives(loss: Loss, raw: Tensor, y: Tensor) -> tuple[float | None, Tensor, Tensor]:
     """Loss, its derivative by each sample's outputs [n, C], and the second one [n, C, C]; of n times the mean."""
+    try:
+        return _differentiated(loss, raw.double(), y.double() if y.is_floating_point() else y)
+    except RuntimeError:  # a loss with numbers of its own (class weights) takes the network's precision only
+        return _differentiated(loss, raw, y)
+
+
+def _differentiated(loss: Loss, raw: Tensor, y: Tensor) -> tuple[float | None, Tensor, Tensor]:
     n = len(raw)
     with torch.enable_grad():
-        leaf = raw.detach().double().requires_grad_()
-        value = loss(leaf, y.double() if y.is_floating_point() else y)
+        leaf = raw.detach().clone().requires_grad_()
+        value = loss(leaf, y)
         (slope,) = torch.autograd.grad(n * value, leaf, create_graph=True)
         flat = slope.reshape(n, -1)
         rows = []
@@ -43,4 +50,4 @@ def derivatives(loss: Loss, raw: Tensor, y: Tensor) -> tuple[float | None, Tenso
             if flat.requires_grad:
                 (row,) = torch.autograd.grad(flat[:, c].sum(), leaf, retain_graph=True, allow_unused=True)
             rows.append(torch.zeros_like(flat) if row is None else row.reshape(n, -1))
-    return finite(float(value.detach())), flat.detach(), torch.stack(rows, 1).detach()
+    return finite(float(value.detach())), flat.detach().double(), torch.stack(rows, 1).detach().double()
