@@ -302,8 +302,8 @@ def _picture_claims(s: Scale, runs: dict[int, list[Tracked]], images: dict[str, 
         _claim(
             "The top eigenfunctions span the network's output during the whole optimisation",
             f"E(output, {k}): at least {_told([min(e) for e in output])}, at the end {_told([e[-1] for e in output])}",
-            _mean([min(e) for e in output])[0] > 0.8,
-            f"{depth}; the least over all snapshots; holds if it stays over 0.8",
+            _mean([min(e) for e in output])[0] > 0.9,
+            f"{depth}; the least over all snapshots; holds if it stays over 0.9",
         ),
         _claim(
             "The residual leaves the top eigenfunctions",
