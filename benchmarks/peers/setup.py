@@ -11,12 +11,16 @@ ENVIRONMENTS = {"jax": ROOT / ".venv-peers-jax", "torch": ROOT / ".venv-peers-to
 
 # One pip call each. neural-tangents 0.6.5 is archived: it needs a JAX of its time. Only its TensorFlow front end needs
 # TensorFlow: so it and tf2jax come without their dependencies, and that front end is switched off below.
+# explaind asks for Python 3.12 and much that its path kernel never imports; that needs neither (see explaind.py).
 PACKAGES = {
     "jax": [
         ["jax==0.4.23", "jaxlib==0.4.23", "numpy<2", "scipy<1.13", "frozendict", "absl-py"],
         ["--no-deps", "neural-tangents==0.6.5", "tf2jax"],
     ],
-    "torch": [["torch==2.13.0", "nngeometry==0.4", "numpy"]],
+    "torch": [
+        ["torch==2.13.0", "nngeometry==0.4", "numpy", "tqdm"],
+        ["--no-deps", "--ignore-requires-python", "explaind==0.0.2"],
+    ],
 }  # fmt: skip
 
 

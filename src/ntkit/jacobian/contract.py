@@ -160,11 +160,11 @@ class Scratch:
 
 
 def multiply(t1: Tile, t2: Tile, mode: str, scratch: Scratch) -> Tensor:
-    """Kernel of two tiles: [n1, n2, C, C] "full", [n1, n2, C] "diagonal", [n1, n2] "trace"."""
-    n1, n2, outputs = t1.n, t2.n, t1.rows.shape[1]
+    """Kernel of two tiles: [n1, n2, C1, C2] "full", [n1, n2, C] "diagonal", [n1, n2] "trace"."""
+    n1, n2, outputs, outputs2 = t1.n, t2.n, t1.rows.shape[1], t2.rows.shape[1]
     if mode == "full":
-        flat = t1.rows.reshape(n1 * outputs, -1) @ t2.rows.reshape(n2 * outputs, -1).T
-        total = flat.view(n1, outputs, n2, outputs)
+        flat = t1.rows.reshape(n1 * outputs, -1) @ t2.rows.reshape(n2 * outputs2, -1).T
+        total = flat.view(n1, outputs, n2, outputs2)
     elif mode == "diagonal":
         flat = total = torch.bmm(t1.rows.transpose(0, 1), t2.rows.permute(1, 2, 0))
     else:
@@ -207,7 +207,7 @@ def _add(total: Tensor, p: Pair, q: Pair, mode: str, scratch: int, ones: bool, n
         step2 = max(1, min(n2, 256))
         step1 = max(1, min(n1, room // (t1 * (t2 * step2 + outputs * p.cotangent.shape[3]))))
     else:
-        room //= t1 * t2 * (outputs**2 if mode == "full" else outputs if crossed else 1)
+        room //= t1 * t2 * (outputs * q.cotangent.shape[1] if mode == "full" else outputs if crossed else 1)
         step2 = max(1, min(n2, room))
         step1 = max(1, min(n1, room // step2))
     for a in range(0, n1, step1):
@@ -239,7 +239,7 @@ def _add_tokens(total: Tensor, p: Pair, q: Pair, mode: str, ones: bool) -> None:
     c1, c2 = p.cotangent, q.cotangent
     (n1, outputs, t1, _), n2, t2 = c1.shape, c2.shape[0], q.positions
     if mode == "full":
-        far = inner(c1, c2).view(n1, outputs, t1, n2, outputs, t2)
+        far = inner(c1, c2).view(n1, outputs, t1, n2, c2.shape[1], t2)
         near = near.view(n1, 1, t1, n2, 1, t2)
         if t1 == t2 == 1:
             total.addcmul_(far[:, :, 0, :, :, 0], near[:, :, 0, :, :, 0])
@@ -264,27 +264,28 @@ def _add_positions(total: Tensor, far: Tensor, near: Tensor, t1: int, t2: int) -
 def _add_nested(total: Tensor, p: Pair, q: Pair, ones: bool) -> None:
     """All pairs of outputs: data products into one sample's cotangents, then the other side's cotangents with these."""
     (n1, outputs, t1, o), n2, t2 = p.cotangent.shape, q.cotangent.shape[0], q.positions
+    outputs2 = q.cotangent.shape[1]
     near = _data_products(p, q, ones).view(n1 * t1, n2, t2)
     first = p.cotangent.reshape(n1, outputs, t1 * o)
-    second = q.cotangent.permute(0, 2, 3, 1).reshape(n2, t2, o * outputs)
-    mixed = near.new_empty(n1 * t1, o * outputs)  # one for all: fresh memory costs more than the product
+    second = q.cotangent.permute(0, 2, 3, 1).reshape(n2, t2, o * outputs2)
+    mixed = near.new_empty(n1 * t1, o * outputs2)  # one for all: fresh memory costs more than the product
     for j in range(n2):
         torch.mm(near[:, j], second[j], out=mixed)
-        total[:, :, j] += torch.bmm(first, mixed.view(n1, t1 * o, outputs))
+        total[:, :, j] += torch.bmm(first, mixed.view(n1, t1 * o, outputs2))
 
 
 def _add_crossed(total: Tensor, p: Pair, q: Pair, mode: str) -> None:
     """One pair has its cotangents left, the other right: each product holds the outputs of one side."""
-    (n1, outputs, t1), n2, t2 = p.cotangent.shape[:3], q.cotangent.shape[0], q.positions
+    (n1, outputs, t1), (n2, outputs2, t2) = p.cotangent.shape[:3], q.cotangent.shape[:3]
     if p.data_left:  # right: p's cotangents with q's data; left: p's data with q's cotangents
         first, second = inner(p.right, q.right), inner(p.left, q.left)
     else:
         first, second = inner(p.left, q.left), inner(p.right, q.right)
     first = first.view(n1, outputs, t1, n2, t2).permute(0, 3, 1, 2, 4)  # [i, j, c, t, s]
-    second = second.view(n1, t1, n2, outputs, t2).permute(0, 2, 3, 1, 4)  # [i, j, d, t, s]
+    second = second.view(n1, t1, n2, outputs2, t2).permute(0, 2, 3, 1, 4)  # [i, j, d, t, s]
     if mode == "full":
-        products = first.reshape(n1 * n2, outputs, -1) @ second.reshape(n1 * n2, outputs, -1).transpose(1, 2)
-        total += products.view(n1, n2, outputs, outputs).permute(0, 2, 1, 3)
+        products = first.reshape(n1 * n2, outputs, -1) @ second.reshape(n1 * n2, outputs2, -1).transpose(1, 2)
+        total += products.view(n1, n2, outputs, outputs2).permute(0, 2, 1, 3)
     else:
         products = (first * second).sum((3, 4))  # [i, j, c]
         total += products.sum(2) if mode == "trace" else products.permute(2, 0, 1)

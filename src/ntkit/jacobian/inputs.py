@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.checks import refusal
+from ntkit.checks import Refused, refusal
 
 Batch = Any  # Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Outputs = str | Callable[[Any], Tensor]
@@ -337,6 +337,8 @@ def call(model: nn.Module, x: Batch) -> Any:
         if isinstance(x, Tensor):
             return model(x)
         return model(**x) if isinstance(x, dict) else model(*x)
+    except Refused:
+        raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in leaves(x))
         raise refusal(

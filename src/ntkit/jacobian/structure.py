@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ntkit.jacobian.ownership import Owner
 from ntkit.jacobian.pairs import Block, Place
@@ -115,3 +115,19 @@ class Structure:
     def covers(self, n: int) -> bool:
         """Whether it was established on as many different samples as n could show."""
         return self.distinct >= min(n, PROBE)
+
+
+def joined(a: Structure, b: Structure) -> Structure:
+    """A structure whose plan serves both sides: factors where both have them, the longer positions for the cost."""
+    sizes = {}
+    for name, s in a.sizes.items():
+        o = b.sizes[name]
+        alike = [replace(p, positions=0) for p in s.parts] == [replace(p, positions=0) for p in o.parts]
+        sizes[name] = (s if s.positions >= o.positions else o) if alike else Size(s.entries)
+    return replace(
+        a,
+        sizes=sizes,
+        fallback=a.fallback | b.fallback,
+        shared={bias: weight for bias, weight in a.shared.items() if b.shared.get(bias) == weight},
+        bytes_per_sample=max(a.bytes_per_sample, b.bytes_per_sample),
+    )

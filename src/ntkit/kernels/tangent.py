@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from ntkit.jacobian.inputs import (
 )
 from ntkit.jacobian.operator import jacobian_times, jacobian_transpose_times
 from ntkit.jacobian.plan import ROUTES, Plan, make_plan
-from ntkit.jacobian.structure import Irregular, Size, Structure
+from ntkit.jacobian.structure import Irregular, Structure, joined
 from ntkit.kernels.base import Kernel, KernelOperator, check_out
 from ntkit.progress import task
 
@@ -354,7 +353,7 @@ class TangentKernel(Kernel):
                 expected=f"{known1.outputs}, as for x1",
                 fix="Use inputs of one kind.",
             )
-        both = known1 if known2 is known1 else _joined(known1, known2)
+        both = known1 if known2 is known1 else joined(known1, known2)
         like = next(iter(self._gradients.params.values()))
         n1, n2 = count(x1), count(x1 if x2 is None else x2)
         plan = make_plan(
@@ -405,22 +404,6 @@ def _mirror(block: Tensor, full: bool) -> None:
     if full:  # and each sample's own C x C block
         own = block[:, range(n), range(n)]
         block[:, range(n), range(n)] = own.triu() + own.triu(1).transpose(-1, -2)
-
-
-def _joined(a: Structure, b: Structure) -> Structure:
-    """A structure whose plan serves both sides: factors where both have them, the longer positions for the cost."""
-    sizes = {}
-    for name, s in a.sizes.items():
-        o = b.sizes[name]
-        alike = [replace(p, positions=0) for p in s.parts] == [replace(p, positions=0) for p in o.parts]
-        sizes[name] = (s if s.positions >= o.positions else o) if alike else Size(s.entries)
-    return replace(
-        a,
-        sizes=sizes,
-        fallback=a.fallback | b.fallback,
-        shared={bias: weight for bias, weight in a.shared.items() if b.shared.get(bias) == weight},
-        bytes_per_sample=max(a.bytes_per_sample, b.bytes_per_sample),
-    )
 
 
 def _expect(t: Tensor, shape: tuple[int, ...], what: str) -> None:

@@ -23,6 +23,7 @@ from ntkit.trajectory.run import described
 from ntkit.trajectory.schedule import Record, batch_indices, derived_seed, snapshot_steps, steps_per_epoch
 from ntkit.trajectory.tensors import tensor_hash
 from ntkit.trajectory.trajectory import Trajectory
+from ntkit.trajectory.updates import check_clip, clip_gradients, updated_parameters
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -41,6 +42,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[int, float], None] | None = None,
     schedule: Callable[[int], float] | None = None,
+    clip: float | None = None,
 ) -> Trajectory:
     """Train `model` in place and record the run: theta_{s+1} = theta_s + update(grad of the loss on batch(s)).
 
@@ -71,12 +73,14 @@ def train(
     on_step : called as ``on_step(step, loss)``, before that step's update.
     schedule : step -> the factor on every group's learning rate in that step's update, as LambdaLR's; a pure function.
         None = constant rates.
+    clip : the norm that the whole gradient, over all parameters the optimiser updates, may have: a longer one is scaled
+        down before the update (`torch.nn.utils.clip_grad_norm_`). None = as it is.
 
     Returns
     -------
     Trajectory
         With ``status`` ``"complete"``, or ``"diverged"`` when a loss was not finite: the model then holds, and the last
-        snapshot is, the last step whose loss was finite.
+        snapshot is, the last step whose loss was finite. Its ``origin`` is (model, data, loss) as they were given here.
 
     Raises
     ------
@@ -100,8 +104,8 @@ def train(
     >>> traj.stop["reason"], round(model.weight.item(), 1)
     ('target', 2.0)
     """
-    problem = _Problem(data, loss, batch_size)
-    _check_numbers(steps, seed, target)
+    problem = Problem(data, loss, batch_size)
+    _check_numbers(steps, seed, target, clip)
     recorded = snapshot_steps(record, steps)
     opt = _made(optimizer, model)
     rates = Rates(opt, schedule)
@@ -112,7 +116,8 @@ def train(
         "seed": seed,
         "target": target,
         "schedule": schedule and getattr(schedule, "__qualname__", type(schedule).__qualname__),
-        "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
+        "clip": None if clip is None else float(clip),
+        "loss": loss_name(loss),
         "n": problem.n,
         "data": problem.hash(),
         **described(model, opt),
@@ -127,7 +132,9 @@ def train(
                 problem.check(model)
                 run.start(resume)
                 _advance(run, problem, recorded, devices, interrupted, rates, on_step)
-        return Trajectory(run.folder, temporary=temporary)
+        trajectory = Trajectory(run.folder, temporary=temporary)
+        trajectory.origin = (model, (data[0], data[1]), loss)
+        return trajectory
     except BaseException:
         if temporary is not None:
             temporary.cleanup()
@@ -136,7 +143,7 @@ def train(
 
 def _advance(
     run: HeldRun,
-    problem: _Problem,
+    problem: Problem,
     recorded: Any,
     devices: list[int],
     interrupted: threading.Event,
@@ -145,7 +152,8 @@ def _advance(
 ) -> None:
     """Take the run's remaining steps."""
     model, opt = run.model, run.opt
-    steps, seed, target = (run.settings[name] for name in ("steps", "seed", "target"))
+    steps, seed, target, clip = (run.settings[name] for name in ("steps", "seed", "target", "clip"))
+    updated = updated_parameters(model, opt).values()
     full_batch = problem.batch_size is None
     epoch = steps_per_epoch(problem.n, problem.batch_size)
     for step in range(run.step, steps + 1):
@@ -177,6 +185,7 @@ def _advance(
             run.checkpoint(step)
             raise
         out.backward()
+        clip_gradients(updated, clip)
         run.rates.append(rates.set(step))
         opt.step()
         run.losses.append(value)
@@ -186,7 +195,7 @@ def _advance(
     return run.end(steps, "steps", None)
 
 
-class _Problem:
+class Problem:
     """Data and loss, checked."""
 
     def __init__(
@@ -195,7 +204,7 @@ class _Problem:
         if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], Tensor):
             raise refusal("data", got=type(data).__name__, expected="(x, y) tensors", fix="Pass data=(x, y).")
         x, self.y = data[0], data[1].detach()
-        self.by_name = isinstance(x, Mapping)
+        self.by_name, self.alone = isinstance(x, Mapping), isinstance(x, Tensor)
         inputs: dict[Any, Any] = dict(x if isinstance(x, Mapping) else enumerate([x] if isinstance(x, Tensor) else x))
         for name, value in inputs.items():
             _check_rows("x" if isinstance(x, Tensor) else f"x[{name!r}]", value, self.y)
@@ -213,15 +222,27 @@ class _Problem:
         self.loss_function = loss
 
     def hash(self) -> str:
+        """Hash all examples, in their order."""
         return tensor_hash({**{f"x.{name}": value for name, value in self.inputs.items()}, "y": self.y})
 
-    def loss(self, model: nn.Module, rows: Tensor | slice | None) -> Tensor:
+    def batch(self, rows: Tensor | slice | None) -> tuple[Any, Tensor]:
+        """Give inputs (a tensor, a tuple or a dict) and targets of these rows; None = all, as they are."""
+
         def chosen(value: Tensor) -> Tensor:
             return value if rows is None else value[rows.to(value.device) if isinstance(rows, Tensor) else rows]
 
         inputs = {name: chosen(value) for name, value in self.inputs.items()}
-        outputs = model(**inputs) if self.by_name else model(*inputs.values())
-        return self.loss_function(outputs, chosen(self.y))
+        x = inputs if self.by_name else tuple(inputs.values())
+        return x[0] if self.alone else x, chosen(self.y)
+
+    def outputs(self, model: nn.Module, x: Any) -> Any:
+        """Run the model on inputs as `batch` gives them."""
+        return model(x) if self.alone else model(**x) if self.by_name else model(*x)
+
+    def loss(self, model: nn.Module, rows: Tensor | slice | None) -> Tensor:
+        """Give the loss on these rows."""
+        x, y = self.batch(rows)
+        return self.loss_function(self.outputs(model, x), y)
 
     def full_loss(self, model: nn.Module) -> float:
         """Mean loss over all rows, in eval mode, a batch at a time."""
@@ -270,13 +291,19 @@ def _check_rows(label: str, value: Any, y: Tensor) -> None:
         )
 
 
-def _check_numbers(steps: int, seed: int, target: float | None) -> None:
+def _check_numbers(steps: int, seed: int, target: float | None, clip: float | None) -> None:
     if not _is_integer(steps) or steps < 1:
         raise refusal("steps", got=steps, expected="an integer >= 1", fix="Say how many optimisation steps to take.")
     if not _is_integer(seed):
         raise refusal("seed", got=repr(seed), expected="an integer", fix="Pass e.g. seed=0.")
     if target is not None and not math.isfinite(target):
         raise refusal("target", got=target, expected="a finite loss or None", fix="None = take all the steps.")
+    check_clip(clip)
+
+
+def loss_name(loss: Callable[[Any, Tensor], Tensor]) -> str:
+    """Name a loss as run.json does."""
+    return getattr(loss, "__qualname__", type(loss).__qualname__)
 
 
 def _is_integer(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,12 +35,13 @@ class Trajectory:
     path : the folder.
     settings : what the run was started with (``run.json``): kind (``"recorded"``; absent for `train`), record,
         optimizer (class, defaults, groups), parameters (shape and dtype by name, buffers too), aliases of tied
-        tensors; for `train` also steps, batch_size, seed, target, loss, schedule, n, hash of the data.
+        tensors; for `train` also steps, batch_size, seed, target, loss, schedule, clip, n, hash of the data.
     status : ``"running"`` (or killed), ``"complete"`` or ``"diverged"`` (a loss that is not finite).
     stop : why and where it ended: ``reason`` (``"steps"``, ``"target"``, ``"diverged"``; ``"ended"`` for a recorded
         loop), ``step`` (the final one), ``loss`` there if it was computed; a diverged run adds ``diverged_at`` and
         ``diverged_loss``. Empty while running.
     steps : the recorded steps, ascending.
+    origin : (model, (x, y), loss) that `train` was called with, on the Trajectory it returns; None for one opened.
 
     Examples
     --------
@@ -65,6 +66,7 @@ class Trajectory:
         self.stop: dict[str, Any] = run.get("stop", {})
         names = (self.path / "snapshots").glob("step-*.safetensors")
         self.steps: list[int] = sorted(int(name.stem.removeprefix("step-")) for name in names)
+        self.origin: tuple[nn.Module, tuple[Any, Tensor], Callable[[Any, Tensor], Tensor]] | None = None
         if temporary is not None:
             finalize(self, temporary.cleanup)
 
