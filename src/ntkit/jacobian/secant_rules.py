@@ -8,7 +8,7 @@ the two winners. A chain of such is such.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 

@@ -1,0 +1,728 @@
+"""`Replay`: recorded runs made again bit for bit, updates taken apart, and everything changed in between refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from importlib import import_module
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ntkit.checks import Refused
+from ntkit.jacobian.inputs import take
+from ntkit.trajectory import Trajectory, record, train
+from ntkit.trajectory.replay import Replay
+from ntkit.trajectory.updates import known, stepped
+
+F32, F64 = torch.float32, torch.float64
+N, D = 11, 3
+
+
+def groups(p):
+    return [{"params": p[2:], "lr": 0.02}, {"params": p[:2], "weight_decay": 0.1}]
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.8, nesterov=True, weight_decay=0.1),
+    "dampening": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.8, dampening=0.3),
+    "l2": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.2),
+    "maximize": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.5, weight_decay=0.2, maximize=True),
+    "sgd groups": lambda p: torch.optim.SGD(groups(p), lr=0.1, momentum=0.5),
+    "sgd foreach": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, foreach=True),
+    "sgd fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.02),
+    "adam l2": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.1, betas=(0.7, 0.95), eps=1e-3),
+    "adam maximize": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, maximize=True),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.02, amsgrad=True, betas=(0.5, 0.6)),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.3),
+    "adamw amsgrad": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.3, amsgrad=True, betas=(0.5, 0.6)),
+    "adamw groups": lambda p: torch.optim.AdamW(groups(p), lr=0.01),
+    "adam foreach": lambda p: torch.optim.Adam(p, lr=0.02, foreach=True),
+    "adam fused": lambda p: torch.optim.AdamW(p, lr=0.02, fused=True),
+}
+SGD, ADAM = OPTIMIZERS["sgd"], OPTIMIZERS["adam"]
+
+
+def mse(outputs, y):
+    return ((outputs - y) ** 2).mean()
+
+
+def summed(outputs, y):
+    return ((outputs - y) ** 2).sum()
+
+
+def halved(step):
+    return 0.5 ** (step // 3)
+
+
+def data(dtype=F64):
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(5), dtype=F64)
+    return x.to(dtype), torch.stack([torch.sin(x.sum(1)), x[:, 0]], 1).to(dtype)
+
+
+def mlp(*middle, dtype=F64):
+    model = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), *middle, nn.Linear(7, 2)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.5 * torch.randn(p.shape, generator=generator, dtype=F64))
+    return model
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def size(tensor):
+    return float(torch.linalg.vector_norm(tensor.double()))
+
+
+def loop(folder, optimizer=OPTIMIZERS["momentum"], steps=8, indices=True, clip=None, model=None, **options):
+    """A loop of the user's own, recorded; batches grow and shrink."""
+    model, (x, y) = model or mlp(), data()
+    opt = optimizer(list(model.parameters()))
+    with record(model, opt, folder, **options) as rec:
+        for step in range(steps):
+            rows = torch.randperm(N, generator=torch.Generator().manual_seed(step))[: 3 + step % 3]
+            loss = mse(model(x[rows]), y[rows])
+            opt.zero_grad()
+            loss.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            opt.step()
+            rec.step(rows if indices else None, loss)
+    return Trajectory.open(folder)
+
+
+def of_loop(trajectory, **given):
+    return Replay(trajectory, **({"model": mlp(), "data": data(), "loss": mse} | given))
+
+
+def check_updates(replay, tolerance):
+    """The updates, rebuilt from the slopes by a recursion of its own, are those that took place."""
+    steps = list(replay.backwards())[::-1]
+    assert [step.step for step in steps] == list(range(replay.steps))
+    buffers = {name: 0.0 for name in replay.names}
+    model = copy.deepcopy(replay.model)
+    for step in steps:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in step.before:
+                    p.copy_(step.before[name])
+        outputs = model(step.x)
+        assert step.slope.shape == outputs.shape
+        wanted = dict(model.named_parameters())
+        gradients = torch.autograd.grad(outputs, [wanted[name] for name in replay.names], step.slope)
+        for name, gradient in zip(replay.names, gradients, strict=True):
+            u, theta = step.updates[name], step.before[name]
+            d = u.gradient * gradient + u.coupled * theta
+            buffers[name] = u.carry * buffers[name] + u.entering * d
+            made = -u.direct * d - u.buffered * buffers[name] - u.decoupled * theta
+            took = step.after[name] - theta
+            assert size(made - took) <= tolerance * size(took), (step.step, name)
+            assert size(took) > 0
+    return steps
+
+
+# --- updates taken apart -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])  # 4: the last batch of an epoch is ragged
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_are_linear_in_the_gradients(name, batch_size):
+    trajectory = train(mlp(), data(), mse, OPTIMIZERS[name], steps=8, batch_size=batch_size, seed=3)
+    replay = Replay(trajectory)
+    steps = check_updates(replay, 1e-12)
+    assert replay.bitwise
+    assert [len(step.rows) for step in steps] == ([N] * 8 if batch_size is None else [4, 4, 3, 4, 4, 3, 4, 4])
+    assert all(torch.equal(step.x, data()[0][step.rows]) for step in steps)
+    assert all(torch.equal(step.rows, trajectory.batch(step.step)) for step in steps)
+    for step in steps:
+        for s, mine in ((step.step, step.before), (step.step + 1, step.after)):
+            assert s not in trajectory.steps or same(mine, trajectory.state(s))
+    assert all(same(one.after, two.before) for one, two in zip(steps, steps[1:], strict=False))
+
+
+@pytest.mark.parametrize("name", ["nesterov", "amsgrad", "adamw groups"])
+@pytest.mark.parametrize("extra", ["schedule", "clip", "both"])
+def test_schedules_and_clipping(name, extra):
+    more = {"schedule": {"schedule": halved}, "clip": {"clip": 0.3}, "both": {"schedule": halved, "clip": 0.3}}[extra]
+    trajectory = train(mlp(), data(), mse, OPTIMIZERS[name], steps=8, batch_size=4, **more)
+    replay = Replay(trajectory)
+    steps = check_updates(replay, 1e-12)
+    assert replay.bitwise
+    factors = {step.updates["0.weight"].gradient for step in steps}
+    assert (min(factors) < 1.0) == (extra != "schedule")
+    assert trajectory.settings["clip"] == more.get("clip")
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "adamw amsgrad"])
+def test_float32(name):
+    replay = Replay(train(mlp(dtype=F32), data(F32), mse, OPTIMIZERS[name], steps=8, batch_size=4, clip=0.5))
+    check_updates(replay, 2e-4)
+    assert replay.bitwise
+
+
+def test_a_sum_as_loss_and_a_loss_that_writes_over_the_outputs():
+    def over(outputs, y):
+        return outputs.sub_(y).mul_(3.0).square().mean()
+
+    for loss in (summed, over):
+        check_updates(Replay(train(mlp(), data(), loss, lambda p: torch.optim.SGD(p, lr=0.01), steps=4)), 1e-12)
+
+
+def test_the_formula_of_each_optimiser():
+    p, other = nn.Parameter(torch.tensor([2.0], dtype=F64)), nn.Parameter(torch.ones(1))
+    opt = torch.optim.SGD([p, other], lr=0.5, momentum=0.8, dampening=0.25, weight_decay=0.1)
+    found = []
+    for _ in range(2):
+        p.grad = torch.ones(1, dtype=F64)
+        found.append(stepped(opt, {"p": p, "other": other}, 0.5))
+    u = [vars(of["p"]) for of in found]
+    assert u[0] == dict(gradient=0.5, coupled=0.1, carry=0, entering=1, direct=0, buffered=0.5, decoupled=0)
+    assert u[1] == dict(gradient=0.5, coupled=0.1, carry=0.8, entering=0.75, direct=0, buffered=0.5, decoupled=0)
+    assert not any(vars(found[1]["other"]).values())  # it had no gradient
+    opt.zero_grad()
+    idle = vars(stepped(opt, {"p": p})["p"])
+    assert idle.pop("carry") == 1.0
+    assert not any(idle.values())
+    p.grad = torch.tensor([3.0], dtype=F64)
+    u = stepped(torch.optim.AdamW([p], lr=0.1, weight_decay=0.2, eps=1.0), {"p": p})["p"]
+    assert (u.coupled, u.carry, u.entering, u.direct) == (0.0, 0.0, 1 - 0.9, 0.0)
+    assert u.decoupled == pytest.approx(0.02, rel=1e-15)
+    assert u.buffered.item() == pytest.approx(0.1 / 0.1 / (3.0 + 1.0), rel=1e-12)
+
+
+def test_unknown_optimisers_are_refused_by_name():
+    class Mine(torch.optim.SGD):
+        pass
+
+    for made, name in ((torch.optim.RMSprop, "torch.optim.rmsprop.RMSprop"), (Mine, "Mine")):
+        with pytest.raises(Refused, match=rf"optimizer: got \S*{name}; expected torch.optim.SGD, Adam or AdamW"):
+            Replay(train(mlp(), data(), mse, lambda p, made=made: made(p, lr=0.01), steps=2))
+        p = nn.Parameter(torch.ones(1))
+        with pytest.raises(Refused, match=name):
+            stepped(made([p], lr=0.1), {"p": p})
+    assert known("torch.optim.adamw.AdamW") is torch.optim.AdamW
+
+
+# --- the same bits -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["log", "all", 3, [5]])
+@pytest.mark.parametrize("name", ["momentum", "amsgrad"])
+def test_in_parts_and_at_once_are_the_same_steps(monkeypatch, kept, name):
+    trajectory = train(mlp(), data(), mse, OPTIMIZERS[name], steps=11, batch_size=4, record=kept, clip=0.5)
+    whole = Replay(trajectory)
+    whole.check()
+    monkeypatch.setattr(import_module("ntkit.trajectory.replay"), "HELD", 0)
+    parts = Replay(trajectory)
+    at_once, in_parts = list(whole.backwards()), []
+    for step in parts.backwards():
+        in_parts.append(step)
+        with torch.no_grad():  # who uses the copy may set it to anything
+            for p in parts.model.parameters():
+                p.fill_(7.0)
+    assert parts._held is None
+    assert whole._held is not None
+    assert parts.bitwise
+    assert whole.bitwise
+    assert [made.before is None for made in whole._held] == [step in trajectory.steps for step in range(11)]  # on disk
+    for a, b in zip(at_once, in_parts, strict=True):
+        assert a.step == b.step
+        assert torch.equal(a.rows, b.rows)
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.slope, b.slope)
+        assert same(a.before, b.before)
+        assert same(a.after, b.after)
+        for u, v in zip(a.updates.values(), b.updates.values(), strict=True):
+            assert all(torch.equal(torch.as_tensor(vars(u)[key]), torch.as_tensor(vars(v)[key])) for key in vars(u))
+    again = list(parts.backwards())
+    assert [step.step for step in again] == [step.step for step in at_once]
+    assert torch.equal(again[-1].slope, at_once[-1].slope)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw groups"])
+def test_a_recorded_loop(tmp_path, name):
+    for kept in ("log", "all", lambda step: step == 5):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        replay = of_loop(loop(folder, OPTIMIZERS[name], record=kept, clip=0.4), clip=0.4)
+        steps = check_updates(replay, 1e-12)
+        assert replay.bitwise
+        assert [len(step.rows) for step in steps] == [3, 4, 5, 3, 4, 5, 3, 4]
+    assert any(step.updates["0.weight"].gradient < 1.0 for step in steps)
+
+
+def test_a_loop_held_to_a_budget(tmp_path):
+    trajectory = loop(tmp_path, record="all", budget=2800)
+    assert 0 < len(trajectory.steps) < 9
+    replay = of_loop(trajectory)
+    check_updates(replay, 1e-12)
+    assert replay.bitwise
+
+
+class Tied(nn.Module):
+    """A tied pair, a frozen layer, a layer the optimiser does not get, one without gradients, a buffer; two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.frozen, self.left, self.unused = nn.Linear(D, 5), nn.Linear(5, 5), nn.Linear(2, 2)
+        self.first, self.again, self.last = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+        self.again.weight = self.first.weight
+        self.frozen.requires_grad_(False)
+        self.register_buffer("scale", torch.full((), 0.5), persistent=False)
+        self.double()
+
+    def forward(self, x, z):
+        h = torch.tanh(self.left(self.frozen(x))) + self.scale * z.sum(1, keepdim=True)
+        return self.last(torch.tanh(self.again(torch.tanh(self.first(h)))))
+
+
+UPDATED = ["unused.bias", "first.weight", "first.bias", "again.bias", "last.weight"]
+
+
+def test_tied_frozen_and_left_out_parameters_and_inputs_of_several_tensors():
+    x, y = data()
+    for inputs in ((x, x**2), {"z": x**2, "x": x}):
+        model = Tied()
+        names = {id(p): name for name, p in model.named_parameters()}
+
+        def chosen(params, names=names):
+            return torch.optim.Adam([p for p in params if names[id(p)] in UPDATED], lr=0.01)
+
+        replay = Replay(train(model, (inputs, y), mse, chosen, steps=6, batch_size=4, clip=0.1))
+        assert replay.names == UPDATED
+        assert replay.initial().keys() >= {"again.weight", "scale", "frozen.weight"}
+        for step in replay.backwards():
+            assert type(step.x) is type(inputs)
+            taken = take(inputs, step.rows)
+            leaves = lambda batch: list(batch.values()) if isinstance(batch, dict) else list(batch)
+            assert all(map(torch.equal, leaves(step.x), leaves(taken)))
+            assert torch.equal(step.after["unused.bias"], step.before["unused.bias"])
+            u = step.updates["unused.bias"]
+            assert (u.gradient, u.direct, u.buffered) == (0.0, 0.0, 0.0)
+            assert step.updates["last.weight"].gradient < 1.0
+        assert replay.bitwise
+        assert same(replay.final(), model.state_dict() | {"scale": model.scale})
+
+
+def test_attributes_and_the_users_model_is_left_alone():
+    torch.manual_seed(0)
+    model = mlp()
+    trajectory = train(model, data(), mse, ADAM, steps=5, batch_size=4)
+    model.train()
+    model[0].weight.requires_grad_(False)
+    model[2].bias.grad = torch.ones(2, dtype=F64)
+    with torch.no_grad():
+        model[0].bias.fill_(9.0)
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with torch.no_grad():  # gradients are on where they are needed
+        replay = Replay(trajectory)
+        replay.check()
+    flags = [(p.requires_grad, p.grad is None) for p in model.parameters()]
+    assert flags == [(False, True), (True, True), (True, True), (True, False)]
+    assert same(model.state_dict(), state)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    assert not replay.model.training
+    assert replay.model is not model
+    assert all(p.grad is None for p in replay.model.parameters())
+    assert (replay.n, replay.steps, replay.names) == (N, 5, ["0.weight", "0.bias", "2.weight", "2.bias"])
+    assert torch.equal(replay.x, data()[0])
+    assert torch.equal(replay.y, data()[1])
+    assert same(replay.initial(), mlp().state_dict())
+    assert same(replay.final(), trajectory.state(5))
+
+
+def test_origin_is_what_train_was_called_with(tmp_path):
+    model, (x, y) = mlp(), data()
+    trajectory = train(model, [x, y], mse, SGD, steps=2, path=tmp_path)
+    assert trajectory.origin[0] is model
+    assert trajectory.origin[1][0] is x
+    assert trajectory.origin[2] is mse
+    opened = Trajectory.open(tmp_path)
+    assert opened.origin is None
+    with pytest.raises(Refused, match=r"model, data, loss: got nothing, and the trajectory was opened from disk"):
+        Replay(opened)
+    with pytest.raises(Refused, match=r"^loss: got nothing.*Pass loss="):
+        Replay(opened, mlp(), (x, y))
+    replay = Replay(opened, mlp(), (x, y), mse)
+    replay.check()
+    assert replay.bitwise
+
+
+# --- clip in training ----------------------------------------------------------------------------------------
+
+
+def test_train_clips_as_a_plain_loop_does_and_resumes(tmp_path):
+    model, (x, y) = mlp(), data()
+    plain = copy.deepcopy(model)
+    trajectory = train(model, (x, y), mse, ADAM, steps=6, clip=0.2, path=tmp_path / "run")
+    opt = ADAM(list(plain.parameters()))
+    for _ in range(6):
+        opt.zero_grad()
+        mse(plain(x), y).backward()
+        assert nn.utils.clip_grad_norm_(plain.parameters(), 0.2) > 0.2
+        opt.step()
+    assert same(trajectory.state(6), plain.state_dict())
+    for wrong in (0.0, -1.0, math.inf, math.nan, "1"):
+        with pytest.raises(Refused, match=r"clip: got .*expected a finite norm > 0, or None"):
+            train(mlp(), (x, y), mse, ADAM, steps=6, clip=wrong)
+    with pytest.raises(Refused, match=r"clip \(was 0.2, now null\)"):
+        train(mlp(), (x, y), mse, ADAM, steps=6, path=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_run_of_an_older_release_knows_no_clip_and_goes_on(tmp_path, ended):
+    def stop(step, loss):
+        if step == 4 and not ended:
+            raise KeyboardInterrupt
+
+    try:
+        train(mlp(), data(), mse, ADAM, steps=6, path=tmp_path, on_step=stop)
+    except KeyboardInterrupt:
+        assert not ended
+    edit(tmp_path, lambda run: run["settings"].pop("clip"))
+    replay = Replay(train(mlp(), data(), mse, ADAM, steps=6, path=tmp_path, resume=True))
+    replay.check()
+    assert replay.bitwise
+    with pytest.raises(Refused, match=r"clip \(was .*, now 1.0\)"):
+        train(mlp(), data(), mse, ADAM, steps=6, path=tmp_path, resume=True, clip=1.0)
+
+
+# --- what was changed is refused -----------------------------------------------------------------------------
+
+
+def edit(folder, change):
+    run = json.loads((folder / "run.json").read_text())
+    change(run)
+    (folder / "run.json").write_text(json.dumps(run))
+
+
+def scaled(folder, step, factor, name="0.weight"):
+    file = folder / "snapshots" / f"step-{step:08d}.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[1] *= factor
+    save_file(tensors, file)
+
+
+def checked(folder, **given):
+    replay = of_loop(Trajectory.open(folder), **given)
+    replay.check()
+    return replay
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("kept", ["log", "all"])
+def test_a_changed_snapshot(tmp_path, kept, dtype):
+    train(mlp(dtype=dtype), data(dtype), mse, ADAM, 9, 4, kept, path=tmp_path / "run")
+    for step in (0, 1, 4, 8, 9):
+        shutil.copytree(tmp_path / "run", tmp_path / str(step))
+        scaled(tmp_path / str(step), step, 1 + 1e-3)
+        wanted = rf"snapshot of step {step} in {step}: got "
+        wanted += (
+            "a network with hash" if step == 0 else r"'0.weight' away from the replayed one by \d.*changed snapshot"
+        )
+        with pytest.raises(Refused, match=wanted):
+            checked(tmp_path / str(step), model=mlp(dtype=dtype), data=data(dtype))
+
+
+def test_rounding_of_one_step_is_accepted_and_no_more(tmp_path):
+    for kept in ("all", "log"):
+        train(mlp(), data(), mse, OPTIMIZERS["momentum"], 9, 4, kept, path=tmp_path / kept)
+        scaled(tmp_path / kept, 8, 1 + 1e-10)
+    replay, recorded = checked(tmp_path / "all"), Trajectory.open(tmp_path / "all").state(8)
+    assert not replay.bitwise
+    steps = {step.step: step for step in replay.backwards()}
+    assert same(steps[8].before, recorded)
+    assert same(steps[7].after, recorded)
+    model = mlp()
+    model.load_state_dict(recorded)  # the replay went on from there
+    outputs = model(steps[8].x)
+    assert torch.equal(steps[8].slope, torch.autograd.grad(mse(outputs, data()[1][steps[8].rows]), outputs)[0])
+    with pytest.raises(Refused, match=r"snapshot of step 8.*record='all'"):  # step 7 was not recorded
+        checked(tmp_path / "log")
+
+
+def test_a_file_that_is_gone_or_another(tmp_path):
+    train(mlp(), data(), mse, ADAM, steps=9, batch_size=4, path=tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    (tmp_path / "run" / "snapshots" / "step-00000006.safetensors").unlink()
+    with pytest.raises(
+        Refused, match=r"got no snapshot of step 6; expected one at each recorded step \(record='log'\)"
+    ):
+        checked(tmp_path / "run")
+    file = tmp_path / "other" / "snapshots" / "step-00000006.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"2.bias": torch.zeros(3)}, file)
+    with pytest.raises(Refused, match=r"step 6 in other: got '2.bias' \[\[3\], 'torch.float32'\]"):
+        checked(tmp_path / "other")
+    save_file({name: t for name, t in tensors.items() if name != "2.bias"}, file)
+    with pytest.raises(Refused, match=r"got '2.bias' none"):
+        checked(tmp_path / "other")
+    (tmp_path / "other" / "losses.safetensors").unlink()
+    with pytest.raises(Refused, match=r"learning rates of other: got \[0, 1\].*expected one for each of 9 steps"):
+        checked(tmp_path / "other")
+    loop(tmp_path / "loop")
+    (tmp_path / "loop" / "log" / "00000000.safetensors").unlink()
+    with pytest.raises(Refused, match=r"learning rates of loop: got \[0, 0\]"):
+        checked(tmp_path / "loop")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run["settings"].update(seed=1), "snapshot of step 1 .*batches \\(seed\\)"),
+        (lambda run: run["settings"].update(clip=0.1), "snapshot of step 1 .*clip"),
+        (
+            lambda run: run["settings"]["optimizer"]["groups"][0].update(lr=0.3),
+            r"optimizer.groups.0.lr in run.json.*0.3",
+        ),
+        (lambda run: run["settings"]["optimizer"]["groups"][0].update(momentum=0.8), "step 2 .*optimiser settings"),
+        (lambda run: run["settings"].update(data="0" * 64), "data: got other data, or the same in another order"),
+        (lambda run: run["settings"].update(loss="l1"), "loss: got mse; expected l1"),
+        (lambda run: run["settings"]["parameters"].update({"0.bias": [[8], "torch.float64"]}), "model: got '0.bias'"),
+        (lambda run: run.update(initial="0" * 64), "snapshot of step 0 in .*: got a network with hash"),
+        (lambda run: run.update(status="running"), "got a run that is running or was killed"),
+    ],
+    ids=lambda value: "" if callable(value) else value.split()[0],
+)
+def test_a_changed_run_json(tmp_path, change, message):
+    train(mlp(), data(), mse, OPTIMIZERS["momentum"], steps=9, batch_size=4, clip=50.0, path=tmp_path)
+    assert checked(tmp_path).bitwise
+    edit(tmp_path, change)
+    with pytest.raises(Refused, match=message):
+        checked(tmp_path)
+
+
+def test_other_rates_in_the_log(tmp_path):
+    for name, more in (("constant", {}), ("scheduled", {"schedule": halved})):
+        train(mlp(), data(), mse, SGD, steps=6, path=tmp_path / name, **more)
+        file = tmp_path / name / "losses.safetensors"
+        tensors = load_file(file)
+        tensors["learning_rates"][4] *= 1.01
+        save_file(tensors, file)
+    with pytest.raises(Refused, match=r"optimizer.groups.0.lr in run.json.*got 0.1; expected 0.101"):
+        checked(tmp_path / "constant")
+    with pytest.raises(Refused, match=r"snapshot of step 6 .*optimiser settings"):
+        checked(tmp_path / "scheduled")
+
+
+def test_other_data_loss_model_or_clip(tmp_path):
+    (x, y), trajectory = data(), train(mlp(), data(), mse, ADAM, steps=4, batch_size=4, clip=1.0)
+    for other in ((x.flip(0), y.flip(0)), (x, y + 1e-9), ((x,), y.float())):
+        with pytest.raises(Refused, match="data: got other data, or the same in another order"):
+            Replay(trajectory, data=other)
+    with pytest.raises(Refused, match="data: got 10 examples; expected the 11"):
+        Replay(trajectory, data=(x[:10], y[:10]))
+    with pytest.raises(Refused, match="data: got Tensor"):
+        Replay(trajectory, data=x)
+    with pytest.raises(Refused, match="loss: got summed; expected mse"):
+        Replay(trajectory, loss=summed)
+    with pytest.raises(Refused, match="loss: got a float"):
+        Replay(trajectory, loss=1.0)
+    with pytest.raises(Refused, match=r"clip: got a max norm of 0.5; expected 1.0"):
+        Replay(trajectory, clip=0.5)
+    with pytest.raises(Refused, match=r"clip: got -1; expected a finite norm > 0"):
+        Replay(trajectory, clip=-1)
+    assert Replay(trajectory, clip=1.0).n == N
+    with pytest.raises(Refused, match="model: got a str"):
+        Replay(trajectory, model="mlp")
+    with pytest.raises(Refused, match=r"model: got '2.weight' absent"):
+        Replay(trajectory, model=nn.Sequential(nn.Linear(D, 7)).double())
+    with pytest.raises(Refused, match=r"model: got '0.weight' \[\[7, 3\], 'torch.float32'\]"):
+        Replay(trajectory, model=mlp(dtype=F32))
+    spoilt = mlp()
+    spoilt.kept = spoilt[0].weight * 2
+    with pytest.raises(Refused, match="model: got one that cannot be copied"):
+        Replay(trajectory, model=spoilt)
+
+    def mse2(outputs, y):
+        return 2 * mse(outputs, y)
+
+    mse2.__qualname__ = "mse"
+    with pytest.raises(Refused, match=r"snapshot of step [1-4] .*loss"):  # Adam hides the factor, but for eps and clip
+        Replay(trajectory, loss=mse2).check()
+
+
+def test_what_a_recorded_loop_does_not_tell(tmp_path):
+    (x, y), trajectory = data(), loop(tmp_path / "run")
+    for given in ({"loss": summed}, {"data": (x.flip(0), y.flip(0))}, {"clip": 0.1}):
+        with pytest.raises(Refused, match=r"snapshot of step 1 in run: got '.*' away from the replayed one"):
+            of_loop(trajectory, **given).check()
+    with pytest.raises(
+        Refused, match=r"batch of step 0: got rows \d to \d+; expected rows of the training set, 0 to 4"
+    ):
+        of_loop(trajectory, data=(x[:5], y[:5])).check()
+    with pytest.raises(Refused, match="batch of step 0: got a step recorded without indices"):
+        of_loop(loop(tmp_path / "without", indices=False)).check()
+    shutil.copytree(tmp_path / "run", tmp_path / "thin")
+    (tmp_path / "thin" / "snapshots" / "step-00000003.safetensors").unlink()
+    with pytest.raises(Refused, match="got no snapshot of step 3"):
+        of_loop(Trajectory.open(tmp_path / "thin"))
+    warm = OPTIMIZERS["momentum"]
+
+    def used(params):
+        opt = warm(params)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        return opt
+
+    with pytest.raises(Refused, match=r"snapshot of step 1 .*an optimiser that was not new"):
+        of_loop(loop(tmp_path / "warm", used)).check()
+
+
+def test_a_group_added_during_the_run(tmp_path):
+    model, (x, y) = mlp(), data()
+    opt = SGD([model[2].weight])
+    with record(model, opt, tmp_path) as rec:
+        for step in range(4):
+            if step == 2:
+                opt.add_param_group({"params": [model[0].weight], "lr": 0.01})
+            mse(model(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+            rec.step(torch.arange(N))
+    with pytest.raises(Refused, match=r"learning rates of .*: got \[4, 2\].*each of 1 groups"):
+        checked(tmp_path)
+
+
+def test_runs_that_ended_early(tmp_path):
+    def target(limit):
+        return train(mlp(), data(), mse, SGD, steps=50, target=limit)
+
+    first = target(None).losses[7].item()
+    trajectory = target(first)
+    assert trajectory.stop == {"reason": "target", "step": 7, "loss": first}
+    check_updates(Replay(trajectory), 1e-12)
+    none = Replay(target(1e9))
+    assert (list(none.backwards()), none.steps, none.bitwise) == ([], 0, True)
+
+    wild = lambda p: torch.optim.SGD(p, lr=1e60)
+    trajectory = train(mlp(nn.Identity(), nn.Linear(7, 7)), data(), mse, wild, steps=9)
+    assert trajectory.status == "diverged"
+    assert 0 < Replay(trajectory).steps < 9
+    check_updates(Replay(trajectory), 1e-12)
+
+    trajectory = loop(tmp_path, lambda p: torch.optim.SGD(p, lr=1e70), record="all")
+    assert trajectory.status == "diverged"
+    replay = of_loop(trajectory)
+    assert replay.steps == trajectory.stop["diverged_at"] < trajectory.stop["step"]
+    assert len(list(replay.backwards())) == replay.steps
+    assert all(bool(torch.isfinite(t).all()) for t in replay.final().values())
+
+
+def test_a_loop_that_is_not_finite_and_did_not_say_so(tmp_path):
+    model, (x, y) = mlp(), data()
+    opt = torch.optim.SGD(model.parameters(), lr=1e170)
+    with record(model, opt, tmp_path, record="all") as rec:
+        for _ in range(4):
+            opt.zero_grad()
+            mse(model(x), y).backward()
+            opt.step()
+            rec.step(torch.arange(N))
+    assert Trajectory.open(tmp_path).status == "complete"
+    with pytest.raises(Refused, match=r"loss of step \d: got (inf|nan); expected a finite|values that are not finite"):
+        checked(tmp_path)
+
+
+# --- networks that are no function of one example ------------------------------------------------------------
+
+
+def test_dropout_and_batch_norm():
+    for layer, name in ((nn.Dropout(0.2), "Dropout"), (nn.BatchNorm1d(7), "BatchNorm1d")):
+        trajectory = train(mlp(layer), data(), mse, SGD, steps=3)
+        with pytest.raises(Refused, match=rf"layer '2' \({name}\): got "):
+            Replay(trajectory)
+    replay = Replay(train(mlp(nn.Dropout(0.0)), data(), mse, SGD, steps=3))
+    replay.check()
+    assert replay.bitwise
+
+
+def test_batch_norm_in_a_recorded_loop(tmp_path):
+    def normed():
+        return mlp(nn.BatchNorm1d(7).double())
+
+    frozen = normed().eval()
+    assert checked(loop(tmp_path / "frozen", model=frozen).path, model=normed()).bitwise
+    loop(tmp_path / "moving", SGD, model=normed())
+    with pytest.raises(
+        Refused, match=r"'2.(running_mean|running_var|num_batches_tracked)' at step 1: got another value"
+    ):
+        checked(tmp_path / "moving", model=normed())
+    loop(tmp_path / "dropout", model=mlp(nn.Dropout(0.5)))
+    with pytest.raises(Refused, match=r"snapshot of step 1 .*differs in train mode"):
+        checked(tmp_path / "dropout", model=mlp(nn.Dropout(0.5)))
+
+
+class Counting(nn.Module):
+    """A buffer that moves at each forward pass of training."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return self.net(x)
+
+
+def test_a_buffer_that_moves():
+    with pytest.raises(
+        Refused, match=r"'calls' at step 1: got another value than at step 0: the network itself changed"
+    ):
+        Replay(train(Counting(), data(), mse, SGD, steps=3)).check()
+
+
+class Returning(nn.Module):
+    """Outputs of another kind."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.net, self.how = mlp(), how
+
+    def forward(self, x):
+        return self.how(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("how", "loss", "message"),
+    [
+        (lambda out: (out, out), lambda out, y: mse(out[0], y), "the model's output: got a tuple; expected one tensor"),
+        (lambda out: out.T, lambda out, y: mse(out.T, y), r"the model's output: got shape \[2, 11\]"),
+        (lambda out: out.mean(), lambda out, y: (out - y.mean()) ** 2, r"the model's output: got shape \[\]"),
+    ],
+    ids=["tuple", "transposed", "scalar"],
+)
+def test_outputs_that_are_not_one_tensor(how, loss, message):
+    with pytest.raises(Refused, match=message):
+        Replay(train(Returning(how), data(), loss, SGD, steps=2)).check()
+
+
+def test_a_loss_that_goes_round_the_outputs():
+    model = mlp()
+    penalised = lambda out, y: mse(out, y) + model[0].weight.square().sum()
+    trajectory = train(model, data(), penalised, SGD, steps=3)
+    with pytest.raises(Refused, match=r"snapshot of step 1 .*'0.weight'"):
+        Replay(trajectory).check()
+    only = lambda out, y: model[0].weight.square().sum()
+    only.__qualname__ = penalised.__qualname__
+    with pytest.raises(Refused, match="loss: got a value that does not depend on the model's outputs"):
+        Replay(trajectory, loss=only).check()
+
+
+def test_what_was_captured_on_a_gpu_is_made_again_without(tmp_path):
+    train(mlp(), data(), mse, ADAM, steps=4, path=tmp_path)
+    edit(tmp_path, lambda run: run["settings"]["optimizer"]["groups"][0].update(capturable=True))
+    assert checked(tmp_path).bitwise
