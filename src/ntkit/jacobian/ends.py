@@ -140,7 +140,7 @@ def settled(o0: Tensor, o1: Tensor, mid: Tensor) -> Ends:
 
     The graph that made it is kept: no operation used here looks at its own result in its backward pass.
     """
-    mid.data = torch.lerp(o0, o1, 0.5)
+    torch.lerp(o0, o1, 0.5, out=mid.data)
     return Ends(o0, o1, mid)
 
 

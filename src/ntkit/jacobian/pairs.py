@@ -198,6 +198,9 @@ class Convolved:
         n, outputs, images, o = self.cotangent.shape[:4]
         if self._few():
             return self._one_by_one()
+        if self.groups == 1 and images == 1:  # views: neither the fields nor the cotangent are copied
+            left = self.cotangent.reshape(n, outputs * o, -1)
+            return _stacked(left, self._fields()[:, 0].transpose(1, 2), outputs, out)
         if self.groups == 1:
             return self.pair().rows(out)
         g = self.groups

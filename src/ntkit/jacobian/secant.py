@@ -80,7 +80,7 @@ class Secant(nn.Module):
         """Outputs between, [n, C]: their mean at the ends; at the ends themselves they are ``ends`` afterwards."""
         ends = {id(self._own[name]): Ends(self._before[name], self._after[name], p) for name, p in self.params.items()}
         n = count(args if args else kwargs)
-        with _in_place_of(self._held[0], ends), _as_operations():
+        with _in_place_of(self._held[0], ends), _as_operations(self._held[0]):
             raw = self._held[0](*args, **kwargs)
             out = reduce_outputs(raw, self._outputs, n)
         if not isinstance(out, Ends):
@@ -118,13 +118,15 @@ def _in_place_of(model: nn.Module, by_id: Mapping[int, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _as_operations() -> Iterator[None]:
+def _as_operations(model: nn.Module) -> Iterator[None]:
     """Fused paths off, so that a model shows the operations it is made of."""
     mha = torch.backends.mha
     fast = mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.callback(mha.set_fastpath_enabled, fast)
         mha.set_fastpath_enabled(False)
-        for context in (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_rnn(), Lifted()):
+        for context in (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Lifted()):
             stack.enter_context(context)
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(_without_fused_rnn())  # not for others: convolutions are slower without
         yield

@@ -7,7 +7,6 @@ the two winners. A chain of such is such.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -31,6 +30,7 @@ from ntkit.jacobian.ends import (
     settled,
     varying,
 )
+from ntkit.jacobian.secant_elementwise import elementwise
 
 # ---------------------------------------------------------------------- linear operations
 
@@ -156,121 +156,6 @@ def trilinear(func: Any, args: Any, kwargs: Any) -> Any:
     return (spread[0] * spread[1] * spread[2]).sum(dims)
 
 
-# ---------------------------------------------------------------------- elementwise functions
-
-# Where both ends nearly coincide the slope of the chord is all cancellation; the derivative between is better. Its
-# error is of second order for a smooth function, so below a distance of eps^(1/3) it is rounding (in the law, far
-# below). What has kinks, or is not known, is a chord wherever the ends differ at all.
-_SMOOTH: dict[Any, Callable[..., Tensor]] = {
-    aten.tanh: lambda z: 1 - torch.tanh(z) ** 2,
-    aten.sigmoid: lambda z: torch.sigmoid(z) * torch.sigmoid(-z),
-    aten.gelu: lambda z, approximate="none": aten.gelu_backward(torch.ones_like(z), z, approximate=approximate),
-    aten.silu: lambda z: aten.silu_backward(torch.ones_like(z), z),
-    aten.mish: lambda z: aten.mish_backward(torch.ones_like(z), z),
-    aten.erf: lambda z: 2 / math.sqrt(math.pi) * torch.exp(-z * z),
-    aten.erfc: lambda z: -2 / math.sqrt(math.pi) * torch.exp(-z * z),
-    aten.sin: torch.cos,
-    aten.cos: lambda z: -torch.sin(z),
-    aten.exp: torch.exp,
-    aten.exp2: lambda z: math.log(2) * torch.exp2(z),
-    aten.expm1: torch.exp,
-    aten.sinh: torch.cosh,
-    aten.cosh: torch.sinh,
-    aten.atan: lambda z: 1 / (1 + z * z),
-    aten.asinh: lambda z: torch.rsqrt(1 + z * z),
-}
-_SCALED: dict[Any, Callable[..., Tensor]] = {  # smooth away from 0: by relative distance
-    aten.log: torch.reciprocal,
-    aten.log2: lambda z: 1 / (math.log(2) * z),
-    aten.log10: lambda z: 1 / (math.log(10) * z),
-    aten.pow: lambda z, p: p * torch.pow(z, p - 1),
-}
-_KINKED: dict[Any, Callable[..., Tensor]] = {
-    aten.relu: lambda z: (z > 0).to(z),
-    aten.leaky_relu: lambda z, slope=0.01: aten.leaky_relu_backward(torch.ones_like(z), z, slope, False),
-    aten.abs: torch.sign,
-    aten.elu: lambda z, alpha=1, scale=1, inner=1: aten.elu_backward(torch.ones_like(z), alpha, scale, inner, False, z),
-    aten.softplus: lambda z, beta=1, threshold=20: aten.softplus_backward(torch.ones_like(z), z, beta, threshold),
-    aten.hardtanh: lambda z, low=-1, high=1: aten.hardtanh_backward(torch.ones_like(z), z, low, high),
-    aten.hardswish: lambda z: aten.hardswish_backward(torch.ones_like(z), z),
-    aten.hardsigmoid: lambda z: aten.hardsigmoid_backward(torch.ones_like(z), z),
-}
-
-
-@rule(None)
-def elementwise(func: Any, args: Any, kwargs: Any) -> Any:
-    """Slope of the chord; the derivative where the ends coincide."""
-    (z,) = varying(args, kwargs) or (None,)
-    if z is None or z.mid is None:
-        raise jumps(func)
-    o0, o1 = both(func, args, kwargs)
-    if not o0.is_floating_point():
-        return paired(o0, o1, None)
-    step = torch.where(z.e0 == z.e1, 0.0, z.e1 - z.e0)  # also of infinities
-    slope = (o1 - o0) / torch.where(step == 0, 1.0, step)
-    packet, first = func._overloadpacket, args[0] is z
-    bound = torch.finfo(step.dtype).eps ** (1 / 3)
-    if packet in _SMOOTH:
-        near, derivative = step.abs() <= bound, _SMOOTH[packet]
-    elif packet in _SCALED and first:
-        near, derivative = step.abs() <= bound * torch.minimum(z.e0.abs(), z.e1.abs()), _SCALED[packet]
-    else:
-        near, derivative = step == 0, _KINKED.get(packet)
-    if derivative is not None and first:
-        middle = torch.lerp(z.e0, z.e1, 0.5)
-        return combined(o0, o1, (torch.where(near, derivative(middle, *args[1:], **kwargs), slope), z.mid))
-    tangent = between(func, args, kwargs)  # its own derivative, taken between
-    with enable_reentrant_dispatch(), torch.enable_grad():
-        mid = torch.where(near, tangent, slope * z.mid)
-    return settled(o0, o1, mid)
-
-
-@rule(aten.log_sigmoid_forward)
-def log_sigmoid(func: Any, args: Any, kwargs: Any) -> Any:
-    """-softplus(-z)."""
-    return -torch.nn.functional.softplus(-args[0]), args[0].e0.new_empty(0)
-
-
-@rule(aten.sqrt)
-def square_root(func: Any, args: Any, kwargs: Any) -> Ends:
-    """sqrt(z') - sqrt(z) = (z' - z) / (sqrt(z) + sqrt(z'))."""
-    o0, o1 = both(func, args, kwargs)
-    return combined(o0, o1, (1 / (o0 + o1), args[0].mid))
-
-
-@rule(aten.rsqrt)
-def inverse_root(func: Any, args: Any, kwargs: Any) -> Ends:
-    """Of r = 1 / sqrt(z): r' - r = -(z' - z) r^2 r'^2 / (r + r')."""
-    o0, o1 = both(func, args, kwargs)
-    return combined(o0, o1, (-((o0 * o1) ** 2) / (o0 + o1), args[0].mid))
-
-
-@rule(aten.pow)
-def power(func: Any, args: Any, kwargs: Any) -> Any:
-    """Squares and cubes by their factors, other powers elementwise; a power of two that vary by exp and log."""
-    base, exponent = args
-    if isinstance(base, Ends) and isinstance(exponent, Ends):
-        return torch.exp(exponent * torch.log(base))
-    if isinstance(exponent, (int, float)) and exponent in (1, 2, 3):
-        z0, z1 = base.e0, base.e1
-        slope = {1: 1.0, 2: z0 + z1, 3: z0 * z0 + z0 * z1 + z1 * z1}[int(exponent)]
-        return combined(*both(func, args, kwargs), (slope, base.mid))
-    return elementwise(func, args, kwargs)
-
-
-@rule(aten.clamp, aten.clamp_min, aten.clamp_max)
-def clamped(func: Any, args: Any, kwargs: Any) -> Any:
-    """Elementwise between fixed bounds; maximum and minimum where bounds vary."""
-    if len(varying(args, kwargs)) == 1 and isinstance(args[0], Ends):
-        return elementwise(func, args, kwargs)
-    z, name = args[0], func._overloadpacket.__name__
-    bounds = list(args[1:]) + [None] * (3 - len(args))
-    low = kwargs.get("min", bounds[0] if name != "clamp_max" else None)
-    high = kwargs.get("max", bounds[1] if name == "clamp" else bounds[0] if name == "clamp_max" else None)
-    z = z if low is None else torch.maximum(z, torch.as_tensor(low))
-    return z if high is None else torch.minimum(z, torch.as_tensor(high))
-
-
 # ---------------------------------------------------------------------- selections
 
 
@@ -336,10 +221,12 @@ _DECIDED |= {where, masked}
 @rule(aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d)
 def max_pool(func: Any, args: Any, kwargs: Any) -> Any:
     """The largest in each window: the old winner and the new one, mixed where they change."""
-    z = args[0]
-    (o0, i0), (o1, i1) = both(func, args, kwargs)
     space = 3 if "3d" in func._schema.name else 2
-    return _picked(z, o0, o1, i0, i1, lambda t, i: t.flatten(-space).gather(-1, i.flatten(-space)).view(i.shape)), i0
+
+    def pick(t: Tensor, i: Tensor) -> Tensor:
+        return t.flatten(-space).gather(-1, i.flatten(-space)).view(i.shape)
+
+    return _picked(func, args, kwargs, pick)
 
 
 @rule(aten.max, aten.min, aten.topk, aten.sort, aten.kthvalue, aten.median, aten.mode)
@@ -353,20 +240,25 @@ def ordered(func: Any, args: Any, kwargs: Any) -> Any:
     names = [a.name for a in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     dim = given.get("dim", -1)
-    (o0, i0), (o1, i1) = both(func, args, kwargs)
-    thin = not given.get("keepdim", False) and o0.dim() < z.dim()
 
     def pick(t: Tensor, i: Tensor) -> Tensor:
-        return t.gather(dim, i.unsqueeze(dim)).squeeze(dim) if thin else t.gather(dim, i)
+        return t.gather(dim, i) if i.dim() == t.dim() else t.gather(dim, i.unsqueeze(dim)).squeeze(dim)
 
-    return _picked(z, o0, o1, i0, i1, pick), paired(i0, i1, None)
+    return _picked(func, args, kwargs, pick)
 
 
-def _picked(z: Ends, o0: Tensor, o1: Tensor, i0: Tensor, i1: Tensor, pick: Callable[[Tensor, Tensor], Tensor]) -> Ends:
-    """Values picked from z by indices that may differ between the ends."""
-    with enable_reentrant_dispatch(), torch.enable_grad():
-        old, new = pick(z.mid, i0), pick(z.mid, i1)
-    return _chosen(o0, o1, (o0, pick(z.e1, i0), old), (pick(z.e0, i1), o1, new))
+def _picked(func: Any, args: Any, kwargs: Any, pick: Callable[[Tensor, Tensor], Tensor]) -> tuple[Ends, Any]:
+    """Values picked from the first argument, and the places, which may differ between the ends."""
+    z, *rest = args
+    found = []
+    for end in (z.e0, z.e1):
+        with enable_reentrant_dispatch(), torch.enable_grad():
+            stand_in = z.mid.view_as(z.mid)
+            stand_in.data = end  # the gradient goes where this end picks
+            found.append(func(stand_in, *rest, **kwargs))
+    (old, i0), (new, i1) = found
+    o0, o1 = old.detach(), new.detach()
+    return _chosen(o0, o1, (o0, pick(z.e1, i0), old), (pick(z.e0, i1), o1, new)), paired(i0, i1, None)
 
 
 @rule(aten.amax, aten.amin)

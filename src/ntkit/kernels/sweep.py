@@ -23,7 +23,7 @@ from ntkit.jacobian.check import structure_of
 from ntkit.jacobian.contract import Scratch, Tile, multiply, prepare
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.inputs import Batch, count, take
-from ntkit.jacobian.pairs import Whole
+from ntkit.jacobian.pairs import Pairs, Whole
 from ntkit.jacobian.plan import Plan, make_plan
 from ntkit.jacobian.structure import Irregular, Structure, joined
 from ntkit.kernels.integration import Segment
@@ -195,24 +195,24 @@ class Sweep:
         for weight in self._segment.places(step.before, step.after, self._x):
             for part, factors in self._batches(self._segment.gradients, self._x, m):
                 for name, factor in factors.items():
-                    u = step.updates[name]
-                    rows = factor.rows()
-                    shape = (m, *rows.shape[1:])
-                    if u.decoupled:
-                        own = (rows @ step.before[name].reshape(-1).to(rows)).double()
-                        self.regularization[part] -= weight * u.decoupled * own
-                    if _has_buffer(u):
-                        if name not in self._buffers:
-                            self._buffers[name] = rows.new_zeros(shape)
-                        held = self._buffers[name][part]
-                        if isinstance(u.buffered, Tensor):
-                            held.addcmul_(rows, u.buffered.reshape(-1).to(rows), value=-weight)
-                        else:
-                            held.add_(rows, alpha=-weight * u.buffered)
+                    u, theta = step.updates[name], step.before[name].reshape(-1)
+                    shape = (m, self.regularization.shape[1], theta.numel())
+                    if _has_buffer(u) and name not in self._buffers:
+                        self._buffers[name] = theta.new_zeros(shape)
+                    if u.direct and name not in direct:
+                        direct[name] = theta.new_zeros(shape)
+                    rows: Tensor | None = None
+                    if u.decoupled or isinstance(u.buffered, Tensor) or not isinstance(factor, Pairs):
+                        rows = factor.rows()
+                    if u.decoupled and rows is not None:
+                        self.regularization[part] -= weight * u.decoupled * (rows @ theta.to(rows)).double()
+                    if isinstance(u.buffered, Tensor):
+                        assert rows is not None
+                        self._buffers[name][part].addcmul_(rows, u.buffered.reshape(-1).to(rows), value=-weight)
+                    elif _has_buffer(u):
+                        _add(self._buffers[name][part], factor, rows, -weight * u.buffered)
                     if u.direct:
-                        if name not in direct:
-                            direct[name] = rows.new_zeros(shape)
-                        direct[name][part].add_(rows, alpha=weight)
+                        _add(direct[name][part], factor, rows, weight)
         return direct
 
     def _train_rows(self, step: Step) -> Iterator[dict[str, Tensor]]:
@@ -242,6 +242,17 @@ class Sweep:
 
 def _has_buffer(u: Update) -> bool:
     return isinstance(u.buffered, Tensor) or u.buffered != 0.0 or u.carry != 0.0
+
+
+def _add(total: Tensor, factor: Whole, rows: Tensor | None, alpha: float) -> None:
+    """Add a gradient to `total` [n, C, entries], in one pass where it is one outer product per sample and output."""
+    if rows is None and isinstance(factor, Pairs) and len(factor.parts) == 1:
+        (p,) = factor.parts
+        if p.positions == 1 and p.block is None and p.data.dtype == total.dtype:
+            left, right = p.left[:, :, 0, :, None], p.right[:, :, 0, None, :]
+            total.view(*total.shape[:2], p.l, p.r).addcmul_(left, right, value=alpha)
+            return
+    total.add_(factor.rows() if rows is None else rows, alpha=alpha)
 
 
 def _along(tile: Tile, name: str, direction: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ntkit.kernels.tangent import TangentKernel
 from ntkit.nystrom import bandwidth, eigenfunctions, grid
 from ntkit.results import versions
 from ntkit.spectra import spectrum
+from ntkit.studies.judged import claimed, device, mean_error, told
 from ntkit.tracking import Tracked, half_squared, track
 from ntkit.trajectory import Trajectory, train
 
@@ -165,8 +166,8 @@ def _trained(
 def _picture(s: Scale, depth: int, seed: int, folder: Path, say: Say) -> Tracked:
     """Learn the picture, follow the kernel on its points, draw the eigenfunctions."""
     name = f"depth-{depth}-seed-{seed}"
-    place, x = folder / "runs" / name, grid(s.side).float().to(_device())
-    y, model = picture(x), mlp(2, 1, depth, s.width, seed).to(_device())
+    place, x = folder / "runs" / name, grid(s.side).float().to(device())
+    y, model = picture(x), mlp(2, 1, depth, s.width, seed).to(device())
     if (place / "track" / "images.safetensors").exists():
         return Tracked.open(place / "track")
     say(f"picture, depth {depth}, seed {seed}")
@@ -211,10 +212,6 @@ def _drawn(trajectory: Trajectory, tracked: Tracked, model: nn.Module, x: Tensor
     }
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _sgd(params: list[nn.Parameter], lr: float, momentum: float = 0.0) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=lr, momentum=momentum)
 
@@ -237,8 +234,8 @@ def _classes(
     place = folder / "runs" / f"{name}-{optimizer}-seed-{seed}"
     data = load(name, None if name == "digits" else str(data_dir))
     chosen = torch.linspace(0, len(data.x_train) - 1, min(s.points, len(data.x_train))).long()
-    x, y = data.x_train.flatten(1).to(_device()), data.y_train.to(_device())
-    model = mlp(x.shape[1], len(data.classes), 4, s.width, seed).to(_device())
+    x, y = data.x_train.flatten(1).to(device()), data.y_train.to(device())
+    model = mlp(x.shape[1], len(data.classes), 4, s.width, seed).to(device())
     say(f"{name}, {optimizer}, seed {seed}")
     trajectory = _trained(
         model, place, (x, y), _cross_entropy, OPTIMIZERS[optimizer], steps=s.digit_steps, batch_size=32, seed=seed
@@ -249,23 +246,8 @@ def _classes(
 # ---------------------------------------------------------------------- claims
 
 
-def _mean(values: list[float]) -> tuple[float, float]:
-    """Mean over seeds and its standard error."""
-    a = np.asarray(values, dtype=float)
-    return float(a.mean()), float(a.std(ddof=1) / len(a) ** 0.5) if len(a) > 1 else math.nan
-
-
-def _told(values: list[float], digits: int = 2) -> str:
-    mean, error = _mean(values)
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
-
-
 def _energy(tracked: Tracked, name: str, k: int) -> list[float]:
     return [row[k - 1] if row[k - 1] is not None else math.nan for row in tracked.series[f"energy_{name}"]]
-
-
-def _claim(claim: str, number: str, holds: bool | None, how: str) -> dict[str, Any]:
-    return {"claim": claim, "number": number, "holds": holds, "how": how}
 
 
 def _picture_claims(s: Scale, runs: dict[int, list[Tracked]], images: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -283,7 +265,7 @@ def _picture_claims(s: Scale, runs: dict[int, list[Tracked]], images: dict[str, 
     growth = [lam[before] / lam[0] for lam in top]
     ends = {d: [_energy(t, "target", k)[-1] for t in found] for d, found in runs.items()}
     ordered = all(
-        _mean(ends[b])[0] - _mean(ends[a])[0] > 2 * math.hypot(_mean(ends[a])[1], _mean(ends[b])[1])
+        mean_error(ends[b])[0] - mean_error(ends[a])[0] > 2 * math.hypot(mean_error(ends[a])[1], mean_error(ends[b])[1])
         for a, b in zip(DEPTHS, DEPTHS[1:], strict=False)
     )
     cosines = [
@@ -293,52 +275,52 @@ def _picture_claims(s: Scale, runs: dict[int, list[Tracked]], images: dict[str, 
     widths = images["bandwidth"][-1]
     half = len(widths) // 2
     return [
-        _claim(
+        claimed(
             "The top eigenfunctions align with the target",
-            f"E(target, {k}): {_told(first)} → {_told(last)}",
-            _mean(first)[0] < 0.3 and _mean(last)[0] > 0.9,
+            f"E(target, {k}): {told(first)} → {told(last)}",
+            mean_error(first)[0] < 0.3 and mean_error(last)[0] > 0.9,
             f"{depth}; holds if it rises from under 0.3 to over 0.9",
         ),
-        _claim(
+        claimed(
             "The top eigenfunctions span the network's output during the whole optimisation",
-            f"E(output, {k}): at least {_told([min(e) for e in output])}, at the end {_told([e[-1] for e in output])}",
-            _mean([min(e) for e in output])[0] > 0.9,
+            f"E(output, {k}): at least {told([min(e) for e in output])}, at the end {told([e[-1] for e in output])}",
+            mean_error([min(e) for e in output])[0] > 0.9,
             f"{depth}; the least over all snapshots; holds if it stays over 0.9",
         ),
-        _claim(
+        claimed(
             "The residual leaves the top eigenfunctions",
-            f"E(residual, {k}): {_told([e[0] for e in residual])} → {_told([e[-1] for e in residual], 4)}",
-            _mean([e[-1] / e[0] for e in residual])[0] < 0.5,
+            f"E(residual, {k}): {told([e[0] for e in residual])} → {told([e[-1] for e in residual], 4)}",
+            mean_error([e[-1] / e[0] for e in residual])[0] < 0.5,
             f"{depth}; holds if it ends under half its start. In between it can rise: see the curves",
         ),
-        _claim(
+        claimed(
             "The largest eigenvalue grows and levels near 2N / learning rate",
-            f"λ₁ grows {_told(growth, 1)}-fold, levels at {_told(ratio)} of 2N / learning rate",
-            _mean(growth)[0] > 3 and 0.8 < _mean(ratio)[0] < 1.2,
+            f"λ₁ grows {told(growth, 1)}-fold, levels at {told(ratio)} of 2N / learning rate",
+            mean_error(growth)[0] > 3 and 0.8 < mean_error(ratio)[0] < 1.2,
             f"{depth}; mean of the snapshots of the second half before the decay; holds within 0.8 to 1.2",
         ),
-        _claim(
+        claimed(
             "A decay of the learning rate makes it rise again",
-            f"λ₁ at the end / λ₁ at the decay: {_told(rise)}",
-            _mean(rise)[0] - 2 * _mean(rise)[1] > 1,
+            f"λ₁ at the end / λ₁ at the decay: {told(rise)}",
+            mean_error(rise)[0] - 2 * mean_error(rise)[1] > 1,
             f"{depth}; holds if over 1 by two standard errors",
         ),
-        _claim(
+        claimed(
             "Deeper networks align more",
-            f"E(target, {k}) at the end: " + ", ".join(f"depth {d}: {_told(ends[d])}" for d in DEPTHS),
+            f"E(target, {k}) at the end: " + ", ".join(f"depth {d}: {told(ends[d])}" for d in DEPTHS),
             ordered,
             "holds if each step in depth adds more than two standard errors",
         ),
-        _claim(
+        claimed(
             "Eigenfunctions further down the spectrum vary faster",
             f"bandwidth, cycles per picture: {np.nanmean(widths[:half]):.1f} (upper half of the top {len(widths)}), "
             f"{np.nanmean(widths[half:]):.1f} (lower half)",
             bool(np.nanmean(widths[half:]) > np.nanmean(widths[:half])),
             f"{depth}, seed 0, at the end",
         ),
-        _claim(
+        claimed(
             "A step of gradient descent is mostly first order",
-            f"cosine of the true and the first-order change of the outputs: {_told(cosines, 4)}",
+            f"cosine of the true and the first-order change of the outputs: {told(cosines, 4)}",
             None,
             f"{depth}; mean over snapshots. The paper's figure has it, its number is not at hand",
         ),
@@ -352,10 +334,10 @@ def _class_claims(name: str, runs: dict[str, list[Tracked]]) -> list[dict[str, A
         last = [_energy(t, "target", 10)[-1] for t in found]
         gain = [b - a for a, b in zip(first, last, strict=True)]
         claims.append(
-            _claim(
+            claimed(
                 f"The same with {optimizer}, on {name}",
-                f"E(target, 10): {_told(first)} → {_told(last)}",
-                _mean(gain)[0] > 2 * _mean(gain)[1],
+                f"E(target, 10): {told(first)} → {told(last)}",
+                mean_error(gain)[0] > 2 * mean_error(gain)[1],
                 "trace kernel, one-hot targets; holds if it rises by more than two standard errors",
             )
         )

@@ -1,0 +1,229 @@
+"""What the experiments share: parts kept as files, data, networks, training, and the integral along a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+from torch.nn import functional as F
+
+from ntkit.data import load
+from ntkit.files import ensure_folder, read_arrays, read_json, write_arrays, write_json
+from ntkit.kernels.integration import points
+from ntkit.studies.judged import device
+from ntkit.trajectory import Trajectory
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of all experiments.
+
+    Attributes
+    ----------
+    plane_steps, side : steps in the plane, and pixels a side of its maps.
+    direct : nodes per step up to which the kernel itself is computed with quadrature; beyond, the error is that of
+        Jacobian-vector products along the steps, which the contributions sum to.
+    nodes : of the errors against the number of nodes, on images.
+    pixels : images of MNIST are averaged down to this many pixels a side.
+    width, train, test, steps, lr : the convolutional network, its images, and plain gradient descent on them.
+    other_steps : steps of the optimisers of today.
+    removals, shares, draws : test images explained; shares of the training set removed; random draws for each.
+    unseen, unseen_steps : images of each kind, known or not; steps before they are told apart.
+    """
+
+    plane_steps: int
+    side: int
+    direct: int
+    nodes: tuple[int, ...]
+    pixels: int
+    width: int
+    train: int
+    test: int
+    steps: int
+    lr: float
+    other_steps: int
+    removals: int
+    shares: tuple[float, ...]
+    draws: int
+    unseen: int
+    unseen_steps: int
+
+
+# ---------------------------------------------------------------------- parts
+
+
+class Part(NamedTuple):
+    """One finished experiment: numbers as JSON has them, and arrays."""
+
+    numbers: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every experiment is given: sizes, the study's folder, that of MNIST's files, where to say what is done."""
+
+    scale: Scale
+    folder: Path
+    data_dir: str | Path | None
+    say: Say
+
+    def kept(self, name: str, line: str, make: Callable[[], Part]) -> Part:
+        """Read a part that was finished before, or make and keep it: numbers last, for they say that it is whole."""
+        numbers, arrays = (self.folder / "parts" / f"{name}.{kind}" for kind in ("json", "safetensors"))
+        if not numbers.exists():
+            self.say(line)
+            ensure_folder(self.folder / "parts")
+            made = make()
+            if made.arrays:
+                write_arrays(arrays, made.arrays)
+            write_json(numbers, made.numbers)
+        return Part(read_json(numbers), read_arrays(arrays) if arrays.exists() else {})
+
+    def trajectory(self, name: str) -> Path:
+        """Folder of a run, which goes on where it was stopped."""
+        return self.folder / "runs" / name / "trajectory"
+
+
+# ---------------------------------------------------------------------- data and networks
+
+
+class Images(NamedTuple):
+    """Images to learn and to test, standardised by the training images' mean and deviation; labels from 0."""
+
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    mean: float
+    deviation: float
+
+
+def images(work: Work, name: str, train: int, test: int, **more: Any) -> Images:
+    """Draw images of a data set in float64, averaged down where they have more pixels than the scale says."""
+    data = load(name, None if name == "digits" else work.data_dir, train=train, test=test, **more)
+    x, x_test = (_smaller(part.double(), work.scale.pixels).to(device()) for part in (data.x_train, data.x_test))
+    mean, deviation = float(x.mean()), float(x.std())
+    y, y_test = data.y_train.to(device()), data.y_test.to(device())
+    return Images((x - mean) / deviation, y, (x_test - mean) / deviation, y_test, mean, deviation)
+
+
+def _smaller(x: Tensor, pixels: int) -> Tensor:
+    return x if x.shape[-1] <= pixels else F.adaptive_avg_pool2d(x, pixels)
+
+
+def grey(x: Tensor, data: Images) -> np.ndarray:
+    """Images as they were before standardisation, 0 to 255: uint8 [..., H, W, 1]."""
+    pixels = (x * data.deviation + data.mean).clamp(0, 1)[..., 0, :, :, None]
+    return (255 * pixels).round().to(torch.uint8).cpu().numpy()
+
+
+def cnn(pixels: int, classes: int, width: int, seed: int) -> nn.Sequential:
+    """Two 3 x 3 convolutions (`width` and twice that, the second in strides of two), ReLU, one dense layer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        side = (pixels - 3 - 2) // 2 + 1
+        return nn.Sequential(
+            nn.Conv2d(1, width, 3),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * side**2, classes),
+        ).to(device(), torch.float64)
+
+
+def cross_entropy(out: Tensor, y: Tensor) -> Tensor:
+    """Mean over the batch."""
+    return F.cross_entropy(out, y)
+
+
+def weighted_cross_entropy(out: Tensor, y: Tensor) -> Tensor:
+    """Mean over the batch of losses times weights: y is [n, 2], a label and a weight. Weight 0 removes an example."""
+    return (F.cross_entropy(out, y[:, 0].long(), reduction="none") * y[:, 1].to(out)).mean()
+
+
+def weighted(y: Tensor, removed: Tensor | None = None) -> Tensor:
+    """Labels with weights of 1, or 0 for the examples removed."""
+    weights = torch.ones(len(y), dtype=torch.float64, device=y.device)
+    if removed is not None:
+        weights[removed.to(y.device)] = 0
+    return torch.stack([y.double(), weights], 1)
+
+
+def sgd(lr: float, **more: Any) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """Maker of SGD, plain unless told otherwise."""
+    return partial(torch.optim.SGD, lr=lr, **more)
+
+
+# ---------------------------------------------------------------------- the integral along each step
+
+
+def summed_changes(
+    model: nn.Module, run: Trajectory, x: Tensor, rules: Sequence[tuple[str, int]], at_once: int
+) -> dict[tuple[str, int], Tensor]:
+    """Change of the outputs over the run, as integrals of d f / d t along every step, by rules (name, nodes).
+
+    The examples' gradients sum to the update, so this is what all contributions to an output sum to when the test
+    side is integrated by the rule: its error without computing any contribution. Every step must be recorded.
+
+    Returns
+    -------
+    dict
+        [m, C] by rule; rules are "left", "midpoint" and "gauss".
+    """
+    names = [name for name, _ in model.named_parameters()]
+    total: dict[tuple[str, int], Any] = dict.fromkeys(rules, 0.0)
+    after = {name: run.state(0)[name].to(x.device) for name in names}
+    for step in range(run.steps[-1]):
+        before, after = after, {name: run.state(step + 1)[name].to(x.device) for name in names}
+        speed = {name: after[name] - before[name] for name in names}
+
+        def change(t: Tensor, before: Any = before, speed: Any = speed) -> Tensor:
+            place = {name: before[name] + t * speed[name] for name in names}
+            return jvp(lambda at: functional_call(model, at, (x,)), (place,), (speed,))[1]
+
+        for rule, nodes in rules:
+            t, weights = nodes_of(rule, nodes)
+            found = vmap(change, chunk_size=at_once)(torch.as_tensor(t).to(x))
+            total[rule, nodes] = total[rule, nodes] + torch.einsum("t,tmc->mc", torch.as_tensor(weights).to(x), found)
+    return {rule: value.detach() for rule, value in total.items()}
+
+
+def nodes_of(rule: str, nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes in [0, 1] and weights.
+
+    >>> nodes_of("left", 2)[0].tolist()
+    [0.0, 0.5]
+    """
+    return (np.arange(nodes) / nodes, np.full(nodes, 1 / nodes)) if rule == "left" else points(rule, nodes)
+
+
+def errors(rebuilt: Tensor, prediction: Tensor) -> dict[str, float]:
+    """Largest error of rebuilt outputs: as it is, and relative to the largest output."""
+    largest = float((rebuilt.cpu() - prediction.cpu()).abs().max())
+    return {"largest": largest, "relative": largest / float(prediction.abs().max())}
+
+
+def slope(network: Tensor, rebuilt: Tensor) -> float:
+    """Least-squares slope of rebuilt outputs against the network's own, with an intercept."""
+    a = network.flatten() - network.mean()
+    return float(a @ (rebuilt.flatten() - rebuilt.mean()) / (a @ a))
+
+
+def order(nodes: Sequence[int], found: Sequence[float]) -> float:
+    """Order p of an error that goes as nodes^-p: slope of a line through the logarithms.
+
+    >>> round(order([1, 10, 100], [3.0, 0.03, 0.0003]), 6)
+    2.0
+    """
+    return -float(np.polyfit(np.log(nodes), np.log(found), 1)[0])
