@@ -167,7 +167,7 @@ class PathKernel(Kernel):
                         _compare(segment, take(x, some), initial[some], prediction[some], step.step == 0)
                     progress.advance()
                 parts.append(sweep)
-        contributions = torch.cat([p.contributions for p in parts]).cpu()
+        contributions = torch.cat([p.contributions for p in parts]).cpu().contiguous()
         regularization = torch.cat([p.regularization for p in parts]).cpu()
         initial, prediction = initial.cpu(), prediction.cpu()
         return PathDecomposition(
@@ -303,9 +303,8 @@ def _compare(segment: Segment, x: Batch, initial: Tensor, prediction: Tensor, at
 
 
 def _joined_layers(parts: list[Sweep]) -> dict[str, Tensor] | None:
-    if parts[0].layers is None:
-        return None
-    return {name: torch.cat([p.layers[name] for p in parts if p.layers is not None]).cpu() for name in parts[0].layers}
+    whole = {name: torch.cat([p.layers[name] for p in parts]).cpu().contiguous() for name in parts[0].layers}
+    return whole or None
 
 
 def _joined_steps(parts: list[Sweep]) -> list[StepShare] | None:

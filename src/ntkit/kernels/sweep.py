@@ -81,9 +81,9 @@ class Sweep:
         self._like = next(iter(params.values()))
         m = count(x)
         room = {"dtype": torch.float64, "device": self._like.device}
-        self.contributions = torch.zeros(m, outputs, n, **room)
+        self._total = torch.zeros(n, m, outputs, **room)  # examples first: a step adds whole rows
         self.regularization = torch.zeros(m, outputs, **room)
-        self.layers = {name: torch.zeros(m, outputs, n, **room) for name in params} if layers else None
+        self._layers = {name: torch.zeros(n, m, outputs, **room) for name in params} if layers else {}
         self.steps: list[tuple[int, Tensor, Tensor]] | None = [] if steps else None
         self._buffers: dict[str, Tensor] = {}  # Lambda: parameter -> [m, C, entries]
         self._carry: dict[str, float] = {}
@@ -95,13 +95,22 @@ class Sweep:
         plain = not self._buffers and not any(_has_buffer(u) for u in step.updates.values())
         values = self._plain(step) if plain else self._accumulated(step)
         total = torch.stack(list(values.values())).sum(0) if len(values) > 1 else next(iter(values.values()))
-        rows = step.rows.to(self.contributions.device)
-        self.contributions.index_add_(2, rows, total)
-        if self.layers is not None:
-            for name, value in values.items():
-                self.layers[name].index_add_(2, rows, value)
+        rows = step.rows.to(self._total.device)
+        self._total.index_add_(0, rows, total)
+        for name, sum_ in self._layers.items():
+            sum_.index_add_(0, rows, values[name])
         if self.steps is not None:
-            self.steps.append((step.step, step.rows.cpu(), total.cpu()))
+            self.steps.append((step.step, step.rows.cpu(), total.permute(1, 2, 0).cpu()))
+
+    @property
+    def contributions(self) -> Tensor:
+        """Sums over the steps taken so far, [m, C, n]."""
+        return self._total.permute(1, 2, 0)
+
+    @property
+    def layers(self) -> dict[str, Tensor]:
+        """The same by parameter; empty if not kept."""
+        return {name: sum_.permute(1, 2, 0) for name, sum_ in self._layers.items()}
 
     # ------------------------------------------------------------------ without a buffer: no sum over steps
 
@@ -121,11 +130,11 @@ class Sweep:
                 self._plans.clear()
 
     def _products(self, step: Step, train: Tile, known: Structure, plan: Plan) -> dict[str, Tensor]:
-        """Contributions by parameter; under one name those of all parameters that are multiplied at once."""
+        """Contributions [B, m, C] by parameter; under one name those of all parameters that are multiplied at once."""
         groups: dict[float, list[str]] = {}
         for name, u in step.updates.items():
             groups.setdefault(-u.direct * u.gradient, []).append(name)
-        apart = self.layers is not None or len(groups) > 1
+        apart = bool(self._layers) or len(groups) > 1
         found: dict[str, Tensor] = {}
         decay = torch.zeros_like(self.regularization)
         for weight in self._segment.places(step.before, step.after, self._x):
@@ -133,7 +142,7 @@ class Sweep:
             for factor, names in groups.items():
                 for name in names if apart else names[:1]:
                     one, other = (test.only(name), train.only(name)) if apart else (test, train)
-                    product = multiply(one, other, "full", scratch)[..., 0].transpose(1, 2).double()
+                    product = multiply(one, other, "full", scratch)[..., 0].transpose(0, 1).double()
                     found[name] = found.get(name, 0.0) + weight * factor * product
             for name, u in step.updates.items():
                 if rate := u.direct * u.coupled + u.decoupled:
@@ -177,13 +186,13 @@ class Sweep:
             for name, entries in rows.items():
                 delta = deltas[name]
                 if delta is None:
-                    part = self.contributions.new_zeros(*self.regularization.shape, len(entries))
+                    part = self._total.new_zeros(len(entries), *self.regularization.shape)
                 else:
                     factor, values = delta
-                    flat = values.flatten(0, 1) @ entries.T
-                    part = (factor * step.updates[name].gradient) * flat.view(*values.shape[:2], -1).double()
+                    flat = entries @ values.flatten(0, 1).T
+                    part = (factor * step.updates[name].gradient) * flat.view(-1, *values.shape[:2]).double()
                 found.setdefault(name, []).append(part)
-        return {name: torch.cat(parts, 2) for name, parts in found.items()}
+        return {name: torch.cat(parts) for name, parts in found.items()}
 
     def _absorb(self, step: Step) -> dict[str, Tensor]:
         """Take Phi of this step into Lambda; gives Phi itself where it also acts directly."""
