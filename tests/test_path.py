@@ -1,0 +1,504 @@
+"""The exact path kernel: every architecture and optimiser rebuilds its predictions; the laws of its parts."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ntkit
+from ntkit.kernels import sweep
+from ntkit.testing import check_kernel
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+# ---------------------------------------------------------------------- networks
+
+
+class Attention(nn.Module):
+    """Embedding, attention with a causal mask, layer norm, GELU, head tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(7, 6), nn.LayerNorm(6)
+        self.qkv, self.mix = nn.Linear(6, 18), nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = self.embed(x)
+        q, k, v = self.qkv(self.norm(h)).chunk(3, -1)
+        h = h + F.gelu(self.mix(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+        return (h @ self.embed.weight.T).mean(1)[:, :3]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn, self.head = kind(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Gated(nn.Module):
+    """RMS norm, SiLU gate, residual sum, a raw parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.norm = nn.Parameter(torch.ones(6)), nn.RMSNorm(6)
+        self.up, self.gate, self.down, self.head = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x * self.scale)
+        return self.head(x + self.down(F.silu(self.gate(h)) * self.up(h)))[:, :3]
+
+
+class Sets(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.phi, self.rho = nn.Sequential(nn.Linear(4, 6), nn.Softplus()), nn.Linear(12, 3)
+
+    def forward(self, x):
+        h = self.phi(x)
+        return self.rho(torch.cat([h.sum(1), h.amax(1)], 1)).log_softmax(1)
+
+
+def mlp(act):
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), act, nn.Linear(8, 8), act, nn.Linear(8, 3))
+
+
+def conv(*layers):
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *layers, nn.Flatten(), nn.LazyLinear(3))
+
+
+def images(n):
+    return torch.randn(n, 1, 4, 4)
+
+
+def rows(n):
+    return torch.randn(n, 6)
+
+
+def series(n):
+    return torch.randn(n, 5, 4)
+
+
+def tokens(n):
+    return torch.randint(0, 7, (n, 5))
+
+
+NETWORKS = {
+    "tanh": (lambda: mlp(nn.Tanh()), images),
+    "relu": (lambda: mlp(nn.ReLU()), images),
+    "max pool": (lambda: conv(nn.ReLU(inplace=True), nn.MaxPool2d(2)), images),
+    "group norm, average pool": (lambda: conv(nn.GroupNorm(2, 4), nn.Hardswish(), nn.AdaptiveAvgPool2d(2)), images),
+    "strided, grouped, dilated": (
+        lambda: conv(nn.LeakyReLU(), nn.Conv2d(4, 4, 2, groups=2, dilation=2, stride=2), nn.ELU()),
+        images,
+    ),
+    "transposed, upsampled": (
+        lambda: conv(nn.Mish(), nn.ConvTranspose2d(4, 2, 2, 2), nn.Upsample(scale_factor=2, mode="bilinear")),
+        images,
+    ),
+    "instance norm": (lambda: conv(nn.InstanceNorm2d(4, affine=True), nn.ReLU6()), images),
+    "attention": (Attention, tokens),
+    "LSTM": (lambda: Recurrent(nn.LSTM), series),
+    "GRU": (lambda: Recurrent(nn.GRU), series),
+    "gated": (Gated, rows),
+    "sets": (Sets, series),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.PReLU(), nn.Linear(8, 3)),
+        rows,
+    ),
+    "layer norm": (lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.SELU(), nn.Linear(8, 3)), rows),
+}
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.2),
+    "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "nesterov": partial(torch.optim.SGD, lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01),
+    "dampening": partial(torch.optim.SGD, lr=0.2, momentum=0.9, dampening=0.3),
+    "decay": partial(torch.optim.SGD, lr=0.2, weight_decay=0.05),
+    "adam": partial(torch.optim.Adam, lr=0.02, weight_decay=0.01),
+    "amsgrad": partial(torch.optim.Adam, lr=0.02, amsgrad=True),
+    "adamw": partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1),
+}
+
+
+def drawn(name, dtype=torch.float64, n=11, m=3):
+    """Network, training inputs and targets, test points."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        make, data = NETWORKS[name]
+        model, x, test = make(), data(n), data(m)
+        model(x[:2])  # lazy layers
+        y = torch.randint(0, 3, (n,))
+    convert = (lambda t: t.to(dtype)) if x.is_floating_point() else (lambda t: t)
+    return model.to(dtype), convert(x), y, convert(test)
+
+
+def trained(name="relu", optimizer="sgd", dtype=torch.float64, steps=9, batch_size=4, **settings):
+    model, x, y, test = drawn(name, dtype)
+    run = ntkit.train(
+        model, (x, y), F.cross_entropy, OPTIMIZERS[optimizer], steps=steps, batch_size=batch_size, **settings
+    )
+    return run, model, x, y, test
+
+
+# ---------------------------------------------------------------------- the certificate
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_predictions_are_rebuilt_exactly(name, optimizer):
+    run, model, _, _, test = trained(name, optimizer)
+    found = ntkit.PathKernel(run).decompose(test)
+    with torch.no_grad():
+        torch.testing.assert_close(found.prediction, model(test), rtol=1e-13, atol=1e-15)
+    assert (found.prediction - found.initial).abs().max() > 1e-3  # something was learned
+    assert found.contributions.abs().max() > 1e-3
+    assert found.bitwise
+    assert found.error <= 1e-12, found.error
+    assert (found.regularization != 0).any() == bool(OPTIMIZERS[optimizer].keywords.get("weight_decay"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("name", ["relu", "max pool", "attention"])
+def test_in_single_precision(name, optimizer):
+    run, _, _, _, test = trained(name, optimizer, torch.float32, steps=25)
+    assert ntkit.PathKernel(run).decompose(test).error <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": lambda step: 0.9**step},
+        {"clip": 0.05},
+        {"batch_size": None},
+        {"batch_size": 1},
+        {"record": "all"},
+        {"clip": 0.05, "schedule": lambda step: 1 / (1 + step), "optimizer": "adamw"},
+        {"clip": 0.05, "optimizer": "nesterov", "record": 4},
+    ],
+    ids=lambda s: ", ".join(s),
+)
+def test_schedules_clipping_batches(settings):
+    run, _, _, _, test = trained(**settings)
+    assert ntkit.PathKernel(run).decompose(test).error <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        F.cross_entropy,
+        partial(F.cross_entropy, label_smoothing=0.1),
+        partial(F.cross_entropy, weight=torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64), reduction="sum"),
+        F.multi_margin_loss,
+        lambda out, y: F.mse_loss(out, F.one_hot(y, 3).to(out)),
+        lambda out, y: F.binary_cross_entropy_with_logits(out, F.one_hot(y, 3).to(out)),
+        lambda out, y: F.cross_entropy(out, y) + out.std(0).sum(),  # couples the samples of a batch
+    ],
+)
+def test_any_loss_of_the_outputs(loss):
+    model, x, y, test = drawn("relu")
+    run = ntkit.train(model, (x, y), loss, OPTIMIZERS["momentum"], steps=6, batch_size=4)
+    assert ntkit.PathKernel(run).decompose(test).error <= 1e-12
+
+
+def test_groups_frozen_parameters_and_an_unused_one():
+    class Extra(nn.Sequential):
+        def __init__(self, *layers):
+            super().__init__(*layers)
+            self.register_parameter("extra", nn.Parameter(torch.ones(2, dtype=torch.float64)))  # of no use
+
+    model, x, y, test = drawn("relu")
+    model = Extra(*model)
+    model[1].weight.requires_grad_(False)
+
+    def two(params):
+        return torch.optim.SGD([{"params": params[:2], "lr": 0.3}, {"params": params[2:], "momentum": 0.9}], lr=0.1)
+
+    run = ntkit.train(model, (x, y), F.cross_entropy, two, steps=7, batch_size=4)
+    found = ntkit.PathKernel(run).decompose(test, layers=True)
+    assert found.error <= 1e-12
+    assert "1.weight" not in found.layers
+
+
+def test_several_inputs_and_named_ones():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(2, 4)
+
+        def forward(self, first, second):
+            return torch.tanh(self.a(first)) * self.b(second)
+
+    first, second, y = torch.randn(6, 3).double(), torch.randn(6, 2).double(), torch.arange(6) % 4
+    for x in ((first, second), {"second": second, "first": first}):
+        run = ntkit.train(Two().double(), (x, y), F.cross_entropy, OPTIMIZERS["adam"], steps=5, batch_size=4)
+        found = ntkit.PathKernel(run).decompose(x)
+        assert found.error <= 1e-12
+        scalar = ntkit.PathKernel(run, outputs=lambda out, y: F.cross_entropy(out, y, reduction="none"))
+        assert scalar.decompose(x, y).error <= 1e-12
+
+
+def test_a_loop_of_ones_own(tmp_path):
+    model, x, y, test = drawn("tanh")
+    start = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    with ntkit.record(model, optimizer, tmp_path / "run") as rec:
+        for step in range(7):
+            chosen = torch.tensor([step, step + 1, 2, 2])  # one example twice
+            loss = F.cross_entropy(model(x[chosen]), y[chosen])
+            (optimizer.zero_grad(), loss.backward(), nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+            (optimizer.step(), rec.step(chosen, loss))
+    run = ntkit.Trajectory.open(tmp_path / "run")
+    found = ntkit.PathKernel(run, model=start, data=(x, y), loss=F.cross_entropy, clip=0.1).decompose(test)
+    assert found.error <= 1e-12
+    assert (found.contributions[:, :, 10] == 0).all()  # never used
+    with pytest.raises(ntkit.Refused, match="clip"):
+        ntkit.PathKernel(run, model=start, data=(x, y), loss=F.cross_entropy).decompose(test)
+
+
+def test_the_certificate_notices_what_is_wrong():
+    run, _, _, _, test = trained("relu", "momentum")
+    stepped = sweep.Sweep.step
+
+    def wrong(self, step):
+        changed = {name: replace(u, carry=u.carry * (1 + 1e-9)) for name, u in step.updates.items()}
+        stepped(self, replace(step, updates=changed))
+
+    with mock.patch.object(sweep.Sweep, "step", wrong):
+        assert ntkit.PathKernel(run).decompose(test).error > 1e-11
+
+
+# ---------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+def test_shares_of_layers_and_steps_sum_to_the_whole(optimizer):
+    run, *_, test = trained("max pool", optimizer)
+    found = ntkit.PathKernel(run).decompose(test, layers=True, steps=True)
+    whole = found.contributions
+    torch.testing.assert_close(sum(found.layers.values()), whole, rtol=1e-10, atol=1e-13)
+    summed = torch.zeros_like(whole)
+    for share in found.steps:
+        summed.index_add_(2, share.rows, share.values)
+    torch.testing.assert_close(summed, whole, rtol=1e-10, atol=1e-13)
+    assert [share.step for share in found.steps] == list(range(9))
+    torch.testing.assert_close(found.over_time()[-1], whole.sum(2), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(found.example_over_time(3)[-1], whole[:, :, 3], rtol=1e-10, atol=1e-13)
+    plain = ntkit.PathKernel(run).decompose(test)
+    torch.testing.assert_close(plain.contributions, whole, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_parts_of_the_test_set_and_of_memory_change_nothing(optimizer):
+    run, _, _, _, test = trained("max pool", optimizer, steps=4)
+    whole = ntkit.PathKernel(run).decompose(test)
+    tiny = ntkit.PathKernel(run, memory="1 kB").decompose(test)
+    torch.testing.assert_close(tiny.contributions, whole.contributions, rtol=1e-10, atol=1e-13)
+    alone = ntkit.PathKernel(run).decompose(test[1:2])
+    torch.testing.assert_close(alone.contributions[0], whole.contributions[1], rtol=1e-9, atol=1e-13)
+
+
+def test_snapshots_recorded_or_made_again_give_the_same():
+    every, *_, test = trained("relu", "momentum", record="all", steps=20)
+    few, *_ = trained("relu", "momentum", record=[7], steps=20)
+    one, other = (ntkit.PathKernel(run).decompose(test) for run in (every, few))
+    assert torch.equal(one.contributions, other.contributions)
+
+
+def test_contributions_permute_with_the_data():
+    model, x, y, test = drawn("relu")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
+    found = []
+    for rows_ in (torch.arange(len(x)), order):
+        run = ntkit.train(copy.deepcopy(model), (x[rows_], y[rows_]), F.cross_entropy, OPTIMIZERS["momentum"], steps=9)
+        found.append(ntkit.PathKernel(run).decompose(test).contributions)
+    torch.testing.assert_close(found[1], found[0][:, :, order], rtol=1e-8, atol=1e-11)
+
+
+def test_a_linear_model_is_tracking_importance():
+    """Its kernel is constant: contribution_i = - sum_s lr k(x, x_i) slope_is, k = <x, x'> + 1."""
+    model, lr = nn.Linear(6, 3).double(), 0.3
+    x, y, test = torch.randn(9, 6).double(), torch.arange(9) % 3, torch.randn(4, 6).double()
+    run = ntkit.train(model, (x, y), F.cross_entropy, lambda p: torch.optim.SGD(p, lr=lr), steps=12, record="all")
+    total = torch.zeros(9, 3).double()
+    for step in range(12):
+        run.load(model, step)
+        total += (model(x).softmax(1) - F.one_hot(y, 3)).detach() / 9
+    expected = torch.einsum("mi,ic->mci", test @ x.T + 1, -lr * total)
+    for way in ({}, {"integration": "left"}, {"integration": "ntk"}, {"integration": "quadrature", "nodes": 1}):
+        found = ntkit.PathKernel(run, **way).decompose(test)
+        torch.testing.assert_close(found.contributions, expected, rtol=1e-11, atol=1e-13)
+        assert found.error <= 1e-13
+
+
+def test_small_steps_tend_to_the_tangent_kernel_at_first_order():
+    model, x, y, test = drawn("tanh")
+    gaps = []
+    for lr in (4e-3, 2e-3, 1e-3):
+        sgd = partial(torch.optim.SGD, lr=lr)
+        run = ntkit.train(copy.deepcopy(model), (x, y), F.cross_entropy, sgd, steps=10, record="all")
+        exact, lazy = (ntkit.PathKernel(run, integration=i).decompose(test).contributions for i in ("secant", "ntk"))
+        gaps.append(float((exact - lazy).abs().max() / exact.abs().max()))
+    assert all(0.45 < b / a < 0.55 for a, b in zip(gaps, gaps[1:], strict=False)), gaps
+
+
+def test_scalars_of_the_outputs():
+    run, _, x, y, test = trained("relu", "momentum")
+    full = ntkit.PathKernel(run).decompose(test)
+    margin = ntkit.PathKernel(run, outputs=lambda out: out[:, 2] - out[:, 0]).decompose(test)
+    expected = full.contributions[:, 2] - full.contributions[:, 0]
+    torch.testing.assert_close(margin.contributions[:, 0], expected, rtol=1e-9, atol=1e-12)
+    losses = ntkit.PathKernel(run, outputs=lambda out, y: F.cross_entropy(out, y, reduction="none")).decompose(x, y)
+    assert losses.error <= 1e-12
+    after = F.cross_entropy(run.origin[0](x), y, reduction="none")
+    torch.testing.assert_close(losses.prediction[:, 0], after.detach().double())
+    assert (losses.prediction < losses.initial).double().mean() > 0.5  # it learned them
+
+
+# ---------------------------------------------------------------------- quadrature
+
+
+def test_gauss_is_exact_for_smooth_networks_and_midpoint_of_second_order():
+    run, _, _, _, test = trained("tanh", "momentum", record="all")
+
+    def error(**way):
+        return ntkit.PathKernel(run, integration="quadrature", **way).decompose(test).error
+
+    assert error(nodes=8) <= 1e-12
+    orders = [error(rule="midpoint", nodes=n) for n in (2, 4, 8)]
+    assert all(3.8 < a / b < 4.2 for a, b in zip(orders, orders[1:], strict=False)), orders
+    assert error(nodes=1, tolerance=1e-9) <= 1e-8
+    exact, near = ntkit.PathKernel(run), ntkit.PathKernel(run, integration="quadrature", nodes=12)
+    gap = exact.decompose(test).contributions - near.decompose(test).contributions
+    assert gap.abs().max() < 1e-3 * near.decompose(test).contributions.abs().max()  # secant and integral: both weights
+
+
+def test_left_end_and_tangent_kernel_are_approximations():
+    run, _, _, _, test = trained("relu", "sgd", record="all")
+    left, lazy = (ntkit.PathKernel(run, integration=i).decompose(test) for i in ("left", "ntk"))
+    assert 1e-4 < left.error < lazy.error < 1
+    assert left.integration == "left"
+    hard = ntkit.PathKernel(run, integration="quadrature", rule="midpoint", tolerance=1e-14)
+    with mock.patch("ntkit.kernels.integration.MOST", 32), pytest.raises(ntkit.Refused, match="tolerance"):
+        hard.decompose(test)
+
+
+# ---------------------------------------------------------------------- as a kernel
+
+
+@pytest.mark.parametrize("integration", ["secant", "quadrature", "left"])
+@pytest.mark.parametrize("outputs", ["full", "trace", lambda out: out[:, 0] - out[:, 1]])
+def test_it_is_a_kernel(integration, outputs):
+    run, _, x, _, test = trained("tanh", steps=3)
+    kernel = ntkit.PathKernel(run, outputs=outputs, integration=integration)
+    check_kernel(kernel, x[:5].clone(), test)
+
+
+def test_the_kernel_of_a_run_that_hardly_moves_is_the_tangent_kernel():
+    model, x, y, _ = drawn("tanh")
+    run = ntkit.train(model, (x, y), F.cross_entropy, partial(torch.optim.SGD, lr=1e-9), steps=3)
+    expected = ntkit.TangentKernel(model)(x)
+    torch.testing.assert_close(ntkit.PathKernel(run)(x), expected, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ntkit.Refused, match="targets"):
+        ntkit.PathKernel(run, outputs=lambda out, y: out[:, 0])(x)
+
+
+# ---------------------------------------------------------------------- results, refusals
+
+
+def test_who_contributed():
+    run, _, _, y, test = trained("relu", "momentum")
+    found = ntkit.PathKernel(run).decompose(test)
+    best = found.top(3)
+    own = found.of()
+    assert torch.equal(best.values, own.gather(1, best.examples))
+    assert (best.values[:, 0] == own.max(1).values).all()
+    assert (found.top(2, output=1, against=True).values[:, 0] == found.contributions[:, 1].min(1).values).all()
+    mass = found.by_class(y)
+    assert mass.shape == (3, 3, 3)
+    torch.testing.assert_close(mass.sum(2), found.contributions.sum(2))
+    assert found.record()["error"] == found.error
+    for call, words in (
+        (lambda: found.top(99), "k: got 99"),
+        (lambda: found.of(7), "output"),
+        (lambda: found.by_class(y[:2]), "labels"),
+        (found.over_time, "steps=True"),
+    ):
+        with pytest.raises(ntkit.Refused, match=words):
+            call()
+
+
+class Routed(nn.Module):
+    """The largest of two scores decides which expert is used: the output jumps when it changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.experts = nn.Linear(6, 2), nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+
+    def forward(self, x):
+        choice = self.score(x).argmax(1)
+        return torch.stack([self.experts[int(c)](row) for row, c in zip(x, choice, strict=True)])
+
+
+def test_what_jumps_and_what_is_unknown_is_refused_by_name():
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 6).double(), torch.arange(8) % 3
+    model = Routed().double()
+    run = ntkit.train(model, (x, y), F.cross_entropy, partial(torch.optim.SGD, lr=0.1), steps=3)
+    moved = ntkit.train(
+        model, (x, y), F.cross_entropy, partial(torch.optim.SGD, lr=0.1, weight_decay=5.0), steps=3, record="all"
+    )
+    assert ntkit.PathKernel(run).decompose(x).error <= 1e-12  # the scores get no gradient: no choice changes
+    with mock.patch.object(Routed, "forward", lambda self, x: x @ torch.linalg.inv(self.experts[0].weight[:, :3])):
+        odd, wide = Routed().double(), torch.randn(8, 3).double()
+        inverse = ntkit.train(odd, (wide, y), F.cross_entropy, partial(torch.optim.SGD, lr=1e-4), steps=2)
+        with pytest.raises(ntkit.NoSecant, match=r"linalg_inv_ex.*no secant rule.*quadrature"):
+            ntkit.PathKernel(inverse).decompose(wide)
+        assert ntkit.PathKernel(inverse, integration="quadrature").decompose(wide).error <= 1e-9
+    with pytest.raises(ntkit.Refused, match="outputs"):
+        ntkit.PathKernel(run, outputs="sum")
+    for way, words in (
+        ({"integration": "exact"}, "integration: got 'exact'"),
+        ({"rule": "simpson"}, "rule"),
+        ({"nodes": 0}, "nodes"),
+        ({"tolerance": 2.0}, "tolerance"),
+    ):
+        with pytest.raises(ntkit.Refused, match=words):
+            ntkit.PathKernel(run, **way)
+    with pytest.raises(ntkit.Refused, match="y: got"):
+        ntkit.PathKernel(run).decompose(x, y)
+    assert moved.status == "complete"
+
+
+def test_a_route_that_changes_within_a_step_is_refused():
+    class Switch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([1.0, 0.9], dtype=torch.float64))
+
+        def forward(self, x):
+            return x * self.w[self.w.argmax()] * torch.tensor([1.0, -1.0]).double()[self.w.argmax()]
+
+    x, y = torch.ones(4, 1).double(), torch.zeros(4, 1).double()
+    sgd = partial(torch.optim.SGD, lr=0.4)
+    run = ntkit.train(Switch(), (x, y), F.mse_loss, sgd, steps=2)
+    with pytest.raises(ntkit.NoSecant, match="a choice made from the parameters"):
+        ntkit.PathKernel(run).decompose(x)
+
+
+@CUDA
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
+def test_on_a_gpu(optimizer):
+    model, x, y, test = drawn("max pool")
+    model, x, y, test = model.cuda(), x.cuda(), y.cuda(), test.cuda()
+    run = ntkit.train(model, (x, y), F.cross_entropy, OPTIMIZERS[optimizer], steps=6, batch_size=4, record="all")
+    assert ntkit.PathKernel(run).decompose(test).error <= 1e-12
