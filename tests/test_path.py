@@ -412,6 +412,45 @@ def test_the_kernel_of_a_run_that_hardly_moves_is_the_tangent_kernel():
         ntkit.PathKernel(run, outputs=lambda out, y: out[:, 0])(x)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
+def test_a_killed_decomposition_goes_on(optimizer, tmp_path):
+    run, *_, test = trained("relu", optimizer)
+    whole = ntkit.PathKernel(run).decompose(test, layers=True, steps=True)
+    taken, stepped = [], sweep.Sweep.step
+
+    def until(limit):
+        def step(self, made):
+            if len(taken) == limit:
+                raise KeyboardInterrupt
+            taken.append(made.step)
+            stepped(self, made)
+
+        return step
+
+    def again(limit=None):
+        kernel = ntkit.PathKernel(run, memory="40 kB")  # in parts
+        with mock.patch.object(sweep.Sweep, "step", until(limit)):
+            return kernel.decompose(test, layers=True, steps=True, path=tmp_path / "found")
+
+    with (
+        mock.patch("ntkit.trajectory.run.CHECKPOINT_SECONDS", 0),
+        mock.patch("ntkit.trajectory.run.CHECKPOINT_SHARE", 99),
+    ):
+        for limit in (4, 13, 22):
+            with pytest.raises(KeyboardInterrupt):
+                again(limit)
+        found = again()
+    assert len(taken) == 27  # three parts of nine steps, none of them twice
+    assert torch.equal(again(limit=27).contributions, found.contributions)  # read, not made
+    torch.testing.assert_close(found.contributions, whole.contributions, rtol=1e-10, atol=1e-13)
+    assert found.error <= 1e-12
+    assert [s.step for s in found.steps] == [s.step for s in whole.steps]
+    for name, share in whole.layers.items():
+        torch.testing.assert_close(found.layers[name], share, rtol=1e-10, atol=1e-13)
+    with pytest.raises(ntkit.Refused, match=r"something else \(x differ"):
+        ntkit.PathKernel(run).decompose(test + 1, layers=True, steps=True, path=tmp_path / "found")
+
+
 # ---------------------------------------------------------------------- results, refusals
 
 

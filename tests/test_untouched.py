@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from unittest import mock
@@ -110,6 +111,24 @@ def track(m, tmp):
     ntkit.track(run, X, Y, model=m, k=2, memory="1 kB")
 
 
+def path(m, tmp):
+    """Dropout, batch norm and a counting buffer have no path kernel: m without them."""
+    net = nn.Sequential(m.conv, nn.ReLU(), nn.Flatten(), m.frozen, nn.Tanh(), m.head)
+    own = copy.deepcopy(net)
+    run = ntkit.train(own, (X, Y), nn.functional.cross_entropy, lambda p: torch.optim.AdamW(p, lr=0.1), 3)
+    before = state(own, True)
+    for integration in ("secant", "quadrature"):
+        kernel = ntkit.PathKernel(run, integration=integration)
+        found = kernel.decompose(X[:2], layers=True, steps=True)
+        found.top(2), found.by_class(Y), found.over_time(), kernel(X[:2]), kernel.diagonal(X[:2])
+    assert state(own, True) == before
+    ntkit.PathKernel(
+        ntkit.Trajectory.open(run.path), model=net, data=(X, Y), loss=nn.functional.cross_entropy
+    ).decompose(X)
+    with pytest.raises(ntkit.Refused):
+        ntkit.PathKernel(run, model=m).decompose(X)
+
+
 def toy_study(m, tmp):
     toy = kopitkov2019.Scale(4, 4, 4, 0.05, 2, 12, 2, 12, 2)
     with mock.patch.dict(kopitkov2019.SCALES, quick=toy), mock.patch.object(kopitkov2019, "SEEDS", (0, 1)):
@@ -134,6 +153,9 @@ CALLS = {
     "ConjugateKernel": lambda m, tmp: (
         kernel_calls(ntkit.ConjugateKernel(m)) or ntkit.ConjugateKernel(m, layer="norm")(X)
     ),
+    "PathKernel": path,
+    "PathDecomposition": path,
+    "NoSecant": path,
     "SketchedKernel": lambda m, tmp: (
         kernel_calls(ntkit.SketchedKernel(m, 16)) or ntkit.SketchedKernel(m, 16, outputs="trace").standard_error(X)
     ),

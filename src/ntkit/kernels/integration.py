@@ -80,8 +80,7 @@ class Segment:
         self.set(values)
         with untouched(self.network, {}), torch.no_grad():
             parts = [
-                self.network(*part) if isinstance(part, tuple) else self.network(**part)
-                for part in (take(x, slice(i, i + _BATCH)) for i in range(0, count(x), _BATCH))
+                call(self.network, part) for part in (take(x, slice(i, i + _BATCH)) for i in range(0, count(x), _BATCH))
             ]
         return torch.cat(parts)
 

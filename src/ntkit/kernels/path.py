@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from ntkit.jacobian.inputs import Batch, Outputs, check_mode, checked, count, re
 from ntkit.jacobian.structure import SelfCheckError
 from ntkit.kernels.base import Kernel, KernelOperator, written
 from ntkit.kernels.decomposition import PathDecomposition, StepShare
+from ntkit.kernels.held import Held
 from ntkit.kernels.integration import Segment
 from ntkit.kernels.sweep import Sweep, led
 from ntkit.kernels.tangent import TangentKernel, free_memory, parse_memory
 from ntkit.progress import task
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.replay import Replay
+from ntkit.trajectory.tensors import tensor_hash
+from ntkit.trajectory.trajectory import read_run
 
 _COMPARED = 64  # test points whose outputs at both ends of the run are compared with the network's own
 
@@ -120,7 +124,12 @@ class PathKernel(Kernel):
     # ------------------------------------------------------------------ the decomposition
 
     def decompose(
-        self, x: Batch, y: Tensor | None = None, layers: bool = False, steps: bool = False
+        self,
+        x: Batch,
+        y: Tensor | None = None,
+        layers: bool = False,
+        steps: bool = False,
+        path: str | Path | None = None,
     ) -> PathDecomposition:
         """Say what the trained network's outputs for `x` are made of: one number per training example.
 
@@ -130,6 +139,8 @@ class PathKernel(Kernel):
         y : their targets, for an `outputs` that takes them.
         layers : keep each parameter's share, too: [m, C, n] numbers per parameter.
         steps : keep each step's share, too: [m, C, batch] numbers per step.
+        path : folder to keep the result in, and a long sweep's state from time to time: called again with the same
+            folder (after a kill, too) it goes on there, or gives the result it finds.
 
         Returns
         -------
@@ -144,33 +155,37 @@ class PathKernel(Kernel):
             When the operations seen do not give the network's own outputs.
         """
         x = self._with_targets(checked(x, "x"), y)
+        held = Held(path, self._identity(x, layers, steps) if path is not None else {})
+        if (done := held.result()) is not None:
+            return done
         replay = self._replay
         replay.check()
-        m, size = count(x), sum(p.numel() for p in self._params.values())
-        like = next(iter(self._params.values()))
         segment = self._segment(self._readout)
         first, last = replay.initial(), replay.final()
         segment.origin = {name: first[name] for name in self._params}
         initial, prediction = (segment.outputs(end, x).double() for end in (first, last))
-        outputs = prediction.shape[1]
-        memory = self._memory()
-        fit = max(1, int(0.5 * memory / (outputs * (size + replay.n) * like.element_size() * 2 + 1)))
+        m, outputs = prediction.shape
+        fit = held.size(self._fit(outputs, layers))
         parts: list[Sweep] = []
         with task("path kernel", total=replay.steps * -(-m // fit)) as progress:
             for start in range(0, m, fit):
-                part = take(x, slice(start, start + fit))
-                sweep = Sweep(segment, self._network, self._params, part, replay.n, outputs, memory // 4, layers, steps)
-                for step in replay.backwards():
-                    sweep.step(step)
-                    if step.step in (0, replay.steps - 1):
-                        some = slice(start, min(start + fit, start + _COMPARED))
-                        _compare(segment, take(x, some), initial[some], prediction[some], step.step == 0)
+                part, some = take(x, slice(start, start + fit)), slice(start, min(start + fit, start + _COMPARED))
+                sweep = Sweep(
+                    segment, self._network, self._params, part, replay.n, outputs, self._memory() // 4, layers, steps
+                )
+                taken = held.take_up(sweep, start)
+                for step in replay.backwards() if taken != 0 else ():
+                    if taken is None or step.step < taken:
+                        sweep.step(step)
+                        if step.step in (0, replay.steps - 1):
+                            _compare(segment, take(x, some), initial[some], prediction[some], step.step == 0)
+                        held.keep(sweep, start, fit, step.step)
                     progress.advance()
                 parts.append(sweep)
         contributions = torch.cat([p.contributions for p in parts]).cpu().contiguous()
         regularization = torch.cat([p.regularization for p in parts]).cpu()
         initial, prediction = initial.cpu(), prediction.cpu()
-        return PathDecomposition(
+        result = PathDecomposition(
             contributions,
             initial,
             regularization,
@@ -181,6 +196,31 @@ class PathKernel(Kernel):
             self._told(segment),
             replay.bitwise,
         )
+        held.finish(result)
+        return result
+
+    def _fit(self, outputs: int, layers: bool) -> int:
+        """Test points whose sweep fits into memory."""
+        like = next(iter(self._params.values()))
+        size = sum(p.numel() for p in self._params.values()) * like.element_size()
+        own = outputs * (2 * size + 16 * self._replay.n * (1 + layers * len(self._params)))
+        return max(1, int(0.5 * self._memory() / (own + 1)))
+
+    def _identity(self, x: Batch, layers: bool, steps: bool) -> dict[str, Any]:
+        """What a decomposition depends on."""
+        run = read_run(self._trajectory.path)
+        named = dict(x) if isinstance(x, dict) else {str(i): t for i, t in enumerate(x)}
+        chosen = self._outputs
+        return {
+            "run": {name: run[name] for name in ("initial", "stop", "settings")},
+            "x": tensor_hash(named),
+            "outputs": chosen
+            if isinstance(chosen, str)
+            else getattr(chosen, "__qualname__", type(chosen).__qualname__),
+            "integration": list(self._how),
+            "layers": layers,
+            "steps": steps,
+        }
 
     def _told(self, segment: Segment) -> str:
         integration, rule, nodes, tolerance = self._how

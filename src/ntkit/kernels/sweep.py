@@ -112,6 +112,32 @@ class Sweep:
         """The same by parameter; empty if not kept."""
         return {name: sum_.permute(1, 2, 0) for name, sum_ in self._layers.items()}
 
+    def state(self, done: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """All there is to know of a sweep that has come this far; what a further step needs only if not `done`."""
+        tensors = {"total": self._total, "regularization": self.regularization}
+        tensors |= {f"layers.{name}": value for name, value in self._layers.items()}
+        for step, rows, values in self.steps or []:
+            tensors |= {f"rows.{step}": rows, f"values.{step}": values}
+        if not done:
+            tensors |= {f"buffers.{name}": value for name, value in self._buffers.items()}
+        return tensors, self._carry
+
+    def restore(self, tensors: Mapping[str, Tensor], carry: Mapping[str, float]) -> None:
+        """Go back to a state."""
+        device = self._like.device
+        self._total, self.regularization = (tensors[name].to(device) for name in ("total", "regularization"))
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "layers":
+                self._layers[rest] = value.to(device)
+            elif kind == "buffers":
+                self._buffers[rest] = value.to(device)
+            elif kind == "rows" and self.steps is not None:
+                self.steps.append((int(rest), value, tensors[f"values.{rest}"]))
+        if self.steps is not None:
+            self.steps.sort(key=lambda share: -share[0])
+        self._carry = dict(carry)
+
     # ------------------------------------------------------------------ without a buffer: no sum over steps
 
     def _plain(self, step: Step) -> dict[str, Tensor]:
