@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 
 import ntkit
 from ntkit.checks import Refused
+from ntkit.files import read_arrays
+from ntkit.report import render
+from ntkit.studies import bell2023 as bell
 from ntkit.studies import kopitkov2019 as kopitkov
+from ntkit.studies.bell2023 import parts, pictures, plane, removal, unseen
 
 TOY = kopitkov.Scale(6, 8, 24, 0.05, 8, 12, 5, 30, 20)
 
@@ -106,3 +112,126 @@ def test_mnist_where_its_files_are_at_hand(shared_data, tmp_path):
         f"The same with sgd, on {name}" for name in ("digits", "mnist")
     ]
     assert (place / "runs" / "mnist-sgd-seed-0" / "track" / "track.html").exists()
+
+
+# ---------------------------------------------------------------------- bell2023
+
+SMALL = parts.Scale(
+    plane_steps=2, side=5, direct=1, nodes=(1, 2), probed=3, pixels=8, width=2, train=50, test=6, steps=5, lr=0.2,
+    other_steps=4, removals=2, shares=(0.04, 0.08), draws=2, unseen=12, unseen_steps=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bell_folder(tmp_path_factory):
+    place, said = tmp_path_factory.mktemp("bell") / "run", []
+
+    def stop(line):
+        said.append(line)
+        if "removed" in line:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bell.SCALES, "quick", SMALL)
+        patch.setattr(bell, "SEEDS", (0, 1))
+        patch.setattr(pictures, "RECIPES", {name: pictures.RECIPES[name] for name in ("momentum", "adamw")})
+        with pytest.raises(KeyboardInterrupt):
+            ntkit.study("bell2023", out=place, say=stop)
+        assert not (place / "results.json").exists()
+        first = list(said)
+        ntkit.study("bell2023", out=place, say=said.append)
+        assert said[len(first)] == first[-1]  # what was stopped is begun again, nothing else
+        assert len(set(said)) == len(said) - 1
+        before = (place / "results.json").read_bytes()
+        again: list[str] = []
+        ntkit.study("bell2023", out=place, say=again.append)
+        assert (place / "results.json").read_bytes() == before  # same run, same bytes
+        assert not again
+        with pytest.raises(Refused, match="another run"):
+            ntkit.study("bell2023", scale="paper", out=place)
+        patch.setitem(bell.SCALES, "quick", parts.Scale(**(vars(SMALL) | {"steps": 6})))
+        with pytest.raises(Refused, match="another run"):
+            ntkit.study("bell2023", out=place)
+    return place
+
+
+def test_bell_has_numbers_verdicts_and_a_certificate(bell_folder):
+    results = json.loads((bell_folder / "results.json").read_text())
+    claims = results["claims"]
+    assert len(claims) == 19
+    assert all(c["claim"] and any(ch.isdigit() for ch in c["number"]) and c["how"] for c in claims)
+    assert all(c["holds"] in (True, False, None) for c in claims)
+    held = {c["claim"]: c["holds"] for c in claims}
+    assert held["A network trained by gradient descent is a kernel machine, to machine precision"]
+    assert held["The same for momentum, weight decay, Adam, schedules, clipping and minibatches"]
+    assert held["The kernel machine draws the network’s own regions in the plane"]
+    assert results["certificate"]["count"] == 2 * (2 + 1 + 2)  # two seeds: plane twice, digits, two optimisers
+    assert 0 < results["certificate"]["value"] < 1e-12
+    assert json.loads((bell_folder / "run.json").read_text())["status"] == "complete"
+
+
+def test_bell_shows_what_was_found(bell_folder):
+    results, arrays = (
+        json.loads((bell_folder / "results.json").read_text()),
+        read_arrays(bell_folder / "figures.safetensors"),
+    )
+    np.testing.assert_allclose(arrays["images/digits/secant"], arrays["images/digits/network"], atol=1e-12)
+    np.testing.assert_array_equal(arrays["maps/kernel"], arrays["maps/network"])
+    page = render(bell_folder).read_text()
+    for section in results["sections"]:
+        assert section["title"].split(":")[0] in page
+    assert page.index(results["certificate"]["cards"][0]["name"]) < page.index("What the paper claims")
+    part = parts.Work(SMALL, bell_folder, None, print).kept("digits-explained", "", lambda: pytest.fail("made again"))
+    for case in part.numbers["cases"]:
+        total = case["initial"] + sum(case["classes"])
+        assert total == pytest.approx(case["logit"], abs=1e-12)
+        assert case["over_time"]["logit"][-1] == pytest.approx(case["logit"], abs=1e-12)
+        assert case["over_time"]["own"][-1] == pytest.approx(case["classes"][case["predicted"]], abs=1e-12)
+
+
+def test_the_integral_along_the_steps_is_what_contributions_sum_to(tmp_path):
+    work = parts.Work(SMALL, tmp_path, None, lambda line: None)
+    model, run, _, _ = plane.trained(work, "relu", 3)
+    x = plane.clusters(5, 9)[0]
+    found = parts.summed_changes(model, run, x, [("left", 1), ("left", 2), ("midpoint", 1), ("gauss", 3)], 4)
+    for (rule, nodes), change in found.items():
+        if (rule, nodes) != ("left", 2):
+            settings = {"integration": "left"} if rule == "left" else {"integration": "quadrature", "rule": rule}
+            made = ntkit.PathKernel(run, nodes=nodes, **settings).decompose(x)
+            torch.testing.assert_close(made.initial + change, made.prediction + made.residual, rtol=0, atol=1e-12)
+    halves = (found["left", 1] + found["midpoint", 1]) / 2  # two left end points: the left one and the middle
+    torch.testing.assert_close(found["left", 2], halves, rtol=0, atol=1e-12)
+
+
+def test_removing_nothing_changes_nothing_and_weights_are_a_smaller_set(tmp_path):
+    work = parts.Work(SMALL, tmp_path, None, lambda line: None)
+    network = torch.from_numpy(pictures.measure(work, "digits", 0).arrays["network"])
+    data = parts.images(work, "digits", SMALL.train, SMALL.test)
+    torch.testing.assert_close(removal.again(work, data, torch.tensor([], dtype=torch.int64)), network)
+    keep = torch.arange(SMALL.train) >= 7
+    model = parts.cnn(8, 10, SMALL.width, 0)
+    share = float(keep.double().mean())
+    ntkit.train(
+        model, (data.x[keep], data.y[keep]), lambda out, y: share * parts.cross_entropy(out, y), parts.sgd(SMALL.lr),
+        SMALL.steps,
+    )  # fmt: skip
+    torch.testing.assert_close(removal.again(work, data, torch.arange(7)), model(data.x_test).detach())
+
+
+def test_orders_slopes_and_patches():
+    assert parts.slope(torch.tensor([[1.0, 2.0], [4.0, 0.0]]), torch.tensor([[3.0, 5.0], [9.0, 1.0]])) == pytest.approx(
+        2
+    )
+    assert parts.order([2, 4], [1.0, 0.25]) == pytest.approx(2)
+    found = unseen.patches(6, 8, seed=0)
+    assert found.shape == (6, 1, 8, 8)
+    assert torch.equal(found.amin((1, 2, 3)), torch.zeros(6).double())
+    assert torch.equal(found.amax((1, 2, 3)), torch.ones(6).double())
+    assert torch.equal(found, unseen.patches(6, 8, seed=0))
+    assert not torch.equal(found, unseen.patches(6, 8, seed=1))
+    logits = torch.tensor([[3.0, 0, 0], [0, 1, 0], [0, 5, 0], [0, 0, 2]])
+    truth = torch.tensor([0, 1, 0, 2])
+    assert pictures.spread(logits, truth).tolist() == [2, 1, 3, 0]  # from the worst margin to the best
+    assert pictures.accuracy(logits, truth) == 0.75
+    assert math.isclose(pictures.cosine(0, 60), 0.2)
+    assert pictures.cosine(59, 60) < 1e-2

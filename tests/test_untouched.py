@@ -142,6 +142,7 @@ CALLS = {
     "study": toy_study,
     "grid": lambda m, tmp: ntkit.grid(3),
     "bandwidth": lambda m, tmp: ntkit.bandwidth(X),
+    "novelty": lambda m, tmp: ntkit.novelty(ntkit.TangentKernel(m, outputs="trace"), X[:4], X),
     "eigenfunctions": lambda m, tmp: ntkit.eigenfunctions(
         ntkit.TangentKernel(m, "trace"), ntkit.spectrum(ntkit.TangentKernel(m, "trace")(X), k=1), X, X[:2]
     ),

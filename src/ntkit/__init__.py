@@ -23,6 +23,7 @@ _ROOMS = {
     "ntkit.machines": ("HardMarginSVM", "KernelRidge"),
     "ntkit.spectra": ("Spectrum", "alignment", "effective_rank", "spectrum"),
     "ntkit.probes": ("invariance",),
+    "ntkit.novel": ("novelty",),
     "ntkit.nystrom": ("bandwidth", "eigenfunctions", "grid"),
     "ntkit.trajectory": ("Trajectory", "load_weights", "record", "train"),
     "ntkit.tracking": ("Tracked", "track"),

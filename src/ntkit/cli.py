@@ -104,7 +104,7 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
     Parameters
     ----------
     name
-        kopitkov2019 (spectrum alignment).
+        kopitkov2019 (spectrum alignment) or bell2023 (a trained network as an exact kernel machine).
     scale
         quick (minutes) or paper (its own sizes, for a GPU); a study that was stopped goes on.
     out
@@ -198,6 +198,8 @@ def _print_claims(folder: Path) -> None:
     table = Table(title=f"{paper['authors']} {paper['year']}: {paper['title']}", title_justify="left")
     for column in ("claim", "measured", "holds"):
         table.add_column(column, overflow="fold")
+    if certificate := results.get("certificate"):
+        Console().print(certificate["text"])
     for claim in results["claims"]:
         table.add_row(claim["claim"], claim["number"], {True: "holds", False: "does NOT", None: "-"}[claim["holds"]])
     Console().print(table)

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import enable_reentrant_dispatch
 
-from ntkit.jacobian.ends import Ends, aten, between, both, combined, jumps, paired, rule, settled, varying
+from ntkit.jacobian.ends import Ends, aten, both, combined, decisions, fractional, jumps, no_rule, rule, varying
 
 # ---------------------------------------------------------------------- two lines that meet at 0
 
@@ -31,79 +30,93 @@ _LINES: dict[Any, Callable[..., Tensor]] = {  # slopes from the two ends
     aten.leaky_relu: lambda z0, z1, slope=0.01: ramp(z0, z1).mul_(1 - slope).add_(slope),
 }
 
-# ---------------------------------------------------------------------- smooth
+# ---------------------------------------------------------------------- curved
 
-# Where both ends nearly coincide the slope of the chord is all cancellation; the derivative between is better. Its
-# error is of second order for a smooth function, so below a distance of eps^(1/3) it is rounding (in the law, far
-# below).
-_SMOOTH: dict[Any, Callable[..., Tensor]] = {  # derivatives
+# Where both ends nearly coincide the slope of the chord is all cancellation; the derivative between is better. It is
+# taken wherever the law holds with it up to the rounding of the function's values and arguments: also of functions with
+# kinks, where none is between. Some smooth functions are rounded worse in places; they have it below a distance of
+# eps^(1/2), too.
+_DERIVATIVES: dict[Any, Callable[..., Tensor]] = {  # others are asked from autograd
     aten.tanh: lambda z: 1 - torch.tanh(z) ** 2,
     aten.sigmoid: lambda z: torch.sigmoid(z) * torch.sigmoid(-z),
     aten.gelu: lambda z, approximate="none": aten.gelu_backward(torch.ones_like(z), z, approximate=approximate),
     aten.silu: lambda z: aten.silu_backward(torch.ones_like(z), z),
     aten.mish: lambda z: aten.mish_backward(torch.ones_like(z), z),
-    aten.erf: lambda z: 2 / math.sqrt(math.pi) * torch.exp(-z * z),
-    aten.erfc: lambda z: -2 / math.sqrt(math.pi) * torch.exp(-z * z),
-    aten.sin: torch.cos,
-    aten.cos: lambda z: -torch.sin(z),
-    aten.exp: torch.exp,
-    aten.exp2: lambda z: math.log(2) * torch.exp2(z),
-    aten.expm1: torch.exp,
-    aten.sinh: torch.cosh,
-    aten.cosh: torch.sinh,
-    aten.atan: lambda z: 1 / (1 + z * z),
-    aten.asinh: lambda z: torch.rsqrt(1 + z * z),
-}
-_SCALED: dict[Any, Callable[..., Tensor]] = {  # smooth away from 0: near by relative distance
-    aten.log: torch.reciprocal,
-    aten.log2: lambda z: 1 / (math.log(2) * z),
-    aten.log10: lambda z: 1 / (math.log(10) * z),
-    aten.pow: lambda z, p: p * torch.pow(z, p - 1),
-}
-
-# ---------------------------------------------------------------------- with kinks: near only where the ends coincide
-
-_KINKED: dict[Any, Callable[..., Tensor]] = {  # derivatives
     aten.elu: lambda z, alpha=1, scale=1, inner=1: aten.elu_backward(torch.ones_like(z), alpha, scale, inner, False, z),
     aten.softplus: lambda z, beta=1, threshold=20: aten.softplus_backward(torch.ones_like(z), z, beta, threshold),
     aten.hardtanh: lambda z, low=-1, high=1: aten.hardtanh_backward(torch.ones_like(z), z, low, high),
     aten.hardsigmoid: lambda z: aten.hardsigmoid_backward(torch.ones_like(z), z),
     aten.hardswish: lambda z: aten.hardswish_backward(torch.ones_like(z), z),
+    aten.sin: torch.cos,
+    aten.cos: lambda z: -torch.sin(z),
+    aten.exp: torch.exp,
+    aten.log: torch.reciprocal,
+    aten.pow: lambda z, p: p * torch.pow(z, p - 1),
 }
+_SMOOTH = {aten.gelu, aten.mish, aten.silu, aten.tanh, aten.sigmoid, aten.sin, aten.cos}
+_SIGNED = {aten.atan2, aten.copysign}  # 0 and -0 are not the same to them
+_HOLOMORPHIC = {aten.exp, aten.sin, aten.cos, aten.tanh, aten.sigmoid, aten.pow, aten.sqrt, aten.log}
 
 
 @rule(None)
 def elementwise(func: Any, args: Any, kwargs: Any) -> Any:
-    """Slope of the chord; the derivative where the ends coincide."""
-    (z,) = varying(args, kwargs) or (None,)
-    if z is None or z.mid is None:
-        raise jumps(func)
+    """Slope of the chord; of two arguments along each, on the way round by either corner, half each."""
     o0, o1 = both(func, args, kwargs)
-    if not o0.is_floating_point():
-        return paired(o0, o1, None)
-    packet, first = func._overloadpacket, args[0] is z
+    if not fractional(o0):
+        return decisions(func, o0, o1)
+    places = [k for k, a in enumerate(args) if isinstance(a, Ends)]
+    if varying(kwargs) or len(places) > 2:
+        raise no_rule(func)
+    if len(places) == 1:
+        return combined(o0, o1, (_slope(func, args, kwargs, places[0], o0, o1), args[places[0]].mid))
+    terms = []
+    for place, other in (places, places[::-1]):
+        slopes = []
+        for end in ("e0", "e1"):
+            fixed = [getattr(a, end) if k == other else a for k, a in enumerate(args)]
+            slopes.append(_slope(func, fixed, kwargs, place, *both(func, fixed, kwargs)))
+        terms.append(((slopes[0] + slopes[1]) / 2, args[place].mid))
+    return combined(o0, o1, *terms)
+
+
+def _slope(func: Any, args: Any, kwargs: Any, place: int, o0: Tensor, o1: Tensor) -> Tensor:
+    """Slope by the one argument that varies."""
+    z, packet, first = args[place], func._overloadpacket, place == 0
+    if (z.is_complex() or o0.is_complex()) and packet not in _HOLOMORPHIC:
+        raise no_rule(func, "complex numbers")
+    if packet in _SIGNED and ((z.e0 == z.e1) & (o0 != o1)).any():
+        raise jumps(func)
     if packet in _LINES and first:
-        return combined(o0, o1, (_LINES[packet](z.e0, z.e1, *args[1:], **kwargs), z.mid))
-    tiny, infinity = torch.finfo(o0.dtype).tiny, math.inf
-    step = (z.e1 - z.e0).nan_to_num_(nan=0.0, posinf=infinity, neginf=-infinity)  # between two infinities
-    chord = (o1 - o0).nan_to_num_(nan=0.0, posinf=infinity, neginf=-infinity).div_(step + tiny)
-    bound, middle = torch.finfo(step.dtype).eps ** (1 / 3), z.e0
-    derivative = _KINKED.get(packet) if first else None
+        return _LINES[packet](z.e0, z.e1, *args[1:], **kwargs)
+    middle = torch.lerp(z.e0, z.e1, 0.5)
+    derivative = _DERIVATIVES.get(packet) if first and not z.is_complex() else None
+    tangent = derivative(middle, *args[1:], **kwargs) if derivative else _asked(func, args, kwargs, place, middle)
+    tangent = tangent.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # as of sqrt at 0, if it stays there
+    kind, step, change = torch.finfo(o0.dtype), _difference(z.e0, z.e1), _difference(o0, o1)
+    rounding = (o0.abs() + o1.abs()).add_((middle * tangent).abs()).mul_(4 * kind.eps)
+    room = rounding - torch.addcmul(change, step, tangent, value=-1).abs()
     if packet in _SMOOTH:
-        room, middle, derivative = bound - step.abs(), torch.lerp(z.e0, z.e1, 0.5), _SMOOTH[packet]
-    elif packet in _SCALED and first:
-        room = bound * torch.minimum(z.e0.abs(), z.e1.abs()) - step.abs()
-        middle, derivative = torch.lerp(z.e0, z.e1, 0.5), _SCALED[packet]
-    else:
-        room = tiny - step.abs()
-    near = room.div_(tiny).clamp_(0, 1)  # 1 or 0
-    if derivative is not None:
-        slope = torch.lerp(chord, derivative(middle, *args[1:], **kwargs).nan_to_num_(), near)
-        return combined(o0, o1, (slope, z.mid))
-    tangent = between(func, args, kwargs)  # its own derivative, taken between
-    with enable_reentrant_dispatch(), torch.enable_grad():
-        mid = near * tangent + (1 - near) * chord * z.mid
-    return settled(o0, o1, mid)
+        room = torch.maximum(room, kind.eps**0.5 - step.abs())
+    near = room.div_(kind.tiny).add_(1).nan_to_num_(nan=0.0).clamp_(0, 1)  # 1 or 0
+    chord = change.div_(step.add_(kind.tiny)).nan_to_num_(nan=0.0)
+    return torch.lerp(chord, tangent, near.to(chord.dtype))
+
+
+def _difference(t0: Tensor, t1: Tensor) -> Tensor:
+    return (t1 - t0).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)  # between two infinities, 0
+
+
+def _asked(func: Any, args: Any, kwargs: Any, place: int, middle: Tensor) -> Tensor:
+    """Derivative of an elementwise function by one argument, from autograd."""
+    shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor)))
+    with torch.enable_grad():
+        leaf = middle.expand(shape).clone().requires_grad_()
+        try:
+            out = func(*args[:place], leaf, *args[place + 1 :], **kwargs)
+            (found,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+        except (RuntimeError, NotImplementedError):
+            raise no_rule(func) from None
+    return found.conj().resolve_conj()
 
 
 @rule(aten.log_sigmoid_forward)
@@ -112,11 +125,22 @@ def log_sigmoid(func: Any, args: Any, kwargs: Any) -> Any:
     return -torch.nn.functional.softplus(-args[0]), args[0].e0.new_empty(0)
 
 
+@rule(aten.abs)
+def absolute(func: Any, args: Any, kwargs: Any) -> Any:
+    """Of a complex number the norm of its parts."""
+    (z,) = args
+    if not z.is_complex():
+        return elementwise(func, args, kwargs)
+    parts = torch.view_as_real(z)
+    return torch.sqrt((parts * parts).sum(-1))
+
+
 @rule(aten.sqrt)
 def square_root(func: Any, args: Any, kwargs: Any) -> Ends:
-    """sqrt(z') - sqrt(z) = (z' - z) / (sqrt(z) + sqrt(z'))."""
+    """sqrt(z') - sqrt(z) = (z' - z) / (sqrt(z) + sqrt(z')); where it stays at 0, 0."""
     o0, o1 = both(func, args, kwargs)
-    return combined(o0, o1, (1 / (o0 + o1), args[0].mid))
+    slope = (o0 + o1).reciprocal_()
+    return combined(o0, o1, (slope.nan_to_num_(nan=0.0, posinf=0.0), args[0].mid))
 
 
 @rule(aten.rsqrt)
@@ -128,10 +152,8 @@ def inverse_root(func: Any, args: Any, kwargs: Any) -> Ends:
 
 @rule(aten.pow)
 def power(func: Any, args: Any, kwargs: Any) -> Any:
-    """Squares and cubes by their factors, other powers elementwise; a power of two that vary by exp and log."""
+    """Squares and cubes by their factors, others elementwise."""
     base, exponent = args
-    if isinstance(base, Ends) and isinstance(exponent, Ends):
-        return torch.exp(exponent * torch.log(base))
     if isinstance(exponent, (int, float)) and exponent in (1, 2, 3):
         z0, z1 = base.e0, base.e1
         slope = {1: 1.0, 2: z0 + z1, 3: z0 * z0 + z0 * z1 + z1 * z1}[int(exponent)]
@@ -148,5 +170,5 @@ def clamped(func: Any, args: Any, kwargs: Any) -> Any:
     bounds = list(args[1:]) + [None] * (3 - len(args))
     low = kwargs.get("min", bounds[0] if name != "clamp_max" else None)
     high = kwargs.get("max", bounds[1] if name == "clamp" else bounds[0] if name == "clamp_max" else None)
-    z = z if low is None else torch.maximum(z, torch.as_tensor(low))
-    return z if high is None else torch.minimum(z, torch.as_tensor(high))
+    z = z if low is None else torch.maximum(z, torch.as_tensor(low, dtype=z.dtype))
+    return z if high is None else torch.minimum(z, torch.as_tensor(high, dtype=z.dtype))

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from ntkit.report import figures, readings
+from ntkit.report.images import thumbnail
 from ntkit.report.page import page
-
-_THUMB = 112  # pixels, twice the size shown: enough for a dense screen
 
 
 def analysis_page(results: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
@@ -68,14 +67,4 @@ def _neighbours(results: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> li
 def _thumbnail(arrays: Mapping[str, np.ndarray], key: str, *place: int) -> str:
     if key not in arrays:
         return ""
-    import base64
-    import io
-
-    from PIL import Image
-
-    pixels = np.ascontiguousarray(arrays[key][place])
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    image.thumbnail((_THUMB, _THUMB))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return thumbnail(arrays[key][place])

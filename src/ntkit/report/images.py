@@ -1,4 +1,4 @@
-"""Eigenfunctions as images along training, made small enough for a page: 8 bits, few pixels, few snapshots."""
+"""Images small enough for a page: examples, and eigenfunctions along training in 8 bits, few pixels, few snapshots."""
 
 from __future__ import annotations
 
@@ -14,9 +14,24 @@ from ntkit.files import read_arrays
 from ntkit.report.words import plain
 
 FUNCTIONS = 6
+_THUMB = 112  # pixels, twice the size shown: enough for a dense screen
 _PIXELS = 96  # longest side, in pixels
 _SNAPSHOTS = 60
 _BELOW = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
+def thumbnail(pixels: np.ndarray) -> str:
+    """One image, uint8 [H, W, 1 or 3], as a data URI."""
+    import io
+
+    from PIL import Image
+
+    pixels = np.ascontiguousarray(pixels)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    image.thumbnail((_THUMB, _THUMB))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None]) -> dict[str, Any] | None:

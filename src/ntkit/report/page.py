@@ -27,7 +27,7 @@ def page(template: str, figures: Iterable[Figure], **context: Any) -> str:
     env = Environment(
         loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    env.filters |= {name: getattr(words, name) for name in ("percent", "plain", "spread", "measure")}
+    env.filters |= {name: getattr(words, name) for name in ("percent", "plain", "spread", "measure", "unbroken")}
     env.filters["embed"] = lambda value: Markup(embed(value))
     plots = {panel.id: {"data": panel.data, "layout": panel.layout} for f in figures for panel in f.panels}
     return env.get_template(template).render(

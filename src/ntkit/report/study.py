@@ -9,17 +9,21 @@ from typing import Any
 from urllib.parse import quote
 
 from ntkit.checks import refusal
-from ntkit.files import read_json, write_text
+from ntkit.files import read_arrays, read_json, write_text
 from ntkit.report.images import viewer
 from ntkit.report.page import page
 from ntkit.report.study_figures import curves
+from ntkit.report.study_sections import sections
 from ntkit.report.tracked import eigenvalues_at, read_snapshots
+from ntkit.report.words import unbroken
 
 KIND, FORMAT = "study", 1
+TERMS = ("tangent_kernel", "energy", "sharpness", "alignment", "first_order")  # defined where results name none
+_KNOWN = {*TERMS, "path_kernel", "secant", "other_gradients", "novelty"}  # of terms.html, that studies may name
 
 
 def render_study(folder: str | Path) -> Path:
-    """Write ``FOLDER/report.html`` from a study's ``FOLDER/results.json`` and the images of its runs.
+    """Write ``FOLDER/report.html`` from a study's ``results.json``, ``figures.safetensors`` and images of its runs.
 
     Each run that has its own page (`render_tracked`) is linked. What the results leave out, the page leaves out. The
     same files give the same bytes.
@@ -57,19 +61,27 @@ def render_study(folder: str | Path) -> Path:
     if shown is not None:
         track = folder / shown["track"]
         images = viewer(track, eigenvalues_at(read_snapshots(track)))
+    arrays = folder / "figures.safetensors"
+    parts = sections(results.get("sections", []), read_arrays(arrays) if arrays.exists() else {})
     figures = [figure for group in groups for figure, _ in group["figures"]]
+    figures += [f for part in parts for block in part["blocks"] for f, _ in block.get("figures", [])]
+    certificate, about = results.get("certificate"), results.get("about", "")
     path = folder / "report.html"
     text = page(
         "study.html",
         figures,
         title=results["title"],
         source="results.json",
-        lede=results.get("about", ""),
+        lede=unbroken(certificate["text"]) if certificate else about,
+        about=about if certificate else "",
+        certificate=certificate,
         r=results,
         paper=results.get("paper"),
         claims=results.get("claims", []),
         counted=_counted(results.get("claims", [])),
         groups=groups,
+        parts=parts,
+        terms=[name for name in results.get("terms", TERMS) if name in _KNOWN],
         departures=results.get("departures", []),
         runs=runs,
         shown=shown,

@@ -20,8 +20,8 @@ _QUANTITIES = (
     ("loss", "Loss", "loss", "log"),
     ("first_order_error", "Error of the first-order prediction", "relative error", "log"),
 )
-_TONES = ("var(--init)", "var(--after)", "var(--conjugate)", "var(--network)")
-_SYMBOLS = ("circle", "diamond", "square", "x")
+TONES = ("var(--init)", "var(--after)", "var(--conjugate)", "var(--network)")
+SYMBOLS = ("circle", "diamond", "square", "x")
 _BAND = 0.2  # opacity
 
 
@@ -68,7 +68,7 @@ def _figure(
 ) -> tuple[Figure, str]:
     bands, bounds, lines, legend, said, seen = [], [], [], [], [], []
     for i, group in members:
-        colour, symbol = _tone(i, count)
+        colour, symbol = tone(i, count)
         steps, series = group["steps"], group["series"][name]
         mean = series["mean"]
         error = series.get("error") or [None] * len(mean)
@@ -100,10 +100,10 @@ def _figure(
     return figure, text
 
 
-def _tone(i: int, count: int) -> tuple[str, str]:
-    """Colour and symbol of a group; more than four groups are told apart by the ramp."""
-    colour = _TONES[i] if count <= len(_TONES) else draw.ramp(i, count)
-    return colour, _SYMBOLS[i % len(_SYMBOLS)]
+def tone(i: int, count: int) -> tuple[str, str]:
+    """Colour and symbol of the i-th of so many groups; more than four groups are told apart by the ramp."""
+    colour = TONES[i] if count <= len(TONES) else draw.ramp(i, count)
+    return colour, SYMBOLS[i % len(SYMBOLS)]
 
 
 def _mean(

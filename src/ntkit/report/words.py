@@ -7,6 +7,7 @@ two as independent; without standard errors nothing is said about noise.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,6 +109,15 @@ def change(first: float | None, last: float | None) -> str:
         return f"stays near {plain(last)}"
     verb = "grew" if ratio > 1 else "shrank"
     return f"{verb} {plain(max(ratio, 1 / ratio), 2)}-fold, from {plain(first)} to {plain(last)}"
+
+
+def unbroken(text: str) -> str:
+    r"""Keep numbers such as 3e-16 on one line, by a word joiner behind the minus.
+
+    >>> unbroken("about 3e-16") == "about 3e-\u206016"
+    True
+    """
+    return re.sub(r"(\de-)(\d)", "\\1\u2060\\2", text)
 
 
 def share(value: float | None) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,17 @@ def told(values: Sequence[float], digits: int = 2) -> str:
 def claimed(claim: str, number: str, holds: bool | None, how: str) -> dict[str, Any]:
     """A claim, the number found, whether it holds, and by what rule; the form of ``results.json``."""
     return {"claim": claim, "number": number, "holds": None if holds is None else bool(holds), "how": how}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For small networks: threads would wait for each other, and most for those of other programs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def device() -> torch.device:

@@ -6,16 +6,18 @@ made of, examples removed, and images of kinds that were not learned. Every fini
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
 
 from ntkit.checks import refusal
 from ntkit.files import ensure_folder, read_json, write_arrays, write_json
 from ntkit.results import versions
-from ntkit.studies.bell2023 import pictures, plane, removal, unseen
+from ntkit.studies.bell2023 import claims, page, pictures, plane, removal, unseen
 from ntkit.studies.bell2023.found import Found
 from ntkit.studies.bell2023.parts import Say, Scale, Work
+from ntkit.studies.bell2023.sections import sections
+from ntkit.studies.judged import one_thread
 
 PAPER = {
     "authors": "Bell, Geyer, Glickenstein, Fernandez, Moore",
@@ -29,14 +31,14 @@ MAPPED = ("relu", 0)  # the run in the plane that the maps show: activation and 
 
 SCALES = {
     "quick": Scale(
-        plane_steps=20, side=48, direct=1, nodes=(1, 2, 5, 10, 20, 50, 100, 200), pixels=8, width=8, train=300,
-        test=100, steps=100, lr=0.1, other_steps=60, removals=12, shares=(0.02, 0.05), draws=4, unseen=100,
-        unseen_steps=50,
+        plane_steps=20, side=48, direct=1, nodes=(1, 2, 5, 10, 20, 50, 200), probed=25, pixels=8, width=8,
+        train=300, test=100, steps=100, lr=0.2, other_steps=60, removals=12, shares=(0.02, 0.05), draws=4, unseen=100,
+        unseen_steps=60,
     ),
     "paper": Scale(
-        plane_steps=20, side=96, direct=200, nodes=(1, 2, 5, 10, 20, 50, 100, 200), pixels=28, width=8, train=1_000,
-        test=100, steps=200, lr=0.1, other_steps=200, removals=50, shares=(0.01, 0.02, 0.05), draws=10, unseen=200,
-        unseen_steps=100,
+        plane_steps=20, side=96, direct=200, nodes=(1, 2, 5, 10, 20, 50, 200), probed=100, pixels=28, width=8,
+        train=1_000, test=100, steps=200, lr=0.2, other_steps=200, removals=50,
+        shares=(0.01, 0.02, 0.05), draws=10, unseen=200, unseen_steps=100,
     ),
 }  # fmt: skip
 
@@ -52,21 +54,21 @@ def run(scale: str, folder: Path, say: Say, data_dir: str | Path | None = None) 
     if start.exists() and (found := read_json(start)) | header != found:
         raise refusal(str(folder), got="another run", expected="this study at this scale", fix="Name another --out.")
     write_json(start, header | {"versions": versions(), "status": "running"})
-    found = _experiments(Work(s, folder, data_dir, say), sets)
-    sections, arrays = page.sections(s, found)
+    with one_thread() if scale == "quick" else nullcontext():
+        found = _experiments(Work(s, folder, data_dir, say), sets)
+    shown, arrays = sections(s, found)
     write_arrays(folder / "figures.safetensors", arrays)
-    judged = claims.judge(s, found)
     results: dict[str, Any] = header | {
         "title": "A trained network as an exact kernel machine",
         "paper": PAPER,
         "command": f"ntkit study bell2023 --scale {scale}" + ("" if data_dir is None else " --data-dir FOLDER"),
         "certificate": page.certificate(found),
         "about": page.about(s, sets, len(SEEDS)),
-        "departures": page.departures(s, data_dir is not None),
-        "claims": judged,
+        "departures": page.departures(data_dir is not None),
+        "claims": claims.judge(s, found),
         "settings": header["sizes"],
         "versions": versions(),
-        "sections": sections,
+        "sections": shown,
         "terms": ["path_kernel", "secant", "other_gradients", "novelty", "tangent_kernel"],
     }
     write_json(folder / "results.json", results)

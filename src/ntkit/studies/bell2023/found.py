@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ntkit.studies.bell2023.parts import Part
+from ntkit.studies.bell2023.pictures import RECIPES
+from ntkit.studies.bell2023.plane import LABELS
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ def relative(parts: list[Part], method: str) -> list[float]:
 
 def certificates(found: Found) -> list[tuple[str, list[float]]]:
     """Relative residuals of all exact decompositions in float64: what was rebuilt, one number per trained network."""
-    told = [(f"three clusters, MLP, {name}", relative(parts, "secant")) for name, parts in found.plane.items()]
+    told = [(f"three clusters, MLP, {LABELS[name]}", relative(parts, "secant")) for name, parts in found.plane.items()]
     for name, parts in found.images.items():
         told.append((f"{name}, CNN, full-batch gradient descent", relative(parts, "secant")))
     for name, parts in found.recipes.items():
-        told.append((f"digits, CNN, {name}", [part.numbers["secant float64"] for part in parts]))
+        told.append((f"digits, CNN, {RECIPES[name].title}", [part.numbers["secant float64"] for part in parts]))
     return told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ class Scale:
     plane_steps, side : steps in the plane, and pixels a side of its maps.
     direct : nodes per step up to which the kernel itself is computed with quadrature; beyond, the error is that of
         Jacobian-vector products along the steps, which the contributions sum to.
-    nodes : of the errors against the number of nodes, on images.
+    nodes, probed : of the errors against the number of nodes, on images, and how many test images they are of.
     pixels : images of MNIST are averaged down to this many pixels a side.
     width, train, test, steps, lr : the convolutional network, its images, and plain gradient descent on them.
     other_steps : steps of the optimisers of today.
@@ -44,6 +45,7 @@ class Scale:
     side: int
     direct: int
     nodes: tuple[int, ...]
+    probed: int
     pixels: int
     width: int
     train: int
@@ -194,7 +196,9 @@ def summed_changes(
 
         for rule, nodes in rules:
             t, weights = nodes_of(rule, nodes)
-            found = vmap(change, chunk_size=at_once)(torch.as_tensor(t).to(x))
+            with warnings.catch_warnings():  # torch's own use of what it deprecates, on first use of jvp
+                warnings.simplefilter("ignore", DeprecationWarning)
+                found = vmap(change, chunk_size=at_once)(torch.as_tensor(t).to(x))
             total[rule, nodes] = total[rule, nodes] + torch.einsum("t,tmc->mc", torch.as_tensor(weights).to(x), found)
     return {rule: value.detach() for rule, value in total.items()}
 

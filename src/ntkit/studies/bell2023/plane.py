@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.kernels.path import PathKernel
-from ntkit.novelty import novelty
+from ntkit.novel import novelty
 from ntkit.nystrom import grid
 from ntkit.studies.bell2023.parts import Part, Work, cross_entropy, errors, sgd, summed_changes
 from ntkit.studies.judged import device
 from ntkit.trajectory import Trajectory, train
 
+LABELS = {"tanh": "tanh", "relu": "ReLU"}
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 TRAIN, TEST, WIDTH, LR = 30, 20, 32, 0.5
 REACH = 3.0  # the maps show [-REACH, REACH]^2
@@ -68,24 +69,27 @@ def _measure(work: Work, activation: str, seed: int) -> Part:
     model, run, _, _ = trained(work, activation, seed)
     x = clusters(TEST, 1000 + seed)[0].to(device())
     found: dict[str, Any] = {}
-    for integration in ("secant", "left", "ntk"):
-        made = PathKernel(run, integration=integration).decompose(x)
-        found[integration] = errors(made.prediction + made.residual, made.prediction)
+    exact = PathKernel(run).decompose(x)
+    prediction = exact.prediction
+    found["secant"] = errors(prediction + exact.residual, prediction)
+    for integration in ("left", "ntk"):
+        other = PathKernel(run, integration=integration).decompose(x)
+        found[integration] = errors(prediction + other.residual, prediction)
     changes = summed_changes(model, run, x, RULES, _AT_ONCE)
     apart = 0.0
     for rule, nodes in RULES:
-        rebuilt = made.initial + changes[rule, nodes].cpu()
-        found[f"{rule} {nodes}"] = errors(rebuilt, made.prediction)
+        rebuilt = exact.initial + changes[rule, nodes].cpu()
+        found[f"{rule} {nodes}"] = errors(rebuilt, prediction)
         if rule != "left" and nodes <= work.scale.direct:  # the sum of contributions themselves
             own = PathKernel(run, integration="quadrature", rule=rule, nodes=nodes).decompose(x)
-            apart = max(apart, errors(rebuilt, own.prediction + own.residual)["relative"])
-            found[f"{rule} {nodes}"] = errors(own.prediction + own.residual, own.prediction)
+            apart = max(apart, errors(rebuilt, prediction + own.residual)["relative"])
+            found[f"{rule} {nodes}"] = errors(prediction + own.residual, prediction)
     numbers = {
         "activation": activation,
         "seed": seed,
         "errors": found,
         "apart": apart,
-        "largest_output": float(made.prediction.abs().max()),
+        "largest_output": float(prediction.abs().max()),
         "loss": float(run.losses[-1]),
     }
     return Part(numbers, {})
@@ -110,6 +114,7 @@ def _maps(work: Work, activation: str, seed: int) -> Part:
     arrays = {name: logits.argmax(1).reshape(shape).numpy().astype(np.uint8) for name, logits in regions.items()}
     arrays |= {
         "deviation": seen.deviation.reshape(shape).cpu().numpy(),
+        "norm": seen.norm.reshape(shape).cpu().numpy(),
         "outside": seen.outside.reshape(shape).cpu().numpy(),
         "points": x.cpu().numpy(),
         "labels": y.cpu().numpy(),

@@ -47,7 +47,7 @@ def _remove(work: Work, name: str, point: int) -> Part:
         chosen = [("top", contributions.topk(k).indices), ("near", own[distance[own].topk(k, largest=False).indices])]
         chosen += [("random", own[torch.randperm(len(own), generator=generator)[:k]]) for _ in range(work.scale.draws)]
         for kind, rows in chosen:
-            after = _again(work, data, rows)[point]
+            after = again(work, data, rows)[point]
             numbers["removed"].append({
                 "share": share,
                 "count": k,
@@ -61,11 +61,19 @@ def _remove(work: Work, name: str, point: int) -> Part:
     return Part(numbers, {})
 
 
-def _again(work: Work, data: Images, removed: Tensor) -> Tensor:
+def again(work: Work, data: Images, removed: Tensor) -> Tensor:
     """Test logits after training as before, from the same start and with the same batches, without some examples."""
     model = cnn(data.x.shape[-1], int(data.y.max()) + 1, work.scale.width, 0)
     targets = weighted(data.y, removed)
-    train(model, (data.x, targets), weighted_cross_entropy, sgd(work.scale.lr), work.scale.steps, record=[work.scale.steps], seed=0)
+    train(
+        model,
+        (data.x, targets),
+        weighted_cross_entropy,
+        sgd(work.scale.lr),
+        work.scale.steps,
+        record=[work.scale.steps],
+        seed=0,
+    )
     with torch.no_grad():
         return model(data.x_test).cpu()
 

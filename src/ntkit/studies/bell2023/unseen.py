@@ -1,7 +1,6 @@
-"""Out of distribution: classes held out and patches of photographs, told from known classes by kernels and baselines."""
+"""Out of distribution: held-out classes and patches of photographs, told from known classes by kernels or baselines."""
 
 from __future__ import annotations
-
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from ntkit.kernels.conjugate import ConjugateKernel
 from ntkit.kernels.path import PathKernel
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.novelty import novelty
+from ntkit.novel import novelty
 from ntkit.studies.bell2023.parts import Part, Work, cnn, cross_entropy, images, sgd
 from ntkit.trajectory import train
 
