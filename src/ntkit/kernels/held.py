@@ -104,5 +104,6 @@ def _packed(result: PathDecomposition) -> tuple[dict[str, Tensor], dict[str, Any
 def _unpacked(tensors: dict[str, Tensor], rest: dict[str, Any]) -> PathDecomposition:
     layers = {name.removeprefix("layers."): t for name, t in tensors.items() if name.startswith("layers.")}
     steps = rest["steps"] and [StepShare(s, tensors[f"rows.{s}"], tensors[f"values.{s}"]) for s in rest["steps"]]
-    plain = [tensors[name].to(torch.float64) for name in _PLAIN]
-    return PathDecomposition(*plain, layers or None, steps, rest["integration"], rest["bitwise"])
+    plain: dict[str, Any] = {name: tensors[name].to(torch.float64) for name in _PLAIN}
+    rest = {"layers": layers or None, "steps": steps, "integration": rest["integration"], "bitwise": rest["bitwise"]}
+    return PathDecomposition(**plain, **rest)
