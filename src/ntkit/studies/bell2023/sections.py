@@ -89,7 +89,7 @@ def _plane(found: Found) -> Item:
             drawn(
                 "How novel is a point, by the path kernel?",
                 f"The deviation averages {maps['deviation_near']:.1f} near training points and "
-                f"{maps['deviation_far']:.1f} far from them; darker is larger.",
+                f"{maps['deviation_far']:.1f} far from them.",
                 ("prior deviation, √k(x, x)", "norm", "ramp"),
                 ("posterior deviation", "deviation", "ramp"),
                 ("gradient outside the span, share", "outside", "ramp"),
