@@ -145,6 +145,7 @@ OF_TWO: dict[str, Function] = {
     "where, meeting": lambda h, k: T.where(h > 0, h, T.expm1(h)),
     "where, meeting far off": lambda h, k: T.where(h > 0, h, 1.5 * T.expm1(9 * h)),
     "smooth_l1": lambda h, k: F.smooth_l1_loss(h, T.ones_like(h), reduction="none", beta=0.5),
+    "where, written into": lambda h, k: T.where(_turned(h > 0, lambda truth: truth.fill_(True)), h, 0.0),
     "huber": lambda h, k: F.huber_loss(h, k, reduction="none", delta=0.5),
     "masked_fill": lambda h, k: h.masked_fill(T.arange(6) > 3, 0.5),
     "masked_fill, tensor": lambda h, k: h.masked_fill(T.arange(6) > 3, k[0, 0, 0]),
@@ -213,6 +214,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax, -1e9": lambda h: h.masked_fill(mask(), -1e9).softmax(-1),
     "softmax, least number": lambda h: h.masked_fill(mask(), T.finfo(h.dtype).min).softmax(-1),
     "softmax, rows masked out": lambda h: T._safe_softmax(h.masked_fill(mask(4, 6).flip(1), -inf), -1),
+    "numbers": lambda h: h * (_number(h).amax(0) + _number(h).logsumexp(0) + _number(h).sort(0).values),
     "trace": lambda h: T.stack([a.trace() for a in h]),
     "diagonal": lambda h: h.diagonal(0, 1, 2),
     "diag_embed": T.diag_embed,
@@ -423,6 +425,11 @@ DECIDE: dict[str, tuple[Function, str]] = {
     "where, jump": (lambda h, k: T.where(h > 0, k + 1, k), "aten.where.self"),
     "masked_fill, jump": (lambda h, k: h.masked_fill(k > 0, 9.0), "aten.where.self"),
     "where, complex": (lambda h, k: real(T.where(k[..., :3] > 0, complexes(h), 0)), "aten.where.self"),
+    "where, whole numbers": (lambda h, k: k * T.where(T.arange(6) > 2, (h * 9).long(), 0), "aten.mul.Tensor"),
+    "truth turned": (
+        lambda h, k: k * _turned(h > 0, lambda truth: truth.logical_not_()).double(),
+        "aten._to_copy.default",
+    ),
     "index, moving": (lambda h, k: h[h > 0].sum() * k, "aten.index.Tensor"),
     "write, moving": (written(lambda h, k: h.__setitem__(h < 0, 0.0)), "aten.index_put.default"),
     "number of rows": (lambda h, k: k * (h > 0).nonzero().shape[0], "aten.nonzero.default"),
@@ -444,8 +451,8 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "complex sgn": (alone(lambda h: real(complexes(h).sgn())), "aten.sgn.default"),
     "complex var": (alone(lambda h: complexes(h).var(-1)), "aten.var.correction"),
     "rrelu": (alone(lambda h: F.rrelu(h, training=False)), "aten.rrelu_with_noise.default"),
-    "random": (alone(lambda h: h * T.rand_like(h)), "aten.rand_like.default"),
-    "bernoulli": (alone(lambda h: h * T.bernoulli(h.sigmoid())), "aten.bernoulli.default"),
+    "random": (alone(lambda h: h * T.rand_like(h)), "aten.rand_like.default: got random"),
+    "bernoulli": (alone(lambda h: h * T.bernoulli(h.sigmoid())), "aten.bernoulli.default: got random"),
     "heaviside": (lambda h, k: T.heaviside(h, k), "aten.heaviside.default"),
     "igamma": (lambda h, k: T.igamma(h.abs() + 0.1, k.abs() + 0.1), "aten.igamma.default"),
     "bag, max": (
@@ -465,6 +472,11 @@ REFUSED: dict[str, tuple[Function, str]] = {
         "aten.scatter.value_reduce",
     ),
     "strides over a view": (alone(lambda h: T.as_strided(h[:, 1:], (len(h), 2, 3), (24, 6, 2))), "aten.as_strided"),
+    "strides beyond it": (alone(lambda h: T.as_strided(h[0], (len(h), 2, 3), (24, 6, 2))), "aten.as_strided"),
+    "other numbers by parts": (
+        lambda h, k: F.huber_loss(T.ones(3, 4, 6), k, reduction="none"),
+        "aten.huber_loss.default",
+    ),
     "out=": (lambda h, k: T.add(h, k, out=T.empty_like(h)), "aten.add.out"),
     "write into data": (lambda h, k: plain(h).clone().add_(h), "aten.add_.Tensor"),
     "foreach": (lambda h, k: T._foreach_add([h, k], 1.0)[1], "aten._foreach_add.Scalar"),
@@ -488,6 +500,16 @@ class Own(torch.autograd.Function):
 def _quiet(h: Tensor) -> Tensor:
     with torch.no_grad():
         return h.sigmoid()
+
+
+def _turned(truth: Tensor, change: Callable[[Tensor], Any]) -> Tensor:
+    change(truth[:, 0])
+    change(truth[:, 1, 0])
+    return truth
+
+
+def _number(h: Tensor) -> Tensor:
+    return h[0, 0, 0] * h[1, 1, 1]
 
 
 def _rows_of(out: Tensor, h: Tensor) -> Tensor:

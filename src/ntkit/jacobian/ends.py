@@ -31,7 +31,7 @@ class Ends(Tensor):
     e0: Tensor
     e1: Tensor
     mid: Any
-    chord: Any
+    _chord: tuple[Tensor, int] | None
 
     @staticmethod
     def __new__(cls, e0: Tensor, e1: Tensor, mid: Tensor | None) -> Ends:
@@ -42,7 +42,16 @@ class Ends(Tensor):
     def __init__(self, e0: Tensor, e1: Tensor, mid: Tensor | None) -> None:
         if mid is not None and not mid.requires_grad and not _same(e0, e1):
             raise AssertionError("a secant rule lost the gradient")
-        self.e0, self.e1, self.mid, self.chord = e0, e1, mid, None
+        self.e0, self.e1, self.mid, self._chord = e0, e1, mid, None
+
+    @property
+    def chord(self) -> Any:
+        """As it was set, if nothing has been written into the truth values since."""
+        return None if self._chord is None or self._chord[1] != self.e0._version else self._chord[0]
+
+    @chord.setter
+    def chord(self, value: Tensor) -> None:
+        self._chord = (value, self.e0._version)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyrefly: ignore[bad-override]
 
@@ -373,9 +382,7 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
         with torch.enable_grad():  # a product keeps its factors; they must not change
             aside = Ends(target.e0, target.e1, target.mid if target.mid is None else target.mid.clone())
         result = apply(functional, [aside if a is target else a for a in args], kwargs)
-    if target.mid is None:
-        target.chord = None
-    else:
+    if target.mid is not None:
         result = _counted(result)
         if isinstance(result, Ends) and result.mid is None:
             raise jumps(func)

@@ -87,7 +87,7 @@ class Secant(nn.Module):
         for name, p in self.params.items():
             mid = p if p.requires_grad else p.detach().requires_grad_()  # a graph tells what moves
             ends.append((self._own[name], Ends(self._before[name].detach(), self._after[name].detach(), mid)))
-        with _as_operations(model, ends), _in_place_of(model, ends):
+        with _ONE, _as_operations(model, ends), _in_place_of(model, ends):
             try:
                 out = reduce_outputs(model(*args, **kwargs), self._outputs, n)
             except (Refused, torch.OutOfMemoryError):
@@ -108,7 +108,7 @@ def _laid_out(t: Tensor, like: Tensor) -> Tensor:
     return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t.detach())
 
 
-_ONE = threading.RLock()
+_ONE = threading.RLock()  # at a time: what is switched and put in place is everybody's
 _Moving = Sequence[tuple[nn.Parameter, Ends]]
 
 
@@ -122,17 +122,16 @@ def _in_place_of(model: nn.Module, ends: _Moving) -> Iterator[None]:
     modules = list(model.modules())
     owned: list[Any] = [own for m in modules for own in (vars(m), m._parameters, m._buffers) if isinstance(own, dict)]
     kept = [(own, dict(own)) for own in owned]
-    with _ONE:
-        try:
-            for module in modules:
-                for key, p in module._parameters.items():
-                    module._parameters[key] = by_id.get(id(p), p)  # pyrefly: ignore
-            yield
-        finally:
-            for own, held in kept:
-                for key in own.keys() - held.keys():
-                    del own[key]
-                own.update((key, value) for key, value in held.items() if own.get(key) is not value)
+    try:
+        for module in modules:
+            for key, p in module._parameters.items():
+                module._parameters[key] = by_id.get(id(p), p)  # pyrefly: ignore
+        yield
+    finally:
+        for own, held in kept:
+            for key in own.keys() - held.keys():
+                del own[key]
+            own.update((key, value) for key, value in held.items() if own.get(key) is not value)
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def log_sum(func: Any, args: Any, kwargs: Any) -> Any:
     z, dims = args[0], args[1]
     keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
     dims = [dims] if isinstance(dims, int) else list(dims)
-    for dim in sorted((d % z.dim() for d in dims), reverse=True):
+    for dim in sorted((d % max(z.dim(), 1) for d in dims), reverse=True):
         w, _, _ = _weights(z, dim)
         o0, o1 = (torch.logsumexp(t, dim, keepdim=True) for t in (z.e0, z.e1))
         masked_out = z.mid.detach().isinf()

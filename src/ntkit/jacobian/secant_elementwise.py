@@ -93,7 +93,7 @@ def _slope(func: Any, args: Any, kwargs: Any, place: int, o0: Tensor, o1: Tensor
     tangent = derivative(middle, *args[1:], **kwargs) if derivative else _asked(func, args, kwargs, place, middle)
     tangent = tangent.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # as of sqrt at 0, if it stays there
     kind, step, change = torch.finfo(o0.dtype), _difference(z.e0, z.e1), _difference(o0, o1)
-    rounding = (o0.abs() + o1.abs()).add_((middle * tangent).abs()).mul_(4 * kind.eps)
+    rounding = (o0.abs() + o1.abs()).add_((middle * tangent).abs().clamp_(max=1)).mul_(4 * kind.eps)
     room = rounding - torch.addcmul(change, step, tangent, value=-1).abs()
     if packet in _SMOOTH:
         room = torch.maximum(room, kind.eps**0.5 - step.abs())

@@ -373,6 +373,6 @@ def extreme(func: Any, args: Any, kwargs: Any) -> Any:
     dims = (args[1] if len(args) > 1 else kwargs.get("dim", [])) or range(z.dim())
     keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
     choose = torch.max if func._overloadpacket is aten.amax else torch.min
-    for dim in sorted((d % z.dim() for d in dims), reverse=True):
+    for dim in sorted((d % max(z.dim(), 1) for d in dims), reverse=True):
         z = choose(z, dim, keepdim=keep)[0]
     return z
