@@ -100,6 +100,12 @@ def test_refusals(folder):
         ntkit.study("kopitkov2019", scale="paper", out=folder)
 
 
+def test_a_folder_without_the_data_is_refused_before_anything_is_run(tmp_path):
+    with pytest.raises(Refused, match="train-images"):
+        ntkit.study("bell2023", out=tmp_path / "run", data_dir=tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
 def test_mnist_where_its_files_are_at_hand(shared_data, tmp_path):
     toy = kopitkov.Scale(4, 4, 4, 0.05, 2, 12, 2, 12, 2)
     with pytest.MonkeyPatch.context() as patch:

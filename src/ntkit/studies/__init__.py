@@ -37,10 +37,14 @@ def study(
     Raises
     ------
     Refused
-        For an unknown name or scale, or a folder with another study.
+        For an unknown name or scale, a `data_dir` without the files, or a folder with another study.
     """
     for what, value, known in (("study", name, STUDIES), ("scale", scale, SCALES)):
         if value not in known:
             raise refusal(what, got=repr(value), expected=" or ".join(known), fix=nearest(value, known))
+    if data_dir is not None:
+        from ntkit.data import load
+
+        load("mnist", data_dir)  # a folder without the files is refused now, not after the first experiments
     folder = Path(out) if out is not None else Path("runs") / f"{name}-{scale}"
     return import_module(f"ntkit.studies.{name}").run(scale, folder, say, data_dir)
