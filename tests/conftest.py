@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a run begun in the background, and in its children
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # ignored in a run begun in the background, and in its children
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 _PATIENCE = 2.0  # seconds of silence before the first sign of life: short calls print nothing
+_LONG = 20.0  # seconds that are worth a word beforehand
 _LINE_EVERY = 20.0  # seconds between plain lines, where no terminal can redraw one
 
 
@@ -33,6 +34,11 @@ class Task:
             self._last = elapsed
             left = elapsed * (self.total - self.done) / self.done if self.done else float("nan")
             print(f"{self.label}: {self.done / self.total:.0%}, {_clock(left)} left", file=self._stream, flush=True)
+
+    def expect(self, seconds: float) -> None:
+        """Say how long all of it will take, before anything long."""
+        if not self.silent and seconds > _LONG:
+            print(f"{self.label}: about {_clock(seconds)}", file=self._stream, flush=True)
 
     def _draw(self) -> None:
         if self._bar is None:

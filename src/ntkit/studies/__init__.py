@@ -1,4 +1,4 @@
-"""One file per paper: its experiments, run and judged claim by claim."""
+"""One file or folder per paper: its experiments, run and judged claim by claim."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ntkit.checks import nearest, refusal
 
-STUDIES = ("kopitkov2019", "bell2023")
+STUDIES = ("jacot2018", "kopitkov2019", "bell2023")
 SCALES = ("quick", "paper")
 
 
@@ -23,7 +23,7 @@ def study(
 
     Parameters
     ----------
-    name : "kopitkov2019" or "bell2023".
+    name : "jacot2018", "kopitkov2019" or "bell2023".
     scale : "quick" (minutes on two cores) or "paper" (its own sizes: days, for a GPU).
     out : run folder, runs/NAME-SCALE by default. A study that was stopped goes on there.
     say : called with a line at each stage.

@@ -1,0 +1,222 @@
+"""Activations: E[s(u) s(v)] and E[s'(u) s'(v)] of Gaussian pairs, in closed form or as a Hermite series with its error.
+
+An activation is recognised by its values and slopes, not by its name. (u, v) have variances a, b and covariance c;
+rho = c / sqrt(a b). By Price's theorem E[s'(u) s'(v)] is the derivative of E[s(u) s(v)] by c.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Activation(ABC):
+    """In closed form or not: `state` of each side from its variances, then `apply` in place to covariances."""
+
+    name: str = ""
+    tail: float = 0.0  # largest share of E[s^2] or E[s'^2] that a series leaves out; 0 in closed form
+
+    @abstractmethod
+    def state(self, v: Tensor) -> tuple[Tensor, ...]:
+        """What `apply` needs of one side, each in the shape of the variances `v`."""
+
+    @abstractmethod
+    def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
+        """Write E[s(u) s(v)] / f into K, which holds c, multiply T by E[s'(u) s'(v)] / f, and return f.
+
+        The factor is left to the caller, who has one of his own to multiply by.
+        """
+
+    @abstractmethod
+    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """E[s(u)^2] and E[s'(u)^2] at variance v: what `apply` gives for both sides the same, without rounding."""
+
+
+class Rectifier(Activation):
+    """s(z) = p z for z > 0, q z for z < 0: ReLU, LeakyReLU, abs, the identity.
+
+    With m = (p + q) / 2 and d = (p - q) / 2, s(z) = m z + d |z|, and z and |v| are uncorrelated:
+    E[s s] = m^2 c + d^2 (2 / pi) sqrt(a b) (sqrt(1 - rho^2) + rho asin rho); E[s' s'] = m^2 + d^2 (2 / pi) asin rho
+    (Cho and Saul 2009, arc-cosine kernels of degree 1 and 0).
+    """
+
+    def __init__(self, p: float, q: float) -> None:
+        self.even, self.odd = ((p - q) / 2) ** 2, ((p + q) / 2) ** 2
+        self.name = f"piecewise linear, slopes {p:g} and {q + 0.0:g}"
+
+    def state(self, v: Tensor) -> tuple[Tensor, ...]:
+        # A little too small: a correlation of 1 that rounding has made less is 1 again. The angle would turn an error
+        # of eps into one of sqrt(2 eps).
+        return (v * (1 - 8 * torch.finfo(v.dtype).eps),)
+
+    def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
+        if self.even == 0:
+            return self.odd
+        # With root = sqrt(a b - c^2), asin rho = atan(c / root) and A = asin rho + odd / factor:
+        # E[s s] = factor (c A + root), E[s' s'] = factor A.
+        factor = self.even * 2 / math.pi
+        root, angle = scratch(0, K), scratch(1, K)
+        torch.mul(one[0], two[0], out=root).addcmul_(K, K, value=-1).clamp_(min=0).sqrt_()
+        torch.atan2(K, root, out=angle).add_(self.odd / factor)
+        torch.addcmul(root, K, angle, out=K)
+        if T is not None:
+            T.mul_(angle)
+        return factor
+
+    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        return v * (self.odd + self.even), torch.full_like(v, self.odd + self.even)
+
+
+class Erf(Activation):
+    """s(z) = erf(z): E[s s] = (2 / pi) asin(2 c / sqrt((1 + 2a)(1 + 2b))) (Williams 1997)."""
+
+    name = "erf"
+
+    def state(self, v: Tensor) -> tuple[Tensor, ...]:
+        return ((1 + 2 * v).rsqrt_(),)
+
+    def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
+        R = one[0] * two[0]
+        rho = K.mul_(R).mul_(2)
+        if T is not None:
+            T.mul_(R).div_(torch.addcmul(_one(K), rho, rho, value=-1).sqrt_()).mul_(4 / math.pi)
+        rho.asin_().mul_(2 / math.pi)
+        return 1.0
+
+    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.asin(2 * v / (1 + 2 * v)) * (2 / math.pi), (4 / math.pi) * (1 + 4 * v).rsqrt()
+
+
+class Gelu(Activation):
+    """s(z) = z Phi(z), with the standard normal distribution function Phi.
+
+    With P = (1 + a)(1 + b), D^2 = P - c^2, e = (1 - a b) / P, t = asin(c / sqrt P):
+    E[s s] = c / 4 + (c t + (a b + e c^2) / D) / (2 pi);
+    E[s' s'] = 1 / 4 + (t + c (1 + 2 e) / D + c (a b + e c^2) / D^3) / (2 pi).
+    By Stein's lemma twice and by tilting the Gaussian with its density at u or v.
+    """
+
+    name = "gelu"
+
+    def state(self, v: Tensor) -> tuple[Tensor, ...]:
+        return (v, 1 + v)
+
+    def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
+        P, ab = one[1] * two[1], one[0] * two[0]
+        e = (1 - ab).div_(P)
+        D = torch.addcmul(P, K, K, value=-1).sqrt_()
+        t = (K / P.sqrt_()).asin_()
+        top = ab.addcmul_(e, K.square()).div_(D)
+        if T is not None:
+            slope = (K / D).mul_(e.mul_(2).add_(1)).add_(t).addcmul_(K / D, top / D)
+            T.mul_(slope.mul_(1 / (2 * math.pi)).add_(0.25))
+        K.mul_(t.mul_(1 / (2 * math.pi)).add_(0.25)).add_(top, alpha=1 / (2 * math.pi))
+        return 1.0
+
+    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        K, T = v.clone(), torch.ones_like(v)
+        self.apply(K, T, self.state(v), self.state(v))
+        return K, T
+
+
+class Wave(Activation):
+    """s(z) = sin(z) or cos(z): E[s s] = (exp(c - (a + b) / 2) -+ exp(-c - (a + b) / 2)) / 2."""
+
+    def __init__(self, sign: float, name: str) -> None:
+        self.sign, self.name = sign, name
+
+    def state(self, v: Tensor) -> tuple[Tensor, ...]:
+        return (v / 2,)
+
+    def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
+        s = one[0] + two[0]
+        near, far = (K - s).exp_().div_(2), (K + s).neg_().exp_().div_(2)
+        torch.add(near, far, alpha=self.sign, out=K)
+        if T is not None:
+            T.mul_(near.sub_(far, alpha=self.sign))
+        return 1.0
+
+    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        half = torch.expm1(-2 * v) / 2
+        return (-half, 1 + half) if self.sign < 0 else (1 + half, -half)
+
+
+class Bell(Activation):
+    """s(z) = exp(-q z^2): E[s s] = ((1 + 2 q a)(1 + 2 q b) - 4 q^2 c^2)^(-1/2)."""
+
+    def __init__(self, q: float) -> None:
+        self.q, self.name = q, f"exp(-{q:g} z^2)"
+
+    def state(self, v: Tensor) -> tuple[Tensor, ...]:
+        return (1 + 2 * self.q * v,)
+
+    def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
+        new = torch.addcmul(one[0] * two[0], K, K, value=-4 * self.q**2).rsqrt_()
+        if T is not None:
+            T.mul_(K).mul_(new**3).mul_(4 * self.q**2)
+        K.copy_(new)
+        return 1.0
+
+    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        root = (1 + 4 * self.q * v).rsqrt()
+        return root, 4 * self.q**2 * v * root**3
+
+
+_OWN = threading.local()
+
+
+def scratch(which: int, like: Tensor) -> Tensor:
+    """Memory of this thread's own, in the shape of `like`: fresh memory would cost as much as the arithmetic."""
+    if like.device.type != "cpu":
+        return torch.empty_like(like)
+    held: dict[Any, Tensor] = _OWN.__dict__
+    key = f"{which} {like.dtype}"
+    if key not in held or held[key].numel() < like.numel():
+        held[key] = torch.empty(like.numel(), dtype=like.dtype)
+    return held[key][: like.numel()].view(like.shape)
+
+
+def _one(like: Tensor) -> Tensor:
+    return torch.ones((), dtype=like.dtype, device=like.device)
+
+
+def recognised(function: Function) -> Activation | None:
+    """The closed form that has this function's values and slopes on thousands of points of both signs and all sizes."""
+    z = torch.cat([torch.linspace(-12, 12, 2401, dtype=torch.float64)[:, None].add(0.00123).flatten(), _SIZES, -_SIZES])
+    got = values_and_slopes(function, z)
+    at = dict(zip(("one", "minus one"), function(torch.tensor([1.0, -1.0], dtype=torch.float64)).tolist(), strict=True))
+    candidates: list[tuple[Activation, Any]] = [
+        (Rectifier(at["one"], -at["minus one"]), lambda z: torch.where(z > 0, at["one"] * z, -at["minus one"] * z)),
+        (Erf(), torch.erf),
+        (Gelu(), torch.nn.functional.gelu),
+        (Wave(-1.0, "sin"), torch.sin),
+        (Wave(1.0, "cos"), torch.cos),
+    ]
+    if 0 < at["one"] < 1:
+        q = -math.log(at["one"])
+        candidates.append((Bell(q), lambda z: (-q * z.square()).exp()))
+    for activation, candidate in candidates:
+        wanted = values_and_slopes(candidate, z)
+        if all(torch.allclose(g, w, rtol=1e-12, atol=1e-13) for g, w in zip(got, wanted, strict=True)):
+            return activation
+    return None
+
+
+_SIZES = torch.logspace(-6, 6, 121, dtype=torch.float64)
+
+
+def values_and_slopes(function: Function, z: Tensor) -> tuple[Tensor, Tensor]:
+    """s(z) and s'(z), elementwise; the slope is autograd's, as training uses it."""
+    with torch.enable_grad():
+        z = z.detach().clone().requires_grad_()
+        out = function(z * 1)
+        slope = torch.autograd.grad(out.sum(), z)[0] if out.requires_grad else torch.zeros_like(z)
+    return out.detach(), slope.detach()

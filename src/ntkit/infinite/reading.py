@@ -1,0 +1,574 @@
+"""From a tape to the layers of a limit; what has none of this kind is refused by the name of its layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ntkit.checks import refusal
+from ntkit.infinite.activations import Function, recognised
+from ntkit.infinite.layers import (
+    Everywhere,
+    Flat,
+    Graph,
+    Layer,
+    Norm,
+    Pointwise,
+    Pool,
+    Size,
+    Source,
+    Sum,
+    Weights,
+)
+from ntkit.infinite.quadrature import Tabulated
+from ntkit.infinite.tape import Op, Ref, Tape, flat, mapped, record
+from ntkit.initialisation import NORMAL, initial_std
+
+
+@dataclass
+class _Weight:
+    """A parameter times a number."""
+
+    parameter: nn.Parameter
+    factor: float
+    name: str
+
+
+@dataclass
+class _Made:
+    """Something made of parameters in another way: a layer that takes it in has no known distribution."""
+
+    name: str
+
+
+@dataclass
+class _Curve:
+    """A function, elementwise, of one value of the network."""
+
+    source: Layer
+    function: Function
+    name: str
+    layer: Layer | None = None  # once something took it in
+
+
+def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) -> Graph:
+    """Read the layers of a module off its run on a few samples.
+
+    Raises
+    ------
+    Refused
+        For a layer without an infinite-width limit of this kind, by its name, with the reason and what to do.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
+            raise _no_limit(
+                f"layer '{name}' ({type(module).__name__})",
+                "statistics over a batch or over one channel",
+                "a layer whose kernel depends on the two samples alone",
+                "Replace it by nn.GroupNorm(1, channels) or nn.LayerNorm.",
+            )
+    rows = torch.cat([x[:1], x[-1:], x[:1]])
+    tape = record(model, rows)
+    return _Reader(model, tape, w_std, b_std).graph()
+
+
+def _no_limit(subject: str, got: str, expected: str, fix: str) -> Exception:
+    return refusal(subject, got=got, expected=expected, fix=fix)
+
+
+class _Reader:
+    def __init__(self, model: nn.Module, tape: Tape, w_std: float | None, b_std: float | None) -> None:
+        self.tape, self.stds = tape, None if w_std is None else (w_std, b_std)
+        self.kinds = {name: type(m).__name__ for name, m in model.named_modules()}
+        self.values: dict[int, Any] = {0: None}  # by place: None for data, else a _Weight, _Made, Layer or _Curve
+        self.used: dict[int, str] = {}  # weights and the layer that uses them
+        self.found = Graph()
+        self.data: dict[int, Source] = {}
+        self.independent: dict[int, tuple[set[int], set[int]]] = {}
+
+    def graph(self) -> Graph:
+        """All layers up to the output."""
+        for place, op in enumerate(self.tape.ops):
+            if place == 0:
+                continue
+            if place in self.tape.parameters:
+                self.values[place] = _Weight(self.tape.parameters[place], 1.0, self.tape.names[place])
+                continue
+            self.values[place] = self._value(place, op)
+        output = self.values[self.tape.output]
+        last = self.tape.ops[self.tape.output]
+        if output is None or isinstance(output, (_Weight, _Made)):
+            raise _no_limit("the model's output", "a value without random weights", "a network", "Check its forward.")
+        layer = self._layer(output)
+        if layer.size != (1, 1) or last.out.dim() > 2:
+            raise _no_limit(
+                "the model's output",
+                f"shape {tuple(last.out.shape[1:])} for a sample",
+                "a vector of outputs",
+                "End with a pool or nn.Flatten, and a linear layer.",
+            )
+        self.found.output = self.found.layers.index(layer)
+        self.found.last_place = max((s.place for s in self.found.layers if isinstance(s, Source)), default=0)
+        return self.found
+
+    # ------------------------------------------------------------------ one call
+
+    def _value(self, place: int, op: Op) -> Any:
+        taken = [self.values[r.place] for r in op.refs]
+        weights = [v for v in taken if isinstance(v, (_Weight, _Made))]
+        inner = [v for v in taken if isinstance(v, (Layer, _Curve))]
+        if not weights and not inner:
+            if op.out is not self.tape.ops[place].out or _written(op):
+                raise self._refuse(op, "the input changed in place", "Write it without in-place operations.")
+            return None
+        if op.func in _WEIGHTED and op.refs:
+            return self._weighted(op)
+        if op.func in _NORMS:
+            return self._norm(op)
+        if weights and not inner and not any(v is None for v in taken):
+            return self._made(op, weights)
+        if op.func is F.prelu:
+            return self._curve(op, inner)
+        if weights:
+            raise self._refuse(
+                op, f"{op.name} of a parameter", "Only dense and convolution layers and affine norms are read."
+            )
+        if op.func in _SUMS:
+            return self._sum(op)
+        if op.func in _SCALINGS and len(inner) == 1 and len(taken) == 1 and (found := self._scaled(op)) is not None:
+            return found
+        if len(inner) == 1 and len(taken) == 1:
+            for functions, reading in _READINGS:
+                if op.func in functions:
+                    return reading(self, op)
+        return self._curve(op, inner)
+
+    def _where(self, op: Op) -> str:
+        return f"layer '{op.layer}' ({self.kinds[op.layer]})" if op.layer else f"{op.name} in the model's forward"
+
+    def _refuse(self, op: Op, got: str, fix: str) -> Exception:
+        return _no_limit(self._where(op), got, "an operation whose infinite-width limit is known", fix)
+
+    def _layer(self, value: Any) -> Layer:
+        """A value as a layer; a curve becomes an activation when something takes it in."""
+        if isinstance(value, Layer):
+            return value
+        assert isinstance(value, _Curve)
+        if value.layer is None:
+            known = recognised(value.function) or Tabulated(value.function, value.name)
+            value.layer = self._add(Pointwise(value.source.size, value.name, value.source, known), [value.source])
+        return value.layer
+
+    def _add(self, layer: Layer, of: list[Layer], own: int | None = None) -> Layer:
+        """Keep a layer, with the weights it is linear in (`own`, or those of its sources) and all it depends on."""
+        fresh, behind = set(), set()
+        for source in of:
+            linear, all_ = self.independent[id(source)]
+            behind |= all_
+            fresh |= linear
+        if own is not None:
+            fresh, behind = {own}, behind | {own}
+        elif isinstance(layer, (Pointwise, Norm)):
+            fresh = set()
+        self.independent[id(layer)] = (fresh, behind)
+        self.found.layers.append(layer)
+        return layer
+
+    def _source(self, place: int, op: Op) -> Source:
+        """The input, or what was made of it, where a weight layer takes it in."""
+        if place not in self.data:
+            out = self.tape.ops[place].out
+            if not out.is_floating_point():
+                raise self._refuse(op, f"{out.dtype} input", "Encode it in real numbers outside the model.")
+            size = _grid(out.shape[2:])
+            if size is None or out.dim() < 2 or out.shape[0] != 3:
+                raise self._refuse(
+                    op, f"a value of shape {tuple(out.shape)}", "Pass [n, d], [n, C, L] or [n, C, H, W]."
+                )
+            source = Source(size, self._where(self.tape.ops[place]) if place else "", place, out.shape[1])
+            self.data[place] = source
+            self._add(source, [])
+        return self.data[place]
+
+    # ------------------------------------------------------------------ weights
+
+    def _made(self, op: Op, weights: list[Any]) -> Any:
+        only = weights[0]
+        if len(weights) == 1 and isinstance(only, _Weight):
+            factor = _factor(op)
+            if factor is not None:
+                return _Weight(only.parameter, only.factor * factor, only.name)
+        return _Made(" and ".join(w.name for w in weights))
+
+    def _weighted(self, op: Op) -> Layer:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        given = dict(zip(names, op.args, strict=False)) | op.kwargs
+        x, w, b = given["input"], given["weight"], given.get("bias")
+        weight, bias = (self.values[v.place] if isinstance(v, Ref) else v for v in (w, b))
+        value = self.values[x.place] if isinstance(x, Ref) else x
+        for part, what in ((weight, "weight"), (bias, "bias")):
+            if not isinstance(part, _Weight) and (part is not None or what == "weight"):
+                got = f"a {what} made of {part.name}" if isinstance(part, _Made) else f"a {what} that is no parameter"
+                raise self._refuse(op, got, "Use the layer's own parameter, drawn at random.")
+        assert isinstance(weight, _Weight)
+        assert bias is None or isinstance(bias, _Weight)
+        if not isinstance(x, Ref) or isinstance(value, (_Weight, _Made)):
+            raise self._refuse(op, "no input", "Check the forward.")
+        source = self._source(x.place, op) if value is None else self._layer(value)
+        shape = weight.parameter.shape
+        where = self._where(op)
+        for p in (weight, bias):
+            if p is not None and id(p.parameter) in self.used:
+                got = f"the parameter '{p.name}' a second time, after {self.used[id(p.parameter)]}"
+                raise self._refuse(op, got, "Give each layer weights of its own.")
+            if p is not None:
+                self.used[id(p.parameter)] = where
+        groups = int(given.get("groups", 1))
+        if groups > 1 and (value is None or shape[1] == 1):
+            raise self._refuse(
+                op,
+                f"groups={groups} " + ("on the input" if value is None else "of one channel each"),
+                "Groups need widths of their own that can grow; use groups=1.",
+            )
+        taps = _grid(shape[2:]) or (1, 1)
+        dims = len(shape) - 2
+        stride, dilation = (_pair(given.get(k, 1), dims) for k in ("stride", "dilation"))
+        padding = given.get("padding", 0)
+        if padding == "same":
+            before = tuple((d * (k - 1)) // 2 for d, k in zip(dilation, taps, strict=True))
+        elif padding == "valid":
+            before = (0, 0)
+        else:
+            before = _pair(padding, dims, 0)
+        if dims == 0 and (op.out.dim() != 2 or source.size != (1, 1)):
+            raise self._refuse(
+                op, f"an input of shape {tuple(op.out.shape[:-1])} + features", "Flatten or pool positions before it."
+            )
+        fan_in = math.prod(shape[1:])
+        s, g, sb, gb, read = self._variances(op, weight, bias, fan_in, shape)
+        size = _grid(op.out.shape[2:]) or (1, 1)
+        layer = Weights(size, where, source, taps, stride, before, dilation, s, sb, g, gb, read)  # pyrefly: ignore
+        return self._add(layer, [source], own=id(layer))
+
+    def _variances(
+        self, op: Op, weight: _Weight, bias: _Weight | None, fan_in: int, shape: Any
+    ) -> tuple[float, float, float, float, str]:
+        """What weight and bias bring to the covariance, and what their gradients bring to the tangent kernel."""
+        trained = float(weight.parameter.requires_grad)
+        trained_bias = float(bias is not None and bias.parameter.requires_grad)
+        if self.stds is not None:
+            w, b = self.stds
+            b = 0.0 if bias is None or b is None else b
+            return w**2, w**2 * trained, b**2, b**2 * trained_bias, "as given"
+        fan_out = math.prod(shape) // shape[1]
+        std, read = _std(weight, fan_in, fan_out)
+        sb = 0.0
+        if bias is not None:
+            sb, of_bias = _std(bias, fan_in, fan_out)
+            read += f"; bias {of_bias}"
+        factor = 0.0 if bias is None else bias.factor
+        return fan_in * std**2, fan_in * weight.factor**2 * trained, sb**2, factor**2 * trained_bias, read
+
+    def _norm(self, op: Op) -> Layer:
+        layer_norm = op.func is F.layer_norm
+        names = ("input", "normalized_shape" if layer_norm else "num_groups", "weight", "bias", "eps")
+        given = dict(zip(names, op.args, strict=False)) | op.kwargs
+        x = given["input"]
+        value = self.values[x.place] if isinstance(x, Ref) else None
+        if value is None or isinstance(value, (_Weight, _Made)):
+            raise self._refuse(
+                op, "the input normalised with trained weights", "Normalise the input outside the model."
+            )
+        source = self._layer(value)
+        if not self.independent[id(source)][0]:
+            raise self._refuse(
+                op, "values that are not centred (an activation's)", "Normalise before the activation, not after it."
+            )
+        out = op.out
+        channels = out.shape[1]
+        whole = tuple(given.get("normalized_shape", out.shape[1:])) == tuple(out.shape[1:])
+        if layer_norm and not whole:
+            raise self._refuse(
+                op, f"normalized_shape {tuple(given['normalized_shape'])} of {tuple(out.shape[1:])}",
+                "Normalise over channels and positions: nn.GroupNorm(1, channels).",
+            )  # fmt: skip
+        if not layer_norm and channels // int(given["num_groups"]) == 1 and channels > 1:
+            raise self._refuse(op, "one channel in a group", "Its width cannot grow: use nn.GroupNorm(1, channels).")
+        numbers = []
+        for key, usual in (("weight", 1.0), ("bias", 0.0)):
+            found = given.get(key)
+            made = self.values[found.place] if isinstance(found, Ref) else None
+            if found is not None and not isinstance(made, _Weight):
+                raise self._refuse(op, f"a {key} that is no parameter", "Use the layer's own parameter.")
+            square = usual if made is None else float((made.parameter.detach().double() * made.factor).square().mean())
+            gain = 0.0 if made is None else made.factor**2 * float(made.parameter.requires_grad)
+            numbers += [square, gain]
+        scale, scale_gain, shift, shift_gain = numbers
+        eps = float(given.get("eps", 1e-5))
+        by_position = layer_norm and source.size != (1, 1)
+        layer = Norm(source.size, self._where(op), source, eps, scale, shift, scale_gain, shift_gain, by_position)
+        return self._add(layer, [source])
+
+    # ------------------------------------------------------------------ sums and scalings
+
+    def _sum(self, op: Op) -> Any:
+        args = list(op.args)
+        alpha = float(op.kwargs.get("alpha", 1))
+        signs = [1.0, -alpha if op.func in _DIFFERENCES else alpha]
+        if op.func is torch.Tensor.__rsub__:
+            signs = [-1.0, 1.0]
+        values = [self.values[a.place] if isinstance(a, Ref) else a for a in args[:2]]
+        if any(isinstance(v, (int, float)) and v == 0 for v in values):  # as sum() begins
+            value = next(v for v in values if not isinstance(v, (int, float)))
+            sign = signs[values.index(value)]
+            return value if sign == 1 else self._times(op, value, sign)
+        if not all(isinstance(v, (Layer, _Curve)) for v in values):
+            if any(v is None for v in values):
+                raise self._refuse(
+                    op, "the input itself added to a wide layer", "Put a weight layer on the skip: its width can grow."
+                )
+            return self._curve(op, [v for v in values if isinstance(v, (Layer, _Curve))])
+        base = [v.source if isinstance(v, _Curve) else v for v in values]
+        if base[0] is base[1] and any(isinstance(v, _Curve) for v in values):
+            return self._curve(op, values)
+        parts: dict[int, tuple[float, Layer]] = {}
+        for sign, value in zip(signs, values, strict=True):
+            layer = self._layer(value)
+            for factor, term in layer.terms if isinstance(layer, Sum) else [(1.0, layer)]:
+                parts[id(term)] = (parts.get(id(term), (0.0, term))[0] + sign * factor, term)
+        shapes = {tuple(self.tape.ops[a.place].out.shape) for a in args[:2]}
+        if len(shapes) > 1:
+            raise self._refuse(op, f"shapes {sorted(shapes)}", "Add values of one shape.")
+        terms = list(parts.values())
+        for i, (_, one) in enumerate(terms):
+            for _, two in terms[:i]:
+                self._uncorrelated(op, one, two)
+        return self._add(Sum(terms[0][1].size, self._where(op), terms), [t for _, t in terms])
+
+    def _uncorrelated(self, op: Op, one: Layer, two: Layer) -> None:
+        """One of the two must be linear in weights the other does not know: then no product of them has a mean."""
+        (fresh1, behind1), (fresh2, behind2) = (self.independent[id(v)] for v in (one, two))
+        if not (fresh1 and not fresh1 & behind2) and not (fresh2 and not fresh2 & behind1):
+            raise self._refuse(
+                op, "a sum of branches that depend on each other", "End one branch with a weight layer of its own."
+            )
+
+    def _scaled(self, op: Op) -> Layer | None:
+        factor = _factor(op)
+        return None if factor is None else self._times(op, self.values[op.refs[0].place], factor)
+
+    def _times(self, op: Op, value: Any, factor: float) -> Layer:
+        layer = self._layer(value)
+        terms = layer.terms if isinstance(layer, Sum) else [(1.0, layer)]
+        scaled: list[tuple[float, Layer]] = [(factor * f, t) for f, t in terms]
+        return self._add(Sum(layer.size, self._where(op), scaled), [layer])
+
+    # ------------------------------------------------------------------ positions
+
+    def _pool(self, op: Op) -> Layer:
+        names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        given = dict(zip(names, op.args, strict=False)) | op.kwargs
+        source = self._layer(self.values[op.refs[0].place])
+        dims = op.out.dim() - 2
+        taps = _pair(given["kernel_size"], dims)
+        stride = _pair(given.get("stride") or given["kernel_size"], dims)
+        before = _pair(given.get("padding", 0), dims, 0)
+        size = _grid(op.out.shape[2:])
+        assert size is not None
+        beyond = any(
+            (n - 1) * s + k > m + 2 * p
+            for n, s, k, m, p in zip(size, stride, taps, source.size, before, strict=True)
+        )  # fmt: skip
+        if beyond or (any(before) and not given.get("count_include_pad", True)):
+            raise self._refuse(
+                op, "windows of several sizes (ceil_mode, or padding not counted)", "Let all windows have one size."
+            )
+        divisor = float(given.get("divisor_override") or math.prod(taps))
+        return self._add(Pool(size, self._where(op), source, taps, stride, before, divisor), [source])
+
+    def _adaptive(self, op: Op) -> Layer:
+        source = self._layer(self.values[op.refs[0].place])
+        size = _grid(op.out.shape[2:])
+        assert size is not None
+        if size == (1, 1):
+            return self._add(Everywhere(size, self._where(op), source), [source])
+        if any(m % n for m, n in zip(source.size, size, strict=True)):
+            raise self._refuse(op, f"{source.size} positions to {size}", "Choose a size that divides the positions.")
+        taps = (source.size[0] // size[0], source.size[1] // size[1])
+        pool = Pool(size, self._where(op), source, taps, taps, (0, 0), float(math.prod(taps)))
+        return self._add(pool, [source])
+
+    def _mean(self, op: Op) -> Layer:
+        value = op.refs[0].place
+        dims = op.kwargs.get("dim", op.args[1] if len(op.args) > 1 else None)
+        rank = self.tape.ops[value].out.dim()
+        axes = {d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank))}
+        source = self._layer(self.values[value])
+        wanted = set(range(2, rank))
+        if axes != wanted or not wanted:
+            raise self._refuse(op, f"{op.name} over axes {sorted(axes)}", "Average over all positions, or none.")
+        layer: Layer = Everywhere((1, 1), self._where(op), source)
+        layer = self._add(layer, [source])
+        if op.func in _TOTALS:
+            scaled = Sum((1, 1), self._where(op), [(float(math.prod(source.size)), layer)])
+            layer = self._add(scaled, [layer])
+        return layer
+
+    def _view(self, op: Op) -> Layer | _Curve:
+        value = self.values[op.refs[0].place]
+        old, new = self.tape.ops[op.refs[0].place].out.shape, op.out.shape
+        if old[:2] == new[:2] and [n for n in new[2:] if n > 1] == [n for n in old[2:] if n > 1]:
+            return value
+        if tuple(new) == (old[0], math.prod(old[1:])):
+            source = self._layer(value)
+            return self._add(Flat((1, 1), self._where(op), source), [source])
+        raise self._refuse(op, f"shape {tuple(old)} to {tuple(new)}", "Only flattening to [n, features] is read.")
+
+    # ------------------------------------------------------------------ activations
+
+    def _curve(self, op: Op, inner: list[Any]) -> Any:
+        """Any function that works on each number for itself, of one value of the network."""
+        bases = {id(v.source if isinstance(v, _Curve) else v): v for v in inner}
+        if len(bases) != 1 or any(self.values[r.place] is None for r in op.refs):
+            what = "a product or mixture of two branches" if len(inner) > 1 else "a mixture of the input and a layer"
+            raise self._refuse(op, f"{op.name}, {what}", "Branches can be added, each behind a weight layer.")
+        base = inner[0].source if isinstance(inner[0], _Curve) else inner[0]
+        constants = [t for t in flat((op.args, op.kwargs)) if isinstance(t, Tensor)]
+        slopes = [self.values[r.place] for r in op.refs if isinstance(self.values[r.place], _Weight)]
+        if any(t.numel() > 1 for t in constants) or any(s.parameter.unique().numel() > 1 for s in slopes):
+            raise self._refuse(op, f"{op.name} with a number for every channel", "Use one number for all channels.")
+        functions = {
+            r.place: (lambda z: z) if isinstance(v := self.values[r.place], Layer)
+            else v.function if isinstance(v, _Curve)
+            else None
+            for r in op.refs
+        }  # fmt: skip
+
+        def function(z: Tensor) -> Tensor:
+            def put(a: Any) -> Any:
+                if isinstance(a, Ref):
+                    made = functions[a.place]
+                    if made is None:
+                        w = self.values[a.place]
+                        return (w.parameter.detach().flatten()[:1] * w.factor).to(z)
+                    return made(z)
+                return a.to(z) if isinstance(a, Tensor) and a.is_floating_point() else a
+
+            args, kwargs = mapped((op.args, op.kwargs), put)
+            return op.func(*args, **kwargs)
+
+        shape = op.out.shape
+        if tuple(shape) != tuple(self.tape.ops[op.refs[0].place].out.shape) or not _elementwise(function, shape):
+            raise self._refuse(op, f"{op.name}, which mixes channels or positions", _ADVICE.get(op.name, _GENERAL))
+        name = self._where(op)
+
+        def on_any(z: Tensor) -> Tensor:
+            return function(z.reshape(-1, *[1] * (len(shape) - 1))).reshape(z.shape)
+
+        return _Curve(base, on_any, name)
+
+
+_GENERAL = "Read are dense and convolution layers, sums, average pools, norms over channels, and elementwise functions."
+_POOLING = "Use average pooling: the maximum over positions of a Gaussian field has no kernel in closed form."
+_ADVICE = {
+    "softmax": "Attention and softmax mix channels in a way that no kernel follows; leave it to the loss.",
+    "log_softmax": "Leave it to the loss: end the model with its logits.",
+} | {name: _POOLING for name in ("max_pool2d", "max_pool1d", "boolean_dispatch", "adaptive_max_pool2d", "fn", "amax")}
+
+
+def _written(op: Op) -> bool:
+    """Whether the call wrote into one of its arguments."""
+    name = op.name
+    return (name.endswith("_") and not name.endswith("__")) or bool(op.kwargs.get("inplace")) or name == "__setitem__"
+
+
+def _elementwise(function: Function, shape: torch.Size) -> bool:
+    """By experiment: a permutation of all numbers is passed through, and one changed number changes only its own."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(shape, generator=generator, dtype=torch.float64)
+    order = torch.randperm(z.numel(), generator=generator)
+    with torch.random.fork_rng([]), torch.no_grad():
+        try:
+            out = function(z * 1).clone()
+            mixed = function(z.flatten()[order].reshape(shape)).flatten().clone()
+            other = z.clone()
+            other.flatten()[0] += 1
+            changed = function(other).flatten()
+            again = function(z * 1)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return False
+    if not isinstance(out, Tensor) or out.shape != shape or not out.is_floating_point():
+        return False
+    same = torch.allclose(out.flatten()[order], mixed, rtol=1e-12, atol=1e-12, equal_nan=True) and torch.equal(
+        out, again
+    )
+    return same and torch.allclose(changed[1:], out.flatten()[1:], rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def _std(weight: _Weight, fan_in: int, fan_out: int) -> tuple[float, str]:
+    """Standard deviation of the entries as the layer uses them, and how it was found."""
+    p = weight.parameter
+    if weight.factor != 1 and initial_std(p, fan_in, fan_out, weight.name).name == NORMAL:
+        return abs(weight.factor), NORMAL
+    found = initial_std(p.detach() * weight.factor, fan_in, fan_out, weight.name)
+    std = math.hypot(found.std, found.mean)
+    return std, found.name + (f" ± {found.error:.2%}" if found.error else "")
+
+
+def _factor(op: Op) -> float | None:
+    """The number that a call multiplies its one value by."""
+    others = [a for a in op.args if not isinstance(a, Ref)]
+    if op.func in _SAME:
+        return 1.0
+    if op.func in _NEGATED:
+        return -1.0
+    if op.func not in _SCALINGS or len(others) != 1 or op.kwargs:
+        return None
+    number = others[0]
+    if isinstance(number, Tensor):
+        number = number.item() if number.numel() == 1 else None
+    if not isinstance(number, (int, float)):
+        return None
+    if op.func in _DIVISIONS:
+        return 1 / number if isinstance(op.args[0], Ref) and number else None
+    return float(number)
+
+
+def _pair(value: Any, dims: int, missing: int = 1) -> Size:
+    """A number or one per axis, as two."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * max(dims, 1)
+    if dims == 0:
+        return (missing, missing)
+    return (missing, int(values[0])) if dims == 1 else (int(values[0]), int(values[1]))
+
+
+def _grid(shape: Any) -> Size | None:
+    """Positions as height and width."""
+    return {0: (1, 1), 1: (1, *shape), 2: tuple(shape)}.get(len(shape))  # pyrefly: ignore
+
+
+T = torch.Tensor
+_WEIGHTED = {F.linear, F.conv1d, F.conv2d, torch.conv1d, torch.conv2d}
+_NORMS = {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm}
+_DIFFERENCES = {torch.sub, torch.subtract, T.sub, T.sub_, T.__sub__, T.__isub__, T.subtract}
+_SUMS = {torch.add, T.add, T.add_, T.__add__, T.__iadd__, T.__radd__, T.__rsub__} | _DIFFERENCES
+_DIVISIONS = {torch.div, torch.true_divide, T.div, T.div_, T.__truediv__, T.__itruediv__, T.__rtruediv__}
+_SCALINGS = {torch.mul, torch.multiply, T.mul, T.mul_, T.__mul__, T.__imul__, T.__rmul__} | _DIVISIONS
+_NEGATED = {torch.neg, T.neg, T.__neg__, torch.negative}
+_SAME = {T.contiguous, T.clone, torch.clone, T.to, T.float, T.double, T.detach, T.type, T.data.__get__}  # pyrefly: ignore
+_TOTALS = {torch.sum, T.sum}
+_VIEWS = {torch.flatten, T.flatten, T.view, T.reshape, torch.reshape, T.squeeze, torch.squeeze, T.contiguous, T.clone}
+_VIEWS |= {torch.clone, T.to, T.float, T.double, torch.unsqueeze, T.unsqueeze, nn.Identity, T.type}
+_READINGS: list[tuple[set[Any], Callable[[_Reader, Op], Any]]] = [
+    ({F.avg_pool1d, F.avg_pool2d, torch.avg_pool1d}, _Reader._pool),
+    ({F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_avg_pool1d}, _Reader._adaptive),
+    ({torch.mean, T.mean, torch.sum, T.sum}, _Reader._mean),
+    (_VIEWS, _Reader._view),
+    (_NEGATED, _Reader._scaled),
+]

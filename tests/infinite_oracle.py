@@ -1,0 +1,174 @@
+"""The limit by brute force: arrays over all pairs of samples and of positions, one module at a time, no sharing of code.
+
+Activations by two-dimensional quadrature in polar coordinates (any function, kinks at 0 included). Slow; small inputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Add(nn.Module):
+    """Branches added up."""
+
+    def __init__(self, *branches):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x):
+        return sum(b(x) for b in self.branches[1:]) + self.branches[0](x)
+
+
+class Act(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+_R, _WR = np.polynomial.legendre.leggauss(160)
+_W, _WW = np.polynomial.legendre.leggauss(40)
+
+
+def gaussian(function, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """E[s(u) s(v)] and E[s'(u) s'(v)], elementwise, by quadrature over four sectors of the plane."""
+    a, b, c = torch.broadcast_tensors(a, b, c)
+    root = (a * b).sqrt().clamp(min=1e-300)
+    correlation = c / root
+    correlation = torch.where(correlation > 1 - 1e-14, torch.ones_like(c), correlation)  # rounding would be amplified
+    angle = torch.acos(correlation.clamp(-1, 1))
+    value, slope = torch.zeros_like(c), torch.zeros_like(c)
+    r = torch.from_numpy((_R + 1) * 6.5)
+    of_r = torch.from_numpy(_WR * 6.5) * r * torch.exp(-r * r / 2)
+    starts = [-math.pi / 2 + 0 * angle, angle - math.pi / 2, math.pi / 2 + 0 * angle, angle + math.pi / 2]
+    starts.append(torch.full_like(angle, 3 * math.pi / 2))
+    with torch.enable_grad():
+        for begin, end in zip(starts, starts[1:], strict=False):
+            for node, weight in zip(_W, _WW, strict=True):
+                w = begin + (end - begin) * (node + 1) / 2
+                u = (a.sqrt() * torch.cos(w))[..., None] * r
+                v = (b.sqrt() * torch.cos(w - angle))[..., None] * r
+                u, v = u.requires_grad_(), v.requires_grad_()
+                fu, fv = function(u), function(v)
+                gu, gv = torch.autograd.grad(fu.sum(), u)[0], torch.autograd.grad(fv.sum(), v)[0]
+                share = (end - begin) / 2 * weight / (2 * math.pi)
+                value += share * ((fu * fv).detach() @ of_r)
+                slope += share * ((gu * gv) @ of_r)
+    return value, slope
+
+
+class Oracle:
+    """Covariances between sides 1-2, 1-1, 2-2, [n, m, H, W, H, W] each, and the tangent kernel of 1-2."""
+
+    def __init__(self, w: float, b: float) -> None:
+        self.w2, self.b2 = w * w, b * b
+
+    def __call__(self, model: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        grids = [x.reshape(*x.shape[:2], *(1,) * (4 - x.dim()), *x.shape[2:]) for x in (x1, x2)]
+        pairs = [(0, 1), (0, 0), (1, 1)]
+        K = [torch.einsum("ichw,jcxy->ijhwxy", grids[i], grids[j]) / grids[i].shape[1] for i, j in pairs]
+        state = (*K, torch.zeros_like(K[0]))
+        K, _, _, T = self.go(model, state)
+        assert K.shape[2:] == (1, 1, 1, 1)
+        return K[:, :, 0, 0, 0, 0], T[:, :, 0, 0, 0, 0]
+
+    def go(self, m: nn.Module, s):
+        if isinstance(m, nn.Sequential):
+            for child in m:
+                s = self.go(child, s)
+            return s
+        if isinstance(m, Add):
+            branches = [self.go(b, s) for b in m.branches]
+            return tuple(sum(parts) for parts in zip(*branches, strict=True))
+        if isinstance(m, (nn.Identity, nn.Dropout)):
+            return s
+        if isinstance(m, nn.Linear):
+            return self.weights(s, s)
+        if isinstance(m, (nn.Conv1d, nn.Conv2d)):
+            two = [(1, *t) if isinstance(m, nn.Conv1d) else t for t in (m.kernel_size, m.stride, m.dilation)]
+            if m.padding == "same":  # one more behind than in front, if odd
+                total = [d * (k - 1) for d, k in zip(m.dilation, m.kernel_size, strict=True)]
+                pad = [(t // 2, t - t // 2) for t in total]
+            else:
+                pad = [(p, p) for p in m.padding]
+            pad = [(0, 0), *pad] if isinstance(m, nn.Conv1d) else pad
+            size = two[0][0] * two[0][1]
+            return self.weights(s, tuple(self.windows(t, two[0], two[1], pad, two[2]) / size for t in s))
+        if isinstance(m, (nn.AvgPool1d, nn.AvgPool2d)):
+
+            def two(v):
+                v = v if isinstance(v, tuple) else (v,) * (1 if isinstance(m, nn.AvgPool1d) else 2)
+                return v if len(v) == 2 else (1, *v)
+
+            k, st = two(m.kernel_size), two(m.stride)
+            p = m.padding if isinstance(m.padding, tuple) else (m.padding,) * (1 if isinstance(m, nn.AvgPool1d) else 2)
+            p = p if len(p) == 2 else (0, *p)
+            return tuple(self.all_windows(t, k, st, p) / (k[0] * k[1]) ** 2 for t in s)
+        if isinstance(m, (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool1d)):
+            return tuple(t.mean((2, 3, 4, 5), keepdim=True) for t in s)
+        if isinstance(m, nn.Flatten):
+            return tuple(_own(t).mean(-1).mean(-1)[..., None, None, None, None] for t in s)
+        if isinstance(m, (nn.LayerNorm, nn.GroupNorm)):
+            v1, v2 = (_own(_self(t)).mean((-1, -2)) + m.eps for t in s[1:3])
+            shape = (..., None, None, None, None)
+            scale = [(a[:, None] * b).rsqrt()[shape] for a, b in ((v1, v2), (v1, v1), (v2, v2))]
+            K = [t * r for t, r in zip(s[:3], scale, strict=True)]
+            affine = m.elementwise_affine if isinstance(m, nn.LayerNorm) else m.affine
+            extra = (K[0] + 1) if affine else 0
+            if affine and isinstance(m, nn.LayerNorm) and s[0].shape[2:] != (1, 1, 1, 1):
+                h, w = s[0].shape[2:4]
+                here = torch.eye(h * w, dtype=s[0].dtype).reshape(h, w, h, w)
+                extra = extra * here
+            return (*K, s[3] * scale[0] + extra)
+        function = m.function if isinstance(m, Act) else m
+        v1, v2 = _own(_self(s[1])), _own(_self(s[2]))  # [n, H, W]
+        one, two = v1[:, None, :, :, None, None], v2[None, :, None, None, :, :]
+        K, slope = gaussian(function, one, two, s[0])
+        K1, _ = gaussian(function, one, v1[None, :, None, None], s[1])
+        K2, _ = gaussian(function, v2[:, None, :, :, None, None], two, s[2])
+        return K, K1, K2, s[3] * slope
+
+    def weights(self, before, mixed):
+        K = [self.w2 * t + self.b2 for t in mixed[:3]]
+        return (*K, self.w2 * mixed[3] + K[0])
+
+    @staticmethod
+    def windows(t, k, stride, pad, dilation):
+        """Sums over taps, the same for both positions."""
+        h, w = t.shape[2:4]
+        sizes = zip((h, w), pad, dilation, k, stride, strict=True)
+        out = [(n + sum(p) - d * (m - 1) - 1) // s + 1 for n, p, d, m, s in sizes]
+        big = nn.functional.pad(t, (*pad[1], *pad[0]) * 2)
+        total = 0
+        for i in range(k[0]):
+            for j in range(k[1]):
+                rows = slice(i * dilation[0], i * dilation[0] + stride[0] * (out[0] - 1) + 1, stride[0])
+                columns = slice(j * dilation[1], j * dilation[1] + stride[1] * (out[1] - 1) + 1, stride[1])
+                total = total + big[:, :, rows, columns, rows, columns]
+        return total
+
+    @staticmethod
+    def all_windows(t, k, stride, pad):
+        """Sums over both windows of two positions."""
+        t = nn.functional.pad(t, (pad[1], pad[1], pad[0], pad[0]) * 2)
+        for dim, size, step in ((2, k[0], stride[0]), (3, k[1], stride[1]), (4, k[0], stride[0]), (5, k[1], stride[1])):
+            t = t.unfold(dim, size, step).sum(-1)
+        return t
+
+
+def _self(t: Tensor) -> Tensor:
+    """A sample with itself, [n, H, W, H, W]."""
+    return t.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+
+
+def _own(t: Tensor) -> Tensor:
+    """A position with itself: the last four axes to two."""
+    return t.diagonal(dim1=-4, dim2=-2).diagonal(dim1=-3, dim2=-2)

@@ -1,0 +1,261 @@
+"""The study of the kernel's limit at a toy size: numbers known from elsewhere, resumed, judged, drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import ntkit
+from ntkit.checks import Refused
+from ntkit.studies import jacot2018 as jacot
+from ntkit.studies.jacot2018 import claims, component, found, kernel, regression, setting
+
+TOY = setting.Scale(
+    rate_widths=(20, 60), rate_seeds=4, kernel_widths=(20, 200), seeds=3, inputs=8, kernel_steps=5,
+    curve_widths=(10, 40), curve_seeds=3, curve_steps=30, component_widths=(8, 30), trials=2, batch=24,
+    component_steps=40, batches=2,
+)  # fmt: skip
+PI = torch.tensor([0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1], dtype=torch.float64) * math.pi
+THETA = {  # worked out apart from this library
+    1: (0.51, 0.471940, 0.363553, 0.01, -0.343553, -0.49),
+    2: (0.52, 0.454304, 0.340534, 0.096216, -0.020961, -0.011317),
+    3: (0.4025, 0.335198, 0.249001, 0.107849, 0.052936, 0.051957),
+    4: (0.2825, 0.227084, 0.169971, 0.092702, 0.066036, 0.064354),
+}
+SIGMA_4 = (0.08125, 0.077510, 0.069867, 0.055760, 0.049239, 0.048097)
+GAUSSIAN = {  # angle / pi: mean and deviation after infinite time
+    0: (0.04393, 0.13728), 0.25: (0.24310, 0.05103), 0.5: (0.29887, 0.07400), 0.75: (0.24865, 0.03761),
+    1: (-0.04634, 0.12848), -0.25: (-0.14453, 0.05103), -0.5: (-0.29297, 0.07400),
+}  # fmt: skip
+
+
+def patched(patch, scale=TOY):
+    patch.setitem(jacot.SCALES, "quick", scale)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place, said = tmp_path_factory.mktemp("jacot") / "run", []
+
+    def stop(line):
+        said.append(line)
+        if line == "regression, width 40, seed 1":
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patched(patch)
+        with pytest.raises(KeyboardInterrupt):
+            ntkit.study("jacot2018", out=place, say=stop)
+        assert not (place / "results.json").exists()
+        first = list(said)
+        assert ntkit.study("jacot2018", out=place, say=said.append) == place
+        assert said[len(first)] == first[-1]  # what was stopped is begun again, nothing else
+        assert len(set(said)) == len(said) - 1
+        before = (place / "results.json").read_bytes()
+        again: list[str] = []
+        ntkit.study("jacot2018", out=place, say=again.append)
+        assert (place / "results.json").read_bytes() == before  # same run, same bytes
+        assert not again
+        with pytest.raises(Refused, match="another run"):
+            ntkit.study("jacot2018", scale="paper", out=place)
+        patched(patch, replace(TOY, inputs=9))
+        with pytest.raises(Refused, match="another run"):
+            ntkit.study("jacot2018", out=place)
+    return place
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+# ---------------------------------------------------------------------- numbers known from elsewhere
+
+
+@pytest.mark.parametrize("depth", THETA)
+def test_the_limit_has_the_known_values(depth):
+    found = setting.limit(depth, setting.circle(PI[:1]), setting.circle(PI))[0]
+    np.testing.assert_allclose(found, THETA[depth], atol=6e-7)
+
+
+def test_the_covariance_and_the_overlay():
+    found = setting.limit(4, setting.circle(PI[:1]), setting.circle(PI), kind="nngp")[0]
+    np.testing.assert_allclose(found, SIGMA_4, atol=6e-7)
+    overlay = kernel.overlaid()
+    assert float(overlay[kernel.ZERO]) == pytest.approx(0.2825, abs=1e-12)
+    assert int(overlay.argmax()) == kernel.ZERO
+
+
+def test_the_gaussian_of_trained_networks(monkeypatch):
+    monkeypatch.setattr(regression, "ANGLES", torch.tensor(list(GAUSSIAN), dtype=torch.float64) * math.pi)
+    found = regression.gaussian.__wrapped__()
+    np.testing.assert_allclose(found.mean, [m for m, _ in GAUSSIAN.values()], atol=6e-6)
+    np.testing.assert_allclose(found.std, [d for _, d in GAUSSIAN.values()], atol=6e-6)
+    low, middle, high = found.percentiles(regression.PERCENTILES)
+    np.testing.assert_allclose(high - low, 2 * 1.2815515655 * found.std, rtol=1e-8)
+    np.testing.assert_allclose(middle, found.mean, rtol=1e-12)
+
+
+def test_the_kernel_of_a_network_is_the_layerwise_formula():
+    """Sum over layers of (<a, a'> / n + beta^2) <d, d'>, a and d those of z = W a / sqrt(n) + beta b."""
+    x = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    twin = setting.network(x, 30, 4, seed=3)
+    linear = [layer for layer in twin.model if isinstance(layer, torch.nn.Linear)]
+    a, slopes = [x], []
+    for layer in linear[:-1]:
+        z = layer(a[-1])
+        slopes.append((z > 0).double())
+        a.append(z.relu())
+    d = [torch.ones(5, 1, dtype=torch.float64)]
+    for layer, slope in zip(linear[:0:-1], slopes[::-1], strict=True):
+        d.insert(0, d[0] @ layer.weight * slope)
+    expected = sum((u @ u.T / u.shape[1] + setting.BETA**2) * (v @ v.T) for u, v in zip(a, d, strict=True))
+    torch.testing.assert_close(twin(x), expected.detach(), rtol=1e-12, atol=1e-14)
+    assert [tuple(layer.weight.shape) for layer in linear] == [(30, 2), (30, 30), (30, 30), (1, 30)]
+
+
+def test_training_is_gradient_descent_on_half_the_mean_square():
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1)).double()
+    y, seen = x[:, 0] * x[:, 1], []
+    twin = setting.network(x, 4000, 2, seed=0)
+    K, f = twin(x), twin.model(x)[:, 0].detach()
+    setting.descend(twin, x, y, 40, lambda step, out: seen.append(out))
+    assert len(seen) == 41
+    steps = torch.linalg.matrix_power(torch.eye(6, dtype=torch.float64) - K / 6, 40)
+    torch.testing.assert_close(seen[-1], y + steps @ (f - y), rtol=0, atol=0.03)  # a wide network is nearly linear
+    assert (seen[-1] - seen[0]).abs().max() > 0.5
+
+
+def test_draws_of_the_gaussian_are_inside_four_times_in_five():
+    shares = regression.inside(regression.gaussian().sample(3000, seed=7).numpy())
+    assert np.mean(shares) == pytest.approx(0.8, abs=4 * np.std(shares) / 3000**0.5)
+    assert regression.spread() == pytest.approx(np.std(shares), rel=0.05)
+    assert 0.05 < regression.spread() < 0.4
+
+
+def test_the_component_that_is_learned(folder):
+    work = setting.Work(TOY, folder, None, lambda line: pytest.fail("made again"))
+    part, eigen = component.learned(work, "digits", 30, 1), component.eigenvalues(work, "digits")
+    vectors = eigen.arrays["components"]
+    np.testing.assert_allclose(vectors.T @ vectors / TOY.batch, np.eye(3), atol=1e-10)
+    assert part.arrays["g"][0] == pytest.approx(0.5, abs=1e-6)
+    assert part.arrays["h"][0] < 1e-6
+    assert part.numbers["steps"][-1] == TOY.component_steps
+    assert part.numbers["pythagoras"] < 1e-12
+    values = eigen.numbers["values"]["5 0.1"][0]
+    x, _ = component.digits(work, "digits")
+    full = torch.linalg.eigvalsh(setting.limit(5, x)).flip(0)[:3] / TOY.batch
+    np.testing.assert_allclose(values, full, rtol=1e-9)
+    rate = component._along(setting.limit(5, x), torch.from_numpy(vectors[:, 1]))
+    assert rate == pytest.approx(values[1], rel=1e-9)
+    assert component.expected(0.1, np.array([0, 10]))[1] == pytest.approx(0.5 / math.e)
+
+
+def test_printed_eigenvalues_on_mnist(shared_data, tmp_path):
+    work = setting.Work(replace(TOY, batch=512), tmp_path, shared_data / "mnist", print)
+    x, labels = component.digits(work, "mnist")
+    assert x.shape == (512, 784)
+    assert labels.unique().numel() == 10
+    assert 0 <= float(x.min()) < float(x.max()) <= 1
+    fits = {depth: component.components(x, depth)[0].numpy() / component.PAPER for depth in component.DEPTHS}
+    assert abs(fits[5] - 1).max() < 0.15
+    assert abs(fits[4] - 1).max() > 0.3
+
+
+# ---------------------------------------------------------------------- the study
+
+
+def test_every_claim_has_a_number_and_a_verdict(folder):
+    told = results(folder)
+    assert len(told["claims"]) == 13
+    assert all(c["claim"] and any(ch.isdigit() for ch in c["number"]) and c["how"] for c in told["claims"])
+    assert all(c["holds"] in (True, False, None) for c in told["claims"])
+    assert "0.282500" in told["claims"][0]["number"]
+    assert [c["holds"] for c in told["claims"] if "eigenvalues are" in c["claim"]] == [None, None]  # not MNIST
+    assert json.loads((folder / "run.json").read_text())["status"] == "complete"
+    assert told["sets"] == ["digits"]
+
+
+def test_the_page_has_all_sections(folder):
+    told, page = results(folder), (folder / "report.html").read_text()
+    titles = [section["title"] for section in told["sections"]]
+    assert [title.split(":")[0] for title in titles] == ["Figure 1", "Figure 2", "Figure 3a", "Figures 3b and 3c"]
+    assert all(title in page for title in titles)
+    assert all(text in page.replace("&#39;", "'") for text in told["departures"][:1])
+    figure = told["sections"][0]["items"][0]
+    assert [panel["heading"] for panel in figure["panels"]] == ["n = 20", "n = 200"]
+    assert len(figure["panels"][0]["series"]) == TOY.seeds + 1
+    part = json.loads((folder / "parts" / "kernel-20-seed-0.json").read_text())
+    start = figure["panels"][0]["series"][0]
+    assert start["name"] == "random networks"
+    assert start["y"][kernel.ZERO] == pytest.approx(part["before_at_0"], rel=1e-4)
+
+
+def test_claims_can_fail(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patched(patch)
+        told = jacot._experiments(setting.Work(TOY, folder, None, lambda line: None), TOY, "digits")
+    places = {c["claim"]: i for i, c in enumerate(claims.judge(TOY, told))}
+
+    def holds(words, **changes):
+        (place,) = (i for claim, i in places.items() if words in claim)
+        return claims.judge(TOY, replace(told, **changes))[place]["holds"]
+
+    def rate(**numbers):
+        return {"rate": setting.Part(told.rate.numbers | numbers, {})}
+
+    assert holds("tends to a limit that is known", **rate(agrees=True))
+    assert not holds("tends to a limit that is known", **rate(limit_at_0=0.2826, agrees=True))
+    assert not holds("tends to a limit that is known", **rate(agrees=False))
+    assert holds("spread less", **rate(slope=-0.45, slope_error=0.05))
+    assert not holds("spread less", **rate(slope=-0.3, slope_error=0.05))
+
+    def kernels(narrow, wide, shift=0.0):
+        of = {20: narrow, 200: wide}
+        return {
+            n: [
+                setting.Part(part.numbers | {"inflation": of[n] + i / 100}, {"curves": part.arrays["curves"] + shift})
+                for i, part in enumerate(parts)
+            ]
+            for n, parts in told.kernels.items()
+        }
+
+    assert holds("inflates", kernels=kernels(0.19, 0.04))
+    assert not holds("inflates", kernels=kernels(0.19, 0.06))
+    assert not holds("inflates", kernels=kernels(0.03, 0.02))
+    assert not holds("nearly the same", kernels=kernels(0.19, 0.04, shift=10.0))
+    mean, deviation = regression.gaussian().mean.numpy(), regression.gaussian().std.numpy()
+
+    def curves(*off):
+        parts = [setting.Part({"off": 0.0}, {"curve": mean + z * deviation}) for z in off]
+        return {"curves": {10: parts, 40: parts}}
+
+    assert holds("80 %", **curves(-1, 0.5, 1))
+    assert not holds("80 %", **curves(-2, 1.5, 3))
+    assert holds("Narrow networks agree", **curves(-1, 0.5, 1))
+    assert not holds("Narrow networks agree", **curves(1.9, 2, 2.1))
+    steps = told.learned[8][0].numbers["steps"]
+
+    def learned(fast, aside):
+        parts = {}
+        for n in (8, 30):
+            g = component.expected(fast[n] * found.own_rate(told), np.asarray(steps))
+            parts[n] = [setting.Part({"steps": steps, "rates": [0, 0]}, {"g": g, "h": 0 * g + aside[n]})] * 2
+        return {"learned": parts}
+
+    for words in ("tends to exp", "beside the component", "Narrower networks converge"):
+        assert holds(words, **learned({8: 300, 30: 150}, {8: 0.2, 30: 0.1}))
+        assert not holds(words, **learned({8: 150, 30: 300}, {8: 0.1, 30: 0.2}))
+    assert not holds("Narrower networks converge", **learned({8: 0.9, 30: 0.95}, {8: 0.2, 30: 0.1}))
+    eigen = told.eigenvalues.numbers
+    values = {key: [list(component.PAPER), [v * 1.1 for v in component.PAPER]] for key in eigen["values"]}
+    mnist = {"data": "mnist", "eigenvalues": setting.Part(eigen | {"values": values, "mean_1": 0.9}, {})}
+    assert holds("eigenvalues are 0.0457, 0.00108 and 0.00078: 5", **mnist)
+    assert not holds("almost constant", **mnist)
+    assert not holds("about ten times", **mnist)
+    values["5 0.1"] = [[v * f for v in component.PAPER] for f in (1.5, 1.6)]
+    assert not holds("eigenvalues are 0.0457, 0.00108 and 0.00078: 5", **mnist)
