@@ -64,9 +64,8 @@ IMAGES = {
         R(),
         nn.Linear(8, 1),
     ),
-    "pool, then activation": lambda: (
+    "pool between weights and activation": lambda: (
         conv(2, 8, padding=1),
-        R(),
         nn.AvgPool2d(2),
         R(),
         conv(8, 8, padding=1),
@@ -161,6 +160,12 @@ VECTORS = {
         Add(nn.Linear(6, 8), nn.Sequential(nn.Linear(6, 8), R(), nn.Linear(8, 8))), nn.GELU(), nn.Linear(8, 1)
     ),
     "dropout": lambda: mlp(nn.Sequential(R(), nn.Dropout(0.5)), nn.Tanh()),
+    "sum with an activation": lambda: nn.Sequential(
+        nn.Linear(6, 8), R(), Add(nn.Identity(), nn.Linear(8, 8)), nn.Linear(8, 8), R(), nn.Linear(8, 1)
+    ),
+    "dropout between weights and norm": lambda: nn.Sequential(
+        nn.Linear(6, 8), nn.Dropout(0.5), nn.LayerNorm(8), R(), nn.Linear(8, 1)
+    ),
     "no hidden layer": lambda: nn.Linear(6, 1),
     "ends in an activation": lambda: nn.Sequential(nn.Linear(6, 8), nn.Softplus()),
 }
@@ -573,6 +578,26 @@ REFUSED = {
         nn.Sequential(nn.Linear(6, 8), R(), nn.LayerNorm(8), nn.Linear(8, 1)),
         V1,
         r"layer '2' \(LayerNorm\).*before the activation",
+    ),
+    "activation of a pooled activation": (
+        nn.Sequential(conv(2, 8), R(), nn.AvgPool2d(2), nn.Tanh(), *head()),
+        X1,
+        r"layer '3' \(Tanh\).*not Gaussian",
+    ),
+    "activation behind a flatten": (
+        nn.Sequential(conv(2, 8), nn.Flatten(), R(), nn.Linear(48, 1)),
+        X1,
+        r"layer '2' \(ReLU\).*in front of nn.Flatten",
+    ),
+    "activation of a sum with one": (
+        nn.Sequential(nn.Linear(6, 8), R(), Add(nn.Identity(), nn.Linear(8, 8)), R(), nn.Linear(8, 1)),
+        V1,
+        r"layer '3' \(ReLU\).*not Gaussian",
+    ),
+    "norm of a sum with one": (
+        nn.Sequential(nn.Linear(6, 8), R(), Add(nn.Identity(), nn.Linear(8, 8)), nn.LayerNorm(8), nn.Linear(8, 1)),
+        V1,
+        r"layer '3' \(LayerNorm\).*not centred",
     ),
     "depthwise": (
         nn.Sequential(conv(2, 8), R(), conv(8, 8, 1, groups=8), *head()),

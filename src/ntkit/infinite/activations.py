@@ -49,7 +49,7 @@ class Rectifier(Activation):
     """
 
     def __init__(self, p: float, q: float) -> None:
-        self.even, self.odd = ((p - q) / 2) ** 2, ((p + q) / 2) ** 2
+        self.slope, self.even, self.odd = p, ((p - q) / 2) ** 2, ((p + q) / 2) ** 2
         self.name = f"piecewise linear, slopes {p:g} and {q + 0.0:g}"
 
     def state(self, v: Tensor) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ntkit.checks import refusal
-from ntkit.infinite.activations import Function, recognised
+from ntkit.infinite.activations import Function, Rectifier, recognised
 from ntkit.infinite.layers import (
     Everywhere,
     Flat,
@@ -91,6 +91,7 @@ class _Reader:
         self.found = Graph()
         self.data: dict[int, Source] = {}
         self.independent: dict[int, tuple[set[int], set[int]]] = {}
+        self.gaussian: set[int] = set()  # layers whose channels are independent draws of one Gaussian field
 
     def graph(self) -> Graph:
         """All layers up to the output."""
@@ -161,7 +162,23 @@ class _Reader:
             return value
         assert isinstance(value, _Curve)
         if value.layer is None:
-            known = recognised(value.function) or Tabulated(value.function, value.name)
+            known = recognised(value.function)
+            if isinstance(known, Rectifier) and known.even == 0:  # the identity, such as dropout in eval mode
+                terms = [(known.slope, value.source)]
+                value.layer = (
+                    value.source
+                    if known.slope == 1
+                    else self._add(Sum(value.source.size, value.name, terms), [value.source])
+                )
+                return value.layer
+            if id(value.source) not in self.gaussian:
+                raise _no_limit(
+                    value.name,
+                    "values that are not Gaussian (behind an activation, a sum with one, or nn.Flatten)",
+                    "the outputs of weight layers, their sums, pools and norms",
+                    "Put a weight layer in front of the activation, or the activation in front of nn.Flatten.",
+                )
+            known = known or Tabulated(value.function, value.name)
             value.layer = self._add(Pointwise(value.source.size, value.name, value.source, known), [value.source])
         return value.layer
 
@@ -174,9 +191,12 @@ class _Reader:
             fresh |= linear
         if own is not None:
             fresh, behind = {own}, behind | {own}
-        elif isinstance(layer, (Pointwise, Norm)):
+        elif isinstance(layer, Pointwise):
             fresh = set()
         self.independent[id(layer)] = (fresh, behind)
+        linear = isinstance(layer, (Sum, Pool, Everywhere, Norm)) and all(id(s) in self.gaussian for s in of)
+        if own is not None or linear:
+            self.gaussian.add(id(layer))
         self.found.layers.append(layer)
         return layer
 
@@ -286,7 +306,7 @@ class _Reader:
                 op, "the input normalised with trained weights", "Normalise the input outside the model."
             )
         source = self._layer(value)
-        if not self.independent[id(source)][0]:
+        if id(source) not in self.gaussian and not (isinstance(source, Flat) and id(source.source) in self.gaussian):
             raise self._refuse(
                 op, "values that are not centred (an activation's)", "Normalise before the activation, not after it."
             )
