@@ -75,8 +75,9 @@ class Oracle:
         grids = [x.reshape(*x.shape[:2], *(1,) * (4 - x.dim()), *x.shape[2:]) for x in (x1, x2)]
         pairs = [(0, 1), (0, 0), (1, 1)]
         K = [torch.einsum("ichw,jcxy->ijhwxy", grids[i], grids[j]) / grids[i].shape[1] for i, j in pairs]
-        state = (*K, torch.zeros_like(K[0]))
-        K, _, _, T = self.go(model, state)
+        state = (*K, torch.zeros_like(K[0]), torch.zeros_like(K[0]))
+        K, _, _, T, late = self.go(model, state)
+        T = T + late * K
         assert K.shape[2:] == (1, 1, 1, 1)
         return K[:, :, 0, 0, 0, 0], T[:, :, 0, 0, 0, 0]
 
@@ -91,7 +92,7 @@ class Oracle:
         if isinstance(m, (nn.Identity, nn.Dropout)):
             return s
         if isinstance(m, nn.Linear):
-            return self.weights(s, s)
+            return self.weights(s, joined(s))
         if isinstance(m, (nn.Conv1d, nn.Conv2d)):
             two = [(1, *t) if isinstance(m, nn.Conv1d) else t for t in (m.kernel_size, m.stride, m.dilation)]
             if m.padding == "same":  # one more behind than in front, if odd
@@ -101,7 +102,7 @@ class Oracle:
                 pad = [(p, p) for p in m.padding]
             pad = [(0, 0), *pad] if isinstance(m, nn.Conv1d) else pad
             size = two[0][0] * two[0][1]
-            return self.weights(s, tuple(self.windows(t, two[0], two[1], pad, two[2]) / size for t in s))
+            return self.weights(s, tuple(self.windows(t, two[0], two[1], pad, two[2]) / size for t in joined(s)))
         if isinstance(m, (nn.AvgPool1d, nn.AvgPool2d)):
 
             def two(v):
@@ -111,34 +112,34 @@ class Oracle:
             k, st = two(m.kernel_size), two(m.stride)
             p = m.padding if isinstance(m.padding, tuple) else (m.padding,) * (1 if isinstance(m, nn.AvgPool1d) else 2)
             p = p if len(p) == 2 else (0, *p)
-            return tuple(self.all_windows(t, k, st, p) / (k[0] * k[1]) ** 2 for t in s)
+            return tuple(self.all_windows(t, k, st, p) / (k[0] * k[1]) ** 2 for t in joined(s))
         if isinstance(m, (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool1d)):
-            return tuple(t.mean((2, 3, 4, 5), keepdim=True) for t in s)
+            return tuple(t.mean((2, 3, 4, 5), keepdim=True) for t in joined(s))
         if isinstance(m, nn.Flatten):
-            return tuple(_own(t).mean(-1).mean(-1)[..., None, None, None, None] for t in s)
+            return tuple(_own(t).mean(-1).mean(-1)[..., None, None, None, None] for t in joined(s))
         if isinstance(m, (nn.LayerNorm, nn.GroupNorm)):
             v1, v2 = (_own(_self(t)).mean((-1, -2)) + m.eps for t in s[1:3])
             shape = (..., None, None, None, None)
             scale = [(a[:, None] * b).rsqrt()[shape] for a, b in ((v1, v2), (v1, v1), (v2, v2))]
             K = [t * r for t, r in zip(s[:3], scale, strict=True)]
             affine = m.elementwise_affine if isinstance(m, nn.LayerNorm) else m.affine
-            extra = (K[0] + 1) if affine else 0
+            here = torch.full_like(K[0], float(affine))
             if affine and isinstance(m, nn.LayerNorm) and s[0].shape[2:] != (1, 1, 1, 1):
                 h, w = s[0].shape[2:4]
-                here = torch.eye(h * w, dtype=s[0].dtype).reshape(h, w, h, w)
-                extra = extra * here
-            return (*K, s[3] * scale[0] + extra)
+                here = here * torch.eye(h * w, dtype=s[0].dtype).reshape(h, w, h, w)
+            return (*K, s[3] * scale[0] + here, here)  # the last: of the weight, still to meet the next slope
         function = m.function if isinstance(m, Act) else m
         v1, v2 = _own(_self(s[1])), _own(_self(s[2]))  # [n, H, W]
         one, two = v1[:, None, :, :, None, None], v2[None, :, None, None, :, :]
         K, slope = gaussian(function, one, two, s[0])
         K1, _ = gaussian(function, one, v1[None, :, None, None], s[1])
         K2, _ = gaussian(function, v2[:, None, :, :, None, None], two, s[2])
-        return K, K1, K2, s[3] * slope
+        late, _ = gaussian(lambda z: z * slope_of(function, z), one, two, s[0])
+        return K, K1, K2, s[3] * slope + s[4] * late, torch.zeros_like(K)
 
     def weights(self, before, mixed):
-        K = [self.w2 * t + self.b2 for t in mixed[:3]]
-        return (*K, self.w2 * mixed[3] + K[0])
+        K = [self.w2 * t + self.b2 for t in mixed[:3]]  # what a norm's weight brought is in `mixed` by now
+        return (*K, self.w2 * mixed[3] + K[0], torch.zeros_like(K[0]))
 
     @staticmethod
     def windows(t, k, stride, pad, dilation):
@@ -162,6 +163,17 @@ class Oracle:
         for dim, size, step in ((2, k[0], stride[0]), (3, k[1], stride[1]), (4, k[0], stride[0]), (5, k[1], stride[1])):
             t = t.unfold(dim, size, step).sum(-1)
         return t
+
+
+def slope_of(function, z: Tensor) -> Tensor:
+    """s'(z), differentiable."""
+    at = z if z.requires_grad else z.detach().requires_grad_()
+    return torch.autograd.grad(function(at).sum(), at, create_graph=True)[0]
+
+
+def joined(s):
+    """A norm's weight that met no activation: its share of the tangent kernel is its own covariance."""
+    return (*s[:3], s[3] + s[4] * s[0], torch.zeros_like(s[4]))
 
 
 def _self(t: Tensor) -> Tensor:

@@ -163,6 +163,12 @@ VECTORS = {
     "sum with an activation": lambda: nn.Sequential(
         nn.Linear(6, 8), R(), Add(nn.Identity(), nn.Linear(8, 8)), nn.Linear(8, 8), R(), nn.Linear(8, 1)
     ),
+    "layer norm, tanh, layer norm": lambda: nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8), nn.ELU(), nn.Linear(8, 1)
+    ),
+    "layer norm, then weights": lambda: nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8), R(), nn.Linear(8, 1)
+    ),
     "dropout between weights and norm": lambda: nn.Sequential(
         nn.Linear(6, 8), nn.Dropout(0.5), nn.LayerNorm(8), R(), nn.Linear(8, 1)
     ),
@@ -598,6 +604,11 @@ REFUSED = {
         nn.Sequential(nn.Linear(6, 8), R(), Add(nn.Identity(), nn.Linear(8, 8)), nn.LayerNorm(8), nn.Linear(8, 1)),
         V1,
         r"layer '3' \(LayerNorm\).*not centred",
+    ),
+    "pool behind a trained norm": (
+        nn.Sequential(conv(2, 8), nn.GroupNorm(1, 8), nn.AvgPool2d(2), R(), *head()),
+        X1,
+        r"layer '3' \(ReLU\).*freeze its weight",
     ),
     "depthwise": (
         nn.Sequential(conv(2, 8), R(), conv(8, 8, 1, groups=8), *head()),

@@ -184,6 +184,18 @@ def scratch(which: int, like: Tensor) -> Tensor:
     return held[key][: like.numel()].view(like.shape)
 
 
+def weighted(function: Function) -> Function:
+    """Give z s'(z) for a function s."""
+
+    def times_slope(z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            at = z if z.requires_grad else z.detach().requires_grad_()
+            slope = torch.autograd.grad(function(at * 1).sum(), at, create_graph=True, allow_unused=True)[0]
+            return at * (0 if slope is None else slope)
+
+    return times_slope
+
+
 def _one(like: Tensor) -> Tensor:
     return torch.ones((), dtype=like.dtype, device=like.device)
 

@@ -46,10 +46,15 @@ class Weights(Layer):
 
 @dataclass
 class Pointwise(Layer):
-    """An activation."""
+    """An activation.
+
+    weighted : that of z s'(z), for the trained weight of a norm right in front: what a unit gets from it is in
+        proportion to the unit's own value, so that it meets the slope s' of that very value.
+    """
 
     source: Layer
     activation: Activation
+    weighted: Activation | None = None
 
 
 @dataclass
@@ -88,14 +93,14 @@ class Flat(Layer):
 class Norm(Layer):
     """Divided by the root mean square over channels and positions, then an affine map of each channel.
 
-    scale, shift : mean squares of its weight and bias. scale_gain, shift_gain : 1 where they are trained.
+    scale : square of its weight, the same for all channels; its bias is 0.
+    scale_gain, shift_gain : 1 where weight and bias are trained.
     by_position : its weights belong to a position each.
     """
 
     source: Layer
     eps: float
     scale: float
-    shift: float
     scale_gain: float
     shift_gain: float
     by_position: bool

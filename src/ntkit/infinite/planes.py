@@ -239,19 +239,44 @@ def _accumulated(x: Tensor, places: list[tuple[slice, slice]], dim: int, count: 
 def _pointwise(planes: Planes, layer: Pointwise, offset: Offset) -> tuple[Tensor, float]:
     out = planes(layer.source, offset)
     T = out[1] if len(out) > 1 else None
-    own = planes.one.own[id(layer)] if planes.same and offset == (0, 0) else None
+    if T is not None and isinstance(s := layer.source, Norm) and layer.weighted is not None:
+        if offset != (0, 0) and s.by_position:
+            return _applied(planes, layer, offset, out)
+        return _behind_norm(planes, layer, offset, out), 1.0
+    return _applied(planes, layer, offset, out)
+
+
+def _behind_norm(planes: Planes, layer: Pointwise, offset: Offset, out: Tensor) -> Tensor:
+    """An activation of a trained norm: the share of the norm's weight is E[u s'(u) v s'(v)], not E[u v] E[s' s']."""
+    share = layer.source.scale_gain / layer.source.scale  # pyrefly: ignore
+    out[1].sub_(out[0], alpha=share)
+    extra = out[:1].clone()
+    out, factor = _applied(planes, layer, offset, out)
+    out.mul_(factor)
+    extra, factor = _applied(planes, layer, offset, extra, weighted=True)
+    out[1].add_(extra[0], alpha=share * factor)
+    return out
+
+
+def _applied(
+    planes: Planes, layer: Pointwise, offset: Offset, out: Tensor, weighted: bool = False
+) -> tuple[Tensor, float]:
+    activation, key = (layer.weighted, -id(layer)) if weighted else (layer.activation, id(layer))
+    assert activation is not None
+    T = out[1] if len(out) > 1 else None
+    own = planes.one.own[key] if planes.same and offset == (0, 0) else None
     if own is not None and planes.paired:
         out[0].copy_(own[0][..., None])
         if T is not None:
             T.mul_(own[1][..., None])
         return out, 1.0
-    one, two = planes.sides(offset, layer.size, planes.one.states[id(layer)], planes.two.states[id(layer)])
+    one, two = planes.sides(offset, layer.size, planes.one.states[key], planes.two.states[key])
     if own is None:
-        return out, layer.activation.apply(out[0], T, one, two)
+        return out, activation.apply(out[0], T, one, two)
     # of each sample with itself without rounding
     shown = [None if t is None else t.diagonal(planes.first, -2, -1) for t in (out[0], T)]
     tangent = None if shown[1] is None else shown[1].clone()
-    factor = layer.activation.apply(out[0], T, one, two)
+    factor = activation.apply(out[0], T, one, two)
     shown[0].copy_(own[0] / factor)  # pyrefly: ignore
     if tangent is not None:
         shown[1].copy_(tangent.mul_(own[1]).div_(factor))  # pyrefly: ignore
@@ -280,7 +305,7 @@ def _norm(planes: Planes, layer: Norm, offset: Offset) -> Tensor:
         out[1].mul_(layer.scale)
         if not layer.by_position or offset == (0, 0):
             out[1].add_(K, alpha=layer.scale_gain).add_(layer.shift_gain)
-    K.mul_(layer.scale).add_(layer.shift if not layer.by_position or offset == (0, 0) else 0.0)
+    K.mul_(layer.scale)
     return out
 
 
@@ -377,6 +402,8 @@ def prepared(graph: Graph, data: dict[int, Tensor], cells: int) -> Side:
         if isinstance(layer, Pointwise):
             v = planes(layer.source)[0][..., 0]
             side.states[id(layer)], side.own[id(layer)] = layer.activation.state(v), layer.activation.own(v)
+            if layer.weighted is not None:
+                side.states[-id(layer)], side.own[-id(layer)] = layer.weighted.state(v), layer.weighted.own(v)
         elif isinstance(layer, Norm):
             v = planes(layer.source)[0][..., 0]
             side.states[id(layer)] = ((v.mean((0, 1), keepdim=True) + layer.eps).rsqrt(),)

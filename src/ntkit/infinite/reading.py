@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ntkit.checks import refusal
-from ntkit.infinite.activations import Function, Rectifier, recognised
+from ntkit.infinite.activations import Activation, Function, Rectifier, recognised, weighted
 from ntkit.infinite.layers import (
     Everywhere,
     Flat,
@@ -91,6 +91,7 @@ class _Reader:
         self.found = Graph()
         self.data: dict[int, Source] = {}
         self.independent: dict[int, tuple[set[int], set[int]]] = {}
+        self.trained_norms: set[int] = set()  # layers that pass on what a norm with a trained weight gives
         self.gaussian: set[int] = set()  # layers whose channels are independent draws of one Gaussian field
 
     def graph(self) -> Graph:
@@ -179,8 +180,24 @@ class _Reader:
                     "Put a weight layer in front of the activation, or the activation in front of nn.Flatten.",
                 )
             known = known or Tabulated(value.function, value.name)
-            value.layer = self._add(Pointwise(value.source.size, value.name, value.source, known), [value.source])
+            value.layer = self._add(
+                Pointwise(value.source.size, value.name, value.source, known, self._weighted_by(value)), [value.source]
+            )
         return value.layer
+
+    def _weighted_by(self, value: _Curve) -> Activation | None:
+        """For an activation right behind a norm with a trained weight, that of z s'(z)."""
+        if id(value.source) not in self.trained_norms:
+            return None
+        if not isinstance(value.source, Norm) or id(value.source.source) in self.trained_norms:
+            raise _no_limit(
+                value.name,
+                "a sum, pool or norm of what a norm with a trained weight gives",
+                "the activation right behind such a norm",
+                "Make the norm without affine weights, or freeze its weight.",
+            )
+        function = weighted(value.function)
+        return recognised(function) or Tabulated(function, value.name)
 
     def _add(self, layer: Layer, of: list[Layer], own: int | None = None) -> Layer:
         """Keep a layer, with the weights it is linear in (`own`, or those of its sources) and all it depends on."""
@@ -197,6 +214,9 @@ class _Reader:
         linear = isinstance(layer, (Sum, Pool, Everywhere, Norm)) and all(id(s) in self.gaussian for s in of)
         if own is not None or linear:
             self.gaussian.add(id(layer))
+        passed = linear and any(id(s) in self.trained_norms for s in of)
+        if passed or (isinstance(layer, Norm) and layer.scale_gain):
+            self.trained_norms.add(id(layer))
         self.found.layers.append(layer)
         return layer
 
@@ -320,19 +340,25 @@ class _Reader:
             )  # fmt: skip
         if not layer_norm and channels // int(given["num_groups"]) == 1 and channels > 1:
             raise self._refuse(op, "one channel in a group", "Its width cannot grow: use nn.GroupNorm(1, channels).")
-        numbers = []
+        gains = []
+        scale = 1.0
         for key, usual in (("weight", 1.0), ("bias", 0.0)):
             found = given.get(key)
             made = self.values[found.place] if isinstance(found, Ref) else None
             if found is not None and not isinstance(made, _Weight):
                 raise self._refuse(op, f"a {key} that is no parameter", "Use the layer's own parameter.")
-            square = usual if made is None else float((made.parameter.detach().double() * made.factor).square().mean())
-            gain = 0.0 if made is None else made.factor**2 * float(made.parameter.requires_grad)
-            numbers += [square, gain]
-        scale, scale_gain, shift, shift_gain = numbers
+            gains.append(0.0 if made is None else made.factor**2 * float(made.parameter.requires_grad))
+            if made is None or self.stds is not None:  # as it is made
+                continue
+            numbers = made.parameter.detach().double() * made.factor
+            if float(numbers.max()) != float(numbers.min()) or (key == "bias" and float(numbers.max()) != usual):
+                raise self._refuse(op, f"a trained {key}", "Call its reset_parameters(), or give w_std and b_std.")
+            scale = float(numbers.flatten()[0]) ** 2 if key == "weight" else scale
+        if scale == 0:
+            raise self._refuse(op, "a weight of zeros", "Its output is 0: start from another weight.")
         eps = float(given.get("eps", 1e-5))
         by_position = layer_norm and source.size != (1, 1)
-        layer = Norm(source.size, self._where(op), source, eps, scale, shift, scale_gain, shift_gain, by_position)
+        layer = Norm(source.size, self._where(op), source, eps, scale, gains[0], gains[1], by_position)
         return self._add(layer, [source])
 
     # ------------------------------------------------------------------ sums and scalings
