@@ -25,6 +25,7 @@ from ntkit.infinite.layers import (
     Source,
     Sum,
     Weights,
+    sources,
 )
 from ntkit.infinite.quadrature import Tabulated
 from ntkit.infinite.tape import Op, Ref, Tape, flat, mapped, record
@@ -52,9 +53,11 @@ class _Curve:
     """A function, elementwise, of one value of the network."""
 
     source: Layer
-    function: Function
+    function: Function | None  # None: the identity
     name: str
+    factor: float = 1.0  # that it is multiplied by
     layer: Layer | None = None  # once something took it in
+    root: _Curve | None = None  # the same without its factor
 
 
 def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) -> Graph:
@@ -91,6 +94,7 @@ class _Reader:
         self.found = Graph()
         self.data: dict[int, Source] = {}
         self.independent: dict[int, tuple[set[int], set[int]]] = {}
+        self.centred: set[int] = set()  # layers of mean zero over their channels
 
     def graph(self) -> Graph:
         """All layers up to the output."""
@@ -106,6 +110,13 @@ class _Reader:
         if output is None or isinstance(output, (_Weight, _Made)):
             raise _no_limit("the model's output", "a value without random weights", "a network", "Check its forward.")
         layer = self._layer(output)
+        if _has_flat(layer):
+            raise _no_limit(
+                "the model's output",
+                "flattened positions, whose kernels differ",
+                "a vector of outputs that all have the same kernel",
+                "End with a linear layer.",
+            )
         if layer.size != (1, 1) or last.out.dim() > 2:
             raise _no_limit(
                 "the model's output",
@@ -124,9 +135,15 @@ class _Reader:
         weights = [v for v in taken if isinstance(v, (_Weight, _Made))]
         inner = [v for v in taken if isinstance(v, (Layer, _Curve))]
         if not weights and not inner:
-            if op.out is not self.tape.ops[place].out or _written(op):
+            if op.writes:
                 raise self._refuse(op, "the input changed in place", "Write it without in-place operations.")
             return None
+        if op.stopped or (op.func == _DATA and inner):
+            raise self._refuse(
+                op,
+                f"{op.name} where no gradients flow (torch.no_grad, .data, or inside an autograd.Function)",
+                "Freeze layers by requires_grad_(False); write activations in torch's own functions.",
+            )
         if op.func in _WEIGHTED and op.refs:
             return self._weighted(op)
         if op.func in _NORMS:
@@ -141,7 +158,7 @@ class _Reader:
             )
         if op.func in _SUMS:
             return self._sum(op)
-        if op.func in _SCALINGS and len(inner) == 1 and len(taken) == 1 and (found := self._scaled(op)) is not None:
+        if op.func in _SCALINGS | _NEGATED and len(taken) == 1 and (found := self._scaled(op)) is not None:
             return found
         if len(inner) == 1 and len(taken) == 1:
             for functions, reading in _READINGS:
@@ -161,21 +178,47 @@ class _Reader:
             return value
         assert isinstance(value, _Curve)
         if value.layer is None:
-            known = recognised(value.function) or Tabulated(value.function, value.name)
-            value.layer = self._add(Pointwise(value.source.size, value.name, value.source, known), [value.source])
+            source = self._layer(value.root) if value.root else value.source
+            if value.factor != 1 or value.function is None:
+                terms = source.terms if isinstance(source, Sum) else [(1.0, source)]
+                terms = [(value.factor * f, t) for f, t in terms]
+                value.layer = self._add(Sum(source.size, value.name, terms), [source])
+            else:
+                value.layer = self._activated(value)
         return value.layer
+
+    def _activated(self, value: _Curve) -> Layer:
+        assert value.function is not None
+        known, source = recognised(value.function) or Tabulated(value.function, value.name), value.source
+        if not _has_flat(source):
+            return self._add(Pointwise(source.size, value.name, source, known), [source])
+        if not isinstance(source, Flat):
+            raise _no_limit(
+                value.name,
+                "an activation of a sum or norm of flattened positions, which have a variance each",
+                "an activation before nn.Flatten, or behind a weight layer",
+                "Flatten after the activation.",
+            )
+        within = source.source  # each position has its own variance: flattened after the activation, it is the same
+        inner = self._add(Pointwise(within.size, value.name, within, known), [within])
+        return self._add(Flat((1, 1), value.name, inner), [inner])
 
     def _add(self, layer: Layer, of: list[Layer], own: int | None = None) -> Layer:
         """Keep a layer, with the weights it is linear in (`own`, or those of its sources) and all it depends on."""
         fresh, behind = set(), set()
         for source in of:
-            linear, all_ = self.independent[id(source)]
-            behind |= all_
-            fresh |= linear
+            behind |= self.independent[id(source)][1]
+        if all(
+            self.independent[id(source)][0] for source in of
+        ):  # or it is not linear in what only a part is linear in
+            fresh = set().union(*(self.independent[id(source)][0] for source in of))
         if own is not None:
             fresh, behind = {own}, behind | {own}
         elif isinstance(layer, (Pointwise, Norm)):
             fresh = set()
+        centred = bool(of) and all(id(source) in self.centred for source in of)
+        if own is not None or (centred and not isinstance(layer, Pointwise)):
+            self.centred.add(id(layer))
         self.independent[id(layer)] = (fresh, behind)
         self.found.layers.append(layer)
         return layer
@@ -223,12 +266,9 @@ class _Reader:
         source = self._source(x.place, op) if value is None else self._layer(value)
         shape = weight.parameter.shape
         where = self._where(op)
-        for p in (weight, bias):
-            if p is not None and id(p.parameter) in self.used:
-                got = f"the parameter '{p.name}' a second time, after {self.used[id(p.parameter)]}"
-                raise self._refuse(op, got, "Give each layer weights of its own.")
-            if p is not None:
-                self.used[id(p.parameter)] = where
+        self._once(op, weight, bias)
+        if len(shape) > 2:
+            self._batched(op, len(shape) - 2)
         groups = int(given.get("groups", 1))
         if groups > 1 and (value is None or shape[1] == 1):
             raise self._refuse(
@@ -256,6 +296,20 @@ class _Reader:
         layer = Weights(size, where, source, taps, stride, before, dilation, s, sb, g, gb, read)  # pyrefly: ignore
         return self._add(layer, [source], own=id(layer))
 
+    def _once(self, op: Op, *parameters: _Weight | None) -> None:
+        for p in parameters:
+            if p is not None and id(p.parameter) in self.used:
+                got = f"the parameter '{p.name}' a second time, after {self.used[id(p.parameter)]}"
+                raise self._refuse(op, got, "Give each layer weights of its own.")
+            if p is not None:
+                self.used[id(p.parameter)] = self._where(op)
+
+    def _batched(self, op: Op, axes: int) -> None:
+        """Refuse a value of one axis too few: torch would take its samples for channels, and its channels for positions."""
+        if op.out.dim() != axes + 2:
+            got = f"a value of shape {tuple(op.out.shape)}, whose first axis it takes for channels"
+            raise self._refuse(op, got, f"Give it [n, channels] and {axes} axes of positions.")
+
     def _variances(
         self, op: Op, weight: _Weight, bias: _Weight | None, fan_in: int, shape: Any
     ) -> tuple[float, float, float, float, str]:
@@ -267,16 +321,30 @@ class _Reader:
             b = 0.0 if bias is None or b is None else b
             return w**2, w**2 * trained, b**2, b**2 * trained_bias, "as given"
         fan_out = math.prod(shape) // shape[1]
-        std, read = _std(weight, fan_in, fan_out)
+        std, read = self._std(op, weight, fan_in, fan_out)
         sb = 0.0
         if bias is not None:
-            sb, of_bias = _std(bias, fan_in, fan_out)
+            sb, of_bias = self._std(op, bias, fan_in, fan_out)
             read += f"; bias {of_bias}"
         factor = 0.0 if bias is None else bias.factor
         return fan_in * std**2, fan_in * weight.factor**2 * trained, sb**2, factor**2 * trained_bias, read
 
+    def _std(self, op: Op, weight: _Weight, fan_in: int, fan_out: int) -> tuple[float, str]:
+        """Standard deviation of the entries as the layer uses them, and how it was found."""
+        p = weight.parameter
+        if weight.factor != 1 and initial_std(p, fan_in, fan_out, weight.name).name == NORMAL:
+            return abs(weight.factor), NORMAL
+        found = initial_std(p.detach() * weight.factor, fan_in, fan_out, weight.name)
+        if found.mean:  # one number for all channels in common: the values are no longer Gaussian about zero
+            raise self._refuse(
+                op,
+                f"'{weight.name}' of mean {found.mean:.3g}, not zero",
+                "Draw it with mean zero, or give w_std and b_std.",
+            )
+        return found.std, found.name + (f" ± {found.error:.2%}" if found.error else "")
+
     def _norm(self, op: Op) -> Layer:
-        layer_norm = op.func is F.layer_norm
+        layer_norm = op.func in (F.layer_norm, torch.layer_norm)
         names = ("input", "normalized_shape" if layer_norm else "num_groups", "weight", "bias", "eps")
         given = dict(zip(names, op.args, strict=False)) | op.kwargs
         x = given["input"]
@@ -286,7 +354,7 @@ class _Reader:
                 op, "the input normalised with trained weights", "Normalise the input outside the model."
             )
         source = self._layer(value)
-        if not self.independent[id(source)][0]:
+        if id(source) not in self.centred:
             raise self._refuse(
                 op, "values that are not centred (an activation's)", "Normalise before the activation, not after it."
             )
@@ -306,7 +374,17 @@ class _Reader:
             made = self.values[found.place] if isinstance(found, Ref) else None
             if found is not None and not isinstance(made, _Weight):
                 raise self._refuse(op, f"a {key} that is no parameter", "Use the layer's own parameter.")
-            square = usual if made is None else float((made.parameter.detach().double() * made.factor).square().mean())
+            square = usual
+            if made is not None:
+                squares = (made.parameter.detach().double() * made.factor).square()
+                square = float(squares.mean())
+                if key == "bias" and square or not torch.allclose(squares, squares.mean()):
+                    raise self._refuse(
+                        op,
+                        f"a {key} '{made.name}' with a number for every channel",
+                        "Leave the norm as torch starts it.",
+                    )
+                self._once(op, made)
             gain = 0.0 if made is None else made.factor**2 * float(made.parameter.requires_grad)
             numbers += [square, gain]
         scale, scale_gain, shift, shift_gain = numbers
@@ -335,8 +413,11 @@ class _Reader:
                 )
             return self._curve(op, [v for v in values if isinstance(v, (Layer, _Curve))])
         base = [v.source if isinstance(v, _Curve) else v for v in values]
-        if base[0] is base[1] and any(isinstance(v, _Curve) for v in values):
-            return self._curve(op, values)
+        if base[0] is base[1]:
+            if any(isinstance(v, _Curve) and v.function for v in values):
+                return self._curve(op, values)
+            factors = [v.factor if isinstance(v, _Curve) else 1.0 for v in values]
+            return self._times(op, base[0], sum(s * f for s, f in zip(signs, factors, strict=True)))
         parts: dict[int, tuple[float, Layer]] = {}
         for sign, value in zip(signs, values, strict=True):
             layer = self._layer(value)
@@ -359,21 +440,21 @@ class _Reader:
                 op, "a sum of branches that depend on each other", "End one branch with a weight layer of its own."
             )
 
-    def _scaled(self, op: Op) -> Layer | None:
+    def _scaled(self, op: Op) -> _Curve | None:
         factor = _factor(op)
         return None if factor is None else self._times(op, self.values[op.refs[0].place], factor)
 
-    def _times(self, op: Op, value: Any, factor: float) -> Layer:
-        layer = self._layer(value)
-        terms = layer.terms if isinstance(layer, Sum) else [(1.0, layer)]
-        scaled: list[tuple[float, Layer]] = [(factor * f, t) for f, t in terms]
-        return self._add(Sum(layer.size, self._where(op), scaled), [layer])
+    def _times(self, op: Op, value: Layer | _Curve, factor: float) -> _Curve:
+        if isinstance(value, Layer):
+            return _Curve(value, None, self._where(op), factor)
+        return _Curve(value.source, value.function, self._where(op), factor * value.factor, root=value.root or value)
 
     # ------------------------------------------------------------------ positions
 
     def _pool(self, op: Op) -> Layer:
         names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
         given = dict(zip(names, op.args, strict=False)) | op.kwargs
+        self._batched(op, 2 if op.func is F.avg_pool2d else 1)
         source = self._layer(self.values[op.refs[0].place])
         dims = op.out.dim() - 2
         taps = _pair(given["kernel_size"], dims)
@@ -393,6 +474,7 @@ class _Reader:
         return self._add(Pool(size, self._where(op), source, taps, stride, before, divisor), [source])
 
     def _adaptive(self, op: Op) -> Layer:
+        self._batched(op, 2 if op.func is F.adaptive_avg_pool2d else 1)
         source = self._layer(self.values[op.refs[0].place])
         size = _grid(op.out.shape[2:])
         assert size is not None
@@ -423,7 +505,9 @@ class _Reader:
     def _view(self, op: Op) -> Layer | _Curve:
         value = self.values[op.refs[0].place]
         old, new = self.tape.ops[op.refs[0].place].out.shape, op.out.shape
-        if old[:2] == new[:2] and [n for n in new[2:] if n > 1] == [n for n in old[2:] if n > 1]:
+        if not op.out.is_floating_point() or not self.tape.ops[op.refs[0].place].out.is_floating_point():
+            return self._curve(op, [value])  # a cast that rounds, or of a comparison
+        if old[:2] == new[:2] and (new[2:] == old[2:] or _grid(new[2:]) == _grid(old[2:])):
             return value
         if tuple(new) == (old[0], math.prod(old[1:])):
             source = self._layer(value)
@@ -444,11 +528,9 @@ class _Reader:
         if any(t.numel() > 1 for t in constants) or any(s.parameter.unique().numel() > 1 for s in slopes):
             raise self._refuse(op, f"{op.name} with a number for every channel", "Use one number for all channels.")
         functions = {
-            r.place: (lambda z: z) if isinstance(v := self.values[r.place], Layer)
-            else v.function if isinstance(v, _Curve)
-            else None
+            r.place: _as_function(v) if isinstance(v := self.values[r.place], (Layer, _Curve)) else None
             for r in op.refs
-        }  # fmt: skip
+        }
 
         def function(z: Tensor) -> Tensor:
             def put(a: Any) -> Any:
@@ -482,10 +564,19 @@ _ADVICE = {
 } | {name: _POOLING for name in ("max_pool2d", "max_pool1d", "boolean_dispatch", "adaptive_max_pool2d", "fn", "amax")}
 
 
-def _written(op: Op) -> bool:
-    """Whether the call wrote into one of its arguments."""
-    name = op.name
-    return (name.endswith("_") and not name.endswith("__")) or bool(op.kwargs.get("inplace")) or name == "__setitem__"
+def _as_function(value: Layer | _Curve) -> Function:
+    """A value as a function of its source."""
+    if isinstance(value, Layer):
+        return lambda z: z
+    function, factor = value.function or (lambda z: z), value.factor
+    return function if factor == 1 else lambda z: factor * function(z)
+
+
+def _has_flat(layer: Layer) -> bool:
+    """Whether its channels are those of positions, each with a kernel of its own."""
+    if isinstance(layer, Flat):
+        return layer.source.size != (1, 1) or _has_flat(layer.source)
+    return isinstance(layer, (Sum, Norm, Pointwise)) and any(_has_flat(source) for source in sources(layer))
 
 
 def _elementwise(function: Function, shape: torch.Size) -> bool:
@@ -503,22 +594,16 @@ def _elementwise(function: Function, shape: torch.Size) -> bool:
             again = function(z * 1)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False
-    if not isinstance(out, Tensor) or out.shape != shape or not out.is_floating_point():
+    if not isinstance(out, Tensor) or out.shape != shape or out.is_complex():
         return False
+    if not out.is_floating_point():  # a comparison
+        return bool(
+            (out.flatten()[order] == mixed).all() and (changed[1:] == out.flatten()[1:]).all() and out.equal(again)
+        )
     same = torch.allclose(out.flatten()[order], mixed, rtol=1e-12, atol=1e-12, equal_nan=True) and torch.equal(
         out, again
     )
     return same and torch.allclose(changed[1:], out.flatten()[1:], rtol=1e-12, atol=1e-12, equal_nan=True)
-
-
-def _std(weight: _Weight, fan_in: int, fan_out: int) -> tuple[float, str]:
-    """Standard deviation of the entries as the layer uses them, and how it was found."""
-    p = weight.parameter
-    if weight.factor != 1 and initial_std(p, fan_in, fan_out, weight.name).name == NORMAL:
-        return abs(weight.factor), NORMAL
-    found = initial_std(p.detach() * weight.factor, fan_in, fan_out, weight.name)
-    std = math.hypot(found.std, found.mean)
-    return std, found.name + (f" ± {found.error:.2%}" if found.error else "")
 
 
 def _factor(op: Op) -> float | None:
@@ -536,13 +621,15 @@ def _factor(op: Op) -> float | None:
     if not isinstance(number, (int, float)):
         return None
     if op.func in _DIVISIONS:
-        return 1 / number if isinstance(op.args[0], Ref) and number else None
+        reverse = op.func is T.__rtruediv__  # the number is divided by the value
+        return 1 / number if isinstance(op.args[0], Ref) and number and not reverse else None
     return float(number)
 
 
 def _pair(value: Any, dims: int, missing: int = 1) -> Size:
     """A number or one per axis, as two."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * max(dims, 1)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    values = values * max(dims, 1) if len(values) == 1 else values
     if dims == 0:
         return (missing, missing)
     return (missing, int(values[0])) if dims == 1 else (int(values[0]), int(values[1]))
@@ -561,7 +648,8 @@ _SUMS = {torch.add, T.add, T.add_, T.__add__, T.__iadd__, T.__radd__, T.__rsub__
 _DIVISIONS = {torch.div, torch.true_divide, T.div, T.div_, T.__truediv__, T.__itruediv__, T.__rtruediv__}
 _SCALINGS = {torch.mul, torch.multiply, T.mul, T.mul_, T.__mul__, T.__imul__, T.__rmul__} | _DIVISIONS
 _NEGATED = {torch.neg, T.neg, T.__neg__, torch.negative}
-_SAME = {T.contiguous, T.clone, torch.clone, T.to, T.float, T.double, T.detach, T.type, T.data.__get__}  # pyrefly: ignore
+_DATA = T.data.__get__  # pyrefly: ignore
+_SAME = {T.contiguous, T.clone, torch.clone, T.to, T.float, T.double}
 _TOTALS = {torch.sum, T.sum}
 _VIEWS = {torch.flatten, T.flatten, T.view, T.reshape, torch.reshape, T.squeeze, torch.squeeze, T.contiguous, T.clone}
 _VIEWS |= {torch.clone, T.to, T.float, T.double, torch.unsqueeze, T.unsqueeze, nn.Identity, T.type}
@@ -570,5 +658,4 @@ _READINGS: list[tuple[set[Any], Callable[[_Reader, Op], Any]]] = [
     ({F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_avg_pool1d}, _Reader._adaptive),
     ({torch.mean, T.mean, torch.sum, T.sum}, _Reader._mean),
     (_VIEWS, _Reader._view),
-    (_NEGATED, _Reader._scaled),
 ]
