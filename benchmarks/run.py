@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import engine, memory, routes, spectrum, start, svm
+from benchmarks import engine, infinite, memory, path, routes, spectrum, start, svm
 
-for benchmark in (start, engine, routes, memory, svm, spectrum):
+for benchmark in (start, engine, routes, memory, svm, spectrum, infinite, path):
     benchmark.main()

@@ -1,4 +1,4 @@
-"""The limit by brute force: arrays over all pairs of samples and of positions, one module at a time, no sharing of code.
+"""The limit by brute force: arrays over all pairs of samples and of positions, one module at a time, nothing shared.
 
 Activations by two-dimensional quadrature in polar coordinates (any function, kinks at 0 included). Slow; small inputs.
 """

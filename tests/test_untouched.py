@@ -135,6 +135,18 @@ def toy_study(m, tmp):
         ntkit.study("kopitkov2019", out=tmp / "run")
 
 
+def plain(m):
+    """A module with a limit, of the model's own layers."""
+    return nn.Sequential(m.conv, nn.Tanh(), nn.Flatten(), m.frozen, nn.ReLU(), m.head)
+
+
+def limit(m, tmp):
+    kernel_calls(ntkit.InfiniteKernel(plain(m)))
+    with pytest.raises(ntkit.Refused, match="BatchNorm"):
+        ntkit.InfiniteKernel(m)(X)
+
+
+FLAT = X.flatten(1).numpy()
 CALLS = {
     "record": record,
     "track": track,
@@ -157,6 +169,17 @@ CALLS = {
     "PathKernel": path,
     "PathDecomposition": path,
     "NoSecant": path,
+    "InfiniteKernel": limit,
+    "to_ntk_parametrization": lambda m, tmp: ntkit.to_ntk_parametrization(plain(m)),
+    "widened": lambda m, tmp: ntkit.widened(plain(m), 6, X),
+    "convergence": lambda m, tmp: ntkit.convergence(plain(m), X, widths=(4, 8), seeds=2),
+    "monte_carlo": lambda m, tmp: ntkit.monte_carlo(plain(m), X, width=4, seeds=2, kind="nngp"),
+    "linearized": lambda m, tmp: ntkit.linearized(m)(X).sum().backward(),
+    "NTKClassifier": lambda m, tmp: ntkit.NTKClassifier().fit(FLAT, Y.numpy()).predict(FLAT),
+    "NTKRegressor": lambda m, tmp: ntkit.NTKRegressor(machine="gp").fit(FLAT, Y.numpy()).predict(FLAT, return_std=True),
+    "GradientFlow": lambda m, tmp: ntkit.GradientFlow().fit(K, Y.float()).predict(K, t=1.0),
+    "GaussianProcess": lambda m, tmp: ntkit.GaussianProcess(0.1).fit(K, Y.float()).predict(K, K).sample(2),
+    "Posterior": lambda m, tmp: ntkit.GaussianProcess(0.1).fit(K, Y.float()).predict(K, K).percentiles(10),
     "SketchedKernel": lambda m, tmp: (
         kernel_calls(ntkit.SketchedKernel(m, 16)) or ntkit.SketchedKernel(m, 16, outputs="trace").standard_error(X)
     ),

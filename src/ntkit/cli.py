@@ -104,7 +104,8 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
     Parameters
     ----------
     name
-        kopitkov2019 (spectrum alignment) or bell2023 (a trained network as an exact kernel machine).
+        jacot2018 (the kernel's limit at infinite width), kopitkov2019 (spectrum alignment) or bell2023 (a trained
+        network as an exact kernel machine).
     scale
         quick (minutes) or paper (its own sizes, for a GPU); a study that was stopped goes on.
     out
@@ -116,6 +117,57 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
 
     folder = run(name, scale, out, say=_say, data_dir=data_dir)
     _print_claims(folder)
+
+
+@app.command
+def infinite(
+    *,
+    model: str = "mlp",
+    data: str = "digits",
+    data_dir: str | None = None,
+    train: int | None = None,
+    folds: int = 5,
+    epochs: int = 20,
+    w_std: float | None = None,
+    b_std: float | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """Read a network's infinite-width limit off its module, and print how well it classifies.
+
+    Cross-validated accuracy of kernel ridge regression with the tangent kernel (NTK) and the Gaussian process (NNGP) of
+    the limit, beside a tuned RBF support vector machine and the network itself, trained.
+
+    Parameters
+    ----------
+    model
+        linear, mlp, package.module:factory or file.py:factory; max-pools and BatchNorm have no limit.
+    data
+        As in ntkit analyze.
+    data_dir
+        Folder with the official files of mnist or cifar10.
+    train
+        Training examples to keep (all by default).
+    folds
+        Of the cross-validation.
+    epochs
+        Passes of the network's training.
+    w_std
+        With --b-std: the NTK parametrization w_std / sqrt(fan_in) W, instead of the module's own initialisation.
+    b_std
+        Of the biases.
+    seed
+        For weights, rows kept and folds.
+    out
+        Folder for run.json and results.json.
+    """
+    from ntkit.limit import infinite as run
+
+    found = run(
+        model, data=data, data_dir=data_dir, train=train, folds=folds, epochs=epochs, w_std=w_std, b_std=b_std,
+        seed=seed, out=out, say=_say,
+    )  # fmt: skip
+    _print_accuracies(found)
 
 
 @app.command
@@ -150,6 +202,25 @@ def main() -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _print_accuracies(found: dict) -> None:
+    """Print the table of an infinite network, and how far the module is from it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    s = found["settings"]
+    table = Table(title=f"{s['model']} at infinite width on {s['data']}, {s['train']:,} examples", title_justify="left")
+    for column in ("accuracy of", f"{s['folds']} folds, %", "± s.e.", "test set, %"):
+        table.add_column(column, justify="left" if column == "accuracy of" else "right", overflow="fold")
+    for row in found["accuracies"]:
+        test = "-" if row["test"] is None else f"{100 * row['test']:.1f}"
+        table.add_row(row["name"], f"{100 * row['mean']:.1f}", f"{100 * row['error']:.1f}", test)
+    Console().print(table)
+    if found["distance"] is not None:
+        print(f"The module's own tangent kernel, at its weights, is {found['distance']:.1%} from the limit.")
+    if found["error"]:
+        print(f"An activation was computed by quadrature, with a relative error of {found['error']:.0e}.")
 
 
 def _print_summary(folder: Path) -> None:

@@ -49,7 +49,7 @@ class Rectifier(Activation):
     """
 
     def __init__(self, p: float, q: float, at_zero: float | None = None) -> None:
-        self.even, self.odd = ((p - q) / 2) ** 2, ((p + q) / 2) ** 2
+        self.slope, self.even, self.odd = p, ((p - q) / 2) ** 2, ((p + q) / 2) ** 2
         # autograd's slope at 0, where values are 0 in every network: black images, zeros padded, biases that start at 0
         at_zero = (p + q) / 2 if at_zero is None else at_zero
         self.at_zero, self.resting = at_zero**2, at_zero * 2 / (p + q) if p + q else 1.0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ntkit.checks import refusal
-from ntkit.infinite.activations import Function, recognised
+from ntkit.infinite.activations import Function, Rectifier, recognised
 from ntkit.infinite.layers import (
     Everywhere,
     Flat,
@@ -94,7 +94,7 @@ class _Reader:
         self.found = Graph()
         self.data: dict[int, Source] = {}
         self.independent: dict[int, tuple[set[int], set[int]]] = {}
-        self.centred: set[int] = set()  # layers of mean zero over their channels
+        self.gaussian: set[int] = set()  # layers whose channels are independent draws of one Gaussian field
 
     def graph(self) -> Graph:
         """All layers up to the output."""
@@ -189,37 +189,39 @@ class _Reader:
 
     def _activated(self, value: _Curve) -> Layer:
         assert value.function is not None
-        known, source = recognised(value.function) or Tabulated(value.function, value.name), value.source
-        if not _has_flat(source):
-            return self._add(Pointwise(source.size, value.name, source, known), [source])
-        if not isinstance(source, Flat):
+        known, source = recognised(value.function), value.source
+        if isinstance(known, Rectifier) and known.even == 0:  # the identity, such as dropout in eval mode
+            if known.slope == 1:
+                return source
+            return self._add(Sum(source.size, value.name, [(known.slope, source)]), [source])
+        # each position has its own variance: flattened behind the activation, it is the same
+        within = source.source if isinstance(source, Flat) else source
+        if id(within) not in self.gaussian:
             raise _no_limit(
                 value.name,
-                "an activation of a sum or norm of flattened positions, which have a variance each",
-                "an activation before nn.Flatten, or behind a weight layer",
-                "Flatten after the activation.",
+                "values that are not Gaussian (behind an activation, or a sum with one or with flattened positions)",
+                "the outputs of weight layers, their sums, pools and norms",
+                "Put a weight layer in front of the activation, or the activation in front of nn.Flatten.",
             )
-        within = source.source  # each position has its own variance: flattened after the activation, it is the same
-        inner = self._add(Pointwise(within.size, value.name, within, known), [within])
-        return self._add(Flat((1, 1), value.name, inner), [inner])
+        known = known or Tabulated(value.function, value.name)
+        layer = self._add(Pointwise(within.size, value.name, within, known), [within])
+        return layer if within is source else self._add(Flat((1, 1), value.name, layer), [layer])
 
     def _add(self, layer: Layer, of: list[Layer], own: int | None = None) -> Layer:
         """Keep a layer, with the weights it is linear in (`own`, or those of its sources) and all it depends on."""
         fresh, behind = set(), set()
         for source in of:
             behind |= self.independent[id(source)][1]
-        if all(
-            self.independent[id(source)][0] for source in of
-        ):  # or it is not linear in what only a part is linear in
+        if all(self.independent[id(source)][0] for source in of):  # not what only one of its parts is linear in
             fresh = set().union(*(self.independent[id(source)][0] for source in of))
         if own is not None:
             fresh, behind = {own}, behind | {own}
-        elif isinstance(layer, (Pointwise, Norm)):
+        elif isinstance(layer, Pointwise):
             fresh = set()
-        centred = bool(of) and all(id(source) in self.centred for source in of)
-        if own is not None or (centred and not isinstance(layer, Pointwise)):
-            self.centred.add(id(layer))
         self.independent[id(layer)] = (fresh, behind)
+        linear = isinstance(layer, (Sum, Pool, Everywhere, Norm)) and all(id(s) in self.gaussian for s in of)
+        if own is not None or linear:
+            self.gaussian.add(id(layer))
         self.found.layers.append(layer)
         return layer
 
@@ -305,7 +307,7 @@ class _Reader:
                 self.used[id(p.parameter)] = self._where(op)
 
     def _batched(self, op: Op, axes: int) -> None:
-        """Refuse a value of one axis too few: torch would take its samples for channels, and its channels for positions."""
+        """Refuse a value of one axis too few: torch would take its samples for channels."""
         if op.out.dim() != axes + 2:
             got = f"a value of shape {tuple(op.out.shape)}, whose first axis it takes for channels"
             raise self._refuse(op, got, f"Give it [n, channels] and {axes} axes of positions.")
@@ -354,7 +356,7 @@ class _Reader:
                 op, "the input normalised with trained weights", "Normalise the input outside the model."
             )
         source = self._layer(value)
-        if id(source) not in self.centred:
+        if id(source) not in self.gaussian and not (isinstance(source, Flat) and id(source.source) in self.gaussian):
             raise self._refuse(
                 op, "values that are not centred (an activation's)", "Normalise before the activation, not after it."
             )
@@ -378,7 +380,7 @@ class _Reader:
             if made is not None:
                 squares = (made.parameter.detach().double() * made.factor).square()
                 square = float(squares.mean())
-                if key == "bias" and square or not torch.allclose(squares, squares.mean()):
+                if (key == "bias" and square) or not torch.allclose(squares, squares.mean()):
                     raise self._refuse(
                         op,
                         f"a {key} '{made.name}' with a number for every channel",

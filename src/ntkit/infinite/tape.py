@@ -244,9 +244,10 @@ def record(model: nn.Module, x: Tensor, last: int | None = None) -> Tape:
             except Refused:
                 raise
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                shape = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
                 raise refusal(
                     f"model {type(model).__name__}",
-                    got=f"input {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, on which its forward failed ({error})",
+                    got=f"input {shape}, on which its forward failed ({error})",
                     expected="input that the model accepts",
                     fix="Check channels, sizes and dtype against the model's first layer.",
                 ) from error

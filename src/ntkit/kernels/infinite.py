@@ -220,8 +220,8 @@ class InfiniteKernel(Kernel):
         for layer in graph.layers:
             if isinstance(layer, Pointwise) and isinstance(a := layer.activation, Tabulated) and a.error > _INEXACT:
                 warnings.warn(
-                    f"{layer.name}: its kernel is computed by quadrature with a relative error of {a.error:.0e}: its slope "
-                    "jumps elsewhere than at 0, or its inputs are of very different size.",
+                    f"{layer.name}: its kernel is computed by quadrature with a relative error of {a.error:.0e}: its "
+                    "slope jumps elsewhere than at 0, or its inputs are of very different size.",
                     stacklevel=4,
                 )
 

@@ -31,7 +31,7 @@ FORMAT = 1
 SCALES = {
     "quick": Scale(
         rate_widths=(125, 250, 500, 1_000), rate_seeds=20, kernel_widths=(500, 2_000), seeds=10, inputs=50,
-        kernel_steps=200, curve_widths=(50, 1_000), curve_seeds=20, curve_steps=1_000,
+        kernel_steps=200, curve_widths=(50, 1_000), curve_seeds=40, curve_steps=1_000,
         component_widths=(100, 250, 500), trials=2, batch=512, component_steps=3_000, batches=20,
     ),
     "paper": Scale(

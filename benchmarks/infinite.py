@@ -1,0 +1,73 @@
+"""Infinite-width kernels beside neural-tangents, in one run: ``python -m benchmarks.infinite``.
+
+ReLU networks, tangent kernel: dense, 4 weight layers, 2,000 x 2,000 inputs of 256 numbers; 8 convolutions of 3 x 3 with
+a global average pool and a dense layer on images of 16 x 16 (16 x 16 pairs) and 32 x 32 (8 x 8 pairs; for
+neural-tangents in its own batches of 4, as its arrays over all pairs of pixels grow with the square). float64 and
+float32, on as many threads as ``OMP_NUM_THREADS`` says. Each way runs in a process of its own, one after the other;
+compilation is not counted. Also the symmetric call k(x), for which neural-tangents has no shortcut.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import save
+from benchmarks.peers import job
+from benchmarks.peers.setup import interpreter
+
+CASES: dict[str, dict[str, Any]] = {
+    "dense, 4 layers, 2,000 x 2,000": {"shape": [256], "depth": 3, "n1": 2000, "n2": 2000, "batch": 0},
+    "8 convolutions, 16 x 16, 16 x 16 pairs": {"shape": [3, 16, 16], "depth": 8, "n1": 16, "n2": 16, "batch": 0},
+    "8 convolutions, 32 x 32, 8 x 8 pairs": {"shape": [3, 32, 32], "depth": 8, "n1": 8, "n2": 8, "batch": 4},
+    "dense, symmetric": {"shape": [256], "depth": 3, "n1": 2000, "n2": 0, "batch": 0},
+    "8 convolutions, 16 x 16, symmetric": {"shape": [3, 16, 16], "depth": 8, "n1": 16, "n2": 0, "batch": 0},
+}
+_MEMORY = 24 << 30
+
+
+def main() -> None:
+    """All cases; the geometric mean of the ratios."""
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, case in CASES.items():
+            for dtype in ("float64", "float32"):
+                found = {}
+                for who, python in (("ntkit", Path(sys.executable)), ("neural-tangents", interpreter("jax"))):
+                    settings = {**case, "dtype": dtype, "who": who, "threads": threads, "seconds": 40}
+                    one = job.run("limits", python, settings, Path(folder), limit=400, memory=_MEMORY, threads=threads)
+                    if one["status"] == "ok":
+                        one["values"] = np.load(one["values"])
+                    found[who] = one
+                rows.append(_row(name, dtype, threads, found))
+                print(rows[-1], flush=True)
+    ratios = [row["times_as_fast"] for row in rows if "times_as_fast" in row]
+    mean = math.exp(statistics.mean(map(math.log, ratios))) if ratios else None
+    save("infinite", rows, geometric_mean_times_as_fast=mean)
+
+
+def _row(name: str, dtype: str, threads: int, found: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"case": name, "dtype": dtype, "threads": threads}
+    for who, one in found.items():
+        if one["status"] == "ok":
+            row |= {f"{who} seconds": one["seconds"], f"{who} GB": one["peak_gb"] - one["before_gb"]}
+        else:
+            row[who] = one["status"]
+    if all(one["status"] == "ok" for one in found.values()):
+        ours, theirs = (found[who] for who in ("ntkit", "neural-tangents"))
+        row["times_as_fast"] = statistics.median(theirs["seconds"]) / statistics.median(ours["seconds"])
+        gap = np.abs(ours["values"] - theirs["values"]).max() / np.abs(theirs["values"]).max()
+        row["largest difference / largest value"] = float(gap)
+    return row
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""One infinite-width kernel, by ntkit or by neural-tangents' stax under jax.jit: run by `benchmarks.infinite`."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.job import read_job, report
+
+W_STD, B_STD = 1.4142135623730951, 0.1
+
+
+def ours(job: dict[str, Any], x1: np.ndarray, x2: np.ndarray | None) -> Callable[[], Any]:
+    """ntkit, on the module."""
+    import torch
+    from torch import nn
+
+    import ntkit
+
+    torch.set_num_threads(job["threads"])
+    layers: list[nn.Module] = []
+    for i in range(job["depth"]):
+        inputs = x1.shape[1] if i == 0 else 8
+        layer = nn.Conv2d(inputs, 8, 3, padding=1) if x1.ndim == 4 else nn.Linear(inputs, 8)
+        layers += [layer, nn.ReLU()]
+    if x1.ndim == 4:
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    kernel = ntkit.InfiniteKernel(nn.Sequential(*layers, nn.Linear(8, 1)), "ntk", W_STD, B_STD)
+    t1 = torch.from_numpy(x1)
+    t2 = None if x2 is None else torch.from_numpy(x2)
+    return lambda: kernel(t1, t2).numpy()
+
+
+def theirs(job: dict[str, Any], x1: np.ndarray, x2: np.ndarray | None) -> Callable[[], Any]:
+    """neural-tangents, the whole matrix under one jit, in batches where the job says so."""
+    import jax
+
+    jax.config.update("jax_enable_x64", x1.dtype == np.float64)
+    import neural_tangents as nt
+    from neural_tangents import stax
+
+    layers: list[Any] = []
+    for _ in range(job["depth"]):
+        if x1.ndim == 4:
+            layers.append(stax.Conv(64, (3, 3), padding="SAME", W_std=W_STD, b_std=B_STD))
+        else:
+            layers.append(stax.Dense(64, W_std=W_STD, b_std=B_STD))
+        layers.append(stax.Relu())
+    if x1.ndim == 4:
+        layers.append(stax.GlobalAvgPool())
+        x1, x2 = (None if x is None else np.ascontiguousarray(x.transpose(0, 2, 3, 1)) for x in (x1, x2))
+    _, _, function = stax.serial(*layers, stax.Dense(1, W_std=W_STD, b_std=B_STD))
+    if job["batch"]:
+        batched = nt.batch(jax.jit(lambda a, b: function(a, b, "ntk")), batch_size=job["batch"], store_on_device=False)
+        return lambda: np.asarray(batched(x1, x2))
+    kernel = jax.jit(lambda a, b: function(a, b, "ntk"))
+    return lambda: np.asarray(kernel(x1, x2).block_until_ready())
+
+
+def main() -> None:
+    """Make the data of the job and report one way's time, memory and values."""
+    job = read_job()
+    rng = np.random.default_rng(0)
+    n1, n2, shape = job["n1"], job["n2"], job["shape"]
+    x1 = rng.standard_normal((n1, *shape)).astype(job["dtype"])
+    x2 = rng.standard_normal((n2, *shape)).astype(job["dtype"]) if n2 else None
+    work = (ours if job["who"] == "ntkit" else theirs)(job, x1, x2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # libraries and data
+    report(job, work, before_gb=before)
+
+
+if __name__ == "__main__":
+    main()
