@@ -488,7 +488,104 @@ def test_functions_of_any_spelling():
     torch.testing.assert_close(InfiniteKernel(Model(), "ntk", W, B)(V1), wanted, rtol=1e-10, atol=0)
 
 
+SPELLED = {
+    "sigmoid by hand": (lambda z: 1 / (1 + torch.exp(-z)), torch.sigmoid),
+    "by a comparison": (lambda z: z * (z > 0), F.relu),
+    "where": (lambda z: torch.where(z > 0, z, 0.1 * z), lambda z: F.leaky_relu(z, 0.1)),
+    "a mask as numbers": (lambda z: z * (z > 0).to(z.dtype), F.relu),
+    "gelu by hand": (
+        lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+        lambda z: F.gelu(z, approximate="tanh"),
+    ),
+    "scaled inside": (lambda z: (2 * z + z / 2).relu() - z, lambda z: 2.5 * F.relu(z) - z),
+    "of integers": (lambda z: (z.relu().to(torch.int) * 0).to(z.dtype) + z, lambda z: z * 1),
+    "nothing": (lambda z: torch.zeros_like(z), lambda z: z * 0),
+    "nothing, clamped": (lambda z: z.clamp(0, 0), lambda z: z * 0),
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_an_activation_is_what_it_computes_and_not_how_it_is_spelled(name):
+    one, two = SPELLED[name]
+    for kind in ("ntk", "nngp"):
+        got, wanted = (InfiniteKernel(mlp(Act(f), nn.GELU()), kind, W, B)(V1) for f in (one, two))
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=0)
+
+
+def test_a_cast_that_rounds_is_not_the_identity():
+    got = InfiniteKernel(mlp(Act(lambda z: (3 * z).to(torch.int).to(z.dtype))), "nngp", W, 0.0).describe(V1)
+    assert "slopes 3 and 3" not in got
+
+
+def test_positions_flattened_before_an_activation_keep_their_variances():
+    for activation in (R(), nn.GELU()):
+        x = X1 * torch.arange(1, 5)  # of different size everywhere
+        before = nn.Sequential(conv(2, 8), activation, nn.Flatten(), nn.Linear(48, 8), R(), nn.Linear(8, 1))
+        behind = nn.Sequential(conv(2, 8), nn.Flatten(), activation, nn.Linear(48, 8), R(), nn.Linear(8, 1))
+        got, wanted = (InfiniteKernel(m.double(), "ntk", W, B)(x) for m in (behind, before))
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+
+
+def test_norms_in_any_spelling_and_behind_sums_of_centred_branches():
+    plain = InfiniteKernel(nn.Sequential(nn.Linear(6, 8), plain_norm(), R(), nn.Linear(8, 1)), "ntk", W, B)(V1)
+    direct = mlp(Act(lambda z: torch.layer_norm(z, [8], eps=1e-12).relu()))
+    torch.testing.assert_close(InfiniteKernel(direct, "ntk", W, B)(V1), plain, rtol=1e-13, atol=0)
+    norms = plain_norm(), Add(nn.Identity(), nn.Sequential(R(), nn.Linear(8, 8))), nn.LayerNorm(8)
+    compare(nn.Sequential(nn.Linear(6, 8), *norms, R(), nn.Linear(8, 1)), V1, V2)
+
+
+def test_a_model_changed_since_is_read_again():
+    model = mlp(R()).double()
+    kernels = InfiniteKernel(model), InfiniteKernel(model, "ntk", W, B)
+    for k in kernels:
+        k(V1), k(V1.float())
+    model[0].weight.requires_grad_(False)
+    model[2].weight.data.mul_(3)
+    for k, again in zip(kernels, (InfiniteKernel(model), InfiniteKernel(model, "ntk", W, B)), strict=True):
+        assert torch.equal(k(V1), again(V1))
+        assert torch.equal(k(V1.float()), again(V1.float()))
+
+
+def test_in_inference_mode():
+    model = mlp(R(), nn.GELU()).double()
+    wanted = InfiniteKernel(model, "ntk", W, B)(V1)
+    with torch.inference_mode():
+        x = V1.clone()
+        got = InfiniteKernel(model, "ntk", W, B)(x)
+    assert torch.equal(got, wanted)
+    assert torch.equal(InfiniteKernel(model, "ntk", W, B)(x), wanted)
+
+
+def test_halves_are_computed_in_single_precision():
+    model, x = mlp(R()), V1.bfloat16()
+    got = InfiniteKernel(model, "ntk", W, B)(x)
+    assert torch.equal(got, InfiniteKernel(model, "ntk", W, B)(x.float()).bfloat16())
+    assert torch.equal(InfiniteKernel(model, "ntk", W, B).diagonal(x), got.diagonal())
+
+
+@pytest.mark.parametrize("scale", [1e12, 1e-10])
+def test_variances_beyond_the_dtype_are_refused(scale):
+    with pytest.raises(Refused, match=r"layer '1' \(ReLU\).*float64"):
+        InfiniteKernel(mlp(R()), "ntk", W, 0.0)(scale * V1.float())
+
+
 # ------------------------------------------------------------------ the module's own initialisation
+
+
+@pytest.mark.parametrize(("activation", "slope"), [(R(), 0.0), (nn.LeakyReLU(0.3), 0.3), (Act(torch.abs), 0.0)])
+def test_a_black_sample_has_the_slope_of_autograd_at_zero(activation, slope):
+    """Biases that start at 0: all values are 0 at any width, and only the biases' gradients are not."""
+    model = mlp(activation).double()
+    for layer in (model[0], model[2]):
+        nn.init.zeros_(layer.bias)
+    x = V1.clone()
+    x[0] = 0
+    kernel = InfiniteKernel(model)
+    got = kernel(x)
+    # of the biases: the last layer's, and the first's through weights of variance 1 / (3 width)
+    torch.testing.assert_close(got[0, 0], torch.tensor(1 + slope**2 / 3, dtype=x.dtype), rtol=1e-7, atol=0)
+    torch.testing.assert_close(kernel.paired(x[:1], x[1:2]), got[0, 1:2], rtol=1e-6, atol=0)
+    torch.testing.assert_close(kernel(x, x), got, rtol=1e-6, atol=0)
 
 
 def test_own_initialisation_is_that_of_wide_networks():
@@ -541,6 +638,18 @@ class Raw(nn.Module):
         return self.c(self.function(self, x))
 
 
+class Own(torch.autograd.Function):
+    """A sign with the slope of the identity."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z.sign()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
 REFUSED = {
     "max-pool": (
         nn.Sequential(conv(2, 8), R(), nn.MaxPool2d(2), *head()),
@@ -590,11 +699,6 @@ REFUSED = {
         X1,
         r"layer '3' \(Tanh\).*not Gaussian",
     ),
-    "activation behind a flatten": (
-        nn.Sequential(conv(2, 8), nn.Flatten(), R(), nn.Linear(48, 1)),
-        X1,
-        r"layer '2' \(ReLU\).*in front of nn.Flatten",
-    ),
     "activation of a sum with one": (
         nn.Sequential(nn.Linear(6, 8), R(), Add(nn.Identity(), nn.Linear(8, 8)), R(), nn.Linear(8, 1)),
         V1,
@@ -640,6 +744,82 @@ REFUSED = {
     "no weights": (nn.Flatten(), X1, "without random weights"),
     "two outputs": (Raw(lambda m, x: m.a(x)), {"x": V1}, "one tensor"),
     "transposed": (nn.Sequential(nn.ConvTranspose2d(2, 8, 3), R(), *head()), X1, r"layer '0' \(ConvTranspose2d\)"),
+    "pool over channels, 1d": (
+        nn.Sequential(nn.Linear(6, 8), nn.AvgPool1d(2), nn.Linear(4, 1)),
+        V1,
+        r"layer '1' \(AvgPool1d\).*for channels",
+    ),
+    "pool over channels, adaptive": (
+        nn.Sequential(nn.Linear(6, 8), nn.AdaptiveAvgPool1d(4), nn.Linear(4, 1)),
+        V1,
+        r"layer '1' \(Adapt.*for channels",
+    ),
+    "pool over channels, 2d": (
+        nn.Sequential(nn.Conv1d(2, 8, 3), nn.AvgPool2d((1, 7)), nn.Flatten(), nn.Linear(8, 1)),
+        S1,
+        r"layer '1' \(AvgPool2d\).*for channels",
+    ),
+    "axes exchanged": (
+        nn.Sequential(nn.Conv1d(2, 8, 3), R(), nn.Unflatten(2, (7, 1)), conv(8, 8, (3, 1)), *head()),
+        S1,
+        r"layer '2' \(Unflatten\)",
+    ),
+    "axis dropped": (
+        nn.Sequential(conv(2, 8, (3, 4)), R(), nn.Flatten(2), nn.Conv1d(8, 8, 3), nn.Flatten(), nn.Linear(8, 1)),
+        X1,
+        r"layer '2' \(Flatten\)",
+    ),
+    "positions out": (nn.Sequential(conv(2, 8), nn.Flatten()), X1, "output: got flattened positions"),
+    "activation of a norm of positions": (
+        nn.Sequential(conv(2, 8), nn.Flatten(), nn.LayerNorm(48), R(), nn.Linear(48, 1)),
+        X1,
+        r"layer '3' \(ReLU\).*flattened",
+    ),
+    "norm of a sum not centred": (
+        nn.Sequential(nn.Linear(6, 8), R(), Add(nn.Identity(), nn.Linear(8, 8)), nn.LayerNorm(8), R(), nn.Linear(8, 1)),
+        V1,
+        r"layer '3' \(LayerNorm\).*not centred",
+    ),
+    "pool of a sum not linear": (
+        nn.Sequential(
+            conv(2, 8),
+            R(),
+            Add(nn.AvgPool2d(2, 1), nn.Sequential(Add(nn.Identity(), conv(8, 8, padding=1)), nn.AvgPool2d(2, 1))),
+            nn.Flatten(),
+            nn.Linear(16, 1),
+        ),
+        X1,
+        "depend on each other",
+    ),
+    "norm shared": (
+        nn.Sequential(
+            nn.Linear(6, 8),
+            n := nn.LayerNorm(8),
+            Add(nn.Identity(), nn.Sequential(R(), nn.Linear(8, 8))),
+            n,
+            R(),
+            nn.Linear(8, 1),
+        ),
+        V1,
+        "second time",
+    ),
+    "weights cut off": (Raw(lambda m, x: F.linear(x, m.a.weight.detach())), V1, "weight made of a.weight"),
+    "weights cut off, data": (Raw(lambda m, x: F.linear(x, m.a.weight.data)), V1, "weight made of a.weight"),
+    "gradients off": (Raw(lambda m, x: torch.no_grad()(m.a)(x)), V1, r"layer 'a' \(Linear\).*no gradients flow"),
+    "slope of one's own": (mlp(Act(lambda z: Own.apply(z))), V1, r"layer '1' \(Act\).*no gradients flow"),
+    "written behind autograd": (
+        mlp(Act(lambda z: (z.data.mul_(3), z)[1])),
+        V1,
+        r"layer '1' \(Act\).*no gradients flow",
+    ),
+    "written into a buffer": (
+        Raw(lambda m, x: (t := torch.zeros(()), t.__setitem__((), x.mean()), m.a(x) * t)[2]),
+        V1,
+        "made elsewhere",
+    ),
+    "input into the input": (Raw(lambda m, x: m.a(torch.mul(x, 2, out=x))), V1, "input changed in place"),
+    "other input": (mlp(R()), X1, "model Sequential: got input .3, 2, 5, 4. float64, on which its forward failed"),
+    "integers": (mlp(R()), torch.ones(3, 6, dtype=torch.long), "got input .3, 6. int64"),
     "recurrent": (nn.Sequential(nn.RNN(9, 8)), S1, "RNN|one tensor"),
 }
 
@@ -649,6 +829,41 @@ def test_refusals_name_the_layer(name):
     model, x, message = REFUSED[name]
     with pytest.raises(Refused, match=message):
         InfiniteKernel(model, "ntk", W, B)(x)
+
+
+def norm_of(weight, bias):
+    norm = nn.LayerNorm(8)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+        norm.bias.fill_(bias)
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (mlp(norm_of(torch.arange(1.0, 9.0), 0.0)), "weight '1.weight' with a number for every channel"),
+        (mlp(norm_of(torch.ones(8), 1.0)), "bias '1.bias'.*another one than at the start"),
+    ],
+)
+def test_norms_that_make_channels_different_are_refused(model, message):
+    with pytest.raises(Refused, match=message):
+        InfiniteKernel(model, "ntk", W, B)(V1)
+
+
+def test_biases_that_are_not_centred_are_refused_unless_the_stds_are_given():
+    model = mlp(R(), width=64)
+    nn.init.normal_(model[0].bias, 1.0, 0.1)
+    InfiniteKernel(model, "ntk", W, B)(V1)
+    with pytest.raises(Refused, match=r"layer '0' \(Linear\).*'0.bias' of mean"):
+        InfiniteKernel(model)(V1)
+
+
+def test_the_users_samples_are_left_as_they_were():
+    x = V1.clone()
+    with pytest.raises(Refused, match="in place"):
+        InfiniteKernel(nn.Sequential(R(inplace=True), nn.Linear(6, 1)), "ntk", W, B)(x)
+    assert torch.equal(x, V1)
 
 
 def test_refusals_at_the_door():

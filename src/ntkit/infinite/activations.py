@@ -48,8 +48,11 @@ class Rectifier(Activation):
     (Cho and Saul 2009, arc-cosine kernels of degree 1 and 0).
     """
 
-    def __init__(self, p: float, q: float) -> None:
+    def __init__(self, p: float, q: float, at_zero: float | None = None) -> None:
         self.slope, self.even, self.odd = p, ((p - q) / 2) ** 2, ((p + q) / 2) ** 2
+        # autograd's slope at 0, where values are 0 in every network: black images, zeros padded, biases that start at 0
+        at_zero = (p + q) / 2 if at_zero is None else at_zero
+        self.at_zero, self.resting = at_zero**2, at_zero * 2 / (p + q) if p + q else 1.0
         self.name = f"piecewise linear, slopes {p:g} and {q + 0.0:g}"
 
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
@@ -58,6 +61,10 @@ class Rectifier(Activation):
         return (v * (1 - 8 * torch.finfo(v.dtype).eps),)
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
+        if self.even == 0 == self.odd:  # a factor of 0 could not be divided by
+            for values in (K,) if T is None else (K, T):
+                values.zero_()
+            return 1.0
         if self.even == 0:
             return self.odd
         # With root = sqrt(a b - c^2), asin rho = atan(c / root) and A = asin rho + odd / factor:
@@ -69,10 +76,14 @@ class Rectifier(Activation):
         torch.addcmul(root, K, angle, out=K)
         if T is not None:
             T.mul_(angle)
+            for (v,) in (one, two) if self.resting != 1 else ():
+                if not v.all():
+                    T.mul_(torch.where(v == 0, self.resting, 1.0).to(v))
         return factor
 
     def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        return v * (self.odd + self.even), torch.full_like(v, self.odd + self.even)
+        slope = torch.full_like(v, self.odd + self.even)
+        return v * (self.odd + self.even), slope.masked_fill_(v == 0, self.at_zero) if self.even else slope
 
 
 class Erf(Activation):
@@ -205,8 +216,12 @@ def recognised(function: Function) -> Activation | None:
     z = torch.cat([torch.linspace(-12, 12, 2401, dtype=torch.float64)[:, None].add(0.00123).flatten(), _SIZES, -_SIZES])
     got = values_and_slopes(function, z)
     at = dict(zip(("one", "minus one"), function(torch.tensor([1.0, -1.0], dtype=torch.float64)).tolist(), strict=True))
+    at_zero = float(values_and_slopes(function, torch.zeros(1, dtype=torch.float64))[1])
     candidates: list[tuple[Activation, Any]] = [
-        (Rectifier(at["one"], -at["minus one"]), lambda z: torch.where(z > 0, at["one"] * z, -at["minus one"] * z)),
+        (
+            Rectifier(at["one"], -at["minus one"], at_zero),
+            lambda z: torch.where(z > 0, at["one"] * z, -at["minus one"] * z),
+        ),
         (Erf(), torch.erf),
         (Gelu(), torch.nn.functional.gelu),
         (Wave(-1.0, "sin"), torch.sin),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkit.checks import refusal
 from ntkit.infinite.layers import (
     Everywhere,
     Flat,
@@ -401,6 +402,7 @@ def prepared(graph: Graph, data: dict[int, Tensor], cells: int) -> Side:
     for layer in graph.layers:
         if isinstance(layer, Pointwise):
             v = planes(layer.source)[0][..., 0]
+            _check_range(layer, v)
             side.states[id(layer)], side.own[id(layer)] = layer.activation.state(v), layer.activation.own(v)
             if layer.weighted is not None:
                 side.states[-id(layer)], side.own[-id(layer)] = layer.weighted.state(v), layer.weighted.own(v)
@@ -408,3 +410,16 @@ def prepared(graph: Graph, data: dict[int, Tensor], cells: int) -> Side:
             v = planes(layer.source)[0][..., 0]
             side.states[id(layer)] = ((v.mean((0, 1), keepdim=True) + layer.eps).rsqrt(),)
     return side
+
+
+def _check_range(layer: Layer, v: Tensor) -> None:
+    """Refuse variances whose products would overflow, or vanish although the variances do not."""
+    info = torch.finfo(v.dtype)
+    largest = v.amax((0, 1))
+    if not bool((largest < info.max**0.5 / 4).all()) or bool(((largest > 0) & (largest < 10 * info.tiny**0.5)).any()):
+        raise refusal(
+            layer.name,
+            got=f"variances from {float(largest.min()):.0e} to {float(largest.max()):.0e} in {v.dtype}",
+            expected="values whose fourth powers the dtype can hold",
+            fix="Scale the data, or pass them in float64.",
+        )

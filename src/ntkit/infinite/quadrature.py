@@ -10,6 +10,7 @@ Chebyshev nodes in log a, log b and t and interpolated; the rank of the table in
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class Tabulated(Activation):
         self.name, self._function = name, function
         self._low, self._high = math.inf, 0.0
         self.version = 0  # of the table; states of another version do not fit it
+        self._changing = threading.RLock()
 
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
         self._cover(v)
@@ -70,7 +72,14 @@ class Tabulated(Activation):
     # ------------------------------------------------------------------ the table
 
     def _cover(self, v: Tensor) -> None:
-        """Make the table reach over these variances."""
+        """Make the table reach over these variances.
+
+        One thread at a time, and the version changes before and behind: who computed meanwhile sees another one.
+        """
+        with self._changing:
+            self._extend(v)
+
+    def _extend(self, v: Tensor) -> None:
         high = float(v.max())
         high = high if high > 0 else 1.0
         low = max(float(v.min()), 1e-14 * high)
@@ -105,6 +114,7 @@ class Tabulated(Activation):
                 self.error, self._parts = before[0], before[1:]
                 self._unpack()
                 break
+        self.version += 1
 
     def _table(self, count: int, angles: int) -> tuple[Tensor, ...]:
         """Nodes in log a; basis of the rows, [count, rank]; core, [2, angles, rank, rank]; mean squares, [count, 2]."""

@@ -25,6 +25,7 @@ from ntkit.infinite.layers import (
     Source,
     Sum,
     Weights,
+    sources,
 )
 from ntkit.infinite.quadrature import Tabulated
 from ntkit.infinite.tape import Op, Ref, Tape, flat, mapped, record
@@ -52,9 +53,11 @@ class _Curve:
     """A function, elementwise, of one value of the network."""
 
     source: Layer
-    function: Function
+    function: Function | None  # None: the identity
     name: str
+    factor: float = 1.0  # that it is multiplied by
     layer: Layer | None = None  # once something took it in
+    root: _Curve | None = None  # the same without its factor
 
 
 def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) -> Graph:
@@ -108,6 +111,13 @@ class _Reader:
         if output is None or isinstance(output, (_Weight, _Made)):
             raise _no_limit("the model's output", "a value without random weights", "a network", "Check its forward.")
         layer = self._layer(output)
+        if _has_flat(layer):
+            raise _no_limit(
+                "the model's output",
+                "flattened positions, whose kernels differ",
+                "a vector of outputs that all have the same kernel",
+                "End with a linear layer.",
+            )
         if layer.size != (1, 1) or last.out.dim() > 2:
             raise _no_limit(
                 "the model's output",
@@ -126,9 +136,15 @@ class _Reader:
         weights = [v for v in taken if isinstance(v, (_Weight, _Made))]
         inner = [v for v in taken if isinstance(v, (Layer, _Curve))]
         if not weights and not inner:
-            if op.out is not self.tape.ops[place].out or _written(op):
+            if op.writes:
                 raise self._refuse(op, "the input changed in place", "Write it without in-place operations.")
             return None
+        if op.stopped or (op.func == _DATA and inner):
+            raise self._refuse(
+                op,
+                f"{op.name} where no gradients flow (torch.no_grad, .data, or inside an autograd.Function)",
+                "Freeze layers by requires_grad_(False); write activations in torch's own functions.",
+            )
         if op.func in _WEIGHTED and op.refs:
             return self._weighted(op)
         if op.func in _NORMS:
@@ -143,7 +159,7 @@ class _Reader:
             )
         if op.func in _SUMS:
             return self._sum(op)
-        if op.func in _SCALINGS and len(inner) == 1 and len(taken) == 1 and (found := self._scaled(op)) is not None:
+        if op.func in _SCALINGS | _NEGATED and len(taken) == 1 and (found := self._scaled(op)) is not None:
             return found
         if len(inner) == 1 and len(taken) == 1:
             for functions, reading in _READINGS:
@@ -163,39 +179,48 @@ class _Reader:
             return value
         assert isinstance(value, _Curve)
         if value.layer is None:
-            known = recognised(value.function)
-            if isinstance(known, Rectifier) and known.even == 0:  # the identity, such as dropout in eval mode
-                terms = [(known.slope, value.source)]
-                value.layer = (
-                    value.source
-                    if known.slope == 1
-                    else self._add(Sum(value.source.size, value.name, terms), [value.source])
-                )
-                return value.layer
-            if id(value.source) not in self.gaussian:
-                raise _no_limit(
-                    value.name,
-                    "values that are not Gaussian (behind an activation, a sum with one, or nn.Flatten)",
-                    "the outputs of weight layers, their sums, pools and norms",
-                    "Put a weight layer in front of the activation, or the activation in front of nn.Flatten.",
-                )
-            known = known or Tabulated(value.function, value.name)
-            value.layer = self._add(
-                Pointwise(value.source.size, value.name, value.source, known, self._weighted_by(value)), [value.source]
-            )
+            source = self._layer(value.root) if value.root else value.source
+            if value.factor != 1 or value.function is None:
+                terms = source.terms if isinstance(source, Sum) else [(1.0, source)]
+                terms = [(value.factor * f, t) for f, t in terms]
+                value.layer = self._add(Sum(source.size, value.name, terms), [source])
+            else:
+                value.layer = self._activated(value)
         return value.layer
 
-    def _weighted_by(self, value: _Curve) -> Activation | None:
+    def _activated(self, value: _Curve) -> Layer:
+        assert value.function is not None
+        known, source = recognised(value.function), value.source
+        if isinstance(known, Rectifier) and known.even == 0:  # the identity, such as dropout in eval mode
+            if known.slope == 1:
+                return source
+            return self._add(Sum(source.size, value.name, [(known.slope, source)]), [source])
+        # each position has its own variance: flattened behind the activation, it is the same
+        within = source.source if isinstance(source, Flat) else source
+        if id(within) not in self.gaussian:
+            raise _no_limit(
+                value.name,
+                "values that are not Gaussian (behind an activation, or a sum with one or with flattened positions)",
+                "the outputs of weight layers, their sums, pools and norms",
+                "Put a weight layer in front of the activation, or the activation in front of nn.Flatten.",
+            )
+        known = known or Tabulated(value.function, value.name)
+        behind_norm = self._weighted_by(value, within)
+        layer = self._add(Pointwise(within.size, value.name, within, known, behind_norm), [within])
+        return layer if within is source else self._add(Flat((1, 1), value.name, layer), [layer])
+
+    def _weighted_by(self, value: _Curve, within: Layer) -> Activation | None:
         """For an activation right behind a norm with a trained weight, that of z s'(z)."""
-        if id(value.source) not in self.trained_norms:
+        if id(within) not in self.trained_norms:
             return None
-        if not isinstance(value.source, Norm) or id(value.source.source) in self.trained_norms:
+        if not isinstance(within, Norm) or id(within.source) in self.trained_norms:
             raise _no_limit(
                 value.name,
                 "a sum, pool or norm of what a norm with a trained weight gives",
                 "the activation right behind such a norm",
                 "Make the norm without affine weights, or freeze its weight.",
             )
+        assert value.function is not None
         function = weighted(value.function)
         return recognised(function) or Tabulated(function, value.name)
 
@@ -203,9 +228,9 @@ class _Reader:
         """Keep a layer, with the weights it is linear in (`own`, or those of its sources) and all it depends on."""
         fresh, behind = set(), set()
         for source in of:
-            linear, all_ = self.independent[id(source)]
-            behind |= all_
-            fresh |= linear
+            behind |= self.independent[id(source)][1]
+        if all(self.independent[id(source)][0] for source in of):  # not what only one of its parts is linear in
+            fresh = set().union(*(self.independent[id(source)][0] for source in of))
         if own is not None:
             fresh, behind = {own}, behind | {own}
         elif isinstance(layer, Pointwise):
@@ -263,12 +288,9 @@ class _Reader:
         source = self._source(x.place, op) if value is None else self._layer(value)
         shape = weight.parameter.shape
         where = self._where(op)
-        for p in (weight, bias):
-            if p is not None and id(p.parameter) in self.used:
-                got = f"the parameter '{p.name}' a second time, after {self.used[id(p.parameter)]}"
-                raise self._refuse(op, got, "Give each layer weights of its own.")
-            if p is not None:
-                self.used[id(p.parameter)] = where
+        self._once(op, weight, bias)
+        if len(shape) > 2:
+            self._batched(op, len(shape) - 2)
         groups = int(given.get("groups", 1))
         if groups > 1 and (value is None or shape[1] == 1):
             raise self._refuse(
@@ -296,6 +318,20 @@ class _Reader:
         layer = Weights(size, where, source, taps, stride, before, dilation, s, sb, g, gb, read)  # pyrefly: ignore
         return self._add(layer, [source], own=id(layer))
 
+    def _once(self, op: Op, *parameters: _Weight | None) -> None:
+        for p in parameters:
+            if p is not None and id(p.parameter) in self.used:
+                got = f"the parameter '{p.name}' a second time, after {self.used[id(p.parameter)]}"
+                raise self._refuse(op, got, "Give each layer weights of its own.")
+            if p is not None:
+                self.used[id(p.parameter)] = self._where(op)
+
+    def _batched(self, op: Op, axes: int) -> None:
+        """Refuse a value of one axis too few: torch would take its samples for channels."""
+        if op.out.dim() != axes + 2:
+            got = f"a value of shape {tuple(op.out.shape)}, whose first axis it takes for channels"
+            raise self._refuse(op, got, f"Give it [n, channels] and {axes} axes of positions.")
+
     def _variances(
         self, op: Op, weight: _Weight, bias: _Weight | None, fan_in: int, shape: Any
     ) -> tuple[float, float, float, float, str]:
@@ -307,16 +343,30 @@ class _Reader:
             b = 0.0 if bias is None or b is None else b
             return w**2, w**2 * trained, b**2, b**2 * trained_bias, "as given"
         fan_out = math.prod(shape) // shape[1]
-        std, read = _std(weight, fan_in, fan_out)
+        std, read = self._std(op, weight, fan_in, fan_out)
         sb = 0.0
         if bias is not None:
-            sb, of_bias = _std(bias, fan_in, fan_out)
+            sb, of_bias = self._std(op, bias, fan_in, fan_out)
             read += f"; bias {of_bias}"
         factor = 0.0 if bias is None else bias.factor
         return fan_in * std**2, fan_in * weight.factor**2 * trained, sb**2, factor**2 * trained_bias, read
 
+    def _std(self, op: Op, weight: _Weight, fan_in: int, fan_out: int) -> tuple[float, str]:
+        """Standard deviation of the entries as the layer uses them, and how it was found."""
+        p = weight.parameter
+        if weight.factor != 1 and initial_std(p, fan_in, fan_out, weight.name).name == NORMAL:
+            return abs(weight.factor), NORMAL
+        found = initial_std(p.detach() * weight.factor, fan_in, fan_out, weight.name)
+        if found.mean:  # one number for all channels in common: the values are no longer Gaussian about zero
+            raise self._refuse(
+                op,
+                f"'{weight.name}' of mean {found.mean:.3g}, not zero",
+                "Draw it with mean zero, or give w_std and b_std.",
+            )
+        return found.std, found.name + (f" ± {found.error:.2%}" if found.error else "")
+
     def _norm(self, op: Op) -> Layer:
-        layer_norm = op.func is F.layer_norm
+        layer_norm = op.func in (F.layer_norm, torch.layer_norm)
         names = ("input", "normalized_shape" if layer_norm else "num_groups", "weight", "bias", "eps")
         given = dict(zip(names, op.args, strict=False)) | op.kwargs
         x = given["input"]
@@ -348,11 +398,13 @@ class _Reader:
             if found is not None and not isinstance(made, _Weight):
                 raise self._refuse(op, f"a {key} that is no parameter", "Use the layer's own parameter.")
             gains.append(0.0 if made is None else made.factor**2 * float(made.parameter.requires_grad))
-            if made is None or self.stds is not None:  # as it is made
+            if made is None:
                 continue
+            self._once(op, made)
             numbers = made.parameter.detach().double() * made.factor
             if float(numbers.max()) != float(numbers.min()) or (key == "bias" and float(numbers.max()) != usual):
-                raise self._refuse(op, f"a trained {key}", "Call its reset_parameters(), or give w_std and b_std.")
+                got = f"a {key} '{made.name}' with a number for every channel, or another one than at the start"
+                raise self._refuse(op, got, "Call the norm's reset_parameters().")
             scale = float(numbers.flatten()[0]) ** 2 if key == "weight" else scale
         if scale == 0:
             raise self._refuse(op, "a weight of zeros", "Its output is 0: start from another weight.")
@@ -381,8 +433,11 @@ class _Reader:
                 )
             return self._curve(op, [v for v in values if isinstance(v, (Layer, _Curve))])
         base = [v.source if isinstance(v, _Curve) else v for v in values]
-        if base[0] is base[1] and any(isinstance(v, _Curve) for v in values):
-            return self._curve(op, values)
+        if base[0] is base[1]:
+            if any(isinstance(v, _Curve) and v.function for v in values):
+                return self._curve(op, values)
+            factors = [v.factor if isinstance(v, _Curve) else 1.0 for v in values]
+            return self._times(op, base[0], sum(s * f for s, f in zip(signs, factors, strict=True)))
         parts: dict[int, tuple[float, Layer]] = {}
         for sign, value in zip(signs, values, strict=True):
             layer = self._layer(value)
@@ -405,21 +460,21 @@ class _Reader:
                 op, "a sum of branches that depend on each other", "End one branch with a weight layer of its own."
             )
 
-    def _scaled(self, op: Op) -> Layer | None:
+    def _scaled(self, op: Op) -> _Curve | None:
         factor = _factor(op)
         return None if factor is None else self._times(op, self.values[op.refs[0].place], factor)
 
-    def _times(self, op: Op, value: Any, factor: float) -> Layer:
-        layer = self._layer(value)
-        terms = layer.terms if isinstance(layer, Sum) else [(1.0, layer)]
-        scaled: list[tuple[float, Layer]] = [(factor * f, t) for f, t in terms]
-        return self._add(Sum(layer.size, self._where(op), scaled), [layer])
+    def _times(self, op: Op, value: Layer | _Curve, factor: float) -> _Curve:
+        if isinstance(value, Layer):
+            return _Curve(value, None, self._where(op), factor)
+        return _Curve(value.source, value.function, self._where(op), factor * value.factor, root=value.root or value)
 
     # ------------------------------------------------------------------ positions
 
     def _pool(self, op: Op) -> Layer:
         names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
         given = dict(zip(names, op.args, strict=False)) | op.kwargs
+        self._batched(op, 2 if op.func is F.avg_pool2d else 1)
         source = self._layer(self.values[op.refs[0].place])
         dims = op.out.dim() - 2
         taps = _pair(given["kernel_size"], dims)
@@ -439,6 +494,7 @@ class _Reader:
         return self._add(Pool(size, self._where(op), source, taps, stride, before, divisor), [source])
 
     def _adaptive(self, op: Op) -> Layer:
+        self._batched(op, 2 if op.func is F.adaptive_avg_pool2d else 1)
         source = self._layer(self.values[op.refs[0].place])
         size = _grid(op.out.shape[2:])
         assert size is not None
@@ -469,7 +525,9 @@ class _Reader:
     def _view(self, op: Op) -> Layer | _Curve:
         value = self.values[op.refs[0].place]
         old, new = self.tape.ops[op.refs[0].place].out.shape, op.out.shape
-        if old[:2] == new[:2] and [n for n in new[2:] if n > 1] == [n for n in old[2:] if n > 1]:
+        if not op.out.is_floating_point() or not self.tape.ops[op.refs[0].place].out.is_floating_point():
+            return self._curve(op, [value])  # a cast that rounds, or of a comparison
+        if old[:2] == new[:2] and (new[2:] == old[2:] or _grid(new[2:]) == _grid(old[2:])):
             return value
         if tuple(new) == (old[0], math.prod(old[1:])):
             source = self._layer(value)
@@ -490,11 +548,9 @@ class _Reader:
         if any(t.numel() > 1 for t in constants) or any(s.parameter.unique().numel() > 1 for s in slopes):
             raise self._refuse(op, f"{op.name} with a number for every channel", "Use one number for all channels.")
         functions = {
-            r.place: (lambda z: z) if isinstance(v := self.values[r.place], Layer)
-            else v.function if isinstance(v, _Curve)
-            else None
+            r.place: _as_function(v) if isinstance(v := self.values[r.place], (Layer, _Curve)) else None
             for r in op.refs
-        }  # fmt: skip
+        }
 
         def function(z: Tensor) -> Tensor:
             def put(a: Any) -> Any:
@@ -528,10 +584,19 @@ _ADVICE = {
 } | {name: _POOLING for name in ("max_pool2d", "max_pool1d", "boolean_dispatch", "adaptive_max_pool2d", "fn", "amax")}
 
 
-def _written(op: Op) -> bool:
-    """Whether the call wrote into one of its arguments."""
-    name = op.name
-    return (name.endswith("_") and not name.endswith("__")) or bool(op.kwargs.get("inplace")) or name == "__setitem__"
+def _as_function(value: Layer | _Curve) -> Function:
+    """A value as a function of its source."""
+    if isinstance(value, Layer):
+        return lambda z: z
+    function, factor = value.function or (lambda z: z), value.factor
+    return function if factor == 1 else lambda z: factor * function(z)
+
+
+def _has_flat(layer: Layer) -> bool:
+    """Whether its channels are those of positions, each with a kernel of its own."""
+    if isinstance(layer, Flat):
+        return layer.source.size != (1, 1) or _has_flat(layer.source)
+    return isinstance(layer, (Sum, Norm, Pointwise)) and any(_has_flat(source) for source in sources(layer))
 
 
 def _elementwise(function: Function, shape: torch.Size) -> bool:
@@ -549,22 +614,16 @@ def _elementwise(function: Function, shape: torch.Size) -> bool:
             again = function(z * 1)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False
-    if not isinstance(out, Tensor) or out.shape != shape or not out.is_floating_point():
+    if not isinstance(out, Tensor) or out.shape != shape or out.is_complex():
         return False
+    if not out.is_floating_point():  # a comparison
+        return bool(
+            (out.flatten()[order] == mixed).all() and (changed[1:] == out.flatten()[1:]).all() and out.equal(again)
+        )
     same = torch.allclose(out.flatten()[order], mixed, rtol=1e-12, atol=1e-12, equal_nan=True) and torch.equal(
         out, again
     )
     return same and torch.allclose(changed[1:], out.flatten()[1:], rtol=1e-12, atol=1e-12, equal_nan=True)
-
-
-def _std(weight: _Weight, fan_in: int, fan_out: int) -> tuple[float, str]:
-    """Standard deviation of the entries as the layer uses them, and how it was found."""
-    p = weight.parameter
-    if weight.factor != 1 and initial_std(p, fan_in, fan_out, weight.name).name == NORMAL:
-        return abs(weight.factor), NORMAL
-    found = initial_std(p.detach() * weight.factor, fan_in, fan_out, weight.name)
-    std = math.hypot(found.std, found.mean)
-    return std, found.name + (f" ± {found.error:.2%}" if found.error else "")
 
 
 def _factor(op: Op) -> float | None:
@@ -582,13 +641,15 @@ def _factor(op: Op) -> float | None:
     if not isinstance(number, (int, float)):
         return None
     if op.func in _DIVISIONS:
-        return 1 / number if isinstance(op.args[0], Ref) and number else None
+        reverse = op.func is T.__rtruediv__  # the number is divided by the value
+        return 1 / number if isinstance(op.args[0], Ref) and number and not reverse else None
     return float(number)
 
 
 def _pair(value: Any, dims: int, missing: int = 1) -> Size:
     """A number or one per axis, as two."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * max(dims, 1)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    values = values * max(dims, 1) if len(values) == 1 else values
     if dims == 0:
         return (missing, missing)
     return (missing, int(values[0])) if dims == 1 else (int(values[0]), int(values[1]))
@@ -607,7 +668,8 @@ _SUMS = {torch.add, T.add, T.add_, T.__add__, T.__iadd__, T.__radd__, T.__rsub__
 _DIVISIONS = {torch.div, torch.true_divide, T.div, T.div_, T.__truediv__, T.__itruediv__, T.__rtruediv__}
 _SCALINGS = {torch.mul, torch.multiply, T.mul, T.mul_, T.__mul__, T.__imul__, T.__rmul__} | _DIVISIONS
 _NEGATED = {torch.neg, T.neg, T.__neg__, torch.negative}
-_SAME = {T.contiguous, T.clone, torch.clone, T.to, T.float, T.double, T.detach, T.type, T.data.__get__}  # pyrefly: ignore
+_DATA = T.data.__get__  # pyrefly: ignore
+_SAME = {T.contiguous, T.clone, torch.clone, T.to, T.float, T.double}
 _TOTALS = {torch.sum, T.sum}
 _VIEWS = {torch.flatten, T.flatten, T.view, T.reshape, torch.reshape, T.squeeze, torch.squeeze, T.contiguous, T.clone}
 _VIEWS |= {torch.clone, T.to, T.float, T.double, torch.unsqueeze, T.unsqueeze, nn.Identity, T.type}
@@ -616,5 +678,4 @@ _READINGS: list[tuple[set[Any], Callable[[_Reader, Op], Any]]] = [
     ({F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_avg_pool1d}, _Reader._adaptive),
     ({torch.mean, T.mean, torch.sum, T.sum}, _Reader._mean),
     (_VIEWS, _Reader._view),
-    (_NEGATED, _Reader._scaled),
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from ntkit.checks import refusal
+from ntkit.checks import Refused, refusal
 from ntkit.jacobian.inputs import check_mode, untouched
 
 
@@ -32,6 +32,8 @@ class Op:
     kwargs: dict[str, Any]
     out: Tensor
     layer: str
+    writes: bool = False  # into one of its arguments
+    stopped: bool = False  # it ran where gradients do not flow
 
     @property
     def name(self) -> str:
@@ -99,9 +101,17 @@ class _Recorder(TorchFunctionMode):
         if not any(id(t) in self.known or id(t) in self.own for t in found):
             return func(*args, **kwargs)
         before = mapped((args, kwargs), self._ref)
+        versions = [t._version for t in found]
         out = func(*args, **kwargs)
+        if func is Tensor.__setitem__ and id(args[0]) not in self.known:
+            raise refusal(
+                self._where(),
+                got="values of the run written into a tensor made elsewhere",
+                expected="values that are made and then only read",
+                fix="Make the tensor with torch.cat or torch.stack.",
+            )
         if isinstance(out, Tensor):
-            self._write(func, before, out)
+            self._write(func, before, out, any(t._version != v for t, v in zip(found, versions, strict=True)))
         elif isinstance(out, (tuple, list)) and any(isinstance(o, Tensor) for o in out):
             for i, o in enumerate(out):
                 if isinstance(o, Tensor):
@@ -142,10 +152,11 @@ class _Recorder(TorchFunctionMode):
             )
         return Ref(place)
 
-    def _write(self, func: Any, before: Any, out: Tensor) -> None:
+    def _write(self, func: Any, before: Any, out: Tensor, writes: bool = False) -> None:
         self.known[id(out)] = (len(self.ops), out._version)
         self.kept.append(out)
-        self.ops.append(Op(func, before[0], before[1], out, self.layers[-1] if self.layers else ""))
+        layer, stopped = self.layers[-1] if self.layers else "", not torch.is_grad_enabled()
+        self.ops.append(Op(func, before[0], before[1], out, layer, writes, stopped))
         if self.last is not None and len(self.ops) > self.last:
             raise _Stop
 
@@ -215,19 +226,31 @@ def record(model: nn.Module, x: Tensor, last: int | None = None) -> Tape:
     Raises
     ------
     Refused
-        For a train mode that mixes samples or draws at random, numbers made of the data, writes through views, and
-        an output that is not one tensor.
+        For a train mode that mixes samples or draws at random, numbers made of the data, writes through views, input
+        that the forward fails on, and an output that is not one tensor.
     """
     check_mode(model)
-    recorder = _Recorder(model, x.detach(), last)
     output: Any = None
-    x = recorder.kept[0]
-    with untouched(model, dict(model.named_parameters())), torch.no_grad(), _layers(model, recorder.layers):
-        try:
-            with recorder:
-                output = model(x)
-        except _Stop:
-            output = recorder.ops[-1].out
+    # with gradients for a reading: where the model itself switches them off, they are off
+    with untouched(model, dict(model.named_parameters())), torch.set_grad_enabled(last is None):
+        x = x.detach().clone()  # the model may write into it
+        recorder = _Recorder(model, x, last)
+        with _layers(model, recorder.layers):
+            try:
+                with recorder:
+                    output = model(x)
+            except _Stop:
+                output = recorder.ops[-1].out
+            except Refused:
+                raise
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                shape = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+                raise refusal(
+                    f"model {type(model).__name__}",
+                    got=f"input {shape}, on which its forward failed ({error})",
+                    expected="input that the model accepts",
+                    fix="Check channels, sizes and dtype against the model's first layer.",
+                ) from error
     if not isinstance(output, Tensor):
         raise refusal(
             "the model's output",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ntkit.infinite.quadrature import Tabulated
 from ntkit.infinite.reading import read
 from ntkit.infinite.tape import record
 from ntkit.jacobian.inputs import Batch, count
-from ntkit.kernels.base import Kernel, KernelOperator, check_out
+from ntkit.kernels.base import Kernel, KernelOperator, check_out, written
 from ntkit.progress import task
 
 _CELLS = {"cpu": 1 << 16}  # numbers in a plane: a few planes stay in a core's cache
@@ -102,9 +103,10 @@ class InfiniteKernel(Kernel):
             if value is not None and not 0 <= value < math.inf:
                 raise refusal(name, got=value, expected="a finite number >= 0", fix="It is a standard deviation.")
         self.kind = kind
-        self._models = {next((p.dtype for p in model.parameters()), torch.get_default_dtype()): model}
         self._model, self._stds = model, (w_std, b_std)
-        self._graphs: dict[tuple[int, ...], Graph] = {}
+        self._models: dict[torch.dtype, nn.Module] = {}
+        self._graphs: dict[tuple[torch.dtype, tuple[int, ...]], Graph] = {}
+        self._state: Any = None  # of the model, when the graphs were read
 
     @property
     def error(self) -> float:
@@ -134,7 +136,10 @@ class InfiniteKernel(Kernel):
 
     # ------------------------------------------------------------------ values
 
+    @torch.inference_mode(False)  # activations are differentiated
     def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
+        if _half(x1):  # too coarse for the angles between samples
+            return written(self._gram(x1.float(), None if x2 is None else x2.float(), None).to(x1.dtype), out)
         (graph, data1), same = self._read(x1), x2 is None
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         n1, n2 = count(x1), count(x1 if x2 is None else x2)
@@ -170,7 +175,10 @@ class InfiniteKernel(Kernel):
         self._warn(graph)
         return out
 
+    @torch.inference_mode(False)
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
+        if _half(x1):
+            return self._pairs(x1.float(), None if x2 is None else x2.float()).to(x1.dtype)
         graph, data1 = self._read(x1)
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         like = next(iter(data1.values()))
@@ -219,6 +227,7 @@ class InfiniteKernel(Kernel):
 
     # ------------------------------------------------------------------ reading
 
+    @torch.inference_mode(False)
     def _read(self, x: Batch, like: Batch | None = None) -> tuple[Graph, dict[int, Tensor]]:
         """The layers for samples of this shape, and what each source makes of these, [H, W, n, C] / sqrt(C)."""
         if not isinstance(x, Tensor):
@@ -233,11 +242,12 @@ class InfiniteKernel(Kernel):
                 got, expected = tuple(x.shape[1:]), tuple(like.shape[1:])
                 raise refusal("x2", got=f"samples of shape {got}", expected=f"{expected}, as x1", fix="Cut them alike.")
             x = x.to(like.dtype)
+        if (state := _state(self._model)) != self._state:  # trained on, frozen or changed since
+            self._state, self._graphs, self._models = state, {}, {}
         model = self._of(x.dtype) if x.is_floating_point() else self._model
-        shape = tuple(x.shape[1:])
-        if shape not in self._graphs:
-            self._graphs[shape] = read(model, x, *self._stds)
-        graph = self._graphs[shape]
+        key = (x.dtype, tuple(x.shape[1:]))
+        graph = self._graphs.get(key) or read(model, x, *self._stds)
+        self._graphs[key] = graph
         places = [layer.place for layer in graph.layers if isinstance(layer, Source)]
         parts: dict[int, list[Tensor]] = {place: [] for place in places}
         for batch in x.split(_BATCH):
@@ -266,9 +276,24 @@ class InfiniteKernel(Kernel):
 
     def _of(self, dtype: torch.dtype) -> nn.Module:
         """The model in the dtype of the samples: kernels of float64 samples are in float64, whatever the weights'."""
-        if dtype not in self._models:
-            self._models[dtype] = copy.deepcopy(self._model).to(dtype)
-        return self._models[dtype]
+        if dtype == next((p.dtype for p in self._model.parameters()), torch.get_default_dtype()):
+            return self._model
+        if (model := self._models.get(dtype)) is None:
+            self._models[dtype] = model = copy.deepcopy(self._model).to(dtype)
+        return model
+
+
+def _state(model: nn.Module) -> Any:
+    """What a reading depends on, to tell whether the model is still the one that was read."""
+    modules = [(name, id(m), m.training) for name, m in model.named_modules()]
+    tensors = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers()) if not t.is_complex()]
+    return modules, [
+        (name, t.requires_grad, t.shape, float(t.detach().sum(dtype=torch.float64))) for name, t in tensors
+    ]
+
+
+def _half(x: Batch) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _cells(like: Tensor) -> int:
