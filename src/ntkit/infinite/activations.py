@@ -58,7 +58,10 @@ class Rectifier(Activation):
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
         # A little too small: a correlation of 1 that rounding has made less is 1 again. The angle would turn an error
         # of eps into one of sqrt(2 eps).
-        return (v * (1 - 8 * torch.finfo(v.dtype).eps),)
+        rounded = v * (1 - 8 * torch.finfo(v.dtype).eps)
+        if self.resting == 1 or v.all():
+            return (rounded,)
+        return rounded, torch.where(v == 0, self.resting, 1.0).to(v)
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
         if self.even == 0 == self.odd:  # a factor of 0 could not be divided by
@@ -76,9 +79,9 @@ class Rectifier(Activation):
         torch.addcmul(root, K, angle, out=K)
         if T is not None:
             T.mul_(angle)
-            for (v,) in (one, two) if self.resting != 1 else ():
-                if not v.all():
-                    T.mul_(torch.where(v == 0, self.resting, 1.0).to(v))
+            for side in (one, two):
+                if len(side) > 1:
+                    T.mul_(side[1])
         return factor
 
     def own(self, v: Tensor) -> tuple[Tensor, Tensor]:

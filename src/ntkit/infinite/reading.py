@@ -4,60 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ntkit.checks import refusal
-from ntkit.infinite.activations import Activation, Function, Rectifier, recognised, weighted
-from ntkit.infinite.layers import (
-    Everywhere,
-    Flat,
-    Graph,
-    Layer,
-    Norm,
-    Pointwise,
-    Pool,
-    Size,
-    Source,
-    Sum,
-    Weights,
-    sources,
+from ntkit.infinite.calls import (
+    ADVICE,
+    DATA,
+    DIFFERENCES,
+    GENERAL,
+    NEGATED,
+    NORMS,
+    SCALINGS,
+    SUMS,
+    TOTALS,
+    VIEWS,
+    WEIGHTED,
+    elementwise,
+    factor_of,
+    grid,
+    pair,
 )
-from ntkit.infinite.quadrature import Tabulated
-from ntkit.infinite.tape import Op, Ref, Tape, flat, mapped, record
+from ntkit.infinite.layers import Everywhere, Flat, Graph, Layer, Norm, Pool, Source, Sum, Weights
+from ntkit.infinite.reader import Curve, Made, Reader, Weight, as_function, has_flat, no_limit
+from ntkit.infinite.tape import Op, Ref, flat, mapped, record
 from ntkit.initialisation import NORMAL, initial_std
-
-
-@dataclass
-class _Weight:
-    """A parameter times a number."""
-
-    parameter: nn.Parameter
-    factor: float
-    name: str
-
-
-@dataclass
-class _Made:
-    """Something made of parameters in another way: a layer that takes it in has no known distribution."""
-
-    name: str
-
-
-@dataclass
-class _Curve:
-    """A function, elementwise, of one value of the network."""
-
-    source: Layer
-    function: Function | None  # None: the identity
-    name: str
-    factor: float = 1.0  # that it is multiplied by
-    layer: Layer | None = None  # once something took it in
-    root: _Curve | None = None  # the same without its factor
 
 
 def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) -> Graph:
@@ -70,7 +43,7 @@ def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) 
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
-            raise _no_limit(
+            raise no_limit(
                 f"layer '{name}' ({type(module).__name__})",
                 "statistics over a batch or over one channel",
                 "a layer whose kernel depends on the two samples alone",
@@ -78,24 +51,11 @@ def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) 
             )
     rows = torch.cat([x[:1], x[-1:], x[:1]])
     tape = record(model, rows)
-    return _Reader(model, tape, w_std, b_std).graph()
+    return _Reading(model, tape, w_std, b_std).graph()
 
 
-def _no_limit(subject: str, got: str, expected: str, fix: str) -> Exception:
-    return refusal(subject, got=got, expected=expected, fix=fix)
-
-
-class _Reader:
-    def __init__(self, model: nn.Module, tape: Tape, w_std: float | None, b_std: float | None) -> None:
-        self.tape, self.stds = tape, None if w_std is None else (w_std, b_std)
-        self.kinds = {name: type(m).__name__ for name, m in model.named_modules()}
-        self.values: dict[int, Any] = {0: None}  # by place: None for data, else a _Weight, _Made, Layer or _Curve
-        self.used: dict[int, str] = {}  # weights and the layer that uses them
-        self.found = Graph()
-        self.data: dict[int, Source] = {}
-        self.independent: dict[int, tuple[set[int], set[int]]] = {}
-        self.trained_norms: set[int] = set()  # layers that pass on what a norm with a trained weight gives
-        self.gaussian: set[int] = set()  # layers whose channels are independent draws of one Gaussian field
+class _Reading(Reader):
+    """One rule for each kind of call."""
 
     def graph(self) -> Graph:
         """All layers up to the output."""
@@ -103,23 +63,23 @@ class _Reader:
             if place == 0:
                 continue
             if place in self.tape.parameters:
-                self.values[place] = _Weight(self.tape.parameters[place], 1.0, self.tape.names[place])
+                self.values[place] = Weight(self.tape.parameters[place], 1.0, self.tape.names[place])
                 continue
             self.values[place] = self._value(place, op)
         output = self.values[self.tape.output]
         last = self.tape.ops[self.tape.output]
-        if output is None or isinstance(output, (_Weight, _Made)):
-            raise _no_limit("the model's output", "a value without random weights", "a network", "Check its forward.")
+        if output is None or isinstance(output, (Weight, Made)):
+            raise no_limit("the model's output", "a value without random weights", "a network", "Check its forward.")
         layer = self._layer(output)
-        if _has_flat(layer):
-            raise _no_limit(
+        if has_flat(layer):
+            raise no_limit(
                 "the model's output",
                 "flattened positions, whose kernels differ",
                 "a vector of outputs that all have the same kernel",
                 "End with a linear layer.",
             )
         if layer.size != (1, 1) or last.out.dim() > 2:
-            raise _no_limit(
+            raise no_limit(
                 "the model's output",
                 f"shape {tuple(last.out.shape[1:])} for a sample",
                 "a vector of outputs",
@@ -133,21 +93,21 @@ class _Reader:
 
     def _value(self, place: int, op: Op) -> Any:
         taken = [self.values[r.place] for r in op.refs]
-        weights = [v for v in taken if isinstance(v, (_Weight, _Made))]
-        inner = [v for v in taken if isinstance(v, (Layer, _Curve))]
+        weights = [v for v in taken if isinstance(v, (Weight, Made))]
+        inner = [v for v in taken if isinstance(v, (Layer, Curve))]
         if not weights and not inner:
             if op.writes:
                 raise self._refuse(op, "the input changed in place", "Write it without in-place operations.")
             return None
-        if op.stopped or (op.func == _DATA and inner):
+        if op.stopped or (op.func == DATA and inner):
             raise self._refuse(
                 op,
                 f"{op.name} where no gradients flow (torch.no_grad, .data, or inside an autograd.Function)",
                 "Freeze layers by requires_grad_(False); write activations in torch's own functions.",
             )
-        if op.func in _WEIGHTED and op.refs:
+        if op.func in WEIGHTED and op.refs:
             return self._weighted(op)
-        if op.func in _NORMS:
+        if op.func in NORMS:
             return self._norm(op)
         if weights and not inner and not any(v is None for v in taken):
             return self._made(op, weights)
@@ -157,9 +117,9 @@ class _Reader:
             raise self._refuse(
                 op, f"{op.name} of a parameter", "Only dense and convolution layers and affine norms are read."
             )
-        if op.func in _SUMS:
+        if op.func in SUMS:
             return self._sum(op)
-        if op.func in _SCALINGS | _NEGATED and len(taken) == 1 and (found := self._scaled(op)) is not None:
+        if op.func in SCALINGS | NEGATED and len(taken) == 1 and (found := self._scaled(op)) is not None:
             return found
         if len(inner) == 1 and len(taken) == 1:
             for functions, reading in _READINGS:
@@ -167,109 +127,15 @@ class _Reader:
                     return reading(self, op)
         return self._curve(op, inner)
 
-    def _where(self, op: Op) -> str:
-        return f"layer '{op.layer}' ({self.kinds[op.layer]})" if op.layer else f"{op.name} in the model's forward"
-
-    def _refuse(self, op: Op, got: str, fix: str) -> Exception:
-        return _no_limit(self._where(op), got, "an operation whose infinite-width limit is known", fix)
-
-    def _layer(self, value: Any) -> Layer:
-        """A value as a layer; a curve becomes an activation when something takes it in."""
-        if isinstance(value, Layer):
-            return value
-        assert isinstance(value, _Curve)
-        if value.layer is None:
-            source = self._layer(value.root) if value.root else value.source
-            if value.factor != 1 or value.function is None:
-                terms = source.terms if isinstance(source, Sum) else [(1.0, source)]
-                terms = [(value.factor * f, t) for f, t in terms]
-                value.layer = self._add(Sum(source.size, value.name, terms), [source])
-            else:
-                value.layer = self._activated(value)
-        return value.layer
-
-    def _activated(self, value: _Curve) -> Layer:
-        assert value.function is not None
-        known, source = recognised(value.function), value.source
-        if isinstance(known, Rectifier) and known.even == 0:  # the identity, such as dropout in eval mode
-            if known.slope == 1:
-                return source
-            return self._add(Sum(source.size, value.name, [(known.slope, source)]), [source])
-        # each position has its own variance: flattened behind the activation, it is the same
-        within = source.source if isinstance(source, Flat) else source
-        if id(within) not in self.gaussian:
-            raise _no_limit(
-                value.name,
-                "values that are not Gaussian (behind an activation, or a sum with one or with flattened positions)",
-                "the outputs of weight layers, their sums, pools and norms",
-                "Put a weight layer in front of the activation, or the activation in front of nn.Flatten.",
-            )
-        known = known or Tabulated(value.function, value.name)
-        behind_norm = self._weighted_by(value, within)
-        layer = self._add(Pointwise(within.size, value.name, within, known, behind_norm), [within])
-        return layer if within is source else self._add(Flat((1, 1), value.name, layer), [layer])
-
-    def _weighted_by(self, value: _Curve, within: Layer) -> Activation | None:
-        """For an activation right behind a norm with a trained weight, that of z s'(z)."""
-        if id(within) not in self.trained_norms:
-            return None
-        if not isinstance(within, Norm) or id(within.source) in self.trained_norms:
-            raise _no_limit(
-                value.name,
-                "a sum, pool or norm of what a norm with a trained weight gives",
-                "the activation right behind such a norm",
-                "Make the norm without affine weights, or freeze its weight.",
-            )
-        assert value.function is not None
-        function = weighted(value.function)
-        return recognised(function) or Tabulated(function, value.name)
-
-    def _add(self, layer: Layer, of: list[Layer], own: int | None = None) -> Layer:
-        """Keep a layer, with the weights it is linear in (`own`, or those of its sources) and all it depends on."""
-        fresh, behind = set(), set()
-        for source in of:
-            behind |= self.independent[id(source)][1]
-        if all(self.independent[id(source)][0] for source in of):  # not what only one of its parts is linear in
-            fresh = set().union(*(self.independent[id(source)][0] for source in of))
-        if own is not None:
-            fresh, behind = {own}, behind | {own}
-        elif isinstance(layer, Pointwise):
-            fresh = set()
-        self.independent[id(layer)] = (fresh, behind)
-        linear = isinstance(layer, (Sum, Pool, Everywhere, Norm)) and all(id(s) in self.gaussian for s in of)
-        if own is not None or linear:
-            self.gaussian.add(id(layer))
-        passed = linear and any(id(s) in self.trained_norms for s in of)
-        if passed or (isinstance(layer, Norm) and layer.scale_gain):
-            self.trained_norms.add(id(layer))
-        self.found.layers.append(layer)
-        return layer
-
-    def _source(self, place: int, op: Op) -> Source:
-        """The input, or what was made of it, where a weight layer takes it in."""
-        if place not in self.data:
-            out = self.tape.ops[place].out
-            if not out.is_floating_point():
-                raise self._refuse(op, f"{out.dtype} input", "Encode it in real numbers outside the model.")
-            size = _grid(out.shape[2:])
-            if size is None or out.dim() < 2 or out.shape[0] != 3:
-                raise self._refuse(
-                    op, f"a value of shape {tuple(out.shape)}", "Pass [n, d], [n, C, L] or [n, C, H, W]."
-                )
-            source = Source(size, self._where(self.tape.ops[place]) if place else "", place, out.shape[1])
-            self.data[place] = source
-            self._add(source, [])
-        return self.data[place]
-
     # ------------------------------------------------------------------ weights
 
     def _made(self, op: Op, weights: list[Any]) -> Any:
         only = weights[0]
-        if len(weights) == 1 and isinstance(only, _Weight):
-            factor = _factor(op)
+        if len(weights) == 1 and isinstance(only, Weight):
+            factor = factor_of(op)
             if factor is not None:
-                return _Weight(only.parameter, only.factor * factor, only.name)
-        return _Made(" and ".join(w.name for w in weights))
+                return Weight(only.parameter, only.factor * factor, only.name)
+        return Made(" and ".join(w.name for w in weights))
 
     def _weighted(self, op: Op) -> Layer:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -278,12 +144,12 @@ class _Reader:
         weight, bias = (self.values[v.place] if isinstance(v, Ref) else v for v in (w, b))
         value = self.values[x.place] if isinstance(x, Ref) else x
         for part, what in ((weight, "weight"), (bias, "bias")):
-            if not isinstance(part, _Weight) and (part is not None or what == "weight"):
-                got = f"a {what} made of {part.name}" if isinstance(part, _Made) else f"a {what} that is no parameter"
+            if not isinstance(part, Weight) and (part is not None or what == "weight"):
+                got = f"a {what} made of {part.name}" if isinstance(part, Made) else f"a {what} that is no parameter"
                 raise self._refuse(op, got, "Use the layer's own parameter, drawn at random.")
-        assert isinstance(weight, _Weight)
-        assert bias is None or isinstance(bias, _Weight)
-        if not isinstance(x, Ref) or isinstance(value, (_Weight, _Made)):
+        assert isinstance(weight, Weight)
+        assert bias is None or isinstance(bias, Weight)
+        if not isinstance(x, Ref) or isinstance(value, (Weight, Made)):
             raise self._refuse(op, "no input", "Check the forward.")
         source = self._source(x.place, op) if value is None else self._layer(value)
         shape = weight.parameter.shape
@@ -298,42 +164,28 @@ class _Reader:
                 f"groups={groups} " + ("on the input" if value is None else "of one channel each"),
                 "Groups need widths of their own that can grow; use groups=1.",
             )
-        taps = _grid(shape[2:]) or (1, 1)
+        taps = grid(shape[2:]) or (1, 1)
         dims = len(shape) - 2
-        stride, dilation = (_pair(given.get(k, 1), dims) for k in ("stride", "dilation"))
+        stride, dilation = (pair(given.get(k, 1), dims) for k in ("stride", "dilation"))
         padding = given.get("padding", 0)
         if padding == "same":
             before = tuple((d * (k - 1)) // 2 for d, k in zip(dilation, taps, strict=True))
         elif padding == "valid":
             before = (0, 0)
         else:
-            before = _pair(padding, dims, 0)
+            before = pair(padding, dims, 0)
         if dims == 0 and (op.out.dim() != 2 or source.size != (1, 1)):
             raise self._refuse(
                 op, f"an input of shape {tuple(op.out.shape[:-1])} + features", "Flatten or pool positions before it."
             )
         fan_in = math.prod(shape[1:])
         s, g, sb, gb, read = self._variances(op, weight, bias, fan_in, shape)
-        size = _grid(op.out.shape[2:]) or (1, 1)
+        size = grid(op.out.shape[2:]) or (1, 1)
         layer = Weights(size, where, source, taps, stride, before, dilation, s, sb, g, gb, read)  # pyrefly: ignore
         return self._add(layer, [source], own=id(layer))
 
-    def _once(self, op: Op, *parameters: _Weight | None) -> None:
-        for p in parameters:
-            if p is not None and id(p.parameter) in self.used:
-                got = f"the parameter '{p.name}' a second time, after {self.used[id(p.parameter)]}"
-                raise self._refuse(op, got, "Give each layer weights of its own.")
-            if p is not None:
-                self.used[id(p.parameter)] = self._where(op)
-
-    def _batched(self, op: Op, axes: int) -> None:
-        """Refuse a value of one axis too few: torch would take its samples for channels."""
-        if op.out.dim() != axes + 2:
-            got = f"a value of shape {tuple(op.out.shape)}, whose first axis it takes for channels"
-            raise self._refuse(op, got, f"Give it [n, channels] and {axes} axes of positions.")
-
     def _variances(
-        self, op: Op, weight: _Weight, bias: _Weight | None, fan_in: int, shape: Any
+        self, op: Op, weight: Weight, bias: Weight | None, fan_in: int, shape: Any
     ) -> tuple[float, float, float, float, str]:
         """What weight and bias bring to the covariance, and what their gradients bring to the tangent kernel."""
         trained = float(weight.parameter.requires_grad)
@@ -351,7 +203,7 @@ class _Reader:
         factor = 0.0 if bias is None else bias.factor
         return fan_in * std**2, fan_in * weight.factor**2 * trained, sb**2, factor**2 * trained_bias, read
 
-    def _std(self, op: Op, weight: _Weight, fan_in: int, fan_out: int) -> tuple[float, str]:
+    def _std(self, op: Op, weight: Weight, fan_in: int, fan_out: int) -> tuple[float, str]:
         """Standard deviation of the entries as the layer uses them, and how it was found."""
         p = weight.parameter
         if weight.factor != 1 and initial_std(p, fan_in, fan_out, weight.name).name == NORMAL:
@@ -371,7 +223,7 @@ class _Reader:
         given = dict(zip(names, op.args, strict=False)) | op.kwargs
         x = given["input"]
         value = self.values[x.place] if isinstance(x, Ref) else None
-        if value is None or isinstance(value, (_Weight, _Made)):
+        if value is None or isinstance(value, (Weight, Made)):
             raise self._refuse(
                 op, "the input normalised with trained weights", "Normalise the input outside the model."
             )
@@ -395,7 +247,7 @@ class _Reader:
         for key, usual in (("weight", 1.0), ("bias", 0.0)):
             found = given.get(key)
             made = self.values[found.place] if isinstance(found, Ref) else None
-            if found is not None and not isinstance(made, _Weight):
+            if found is not None and not isinstance(made, Weight):
                 raise self._refuse(op, f"a {key} that is no parameter", "Use the layer's own parameter.")
             gains.append(0.0 if made is None else made.factor**2 * float(made.parameter.requires_grad))
             if made is None:
@@ -418,7 +270,7 @@ class _Reader:
     def _sum(self, op: Op) -> Any:
         args = list(op.args)
         alpha = float(op.kwargs.get("alpha", 1))
-        signs = [1.0, -alpha if op.func in _DIFFERENCES else alpha]
+        signs = [1.0, -alpha if op.func in DIFFERENCES else alpha]
         if op.func is torch.Tensor.__rsub__:
             signs = [-1.0, 1.0]
         values = [self.values[a.place] if isinstance(a, Ref) else a for a in args[:2]]
@@ -426,17 +278,17 @@ class _Reader:
             value = next(v for v in values if not isinstance(v, (int, float)))
             sign = signs[values.index(value)]
             return value if sign == 1 else self._times(op, value, sign)
-        if not all(isinstance(v, (Layer, _Curve)) for v in values):
+        if not all(isinstance(v, (Layer, Curve)) for v in values):
             if any(v is None for v in values):
                 raise self._refuse(
                     op, "the input itself added to a wide layer", "Put a weight layer on the skip: its width can grow."
                 )
-            return self._curve(op, [v for v in values if isinstance(v, (Layer, _Curve))])
-        base = [v.source if isinstance(v, _Curve) else v for v in values]
+            return self._curve(op, [v for v in values if isinstance(v, (Layer, Curve))])
+        base = [v.source if isinstance(v, Curve) else v for v in values]
         if base[0] is base[1]:
-            if any(isinstance(v, _Curve) and v.function for v in values):
+            if any(isinstance(v, Curve) and v.function for v in values):
                 return self._curve(op, values)
-            factors = [v.factor if isinstance(v, _Curve) else 1.0 for v in values]
+            factors = [v.factor if isinstance(v, Curve) else 1.0 for v in values]
             return self._times(op, base[0], sum(s * f for s, f in zip(signs, factors, strict=True)))
         parts: dict[int, tuple[float, Layer]] = {}
         for sign, value in zip(signs, values, strict=True):
@@ -452,22 +304,9 @@ class _Reader:
                 self._uncorrelated(op, one, two)
         return self._add(Sum(terms[0][1].size, self._where(op), terms), [t for _, t in terms])
 
-    def _uncorrelated(self, op: Op, one: Layer, two: Layer) -> None:
-        """One of the two must be linear in weights the other does not know: then no product of them has a mean."""
-        (fresh1, behind1), (fresh2, behind2) = (self.independent[id(v)] for v in (one, two))
-        if not (fresh1 and not fresh1 & behind2) and not (fresh2 and not fresh2 & behind1):
-            raise self._refuse(
-                op, "a sum of branches that depend on each other", "End one branch with a weight layer of its own."
-            )
-
-    def _scaled(self, op: Op) -> _Curve | None:
-        factor = _factor(op)
+    def _scaled(self, op: Op) -> Curve | None:
+        factor = factor_of(op)
         return None if factor is None else self._times(op, self.values[op.refs[0].place], factor)
-
-    def _times(self, op: Op, value: Layer | _Curve, factor: float) -> _Curve:
-        if isinstance(value, Layer):
-            return _Curve(value, None, self._where(op), factor)
-        return _Curve(value.source, value.function, self._where(op), factor * value.factor, root=value.root or value)
 
     # ------------------------------------------------------------------ positions
 
@@ -477,10 +316,10 @@ class _Reader:
         self._batched(op, 2 if op.func is F.avg_pool2d else 1)
         source = self._layer(self.values[op.refs[0].place])
         dims = op.out.dim() - 2
-        taps = _pair(given["kernel_size"], dims)
-        stride = _pair(given.get("stride") or given["kernel_size"], dims)
-        before = _pair(given.get("padding", 0), dims, 0)
-        size = _grid(op.out.shape[2:])
+        taps = pair(given["kernel_size"], dims)
+        stride = pair(given.get("stride") or given["kernel_size"], dims)
+        before = pair(given.get("padding", 0), dims, 0)
+        size = grid(op.out.shape[2:])
         assert size is not None
         beyond = any(
             (n - 1) * s + k > m + 2 * p
@@ -496,7 +335,7 @@ class _Reader:
     def _adaptive(self, op: Op) -> Layer:
         self._batched(op, 2 if op.func is F.adaptive_avg_pool2d else 1)
         source = self._layer(self.values[op.refs[0].place])
-        size = _grid(op.out.shape[2:])
+        size = grid(op.out.shape[2:])
         assert size is not None
         if size == (1, 1):
             return self._add(Everywhere(size, self._where(op), source), [source])
@@ -517,17 +356,17 @@ class _Reader:
             raise self._refuse(op, f"{op.name} over axes {sorted(axes)}", "Average over all positions, or none.")
         layer: Layer = Everywhere((1, 1), self._where(op), source)
         layer = self._add(layer, [source])
-        if op.func in _TOTALS:
+        if op.func in TOTALS:
             scaled = Sum((1, 1), self._where(op), [(float(math.prod(source.size)), layer)])
             layer = self._add(scaled, [layer])
         return layer
 
-    def _view(self, op: Op) -> Layer | _Curve:
+    def _view(self, op: Op) -> Layer | Curve:
         value = self.values[op.refs[0].place]
         old, new = self.tape.ops[op.refs[0].place].out.shape, op.out.shape
         if not op.out.is_floating_point() or not self.tape.ops[op.refs[0].place].out.is_floating_point():
             return self._curve(op, [value])  # a cast that rounds, or of a comparison
-        if old[:2] == new[:2] and (new[2:] == old[2:] or _grid(new[2:]) == _grid(old[2:])):
+        if old[:2] == new[:2] and (new[2:] == old[2:] or grid(new[2:]) == grid(old[2:])):
             return value
         if tuple(new) == (old[0], math.prod(old[1:])):
             source = self._layer(value)
@@ -538,18 +377,17 @@ class _Reader:
 
     def _curve(self, op: Op, inner: list[Any]) -> Any:
         """Any function that works on each number for itself, of one value of the network."""
-        bases = {id(v.source if isinstance(v, _Curve) else v): v for v in inner}
+        bases = {id(v.source if isinstance(v, Curve) else v): v for v in inner}
         if len(bases) != 1 or any(self.values[r.place] is None for r in op.refs):
             what = "a product or mixture of two branches" if len(inner) > 1 else "a mixture of the input and a layer"
             raise self._refuse(op, f"{op.name}, {what}", "Branches can be added, each behind a weight layer.")
-        base = inner[0].source if isinstance(inner[0], _Curve) else inner[0]
+        base = inner[0].source if isinstance(inner[0], Curve) else inner[0]
         constants = [t for t in flat((op.args, op.kwargs)) if isinstance(t, Tensor)]
-        slopes = [self.values[r.place] for r in op.refs if isinstance(self.values[r.place], _Weight)]
+        slopes = [self.values[r.place] for r in op.refs if isinstance(self.values[r.place], Weight)]
         if any(t.numel() > 1 for t in constants) or any(s.parameter.unique().numel() > 1 for s in slopes):
             raise self._refuse(op, f"{op.name} with a number for every channel", "Use one number for all channels.")
         functions = {
-            r.place: _as_function(v) if isinstance(v := self.values[r.place], (Layer, _Curve)) else None
-            for r in op.refs
+            r.place: as_function(v) if isinstance(v := self.values[r.place], (Layer, Curve)) else None for r in op.refs
         }
 
         def function(z: Tensor) -> Tensor:
@@ -566,116 +404,19 @@ class _Reader:
             return op.func(*args, **kwargs)
 
         shape = op.out.shape
-        if tuple(shape) != tuple(self.tape.ops[op.refs[0].place].out.shape) or not _elementwise(function, shape):
-            raise self._refuse(op, f"{op.name}, which mixes channels or positions", _ADVICE.get(op.name, _GENERAL))
+        if tuple(shape) != tuple(self.tape.ops[op.refs[0].place].out.shape) or not elementwise(function, shape):
+            raise self._refuse(op, f"{op.name}, which mixes channels or positions", ADVICE.get(op.name, GENERAL))
         name = self._where(op)
 
         def on_any(z: Tensor) -> Tensor:
             return function(z.reshape(-1, *[1] * (len(shape) - 1))).reshape(z.shape)
 
-        return _Curve(base, on_any, name)
+        return Curve(base, on_any, name)
 
 
-_GENERAL = "Read are dense and convolution layers, sums, average pools, norms over channels, and elementwise functions."
-_POOLING = "Use average pooling: the maximum over positions of a Gaussian field has no kernel in closed form."
-_ADVICE = {
-    "softmax": "Attention and softmax mix channels in a way that no kernel follows; leave it to the loss.",
-    "log_softmax": "Leave it to the loss: end the model with its logits.",
-} | {name: _POOLING for name in ("max_pool2d", "max_pool1d", "boolean_dispatch", "adaptive_max_pool2d", "fn", "amax")}
-
-
-def _as_function(value: Layer | _Curve) -> Function:
-    """A value as a function of its source."""
-    if isinstance(value, Layer):
-        return lambda z: z
-    function, factor = value.function or (lambda z: z), value.factor
-    return function if factor == 1 else lambda z: factor * function(z)
-
-
-def _has_flat(layer: Layer) -> bool:
-    """Whether its channels are those of positions, each with a kernel of its own."""
-    if isinstance(layer, Flat):
-        return layer.source.size != (1, 1) or _has_flat(layer.source)
-    return isinstance(layer, (Sum, Norm, Pointwise)) and any(_has_flat(source) for source in sources(layer))
-
-
-def _elementwise(function: Function, shape: torch.Size) -> bool:
-    """By experiment: a permutation of all numbers is passed through, and one changed number changes only its own."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(shape, generator=generator, dtype=torch.float64)
-    order = torch.randperm(z.numel(), generator=generator)
-    with torch.random.fork_rng([]), torch.no_grad():
-        try:
-            out = function(z * 1).clone()
-            mixed = function(z.flatten()[order].reshape(shape)).flatten().clone()
-            other = z.clone()
-            other.flatten()[0] += 1
-            changed = function(other).flatten()
-            again = function(z * 1)
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return False
-    if not isinstance(out, Tensor) or out.shape != shape or out.is_complex():
-        return False
-    if not out.is_floating_point():  # a comparison
-        return bool(
-            (out.flatten()[order] == mixed).all() and (changed[1:] == out.flatten()[1:]).all() and out.equal(again)
-        )
-    same = torch.allclose(out.flatten()[order], mixed, rtol=1e-12, atol=1e-12, equal_nan=True) and torch.equal(
-        out, again
-    )
-    return same and torch.allclose(changed[1:], out.flatten()[1:], rtol=1e-12, atol=1e-12, equal_nan=True)
-
-
-def _factor(op: Op) -> float | None:
-    """The number that a call multiplies its one value by."""
-    others = [a for a in op.args if not isinstance(a, Ref)]
-    if op.func in _SAME:
-        return 1.0
-    if op.func in _NEGATED:
-        return -1.0
-    if op.func not in _SCALINGS or len(others) != 1 or op.kwargs:
-        return None
-    number = others[0]
-    if isinstance(number, Tensor):
-        number = number.item() if number.numel() == 1 else None
-    if not isinstance(number, (int, float)):
-        return None
-    if op.func in _DIVISIONS:
-        reverse = op.func is T.__rtruediv__  # the number is divided by the value
-        return 1 / number if isinstance(op.args[0], Ref) and number and not reverse else None
-    return float(number)
-
-
-def _pair(value: Any, dims: int, missing: int = 1) -> Size:
-    """A number or one per axis, as two."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    values = values * max(dims, 1) if len(values) == 1 else values
-    if dims == 0:
-        return (missing, missing)
-    return (missing, int(values[0])) if dims == 1 else (int(values[0]), int(values[1]))
-
-
-def _grid(shape: Any) -> Size | None:
-    """Positions as height and width."""
-    return {0: (1, 1), 1: (1, *shape), 2: tuple(shape)}.get(len(shape))  # pyrefly: ignore
-
-
-T = torch.Tensor
-_WEIGHTED = {F.linear, F.conv1d, F.conv2d, torch.conv1d, torch.conv2d}
-_NORMS = {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm}
-_DIFFERENCES = {torch.sub, torch.subtract, T.sub, T.sub_, T.__sub__, T.__isub__, T.subtract}
-_SUMS = {torch.add, T.add, T.add_, T.__add__, T.__iadd__, T.__radd__, T.__rsub__} | _DIFFERENCES
-_DIVISIONS = {torch.div, torch.true_divide, T.div, T.div_, T.__truediv__, T.__itruediv__, T.__rtruediv__}
-_SCALINGS = {torch.mul, torch.multiply, T.mul, T.mul_, T.__mul__, T.__imul__, T.__rmul__} | _DIVISIONS
-_NEGATED = {torch.neg, T.neg, T.__neg__, torch.negative}
-_DATA = T.data.__get__  # pyrefly: ignore
-_SAME = {T.contiguous, T.clone, torch.clone, T.to, T.float, T.double}
-_TOTALS = {torch.sum, T.sum}
-_VIEWS = {torch.flatten, T.flatten, T.view, T.reshape, torch.reshape, T.squeeze, torch.squeeze, T.contiguous, T.clone}
-_VIEWS |= {torch.clone, T.to, T.float, T.double, torch.unsqueeze, T.unsqueeze, nn.Identity, T.type}
-_READINGS: list[tuple[set[Any], Callable[[_Reader, Op], Any]]] = [
-    ({F.avg_pool1d, F.avg_pool2d, torch.avg_pool1d}, _Reader._pool),
-    ({F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_avg_pool1d}, _Reader._adaptive),
-    ({torch.mean, T.mean, torch.sum, T.sum}, _Reader._mean),
-    (_VIEWS, _Reader._view),
+_READINGS: list[tuple[set[Any], Callable[[_Reading, Op], Any]]] = [
+    ({F.avg_pool1d, F.avg_pool2d, torch.avg_pool1d}, _Reading._pool),
+    ({F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_avg_pool1d}, _Reading._adaptive),
+    ({torch.mean, Tensor.mean, torch.sum, Tensor.sum}, _Reading._mean),
+    (VIEWS, _Reading._view),
 ]
