@@ -249,15 +249,17 @@ class InfiniteKernel(Kernel):
         graph = self._graphs.get(key) or read(model, x, *self._stds)
         self._graphs[key] = graph
         places = [layer.place for layer in graph.layers if isinstance(layer, Source)]
-        parts: dict[int, list[Tensor]] = {place: [] for place in places}
-        for batch in x.split(_BATCH):
+        data: dict[int, Tensor] = {}
+        for start in range(0, len(x), _BATCH):
+            batch = x[start : start + _BATCH]
             made = {0: batch} if places == [0] else self._made(model, batch, graph.last_place)
-            for place, found in parts.items():
-                value = made[place].reshape(
-                    *made[place].shape[:2], *(1,) * (4 - made[place].dim()), *made[place].shape[2:]
-                )
-                found.append(value.permute(2, 3, 0, 1) / math.sqrt(value.shape[1]))
-        return graph, {place: torch.cat(found, 2).contiguous() for place, found in parts.items()}
+            for place in places:
+                t = made[place]
+                value = t.reshape(*t.shape[:2], *(1,) * (4 - t.dim()), *t.shape[2:]).permute(2, 3, 0, 1)
+                if place not in data:
+                    data[place] = value.new_empty(*value.shape[:2], len(x), value.shape[3])
+                torch.div(value, math.sqrt(value.shape[3]), out=data[place][:, :, start : start + _BATCH])
+        return graph, data
 
     def _made(self, model: nn.Module, batch: Tensor, last: int) -> dict[int, Tensor]:
         """What the model makes of a batch before its weights; of its first sample the same as alone."""
