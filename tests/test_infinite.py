@@ -468,6 +468,12 @@ def test_what_comes_before_the_weights_is_run_as_it_is():
     torch.testing.assert_close(InfiniteKernel(Model().double(), "ntk", W, B)(V1), wanted, rtol=1e-13, atol=0)
 
 
+def test_a_compiled_model_is_read_as_it_was():
+    model = mlp(R())
+    got = InfiniteKernel(torch.compile(model, backend="eager"), "ntk", W, B)(V1.float())
+    torch.testing.assert_close(got, InfiniteKernel(model, "ntk", W, B)(V1.float()))
+
+
 def test_functions_of_any_spelling():
     class Model(nn.Module):
         def __init__(self):
@@ -864,6 +870,14 @@ def test_the_users_samples_are_left_as_they_were():
     with pytest.raises(Refused, match="in place"):
         InfiniteKernel(nn.Sequential(R(inplace=True), nn.Linear(6, 1)), "ntk", W, B)(x)
     assert torch.equal(x, V1)
+
+
+def test_a_scripted_model_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = torch.jit.script(mlp(R()))
+    with pytest.raises(Refused, match="the model: got a scripted module"):
+        InfiniteKernel(model, "ntk", W, B)(V1.float())
 
 
 def test_refusals_at_the_door():

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from ntkit.checks import Refused, refusal
@@ -206,14 +205,15 @@ def _of_shape(func: Any) -> bool:
 @contextmanager
 def _layers(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """The names of the modules being run, innermost last."""
-    names = {id(m): name for name, m in model.named_modules()}
-    enter = register_module_forward_pre_hook(lambda m, _: stack.append(names.get(id(m), "")))
-    leave = register_module_forward_hook(lambda *_: _left(stack), always_call=True)
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        hooks.append(module.register_forward_hook(lambda *_: _left(stack), always_call=True))
     try:
         yield
     finally:
-        enter.remove()
-        leave.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _left(stack: list[str]) -> None:
@@ -230,6 +230,14 @@ def record(model: nn.Module, x: Tensor, last: int | None = None) -> Tape:
         that the forward fails on, and an output that is not one tensor.
     """
     check_mode(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise refusal(
+                f"layer '{name}'" if name else "the model",
+                got="a scripted module, whose operations cannot be seen",
+                expected="a module run by Python",
+                fix="Pass the module it was scripted from.",
+            )
     output: Any = None
     # with gradients for a reading: where the model itself switches them off, they are off
     with untouched(model, dict(model.named_parameters())), torch.set_grad_enabled(last is None):
