@@ -15,7 +15,8 @@ from ntkit.files import read_arrays
 from ntkit.report import render
 from ntkit.studies import bell2023 as bell
 from ntkit.studies import kopitkov2019 as kopitkov
-from ntkit.studies.bell2023 import parts, pictures, plane, removal, unseen
+from ntkit.studies.bell2023 import pictures, plane, removal, setting, unseen
+from ntkit.studies.parts import Work
 
 TOY = kopitkov.Scale(6, 8, 24, 0.05, 8, 12, 5, 30, 20)
 
@@ -122,7 +123,7 @@ def test_mnist_where_its_files_are_at_hand(shared_data, tmp_path):
 
 # ---------------------------------------------------------------------- bell2023
 
-SMALL = parts.Scale(
+SMALL = setting.Scale(
     plane_steps=2, side=5, direct=1, nodes=(1, 2), probed=3, pixels=8, width=2, train=50, test=6, steps=5, lr=0.2,
     other_steps=4, removals=2, shares=(0.04, 0.08), draws=2, unseen=12, unseen_steps=4,
 )  # fmt: skip
@@ -155,7 +156,7 @@ def bell_folder(tmp_path_factory):
         assert not again
         with pytest.raises(Refused, match="another run"):
             ntkit.study("bell2023", scale="paper", out=place)
-        patch.setitem(bell.SCALES, "quick", parts.Scale(**(vars(SMALL) | {"steps": 6})))
+        patch.setitem(bell.SCALES, "quick", setting.Scale(**(vars(SMALL) | {"steps": 6})))
         with pytest.raises(Refused, match="another run"):
             ntkit.study("bell2023", out=place)
     return place
@@ -187,7 +188,7 @@ def test_bell_shows_what_was_found(bell_folder):
     for section in results["sections"]:
         assert section["title"].split(":")[0] in page
     assert page.index(results["certificate"]["cards"][0]["name"]) < page.index("What the paper claims")
-    part = parts.Work(SMALL, bell_folder, None, print).kept("digits-explained", "", lambda: pytest.fail("made again"))
+    part = Work(SMALL, bell_folder, None, print).kept("digits-explained", "", lambda: pytest.fail("made again"))
     for case in part.numbers["cases"]:
         total = case["initial"] + sum(case["classes"])
         assert total == pytest.approx(case["logit"], abs=1e-12)
@@ -196,10 +197,10 @@ def test_bell_shows_what_was_found(bell_folder):
 
 
 def test_the_integral_along_the_steps_is_what_contributions_sum_to(tmp_path):
-    work = parts.Work(SMALL, tmp_path, None, lambda line: None)
+    work = Work(SMALL, tmp_path, None, lambda line: None)
     model, run, _, _ = plane.trained(work, "relu", 3)
     x = plane.clusters(5, 9)[0]
-    found = parts.summed_changes(model, run, x, [("left", 1), ("left", 2), ("midpoint", 1), ("gauss", 3)], 4)
+    found = setting.summed_changes(model, run, x, [("left", 1), ("left", 2), ("midpoint", 1), ("gauss", 3)], 4)
     for (rule, nodes), change in found.items():
         if (rule, nodes) != ("left", 2):
             settings = {"integration": "left"} if rule == "left" else {"integration": "quadrature", "rule": rule}
@@ -210,25 +211,25 @@ def test_the_integral_along_the_steps_is_what_contributions_sum_to(tmp_path):
 
 
 def test_removing_nothing_changes_nothing_and_weights_are_a_smaller_set(tmp_path):
-    work = parts.Work(SMALL, tmp_path, None, lambda line: None)
+    work = Work(SMALL, tmp_path, None, lambda line: None)
     network = torch.from_numpy(pictures.measure(work, "digits", 0).arrays["network"])
-    data = parts.images(work, "digits", SMALL.train, SMALL.test)
+    data = setting.images(work, "digits", SMALL.train, SMALL.test)
     torch.testing.assert_close(removal.again(work, data, torch.tensor([], dtype=torch.int64)), network)
     keep = torch.arange(SMALL.train) >= 7
-    model = parts.cnn(8, 10, SMALL.width, 0)
+    model = setting.cnn(8, 10, SMALL.width, 0)
     share = float(keep.double().mean())
     ntkit.train(
-        model, (data.x[keep], data.y[keep]), lambda out, y: share * parts.cross_entropy(out, y), parts.sgd(SMALL.lr),
-        SMALL.steps,
+        model, (data.x[keep], data.y[keep]), lambda out, y: share * setting.cross_entropy(out, y),
+        setting.sgd(SMALL.lr), SMALL.steps,
     )  # fmt: skip
     torch.testing.assert_close(removal.again(work, data, torch.arange(7)), model(data.x_test).detach())
 
 
 def test_orders_slopes_and_patches():
-    assert parts.slope(torch.tensor([[1.0, 2.0], [4.0, 0.0]]), torch.tensor([[3.0, 5.0], [9.0, 1.0]])) == pytest.approx(
-        2
-    )
-    assert parts.order([2, 4], [1.0, 0.25]) == pytest.approx(2)
+    assert setting.slope(
+        torch.tensor([[1.0, 2.0], [4.0, 0.0]]), torch.tensor([[3.0, 5.0], [9.0, 1.0]])
+    ) == pytest.approx(2)
+    assert setting.order([2, 4], [1.0, 0.25]) == pytest.approx(2)
     found = unseen.patches(6, 8, seed=0)
     assert found.shape == (6, 1, 8, 8)
     assert torch.equal(found.amin((1, 2, 3)), torch.zeros(6).double())

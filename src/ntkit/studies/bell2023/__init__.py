@@ -15,9 +15,10 @@ from ntkit.files import ensure_folder, read_json, write_arrays, write_json
 from ntkit.results import versions
 from ntkit.studies.bell2023 import claims, page, pictures, plane, removal, unseen
 from ntkit.studies.bell2023.found import Found
-from ntkit.studies.bell2023.parts import Say, Scale, Work
 from ntkit.studies.bell2023.sections import sections
+from ntkit.studies.bell2023.setting import Scale
 from ntkit.studies.judged import one_thread
+from ntkit.studies.parts import Say, Work
 
 PAPER = {
     "authors": "Bell, Geyer, Glickenstein, Fernandez, Moore",

@@ -8,10 +8,11 @@ import numpy as np
 
 from ntkit.report.words import plain
 from ntkit.studies.bell2023.found import Found, auroc, relative, removed
-from ntkit.studies.bell2023.parts import Part, Scale, order
 from ntkit.studies.bell2023.plane import LABELS
+from ntkit.studies.bell2023.setting import Scale, order
 from ntkit.studies.bell2023.unseen import SCORES, SETS
 from ntkit.studies.judged import claimed, mean_error, told
+from ntkit.studies.parts import Part
 
 EXACT, SINGLE, AGREES, ORDERS = 1e-12, 1e-5, 1e-3, 100
 SMOOTH = (5, 10, 20, 50, 100)  # nodes over which orders are fitted: beyond the first, before rounding

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ntkit.studies.bell2023.parts import Part
 from ntkit.studies.bell2023.pictures import RECIPES
 from ntkit.studies.bell2023.plane import LABELS
+from ntkit.studies.parts import Part
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from ntkit.report.words import plain
 from ntkit.studies.bell2023 import pictures, plane
 from ntkit.studies.bell2023.found import Found, certificates, relative
-from ntkit.studies.bell2023.parts import Scale
+from ntkit.studies.bell2023.setting import Scale
 
 
 def certificate(found: Found) -> dict[str, Any]:

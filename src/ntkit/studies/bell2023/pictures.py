@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from ntkit.kernels.decomposition import PathDecomposition
 from ntkit.kernels.path import PathKernel
-from ntkit.studies.bell2023.parts import (
+from ntkit.studies.bell2023.setting import (
     Images,
-    Part,
-    Work,
     cnn,
     cross_entropy,
     errors,
@@ -28,6 +26,7 @@ from ntkit.studies.bell2023.parts import (
     weighted,
     weighted_cross_entropy,
 )
+from ntkit.studies.parts import Part, Work
 from ntkit.trajectory import Trajectory, train
 
 CASES, SHOWN = 4, 5  # test images explained, training images shown for and against each

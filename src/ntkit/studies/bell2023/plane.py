@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ntkit.kernels.path import PathKernel
 from ntkit.novel import novelty
 from ntkit.nystrom import grid
-from ntkit.studies.bell2023.parts import Part, Work, cross_entropy, errors, sgd, summed_changes
+from ntkit.studies.bell2023.setting import cross_entropy, errors, sgd, summed_changes
 from ntkit.studies.judged import device
+from ntkit.studies.parts import Part, Work
 from ntkit.trajectory import Trajectory, train
 
 LABELS = {"tanh": "tanh", "relu": "ReLU"}

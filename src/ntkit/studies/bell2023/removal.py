@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkit.studies.bell2023.parts import (
+from ntkit.studies.bell2023.pictures import measure
+from ntkit.studies.bell2023.setting import (
     Images,
-    Part,
-    Work,
     cnn,
     images,
     sgd,
     weighted,
     weighted_cross_entropy,
 )
-from ntkit.studies.bell2023.pictures import measure
+from ntkit.studies.parts import Part, Work
 from ntkit.trajectory import train
 
 KINDS = ("top", "near", "random")  # what is removed: top contributors, nearest images, random ones of the same class

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,12 @@ import numpy as np
 from ntkit.report.words import plain
 from ntkit.studies.bell2023 import pictures, plane
 from ntkit.studies.bell2023.found import Found, auroc, relative, removed
-from ntkit.studies.bell2023.parts import Part, Scale
+from ntkit.studies.bell2023.setting import Scale
 from ntkit.studies.bell2023.unseen import HELD, KNOWN, SCORES, SETS
 from ntkit.studies.judged import mean_error, told
+from ntkit.studies.parts import Item, Part, axis, lines, table
 
 Arrays = dict[str, np.ndarray]
-Item = dict[str, Any]
 
 METHODS = {
     "secant": "exact (secant)",
@@ -36,21 +35,6 @@ def sections(s: Scale, found: Found) -> tuple[list[Item], Arrays]:
     made += [_removed(s, name, parts) for name, parts in found.removed.items()]
     made += [_unseen(s, name, parts) for name, parts in found.unseen.items()]
     return made, arrays
-
-
-def lines(title: str, reading: str, x: Item, y: Item, panels: Sequence[Item], **more: Any) -> Item:
-    """A figure of curves; `panels` hold a heading and series, `x` and `y` what `axis` gives."""
-    return {"kind": "lines", "title": title, "reading": reading, "x": x, "y": y, "panels": list(panels)} | more
-
-
-def axis(title: str, scale: str = "linear") -> Item:
-    """Linear or "log"."""
-    return {"title": title, "scale": scale}
-
-
-def table(title: str, columns: Sequence[str], rows: list[list[str]], note: str = "", folded: bool = False) -> Item:
-    """A table of texts, perhaps behind its title."""
-    return {"kind": "table", "title": title, "columns": list(columns), "rows": rows, "note": note, "folded": folded}
 
 
 # ---------------------------------------------------------------------- the plane

@@ -10,7 +10,8 @@ from ntkit.kernels.conjugate import ConjugateKernel
 from ntkit.kernels.path import PathKernel
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.novel import novelty
-from ntkit.studies.bell2023.parts import Part, Work, cnn, cross_entropy, images, sgd
+from ntkit.studies.bell2023.setting import cnn, cross_entropy, images, sgd
+from ntkit.studies.parts import Part, Work
 from ntkit.trajectory import train
 
 KNOWN = ("0", "1", "2", "3", "4")

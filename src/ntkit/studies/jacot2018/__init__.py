@@ -13,12 +13,12 @@ from typing import Any
 from ntkit.checks import refusal
 from ntkit.files import ensure_folder, read_json, write_json
 from ntkit.results import versions
-from ntkit.studies.bell2023.parts import Say, Work
 from ntkit.studies.jacot2018 import claims, component, kernel, page, regression
 from ntkit.studies.jacot2018.found import Found
 from ntkit.studies.jacot2018.sections import sections
 from ntkit.studies.jacot2018.setting import Scale
 from ntkit.studies.judged import one_thread
+from ntkit.studies.parts import Say, Work
 
 PAPER = {
     "authors": "Jacot, Gabriel, Hongler",
@@ -53,9 +53,8 @@ def run(scale: str, folder: Path, say: Say, data_dir: str | Path | None = None) 
     if start.exists() and (found := read_json(start)) | header != found:
         raise refusal(str(folder), got="another run", expected="this study at this scale", fix="Name another --out.")
     write_json(start, header | {"versions": versions(), "status": "running"})
-    sizes: Any = s
     with one_thread() if scale == "quick" else nullcontext():
-        made = _experiments(Work(sizes, folder, data_dir, say), s, data)
+        made = _experiments(Work(s, folder, data_dir, say), s, data)
     results: dict[str, Any] = header | {
         "title": "The neural tangent kernel and its limit",
         "paper": PAPER,

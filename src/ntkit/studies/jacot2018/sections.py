@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ntkit.report.words import plain
-from ntkit.studies.bell2023.sections import axis, lines, table
 from ntkit.studies.jacot2018 import component, kernel, regression
 from ntkit.studies.jacot2018.found import (
     Found,
@@ -27,8 +26,7 @@ from ntkit.studies.jacot2018.found import (
 from ntkit.studies.jacot2018.page import DIGITS
 from ntkit.studies.jacot2018.setting import BETA, DEPTH, Scale
 from ntkit.studies.judged import told
-
-Item = dict[str, Any]
+from ntkit.studies.parts import Item, axis, lines, table
 
 SHOWN = (0, 1, 7)  # digits that are marked
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ntkit.kernels.infinite import InfiniteKernel
 from ntkit.parametrization import to_ntk_parametrization
-from ntkit.studies.bell2023.parts import Part, Work
+from ntkit.studies.parts import Part, Work
 from ntkit.widening import widened
 from ntkit.widths import Twin
 
@@ -51,7 +51,7 @@ class Scale:
 
 def sizes(work: Work) -> Scale:
     """Sizes of this run."""
-    return cast(Scale, work.scale)
+    return work.scale
 
 
 def template(example: Tensor, depth: int) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""What the experiments share: parts kept as files, data, networks, training, and the integral along a step."""
+"""What the experiments share: data, networks, training, and the integral along a step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +15,10 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn import functional as F
 
 from ntkit.data import load
-from ntkit.files import ensure_folder, read_arrays, read_json, write_arrays, write_json
 from ntkit.kernels.integration import points
 from ntkit.studies.judged import device
+from ntkit.studies.parts import Work
 from ntkit.trajectory import Trajectory
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -58,42 +55,6 @@ class Scale:
     draws: int
     unseen: int
     unseen_steps: int
-
-
-# ---------------------------------------------------------------------- parts
-
-
-class Part(NamedTuple):
-    """One finished experiment: numbers as JSON has them, and arrays."""
-
-    numbers: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every experiment is given: sizes, the study's folder, that of MNIST's files, where to say what is done."""
-
-    scale: Scale
-    folder: Path
-    data_dir: str | Path | None
-    say: Say
-
-    def kept(self, name: str, line: str, make: Callable[[], Part]) -> Part:
-        """Read a part that was finished before, or make and keep it: numbers last, for they say that it is whole."""
-        numbers, arrays = (self.folder / "parts" / f"{name}.{kind}" for kind in ("json", "safetensors"))
-        if not numbers.exists():
-            self.say(line)
-            ensure_folder(self.folder / "parts")
-            made = make()
-            if made.arrays:
-                write_arrays(arrays, made.arrays)
-            write_json(numbers, made.numbers)
-        return Part(read_json(numbers), read_arrays(arrays) if arrays.exists() else {})
-
-    def trajectory(self, name: str) -> Path:
-        """Folder of a run, which goes on where it was stopped."""
-        return self.folder / "runs" / name / "trajectory"
 
 
 # ---------------------------------------------------------------------- data and networks
