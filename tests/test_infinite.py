@@ -1,6 +1,8 @@
-"""The limit of infinite width: against brute force, stored values of another program, wide networks, and by its laws."""
+"""The limit of infinite width: against brute force, stored values of another program, wide networks, and by its laws.
 
-# ruff: noqa: E501 (tables of networks, one a line)
+Long by its tables: networks with a limit, and networks that are refused.
+"""
+
 from __future__ import annotations
 
 import math
@@ -398,6 +400,18 @@ def test_tables_reach_over_both_sides():
     got = kernel(small, large)
     assert worst(got, InfiniteKernel(model, "ntk", W, B)(large, small).T) < 1e-8
     torch.testing.assert_close(kernel.paired(small[:3], large), got.diagonal(), rtol=1e-8, atol=1e-9)
+
+
+def test_tables_of_a_norms_weight_reach_over_both_sides():
+    """GELU is in closed form, z GELU'(z) is not; behind a GroupNorm, variances differ from position to position."""
+    layers = conv(2, 8, padding=1), nn.GroupNorm(1, 8), nn.GELU()
+    kernel = InfiniteKernel(nn.Sequential(*layers, *head()).double(), "ntk", W, B)
+    even = torch.ones(2, 2, 5, 4, dtype=torch.float64)
+    uneven = X1 * torch.logspace(-2, 1, 20, dtype=torch.float64).reshape(5, 4)
+    got = kernel(even + 0.1 * X2, uneven)
+    _, wanted = Oracle(W, B)(nn.Sequential(*layers, *head()).double(), even + 0.1 * X2, uneven)
+    assert worst(got, wanted) < 1e-8
+    assert 0 < kernel.error < 1e-8
 
 
 # ------------------------------------------------------------------ laws

@@ -7,6 +7,8 @@ that ends in `Flat` needs one offset of its last layers only.
 
 A plane is [2, height, width, p, q]: covariance and tangent kernel, at all positions whose partner lies on the grid, of
 p x q pairs of samples (or of p paired samples, q = 1).
+
+A little over 400 lines: one rule per layer, and what makes a plane of them, are read together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""From a tape to the layers of a limit; what has none of this kind is refused by the name of its layer."""
+"""From a tape to the layers of a limit; what has none of this kind is refused by the name of its layer.
+
+A little over 400 lines: one rule per kind of call, in one class.
+"""
 
 from __future__ import annotations
 

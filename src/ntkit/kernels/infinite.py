@@ -111,8 +111,7 @@ class InfiniteKernel(Kernel):
     @property
     def error(self) -> float:
         """Largest relative error of an activation computed by quadrature so far."""
-        activations = [k.activation for g in self._graphs.values() for k in g.layers if isinstance(k, Pointwise)]
-        return max((a.error for a in activations if isinstance(a, Tabulated)), default=0.0)
+        return max((a.error for graph in self._graphs.values() for _, a in _tables(graph)), default=0.0)
 
     def describe(self, x: Batch) -> str:
         """The layers as they were read, one a line: what each is, and where its variances come from.
@@ -213,12 +212,11 @@ class InfiniteKernel(Kernel):
         return self._versions(graph)
 
     def _versions(self, graph: Graph) -> list[int]:
-        activations = [layer.activation for layer in graph.layers if isinstance(layer, Pointwise)]
-        return [a.version for a in activations if isinstance(a, Tabulated)]
+        return [a.version for _, a in _tables(graph)]
 
     def _warn(self, graph: Graph) -> None:
-        for layer in graph.layers:
-            if isinstance(layer, Pointwise) and isinstance(a := layer.activation, Tabulated) and a.error > _INEXACT:
+        for layer, a in _tables(graph):
+            if a.error > _INEXACT:
                 warnings.warn(
                     f"{layer.name}: its kernel is computed by quadrature with a relative error of {a.error:.0e}: its "
                     "slope jumps elsewhere than at 0, or its inputs are of very different size.",
@@ -296,6 +294,12 @@ def _state(model: nn.Module) -> Any:
 
 def _half(x: Batch) -> bool:
     return isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _tables(graph: Graph) -> list[tuple[Pointwise, Tabulated]]:
+    """What is computed by quadrature: activations, and what a norm's weight meets in them."""
+    of = [(k, a) for k in graph.layers if isinstance(k, Pointwise) for a in (k.activation, k.weighted)]
+    return [(k, a) for k, a in of if isinstance(a, Tabulated)]
 
 
 def _cells(like: Tensor) -> int:
