@@ -21,7 +21,7 @@ from torch import Tensor
 import ntkit
 from benchmarks.families import FAMILIES, Family
 from ntkit.jacobian.inputs import select_parameters
-from ntkit.jacobian.reference import jacobian
+from ntkit.jacobian.oracle import jacobian
 
 ROOT = Path(__file__).resolve().parents[1]
 BOUND = 1e-9  # on errors, relative to the largest entry
@@ -167,7 +167,7 @@ def document(rows: list[Row]) -> str:
         "Made by `python -m benchmarks.coverage` "
         f"({', '.join(versions)}; {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}).",
         "Each family is a network of `benchmarks/families.py` with random weights, in float64. Its kernel of 3 x 2",
-        "samples is compared with the oracle, per-sample autograd (`ntkit.jacobian.reference`): *error* is the largest",
+        "samples is compared with the oracle, per-sample autograd (`ntkit.jacobian.oracle`): *error* is the largest",
         "absolute error over the largest absolute value, *worst share* the same for the parameter whose share of the",
         f"kernel is worst (a share below {_FLOOR:.0e} of the largest is compared with that: some vanish by symmetry,",
         f"pure rounding). Both must stay below {BOUND:.0e}. *Fast path* is the part of the parameter entries",

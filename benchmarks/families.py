@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 
 from ntkit.jacobian.inputs import call
-from ntkit.models import build
+from ntkit.networks.built_in import build
 
 OWN = "written here"
 
@@ -687,9 +687,9 @@ TV: dict[str, Any] = {"source": "torchvision"}
 HF: dict[str, Any] = {"source": "transformers", "outputs": next_token}
 
 FAMILIES: dict[str, Family] = {
-    "MLP": Family(lambda: build("mlp", (64,), 3, 0), data(64), source="ntkit.models"),
+    "MLP": Family(lambda: build("mlp", (64,), 3, 0), data(64), source="ntkit.networks.built_in"),
     "LeNet": Family(lenet, data(1, 28, 28)),
-    "VGG": Family(lambda: build("vgg", (3, 32, 32), 3, 0), data(3, 32, 32), source="ntkit.models"),
+    "VGG": Family(lambda: build("vgg", (3, 32, 32), 3, 0), data(3, 32, 32), source="ntkit.networks.built_in"),
     "ResNet-18": Family(vision("resnet18", num_classes=3), data(3, 32, 32), slow=True, **TV),
     "ResNet-50": Family(vision("resnet50", num_classes=2), data(3, 32, 32), slow=True, **TV),
     "MobileNetV3-small": Family(vision("mobilenet_v3_small", num_classes=3), data(3, 64, 64), slow=True, **TV),

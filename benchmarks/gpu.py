@@ -22,7 +22,7 @@ import ntkit
 from benchmarks.common import save
 from benchmarks.peers.torch_func import contract, jacobians
 from benchmarks.workloads import WORKLOADS
-from ntkit.jacobian.rates import calibrate
+from ntkit.jacobian.machine_rates import calibrate
 
 Row = dict[str, Any]
 SMALL = {"mlp-10-64", "mlp-1-1000", "cnn-10-20", "vgg-1-100", "vgg-10-100", "resnet18-10-32", "vit-10-32", "gpt2-1-16"}

@@ -12,7 +12,7 @@ import torch
 
 import ntkit
 from benchmarks.common import save
-from ntkit.models import build
+from ntkit.networks.built_in import build
 
 CASES = [  # budget in GB, outputs mode, samples, outputs of the network
     (0.1, "trace", 600, 1),

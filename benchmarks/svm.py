@@ -9,7 +9,7 @@ import torch
 
 import ntkit
 from benchmarks.common import save
-from ntkit.models import build
+from ntkit.networks.built_in import build
 
 
 def problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -64,7 +64,7 @@ def tutorial_cnn() -> nn.Module:
 
 
 def vgg(outputs: int) -> nn.Module:
-    from ntkit.models import build
+    from ntkit.networks.built_in import build
 
     return build("vgg", (1, 28, 28), outputs, 0)
 

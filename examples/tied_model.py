@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ntkit
-from ntkit.jacobian.reference import tangent_kernel
+from ntkit.jacobian.oracle import tangent_kernel
 
 
 class TiedModel(nn.Module):

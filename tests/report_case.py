@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkit.files import write_arrays, write_json
+from ntkit.base.files import write_arrays, write_json
 
 KERNELS = (
     ("init", "tangent kernel at initialisation"),

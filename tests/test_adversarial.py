@@ -11,7 +11,7 @@ from cases import tiny_mlp, tokens, vectors
 from torch import nn
 
 import ntkit
-from ntkit.jacobian.reference import tangent_kernel
+from ntkit.jacobian.oracle import tangent_kernel
 from ntkit.jacobian.structure import SelfCheckError
 from ntkit.testing import assert_equal
 

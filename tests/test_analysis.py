@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 import ntkit
-from ntkit.files import read_arrays
-from ntkit.models import build
+from ntkit.base.files import read_arrays
+from ntkit.networks.built_in import build
 
 SMALL = [
     "--classes",
@@ -164,7 +164,7 @@ def test_killed_at_five_random_moments_the_run_ends_the_same(whole, tmp_path):
 @pytest.mark.parametrize("stage", ["network", "gram-after", "machine-init", "along", "neighbours", "oracle"])
 def test_stopped_between_any_two_files_the_run_ends_the_same(whole, tmp_path, stage, monkeypatch):
     """As if killed after a stage's arrays were written and before its numbers were."""
-    import ntkit.analysis as analysis
+    import ntkit.commands.analyze as analysis
 
     write = analysis.write_json
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.families import _missing as repaired  # makes a torchvision importable that was built for another torch
 
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
 from ntkit.trajectory import Trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs

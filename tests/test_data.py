@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
 from ntkit.data import from_dataset, from_tensors, load
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -18,10 +18,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
-from ntkit import estimators
-from ntkit.checks import Refused
-from ntkit.estimators import NTKClassifier, NTKRegressor
+from ntkit.base.checks import Refused
 from ntkit.kernels.tangent import TangentKernel
+from ntkit.machines import estimators
+from ntkit.machines.estimators import NTKClassifier, NTKRegressor
 from ntkit.machines.gaussian_process import GaussianProcess
 from ntkit.machines.ridge import KernelRidge
 
@@ -270,7 +270,7 @@ def test_another_network_is_another_kernel(counted):
             return nn.functional.leaky_relu(x, self.at)
 
     estimators.__dict__["Slope"] = Slope  # so that it can be pickled
-    Slope.__module__, Slope.__qualname__ = "ntkit.estimators", "Slope"
+    Slope.__module__, Slope.__qualname__ = "ntkit.machines.estimators", "Slope"
     try:
         x, y, x_test, _ = table()
         found = []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
 from ntkit.machines.flow import GradientFlow
 
 INF = float("inf")

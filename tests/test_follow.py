@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import ntkit
-from ntkit.checks import Refused
-from ntkit.files import read_arrays
-from ntkit.follow import track_run
+from ntkit.base.checks import Refused
+from ntkit.base.files import read_arrays
+from ntkit.commands.track import track_run
 from ntkit.tracking import Tracked, track
 
 FACTORY = """

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
 from ntkit.machines.flow import GradientFlow
 from ntkit.machines.gaussian_process import GaussianProcess, Posterior
 

@@ -17,9 +17,9 @@ from infinite_oracle import Act, Add, Oracle, gaussian
 from torch import nn
 
 from ntkit import InfiniteKernel, Refused, TangentKernel
-from ntkit.infinite.activations import recognised
-from ntkit.infinite.quadrature import Tabulated
-from ntkit.kernels import infinite
+from ntkit.kernels.infinite import infinite_kernel as infinite
+from ntkit.kernels.infinite.activations import recognised
+from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.testing import check_kernel
 
 W, B = 1.3, 0.2

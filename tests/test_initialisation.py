@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ntkit.checks import Refused
-from ntkit.initialisation import DEFAULT, NORMAL, ZEROS, Initial, drawn, initial_std
+from ntkit.base.checks import Refused
+from ntkit.networks.initialization import DEFAULT, NORMAL, ZEROS, Initial, drawn, initial_std
 
 FAN_IN, FAN_OUT = 300, 700
 SCHEMES = {

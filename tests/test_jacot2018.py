@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ntkit
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
 from ntkit.studies import jacot2018 as jacot
 from ntkit.studies.jacot2018 import claims, component, found, kernel, regression, setting
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ntkit.checks import Refused
-from ntkit.files import read_json
-from ntkit.limit import infinite
+from ntkit.base.checks import Refused
+from ntkit.base.files import read_json
+from ntkit.commands.infinite_width import infinite
 
 FACTORY = """
     from torch import nn

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.linear import linearized
 from ntkit.machines.flow import GradientFlow
+from ntkit.networks.linearization import linearized
 
 
 class Tied(nn.Module):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
 from ntkit.machines import HardMarginSVM, KernelRidge
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntkit
-from ntkit import measures
+from ntkit.commands import network_measures as measures
 from ntkit.data import Data
-from ntkit.jacobian.reference import tangent_kernel
-from ntkit.models import build
+from ntkit.jacobian.oracle import tangent_kernel
+from ntkit.networks.built_in import build
 
 
 def case(classes: tuple[str, ...], outputs: int, steps: int = 12, **sgd: float):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ntkit
-from ntkit.models import BUILT_IN, build
+from ntkit.networks.built_in import BUILT_IN, build
 
 
 def size(model):

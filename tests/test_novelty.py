@@ -8,8 +8,8 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 import ntkit
-from ntkit import novel
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
+from ntkit.measures import novelty as novel
 
 N, M = 12, 9
 

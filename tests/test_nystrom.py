@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import ntkit
-from ntkit.checks import Refused
-from ntkit.krylov import leading
-from ntkit.nystrom import bandwidth, eigenfunctions, grid, power
+from ntkit.base.checks import Refused
+from ntkit.gram.krylov import leading
+from ntkit.measures.eigenfunctions import bandwidth, eigenfunctions, grid, power
 
 
 def network(outputs: int = 1) -> nn.Module:

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import ntkit
-from ntkit.checks import Refused
-from ntkit.initialisation import initial_std
-from ntkit.parametrization import Scaled, plain, stds, to_ntk_parametrization
-from ntkit.widening import widened
+from ntkit.base.checks import Refused
+from ntkit.networks.initialization import initial_std
+from ntkit.networks.parametrization import Scaled, plain, stds, to_ntk_parametrization
+from ntkit.networks.widening import widened
 
 
 def seeded(make, seed=0):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntkit
-from ntkit.kernels import sweep
+from ntkit.kernels.path import sweep
 from ntkit.testing import check_kernel
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -388,7 +388,7 @@ def test_left_end_and_tangent_kernel_are_approximations():
     assert 1e-4 < left.error < lazy.error < 1
     assert left.integration == "left"
     hard = ntkit.PathKernel(run, integration="quadrature", rule="midpoint", tolerance=1e-14)
-    with mock.patch("ntkit.kernels.integration.MOST", 32), pytest.raises(ntkit.Refused, match="tolerance"):
+    with mock.patch("ntkit.kernels.path.integration.MOST", 32), pytest.raises(ntkit.Refused, match="tolerance"):
         hard.decompose(test)
 
 
@@ -433,8 +433,8 @@ def test_a_killed_decomposition_goes_on(optimizer, tmp_path):
             return kernel.decompose(test, layers=True, steps=True, path=tmp_path / "found")
 
     with (
-        mock.patch("ntkit.trajectory.run.CHECKPOINT_SECONDS", 0),
-        mock.patch("ntkit.trajectory.run.CHECKPOINT_SHARE", 99),
+        mock.patch("ntkit.trajectory.run_writer.CHECKPOINT_SECONDS", 0),
+        mock.patch("ntkit.trajectory.run_writer.CHECKPOINT_SHARE", 99),
     ):
         for limit in (4, 13, 22):
             with pytest.raises(KeyboardInterrupt):

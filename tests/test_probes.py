@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ntkit import probes
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
 from ntkit.probes import Transform, invariance, rotate, shift, shuffle_patches, standard, swap_quadrants, zoom
 
 ALL = [shift(2, -1), rotate(0.4), zoom(0.6), swap_quadrants(), shuffle_patches(2)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-import ntkit.progress as progress
+import ntkit.base.progress as progress
 
 
 def run(monkeypatch, seconds_per_step, steps=10, nested=False):

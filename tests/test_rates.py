@@ -9,8 +9,8 @@ import torch
 from cases import make
 
 import ntkit
-from ntkit.jacobian import rates
-from ntkit.jacobian.rates import Rates, calibrate, rates_for
+from ntkit.jacobian import machine_rates as rates
+from ntkit.jacobian.machine_rates import Rates, calibrate, rates_for
 
 SLOW_MEMORY, SLOW_PRODUCTS = Rates(1e12, 1e12, 1e3, 1e3), Rates(1e3, 1e3, 1e12, 1e12)
 

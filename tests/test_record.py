@@ -21,10 +21,10 @@ import pytest
 import torch
 from torch import nn
 
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
+from ntkit.base.tensors import read_tensors_and_metadata, serialised
 from ntkit.trajectory import Trajectory, record
-from ntkit.trajectory.schedule import recorded_at, snapshot_steps, thinned
-from ntkit.trajectory.tensors import read_tensors_and_metadata, serialised
+from ntkit.trajectory.batch_order import recorded_at, snapshot_steps, thinned
 
 F64 = torch.float64
 N = 16
@@ -111,8 +111,8 @@ def bytes_of(folder):
 
 
 def always_checkpoint(monkeypatch):
-    monkeypatch.setattr(import_module("ntkit.trajectory.run"), "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(import_module("ntkit.trajectory.run"), "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(import_module("ntkit.trajectory.run_writer"), "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(import_module("ntkit.trajectory.run_writer"), "CHECKPOINT_SHARE", math.inf)
 
 
 # --- the same bits as the loop without a recorder ------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_an_interrupt_while_a_snapshot_is_written(tmp_path, monkeypatch):
 
 
 def test_segments_of_the_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(import_module("ntkit.trajectory.log"), "SEGMENT", 4)
+    monkeypatch.setattr(import_module("ntkit.trajectory.step_log"), "SEGMENT", 4)
     for until in (3, 4, 9):
         traj = run(model := Net(), adam(model), tmp_path / str(until), until, record=lambda step: step in (2, 3))
         files = sorted(f.stem for f in (tmp_path / str(until) / "log").iterdir())
@@ -474,9 +474,9 @@ def resumed(folder):
 
 def test_resume_after_a_kill_at_any_file_operation_gives_the_same_bytes(tmp_path, monkeypatch):
     """Before and after every rename and removal the folder is copied: that is what a kill there would leave."""
-    monkeypatch.setattr(import_module("ntkit.trajectory.log"), "SEGMENT", 4)
+    monkeypatch.setattr(import_module("ntkit.trajectory.step_log"), "SEGMENT", 4)
     calls = itertools.count()
-    monkeypatch.setattr(import_module("ntkit.trajectory.run").Pace, "due", lambda *_: next(calls) % 3 == 1)
+    monkeypatch.setattr(import_module("ntkit.trajectory.run_writer").Pace, "due", lambda *_: next(calls) % 3 == 1)
     whole, left = tmp_path / "whole", {}
 
     def copied(change):
@@ -493,7 +493,7 @@ def test_resume_after_a_kill_at_any_file_operation_gives_the_same_bytes(tmp_path
         return wrapper
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("ntkit.files").os, "replace", copied(os.replace))
+        patch.setattr(import_module("ntkit.base.files").os, "replace", copied(os.replace))
         patch.setattr(Path, "unlink", copied(Path.unlink))
         model = Net()
         run(model, adam(model), **options(whole))
@@ -520,9 +520,9 @@ def test_resume_after_a_kill_at_any_file_operation_gives_the_same_bytes(tmp_path
 
 def test_resume_where_much_was_written_after_the_checkpoint(tmp_path, monkeypatch):
     """Snapshots of before the checkpoint are given up after it: a resumed run must choose the same ones again."""
-    monkeypatch.setattr(import_module("ntkit.trajectory.log"), "SEGMENT", 3)
+    monkeypatch.setattr(import_module("ntkit.trajectory.step_log"), "SEGMENT", 3)
     now, until = 0, 20
-    monkeypatch.setattr(import_module("ntkit.trajectory.run").Pace, "due", lambda *_: now == 3)
+    monkeypatch.setattr(import_module("ntkit.trajectory.run_writer").Pace, "due", lambda *_: now == 3)
     settings = dict(record="all", budget=options(None)["budget"])
 
     def on_step(step):
@@ -555,8 +555,8 @@ def test_resume_after_a_real_kill(tmp_path, moment):
         import math, os, signal, sys
         sys.path.insert(0, sys.argv[1])
         import test_record as t
-        import ntkit.files as files
-        import ntkit.trajectory.run as run
+        import ntkit.base.files as files
+        import ntkit.trajectory.run_writer as run
         run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE = 0.0, math.inf
         die = lambda: os.kill(os.getpid(), signal.SIGKILL)
         moment, steps, fsync = sys.argv[3], [], os.fsync
@@ -634,7 +634,7 @@ def test_an_exception_leaves_a_run_that_goes_on(tmp_path, where):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    files, fsync, room = import_module("ntkit.files"), os.fsync, 12
+    files, fsync, room = import_module("ntkit.base.files"), os.fsync, 12
     whole = run(other := Net(), adam(other), **options(tmp_path / "whole"))
 
     def full(descriptor):

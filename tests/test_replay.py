@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
 from ntkit.jacobian.inputs import take
 from ntkit.trajectory import Trajectory, record, train
+from ntkit.trajectory.optimizer_updates import known, stepped
 from ntkit.trajectory.replay import Replay
-from ntkit.trajectory.updates import known, stepped
 
 F32, F64 = torch.float32, torch.float64
 N, D = 11, 3

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import report_case
 
-from ntkit.checks import Refused
-from ntkit.report import draw, readings, render
+from ntkit.base.checks import Refused
+from ntkit.report import analysis_text as readings
+from ntkit.report import draw, render
 
 HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
 

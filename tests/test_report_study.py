@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from test_report_tracked import HOSTILE, _body, _json, _words
 
-from ntkit.checks import Refused
-from ntkit.files import write_arrays, write_json
+from ntkit.base.checks import Refused
+from ntkit.base.files import write_arrays, write_json
 from ntkit.report import render_study
 
 AXES = {"x": {"title": "nodes", "scale": "log"}, "y": {"title": "error", "scale": "log"}}

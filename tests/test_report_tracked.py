@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ntkit.checks import Refused
-from ntkit.files import write_arrays, write_json
-from ntkit.report import images, render, render_study, render_tracked, tracked
+from ntkit.base.checks import Refused
+from ntkit.base.files import write_arrays, write_json
+from ntkit.report import images, render, render_study, render_tracked
+from ntkit.report import track_page as tracked
 
 HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
 STEPS = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10000]

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.families import FAMILIES
 
 import ntkit
-from ntkit.jacobian import ends as module
-from ntkit.jacobian.ends import AROUND, RULES, Ends, NoSecant, aten
 from ntkit.jacobian.inputs import call, count, reduce_outputs
-from ntkit.jacobian.secant import Lifted, Secant
+from ntkit.secant import secant_tensor as module
+from ntkit.secant.secant_jacobian import Lifted, Secant
+from ntkit.secant.secant_tensor import AROUND, RULES, Ends, NoSecant, aten
 
 Values = Mapping[str, Tensor]
 QUICK = [name for name, family in FAMILIES.items() if not family.slow and not family.refused]

@@ -9,7 +9,7 @@ from torch import nn
 
 import ntkit
 from ntkit.jacobian.inputs import take
-from ntkit.jacobian.reference import jacobian, tangent_kernel
+from ntkit.jacobian.oracle import jacobian, tangent_kernel
 from ntkit.jacobian.structure import SelfCheckError
 from ntkit.kernels import sketch
 from ntkit.testing import assert_equal, check_kernel

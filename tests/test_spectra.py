@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import ntkit.krylov as krylov
-import ntkit.spectra as module
-from ntkit.checks import Refused
-from ntkit.spectra import alignment, effective_rank, spectrum
+import ntkit.gram.krylov as krylov
+import ntkit.measures.spectra as module
+from ntkit.base.checks import Refused
+from ntkit.measures.spectra import alignment, effective_rank, spectrum
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

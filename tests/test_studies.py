@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import ntkit
-from ntkit.checks import Refused
-from ntkit.files import read_arrays
+from ntkit.base.checks import Refused
+from ntkit.base.files import read_arrays
 from ntkit.report import render
 from ntkit.studies import bell2023 as bell
 from ntkit.studies import kopitkov2019 as kopitkov

@@ -9,11 +9,12 @@ from cases import CASES, make, softplus_sum, tiny_mlp, vectors
 from torch import nn
 
 import ntkit
-from ntkit.jacobian import contract, rules
+from ntkit.jacobian import contraction as contract
 from ntkit.jacobian import plan as planning
+from ntkit.jacobian import rules
 from ntkit.jacobian.graph import find_uses
+from ntkit.jacobian.oracle import jacobian, tangent_kernel
 from ntkit.jacobian.plan import ROUTES
-from ntkit.jacobian.reference import jacobian, tangent_kernel
 from ntkit.jacobian.structure import SelfCheckError
 from ntkit.testing import assert_equal, check_kernel
 
@@ -299,7 +300,7 @@ def test_self_check_names_the_parameter_whose_gradient_is_wrong(node, parameter,
 def test_self_check_catches_a_gradient_the_graph_does_not_show(monkeypatch):
     model, x1, _ = make("mlp")
     monkeypatch.setattr(
-        "ntkit.jacobian.check.find_uses", lambda *a: [use for use in find_uses(*a) if use.params != ("2.bias",)]
+        "ntkit.jacobian.self_check.find_uses", lambda *a: [use for use in find_uses(*a) if use.params != ("2.bias",)]
     )
     with pytest.raises(SelfCheckError, match=r"2\.bias"):
         ntkit.TangentKernel(model)(x1)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntkit
-from ntkit.checks import Refused
-from ntkit.jacobian.reference import tangent_kernel
+from ntkit.base.checks import Refused
+from ntkit.jacobian.oracle import tangent_kernel
 from ntkit.tracking import Tracked, half_squared, scalars, track
 
 N, C = 11, 3
@@ -100,7 +100,7 @@ def test_every_number_is_its_definition(case, outputs, memory):
 
 
 def test_estimates_get_better_as_the_square_root():
-    from ntkit.tracking import snapshot
+    from ntkit.tracking import snapshot_numbers as snapshot
 
     K = draw(40, 40)
     K = K @ K.T

@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ntkit.checks import Refused
+from ntkit.base.checks import Refused
+from ntkit.base.tensors import read_tensors_and_metadata
 from ntkit.trajectory import Trajectory, load_weights, train
-from ntkit.trajectory.schedule import batch_indices, snapshot_steps
-from ntkit.trajectory.tensors import read_tensors_and_metadata
+from ntkit.trajectory.batch_order import batch_indices, snapshot_steps
 
 F64 = torch.float64
 N, D = 11, 3
@@ -79,8 +79,8 @@ def bytes_of(folder):
 
 
 def always_checkpoint(monkeypatch):
-    monkeypatch.setattr(import_module("ntkit.trajectory.run"), "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(import_module("ntkit.trajectory.run"), "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(import_module("ntkit.trajectory.run_writer"), "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(import_module("ntkit.trajectory.run_writer"), "CHECKPOINT_SHARE", math.inf)
 
 
 # --- the same bits as a loop written by hand -----------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_resume_after_a_real_kill(tmp_path):
         import torch
         sys.path.insert(0, sys.argv[1])
         import test_train as t
-        import ntkit.trajectory.run as run
+        import ntkit.trajectory.run_writer as run
         run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE = 0.0, math.inf
         kill = lambda step, loss: step == 6 and os.kill(os.getpid(), signal.SIGKILL)
         t.train(t.Noisy(), t.data(), t.mse, t.OPTIMIZERS["momentum"], 9, 4, path=sys.argv[2], on_step=kill)
@@ -524,7 +524,7 @@ def test_a_full_disk_leaves_no_half_file_and_the_run_can_go_on(tmp_path, monkeyp
     always_checkpoint(monkeypatch)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train(mlp(), data(), mse, SGD, steps=6, path=whole)
-    fsync, files = os.fsync, import_module("ntkit.files")
+    fsync, files = os.fsync, import_module("ntkit.base.files")
     room = 3
 
     def full(descriptor):

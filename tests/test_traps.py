@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import ntkit
 from ntkit.jacobian.inputs import take
-from ntkit.jacobian.reference import jacobian, tangent_kernel
+from ntkit.jacobian.oracle import jacobian, tangent_kernel
 from ntkit.testing import assert_equal, check_kernel
 
 MODES = ["full", "diagonal", "trace", "sum", softplus_sum]

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import ntkit
-from ntkit.checks import Refused
-from ntkit.kernels.infinite import InfiniteKernel
-from ntkit.parametrization import plain, to_ntk_parametrization
-from ntkit.widening import widened
-from ntkit.widths import Twin, convergence, finite_kernel, fitted_slope, monte_carlo
+from ntkit.base.checks import Refused
+from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
+from ntkit.measures.convergence import Twin, convergence, finite_kernel, fitted_slope, monte_carlo
+from ntkit.networks.parametrization import plain, to_ntk_parametrization
+from ntkit.networks.widening import widened
 
 ANGLES = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64) * math.pi
 X = torch.stack([ANGLES.cos(), ANGLES.sin()], 1)

@@ -9,8 +9,8 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from ntkit import __version__
-from ntkit.checks import Refused
-from ntkit.settings import Settings
+from ntkit.base.checks import Refused
+from ntkit.commands.settings import Settings
 
 app = App(
     name="ntkit",
@@ -41,7 +41,7 @@ def analyze(
     overwrite
         Replace an existing run.
     """
-    from ntkit.analysis import analyze as run
+    from ntkit.commands.analyze import analyze as run
 
     folder = run(settings, out=out, resume=from_, overwrite=overwrite, say=_say)
     _print_summary(folder)
@@ -89,7 +89,7 @@ def track(
     tensorboard
         Folder for TensorBoard events.
     """
-    from ntkit.follow import track_run
+    from ntkit.commands.track import track_run
 
     track_run(
         run, model=model, data=data, data_dir=data_dir, points=points, k=k, outputs=outputs, memory=memory, out=out,
@@ -161,7 +161,7 @@ def infinite(
     out
         Folder for run.json and results.json.
     """
-    from ntkit.limit import infinite as run
+    from ntkit.commands.infinite_width import infinite as run
 
     found = run(
         model, data=data, data_dir=data_dir, train=train, folds=folds, epochs=epochs, w_std=w_std, b_std=b_std,
@@ -228,7 +228,7 @@ def _print_summary(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ntkit.files import read_json
+    from ntkit.base.files import read_json
 
     results = read_json(folder / "results.json")
     table = Table(title=results["title"], title_justify="left")
@@ -262,7 +262,7 @@ def _print_claims(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ntkit.files import read_json
+    from ntkit.base.files import read_json
 
     results = read_json(folder / "results.json")
     paper = results["paper"]

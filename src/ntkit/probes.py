@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkit.checks import refusal
+from ntkit.base.checks import refusal
 
 
 @dataclass(frozen=True, eq=False)

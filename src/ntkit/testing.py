@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ntkit.jacobian.inputs import Batch, count, take
-from ntkit.kernels.base import Kernel
+from ntkit.kernels.kernel import Kernel
 
 
 def assert_equal(got: Tensor, expected: Tensor, relative: float, what: str) -> None:

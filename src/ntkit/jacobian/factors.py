@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from ntkit.checks import refusal
+from ntkit.base.checks import refusal
 from ntkit.jacobian.graph import Use, find_uses, mend, nodes_behind, sizes_of
 from ntkit.jacobian.inputs import Batch, Outputs, call, count, drew, random_forward, reduce_outputs, take, untouched
 from ntkit.jacobian.ownership import Code, Owner

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.checks import Refused, refusal
+from ntkit.base.checks import Refused, refusal
 
 Batch = Any  # Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Outputs = str | Callable[[Any], Tensor]
@@ -129,7 +129,7 @@ def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
         names = [params] if isinstance(params, str) else list(params)
         alias = dict(model.named_parameters(remove_duplicate=False))
         if missing := [name for name in names if name not in alias]:
-            from ntkit.checks import nearest
+            from ntkit.base.checks import nearest
 
             raise refusal("params", got=repr(missing[0]), expected="a parameter's name", fix=nearest(missing[0], alias))
         wanted = {id(alias[name]) for name in names}

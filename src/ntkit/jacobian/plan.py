@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ntkit.checks import nearest, refusal
-from ntkit.jacobian.rates import Rates, rates_for
+from ntkit.base.checks import nearest, refusal
+from ntkit.jacobian.machine_rates import Rates, rates_for
 from ntkit.jacobian.structure import Part, Size, Structure
 
 # Bytes of activations, cotangents and receptive fields that one forward batch may hold. Past the caches, and with fresh

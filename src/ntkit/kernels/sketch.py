@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.checks import refusal
+from ntkit.base.checks import refusal
+from ntkit.base.progress import task
 from ntkit.jacobian.inputs import Batch, Outputs, checked, count, take
 from ntkit.jacobian.structure import Irregular, SelfCheckError, Structure
-from ntkit.kernels.base import Kernel, KernelOperator, written
+from ntkit.kernels.kernel import Kernel, KernelOperator, written
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.progress import task
 
 # Numbers folded at a time: on a CPU they stay in its caches, on a GPU they keep it busy.
 _CHUNK = {"cpu": 1 << 18}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.checks import nearest, parse_bytes, refusal
-from ntkit.jacobian.check import structure_of
-from ntkit.jacobian.contract import Scratch, Tile, blocks, multiply, multiply_aligned, prepare, triangle
+from ntkit.base.checks import nearest, parse_bytes, refusal
+from ntkit.base.progress import task
+from ntkit.jacobian.contraction import Scratch, Tile, blocks, multiply, multiply_aligned, prepare, triangle
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.inputs import (
     MODES,
@@ -24,11 +24,11 @@ from ntkit.jacobian.inputs import (
     select_parameters,
     take,
 )
-from ntkit.jacobian.operator import jacobian_times, jacobian_transpose_times
 from ntkit.jacobian.plan import ROUTES, Plan, make_plan
+from ntkit.jacobian.products import jacobian_times, jacobian_transpose_times
+from ntkit.jacobian.self_check import structure_of
 from ntkit.jacobian.structure import Irregular, Structure, joined
-from ntkit.kernels.base import Kernel, KernelOperator, check_out
-from ntkit.progress import task
+from ntkit.kernels.kernel import Kernel, KernelOperator, check_out
 
 _LEAF = 128  # samples: smaller products are not worth saving half of
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkit.checks import refusal
-from ntkit.machines import _gram
-from ntkit.machines._descent import Loss, descend, gradient
-from ntkit.machines._modes import BestTime, filters, search
+from ntkit.base.checks import refusal
+from ntkit.gram import machine_input as _gram
+from ntkit.machines.descent import Loss, descend, gradient
 from ntkit.machines.gaussian_process import Posterior, as_prior
+from ntkit.machines.modes import BestTime, filters, search
 
 _EPS = torch.finfo(torch.float64).eps
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.checks import refusal
-from ntkit.machines import _gram
+from ntkit.base.checks import refusal
+from ntkit.gram import machine_input as _gram
 
 
 @dataclass(frozen=True, eq=False)

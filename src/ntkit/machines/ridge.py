@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ntkit.checks import refusal
-from ntkit.machines import _gram
+from ntkit.base.checks import refusal
+from ntkit.gram import machine_input as _gram
 
 
 class KernelRidge:

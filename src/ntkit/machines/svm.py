@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ntkit.checks import refusal
-from ntkit.machines import _gram
+from ntkit.base.checks import refusal
+from ntkit.gram import machine_input as _gram
 
 _EPS = torch.finfo(torch.float64).eps
 _BLOCK = 128  # new points per step, or a quarter of the support where that is more

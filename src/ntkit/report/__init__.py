@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ntkit.checks import refusal
-from ntkit.files import read_arrays, read_json, write_text
-from ntkit.report.analysis import analysis_page
-from ntkit.report.study import KIND, render_study
-from ntkit.report.tracked import render_tracked
-from ntkit.settings import FORMAT
+from ntkit.base.checks import refusal
+from ntkit.base.files import read_arrays, read_json, write_text
+from ntkit.commands.settings import FORMAT
+from ntkit.report.analysis_page import analysis_page
+from ntkit.report.study_page import KIND, render_study
+from ntkit.report.track_page import render_tracked
 
 __all__ = ["render", "render_study", "render_tracked"]
 
@@ -41,7 +41,7 @@ def render(run: str | Path) -> Path:
     >>> render("no-such-run")
     Traceback (most recent call last):
     ...
-    ntkit.checks.Refused: no-such-run/results.json: got no such file; expected a JSON file. Check the folder's name.
+    ntkit.Refused: no-such-run/results.json: got no such file; expected a JSON file. Check the folder's name.
     """
     run = Path(run)
     if not (run / "results.json").exists() and (run / "track.json").exists():

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ntkit.checks import refusal
-from ntkit.files import read_arrays
+from ntkit.base.checks import refusal
+from ntkit.base.files import read_arrays
 from ntkit.report.words import plain
 
 FUNCTIONS = 6

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from ntkit.checks import refusal
+from ntkit.base.checks import refusal
 from ntkit.report import draw
 from ntkit.report.draw import Figure, Panel
 from ntkit.report.images import thumbnail
-from ntkit.report.study_figures import SYMBOLS, TONES, tone
+from ntkit.report.study_curves import SYMBOLS, TONES, tone
 from ntkit.report.words import listed, unbroken
 
 Item = dict[str, Any]

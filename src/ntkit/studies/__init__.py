@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from ntkit.checks import nearest, refusal
+from ntkit.base.checks import nearest, refusal
 
 STUDIES = ("jacot2018", "kopitkov2019", "bell2023")
 SCALES = ("quick", "paper")

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ntkit.checks import refusal
+from ntkit.base.checks import refusal
+from ntkit.base.files import ensure_folder, read_arrays, read_json, write_arrays, write_json
+from ntkit.commands.results import versions
 from ntkit.data import load
-from ntkit.files import ensure_folder, read_arrays, read_json, write_arrays, write_json
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.nystrom import bandwidth, eigenfunctions, grid
-from ntkit.results import versions
-from ntkit.spectra import spectrum
+from ntkit.measures.eigenfunctions import bandwidth, eigenfunctions, grid
+from ntkit.measures.spectra import spectrum
 from ntkit.studies.judged import claimed, device, mean_error, told
 from ntkit.tracking import Tracked, half_squared, track
 from ntkit.trajectory import Trajectory, train

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ntkit.files import ensure_folder, read_arrays, read_json, write_arrays, write_json
+from ntkit.base.files import ensure_folder, read_arrays, read_json, write_arrays, write_json
 
 Say = Callable[[str], None]
 Item = dict[str, Any]

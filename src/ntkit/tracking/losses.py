@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ntkit.tracking.snapshot import finite
+from ntkit.tracking.snapshot_numbers import finite
 
 Loss = Callable[[Any, Tensor], Tensor]
 

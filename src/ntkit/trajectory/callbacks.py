@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkit.checks import refusal
+from ntkit.base.checks import refusal
+from ntkit.trajectory.batch_order import Record
 from ntkit.trajectory.record import Recorder
-from ntkit.trajectory.schedule import Record
 
 
 def __getattr__(name: str) -> Any:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ntkit.checks import Refused, parse_bytes, refusal
-from ntkit.trajectory.log import Entry, Log
-from ntkit.trajectory.run import Run, described
-from ntkit.trajectory.schedule import Record, recorded_at, thinned
-from ntkit.trajectory.tensors import serialised, write_bytes
-from ntkit.trajectory.trajectory import read_run, snapshot_path, tied_names
+from ntkit.base.checks import Refused, parse_bytes, refusal
+from ntkit.base.tensors import serialised, write_bytes
+from ntkit.trajectory.batch_order import Record, recorded_at, thinned
+from ntkit.trajectory.recorded_run import read_run, snapshot_path, tied_names
+from ntkit.trajectory.run_writer import Run, described
+from ntkit.trajectory.step_log import Entry, Log
 
 SKIPPED = 20  # a gradient scaler that starts at 2^16 and halves at each step it skips is below one by then
 

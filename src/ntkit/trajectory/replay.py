@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ntkit.checks import refusal
+from ntkit.base.checks import refusal
+from ntkit.base.progress import task
+from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.inputs import Batch, select_parameters
-from ntkit.progress import task
-from ntkit.trajectory.replayable import checked_clip, checked_rates, copied, given, sound_steps
-from ntkit.trajectory.tensors import tensor_hash
+from ntkit.trajectory.optimizer_updates import Update, clip_gradients, known, rebuilt, stepped, updated_parameters
+from ntkit.trajectory.recorded_run import Trajectory, assign, read_run, tied_names
+from ntkit.trajectory.replay_checks import checked_clip, checked_rates, copied, given, sound_steps
 from ntkit.trajectory.train import Problem
-from ntkit.trajectory.trajectory import Trajectory, assign, read_run, tied_names
-from ntkit.trajectory.updates import Update, clip_gradients, known, rebuilt, stepped, updated_parameters
 
 HELD = 256 * 2**20  # bytes: what a run that takes less is kept in memory, and need not be made a second time
 

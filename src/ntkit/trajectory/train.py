@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ntkit.checks import refusal
-from ntkit.trajectory.held import HeldRun
-from ntkit.trajectory.rates import Rates
-from ntkit.trajectory.run import described
-from ntkit.trajectory.schedule import Record, batch_indices, derived_seed, snapshot_steps, steps_per_epoch
-from ntkit.trajectory.tensors import tensor_hash
-from ntkit.trajectory.trajectory import Trajectory
-from ntkit.trajectory.updates import check_clip, clip_gradients, updated_parameters
+from ntkit.base.checks import refusal
+from ntkit.base.tensors import tensor_hash
+from ntkit.trajectory.batch_order import Record, batch_indices, derived_seed, snapshot_steps, steps_per_epoch
+from ntkit.trajectory.learning_rates import Rates
+from ntkit.trajectory.optimizer_updates import check_clip, clip_gradients, updated_parameters
+from ntkit.trajectory.recorded_run import Trajectory
+from ntkit.trajectory.run_writer import described
+from ntkit.trajectory.training_run import HeldRun
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 

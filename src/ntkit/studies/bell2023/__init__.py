@@ -10,9 +10,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ntkit.checks import refusal
-from ntkit.files import ensure_folder, read_json, write_arrays, write_json
-from ntkit.results import versions
+from ntkit.base.checks import refusal
+from ntkit.base.files import ensure_folder, read_json, write_arrays, write_json
+from ntkit.commands.results import versions
 from ntkit.studies.bell2023 import claims, page, pictures, plane, removal, unseen
 from ntkit.studies.bell2023.found import Found
 from ntkit.studies.bell2023.sections import sections

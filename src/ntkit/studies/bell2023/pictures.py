@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.kernels.decomposition import PathDecomposition
-from ntkit.kernels.path import PathKernel
+from ntkit.kernels.path.decomposition import PathDecomposition
+from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.studies.bell2023.setting import (
     Images,
     cnn,

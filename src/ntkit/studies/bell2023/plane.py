@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.kernels.path import PathKernel
-from ntkit.novel import novelty
-from ntkit.nystrom import grid
+from ntkit.kernels.path.path_kernel import PathKernel
+from ntkit.measures.eigenfunctions import grid
+from ntkit.measures.novelty import novelty
 from ntkit.studies.bell2023.setting import cross_entropy, errors, sgd, summed_changes
 from ntkit.studies.judged import device
 from ntkit.studies.parts import Part, Work

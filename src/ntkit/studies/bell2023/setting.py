@@ -15,7 +15,7 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn import functional as F
 
 from ntkit.data import load
-from ntkit.kernels.integration import points
+from ntkit.kernels.path.integration import points
 from ntkit.studies.judged import device
 from ntkit.studies.parts import Work
 from ntkit.trajectory import Trajectory

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.kernels.conjugate import ConjugateKernel
-from ntkit.kernels.path import PathKernel
+from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.novel import novelty
+from ntkit.measures.novelty import novelty
 from ntkit.studies.bell2023.setting import cnn, cross_entropy, images, sgd
 from ntkit.studies.parts import Part, Work
 from ntkit.trajectory import train

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ntkit.data import load
-from ntkit.spectra import spectrum
+from ntkit.measures.spectra import spectrum
 from ntkit.studies.jacot2018.setting import BETA, Part, Work, descend, limit, network, sizes
 from ntkit.studies.judged import device
 

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ntkit.parametrization import to_ntk_parametrization
+from ntkit.measures.convergence import convergence
+from ntkit.networks.parametrization import to_ntk_parametrization
 from ntkit.studies.jacot2018.setting import BETA, DEPTH, Part, Work, circle, descend, limit, network, sizes, template
 from ntkit.studies.judged import device
-from ntkit.widths import convergence
 
 ANGLES = torch.linspace(-3, 3, 61, dtype=torch.float64)
 ZERO = 30  # where the angle is 0: the diagonal

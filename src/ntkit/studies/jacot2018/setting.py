@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.kernels.infinite import InfiniteKernel
-from ntkit.parametrization import to_ntk_parametrization
+from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
+from ntkit.measures.convergence import Twin
+from ntkit.networks.parametrization import to_ntk_parametrization
+from ntkit.networks.widening import widened
 from ntkit.studies.parts import Part, Work
-from ntkit.widening import widened
-from ntkit.widths import Twin
 
 __all__ = ["BETA", "DEPTH", "LR", "Part", "Scale", "Work", "circle", "descend", "limit", "network", "sizes"]
 

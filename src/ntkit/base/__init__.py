@@ -1,0 +1,1 @@
+"""Shared by all: checks of input, files, tensors on disk, progress."""

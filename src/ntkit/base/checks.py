@@ -1,0 +1,66 @@
+"""The door: input is checked here once, in one voice. Every refusal says got, expected, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+
+class Refused(ValueError):
+    """Input that cannot give a right answer. The message says what was got, what was expected, and what to do."""
+
+    __module__ = "ntkit"  # the name that users import it by
+
+
+def refusal(subject: str, *, got: Any, expected: Any, fix: str) -> Refused:
+    """Build the one form every refusal takes (raise what it returns).
+
+    Parameters
+    ----------
+    subject : the thing refused, as the user knows it: an argument, a layer's name, a file.
+    got, expected : short descriptions.
+    fix : one sentence that tells what to do.
+
+    Returns
+    -------
+    Refused
+        With the message ``subject: got X; expected Y. Fix.``
+
+    Examples
+    --------
+    >>> str(refusal("--classes", got="3 3", expected="two different classes", fix="Name another class."))
+    '--classes: got 3 3; expected two different classes. Name another class.'
+    """
+    return Refused(f"{subject}: got {got}; expected {expected}. {fix}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Say which known names are nearest to an unknown one.
+
+    >>> nearest("vg", ["mlp", "cnn", "vgg"])
+    'Did you mean vgg? Known: cnn, mlp, vgg.'
+    """
+    known = sorted(names)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(close)}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}."
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(size: int | str | None, subject: str, fix: str) -> int | None:
+    """Bytes from a number or text like "500 MB", "2 GB".
+
+    >>> parse_bytes("2 GB", "memory", "Give the scratch memory allowed.")
+    2000000000
+    """
+    if size is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    value = int(float(found[1]) * _UNITS[found[2].upper()]) if found and found[2].upper() in _UNITS else 0
+    if isinstance(size, bool) or value <= 0:
+        raise refusal(subject, got=repr(size), expected='bytes, or text such as "500 MB" or "2 GB"', fix=fix)
+    return value

@@ -1,0 +1,128 @@
+"""Files that are whole or absent: everything is written aside, synced, then renamed into place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkit.base.checks import refusal
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Call ``write(aside)`` on a name beside `path`, sync it to disk, then rename it to `path`.
+
+    Whatever goes wrong (disk full, a kill), `path` is either the old file or the whole new one.
+
+    Parameters
+    ----------
+    path : the file wanted.
+    write : writes the content to the path it is given.
+
+    Raises
+    ------
+    Refused
+        When the file cannot be written; names the folder and the system's reason.
+    """
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        with open(aside, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise refusal(
+            str(path),
+            got=f"{error.strerror or error} while writing",
+            expected="a folder that can be written, with room on its disk",
+            fix="Free some space or name another folder; nothing half-written was kept.",
+        ) from error
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write text, whole or not at all (see `write_atomically`)."""
+
+    def write(aside: Path) -> None:
+        aside.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON (NaN and infinities refused: they are not JSON), whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises
+    ------
+    Refused
+        When the file is absent or is not JSON; names the file and the line.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise refusal(str(path), got="no such file", expected="a JSON file", fix="Check the folder's name.") from error
+    except json.JSONDecodeError as error:
+        raise refusal(
+            str(path),
+            got=f"text that is not JSON at line {error.lineno}",
+            expected="JSON",
+            fix="The file was changed by hand or comes from elsewhere; restore it or start a new run.",
+        ) from error
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write named arrays as one safetensors file, whole or not at all."""
+    from safetensors.numpy import save
+
+    blob = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
+
+    def write(aside: Path) -> None:
+        aside.write_bytes(blob)
+
+    write_atomically(path, write)
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Read the arrays of a safetensors file (no pickle is ever loaded)."""
+    from safetensors.numpy import load_file
+
+    return load_file(str(path))
+
+
+def ensure_folder(path: str | Path) -> Path:
+    """Make a folder that can be written to, or say why not.
+
+    Raises
+    ------
+    Refused
+        When the folder cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".ntkit-write-test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise refusal(
+            str(path),
+            got=f"a folder that cannot be written ({error.strerror or error})",
+            expected="a writable folder",
+            fix="Name another folder, e.g. --out runs/mine.",
+        ) from error
+    return path

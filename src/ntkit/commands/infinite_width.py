@@ -1,0 +1,203 @@
+"""`ntkit infinite`: a network's infinite-width limit as a classifier, beside an RBF machine and the trained network."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ntkit.base.checks import refusal
+from ntkit.base.files import ensure_folder, read_json, write_json
+from ntkit.commands.results import versions
+from ntkit.data import Data, load
+from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
+from ntkit.kernels.tangent import TangentKernel, free_memory
+from ntkit.machines import KernelRidge
+from ntkit.networks.built_in import build
+from ntkit.trajectory import train as train_network
+
+_RIDGES = [10.0**k for k in range(-7, 2)]  # relative to the mean diagonal of the kernel
+_C, _GAMMA = [1.0, 10.0, 100.0], [0.1, 0.3, 1.0, 3.0]  # of the RBF machine; gamma in units of 1 / (d Var x)
+_BATCH, _LR, _MOMENTUM = 32, 0.01, 0.9
+_COMPARED = 100  # samples on which the module's own tangent kernel is compared with the limit
+
+Fitted = Callable[[np.ndarray, np.ndarray, bool], np.ndarray]  # rows to fit, rows to predict, of the test set or not
+
+
+def infinite(
+    model: str = "mlp",
+    *,
+    data: str = "digits",
+    data_dir: str | None = None,
+    train: int | None = None,
+    folds: int = 5,
+    epochs: int = 20,
+    w_std: float | None = None,
+    b_std: float | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Cross-validated accuracy of the limit's two kernels, of an RBF machine and of the network itself, trained.
+
+    Kernel ridge regression on centred one-hot targets, its ridge chosen by the leave-one-out error of the rows it is
+    fitted on; scikit-learn's ``SVC(kernel="rbf")`` with C and gamma chosen by three folds of these rows; the network
+    trained by SGD with momentum on their cross-entropy. Each fold is predicted from the others; the test set, which
+    plays no part in that, from all.
+
+    Parameters
+    ----------
+    model, data, data_dir, train : as `ntkit.analyze`; `train` rows at most.
+    folds : stratified.
+    epochs : of the network's training.
+    w_std, b_std : the NTK parametrization; None reads the module's own initialisation.
+    seed : for the module's weights, the rows kept, and the folds.
+    out : folder for ``run.json`` and ``results.json``; none are written without it.
+    say : called with each line.
+
+    Returns
+    -------
+    dict
+        ``accuracies`` (per classifier: mean over folds, its standard error, on the test set), ``layers``, ``settings``,
+        ``error`` of the kernel, ``distance`` of the module's own tangent kernel from the limit.
+
+    Raises
+    ------
+    Refused
+        For a module without a limit, by its layer's name; fewer rows of a class than folds; a kernel that does not fit
+        into half of the free memory.
+    """
+    if folds < 2 or epochs < 1:
+        raise refusal("--folds, --epochs", got=f"{folds}, {epochs}", expected=">= 2, >= 1", fix="Give larger numbers.")
+    sets = load(data, data_dir, train=train, seed=seed)
+    network = build(model, sets.input_shape, len(sets.classes), seed)
+    n, m = len(sets.x_train), len(sets.x_test)
+    needed, free = 3 * 8 * n * (n + m), free_memory(torch.device("cpu"))
+    if needed > free / 2:
+        fits = int(math.sqrt(free / 2 / 48))
+        raise refusal(
+            "--train", got=f"{n:,} rows", expected=f"at most about {fits:,} in memory", fix=f"--train {fits}."
+        )
+    if (smallest := int(sets.y_train.bincount().min())) < folds:
+        raise refusal("--folds", got=f"{folds}, and {smallest} rows of a class", expected="a row a fold", fix="Fewer.")
+    settings = {
+        "model": model, "data": data, "train": n, "test": m, "folds": folds, "epochs": epochs, "w_std": w_std,
+        "b_std": b_std, "seed": seed,
+    }  # fmt: skip
+    if out is not None:
+        if (out / "run.json").exists() and read_json(out / "run.json").get("settings") != settings:
+            raise refusal("--out", got=f"{out}, another run", expected="a new folder", fix="Name another one.")
+        write_json(ensure_folder(out) / "run.json", {"settings": settings, "versions": versions()})
+    x, x_test = sets.x_train.double(), sets.x_test.double()
+    kernels = {kind: InfiniteKernel(network, kind, w_std, b_std) for kind in ("ntk", "nngp")}
+    for line in kernels["ntk"].describe(x[:1]).splitlines():
+        say(f"  {line}")
+    grams: dict[str, tuple[Tensor, Tensor]] = {}
+    for kind, kernel in kernels.items():
+        say(f"{kind}: {n:,} x {n:,} and {m:,} x {n:,} values")
+        grams[kind] = kernel(x), kernel(x_test, x)
+    classifiers: dict[str, Fitted] = {
+        "NTK, kernel ridge": _ridge(*grams["ntk"], sets),
+        "NNGP, kernel ridge": _ridge(*grams["nngp"], sets),
+        "SVM, RBF": _rbf(sets),
+        "the network, trained": _network(network, sets, epochs, seed),
+    }
+    accuracies = []
+    for name, classifier in classifiers.items():
+        scores = []
+        for i, (fit, rest) in enumerate(_folds(sets.y_train.numpy(), folds, seed)):
+            scores.append(float((classifier(fit, rest, False) == sets.y_train.numpy()[rest]).mean()))
+            say(f"{name}, fold {i + 1} of {folds}: {scores[-1]:.1%}")
+        found = classifier(np.arange(n), np.arange(m), True) if m else None
+        on_test = None if found is None else float((found == sets.y_test.numpy()).mean())
+        error = float(np.std(scores, ddof=1) / math.sqrt(folds))
+        accuracies.append({"name": name, "mean": float(np.mean(scores)), "error": error, "test": on_test})
+    results = {
+        "accuracies": accuracies,
+        "layers": kernels["ntk"].describe(x[:1]).splitlines(),
+        "error": kernels["ntk"].error,
+        "distance": None if w_std is not None else _distance(network, kernels["ntk"], x[:_COMPARED]),
+        "settings": settings,
+    }
+    if out is not None:
+        write_json(out / "results.json", results)
+    return results
+
+
+def _folds(y: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    from sklearn.model_selection import StratifiedKFold
+
+    return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(y)), y))
+
+
+def _ridge(K: Tensor, K_test: Tensor, sets: Data) -> Fitted:
+    """Kernel ridge on centred one-hot targets, the ridge with the least leave-one-out error."""
+    scale = K.diagonal().mean()
+    targets = F.one_hot(sets.y_train, len(sets.classes)).double()
+
+    def predict(fit: np.ndarray, rows: np.ndarray, of_test: bool) -> np.ndarray:
+        inner = K[fit][:, fit] / scale
+        mean = targets[fit].mean(0)
+        machines = [KernelRidge(ridge).fit(inner, targets[fit] - mean) for ridge in _RIDGES]
+        solved = [m for m in machines if m.status_ == "solved"]
+        best = min(solved, key=lambda m: float(m.loo_.square().mean()))
+        outer = (K_test if of_test else K)[rows][:, fit] / scale
+        return (best.predict(outer) + mean).argmax(1).numpy()
+
+    return predict
+
+
+def _rbf(sets: Data) -> Fitted:
+    """scikit-learn's SVC with an RBF kernel, tuned on the rows it is fitted on."""
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.svm import SVC
+
+    x, x_test = sets.x_train.flatten(1).double().numpy(), sets.x_test.flatten(1).double().numpy()
+    y = sets.y_train.numpy()
+
+    def predict(fit: np.ndarray, rows: np.ndarray, of_test: bool) -> np.ndarray:
+        unit = 1 / (x.shape[1] * x[fit].var())
+        search = GridSearchCV(SVC(kernel="rbf"), {"C": _C, "gamma": [g * unit for g in _GAMMA]}, cv=3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a class with fewer rows than folds
+            search.fit(x[fit], y[fit])
+        return search.predict((x_test if of_test else x)[rows])
+
+    return predict
+
+
+def _network(network: nn.Module, sets: Data, epochs: int, seed: int) -> Fitted:
+    """The module trained from its own weights, by SGD with momentum on the cross-entropy."""
+    start = {name: t.clone() for name, t in network.state_dict().items()}
+
+    def predict(fit: np.ndarray, rows: np.ndarray, of_test: bool) -> np.ndarray:
+        network.load_state_dict(start)
+        chosen = torch.from_numpy(fit)
+        steps = epochs * math.ceil(len(fit) / _BATCH)
+        data = (sets.x_train[chosen].float(), sets.y_train[chosen])
+        train_network(
+            network, data, F.cross_entropy, lambda p: torch.optim.SGD(p, lr=_LR, momentum=_MOMENTUM), steps,
+            batch_size=min(_BATCH, len(fit)), seed=seed,
+        )  # fmt: skip
+        x = (sets.x_test if of_test else sets.x_train)[torch.from_numpy(rows)].float()
+        with torch.no_grad():
+            found = torch.cat([network(part).argmax(1) for part in x.split(512)]).numpy()
+        network.load_state_dict(start)
+        return found
+
+    return predict
+
+
+def _distance(network: nn.Module, limit: InfiniteKernel, x: Tensor) -> float:
+    """Relative Frobenius distance of the module's own tangent kernel, at its weights, from the limit."""
+    own = TangentKernel(network, outputs="trace")(x.float()).double()
+    outputs = network(x[:1].float()).shape[1]
+    wanted = limit(x)
+    return float(torch.linalg.norm(own / outputs - wanted) / torch.linalg.norm(wanted))

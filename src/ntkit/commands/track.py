@@ -1,0 +1,149 @@
+"""`ntkit track`: a run's folder in, numbers along training out, also while it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkit.base.checks import Refused, refusal
+from ntkit.base.files import read_json, write_arrays
+from ntkit.commands.settings import Settings
+from ntkit.data import load
+from ntkit.measures.eigenfunctions import bandwidth, patterns
+from ntkit.networks.built_in import build
+from ntkit.tracking import Tracked, scalars, track
+from ntkit.trajectory import Trajectory
+
+SHOWN = 6  # eigenvectors drawn
+_PATIENCE = 2.0  # seconds between looks at a run that is still at work
+
+_COLUMNS = (
+    ("step", "step", "{:>9,}"),
+    ("loss", "loss", "{:>9.4g}"),
+    ("lambda 1", "eigenvalues/1", "{:>9.4g}"),
+    ("sharpness", "sharpness", "{:>9.4g}"),
+    ("2/lr", "bound", "{:>9.4g}"),
+    ("E(y,10)", "energy_target/10", "{:>8.3f}"),
+    ("E(f,10)", "energy_output/10", "{:>8.3f}"),
+    ("E(m,10)", "energy_residual/10", "{:>8.3f}"),
+    ("align", "alignment_centered", "{:>7.3f}"),
+    ("1-cos K0", "distance", "{:>9.3g}"),
+    ("1st order", "first_order/cosine", "{:>9.4f}"),
+)
+
+
+def track_run(
+    run: Path,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    data_dir: str | None = None,
+    points: int = 500,
+    k: int = 20,
+    outputs: str = "trace",
+    memory: str | None = None,
+    out: Path | None = None,
+    follow: bool = False,
+    tensorboard: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Track a run of `ntkit analyze`, or a trajectory of `ntkit.train` or `ntkit.record`; return the folder written.
+
+    Parameters
+    ----------
+    run : a run folder of `analyze` (model and data are known), or a trajectory's folder (then name both).
+    model, data, data_dir : as in `ntkit analyze`.
+    points : training examples to follow, spread evenly.
+    k, outputs, memory : as in `ntkit.track`.
+    out : folder for the numbers, RUN/track by default.
+    follow : wait for further snapshots until the run ends.
+    tensorboard : folder for TensorBoard events.
+    say : called with each line.
+
+    Raises
+    ------
+    Refused
+        When the folder holds no run, or model and data are not known.
+    """
+    folder, network, x, y = _found(run, model, data, data_dir, points)
+    place = out or run / "track"
+    say(" ".join(f"{title:>{len(form.format(0))}}" for title, _, form in _COLUMNS))
+    while True:
+        trajectory = Trajectory.open(folder)
+        ended = trajectory.status != "running"
+        steps = trajectory.steps if ended or not follow else trajectory.steps[:-1] or trajectory.steps
+        try:
+            tracked = track(
+                trajectory, x, y, model=network, k=min(k, len(y)), outputs=outputs, memory=memory, path=place,
+                steps=steps, on_snapshot=lambda record: say(_row(record)),
+            )  # fmt: skip
+        except Refused:
+            # a recorder that keeps to its disk budget takes snapshots away, perhaps between our listing and reading
+            if set(trajectory.steps) <= set(Trajectory.open(folder).steps):
+                raise
+            continue
+        if ended or not follow:
+            break
+        time.sleep(_PATIENCE)
+    if tensorboard is not None:
+        tracked.to_tensorboard(tensorboard)
+    if x.dim() == 4 and outputs == "trace":
+        _draw(tracked, x, place)
+    from ntkit.report import render_tracked
+
+    say(f"report: {render_tracked(place)}")
+    return place
+
+
+def _draw(tracked: Tracked, x: Tensor, place: Path) -> None:
+    """Leave the top eigenvectors as images, with how fast they vary, for the page."""
+    drawn = [patterns(np.nan_to_num(tracked.eigenvectors(step)[:, :SHOWN]), x) for step in tracked.steps]
+    arrays = {
+        "mean": x.double().mean((0, 1)).float().cpu().numpy(),
+        "steps": np.asarray(tracked.steps),
+        "eigenfunctions": torch.stack(drawn).float().numpy(),
+        "bandwidth": torch.stack([bandwidth(images) for images in drawn]).numpy(),
+    }
+    write_arrays(place / "images.safetensors", arrays)
+
+
+def _found(
+    run: Path, model: str | None, data: str | None, data_dir: str | None, points: int
+) -> tuple[Path, nn.Module, Tensor, Tensor]:
+    """Trajectory folder, model and points."""
+    described = read_json(run / "run.json")
+    if isinstance(described, dict) and "settings" in described and (run / "trajectory").is_dir():
+        s = Settings(**{f.name: described["settings"][f.name] for f in dataclasses.fields(Settings)})
+        folder, chosen = run / "trajectory", load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
+        name, seed = s.model, s.seed
+    elif model is None or data is None:
+        raise refusal(
+            str(run),
+            got="a recorded trajectory without --model and --data",
+            expected="both, or a run folder of ntkit analyze",
+            fix="Name the factory of its architecture and the data to follow: --model net.py:make --data set.npz.",
+        )
+    else:
+        folder, chosen, name, seed = run, load(data, data_dir), model, 0
+    network = build(name, chosen.input_shape, 1 if len(chosen.classes) == 2 else len(chosen.classes), seed)
+    n = min(points, len(chosen.x_train))
+    rows = torch.linspace(0, len(chosen.x_train) - 1, n).long()
+    return folder, network, chosen.x_train[rows], chosen.y_train[rows]
+
+
+def _row(record: dict[str, Any]) -> str:
+    """A snapshot as a line of the table."""
+    lr = record.get("learning_rate")
+    values = {"step": record["step"], **scalars(record), "bound": 2 / lr if lr else None}
+    cells = []
+    for _, name, form in _COLUMNS:
+        value = values.get(name)
+        cells.append(form.format(value) if value is not None else f"{'-':>{len(form.format(0))}}")
+    return " ".join(cells)

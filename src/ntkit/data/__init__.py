@@ -1,0 +1,6 @@
+"""Data sets: examples with labels, read, checked and split."""
+
+from ntkit.data.dataset import Data as Data
+from ntkit.data.dataset import from_dataset as from_dataset
+from ntkit.data.dataset import from_tensors as from_tensors
+from ntkit.data.dataset import load as load

@@ -1,0 +1,1 @@
+"""Kernel matrices: checks, leading eigenpairs."""

@@ -1,0 +1,135 @@
+"""The noun that carries the library: a kernel is values on two sets, a diagonal, pairs, and matrix-free products."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkit.base.checks import refusal
+from ntkit.jacobian.inputs import Batch, checked, count
+
+
+class Kernel(ABC):
+    """A kernel k(x, x'). Subclasses implement `_gram`, `_pairs` and `operator`; input is checked here, once."""
+
+    def __call__(self, x1: Batch, x2: Batch | None = None, out: Any = None) -> Tensor:
+        """Kernel values between two sets.
+
+        Parameters
+        ----------
+        x1, x2 : samples along the first axis (a tensor, or a tuple or dict of tensors). ``x2=None`` means the same set:
+            then the symmetric half is computed once and the result is exactly symmetric.
+        out : a tensor or numpy array (a memmap, too) of the result's shape and dtype, on any device: the values are
+            written into it, tile by tile where the kernel has tiles.
+
+        Returns
+        -------
+        Tensor
+            [n1, n2] or with output axes behind, as the kernel's class says; shares its memory with `out`.
+
+        Raises
+        ------
+        Refused
+            For empty, ragged or non-finite input, an `out` that does not fit, and a model whose samples are not
+            independent.
+        """
+        return self._gram(checked(x1, "x1"), None if x2 is None else checked(x2, "x2"), _writable(out))
+
+    def diagonal(self, x: Batch) -> Tensor:
+        """k(x_i, x_i) for every i: what ``k(x)[i, i]`` is, at the cost of n values."""
+        return self._pairs(checked(x, "x"), None)
+
+    def paired(self, x1: Batch, x2: Batch) -> Tensor:
+        """k(x1_i, x2_i) for every i, at the cost of n values; both sets have n samples."""
+        x1, x2 = checked(x1, "x1"), checked(x2, "x2")
+        if count(x1) != count(x2):
+            raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix="Pair them one to one.")
+        return self._pairs(x1, x2)
+
+    @abstractmethod
+    def operator(self, x: Batch) -> KernelOperator:
+        """Matrix-free k(x, x)."""
+
+    @abstractmethod
+    def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor: ...
+
+    @abstractmethod
+    def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor: ...
+
+
+def _writable(out: Any) -> Tensor | None:
+    """The user's array as a tensor over the same memory."""
+    if out is None or isinstance(out, Tensor):
+        return out
+    if isinstance(out, np.ndarray) and out.flags.writeable:
+        return torch.from_numpy(out)
+    raise refusal(
+        "out",
+        got="a read-only array" if isinstance(out, np.ndarray) else type(out).__name__,
+        expected="a tensor or a writable numpy array",
+        fix='Open a memmap with mode "r+" or "w+".',
+    )
+
+
+def written(values: Tensor, out: Tensor | None) -> Tensor:
+    """Values in the user's own tensor, if there is one."""
+    if out is None:
+        return values
+    check_out(out, tuple(values.shape), values.dtype)
+    return out.copy_(values)
+
+
+def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse a tensor that cannot take the result as it is."""
+    if tuple(out.shape) != shape or out.dtype != dtype:
+        raise refusal(
+            "out",
+            got=f"shape {tuple(out.shape)}, {out.dtype}",
+            expected=f"shape {shape}, {dtype}",
+            fix="Make it anew; its values are overwritten.",
+        )
+
+
+class KernelOperator:
+    """k(x, x) as a symmetric linear operator, [N, N]: ``op @ v`` for vectors [N] and blocks [N, k]; K is never formed.
+
+    N = n, or n * C with row i * C + c for a kernel with C outputs ("full").
+    """
+
+    def __init__(
+        self, size: int, apply: Callable[[Tensor], Tensor], diagonal: Callable[[], Tensor], like: Tensor
+    ) -> None:
+        self.shape = (size, size)
+        self._apply, self._diagonal = apply, diagonal
+        self.dtype, self.device = like.dtype, like.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """K v."""
+        if v.dim() not in (1, 2) or v.shape[0] != self.shape[0]:
+            raise refusal(
+                "vector",
+                got=f"shape {tuple(v.shape)}",
+                expected=f"({self.shape[0]},) or ({self.shape[0]}, k)",
+                fix="Flatten samples first, outputs second.",
+            )
+        block = v.to(dtype=self.dtype, device=self.device)
+        return self._apply(block[:, None])[:, 0] if v.dim() == 1 else self._apply(block)
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of K, [N]."""
+        return self._diagonal()
+
+    def to_scipy(self) -> Any:
+        """``scipy.sparse.linalg.LinearOperator`` in float64 numpy, e.g. for ``eigsh``."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def apply(v: Any) -> Any:
+            return (self @ torch.from_numpy(v)).double().cpu().numpy()
+
+        operator: Any = LinearOperator  # type checkers read its __init__, which takes less than its __new__
+        return operator(self.shape, matvec=lambda v: apply(v.reshape(-1)), matmat=apply, dtype="float64")

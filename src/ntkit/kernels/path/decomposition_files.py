@@ -1,0 +1,109 @@
+"""A decomposition on disk: its result, or how far a sweep had come when it was stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ntkit.base.checks import refusal
+from ntkit.base.files import ensure_folder
+from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
+from ntkit.kernels.path.decomposition import PathDecomposition, StepShare
+from ntkit.trajectory.run_writer import Pace
+
+if TYPE_CHECKING:
+    from ntkit.kernels.path.sweep import Sweep
+
+_FORMAT = "ntkit-decomposition"
+_PLAIN = ("contributions", "initial", "regularization", "prediction", "residual")
+
+
+class Held:
+    """The folder of a decomposition: ``decomposition.safetensors`` when done, before that one file per part of it.
+
+    Parameters
+    ----------
+    folder : where; None keeps nothing.
+    identity : what the numbers depend on, as JSON; another one is refused.
+    """
+
+    def __init__(self, folder: str | Path | None, identity: dict[str, Any]) -> None:
+        self._folder = None if folder is None else ensure_folder(folder)
+        self._identity = json.loads(json.dumps(identity))
+        self._pace = Pace()
+
+    def result(self) -> PathDecomposition | None:
+        """The finished decomposition, if there is one."""
+        found = self._read("decomposition")
+        return None if found is None else _unpacked(*found)
+
+    def finish(self, result: PathDecomposition) -> None:
+        """Write the result; the parts are needed no more."""
+        if self._folder is None:
+            return
+        self._write("decomposition", *_packed(result))
+        for file in self._folder.glob("part-*.safetensors"):
+            file.unlink()
+
+    def size(self, fit: int) -> int:
+        """Test points per part: as they were cut when the folder was begun; `fit` in a new one."""
+        found = self._read("part-0")
+        return fit if found is None else found[1]["size"]
+
+    def take_up(self, sweep: Sweep, start: int) -> int | None:
+        """Put what was kept of the part from `start` into its sweep; gives the last step taken, None if none was."""
+        found = self._read(f"part-{start}")
+        if found is None:
+            return None
+        sweep.restore(found[0], found[1]["carry"])
+        return found[1]["step"]
+
+    def keep(self, sweep: Sweep, start: int, size: int, step: int) -> None:
+        """Write how far a sweep has come: when it is done, or when it is time."""
+        if self._folder is None or not (step == 0 or self._pace.due(False)):
+            return
+        with self._pace.measured():
+            tensors, carry = sweep.state(done=step == 0)
+            self._write(f"part-{start}", tensors, {"size": size, "step": step, "carry": carry})
+
+    def _write(self, name: str, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        assert self._folder is not None
+        content = json.dumps({"format": _FORMAT, "identity": self._identity, **rest})
+        write_tensors(self._folder / f"{name}.safetensors", tensors, {"ntkit": content})
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if self._folder is None or not (path := self._folder / f"{name}.safetensors").exists():
+            return None
+        tensors, metadata = read_tensors_and_metadata(path)
+        rest = json.loads(metadata.get("ntkit", "{}"))
+        if rest.get("identity") != self._identity:
+            theirs = rest.get("identity", {})
+            differs = [key for key, value in self._identity.items() if theirs.get(key) != value]
+            raise refusal(
+                str(self._folder),
+                got=f"the decomposition of something else ({', '.join(differs) or 'unknown'} differ)",
+                expected="one of the same run, test points and settings",
+                fix="Name another folder.",
+            )
+        return tensors, rest
+
+
+def _packed(result: PathDecomposition) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {name: getattr(result, name) for name in _PLAIN}
+    tensors |= {f"layers.{name}": value for name, value in (result.layers or {}).items()}
+    for share in result.steps or []:
+        tensors |= {f"rows.{share.step}": share.rows, f"values.{share.step}": share.values}
+    steps = None if result.steps is None else [share.step for share in result.steps]
+    return tensors, {"integration": result.integration, "bitwise": result.bitwise, "steps": steps}
+
+
+def _unpacked(tensors: dict[str, Tensor], rest: dict[str, Any]) -> PathDecomposition:
+    layers = {name.removeprefix("layers."): t for name, t in tensors.items() if name.startswith("layers.")}
+    steps = rest["steps"] and [StepShare(s, tensors[f"rows.{s}"], tensors[f"values.{s}"]) for s in rest["steps"]]
+    plain: dict[str, Any] = {name: tensors[name].to(torch.float64) for name in _PLAIN}
+    rest = {"layers": layers or None, "steps": steps, "integration": rest["integration"], "bitwise": rest["bitwise"]}
+    return PathDecomposition(**plain, **rest)

@@ -1,0 +1,355 @@
+"""The path kernel: a trained network as a kernel machine, exactly, from the steps that it really took."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.base.checks import refusal
+from ntkit.base.progress import task
+from ntkit.base.tensors import tensor_hash
+from ntkit.jacobian.inputs import Batch, Outputs, check_mode, checked, count, reduce_outputs, take
+from ntkit.jacobian.structure import SelfCheckError
+from ntkit.kernels.kernel import Kernel, KernelOperator, written
+from ntkit.kernels.path.decomposition import PathDecomposition, StepShare
+from ntkit.kernels.path.decomposition_files import Held
+from ntkit.kernels.path.integration import Segment
+from ntkit.kernels.path.sweep import Sweep, led
+from ntkit.kernels.tangent import TangentKernel, free_memory, parse_memory
+from ntkit.trajectory import Trajectory
+from ntkit.trajectory.recorded_run import read_run
+from ntkit.trajectory.replay import Replay
+
+_COMPARED = 64  # test points whose outputs at both ends of the run are compared with the network's own
+
+
+class PathKernel(Kernel):
+    """The tangent kernel along a training run, and the run's predictions as a sum over training examples.
+
+    At step s the parameters went from theta_s to theta_{s+1} by the optimiser's update, which is linear in the
+    gradients of the examples in its batch, J_i(theta_s)^T slope_i, slope_i = d loss / d outputs_i. With Phi_s(x) the
+    Jacobian of the outputs for x averaged over the segment between, f_{s+1}(x) - f_s(x) = Phi_s(x) (theta_{s+1} -
+    theta_s), so the trained network is
+
+        f_S(x) = f_0(x) - sum_s lr_s sum_i [Phi_s(x) J_i(theta_s)^T] slope_i        (here for plain gradient descent)
+
+    and `decompose` gives each term, for momentum, weight decay, Adam, schedules, clipping and minibatches, too. By
+    default Phi_s is the secant Jacobian: exact at any step size and through kinks, from one backward pass
+    (`ntkit.secant.secant_jacobian`, docs/math.md). `integration="quadrature"` takes the paper's integral.
+
+    As a kernel, ``k(x1, x2)`` is the mean over steps of the tangent kernel integrated over each segment,
+    (1 / S) sum_s int_0^1 J(x1) J(x2)^T dt: symmetric, positive semidefinite. With ``integration="secant"`` it is the
+    mean of Phi_s(x1) Phi_s(x2)^T.
+
+    Parameters
+    ----------
+    trajectory : a run that has ended, of `ntkit.train` or `ntkit.record` (with indices), under SGD, Adam or AdamW.
+        Steps that were not recorded are computed again; the run made again must have the recorded bits (or, with
+        ``record="all"``, those of each step up to rounding).
+    outputs : what is decomposed. "full": all outputs, C of them. Or a callable from the outputs of a batch, and targets
+        if it takes a second argument, to one scalar per sample: a margin, the loss.
+    integration : "secant" (exact), "quadrature", "left" (gradients at the start of each step only: the discretised path
+        kernel of Domingos 2020) or "ntk" (all gradients at initialisation; slopes as they were).
+    rule, nodes : of the quadrature: "gauss" (Gauss-Legendre) or "midpoint", and nodes per step.
+    tolerance : double the nodes of a step until the outputs' change is met to this, relative to their size.
+    memory : bytes that may be taken (or text such as "2 GB"); half of what is free if None. Test points that do not fit
+        together (points x outputs x parameters numbers) are done in parts, each a sweep over the run.
+    model, data, loss, clip : of the run, where `trajectory` was opened from disk (see
+        `ntkit.trajectory.replay.Replay`); the trajectory that `train` returned has them.
+
+    Raises
+    ------
+    Refused
+        When the run cannot be made again: a changed or missing snapshot, other data, order, loss or settings, an
+        unknown optimiser, active dropout, batch norm in train mode; each names what differs.
+    NoSecant
+        From `decompose`: when an operation of the network has no secant rule, or jumps.
+
+    Notes
+    -----
+    Bell, Geyer, Glickenstein, Fernandez, Moore 2023, theorem 3.1 (path integral, full-batch gradient descent); the
+    secant form and other optimisers: docs/math.md. Domingos 2020 (path kernel).
+
+    Examples
+    --------
+    >>> import ntkit
+    >>> x, y = torch.linspace(-1, 1, 6).view(6, 1).double(), torch.tensor([0, 0, 1, 1, 0, 0])
+    >>> model = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 2)).double()
+    >>> sgd = lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9)
+    >>> run = ntkit.train(model, (x, y), nn.functional.cross_entropy, sgd, steps=40, batch_size=4)
+    >>> found = PathKernel(run).decompose(x[:2] + 0.1)
+    >>> found.contributions.shape, found.error < 1e-12
+    (torch.Size([2, 2, 6]), True)
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        outputs: Outputs = "full",
+        integration: str = "secant",
+        rule: str = "gauss",
+        nodes: int = 8,
+        tolerance: float | None = None,
+        memory: int | str | None = None,
+        model: nn.Module | None = None,
+        data: tuple[Any, Tensor] | None = None,
+        loss: Callable[[Any, Tensor], Tensor] | None = None,
+        clip: float | None = None,
+    ) -> None:
+        if not isinstance(trajectory, Trajectory):
+            raise refusal(
+                "trajectory",
+                got=type(trajectory).__name__,
+                expected="an ntkit.Trajectory",
+                fix="Pass what ntkit.train returned, or ntkit.Trajectory.open(folder).",
+            )
+        if not callable(outputs) and outputs not in ("full", "trace"):
+            modes = '"full", "trace" (as a kernel only) or a callable'
+            raise refusal("outputs", got=repr(outputs), expected=modes, fix="Pick a scalar by a callable.")
+        self._replay = Replay(trajectory, model, data, loss, clip)
+        check_mode(self._replay.model)
+        self._trajectory, self._outputs = trajectory, outputs
+        self._budget = parse_memory(memory)
+        self._how = (integration, rule, nodes, tolerance)
+        self._network = self._replay.model
+        self._params = {name: p for name, p in self._network.named_parameters() if name in self._replay.names}
+        self._readout = _Readout(self._network, "full" if outputs == "trace" else outputs)
+        self._segment(self._readout)  # checks the settings
+
+    # ------------------------------------------------------------------ the decomposition
+
+    def decompose(
+        self,
+        x: Batch,
+        y: Tensor | None = None,
+        layers: bool = False,
+        steps: bool = False,
+        path: str | Path | None = None,
+    ) -> PathDecomposition:
+        """Say what the trained network's outputs for `x` are made of: one number per training example.
+
+        Parameters
+        ----------
+        x : m test points.
+        y : their targets, for an `outputs` that takes them.
+        layers : keep each parameter's share, too: [m, C, n] numbers per parameter.
+        steps : keep each step's share, too: [m, C, batch] numbers per step.
+        path : folder to keep the result in, and a long sweep's state from time to time: called again with the same
+            folder (after a kill, too) it goes on there, or gives the result it finds.
+
+        Returns
+        -------
+        PathDecomposition
+            With the residual that certifies it; `error` is its largest value relative to the outputs.
+
+        Raises
+        ------
+        Refused, NoSecant
+            See the class.
+        SelfCheckError
+            When the operations seen do not give the network's own outputs.
+        """
+        x = self._with_targets(checked(x, "x"), y)
+        held = Held(path, self._identity(x, layers, steps) if path is not None else {})
+        if (done := held.result()) is not None:
+            return done
+        replay = self._replay
+        replay.check()
+        segment = self._segment(self._readout)
+        first, last = replay.initial(), replay.final()
+        segment.origin = {name: first[name] for name in self._params}
+        initial, prediction = (segment.outputs(end, x).double() for end in (first, last))
+        m, outputs = prediction.shape
+        fit = held.size(self._fit(outputs, layers))
+        parts: list[Sweep] = []
+        with task("path kernel", total=replay.steps * -(-m // fit)) as progress:
+            for start in range(0, m, fit):
+                part, some = take(x, slice(start, start + fit)), slice(start, min(start + fit, start + _COMPARED))
+                sweep = Sweep(
+                    segment, self._network, self._params, part, replay.n, outputs, self._memory() // 4, layers, steps
+                )
+                taken = held.take_up(sweep, start)
+                for step in replay.backwards() if taken != 0 else ():
+                    if taken is None or step.step < taken:
+                        sweep.step(step)
+                        if step.step in (0, replay.steps - 1):
+                            _compare(segment, take(x, some), initial[some], prediction[some], step.step == 0)
+                        held.keep(sweep, start, fit, step.step)
+                    progress.advance()
+                parts.append(sweep)
+        contributions = torch.cat([p.contributions for p in parts]).cpu().contiguous()
+        regularization = torch.cat([p.regularization for p in parts]).cpu()
+        initial, prediction = initial.cpu(), prediction.cpu()
+        result = PathDecomposition(
+            contributions,
+            initial,
+            regularization,
+            prediction,
+            initial + contributions.sum(2) + regularization - prediction,
+            _joined_layers(parts),
+            _joined_steps(parts),
+            self._told(segment),
+            replay.bitwise,
+        )
+        held.finish(result)
+        return result
+
+    def _fit(self, outputs: int, layers: bool) -> int:
+        """Test points whose sweep fits into memory."""
+        like = next(iter(self._params.values()))
+        size = sum(p.numel() for p in self._params.values()) * like.element_size()
+        own = outputs * (2 * size + 16 * self._replay.n * (1 + layers * len(self._params)))
+        return max(1, int(0.5 * self._memory() / (own + 1)))
+
+    def _identity(self, x: Batch, layers: bool, steps: bool) -> dict[str, Any]:
+        """What a decomposition depends on."""
+        run = read_run(self._trajectory.path)
+        named = dict(x) if isinstance(x, dict) else {str(i): t for i, t in enumerate(x)}
+        chosen = self._outputs
+        return {
+            "run": {name: run[name] for name in ("initial", "stop", "settings")},
+            "x": tensor_hash(named),
+            "outputs": chosen
+            if isinstance(chosen, str)
+            else getattr(chosen, "__qualname__", type(chosen).__qualname__),
+            "integration": list(self._how),
+            "layers": layers,
+            "steps": steps,
+        }
+
+    def _told(self, segment: Segment) -> str:
+        integration, rule, nodes, tolerance = self._how
+        if integration != "quadrature":
+            return integration
+        most = f"at most {segment.most}" if tolerance is not None else str(nodes)
+        return f"{rule}, {most} node{'s' * (most != '1')} per step"
+
+    def _segment(self, network: nn.Module) -> Segment:
+        return Segment(network, self._params, *self._how)
+
+    def _with_targets(self, x: Batch, y: Tensor | None) -> Batch:
+        if self._readout.takes_targets != (y is not None):
+            got = "targets" if y is not None else "no targets"
+            raise refusal(
+                "y", got=f"{got}, while outputs takes {'two arguments' if y is None else 'one'}",
+                expected="targets if outputs is a callable of outputs and targets",
+                fix="Pass y, or outputs=lambda out, y: ... that uses it.",
+            )  # fmt: skip
+        if y is None:
+            return x if isinstance(x, (tuple, dict)) else (x,)
+        return checked(led(torch.as_tensor(y), x, "ntkit_targets"), "x and y")
+
+    def _memory(self) -> int:
+        device = next(iter(self._params.values())).device
+        return self._budget if self._budget is not None else free_memory(device) // 2
+
+    # ------------------------------------------------------------------ as a kernel
+
+    def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
+        return written(self._mean(lambda kernel: kernel(x1, x2)), out)
+
+    def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
+        return self._mean(lambda kernel: kernel.diagonal(x1) if x2 is None else kernel.paired(x1, x2))
+
+    def operator(self, x: Batch) -> KernelOperator:
+        """Matrix-free k(x): every product makes the whole run again."""
+        x = checked(x, "x")
+        operators = TangentKernel(self._network, self._mode(), list(self._params)).operator(x)
+
+        def apply(v: Tensor) -> Tensor:
+            return self._mean(lambda kernel: kernel.operator(x) @ v)
+
+        def diagonal() -> Tensor:
+            values = self.diagonal(x)
+            return values if values.dim() == 1 else values.diagonal(dim1=1, dim2=2).reshape(-1)
+
+        return KernelOperator(operators.shape[0], apply, diagonal, next(iter(self._params.values())))
+
+    def _mode(self) -> Outputs:
+        if self._readout.takes_targets:
+            raise refusal(
+                "outputs", got="a callable that takes targets", expected='"full", "trace" or a callable of outputs',
+                fix="A kernel has no targets; use decompose(x, y).",
+            )  # fmt: skip
+        return self._outputs
+
+    def _mean(self, values: Callable[[TangentKernel], Tensor]) -> Tensor:
+        """Mean over the run of what a tangent kernel gives, integrated over each step."""
+        mode = self._mode()
+        network = _Readout(self._network, mode if callable(mode) else "full")
+        segment = self._segment(network)
+        first = self._replay.initial()
+        segment.origin = {name: first[name] for name in self._params}
+        module = segment.gradients.model
+        own = {id(p) for p in segment.gradients.params.values()}
+        kernel = TangentKernel(module, "trace" if callable(mode) else mode, lambda name, p: id(p) in own, self._budget)
+        total: Any = 0.0
+        with task("path kernel", total=self._replay.steps) as progress:
+            for step in self._replay.backwards():
+                for weight in segment.places(step.before, step.after, ()):
+                    total = total + weight * values(kernel)
+                progress.advance()
+        return total / self._replay.steps
+
+
+class _Readout(nn.Module):
+    """What is decomposed, [n, C], from the network's outputs and targets."""
+
+    def __init__(self, network: nn.Module, outputs: Outputs) -> None:
+        super().__init__()
+        self.network, self._outputs = network, outputs
+        self.takes_targets = callable(outputs) and _arguments(outputs) > 1
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Outputs to decompose; targets, if any, come first."""
+        targets = None
+        if self.takes_targets:
+            targets, args = (kwargs.pop("ntkit_targets"), args) if kwargs else (args[0], args[1:])
+        raw = self.network(*args, **kwargs)
+        n = count(args if args else kwargs)
+        if targets is None:
+            return reduce_outputs(raw, self._outputs, n)
+        outputs: Any = self._outputs
+        return reduce_outputs(raw, lambda out: outputs(out, targets), n)
+
+
+def _arguments(function: Callable[..., Any]) -> int:
+    """Positional arguments without a default."""
+    try:
+        known = inspect.signature(function).parameters.values()
+    except ValueError:
+        return 1
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in known)
+
+
+def _compare(segment: Segment, x: Batch, initial: Tensor, prediction: Tensor, at_start: bool) -> None:
+    """The outputs that the secant rules follow are the network's own."""
+    if (ends := segment.ends(x)) is None:
+        return
+    followed, own = (ends[0], initial) if at_start else (ends[1], prediction)
+    eps = torch.finfo(followed.dtype).eps
+    gap, size = float((followed - own).abs().max()), float(own.abs().max())
+    if not gap <= eps**0.5 * (size + 1e-30):
+        raise SelfCheckError(
+            f"the operations seen in the network give outputs that differ from its own by {gap:.3g} (outputs up to "
+            f'{size:.3g}); no path kernel was computed. Use integration="quadrature", and please report the network.'
+        )
+
+
+def _joined_layers(parts: list[Sweep]) -> dict[str, Tensor] | None:
+    whole = {name: torch.cat([p.layers[name] for p in parts]).cpu().contiguous() for name in parts[0].layers}
+    return whole or None
+
+
+def _joined_steps(parts: list[Sweep]) -> list[StepShare] | None:
+    if parts[0].steps is None:
+        return None
+    rows = zip(*(p.steps for p in parts if p.steps is not None), strict=True)
+    found = [StepShare(same[0][0], same[0][1], torch.cat([values for _, _, values in same])) for same in rows]
+    return found[::-1]

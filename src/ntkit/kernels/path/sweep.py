@@ -1,0 +1,302 @@
+"""The backward sweep over a run: what each step's gradients did to the outputs of the test points.
+
+With Phi_s the (averaged) Jacobian of the test outputs over step s and the update linear in gradients (`Update`),
+sum_s Phi_s u_s is rearranged so that everything accumulates on the test side:
+
+    Lambda_s = - buffered_s * Phi_s + carry_{s+1} Lambda_{s+1}        what a change of the buffer b_{s+1} would do
+    Delta_s  = entering_s Lambda_s - direct_s Phi_s                   what a change of d_s would do
+    contribution of example i at step s = gradient_s <Delta_s, J(x_i)^T slope_i>
+
+so the memory is (test points x outputs x parameters), never (training examples x parameters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.jacobian.contraction import Scratch, Tile, multiply, prepare
+from ntkit.jacobian.factors import Gradients
+from ntkit.jacobian.inputs import Batch, count, take
+from ntkit.jacobian.pairs import Pairs, Whole
+from ntkit.jacobian.plan import Plan, make_plan
+from ntkit.jacobian.self_check import structure_of
+from ntkit.jacobian.structure import Irregular, Structure, joined
+from ntkit.kernels.path.integration import Segment
+from ntkit.trajectory.optimizer_updates import Update
+from ntkit.trajectory.replay import Step
+
+_ROOM = 0.15  # of the budget: for the gradients of the training examples in hand
+
+
+class Weighted(nn.Module):
+    """A network's outputs times given numbers, summed: [n, 1], whose gradient is J(x_i)^T slope_i."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, ntkit_slope: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Sum over all outputs of a sample."""
+        return (self.network(*args, **kwargs) * ntkit_slope).flatten(1).sum(1, keepdim=True)
+
+
+def led(first: Tensor, x: Batch, name: str) -> Batch:
+    """A batch with one more tensor, before the others."""
+    if isinstance(x, Tensor):
+        return (first, x)
+    return {name: first, **x} if isinstance(x, dict) else (first, *x)
+
+
+class Sweep:
+    """Contributions to the outputs of one set of test points, from the last step to the first.
+
+    Parameters
+    ----------
+    segment : the test side.
+    network : the network that was trained; its parameters by name are `params`.
+    x : test points; `n` training examples, `outputs` outputs each.
+    budget : bytes.
+    layers, steps : whether to keep contributions by parameter, by step.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        network: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        x: Batch,
+        n: int,
+        outputs: int,
+        budget: int,
+        layers: bool,
+        steps: bool,
+    ) -> None:
+        self._segment, self._x, self._budget = segment, x, budget
+        self._train = Gradients(Weighted(network), dict(params), "full")
+        self._like = next(iter(params.values()))
+        m = count(x)
+        room = {"dtype": torch.float64, "device": self._like.device}
+        self._total = torch.zeros(n, m, outputs, **room)  # examples first: a step adds whole rows
+        self.regularization = torch.zeros(m, outputs, **room)
+        self._layers = {name: torch.zeros(n, m, outputs, **room) for name in params} if layers else {}
+        self.steps: list[tuple[int, Tensor, Tensor]] | None = [] if steps else None
+        self._buffers: dict[str, Tensor] = {}  # Lambda: parameter -> [m, C, entries]
+        self._carry: dict[str, float] = {}
+        self._plans: dict[tuple, Plan] = {}
+
+    @torch.no_grad()
+    def step(self, step: Step) -> None:
+        """Take one step more into account: the one before the last one taken."""
+        plain = not self._buffers and not any(_has_buffer(u) for u in step.updates.values())
+        values = self._plain(step) if plain else self._accumulated(step)
+        total = torch.stack(list(values.values())).sum(0) if len(values) > 1 else next(iter(values.values()))
+        rows = step.rows.to(self._total.device)
+        self._total.index_add_(0, rows, total)
+        for name, sum_ in self._layers.items():
+            sum_.index_add_(0, rows, values[name])
+        if self.steps is not None:
+            self.steps.append((step.step, step.rows.cpu(), total.permute(1, 2, 0).cpu()))
+
+    @property
+    def contributions(self) -> Tensor:
+        """Sums over the steps taken so far, [m, C, n]."""
+        return self._total.permute(1, 2, 0)
+
+    @property
+    def layers(self) -> dict[str, Tensor]:
+        """The same by parameter; empty if not kept."""
+        return {name: sum_.permute(1, 2, 0) for name, sum_ in self._layers.items()}
+
+    def state(self, done: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """All there is to know of a sweep that has come this far; what a further step needs only if not `done`."""
+        tensors = {"total": self._total, "regularization": self.regularization}
+        tensors |= {f"layers.{name}": value for name, value in self._layers.items()}
+        for step, rows, values in self.steps or []:
+            tensors |= {f"rows.{step}": rows, f"values.{step}": values}
+        if not done:
+            tensors |= {f"buffers.{name}": value for name, value in self._buffers.items()}
+        return tensors, self._carry
+
+    def restore(self, tensors: Mapping[str, Tensor], carry: Mapping[str, float]) -> None:
+        """Go back to a state."""
+        device = self._like.device
+        self._total, self.regularization = (tensors[name].to(device) for name in ("total", "regularization"))
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "layers":
+                self._layers[rest] = value.to(device)
+            elif kind == "buffers":
+                self._buffers[rest] = value.to(device)
+            elif kind == "rows" and self.steps is not None:
+                self.steps.append((int(rest), value, tensors[f"values.{rest}"]))
+        if self.steps is not None:
+            self.steps.sort(key=lambda share: -share[0])
+        self._carry = dict(carry)
+
+    # ------------------------------------------------------------------ without a buffer: no sum over steps
+
+    def _plain(self, step: Step) -> dict[str, Tensor]:
+        """Contributions of a step of plain gradient descent: products of factors, no gradient is formed."""
+        x = led(step.slope, step.x, "ntkit_slope")
+        while True:
+            self._segment.set(self._train_at(step))
+            known = structure_of(self._segment.gradients, self._x, unseen=True)
+            of_train = structure_of(self._train, x, unseen=True)
+            plan = self._plan(known, of_train, count(self._x), count(x))
+            try:
+                return self._products(step, prepare(self._train, x, of_train, plan), known, plan)
+            except Irregular as signal:
+                known.fallback |= signal.reasons
+                of_train.fallback |= signal.reasons
+                self._plans.clear()
+
+    def _products(self, step: Step, train: Tile, known: Structure, plan: Plan) -> dict[str, Tensor]:
+        """Contributions [B, m, C] by parameter; under one name those of all parameters that are multiplied at once."""
+        groups: dict[float, list[str]] = {}
+        for name, u in step.updates.items():
+            groups.setdefault(-u.direct * u.gradient, []).append(name)
+        apart = bool(self._layers) or len(groups) > 1
+        found: dict[str, Tensor] = {}
+        decay = torch.zeros_like(self.regularization)
+        for weight in self._segment.places(step.before, step.after, self._x):
+            test, scratch = prepare(self._segment.gradients, self._x, known, plan), Scratch(plan.scratch)
+            for factor, names in groups.items():
+                for name in names if apart else names[:1]:
+                    one, other = (test.only(name), train.only(name)) if apart else (test, train)
+                    product = multiply(one, other, "full", scratch)[..., 0].transpose(0, 1).double()
+                    found[name] = found.get(name, 0.0) + weight * factor * product
+            for name, u in step.updates.items():
+                if rate := u.direct * u.coupled + u.decoupled:
+                    decay -= weight * rate * _along(test, name, step.before[name])
+        self.regularization += decay
+        return found
+
+    def _train_at(self, step: Step) -> Mapping[str, Tensor]:
+        """Parameters at which training gradients are taken: the step's, or the initial ones for "ntk"."""
+        return self._segment.origin if self._segment.integration == "ntk" else step.before
+
+    def _plan(self, known: Structure, of_train: Structure, m: int, b: int) -> Plan:
+        key = (id(known), id(of_train), m, b)
+        if key not in self._plans:
+            both = joined(replace(known, outputs=1), replace(of_train, outputs=1))
+            both = replace(both, outputs=known.outputs)
+            self._plans[key] = make_plan(both, "full", m, b, self._budget, self._like)
+        return self._plans[key]
+
+    # ------------------------------------------------------------------ with a buffer
+
+    def _accumulated(self, step: Step) -> dict[str, Tensor]:
+        """Contributions of a step whose gradients go on acting in a buffer."""
+        direct = self._absorb(step)
+        deltas: dict[str, tuple[float, Tensor] | None] = {}
+        for name, u in step.updates.items():
+            held = self._buffers.get(name)
+            if name in direct:
+                delta = direct.pop(name).mul_(-u.direct)
+                if held is not None and u.entering:
+                    delta.add_(held, alpha=u.entering)
+                deltas[name] = (1.0, delta)
+            else:
+                deltas[name] = None if held is None or not u.entering else (u.entering, held)
+        for name, u in step.updates.items():
+            if u.coupled and (delta := deltas[name]) is not None:
+                self.regularization += u.coupled * delta[0] * (delta[1] @ step.before[name].reshape(-1)).double()
+        self._carry = {name: u.carry for name, u in step.updates.items()}
+        found: dict[str, list[Tensor]] = {}
+        for rows in self._train_rows(step):
+            for name, entries in rows.items():
+                delta = deltas[name]
+                if delta is None:
+                    part = self._total.new_zeros(len(entries), *self.regularization.shape)
+                else:
+                    factor, values = delta
+                    flat = entries @ values.flatten(0, 1).T
+                    part = (factor * step.updates[name].gradient) * flat.view(-1, *values.shape[:2]).double()
+                found.setdefault(name, []).append(part)
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _absorb(self, step: Step) -> dict[str, Tensor]:
+        """Take Phi of this step into Lambda; gives Phi itself where it also acts directly."""
+        m = count(self._x)
+        direct: dict[str, Tensor] = {}
+        for name, held in self._buffers.items():
+            if (carry := self._carry.get(name, 0.0)) != 1.0:
+                held.mul_(carry)
+        for weight in self._segment.places(step.before, step.after, self._x):
+            for part, factors in self._batches(self._segment.gradients, self._x, m):
+                for name, factor in factors.items():
+                    u, theta = step.updates[name], step.before[name].reshape(-1)
+                    shape = (m, self.regularization.shape[1], theta.numel())
+                    if _has_buffer(u) and name not in self._buffers:
+                        self._buffers[name] = theta.new_zeros(shape)
+                    if u.direct and name not in direct:
+                        direct[name] = theta.new_zeros(shape)
+                    rows: Tensor | None = None
+                    if u.decoupled or isinstance(u.buffered, Tensor) or not isinstance(factor, Pairs):
+                        rows = factor.rows()
+                    if u.decoupled and rows is not None:
+                        self.regularization[part] -= weight * u.decoupled * (rows @ theta.to(rows)).double()
+                    if isinstance(u.buffered, Tensor):
+                        assert rows is not None
+                        self._buffers[name][part].addcmul_(rows, u.buffered.reshape(-1).to(rows), value=-weight)
+                    elif _has_buffer(u):
+                        _add(self._buffers[name][part], factor, rows, -weight * u.buffered)
+                    if u.direct:
+                        _add(direct[name][part], factor, rows, weight)
+        return direct
+
+    def _train_rows(self, step: Step) -> Iterator[dict[str, Tensor]]:
+        """Gradients of the training examples of a step, some examples at a time: name -> [b, entries]."""
+        self._segment.set(self._train_at(step))
+        x = led(step.slope, step.x, "ntkit_slope")
+        for _, factors in self._batches(self._train, x, count(x)):
+            yield {name: factor.rows()[:, 0] for name, factor in factors.items()}
+
+    def _batches(self, gradients: Gradients, x: Batch, n: int) -> Iterator[tuple[slice, dict[str, Whole]]]:
+        """Factors of some samples at a time."""
+        start = 0
+        while start < n:
+            known = structure_of(gradients, x, unseen=True)
+            entries = sum(size.entries for size in known.sizes.values()) * known.outputs * self._like.element_size()
+            plan = self._plan(known, known, n, n)
+            part = slice(start, min(n, start + max(1, min(plan.batch, int(self._budget * _ROOM / (entries + 1))))))
+            try:
+                factors = gradients.batch(take(x, part), known)
+            except Irregular as signal:
+                known.fallback |= signal.reasons
+                self._plans.clear()
+                continue
+            yield part, factors
+            start = part.stop
+
+
+def _has_buffer(u: Update) -> bool:
+    return isinstance(u.buffered, Tensor) or u.buffered != 0.0 or u.carry != 0.0
+
+
+def _add(total: Tensor, factor: Whole, rows: Tensor | None, alpha: float) -> None:
+    """Add a gradient to `total` [n, C, entries], in one pass where it is one outer product per sample and output."""
+    if rows is None and isinstance(factor, Pairs) and len(factor.parts) == 1:
+        (p,) = factor.parts
+        if p.positions == 1 and p.block is None and p.data.dtype == total.dtype:
+            left, right = p.left[:, :, 0, :, None], p.right[:, :, 0, None, :]
+            total.view(*total.shape[:2], p.l, p.r).addcmul_(left, right, value=alpha)
+            return
+    total.add_(factor.rows() if rows is None else rows, alpha=alpha)
+
+
+def _along(tile: Tile, name: str, direction: Tensor) -> Tensor:
+    """Products of each sample's gradient with a direction, [n, C]."""
+    own, flat = tile.only(name), direction.reshape(-1)
+    total: Any = 0.0
+    for rows in (own.rows, *own.large.values()):
+        if rows.shape[2]:
+            total = total + rows @ flat.to(rows)
+    for pairs in own.pairs.values():
+        total = total + pairs.rows() @ flat.to(pairs.parts[0].cotangent)
+    return total.double()

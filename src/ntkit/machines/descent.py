@@ -1,0 +1,101 @@
+"""Function-space training under any loss: an ordinary differential equation, integrated to 1e-10."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkit.base.checks import refusal
+
+_RTOL, _ATOL = 1e-10, 1e-12
+_BALANCE = 1e-6  # relative: an integration whose books balance worse than that is not to be used
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Descent:
+    """Where the flow was at the times asked for: dual coefficients [T, n, ...] (NaN where it did not get)."""
+
+    dual: Tensor
+    residual: float
+    status: str
+    advice: str
+
+
+def gradient(loss: Loss, outputs: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+    """Value and gradient of a loss at `outputs`, in float64.
+
+    Raises
+    ------
+    Refused
+        When the loss is no scalar tensor that depends on the outputs.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = outputs.detach().clone().requires_grad_(True)
+        value = loss(leaf, y)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise refusal(
+                "loss",
+                got=got,
+                expected="a scalar tensor that depends on the outputs",
+                fix="loss(outputs, y) returns the mean over samples, made of torch operations on outputs.",
+            )
+        (slope,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach().sum(), slope
+
+
+def descend(K: Tensor, loss: Loss, y: Any, start: Tensor, times: Tensor) -> Descent:
+    """Solve df/dt = -K dL/df from `start`, [n, ...], and return a(t) with f(t) = start + K a(t) at the `times`, [T].
+
+    da/dt = -dL/df and the loss lost, dq/dt = (dL/df)^T K (dL/df), are integrated along with f, by the Runge-Kutta
+    method of order 8 of Dormand and Prince. The certificate is that the books balance: L(f_0) - L(f_t) = q(t).
+    """
+    from scipy.integrate import solve_ivp
+
+    size = start.numel()
+
+    def split(state: np.ndarray) -> tuple[Tensor, Tensor]:
+        dual, outputs = torch.from_numpy(state[: 2 * size]).to(start).reshape(2, *start.shape)
+        return dual, outputs
+
+    def slope(_: float, state: np.ndarray) -> np.ndarray:
+        g = gradient(loss, split(state)[1], y)[1]
+        moved = K @ g
+        parts = [-g.reshape(-1), -moved.reshape(-1), (g * moved).sum().reshape(1)]
+        return torch.cat(parts).cpu().numpy()
+
+    initial = torch.cat([torch.zeros_like(start).reshape(-1), start.reshape(-1), start.new_zeros(1)]).cpu().numpy()
+    first, _ = gradient(loss, start, y)
+    wanted, place = np.unique(times.cpu().numpy(), return_inverse=True)
+    reached, states, message = 0.0, [initial] * int(wanted[0] == 0), ""
+    if wanted[-1] > 0:
+        later = wanted[wanted > 0]
+        with np.errstate(all="ignore"):  # a trial step may overflow: it is rejected
+            found = solve_ivp(slope, (0.0, later[-1]), initial, "DOP853", t_eval=later, rtol=_RTOL, atol=_ATOL)
+        states += list(found.y.T) if len(found.t) else []
+        reached, message = float(found.t[-1]) if len(found.t) else 0.0, "" if found.success else found.message
+    worst = 0.0
+    for state in states:
+        value, _ = gradient(loss, split(state)[1], y)
+        scale = max(abs(first.item()), abs(value.item()), 1e-300)
+        balance = abs(first.item() - value.item() - state[-1]) / scale
+        worst = max(worst, balance if np.isfinite(balance) else np.inf)
+    dual = torch.full((len(wanted), *start.shape), torch.nan, dtype=start.dtype, device=start.device)
+    for i, state in enumerate(states):
+        dual[i] = split(state)[0]
+    status, advice = "solved", ""
+    if message or not worst <= _BALANCE:
+        status = "failed" if message else "inaccurate"
+        reason = f"the solver stopped: {message}" if message else f"its books balance to {worst:.1e} only"
+        advice = (
+            f"Not integrated as asked: {reason} (last time reached: {reached:g} of {wanted[-1]:g}). Look whether the "
+            "loss is bounded below and smooth, or ask for shorter times."
+        )
+    return Descent(dual[torch.from_numpy(place.reshape(-1))], worst, status, advice)

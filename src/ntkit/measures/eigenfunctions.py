@@ -1,0 +1,139 @@
+"""Eigenfunctions of a kernel away from the training points, on grids, and how fast they vary."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkit.base.checks import refusal
+from ntkit.jacobian.inputs import Batch, count, take
+from ntkit.kernels.kernel import Kernel
+from ntkit.measures.spectra import Spectrum
+
+
+def grid(side: int, low: float = -1.0, high: float = 1.0) -> Tensor:
+    """Centres of side x side pixels over [low, high]^2, row by row: [side^2, 2], columns (x, y), float64.
+
+    >>> grid(2).tolist()
+    [[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]]
+    """
+    centres = low + (high - low) * (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)
+
+
+def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, batch: int = 1024) -> Tensor:
+    """Nystrom extension in tiles: v_i(p) = (1 / lambda_i) sum_j k(p, x_j) v_i[j], on many points.
+
+    A slice of the kernel, k(x_0, .) on a grid, needs no function: it is ``kernel(x_0[None], points)[0]``.
+
+    Parameters
+    ----------
+    kernel : the kernel whose Gram matrix on `x` gave `spectrum`.
+    points : where, m of them; on the training points the result is the eigenvectors.
+    batch : points at a time: memory is batch x n.
+
+    Returns
+    -------
+    Tensor [m, k], float64
+        [m C, k] for a kernel with outputs.
+
+    Raises
+    ------
+    Refused
+        As `Spectrum.extend`: an eigenvalue that is not positive has no eigenfunction.
+
+    References
+    ----------
+    Kopitkov & Indelman 2020, Neural Spectrum Alignment; Jacot et al. 2018, section 4.
+
+    Examples
+    --------
+    >>> import ntkit
+    >>> x = torch.randn(7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    >>> kernel = ntkit.TangentKernel(torch.nn.Linear(2, 1).double(), "trace")
+    >>> top = ntkit.spectrum(kernel(x), k=3)
+    >>> torch.allclose(eigenfunctions(kernel, top, x, x, batch=3), top.eigenvectors)
+    True
+    """
+    parts = [
+        spectrum.extend(kernel(take(points, slice(start, start + batch)), x))
+        for start in range(0, count(points), batch)
+    ]
+    return torch.cat(parts)
+
+
+def patterns(vectors: Tensor | np.ndarray, images: Tensor) -> Tensor:
+    """Eigenvectors as images: the points, which are images, weighted by the entries, sum_j v_i[j] x_j.
+
+    Parameters
+    ----------
+    vectors : [n, k], one entry per image.
+    images : [n, channels, H, W]; channels are averaged.
+
+    Returns
+    -------
+    Tensor [k, H, W], float64
+
+    Examples
+    --------
+    >>> patterns(torch.tensor([[1.0], [-1.0]]), torch.tensor([[[[3.0, 1.0]]], [[[1.0, 1.0]]]])).tolist()
+    [[[2.0, 0.0]]]
+    """
+    values = torch.as_tensor(vectors).double()
+    if images.dim() != 4 or values.dim() != 2 or len(values) != len(images):
+        raise refusal(
+            "patterns",
+            got=f"vectors {list(values.shape)}, images {list(images.shape)}",
+            expected="[n, k] and [n, channels, H, W]",
+            fix="Give one entry per image.",
+        )
+    return torch.einsum("nk,nhw->khw", values, images.detach().double().mean(1).to(values.device))
+
+
+def power(images: Tensor | np.ndarray) -> Tensor:
+    """Power of the 2-D Fourier transform, mean removed, zero frequency in the middle: [..., H, W] -> [..., H, W]."""
+    images = _images(images)
+    centred = images - images.mean((-2, -1), keepdim=True)
+    return torch.fft.fftshift(torch.fft.fft2(centred).abs() ** 2, dim=(-2, -1))
+
+
+def bandwidth(images: Tensor | np.ndarray) -> Tensor:
+    """Mean frequency of images, in cycles per image: sum |q| P(q) / sum P(q), P the power, q without zero.
+
+    Parameters
+    ----------
+    images : [..., H, W]; values on a grid, such as eigenfunctions.
+
+    Returns
+    -------
+    Tensor [...], float64
+        NaN for a constant image.
+
+    Examples
+    --------
+    Three waves across the image:
+
+    >>> wave = torch.sin(2 * torch.pi * 3 * (torch.arange(32) + 0.5) / 32).expand(32, 32)
+    >>> round(float(bandwidth(wave)), 6)
+    3.0
+    """
+    values = power(images)
+    H, W = values.shape[-2:]
+    rows = torch.fft.fftshift(torch.fft.fftfreq(H, 1 / H, dtype=torch.float64))
+    columns = torch.fft.fftshift(torch.fft.fftfreq(W, 1 / W, dtype=torch.float64))
+    size = (rows[:, None] ** 2 + columns**2).sqrt().to(values.device)
+    total = values.sum((-2, -1))
+    scale = _images(images).abs().amax((-2, -1)) ** 2 * (H * W) ** 2
+    mean = (values * size).sum((-2, -1)) / total
+    return torch.where(total > 1e-24 * scale, mean, torch.nan)
+
+
+def _images(images: Tensor | np.ndarray) -> Tensor:
+    values = torch.as_tensor(images).detach().double()
+    if values.ndim < 2 or values.numel() == 0:
+        raise refusal(
+            "images", got=f"shape {list(values.shape)}", expected="[..., H, W]", fix="Reshape values on a grid."
+        )
+    return values

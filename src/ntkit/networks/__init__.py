@@ -1,0 +1,1 @@
+"""Networks: built-in ones, their initialization, parametrization, width and first-order expansion."""

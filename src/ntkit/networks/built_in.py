@@ -1,0 +1,160 @@
+"""Small built-in networks, and the door to the user's own: ``package.module:factory`` or ``file.py:factory``."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ntkit.base.checks import refusal
+from ntkit.base.factory import find
+
+Shape = tuple[int, ...]
+
+
+def linear(shape: Shape, outputs: int) -> nn.Module:
+    """One dense layer: its kernel never changes."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), outputs))
+
+
+def mlp(shape: Shape, outputs: int) -> nn.Module:
+    """Four hidden ReLU layers of one width, the smallest with at least 100,000 parameters (Long 2021)."""
+    inputs = math.prod(shape)
+
+    def make(width: int) -> nn.Module:
+        sizes = [inputs, width, width, width, width]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for a, b in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(width, outputs))
+
+    return _glorot(_smallest(make, 100_000))
+
+
+def cnn(shape: Shape, outputs: int) -> nn.Module:
+    """Two 3x3 convolutions (16, 32 channels), a 2x2 max-pool, a hidden dense layer of 64."""
+    channels, height, width = _image(shape, "cnn")
+    features = 32 * math.ceil(height / 2) * math.ceil(width / 2)
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.Flatten(),
+        nn.Linear(features, 64),
+        nn.ReLU(),
+        nn.Linear(64, outputs),
+    )
+
+
+def vgg(shape: Shape, outputs: int) -> nn.Module:
+    """Two blocks of two 3x3 convolutions with max-pools, channels doubling, one dense layer (Long 2021).
+
+    The width is the smallest with at least 92,000 parameters, which gives the paper's 38 on MNIST and 37 on CIFAR-10.
+    """
+    channels, height, width = _image(shape, "vgg")
+    positions = math.ceil(math.ceil(height / 2) / 2) * math.ceil(math.ceil(width / 2) / 2)
+
+    def make(w: int) -> nn.Module:
+        layers: list[nn.Module] = []
+        for a, b in ((channels, w), (w, 2 * w)):
+            layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.Conv2d(b, b, 3, padding=1), nn.ReLU()]
+            layers += [nn.MaxPool2d(2, ceil_mode=True)]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * w * positions, outputs))
+
+    return _glorot(_smallest(make, 92_000))
+
+
+BUILT_IN: dict[str, Callable[[Shape, int], nn.Module]] = {"linear": linear, "mlp": mlp, "cnn": cnn, "vgg": vgg}
+
+
+def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
+    """Make a network by name, its weights a function of `seed` alone (the global random state is left as it was).
+
+    Parameters
+    ----------
+    name : a built-in name, ``package.module:factory`` or ``file.py:factory``. A factory is called without arguments, or
+        with those of ``shape`` (of one input) and ``outputs`` (their number) that it names.
+    shape, outputs : of one input, and how many outputs.
+    seed : for the initial weights.
+
+    Returns
+    -------
+    torch.nn.Module
+        In eval mode.
+
+    Raises
+    ------
+    Refused
+        For an unknown name (with the nearest known), a file or factory that is not there, or a factory that fails.
+
+    Examples
+    --------
+    >>> sum(p.numel() for p in build("vgg", (1, 28, 28), 1, seed=0).parameters())
+    95267
+    """
+    factory: Callable[..., nn.Module] = BUILT_IN.get(name) or find("--model", name, BUILT_IN)
+    known = inspect.signature(factory).parameters
+    wanted = {"shape": tuple(shape), "outputs": outputs}
+    arguments = {key: value for key, value in wanted.items() if key in known}
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise refusal(
+            f"--model {name}",
+            got=f"a factory that could not be called ({error})",
+            expected="a callable without required arguments other than shape and outputs",
+            fix="Give its other parameters defaults.",
+        ) from error
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = factory(**arguments)
+    if not isinstance(model, nn.Module):
+        raise refusal(
+            f"--model {name}",
+            got=type(model).__name__,
+            expected="a torch.nn.Module",
+            fix="Return the module from the factory.",
+        )
+    return model.eval()
+
+
+def _image(shape: Shape, name: str) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise refusal(
+            f"--model {name}",
+            got=f"inputs of shape {tuple(shape)}",
+            expected="images (channels, height, width)",
+            fix="Use --model mlp, or your own module.",
+        )
+    return shape[0], shape[1], shape[2]
+
+
+def _smallest(make: Callable[[int], nn.Module], parameters: int) -> nn.Module:
+    """Network of the smallest width >= 4 with at least so many parameters (counted without allocating them)."""
+
+    def count(width: int) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in make(width).parameters())
+
+    low, high = 4, 8
+    while count(high) < parameters:
+        low, high = high, 2 * high
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if count(middle) >= parameters else (middle + 1, high)
+    return make(low)
+
+
+def _glorot(model: nn.Module) -> nn.Module:
+    """Glorot-uniform weights and zero biases, as in the paper's code (Keras defaults)."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model

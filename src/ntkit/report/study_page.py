@@ -1,0 +1,128 @@
+"""The report of a study: a paper's claims, the curves that speak to them, and what was run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+from ntkit.base.checks import refusal
+from ntkit.base.files import read_arrays, read_json, write_text
+from ntkit.report.images import viewer
+from ntkit.report.page import page
+from ntkit.report.study_curves import curves
+from ntkit.report.study_sections import sections
+from ntkit.report.track_page import eigenvalues_at, read_snapshots
+from ntkit.report.words import unbroken
+
+KIND, FORMAT = "study", 1
+TERMS = ("tangent_kernel", "energy", "sharpness", "alignment", "first_order")  # defined where results name none
+_KNOWN = {*TERMS, "path_kernel", "secant", "other_gradients", "novelty"}  # of terms.html, that studies may name
+
+
+def render_study(folder: str | Path) -> Path:
+    """Write ``FOLDER/report.html`` from a study's ``results.json``, ``figures.safetensors`` and images of its runs.
+
+    Each run that has its own page (`render_tracked`) is linked. What the results leave out, the page leaves out. The
+    same files give the same bytes.
+
+    Returns
+    -------
+    Path
+        The file written, whole or not at all.
+
+    Raises
+    ------
+    Refused
+        When the folder holds no study, or a run lies outside of it.
+
+    Examples
+    --------
+    >>> render_study("no-such-study")
+    Traceback (most recent call last):
+    ...
+    ntkit.Refused: no-such-study/results.json: got no such file; expected a JSON file. Check the folder's name.
+    """
+    folder = Path(folder)
+    results = read_json(folder / "results.json")
+    found = (results.get("kind"), results.get("format")) if isinstance(results, dict) else (None, None)
+    if found != (KIND, FORMAT):
+        got, fix = (
+            f"kind {found[0]}, format {found[1]}",
+            "Name a folder that a study wrote, with this version of ntkit.",
+        )
+        raise refusal(str(folder / "results.json"), got=got, expected=f"kind {KIND}, format {FORMAT}", fix=fix)
+    runs = [_run(folder, run) for run in results.get("runs", [])]
+    groups = curves(results.get("curves", []))
+    shown = next((run for run in runs if (folder / run["track"] / "images.safetensors").exists()), None)
+    images = None
+    if shown is not None:
+        track = folder / shown["track"]
+        images = viewer(track, eigenvalues_at(read_snapshots(track)))
+    arrays = folder / "figures.safetensors"
+    parts = sections(results.get("sections", []), read_arrays(arrays) if arrays.exists() else {})
+    figures = [figure for group in groups for figure, _ in group["figures"]]
+    figures += [f for part in parts for block in part["blocks"] for f, _ in block.get("figures", [])]
+    certificate, about = results.get("certificate"), results.get("about", "")
+    path = folder / "report.html"
+    text = page(
+        "study.html",
+        figures,
+        title=results["title"],
+        source="results.json",
+        lede=unbroken(certificate["text"]) if certificate else about,
+        about=about if certificate else "",
+        certificate=certificate,
+        r=results,
+        paper=results.get("paper"),
+        claims=results.get("claims", []),
+        counted=_counted(results.get("claims", [])),
+        groups=groups,
+        parts=parts,
+        terms=[name for name in results.get("terms", TERMS) if name in _KNOWN],
+        departures=results.get("departures", []),
+        runs=runs,
+        shown=shown,
+        viewer=images,
+        settings=[(name.replace("_", " "), _text(value)) for name, value in results.get("settings", {}).items()],
+        versions=results.get("versions", {}),
+    )
+    write_text(path, text)
+    return path
+
+
+def _run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """A run with the link to its page, or None where that was not made."""
+    track = PurePosixPath(run["track"])
+    if track.is_absolute() or ".." in track.parts:
+        fix = "Name the run's folder relative to the study's."
+        raise refusal(f"run {run['name']}", got=run["track"], expected="a folder inside the study", fix=fix)
+    there = (folder / track / "track.html").exists()
+    return {**run, "track": str(track), "link": quote(f"{track}/track.html") if there else None}
+
+
+def _counted(claims: Sequence[dict[str, Any]]) -> str:
+    """Count the claims by how they fared.
+
+    >>> _counted([{"holds": True}, {"holds": None}])
+    '1 of 2 claims holds here, 1 is not judged.'
+    """
+    holds, fails = (sum(c["holds"] is value for c in claims) for value in (True, False))
+    rest = len(claims) - holds - fails
+    parts = [f"{holds} of {len(claims)} claims hold{'s' if holds == 1 else ''} here"]
+    parts += [f"{fails} {'does' if fails == 1 else 'do'} not"] if fails else []
+    parts += [f"{rest} {'is' if rest == 1 else 'are'} not judged"] if rest else []
+    return f"{', '.join(parts)}."
+
+
+def _text(value: Any) -> str:
+    """Write a setting.
+
+    >>> _text([2, 4]), _text({"lr": 0.1}), _text(True)
+    ('2, 4', '{"lr": 0.1}', 'true')
+    """
+    if isinstance(value, list) and not any(isinstance(v, (list, dict)) for v in value):
+        return ", ".join(_text(v) for v in value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,175 @@
+"""What was found along a run: series by name, eigenvectors, and the folder they are kept in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkit.base.checks import refusal
+from ntkit.base.files import ensure_folder, read_arrays, read_json, write_json
+
+FORMAT = "ntkit-track"
+_TRENDS = ("trace", "sharpness", "alignment_centered")
+
+
+@dataclass(frozen=True, eq=False)
+class Tracked:
+    """What `track` found: one entry per snapshot in every series.
+
+    Attributes
+    ----------
+    settings : points, outputs, k, "dense" or "matrix-free", and the hash of the data.
+    steps : the snapshots' steps, ascending.
+    series : name -> one value per snapshot (None: undefined there):
+
+        - ``loss``; ``learning_rate`` that the step used (of the first group);
+        - ``eigenvalues`` [k], of the Gram matrix; ``residual``: the largest |K v - lambda v| / lambda_1;
+        - ``trace``; ``tail``: trace - sum of these eigenvalues; ``effective_rank``: trace / lambda_1;
+          ``condition``: lambda_1 / lambda_k;
+        - ``energy_target``, ``energy_output``, ``energy_residual`` [k]: cumulative relative energy in the top j
+          eigenvectors (residual: derivative of each sample's loss by its outputs; f - y for squared loss);
+        - ``alignment``, ``alignment_centered`` with the targets; ``class_alignment`` [C] (centred, each output's own);
+        - ``layer_trace``, ``layer_alignment`` (centred) {layer: ...}: shares of single layers, where K is formed;
+        - ``distance`` 1 - cos(K, K_0); ``change`` |K - K_0| / |K_0|; ``cka`` (centred cosine) to the first snapshot;
+          ``velocity`` (1 - cos(K, K of the snapshot before)) per step; ``change_error``: relative standard error of
+          |K - K_0|^2 where it is estimated from random vectors (matrix-free), 0 where it is exact;
+        - ``sharpness``: lambda_max of (1/n) H^1/2 K H^1/2, H the loss's second derivative by the outputs (the
+          Gauss-Newton matrix); ``stable_learning_rate`` 2 / sharpness: largest for plain gradient descent. For the
+          loss |f - y|^2 / (2 n) that is 2 n / lambda_1;
+        - ``first_order`` {cosine, relative_error, norm_ratio}: the change of all outputs in a gradient descent step on
+          these points against its first-order prediction -lr K dL/df;
+        - ``per_output`` [{...}]: with outputs="diagonal", the spectral numbers of each output's own kernel.
+
+    path : where it was written, or None.
+    """
+
+    settings: dict[str, Any]
+    steps: list[int]
+    series: dict[str, list]
+    vectors: dict[int, np.ndarray]
+    path: Path | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Tracked:
+        """Read what `track` left in a folder, also while it is still at work.
+
+        Raises
+        ------
+        Refused
+            When the folder holds no tracking.
+        """
+        path = Path(path)
+        settings = _read_settings(path)
+        records, vectors = [], {}
+        for file in sorted(path.glob("step-*.json")):
+            records.append(read_json(file))
+            vectors[records[-1]["step"]] = read_arrays(file.with_suffix(".safetensors"))["eigenvectors"]
+        return assembled(settings, records, vectors, path)
+
+    def eigenvectors(self, step: int) -> np.ndarray:
+        """Top eigenvectors at a snapshot, [N, k] (outputs="diagonal": [C, n, k])."""
+        if step not in self.vectors:
+            raise refusal(f"step {step}", got="no snapshot", expected=f"one of {self.steps}", fix="See .steps.")
+        return self.vectors[step]
+
+    def phases(self) -> list[dict[str, Any]]:
+        """Trends over each phase of constant learning rate, in order: what a decay does to the spectrum.
+
+        Returns
+        -------
+        list of dict
+            ``start``, ``stop`` (steps of its first and last snapshot), ``learning_rate``, and [first, last] of
+            ``lambda_1``, ``trace``, ``sharpness``, ``alignment_centered``; ``stability``: sharpness x learning rate
+            / 2 at its last snapshot (1: the limit of plain gradient descent). None where a number is undefined.
+        """
+        found: list[dict[str, Any]] = []
+        rates = self.series.get("learning_rate", [None] * len(self.steps))
+        for i, (step, rate) in enumerate(zip(self.steps, rates, strict=True)):
+            now = {name: self.series[name][i] for name in _TRENDS if name in self.series}
+            if "eigenvalues" in self.series and self.series["eigenvalues"][i]:
+                now["lambda_1"] = self.series["eigenvalues"][i][0]
+            if not found or found[-1]["learning_rate"] != rate:
+                found.append({"start": step, "learning_rate": rate, **{name: [v, v] for name, v in now.items()}})
+            found[-1]["stop"] = step
+            for name, value in now.items():
+                found[-1][name][1] = value
+            sharpness = now.get("sharpness")
+            found[-1]["stability"] = None if sharpness is None or rate is None else sharpness * rate / 2
+        return found
+
+    def to_tensorboard(self, folder: str | Path) -> None:
+        """Write the scalar series as TensorBoard events (needs the package tensorboard).
+
+        Raises
+        ------
+        Refused
+            When tensorboard is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise refusal(
+                "to_tensorboard", got="no tensorboard", expected="the package", fix="pip install tensorboard"
+            ) from error
+        writer = SummaryWriter(str(folder))
+        for i, step in enumerate(self.steps):
+            for name, value in scalars({key: values[i] for key, values in self.series.items()}).items():
+                writer.add_scalar(f"ntkit/{name}", value, step)
+        writer.close()
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The plain numbers of a snapshot, by name: lists give their first entries, energies those at 1, 5, 10, 20.
+
+    >>> scalars({"trace": 2.0, "eigenvalues": [1.5, None], "first_order": {"cosine": 1.0}})
+    {'trace': 2.0, 'eigenvalues/1': 1.5, 'first_order/cosine': 1.0}
+    """
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{key}": v for key, v in value.items() if isinstance(v, float)}
+        elif isinstance(value, list):
+            places = (1, 5, 10, 20) if name.startswith("energy") else range(1, 11)
+            found |= {
+                f"{name}/{j}": value[j - 1] for j in places if j <= len(value) and isinstance(value[j - 1], float)
+            }
+        elif isinstance(value, float):
+            found[name] = value
+    return found
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    settings = read_json(path / "track.json")
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+        raise refusal(str(path / "track.json"), got="another file", expected=FORMAT, fix="Name a folder of `track`.")
+    return settings
+
+
+def open_folder(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into a new folder, or refuse one with others."""
+    if not (path / "track.json").exists():
+        ensure_folder(path)
+        write_json(path / "track.json", settings)
+        return
+    found, plain = _read_settings(path), json.loads(json.dumps(settings))
+    changed = [name for name in plain if found.get(name) != plain[name]]
+    if changed:
+        raise refusal(
+            str(path),
+            got=f"a tracking with another {', '.join(changed)}",
+            expected="the same run, points and options",
+            fix="Name another folder.",
+        )
+
+
+def assembled(
+    settings: dict[str, Any], records: list[dict[str, Any]], vectors: dict[int, np.ndarray], path: Path | None
+) -> Tracked:
+    """Series from records."""
+    names = dict.fromkeys(name for record in records for name in record if name != "step")
+    series = {name: [record.get(name) for record in records] for name in names}
+    return Tracked(settings, [record["step"] for record in records], series, vectors, path)

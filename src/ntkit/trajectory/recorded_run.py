@@ -1,0 +1,274 @@
+"""The Trajectory noun: a folder with a training run, opened for reading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.base.checks import refusal
+from ntkit.base.files import read_json
+from ntkit.base.tensors import read_if_there, read_tensors
+from ntkit.trajectory.batch_order import batch_indices
+from ntkit.trajectory.step_log import read_indices, read_log
+
+FORMAT = "ntkit-trajectory"
+VERSION = 1
+
+
+class Trajectory:
+    """A training run on disk: parameters at recorded steps, batches, losses and settings.
+
+    Step s means: after s optimisation steps, so step 0 is the initial network. Made by `ntkit.train` or
+    `ntkit.record`, and opened at any time with `Trajectory.open`, also while another process is writing it: open it
+    again to see what is new. ``len(trajectory)`` is the number of recorded steps.
+
+    Attributes
+    ----------
+    path : the folder.
+    settings : what the run was started with (``run.json``): kind (``"recorded"``; absent for `train`), record,
+        optimizer (class, defaults, groups), parameters (shape and dtype by name, buffers too), aliases of tied
+        tensors; for `train` also steps, batch_size, seed, target, loss, schedule, clip, n, hash of the data.
+    status : ``"running"`` (or killed), ``"complete"`` or ``"diverged"`` (a loss that is not finite).
+    stop : why and where it ended: ``reason`` (``"steps"``, ``"target"``, ``"diverged"``; ``"ended"`` for a recorded
+        loop), ``step`` (the final one), ``loss`` there if it was computed; a diverged run adds ``diverged_at`` and
+        ``diverged_loss``. Empty while running.
+    steps : the recorded steps, ascending.
+    origin : (model, (x, y), loss) that `train` was called with, on the Trajectory it returns; None for one opened.
+
+    Examples
+    --------
+    >>> import torch, ntkit.trajectory
+    >>> x = torch.linspace(-1, 1, 5)[:, None]
+    >>> model = torch.nn.Linear(1, 1)
+    >>> traj = ntkit.trajectory.train(
+    ...     model, (x, 2 * x), torch.nn.functional.mse_loss, lambda p: torch.optim.SGD(p, lr=0.5), steps=8
+    ... )
+    >>> traj.steps, traj.losses.shape, traj.status
+    ([0, 1, 2, 3, 4, 6, 8], torch.Size([8]), 'complete')
+    >>> traj.load(model, 0)
+    >>> traj.batch(3)
+    tensor([0, 1, 2, 3, 4])
+    """
+
+    def __init__(self, path: str | Path, *, temporary: TemporaryDirectory[str] | None = None) -> None:
+        self.path = Path(path)
+        run = read_run(self.path)
+        self.settings: dict[str, Any] = run["settings"]
+        self.status: str = run["status"]
+        self.stop: dict[str, Any] = run.get("stop", {})
+        names = (self.path / "snapshots").glob("step-*.safetensors")
+        self.steps: list[int] = sorted(int(name.stem.removeprefix("step-")) for name in names)
+        self.origin: tuple[nn.Module, tuple[Any, Tensor], Callable[[Any, Tensor], Tensor]] | None = None
+        if temporary is not None:
+            finalize(self, temporary.cleanup)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Trajectory:
+        """Open the folder of a run, whether it is complete, running or was killed.
+
+        Raises
+        ------
+        Refused
+            When the folder holds no run, or one of another format.
+        """
+        return cls(path)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __repr__(self) -> str:
+        return f"Trajectory({str(self.path)!r}, status={self.status!r}, recorded={len(self)})"
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """Loss before each step: float64 [S], entry s on ``batch(s)`` at the parameters of step s (S: steps made).
+
+        NaN where a recorded loop gave none.
+        """
+        return self._log["losses"]
+
+    @cached_property
+    def learning_rates(self) -> Tensor:
+        """Learning rate of each step's update: float64 [S, groups of the optimiser].
+
+        NaN where a group has none of its own, or was added later.
+        """
+        if "learning_rates" in self._log:
+            return self._log["learning_rates"]
+        groups = self.settings["optimizer"]["groups"]  # written by an older release: no schedule
+        constant = torch.tensor([group.get("lr", math.nan) for group in groups], dtype=torch.float64)
+        return constant.repeat(len(self.losses), 1)
+
+    @cached_property
+    def _log(self) -> dict[str, Tensor]:
+        if self._is_recorded_loop:
+            return read_log(self.path / "log")
+        for name in ("losses.safetensors", "checkpoint.safetensors"):
+            if (held := read_if_there(self.path / name)) is not None:
+                return held
+        return {"losses": torch.zeros(0, dtype=torch.float64)}
+
+    @property
+    def _is_recorded_loop(self) -> bool:
+        return self.settings.get("kind") == "recorded"
+
+    def batch(self, step: int) -> Tensor:
+        """Give the indices (int64 [rows]) of the training examples that step `step` used.
+
+        Raises
+        ------
+        Refused
+            When the run has no such step, or was recorded without indices.
+        """
+        last = len(self.losses) if self._is_recorded_loop else self.stop.get("step", self.settings.get("steps"))
+        if not 0 <= step < last:
+            raise refusal(
+                "step", got=step, expected=f"0 <= step < {last}", fix="Step s leads from state s to state s + 1."
+            )
+        if not self._is_recorded_loop:
+            return batch_indices(self.settings["seed"], self.settings["n"], self.settings["batch_size"], step)
+        indices = read_indices(self.path / "log", step)
+        if indices is None:
+            raise refusal(
+                f"batch of step {step}",
+                got="a step recorded without indices",
+                expected="the rows it was trained on",
+                fix="Call rec.step(indices, loss) in the loop that is recorded.",
+            )
+        return indices
+
+    def state(self, step: int) -> dict[str, Tensor]:
+        """Read parameters and buffers at a recorded step, by name; tied tensors appear under each of their names.
+
+        Raises
+        ------
+        Refused
+            When the step was not recorded; names the nearest that were.
+        """
+        if step not in self.steps:
+            near = sorted(sorted(self.steps, key=lambda s: abs(s - step))[:3])
+            raise refusal(
+                f"step {step}",
+                got="a step that was not recorded",
+                expected=f"one of trajectory.steps; nearest: {', '.join(map(str, near)) or 'none yet'}",
+                fix="Ask for one of those, or train again with record='all' or record=[steps].",
+            )
+        tensors = read_if_there(snapshot_path(self.path, step))
+        if tensors is None:
+            raise refusal(
+                f"step {step}",
+                got="a snapshot that is gone: the run, held to its budget, gave it up",
+                expected="one of those still there",
+                fix="Open the trajectory again and choose from its steps.",
+            )
+        return tensors | {alias: tensors[name] for alias, name in self.settings["aliases"].items()}
+
+    def load(self, model: nn.Module, step: int) -> None:
+        """Load parameters and buffers of a recorded step into `model`, in place.
+
+        Raises
+        ------
+        Refused
+            When names, shapes or dtypes do not fit; the model is then unchanged.
+        """
+        assign(model, self.state(step), f"step {step} of {self.path.name}")
+
+
+def load_weights(model: nn.Module, file: str | Path) -> None:
+    """Load a ``.safetensors`` file into `model`, in place: everything or nothing.
+
+    Parameters
+    ----------
+    model : any module; of tied tensors one name in the file is enough.
+    file : the file. Pickled files (``.pt``, ``.bin``) are refused: unpickling runs code.
+
+    Raises
+    ------
+    Refused
+        When the file is absent or not safetensors, or its names, shapes or dtypes (one that would lose digits) differ.
+
+    Examples
+    --------
+    >>> import tempfile, torch, safetensors.torch
+    >>> model = torch.nn.Linear(2, 1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     safetensors.torch.save_file(model.state_dict(), folder + "/w.safetensors")
+    ...     load_weights(model, folder + "/w.safetensors")
+    """
+    assign(model, read_tensors(file), Path(file).name)
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy named tensors into a model's parameters and buffers after checking all of them."""
+    groups = tied_names(model)
+    targets = {names[0]: tensor for names, tensor in groups}
+    canonical = {name: names[0] for names, _ in groups for name in names}
+    needed = set(model.state_dict()) | {
+        name for name, _ in model.named_parameters()
+    }  # non-persistent buffers may be absent
+    wrong: dict[str, list[str]] = {
+        "missing": [names[0] for names, _ in groups if not tensors.keys() & set(names) and needed & set(names)],
+        "unexpected": sorted(tensors.keys() - canonical.keys()),
+        "of another shape": [],
+        "of a dtype that would lose digits": [],
+        "tied in the model, different here": [],
+    }
+    new: dict[str, Tensor] = {}
+    for name in [name for name in canonical if name in tensors]:
+        tensor, target = tensors[name], targets[canonical[name]]
+        if tensor.shape != target.shape:
+            wrong["of another shape"].append(f"{name} {list(tensor.shape)} (model: {list(target.shape)})")
+        elif torch.promote_types(tensor.dtype, target.dtype) != target.dtype:
+            wrong["of a dtype that would lose digits"].append(f"{name} {tensor.dtype} (model: {target.dtype})")
+        elif (first := new.setdefault(canonical[name], tensor)) is not tensor and not torch.equal(first, tensor):
+            wrong["tied in the model, different here"].append(name)
+    if any(wrong.values()):
+        raise refusal(
+            source,
+            got="; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in wrong.items() if names),
+            expected="the model's parameters and buffers by name, shape and dtype",
+            fix="Build the model as it was built for that file; nothing was loaded.",
+        )
+    with torch.no_grad():
+        for name, tensor in new.items():
+            targets[name].copy_(tensor)
+
+
+def tied_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """List each parameter and buffer once, with all of its names: a tied tensor has several."""
+    found: dict[int, tuple[list[str], Tensor]] = {}
+    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in named:
+            found.setdefault(id(tensor), ([], tensor.detach()))[0].append(name)
+    return list(found.values())
+
+
+def snapshot_path(folder: Path, step: int) -> Path:
+    """Name the file of a recorded step."""
+    return folder / "snapshots" / f"step-{step:08d}.safetensors"
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read ``run.json`` of a trajectory's folder, or refuse what is none."""
+    run = read_json(folder / "run.json")
+    if not isinstance(run, dict) or run.get("format") != FORMAT or run.get("version") != VERSION:
+        found = (run.get("format"), run.get("version")) if isinstance(run, dict) else type(run).__name__
+        raise refusal(
+            str(folder / "run.json"),
+            got=f"format {found}",
+            expected=f"{FORMAT} version {VERSION}",
+            fix="Name the folder that ntkit.train wrote, or open it with the release that did.",
+        )
+    return run
+
+
+def _first(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
