@@ -20,7 +20,7 @@ from torch import Tensor
 
 import ntkit
 from benchmarks.families import FAMILIES, Family
-from ntkit.jacobian.inputs import select_parameters
+from ntkit.jacobian.model_calls import select_parameters
 from ntkit.jacobian.oracle import jacobian
 
 ROOT = Path(__file__).resolve().parents[1]

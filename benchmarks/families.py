@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 
-from ntkit.jacobian.inputs import call
+from ntkit.jacobian.model_calls import call
 from ntkit.networks.built_in import build
 
 OWN = "written here"

@@ -24,11 +24,12 @@ from networks import OPS, Drawer, Network, Op, draw_network, inputs
 from torch import Tensor
 
 import ntkit
+from ntkit.base.batch import count, take
 from ntkit.jacobian import plan as planning
 from ntkit.jacobian import rules
 from ntkit.jacobian import self_check as check
-from ntkit.jacobian.inputs import call, count, take
 from ntkit.jacobian.machine_rates import Rates
+from ntkit.jacobian.model_calls import call
 from ntkit.jacobian.oracle import jacobian, tangent_kernel
 from ntkit.testing import assert_equal
 

@@ -10,6 +10,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,16 @@ def modules() -> list[str]:
     return found
 
 
-def levels() -> dict[str, int]:
-    """Module -> storey, read from the table in ARCHITECTURE.md (the bottom row is storey 0)."""
-    rows = re.findall(r"^\| *(\d+) *\|([^|]*)\|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
-    return {name: int(level) for level, cell in rows for name in re.findall(r"`([\w/]+)`", cell)}
+def rows() -> list[str]:
+    """Packages and root modules, from the table in ARCHITECTURE.md, top row first; those of one row are separate."""
+    text = (ROOT / "ARCHITECTURE.md").read_text().split("## Packages")[1].split("\n## ")[0]
+    cells = re.findall(r"^\|([^|]*)\|", text, re.MULTILINE)
+    return [name for cell in cells for name in re.findall(r"`([\w/]+)`", cell)]
+
+
+def package_of(module: str) -> str:
+    """The row that a module belongs to: the longest that it starts with."""
+    return max((row for row in rows() if module == row or module.startswith(row + "/")), key=len)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -50,22 +57,58 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def test_architecture_names_every_module_and_only_those():
-    assert set(levels()) == set(modules()) - {"__init__"}
+def source_of(module: str) -> Path:
+    return p if (p := SOURCE / f"{module}.py").exists() else SOURCE / module / "__init__.py"
+
+
+def test_architecture_names_every_package_and_only_those():
+    packages = {p.parent.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("__init__.py")} - {"."}
+    loose = {p.stem for p in SOURCE.glob("*.py")} - {"__init__"}
+    single = {"studies/kopitkov2019"} - packages  # a study may be one file
+    assert sorted(rows()) == sorted(packages | loose | single)
 
 
 @pytest.mark.parametrize("module", [m for m in modules() if m != "__init__"])
 def test_imports_point_down(module):
-    level = levels()
-    path = SOURCE / f"{module}.py"
-    path = path if path.exists() else SOURCE / module / "__init__.py"
-    room = module.split("/")[0]
-    for other in imports_of(path):
-        assert level[other] < level[module] or other.split("/")[0] == room, f"{module} imports {other}"
+    order = {row: i for i, row in enumerate(rows())}
+    own = package_of(module)
+    for other in imports_of(source_of(module)):
+        assert package_of(other) == own or order[package_of(other)] > order[own], f"{module} imports {other}"
 
 
-def test_imports_inside_a_room_make_no_circle():
-    graph = {m: imports_of(p if (p := SOURCE / f"{m}.py").exists() else SOURCE / m / "__init__.py") for m in modules()}
+def test_few_modules_lie_in_the_root():
+    assert len(list(SOURCE.glob("*.py"))) <= 6
+
+
+def test_no_two_modules_and_no_two_public_classes_share_a_name():
+    names = [m.split("/")[-1] for m in modules()]
+    assert [n for n, times in Counter(names).items() if times > 1] == []
+    classes = [
+        node.name
+        for m in modules()
+        for node in ast.parse(source_of(m).read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert [n for n, times in Counter(classes).items() if times > 1] == []
+
+
+def test_files_and_functions_are_short():
+    long = []
+    for m in modules():
+        text = source_of(m).read_text()
+        if text.count("\n") > 420:
+            long.append(f"{m}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                doc = node.body[0] if ast.get_docstring(node) else None
+                lines = node.end_lineno - node.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc else 0)
+                if lines > 65:
+                    long.append(f"{m}: {node.name} has {lines} lines")
+    assert long == []
+
+
+def test_imports_make_no_circle():
+    graph = {m: imports_of(source_of(m)) for m in modules()}
     done, path = set(), []
 
     def visit(m):

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ntkit.base.batch import take
 from ntkit.base.checks import Refused
-from ntkit.jacobian.inputs import take
 from ntkit.trajectory import Trajectory, record, train
 from ntkit.trajectory.optimizer_updates import known, stepped
 from ntkit.trajectory.replay import Replay

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.families import FAMILIES
 
 import ntkit
-from ntkit.jacobian.inputs import call, count, reduce_outputs
+from ntkit.base.batch import count
+from ntkit.jacobian.model_calls import call, reduce_outputs
 from ntkit.secant import secant_tensor as module
 from ntkit.secant.secant_jacobian import Lifted, Secant
 from ntkit.secant.secant_tensor import AROUND, RULES, Ends, NoSecant, aten

@@ -8,7 +8,7 @@ from cases import CASES, make, softplus_sum, tiny_mlp, vectors
 from torch import nn
 
 import ntkit
-from ntkit.jacobian.inputs import take
+from ntkit.base.batch import take
 from ntkit.jacobian.oracle import jacobian, tangent_kernel
 from ntkit.jacobian.structure import SelfCheckError
 from ntkit.kernels import sketch

@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import ntkit
-from ntkit.jacobian.inputs import take
+from ntkit.base.batch import take
 from ntkit.jacobian.oracle import jacobian, tangent_kernel
 from ntkit.testing import assert_equal, check_kernel
 

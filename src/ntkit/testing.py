@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ntkit.jacobian.inputs import Batch, count, take
+from ntkit.base.batch import Batch, count, take
 from ntkit.kernels.kernel import Kernel
 
 

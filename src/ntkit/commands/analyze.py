@@ -26,9 +26,10 @@ from ntkit.base.checks import Refused, refusal
 from ntkit.base.factory import source_hash
 from ntkit.base.files import ensure_folder, read_json, write_arrays, write_atomically, write_json
 from ntkit.base.progress import task
+from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
 from ntkit.commands.results import KERNELS, assemble, versions
-from ntkit.commands.settings import FORMAT, OPTIMIZERS, Settings
+from ntkit.commands.settings import OPTIMIZERS, Settings
 from ntkit.data import Data, load
 from ntkit.kernels.tangent import TangentKernel, free_memory, parse_memory
 from ntkit.measures.spectra import alignment
@@ -106,11 +107,11 @@ def _before(folder: Path, settings: Settings | None) -> dict[str, Any]:
     """Read the ``run.json`` of an earlier run, or refuse what is none, and settings beside it."""
     before = read_json(folder / "run.json")
     known = {field.name for field in dataclasses.fields(Settings)}
-    if before.get("format") != FORMAT or not set(before.get("settings", ())) <= known:
+    if before.get("format") != RESULTS_FORMAT or not set(before.get("settings", ())) <= known:
         raise refusal(
             str(folder / "run.json"),
             got="a file that no ntkit analyze of this version wrote",
-            expected=f"the run.json of a run (format {FORMAT})",
+            expected=f"the run.json of a run (format {RESULTS_FORMAT})",
             fix="Name the run's own folder; trajectory/ inside it is not one.",
         )
     if settings not in (None, Settings()):
@@ -259,7 +260,7 @@ class _Run:
             self.folder.replace(replaced)
         ensure_folder(self.folder)
         run = {
-            "format": FORMAT,
+            "format": RESULTS_FORMAT,
             "status": "running",
             "settings": dataclasses.asdict(s),
             "identity": identity,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder, read_json, write_json
-from ntkit.commands.results import versions
+from ntkit.base.versions import versions
 from ntkit.data import Data, load
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.kernels.tangent import TangentKernel, free_memory

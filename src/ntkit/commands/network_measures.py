@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.data import Data
-from ntkit.jacobian.inputs import raw_outputs
+from ntkit.jacobian.model_calls import raw_outputs
 from ntkit.jacobian.oracle import tangent_kernel
 from ntkit.kernels.conjugate import ConjugateKernel
 from ntkit.kernels.kernel import Kernel

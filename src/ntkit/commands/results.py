@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 from typing import Any
 
 import torch
 from torch import nn
 
-import ntkit
+from ntkit.base.versions import RESULTS_FORMAT, versions
 from ntkit.commands.network_measures import Task
-from ntkit.commands.settings import FORMAT, Settings
+from ntkit.commands.settings import Settings
 from ntkit.trajectory import Trajectory
 
 KERNELS = ("init", "after", "conjugate")
@@ -72,7 +71,7 @@ def assemble(
             "seed": s.seed,
         }
     return {
-        "format": FORMAT,
+        "format": RESULTS_FORMAT,
         "title": f"{s.model} on {data.name}" + (f", classes {' and '.join(data.classes)}" if s.classes else ""),
         "data": {
             "name": data.name,
@@ -113,11 +112,3 @@ def assemble(
             "memory": memory,
         },
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    from importlib.metadata import version
-
-    names = ("torch", "numpy", "scipy", "scikit-learn")
-    return {"ntkit": ntkit.__version__, "python": platform.python_version(), **{name: version(name) for name in names}}

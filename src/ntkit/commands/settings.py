@@ -11,8 +11,6 @@ from typing import Any
 
 from ntkit.base.checks import Refused, nearest, refusal
 
-FORMAT = 1  # of run.json and results.json
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

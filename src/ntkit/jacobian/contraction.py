@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ntkit.base.batch import Batch, count, take
 from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.inputs import Batch, count, take
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, comparable, inner
 from ntkit.jacobian.plan import Plan
 from ntkit.jacobian.self_check import part_of

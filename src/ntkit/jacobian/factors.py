@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import refusal
 from ntkit.jacobian.graph import Use, find_uses, mend, nodes_behind, sizes_of
-from ntkit.jacobian.inputs import Batch, Outputs, call, count, drew, random_forward, reduce_outputs, take, untouched
+from ntkit.jacobian.model_calls import Outputs, call, drew, random_forward, reduce_outputs, untouched
 from ntkit.jacobian.ownership import Code, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable
 from ntkit.jacobian.rules import RULES

@@ -8,18 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.jacobian.graph import mend
-from ntkit.jacobian.inputs import (
-    Batch,
-    Outputs,
-    call,
-    count,
-    leaves,
-    reduce_outputs,
-    select_parameters,
-    take,
-    untouched,
-)
+from ntkit.jacobian.model_calls import Outputs, call, reduce_outputs, select_parameters, untouched
 
 
 def jacobian(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ntkit.base.batch import Batch, count, take
 from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.inputs import Batch, count, take, untouched
+from ntkit.jacobian.model_calls import untouched
 from ntkit.jacobian.self_check import structure_of
 from ntkit.jacobian.structure import Irregular
 

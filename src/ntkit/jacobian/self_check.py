@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.base.checks import refusal
 from ntkit.jacobian.factors import Gradients, looks_of, numbered
 from ntkit.jacobian.graph import Use, find_uses, nodes_behind, nodes_from, shapes_of, sizes_of
-from ntkit.jacobian.inputs import Batch, count, leaves, take, untouched
+from ntkit.jacobian.model_calls import untouched
 from ntkit.jacobian.ownership import establish
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
 from ntkit.jacobian.rules import RULES

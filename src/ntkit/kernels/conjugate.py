@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.graph import find_uses, nodes_behind
-from ntkit.jacobian.inputs import Batch, call, check_mode, count, select_parameters, take, untouched
+from ntkit.jacobian.model_calls import call, check_mode, select_parameters, untouched
 from ntkit.kernels.kernel import Kernel, KernelOperator, written
 
 _BATCH = 256

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntkit.base.batch import Batch, checked, count
 from ntkit.base.checks import refusal
-from ntkit.jacobian.inputs import Batch, checked, count
 
 
 class Kernel(ABC):

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
-from ntkit.jacobian.inputs import Batch, Outputs, checked, count, take
+from ntkit.jacobian.model_calls import Outputs
 from ntkit.jacobian.structure import Irregular, SelfCheckError, Structure
 from ntkit.kernels.kernel import Kernel, KernelOperator, written
 from ntkit.kernels.tangent import TangentKernel

@@ -8,22 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import Batch, alike, checked, count, join, take
 from ntkit.base.checks import nearest, parse_bytes, refusal
 from ntkit.base.progress import task
 from ntkit.jacobian.contraction import Scratch, Tile, blocks, multiply, multiply_aligned, prepare, triangle
 from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.inputs import (
-    MODES,
-    Batch,
-    Outputs,
-    alike,
-    check_mode,
-    checked,
-    count,
-    join,
-    select_parameters,
-    take,
-)
+from ntkit.jacobian.model_calls import MODES, Outputs, check_mode, select_parameters
 from ntkit.jacobian.plan import ROUTES, Plan, make_plan
 from ntkit.jacobian.products import jacobian_times, jacobian_transpose_times
 from ntkit.jacobian.self_check import structure_of

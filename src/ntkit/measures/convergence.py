@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
-from ntkit.jacobian.inputs import raw_outputs, reduce_outputs
+from ntkit.jacobian.model_calls import raw_outputs, reduce_outputs
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.parametrization import (

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import refusal
-from ntkit.jacobian.inputs import Batch, count, take
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import Spectrum
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
-from ntkit.jacobian.inputs import Batch, checked, count, take
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import spectrum
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
-from ntkit.jacobian.inputs import check_mode, select_parameters
+from ntkit.jacobian.model_calls import check_mode, select_parameters
 
 
 class Linearized(nn.Module):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ntkit.base.batch import checked
 from ntkit.base.checks import Refused, refusal
-from ntkit.jacobian.inputs import call, checked
+from ntkit.jacobian.model_calls import call
 from ntkit.networks.initialization import Initial, drawn, initial_std
 from ntkit.networks.parametrization import LAYERS, NORMS, Scaled, fan_in, fan_out, plain, stds
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_arrays, read_json, write_text
-from ntkit.commands.settings import FORMAT
+from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.report.analysis_page import analysis_page
 from ntkit.report.study_page import KIND, render_study
 from ntkit.report.track_page import render_tracked
@@ -50,9 +50,9 @@ def render(run: str | Path) -> Path:
     if isinstance(results, dict) and results.get("kind") == KIND:
         return render_study(run)
     found = results.get("format") if isinstance(results, dict) else None
-    if found != FORMAT:
+    if found != RESULTS_FORMAT:
         fix = "Render it with the version of ntkit that wrote it, or run `ntkit analyze --from` on the folder again."
-        raise refusal(str(run / "results.json"), got=f"format {found}", expected=f"format {FORMAT}", fix=fix)
+        raise refusal(str(run / "results.json"), got=f"format {found}", expected=f"format {RESULTS_FORMAT}", fix=fix)
     images = run / "arrays" / "neighbours.safetensors"
     path = run / "report.html"
     write_text(path, analysis_page(results, read_arrays(images) if images.exists() else {}))

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ntkit.secant.composed
 import ntkit.secant.secant_rules  # noqa: F401 (both register their rules)
+from ntkit.base.batch import count
 from ntkit.base.checks import Refused, refusal
 from ntkit.jacobian.factors import _without_fused_rnn
-from ntkit.jacobian.inputs import Outputs, count, reduce_outputs
+from ntkit.jacobian.model_calls import Outputs, reduce_outputs
 from ntkit.secant.secant_tensor import AROUND, Ends, NoSecant, aten, lifted, mapped, no_rule
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder, read_arrays, read_json, write_arrays, write_json
-from ntkit.commands.results import versions
+from ntkit.base.versions import versions
 from ntkit.data import load
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.eigenfunctions import bandwidth, eigenfunctions, grid

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import Batch
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
-from ntkit.jacobian.inputs import Batch, select_parameters
+from ntkit.jacobian.model_calls import select_parameters
 from ntkit.trajectory.optimizer_updates import Update, clip_gradients, known, rebuilt, stepped, updated_parameters
 from ntkit.trajectory.recorded_run import Trajectory, assign, read_run, tied_names
 from ntkit.trajectory.replay_checks import checked_clip, checked_rates, copied, given, sound_steps

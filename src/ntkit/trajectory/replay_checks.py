@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
-from ntkit.jacobian.inputs import check_mode
+from ntkit.jacobian.model_calls import check_mode
 from ntkit.trajectory.batch_order import recorded_at
 from ntkit.trajectory.optimizer_updates import check_clip
 from ntkit.trajectory.recorded_run import Trajectory, tied_names

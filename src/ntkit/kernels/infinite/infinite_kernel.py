@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import Batch, count
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
-from ntkit.jacobian.inputs import Batch, count
 from ntkit.kernels.infinite.layers import Graph, Layer, Pointwise, Source, Weights
 from ntkit.kernels.infinite.planes import Planes, Side, prepared
 from ntkit.kernels.infinite.quadrature import Tabulated

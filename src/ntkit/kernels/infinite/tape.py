@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ntkit.base.checks import Refused, refusal
-from ntkit.jacobian.inputs import check_mode, untouched
+from ntkit.jacobian.model_calls import check_mode, untouched
 
 
 @dataclass(frozen=True)

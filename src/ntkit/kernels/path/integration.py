@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.inputs import Batch, call, count, take, untouched
+from ntkit.jacobian.model_calls import call, untouched
 from ntkit.jacobian.products import jacobian_times
 from ntkit.secant.secant_jacobian import Secant
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
-from ntkit.jacobian.inputs import Batch, Outputs, check_mode, checked, count, reduce_outputs, take
+from ntkit.jacobian.model_calls import Outputs, check_mode, reduce_outputs
 from ntkit.jacobian.structure import SelfCheckError
 from ntkit.kernels.kernel import Kernel, KernelOperator, written
 from ntkit.kernels.path.decomposition import PathDecomposition, StepShare

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import Batch, count, take
 from ntkit.jacobian.contraction import Scratch, Tile, multiply, prepare
 from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.inputs import Batch, count, take
 from ntkit.jacobian.pairs import Pairs, Whole
 from ntkit.jacobian.plan import Plan, make_plan
 from ntkit.jacobian.self_check import structure_of

@@ -12,7 +12,7 @@ from typing import Any
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder, read_json, write_arrays, write_json
-from ntkit.commands.results import versions
+from ntkit.base.versions import versions
 from ntkit.studies.bell2023 import claims, page, pictures, plane, removal, unseen
 from ntkit.studies.bell2023.found import Found
 from ntkit.studies.bell2023.sections import sections

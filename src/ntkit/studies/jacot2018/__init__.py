@@ -12,7 +12,7 @@ from typing import Any
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder, read_json, write_json
-from ntkit.commands.results import versions
+from ntkit.base.versions import versions
 from ntkit.studies.jacot2018 import claims, component, kernel, page, regression
 from ntkit.studies.jacot2018.found import Found
 from ntkit.studies.jacot2018.sections import sections

@@ -1,7 +1,4 @@
-"""What goes into a model and comes out.
-
-A batch is a tensor, a tuple of tensors (``model(*x)``) or a dict (``model(**x)``).
-"""
+"""Calls of a model that leave it as it was: its parameters, its mode, its outputs, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,52 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.base.checks import Refused, refusal
 
-Batch = Any  # Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Outputs = str | Callable[[Any], Tensor]
 
 _ONE_AT_A_TIME = threading.RLock()
 
 MODES = ("full", "diagonal", "trace", "sum")
-
-
-def leaves(x: Batch) -> list[Tensor]:
-    """Tensors of a batch."""
-    if isinstance(x, Tensor):
-        return [x]
-    return list(x.values()) if isinstance(x, dict) else list(x)
-
-
-def take(x: Batch, index: Any) -> Batch:
-    """Index every tensor of a batch along its samples."""
-    if isinstance(x, Tensor):
-        return x[index]
-    if isinstance(x, dict):
-        return {name: value[index] for name, value in x.items()}
-    return tuple(value[index] for value in x)
-
-
-def alike(x1: Batch, x2: Batch) -> bool:
-    """Whether two batches can be put behind each other."""
-    if type(x1) is not type(x2) or (isinstance(x1, dict) and x1.keys() != x2.keys()):
-        return False
-    kinds = [[(t.shape[1:], t.dtype, t.device) for t in leaves(x)] for x in (x1, x2)]
-    return kinds[0] == kinds[1]
-
-
-def join(x1: Batch, x2: Batch) -> Batch:
-    """Two batches behind each other."""
-    if isinstance(x1, Tensor):
-        return torch.cat([x1, x2])
-    if isinstance(x1, dict):
-        return {name: torch.cat([value, x2[name]]) for name, value in x1.items()}
-    return tuple(torch.cat(pair) for pair in zip(x1, x2, strict=True))
-
-
-def count(x: Batch) -> int:
-    """Number of samples."""
-    return leaves(x)[0].shape[0]
 
 
 def raw_outputs(model: nn.Module, x: Batch, batch: int = 512) -> Tensor:
@@ -72,42 +31,6 @@ def raw_outputs(model: nn.Module, x: Batch, batch: int = 512) -> Tensor:
         for start in range(0, count(x), batch):
             parts.append(call(model, take(x, slice(start, start + batch))))
     return torch.cat(parts)
-
-
-def checked(x: Batch, name: str) -> Batch:
-    """Refuse a batch that is no batch (not tensors, empty, ragged, non-finite); return it without its own graph."""
-    tensors = leaves(x) if isinstance(x, (Tensor, tuple, list, dict)) else []
-    if not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
-        raise refusal(
-            name,
-            got=type(x).__name__,
-            expected="a tensor with samples along its first axis, or a tuple or dict of such tensors",
-            fix="Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x).",
-        )
-    sizes = {t.shape[0] for t in tensors}
-    if len(sizes) > 1:
-        raise refusal(
-            name, got=f"tensors with {sorted(sizes)} samples", expected="one number of samples", fix="Cut them alike."
-        )
-    if sizes == {0}:
-        raise refusal(name, got="an empty set", expected="at least one sample", fix="Check the selection that made it.")
-    for tensor in tensors:
-        # the sum is finite only if all are; it may overflow, so then each is looked at
-        if not tensor.is_floating_point() or torch.isfinite(tensor.sum()):
-            continue
-        if not (finite := torch.isfinite(tensor)).all():
-            index = tuple(int(i) for i in (~finite).nonzero()[0])
-            raise refusal(
-                name,
-                got=f"{tensor[index].item()} at index {index}",
-                expected="finite values",
-                fix="Remove or repair that sample.",
-            )
-    with torch.inference_mode(False):
-        clean = [t.clone() if t.is_inference() else t.detach() for t in tensors]
-    if isinstance(x, Tensor):
-        return clean[0]
-    return dict(zip(x, clean, strict=True)) if isinstance(x, dict) else tuple(clean)
 
 
 def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
