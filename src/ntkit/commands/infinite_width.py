@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder, read_json, write_json
+from ntkit.base.memory import free_memory
 from ntkit.base.versions import versions
 from ntkit.data import Data, load
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
-from ntkit.kernels.tangent import TangentKernel, free_memory
+from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines import KernelRidge
 from ntkit.networks.built_in import build
 from ntkit.trajectory import train as train_network

@@ -364,3 +364,28 @@ def triangle(start: int, stop: int, size: int, leaf: int) -> Iterator[tuple[slic
     for a, b in blocks(middle - start, stop - middle, size):
         yield slice(start + a.start, start + a.stop), slice(middle + b.start, middle + b.stop)
     yield from triangle(middle, stop, size, leaf)
+
+
+def store(result: Tensor, block: Tensor, i: int, j: int, mirrored: bool) -> None:
+    """Write a block [lead, m1, m2, ...] at (i, j), and its mirror image at (j, i)."""
+    m1, m2 = block.shape[1:3]
+    result[:, i : i + m1, j : j + m2] = block
+    if not mirrored:
+        return
+    full = block.dim() == 5
+    if i == j:  # rounding may differ between the halves: the upper one counts
+        _mirror(result[:, i : i + m1, j : j + m2], full)
+        return
+    flipped = block.transpose(1, 2)
+    result[:, j : j + m2, i : i + m1] = flipped.transpose(3, 4) if full else flipped
+
+
+def _mirror(block: Tensor, full: bool) -> None:
+    """Copy the upper triangle of [lead, n, n, ...] to the lower."""
+    n = block.shape[1]
+    i, j = torch.triu_indices(n, n, 1, device=block.device)
+    upper = block[:, i, j]
+    block[:, j, i] = upper.transpose(-1, -2) if full else upper
+    if full:  # and each sample's own C x C block
+        own = block[:, range(n), range(n)]
+        block[:, range(n), range(n)] = own.triu() + own.triu(1).transpose(-1, -2)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -72,6 +72,11 @@ class Plan:
     def route(self, name: str) -> str:
         """Route of a parameter."""
         return next(step.route for step in self.steps if step.name == name)
+
+    def without(self, names: set[str]) -> Plan:
+        """The same plan with these parameters on the fallback route."""
+        steps = [replace(step, route="fallback", late=False) if step.name in names else step for step in self.steps]
+        return replace(self, steps=tuple(steps))
 
     @property
     def on_rows(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ntkit.jacobian.model_calls import untouched
 from ntkit.jacobian.ownership import establish
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
 from ntkit.jacobian.rules import RULES
-from ntkit.jacobian.structure import PROBE, Expected, Irregular, Part, SelfCheckError, Size, Structure
+from ntkit.jacobian.structure import PROBE, Expected, Part, SelfCheckError, Size, Structure
 
 # Nodes that can move rows depending on data or on the batch's size: behind them each batch checks who owns what.
 _FUSED_RNN = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
@@ -23,13 +24,14 @@ _FUSED_RNN = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
 _MOVERS = ("Index", "Gather", "Scatter", "Sort", "Topk", "Masked", "Flip", "Roll", "Take", "Unique", "Nonzero")
 
 
-def structure_of(gradients: Gradients, x: Batch, unseen: bool = False) -> Structure:
+def structure_of(gradients: Gradients, x: Batch, irregular: Mapping[str, str], unseen: bool = False) -> Structure:
     """Establish (once per graph) and return what is known of the model's graph on inputs like `x`.
 
     Parameters
     ----------
     gradients : model, parameters, outputs.
     x : the samples at hand; up to three different ones are tried.
+    irregular : parameters known to have no regular rows, and why: they go to the fallback.
     unseen : whether what held for the last samples of these shapes may be returned without a look at the graph, when
         `Gradients.batch` is to compare the whole graph of its samples with the one expected.
 
@@ -39,6 +41,8 @@ def structure_of(gradients: Gradients, x: Batch, unseen: bool = False) -> Struct
         When the samples of a batch mix, the forward is random, or the outputs are not usable.
     SelfCheckError
         When a parameter's gradient differs from plain autograd.
+    Irregular
+        When more parameters than `irregular` have no regular rows.
     """
     kind = tuple((t.dtype, t.shape[1:]) for t in leaves(x))
     known = gradients.usual.get(kind)
@@ -59,7 +63,7 @@ def structure_of(gradients: Gradients, x: Batch, unseen: bool = False) -> Struct
                     expected="a graph that shows its parameters",
                     fix="Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
                 )
-            known = _establish(gradients, x)
+            known = _establish(gradients, x, irregular)
             gradients.structures[key] = known
         gradients.usual[kind] = known
         return known
@@ -86,7 +90,7 @@ def _different_samples(x: Batch) -> list[int]:
     return chosen
 
 
-def _establish(gradients: Gradients, x: Batch) -> Structure:
+def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> Structure:
     chosen = _different_samples(x)
     probe = take(x, (chosen * PROBE)[:PROBE])
     out = gradients.forward(probe)
@@ -145,12 +149,8 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
             known.watched.add(key)
         else:
             known.fallback |= dict.fromkeys(use.params, reason)
-    while True:
-        try:
-            factors = gradients.factors(out, uses, known, draw, PROBE)
-            break
-        except Irregular as signal:
-            known.fallback |= signal.reasons
+    known.fallback |= irregular
+    factors = gradients.factors(out, uses, known, draw, PROBE)
     known.sizes = {name: _size(f, gradients.params[name]) for name, f in factors.items()}
     known.sizes |= {name: Size(gradients.params[name].numel()) for name in known.fallback}
     known.shared = _shared(uses, known)

@@ -11,7 +11,7 @@ from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.model_calls import call, check_mode, select_parameters, untouched
-from ntkit.kernels.kernel import Kernel, KernelOperator, written
+from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 
 _BATCH = 256
 _WEIGHTED = {
@@ -69,8 +69,7 @@ class ConjugateKernel(Kernel):
     def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
         phi = self.features(x1)
         if x2 is None:
-            gram = phi @ phi.T
-            return written(gram.triu() + gram.triu(1).T, out)  # exactly symmetric
+            return written(mirrored(phi @ phi.T), out)
         return written(phi @ self.features(x2).T, out)
 
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:

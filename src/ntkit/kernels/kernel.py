@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.batch import Batch, checked, count
-from ntkit.base.checks import refusal
+from ntkit.base.checks import Refused, refusal
 
 
 class Kernel(ABC):
@@ -91,8 +91,23 @@ def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
             "out",
             got=f"shape {tuple(out.shape)}, {out.dtype}",
             expected=f"shape {shape}, {dtype}",
-            fix="Make it anew; its values are overwritten.",
+            fix="Allocate it again with that shape and dtype; its values are overwritten.",
         )
+
+
+def refuse_operator_of_diagonal() -> Refused:
+    """The refusal of a matrix-free product where the kernel is one matrix per output."""
+    return refusal(
+        'operator of outputs="diagonal"',
+        got="one matrix per output",
+        expected="one matrix",
+        fix='Use outputs="full", or a callable that picks the output: lambda y: y[:, 0].',
+    )
+
+
+def mirrored(values: Tensor) -> Tensor:
+    """Exactly symmetric in the last two axes: the upper triangle counts."""
+    return values.triu() + values.triu(1).transpose(-1, -2)
 
 
 class KernelOperator:

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from ntkit.base.batch import Batch, checked, count, leaves
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_arrays, read_json, write_arrays, write_json
+from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
 from ntkit.gram.krylov import leading
 from ntkit.jacobian.model_calls import Outputs, raw_outputs
-from ntkit.kernels.tangent import TangentKernel, free_memory, parse_memory
+from ntkit.kernels.tangent import TangentKernel
 from ntkit.tracking.losses import Loss, cross_entropy, derivatives, half_squared, logistic
 from ntkit.tracking.series import FORMAT, Tracked, assembled, open_folder
 from ntkit.tracking.snapshot_numbers import Change, Dense, MatrixFree, columns_of, finite

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import nearest, refusal
-from ntkit.jacobian.factors import Gradients
+from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.model_calls import call, untouched
-from ntkit.jacobian.products import jacobian_times
 from ntkit.secant.secant_jacobian import Secant
 
 INTEGRATIONS = ("secant", "quadrature", "left", "ntk")
@@ -30,6 +29,7 @@ class Segment:
     network : gives [n, C] outputs; its parameters are set to what is asked for, and left there.
     params : those that move, by name.
     integration, rule, nodes, tolerance : see `ntkit.PathKernel`.
+    memory : bytes of scratch memory for the gradients.
     """
 
     def __init__(
@@ -40,20 +40,22 @@ class Segment:
         rule: str,
         nodes: int,
         tolerance: float | None,
+        memory: int | None = None,
     ) -> None:
         check(integration, rule, nodes, tolerance)
         self.network, self.params = network, dict(params)
         self.integration, self.rule, self.nodes, self.tolerance = integration, rule, nodes, tolerance
-        self.plain = Gradients(network, self.params, "full")
         self._secant = Secant(network, self.params) if integration == "secant" else None
-        self.gradients = self.plain
-        if self._secant is not None:
-            self.gradients = Gradients(self._secant, self._secant.params, "full")
+        self.engine = (
+            Engine(network, "full", self.params, memory)
+            if self._secant is None
+            else Engine(self._secant, "full", self._secant.params, memory)
+        )
         self.origin: Mapping[str, Tensor] = {}  # the initial parameters, for "ntk"
         self.most = 0  # nodes that a step took
 
     def places(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], x: Batch) -> Iterator[float]:
-        """Set `gradients` to one place of the segment after the other; gives the weight of each."""
+        """Set `engine` to one place of the segment after the other; gives the weight of each."""
         if self._secant is not None:
             self._secant.at(before, after)
             yield 1.0
@@ -103,7 +105,7 @@ class Segment:
             total = torch.zeros_like(first)
             for t, weight in zip(*points(self.rule, nodes), strict=True):
                 self.set({name: torch.lerp(before[name], after[name], float(t)) for name in self.params})
-                total += float(weight) * jacobian_times(self.plain, x, change, _BATCH)[:, :, 0]
+                total += float(weight) * self.engine.jvp(x, change, _BATCH)[:, :, 0]
             if float((total - (last - first)).abs().max()) <= bound:
                 return nodes
             if 2 * nodes > MOST:

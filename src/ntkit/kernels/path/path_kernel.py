@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
+from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.model_calls import Outputs, check_mode, reduce_outputs
@@ -21,7 +22,7 @@ from ntkit.kernels.path.decomposition import PathDecomposition, StepShare
 from ntkit.kernels.path.decomposition_files import Held
 from ntkit.kernels.path.integration import Segment
 from ntkit.kernels.path.sweep import Sweep, led
-from ntkit.kernels.tangent import TangentKernel, free_memory, parse_memory
+from ntkit.kernels.tangent import TangentKernel
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.recorded_run import read_run
 from ntkit.trajectory.replay import Replay
@@ -231,7 +232,7 @@ class PathKernel(Kernel):
         return f"{rule}, {most} node{'s' * (most != '1')} per step"
 
     def _segment(self, network: nn.Module) -> Segment:
-        return Segment(network, self._params, *self._how)
+        return Segment(network, self._params, *self._how, self._memory() // 4)
 
     def _with_targets(self, x: Batch, y: Tensor | None) -> Batch:
         if self._readout.takes_targets != (y is not None):
@@ -286,9 +287,8 @@ class PathKernel(Kernel):
         segment = self._segment(network)
         first = self._replay.initial()
         segment.origin = {name: first[name] for name in self._params}
-        module = segment.gradients.model
-        own = {id(p) for p in segment.gradients.params.values()}
-        kernel = TangentKernel(module, "trace" if callable(mode) else mode, lambda name, p: id(p) in own, self._budget)
+        engine = segment.engine
+        kernel = TangentKernel(engine.model, "trace" if callable(mode) else mode, engine.params, self._budget)
         total: Any = 0.0
         with task("path kernel", total=self._replay.steps) as progress:
             for step in self._replay.backwards():

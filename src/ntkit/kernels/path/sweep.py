@@ -13,19 +13,15 @@ so the memory is (test points x outputs x parameters), never (training examples 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, take
-from ntkit.jacobian.contraction import Scratch, Tile, multiply, prepare
-from ntkit.jacobian.factors import Gradients
+from ntkit.base.batch import Batch, count
+from ntkit.jacobian.contraction import Scratch, Tile, multiply
+from ntkit.jacobian.engine import Engine, Job
 from ntkit.jacobian.pairs import Pairs, Whole
-from ntkit.jacobian.plan import Plan, make_plan
-from ntkit.jacobian.self_check import structure_of
-from ntkit.jacobian.structure import Irregular, Structure, joined
 from ntkit.kernels.path.integration import Segment
 from ntkit.trajectory.optimizer_updates import Update
 from ntkit.trajectory.replay import Step
@@ -76,8 +72,8 @@ class Sweep:
         layers: bool,
         steps: bool,
     ) -> None:
-        self._segment, self._x, self._budget = segment, x, budget
-        self._train = Gradients(Weighted(network), dict(params), "full")
+        self._segment, self._x = segment, x
+        self._train = Engine(Weighted(network), "full", params, budget)
         self._like = next(iter(params.values()))
         m = count(x)
         room = {"dtype": torch.float64, "device": self._like.device}
@@ -87,7 +83,6 @@ class Sweep:
         self.steps: list[tuple[int, Tensor, Tensor]] | None = [] if steps else None
         self._buffers: dict[str, Tensor] = {}  # Lambda: parameter -> [m, C, entries]
         self._carry: dict[str, float] = {}
-        self._plans: dict[tuple, Plan] = {}
 
     @torch.no_grad()
     def step(self, step: Step) -> None:
@@ -143,50 +138,38 @@ class Sweep:
     def _plain(self, step: Step) -> dict[str, Tensor]:
         """Contributions of a step of plain gradient descent: products of factors, no gradient is formed."""
         x = led(step.slope, step.x, "ntkit_slope")
-        while True:
-            self._segment.set(self._train_at(step))
-            known = structure_of(self._segment.gradients, self._x, unseen=True)
-            of_train = structure_of(self._train, x, unseen=True)
-            plan = self._plan(known, of_train, count(self._x), count(x))
-            try:
-                return self._products(step, prepare(self._train, x, of_train, plan), known, plan)
-            except Irregular as signal:
-                known.fallback |= signal.reasons
-                of_train.fallback |= signal.reasons
-                self._plans.clear()
 
-    def _products(self, step: Step, train: Tile, known: Structure, plan: Plan) -> dict[str, Tensor]:
-        """Contributions [B, m, C] by parameter; under one name those of all parameters that are multiplied at once."""
+        def products(job: Job) -> tuple[dict[str, Tensor], Tensor]:
+            self._segment.set(self._train_at(step))
+            return self._products(step, self._train.tile(x, job.right, job.plan), job)
+
+        contributions, decay = self._segment.engine.run(products, self._x, x, other=self._train)
+        self.regularization += decay
+        return contributions
+
+    def _products(self, step: Step, train: Tile, job: Job) -> tuple[dict[str, Tensor], Tensor]:
+        """Contributions [B, m, C] by parameter (under one name those of all parameters multiplied at once), decay."""
         groups: dict[float, list[str]] = {}
         for name, u in step.updates.items():
             groups.setdefault(-u.direct * u.gradient, []).append(name)
         apart = bool(self._layers) or len(groups) > 1
-        found: dict[str, Tensor] = {}
+        contributions: dict[str, Tensor] = {}
         decay = torch.zeros_like(self.regularization)
         for weight in self._segment.places(step.before, step.after, self._x):
-            test, scratch = prepare(self._segment.gradients, self._x, known, plan), Scratch(plan.scratch)
+            test, scratch = self._segment.engine.tile(self._x, job.left, job.plan), Scratch(job.plan.scratch)
             for factor, names in groups.items():
                 for name in names if apart else names[:1]:
                     one, other = (test.only(name), train.only(name)) if apart else (test, train)
                     product = multiply(one, other, "full", scratch)[..., 0].transpose(0, 1).double()
-                    found[name] = found.get(name, 0.0) + weight * factor * product
+                    contributions[name] = contributions.get(name, 0.0) + weight * factor * product
             for name, u in step.updates.items():
                 if rate := u.direct * u.coupled + u.decoupled:
                     decay -= weight * rate * _along(test, name, step.before[name])
-        self.regularization += decay
-        return found
+        return contributions, decay
 
     def _train_at(self, step: Step) -> Mapping[str, Tensor]:
         """Parameters at which training gradients are taken: the step's, or the initial ones for "ntk"."""
         return self._segment.origin if self._segment.integration == "ntk" else step.before
-
-    def _plan(self, known: Structure, of_train: Structure, m: int, b: int) -> Plan:
-        key = (id(known), id(of_train), m, b)
-        if key not in self._plans:
-            both = joined(replace(known, outputs=1), replace(of_train, outputs=1))
-            both = replace(both, outputs=known.outputs)
-            self._plans[key] = make_plan(both, "full", m, b, self._budget, self._like)
-        return self._plans[key]
 
     # ------------------------------------------------------------------ with a buffer
 
@@ -228,7 +211,7 @@ class Sweep:
             if (carry := self._carry.get(name, 0.0)) != 1.0:
                 held.mul_(carry)
         for weight in self._segment.places(step.before, step.after, self._x):
-            for part, factors in self._batches(self._segment.gradients, self._x, m):
+            for part, factors in self._segment.engine.batches(self._x, _ROOM):
                 for name, factor in factors.items():
                     u, theta = step.updates[name], step.before[name].reshape(-1)
                     shape = (m, self.regularization.shape[1], theta.numel())
@@ -254,25 +237,8 @@ class Sweep:
         """Gradients of the training examples of a step, some examples at a time: name -> [b, entries]."""
         self._segment.set(self._train_at(step))
         x = led(step.slope, step.x, "ntkit_slope")
-        for _, factors in self._batches(self._train, x, count(x)):
+        for _, factors in self._train.batches(x, _ROOM):
             yield {name: factor.rows()[:, 0] for name, factor in factors.items()}
-
-    def _batches(self, gradients: Gradients, x: Batch, n: int) -> Iterator[tuple[slice, dict[str, Whole]]]:
-        """Factors of some samples at a time."""
-        start = 0
-        while start < n:
-            known = structure_of(gradients, x, unseen=True)
-            entries = sum(size.entries for size in known.sizes.values()) * known.outputs * self._like.element_size()
-            plan = self._plan(known, known, n, n)
-            part = slice(start, min(n, start + max(1, min(plan.batch, int(self._budget * _ROOM / (entries + 1))))))
-            try:
-                factors = gradients.batch(take(x, part), known)
-            except Irregular as signal:
-                known.fallback |= signal.reasons
-                self._plans.clear()
-                continue
-            yield part, factors
-            start = part.stop
 
 
 def _has_buffer(u: Update) -> bool:
