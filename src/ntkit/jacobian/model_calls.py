@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take
-from ntkit.base.checks import Refused, refusal
+from ntkit.base.checks import Refused, nearest, refusal
 
 Outputs = str | Callable[[Any], Tensor]
 
@@ -35,9 +35,9 @@ def raw_outputs(model: nn.Module, x: Batch, batch: int = 512) -> Tensor:
 
 def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
     """Parameters by name: all trainable ones (None), those named, or those a predicate accepts; a tied one once."""
-    known = dict(model.named_parameters())
+    named = dict(model.named_parameters())
     if params is None:
-        chosen = {name: p for name, p in known.items() if p.requires_grad}
+        parameters = {name: p for name, p in named.items() if p.requires_grad}
         wish = "a model with at least one parameter that requires grad"
     elif callable(params):
         takes_two = _required(params) > 1
@@ -46,39 +46,37 @@ def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
             for name, p in model.named_parameters(remove_duplicate=False)  # a tied parameter under each of its names
             if (params(name, p) if takes_two else params(name))
         }
-        chosen = {name: p for name, p in known.items() if id(p) in accepted}
+        parameters = {name: p for name, p in named.items() if id(p) in accepted}
         wish = "a predicate that accepts at least one parameter name"
     else:
         names = [params] if isinstance(params, str) else list(params)
         alias = dict(model.named_parameters(remove_duplicate=False))
         if missing := [name for name in names if name not in alias]:
-            from ntkit.base.checks import nearest
-
             raise refusal("params", got=repr(missing[0]), expected="a parameter's name", fix=nearest(missing[0], alias))
         wanted = {id(alias[name]) for name in names}
-        chosen = {name: p for name, p in known.items() if id(p) in wanted}
+        parameters = {name: p for name, p in named.items() if id(p) in wanted}
         wish = "at least one name"
-    if odd := [name for name, p in chosen.items() if not p.is_floating_point()]:
+    if odd := [name for name, p in parameters.items() if not p.is_floating_point()]:
         raise refusal(
             f"parameter '{odd[0]}'",
-            got=str(chosen[odd[0]].dtype),
+            got=str(parameters[odd[0]].dtype),
             expected="real floating point",
             fix="Store its parts as a real parameter (torch.view_as_complex), or leave it out: params=...",
         )
-    if not chosen:
+    if not parameters:
         raise refusal(
             "params", got="no parameter", expected=wish, fix="See dict(model.named_parameters()) for the names."
         )
-    return chosen
+    return parameters
 
 
 def _required(function: Callable[..., Any]) -> int:
     """Positional arguments a callable needs; 1 where Python cannot tell."""
     try:
-        known = inspect.signature(function).parameters.values()
+        arguments = inspect.signature(function).parameters.values()
     except ValueError:
         return 1
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in known)
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in arguments)
 
 
 def check_mode(model: nn.Module) -> None:
@@ -172,7 +170,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
     GPU use TF32 only where matrix products may (`torch.set_float32_matmul_precision`).
     """
     global _entered
-    chosen = {id(p) for p in params.values()}
+    parameters = {id(p) for p in params.values()}
     with _ONE_AT_A_TIME, torch.inference_mode(False), _uncompiled(), _no_tf32_unasked(model):
         flags = [(p, p.requires_grad) for p in model.parameters()]
         owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
@@ -182,7 +180,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
         changed = False
         try:
             for p, _ in flags:
-                p.requires_grad_(id(p) in chosen)
+                p.requires_grad_(id(p) in parameters)
             with torch.random.fork_rng(devices), torch.enable_grad():
                 yield
         finally:
