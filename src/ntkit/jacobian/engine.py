@@ -199,7 +199,7 @@ class Engine:
                 left = self.structure(x1, unseen=True)
         if other is None and left.outputs != right.outputs:
             got, expected = f"{right.outputs} outputs", f"{left.outputs}, as for x1"
-            raise refusal("x2", got=got, expected=expected, fix="Use inputs of one kind.")
+            raise refusal("x2", got=got, expected=expected, fix="Use inputs of one shape.")
         if plan is not None:
             return Job(left, right, plan.without({*left.fallback, *right.fallback}))
         n1, n2, same = count(x1), count(x1 if x2 is None else x2), x2 is None

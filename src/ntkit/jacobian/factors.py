@@ -226,7 +226,7 @@ class Gradients:
         return result
 
     def _in_place(self, key: tuple, use: Use, factor: Factor, structure: Structure) -> dict[str, Factor]:
-        """From the source as the node sees it to the parameters behind it: by relabelling, or through autograd."""
+        """From the source as the node sees it to the parameters behind it: by relabeling, or through autograd."""
         if not use.direct or (use.chain and isinstance(factor, Rows)):
             return self._pulled_back(use, factor.rows())
         (name,) = use.params

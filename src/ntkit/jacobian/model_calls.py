@@ -40,7 +40,7 @@ def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
         parameters = {name: p for name, p in named.items() if p.requires_grad}
         wish = "a model with at least one parameter that requires grad"
     elif callable(params):
-        takes_two = _required(params) > 1
+        takes_two = required_arguments(params) > 1
         accepted = {
             id(p)
             for name, p in model.named_parameters(remove_duplicate=False)  # a tied parameter under each of its names
@@ -70,8 +70,8 @@ def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _required(function: Callable[..., Any]) -> int:
-    """Positional arguments a callable needs; 1 where Python cannot tell."""
+def required_arguments(function: Callable[..., Any]) -> int:
+    """Number of positional arguments a callable requires; 1 where Python cannot tell."""
     try:
         arguments = inspect.signature(function).parameters.values()
     except ValueError:
@@ -96,8 +96,8 @@ def check_mode(model: nn.Module) -> None:
             raise refusal(
                 where,
                 got="max_norm, which changes its weight at every call",
-                expected="parameters that a forward pass leaves alone",
-                fix="Renormalise the weight once and set max_norm = None.",
+                expected="parameters that a forward pass does not change",
+                fix="Renormalize the weight once and set max_norm = None.",
             )
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rate = module.p
@@ -142,7 +142,7 @@ def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
             "the model's output",
             got=f"shape {tuple(raw.shape)}",
             expected="at least one output",
-            fix="Look at the model's last layer.",
+            fix="Check the model's last layer.",
         )
     flat = _real(raw.reshape(n, -1))
     return flat.sum(1, keepdim=True) / flat.shape[1] ** 0.5 if outputs == "sum" else flat

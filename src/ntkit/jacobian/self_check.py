@@ -258,7 +258,7 @@ def _compare(
                 rows = factor.rows()
             fast = rows[s].reshape(draw.shape[0], -1)
             error, own = (fast - reference[name]).norm(), reference[name].norm()
-            # The floor is for gradients that vanish by symmetry (a bias before a normalisation): what is left is the
+            # The floor is for gradients that vanish by symmetry (a bias before a normalization): what is left is the
             # rounding of a sum of cotangents, or, where these vanish already, of the outputs' own.
             floor = min(1e3 * eps, 1e-2) * (whole + floors.get(name, 0)) + 16 * eps * draw.norm()
             if not error <= eps**0.5 * own + floor:

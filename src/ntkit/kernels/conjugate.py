@@ -89,7 +89,7 @@ class ConjugateKernel(Kernel):
             raise refusal(
                 f"model {type(self._model).__name__}",
                 got="no dense or convolution layer with a trainable weight behind its output",
-                expected="one, whose input is the conjugate kernel's feature map",
+                expected="a weight layer, whose input is the feature map of the conjugate kernel",
                 fix="Name a layer: ConjugateKernel(model, layer=...).",
             )
         if phi.shape[0] != n:
@@ -124,7 +124,7 @@ class ConjugateKernel(Kernel):
             raise refusal(
                 "the last weight layer",
                 got=f"{name}, whose weight is not a parameter of a dense or convolution layer",
-                expected="a model whose last layer says what its hidden features are",
-                fix="Name the layer whose output they are: ConjugateKernel(model, layer=...).",
+                expected="a model whose last layer is dense or a convolution, with hidden features as its input",
+                fix="Name the layer whose output is the feature map: ConjugateKernel(model, layer=...).",
             )
         return None

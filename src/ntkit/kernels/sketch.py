@@ -91,9 +91,9 @@ class SketchedKernel(Kernel):
         memory: int | str | None = None,
     ) -> None:
         if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-            raise refusal("dim", got=repr(dim), expected="a positive integer", fix="Errors shrink with 1 / sqrt(dim).")
+            raise refusal("dim", got=repr(dim), expected="a positive integer", fix="Errors decrease as 1 / sqrt(dim).")
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise refusal("seed", got=repr(seed), expected="an integer", fix="Another one is another draw.")
+            raise refusal("seed", got=repr(seed), expected="an integer", fix="Each seed is another random projection.")
         self._engine = Engine(model, outputs, params, memory)
         self._mode, self._dim, self._seed = self._engine.mode, dim, seed
         self._trusted: list[Structure] = []  # graphs on which the self-check has passed
@@ -167,7 +167,7 @@ class SketchedKernel(Kernel):
                 "x2",
                 got=f"{phi2.shape[1]} outputs",
                 expected=f"{phi1.shape[1]}, as for x1",
-                fix="Use inputs of one kind.",
+                fix="Use inputs of one shape.",
             )
         return phi1, phi2
 

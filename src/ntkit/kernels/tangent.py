@@ -22,7 +22,7 @@ class TangentKernel(Kernel):
     Parameters
     ----------
     model : any ``nn.Module``, unmodified; batch norm in eval mode, dropout off. At its current parameters: the kernel
-        at initialisation, along training or after it ("after kernel") is the same object at another time.
+        at initialization, along training or after it ("after kernel") is the same object at another time.
     outputs : what is differentiated and how outputs are combined. "full": [n1, n2, C, C]. "diagonal": [n1, n2, C], the
         entries c = c'. "trace": [n1, n2], their **sum** over outputs (neural-tangents' default is the mean). "sum":
         [n1, n2], the kernel of sum_c f_c / sqrt(C) (pseudo-NTK). Or a callable from the model's outputs on a batch to

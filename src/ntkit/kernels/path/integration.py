@@ -16,7 +16,7 @@ from ntkit.jacobian.model_calls import call, untouched
 from ntkit.secant.secant_jacobian import Secant
 
 INTEGRATIONS = ("secant", "quadrature", "left", "ntk")
-RULES = ("gauss", "midpoint")
+QUADRATURES = ("gauss", "midpoint")
 MOST = 4096  # nodes that an adaptive rule may take in a step
 _BATCH = 256  # samples a forward pass
 
@@ -26,7 +26,7 @@ class Segment:
 
     Parameters
     ----------
-    network : gives [n, C] outputs; its parameters are set to what is asked for, and left there.
+    network : gives [n, C] outputs; its parameters are set to those of the segment, and left there.
     params : those that move, by name.
     integration, rule, nodes, tolerance : see `ntkit.PathKernel`.
     memory : bytes of scratch memory for the gradients.
@@ -42,7 +42,7 @@ class Segment:
         tolerance: float | None,
         memory: int | None = None,
     ) -> None:
-        check(integration, rule, nodes, tolerance)
+        check_integration(integration, rule, nodes, tolerance)
         self.network, self.params = network, dict(params)
         self.integration, self.rule, self.nodes, self.tolerance = integration, rule, nodes, tolerance
         self._secant = Secant(network, self.params) if integration == "secant" else None
@@ -52,10 +52,10 @@ class Segment:
             else Engine(self._secant, "full", self._secant.params, memory)
         )
         self.origin: Mapping[str, Tensor] = {}  # the initial parameters, for "ntk"
-        self.most = 0  # nodes that a step took
+        self.most = 0  # largest number of nodes of a step
 
     def places(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], x: Batch) -> Iterator[float]:
-        """Set `engine` to one place of the segment after the other; gives the weight of each."""
+        """Set `engine` to one place of the segment after the other; yields the weight of each."""
         if self._secant is not None:
             self._secant.at(before, after)
             yield 1.0
@@ -118,18 +118,21 @@ class Segment:
             nodes *= 2
 
 
-def check(integration: str, rule: str, nodes: int, tolerance: float | None) -> None:
-    """Refuse settings of an integration that are none."""
-    for label, value, known in (("integration", integration, INTEGRATIONS), ("rule", rule, RULES)):
-        if value not in known:
-            raise refusal(label, got=repr(value), expected=" or ".join(known), fix=nearest(str(value), known))
+def check_integration(integration: str, rule: str, nodes: int, tolerance: float | None) -> None:
+    """Refuse settings that name no integration."""
+    for label, value, names in (("integration", integration, INTEGRATIONS), ("rule", rule, QUADRATURES)):
+        if value not in names:
+            raise refusal(label, got=repr(value), expected=" or ".join(names), fix=nearest(str(value), names))
     if not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= MOST:
         raise refusal(
-            "nodes", got=repr(nodes), expected=f"an integer from 1 to {MOST}", fix="8 do for smooth networks."
+            "nodes", got=repr(nodes), expected=f"an integer from 1 to {MOST}", fix="8 are enough for smooth networks."
         )
     if tolerance is not None and not 0 < tolerance < 1:
         raise refusal(
-            "tolerance", got=repr(tolerance), expected="0 < tolerance < 1, or None", fix="None = fixed nodes."
+            "tolerance",
+            got=repr(tolerance),
+            expected="0 < tolerance < 1, or None",
+            fix="None keeps the number of nodes fixed.",
         )
 
 

@@ -1,10 +1,10 @@
-"""The backward sweep over a run: what each step's gradients did to the outputs of the test points.
+"""The backward sweep over a run: the effect of each step's gradients on the outputs of the test points.
 
 With Phi_s the (averaged) Jacobian of the test outputs over step s and the update linear in gradients (`Update`),
 sum_s Phi_s u_s is rearranged so that everything accumulates on the test side:
 
-    Lambda_s = - buffered_s * Phi_s + carry_{s+1} Lambda_{s+1}        what a change of the buffer b_{s+1} would do
-    Delta_s  = entering_s Lambda_s - direct_s Phi_s                   what a change of d_s would do
+    Lambda_s = - buffered_s * Phi_s + carry_{s+1} Lambda_{s+1}        effect of a change of the buffer b_{s+1}
+    Delta_s  = entering_s Lambda_s - direct_s Phi_s                   effect of a change of d_s
     contribution of example i at step s = gradient_s <Delta_s, J(x_i)^T slope_i>
 
 so the memory is (test points x outputs x parameters), never (training examples x parameters).
@@ -41,7 +41,7 @@ class Weighted(nn.Module):
         return (self.network(*args, **kwargs) * ntkit_slope).flatten(1).sum(1, keepdim=True)
 
 
-def led(first: Tensor, x: Batch, name: str) -> Batch:
+def prepended(first: Tensor, x: Batch, name: str) -> Batch:
     """A batch with one more tensor, before the others."""
     if isinstance(x, Tensor):
         return (first, x)
@@ -57,7 +57,7 @@ class Sweep:
     network : the network that was trained; its parameters by name are `params`.
     x : test points; `n` training examples, `outputs` outputs each.
     budget : bytes.
-    layers, steps : whether to keep contributions by parameter, by step.
+    layers, steps : whether to return contributions per parameter, per step.
     """
 
     def __init__(
@@ -76,17 +76,17 @@ class Sweep:
         self._train = Engine(Weighted(network), "full", params, budget)
         self._like = next(iter(params.values()))
         m = count(x)
-        room = {"dtype": torch.float64, "device": self._like.device}
-        self._total = torch.zeros(n, m, outputs, **room)  # examples first: a step adds whole rows
-        self.regularization = torch.zeros(m, outputs, **room)
-        self._layers = {name: torch.zeros(n, m, outputs, **room) for name in params} if layers else {}
+        options = {"dtype": torch.float64, "device": self._like.device}
+        self._total = torch.zeros(n, m, outputs, **options)  # examples first: a step adds whole rows
+        self.regularization = torch.zeros(m, outputs, **options)
+        self._layers = {name: torch.zeros(n, m, outputs, **options) for name in params} if layers else {}
         self.steps: list[tuple[int, Tensor, Tensor]] | None = [] if steps else None
         self._buffers: dict[str, Tensor] = {}  # Lambda: parameter -> [m, C, entries]
         self._carry: dict[str, float] = {}
 
     @torch.no_grad()
     def step(self, step: Step) -> None:
-        """Take one step more into account: the one before the last one taken."""
+        """Add the contributions of one more step: the one before the last one added."""
         plain = not self._buffers and not any(_has_buffer(u) for u in step.updates.values())
         values = self._plain(step) if plain else self._accumulated(step)
         total = torch.stack(list(values.values())).sum(0) if len(values) > 1 else next(iter(values.values()))
@@ -99,16 +99,16 @@ class Sweep:
 
     @property
     def contributions(self) -> Tensor:
-        """Sums over the steps taken so far, [m, C, n]."""
+        """Sums over the steps added so far, [m, C, n]."""
         return self._total.permute(1, 2, 0)
 
     @property
     def layers(self) -> dict[str, Tensor]:
-        """The same by parameter; empty if not kept."""
+        """The same per parameter; empty unless requested."""
         return {name: sum_.permute(1, 2, 0) for name, sum_ in self._layers.items()}
 
     def state(self, done: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """All there is to know of a sweep that has come this far; what a further step needs only if not `done`."""
+        """The whole state of a sweep; after its last step (`done`) without the buffers."""
         tensors = {"total": self._total, "regularization": self.regularization}
         tensors |= {f"layers.{name}": value for name, value in self._layers.items()}
         for step, rows, values in self.steps or []:
@@ -118,7 +118,7 @@ class Sweep:
         return tensors, self._carry
 
     def restore(self, tensors: Mapping[str, Tensor], carry: Mapping[str, float]) -> None:
-        """Go back to a state."""
+        """Set a state that `state` returned."""
         device = self._like.device
         self._total, self.regularization = (tensors[name].to(device) for name in ("total", "regularization"))
         for name, value in tensors.items():
@@ -137,7 +137,7 @@ class Sweep:
 
     def _plain(self, step: Step) -> dict[str, Tensor]:
         """Contributions of a step of plain gradient descent: products of factors, no gradient is formed."""
-        x = led(step.slope, step.x, "ntkit_slope")
+        x = prepended(step.slope, step.x, "ntkit_slope")
 
         def products(job: Job) -> tuple[dict[str, Tensor], Tensor]:
             self._segment.set(self._train_at(step))
@@ -174,23 +174,23 @@ class Sweep:
     # ------------------------------------------------------------------ with a buffer
 
     def _accumulated(self, step: Step) -> dict[str, Tensor]:
-        """Contributions of a step whose gradients go on acting in a buffer."""
+        """Contributions of a step whose gradients act on later steps through a buffer."""
         direct = self._absorb(step)
         deltas: dict[str, tuple[float, Tensor] | None] = {}
         for name, u in step.updates.items():
-            held = self._buffers.get(name)
+            buffer = self._buffers.get(name)
             if name in direct:
                 delta = direct.pop(name).mul_(-u.direct)
-                if held is not None and u.entering:
-                    delta.add_(held, alpha=u.entering)
+                if buffer is not None and u.entering:
+                    delta.add_(buffer, alpha=u.entering)
                 deltas[name] = (1.0, delta)
             else:
-                deltas[name] = None if held is None or not u.entering else (u.entering, held)
+                deltas[name] = None if buffer is None or not u.entering else (u.entering, buffer)
         for name, u in step.updates.items():
             if u.coupled and (delta := deltas[name]) is not None:
                 self.regularization += u.coupled * delta[0] * (delta[1] @ step.before[name].reshape(-1)).double()
         self._carry = {name: u.carry for name, u in step.updates.items()}
-        found: dict[str, list[Tensor]] = {}
+        contributions: dict[str, list[Tensor]] = {}
         for rows in self._train_rows(step):
             for name, entries in rows.items():
                 delta = deltas[name]
@@ -200,16 +200,16 @@ class Sweep:
                     factor, values = delta
                     flat = entries @ values.flatten(0, 1).T
                     part = (factor * step.updates[name].gradient) * flat.view(-1, *values.shape[:2]).double()
-                found.setdefault(name, []).append(part)
-        return {name: torch.cat(parts) for name, parts in found.items()}
+                contributions.setdefault(name, []).append(part)
+        return {name: torch.cat(parts) for name, parts in contributions.items()}
 
     def _absorb(self, step: Step) -> dict[str, Tensor]:
-        """Take Phi of this step into Lambda; gives Phi itself where it also acts directly."""
+        """Add Phi of this step to Lambda; returns Phi itself where it also acts directly."""
         m = count(self._x)
         direct: dict[str, Tensor] = {}
-        for name, held in self._buffers.items():
+        for name, buffer in self._buffers.items():
             if (carry := self._carry.get(name, 0.0)) != 1.0:
-                held.mul_(carry)
+                buffer.mul_(carry)
         for weight in self._segment.places(step.before, step.after, self._x):
             for part, factors in self._segment.engine.batches(self._x, _ROOM):
                 for name, factor in factors.items():
@@ -236,7 +236,7 @@ class Sweep:
     def _train_rows(self, step: Step) -> Iterator[dict[str, Tensor]]:
         """Gradients of the training examples of a step, some examples at a time: name -> [b, entries]."""
         self._segment.set(self._train_at(step))
-        x = led(step.slope, step.x, "ntkit_slope")
+        x = prepended(step.slope, step.x, "ntkit_slope")
         for _, factors in self._train.batches(x, _ROOM):
             yield {name: factor.rows()[:, 0] for name, factor in factors.items()}
 
