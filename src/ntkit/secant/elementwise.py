@@ -43,10 +43,10 @@ _LINES: dict[Any, Callable[..., Tensor]] = {  # slopes from the two ends
 
 # ---------------------------------------------------------------------- curved
 
-# Where both ends nearly coincide, rounding errors dominate the slope of the chord, and the derivative at the mean
-# is better. It is used wherever it satisfies the mean-value property up to the rounding of the function's values and
-# arguments, also for functions with kinks, if none lies between the ends. Some smooth functions have larger rounding errors in
-# places; for them it is also used at distances below eps^(1/2).
+# Where both ends nearly coincide, rounding errors dominate the slope of the chord, and the derivative at the mean is
+# better. It is used wherever it satisfies the mean-value property up to the rounding of the function's values and
+# arguments: also for functions with kinks, if none lies between the ends. Some smooth functions have larger rounding
+# errors in places; for them it is also used at distances below eps^(1/2).
 _DERIVATIVES: dict[Any, Callable[..., Tensor]] = {  # others by autograd
     aten.tanh: lambda z: 1 - torch.tanh(z) ** 2,
     aten.sigmoid: lambda z: torch.sigmoid(z) * torch.sigmoid(-z),

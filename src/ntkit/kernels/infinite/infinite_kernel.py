@@ -202,12 +202,8 @@ class InfiniteKernel(Kernel):
     def _read(self, x: Batch, like: Batch | None = None) -> tuple[Graph, dict[int, Tensor]]:
         """The layers for samples of this shape, and the samples at each input layer, [H, W, n, C] / sqrt(C)."""
         if not isinstance(x, Tensor):
-            raise refusal(
-                "x",
-                got=type(x).__name__,
-                expected="one tensor",
-                fix="Wrap the model in a module that takes one tensor.",
-            )
+            fix = "Wrap the model in a module that takes one tensor."
+            raise refusal("x", got=type(x).__name__, expected="one tensor", fix=fix)
         if isinstance(like, Tensor):
             if x.shape[1:] != like.shape[1:]:
                 got, expected = tuple(x.shape[1:]), tuple(like.shape[1:])

@@ -12,28 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ntkit.base.checks import refusal
+from ntkit.kernels.infinite import tape_calls as calls
 from ntkit.kernels.infinite.layers import Flatten, GlobalPool, Graph, Input, Layer, Pool, Size, Sum
 from ntkit.kernels.infinite.tape import Op, record
-from ntkit.kernels.infinite.tape_calls import (
-    ADAPTIVE_POOLS,
-    ADVICE,
-    AFFINE,
-    AVG_POOLS,
-    DATA,
-    DIFFERENCES,
-    NEGATIONS,
-    NORMS,
-    PRODUCTS,
-    REDUCTIONS,
-    SUMS,
-    SUPPORTED,
-    VIEWS,
-    arguments,
-    factor_of,
-    grid,
-    is_elementwise,
-    pair,
-)
+from ntkit.kernels.infinite.tape_calls import arguments, factor_of, grid, is_elementwise, pair
 from ntkit.kernels.infinite.tape_reader import Curve, DerivedWeight, Reader, Weight, has_flattened_positions
 from ntkit.kernels.infinite.weight_layers import affine, norm
 
@@ -94,13 +76,13 @@ def _value(reader: Reader, op: Op) -> Any:
         if op.in_place:
             raise reader.refusal(op, "the input changed in place", "Write it without in-place operations.")
         return None
-    if op.no_grad or (op.func == DATA and inner):
+    if op.no_grad or (op.func == calls.DATA and inner):
         got = f"{op.name} where no gradients flow (torch.no_grad, .data, or inside an autograd.Function)"
         fix = "Freeze layers with requires_grad_(False). Write activations as PyTorch functions."
         raise reader.refusal(op, got, fix)
-    if op.func in AFFINE and op.refs:
+    if op.func in calls.AFFINE and op.refs:
         return affine(reader, op)
-    if op.func in NORMS:
+    if op.func in calls.NORMS:
         return norm(reader, op)
     if weights and not inner and None not in inputs:
         if len(weights) == 1 and isinstance(w := weights[0], Weight) and (factor := factor_of(op)) is not None:
@@ -111,10 +93,10 @@ def _value(reader: Reader, op: Op) -> Any:
     if weights:
         fix = "Only dense and convolution layers and affine norms are supported."
         raise reader.refusal(op, f"{op.name} of a parameter", fix)
-    if op.func in SUMS:
+    if op.func in calls.SUMS:
         return _sum(reader, op)
     if len(inner) == len(inputs) == 1:
-        if op.func in PRODUCTS | NEGATIONS and (factor := factor_of(op)) is not None:
+        if op.func in calls.PRODUCTS | calls.NEGATIONS and (factor := factor_of(op)) is not None:
             return reader.scaled(op, inner[0], factor)
         for functions, rule in _RULES:
             if op.func in functions:
@@ -127,7 +109,7 @@ def _value(reader: Reader, op: Op) -> Any:
 
 def _sum(reader: Reader, op: Op) -> Any:
     alpha = float(op.kwargs.get("alpha", 1))
-    signs = [1.0, -alpha if op.func in DIFFERENCES else alpha]
+    signs = [1.0, -alpha if op.func in calls.DIFFERENCES else alpha]
     if op.func is torch.Tensor.__rsub__:
         signs = [-1.0, 1.0]
     values = [reader.value(a) for a in op.args[:2]]
@@ -259,7 +241,7 @@ def _curve(reader: Reader, op: Op, inner: list[Any]) -> Curve:
     shape = op.out.shape
     if tuple(shape) != tuple(reader.tape.ops[op.refs[0].index].out.shape) or not is_elementwise(function, shape):
         got = f"{op.name}, which mixes channels or positions"
-        raise reader.refusal(op, got, ADVICE.get(op.name, SUPPORTED))
+        raise reader.refusal(op, got, calls.ADVICE.get(op.name, calls.SUPPORTED))
 
     def any_shape(z: Tensor) -> Tensor:
         return function(z.reshape(-1, *[1] * (len(shape) - 1))).reshape(z.shape)
@@ -268,8 +250,8 @@ def _curve(reader: Reader, op: Op, inner: list[Any]) -> Curve:
 
 
 _RULES: list[tuple[set[Any], Callable[[Reader, Op], Any]]] = [
-    (AVG_POOLS, _pool),
-    (ADAPTIVE_POOLS, _adaptive_pool),
-    (REDUCTIONS, _mean_or_sum),
-    (VIEWS, _view),
+    (calls.AVG_POOLS, _pool),
+    (calls.ADAPTIVE_POOLS, _adaptive_pool),
+    (calls.REDUCTIONS, _mean_or_sum),
+    (calls.VIEWS, _view),
 ]
