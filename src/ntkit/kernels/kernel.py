@@ -48,7 +48,8 @@ class Kernel(ABC):
         """k(x1_i, x2_i) for every i, at the cost of n values; both sets have n samples."""
         x1, x2 = checked(x1, "x1"), checked(x2, "x2")
         if count(x1) != count(x2):
-            raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix="Give both sets the same number of samples.")
+            fix = "Give both sets the same number of samples."
+            raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix=fix)
         return self._pairs(x1, x2)
 
     @abstractmethod
