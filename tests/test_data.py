@@ -115,7 +115,7 @@ def test_digits_are_scikit_learns_and_the_split_is_fixed_and_stratified():
     assert data.hash == load(seed=6).hash
     assert (len(data.x_train), len(data.x_test), data.input_shape) == (1437, 360, (1, 8, 8))
     assert data.kind == "images"
-    assert data.normalisation == "pixels / 16, no centring"
+    assert data.normalisation == "pixels / 16, no centering"
     assert "fixed stratified split, 1,437 train / 360 test, independent of seed" in data.source
     everything = load_digits()
     truth = sorted((tuple(row), int(label)) for row, label in zip(everything.data, everything.target, strict=True))
@@ -238,7 +238,7 @@ def test_mnist_files_under_every_name(tmp_path, end, dot, zipped):
     same(data.x_test, arrays["t10k-images"][:, None])
     assert data.y_train.tolist() == arrays["train-labels"].tolist()
     assert data.classes == tuple("0123456789")
-    assert data.normalisation == "pixels / 255, no centring"
+    assert data.normalisation == "pixels / 255, no centering"
     assert "train" in data.source
     assert str(tmp_path) not in data.source
 
@@ -456,7 +456,7 @@ def test_npz_of_images_vectors_and_tokens(tmp_path):
         data = through_file(values.astype(">f8"))
         assert (data.kind, data.x_train.dtype) == (kind, torch.float32)
         assert torch.equal(data.x_train, torch.tensor(values, dtype=torch.float32))
-        assert data.normalisation == "values as given, no scaling or centring"
+        assert data.normalisation == "values as given, no scaling or centering"
     for dtype in (np.int16, np.int32, np.int64):
         words = rng.integers(0, 900, (12, 6)).astype(dtype)
         data = through_file(words)
@@ -612,7 +612,7 @@ def break_image(path, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("RGBA", "got mode RGBA; expected 8-bit grey"),
+        ("RGBA", "got mode RGBA; expected 8-bit gray"),
         ("P", "got mode P;"),
         ("1", "got mode 1;"),
         ("I;16", "got mode I;16;"),
@@ -700,9 +700,9 @@ def test_from_dataset_of_pillow_images():
     pixels_again = torch.cat([data.x_train, data.x_test]).mul(255).round().flatten(1).tolist()
     assert sorted(pixels_again) == sorted(image.transpose(2, 0, 1).flatten().tolist() for image in pixels)
     assert data.classes == ("cat", "dog")
-    assert data.normalisation == "pixels / 255, no centring"
-    grey = Pairs([(Image.fromarray(image[..., 0]), 0) for image in pixels])
-    same(from_dataset(grey, test=grey).x_train, pixels[:, None, :, :, 0])
+    assert data.normalisation == "pixels / 255, no centering"
+    gray = Pairs([(Image.fromarray(image[..., 0]), 0) for image in pixels])
+    same(from_dataset(gray, test=gray).x_train, pixels[:, None, :, :, 0])
 
 
 def test_from_dataset_of_tensors_equals_from_tensors():

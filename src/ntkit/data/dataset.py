@@ -169,7 +169,7 @@ def from_dataset(
 ) -> Data:
     """Take a map-style torch dataset of ``(x, label)`` pairs, each item read once, in order.
 
-    Pillow images (grey or RGB) become float32 ``[channels, h, w]``, pixels / 255; tensors and arrays are stacked and
+    Pillow images (gray or RGB) become float32 ``[channels, h, w]``, pixels / 255; tensors and arrays are stacked and
     treated as in `from_tensors`. Random transforms give one fixed draw; the global random states are restored.
 
     Parameters
@@ -297,10 +297,10 @@ def _build(
             source += f"; {count:,} of {len(labels[part]):,} {where} examples, stratified, seed {seed}"
             rows[part], labels[part] = rows[part][keep], labels[part][keep]
     inputs = [x if len(index) == len(x) else x[index] for (x, _), index in zip(sets, rows, strict=True)]
-    normalisation = "token ids as given" if kind == "tokens" else "values as given, no scaling or centring"
+    normalisation = "token ids as given" if kind == "tokens" else "values as given, no scaling or centering"
     if x.dtype == torch.uint8:
         inputs = [x.to(torch.float32, memory_format=torch.contiguous_format).div_(files.scale) for x in inputs]
-        normalisation = f"pixels / {files.scale:.0f}, no centring"
+        normalisation = f"pixels / {files.scale:.0f}, no centering"
     y_train, y_test = (y.to(x.device) for y in labels)
     return Data(inputs[0], y_train, inputs[1], y_test, known, name, normalisation, source, kind)
 

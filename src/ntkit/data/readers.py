@@ -329,7 +329,7 @@ def read_npz(path: Path) -> Files:
 
 
 def read_image_folder(folder: Path) -> Files:
-    """Read FOLDER/train/CLASS/* and FOLDER/test/CLASS/*, or FOLDER/CLASS/*: PNG and JPEG, one size, grey or RGB.
+    """Read FOLDER/train/CLASS/* and FOLDER/test/CLASS/*, or FOLDER/CLASS/*: PNG and JPEG, one size, gray or RGB.
 
     Raises
     ------
@@ -396,7 +396,7 @@ def _read_images(paths: list[Path]) -> np.ndarray:
             raise refusal(
                 str(path),
                 got=f"mode {mode}",
-                expected="8-bit grey (L) or RGB",
+                expected="8-bit gray (L) or RGB",
                 fix="Convert all images to one of them.",
             )
         if row == 0:

@@ -45,8 +45,8 @@ class Initial:
     Attributes
     ----------
     std : standard deviation of one entry (about the mean).
-    name : the distribution recognised, "zeros", or "measured".
-    error : relative standard error of `std`; 0 for a distribution that was recognised, whose `std` is exact.
+    name : the distribution recognized, "zeros", or "measured".
+    error : relative standard error of `std`; 0 for a distribution that was recognized, whose `std` is exact.
     mean : of the values, where it is not zero by more than five standard errors; else 0.
     """
 
@@ -57,7 +57,7 @@ class Initial:
 
 
 def initial_std(values: Tensor, fan_in: int, fan_out: int, subject: str = "values") -> Initial:
-    """Standard deviation that the entries of a weight or bias were drawn with, recognised or else measured.
+    """Standard deviation that the entries of a weight or bias were drawn with, recognized or else measured.
 
     Known are zeros, torch's default for dense and convolution layers (uniform in ±1/√fan_in: std 1/√(3 fan_in)),
     Kaiming's normal and uniform ones (gain/√fan, gain √2 or 1, either fan), Xavier's (√(2/(fan_in + fan_out))), and
@@ -156,7 +156,7 @@ def drawn(
 ) -> Tensor:
     """Values as `initial_std` found them, for another size: float64 of this shape.
 
-    A recognised distribution is drawn at the new fans. Of measured ones a weight is drawn normal with std √(was / fan
+    A recognized distribution is drawn at the new fans. Of measured ones a weight is drawn normal with std √(was / fan
     in), where `was` is the fan in it was measured at, a bias with the same std, both about the same mean.
 
     Examples

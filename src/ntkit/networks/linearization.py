@@ -1,4 +1,4 @@
-"""The linearised network: first order in the parameters, and a module that any optimiser can train."""
+"""The linearized network: first order in the parameters, and a module that any optimizer can train."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Linearized(nn.Module):
 
 
 def linearized(model: nn.Module, params: Any = None) -> Linearized:
-    r"""Linearise a network in its parameters, where it stands; train the result with any optimiser.
+    r"""Linearize a network in its parameters, where it stands; train the result with any optimizer.
 
     .. math:: f_{lin}(x; \theta) = f(x; \theta_0) + J(x) (\theta - \theta_0)
 

@@ -70,7 +70,7 @@ def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: 
     Raises
     ------
     Refused
-        By the layer's name: another kind of layer with parameters, a layer parametrised already, tied weights of
+        By the layer's name: another kind of layer with parameters, a layer parametrized already, tied weights of
         different fan in or std, weights that are all zero or all one constant, a std that is not positive.
 
     Notes
@@ -90,7 +90,7 @@ def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: 
     """
     for name, value in (("w_std", w_std), ("b_std", b_std)):
         if value is not None and not 0 < value < float("inf"):
-            fix = "Give a standard deviation, or None for the module's own initialisation."
+            fix = "Give a standard deviation, or None for the module's own initialization."
             raise refusal(name, got=repr(value), expected="a positive number, or None", fix=fix)
     _check_kinds(model)
     made = copy.deepcopy(model)
@@ -107,7 +107,7 @@ def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: 
                     f"layer '{name}' ({type(layers[name]).__name__})",
                     got=f"{what} tied to {first}, with factor {factor:.6g} against {known:.6g}",
                     expected="tied weights of layers with the same fan in and std",
-                    fix="Untie them, or give w_std and b_std where only the initialisation tells them apart.",
+                    fix="Untie them, or give w_std and b_std where only the initialization tells them apart.",
                 )
             steps.append((layers[name], what, factor, first != own))
     for layer, what, factor, tied in steps:
@@ -203,7 +203,7 @@ def _check_kinds(model: nn.Module) -> None:
         if parametrize.is_parametrized(layer):
             raise refusal(
                 where,
-                got="a layer that is parametrised already",
+                got="a layer that is parametrized already",
                 expected="ordinary weights",
                 fix="Remove it with torch.nn.utils.parametrize.remove_parametrizations.",
             )

@@ -1,4 +1,4 @@
-"""The same architecture at another width, freshly drawn from the module's own initialisation."""
+"""The same architecture at another width, freshly drawn from the module's own initialization."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ntkit.networks.parametrization import LAYERS, NORMS, Scaled, fan_in, fan_ou
 
 
 def widened(model: nn.Module, width: int, example: Tensor, seed: int = 0) -> nn.Module:
-    """Make a network of the same architecture whose hidden layers all have `width` features, at a new initialisation.
+    """Make a network of the same architecture whose hidden layers all have `width` features, at a new initialization.
 
     The inputs of the first weight layers and the outputs of the last stay; every other ``Linear`` has `width` outputs,
     every other convolution `width` channels; all inputs, and the features of norms, follow from what reaches them when

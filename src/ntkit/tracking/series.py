@@ -32,9 +32,9 @@ class Tracked:
           ``condition``: lambda_1 / lambda_k;
         - ``energy_target``, ``energy_output``, ``energy_residual`` [k]: cumulative relative energy in the top j
           eigenvectors (residual: derivative of each sample's loss by its outputs; f - y for squared loss);
-        - ``alignment``, ``alignment_centered`` with the targets; ``class_alignment`` [C] (centred, each output's own);
-        - ``layer_trace``, ``layer_alignment`` (centred) {layer: ...}: shares of single layers, where K is formed;
-        - ``distance`` 1 - cos(K, K_0); ``change`` |K - K_0| / |K_0|; ``cka`` (centred cosine) to the first snapshot;
+        - ``alignment``, ``alignment_centered`` with the targets; ``class_alignment`` [C] (centered, each output's own);
+        - ``layer_trace``, ``layer_alignment`` (centered) {layer: ...}: shares of single layers, where K is formed;
+        - ``distance`` 1 - cos(K, K_0); ``change`` |K - K_0| / |K_0|; ``cka`` (centered cosine) to the first snapshot;
           ``velocity`` (1 - cos(K, K of the snapshot before)) per step; ``change_error``: relative standard error of
           |K - K_0|^2 where it is estimated from random vectors (matrix-free), 0 where it is exact;
         - ``sharpness``: lambda_max of (1/n) H^1/2 K H^1/2, H the loss's second derivative by the outputs (the

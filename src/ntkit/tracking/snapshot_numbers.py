@@ -71,9 +71,9 @@ class Dense:
         """The matrix in float64."""
         return self.K.double()
 
-    def spectral(self, k: int, shown: dict[str, Tensor | None], centre: int) -> tuple[dict[str, Any], np.ndarray]:
+    def spectral(self, k: int, shown: dict[str, Tensor | None], center: int) -> tuple[dict[str, Any], np.ndarray]:
         """Top k eigenpairs, energies, alignment with the targets."""
-        n, N = len(self.K), len(self.K) * centre
+        n, N = len(self.K), len(self.K) * center
         if not bool(self.K.any()):
             return _nothing(k, N, shown)
         numbers, vectors = _spectral(spectrum(self.K, k if 3 * k <= N else None), k, shown)
@@ -82,13 +82,13 @@ class Dense:
             numbers["alignment"] = finite(alignment(self.K, target))
             numbers["alignment_centered"] = finite(alignment(self.K, target, centered=True))
             if target.shape[1] > 1:
-                own = [_only(target, c) if centre > 1 else target[:, c] for c in range(target.shape[1])]
+                own = [_only(target, c) if center > 1 else target[:, c] for c in range(target.shape[1])]
                 numbers["class_alignment"] = [_aligned(self.K, t) for t in own]
-        assert vectors.shape[0] == n * centre
+        assert vectors.shape[0] == n * center
         return numbers, vectors
 
     def layered(self, target: Tensor | None) -> dict[str, Any]:
-        """Each layer's share of the trace and its centred alignment."""
+        """Each layer's share of the trace and its centered alignment."""
         if self._shares is None:
             return {}
         layers: dict[str, Tensor] = {}
@@ -125,7 +125,7 @@ class MatrixFree:
     def __init__(self, operator: KernelOperator, n: int) -> None:
         self._operator, self._n, self._size = operator, n, operator.shape[0]
 
-    def spectral(self, k: int, shown: dict[str, Tensor | None], centre: int) -> tuple[dict[str, Any], np.ndarray]:
+    def spectral(self, k: int, shown: dict[str, Tensor | None], center: int) -> tuple[dict[str, Any], np.ndarray]:
         """Top k eigenpairs, energies, alignment with the targets (its norm of K estimated)."""
         found = spectrum(self._operator, k)
         if not float(found.eigenvalues.abs().max()) > 0:
@@ -134,10 +134,10 @@ class MatrixFree:
         target = shown.get("target")
         if target is not None:
             columns = target.reshape(self._size, -1)
-            plain, centred = self.signature()
+            plain, centered = self.signature()
             for name, probes, Y in (
                 ("alignment", plain, columns),
-                ("alignment_centered", centred, self._centre(columns)),
+                ("alignment_centered", centered, self._center(columns)),
             ):
                 square = float((probes**2).sum(0).mean())
                 if name == "alignment":  # of the top pairs |K|^2 is known; only the rest is estimated
@@ -155,13 +155,13 @@ class MatrixFree:
             draw = torch.Generator().manual_seed(0)
             Z = torch.randint(0, 2, (self._size, _PROBES), generator=draw).double() * 2 - 1
             Z = Z.to(self._operator.device)
-            self._signature = self._times(Z), self._centre(self._times(self._centre(Z)))
+            self._signature = self._times(Z), self._center(self._times(self._center(Z)))
         return self._signature
 
     def _times(self, v: Tensor) -> Tensor:
         return (self._operator @ v).double()
 
-    def _centre(self, v: Tensor) -> Tensor:
+    def _center(self, v: Tensor) -> Tensor:
         """Without the mean over samples, per output."""
         v3 = v.reshape(self._n, -1, v.shape[1])
         return (v3 - v3.mean(0)).reshape(v.shape)
@@ -177,7 +177,7 @@ class Change:
     elapsed: int
 
     def numbers(self) -> dict[str, float | None]:
-        """Distance, relative change, centred cosine to the first; velocity."""
+        """Distance, relative change, centered cosine to the first; velocity."""
         if isinstance(self.now, Tensor):
             if not bool(self.now.any()) or not bool(self.first.any()) or not bool(self.before.any()):
                 return dict.fromkeys(("distance", "change", "cka", "velocity", "change_error"))

@@ -222,13 +222,13 @@ class _Follower:
         whole = self._kernel(step)
         shown = {"target": self.targets, "output": out, "residual": slope}
         if self.mode == "diagonal":
-            parts = [part.spectral(self.k, columns_of(shown, c), centre=1) for c, part in enumerate(whole.split())]
+            parts = [part.spectral(self.k, columns_of(shown, c), center=1) for c, part in enumerate(whole.split())]
             record["per_output"] = [numbers for numbers, _ in parts]
             vectors = np.stack([v for _, v in parts])
         else:
             if callable(self.mode):  # one scalar of the outputs: only it can be compared with
                 shown = {"output": self._reduced(raw)}
-            numbers, vectors = whole.spectral(self.k, shown, centre=self.outputs if self.mode == "full" else 1)
+            numbers, vectors = whole.spectral(self.k, shown, center=self.outputs if self.mode == "full" else 1)
             record |= numbers
         if isinstance(whole, Dense):
             record |= whole.layered(self.targets)

@@ -32,7 +32,7 @@ def weight(name: str, seed: int, shape: tuple[int, ...] = (FAN_OUT, FAN_IN)) -> 
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("seed", range(4))
-def test_torch_own_initialisers_are_recognised_exactly(name, seed):
+def test_torch_own_initializers_are_recognized_exactly(name, seed):
     found = initial_std(weight(name, seed), FAN_IN, FAN_OUT)
     assert found.name == name
     assert found.std == pytest.approx(SCHEMES[name][1], rel=1e-14)
