@@ -352,7 +352,7 @@ def test_the_python2_fixture_is_what_pickle_reads():
     [
         (
             lambda b: b[:-1],
-            r"got 12,291 bytes: 3 whole records up to byte 9,219, then 3,072 bytes; expected a multiple",
+            r"got 12,291 bytes: 3 complete records up to byte 9,219, then 3,072 bytes; expected a multiple",
         ),
         (lambda b: b[: 2 * RECORD] + b"\x0a" + b[2 * RECORD + 1 :], r"label 10 in row 2 \(byte 6,146\)"),
         (lambda b: HTML, "an HTML page"),
@@ -507,7 +507,7 @@ NAN = np.where(np.arange(12).reshape(6, 2) == 7, np.nan, 1.0)
         (npz(x=ONES, y=LABELS).replace(ONES.tobytes(), (2 * ONES).tobytes()), "x cannot be read .*CRC"),
         (npz(x=ONES, y=np.array([{}] * 6, dtype=object)), "y cannot be read .*Object arrays cannot be loaded"),
         (npz(x_train=ONES, y_train=LABELS, y=LABELS), "keys x_train, y, y_train; expected x_train, y_train, x_test"),
-        (odd_zip(b"hello"), "cannot be read|no numeric array"),
+        (odd_zip(b"hello"), "cannot be read|not a numeric array"),
         (odd_zip(HUGE), "x cannot be read"),
         (HTML, "an HTML page"),
         (b"", "an empty file"),
@@ -521,7 +521,7 @@ NAN = np.where(np.arange(12).reshape(6, 2) == 7, np.nan, 1.0)
         (npz(x=ONES, y=LABELS[:5]), "got 6 examples and 5 labels"),
         (npz(x=ONES[:0], y=LABELS[:0]), "empty set"),
         (npz(x=ONES[:, 0], y=LABELS), r"x: got shape \[6\]; expected \[n, ...\]"),
-        (npz(x=np.array([["a"], ["b"]]), y=LABELS[:2]), "no numeric array"),
+        (npz(x=np.array([["a"], ["b"]]), y=LABELS[:2]), "not a numeric array"),
         (npz(x=ONES.astype(np.uint8), y=LABELS), r"x: got torch.uint8 of shape \[6, 2\]; expected floats, uint8 im"),
         (npz(x=ONES + 0j, y=LABELS), "got torch.complex128"),
         (npz(x=np.ones((6, 5, 7, 4), np.uint8), y=LABELS), "expected 1 or 3 channels"),
@@ -562,10 +562,10 @@ def test_other_paths_are_refused(tmp_path):
         load(tmp_path / "a.csv")
     with pytest.raises(Refused, match=r"none.npz: got No such file"):
         load(tmp_path / "none.npz")
-    with pytest.raises(Refused, match=r"no known name and no file"):
+    with pytest.raises(Refused, match=r"neither the name of a data set nor a file"):
         load(tmp_path / "nowhere")
     # a Path is a path, even where a data set has that name
-    with pytest.raises(Refused, match=r"no known name and no file"):
+    with pytest.raises(Refused, match=r"neither the name of a data set nor a file"):
         load(Path("mnist"))
 
 
@@ -668,8 +668,8 @@ def test_from_tensors_keeps_dtype_and_names():
         ((ONES, LABELS), ["a"], "labels y: got label 1 in row 1; expected 0 to 0"),
         ((ONES, LABELS), ["a", "a"], "classes: got a, a; expected different names"),
         (ONES, None, r"got a ndarray; expected a pair \(x, y\)"),
-        ((ONES, "abc"), None, "no numeric array"),
-        (([[1.0], [2.0, 3.0]], [0, 1]), None, "no numeric array"),
+        ((ONES, "abc"), None, "not a numeric array"),
+        (([[1.0], [2.0, 3.0]], [0, 1]), None, "not a numeric array"),
         ((torch.ones(2, 0), [0, 1]), None, "empty set"),
     ],
 )
@@ -749,7 +749,7 @@ class Stream(torch.utils.data.IterableDataset):
         (Pairs([(torch.ones(2), True)]), r"index 0: got label True"),
         (Pairs([(torch.ones(2), 7)] * 3), r"label 7 in row 0; expected 0 to 1"),
         (Pairs([(torch.full((2,), torch.inf), 1)] * 3), r"inf in row 0 \(3 such rows\)"),
-        (Pairs([("text", 1)]), r"index 0: got str that is no numeric array"),
+        (Pairs([("text", 1)]), r"index 0: got str that is not a numeric array"),
     ],
 )
 def test_refused_datasets(dataset, message):

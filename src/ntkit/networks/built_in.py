@@ -114,23 +114,15 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = factory(**arguments)
     if not isinstance(model, nn.Module):
-        raise refusal(
-            f"--model {name}",
-            got=type(model).__name__,
-            expected="a torch.nn.Module",
-            fix="Return the module from the factory.",
-        )
+        fix = "Return the module from the factory."
+        raise refusal(f"--model {name}", got=type(model).__name__, expected="a torch.nn.Module", fix=fix)
     return model.eval()
 
 
 def _image(shape: Shape, name: str) -> tuple[int, int, int]:
     if len(shape) != 3:
-        raise refusal(
-            f"--model {name}",
-            got=f"inputs of shape {tuple(shape)}",
-            expected="images (channels, height, width)",
-            fix="Use --model mlp, or your own module.",
-        )
+        expected, fix = "images (channels, height, width)", "Use --model mlp, or your own module."
+        raise refusal(f"--model {name}", got=f"inputs of shape {tuple(shape)}", expected=expected, fix=fix)
     return shape[0], shape[1], shape[2]
 
 

@@ -53,12 +53,8 @@ class Linearized(nn.Module):
             }  # a forward may write to them
             found = torch.func.functional_call(self.start, {**own, **theta}, args, kwargs)
             if not isinstance(found, Tensor):
-                raise refusal(
-                    f"the output of {type(self.start).__name__}",
-                    got=type(found).__name__,
-                    expected="a tensor",
-                    fix="Wrap the model so that it returns one.",
-                )
+                got, fix = type(found).__name__, "Wrap the model so that it returns one."
+                raise refusal(f"the output of {type(self.start).__name__}", got=got, expected="a tensor", fix=fix)
             return found
 
         start = {name: held[name] for name in self._names}

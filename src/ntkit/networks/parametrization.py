@@ -201,12 +201,8 @@ def _check_kinds(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         where = f"layer '{name}' ({type(layer).__name__})"
         if parametrize.is_parametrized(layer):
-            raise refusal(
-                where,
-                got="a layer that is parametrized already",
-                expected="ordinary weights",
-                fix="Remove it with torch.nn.utils.parametrize.remove_parametrizations.",
-            )
+            fix = "Remove it with torch.nn.utils.parametrize.remove_parametrizations."
+            raise refusal(where, got="a layer that is parametrized already", expected="ordinary weights", fix=fix)
         own = [what for what, p in layer.named_parameters(recurse=False) if p is not None]
         if own and not isinstance(layer, (*LAYERS, *_LEFT)):
             raise refusal(
@@ -222,12 +218,8 @@ def _factors(name: str, layer: Any, w_std: float | None, b_std: float | None) ->
     i, o, where = fan_in(layer), fan_out(layer), f"layer '{name}' ({type(layer).__name__})"
     weight = initial_std(layer.weight, i, o, f"{where}, weight").std if w_std is None else w_std / i**0.5
     if weight == 0:
-        raise refusal(
-            where,
-            got="weights that are all zero",
-            expected="weights drawn at random, which say what w_std is",
-            fix="Give w_std, or draw them at random.",
-        )
+        expected, fix = "weights drawn at random, which say what w_std is", "Give w_std, or draw them at random."
+        raise refusal(where, got="weights that are all zero", expected=expected, fix=fix)
     found = {"weight": weight}
     if layer.bias is not None:
         found["bias"] = initial_std(layer.bias, i, o, f"{where}, bias").std if b_std is None else b_std

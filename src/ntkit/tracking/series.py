@@ -158,12 +158,8 @@ def open_folder(path: Path, settings: dict[str, Any]) -> None:
     found, plain = _read_settings(path), json.loads(json.dumps(settings))
     changed = [name for name in plain if found.get(name) != plain[name]]
     if changed:
-        raise refusal(
-            str(path),
-            got=f"a tracking with another {', '.join(changed)}",
-            expected="the same run, points and options",
-            fix="Name another folder.",
-        )
+        got = f"a tracking with another {', '.join(changed)}"
+        raise refusal(str(path), got=got, expected="the same run, points and options", fix="Name another folder.")
 
 
 def assembled(

@@ -75,12 +75,8 @@ class _LightningCallback(_Callback):
         if not trainer.is_global_zero:
             return
         if len(trainer.optimizers) != 1:
-            raise refusal(
-                "LightningCallback",
-                got=f"{len(trainer.optimizers)} optimizers",
-                expected="one",
-                fix="Record such a loop with ntkit.record, with the optimizer whose steps are to count.",
-            )
+            fix = "Record such a loop with ntkit.record, with the optimizer whose steps are to count."
+            raise refusal("LightningCallback", got=f"{len(trainer.optimizers)} optimizers", expected="one", fix=fix)
         self._reset()
         self._start(pl_module, trainer.optimizers[0])
 

@@ -66,12 +66,8 @@ def optimizer_class(name: str) -> OptimizerClass:
     'SGD'
     """
     if name not in _CLASSES:
-        raise refusal(
-            "optimizer",
-            got=name,
-            expected="torch.optim.SGD, Adam or AdamW itself",
-            fix="Train with one of these; the updates of others are not implemented as functions of each gradient.",
-        )
+        fix = "Train with one of these; the updates of others are not implemented as functions of each gradient."
+        raise refusal("optimizer", got=name, expected="torch.optim.SGD, Adam or AdamW itself", fix=fix)
     return _CLASSES[name]
 
 

@@ -313,12 +313,8 @@ def _unwrap(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimize
     if type(optimizer).__module__.startswith("accelerate."):
         optimizer = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(optimizer, Optimizer):
-        raise refusal(
-            "optimizer",
-            got=f"a {type(optimizer).__name__}",
-            expected="a torch.optim.Optimizer",
-            fix="Pass the optimizer itself, as in ntkit.record(model, optimizer, path).",
-        )
+        fix = "Pass the optimizer itself, as in ntkit.record(model, optimizer, path)."
+        raise refusal("optimizer", got=f"a {type(optimizer).__name__}", expected="a torch.optim.Optimizer", fix=fix)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor) or tensor.is_meta:
             raise refusal(

@@ -133,12 +133,8 @@ class Trajectory:
             return batch_indices(self.settings["seed"], self.settings["n"], self.settings["batch_size"], step)
         indices = read_indices(self.path / "log", step)
         if indices is None:
-            raise refusal(
-                f"batch of step {step}",
-                got="a step recorded without indices",
-                expected="its rows of the training set",
-                fix="Call rec.step(indices, loss) in the loop that is recorded.",
-            )
+            expected, fix = "its rows of the training set", "Call rec.step(indices, loss) in the loop that is recorded."
+            raise refusal(f"batch of step {step}", got="a step recorded without indices", expected=expected, fix=fix)
         return indices
 
     def state(self, step: int) -> dict[str, Tensor]:

@@ -89,12 +89,8 @@ def replayable_steps(trajectory: Trajectory) -> int:
     """Number of steps that can be replayed, after a check that no snapshot is missing."""
     settings, stop = trajectory.settings, trajectory.stop
     if trajectory.status == "running":
-        raise refusal(
-            str(trajectory.path),
-            got="a run that is running or was killed",
-            expected="a run that has ended",
-            fix="Let it end, or continue it with resume=True; then open it again.",
-        )
+        expected, fix = "a run that has ended", "Let it end, or continue it with resume=True; then open it again."
+        raise refusal(str(trajectory.path), got="a run that is running or was killed", expected=expected, fix=fix)
     last, record = stop["step"], settings["record"]
     # A function is recorded by its name only, and a budget deletes snapshots.
     unknown = settings.get("budget") is not None or (isinstance(record, str) and record not in ("log", "all"))

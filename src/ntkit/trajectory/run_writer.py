@@ -57,12 +57,8 @@ class RunWriter:
         if not (self.folder / "run.json").exists():
             return False
         if not resume:
-            raise refusal(
-                str(self.folder),
-                got="a folder that holds a run",
-                expected="a new folder",
-                fix="Pass resume=True to continue that run, or name another folder.",
-            )
+            fix = "Pass resume=True to continue that run, or name another folder."
+            raise refusal(str(self.folder), got="a folder that holds a run", expected="a new folder", fix=fix)
         run = read_run(self.folder)
         if changes := _differences(run["settings"], self.settings):
             raise refusal(
@@ -160,12 +156,8 @@ def _to_json(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {type(value).__name__: [_to_json(item, tensors) for item in value]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise refusal(
-        "optimizer",
-        got=f"state of type {type(value).__name__}",
-        expected="tensors, numbers, text, lists and dicts",
-        fix="Use an optimizer whose state_dict() holds only these.",
-    )
+    expected, fix = "tensors, numbers, text, lists and dicts", "Use an optimizer whose state_dict() holds only these."
+    raise refusal("optimizer", got=f"state of type {type(value).__name__}", expected=expected, fix=fix)
 
 
 def _from_json(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -41,12 +41,8 @@ def snapshot_rule(record: SnapshotSteps | str) -> Callable[[int], bool]:
     if isinstance(record, Integral) and not isinstance(record, bool) and record >= 1:
         return lambda step: step % int(record) == 0
     if isinstance(record, (str, Integral)) or not isinstance(record, Iterable):
-        raise refusal(
-            "record",
-            got=repr(record),
-            expected="'log', 'all', an interval in steps (>= 1), a list of steps or a function of the step",
-            fix=nearest(str(record), ["log", "all"]),
-        )
+        expected = "'log', 'all', an interval in steps (>= 1), a list of steps or a function of the step"
+        raise refusal("record", got=repr(record), expected=expected, fix=nearest(str(record), ["log", "all"]))
     steps = list(record)
     for s in steps:
         if isinstance(s, bool) or not isinstance(s, Integral) or s < 0:
