@@ -301,8 +301,8 @@ def trained_norm():
     ("make", "width", "message"),
     [
         (lambda: Reshaping(8), 16, r"layer 'down' \(Linear\): got input of shape \(8, 8\), where it was \(4, 8\)"),
-        (lambda: Reshaping(8), 11, r"layer 'up' \(Linear\): got an error at or behind it \(shape '\[-1, 8\]' is inv"),
-        (Skip, 11, r"layer 'a' \(Linear\): got an error at or behind it"),
+        (lambda: Reshaping(8), 11, r"layer 'up' \(Linear\): got an error at or after it \(shape '\[-1, 8\]' is inv"),
+        (Skip, 11, r"layer 'a' \(Linear\): got an error at or after it"),
         (trained_norm, 11, r"layer '1' \(LayerNorm\): got a norm that was trained"),
         (Residual, 11, r"layer 'again' \(Conv1d\): got no input: the example does not reach it"),
         (lambda: nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(4, 8), nn.Linear(8, 2)), 10, r"10 features for 4 groups"),

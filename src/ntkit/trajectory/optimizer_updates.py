@@ -53,18 +53,7 @@ class Update:
 
 
 def optimizer_class(name: str) -> OptimizerClass:
-    """Optimizer with this class name, as in ``run.json``; refuse one whose update is not linear here.
-
-    Raises
-    ------
-    Refused
-        For any other class, also a subclass of these: its update may differ.
-
-    Examples
-    --------
-    >>> optimizer_class("torch.optim.sgd.SGD").__name__
-    'SGD'
-    """
+    """Optimizer with this class name, as in ``run.json``; refuse any other, also a subclass: its update may differ."""
     if name not in _CLASSES:
         fix = "Train with one of these; the updates of others are not implemented as functions of each gradient."
         raise refusal("optimizer", got=name, expected="torch.optim.SGD, Adam or AdamW itself", fix=fix)
@@ -72,24 +61,7 @@ def optimizer_class(name: str) -> OptimizerClass:
 
 
 def build_optimizer(settings: Mapping[str, Any], params: Mapping[str, nn.Parameter]) -> Optimizer:
-    """Optimizer with the settings of a run, for these parameters by name, without any state.
-
-    Parameters
-    ----------
-    settings : ``settings["optimizer"]`` of a run: class and groups.
-    params : parameters by name, at least those of the groups.
-
-    Raises
-    ------
-    Refused
-        As `optimizer_class`.
-
-    Examples
-    --------
-    >>> settings = {"class": "torch.optim.sgd.SGD", "groups": [{"params": ["weight"], "lr": 0.5, "momentum": 0.9}]}
-    >>> build_optimizer(settings, dict(torch.nn.Linear(1, 1).named_parameters())).param_groups[0]["momentum"]
-    0.9
-    """
+    """Optimizer without state, with ``settings["optimizer"]`` of a run, for these parameters by name."""
     groups = settings["groups"]
     opt = optimizer_class(settings["class"])([{"params": [params[name] for name in g["params"]]} for g in groups])
     for group, values in zip(opt.param_groups, groups, strict=True):
@@ -123,23 +95,9 @@ def clip_gradients(params: Iterable[Tensor], clip: float | None) -> float:
 
 
 def take_step(opt: Optimizer, params: Mapping[str, nn.Parameter], factor: float = 1.0) -> dict[str, Update]:
-    """Call ``opt.step()`` and return the update of each parameter.
+    """Call ``opt.step()`` and return the `Update` of each parameter by name; for SGD, Adam and AdamW only.
 
-    Parameters
-    ----------
-    opt : SGD, Adam or AdamW of torch, with gradients in place.
-    params : the parameters it updates, by name.
-    factor : by which these gradients were scaled, from `clip_gradients`.
-
-    Returns
-    -------
-    dict
-        `Update` by name. The gradient in it is the one before scaling.
-
-    Raises
-    ------
-    Refused
-        For any other optimizer.
+    `factor` is that of `clip_gradients`; the gradient in an update is the one before this scaling.
 
     Examples
     --------

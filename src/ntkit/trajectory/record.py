@@ -98,13 +98,7 @@ def record(
 
 
 class Recorder:
-    """Context manager of `record`, around the loop.
-
-    Attributes
-    ----------
-    path : the folder.
-    done : optimizer steps recorded so far, in a resumed run including those of its checkpoint.
-    """
+    """Context manager of `record`, around the loop; its folder is ``path``."""
 
     def __init__(
         self,
@@ -151,7 +145,7 @@ class Recorder:
 
     @property
     def done(self) -> int:
-        """Optimizer steps recorded so far."""
+        """Optimizer steps recorded so far, in a resumed run including those of its checkpoint."""
         return len(self._log) if self._ended_at is None else self._ended_at
 
     def __enter__(self) -> Recorder:

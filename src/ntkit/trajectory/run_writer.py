@@ -174,18 +174,15 @@ def _from_json(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     """Differences between two JSON values, such as ``optimizer.groups.0.lr (was 0.1, now 0.2)``."""
+    lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         pairs = [(key, old.get(key, "absent"), new.get(key, "absent")) for key in keys]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and _all_dicts(old + new):
+    elif lists and all(isinstance(item, dict) for item in [*old, *new]):
         pairs = [(index, *pair) for index, pair in enumerate(zip(old, new, strict=True))]
     else:
         return [] if old == new else [f"{name} (was {_short(old)}, now {_short(new)})"]
     return [change for key, a, b in pairs for change in _differences(a, b, f"{name}.{key}" if name else str(key))]
-
-
-def _all_dicts(values: list[Any]) -> bool:
-    return all(isinstance(value, dict) for value in values)
 
 
 def _short(value: Any) -> str:
