@@ -28,20 +28,14 @@ class Data:
 
     Attributes
     ----------
-    x_train, x_test : Tensor
-        Images ``[n, channels, h, w]`` (pixels from files in [0, 1]), vectors ``[n, ...]``, or int64 tokens ``[n, t]``.
-    y_train, y_test : Tensor
-        int64 ``[n]``, values 0 to ``len(classes) - 1``.
-    classes : tuple of str
-        The name of each label.
-    name : str
-        Short name of the data set.
-    normalisation : str
-        How the values of x were scaled, as a sentence.
-    source : str
-        The files or records, the split, the classes and the sample.
-    kind : {"images", "vectors", "tokens"}
-        What x holds.
+    x_train, x_test : images ``[n, channels, h, w]`` (pixels of files in [0, 1]), vectors ``[n, ...]``, int64 tokens
+        ``[n, t]``.
+    y_train, y_test : labels, int64 ``[n]``, values 0 to ``len(classes) - 1``.
+    classes : the name of each label.
+    name : short name of the data set.
+    normalisation : how the values of x were scaled, as a sentence.
+    source : the files or records, the split, the classes and the sample.
+    kind : ``"images"``, ``"vectors"`` or ``"tokens"``: the content of x.
 
     Examples
     --------
@@ -99,10 +93,6 @@ def load(
     classes : the classes to use, by name or else by index; their order defines the labels 0, 1, ...
     train, test : sizes of stratified samples, in the data's order; None = all examples.
     seed : of these samples.
-
-    Returns
-    -------
-    Data
 
     Raises
     ------

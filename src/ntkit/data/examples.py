@@ -45,12 +45,9 @@ def examples(pair: tuple[Any, Any], subject: str, float_dtype: torch.dtype | Non
         return _images(x, subject), y.to("cpu", torch.int64), "images"
     if x.dtype in (torch.int16, torch.int32, torch.int64) and x.ndim == 2:
         return x.to(torch.int64), y.to("cpu", torch.int64), "tokens"
-    raise refusal(
-        f"{subject}, x",
-        got=f"{x.dtype} of shape {list(x.shape)}",
-        expected="floats, uint8 images [n, h, w] or [n, c, h, w] or [n, h, w, c], or integer tokens [n, t]",
-        fix="Convert x to float32 and scale it as intended.",
-    )
+    expected = "floats, uint8 images [n, h, w] or [n, c, h, w] or [n, h, w, c], or integer tokens [n, t]"
+    fix = "Convert x to float32 and scale it as intended."
+    raise refusal(f"{subject}, x", got=f"{x.dtype} of shape {list(x.shape)}", expected=expected, fix=fix)
 
 
 def _tensor(value: Any, subject: str) -> Tensor:

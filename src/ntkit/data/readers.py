@@ -222,12 +222,9 @@ class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Look up a permitted global."""
         if (module, name) not in _PERMITTED:
-            raise refusal(
-                str(self._path),
-                got=f"a pickle that asks for {module}.{name}",
-                expected="a pickle of NumPy arrays, dicts, lists, strings and numbers only",
-                fix="This is not an official CIFAR-10 file and may be malicious: delete it. Nothing was executed.",
-            )
+            expected = "a pickle of NumPy arrays, dicts, lists, strings and numbers only"
+            fix = "This is not an official CIFAR-10 file and may be malicious: delete it. Nothing was executed."
+            raise refusal(str(self._path), got=f"a pickle that asks for {module}.{name}", expected=expected, fix=fix)
         return _PERMITTED[module, name]
 
 

@@ -77,8 +77,8 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
 
     Parameters
     ----------
-    name : a built-in name, ``package.module:factory`` or ``file.py:factory``. A factory gets ``shape`` and ``outputs`` if
-        they are among its parameters.
+    name : a built-in name, ``package.module:factory`` or ``file.py:factory``. A factory gets ``shape`` and ``outputs``
+        if they are among its parameters.
     shape, outputs : shape of one input, number of outputs.
     seed : of the initial weights.
 
@@ -104,12 +104,10 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        raise refusal(
-            f"--model {name}",
-            got=f"a factory that could not be called ({error})",
-            expected="a callable without required arguments other than shape and outputs",
-            fix="Give its other parameters default values.",
-        ) from error
+        got = f"a factory that could not be called ({error})"
+        expected = "a callable without required arguments other than shape and outputs"
+        fix = "Give its other parameters default values."
+        raise refusal(f"--model {name}", got=got, expected=expected, fix=fix) from error
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = factory(**arguments)

@@ -72,10 +72,6 @@ def initial_std(values: Tensor, fan_in: int, fan_out: int, subject: str = "value
     fan_in, fan_out : inputs of one output, outputs of one input: channels x kernel size for a convolution.
     subject : name of the values in errors.
 
-    Returns
-    -------
-    Initial
-
     Raises
     ------
     Refused
@@ -104,12 +100,9 @@ def initial_std(values: Tensor, fan_in: int, fan_out: int, subject: str = "value
     if low == high == 0:
         return Initial(0.0, ZEROS)
     if n > 1 and low == high:
-        raise refusal(
-            subject,
-            got=f"{n} entries that are all {low:g}",
-            expected="values drawn at random, or zeros",
-            fix="A constant has no standard deviation at other widths. Draw the entries at random, or give the stds.",
-        )
+        expected = "values drawn at random, or zeros"
+        fix = "A constant has no standard deviation at other widths. Draw the entries at random, or give the stds."
+        raise refusal(subject, got=f"{n} entries that are all {low:g}", expected=expected, fix=fix)
     mean = float(v.sum(dtype=torch.float64)) / n
     square = float(torch.linalg.vector_norm(v, 2, dtype=torch.float64)) ** 2 / n
     kurtosis = float(torch.linalg.vector_norm(v, 4, dtype=torch.float64)) ** 4 / n / square**2

@@ -20,9 +20,7 @@ Params = Iterable[str] | Callable[..., bool] | None  # names, a predicate of the
 class Linearized(nn.Module):
     r"""The model's first-order expansion in its parameters, around their present values.
 
-    .. math:: f_{lin}(x; \theta) = f(x; \theta_0) + J(x) (\theta - \theta_0)
-
-    Built by `linearized`. The parameters to train are ``lin.parameters()``: theta, which starts at theta_0, with the
+    See `linearized`. The parameters to train are ``lin.parameters()``: theta, which starts at theta_0, with the
     model's names after ``moving.``. ``lin.start`` is the model at theta_0. The layers inside stay in the model's mode:
     ``lin.train()`` does not change them.
     """
@@ -64,12 +62,10 @@ class Linearized(nn.Module):
         try:
             value, change, *_ = torch.func.jvp(outputs, (at,), (step,))
         except NotImplementedError as error:
-            raise refusal(
-                f"model {type(self.start).__name__}",
-                got=f"an operation without a forward-mode derivative ({str(error).splitlines()[0]})",
-                expected="operations with a forward-mode derivative",
-                fix="Write that layer with other torch operations.",
-            ) from error
+            got = f"an operation without a forward-mode derivative ({str(error).splitlines()[0]})"
+            expected = "operations with a forward-mode derivative"
+            fix = "Write that layer with other torch operations."
+            raise refusal(f"model {type(self.start).__name__}", got=got, expected=expected, fix=fix) from error
         return value + change
 
     def train(self, mode: bool = True) -> Linearized:

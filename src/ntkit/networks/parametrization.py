@@ -101,12 +101,10 @@ def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: 
             own = f"{name}.{what}"
             first, first_factor = owners.setdefault(id(getattr(layer, what)), (own, factor))
             if first_factor != factor:
-                raise refusal(
-                    f"layer '{name}' ({type(layer).__name__})",
-                    got=f"{what} tied to {first}, with factor {factor:.6g} instead of {first_factor:.6g}",
-                    expected="tied weights of layers with the same fan in and std",
-                    fix="Untie them, or pass w_std and b_std if only the initialization differs.",
-                )
+                got = f"{what} tied to {first}, with factor {factor:.6g} instead of {first_factor:.6g}"
+                expected = "tied weights of layers with the same fan in and std"
+                fix = "Untie them, or pass w_std and b_std if only the initialization differs."
+                raise refusal(f"layer '{name}' ({type(layer).__name__})", got=got, expected=expected, fix=fix)
             changes.append((layer, what, factor, first != own))
     for layer, what, factor, tied in changes:
         if factor:

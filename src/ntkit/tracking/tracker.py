@@ -62,10 +62,6 @@ def track(
     path : folder for the numbers, one file per snapshot: an interrupted call continues there.
     on_snapshot : called with the numbers of each new snapshot.
 
-    Returns
-    -------
-    Tracked
-
     Raises
     ------
     Refused
@@ -142,12 +138,9 @@ class _Tracker:
         copies = 3 * self.outputs if self.mode == "diagonal" else 3  # K now, before and at first; one in float64
         self.dense = N * N * (copies * itemsize + 8) <= budget
         if self.mode == "diagonal" and not self.dense:
-            raise refusal(
-                'outputs="diagonal"',
-                got=f"{self.outputs} Gram matrices of {N} points",
-                expected=f"at most {budget:.2g} bytes",
-                fix="Pass fewer points, or use outputs=lambda y: y[:, 0].",
-            )
+            got = f"{self.outputs} Gram matrices of {N} points"
+            fix = "Pass fewer points, or use outputs=lambda y: y[:, 0]."
+            raise refusal('outputs="diagonal"', got=got, expected=f"at most {budget:.2g} bytes", fix=fix)
         self.layers = self.dense and len(dict(model.named_parameters())) * N * N * itemsize <= budget // 2
         self._signatures: dict[int, Any] = {}  # step -> its kernel's signature, to measure changes
         self.settings = {

@@ -29,11 +29,7 @@ def steps_per_epoch(n: int, batch_size: int | None) -> int:
 def batch_indices(seed: int, n: int, batch_size: int | None, step: int) -> Tensor:
     """Rows that step `step` (from 0) trains on, int64 [rows]: over an epoch a permutation of 0 .. n-1.
 
-    Parameters
-    ----------
-    seed : the run's seed.
-    n : number of training examples.
-    batch_size : rows per batch, or None for all rows in order at every step.
+    With `batch_size` None, all `n` rows in order.
 
     Examples
     --------

@@ -134,12 +134,9 @@ class _TransformersCallback(_Callback):
         if not state.is_world_process_zero:
             return
         if args.load_best_model_at_end:
-            raise refusal(
-                "TransformersCallback",
-                got="load_best_model_at_end=True",
-                expected="a model that keeps its last state until the end",
-                fix="Remove that argument and load the best checkpoint after training.",
-            )
+            expected = "a model that keeps its last state until the end"
+            fix = "Remove that argument and load the best checkpoint after training."
+            raise refusal("TransformersCallback", got="load_best_model_at_end=True", expected=expected, fix=fix)
         self._loss, self._logged = None, state.global_step
         self._start(kwargs["model"], kwargs["optimizer"])
 

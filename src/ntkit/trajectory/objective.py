@@ -76,12 +76,9 @@ class Objective:
             got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise refusal("loss", got=got, expected="a scalar tensor", fix="Return the mean over the batch.")
         if not out.requires_grad:
-            raise refusal(
-                "loss",
-                got="a value that does not depend on the parameters",
-                expected="a differentiable function of model(x)",
-                fix="Do not detach, round or argmax the outputs, and do not use torch.no_grad in the model.",
-            )
+            expected = "a differentiable function of model(x)"
+            fix = "Do not detach, round or argmax the outputs, and do not use torch.no_grad in the model."
+            raise refusal("loss", got="a value that does not depend on the parameters", expected=expected, fix=fix)
 
 
 def loss_name(loss: Loss) -> str:

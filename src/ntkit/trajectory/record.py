@@ -190,19 +190,15 @@ class Recorder:
         """
         if not self._hooks:
             ended = self._ended_at is not None
-            raise refusal(
-                "rec.step",
-                got="a step of a run that has ended" if ended else "a call outside the block",
-                expected="a call inside 'with ntkit.record(...) as rec:', for step in range(rec.done, ...)",
-                fix="Record a new run in another folder." if ended else "Move the call into that block.",
-            )
+            got = "a step of a run that has ended" if ended else "a call outside the block"
+            expected = "a call inside 'with ntkit.record(...) as rec:', for step in range(rec.done, ...)"
+            fix = "Record a new run in another folder." if ended else "Move the call into that block."
+            raise refusal("rec.step", got=got, expected=expected, fix=fix)
         if self._depth or self._updates > 1:
-            raise refusal(
-                "rec.step",
-                got="an optimizer.step() that was interrupted" if self._depth else f"{self._updates} optimizer steps",
-                expected="one complete optimizer.step() since the last rec.step()",
-                fix="Call rec.step() once after each optimizer.step().",
-            )
+            got = "an optimizer.step() that was interrupted" if self._depth else f"{self._updates} optimizer steps"
+            expected = "one complete optimizer.step() since the last rec.step()"
+            fix = "Call rec.step() once after each optimizer.step()."
+            raise refusal("rec.step", got=got, expected=expected, fix=fix)
         if self._updates == 0:
             self._idle += 1
             return
@@ -234,19 +230,13 @@ class Recorder:
             return
         self._log.flush()
         if not complete:
-            raise refusal(
-                "rec.step",
-                got="an optimizer.step() with no rec.step() after it",
-                expected="rec.step() after each optimizer.step()",
-                fix="Call it as the last line of the loop. As its first line it records each state one step late.",
-            )
+            expected = "rec.step() after each optimizer.step()"
+            fix = "Call it as the last line of the loop. As its first line it records each state one step late."
+            raise refusal("rec.step", got="an optimizer.step() with no rec.step() after it", expected=expected, fix=fix)
         if self.done == self._first and self._idle > MOST_SKIPPED:
-            raise refusal(
-                "optimizer",
-                got=f"no step of this {type(self._opt).__name__} in {self._idle} calls of rec.step()",
-                expected="the optimizer whose step() the loop calls",
-                fix="Pass that optimizer, and call its step() outside a captured CUDA graph.",
-            )
+            got = f"no step of this {type(self._opt).__name__} in {self._idle} calls of rec.step()"
+            fix = "Pass that optimizer, and call its step() outside a captured CUDA graph."
+            raise refusal("optimizer", got=got, expected="the optimizer whose step() the loop calls", fix=fix)
         self._snapshot()
         stop: dict[str, Any] = {"reason": "ended", "step": self.done, "loss": None}
         if self._log.diverged is not None:
@@ -311,20 +301,14 @@ def _unwrap(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimize
         raise refusal("optimizer", got=f"a {type(optimizer).__name__}", expected="a torch.optim.Optimizer", fix=fix)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor) or tensor.is_meta:
-            raise refusal(
-                f"model's {name}",
-                got="a tensor without values yet",
-                expected="parameters with values",
-                fix="Run one batch through the model, or move it to a device, before recording.",
-            )
+            expected = "parameters with values"
+            fix = "Run one batch through the model, or move it to a device, before recording."
+            raise refusal(f"model's {name}", got="a tensor without values yet", expected=expected, fix=fix)
     parameters = {id(p) for p in model.parameters()}
     if any(id(p) not in parameters for group in optimizer.param_groups for p in group["params"]):
-        raise refusal(
-            "optimizer",
-            got="a parameter that is not the model's",
-            expected="an optimizer of the model's parameters",
-            fix="Pass a module with all trained parameters: torch.nn.ModuleList([model, head]).",
-        )
+        expected = "an optimizer of the model's parameters"
+        fix = "Pass a module with all trained parameters: torch.nn.ModuleList([model, head])."
+        raise refusal("optimizer", got="a parameter that is not the model's", expected=expected, fix=fix)
     return model, optimizer
 
 
@@ -363,12 +347,9 @@ def _checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
         rows = rows.to(torch.int64)  # an empty list has no type
     if rows is None or rows.ndim != 1 or rows.dtype not in _INTEGERS:
         what = type(indices).__name__ if rows is None else f"{rows.dtype} of shape {list(rows.shape)}"
-        raise refusal(
-            "indices",
-            got=what,
-            expected="integers in one dimension: the rows of the training set in this batch",
-            fix="Pass the row numbers of the data set, e.g. from a data set that returns them with each example.",
-        )
+        expected = "integers in one dimension: the rows of the training set in this batch"
+        fix = "Pass the row numbers of the data set, e.g. from a data set that returns them with each example."
+        raise refusal("indices", got=what, expected=expected, fix=fix)
     return rows.to(torch.int64, copy=True)
 
 

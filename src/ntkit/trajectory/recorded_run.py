@@ -147,20 +147,14 @@ class Trajectory:
         """
         if step not in self.steps:
             near = sorted(sorted(self.steps, key=lambda s: abs(s - step))[:3])
-            raise refusal(
-                f"step {step}",
-                got="a step that was not recorded",
-                expected=f"one of trajectory.steps; nearest: {', '.join(map(str, near)) or 'none yet'}",
-                fix="Ask for one of those, or train again with record='all' or record=[steps].",
-            )
+            expected = f"one of trajectory.steps; nearest: {', '.join(map(str, near)) or 'none yet'}"
+            fix = "Ask for one of those, or train again with record='all' or record=[steps]."
+            raise refusal(f"step {step}", got="a step that was not recorded", expected=expected, fix=fix)
         tensors = read_tensors_if_present(snapshot_path(self.path, step))
         if tensors is None:
-            raise refusal(
-                f"step {step}",
-                got="a snapshot that the run deleted to stay within its budget",
-                expected="a snapshot that still exists",
-                fix="Open the trajectory again and choose one of its steps.",
-            )
+            got = "a snapshot that the run deleted to stay within its budget"
+            fix = "Open the trajectory again and choose one of its steps."
+            raise refusal(f"step {step}", got=got, expected="a snapshot that still exists", fix=fix)
         return tensors | {alias: tensors[name] for alias, name in self.settings["aliases"].items()}
 
     def load(self, model: nn.Module, step: int) -> None:
@@ -222,12 +216,9 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
         elif (first := new.setdefault(canonical[name], tensor)) is not tensor and not torch.equal(first, tensor):
             errors["tied in the model, different here"].append(name)
     if any(errors.values()):
-        raise refusal(
-            source,
-            got="; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in errors.items() if names),
-            expected="the model's parameters and buffers by name, shape and dtype",
-            fix="Build the model as it was built for that file. Nothing was loaded.",
-        )
+        got = "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in errors.items() if names)
+        fix = "Build the model as it was built for that file. Nothing was loaded."
+        raise refusal(source, got=got, expected="the model's parameters and buffers by name, shape and dtype", fix=fix)
     with torch.no_grad():
         for name, tensor in new.items():
             targets[name].copy_(tensor)

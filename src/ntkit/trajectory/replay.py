@@ -207,11 +207,6 @@ class Replay:
 
         A run that takes more than 256 MB is replayed in parts of sqrt(S) steps, with the same bits: in total twice the
         work of training, and sqrt(S) copies of the parameters and of the optimizer's state, and as many of a part.
-
-        Raises
-        ------
-        Refused
-            As `check`.
         """
         self.check()
         after = self._updated(self.steps)
@@ -280,12 +275,10 @@ class Replay:
     def _rows(self, step: int) -> Tensor:
         rows = self._trajectory.batch(step)
         if len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.n:
-            raise refusal(
-                f"batch of step {step}",
-                got=f"rows {int(rows.min())} to {int(rows.max())}" if len(rows) else "no rows",
-                expected=f"rows of the training set, 0 to {self.n - 1}",
-                fix="Pass the data whose row numbers were passed to rec.step().",
-            )
+            got = f"rows {int(rows.min())} to {int(rows.max())}" if len(rows) else "no rows"
+            expected = f"rows of the training set, 0 to {self.n - 1}"
+            fix = "Pass the data whose row numbers were passed to rec.step()."
+            raise refusal(f"batch of step {step}", got=got, expected=expected, fix=fix)
         return rows
 
     def _values(self) -> dict[str, Tensor]:
@@ -305,12 +298,10 @@ class Replay:
         assign(self.model, state, f"step 0 of {path.name}")
         snapshot = tensor_hash({name: state[name] for name in names})
         if snapshot != (initial := read_run(path)["initial"]):
-            raise refusal(
-                f"snapshot of step 0 in {path.name}",
-                got=f"a network with hash {snapshot[:12]}",
-                expected=f"the initial network of the run, {initial[:12]} in run.json",
-                fix="One of the two files was changed: restore the run's folder, or record the run again.",
-            )
+            got = f"a network with hash {snapshot[:12]}"
+            expected = f"the initial network of the run, {initial[:12]} in run.json"
+            fix = "One of the two files was changed: restore the run's folder, or record the run again."
+            raise refusal(f"snapshot of step 0 in {path.name}", got=got, expected=expected, fix=fix)
         self._constants = {name: state[name] for name in names.keys() - set(self.names)}
 
     def _equals_snapshot(self, step: int, before: dict[str, Tensor]) -> bool:
@@ -318,12 +309,10 @@ class Replay:
         recorded = self._read(step)
         for name, tensor in self._constants.items():
             if not _same_bits(tensor, recorded[name]):
-                raise refusal(
-                    f"'{name}' at step {step}",
-                    got="another value than at step 0: the forward pass changes it",
-                    expected="a run that changes only the parameters of the optimizer",
-                    fix="Train with constant statistics (eval mode), or with GroupNorm or LayerNorm.",
-                )
+                got = "another value than at step 0: the forward pass changes it"
+                expected = "a run that changes only the parameters of the optimizer"
+                fix = "Train with constant statistics (eval mode), or with GroupNorm or LayerNorm."
+                raise refusal(f"'{name}' at step {step}", got=got, expected=expected, fix=fix)
         differences = []
         for name, p in self._params.items():
             value = p.detach()

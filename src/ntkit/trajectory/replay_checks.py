@@ -25,12 +25,10 @@ def training_arguments(
     for name, value in zip(values, trajectory.origin or (), strict=False):
         values[name] = value if values[name] is None else values[name]
     if missing := [name for name, value in values.items() if value is None]:
-        raise refusal(
-            ", ".join(missing),
-            got="nothing, and the trajectory was opened from disk",
-            expected="the arguments that the run was trained with; only the trajectory that train returns has them",
-            fix=f"Pass {', '.join(f'{name}=' for name in missing)} (data as (x, y)).",
-        )
+        got = "nothing, and the trajectory was opened from disk"
+        expected = "the arguments that the run was trained with; only the trajectory that train returns has them"
+        fix = f"Pass {', '.join(f'{name}=' for name in missing)} (data as (x, y))."
+        raise refusal(", ".join(missing), got=got, expected=expected, fix=fix)
     for name, valid, expected in (
         ("model", isinstance(values["model"], nn.Module), "a torch.nn.Module"),
         ("loss", callable(values["loss"]), "a function of model(x) and y"),
@@ -46,12 +44,9 @@ def checked_clip(settings: dict[str, Any], objective: Objective, clip: float | N
     check_clip(clip)
     if "data" in settings and objective.data_hash() != settings["data"]:
         other = "other data, or the same in another order or dtype"
-        raise refusal(
-            "data",
-            got=other if objective.n == settings["n"] else f"{objective.n} examples",
-            expected=f"the {settings['n']} examples that the run was trained on, unchanged",
-            fix="Pass the same (x, y); batches are rows of it.",
-        )
+        got = other if objective.n == settings["n"] else f"{objective.n} examples"
+        expected = f"the {settings['n']} examples that the run was trained on, unchanged"
+        raise refusal("data", got=got, expected=expected, fix="Pass the same (x, y); batches are rows of it.")
     name = loss_name(objective.loss)
     if "loss" in settings and name != settings["loss"]:
         raise refusal("loss", got=name, expected=f"{settings['loss']}, as in training", fix="Pass that function.")
@@ -96,12 +91,9 @@ def replayable_steps(trajectory: Trajectory) -> int:
     unknown = settings.get("budget") is not None or (isinstance(record, str) and record not in ("log", "all"))
     expected = {0, last} if unknown else {0, last, *filter(snapshot_rule(record), range(last))}
     if missing := sorted(expected - set(trajectory.steps)):
-        raise refusal(
-            str(trajectory.path),
-            got=f"no snapshot of step {', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}",
-            expected=f"one at each recorded step (record={record!r})",
-            fix="A file was deleted: restore the run's folder from its source, or record the run again.",
-        )
+        got = f"no snapshot of step {', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}"
+        fix = "A file was deleted: restore the run's folder from its source, or record the run again."
+        raise refusal(str(trajectory.path), got=got, expected=f"one at each recorded step (record={record!r})", fix=fix)
     if trajectory.status == "diverged" and settings.get("kind") == "recorded":
         return max(step for step in trajectory.steps if step <= stop["diverged_at"])
     return last
@@ -111,12 +103,10 @@ def checked_rates(trajectory: Trajectory, steps: int) -> Tensor:
     """Learning rates of each step, [S, groups]; those in run.json must agree with them."""
     groups, rates = trajectory.settings["optimizer"]["groups"], trajectory.learning_rates[:steps]
     if len(rates) < steps or (steps and (rates.shape[1] != len(groups) or not bool(torch.isfinite(rates).all()))):
-        raise refusal(
-            f"learning rates of {trajectory.path.name}",
-            got=f"{list(rates.shape)}, {int((~torch.isfinite(rates)).sum())} of them missing",
-            expected=f"one for each of {steps} steps and each of {len(groups)} groups of the optimizer, from the start",
-            fix="Record a run with constant groups; if a file of the log was deleted, restore the run's folder.",
-        )
+        got = f"{list(rates.shape)}, {int((~torch.isfinite(rates)).sum())} of them missing"
+        expected = f"one for each of {steps} steps and each of {len(groups)} groups of the optimizer, from the start"
+        fix = "Record a run with constant groups; if a file of the log was deleted, restore the run's folder."
+        raise refusal(f"learning rates of {trajectory.path.name}", got=got, expected=expected, fix=fix)
     constant = trajectory.settings.get("kind") != "recorded" and trajectory.settings.get("schedule") is None
     for place, group in enumerate(groups if constant else []):
         rate = group["lr"]

@@ -61,12 +61,9 @@ class RunWriter:
             raise refusal(str(self.folder), got="a folder that holds a run", expected="a new folder", fix=fix)
         run = read_run(self.folder)
         if changes := _differences(run["settings"], self.settings):
-            raise refusal(
-                f"resume of {self.folder}",
-                got="other settings: " + "; ".join(changes[:5]) + ("; ..." if len(changes) > 5 else ""),
-                expected="those the run was started with",
-                fix="Pass the same model, data and settings, or name another folder.",
-            )
+            got = "other settings: " + "; ".join(changes[:5]) + ("; ..." if len(changes) > 5 else "")
+            fix = "Pass the same model, data and settings, or name another folder."
+            raise refusal(f"resume of {self.folder}", got=got, expected="those the run was started with", fix=fix)
         if run["status"] == "running":
             return False
         assign(self.model, read_tensors(snapshot_path(self.folder, run["stop"]["step"])), str(self.folder))

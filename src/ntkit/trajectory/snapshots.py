@@ -55,12 +55,7 @@ def _on_log_grid(step: int) -> bool:
 
 
 def snapshot_steps(record: SnapshotSteps, steps: int) -> Collection[int]:
-    """Steps that get a snapshot in a run of `steps` steps; 0 and `steps` are always among them.
-
-    Raises
-    ------
-    Refused
-        As in `snapshot_rule`, and when a step in a list is beyond `steps`.
+    """Steps that get a snapshot in a run of `steps` steps, 0 and `steps` always; refuses a listed step beyond `steps`.
 
     Examples
     --------
@@ -78,15 +73,10 @@ def snapshot_steps(record: SnapshotSteps, steps: int) -> Collection[int]:
 
 
 def surplus_snapshots(sizes: Mapping[int, int], budget: int | None) -> list[int]:
-    """Steps whose snapshots to delete so that the rest fits in the budget, evenly spaced in log(1 + step).
+    """Steps whose snapshots to delete so that the bytes of the rest fit in the budget, evenly spaced in log(1 + step).
 
     Repeatedly, the interior step whose two neighbors are nearest in log(1 + step) is removed; the first and the last
     never are. The result depends on steps and sizes only, so a resumed run finds the same.
-
-    Parameters
-    ----------
-    sizes : bytes of the snapshot of each step.
-    budget : bytes allowed in total; None = no limit.
 
     Examples
     --------

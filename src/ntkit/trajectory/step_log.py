@@ -124,22 +124,14 @@ def _padded(rates: Tensor, groups: int) -> Tensor:
 
 
 def _on_cpu(rows: list[LogEntry]) -> list[LogEntry]:
-    """Entries with all tensors copied to the CPU; losses of one device together, to wait for it once."""
-    places_by_device: dict[torch.device, list[int]] = {}
-    for place, row in enumerate(rows):
-        if isinstance(row.loss, Tensor):
-            places_by_device.setdefault(row.loss.device, []).append(place)
-    values: dict[int, float] = {}
-    for places in places_by_device.values():
-        stacked = torch.stack([loss for i in places if isinstance(loss := rows[i].loss, Tensor)])
-        values |= dict(zip(places, stacked.cpu().double().tolist(), strict=True))
+    """Entries without tensors on a device: losses and learning rates as numbers."""
     return [
         LogEntry(
-            values.get(place, row.loss),
+            None if row.loss is None else float(row.loss),
             [float(rate) for rate in row.rates],
             None if row.indices is None else row.indices.cpu(),
         )
-        for place, row in enumerate(rows)
+        for row in rows
     ]
 
 

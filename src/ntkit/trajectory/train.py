@@ -235,12 +235,9 @@ def _new_optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], model: 
         raise refusal("optimizer", got=got, expected=expected, fix=fix)
     closure = inspect.signature(type(opt).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise refusal(
-            "optimizer",
-            got=f"{type(opt).__name__}, which evaluates the loss several times per step",
-            expected="one gradient per step",
-            fix="Use SGD, Adam, AdamW or another optimizer without a closure.",
-        )
+        got = f"{type(opt).__name__}, which evaluates the loss several times per step"
+        fix = "Use SGD, Adam, AdamW or another optimizer without a closure."
+        raise refusal("optimizer", got=got, expected="one gradient per step", fix=fix)
     return opt
 
 
