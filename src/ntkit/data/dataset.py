@@ -204,9 +204,8 @@ def _read(name_or_path: str | Path, data_dir: str | Path | None) -> tuple[Files,
     expected = "digits, mnist, cifar10, the path of an .npz file or of a folder of images, or file.py:factory"
     if path.exists():
         raise refusal(str(path), got="another kind of file", expected=expected, fix="Save arrays with numpy.savez.")
-    fix = nearest(str(name_or_path), ["digits", *official])
     got = f"{str(name_or_path)!r}, neither the name of a data set nor a file"
-    raise refusal("data", got=got, expected=expected, fix=fix)
+    raise refusal("data", got=got, expected=expected, fix=nearest(str(name_or_path), ["digits", *official]))
 
 
 def _from_factory(place: str) -> tuple[Files, str, str]:

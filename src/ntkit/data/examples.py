@@ -99,8 +99,7 @@ def stack(dataset: Any, subject: str) -> tuple[Tensor, Tensor]:
             raise refusal(where, got=got, expected=expected, fix="Resize or pad all examples to one shape.")
         label = np.asarray(item[1].cpu() if isinstance(item[1], Tensor) else item[1])
         if label.ndim or label.dtype.kind not in "iu":
-            got = f"label {item[1]!r}"
-            raise refusal(where, got=got, expected="an integer", fix="Give class indices 0, 1, ...")
+            raise refusal(where, got=f"label {item[1]!r}", expected="an integer", fix="Give class indices 0, 1, ...")
         x[index], y[index] = value, int(label)
     return x, y
 

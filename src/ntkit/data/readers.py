@@ -125,8 +125,7 @@ def read_mnist(folder: Path) -> Files:
         paths += existing[:1]
         missing += [] if existing else [name]
     if missing:
-        got = f"no {', '.join(missing)}"
-        raise refusal(str(folder), got=got, expected=MNIST_EXPECTED, fix=NO_DOWNLOAD)
+        raise refusal(str(folder), got=f"no {', '.join(missing)}", expected=MNIST_EXPECTED, fix=NO_DOWNLOAD)
     splits = []
     for images, labels in (paths[:2], paths[2:]):
         x, y = read_idx(images, "images"), read_idx(labels, "labels")
@@ -252,8 +251,7 @@ def _cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
     x = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if by_columns else "C")
     for row, label in enumerate(labels):
         if type(label) is not int or not 0 <= label <= 9:
-            got = f"label {label!r} in row {row:,}"
-            raise refusal(str(path), got=got, expected="labels 0 to 9", fix=_AGAIN)
+            raise refusal(str(path), got=f"label {label!r} in row {row:,}", expected="labels 0 to 9", fix=_AGAIN)
     return x, np.array(labels, np.uint8)
 
 

@@ -65,9 +65,8 @@ def snapshot_steps(record: SnapshotSteps, steps: int) -> Collection[int]:
     if isinstance(record, Iterable) and not isinstance(record, str):
         record = list(record)
         if beyond := [s for s in record if isinstance(s, Integral) and s > steps]:
-            expected = f"integers from 0 to steps = {steps}"
             fix = "Remove that step or train for more steps."
-            raise refusal("record", got=f"step {beyond[0]}", expected=expected, fix=fix)
+            raise refusal("record", got=f"step {beyond[0]}", expected=f"integers from 0 to steps = {steps}", fix=fix)
     rule = snapshot_rule(record)
     return range(steps + 1) if record == "all" else frozenset({0, steps, *filter(rule, range(steps))})
 
