@@ -110,9 +110,6 @@ def redraw(network: nn.Module, recipe: Recipe, seed: int) -> None:
         p.copy_(drawn(draw.initial, tuple(p.shape), fan_in(layer), fan_out(layer), draw.fan_in, generator))
 
 
-# ---------------------------------------------------------------------- the layers
-
-
 def _layers(model: nn.Module) -> dict[str, Any]:
     """Layers whose sizes change, by name; refuse those that cannot."""
     layers: dict[str, Any] = {}
@@ -121,6 +118,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     for name, layer in model.named_modules():
         where = f"layer '{name}' ({type(layer).__name__})"
         parameters = dict(layer.named_parameters(recurse=False))
+        single = isinstance(layer, nn.PReLU) and layer.num_parameters == 1  # one for all features
         for what, p in parameters.items():
             if id(p) in owners:
                 fix = "Untie them, or build the wider network yourself."
@@ -135,7 +133,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
             if any(v is not None and not torch.all(v == start[what]) for what, v in values.items()):
                 expected, fix = "weight 1, bias 0, initial statistics", "Widen the network before it is trained."
                 raise refusal(where, got="a norm that was trained", expected=expected, fix=fix)
-        elif parameters and not isinstance(layer, LAYERS) and not _single(layer):
+        elif parameters and not isinstance(layer, LAYERS) and not single:
             expected = "parameters in Linear, Conv1d, Conv2d and norms only"
             got = f"parameters of its own ({', '.join(parameters)})"
             raise refusal(where, got=got, expected=expected, fix="Build the wider network yourself.")
@@ -148,20 +146,12 @@ def _depthwise(layer: Any) -> bool:
     return layer.groups == layer.in_channels == layer.out_channels
 
 
-def _single(layer: Any) -> bool:
-    """Whether a layer has one parameter for all its features."""
-    return isinstance(layer, nn.PReLU) and layer.num_parameters == 1
-
-
 def _initials(name: str, layer: Any) -> tuple[int, dict[str, Initial]]:
     """Fan in, and the distributions of weight and bias."""
     where = f"layer '{name}' ({type(layer).__name__})"
     present = [what for what in ("weight", "bias") if getattr(layer, what) is not None]
     i, o = fan_in(layer), fan_out(layer)
     return i, {what: initial_std(getattr(layer, what), i, o, f"{where}, {what}") for what in present}
-
-
-# ---------------------------------------------------------------------- the features
 
 
 def _feature_axis(layer: Any) -> int:
@@ -246,7 +236,8 @@ def _resize(model: nn.Module, layers: dict[str, Any], flow: _Flow, width: int, e
         old_rest, rest, features = list(old), list(x.shape), x.shape[axis]
         old_rest[axis] = rest[axis] = 0
         new_input = name in flow.first and features != old[axis]
-        if old_rest != rest or new_input or (call_index and features != _features_in(layer)):
+        resized = layer.weight.shape[1] * getattr(layer, "groups", 1) if call_index else features
+        if old_rest != rest or new_input or features != resized:
             raise _cannot(name, layer, f"input of shape {tuple(x.shape)}, where it was {old}")
         if not call_index:
             _set_sizes(name, layer, features, None if name in flow.last else width)
@@ -272,10 +263,6 @@ def _cannot(name: str, layer: Any, got: str) -> Exception:
         expected="a network whose hidden layers can all have another width",
         fix="Look for constant sizes in its forward pass, or sums of hidden layers with the input.",
     )
-
-
-def _features_in(layer: Any) -> int:
-    return layer.weight.shape[1] * getattr(layer, "groups", 1)
 
 
 def _set_sizes(name: str, layer: Any, features: int, width: int | None) -> None:

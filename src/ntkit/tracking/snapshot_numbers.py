@@ -62,10 +62,6 @@ class KernelMatrix:
     def __init__(self, K: Tensor, shares: dict[str, Tensor] | None = None, diagonal: bool = False) -> None:
         self.K, self._shares, self._diagonal = K, shares, diagonal
 
-    def split(self) -> list[KernelMatrix]:
-        """Kernel of each output, from [n, n, C]."""
-        return [KernelMatrix(self.K[:, :, c]) for c in range(self.K.shape[2])]
-
     def spectral(self, k: int, values: dict[str, Tensor | None], outputs: int) -> tuple[dict[str, Any], np.ndarray]:
         """Top k eigenpairs, energies, alignment with the targets."""
         N = len(self.K) * outputs

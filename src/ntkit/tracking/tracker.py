@@ -188,8 +188,6 @@ class _Tracker:
         self.trajectory.load(self.model, step)
         self.model.eval()
 
-    # ------------------------------------------------------------------ one snapshot
-
     def _identity(self, step: int, earlier: list[int]) -> dict[str, Any]:
         """What the numbers of a snapshot depend on beside the settings: parameters, and the steps of comparison."""
         state = tensor_hash(self.trajectory.state(step).values())
@@ -222,7 +220,8 @@ class _Tracker:
         values: dict[str, Tensor | None]
         values = {"target": self.targets, "output": raw.reshape(self.n, -1).double(), "residual": slope}
         if isinstance(kernel, KernelMatrix) and self.mode == "diagonal":
-            parts = [part.spectral(self.k, output_columns(values, c), 1) for c, part in enumerate(kernel.split())]
+            kernels = [KernelMatrix(kernel.K[:, :, c]) for c in range(self.outputs)]
+            parts = [part.spectral(self.k, output_columns(values, c), 1) for c, part in enumerate(kernels)]
             record["per_output"] = [numbers for numbers, _ in parts]
             vectors = np.stack([v for _, v in parts])
         else:
@@ -260,8 +259,6 @@ class _Tracker:
         now, at_first, at_before = (self._signatures[s] for s in (step, first, before))
         self._signatures = {first: at_first, step: now}
         return kernel_change(now, at_first, at_before, step - before)
-
-    # ------------------------------------------------------------------ learning rates and first order
 
     def _rates(self, step: int) -> list[float]:
         """Learning rate of each group at a step; none if no step was logged."""

@@ -5,5 +5,3 @@ from ntkit.trajectory.record import record as record
 from ntkit.trajectory.recorded_run import Trajectory as Trajectory
 from ntkit.trajectory.recorded_run import load_weights as load_weights
 from ntkit.trajectory.train import train as train
-
-__all__ = ["Recorder", "Trajectory", "load_weights", "record", "train"]

@@ -29,8 +29,7 @@ class Objective:
         if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], Tensor):
             raise refusal("data", got=type(data).__name__, expected="(x, y) tensors", fix="Pass data=(x, y).")
         x, y = data
-        if isinstance(x, Mapping) or (isinstance(x, Sequence) and not isinstance(x, tuple)):
-            x = dict(x) if isinstance(x, Mapping) else tuple(x)
+        x = dict(x) if isinstance(x, Mapping) else tuple(x) if isinstance(x, Sequence) else x
         self.x: Batch = checked(x, "x")
         self.y: Tensor = checked(y, "y")
         self.n, self.loss = len(y), loss

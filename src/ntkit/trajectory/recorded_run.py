@@ -64,6 +64,7 @@ class Trajectory:
         self.settings: dict[str, Any] = run["settings"]
         self.status: Literal["running", "complete", "diverged"] = run["status"]
         self.stop: dict[str, Any] = run.get("stop", {})
+        self._is_recorded_loop = self.settings.get("kind") == "recorded"
         names = (self.path / "snapshots").glob("step-*.safetensors")
         self.steps: list[int] = sorted(int(name.stem.removeprefix("step-")) for name in names)
         self.origin: tuple[nn.Module, tuple[Inputs, Tensor], Loss] | None = None
@@ -112,10 +113,6 @@ class Trajectory:
                 return log
         empty = torch.zeros(0, len(self.settings["optimizer"]["groups"]), dtype=torch.float64)
         return {"losses": empty[:, 0], "learning_rates": empty}
-
-    @property
-    def _is_recorded_loop(self) -> bool:
-        return self.settings.get("kind") == "recorded"
 
     def batch(self, step: int) -> Tensor:
         """Indices (int64 [rows]) of the training examples that step `step` used.
@@ -216,7 +213,8 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
         elif (first := new.setdefault(canonical[name], tensor)) is not tensor and not torch.equal(first, tensor):
             errors["tied in the model, different here"].append(name)
     if any(errors.values()):
-        got = "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in errors.items() if names)
+        texts = {what: ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") for what, names in errors.items()}
+        got = "; ".join(f"{len(names)} {what}: {texts[what]}" for what, names in errors.items() if names)
         fix = "Build the model as it was built for that file. Nothing was loaded."
         raise refusal(source, got=got, expected="the model's parameters and buffers by name, shape and dtype", fix=fix)
     with torch.no_grad():
@@ -246,7 +244,3 @@ def read_run(folder: Path) -> dict[str, Any]:
         fix = "Name the folder that ntkit.train wrote, or open it with the release that wrote it."
         raise refusal(str(folder / "run.json"), got=got, expected=f"{FORMAT} version {VERSION}", fix=fix)
     return run
-
-
-def _first(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -16,23 +16,10 @@ from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.model_calls import select_parameters
+from ntkit.trajectory import optimizer_updates, replay_checks
 from ntkit.trajectory.objective import Inputs, Loss, Objective
-from ntkit.trajectory.optimizer_updates import (
-    Update,
-    build_optimizer,
-    clip_gradients,
-    optimizer_class,
-    take_step,
-    updated_parameters,
-)
+from ntkit.trajectory.optimizer_updates import Update
 from ntkit.trajectory.recorded_run import Trajectory, assign, read_run, tied_names
-from ntkit.trajectory.replay_checks import (
-    checked_clip,
-    checked_rates,
-    replay_model,
-    replayable_steps,
-    training_arguments,
-)
 
 MEMORY = 256 * 2**20  # bytes: the steps of a run that takes less stay in memory and are not replayed a second time
 
@@ -135,18 +122,18 @@ class Replay:
         clip: float | None = None,
     ) -> None:
         settings = trajectory.settings
-        model, data, loss = training_arguments(trajectory, model, data, loss)
-        optimizer_class(settings["optimizer"]["class"])  # refused before anything slow
+        model, data, loss = replay_checks.training_arguments(trajectory, model, data, loss)
+        optimizer_updates.optimizer_class(settings["optimizer"]["class"])  # refused before anything slow
         self._trajectory = trajectory
         self._objective = Objective(data, loss)
-        self._clip = checked_clip(settings, self._objective, clip)
-        self.steps = replayable_steps(trajectory)
+        self._clip = replay_checks.checked_clip(settings, self._objective, clip)
+        self.steps = replay_checks.replayable_steps(trajectory)
         self._recorded = {step for step in trajectory.steps if step <= self.steps}
-        self._rates = checked_rates(trajectory, self.steps)
+        self._rates = replay_checks.checked_rates(trajectory, self.steps)
         loop = settings.get("kind") == "recorded"
-        self.model = replay_model(model, settings, in_train_mode=not loop)
-        self._opt = build_optimizer(settings["optimizer"], dict(self.model.named_parameters()))
-        self._params = updated_parameters(self.model, self._opt)
+        self.model = replay_checks.replay_model(model, settings, in_train_mode=not loop)
+        self._opt = optimizer_updates.build_optimizer(settings["optimizer"], dict(self.model.named_parameters()))
+        self._params = optimizer_updates.updated_parameters(self.model, self._opt)
         self.names = list(self._params)
         select_parameters(self.model, self.names)
         self._full_batch = not loop and settings["batch_size"] is None
@@ -221,8 +208,6 @@ class Replay:
                 yield Step(step, rows, x, record.slope, before, after, record.updates)
                 after = before
 
-    # --- the steps -------------------------------------------------------------------------------------------
-
     def _part(self, first: int) -> list[_StepRecord]:
         """Steps of the part that starts at `first`: from memory, or replayed."""
         last = min(first + self._stride, self.steps)
@@ -245,10 +230,10 @@ class Replay:
         """Take a step from the model's parameters to the next ones, which are read from a snapshot if there is one."""
         before = self._values()
         slope = self._slope(step)
-        factor = clip_gradients(self._params.values(), self._clip)
+        factor = optimizer_updates.clip_gradients(self._params.values(), self._clip)
         for group, rate in zip(self._opt.param_groups, self._rates[step].tolist(), strict=True):
             group["lr"] = rate
-        updates = take_step(self._opt, self._params, factor)
+        updates = optimizer_updates.take_step(self._opt, self._params, factor)
         exact = step + 1 not in self._recorded or self._equals_snapshot(step + 1, before)
         return _StepRecord(slope, updates, None if step in self._recorded else before, exact)
 
@@ -288,8 +273,6 @@ class Replay:
         with torch.no_grad():
             for name, p in self._params.items():
                 p.copy_(values[name])
-
-    # --- the snapshots ---------------------------------------------------------------------------------------
 
     def _load_start(self) -> None:
         """Load the initial network, and check that the run started with it."""
@@ -357,13 +340,12 @@ class Replay:
 def _checked_outputs(outputs: Any, rows: int) -> Tensor:
     if isinstance(outputs, Tensor) and outputs.ndim and len(outputs) == rows and outputs.requires_grad:
         return outputs
-    got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-    raise refusal(
-        "the model's output",
-        got=got + (", without a gradient" if isinstance(outputs, Tensor) and not outputs.requires_grad else ""),
-        expected=f"one tensor of shape [{rows}, ...] that depends on the parameters",
-        fix="Wrap the model, also in training, so that it returns one tensor with examples along its first axis.",
-    )
+    got = f"a {type(outputs).__name__}"
+    if isinstance(outputs, Tensor):
+        got = f"shape {list(outputs.shape)}{'' if outputs.requires_grad else ', without a gradient'}"
+    expected = f"one tensor of shape [{rows}, ...] that depends on the parameters"
+    fix = "Wrap the model, also in training, so that it returns one tensor with examples along its first axis."
+    raise refusal("the model's output", got=got, expected=expected, fix=fix)
 
 
 @contextmanager
