@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,6 +20,7 @@ from ntkit.data.examples import Kind, examples, restored_random_states, stack
 from ntkit.data.readers import Files
 from ntkit.data.splits import class_indices, class_names, draw, held_out_quotas, stratified
 
+Pair = tuple[Tensor | ArrayLike, Tensor | ArrayLike]  # x and labels
 _SPLIT_SEED = 0  # of every train/test split here: the same split for every `seed` of the sample
 
 
@@ -111,8 +113,8 @@ def load(
 
 
 def from_tensors(
-    train: tuple[Any, Any],
-    test: tuple[Any, Any] | None = None,
+    train: Pair,
+    test: Pair | None = None,
     classes: Sequence[str] | None = None,
     name: str = "tensors",
 ) -> Data:

@@ -279,10 +279,8 @@ def read_npz(path: Path) -> Files:
         got = f"{key} cannot be read ({error})"
         expected = "plain numeric arrays (no Python objects), undamaged"
         raise refusal(str(path), got=got, expected=expected, fix="Write it again with numpy.savez.") from error
-    source = f"npz file {path.name}: {', '.join(arrays)}"
-    if split:
-        return Files((arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"]), None, source)
-    return Files((arrays["x"], arrays["y"]), None, None, source)
+    values = tuple(arrays.values())
+    return Files(values[:2], values[2:] or None, None, f"npz file {path.name}: {', '.join(arrays)}")
 
 
 def read_image_folder(folder: Path) -> Files:
@@ -298,9 +296,9 @@ def read_image_folder(folder: Path) -> Files:
             raise refusal(str(folder), got=got, expected="the same class folders in both", fix="Add or remove it.")
     labels = [[label for label, path in enumerate(group) for _ in _visible(path)] for group in folders]
     pixels = _read_images([path for group in folders for inner in group for path in _visible(inner)])
-    cut = len(labels[0])
-    train = (pixels[:cut], np.array(labels[0]))
-    test = (pixels[cut:], np.array(labels[1])) if split else None
+    n = len(labels[0])
+    train = (pixels[:n], np.array(labels[0]))
+    test = (pixels[n:], np.array(labels[1])) if split else None
     layout = "train/CLASS and test/CLASS" if split else "CLASS"
     return Files(train, test, classes, f"images in {folder.name}/, {layout}: {', '.join(classes)}")
 

@@ -27,26 +27,26 @@ def draw(y: Tensor, count: int, where: str, seed: int, part: int) -> Tensor:
 def held_out_quotas(y: Tensor, subject: str) -> Tensor:
     """Test examples per class: a fifth of all if possible, but each class keeps one for training."""
     sizes = y.bincount()
-    room = (sizes - 1).clamp(min=0)
-    total = min(-(-len(y) // 5), int(room.sum()))
+    most = (sizes - 1).clamp(min=0)
+    total = min(-(-len(y) // 5), int(most.sum()))
     if total == 0:
         got = f"{len(y)} examples, no class with two"
         raise refusal(subject, got=got, expected="enough for a test set", fix="Pass a test set.")
-    return _quotas(sizes, total, room)
+    return _quotas(sizes, total, most)
 
 
-def _quotas(sizes: Tensor, total: int, room: Tensor) -> Tensor:
-    """Divide `total` in proportion to `sizes`: at most `room` each, and at least one each if possible."""
-    quotas = torch.minimum(sizes * total // sizes.sum(), room)
-    if total >= int((room > 0).sum()):
-        quotas = torch.maximum(quotas, (room > 0).long())
+def _quotas(sizes: Tensor, total: int, most: Tensor) -> Tensor:
+    """Divide `total` in proportion to `sizes`: at most `most` each, and at least one each if possible."""
+    quotas = torch.minimum(sizes * total // sizes.sum(), most)
+    if total >= int((most > 0).sum()):
+        quotas = torch.maximum(quotas, (most > 0).long())
     while (excess := int(quotas.sum()) - total) != 0:
         owed = sizes * total - quotas * sizes.sum()  # integers: ties fall the same way everywhere
         never = torch.iinfo(torch.int64).min
         if excess > 0:
             quotas[(-owed).masked_fill(quotas <= 1, never).argmax()] -= 1
         else:
-            quotas[owed.masked_fill(quotas >= room, never).argmax()] += 1
+            quotas[owed.masked_fill(quotas >= most, never).argmax()] += 1
     return quotas
 
 

@@ -236,8 +236,8 @@ def _resize(model: nn.Module, layers: dict[str, Any], flow: _Flow, width: int, e
         old_rest, rest, features = list(old), list(x.shape), x.shape[axis]
         old_rest[axis] = rest[axis] = 0
         new_input = name in flow.first and features != old[axis]
-        resized = layer.weight.shape[1] * getattr(layer, "groups", 1) if call_index else features
-        if old_rest != rest or new_input or features != resized:
+        at_first = layer.weight.shape[1] * getattr(layer, "groups", 1) if call_index else features
+        if old_rest != rest or new_input or features != at_first:
             raise _cannot(name, layer, f"input of shape {tuple(x.shape)}, where it was {old}")
         if not call_index:
             _set_sizes(name, layer, features, None if name in flow.last else width)

@@ -49,7 +49,7 @@ class Tracked:
 
     settings: dict[str, Any]
     steps: list[int]
-    series: dict[str, list]
+    series: dict[str, list[Any]]
     vectors: dict[int, np.ndarray]
     path: Path | None = None
 

@@ -121,8 +121,7 @@ class _Tracker:
         self.trajectory, self.model, self.k = trajectory, model, k
         self.x = checked(x, "x")
         self.n = count(self.x)
-        device = next(model.parameters()).device
-        budget = parse_memory(memory) or free_memory(device) // 2
+        budget = parse_memory(memory) or free_memory(next(model.parameters()).device) // 2
         with _restored(model):
             self._load(trajectory.steps[0])
             raw = raw_outputs(model, self.x)

@@ -29,8 +29,7 @@ class _Callback:
         self.recorder: Recorder | None = None
 
     def _start(self, model: nn.Module, optimizer: Optimizer) -> None:
-        recorder = Recorder(model, optimizer, self.path, self.record, self.budget, checkpoints=False)
-        self.recorder = recorder.__enter__()
+        self.recorder = Recorder(model, optimizer, self.path, self.record, self.budget, checkpoints=False).__enter__()
 
     def _end(self, error: BaseException | None = None) -> None:
         if self.recorder is not None:

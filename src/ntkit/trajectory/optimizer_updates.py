@@ -82,8 +82,7 @@ def updated_parameters(model: nn.Module, opt: Optimizer) -> dict[str, nn.Paramet
 def check_clip(clip: float | None) -> None:
     """Refuse an invalid bound on the norm of the gradient."""
     if clip is not None and not (isinstance(clip, Real) and 0 < clip < math.inf):
-        got, expected = repr(clip), "a finite norm > 0, or None"
-        raise refusal("clip", got=got, expected=expected, fix="None = no clipping.")
+        raise refusal("clip", got=repr(clip), expected="a finite norm > 0, or None", fix="None = no clipping.")
 
 
 def clip_gradients(params: Iterable[Tensor], clip: float | None) -> float:

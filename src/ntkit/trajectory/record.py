@@ -161,7 +161,7 @@ class Recorder:
         for file in snapshot_path(self.path, 0).parent.glob("step-*.safetensors"):
             if int(file.stem.removeprefix("step-")) not in self._sizes:
                 file.unlink()  # written after the checkpoint, as were the steps that the log deletes here
-        self._log.cut(rest.get("step", 0), rest.get("diverged"))
+        self._log.truncate(rest.get("step", 0), rest.get("diverged"))
         if self.done == 0 or self._has_snapshot(self.done):
             self._snapshot()
         self._checkpoint()

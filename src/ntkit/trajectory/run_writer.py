@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class RunWriter:
         self._checkpoint.unlink(missing_ok=True)  # the run was killed between run.json and this removal
         return True
 
-    def begin(self, network: Mapping[str, Tensor], resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def begin(self, network: dict[str, Tensor], resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Write run.json; or load the last checkpoint, and return its tensors and metadata."""
         if resume and self._checkpoint.exists():
             tensors, metadata = read_tensors_and_metadata(self._checkpoint)
@@ -92,14 +92,12 @@ class RunWriter:
         self._write_run("running", {}, initial)
         return None
 
-    def write_checkpoint(
-        self, step: int, network: Mapping[str, Tensor], more: Mapping[str, Tensor], **rest: Any
-    ) -> None:
+    def write_checkpoint(self, step: int, network: dict[str, Tensor], more: dict[str, Tensor], **rest: Any) -> None:
         """Write what a resume at `step` needs: network, optimizer state, and more tensors and JSON values."""
         tensors = {f"model.{name}": tensor for name, tensor in network.items()}
         state = _to_json(self.opt.state_dict(), tensors)
         content = json.dumps({"step": step, "optimizer": state, **rest})
-        write_tensors(self._checkpoint, tensors | dict(more), {"ntkit": content})
+        write_tensors(self._checkpoint, tensors | more, {"ntkit": content})
 
     def finish(self, status: str, stop: dict[str, Any]) -> None:
         """Write into run.json how the run ended; nothing is written after it."""

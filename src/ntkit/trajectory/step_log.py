@@ -57,7 +57,7 @@ class StepLog:
             self._open = (first, rows, 0)
         self._open = (first, rows, len(rows))
 
-    def cut(self, steps: int, diverged: tuple[int, str] | None) -> None:
+    def truncate(self, steps: int, diverged: tuple[int, str] | None) -> None:
         """Delete all but the first `steps` steps: a resumed run repeats those after its checkpoint."""
         first = steps // SEGMENT * SEGMENT
         rows = _entries(_segment(self.folder, first))[: steps - first] if steps > first else []

@@ -73,8 +73,8 @@ class TrainingRun(RunWriter):
     def end_diverged(self, step: int, loss: float) -> None:
         """End at the step before `step`, whose loss (or parameters) are not finite."""
         last = max(step - 1, 0)
-        last_loss = self.losses[last] if step > 0 else None
-        self.end(last, "diverged", last_loss, diverged_at=step, diverged_loss=str(loss))
+        value = self.losses[last] if step > 0 else None
+        self.end(last, "diverged", value, diverged_at=step, diverged_loss=str(loss))
 
     def _log(self, steps: int) -> dict[str, Tensor]:
         rates = torch.tensor(self.rates[:steps], dtype=torch.float64)
