@@ -42,7 +42,7 @@ class Tracked:
           loss |f - y|^2 / (2 n) that is 2 n / lambda_1;
         - ``first_order`` {cosine, relative_error, norm_ratio}: the change of all outputs in a gradient descent step on
           these points against its first-order prediction -lr K dL/df;
-        - ``per_output`` [{...}]: with outputs="diagonal", the spectral numbers of each output's own kernel.
+        - ``per_output`` [{...}]: with outputs="diagonal", the spectral numbers of the kernel of each output.
 
     path : its folder, or None.
     """

@@ -51,7 +51,7 @@ class Objective:
         return model(x) if isinstance(x, Tensor) else model(**x) if isinstance(x, dict) else model(*x)
 
     def value(self, model: nn.Module, rows: Tensor | slice | None) -> Tensor:
-        """Loss on these rows."""
+        """Value of the loss on these rows."""
         x, y = self.batch(rows)
         return self.loss(self.outputs(model, x), y)
 

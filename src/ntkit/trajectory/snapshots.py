@@ -13,7 +13,7 @@ SnapshotSteps = Literal["log", "all"] | int | Iterable[int] | Callable[[int], bo
 
 
 def snapshot_rule(record: SnapshotSteps | str) -> Callable[[int], bool]:
-    """Function that says of any step whether it gets a snapshot; it does not depend on the length of the run.
+    """Return a function that tells whether a step gets a snapshot; the length of the run does not matter.
 
     Parameters
     ----------
@@ -32,10 +32,8 @@ def snapshot_rule(record: SnapshotSteps | str) -> Callable[[int], bool]:
     >>> [step for step in range(30) if snapshot_rule(10)(step)]
     [0, 10, 20]
     """
-    if record == "log":
-        return _on_log_grid
-    if record == "all":
-        return lambda step: True
+    if isinstance(record, str) and record in ("log", "all"):
+        return _on_log_grid if record == "log" else lambda step: True
     if callable(record):
         return lambda step: bool(record(step))
     if isinstance(record, Integral) and not isinstance(record, bool) and record >= 1:
