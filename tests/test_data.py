@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ntkit.base.checks import Refused
+from ntkit.base.tensors import tensor_hash
 from ntkit.data import from_dataset, from_tensors, load
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -202,6 +203,14 @@ def test_a_class_without_examples_is_refused(tmp_path):
     with pytest.raises(Refused, match=r"classes: got '2', which has no examples in the test set"):
         load(tmp_path / "a.npz", classes=(0, 2))
     assert load(tmp_path / "a.npz", classes=(1, 0)).y_test.tolist() == [1, 0]
+
+
+def test_hashes_on_disk_keep_their_values():
+    """Of named tensors (run.json of a trajectory), of unnamed ones (track.json), of a data set (results.json)."""
+    x, y = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 1])
+    assert tensor_hash({"x": x, "y": y})[:16] == "e88d864e55ed12df"
+    assert tensor_hash([x, y])[:16] == "7b49fd14d990d440"
+    assert from_tensors((x, y), (x, y)).hash == "36ff38e827770b25"
 
 
 def test_hash_sees_values_dtype_and_shape():
