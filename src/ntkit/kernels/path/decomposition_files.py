@@ -13,7 +13,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
 from ntkit.kernels.path.decomposition import PathDecomposition, StepShare
-from ntkit.trajectory.run_writer import Pace
+from ntkit.trajectory.run_writer import CheckpointTimer
 
 if TYPE_CHECKING:
     from ntkit.kernels.path.sweep import Sweep
@@ -34,7 +34,7 @@ class DecompositionFiles:
     def __init__(self, folder: str | Path | None, identity: dict[str, Any]) -> None:
         self._folder = None if folder is None else ensure_folder(folder)
         self._identity = json.loads(json.dumps(identity))
-        self._pace = Pace()
+        self._timer = CheckpointTimer()
 
     def result(self) -> PathDecomposition | None:
         """The finished decomposition, if there is one."""
@@ -64,9 +64,9 @@ class DecompositionFiles:
 
     def keep(self, sweep: Sweep, start: int, size: int, step: int) -> None:
         """Write the state of a sweep: at its end, and from time to time."""
-        if self._folder is None or not (step == 0 or self._pace.due(False)):
+        if self._folder is None or not (step == 0 or self._timer.due(False)):
             return
-        with self._pace.measured():
+        with self._timer.measured():
             tensors, carry = sweep.state(done=step == 0)
             self._write(f"part-{start}", tensors, {"size": size, "step": step, "carry": carry})
 
