@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from unittest import mock
+from dataclasses import replace
 
 import jinja2
 import numpy as np
@@ -130,9 +130,8 @@ def path(m, tmp):
 
 
 def toy_study(m, tmp):
-    toy = kopitkov2019.Scale(4, 4, 4, 0.05, 2, 12, 2, 12, 2)
-    with mock.patch.dict(kopitkov2019.SCALES, quick=toy), mock.patch.object(kopitkov2019, "SEEDS", (0, 1)):
-        ntkit.study("kopitkov2019", out=tmp / "run")
+    toy = kopitkov2019.SpectrumSizes(4, 4, 4, 0.05, 2, 12, 2, 12, 2)
+    replace(kopitkov2019.STUDY, scales={"quick": toy}, seeds=(0, 1)).run("quick", tmp / "run")
 
 
 def plain(m):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,16 +14,14 @@ from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.measures.convergence import Twin
 from ntkit.networks.parametrization import to_ntk_parametrization
 from ntkit.networks.widening import widened
-from ntkit.studies.parts import Part, Work
-
-__all__ = ["BETA", "DEPTH", "LR", "Part", "Scale", "Work", "circle", "descend", "limit", "network", "sizes"]
+from ntkit.studies.study import Item, curve
 
 BETA, LR = 0.1, 1.0
 DEPTH = 4  # weight layers of the first two experiments
 
 
 @dataclass(frozen=True)
-class Scale:
+class LimitSizes:
     """Sizes of all experiments.
 
     Attributes
@@ -30,7 +29,8 @@ class Scale:
     rate_widths, rate_seeds : networks whose kernels give the rate of convergence, without training.
     kernel_widths, seeds, inputs, kernel_steps : figure 1.
     curve_widths, curve_seeds, curve_steps : figure 2.
-    component_widths, trials, batch, component_steps, batches : figure 3; how many batches tell the eigenvalues' spread.
+    component_widths, trials, batch, component_steps : figure 3.
+    batches : batches of digits for the eigenvalues' spread.
     """
 
     rate_widths: tuple[int, ...]
@@ -49,13 +49,8 @@ class Scale:
     batches: int
 
 
-def sizes(work: Work) -> Scale:
-    """Sizes of this run."""
-    return work.scale
-
-
 def template(example: Tensor, depth: int) -> nn.Sequential:
-    """A ReLU network of `depth` weight layers and one output, of any width, where the example is."""
+    """A ReLU network of `depth` weight layers and one output, with the example's dtype and device; width 8."""
     with torch.random.fork_rng(devices=[]):
         layers: list[nn.Module] = [nn.Linear(example.shape[1], 8)]
         for layer in range(1, depth):
@@ -80,7 +75,7 @@ def limit(depth: int, x1: Tensor, x2: Tensor | None = None, kind: str = "ntk", b
 
 
 def descend(twin: Twin, x: Tensor, y: Tensor, steps: int, watch: Callable[[int, Tensor], Any] | None = None) -> None:
-    """Full-batch gradient descent on 1/(2N) sum (f(x_i) - y_i)^2, in place; `watch` sees step and outputs before it."""
+    """Full-batch gradient descent on 1/(2N) sum (f(x_i) - y_i)^2, in place; `watch` gets step and outputs before it."""
     optimizer = twin.sgd(LR)
     for step in range(steps):
         out = twin.model(x)[:, 0]
@@ -97,3 +92,27 @@ def descend(twin: Twin, x: Tensor, y: Tensor, steps: int, watch: Callable[[int, 
 def circle(angles: Tensor) -> Tensor:
     """Points (cos g, sin g) of the unit circle, [n, 2]."""
     return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def short(values: Any) -> list[float]:
+    """Values with the digits that a figure needs."""
+    return [float(f"{v:.5g}") for v in np.ravel(values)]
+
+
+def short_curve(name: str, x: Any, y: Any, **more: Any) -> Item:
+    """A curve of a figure, with the digits that it needs."""
+    return curve(name, short(x), short(y), **more)
+
+
+def by_width(values: Mapping[int, Any], digits: int, unit: str = "") -> str:
+    """Write estimates or numbers by width."""
+    return ", ".join(f"{value:.{digits}f}{unit} (n = {n:,})" for n, value in values.items())
+
+
+def minus(value: float) -> str:
+    """Write a slope.
+
+    >>> minus(-0.5)
+    '−0.500'
+    """
+    return f"{value:.3f}".replace("-", "−")
