@@ -14,9 +14,9 @@ import ntkit
 from ntkit.base.checks import Refused
 from ntkit.studies import jacot2018 as jacot
 from ntkit.studies.jacot2018 import component, jacot_setting, random_kernels, regression
-from ntkit.studies.study import Result, Results, Work
+from ntkit.studies.study import Result, Results, Sizes, Work
 
-TOY = jacot_setting.LimitSizes(
+TOY = Sizes(
     rate_widths=(20, 60), rate_seeds=4, kernel_widths=(20, 200), seeds=3, inputs=8, kernel_steps=5,
     curve_widths=(10, 40), curve_seeds=3, curve_steps=30, component_widths=(8, 30), trials=2, batch=24,
     component_steps=40, batches=2,
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
     def stop(line):
         said.append(line)
-        if line == "regression, width 40, seed 1":
+        if line == "curves-40-seed-1":
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
         assert not again
         with pytest.raises(Refused, match="another run"):
             ntkit.study("jacot2018", scale="paper", out=place)
-        patched(patch, replace(TOY, inputs=9))
+        patched(patch, Sizes(**vars(TOY) | {"inputs": 9}))
         with pytest.raises(Refused, match="another run"):
             ntkit.study("jacot2018", out=place)
     return place
@@ -157,7 +157,7 @@ def test_the_component_that_is_learned(folder):
 
 
 def test_printed_eigenvalues_on_mnist(shared_data, tmp_path):
-    work = Work(replace(TOY, batch=512), (), ["mnist"], tmp_path, shared_data / "mnist")
+    work = Work(Sizes(**vars(TOY) | {"batch": 512}), (), ["mnist"], tmp_path, shared_data / "mnist")
     x, labels = component.digits(work, "mnist")
     assert x.shape == (512, 784)
     assert labels.unique().numel() == 10

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,9 +18,9 @@ from ntkit.studies import bell2023 as bell
 from ntkit.studies import kopitkov2019 as kopitkov
 from ntkit.studies.bell2023 import bell_setting, contributions, pictures, plane, removal, unseen
 from ntkit.studies.claim import Between, Bound, Claim, Condition, Estimate, Order, Within, mean
-from ntkit.studies.study import Result, Section, Study, StudyPart, Work, curve, lines, table
+from ntkit.studies.study import Result, Section, Sizes, Study, StudyPart, Work, curve, lines, table
 
-TOY = kopitkov.SpectrumSizes(6, 8, 24, 0.05, 8, 12, 5, 30, 20)
+TOY = Sizes(side=6, width=8, steps=24, lr=0.05, decay=8, k=12, top=5, points=30, digit_steps=20)
 
 
 def small(module, sizes):
@@ -48,8 +47,8 @@ def folder(tmp_path_factory):
         again: list[str] = []
         ntkit.study("kopitkov2019", out=place, say=again.append)
         assert (place / "results.json").read_bytes() == before  # same run, same bytes
-        assert not [line for line in again if line.startswith("picture")]  # nothing is trained or measured twice
-    assert len([line for line in said if line.startswith("picture")]) == 7  # three depths, two seeds, one begun twice
+        assert not [line for line in again if line.startswith("depth")]  # nothing is trained or measured twice
+    assert len([line for line in said if line.startswith("depth")]) == 7  # three depths, two seeds, one begun twice
     return place
 
 
@@ -115,7 +114,7 @@ def test_a_folder_without_the_data_is_refused_before_anything_is_run(tmp_path):
 
 
 def test_mnist_where_its_files_are_at_hand(shared_data, tmp_path):
-    toy = kopitkov.SpectrumSizes(4, 4, 4, 0.05, 2, 12, 2, 12, 2)
+    toy = Sizes(side=4, width=4, steps=4, lr=0.05, decay=2, k=12, top=2, points=12, digit_steps=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kopitkov, "STUDY", small(kopitkov, toy))
         patch.setattr(kopitkov, "OPTIMIZERS", {"sgd": kopitkov.OPTIMIZERS["sgd"]})
@@ -129,7 +128,7 @@ def test_mnist_where_its_files_are_at_hand(shared_data, tmp_path):
 
 # ---------------------------------------------------------------------- bell2023
 
-SMALL = bell_setting.BellSizes(
+SMALL = Sizes(
     plane_steps=2, side=5, direct=1, nodes=(1, 2), probed=3, pixels=8, width=2, train=50, test=6, steps=5, lr=0.2,
     other_steps=4, removals=2, shares=(0.04, 0.08), draws=2, unseen=12, unseen_steps=4,
 )  # fmt: skip
@@ -161,7 +160,7 @@ def bell_folder(tmp_path_factory):
         assert not again
         with pytest.raises(Refused, match="another run"):
             ntkit.study("bell2023", scale="paper", out=place)
-        patch.setattr(bell, "STUDY", small(bell, replace(SMALL, steps=6)))
+        patch.setattr(bell, "STUDY", small(bell, Sizes(**vars(SMALL) | {"steps": 6})))
         with pytest.raises(Refused, match="another run"):
             ntkit.study("bell2023", out=place)
     return place
@@ -253,14 +252,6 @@ def test_orders_slopes_and_patches():
 # ---------------------------------------------------------------------- a new study: its experiments only
 
 
-@dataclass(frozen=True)
-class CoinSizes:
-    """Flips for each seed; draws from a deck of cards."""
-
-    flips: int
-    draws: int
-
-
 def coin(work, seed):
     flips = np.random.default_rng(seed).integers(0, 2, work.sizes.flips)
     return Result({"share": float(flips.mean())}, {"flips": flips.astype(np.uint8)})
@@ -272,8 +263,8 @@ def deck(work):
 
 def coin_parts(work):
     for seed in work.seeds:
-        yield StudyPart("coin", "fair", f"coin-{seed}", f"coin, seed {seed}", partial(coin, seed=seed))
-    yield StudyPart("deck", None, "deck", "deck", deck)
+        yield StudyPart("coin", "fair", f"coin-{seed}", coin, (seed,))
+    yield StudyPart("deck", None, "deck", deck)
 
 
 def coin_claims(results):
@@ -297,7 +288,7 @@ COINS = Study(
     name="coins",
     title="Coins and cards",
     paper={"authors": "Nobody", "title": "On chance", "year": 1654, "reference": "a letter"},
-    scales={"quick": CoinSizes(50, 8), "paper": CoinSizes(500, 8)},
+    scales={"quick": Sizes(flips=50, draws=8), "paper": Sizes(flips=500, draws=8)},
     parts=[coin_parts],
     claims=[coin_claims, deck_claims],
     sections=[coin_sections],
@@ -310,7 +301,7 @@ def test_a_new_study_needs_its_experiments_only(tmp_path):
 
     def stop(line):
         said.append(line)
-        if line == "coin, seed 1":
+        if line == "coin-1":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -319,7 +310,7 @@ def test_a_new_study_needs_its_experiments_only(tmp_path):
     assert not (tmp_path / "run" / "results.json").exists()
     first = (tmp_path / "run" / "parts" / "coin-0.json").read_bytes()
     COINS.run("quick", tmp_path / "run", said.append)
-    assert said == ["coin, seed 0", "coin, seed 1", "coin, seed 1", "deck"]
+    assert said == ["coin-0", "coin-1", "coin-1", "deck"]
     assert (tmp_path / "run" / "parts" / "coin-0.json").read_bytes() == first
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [(c["claim"], c["holds"]) for c in results["claims"]] == [

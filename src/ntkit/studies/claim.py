@@ -25,10 +25,10 @@ class Estimate(NamedTuple):
     error: float = math.nan
 
     def __format__(self, spec: str) -> str:
-        return f"{self.value:{spec}} ± {self.error:{spec}}"
+        return f"{self.value:{spec}} ± {self.error:{spec}}".replace("-", "−")
 
 
-def mean(values: Sequence[float]) -> Estimate:
+def mean(values: Sequence[float] | np.ndarray) -> Estimate:
     """Mean over seeds with its standard error (NaN for one seed)."""
     a = np.asarray(values, dtype=float)
     return Estimate(float(a.mean()), float(a.std(ddof=1) / len(a) ** 0.5) if len(a) > 1 else math.nan)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.eigenfunctions import bandwidth, eigenfunctions, grid
 from ntkit.measures.spectra import spectrum
 from ntkit.studies.claim import Between, Bound, Claim, Condition, Order, mean
-from ntkit.studies.study import Result, Results, Study, StudyPart, Work, device
+from ntkit.studies.study import Result, Results, Sizes, Study, StudyPart, Work, device
 from ntkit.tracking import Tracked, half_squared, track
 from ntkit.trajectory import Trajectory, train
 
@@ -32,25 +31,17 @@ DEPTHS = (2, 4, 6)
 FUNCTIONS = 6  # eigenfunctions drawn
 
 
-@dataclass(frozen=True)
-class SpectrumSizes:
-    """Sizes: pixels per side, width, steps, learning rate, eigenpairs, and k of the energies in the claims."""
-
-    side: int
-    width: int
-    steps: int
-    lr: float
-    decay: int  # the step from which the learning rate is half
-    k: int
-    top: int
-    points: int  # digits that the kernel is tracked on
-    digit_steps: int
-
-
 SCALES = {
-    "quick": SpectrumSizes(24, 128, 16_000, 0.05, 4_000, 60, 20, 400, 3_000),
-    "paper": SpectrumSizes(100, 256, 600_000, 0.25, 100_000, 400, 20, 1_000, 30_000),
-}
+    "quick": Sizes(
+        side=24, width=128, steps=16_000, lr=0.05,  # pixels per side; the network and its training
+        decay=4_000,  # the step from which the learning rate is half
+        k=60, top=20,  # eigenpairs; k of the energies in the claims
+        points=400, digit_steps=3_000,  # digits that the kernel is tracked on; training steps
+    ),
+    "paper": Sizes(
+        side=100, width=256, steps=600_000, lr=0.25, decay=100_000, k=400, top=20, points=1_000, digit_steps=30_000
+    ),
+}  # fmt: skip
 
 
 def picture(x: Tensor) -> Tensor:
@@ -85,22 +76,15 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 }
 
 
-# ---------------------------------------------------------------------- experiments
-
-
 def parts(work: Work) -> Iterator[StudyPart]:
     """The picture by depth, then each data set by optimizer."""
     for depth in DEPTHS:
         for seed in work.seeds:
-            name, line = f"depth-{depth}-seed-{seed}", f"picture, depth {depth}, seed {seed}"
-            yield StudyPart("picture", depth, name, line, partial(_picture, depth=depth, seed=seed))
+            yield StudyPart("picture", depth, f"depth-{depth}-seed-{seed}", _picture, (depth, seed))
     for data in work.sets:
         for optimizer in OPTIMIZERS:
             for seed in work.seeds:
-                name, line = f"{data}-{optimizer}-seed-{seed}", f"{data}, {optimizer}, seed {seed}"
-                yield StudyPart(
-                    data, optimizer, name, line, partial(_classes, data=data, optimizer=optimizer, seed=seed)
-                )
+                yield StudyPart(data, optimizer, f"{data}-{optimizer}-seed-{seed}", _classes, (data, optimizer, seed))
 
 
 def _result(tracked: Tracked, arrays: dict[str, np.ndarray]) -> Result:
@@ -109,7 +93,7 @@ def _result(tracked: Tracked, arrays: dict[str, np.ndarray]) -> Result:
 
 def _picture(work: Work, depth: int, seed: int) -> Result:
     """Learn the picture, track the kernel on its points, draw the eigenfunctions."""
-    s: SpectrumSizes = work.sizes
+    s = work.sizes
     place, x = work.trajectory(f"depth-{depth}-seed-{seed}"), grid(s.side).float().to(device())
     y, model = picture(x), mlp(2, 1, depth, s.width, seed).to(device())
     around = [s.decay - 1, s.decay, s.decay + 1, s.decay + s.decay // 8, s.decay + s.decay // 2]
@@ -159,7 +143,7 @@ def _cross_entropy(out: Tensor, y: Tensor) -> Tensor:
 
 def _classes(work: Work, data: str, optimizer: str, seed: int) -> Result:
     """Learn images of ten classes with an optimizer, track the trace kernel on some of them."""
-    s: SpectrumSizes = work.sizes
+    s = work.sizes
     place = work.trajectory(f"{data}-{optimizer}-seed-{seed}")
     images = load(data, None if data == "digits" else str(work.data_dir))
     rows = torch.linspace(0, len(images.x_train) - 1, min(s.points, len(images.x_train))).long()
@@ -170,9 +154,6 @@ def _classes(work: Work, data: str, optimizer: str, seed: int) -> Result:
         batch_size=32, seed=seed,
     )  # fmt: skip
     return _result(track(run, x[rows], y[rows], model=model, k=s.k, path=place.parent / "track"), {})
-
-
-# ---------------------------------------------------------------------- claims
 
 
 def _series(result: Result, name: str) -> list[Any]:
@@ -278,12 +259,9 @@ def class_claims(results: Results) -> Iterator[Claim]:
             )
 
 
-# ---------------------------------------------------------------------- report
-
-
 def about(results: Results) -> str:
     """What was done, in a paragraph."""
-    s: SpectrumSizes = results.work.sizes
+    s = results.work.sizes
     return (
         f"A gray picture (ripples around the center, {s.side} x {s.side} points of [-1, 1]^2, standardized) is learned "
         f"as a function of position by leaky-ReLU MLPs of width {s.width} and depth {', '.join(map(str, DEPTHS))} with "

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +65,8 @@ def study(
     return import_module(f"ntkit.studies.{name}").STUDY.run(scale, folder, say, data_dir)
 
 
-# ---------------------------------------------------------------------- parts
+class Sizes(SimpleNamespace):
+    """Sizes of a study's experiments by name: numbers, and tuples of numbers."""
 
 
 class Result(NamedTuple):
@@ -81,23 +83,22 @@ class StudyPart:
     Attributes
     ----------
     experiment, case : claims and sections find the result in ``results[experiment][case]``, a list over seeds.
-    name : name of its files in the folder ``parts``.
-    line : progress line before it is computed.
-    compute : computes the result.
+    name : name of its files in the folder ``parts``, and its progress line.
+    compute, arguments : ``compute(work, *arguments)`` gives the result.
     """
 
     experiment: str
     case: Any
     name: str
-    line: str
-    compute: Callable[[Work], Result]
+    compute: Callable[..., Result]
+    arguments: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
 class Work:
     """Input of every part: the study's sizes, seeds, data sets and folder, the folder of MNIST's files, progress."""
 
-    sizes: Any
+    sizes: Sizes
     seeds: Sequence[int]
     sets: Sequence[str]
     folder: Path
@@ -108,8 +109,8 @@ class Work:
         """Read a finished part, or compute it and write its files."""
         numbers, arrays = (self.folder / "parts" / f"{part.name}.{kind}" for kind in ("json", "safetensors"))
         if not numbers.exists():
-            self.progress(part.line)
-            result = part.compute(self)
+            self.progress(part.name)
+            result = part.compute(self, *part.arguments)
             if result.arrays:
                 write_arrays(arrays, result.arrays)
             write_json(numbers, result.numbers)  # written last: with this file the part counts as finished
@@ -133,9 +134,6 @@ class Results:
     def one(self, experiment: str, case: Any = None) -> Result:
         """The result of a part that has one seed."""
         return self[experiment][case][0]
-
-
-# ---------------------------------------------------------------------- sections of the report
 
 
 @dataclass(frozen=True)
@@ -179,9 +177,6 @@ def table(title: str, columns: Sequence[str], rows: list[list[str]], note: str =
     return {"kind": "table", "title": title, "columns": list(columns), "rows": rows, "note": note, "folded": folded}
 
 
-# ---------------------------------------------------------------------- the study
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Use one thread: in small networks threads mostly wait for each other."""
@@ -206,7 +201,7 @@ class Study:
     ----------
     name, title : name on the command line, title of the report.
     paper : authors, title, year, reference.
-    scales : sizes of the experiments by name of the scale; a dataclass of numbers and tuples of numbers.
+    scales : sizes of the experiments by name of the scale.
     parts : functions that list the parts, in the order in which they run.
     claims, sections : functions that list claims and report sections from the results, in the report's order.
     about, departures : what was done, in a paragraph; what differs from the paper.
@@ -221,7 +216,7 @@ class Study:
     name: str
     title: str
     paper: dict[str, Any]
-    scales: Mapping[str, Any]
+    scales: Mapping[str, Sizes]
     parts: Sequence[Callable[[Work], Iterable[StudyPart]]]
     claims: Sequence[Callable[[Results], Iterable[Claim]]]
     sections: Sequence[Callable[[Results], Iterable[Section]]] = ()
@@ -244,7 +239,7 @@ class Study:
         """Compute the parts that are not finished, test the claims, write results and report; return the folder."""
         sets = ["digits"] if data_dir is None else ["mnist"] if self.mnist_only else ["digits", "mnist"]
         work = Work(self.scales[scale], self.seeds, sets, ensure_folder(folder), data_dir, progress)
-        header = {"format": FORMAT, "kind": "study", "name": self.name, "scale": scale, "sets": sets}
+        header: dict[str, Any] = {"format": FORMAT, "kind": "study", "name": self.name, "scale": scale, "sets": sets}
         header |= {"seeds": list(self.seeds)} if self.seeds else {}
         header["sizes"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(work.sizes).items()}
         start = folder / "run.json"

@@ -11,16 +11,20 @@ from typing import Any
 
 from ntkit.report.words import plain
 from ntkit.studies.bell2023 import contributions, pictures, plane, removal, unseen
-from ntkit.studies.bell2023.bell_setting import BellSizes, relative
-from ntkit.studies.study import Results, Section, Study
+from ntkit.studies.bell2023.bell_setting import relative
+from ntkit.studies.study import Results, Section, Sizes, Study
 
 SCALES = {
-    "quick": BellSizes(
-        plane_steps=20, side=48, direct=1, nodes=(1, 2, 5, 10, 20, 50, 200), probed=25, pixels=8, width=8,
-        train=300, test=100, steps=100, lr=0.2, other_steps=60, removals=12, shares=(0.02, 0.05), draws=4, unseen=100,
-        unseen_steps=60,
+    "quick": Sizes(
+        plane_steps=20, side=48,  # training steps in the plane, pixels per side of its maps
+        direct=1,  # nodes per step up to which contributions are computed; else their sum, from products along the step
+        nodes=(1, 2, 5, 10, 20, 50, 200), probed=25,  # nodes per step of the errors on images; test images for them
+        pixels=8,  # per side at most: larger images are averaged
+        width=8, train=300, test=100, steps=100, lr=0.2, other_steps=60,  # network; plain descent; other optimizers
+        removals=12, shares=(0.02, 0.05), draws=4,  # test images; shares of the training set removed; random draws
+        unseen=100, unseen_steps=60,  # images of each kind; training steps
     ),
-    "paper": BellSizes(
+    "paper": Sizes(
         plane_steps=20, side=96, direct=200, nodes=(1, 2, 5, 10, 20, 50, 200), probed=100, pixels=28, width=8,
         train=1_000, test=100, steps=200, lr=0.2, other_steps=200, removals=50,
         shares=(0.01, 0.02, 0.05), draws=10, unseen=200, unseen_steps=100,
@@ -68,7 +72,7 @@ def certificate(results: Results) -> dict[str, Any]:
 
 def about(results: Results) -> str:
     """What was done, in a paragraph."""
-    s: BellSizes = results.work.sizes
+    s = results.work.sizes
     return (
         f"Three Gaussian clusters in the plane ({plane.TRAIN} training points) are learned by MLPs 2-32-32-3 with "
         f"tanh and ReLU: {s.plane_steps} steps of full-batch gradient descent on the mean cross-entropy, learning rate "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,45 +20,6 @@ from ntkit.studies.study import Result, Work, device
 from ntkit.trajectory import Trajectory
 
 EXACT = Bound("at most", 1e-12)  # relative residual of a decomposition in float64
-
-
-@dataclass(frozen=True)
-class BellSizes:
-    """Sizes of all experiments.
-
-    Attributes
-    ----------
-    plane_steps, side : training steps in the plane; pixels per side of its maps.
-    direct : nodes per step up to which the kernel itself is computed with quadrature. With more nodes the error is that
-        of Jacobian-vector products along the steps, which the contributions sum to.
-    nodes, probed : numbers of nodes per step in the errors on images; number of test images for them.
-    pixels : images of MNIST are averaged down to this many pixels per side.
-    width, train, test, steps, lr : the convolutional network, its images, and plain gradient descent on them.
-    other_steps : training steps with the other optimizers.
-    removals, shares, draws : test images to remove examples for; shares of the training set removed; random draws.
-    unseen, unseen_steps : images of each kind; training steps of the network that tells them apart.
-    """
-
-    plane_steps: int
-    side: int
-    direct: int
-    nodes: tuple[int, ...]
-    probed: int
-    pixels: int
-    width: int
-    train: int
-    test: int
-    steps: int
-    lr: float
-    other_steps: int
-    removals: int
-    shares: tuple[float, ...]
-    draws: int
-    unseen: int
-    unseen_steps: int
-
-
-# ---------------------------------------------------------------------- data and networks
 
 
 class Images(NamedTuple):
@@ -128,9 +88,6 @@ def weighted(y: Tensor, removed: Tensor | None = None) -> Tensor:
 def sgd(lr: float, **more: Any) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
     """SGD as a function of the parameters; plain without further options."""
     return partial(torch.optim.SGD, lr=lr, **more)
-
-
-# ---------------------------------------------------------------------- the integral along each step
 
 
 def summed_changes(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -22,8 +21,7 @@ CASES, IMAGES = 4, 5  # test images; training images for and against each
 
 def parts(work: Work) -> Iterator[StudyPart]:
     """One part for each data set."""
-    for name in work.sets:
-        yield StudyPart("explained", name, f"{name}-explained", f"{name}, explained", partial(_explain, name=name))
+    yield from (StudyPart("explained", name, f"{name}-explained", _explain, (name,)) for name in work.sets)
 
 
 def _explain(work: Work, name: str) -> Result:

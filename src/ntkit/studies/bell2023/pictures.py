@@ -14,7 +14,6 @@ from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report.words import plain
 from ntkit.studies.bell2023.bell_setting import (
     EXACT,
-    BellSizes,
     Images,
     cnn,
     cross_entropy,
@@ -66,25 +65,18 @@ RECIPES = {
 }
 
 
-# ---------------------------------------------------------------------- experiments
-
-
 def parts(work: Work) -> Iterator[StudyPart]:
     """Rebuilt logits by data set; errors by number of nodes; the other optimizers, on digits."""
     yield from (rebuilt(name, seed) for name in work.sets for seed in work.seeds)
-    for name in work.sets:
-        yield StudyPart("nodes", name, f"{name}-nodes", f"{name}, number of nodes", partial(_nodes, name=name))
-    for name, recipe in RECIPES.items():
+    yield from (StudyPart("nodes", name, f"{name}-nodes", _nodes, (name,)) for name in work.sets)
+    for name in RECIPES:
         for seed in work.seeds:
-            line, compute = f"{recipe.title}, seed {seed}", partial(_optimizer, name=name, seed=seed)
-            yield StudyPart("recipes", name, f"optimizer-{name}-seed-{seed}", line, compute)
+            yield StudyPart("recipes", name, f"optimizer-{name}-seed-{seed}", _optimizer, (name, seed))
 
 
 def rebuilt(name: str, seed: int) -> StudyPart:
     """Rebuilt logits of a data set's test images: exact, by the left end point, by initial gradients."""
-    return StudyPart(
-        "images", name, f"{name}-seed-{seed}", f"{name}, seed {seed}", partial(_rebuilt, name=name, seed=seed)
-    )
+    return StudyPart("images", name, f"{name}-seed-{seed}", _rebuilt, (name, seed))
 
 
 def learned(work: Work, name: str, seed: int) -> tuple[nn.Module, Trajectory, Images]:
@@ -168,9 +160,6 @@ def _outputs(model: nn.Module, run: Trajectory, step: int, x: Tensor) -> Tensor:
     return model(x)
 
 
-# ---------------------------------------------------------------------- claims
-
-
 def exactness_claims(results: Results) -> Iterator[Claim]:
     """Residuals of all exact decompositions."""
     residuals = {f"three clusters, {LABELS[name]}": relative(r, "secant") for name, r in results["plane"].items()}
@@ -233,7 +222,7 @@ def other_gradient_claims(results: Results) -> Iterator[Claim]:
 
 def node_claims(results: Results) -> Iterator[Claim]:
     """Errors by number of nodes."""
-    s: BellSizes = results.work.sizes
+    s = results.work.sizes
     few, many = [n for n in s.nodes if n in (1, 10)], s.nodes[-1]
     for name in results["nodes"]:
         numbers = results.one("nodes", name).numbers["errors"]
@@ -249,12 +238,9 @@ def node_claims(results: Results) -> Iterator[Claim]:
             )  # fmt: skip
 
 
-# ---------------------------------------------------------------------- section
-
-
 def section(results: Results, name: str) -> Section:
     """Kernel predictions against logits, and errors against the number of nodes."""
-    s: BellSizes = results.work.sizes
+    s = results.work.sizes
     runs, nodes = results["images"][name], results.one("nodes", name).numbers["errors"]
     error = {method: relative(runs, method) for method in METHODS}
     slope_off = max(abs(r.numbers["errors"]["secant"]["slope"] - 1) for r in runs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,10 +68,8 @@ def parts(work: Work) -> Iterator[StudyPart]:
     """Errors of the rules by activation; maps of one ReLU network."""
     for name in ACTIVATIONS:
         for seed in work.seeds:
-            line = f"the plane, {name}, seed {seed}"
-            compute = partial(_rule_errors, activation=name, seed=seed)
-            yield StudyPart("plane", name, f"plane-{name}-seed-{seed}", line, compute)
-    yield StudyPart("maps", None, "maps-relu-seed-0", "maps of the plane", partial(_maps, activation="relu", seed=0))
+            yield StudyPart("plane", name, f"plane-{name}-seed-{seed}", _rule_errors, (name, seed))
+    yield StudyPart("maps", None, "maps-relu-seed-0", _maps, ("relu", 0))
 
 
 def _rule_errors(work: Work, activation: str, seed: int) -> Result:
@@ -145,9 +142,6 @@ def _rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-# ---------------------------------------------------------------------- claims
-
-
 def rule_claims(results: Results) -> Iterator[Claim]:
     """Orders of the rules of integration, for a smooth and for a kinked activation."""
     orders = {
@@ -201,9 +195,6 @@ def map_claims(results: Results) -> Iterator[Claim]:
         f"beyond {FAR:g}; rank correlation with the distance {maps['rank_correlation']:.2f}",
         [Condition("the rank correlation is", [maps["rank_correlation"]], Bound("over", 0.5))],
     )
-
-
-# ---------------------------------------------------------------------- section
 
 
 def sections(results: Results) -> list[Section]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,9 @@ CHOICES = {"top": "top contributors", "near": "nearest images", "random": "rando
 
 def parts(work: Work) -> Iterator[StudyPart]:
     """One part for each test image."""
-    count = work.sizes.removals
     for name in work.sets:
-        for point in range(count):
-            line = f"{name}, examples removed, test image {point + 1} of {count}"
-            compute = partial(_remove, name=name, point=point)
-            yield StudyPart("removal", name, f"{name}-removed-{point:03d}", line, compute)
+        for point in range(work.sizes.removals):
+            yield StudyPart("removal", name, f"{name}-removed-{point:03d}", _remove, (name, point))
 
 
 def _remove(work: Work, name: str, point: int) -> Result:
@@ -87,9 +83,6 @@ def _means(runs: list[Result], share: float, choice: str, what: str) -> list[flo
     ]
 
 
-# ---------------------------------------------------------------------- claims
-
-
 def claims(results: Results) -> Iterator[Claim]:
     """Top contributors against other examples; the sum of contributions against the true change."""
     s = results.work.sizes
@@ -118,9 +111,6 @@ def claims(results: Results) -> Iterator[Claim]:
         )
 
 
-# ---------------------------------------------------------------------- section
-
-
 def sections(results: Results) -> Iterator[Section]:
     """Falls of the margin; predicted and true changes."""
     s = results.work.sizes
@@ -132,8 +122,8 @@ def sections(results: Results) -> Iterator[Section]:
             curves.append(curve(words, percents, [f.value for f in falls], error=[f.error for f in falls]))
             for share, fall in zip(s.shares, falls, strict=True):
                 logit, flipped = (mean(_means(runs, share, choice, what)) for what in ("logit", "flipped"))
-                logit_fall = f"{logit._replace(value=-logit.value):.2f}"
-                rows.append([f"{words}, {100 * share:g} %", f"{fall:.2f}", logit_fall, f"{100 * flipped.value:.0f} %"])
+                falls_text = [f"{fall:.2f}", f"{logit._replace(value=-logit.value):.2f}"]
+                rows.append([f"{words}, {100 * share:g} %", *falls_text, f"{100 * flipped.value:.0f} %"])
         every = _removals(runs)
         own = np.mean([r["same_class"] for r in every if r["kind"] == "top"])
         correlation = np.corrcoef([r["told"] for r in every], [r["logit"] for r in every])[0, 1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -66,8 +65,7 @@ def parts(work: Work) -> Iterator[StudyPart]:
     """One part for each data set and seed."""
     for name in work.sets:
         for seed in work.seeds:
-            line = f"{name}, images of other kinds, seed {seed}"
-            yield StudyPart("unseen", name, f"unseen-{name}-seed-{seed}", line, partial(_scores, name=name, seed=seed))
+            yield StudyPart("unseen", name, f"unseen-{name}-seed-{seed}", _scores, (name, seed))
 
 
 def _scores(work: Work, name: str, seed: int) -> Result:
@@ -126,9 +124,6 @@ def _baselines(model: nn.Module, x_train: Tensor, x: Tensor) -> dict[str, Tensor
     }
 
 
-# ---------------------------------------------------------------------- claims
-
-
 def _auroc(runs: list[Result], kind: str, score: str) -> list[float]:
     """Area under the ROC curve, one for each seed."""
     return [r.numbers["auroc"][kind][score] for r in runs]
@@ -158,9 +153,6 @@ def claims(results: Results) -> Iterator[Claim]:
                 [Condition("for both kinds the gain is", gaps, Bound("over", 0, errors=2))],
                 "best of six kernel scores, selected with these results, against the best of these baselines",
             )
-
-
-# ---------------------------------------------------------------------- section
 
 
 def sections(results: Results) -> Iterator[Section]:

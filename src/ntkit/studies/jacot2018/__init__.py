@@ -10,16 +10,18 @@ from typing import Any
 
 from ntkit.report.words import listed, plain
 from ntkit.studies.jacot2018 import component, random_kernels, regression
-from ntkit.studies.jacot2018.jacot_setting import BETA, DEPTH, LR, LimitSizes
-from ntkit.studies.study import Results, Study
+from ntkit.studies.jacot2018.jacot_setting import BETA, DEPTH, LR
+from ntkit.studies.study import Results, Sizes, Study
 
 SCALES = {
-    "quick": LimitSizes(
-        rate_widths=(125, 250, 500, 1_000), rate_seeds=20, kernel_widths=(500, 2_000), seeds=10, inputs=50,
-        kernel_steps=200, curve_widths=(50, 1_000), curve_seeds=40, curve_steps=1_000,
-        component_widths=(100, 250, 500), trials=2, batch=512, component_steps=3_000, batches=20,
+    "quick": Sizes(
+        rate_widths=(125, 250, 500, 1_000), rate_seeds=20,  # untrained networks, for the rate of convergence
+        kernel_widths=(500, 2_000), seeds=10, inputs=50, kernel_steps=200,  # figure 1
+        curve_widths=(50, 1_000), curve_seeds=40, curve_steps=1_000,  # figure 2
+        component_widths=(100, 250, 500), trials=2, batch=512, component_steps=3_000,  # figure 3
+        batches=20,  # batches of digits for the spread of the eigenvalues
     ),
-    "paper": LimitSizes(
+    "paper": Sizes(
         rate_widths=(125, 250, 500, 1_000, 2_000), rate_seeds=50, kernel_widths=(500, 10_000), seeds=10, inputs=50,
         kernel_steps=200, curve_widths=(50, 1_000), curve_seeds=40, curve_steps=1_000,
         component_widths=(100, 1_000, 10_000), trials=2, batch=512, component_steps=4_000, batches=60,
@@ -59,7 +61,7 @@ def certificate(results: Results) -> dict[str, Any]:
 
 def about(results: Results) -> str:
     """What was done, in a paragraph."""
-    s: LimitSizes = results.work.sizes
+    s = results.work.sizes
     (data,) = results.work.sets
     return (
         f"Fully connected ReLU networks in the NTK parametrization, z = W a / √n + β b with standard normal W and b, "
@@ -75,7 +77,7 @@ def about(results: Results) -> str:
 
 def departures(results: Results) -> list[str]:
     """What differs from the paper, and what it does not state."""
-    s: LimitSizes = results.work.sizes
+    s = results.work.sizes
     points = ", ".join(
         f"({g:g}, {y:g})".replace("-", "−") for g, y in zip(regression.POINTS, regression.TARGETS, strict=True)
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from ntkit.data import load
 from ntkit.measures.spectra import spectrum
 from ntkit.report.words import listed, plain
 from ntkit.studies.claim import Between, Bound, Claim, Condition, Estimate, Order, Within, mean
-from ntkit.studies.jacot2018.jacot_setting import BETA, LimitSizes, by_width, descend, limit, network, short_curve
+from ntkit.studies.jacot2018.jacot_setting import BETA, by_width, descend, limit, network, short_curve
 from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, device, lines, table
 
 DEPTHS = (4, 5)  # the paper does not state the depth: its eigenvalues decide
@@ -41,9 +40,6 @@ def components(x: Tensor, depth: int, beta: float = BETA) -> tuple[Tensor, Tenso
     return top.eigenvalues / len(x), top.eigenvectors * len(x) ** 0.5, float(top.residuals.max())
 
 
-# ---------------------------------------------------------------------- experiments
-
-
 def parts(work: Work) -> Iterator[StudyPart]:
     """Eigenvalues of the limit; networks that learn a component, by width."""
     (data,) = work.sets
@@ -55,8 +51,7 @@ def parts(work: Work) -> Iterator[StudyPart]:
 
 def eigenvalues(data: str) -> StudyPart:
     """Eigenvalues for both depths and betas over random batches; the components of the first batch."""
-    name, line = f"eigenvalues-{data}", f"{data}: eigenvalues of the limit"
-    return StudyPart("eigenvalues", None, name, line, partial(_eigenvalues, data=data))
+    return StudyPart("eigenvalues", None, f"eigenvalues-{data}", _eigenvalues, (data,))
 
 
 def _eigenvalues(work: Work, data: str) -> Result:
@@ -80,8 +75,7 @@ def learning(data: str, width: int, seed: int) -> StudyPart:
 
     With r_t = f_t - f* and <.,.> the mean over the batch, g_t = <r_t, f^(2)> and |h_t|^2 = |r_t|^2 - g_t^2.
     """
-    name, line = f"component-{data}-{width}-seed-{seed}", f"{data}: one component, width {width}, seed {seed}"
-    return StudyPart("learning", width, name, line, partial(_learning, data=data, width=width, seed=seed))
+    return StudyPart("learning", width, f"component-{data}-{width}-seed-{seed}", _learning, (data, width, seed))
 
 
 def _learning(work: Work, data: str, width: int, seed: int) -> Result:
@@ -123,9 +117,6 @@ def expected(rate: float, steps: np.ndarray) -> np.ndarray:
     return SIZE * np.exp(-rate * steps)
 
 
-# ---------------------------------------------------------------------- numbers
-
-
 def _spread(results: Results, depth: int, beta: float = BETA) -> list[Estimate]:
     """Mean and standard deviation over batches of the top eigenvalues."""
     values = np.asarray(results.one("eigenvalues").numbers["values"][f"{depth} {beta}"])
@@ -150,36 +141,24 @@ def _steps(results: Results) -> np.ndarray:
     return np.asarray(next(iter(results["learning"].values()))[0].numbers["steps"])
 
 
-def _off(results: Results) -> dict[int, Estimate]:
-    """Largest difference of what is left of the component from the limit's, by width."""
-    exact = expected(own_rate(results), _steps(results))
-    return {
-        n: mean([float(np.abs(r.arrays["g"] - exact).max()) for r in results["learning"][n]]) for n in _widths(results)
-    }
-
-
-def _beside(results: Results) -> dict[int, Estimate]:
-    """Largest part of the residual beside the component, by width."""
-    return {n: mean([float(r.arrays["h"].max()) for r in results["learning"][n]]) for n in _widths(results)}
-
-
-def _halves(results: Results) -> dict[int, Estimate]:
-    """Interpolated number of steps until half of the component is learned, by width; infinite where it is not."""
-    steps = _steps(results)
-    runs = results["learning"]
-    return {n: _mean([_crossing(steps, r.arrays["g"], SIZE / 2) for r in runs[n]]) for n in _widths(results)}
-
-
-def _mean(values: Sequence[float]) -> Estimate:
-    return mean(values) if math.isfinite(max(values)) else Estimate(math.inf)
+def _by_width(results: Results) -> dict[int, dict[str, Estimate]]:
+    """By width: largest distance of what is left of the component from the limit's, largest residual beside it, and
+    interpolated steps until half of the component is learned (infinite where it is not).
+    """
+    steps, measures = _steps(results), {}
+    exact = expected(own_rate(results), steps)
+    for n, runs in sorted(results["learning"].items()):
+        halves = [_crossing(steps, r.arrays["g"], SIZE / 2) for r in runs]
+        measures[n] = {
+            "off": mean([float(np.abs(r.arrays["g"] - exact).max()) for r in runs]),
+            "beside": mean([float(r.arrays["h"].max()) for r in runs]),
+            "half": mean(halves) if math.isfinite(max(halves)) else Estimate(math.inf),
+        }
+    return measures
 
 
 def _half_text(results: Results, half: Estimate) -> str:
     return f"{half:.0f}" if math.isfinite(half.value) else f"not by step {int(_steps(results)[-1]):,}"
-
-
-def _widths(results: Results) -> list[int]:
-    return sorted(results["learning"])
 
 
 def _crossing(t: np.ndarray, values: np.ndarray, level: float) -> float:
@@ -195,12 +174,9 @@ def _crossing(t: np.ndarray, values: np.ndarray, level: float) -> float:
     return float(t[i] if i == 0 else np.interp(-level, -values[i - 1 : i + 1], t[i - 1 : i + 1]))
 
 
-# ---------------------------------------------------------------------- claims
-
-
 def eigenvalue_claims(results: Results) -> Iterator[Claim]:
     """Top eigenvalues, the first component, the gap."""
-    s: LimitSizes = results.work.sizes
+    s = results.work.sizes
     mnist = results.work.sets == ["mnist"]
     names = ("λ₁", "λ₂", "λ₃")
     for depth in DEPTHS:
@@ -233,7 +209,8 @@ def eigenvalue_claims(results: Results) -> Iterator[Claim]:
 
 def learning_claims(results: Results) -> Iterator[Claim]:
     """Learning along the component and beside it, by width."""
-    off, beside, halves = _off(results), _beside(results), _halves(results)
+    measures = _by_width(results)
+    off, beside, halves = ({n: m[name] for n, m in measures.items()} for name in ("off", "beside", "half"))
     rate, trials = own_rate(results), f"{results.work.sizes.trials} trials each"
     infinite = math.log(2) / rate
     yield Claim(
@@ -257,16 +234,13 @@ def learning_claims(results: Results) -> Iterator[Claim]:
     )
 
 
-# ---------------------------------------------------------------------- sections
-
-
 def sections(results: Results) -> list[Section]:
     """Principal components, and learning along one of them."""
     return [_components_section(results), _learning_section(results)]
 
 
 def _components_section(results: Results) -> Section:
-    s: LimitSizes = results.work.sizes
+    s = results.work.sizes
     (data,) = results.work.sets
     eigen = results.one("eigenvalues")
     rows = [
@@ -304,15 +278,16 @@ def _eigenvalue_text(k: int, value: float | Estimate) -> str:
 
 def _learning_section(results: Results) -> Section:
     rate, t = own_rate(results), _steps(results)
-    off, beside, halves = _off(results), _beside(results), _halves(results)
+    measures = _by_width(results)
+    off, beside, halves = ({n: m[name] for n, m in measures.items()} for name in ("off", "beside", "half"))
     infinite = short_curve("infinite width", t, expected(rate, t), dash="dash")
 
     def curves(what: str) -> list[Item]:
         runs = results["learning"]
-        return [short_curve(f"n = {n:,}", t, r.arrays[what]) for n in _widths(results) for r in runs[n]]
+        return [short_curve(f"n = {n:,}", t, r.arrays[what]) for n in measures for r in runs[n]]
 
     rows = []
-    for n in _widths(results):
+    for n in measures:
         rates = (mean([1e3 * r.numbers["rates"][i] for r in results["learning"][n]]) for i in (0, 1))
         half = _half_text(results, halves[n])
         rows.append([f"{n:,}", *(f"{value:.3f}" for value in rates), half, f"{off[n]:.3f}", f"{beside[n]:.4f}"])

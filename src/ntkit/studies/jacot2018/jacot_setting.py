@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,35 +17,6 @@ from ntkit.studies.study import Item, curve
 
 BETA, LR = 0.1, 1.0
 DEPTH = 4  # weight layers of the first two experiments
-
-
-@dataclass(frozen=True)
-class LimitSizes:
-    """Sizes of all experiments.
-
-    Attributes
-    ----------
-    rate_widths, rate_seeds : networks whose kernels give the rate of convergence, without training.
-    kernel_widths, seeds, inputs, kernel_steps : figure 1.
-    curve_widths, curve_seeds, curve_steps : figure 2.
-    component_widths, trials, batch, component_steps : figure 3.
-    batches : batches of digits for the eigenvalues' spread.
-    """
-
-    rate_widths: tuple[int, ...]
-    rate_seeds: int
-    kernel_widths: tuple[int, ...]
-    seeds: int
-    inputs: int
-    kernel_steps: int
-    curve_widths: tuple[int, ...]
-    curve_seeds: int
-    curve_steps: int
-    component_widths: tuple[int, ...]
-    trials: int
-    batch: int
-    component_steps: int
-    batches: int
 
 
 def template(example: Tensor, depth: int) -> nn.Sequential:
@@ -107,12 +77,3 @@ def short_curve(name: str, x: Any, y: Any, **more: Any) -> Item:
 def by_width(values: Mapping[int, Any], digits: int, unit: str = "") -> str:
     """Write estimates or numbers by width."""
     return ", ".join(f"{value:.{digits}f}{unit} (n = {n:,})" for n, value in values.items())
-
-
-def minus(value: float) -> str:
-    """Write a slope.
-
-    >>> minus(-0.5)
-    '−0.500'
-    """
-    return f"{value:.3f}".replace("-", "−")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,12 +16,10 @@ from ntkit.studies.claim import Between, Bound, Claim, Condition, Estimate, With
 from ntkit.studies.jacot2018.jacot_setting import (
     BETA,
     DEPTH,
-    LimitSizes,
     by_width,
     circle,
     descend,
     limit,
-    minus,
     network,
     short,
     short_curve,
@@ -36,17 +33,12 @@ AT_0 = 0.2825  # of the closed form, computed independently of this library
 _PROBES = torch.arange(8, dtype=torch.float64) * math.pi / 4
 
 
-# ---------------------------------------------------------------------- experiments
-
-
 def parts(work: Work) -> Iterator[StudyPart]:
     """The rate of convergence; kernels in training by width."""
-    yield StudyPart("rate", None, "kernel-rate", "the kernel's limit: rate of convergence", _rate)
+    yield StudyPart("rate", None, "kernel-rate", _rate)
     for width in work.sizes.kernel_widths:
         for seed in range(work.sizes.seeds):
-            line = f"the kernel in training, width {width}, seed {seed}"
-            compute = partial(_training, width=width, seed=seed)
-            yield StudyPart("kernels", width, f"kernel-{width}-seed-{seed}", line, compute)
+            yield StudyPart("kernels", width, f"kernel-{width}-seed-{seed}", _training, (width, seed))
 
 
 def _rate(work: Work) -> Result:
@@ -75,7 +67,7 @@ def limit_curve() -> Tensor:
 
 def _training(work: Work, width: int, seed: int) -> Result:
     """Kernel of one network along the circle before and after training, float32: [2, angles]."""
-    s: LimitSizes = work.sizes
+    s = work.sizes
     x = torch.randn(s.inputs, 2, generator=torch.Generator().manual_seed(1000 + seed)).to(device())
     around = circle(ANGLES).to(x)
     twin = network(x, width, DEPTH, seed)
@@ -89,15 +81,8 @@ def _training(work: Work, width: int, seed: int) -> Result:
 
     descend(twin, x, y, s.kernel_steps, watch)
     after = twin(around[ZERO : ZERO + 1], around)[0]
-    numbers = {
-        "losses": losses,
-        "before_at_0": float(before[ZERO]),
-        "inflation": float(after[ZERO] / before[ZERO]) - 1,
-    }
+    numbers = {"losses": losses, "before_at_0": float(before[ZERO]), "inflation": float(after[ZERO] / before[ZERO]) - 1}
     return Result(numbers, {"curves": torch.stack([before, after]).cpu().double().numpy()})
-
-
-# ---------------------------------------------------------------------- claims
 
 
 def _kernels(runs: list[Result], time: int) -> np.ndarray:
@@ -119,7 +104,7 @@ def _inflation(results: Results) -> dict[int, Estimate]:
 
 def claims(results: Results) -> Iterator[Claim]:
     """The limit, the spread around it, and the kernel's growth."""
-    s: LimitSizes = results.work.sizes
+    s = results.work.sizes
     rate = results.one("rate").numbers
     value, slope = rate["limit_at_0"], Estimate(rate["slope"], rate["slope_error"])
     yield Claim(
@@ -134,7 +119,7 @@ def claims(results: Results) -> Iterator[Claim]:
     constants = [d * n**0.5 for d, n in zip(rate["deviation_at_0"], rate["widths"], strict=True)]
     yield Claim(
         "Wider networks’ kernels spread less: as 1/√n",
-        f"slope of log distance against log width {minus(slope.value)} ± {slope.error:.3f}; standard deviation at "
+        f"slope of log distance against log width {slope:.3f}; standard deviation at "
         f"angle 0 times √n: {', '.join(f'{c:.2f}' for c in constants)}",
         [Condition("the slope is", [slope], Within(3, of=-0.5, unit=" standard errors"))],
         f"{rate['seeds']} networks each of widths {listed([f'{n:,}' for n in rate['widths']])}; the paper shows that "
@@ -158,12 +143,9 @@ def claims(results: Results) -> Iterator[Claim]:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------- section
-
-
 def sections(results: Results) -> list[Section]:
     """Kernels along the circle, their mean, their distance to the limit."""
-    s: LimitSizes = results.work.sizes
+    s = results.work.sizes
     rate, infinite = results.one("rate").numbers, short_curve("infinite width", ANGLES, limit_curve(), dash="dash")
     random, means, rows = [], [], []
     inflation = _inflation(results)
@@ -193,7 +175,7 @@ def sections(results: Results) -> list[Section]:
         lines("Their mean, before and after training", f"At γ = 0 the kernel grows by {by_width(inflation, 1, ' %')}.",
               "angle γ", "Θ(x₀, x)", means, wide=True),
         lines("Distance to the limit",
-              f"Single networks: slope {minus(rate['slope'])} ± {rate['slope_error']:.3f} (−1/2 expected). The mean of "
+              f"Single networks: slope {Estimate(rate['slope'], rate['slope_error']):.3f} (−1/2 expected). The mean of "
               f"{rate['seeds']} of the largest width is {100 * rate['mean_distance'][-1]:.1f} % off; the Monte-Carlo "
               f"error is {100 * rate['mean_error'][-1]:.1f} %.",
               "width n", "|K − Θ∞| / |Θ∞|", [("", distances)], log=True, wide=True),

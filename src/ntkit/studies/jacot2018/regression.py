@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from ntkit.report.words import plain
 from ntkit.studies.claim import Bound, Claim, Condition, Estimate, Within, mean
 from ntkit.studies.jacot2018.jacot_setting import (
     DEPTH,
-    LimitSizes,
     by_width,
     circle,
     descend,
@@ -55,8 +54,7 @@ def parts(work: Work) -> Iterator[StudyPart]:
     """Trained networks by width."""
     for width in work.sizes.curve_widths:
         for seed in range(work.sizes.curve_seeds):
-            name, line = f"curves-{width}-seed-{seed}", f"regression, width {width}, seed {seed}"
-            yield StudyPart("regression", width, name, line, partial(_outputs, width=width, seed=seed))
+            yield StudyPart("regression", width, f"curves-{width}-seed-{seed}", _outputs, (width, seed))
 
 
 def _outputs(work: Work, width: int, seed: int) -> Result:
@@ -121,7 +119,7 @@ def claims(results: Results) -> Iterator[Claim]:
 
 def sections(results: Results) -> list[Section]:
     """Trained networks over the limit's percentiles."""
-    s: LimitSizes = results.work.sizes
+    s = results.work.sizes
     low, middle, high = gaussian().percentiles(PERCENTILES)
     band = f"infinite width, {PERCENTILES[0]} % and {PERCENTILES[-1]} %"
     limits = [short_curve(band, ANGLES, bound, dash="dash") for bound in (low, high)]
