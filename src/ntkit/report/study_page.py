@@ -73,18 +73,15 @@ def render_study(folder: str | Path) -> Path:
         about=about if certificate else "",
         certificate=certificate,
         r=results,
-        paper=results.get("paper"),
         claims=results.get("claims", []),
         verdict=_verdict(results.get("claims", [])),
         groups=groups,
         parts=parts,
         terms=[name for name in results.get("terms", TERMS) if name in _MACROS],
-        departures=results.get("departures", []),
         runs=runs,
         pictured=pictured,
         viewer=images,
         settings=[(name.replace("_", " "), _text(value)) for name, value in results.get("settings", {}).items()],
-        versions=results.get("versions", {}),
     )
     write_text(path, text)
     return path

@@ -23,7 +23,7 @@ from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.eigenfunctions import bandwidth, eigenfunctions, grid
 from ntkit.measures.spectra import spectrum
 from ntkit.studies.claim import Between, Bound, Claim, Condition, Order, mean
-from ntkit.studies.study import Result, Results, Sizes, Study, StudyPart, Work, device
+from ntkit.studies.study import Result, Results, Sizes, Study, StudyPart, Work, device, mlp
 from ntkit.tracking import Tracked, half_squared, track
 from ntkit.trajectory import Trajectory, train
 
@@ -48,16 +48,6 @@ def picture(x: Tensor) -> Tensor:
     """The built-in gray picture, ripples around the center: sin(10 |x|) on [-1, 1]^2, standardized. [n, 1]."""
     values = torch.sin(10 * x.norm(dim=1, keepdim=True))
     return (values - values.mean()) / values.std()
-
-
-def mlp(inputs: int, outputs: int, depth: int, width: int, seed: int) -> nn.Sequential:
-    """`depth` weight matrices, leaky ReLU between them, PyTorch's default initialization, by the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = []
-        for i in range(depth):
-            layers += [nn.Linear(inputs if i == 0 else width, outputs if i == depth - 1 else width), nn.LeakyReLU()]
-        return nn.Sequential(*layers[:-1])
 
 
 def decayed(step: int, at: int) -> float:

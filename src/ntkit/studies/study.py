@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.files import ensure_folder, read_arrays, read_json, write_arrays, write_json
@@ -191,6 +192,18 @@ def one_thread() -> Iterator[None]:
 def device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def mlp(
+    inputs: int, outputs: int, depth: int, width: int, seed: int, activation: type[nn.Module] = nn.LeakyReLU
+) -> nn.Sequential:
+    """`depth` weight matrices with activations between them, PyTorch's default initialization with this seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for i in range(depth):
+            layers += [nn.Linear(inputs if i == 0 else width, outputs if i == depth - 1 else width), activation()]
+        return nn.Sequential(*layers[:-1])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ntkit.measures.novelty import novelty
 from ntkit.report.words import plain
 from ntkit.studies.bell2023.bell_setting import EXACT, cross_entropy, errors, order, relative, sgd, summed_changes
 from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
-from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, device, lines, table
+from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, device, lines, mlp, table
 from ntkit.trajectory import Trajectory, train
 
 LABELS = {"tanh": "tanh", "relu": "ReLU"}
@@ -43,20 +43,10 @@ def clusters(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(CENTERS, dtype=torch.float64)[y] + SPREAD * noise, y
 
 
-def mlp(activation: str, seed: int) -> nn.Sequential:
-    """2-32-32-3 in float64, PyTorch's default initialization."""
-    act = ACTIVATIONS[activation]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(2, WIDTH), act(), nn.Linear(WIDTH, WIDTH), act(), nn.Linear(WIDTH, len(CENTERS))
-        ).to(device(), torch.float64)
-
-
 def trained(work: Work, activation: str, seed: int) -> tuple[nn.Module, Trajectory, Tensor, Tensor]:
     """Network, run and training data."""
     x, y = (t.to(device()) for t in clusters(TRAIN, seed))
-    model = mlp(activation, seed)
+    model = mlp(2, len(CENTERS), 3, WIDTH, seed, ACTIVATIONS[activation]).to(device(), torch.float64)
     run = train(
         model, (x, y), cross_entropy, sgd(LR), work.sizes.plane_steps, record="all", seed=seed, resume=True,
         path=work.trajectory(f"plane-{activation}-seed-{seed}"),

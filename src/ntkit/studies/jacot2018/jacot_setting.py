@@ -13,7 +13,7 @@ from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.measures.convergence import Twin
 from ntkit.networks.parametrization import to_ntk_parametrization
 from ntkit.networks.widening import widened
-from ntkit.studies.study import Item, curve
+from ntkit.studies.study import Item, curve, mlp
 
 BETA, LR = 0.1, 1.0
 DEPTH = 4  # weight layers of the first two experiments
@@ -21,11 +21,7 @@ DEPTH = 4  # weight layers of the first two experiments
 
 def template(example: Tensor, depth: int) -> nn.Sequential:
     """A ReLU network of `depth` weight layers and one output, with the example's dtype and device; width 8."""
-    with torch.random.fork_rng(devices=[]):
-        layers: list[nn.Module] = [nn.Linear(example.shape[1], 8)]
-        for layer in range(1, depth):
-            layers += [nn.ReLU(), nn.Linear(8, 8 if layer < depth - 1 else 1)]
-    return nn.Sequential(*layers).to(example)
+    return mlp(example.shape[1], 1, depth, 8, 0, nn.ReLU).to(example)
 
 
 def network(example: Tensor, width: int, depth: int, seed: int) -> Twin:
