@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ntkit.base.files import write_arrays
 from ntkit.data import load
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.eigenfunctions import bandwidth, eigenfunctions, grid
 from ntkit.measures.spectra import spectrum
-from ntkit.studies.claim import Between, Bound, Claim, Condition, Order, mean
+from ntkit.studies.claim import Bound, Claim, Condition, Order, Within, mean
 from ntkit.studies.study import Result, Results, Sizes, Study, StudyPart, Work, device, mlp
 from ntkit.tracking import Tracked, half_squared, track
+from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
 DEPTHS = (2, 4, 6)
@@ -55,14 +55,10 @@ def decayed(step: int, at: int) -> float:
     return 1.0 if step < at else 0.5
 
 
-def _sgd(params: list[nn.Parameter], lr: float, momentum: float = 0.0) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=lr, momentum=momentum)
-
-
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "sgd": partial(_sgd, lr=0.05),
-    "momentum": partial(_sgd, lr=0.01, momentum=0.9),
-    "adam": lambda params: torch.optim.Adam(params, lr=1e-3),
+    "sgd": partial(torch.optim.SGD, lr=0.05),
+    "momentum": partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+    "adam": partial(torch.optim.Adam, lr=1e-3),
 }
 
 
@@ -89,8 +85,8 @@ def _picture(work: Work, depth: int, seed: int) -> Result:
     around = [s.decay - 1, s.decay, s.decay + 1, s.decay + s.decay // 8, s.decay + s.decay // 2]
     record = sorted({0, s.steps, *(round(2 ** (j / 2)) for j in range(2 * int(math.log2(s.steps)) + 1)), *around})
     run = train(
-        model, (x, y), half_squared, partial(_sgd, lr=s.lr), path=place, resume=True, steps=s.steps, record=record,
-        schedule=partial(decayed, at=s.decay), seed=seed,
+        model, (x, y), half_squared, partial(torch.optim.SGD, lr=s.lr), path=place, resume=True, steps=s.steps,
+        record=record, schedule=partial(decayed, at=s.decay), seed=seed,
     )  # fmt: skip
     tracked = track(run, x, y, model=model, loss=half_squared, k=s.k, path=place.parent / "track")
     images = _images(run, tracked, model, x, s.side)
@@ -127,10 +123,6 @@ def _images(run: Trajectory, tracked: Tracked, model: nn.Module, x: Tensor, side
     }
 
 
-def _cross_entropy(out: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(out, y)
-
-
 def _classes(work: Work, data: str, optimizer: str, seed: int) -> Result:
     """Learn images of ten classes with an optimizer, track the trace kernel on some of them."""
     s = work.sizes
@@ -140,7 +132,7 @@ def _classes(work: Work, data: str, optimizer: str, seed: int) -> Result:
     x, y = images.x_train.flatten(1).to(device()), images.y_train.to(device())
     model = mlp(x.shape[1], len(images.classes), 4, s.width, seed).to(device())
     run = train(
-        model, (x, y), _cross_entropy, OPTIMIZERS[optimizer], path=place, resume=True, steps=s.digit_steps,
+        model, (x, y), cross_entropy, OPTIMIZERS[optimizer], path=place, resume=True, steps=s.digit_steps,
         batch_size=32, seed=seed,
     )  # fmt: skip
     return _result(track(run, x[rows], y[rows], model=model, k=s.k, path=place.parent / "track"), {})
@@ -195,7 +187,7 @@ def eigenvalue_claims(results: Results) -> Iterator[Claim]:
     yield Claim(
         "The largest eigenvalue grows and levels near 2N / learning rate",
         f"λ₁ grows {growth:.1f}-fold, levels at {ratio:.2f} of 2N / learning rate",
-        [Condition("the factor is", [growth], Bound("over", 3)), Condition("the level", [ratio], Between(0.8, 1.2))],
+        [Condition("the factor is", [growth], Bound("over", 3)), Condition("the level", [ratio], Within(0.2, of=1))],
         f"{depth}; level: mean of the snapshots of the second half before the decay",
     )
     yield Claim(

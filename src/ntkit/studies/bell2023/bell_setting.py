@@ -67,11 +67,6 @@ def cnn(pixels: int, classes: int, width: int, seed: int) -> nn.Sequential:
         ).to(device(), torch.float64)
 
 
-def cross_entropy(out: Tensor, y: Tensor) -> Tensor:
-    """Mean over the batch."""
-    return F.cross_entropy(out, y)
-
-
 def weighted_cross_entropy(out: Tensor, y: Tensor) -> Tensor:
     """Mean over the batch of losses times weights: y is [n, 2], a label and a weight. Weight 0 removes an example."""
     return (F.cross_entropy(out, y[:, 0].long(), reduction="none") * y[:, 1].to(out)).mean()

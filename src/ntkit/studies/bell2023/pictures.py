@@ -16,7 +16,6 @@ from ntkit.studies.bell2023.bell_setting import (
     EXACT,
     Images,
     cnn,
-    cross_entropy,
     errors,
     images,
     relative,
@@ -29,6 +28,7 @@ from ntkit.studies.bell2023.bell_setting import (
 from ntkit.studies.bell2023.plane import LABELS
 from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
 from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, lines, table
+from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
 METHODS = {"secant": "exact (secant)", "left": "start of each step", "ntk": "initial gradients"}

@@ -13,9 +13,10 @@ from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.measures.eigenfunctions import grid
 from ntkit.measures.novelty import novelty
 from ntkit.report.words import plain
-from ntkit.studies.bell2023.bell_setting import EXACT, cross_entropy, errors, order, relative, sgd, summed_changes
+from ntkit.studies.bell2023.bell_setting import EXACT, errors, order, relative, sgd, summed_changes
 from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
 from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, device, lines, mlp, table
+from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
 LABELS = {"tanh": "tanh", "relu": "ReLU"}

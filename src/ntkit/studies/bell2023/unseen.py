@@ -13,9 +13,10 @@ from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.novelty import novelty
 from ntkit.report.words import plain
-from ntkit.studies.bell2023.bell_setting import cnn, cross_entropy, images, sgd
+from ntkit.studies.bell2023.bell_setting import cnn, images, sgd
 from ntkit.studies.claim import Bound, Claim, Condition, mean
 from ntkit.studies.study import Result, Results, Section, StudyPart, Work, table
+from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import train
 
 KNOWN = ("0", "1", "2", "3", "4")
