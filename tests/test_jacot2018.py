@@ -209,9 +209,9 @@ def test_claims_can_fail(folder):
         return {"rate": {None: [Result(results.one("rate").numbers | numbers, {})]}}
 
     near, far = ({"mean_distance": [d], "mean_error": [0.1]} for d in (0.29, 0.31))
-    assert holds("tends to a limit that is known", **rate(**near))
-    assert not holds("tends to a limit that is known", **rate(limit_at_0=0.2826, **near))
-    assert not holds("tends to a limit that is known", **rate(**far))
+    assert holds("tends to a limit in closed form", **rate(**near))
+    assert not holds("tends to a limit in closed form", **rate(limit_at_0=0.2826, **near))
+    assert not holds("tends to a limit in closed form", **rate(**far))
     assert holds("spread less", **rate(slope=-0.45, slope_error=0.05))
     assert not holds("spread less", **rate(slope=-0.3, slope_error=0.05))
 

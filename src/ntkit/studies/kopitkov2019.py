@@ -158,20 +158,20 @@ def energy_claims(results: Results) -> Iterator[Claim]:
     yield Claim(
         "The top eigenfunctions align with the target",
         f"E(target, {k}): {first:.2f} → {last:.2f}",
-        [Condition("it starts", [first], Bound("under", 0.3)), Condition("ends", [last], Bound("over", 0.9))],
+        [Condition("the energy starts", [first], Bound("under", 0.3)), Condition("ends", [last], Bound("over", 0.9))],
         depth,
     )
     least = mean([min(e) for e in output])
     yield Claim(
         "The top eigenfunctions span the network's output during the whole optimization",
         f"E(output, {k}): at least {least:.2f}, at the end {mean([e[-1] for e in output]):.2f}",
-        [Condition("it stays", [least], Bound("over", 0.9))],
+        [Condition("the energy stays", [least], Bound("over", 0.9))],
         f"{depth}; the smallest value over all snapshots",
     )
     yield Claim(
         "The residual leaves the top eigenfunctions",
         f"E(residual, {k}): {mean([e[0] for e in residual]):.2f} → {mean([e[-1] for e in residual]):.4f}",
-        [Condition("end divided by start is", [mean([e[-1] / e[0] for e in residual])], Bound("under", 0.5))],
+        [Condition("the end divided by the start is", [mean([e[-1] / e[0] for e in residual])], Bound("under", 0.5))],
         f"{depth}; in between it can rise: see the curves",
     )
 

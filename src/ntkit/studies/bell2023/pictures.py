@@ -203,8 +203,8 @@ def other_gradient_claims(results: Results) -> Iterator[Claim]:
     ratios, texts = [], []
     for name, runs in {**results["plane"], **results["images"]}.items():
         fine_runs = results["nodes"].get(name, runs)
-        known = "midpoint 200" in fine_runs[0].numbers["errors"]
-        fine = max(relative(fine_runs, "midpoint 200")) if known else None
+        measured = "midpoint 200" in fine_runs[0].numbers["errors"]
+        fine = max(relative(fine_runs, "midpoint 200")) if measured else None
         left, ntk = relative(runs, "left"), relative(runs, "ntk")
         addition = f" (200 nodes: {plain(fine, 2)})" if fine else ""
         texts.append(f"{LABELS.get(name, name)}: {mean(left):.3f} and {mean(ntk):.2f}{addition}")

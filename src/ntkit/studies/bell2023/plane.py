@@ -147,8 +147,8 @@ def rule_claims(results: Results) -> Iterator[Claim]:
         "Smooth networks: the left end point errs with 1 / T, the midpoint with 1 / T²",
         f"orders {text['tanh', 'left']} and {text['tanh', 'midpoint']} (tanh); {text['relu', 'left']} and "
         f"{text['relu', 'midpoint']} (ReLU)",
-        [Condition("for tanh every order is", orders["tanh", "left"], Within(0.2, of=1)),
-         Condition("", orders["tanh", "midpoint"], Within(0.2, of=2))],
+        [Condition("for tanh the left end point’s orders are", orders["tanh", "left"], Within(0.2, of=1)),
+         Condition("the midpoint’s", orders["tanh", "midpoint"], Within(0.2, of=2))],
         f"fitted over {ranges['left']} and {ranges['midpoint']} nodes per step",
     )  # fmt: skip
     yield Claim(

@@ -108,7 +108,7 @@ def claims(results: Results) -> Iterator[Claim]:
     rate = results.one("rate").numbers
     value, slope = rate["limit_at_0"], Estimate(rate["slope"], rate["slope_error"])
     yield Claim(
-        f"The kernel of a random network tends to a limit that is known: Θ∞ at angle 0, {DEPTH} weight layers",
+        f"The kernel of a random network tends to a limit in closed form: Θ∞ at angle 0, {DEPTH} weight layers",
         f"{value:.6f}; the {rate['seeds']} widest networks (n = {rate['widths'][-1]:,}) have "
         f"{Estimate(rate['mean_at_0'][-1], rate['deviation_at_0'][-1] / rate['seeds'] ** 0.5):.4f}",
         [Condition("the limit is", [value], Within(1e-9, of=AT_0)),
@@ -137,8 +137,8 @@ def claims(results: Results) -> Iterator[Claim]:
     yield Claim(
         "The kernel inflates in training, much less in wide networks",
         f"at angle 0 after {s.kernel_steps} steps: {by_width({n: inflation[n] for n in (narrow, wide)}, 1, ' %')}",
-        [Condition("it is", [inflation[narrow]], Between(10, 30, " %")),
-         Condition("in the narrow networks", [inflation[wide]], Bound("under", 6, " %"))],
+        [Condition("in the narrow networks it is", [inflation[narrow]], Between(10, 30, " %")),
+         Condition("in the wide ones", [inflation[wide]], Bound("under", 6, " %"))],
         "the paper gives no number",
     )  # fmt: skip
 
