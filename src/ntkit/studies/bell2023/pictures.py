@@ -33,6 +33,7 @@ from ntkit.trajectory import Trajectory, train
 
 METHODS = {"secant": "exact (secant)", "left": "start of each step", "ntk": "initial gradients"}
 BATCH, OTHER_TEST = 32, 20
+AGREEMENT = 1e-3  # error, relative to the largest logit, up to which a rule agrees with the network
 _AT_ONCE = 25  # nodes
 
 
@@ -232,8 +233,8 @@ def node_claims(results: Results) -> Iterator[Claim]:
                 f"On images only many integration points agree: {words}, {name}",
                 "relative error " + ", ".join(f"{plain(v, 2)} with {n}" for n, v in values.items()),
                 [Condition(f"with {' and '.join(map(str, few))} per step it is", [values[n] for n in few],
-                           Bound("over", 1e-3)),
-                 Condition(f"with {many}", [values[many]], Bound("at most", 1e-3))],
+                           Bound("over", AGREEMENT)),
+                 Condition(f"with {many}", [values[many]], Bound("at most", AGREEMENT))],
                 f"{min(s.probed, s.test)} test images; relative to the largest logit",
             )  # fmt: skip
 

@@ -251,7 +251,7 @@ def _components_section(results: Results) -> Section:
     rows.append(["printed in the paper, β = 0.1", *(_eigenvalue_text(k, v) for k, v in enumerate(PAPER))])
     vectors, labels = eigen.arrays["components"], eigen.arrays["labels"]
     groups = [(f"digit {c}", labels == c) for c in MARKED] + [("other digits", ~np.isin(labels, MARKED))]
-    classes = [short_curve(name, vectors[rows, 1], vectors[rows, 2]) for name, rows in groups]
+    classes = [short_curve(name, vectors[mask, 1], vectors[mask, 2]) for name, mask in groups]
     gaps = ", ".join(f"× {_gap(results, depth)[1]:.1f} with {depth} layers" for depth in DEPTHS)
     items = [
         table("Top eigenvalues", ["Network", "λ₁", "λ₂, 10⁻³", "λ₃, 10⁻³"], rows,
