@@ -152,7 +152,7 @@ def claims(results: Results) -> Iterator[Claim]:
                 f"The best kernel score tells them better than {words}, {name}",
                 "; ".join(texts),
                 [Condition("for both kinds the gain is", gaps, Bound("over", 0, errors=2))],
-                f"best of {len(KERNEL_SCORES)} kernel scores, selected with these results, against the best of these baselines",
+                f"best of {len(KERNEL_SCORES)} kernel scores, selected with these results, against the best baseline",
             )
 
 
