@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 from ntkit.base.checks import nearest, refusal
 
@@ -13,8 +14,8 @@ SCALES = ("quick", "paper")
 
 
 def study(
-    name: str,
-    scale: str = "quick",
+    name: Literal["jacot2018", "kopitkov2019", "bell2023"],
+    scale: Literal["quick", "paper"] = "quick",
     out: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
     data_dir: str | Path | None = None,

@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from numbers import Integral
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ntkit.base.checks import nearest, refusal
 
-Record = str | int | Iterable[int] | Callable[[int], bool]
+Record = Literal["log", "all"] | int | Iterable[int] | Callable[[int], bool]
 
 
 def recorded_at(record: Record) -> Callable[[int], bool]:

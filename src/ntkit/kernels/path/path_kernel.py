@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +93,8 @@ class PathKernel(Kernel):
         self,
         trajectory: Trajectory,
         outputs: Outputs = "full",
-        integration: str = "secant",
-        rule: str = "gauss",
+        integration: Literal["secant", "quadrature", "left", "ntk"] = "secant",
+        rule: Literal["gauss", "midpoint"] = "gauss",
         nodes: int = 8,
         tolerance: float | None = None,
         memory: int | str | None = None,
@@ -271,7 +271,7 @@ class PathKernel(Kernel):
 
         return KernelOperator(operators.shape[0], apply, diagonal, next(iter(self._params.values())))
 
-    def _mode(self) -> Outputs:
+    def _mode(self) -> Any:
         if self._readout.takes_targets:
             raise refusal(
                 "outputs", got="a callable that takes targets", expected='"full", "trace" or a callable of outputs',

@@ -25,7 +25,7 @@ SPREAD = 0.5
 LEFT = (1, 10, 100)
 MIDPOINT = (1, 2, 5, 10, 20, 50, 100, 200)
 GAUSS = (2, 4, 8, 16, 32)
-RULES = [*(("left", n) for n in LEFT), *(("midpoint", n) for n in MIDPOINT), *(("gauss", n) for n in GAUSS)]
+RULES: list[Any] = [*(("left", n) for n in LEFT), *(("midpoint", n) for n in MIDPOINT), *(("gauss", n) for n in GAUSS)]
 _AT_ONCE = 64  # nodes
 
 
