@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 from cyclopts import App, Parameter
 
@@ -115,7 +115,7 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
     """
     from ntkit.studies import study as run
 
-    folder = run(name, scale, out, say=_say, data_dir=data_dir)
+    folder = run(cast(Any, name), cast(Any, scale), out, say=_say, data_dir=data_dir)
     _print_claims(folder)
 
 

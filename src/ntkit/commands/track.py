@@ -47,7 +47,7 @@ def track_run(
     data_dir: str | None = None,
     points: int = 500,
     k: int = 20,
-    outputs: str = "trace",
+    outputs: Any = "trace",
     memory: str | None = None,
     out: Path | None = None,
     follow: bool = False,

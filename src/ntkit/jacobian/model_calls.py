@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.base.checks import Refused, nearest, refusal
 
-Outputs = str | Callable[[Any], Tensor]
+Outputs = Literal["full", "diagonal", "trace", "sum"] | Callable[[Any], Tensor]
 
 _ONE_AT_A_TIME = threading.RLock()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class TangentKernel(Kernel):
         outputs: Outputs = "full",
         params: Any = None,
         memory: int | str | None = None,
-        routes: Mapping[str, str] | None = None,
+        routes: Mapping[str, Literal["outer", "tokens", "nested", "rows"]] | None = None,
     ) -> None:
         self._engine = Engine(model, outputs, params, memory, routes)
 

@@ -9,7 +9,7 @@ import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from sklearn.utils.validation import (
 from torch import Tensor, nn
 
 from ntkit.base.checks import nearest, refusal
-from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
+from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.kernel import Kernel
 from ntkit.machines.gaussian_process import GaussianProcess
 from ntkit.machines.ridge import KernelRidge
@@ -48,8 +48,8 @@ class _Estimator(BaseEstimator):
         depth: int = 3,
         w_std: float | None = 2**0.5,
         b_std: float | None = 0.1,
-        kind: str = "ntk",
-        machine: str = "ridge",
+        kind: Kind = "ntk",
+        machine: Literal["ridge", "gp", "svm"] = "ridge",
         ridge: float = 1e-3,
     ):
         self.model = model

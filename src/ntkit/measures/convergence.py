@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.jacobian.model_calls import raw_outputs, reduce_outputs
-from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
+from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.parametrization import (
     LAYERS,
@@ -54,7 +54,7 @@ class Convergence:
     slope, slope_error : of log `distance` against log width, weighted by `distance_error`; -1/2 is expected.
     """
 
-    kind: str
+    kind: Kind
     widths: tuple[int, ...]
     seeds: int
     limit: Tensor
@@ -87,14 +87,14 @@ class Twin:
     kind : "ntk" or "nngp".
     """
 
-    def __init__(self, model: nn.Module, factors: dict[str, float], kind: str = "ntk") -> None:
+    def __init__(self, model: nn.Module, factors: dict[str, float], kind: Kind = "ntk") -> None:
         if kind not in KINDS:
             raise refusal("kind", got=repr(kind), expected=" or ".join(KINDS), fix="Choose one.")
         self.model, self.kind, self.factors = model, kind, factors
         self._tangent = TangentKernel(model, outputs="trace")
 
     @classmethod
-    def of(cls, model: nn.Module, kind: str = "ntk") -> Twin:
+    def of(cls, model: nn.Module, kind: Kind = "ntk") -> Twin:
         """Make the twin of a network in the NTK parametrization."""
         factors = {
             f"{name}.{what}" if name else what: factor
@@ -148,7 +148,7 @@ class Twin:
         return out, 1 / out.shape[1], 0.0
 
 
-def finite_kernel(model: nn.Module, x1: Tensor, x2: Tensor | None = None, kind: str = "ntk") -> Tensor:
+def finite_kernel(model: nn.Module, x1: Tensor, x2: Tensor | None = None, kind: Kind = "ntk") -> Tensor:
     """Kernel of one network in the NTK parametrization, per output: [n1, n2] in the network's own dtype.
 
     "ntk": the tangent kernel's trace over outputs / C. "nngp": sum over outputs of f(x) f(x') / C, whose mean is the
@@ -166,7 +166,7 @@ def finite_kernel(model: nn.Module, x1: Tensor, x2: Tensor | None = None, kind: 
 
 
 def _kernels(
-    model: nn.Module, x1: Tensor, x2: Tensor | None, width: int, seeds: Sequence[int], kind: str
+    model: nn.Module, x1: Tensor, x2: Tensor | None, width: int, seeds: Sequence[int], kind: Kind
 ) -> list[Tensor]:
     """Kernels of wide copies; a model that is not in the NTK parametrization is brought into it with its own stds."""
     ready = model if in_ntk_parametrization(model) else to_ntk_parametrization(model)
@@ -190,7 +190,7 @@ def _check_seeds(seeds: int) -> None:
 
 
 def monte_carlo(
-    model: nn.Module, x1: Tensor, x2: Tensor | None = None, *, width: int, seeds: int = 10, kind: str = "ntk"
+    model: nn.Module, x1: Tensor, x2: Tensor | None = None, *, width: int, seeds: int = 10, kind: Kind = "ntk"
 ) -> MonteCarlo:
     """Estimate the infinite-width kernel of a network from random wide copies of it.
 
@@ -225,7 +225,7 @@ def monte_carlo(
 
 
 def convergence(
-    model: nn.Module, x: Tensor, widths: Sequence[int] = (64, 128, 256, 512), seeds: int = 10, kind: str = "ntk"
+    model: nn.Module, x: Tensor, widths: Sequence[int] = (64, 128, 256, 512), seeds: int = 10, kind: Kind = "ntk"
 ) -> Convergence:
     """Measure how fast the kernel of a random network tends to `ntkit.InfiniteKernel` as its width n grows.
 
@@ -287,7 +287,7 @@ def convergence(
     )  # fmt: skip
 
 
-def _limit(model: nn.Module, x: Tensor, width: int, kind: str) -> Tensor:
+def _limit(model: nn.Module, x: Tensor, width: int, kind: Kind) -> Tensor:
     """Limit of networks with standard normal parameters and the model's own w_std and b_std."""
     found = [stds(layer) for layer in model.modules() if isinstance(layer, LAYERS)]
     w_stds, b_stds = ({float(f"{v:.12g}") for v in of if v is not None} for of in zip(*found, strict=True))  # rounded

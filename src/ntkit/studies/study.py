@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ Item = dict[str, Any]
 
 
 def study(
-    name: str,
-    scale: str = "quick",
+    name: Literal["jacot2018", "kopitkov2019", "bell2023"],
+    scale: Literal["quick", "paper"] = "quick",
     out: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
     data_dir: str | Path | None = None,

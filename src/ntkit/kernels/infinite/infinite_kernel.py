@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.tape import record
 from ntkit.kernels.infinite.tape_to_layers import read
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, written
+
+Kind = Literal["ntk", "nngp"]
 
 _PLANE_ELEMENTS = {"cpu": 1 << 16}  # a few planes of this size fit into a core's cache
 _PLANE_ELEMENTS_ELSEWHERE = 1 << 24
@@ -92,7 +94,11 @@ class InfiniteKernel(Kernel):
     """
 
     def __init__(
-        self, model: nn.Module, kind: str = "ntk", w_std: float | None = None, b_std: float | None = None
+        self,
+        model: nn.Module,
+        kind: Kind = "ntk",
+        w_std: float | None = None,
+        b_std: float | None = None,
     ) -> None:
         if kind not in ("ntk", "nngp"):
             raise refusal("kind", got=repr(kind), expected='"ntk" or "nngp"', fix="Choose one of them.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.model_calls import call, untouched
 from ntkit.secant.secant_jacobian import Secant
 
-INTEGRATIONS = ("secant", "quadrature", "left", "ntk")
-QUADRATURES = ("gauss", "midpoint")
+Integration = Literal["secant", "quadrature", "left", "ntk"]
+Quadrature = Literal["gauss", "midpoint"]
 MOST = 4096  # nodes that an adaptive rule may take in a step
 _BATCH = 256  # samples a forward pass
 
@@ -120,7 +120,10 @@ class Segment:
 
 def check_integration(integration: str, rule: str, nodes: int, tolerance: float | None) -> None:
     """Refuse settings that name no integration."""
-    for label, value, names in (("integration", integration, INTEGRATIONS), ("rule", rule, QUADRATURES)):
+    for label, value, names in (
+        ("integration", integration, get_args(Integration)),
+        ("rule", rule, get_args(Quadrature)),
+    ):
         if value not in names:
             raise refusal(label, got=repr(value), expected=" or ".join(names), fix=nearest(str(value), names))
     if not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= MOST:

@@ -19,7 +19,7 @@ from ntkit.jacobian.structure import SelfCheckError
 from ntkit.kernels.kernel import Kernel, KernelOperator, written
 from ntkit.kernels.path.decomposition import PathDecomposition, StepShare
 from ntkit.kernels.path.decomposition_files import DecompositionFiles
-from ntkit.kernels.path.integration import Segment
+from ntkit.kernels.path.integration import Integration, Quadrature, Segment
 from ntkit.kernels.path.sweep import Sweep, prepended
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.trajectory import Trajectory
@@ -93,8 +93,8 @@ class PathKernel(Kernel):
         self,
         trajectory: Trajectory,
         outputs: Outputs = "full",
-        integration: str = "secant",
-        rule: str = "gauss",
+        integration: Integration = "secant",
+        rule: Quadrature = "gauss",
         nodes: int = 8,
         tolerance: float | None = None,
         memory: int | str | None = None,
@@ -271,7 +271,7 @@ class PathKernel(Kernel):
 
         return KernelOperator(operators.shape[0], apply, diagonal, next(iter(self._params.values())))
 
-    def _mode(self) -> Outputs:
+    def _mode(self) -> Any:
         if self._readout.takes_targets:
             raise refusal(
                 "outputs", got="a callable that takes targets", expected='"full", "trace" or a callable of outputs',

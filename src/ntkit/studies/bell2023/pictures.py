@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ntkit.kernels.path.integration import Integration
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report.words import plain
 from ntkit.studies.bell2023.bell_setting import (
@@ -31,7 +32,7 @@ from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work,
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
-METHODS = {"secant": "exact (secant)", "left": "start of each step", "ntk": "initial gradients"}
+METHODS: dict[Integration, str] = {"secant": "exact (secant)", "left": "start of each step", "ntk": "initial gradients"}
 BATCH, OTHER_TEST = 32, 20
 AGREEMENT = 1e-3  # error, relative to the largest logit, up to which a rule agrees with the network
 _AT_ONCE = 25  # nodes

@@ -29,7 +29,11 @@ NEAR, FAR = SPREAD, 3 * SPREAD  # distances to the nearest training point
 LEFT = (1, 10, 100)
 MIDPOINT = (1, 2, 5, 10, 20, 50, 100, 200)
 GAUSS = (2, 4, 8, 16, 32)
-RULES = [*(("left", n) for n in LEFT), *(("midpoint", n) for n in MIDPOINT), *(("gauss", n) for n in GAUSS)]
+RULES: list[tuple[Any, int]] = [
+    *(("left", n) for n in LEFT),
+    *(("midpoint", n) for n in MIDPOINT),
+    *(("gauss", n) for n in GAUSS),
+]
 FITTED = {
     "midpoint": (5, 10, 20, 50, 100),
     "left": (10, 100),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
+from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.measures.convergence import Twin
 from ntkit.networks.parametrization import to_ntk_parametrization
 from ntkit.networks.widening import widened
@@ -30,7 +30,7 @@ def network(example: Tensor, width: int, depth: int, seed: int) -> Twin:
     return Twin.of(widened(small, width, example[:2], seed))
 
 
-def limit(depth: int, x1: Tensor, x2: Tensor | None = None, kind: str = "ntk", beta: float = BETA) -> Tensor:
+def limit(depth: int, x1: Tensor, x2: Tensor | None = None, kind: Kind = "ntk", beta: float = BETA) -> Tensor:
     """Theta_inf^(depth), or Sigma^(depth) for "nngp": [n1, n2], float64.
 
     >>> round(float(limit(4, torch.tensor([[1.0, 0.0]]))), 12)
