@@ -63,8 +63,8 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 def _is_setting(entry: Any) -> bool:
-    """Whether a kernel's attribute is a setting: what it collects while it computes is not."""
+    """Whether a kernel's attribute is a setting; what it collects while it computes is not, and None says nothing."""
     if isinstance(entry, (tuple, list, dict)):
         entries = entry.values() if isinstance(entry, dict) else entry
         return len(entry) > 0 and all(isinstance(one, _PLAIN) for one in entries)
-    return isinstance(entry, _SETTINGS)
+    return entry is not None and isinstance(entry, _SETTINGS)

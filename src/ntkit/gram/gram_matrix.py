@@ -136,9 +136,13 @@ class Gram:
         values = self._values[:, :, 0, 0]
 
         def part(i: Index, j: Index) -> Tensor:
-            if isinstance(i, slice) or isinstance(j, slice):
-                return values[i][:, j] if isinstance(j, slice) else values[:, j][i]
-            return values[self._places(i)[:, None], self._places(j)]
+            if isinstance(j, slice):
+                return values[:, j][i if isinstance(i, slice) else self._places(i)]
+            return (
+                values[i][:, self._places(j)]
+                if isinstance(i, slice)
+                else values[self._places(i)[:, None], self._places(j)]
+            )
 
         one = part(rows, columns).to(torch.float64)
         return one if self._exact else (one + part(columns, rows).T.to(torch.float64)) / 2
@@ -151,7 +155,7 @@ class Gram:
     def _places(self, index: Index) -> Tensor:
         if isinstance(index, slice):
             return torch.arange(len(self), device=self.device)[index]
-        return torch.as_tensor(index, device=self.device)
+        return torch.as_tensor(index, dtype=torch.long, device=self.device)
 
     def diagonal(self) -> Tensor:
         """The diagonal of K in float64, [N]."""
@@ -173,7 +177,9 @@ class Gram:
         block = as_tensor(v, "vector").to(self.device, torch.float64)
         if block.ndim not in (1, 2) or len(block) != len(self):
             fix = "Give one value per row of K."
-            raise refusal("vector", got=f"shape {list(block.shape)}", expected=f"[{len(self)}], or [.., k]", fix=fix)
+            raise refusal(
+                "vector", got=f"shape {list(block.shape)}", expected=f"[{len(self)}], or [{len(self)}, k]", fix=fix
+            )
         used = block.nonzero().ravel() if block.ndim == 1 else block.any(1).nonzero().ravel()
         if 2 * len(used) <= len(self):
             result = torch.zeros_like(block)

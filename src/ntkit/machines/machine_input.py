@@ -24,10 +24,10 @@ class Machine:
     advice_: str
 
     def __repr__(self) -> str:
-        settings = vars(self)
-        names = [name for name in inspect.signature(type(self)).parameters if name in settings]
-        shown = ", ".join(f"{name}={getattr(settings[name], '__name__', settings[name])!s}" for name in names)
-        return f"{type(self).__name__}({shown}): {settings.get('status_', 'not fitted')}"
+        state = vars(self)
+        settings = {n: state.get(n, state.get(f"{n}_fn")) for n in inspect.signature(type(self)).parameters}
+        text = ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in settings.items())
+        return f"{type(self).__name__}({text}): {state.get('status_', 'not fitted')}"
 
 
 def training_gram(K: Gram | Matrix, name: str = "K") -> Gram:
