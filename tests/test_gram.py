@@ -341,13 +341,12 @@ def test_the_identity_does_not_change_with_use_but_with_training(make):
 # ---------------------------------------------------------------------- memory
 
 _PEAK = """
-import resource, sys
 import torch
 from ntkit.gram.gram_matrix import Gram
 from ntkit.machines import HardMarginSVM
 from ntkit.measures.spectra import alignment, effective_rank
 torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+peak = lambda: next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 def uses(n):
     phi = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
     K = torch.empty(n, n)
@@ -366,8 +365,9 @@ print(uses(3000))
 """
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of one process is read from /proc")
 def test_no_copy_of_a_large_matrix_is_made():
     done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     matrix = 4 * 3000**2
-    assert int(done.stdout) < matrix  # a float64 copy alone would be twice that, a mask of the finite a quarter
+    assert int(done.stdout) < 0.75 * matrix  # a float64 copy alone would be twice the matrix, a difference once

@@ -87,7 +87,11 @@ def float64_product(matrix: Tensor, v: Tensor) -> Tensor:
     if matrix.dtype == torch.float64:
         return matrix @ v
     step = max(1, BLOCK // matrix.shape[1])
-    return torch.cat([rows.to(torch.float64) @ v for rows in matrix.split(step)], dim=-2 if v.ndim > 1 else 0)
+    result = v.new_empty([*v.shape[:-2], len(matrix), *v.shape[-1:]] if v.ndim > 1 else [len(matrix)])
+    for start in range(0, len(matrix), step):
+        place = (..., slice(start, start + step), slice(None)) if v.ndim > 1 else slice(start, start + step)
+        result[place] = matrix[start : start + step].to(torch.float64) @ v
+    return result
 
 
 @overload

@@ -181,12 +181,13 @@ class Gram:
                 "vector", got=f"shape {list(block.shape)}", expected=f"[{len(self)}], or [{len(self)}, k]", fix=fix
             )
         used = block.nonzero().ravel() if block.ndim == 1 else block.any(1).nonzero().ravel()
+        result = torch.zeros_like(block)  # once: results of blocks kept beside their rows would fragment the heap
         if 2 * len(used) <= len(self):
-            result = torch.zeros_like(block)
             for part in used.split(max(1, BLOCK // len(self))):
                 result += self.rows(part).T @ block[part]
         else:
-            result = torch.cat([rows @ block for _, rows in self.blocks()])
+            for index, rows in self.blocks():
+                result[index] = rows @ block
         return result if isinstance(v, Tensor) else result.cpu().numpy()
 
     def dense(self) -> Tensor:
