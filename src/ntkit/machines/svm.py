@@ -30,7 +30,7 @@ class HardMarginSVM(Machine):
 
     .. math:: \max_{a \ge 0} \sum_i a_i - \tfrac12 (a y)^\top K (a y)
 
-    whose separator is w = sum_i a_i y_i phi(x_i) with y_i <w, phi(x_i)> >= 1. More than two labels are solved
+    with the separator w = sum_i a_i y_i phi(x_i) with y_i <w, phi(x_i)> >= 1. More than two labels are solved
     one against the rest. Multiplying K by a positive number changes no prediction.
 
     Parameters

@@ -19,7 +19,7 @@ from ntkit.gram.krylov import Product, leading
 
 
 class Operator(Protocol):
-    """A symmetric matrix known by its products, such as ``kernel.operator(x)``."""
+    """A symmetric matrix given by its products, such as ``kernel.operator(x)``."""
 
     shape: tuple[int, int]
 
@@ -39,7 +39,7 @@ class Spectrum:
     trace : sum of the diagonal (not of the eigenvalues); None for an operator that offers neither trace nor diagonal.
     residuals : Tensor [k], |K v - lambda v| / |lambda_1|: the certificate of each pair.
     noise : eigenvalues up to this size are rounding of K's own precision, not information.
-    outputs : C of a kernel [n, n, C, C], 1 for [n, n], None (not known) for an operator.
+    outputs : C of a kernel [n, n, C, C], 1 for [n, n], None for an operator.
     status : "converged", or what the iteration did not reach (`residuals` say how far it got).
     """
 
@@ -238,7 +238,7 @@ def effective_rank(K: Gram | Matrix | Operator) -> float:
 def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, centered: bool = False) -> float:
     """Cosine between two kernels, or between a kernel and its targets: ``<K1, K2>_F / (|K1|_F |K2|_F)``.
 
-    Accumulated in float64 over blocks of rows: no copy of a Gram matrix is made.
+    Accumulated in float64 over blocks of rows: no Gram matrix is copied.
 
     Parameters
     ----------
