@@ -148,7 +148,7 @@ def _ridge(K: Tensor, K_test: Tensor, sets: Data) -> Fitted:
         mean = targets[fit].mean(0)
         machines = [KernelRidge(ridge).fit(inner, targets[fit] - mean) for ridge in _RIDGES]
         solved = [m for m in machines if m.status_ == "solved"]
-        best = min(solved, key=lambda m: float(m.loo_.square().mean()))
+        best = min(solved, key=lambda m: float((m.loo_**2).mean()))
         outer = (K_test if of_test else K)[rows][:, fit] / scale
         return (best.predict(outer) + mean).argmax(1).numpy()
 

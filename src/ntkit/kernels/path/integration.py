@@ -120,11 +120,8 @@ class Segment:
 
 def check_integration(integration: str, rule: str, nodes: int, tolerance: float | None) -> None:
     """Refuse settings that name no integration."""
-    for label, value, names in (
-        ("integration", integration, get_args(Integration)),
-        ("rule", rule, get_args(Quadrature)),
-    ):
-        if value not in names:
+    for label, value, kind in (("integration", integration, Integration), ("rule", rule, Quadrature)):
+        if value not in (names := get_args(kind)):
             raise refusal(label, got=repr(value), expected=" or ".join(names), fix=nearest(str(value), names))
     if not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= MOST:
         raise refusal(

@@ -29,11 +29,8 @@ NEAR, FAR = SPREAD, 3 * SPREAD  # distances to the nearest training point
 LEFT = (1, 10, 100)
 MIDPOINT = (1, 2, 5, 10, 20, 50, 100, 200)
 GAUSS = (2, 4, 8, 16, 32)
-RULES: list[tuple[Any, int]] = [
-    *(("left", n) for n in LEFT),
-    *(("midpoint", n) for n in MIDPOINT),
-    *(("gauss", n) for n in GAUSS),
-]
+_NODES = {"left": LEFT, "midpoint": MIDPOINT, "gauss": GAUSS}
+RULES: list[tuple[Any, int]] = [(rule, n) for rule, nodes in _NODES.items() for n in nodes]
 FITTED = {
     "midpoint": (5, 10, 20, 50, 100),
     "left": (10, 100),
