@@ -54,7 +54,7 @@ def render(run: str | Path) -> Path:
     if written != RESULTS_FORMAT or earlier:
         got = "keys of an earlier version" if earlier else f"format {written}"
         fix = (
-            "Render it with the version of ntkit that wrote it, or repeat the run: ntkit analyze --from RUN --out NEW."
+            "Use the version of ntkit that wrote it, or repeat the run: ntkit analyze --from RUN --out NEW."
         )
         raise refusal(str(run / "results.json"), got=got, expected=f"format {RESULTS_FORMAT}", fix=fix)
     images = run / "arrays" / "neighbors.safetensors"

@@ -174,8 +174,9 @@ def _errors(results: dict[str, Any], *kernels: str) -> list[str]:
 
 def _against(results: dict[str, Any], other: str) -> str:
     """How the after kernel's test error compares with that of another kernel, or with the network's."""
-    after, rival = _machine(results, "after"), results["network"] if other == "network" else _machine(results, other)
-    if not _solved(after) or not (other == "network" or _solved(rival)):
+    after = _machine(results, "after")
+    rival = results["network"] if other == "network" else _machine(results, other)
+    if not _solved(after) or rival is None or not (other == "network" or _solved(rival)):
         return "unknown"
     return compare(after["test_error"], rival["test_error"], 1 / max(1, results["data"]["test"]))
 

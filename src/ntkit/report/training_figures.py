@@ -253,15 +253,14 @@ def size(a: Series) -> FigureAndReading:
 
 def spectra(a: Series) -> FigureAndReading:
     """The eigenvalues at both ends of training, as shares of the trace."""
-    shares = [
-        [draw.times(value, 100 / trace) if trace else None for value in values]
-        for trace, values in zip(a["trace"], a["eigenvalues"], strict=True)
-    ]
-    drawn = [[draw.positive(v) for v in shares[row]] for row in (0, -1)]
+    drawn, totals = [], []
+    for row in (0, -1):
+        values, trace = a["eigenvalues"][row], a["trace"][row]
+        drawn.append([draw.positive(draw.times(value, 100 / trace)) if trace else None for value in values])
+        totals.append(share(None if not trace or None in values else sum(values) / trace))
     data = _both_ends(a["steps"], drawn, "eigenvalue %{x}", "%{y:.3g} %")
-    start, end = (share(None if None in shares[row] else sum(shares[row]) / 100) for row in (0, -1))
     count = len(a["eigenvalues"][0])
-    text = f"The top {count} eigenvalues hold {start} of the trace at the start and {end} at the end."
+    text = f"The top {count} eigenvalues hold {totals[0]} of the trace at the start and {totals[1]} at the end."
     layout = draw.layout(draw.index_axis("index", count), draw.log_axis("% of the trace", _values(data)), height=286)
     panels = [Panel("plot-spectrum", "", data, layout)]
     return _row("spectrum", "Spectrum at the start and the end", text, panels, _legend_of_ends())
