@@ -53,9 +53,7 @@ def render(run: str | Path) -> Path:
     earlier = written == RESULTS_FORMAT and "neighbors" not in results  # keys as they were before the first release
     if written != RESULTS_FORMAT or earlier:
         got = "keys of an earlier version" if earlier else f"format {written}"
-        fix = (
-            "Use the version of ntkit that wrote it, or repeat the run: ntkit analyze --from RUN --out NEW."
-        )
+        fix = "Use the version of ntkit that wrote it, or repeat the run: ntkit analyze --from RUN --out NEW."
         raise refusal(str(run / "results.json"), got=got, expected=f"format {RESULTS_FORMAT}", fix=fix)
     images = run / "arrays" / "neighbors.safetensors"
     path = run / "report.html"
