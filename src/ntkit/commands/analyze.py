@@ -26,6 +26,7 @@ from ntkit.base.checks import Refused, refusal
 from ntkit.base.factory import source_hash
 from ntkit.base.files import ensure_folder, read_json, write_arrays, write_atomically, write_json
 from ntkit.base.progress import task
+from ntkit.base.tensors import tensor_hash
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
 from ntkit.commands.network_measures import LABELS
@@ -35,7 +36,7 @@ from ntkit.data import Data, load
 from ntkit.kernels.tangent import TangentKernel, free_memory, parse_memory
 from ntkit.measures.spectra import alignment
 from ntkit.networks.built_in import build
-from ntkit.trajectory import Trajectory, load_weights, tensor_hash, train
+from ntkit.trajectory import Trajectory, load_weights, train
 
 Stage = tuple[Any, dict[str, np.ndarray]]  # the numbers of a stage, and its arrays
 
