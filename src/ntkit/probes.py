@@ -86,7 +86,7 @@ def shift(dx: int = 1, dy: int = 0) -> Transform:
 
 
 def rotate(angle: float) -> Transform:
-    """Rotate about the image center by `angle` radians, counter-clockwise as displayed; nearest neighbour, zero fill.
+    """Rotate about the image center by `angle` radians, counter-clockwise as displayed; nearest neighbor, zero fill.
 
     Raises
     ------

@@ -54,12 +54,9 @@ def checked(x: Batch, name: str) -> Batch:
     """Refuse what is not a batch of samples (no tensors, empty, ragged, not finite); return it without its graph."""
     tensors = leaves(x) if isinstance(x, (Tensor, tuple, list, dict)) else []
     if not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
-        raise refusal(
-            name,
-            got=type(x).__name__,
-            expected="a tensor with samples along its first axis, or a tuple or dict of such tensors",
-            fix="Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x).",
-        )
+        expected = "a tensor with samples along its first axis, or a tuple or dict of such tensors"
+        fix = "Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x)."
+        raise refusal(name, got=type(x).__name__, expected=expected, fix=fix)
     sizes = {t.shape[0] for t in tensors}
     if len(sizes) > 1:
         fix = "Give all tensors the same number of samples."

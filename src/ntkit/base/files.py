@@ -38,12 +38,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         os.replace(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise refusal(
-            str(path),
-            got=f"{error.strerror or error} while writing",
-            expected="a folder that can be written, with room on its disk",
-            fix="Free some space or name another folder. No incomplete file was kept.",
-        ) from error
+        expected = "a folder that can be written, with room on its disk"
+        fix = "Free some space or name another folder. No incomplete file was kept."
+        raise refusal(str(path), got=f"{error.strerror or error} while writing", expected=expected, fix=fix) from error
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

@@ -31,7 +31,7 @@ from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
 from ntkit.commands.network_measures import LABELS
 from ntkit.commands.results import KERNELS, assemble, versions
-from ntkit.commands.settings import OPTIMIZERS, Settings
+from ntkit.commands.settings import Settings
 from ntkit.data import Data, load
 from ntkit.kernels.tangent import TangentKernel, free_memory, parse_memory
 from ntkit.measures.spectra import alignment
@@ -81,22 +81,15 @@ def analyze(
         if out is None:
             return _Run(Path(resume), settings, say, earlier, resumed=True).run()
         if not complete:
-            raise refusal(
-                f"--from {resume}",
-                got="an unfinished run, and --out",
-                expected="no --out: an unfinished run is resumed in its own folder",
-                fix="Leave out --out. Repeat the run elsewhere when it is complete.",
-            )
+            expected = "no --out: an unfinished run is resumed in its own folder"
+            fix = "Leave out --out. Repeat the run elsewhere when it is complete."
+            raise refusal(f"--from {resume}", got="an unfinished run, and --out", expected=expected, fix=fix)
     settings = settings or Settings()
     folder = Path(out) if out is not None else Path("runs") / settings.slug()
     if (folder / "run.json").exists():
         if not overwrite:
-            raise refusal(
-                str(folder),
-                got="a folder that holds a run",
-                expected="a new folder",
-                fix=f"Resume the run (--from {folder}), replace it (--overwrite) or name another folder (--out).",
-            )
+            fix = f"Resume the run (--from {folder}), replace it (--overwrite) or name another folder (--out)."
+            raise refusal(str(folder), got="a folder that holds a run", expected="a new folder", fix=fix)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         got = "a file, or a folder with other files in it"
         raise refusal(str(folder), got=got, expected="a new or empty folder", fix="Name another --out.")
@@ -115,12 +108,8 @@ def _earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
             fix="Name the run's own folder, not the trajectory/ inside it.",
         )
     if settings not in (None, Settings()):
-        raise refusal(
-            f"--from {folder}",
-            got="further settings",
-            expected="none: they come from the run",
-            fix="Leave them out, or start a new run without --from.",
-        )
+        expected, fix = "none: they come from the run", "Leave them out, or start a new run without --from."
+        raise refusal(f"--from {folder}", got="further settings", expected=expected, fix=fix)
     return run
 
 
@@ -240,12 +229,10 @@ class _Run:
         changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old and old.get(k) != v]
         if self.resumed:
             if changed:
-                raise refusal(
-                    f"--from {self.folder}",
-                    got="changed since the run began: " + "; ".join(changed),
-                    expected="the same data, model, versions and number of threads",
-                    fix="Restore them, or start a new run.",
-                )
+                got = "changed since the run began: " + "; ".join(changed)
+                fix = "Restore them, or start a new run."
+                expected = "the same data, model, versions and number of threads"
+                raise refusal(f"--from {self.folder}", got=got, expected=expected, fix=fix)
             self.say(f"Resuming {self.folder}")
             return
         if changed:
@@ -255,26 +242,19 @@ class _Run:
             shutil.rmtree(replaced, ignore_errors=True)
             self.folder.replace(replaced)
         ensure_folder(self.folder)
-        run = {
-            "format": RESULTS_FORMAT,
-            "status": "running",
-            "settings": dataclasses.asdict(s),
-            "identity": identity,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        write_json(self.folder / "run.json", run)
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        run = {"format": RESULTS_FORMAT, "status": "running", "settings": dataclasses.asdict(s)}
+        write_json(self.folder / "run.json", run | {"identity": identity, "started": started})
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _check_size(self) -> None:
         """Refuse what does not fit: a Gram matrix in float32, and two in float64 while a machine is solved."""
         n, free = len(self.data.x_train), free_memory(torch.device("cpu"))
         if 20 * n**2 > free:
-            raise refusal(
-                f"{n:,} training examples",
-                got=f"kernel matrices of about {20 * n**2 / 1e9:.0f} GB while they are solved",
-                expected=f"at most {free / 1e9:.0f} GB, the free memory",
-                fix=f"Use fewer, e.g. --train {int((free / 40) ** 0.5) // 100 * 100}.",
-            )
+            got = f"kernel matrices of about {20 * n**2 / 1e9:.0f} GB while they are solved"
+            expected = f"at most {free / 1e9:.0f} GB, the free memory"
+            fix = f"Use fewer, e.g. --train {int((free / 40) ** 0.5) // 100 * 100}."
+            raise refusal(f"{n:,} training examples", got=got, expected=expected, fix=fix)
 
     def _train(self) -> None:
         s = self.settings
@@ -290,7 +270,7 @@ class _Run:
                 self.models["after"],
                 (self.data.x_train, self.data.y_train),
                 self.task.loss,
-                OPTIMIZERS[s.optimizer](s),
+                s.make_optimizer,
                 steps=steps,
                 batch_size=batch,
                 seed=s.seed,
@@ -346,8 +326,7 @@ class _Run:
         examples, predicted = measures.select_examples(self.task, self.models["after"])
         kernels = {}
         for key in ("init", "after"):
-            kernel = TangentKernel(self.models[key], outputs="trace", memory=self.memory)
-            own = kernel.diagonal(self.data.x_test[examples]).cpu()
+            own = measures.kernels_of(self.models, self.memory)[key]().diagonal(self.data.x_test[examples]).cpu()
             K = self._read_gram(f"{key}-test")[examples.cpu()]
             kernels[key] = K, own, self._read_gram(f"{key}-train").diagonal()
         return measures.neighbors(self.data, examples, predicted, kernels)

@@ -54,12 +54,10 @@ class Task:
         self.data, self.classes = data, len(data.classes)
         self.outputs = outputs_of(model, data.x_train[:2]).shape[1]
         if self.outputs not in ({1, 2} if self.classes == 2 else {self.classes}):
-            raise refusal(
-                f"model {type(model).__name__}",
-                got=f"{self.outputs} outputs for {self.classes} classes",
-                expected="one output per class" + (", or one output" if self.classes == 2 else ""),
-                fix="Give the factory a parameter named outputs, or select as many classes with --classes.",
-            )
+            got = f"{self.outputs} outputs for {self.classes} classes"
+            expected = "one output per class" + (", or one output" if self.classes == 2 else "")
+            fix = "Give the factory a parameter named outputs, or select as many classes with --classes."
+            raise refusal(f"model {type(model).__name__}", got=got, expected=expected, fix=fix)
         self.binary = self.outputs == 1
         self.name = "logistic (one output)" if self.binary else "cross-entropy"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ class Settings:
             value = getattr(self, name)
             if self.weights is not None and value != getattr(Settings, name):
                 raise _bad(name, value, "no training settings with --weights", "Leave it out.")
-        for name, names in (("optimizer", tuple(OPTIMIZERS)), ("device", ("auto", "cpu", "cuda"))):
+        for name, names in (("optimizer", ("sgd", "adam")), ("device", ("auto", "cpu", "cuda"))):
             value = getattr(self, name)
             if value not in names:
                 raise _bad(name, value, f"one of {', '.join(names)}", nearest(str(value), names))
@@ -109,6 +108,14 @@ class Settings:
                 arguments += ["--" + field.name.replace("_", "-"), *map(str, values)]
         return arguments
 
+    def make_optimizer(self, params: Any) -> Any:
+        """Optimizer of these parameters."""
+        import torch
+
+        if self.optimizer == "adam":
+            return torch.optim.Adam(params, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
     def describe_optimizer(self) -> str:
         """Text such as "SGD, lr 0.05, momentum 0.9"."""
         parts = [self.optimizer.upper() if self.optimizer == "sgd" else self.optimizer.capitalize(), f"lr {self.lr:g}"]
@@ -121,18 +128,3 @@ class Settings:
 
 def _bad(name: str, value: Any, expected: str, fix: str) -> Refused:
     return refusal("--" + name.replace("_", "-"), got=repr(value), expected=expected, fix=fix)
-
-
-def _sgd(s: Settings) -> Callable[[Any], Any]:
-    import torch
-
-    return lambda params: torch.optim.SGD(params, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
-
-
-def _adam(s: Settings) -> Callable[[Any], Any]:
-    import torch
-
-    return lambda params: torch.optim.Adam(params, lr=s.lr, weight_decay=s.weight_decay)
-
-
-OPTIMIZERS: dict[str, Callable[[Settings], Callable[[Any], Any]]] = {"sgd": _sgd, "adam": _adam}

@@ -124,12 +124,9 @@ def _run_to_follow(
         folder, model, seed = run / "trajectory", s.model, s.seed
         sets = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
     elif model is None or data is None:
-        raise refusal(
-            str(run),
-            got="a recorded trajectory without --model and --data",
-            expected="both, or a run folder of ntkit analyze",
-            fix="Name the factory of its architecture and the data to follow: --model net.py:make --data set.npz.",
-        )
+        got, expected = "a recorded trajectory without --model and --data", "both, or a run folder of ntkit analyze"
+        fix = "Name the factory of its architecture and the data to follow: --model net.py:make --data set.npz."
+        raise refusal(str(run), got=got, expected=expected, fix=fix)
     else:
         sets = load(data, data_dir)
     network = build(model, sets.input_shape, 1 if len(sets.classes) == 2 else len(sets.classes), seed)

@@ -27,6 +27,20 @@ _GLOBALITY = {
     "same": "no more and no less global for",
     "unknown": "not comparable for",
 }
+_LEADS = {
+    "init": {
+        "below": "Training made a better kernel.",
+        "above": "Training made a worse kernel.",
+        "same": "No difference beyond noise between the kernels before and after training.",
+        "unknown": "The kernels before and after training cannot be compared.",
+    },
+    "network": {
+        "below": "The after kernel does better than its network.",
+        "above": "The network does better than its after kernel.",
+        "same": "The after kernel does as well as its network, within noise.",
+        "unknown": "The after kernel cannot be compared with its network.",
+    },
+}
 
 
 def answer(results: dict[str, Any]) -> str:
@@ -42,7 +56,7 @@ def answer(results: dict[str, Any]) -> str:
 
 def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Three to five findings, each a lead and a sentence."""
-    findings = [_kernel_finding(results), _network_finding(results), _task_finding(results)]
+    findings = [*_error_findings(results), _task_finding(results)]
     if results["along"]:
         findings.append(_along_finding(results["along"]))
     if results["invariances"]:
@@ -104,29 +118,15 @@ def certificates(results: dict[str, Any]) -> str:
     return f"All {len(passed)} checks hold." if all(passed) else f"{sum(passed)} of {len(passed)} checks hold."
 
 
-def _kernel_finding(results: dict[str, Any]) -> tuple[str, str]:
-    leads = {
-        "below": "Training made a better kernel.",
-        "above": "Training made a worse kernel.",
-        "same": "No difference beyond noise between the kernels before and after training.",
-        "unknown": "The kernels before and after training cannot be compared.",
-    }
-    init, after = _errors(results, "init", "after")
-    text = f"Test error of a hard-margin SVM: kernel at initialization {init}, after kernel {after}."
-    return leads[_against(results, "init")], text
-
-
-def _network_finding(results: dict[str, Any]) -> tuple[str, str]:
-    leads = {
-        "below": "The after kernel does better than its network.",
-        "above": "The network does better than its after kernel.",
-        "same": "The after kernel does as well as its network, within noise.",
-        "unknown": "The after kernel cannot be compared with its network.",
-    }
-    after, conjugate = _errors(results, "after", "conjugate")
+def _error_findings(results: dict[str, Any]) -> list[tuple[str, str]]:
+    errors = {m["kernel"]: percent(m["test_error"]) for m in results["machines"]}
+    init, after, conjugate = (errors.get(kernel, "undefined") for kernel in ("init", "after", "conjugate"))
     network = percent(results["network"]["test_error"])
-    text = f"Test error: network {network}, after kernel {after}, conjugate kernel {conjugate}."
-    return leads[_against(results, "network")], text
+    texts = {
+        "init": f"Test error of a hard-margin SVM: kernel at initialization {init}, after kernel {after}.",
+        "network": f"Test error: network {network}, after kernel {after}, conjugate kernel {conjugate}.",
+    }
+    return [(_LEADS[other][_against(results, other)], text) for other, text in texts.items()]
 
 
 def _task_finding(results: dict[str, Any]) -> tuple[str, str]:
@@ -165,11 +165,6 @@ def _invariance_verdicts(invariances: dict[str, Any]) -> tuple[dict[str, list[st
 
 def _machine(results: dict[str, Any], kernel: str) -> dict[str, Any] | None:
     return next((m for m in results["machines"] if m["kernel"] == kernel), None)
-
-
-def _errors(results: dict[str, Any], *kernels: str) -> list[str]:
-    found = [_machine(results, kernel) for kernel in kernels]
-    return [percent(machine["test_error"]) if machine else "undefined" for machine in found]
 
 
 def _against(results: dict[str, Any], other: str) -> str:

@@ -57,7 +57,6 @@ def render_tracked(folder: str | Path) -> Path:
         raise refusal(str(folder), got="no step-*.json", expected="at least one snapshot", fix=fix)
     a = along(settings, records)
     sections = training_figures.of_tracking(a)
-    path = folder / "track.html"
     text = page(
         "tracked.html",
         [figure for pairs in sections.values() for figure, _ in pairs],
@@ -71,8 +70,8 @@ def render_tracked(folder: str | Path) -> Path:
         residual=max((r for r in a["residual"] if r is not None), default=None) if "residual" in a else None,
         viewer=viewer(folder, eigenvalues_at(records)),
     )
-    write_text(path, text)
-    return path
+    write_text(folder / "track.html", text)
+    return folder / "track.html"
 
 
 def read_snapshots(folder: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ one entry per snapshot. ``points`` is the number of points followed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ntkit.report import draw
@@ -23,6 +24,12 @@ _SHARE = 0.9
 _STILL = 0.01  # distance below which a kernel is said to have kept its shape
 _SCALES = {"zero": {"rangemode": "tozero", "exponentformat": "power"}, "unit": {"range": [-0.02, 1.02]}, "fit": {}}
 _ENDS = ((0, "init", "first step"), (-1, "after", "last step"))
+_LEGEND_OF_ENDS = [(when, *draw.ROLES[role][1:]) for _, role, when in _ENDS]
+_PARTS = {
+    "tops": "Largest eigenvalue of each output’s own kernel",
+    "classes": "Alignment of each output",
+    "layers": "Alignment of each layer’s share",
+}
 
 
 def of_run(a: Series, training: dict[str, Any] | None) -> list[FigureAndReading]:
@@ -32,31 +39,17 @@ def of_run(a: Series, training: dict[str, Any] | None) -> list[FigureAndReading]
 
 def of_tracking(a: Series) -> dict[str, list[FigureAndReading]]:
     """Section -> its figures with their readings; a figure without numbers is left out."""
-    stability, energy, aligned, changes = [], [], [], []
-    if "sharpness" in a:
-        stability.append(sharpness(a))
-    if "eigenvalues" in a:
-        stability.append(eigenvalues(a))
-    if "tops" in a:
-        stability.append(_parts(a, "tops", "Largest eigenvalue of each output’s own kernel", log=True))
-    if "loss" in a:
-        stability.append(losses(a))
-    if a.get("energy_ks"):
-        energy = [energies(a), _against_k(a)]
-    if "alignment" in a:
-        aligned.append(alignment(a))
-    for name, title in (("classes", "Alignment of each output"), ("layers", "Alignment of each layer’s share")):
-        if name in a:
-            aligned.append(_parts(a, name, title))
-    if "distance" in a:
-        changes.append(distance(a))
-    if "trace" in a and "effective_rank" in a:
-        changes.append(size(a))
-    first_order = [_first_order(a)] if "first_order" in a else []
     sections = {
-        "stability": stability, "energy": energy, "alignment": aligned, "change": changes, "first_order": first_order
-    }  # fmt: skip
-    return {section: draw.filled(pairs) for section, pairs in sections.items()}
+        "stability": (("sharpness", sharpness), ("eigenvalues", eigenvalues), ("tops", partial(_parts, name="tops")), ("loss", losses)),
+        "energy": (("energy_ks", energies), ("energy_ks", _against_k)),
+        "alignment": (("alignment", alignment), ("classes", partial(_parts, name="classes")), ("layers", partial(_parts, name="layers"))),
+        "change": (("distance", distance), ("effective_rank", size)),
+        "first_order": (("first_order", _first_order),),
+    }
+    return {
+        section: draw.filled([figure(a) for name, figure in figures if a.get(name)])
+        for section, figures in sections.items()
+    }
 
 
 def summary(a: Series) -> str:
@@ -202,7 +195,7 @@ def energies(a: Series) -> FigureAndReading:
         panels.append(_energy_panel(f"plot-energy-{name}", noun, data, draw.step_axis(a["steps"][-1])))
         parts.append(f"{share(rows[0][place])} → {share(rows[-1][place])} of the {noun}")
     text = f"In the top {k} eigenvectors, first → last step: {'; '.join(parts)}."
-    return _row("energy", "Energy in the top eigenvectors", text, panels, legend, wide=True)
+    return _row("energy", "Energy in the top eigenvectors", text, panels, legend)
 
 
 def _against_k(a: Series) -> FigureAndReading:
@@ -218,7 +211,7 @@ def _against_k(a: Series) -> FigureAndReading:
         panels.append(_energy_panel(f"plot-against-k-{name}", noun, data, draw.index_axis("top k", len(rows[0]))))
         parts.append(f"{_needed(rows[0])} → {_needed(rows[-1])} for the {noun}")
     text = f"Eigenvectors needed for {100 * _SHARE:.0f}\u00a0% of the energy, first → last step: {'; '.join(parts)}."
-    return _row("against-k", "Energy against the number of eigenvectors", text, panels, _legend_of_ends(), wide=True)
+    return _row("against-k", "Energy against the number of eigenvectors", text, panels, _LEGEND_OF_ENDS)
 
 
 def _energy_panel(id: str, noun: str, data: list[dict[str, Any]], x: dict[str, Any]) -> Panel:
@@ -263,20 +256,21 @@ def spectra(a: Series) -> FigureAndReading:
     text = f"The top {count} eigenvalues hold {totals[0]} of the trace at the start and {totals[1]} at the end."
     layout = draw.layout(draw.index_axis("index", count), draw.log_axis("% of the trace", _values(data)), height=286)
     panels = [Panel("plot-spectrum", "", data, layout)]
-    return _row("spectrum", "Spectrum at the start and the end", text, panels, _legend_of_ends())
+    return _row("spectrum", "Spectrum at the start and the end", text, panels, _LEGEND_OF_ENDS)
 
 
-def _parts(a: Series, name: str, title: str, log: bool = False) -> FigureAndReading:
+def _parts(a: Series, name: str) -> FigureAndReading:
     """One thin curve per output or layer."""
-    parts = a[name]
+    parts, title = a[name], _PARTS[name]
     data, legend = draw.family(a["steps"], list(parts.items()), width=1.5)
-    y = draw.log_axis("eigenvalue", _values(data)) if log else draw.axis("centered alignment", **_SCALES["unit"])
+    log, unit = draw.log_axis("eigenvalue", _values(data)), draw.axis("centered alignment", **_SCALES["unit"])
     last = sorted((values[-1], part) for part, values in parts.items() if values[-1] is not None)
     text = "Undefined at the last step."
     if last:
         (low, lowest), (high, highest) = last[0], last[-1]
         text = f"At the last step from {plain(low)} ({lowest}) to {plain(high)} ({highest})."
-    return _single(name, title, text, data, a["steps"][-1], y, legend if len(legend) <= _LEGEND else [])
+    legend, y = legend if len(legend) <= _LEGEND else [], log if name == "tops" else unit
+    return _single(name, title, text, data, a["steps"][-1], y, legend)
 
 
 def _first_order(a: Series) -> FigureAndReading:
@@ -290,7 +284,7 @@ def _first_order(a: Series) -> FigureAndReading:
         values = [v for v in _values(panel.data) if v is not None]
         ranges.append(f"{panel.heading} {plain(min(values))} to {plain(max(values))}")
     text = f"Over all snapshots: {listed(ranges)}. A step that is exactly linear has cosine 1, error 0 and ratio 1."
-    return _row("first-order", "First-order prediction of a gradient descent step", text, panels, wide=True)
+    return _row("first-order", "First-order prediction of a gradient descent step", text, panels)
 
 
 def _values(data: Sequence[dict[str, Any]]) -> list[float | None]:
@@ -304,10 +298,6 @@ def _both_ends(steps: Sequence[int], rows: Sequence[Values], x: str, y: str) -> 
         _, color, symbol = draw.ROLES[role]
         data.append(draw.against_index(rows[row], f"step {steps[row]}", color, symbol, f"{x}, {when}: {y}"))
     return data
-
-
-def _legend_of_ends() -> list[tuple[str, str, str]]:
-    return [(when, *draw.ROLES[role][1:]) for _, role, when in _ENDS]
 
 
 def _panels(steps: Sequence[int], series: Series, curves: Sequence[tuple[str, str, str]]) -> list[Panel]:
@@ -331,13 +321,7 @@ def _single(
 
 
 def _row(
-    id: str,
-    title: str,
-    reading: str,
-    panels: list[Panel],
-    legend: Sequence[tuple[str, str, str]] = (),
-    wide: bool | None = None,
+    id: str, title: str, reading: str, panels: list[Panel], legend: Sequence[tuple[str, str, str]] = ()
 ) -> FigureAndReading:
     """A figure of panels side by side; its reading is its text alternative, too."""
-    wide = len(panels) > 2 if wide is None else wide
-    return Figure(id, title, f"{title}. {reading}", panels, list(legend), wide), reading
+    return Figure(id, title, f"{title}. {reading}", panels, list(legend), wide=len(panels) > 2), reading
