@@ -39,10 +39,11 @@ def of_run(a: Series, training: dict[str, Any] | None) -> list[FigureAndReading]
 
 def of_tracking(a: Series) -> dict[str, list[FigureAndReading]]:
     """Section -> its figures with their readings; a figure without numbers is left out."""
+    tops, classes, layers = (partial(_parts, name=name) for name in _PARTS)
     sections = {
-        "stability": (("sharpness", sharpness), ("eigenvalues", eigenvalues), ("tops", partial(_parts, name="tops")), ("loss", losses)),
+        "stability": (("sharpness", sharpness), ("eigenvalues", eigenvalues), ("tops", tops), ("loss", losses)),
         "energy": (("energy_ks", energies), ("energy_ks", _against_k)),
-        "alignment": (("alignment", alignment), ("classes", partial(_parts, name="classes")), ("layers", partial(_parts, name="layers"))),
+        "alignment": (("alignment", alignment), ("classes", classes), ("layers", layers)),
         "change": (("distance", distance), ("effective_rank", size)),
         "first_order": (("first_order", _first_order),),
     }
