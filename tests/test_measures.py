@@ -21,7 +21,7 @@ def case(classes: tuple[str, ...], outputs: int, steps: int = 12, **sgd: float):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, outputs))
-    task = measures.Task(model, data)
+    task = measures.TrainingTask(model, data)
     trajectory = ntkit.train(
         model, (data.x_train, data.y_train), task.loss, lambda p: torch.optim.SGD(p, lr=0.2, **sgd), steps, record="all"
     )
@@ -76,7 +76,7 @@ def test_eigenvalues_that_are_rounding_are_not_reported():
     x, y = torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 2
     data = ntkit.data.from_tensors((x, y), (x, y))
     model = nn.Linear(3, 1)
-    task = measures.Task(model, data)
+    task = measures.TrainingTask(model, data)
     trajectory = ntkit.train(model, (x, y), task.loss, lambda p: torch.optim.SGD(p, lr=0.1), 2)
     found, _ = measures.along(task, model, trajectory, points=24, memory=10**8, lr=0.1)
     assert [value is not None for value in found["eigenvalues"][-1]] == [True] * 4 + [False] * 16
@@ -87,7 +87,7 @@ def test_a_dead_network_has_a_zero_kernel_and_no_other_numbers():
     data = ntkit.data.load("digits", classes=("3", "8"), train=24, test=15)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 1, bias=False))
     nn.init.constant_(model[1].bias, -1e4)
-    task = measures.Task(model, data)
+    task = measures.TrainingTask(model, data)
     trajectory = ntkit.train(model, (data.x_train, data.y_train), task.loss, lambda p: torch.optim.SGD(p, lr=0.1), 2)
     found, _ = measures.along(task, model, trajectory, points=24, memory=10**8, lr=0.1)
     assert found["trace"] == [0.0, 0.0, 0.0]

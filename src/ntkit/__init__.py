@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.base.checks import Refused as Refused
     from ntkit.commands.analyze import analyze as analyze
     from ntkit.commands.settings import Settings as Settings
+    from ntkit.gram.gram_matrix import Gram as Gram
     from ntkit.jacobian.structure import SelfCheckError as SelfCheckError
     from ntkit.kernels.conjugate import ConjugateKernel as ConjugateKernel
     from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel as InfiniteKernel
@@ -61,6 +62,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "ntkit.kernels.kernel": ("Kernel", "KernelOperator"),
     "ntkit.kernels.tangent": ("TangentKernel",),
+    "ntkit.gram.gram_matrix": ("Gram",),
     "ntkit.jacobian.structure": ("SelfCheckError",),
     "ntkit.kernels.conjugate": ("ConjugateKernel",),
     "ntkit.kernels.sketch": ("SketchedKernel",),

@@ -102,12 +102,10 @@ def _earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
     run = read_json(folder / "run.json")
     names = {field.name for field in dataclasses.fields(Settings)}
     if run.get("format") != RESULTS_FORMAT or not set(run.get("settings", ())) <= names:
-        raise refusal(
-            str(folder / "run.json"),
-            got="a file that this version of ntkit analyze did not write",
-            expected=f"the run.json of a run (format {RESULTS_FORMAT})",
-            fix="Name the run's own folder, not the trajectory/ inside it.",
-        )
+        got = "a file that this version of ntkit analyze did not write"
+        expected = f"the run.json of a run (format {RESULTS_FORMAT})"
+        fix = "Name the run's own folder, not the trajectory/ inside it."
+        raise refusal(str(folder / "run.json"), got=got, expected=expected, fix=fix)
     if settings not in (None, Settings()):
         expected, fix = "none: they come from the run", "Leave them out, or start a new run without --from."
         raise refusal(f"--from {folder}", got="further settings", expected=expected, fix=fix)
@@ -133,7 +131,7 @@ class _Run:
             raise refusal("--device", got="cuda", expected="a device of this machine", fix="Use --device cpu.")
         self.device = torch.device(("cuda" if gpu else "cpu") if settings.device == "auto" else settings.device)
         self.data: Data
-        self.task: measures.Task
+        self.task: measures.TrainingTask
         self.models: dict[str, nn.Module] = {}
 
     # ------------------------------------------------------------------ the whole
@@ -213,7 +211,7 @@ class _Run:
         self.models = {"init": model, "after": copy.deepcopy(model)}
         if s.weights is not None:
             load_weights(self.models["after"], s.weights)
-        self.task = measures.Task(model, self.data)
+        self.task = measures.TrainingTask(model, self.data)
         self._check_size()
         # The kernel checks model and data here, before any training.
         TangentKernel(model, outputs="trace").plan(self.data.x_train[:3])

@@ -47,7 +47,7 @@ def rate(wrong: Tensor, what: str) -> dict[str, Any]:
     return number(p, (p * (1 - p) / n) ** 0.5, f"binomial standard error, {n:,} {what}")
 
 
-class Task:
+class TrainingTask:
     """What the network is trained for: two classes with one output (logistic), or one output per class (softmax)."""
 
     def __init__(self, model: nn.Module, data: Data) -> None:
@@ -82,7 +82,7 @@ def outputs_of(model: nn.Module, x: Any) -> Tensor:
     return raw_outputs(model, x).reshape(len(x), -1)
 
 
-def network(task: Task, model: nn.Module) -> dict[str, Any]:
+def network(task: TrainingTask, model: nn.Module) -> dict[str, Any]:
     """Loss and error of the network itself on both sets."""
     result, data = {}, task.data
     for part, x, y in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
@@ -149,7 +149,7 @@ def _ridge_error(K: Tensor, K_test: Tensor, data: Data) -> dict[str, Any]:
 
 
 def along(
-    task: Task, model: nn.Module, trajectory: Trajectory, points: int, memory: int, lr: float | None
+    task: TrainingTask, model: nn.Module, trajectory: Trajectory, points: int, memory: int, lr: float | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The kernel on the same training points at every snapshot (Kopitkov & Indelman 2020; trace kernel)."""
     rows = _spread(len(task.data.x_train), points)
@@ -205,7 +205,7 @@ def invariances(kernels: dict[str, Kernel], x: Tensor, samples: int) -> dict[str
     return {"samples": len(images), "rows": rows}
 
 
-def select_examples(task: Task, model: nn.Module) -> tuple[Tensor, Tensor]:
+def select_examples(task: TrainingTask, model: nn.Module) -> tuple[Tensor, Tensor]:
     """Test examples to look at, up to half of them misclassified, the others spread over the set; all predictions."""
     predicted = task.predict(outputs_of(model, task.data.x_test))
     wrong = (predicted != task.data.y_test).nonzero().flatten()[: EXAMPLES // 2]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ntkit.base.versions import RESULTS_FORMAT, versions
-from ntkit.commands.network_measures import Task
+from ntkit.commands.network_measures import TrainingTask
 from ntkit.commands.settings import Settings
 from ntkit.trajectory import Trajectory
 
@@ -18,7 +18,7 @@ KERNELS = ("init", "after", "conjugate")
 
 def assemble(
     settings: Settings,
-    task: Task,
+    task: TrainingTask,
     model: nn.Module,
     trajectory: Trajectory | None,
     stages: dict[str, Any],

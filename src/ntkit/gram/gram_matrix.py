@@ -67,12 +67,9 @@ class Gram:
         values = as_floats(K, name)
         shape = list(values.shape)
         if values.ndim not in (2, 4) or shape[0] != shape[1] or shape[2:3] != shape[3:4] or values.numel() == 0:
-            raise refusal(
-                name,
-                got=f"shape {shape}" + ", empty" * (values.numel() == 0),
-                expected="a square matrix [n, n], or [n, n, C, C], with n >= 1",
-                fix="Pass the kernel of one set of points: k(x_train) to fit, and k(x_test, x_train) to predict.",
-            )
+            got = f"shape {shape}" + ", empty" * (values.numel() == 0)
+            fix = "Pass the kernel of one set of points: k(x_train) to fit, and k(x_test, x_train) to predict."
+            raise refusal(name, got=got, expected="a square matrix [n, n], or [n, n, C, C], with n >= 1", fix=fix)
         self._values = values if values.ndim == 4 else values[:, :, None, None]
         self._axes = len(shape)
         self.outputs = self._values.shape[2]
@@ -104,12 +101,9 @@ class Gram:
             one, other = (float(self._values[tuple(index)]) for index in (at, there))
             at, there = at[: self._axes], there[: self._axes]
             kind = f"{SYMMETRY[self.dtype]:.0e} in {self.dtype}, relative to the largest entry"
-            raise refusal(
-                name,
-                got=f"{name}{at} = {one:.12g} but {name}{there} = {other:.12g}",
-                expected=f"a symmetric matrix (to {kind})",
-                fix="Pass k(x), with one set of points in one order; if the difference is rounding, (K + K.T) / 2.",
-            )
+            got = f"{name}{at} = {one:.12g} but {name}{there} = {other:.12g}"
+            fix = "Pass k(x), with one set of points in one order; if the difference is rounding, (K + K.T) / 2."
+            raise refusal(name, got=got, expected=f"a symmetric matrix (to {kind})", fix=fix)
         return largest, gap == 0.0
 
     def _refuse_not_finite(self, name: str, rows: slice, columns: slice) -> None:

@@ -78,12 +78,9 @@ class Gradients:
             raise random_forward(self.model)
         if not (finite := torch.isfinite(out)).all():
             sample = int((~finite).nonzero()[0, 0])
-            raise refusal(
-                f"model {type(self.model).__name__}",
-                got=f"an output that is not finite (sample {sample} of a batch of {len(out)})",
-                expected="finite outputs",
-                fix="Look for overflow or a division by zero on that input; a diverged network has no kernel.",
-            )
+            got = f"an output that is not finite (sample {sample} of a batch of {len(out)})"
+            fix = "Look for overflow or a division by zero on that input; a diverged network has no kernel."
+            raise refusal(f"model {type(self.model).__name__}", got=got, expected="finite outputs", fix=fix)
         if not out.requires_grad:
             raise refusal(
                 f"model {type(self.model).__name__}",
@@ -159,12 +156,10 @@ class Gradients:
         grads = torch.autograd.grad(alone.sum(), params, allow_unused=True)
         terms = max(float((g * p.detach()).abs().sum()) for g, p in zip(grads, params, strict=True) if g is not None)
         if not gap <= tolerance**2 * 1e3 * terms:
-            raise refusal(
-                f"model {type(self.model).__name__}",
-                got=f"an output for one sample that changes by {gap:.2g} when the sample is evaluated alone",
-                expected="the same output in every batch",
-                fix="Look for layers that mix samples (batch statistics, centering over the batch); call model.eval().",
-            )
+            got = f"an output for one sample that changes by {gap:.2g} when the sample is evaluated alone"
+            expected = "the same output in every batch"
+            fix = "Look for layers that mix samples (batch statistics, centering over the batch); call model.eval()."
+            raise refusal(f"model {type(self.model).__name__}", got=got, expected=expected, fix=fix)
 
     def _same_graph(self, uses: list[Use], structure: Structure) -> None:
         now = signatures_of(uses)

@@ -57,12 +57,9 @@ def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
         parameters = {name: p for name, p in named.items() if id(p) in wanted}
         wish = "at least one name"
     if odd := [name for name, p in parameters.items() if not p.is_floating_point()]:
-        raise refusal(
-            f"parameter '{odd[0]}'",
-            got=str(parameters[odd[0]].dtype),
-            expected="real floating point",
-            fix="Store its parts as a real parameter (torch.view_as_complex), or leave it out: params=...",
-        )
+        got = str(parameters[odd[0]].dtype)
+        fix = "Store its parts as a real parameter (torch.view_as_complex), or leave it out: params=..."
+        raise refusal(f"parameter '{odd[0]}'", got=got, expected="real floating point", fix=fix)
     if not parameters:
         raise refusal(
             "params", got="no parameter", expected=wish, fix="See dict(model.named_parameters()) for the names."
@@ -93,12 +90,9 @@ def check_mode(model: nn.Module) -> None:
                 fix="Call model.eval(), or replace the layer by GroupNorm.",
             )
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            raise refusal(
-                where,
-                got="max_norm, which changes its weight at every call",
-                expected="parameters that a forward pass does not change",
-                fix="Renormalize the weight once and set max_norm = None.",
-            )
+            got = "max_norm, which changes its weight at every call"
+            expected = "parameters that a forward pass does not change"
+            raise refusal(where, got=got, expected=expected, fix="Renormalize the weight once and set max_norm = None.")
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rate = module.p
         elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
@@ -115,12 +109,9 @@ def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
         scalar = outputs(raw)
         if not isinstance(scalar, Tensor) or tuple(scalar.shape) != (n,):
             got = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
-            raise refusal(
-                "outputs",
-                got=f"a callable that returned {got}",
-                expected=f"one scalar per sample, shape ({n},)",
-                fix="It is called on the outputs of a whole batch; reduce every axis but the first.",
-            )
+            got = f"a callable that returned {got}"
+            fix = "It is called on the outputs of a whole batch; reduce every axis but the first."
+            raise refusal("outputs", got=got, expected=f"one scalar per sample, shape ({n},)", fix=fix)
         return _real(scalar[:, None])
     if not isinstance(raw, Tensor):
         raise refusal(
@@ -131,31 +122,20 @@ def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
             "or wrap the model so that it returns a tensor.",
         )
     if raw.dim() == 0 or raw.shape[0] != n:
-        raise refusal(
-            "the model's output",
-            got=f"shape {tuple(raw.shape)} for {n} samples",
-            expected=f"({n}, ...)",
-            fix="Samples must lie along the first axis of input and output; wrap the model if they do not.",
-        )
+        got = f"shape {tuple(raw.shape)} for {n} samples"
+        fix = "Samples must lie along the first axis of input and output; wrap the model if they do not."
+        raise refusal("the model's output", got=got, expected=f"({n}, ...)", fix=fix)
     if raw.numel() == 0:
-        raise refusal(
-            "the model's output",
-            got=f"shape {tuple(raw.shape)}",
-            expected="at least one output",
-            fix="Check the model's last layer.",
-        )
+        fix = "Check the model's last layer."
+        raise refusal("the model's output", got=f"shape {tuple(raw.shape)}", expected="at least one output", fix=fix)
     flat = _real(raw.reshape(n, -1))
     return flat.sum(1, keepdim=True) / flat.shape[1] ** 0.5 if outputs == "sum" else flat
 
 
 def _real(out: Tensor) -> Tensor:
     if not out.is_floating_point():
-        raise refusal(
-            "the model's output",
-            got=str(out.dtype),
-            expected="real floating point",
-            fix="Return real outputs, e.g. torch.view_as_real for complex ones.",
-        )
+        fix = "Return real outputs, e.g. torch.view_as_real for complex ones."
+        raise refusal("the model's output", got=str(out.dtype), expected="real floating point", fix=fix)
     return out
 
 

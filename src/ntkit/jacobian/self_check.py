@@ -58,12 +58,10 @@ def structure_of(gradients: Gradients, x: Batch, irregular: Mapping[str, str], u
         structure = gradients.structures.get(key)
         if structure is None or not structure.covers(count(x)):
             if any("CheckpointFunction" in node.name() for node in nodes):
-                raise refusal(
-                    f"model {type(gradients.model).__name__}",
-                    got="a reentrant checkpoint",
-                    expected="a graph that shows its parameters",
-                    fix="Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
-                )
+                got = "a reentrant checkpoint"
+                expected = "a graph that shows its parameters"
+                fix = "Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                raise refusal(f"model {type(gradients.model).__name__}", got=got, expected=expected, fix=fix)
             structure = _establish(gradients, x, irregular)
             gradients.structures[key] = structure
         gradients.by_shape[kind] = structure

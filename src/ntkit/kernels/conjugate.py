@@ -86,19 +86,14 @@ class ConjugateKernel(Kernel):
                 out = call(self._model, x)
                 phi = self._last_hidden(out, params) if isinstance(out, Tensor) else None
         if phi is None:
-            raise refusal(
-                f"model {type(self._model).__name__}",
-                got="no dense or convolution layer with a trainable weight behind its output",
-                expected="a weight layer, whose input is the feature map of the conjugate kernel",
-                fix="Name a layer: ConjugateKernel(model, layer=...).",
-            )
+            got = "no dense or convolution layer with a trainable weight behind its output"
+            expected = "a weight layer, whose input is the feature map of the conjugate kernel"
+            fix = "Name a layer: ConjugateKernel(model, layer=...)."
+            raise refusal(f"model {type(self._model).__name__}", got=got, expected=expected, fix=fix)
         if phi.shape[0] != n:
-            raise refusal(
-                "the features",
-                got=f"shape {tuple(phi.shape)} for {n} samples",
-                expected=f"({n}, ...)",
-                fix="Name a layer whose output has the samples first: ConjugateKernel(model, layer=...).",
-            )
+            got = f"shape {tuple(phi.shape)} for {n} samples"
+            fix = "Name a layer whose output has the samples first: ConjugateKernel(model, layer=...)."
+            raise refusal("the features", got=got, expected=f"({n}, ...)", fix=fix)
         return phi.reshape(n, -1)
 
     def _output_of(self, layer: nn.Module, x: Batch) -> Any:
@@ -121,10 +116,8 @@ class ConjugateKernel(Kernel):
             biases = (_BIASED.get(name),) if name in _BIASED else range(2 if name in _SHIFTS else 0)
             if slot < 0 and name not in _PRODUCTS and not any(n == node and s not in biases for n, s in uses):
                 continue
-            raise refusal(
-                "the last weight layer",
-                got=f"{name}, whose weight is not a parameter of a dense or convolution layer",
-                expected="a model whose last layer is dense or a convolution, with hidden features as its input",
-                fix="Name the layer whose output is the feature map: ConjugateKernel(model, layer=...).",
-            )
+            got = f"{name}, whose weight is not a parameter of a dense or convolution layer"
+            expected = "a model whose last layer is dense or a convolution, with hidden features as its input"
+            fix = "Name the layer whose output is the feature map: ConjugateKernel(model, layer=...)."
+            raise refusal("the last weight layer", got=got, expected=expected, fix=fix)
         return None

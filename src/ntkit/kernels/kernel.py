@@ -69,12 +69,9 @@ def _writable(out: Any) -> Tensor | None:
         return out
     if isinstance(out, np.ndarray) and out.flags.writeable:
         return torch.from_numpy(out)
-    raise refusal(
-        "out",
-        got="a read-only array" if isinstance(out, np.ndarray) else type(out).__name__,
-        expected="a tensor or a writable numpy array",
-        fix='Open a memmap with mode "r+" or "w+".',
-    )
+    got = "a read-only array" if isinstance(out, np.ndarray) else type(out).__name__
+    expected = "a tensor or a writable numpy array"
+    raise refusal("out", got=got, expected=expected, fix='Open a memmap with mode "r+" or "w+".')
 
 
 def written(values: Tensor, out: Tensor | None) -> Tensor:
@@ -88,12 +85,8 @@ def written(values: Tensor, out: Tensor | None) -> Tensor:
 def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Refuse a tensor that cannot take the result as it is."""
     if tuple(out.shape) != shape or out.dtype != dtype:
-        raise refusal(
-            "out",
-            got=f"shape {tuple(out.shape)}, {out.dtype}",
-            expected=f"shape {shape}, {dtype}",
-            fix="Allocate it again with that shape and dtype; its values are overwritten.",
-        )
+        fix = "Allocate it again with that shape and dtype; its values are overwritten."
+        raise refusal("out", got=f"shape {tuple(out.shape)}, {out.dtype}", expected=f"shape {shape}, {dtype}", fix=fix)
 
 
 def refuse_operator_of_diagonal() -> Refused:
@@ -127,12 +120,8 @@ class KernelOperator:
     def __matmul__(self, v: Tensor) -> Tensor:
         """K v."""
         if v.dim() not in (1, 2) or v.shape[0] != self.shape[0]:
-            raise refusal(
-                "vector",
-                got=f"shape {tuple(v.shape)}",
-                expected=f"({self.shape[0]},) or ({self.shape[0]}, k)",
-                fix="Flatten samples first, outputs second.",
-            )
+            got, expected = f"shape {tuple(v.shape)}", f"({self.shape[0]},) or ({self.shape[0]}, k)"
+            raise refusal("vector", got=got, expected=expected, fix="Flatten samples first, outputs second.")
         block = v.to(dtype=self.dtype, device=self.device)
         return self._apply(block[:, None])[:, 0] if v.dim() == 1 else self._apply(block)
 

@@ -163,12 +163,8 @@ class SketchedKernel(Kernel):
         phi1 = self._features(x1)
         phi2 = phi1 if x2 is None else self._features(x2)
         if phi1.shape[1] != phi2.shape[1]:
-            raise refusal(
-                "x2",
-                got=f"{phi2.shape[1]} outputs",
-                expected=f"{phi1.shape[1]}, as for x1",
-                fix="Use inputs of one shape.",
-            )
+            got = f"{phi2.shape[1]} outputs"
+            raise refusal("x2", got=got, expected=f"{phi1.shape[1]}, as for x1", fix="Use inputs of one shape.")
         return phi1, phi2
 
     # ------------------------------------------------------------------ the sketch

@@ -41,12 +41,8 @@ def gradient(loss: Loss, outputs: Tensor, y: Any) -> tuple[Tensor, Tensor]:
         value = loss(leaf, y)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise refusal(
-                "loss",
-                got=got,
-                expected="a scalar tensor that depends on the outputs",
-                fix="Let loss(outputs, y) return the mean over samples, computed by torch operations on outputs.",
-            )
+            fix = "Let loss(outputs, y) return the mean over samples, computed by torch operations on outputs."
+            raise refusal("loss", got=got, expected="a scalar tensor that depends on the outputs", fix=fix)
         (slope,) = torch.autograd.grad(value.sum(), leaf)
     return value.detach().sum(), slope
 

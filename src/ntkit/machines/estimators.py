@@ -115,12 +115,9 @@ class _Estimator(BaseEstimator):
                 torch.default_generator.manual_seed(0)
                 model = self.model(self.n_features_in_)
         if not isinstance(model, nn.Module):
-            raise refusal(
-                "model",
-                got=type(self.model if model is None else model).__name__,
-                expected="None, a torch.nn.Module, a function from n_features to one, or an ntkit kernel",
-                fix="Pass one of these.",
-            )
+            got = type(self.model if model is None else model).__name__
+            expected = "None, a torch.nn.Module, a function from n_features to one, or an ntkit kernel"
+            raise refusal("model", got=got, expected=expected, fix="Pass one of these.")
         return model
 
     def _kernel(self) -> Kernel:
@@ -212,12 +209,8 @@ class NTKRegressor(RegressorMixin, _Estimator):
         """
         X = self._test(X)
         if return_std and self.machine != "gp":
-            raise refusal(
-                "return_std",
-                got=f"machine={self.machine!r}",
-                expected='machine="gp"',
-                fix="Ridge regression has the same mean, and no uncertainty.",
-            )
+            fix = "Ridge regression has the same mean, and no uncertainty."
+            raise refusal("return_std", got=f"machine={self.machine!r}", expected='machine="gp"', fix=fix)
         mean, std = self._posterior(X, return_std)
         mean = self.offset_ + self.spread_ * mean
         if std is None:

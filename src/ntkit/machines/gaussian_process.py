@@ -196,12 +196,8 @@ def as_prior(value: Gram | Matrix, m: int, name: str) -> Tensor:
     """
     values = value if isinstance(value, Gram) else as_tensor(value, name)
     if list(values.shape) not in ([m], [m, m]):
-        raise refusal(
-            name,
-            got=f"shape {list(values.shape)}",
-            expected=f"[{m}, {m}], or its diagonal [{m}]",
-            fix="Pass the kernel of the test points with themselves.",
-        )
+        fix = "Pass the kernel of the test points with themselves."
+        raise refusal(name, got=f"shape {list(values.shape)}", expected=f"[{m}, {m}], or its diagonal [{m}]", fix=fix)
     if isinstance(values, Tensor) and values.ndim == 1:
         return check_finite(values, name).to(torch.float64)
     return as_gram(values, name).dense()

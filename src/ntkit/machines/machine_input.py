@@ -45,12 +45,9 @@ def training_gram(K: Gram | Matrix, name: str = "K") -> Gram:
     diagonal = gram.diagonal()
     worst = int(diagonal.argmin())
     if diagonal[worst] < 0:
-        raise refusal(
-            name,
-            got=f"{diagonal[worst].item():.6g} on the diagonal at index {worst}",
-            expected="a kernel: K[i, i] = |phi(x_i)|^2 >= 0",
-            fix="Check that K is a kernel matrix, not a distance or centered cross matrix.",
-        )
+        got = f"{diagonal[worst].item():.6g} on the diagonal at index {worst}"
+        fix = "Check that K is a kernel matrix, not a distance or centered cross matrix."
+        raise refusal(name, got=got, expected="a kernel: K[i, i] = |phi(x_i)|^2 >= 0", fix=fix)
     return gram
 
 
@@ -64,12 +61,8 @@ def as_test_matrix(K_test: Gram | Matrix, n: int, like: Tensor, name: str = "K_t
     """
     matrix = K_test.dense() if isinstance(K_test, Gram) else as_matrix(K_test, name, _ONE_OUTPUT)
     if matrix.shape[1] != n:
-        raise refusal(
-            name,
-            got=f"shape {list(matrix.shape)}",
-            expected=f"[m, {n}]: one column per training point",
-            fix="Pass k(x_test, x_train), test points along the rows.",
-        )
+        got, expected = f"shape {list(matrix.shape)}", f"[m, {n}]: one column per training point"
+        raise refusal(name, got=got, expected=expected, fix="Pass k(x_test, x_train), test points along the rows.")
     return matrix.to(like.device)
 
 

@@ -83,12 +83,8 @@ def patterns(vectors: Matrix, images: Tensor) -> Tensor:
     """
     values = torch.as_tensor(vectors).double()
     if images.dim() != 4 or values.dim() != 2 or len(values) != len(images):
-        raise refusal(
-            "patterns",
-            got=f"vectors {list(values.shape)}, images {list(images.shape)}",
-            expected="[n, k] and [n, channels, H, W]",
-            fix="Give one entry per image.",
-        )
+        got = f"vectors {list(values.shape)}, images {list(images.shape)}"
+        raise refusal("patterns", got=got, expected="[n, k] and [n, channels, H, W]", fix="Give one entry per image.")
     return torch.einsum("nk,nhw->khw", values, images.detach().double().mean(1).to(values.device))
 
 

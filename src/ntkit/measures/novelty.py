@@ -110,12 +110,9 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None
     x_train, x = checked(x_train, "x_train"), checked(x, "x")
     K = kernel(x_train)
     if K.dim() != 2:
-        raise refusal(
-            "kernel",
-            got=f"values of shape {tuple(K.shape)}",
-            expected="[n, n]: one number per pair of samples",
-            fix='Use outputs="trace", or a callable that gives one scalar per sample.',
-        )
+        got = f"values of shape {tuple(K.shape)}"
+        fix = 'Use outputs="trace", or a callable that gives one scalar per sample.'
+        raise refusal("kernel", got=got, expected="[n, n]: one number per pair of samples", fix=fix)
     gram = as_gram(K)
     pairs, diagonal = spectrum(gram), gram.diagonal()
     values, vectors = pairs.eigenvalues, pairs.eigenvectors

@@ -25,7 +25,7 @@ MEMORY = 256 * 2**20  # bytes: the steps of a run that takes less stay in memory
 
 
 @dataclass
-class Step:
+class ReplayStep:
     """One optimization step: its gradient is sum_i J(x_i)^T slope_i, at the parameters before it.
 
     The replay owns the tensors: do not change them.
@@ -189,7 +189,7 @@ class Replay:
         """All parameters and buffers at step S, by name; tied ones under each of their names."""
         return self._read(self.steps)
 
-    def backwards(self) -> Iterator[Step]:
+    def backwards(self) -> Iterator[ReplayStep]:
         """Yield the steps S - 1, ..., 0, after `check`.
 
         A run that takes more than 256 MB is replayed in parts of sqrt(S) steps, with the same bits: in total twice the
@@ -205,7 +205,7 @@ class Replay:
                 before = self._updated(step) if record.before is None else record.before
                 rows = self._rows(step)
                 x, _ = self._objective.batch(None if self._full_batch else rows)
-                yield Step(step, rows, x, record.slope, before, after, record.updates)
+                yield ReplayStep(step, rows, x, record.slope, before, after, record.updates)
                 after = before
 
     def _part(self, first: int) -> list[_StepRecord]:

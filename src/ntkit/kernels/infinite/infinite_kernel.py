@@ -250,12 +250,9 @@ def _outputs(model: nn.Module, batch: Tensor, last: int) -> list[Tensor]:
     if len(batch) > 1:
         for op, out in zip(record(model, batch[:1], last).ops, outputs, strict=False):
             if op.out.shape[:1] == (1,) and not torch.allclose(op.out, out[:1], rtol=1e-4, atol=1e-6):
-                raise refusal(
-                    "the model",
-                    got=f"{op.name}, whose value for a sample depends on the other samples in its batch",
-                    expected="a function of each sample alone",
-                    fix="Normalize the data outside the model.",
-                )
+                got = f"{op.name}, whose value for a sample depends on the other samples in its batch"
+                expected = "a function of each sample alone"
+                raise refusal("the model", got=got, expected=expected, fix="Normalize the data outside the model.")
     return outputs
 
 

@@ -363,9 +363,6 @@ def _check_range(layer: Layer, v: Tensor) -> None:
     info = torch.finfo(v.dtype)
     largest = v.amax((0, 1))
     if not bool((largest < info.max**0.5 / 4).all()) or bool(((largest > 0) & (largest < 10 * info.tiny**0.5)).any()):
-        raise refusal(
-            layer.name,
-            got=f"variances from {float(largest.min()):.0e} to {float(largest.max()):.0e} in {v.dtype}",
-            expected="values whose fourth powers the dtype can represent",
-            fix="Scale the data, or pass it in float64.",
-        )
+        got = f"variances from {float(largest.min()):.0e} to {float(largest.max()):.0e} in {v.dtype}"
+        expected = "values whose fourth powers the dtype can represent"
+        raise refusal(layer.name, got=got, expected=expected, fix="Scale the data, or pass it in float64.")

@@ -79,12 +79,10 @@ class _Recorder(TorchFunctionMode):
         versions = [t._version for t in inputs]
         out = func(*args, **kwargs)
         if func is Tensor.__setitem__ and id(args[0]) not in self.indices:
-            raise refusal(
-                self._where(),
-                got="values of the run written into a tensor created elsewhere",
-                expected="values that are not written into after they are computed",
-                fix="Create the tensor with torch.cat or torch.stack.",
-            )
+            got = "values of the run written into a tensor created elsewhere"
+            expected = "values that are not written into after they are computed"
+            fix = "Create the tensor with torch.cat or torch.stack."
+            raise refusal(self._where(), got=got, expected=expected, fix=fix)
         if isinstance(out, Tensor):
             in_place = any(t._version != v for t, v in zip(inputs, versions, strict=True))
             self._append(func, arguments, out, in_place)
@@ -97,12 +95,9 @@ class _Recorder(TorchFunctionMode):
             and isinstance(out, (bool, int, float, complex, list))
             and any(id(t) in self.indices and id(t) not in self.model_parameters for t in inputs)
         ):
-            raise refusal(
-                self._where(),
-                got=f"{getattr(func, '__name__', func)}, a Python number computed from the data",
-                expected="a run that is the same for all data",
-                fix="A network that branches on its values has no infinite-width limit of this kind.",
-            )
+            got = f"{getattr(func, '__name__', func)}, a Python number computed from the data"
+            fix = "A network that branches on its values has no infinite-width limit of this kind."
+            raise refusal(self._where(), got=got, expected="a run that is the same for all data", fix=fix)
         return out
 
     def _where(self) -> str:
@@ -119,12 +114,9 @@ class _Recorder(TorchFunctionMode):
             return value
         index, version = self.indices[id(value)]
         if version != value._version:
-            raise refusal(
-                self._where(),
-                got="a tensor written in place through a view",
-                expected="values that are not written into after they are computed",
-                fix="Replace in-place operations on views by operations that return new tensors.",
-            )
+            expected = "values that are not written into after they are computed"
+            fix = "Replace in-place operations on views by operations that return new tensors."
+            raise refusal(self._where(), got="a tensor written in place through a view", expected=expected, fix=fix)
         return Ref(index)
 
     def _append(self, func: Any, arguments: Any, out: Tensor, in_place: bool = False) -> None:
@@ -185,12 +177,10 @@ def record(model: nn.Module, x: Tensor, last: int | None = None) -> Tape:
     check_mode(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise refusal(
-                f"layer '{name}'" if name else "the model",
-                got="a scripted module, whose operations cannot be recorded",
-                expected="a module that runs in Python",
-                fix="Pass the module from which it was scripted.",
-            )
+            got = "a scripted module, whose operations cannot be recorded"
+            expected = "a module that runs in Python"
+            fix = "Pass the module from which it was scripted."
+            raise refusal(f"layer '{name}'" if name else "the model", got=got, expected=expected, fix=fix)
     output: Any = None
     # a complete run has gradients on, so that the places where the model itself switches them off are seen
     with untouched(model, dict(model.named_parameters())), torch.set_grad_enabled(last is None):

@@ -100,12 +100,10 @@ class Reader:
         # Each position has its own variance. Flattening after the activation gives the same values.
         grid_source = source.source if isinstance(source, Flatten) else source
         if id(grid_source) not in self.gaussian:
-            raise refusal(
-                value.name,
-                got="values that are not Gaussian (after an activation, or a sum with one or with flattened positions)",
-                expected="the outputs of weight layers, their sums, pools and norms",
-                fix="Put a weight layer before the activation, or the activation before nn.Flatten.",
-            )
+            got = "values that are not Gaussian (after an activation, or a sum with one or with flattened positions)"
+            expected = "the outputs of weight layers, their sums, pools and norms"
+            fix = "Put a weight layer before the activation, or the activation before nn.Flatten."
+            raise refusal(value.name, got=got, expected=expected, fix=fix)
         weighted = self._weighted(value.name, function, grid_source)
         activation = activation or Tabulated(function, value.name)
         layer = self.add(Pointwise(grid_source.size, value.name, grid_source, activation, weighted), [grid_source])
@@ -116,12 +114,9 @@ class Reader:
         if id(source) not in self._after_trained_norm:
             return None
         if not isinstance(source, Norm) or id(source.source) in self._after_trained_norm:
-            raise refusal(
-                name,
-                got="a sum, pool or norm of the output of a norm with a trained weight",
-                expected="the activation directly after such a norm",
-                fix="Create the norm without affine weights, or freeze its weight.",
-            )
+            got = "a sum, pool or norm of the output of a norm with a trained weight"
+            fix = "Create the norm without affine weights, or freeze its weight."
+            raise refusal(name, got=got, expected="the activation directly after such a norm", fix=fix)
         function = times_slope(function)
         return closed_form(function) or Tabulated(function, name)
 

@@ -30,12 +30,10 @@ def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) 
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
-            raise refusal(
-                f"layer '{name}' ({type(module).__name__})",
-                got="statistics over a batch or over one channel",
-                expected="a layer whose kernel depends on the two samples alone",
-                fix="Replace it by nn.GroupNorm(1, channels) or nn.LayerNorm.",
-            )
+            got = "statistics over a batch or over one channel"
+            expected = "a layer whose kernel depends on the two samples alone"
+            fix = "Replace it by nn.GroupNorm(1, channels) or nn.LayerNorm."
+            raise refusal(f"layer '{name}' ({type(module).__name__})", got=got, expected=expected, fix=fix)
     tape = record(model, torch.cat([x[:1], x[-1:], x[:1]]))
     reader = Reader(model, tape, w_std, b_std)
     for index, op in enumerate(tape.ops[1:], start=1):

@@ -91,12 +91,9 @@ class PathDecomposition:
     def by_class(self, labels: Tensor) -> Tensor:
         """Sum of the contributions of each class's examples: [m, C, classes]; labels int64 [n]."""
         if labels.shape != (self.contributions.shape[2],) or labels.is_floating_point():
-            raise refusal(
-                "labels",
-                got=f"shape {tuple(labels.shape)}, {labels.dtype}",
-                expected=f"one integer per training example, shape ({self.contributions.shape[2]},)",
-                fix="Pass the classes of the training data in its order.",
-            )
+            expected = f"one integer per training example, shape ({self.contributions.shape[2]},)"
+            fix = "Pass the classes of the training data in its order."
+            raise refusal("labels", got=f"shape {tuple(labels.shape)}, {labels.dtype}", expected=expected, fix=fix)
         classes = int(labels.max()) + 1
         total = self.contributions.new_zeros(*self.prediction.shape, classes)
         return total.index_add_(2, labels.cpu(), self.contributions)

@@ -83,12 +83,8 @@ class DecompositionFiles:
         if rest.get("identity") != self._identity:
             theirs = rest.get("identity", {})
             differs = [key for key, value in self._identity.items() if theirs.get(key) != value]
-            raise refusal(
-                str(self._folder),
-                got=f"another decomposition ({', '.join(differs) or 'unknown'} differ)",
-                expected="one of the same run, test points and settings",
-                fix="Give another folder.",
-            )
+            got, fix = f"another decomposition ({', '.join(differs) or 'unknown'} differ)", "Give another folder."
+            raise refusal(str(self._folder), got=got, expected="one of the same run, test points and settings", fix=fix)
         return tensors, rest
 
 

@@ -109,12 +109,9 @@ class Segment:
             if float((total - (last - first)).abs().max()) <= bound:
                 return nodes
             if 2 * nodes > MOST:
-                raise refusal(
-                    "tolerance",
-                    got=f"an error above {self.tolerance:g} of the outputs with {nodes} nodes in a step",
-                    expected="an integral that converges",
-                    fix='Use integration="secant", which is exact; kinks (ReLU) make quadrature slow.',
-                )
+                got = f"an error above {self.tolerance:g} of the outputs with {nodes} nodes in a step"
+                fix = 'Use integration="secant", which is exact; kinks (ReLU) make quadrature slow.'
+                raise refusal("tolerance", got=got, expected="an integral that converges", fix=fix)
             nodes *= 2
 
 
@@ -128,12 +125,8 @@ def check_integration(integration: str, rule: str, nodes: int, tolerance: float 
             "nodes", got=repr(nodes), expected=f"an integer from 1 to {MOST}", fix="8 are enough for smooth networks."
         )
     if tolerance is not None and not 0 < tolerance < 1:
-        raise refusal(
-            "tolerance",
-            got=repr(tolerance),
-            expected="0 < tolerance < 1, or None",
-            fix="None keeps the number of nodes fixed.",
-        )
+        expected = "0 < tolerance < 1, or None"
+        raise refusal("tolerance", got=repr(tolerance), expected=expected, fix="None keeps the number of nodes fixed.")
 
 
 def points(rule: str, nodes: int) -> tuple[Any, Any]:

@@ -104,12 +104,8 @@ class PathKernel(Kernel):
         clip: float | None = None,
     ) -> None:
         if not isinstance(trajectory, Trajectory):
-            raise refusal(
-                "trajectory",
-                got=type(trajectory).__name__,
-                expected="an ntkit.Trajectory",
-                fix="Pass what ntkit.train returned, or ntkit.Trajectory.open(folder).",
-            )
+            fix = "Pass what ntkit.train returned, or ntkit.Trajectory.open(folder)."
+            raise refusal("trajectory", got=type(trajectory).__name__, expected="an ntkit.Trajectory", fix=fix)
         if not callable(outputs) and outputs not in ("full", "trace"):
             modes = '"full", "trace" (as a kernel only) or a callable'
             raise refusal("outputs", got=repr(outputs), expected=modes, fix="Pick a scalar by a callable.")

@@ -24,7 +24,7 @@ from ntkit.jacobian.engine import Engine, Job
 from ntkit.jacobian.pairs import Pairs, Whole
 from ntkit.kernels.path.integration import Segment
 from ntkit.trajectory.optimizer_updates import Update
-from ntkit.trajectory.replay import Step
+from ntkit.trajectory.replay import ReplayStep
 
 _ROOM = 0.15  # of the budget: for the gradients of the training examples in hand
 
@@ -85,7 +85,7 @@ class Sweep:
         self._carry: dict[str, float] = {}
 
     @torch.no_grad()
-    def step(self, step: Step) -> None:
+    def step(self, step: ReplayStep) -> None:
         """Add the contributions of one more step: the one before the last one added."""
         plain = not self._buffers and not any(_has_buffer(u) for u in step.updates.values())
         values = self._plain(step) if plain else self._accumulated(step)
@@ -135,7 +135,7 @@ class Sweep:
 
     # ------------------------------------------------------------------ without a buffer: no sum over steps
 
-    def _plain(self, step: Step) -> dict[str, Tensor]:
+    def _plain(self, step: ReplayStep) -> dict[str, Tensor]:
         """Contributions of a step of plain gradient descent: products of factors, no gradient is formed."""
         x = prepended(step.slope, step.x, "ntkit_slope")
 
@@ -147,7 +147,7 @@ class Sweep:
         self.regularization += decay
         return contributions
 
-    def _products(self, step: Step, train: Tile, job: Job) -> tuple[dict[str, Tensor], Tensor]:
+    def _products(self, step: ReplayStep, train: Tile, job: Job) -> tuple[dict[str, Tensor], Tensor]:
         """Contributions [B, m, C] by parameter (under one name those of all parameters multiplied at once), decay."""
         groups: dict[float, list[str]] = {}
         for name, u in step.updates.items():
@@ -167,13 +167,13 @@ class Sweep:
                     decay -= weight * rate * _along(test, name, step.before[name])
         return contributions, decay
 
-    def _train_at(self, step: Step) -> Mapping[str, Tensor]:
+    def _train_at(self, step: ReplayStep) -> Mapping[str, Tensor]:
         """Parameters at which training gradients are taken: the step's, or the initial ones for "ntk"."""
         return self._segment.origin if self._segment.integration == "ntk" else step.before
 
     # ------------------------------------------------------------------ with a buffer
 
-    def _accumulated(self, step: Step) -> dict[str, Tensor]:
+    def _accumulated(self, step: ReplayStep) -> dict[str, Tensor]:
         """Contributions of a step whose gradients act on later steps through a buffer."""
         direct = self._absorb(step)
         deltas: dict[str, tuple[float, Tensor] | None] = {}
@@ -203,7 +203,7 @@ class Sweep:
                 contributions.setdefault(name, []).append(part)
         return {name: torch.cat(parts) for name, parts in contributions.items()}
 
-    def _absorb(self, step: Step) -> dict[str, Tensor]:
+    def _absorb(self, step: ReplayStep) -> dict[str, Tensor]:
         """Add Phi of this step to Lambda; returns Phi itself where it also acts directly."""
         m = count(self._x)
         direct: dict[str, Tensor] = {}
@@ -233,7 +233,7 @@ class Sweep:
                         _add(direct[name][part], factor, rows, weight)
         return direct
 
-    def _train_rows(self, step: Step) -> Iterator[dict[str, Tensor]]:
+    def _train_rows(self, step: ReplayStep) -> Iterator[dict[str, Tensor]]:
         """Gradients of the training examples of a step, some examples at a time: name -> [b, entries]."""
         self._segment.set(self._train_at(step))
         x = prepended(step.slope, step.x, "ntkit_slope")
