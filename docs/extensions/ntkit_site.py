@@ -7,11 +7,13 @@ A Markdown extension, so that Zensical and MkDocs both load it. On every page it
 - a block between two lines ``$$``: the LaTeX formula as MathML, which a browser draws without a script;
 - a comment ``<!-- records -->``: links to the numbered records beside the page.
 
-All blocks of one page run in one fresh process and share their names, as in a notebook. A block that fails stops the build.
+All blocks of one page run in one fresh process and share their names, as in a notebook. A block that fails stops the
+build.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -20,6 +22,7 @@ import sys
 import tempfile
 from html import escape
 from pathlib import Path
+from types import ModuleType
 
 from latex2mathml.converter import convert
 from markdown import Markdown
@@ -86,11 +89,23 @@ def formula(latex: str) -> str:
 def api_entry(name: str) -> str:
     """Write the instruction for mkdocstrings, under the name that users write."""
     value = getattr(ntkit, name)
-    module = getattr(value, "__module__", None)
-    path = f"{module}.{name}" if module else f"ntkit.{name}"
+    path = f"{defining_module(name, value)}.{name}"
     options = {"heading": f"ntkit.{name}", "toc_label": name, "heading_level": 2}
     lines = [f'<a id="{name}"></a>', "", f"::: {path}", "    options:"]
     return "\n".join([*lines, *(f"      {key}: {json.dumps(value)}" for key, value in options.items())])
+
+
+def defining_module(name: str, value: object) -> str:
+    """Find the module whose source defines a public name; a few classes name `ntkit` itself as their module."""
+    module = getattr(value, "__module__", "ntkit")
+    if module != "ntkit" or isinstance(value, ModuleType):
+        return module
+    definition = re.compile(rf"^class {name}\b", re.MULTILINE)
+    for candidate, loaded in sorted(sys.modules.items()):
+        same = candidate.startswith("ntkit.") and getattr(loaded, name, None) is value
+        if same and definition.search(inspect.getsource(loaded)):
+            return candidate
+    raise LookupError(f"no module of ntkit defines {name}")
 
 
 def records() -> str:
@@ -103,11 +118,11 @@ def records() -> str:
 
 
 class Site(Extension):
-    """Registers the page's preprocessor ahead of fenced code."""
+    """Registers the page's preprocessor before fenced code is read."""
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802, the name that Markdown calls
         """Add the preprocessor."""
-        md.preprocessors.register(Page(md), "ntkit_site", 40)
+        md.preprocessors.register(Page(md), "ntkit_site", 28)  # after normalization, before fenced code
 
 
 def makeExtension(**options: object) -> Site:  # noqa: N802, the name that Markdown calls
