@@ -24,9 +24,10 @@ if (location.protocol === "file:") {
       inside.close();
     }
     postMessage(data) {
+      const copy = structuredClone(data); // as a real worker gets it
       this.ready.then(() => {
         const inside = this.frame.contentWindow;
-        const message = new inside.MessageEvent("message", { data });
+        const message = new inside.MessageEvent("message", { data: copy });
         inside.dispatchEvent(message);
       });
     }
