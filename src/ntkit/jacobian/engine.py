@@ -39,6 +39,7 @@ from ntkit.jacobian.structure import Irregular, Structure, joined
 
 T = TypeVar("T")
 
+_PLANS = 256  # kept at most
 _LEAF = 128  # samples: smaller products are not worth saving half of
 
 
@@ -58,9 +59,10 @@ class Engine:
     ----------
     model : any module; used as it is, left as it was.
     outputs : "full", "diagonal", "trace", "sum" or a callable (see `ntkit.TangentKernel`).
-    params : parameter names, a predicate, None (all that require grad), or a mapping of names to parameters.
+    params : parameter names, a predicate, or None (all that require grad).
     memory : bytes of scratch memory (or text such as "2 GB"); half of what is free if None.
     routes : parameter name -> route, where the choice is not to be the cheapest.
+    selected : the parameters themselves by names of the caller's choice, instead of `params`.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class Engine:
         params: Any = None,
         memory: int | str | None = None,
         routes: Mapping[str, str] | None = None,
+        *,
+        selected: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             got, fix = type(model).__name__, "Wrap the function in a module."
@@ -80,8 +84,8 @@ class Engine:
         self.model, self.outputs = model, outputs
         self.mode = outputs if outputs in ("full", "diagonal") else "trace"
         self._budget = parse_memory(memory)
-        self._selection = params
-        self._gradients = Gradients(model, self._selected(), outputs)
+        self._selection, self._selected = params, selected
+        self._gradients = Gradients(model, self._parameters(), outputs)
         self._routes = dict(routes or {})
         self._plans: dict[tuple, Plan] = {}
         for name, route in self._routes.items():
@@ -112,15 +116,13 @@ class Engine:
     def refresh(self) -> Engine:
         """Look at the model again: since the last call its mode or its parameters may have changed."""
         check_mode(self.model)
-        params = self._selected()
+        params = self._parameters()
         if not self._gradients.current(params):
             self._gradients = Gradients(self.model, params, self.outputs)
         return self
 
-    def _selected(self) -> dict[str, nn.Parameter]:
-        if isinstance(self._selection, Mapping):
-            return dict(self._selection)
-        return select_parameters(self.model, self._selection)
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self._selected) if self._selected is not None else select_parameters(self.model, self._selection)
 
     # ------------------------------------------------------------------ structure, plan, retry
 
@@ -212,6 +214,8 @@ class Engine:
             )
             if self._budget is None:  # what is free is another number at every call: nothing to keep
                 return Job(left, right, plan)
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
             self._plans[key] = plan
         return Job(left, right, self._plans[key])
 

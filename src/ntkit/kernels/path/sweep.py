@@ -73,7 +73,7 @@ class Sweep:
         steps: bool,
     ) -> None:
         self._segment, self._x = segment, x
-        self._train = Engine(Weighted(network), "full", params, budget)
+        self._train = Engine(Weighted(network), memory=budget, selected=params)
         self._like = next(iter(params.values()))
         m = count(x)
         options = {"dtype": torch.float64, "device": self._like.device}
