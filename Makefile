@@ -1,13 +1,19 @@
-# make demo: install, then analyse a CNN on handwritten digits      make test: the test suite
+# make demo: install, then analyze a CNN on handwritten digits      make test: the test suite
+# make smoke: the tests of one minute                               make test-lowest: with the lowest versions
 # make lint: ruff and the type checker                              make bench: benchmarks, raw results as JSON
-PYTHON ?= python3.11
+# make docs: the documentation site
+PYTHON ?= $(firstword $(foreach name,python3.14 python3.13 python3.12 python3.11 python3,$(shell \
+	$(name) -c 'import sys, ensurepip; print("$(name)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
+SMOKE  := tests/test_house.py tests/test_refusals.py tests/test_spectra.py tests/test_machines.py tests/test_data.py
+NO_PYTHON := No Python 3.11 or newer was found: install one, or name yours as in: make demo PYTHON=/path/to/python3.12
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test smoke test-lowest lint bench docs clean
 
 $(VENV)/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
@@ -18,6 +24,21 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+smoke: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(SMOKE)
+
+.venv-lowest/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	$(PYTHON) -c 'import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; x = p["optional-dependencies"]; \
+	print(*(r.replace(">=", "==") for r in p["dependencies"] + x["hf"] + x["lightning"] + x["tensorboard"]), sep="\n"); \
+	print(*(r for r in x["dev"] if not re.match("torch=|ntkit|ruff|pyrefly", r)), sep="\n")' > .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-lowest/requirements.txt -e .
+	touch $@
+
+test-lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples
@@ -26,5 +47,9 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.run
 
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist runs
+	rm -rf $(VENV) .venv-lowest build dist runs site

@@ -27,7 +27,7 @@ def main() -> None:
         seen = set()
         for name, parameter in model.named_parameters():
             kernel = ntkit.TangentKernel(model, workload.outputs, params=[name])
-            size = kernel._known(x).sizes[name]  # the shape of its gradient: one parameter of each
+            size = kernel._engine.structure(x).sizes[name]  # the shape of its gradient: one parameter of each
             if size in seen or parameter.dim() < 2 or parameter.numel() > LARGEST:
                 continue
             seen.add(size)

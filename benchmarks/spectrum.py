@@ -48,9 +48,9 @@ def measure(way: str, n: int, k: int) -> dict[str, float]:
         total = float(values.sum())
     else:
         K = kernel.operator(x) if way == "matrix-free" else kernel(x)
-        found = ntkit.spectrum(K, None if way == "eigh" else k)
+        top = ntkit.spectrum(K, None if way == "eigh" else k)
         seconds = time.perf_counter() - start
-        residual, total = float(found.residuals[:k].max()), float(found.eigenvalues[:k].sum())
+        residual, total = float(top.residuals[:k].max()), float(top.eigenvalues[:k].sum())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"seconds": seconds, "peak_GB": peak / 1e6, "residual": residual, "sum": total}
 

@@ -15,19 +15,19 @@ from ntkit.networks.built_in import build
 def problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Random kernels, and the tangent kernel of a CNN on digits (even against odd)."""
     g = torch.Generator().manual_seed(0)
-    found = {}
+    cases = {}
     for n, d in ((500, 200), (1000, 2000), (3000, 6000)):
         phi = torch.randn(n, d, generator=g, dtype=torch.float64)
         y = torch.sign(phi @ torch.randn(d, generator=g, dtype=torch.float64))
-        found[f"random features, n = {n}, d = {d}"] = (phi @ phi.T / d, y)
+        cases[f"random features, n = {n}, d = {d}"] = (phi @ phi.T / d, y)
     data = ntkit.data.load("digits")
     model = build("cnn", data.input_shape, 1, seed=0)
     K = ntkit.TangentKernel(model, outputs="trace")(torch.cat([data.x_train, data.x_test]))
-    found["digits, CNN tangent kernel, even / odd, n = 1797"] = (
+    cases["digits, CNN tangent kernel, even / odd, n = 1797"] = (
         K,
         (torch.cat([data.y_train, data.y_test]) % 2) * 2.0 - 1,
     )
-    return found
+    return cases
 
 
 def piqp_objective(K: torch.Tensor, y: torch.Tensor) -> float:

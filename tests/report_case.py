@@ -12,7 +12,7 @@ import numpy as np
 from ntkit.base.files import write_arrays, write_json
 
 KERNELS = (
-    ("init", "tangent kernel at initialisation"),
+    ("init", "tangent kernel at initialization"),
     ("after", "after kernel"),
     ("conjugate", "conjugate kernel (last hidden layer)"),
 )
@@ -77,13 +77,13 @@ def full() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "parameters": parameters,
             **{
                 key: number(*pair, cosine)
-                for key, pair in zip(("before", "after", "conjugate"), (before, after, conjugate), strict=True)
+                for key, pair in zip(("init", "after", "conjugate"), (before, after, conjugate), strict=True)
             },
             "undefined": 0,
         }
         for name, parameters, before, after, conjugate in rows
     ]
-    neighbours, arrays = _neighbours()
+    neighbors, arrays = _neighbors()
     results = {
         "format": 1,
         "title": "cnn on digits",
@@ -94,7 +94,7 @@ def full() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "train": 1437,
             "test": 360,
             "input_shape": [1, 8, 8],
-            "normalisation": "pixels / 16, so that they lie in [0, 1]",
+            "normalization": "pixels / 16, so that they lie in [0, 1]",
             "source": "handwritten digits, as shipped with scikit-learn",
             "hash": "5f1d0c0f9b7a43b2e6d1c8a45be07f21",
         },
@@ -138,23 +138,23 @@ def full() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         "along": {
             "points": 500,
             "steps": steps,
-            "losses": [float(2.3 * math.exp(-s / 55) + 0.02) for s in steps],
+            "loss": [float(2.3 * math.exp(-s / 55) + 0.02) for s in steps],
             "eigenvalues": eigenvalues.tolist(),
             "trace": (eigenvalues.sum(1) * 1.08).tolist(),
             "alignment": (0.318 + 0.286 * grown).tolist(),
             "alignment_centered": (0.189 + 0.592 * grown**1.3).tolist(),
             "effective_rank": (eigenvalues.sum(1) * 1.08 / eigenvalues[:, 0]).tolist(),
-            "distance_to_init": (0.33 * grown**1.8).tolist(),
+            "distance": (0.33 * grown**1.8).tolist(),
             "energy_ks": ks,
-            "energy_targets": targets.tolist(),
-            "energy_outputs": outputs.tolist(),
+            "energy_target": targets.tolist(),
+            "energy_output": outputs.tolist(),
             "energy_residual": residual.tolist(),
             "residual": 3.4e-13,
             "stable_lr": (1000 / eigenvalues[:, 0]).tolist(),
             "lr": 0.05,
         },
         "invariances": {"samples": 200, "rows": invariances},
-        "neighbours": neighbours,
+        "neighbors": neighbors,
         "certificates": [
             {
                 "what": "kernel against plain autograd, 3 samples x all parameters, float64",
@@ -181,13 +181,13 @@ def full() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def minimal() -> dict[str, Any]:
-    """Vectors, weights loaded: nothing along training, no invariances, no neighbours; numbers that are not defined."""
+    """Vectors, weights loaded: nothing along training, no invariances, no neighbors; numbers that are not defined."""
     results = copy.deepcopy(full()[0])
     results["title"] = "my-mlp on table.npz"
     results["data"].update(name="table.npz", kind="vectors", classes=["no", "yes"], train=90, test=31, input_shape=[7])
     results["model"].update(name="my-mlp", outputs=1, loss="logistic (one output)", weights="mlp.safetensors")
     results["model"].update(fallback={"scale": "an operation without a rule"}, parameters=211)
-    for key in ("training", "along", "invariances", "neighbours"):
+    for key in ("training", "along", "invariances", "neighbors"):
         results[key] = None
     results["network"] = {name: number(None) for name in results["network"]}
     results["network"]["test_error"] = number(0.25, None, "")
@@ -209,11 +209,11 @@ def write(folder: Path, results: dict[str, Any], arrays: dict[str, np.ndarray] |
     write_json(folder / "results.json", results)
     if arrays is not None:
         (folder / "arrays").mkdir(exist_ok=True)
-        write_arrays(folder / "arrays" / "neighbours.safetensors", arrays)
+        write_arrays(folder / "arrays" / "neighbors.safetensors", arrays)
     return folder
 
 
-def _neighbours() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _neighbors() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()

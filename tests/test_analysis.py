@@ -110,7 +110,7 @@ def test_results_are_what_the_library_says(whole):
     out = model(data.x_test)[:, 0] > 0
     assert found["network"]["test_error"]["value"] == pytest.approx(float((out != data.y_test.bool()).double().mean()))
     assert found["along"]["steps"] == trajectory.steps
-    assert found["along"]["distance_to_init"][0] == pytest.approx(0, abs=1e-12)
+    assert found["along"]["distance"][0] == pytest.approx(0, abs=1e-12)
     assert [len(e) for e in found["along"]["eigenvalues"]] == [20] * len(trajectory.steps)
     assert read_arrays(whole / "arrays" / "machine-after.safetensors")["alpha"].shape == (60,)
 
@@ -146,7 +146,7 @@ def test_killed_at_five_random_moments_the_run_ends_the_same(whole, tmp_path):
         while not (run / "run.json").exists() and process.poll() is None:
             time.sleep(0.01)
         if started:
-            process.stderr.readline()  # "Going on with ...": imports are over, work begins
+            process.stderr.readline()  # "Resuming ...": imports are over, work begins
         time.sleep(moments.uniform(0.0, 1.0 if killed < 4 else 0.6))
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_killed_at_five_random_moments_the_run_ends_the_same(whole, tmp_path):
     same_runs(whole, run)
 
 
-@pytest.mark.parametrize("stage", ["network", "gram-after", "machine-init", "along", "neighbours", "oracle"])
+@pytest.mark.parametrize("stage", ["network", "gram-after", "machine-init", "along", "neighbors", "oracle"])
 def test_stopped_between_any_two_files_the_run_ends_the_same(whole, tmp_path, stage, monkeypatch):
     """As if killed after a stage's arrays were written and before its numbers were."""
     import ntkit.commands.analyze as analysis
@@ -196,7 +196,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"To go on with it: ntkit analyze --from {run}" in err
+    assert f"Resume with: ntkit analyze --from {run}" in err
     assert ntkit.Trajectory.open(run / "trajectory").status == "running"
 
 
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     assert (run / "report.html").stat().st_size > 2_000_000
 
 
-def test_weights_are_analysed_without_training(whole, tmp_path):
+def test_weights_are_analyzed_without_training(whole, tmp_path):
     trajectory = ntkit.Trajectory.open(whole / "trajectory")
     save_file(trajectory.state(trajectory.steps[-1]), tmp_path / "w.safetensors")
     settings = dataclasses.replace(small(), epochs=10, weights=str(tmp_path / "w.safetensors"))
@@ -285,7 +285,7 @@ class Noisy(Mixing):
         ({"device": "tpu"}, "--device: got 'tpu'"),
         ({"memory": "lots"}, "memory: got 'lots'"),
         ({"weights": "WRONG", "epochs": 10}, r"(?s)missing.*0\.bias"),
-        ({"weights": "x.safetensors"}, "--epochs: got 3; expected no training settings beside --weights"),
+        ({"weights": "x.safetensors"}, "--epochs: got 3; expected no training settings with --weights"),
         ({"weights": "nowhere.safetensors", "epochs": 10}, "nowhere.safetensors"),
     ],
     ids=lambda v: str(v)[:40],
@@ -327,14 +327,14 @@ def test_a_refusal_with_overwrite_leaves_the_old_run(whole, tmp_path):
 def test_from_takes_its_settings_from_the_run(whole, tmp_path):
     done = ntkit_cli("analyze", "--from", whole, "--epochs", "7")
     assert done.returncode == 2
-    assert "got other settings beside it" in done.stderr
-    with pytest.raises(ntkit.Refused, match="no ntkit analyze of this version wrote"):
+    assert "got further settings" in done.stderr
+    with pytest.raises(ntkit.Refused, match="this version of ntkit analyze did not write"):
         ntkit.analyze(resume=whole / "trajectory")
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     state = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(state | {"status": "running"}))
-    with pytest.raises(ntkit.Refused, match="a run that did not end, and --out"):
+    with pytest.raises(ntkit.Refused, match="an unfinished run, and --out"):
         ntkit.analyze(resume=run, out=tmp_path / "other")
 
 
@@ -373,7 +373,7 @@ def test_folders_are_never_overwritten_unasked(whole, tmp_path):
         ntkit.analyze(small(), out=whole)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(ntkit.Refused, match="other things in it"):
+    with pytest.raises(ntkit.Refused, match="other files in it"):
         ntkit.analyze(small(), out=tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
     (tmp_path / "file").write_text("x")

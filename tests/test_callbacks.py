@@ -45,8 +45,9 @@ def test_the_module_needs_no_framework_and_says_what_is_missing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "callback: got no lightning in this Python; expected it installed. Run: pip install lightning",
-        "callback: got no transformers in this Python; expected it installed. Run: pip install transformers",
+        "callback: got no lightning in this Python; expected the package lightning. Run: pip install lightning",
+        "callback: got no transformers in this Python; expected the package transformers. "
+        "Run: pip install transformers",
     ]
 
 
@@ -77,7 +78,7 @@ def lightning_parts(name):
             return {"optimizer": opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     class Spy(pl.Callback):
-        """Keeps states and losses on its own, in the optimiser's step and around it."""
+        """Keeps states and losses on its own, in the optimizer's step and around it."""
 
         def __init__(self):
             self.states, self.losses, self.rows, self.rates = {}, [], [], []
@@ -162,7 +163,7 @@ def test_lightning_options_and_what_goes_wrong(tmp_path):
             self.automatic_optimization = False
             return [torch.optim.SGD(self.parameters()), torch.optim.SGD(self.parameters())]
 
-    with pytest.raises(Refused, match="LightningCallback: got 2 optimisers; expected one"):
+    with pytest.raises(Refused, match="LightningCallback: got 2 optimizers; expected one"):
         fit(LightningCallback(tmp_path / "d"), module=Two(), max_epochs=1)
     assert not (tmp_path / "d").exists()
 

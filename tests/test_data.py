@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ntkit.base.checks import Refused
+from ntkit.base.tensors import tensor_hash
 from ntkit.data import from_dataset, from_tensors, load
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -115,7 +116,7 @@ def test_digits_are_scikit_learns_and_the_split_is_fixed_and_stratified():
     assert data.hash == load(seed=6).hash
     assert (len(data.x_train), len(data.x_test), data.input_shape) == (1437, 360, (1, 8, 8))
     assert data.kind == "images"
-    assert data.normalisation == "pixels / 16, no centring"
+    assert data.normalisation == "pixels / 16, no centering"
     assert "fixed stratified split, 1,437 train / 360 test, independent of seed" in data.source
     everything = load_digits()
     truth = sorted((tuple(row), int(label)) for row, label in zip(everything.data, everything.target, strict=True))
@@ -204,6 +205,14 @@ def test_a_class_without_examples_is_refused(tmp_path):
     assert load(tmp_path / "a.npz", classes=(1, 0)).y_test.tolist() == [1, 0]
 
 
+def test_hashes_on_disk_keep_their_values():
+    """Of named tensors (run.json of a trajectory), of unnamed ones (track.json), of a data set (results.json)."""
+    x, y = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 1])
+    assert tensor_hash({"x": x, "y": y})[:16] == "e88d864e55ed12df"
+    assert tensor_hash([x, y])[:16] == "7b49fd14d990d440"
+    assert from_tensors((x, y), (x, y)).hash == "36ff38e827770b25"
+
+
 def test_hash_sees_values_dtype_and_shape():
     x, y = torch.arange(12.0).reshape(6, 2), torch.arange(6) % 2
     base = from_tensors((x, y), (x, y))
@@ -238,7 +247,7 @@ def test_mnist_files_under_every_name(tmp_path, end, dot, zipped):
     same(data.x_test, arrays["t10k-images"][:, None])
     assert data.y_train.tolist() == arrays["train-labels"].tolist()
     assert data.classes == tuple("0123456789")
-    assert data.normalisation == "pixels / 255, no centring"
+    assert data.normalisation == "pixels / 255, no centering"
     assert "train" in data.source
     assert str(tmp_path) not in data.source
 
@@ -352,7 +361,7 @@ def test_the_python2_fixture_is_what_pickle_reads():
     [
         (
             lambda b: b[:-1],
-            r"got 12,291 bytes: 3 whole records up to byte 9,219, then 3,072 bytes; expected a multiple",
+            r"got 12,291 bytes: 3 complete records up to byte 9,219, then 3,072 bytes; expected a multiple",
         ),
         (lambda b: b[: 2 * RECORD] + b"\x0a" + b[2 * RECORD + 1 :], r"label 10 in row 2 \(byte 6,146\)"),
         (lambda b: HTML, "an HTML page"),
@@ -456,7 +465,7 @@ def test_npz_of_images_vectors_and_tokens(tmp_path):
         data = through_file(values.astype(">f8"))
         assert (data.kind, data.x_train.dtype) == (kind, torch.float32)
         assert torch.equal(data.x_train, torch.tensor(values, dtype=torch.float32))
-        assert data.normalisation == "values as given, no scaling or centring"
+        assert data.normalisation == "values as given, no scaling or centering"
     for dtype in (np.int16, np.int32, np.int64):
         words = rng.integers(0, 900, (12, 6)).astype(dtype)
         data = through_file(words)
@@ -507,7 +516,7 @@ NAN = np.where(np.arange(12).reshape(6, 2) == 7, np.nan, 1.0)
         (npz(x=ONES, y=LABELS).replace(ONES.tobytes(), (2 * ONES).tobytes()), "x cannot be read .*CRC"),
         (npz(x=ONES, y=np.array([{}] * 6, dtype=object)), "y cannot be read .*Object arrays cannot be loaded"),
         (npz(x_train=ONES, y_train=LABELS, y=LABELS), "keys x_train, y, y_train; expected x_train, y_train, x_test"),
-        (odd_zip(b"hello"), "cannot be read|no numeric array"),
+        (odd_zip(b"hello"), "cannot be read|not a numeric array"),
         (odd_zip(HUGE), "x cannot be read"),
         (HTML, "an HTML page"),
         (b"", "an empty file"),
@@ -521,7 +530,7 @@ NAN = np.where(np.arange(12).reshape(6, 2) == 7, np.nan, 1.0)
         (npz(x=ONES, y=LABELS[:5]), "got 6 examples and 5 labels"),
         (npz(x=ONES[:0], y=LABELS[:0]), "empty set"),
         (npz(x=ONES[:, 0], y=LABELS), r"x: got shape \[6\]; expected \[n, ...\]"),
-        (npz(x=np.array([["a"], ["b"]]), y=LABELS[:2]), "no numeric array"),
+        (npz(x=np.array([["a"], ["b"]]), y=LABELS[:2]), "not a numeric array"),
         (npz(x=ONES.astype(np.uint8), y=LABELS), r"x: got torch.uint8 of shape \[6, 2\]; expected floats, uint8 im"),
         (npz(x=ONES + 0j, y=LABELS), "got torch.complex128"),
         (npz(x=np.ones((6, 5, 7, 4), np.uint8), y=LABELS), "expected 1 or 3 channels"),
@@ -562,10 +571,10 @@ def test_other_paths_are_refused(tmp_path):
         load(tmp_path / "a.csv")
     with pytest.raises(Refused, match=r"none.npz: got No such file"):
         load(tmp_path / "none.npz")
-    with pytest.raises(Refused, match=r"no known name and no file"):
+    with pytest.raises(Refused, match=r"neither the name of a data set nor a file"):
         load(tmp_path / "nowhere")
     # a Path is a path, even where a data set has that name
-    with pytest.raises(Refused, match=r"no known name and no file"):
+    with pytest.raises(Refused, match=r"neither the name of a data set nor a file"):
         load(Path("mnist"))
 
 
@@ -612,7 +621,7 @@ def break_image(path, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("RGBA", "got mode RGBA; expected 8-bit grey"),
+        ("RGBA", "got mode RGBA; expected 8-bit gray"),
         ("P", "got mode P;"),
         ("1", "got mode 1;"),
         ("I;16", "got mode I;16;"),
@@ -668,8 +677,8 @@ def test_from_tensors_keeps_dtype_and_names():
         ((ONES, LABELS), ["a"], "labels y: got label 1 in row 1; expected 0 to 0"),
         ((ONES, LABELS), ["a", "a"], "classes: got a, a; expected different names"),
         (ONES, None, r"got a ndarray; expected a pair \(x, y\)"),
-        ((ONES, "abc"), None, "no numeric array"),
-        (([[1.0], [2.0, 3.0]], [0, 1]), None, "no numeric array"),
+        ((ONES, "abc"), None, "not a numeric array"),
+        (([[1.0], [2.0, 3.0]], [0, 1]), None, "not a numeric array"),
         ((torch.ones(2, 0), [0, 1]), None, "empty set"),
     ],
 )
@@ -700,9 +709,9 @@ def test_from_dataset_of_pillow_images():
     pixels_again = torch.cat([data.x_train, data.x_test]).mul(255).round().flatten(1).tolist()
     assert sorted(pixels_again) == sorted(image.transpose(2, 0, 1).flatten().tolist() for image in pixels)
     assert data.classes == ("cat", "dog")
-    assert data.normalisation == "pixels / 255, no centring"
-    grey = Pairs([(Image.fromarray(image[..., 0]), 0) for image in pixels])
-    same(from_dataset(grey, test=grey).x_train, pixels[:, None, :, :, 0])
+    assert data.normalisation == "pixels / 255, no centering"
+    gray = Pairs([(Image.fromarray(image[..., 0]), 0) for image in pixels])
+    same(from_dataset(gray, test=gray).x_train, pixels[:, None, :, :, 0])
 
 
 def test_from_dataset_of_tensors_equals_from_tensors():
@@ -749,7 +758,7 @@ class Stream(torch.utils.data.IterableDataset):
         (Pairs([(torch.ones(2), True)]), r"index 0: got label True"),
         (Pairs([(torch.ones(2), 7)] * 3), r"label 7 in row 0; expected 0 to 1"),
         (Pairs([(torch.full((2,), torch.inf), 1)] * 3), r"inf in row 0 \(3 such rows\)"),
-        (Pairs([("text", 1)]), r"index 0: got str that is no numeric array"),
+        (Pairs([("text", 1)]), r"index 0: got str that is not a numeric array"),
     ],
 )
 def test_refused_datasets(dataset, message):

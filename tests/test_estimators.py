@@ -235,7 +235,7 @@ class Counted(estimators.InfiniteKernel):
 @pytest.fixture
 def counted(monkeypatch):
     monkeypatch.setattr(estimators, "InfiniteKernel", Counted)
-    monkeypatch.setattr(estimators, "_KEPT", estimators._Kept(2**20))
+    monkeypatch.setattr(estimators, "_CACHE", estimators._TensorCache(2**20))
     monkeypatch.setattr(Counted, "calls", 0)
     return Counted
 
@@ -290,7 +290,7 @@ def test_another_network_is_another_kernel(counted):
 
 
 def test_what_is_kept_is_bounded_and_shared_by_threads():
-    kept, made = estimators._Kept(1000), []
+    kept, made = estimators._TensorCache(1000), []
 
     def ask(key: int) -> None:
         value = kept.get(key, lambda: made.append(key) or torch.full((40,), float(key), dtype=torch.float64))

@@ -18,7 +18,7 @@ from torch import nn
 
 from ntkit import InfiniteKernel, Refused, TangentKernel
 from ntkit.kernels.infinite import infinite_kernel as infinite
-from ntkit.kernels.infinite.activations import recognised
+from ntkit.kernels.infinite.activations import closed_form
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.testing import check_kernel
 
@@ -339,14 +339,14 @@ OPEN = {
 @pytest.mark.parametrize("name", [*CLOSED, *OPEN])
 def test_activations_equal_quadrature(name):
     function = (CLOSED | OPEN)[name]
-    activation = recognised(function)
+    activation = closed_form(function)
     assert (activation is not None) == (name in CLOSED)
     activation = activation or Tabulated(function, name)
     a, b = torch.tensor([0.2, 1.0, 2.5]).double(), torch.tensor([0.4, 1.7]).double()
     c = torch.tensor([[0.2, -0.5], [0.3, 1.1], [-0.9, 2.06]]).double()
     wanted = gaussian(function, a[:, None], b, c)
     if isinstance(activation, Tabulated):
-        activation.own(torch.cat([a, b]))  # before any state: one table for both
+        activation.diagonal(torch.cat([a, b]))  # before any state: one table for both
     one, two = (
         tuple(t[(..., *place)] for t in activation.state(v))
         for v, place in ((a, (slice(None), None)), (b, (None, slice(None))))
@@ -359,14 +359,14 @@ def test_activations_equal_quadrature(name):
     factor = activation.apply(K, T, one, two)
     for got, w in zip((K * factor, T * factor), wanted, strict=True):
         torch.testing.assert_close(got.reshape(c.shape), w, rtol=1e-10, atol=1e-11)
-    for got, w in zip(activation.own(a), gaussian(function, a, a, a), strict=True):
+    for got, w in zip(activation.diagonal(a), gaussian(function, a, a, a), strict=True):
         torch.testing.assert_close(got, w, rtol=1e-10, atol=1e-11)
 
 
 def test_what_only_looks_like_a_closed_form_is_not_taken_for_it():
-    assert recognised(F.relu6) is None
-    assert recognised(lambda z: F.hardtanh(z, -1e4, 1e4)) is None
-    assert recognised(lambda z: torch.erf(z) + 1e-9 * z) is None
+    assert closed_form(F.relu6) is None
+    assert closed_form(lambda z: F.hardtanh(z, -1e4, 1e4)) is None
+    assert closed_form(lambda z: torch.erf(z) + 1e-9 * z) is None
 
     class Straight(torch.autograd.Function):
         """ReLU with the slope of the identity."""
@@ -379,7 +379,7 @@ def test_what_only_looks_like_a_closed_form_is_not_taken_for_it():
         def backward(ctx, g):
             return g
 
-    assert recognised(Straight.apply) is None
+    assert closed_form(Straight.apply) is None
 
 
 def test_kinks_elsewhere_are_computed_with_a_warning_that_says_how_well():
@@ -441,8 +441,8 @@ def test_no_tiling_and_no_number_of_threads_changes_a_value(monkeypatch):
     threads = torch.get_num_threads()
     try:
         for cells, number in ((64, 1), (1 << 10, 3), (1 << 20, 2)):
-            monkeypatch.setitem(infinite._CELLS, "cpu", cells)
-            monkeypatch.setattr(infinite, "_PAIRS", 64)
+            monkeypatch.setitem(infinite._PLANE_ELEMENTS, "cpu", cells)
+            monkeypatch.setattr(infinite, "_TILE_PAIRS", 64)
             torch.set_num_threads(number)
             torch.testing.assert_close(InfiniteKernel(model, "ntk", W, B)(x), wanted, rtol=1e-13, atol=0)
             torch.testing.assert_close(InfiniteKernel(model, "ntk", W, B)(x, x[:9]), wanted_two, rtol=1e-13, atol=0)
@@ -727,7 +727,7 @@ REFUSED = {
     "norm of a sum with one": (
         nn.Sequential(nn.Linear(6, 8), R(), Add(nn.Identity(), nn.Linear(8, 8)), nn.LayerNorm(8), nn.Linear(8, 1)),
         V1,
-        r"layer '3' \(LayerNorm\).*not centred",
+        r"layer '3' \(LayerNorm\).*not centered",
     ),
     "pool behind a trained norm": (
         nn.Sequential(conv(2, 8), nn.GroupNorm(1, 8), nn.AvgPool2d(2), R(), *head()),
@@ -742,7 +742,7 @@ REFUSED = {
     "data decide": (
         Raw(lambda m, x: m.b(m.a(x)) if m.a(x).sum() > 0 else m.a(x)),
         V1,
-        "number made of the data|second time",
+        "number computed from the data|second time",
     ),
     "image out": (nn.Sequential(conv(2, 8), R(), conv(8, 1, 1)), X1, "vector of outputs"),
     "tokens": (
@@ -760,7 +760,7 @@ REFUSED = {
         X1,
         r"layer '2' \(Conv2d\)",
     ),
-    "channel slopes": (mlp(Act(lambda z: z * torch.linspace(0, 1, 8, dtype=z.dtype))), V1, "for every channel"),
+    "channel slopes": (mlp(Act(lambda z: z * torch.linspace(0, 1, 8, dtype=z.dtype))), V1, "numbers per channel"),
     "no weights": (nn.Flatten(), X1, "without random weights"),
     "two outputs": (Raw(lambda m, x: m.a(x)), {"x": V1}, "one tensor"),
     "transposed": (nn.Sequential(nn.ConvTranspose2d(2, 8, 3), R(), *head()), X1, r"layer '0' \(ConvTranspose2d\)"),
@@ -795,10 +795,10 @@ REFUSED = {
         X1,
         r"layer '3' \(ReLU\).*flattened",
     ),
-    "norm of a sum not centred": (
+    "norm of a sum not centered": (
         nn.Sequential(nn.Linear(6, 8), R(), Add(nn.Identity(), nn.Linear(8, 8)), nn.LayerNorm(8), R(), nn.Linear(8, 1)),
         V1,
-        r"layer '3' \(LayerNorm\).*not centred",
+        r"layer '3' \(LayerNorm\).*not centered",
     ),
     "pool of a sum not linear": (
         nn.Sequential(
@@ -823,8 +823,8 @@ REFUSED = {
         V1,
         "second time",
     ),
-    "weights cut off": (Raw(lambda m, x: F.linear(x, m.a.weight.detach())), V1, "weight made of a.weight"),
-    "weights cut off, data": (Raw(lambda m, x: F.linear(x, m.a.weight.data)), V1, "weight made of a.weight"),
+    "weights cut off": (Raw(lambda m, x: F.linear(x, m.a.weight.detach())), V1, "weight computed from a.weight"),
+    "weights cut off, data": (Raw(lambda m, x: F.linear(x, m.a.weight.data)), V1, "weight computed from a.weight"),
     "gradients off": (Raw(lambda m, x: torch.no_grad()(m.a)(x)), V1, r"layer 'a' \(Linear\).*no gradients flow"),
     "slope of one's own": (mlp(Act(lambda z: Own.apply(z))), V1, r"layer '1' \(Act\).*no gradients flow"),
     "written behind autograd": (
@@ -835,7 +835,7 @@ REFUSED = {
     "written into a buffer": (
         Raw(lambda m, x: (t := torch.zeros(()), t.__setitem__((), x.mean()), m.a(x) * t)[2]),
         V1,
-        "made elsewhere",
+        "created elsewhere",
     ),
     "input into the input": (Raw(lambda m, x: m.a(torch.mul(x, 2, out=x))), V1, "input changed in place"),
     "other input": (mlp(R()), X1, "model Sequential: got input .3, 2, 5, 4. float64, on which its forward failed"),
@@ -862,8 +862,8 @@ def norm_of(weight, bias):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (mlp(norm_of(torch.arange(1.0, 9.0), 0.0)), "weight '1.weight' with a number for every channel"),
-        (mlp(norm_of(torch.ones(8), 1.0)), "bias '1.bias'.*another one than at the start"),
+        (mlp(norm_of(torch.arange(1.0, 9.0), 0.0)), "weight '1.weight' that differs between channels"),
+        (mlp(norm_of(torch.ones(8), 1.0)), "bias '1.bias' that is not zero"),
     ],
 )
 def test_norms_that_make_channels_different_are_refused(model, message):
@@ -906,7 +906,7 @@ def test_refusals_at_the_door():
     with pytest.raises(Refused, match="x2"):
         InfiniteKernel(mlp(R()), "ntk", W, B)(V1, X1.flatten(1))
     model = nn.Sequential(Act(lambda x: x - x.mean(0)), nn.Linear(6, 1))
-    with pytest.raises(Refused, match="others are in its batch"):
+    with pytest.raises(Refused, match="depends on the other samples in its batch"):
         InfiniteKernel(model, "ntk", W, B)(V1)
 
 

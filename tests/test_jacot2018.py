@@ -13,9 +13,10 @@ import torch
 import ntkit
 from ntkit.base.checks import Refused
 from ntkit.studies import jacot2018 as jacot
-from ntkit.studies.jacot2018 import claims, component, found, kernel, regression, setting
+from ntkit.studies.jacot2018 import component, jacot_setting, random_kernels, regression
+from ntkit.studies.study import Result, Results, Sizes, Work
 
-TOY = setting.Scale(
+TOY = Sizes(
     rate_widths=(20, 60), rate_seeds=4, kernel_widths=(20, 200), seeds=3, inputs=8, kernel_steps=5,
     curve_widths=(10, 40), curve_seeds=3, curve_steps=30, component_widths=(8, 30), trials=2, batch=24,
     component_steps=40, batches=2,
@@ -35,7 +36,7 @@ GAUSSIAN = {  # angle / pi: mean and deviation after infinite time
 
 
 def patched(patch, scale=TOY):
-    patch.setitem(jacot.SCALES, "quick", scale)
+    patch.setattr(jacot, "STUDY", replace(jacot.STUDY, scales=jacot.SCALES | {"quick": scale}))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def folder(tmp_path_factory):
 
     def stop(line):
         said.append(line)
-        if line == "regression, width 40, seed 1":
+        if line == "curves-40-seed-1":
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +55,7 @@ def folder(tmp_path_factory):
         assert not (place / "results.json").exists()
         first = list(said)
         assert ntkit.study("jacot2018", out=place, say=said.append) == place
-        assert said[len(first)] == first[-1]  # what was stopped is begun again, nothing else
+        assert said[len(first)] == first[-1]  # the stopped part is computed again, nothing else
         assert len(set(said)) == len(said) - 1
         before = (place / "results.json").read_bytes()
         again: list[str] = []
@@ -63,13 +64,13 @@ def folder(tmp_path_factory):
         assert not again
         with pytest.raises(Refused, match="another run"):
             ntkit.study("jacot2018", scale="paper", out=place)
-        patched(patch, replace(TOY, inputs=9))
+        patched(patch, Sizes(**vars(TOY) | {"inputs": 9}))
         with pytest.raises(Refused, match="another run"):
             ntkit.study("jacot2018", out=place)
     return place
 
 
-def results(folder):
+def record(folder):
     return json.loads((folder / "results.json").read_text())
 
 
@@ -78,16 +79,16 @@ def results(folder):
 
 @pytest.mark.parametrize("depth", THETA)
 def test_the_limit_has_the_known_values(depth):
-    found = setting.limit(depth, setting.circle(PI[:1]), setting.circle(PI))[0]
+    found = jacot_setting.limit(depth, jacot_setting.circle(PI[:1]), jacot_setting.circle(PI))[0]
     np.testing.assert_allclose(found, THETA[depth], atol=6e-7)
 
 
 def test_the_covariance_and_the_overlay():
-    found = setting.limit(4, setting.circle(PI[:1]), setting.circle(PI), kind="nngp")[0]
+    found = jacot_setting.limit(4, jacot_setting.circle(PI[:1]), jacot_setting.circle(PI), kind="nngp")[0]
     np.testing.assert_allclose(found, SIGMA_4, atol=6e-7)
-    overlay = kernel.overlaid()
-    assert float(overlay[kernel.ZERO]) == pytest.approx(0.2825, abs=1e-12)
-    assert int(overlay.argmax()) == kernel.ZERO
+    overlay = random_kernels.limit_curve()
+    assert float(overlay[random_kernels.ZERO]) == pytest.approx(0.2825, abs=1e-12)
+    assert int(overlay.argmax()) == random_kernels.ZERO
 
 
 def test_the_gaussian_of_trained_networks(monkeypatch):
@@ -103,7 +104,7 @@ def test_the_gaussian_of_trained_networks(monkeypatch):
 def test_the_kernel_of_a_network_is_the_layerwise_formula():
     """Sum over layers of (<a, a'> / n + beta^2) <d, d'>, a and d those of z = W a / sqrt(n) + beta b."""
     x = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    twin = setting.network(x, 30, 4, seed=3)
+    twin = jacot_setting.network(x, 30, 4, seed=3)
     linear = [layer for layer in twin.model if isinstance(layer, torch.nn.Linear)]
     a, slopes = [x], []
     for layer in linear[:-1]:
@@ -113,7 +114,7 @@ def test_the_kernel_of_a_network_is_the_layerwise_formula():
     d = [torch.ones(5, 1, dtype=torch.float64)]
     for layer, slope in zip(linear[:0:-1], slopes[::-1], strict=True):
         d.insert(0, d[0] @ layer.weight * slope)
-    expected = sum((u @ u.T / u.shape[1] + setting.BETA**2) * (v @ v.T) for u, v in zip(a, d, strict=True))
+    expected = sum((u @ u.T / u.shape[1] + jacot_setting.BETA**2) * (v @ v.T) for u, v in zip(a, d, strict=True))
     torch.testing.assert_close(twin(x), expected.detach(), rtol=1e-12, atol=1e-14)
     assert [tuple(layer.weight.shape) for layer in linear] == [(30, 2), (30, 30), (30, 30), (1, 30)]
 
@@ -121,9 +122,9 @@ def test_the_kernel_of_a_network_is_the_layerwise_formula():
 def test_training_is_gradient_descent_on_half_the_mean_square():
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1)).double()
     y, seen = x[:, 0] * x[:, 1], []
-    twin = setting.network(x, 4000, 2, seed=0)
+    twin = jacot_setting.network(x, 4000, 2, seed=0)
     K, f = twin(x), twin.model(x)[:, 0].detach()
-    setting.descend(twin, x, y, 40, lambda step, out: seen.append(out))
+    jacot_setting.descend(twin, x, y, 40, lambda step, out: seen.append(out))
     assert len(seen) == 41
     steps = torch.linalg.matrix_power(torch.eye(6, dtype=torch.float64) - K / 6, 40)
     torch.testing.assert_close(seen[-1], y + steps @ (f - y), rtol=0, atol=0.03)  # a wide network is nearly linear
@@ -138,8 +139,8 @@ def test_draws_of_the_gaussian_are_inside_four_times_in_five():
 
 
 def test_the_component_that_is_learned(folder):
-    work = setting.Work(TOY, folder, None, lambda line: pytest.fail("made again"))
-    part, eigen = component.learned(work, "digits", 30, 1), component.eigenvalues(work, "digits")
+    work = Work(TOY, (), ["digits"], folder, progress=lambda line: pytest.fail("computed again"))
+    part, eigen = (work.result(p) for p in (component.learning("digits", 30, 1), component.eigenvalues("digits")))
     vectors = eigen.arrays["components"]
     np.testing.assert_allclose(vectors.T @ vectors / TOY.batch, np.eye(3), atol=1e-10)
     assert part.arrays["g"][0] == pytest.approx(0.5, abs=1e-6)
@@ -148,15 +149,15 @@ def test_the_component_that_is_learned(folder):
     assert part.numbers["pythagoras"] < 1e-12
     values = eigen.numbers["values"]["5 0.1"][0]
     x, _ = component.digits(work, "digits")
-    full = torch.linalg.eigvalsh(setting.limit(5, x)).flip(0)[:3] / TOY.batch
+    full = torch.linalg.eigvalsh(jacot_setting.limit(5, x)).flip(0)[:3] / TOY.batch
     np.testing.assert_allclose(values, full, rtol=1e-9)
-    rate = component._along(setting.limit(5, x), torch.from_numpy(vectors[:, 1]))
+    rate = component._along(jacot_setting.limit(5, x), torch.from_numpy(vectors[:, 1]))
     assert rate == pytest.approx(values[1], rel=1e-9)
     assert component.expected(0.1, np.array([0, 10]))[1] == pytest.approx(0.5 / math.e)
 
 
 def test_printed_eigenvalues_on_mnist(shared_data, tmp_path):
-    work = setting.Work(replace(TOY, batch=512), tmp_path, shared_data / "mnist", print)
+    work = Work(Sizes(**vars(TOY) | {"batch": 512}), (), ["mnist"], tmp_path, shared_data / "mnist")
     x, labels = component.digits(work, "mnist")
     assert x.shape == (512, 784)
     assert labels.unique().numel() == 10
@@ -170,47 +171,47 @@ def test_printed_eigenvalues_on_mnist(shared_data, tmp_path):
 
 
 def test_every_claim_has_a_number_and_a_verdict(folder):
-    told = results(folder)
-    assert len(told["claims"]) == 13
-    assert all(c["claim"] and any(ch.isdigit() for ch in c["number"]) and c["how"] for c in told["claims"])
-    assert all(c["holds"] in (True, False, None) for c in told["claims"])
-    assert "0.282500" in told["claims"][0]["number"]
-    assert [c["holds"] for c in told["claims"] if "eigenvalues are" in c["claim"]] == [None, None]  # not MNIST
+    entry = record(folder)
+    assert len(entry["claims"]) == 13
+    assert all(c["claim"] and any(ch.isdigit() for ch in c["number"]) and c["how"] for c in entry["claims"])
+    assert all(c["holds"] in (True, False, None) for c in entry["claims"])
+    assert "0.282500" in entry["claims"][0]["number"]
+    assert [c["holds"] for c in entry["claims"] if "eigenvalues are" in c["claim"]] == [None, None]  # not MNIST
     assert json.loads((folder / "run.json").read_text())["status"] == "complete"
-    assert told["sets"] == ["digits"]
+    assert entry["sets"] == ["digits"]
 
 
 def test_the_page_has_all_sections(folder):
-    told, page = results(folder), (folder / "report.html").read_text()
-    titles = [section["title"] for section in told["sections"]]
+    entry, page = record(folder), (folder / "report.html").read_text()
+    titles = [section["title"] for section in entry["sections"]]
     assert [title.split(":")[0] for title in titles] == ["Figure 1", "Figure 2", "Figure 3a", "Figures 3b and 3c"]
     assert all(title in page for title in titles)
-    assert all(text in page.replace("&#39;", "'") for text in told["departures"][:1])
-    figure = told["sections"][0]["items"][0]
+    assert all(text in page.replace("&#39;", "'") for text in entry["departures"][:1])
+    figure = entry["sections"][0]["items"][0]
     assert [panel["heading"] for panel in figure["panels"]] == ["n = 20", "n = 200"]
     assert len(figure["panels"][0]["series"]) == TOY.seeds + 1
     part = json.loads((folder / "parts" / "kernel-20-seed-0.json").read_text())
     start = figure["panels"][0]["series"][0]
     assert start["name"] == "random networks"
-    assert start["y"][kernel.ZERO] == pytest.approx(part["before_at_0"], rel=1e-4)
+    assert start["y"][random_kernels.ZERO] == pytest.approx(part["before_at_0"], rel=1e-4)
 
 
 def test_claims_can_fail(folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patched(patch)
-        told = jacot._experiments(setting.Work(TOY, folder, None, lambda line: None), TOY, "digits")
-    places = {c["claim"]: i for i, c in enumerate(claims.judge(TOY, told))}
+    results = jacot.STUDY.results(Work(TOY, (), ["digits"], folder))
 
-    def holds(words, **changes):
-        (place,) = (i for claim, i in places.items() if words in claim)
-        return claims.judge(TOY, replace(told, **changes))[place]["holds"]
+    def holds(words, sets=("digits",), **changes):
+        changed = Results(replace(results.work, sets=list(sets)), results.by_experiment | changes)
+        claims = [claim.record() for claims in jacot.STUDY.claims for claim in claims(changed)]
+        (claim,) = (claim for claim in claims if words in claim["claim"])
+        return claim["holds"]
 
     def rate(**numbers):
-        return {"rate": setting.Part(told.rate.numbers | numbers, {})}
+        return {"rate": {None: [Result(results.one("rate").numbers | numbers, {})]}}
 
-    assert holds("tends to a limit that is known", **rate(agrees=True))
-    assert not holds("tends to a limit that is known", **rate(limit_at_0=0.2826, agrees=True))
-    assert not holds("tends to a limit that is known", **rate(agrees=False))
+    near, far = ({"mean_distance": [d], "mean_error": [0.1]} for d in (0.29, 0.31))
+    assert holds("tends to a limit in closed form", **rate(**near))
+    assert not holds("tends to a limit in closed form", **rate(limit_at_0=0.2826, **near))
+    assert not holds("tends to a limit in closed form", **rate(**far))
     assert holds("spread less", **rate(slope=-0.45, slope_error=0.05))
     assert not holds("spread less", **rate(slope=-0.3, slope_error=0.05))
 
@@ -218,10 +219,10 @@ def test_claims_can_fail(folder):
         of = {20: narrow, 200: wide}
         return {
             n: [
-                setting.Part(part.numbers | {"inflation": of[n] + i / 100}, {"curves": part.arrays["curves"] + shift})
+                Result(part.numbers | {"inflation": of[n] + i / 100}, {"curves": part.arrays["curves"] + shift})
                 for i, part in enumerate(parts)
             ]
-            for n, parts in told.kernels.items()
+            for n, parts in results["kernels"].items()
         }
 
     assert holds("inflates", kernels=kernels(0.19, 0.04))
@@ -231,29 +232,30 @@ def test_claims_can_fail(folder):
     mean, deviation = regression.gaussian().mean.numpy(), regression.gaussian().std.numpy()
 
     def curves(*off):
-        parts = [setting.Part({"off": 0.0}, {"curve": mean + z * deviation}) for z in off]
-        return {"curves": {10: parts, 40: parts}}
+        parts = [Result({"off": 0.0}, {"curve": mean + z * deviation}) for z in off]
+        return {"regression": {10: parts, 40: parts}}
 
     assert holds("80 %", **curves(-1, 0.5, 1))
     assert not holds("80 %", **curves(-2, 1.5, 3))
     assert holds("Narrow networks agree", **curves(-1, 0.5, 1))
     assert not holds("Narrow networks agree", **curves(1.9, 2, 2.1))
-    steps = told.learned[8][0].numbers["steps"]
+    steps = results["learning"][8][0].numbers["steps"]
 
     def learned(fast, aside):
         parts = {}
         for n in (8, 30):
-            g = component.expected(fast[n] * found.own_rate(told), np.asarray(steps))
-            parts[n] = [setting.Part({"steps": steps, "rates": [0, 0]}, {"g": g, "h": 0 * g + aside[n]})] * 2
-        return {"learned": parts}
+            g = component.expected(fast[n] * component.own_rate(results), np.asarray(steps))
+            parts[n] = [Result({"steps": steps, "rates": [0, 0]}, {"g": g, "h": 0 * g + aside[n]})] * 2
+        return {"learning": parts}
 
     for words in ("tends to exp", "beside the component", "Narrower networks converge"):
         assert holds(words, **learned({8: 300, 30: 150}, {8: 0.2, 30: 0.1}))
         assert not holds(words, **learned({8: 150, 30: 300}, {8: 0.1, 30: 0.2}))
     assert not holds("Narrower networks converge", **learned({8: 0.9, 30: 0.95}, {8: 0.2, 30: 0.1}))
-    eigen = told.eigenvalues.numbers
+    eigen = results.one("eigenvalues").numbers
     values = {key: [list(component.PAPER), [v * 1.1 for v in component.PAPER]] for key in eigen["values"]}
-    mnist = {"data": "mnist", "eigenvalues": setting.Part(eigen | {"values": values, "mean_1": 0.9}, {})}
+    top = Result(eigen | {"values": values, "mean_1": 0.9}, {})
+    mnist = {"sets": ["mnist"], "eigenvalues": {None: [top]}}
     assert holds("eigenvalues are 0.0457, 0.00108 and 0.00078: 5", **mnist)
     assert not holds("almost constant", **mnist)
     assert not holds("about ten times", **mnist)

@@ -65,7 +65,7 @@ def test_the_command_prints_a_table_and_refuses_in_a_line(tmp_path):
 def test_refusals():
     for arguments, message in (
         ({"folds": 1}, "--folds"),
-        ({"train": 20, "folds": 5}, "rows of a class"),
+        ({"train": 20, "folds": 5}, "one example per class in every fold"),
         ({"w_std": 1.0}, "b_std"),
         ({"model": "mlpp"}, "Did you mean mlp"),
     ):

@@ -21,7 +21,7 @@ def case(classes: tuple[str, ...], outputs: int, steps: int = 12, **sgd: float):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, outputs))
-    task = measures.Task(model, data)
+    task = measures.TrainingTask(model, data)
     trajectory = ntkit.train(
         model, (data.x_train, data.y_train), task.loss, lambda p: torch.optim.SGD(p, lr=0.2, **sgd), steps, record="all"
     )
@@ -59,15 +59,15 @@ def test_along_training(classes, outputs):
     )
     out = model(data.x_train).detach().requires_grad_(True)
     (residual,) = torch.autograd.grad(task.loss(out, data.y_train), out)  # by autograd, up to the factor n of the mean
-    for name, v in (("targets", targets), ("outputs", out.detach().numpy()), ("residual", residual.numpy())):
+    for name, v in (("target", targets), ("output", out.detach().numpy()), ("residual", residual.numpy())):
         energy = np.cumsum(((vectors.T @ v) ** 2).sum(1)) / (v**2).sum()
         for k, e in zip(found["energy_ks"], found[f"energy_{name}"][at], strict=True):
             assert e == pytest.approx(energy[k - 1], abs=1e-4), (name, k)
     trajectory.load(model, 0)
     K0 = tangent_kernel(model, data.x_train, outputs="trace").numpy()
     distance = 1 - (K * K0).sum() / np.linalg.norm(K) / np.linalg.norm(K0)
-    assert found["distance_to_init"][at] == pytest.approx(distance, rel=1e-4)
-    assert found["losses"][at] == pytest.approx(float(trajectory.losses[at]), rel=1e-5)
+    assert found["distance"][at] == pytest.approx(distance, rel=1e-4)
+    assert found["loss"][at] == pytest.approx(float(trajectory.losses[at]), rel=1e-5)
     assert arrays["eigenvectors"].shape == (13, 24, 20)
 
 
@@ -76,18 +76,18 @@ def test_eigenvalues_that_are_rounding_are_not_reported():
     x, y = torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 2
     data = ntkit.data.from_tensors((x, y), (x, y))
     model = nn.Linear(3, 1)
-    task = measures.Task(model, data)
+    task = measures.TrainingTask(model, data)
     trajectory = ntkit.train(model, (x, y), task.loss, lambda p: torch.optim.SGD(p, lr=0.1), 2)
     found, _ = measures.along(task, model, trajectory, points=24, memory=10**8, lr=0.1)
     assert [value is not None for value in found["eigenvalues"][-1]] == [True] * 4 + [False] * 16
-    assert found["energy_targets"][-1][found["energy_ks"].index(5)] is None
+    assert found["energy_target"][-1][found["energy_ks"].index(5)] is None
 
 
 def test_a_dead_network_has_a_zero_kernel_and_no_other_numbers():
     data = ntkit.data.load("digits", classes=("3", "8"), train=24, test=15)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 1, bias=False))
     nn.init.constant_(model[1].bias, -1e4)
-    task = measures.Task(model, data)
+    task = measures.TrainingTask(model, data)
     trajectory = ntkit.train(model, (data.x_train, data.y_train), task.loss, lambda p: torch.optim.SGD(p, lr=0.1), 2)
     found, _ = measures.along(task, model, trajectory, points=24, memory=10**8, lr=0.1)
     assert found["trace"] == [0.0, 0.0, 0.0]
@@ -148,11 +148,11 @@ def test_a_machine_that_does_not_exist_has_no_error():
     assert "KernelRidge" in found["advice"]
 
 
-def test_neighbours_are_the_largest_cosines():
+def test_neighbors_are_the_largest_cosines():
     K, K_test, data = kernels_with_three_classes()
     shown, predicted = torch.tensor([2, 5]), torch.zeros(20, dtype=torch.int64)
     own = torch.tensor([4.0, 9.0])
-    found, arrays = measures.neighbours(data, shown, predicted, {"init": (K_test[shown], own, K.diagonal())})
+    found, arrays = measures.neighbors(data, shown, predicted, {"init": (K_test[shown], own, K.diagonal())})
     cosine = K_test[shown].numpy() / np.sqrt(own.numpy()[:, None] * K.diagonal().numpy())
     for row, values in zip(found["rows"], cosine, strict=True):
         best = np.argsort(-values)[:5]
@@ -165,7 +165,7 @@ def test_neighbours_are_the_largest_cosines():
 
 def test_shown_tests_are_errors_first():
     data, task, model, _ = case(("3", "8"), 1, steps=1)
-    shown, predicted = measures.shown_tests(task, model)
+    shown, predicted = measures.select_examples(task, model)
     wrong = (predicted != data.y_test).nonzero().flatten().tolist()
     assert shown.tolist()[: min(4, len(wrong))] == wrong[:4]
     assert len(set(shown.tolist())) == len(shown) == 8
@@ -182,4 +182,4 @@ def test_invariances_agree_with_the_kernel():
     cosine = torch.stack([K[i, 15 + i] / (own[i] * own[15 + i]) for i in range(15)])
     assert row["after"]["value"] == pytest.approx(float(cosine.mean()), rel=1e-5)
     assert row["after"]["error"] == pytest.approx(float(cosine.std()) / 15**0.5, rel=1e-4)
-    assert row["before"]["value"] is None
+    assert row["init"]["value"] is None

@@ -122,7 +122,7 @@ def test_the_same_function_and_scaled_gradients(case, w_std, b_std):
     assert checked >= 3
 
 
-def test_torch_own_initialisation_has_its_known_stds():
+def test_torch_own_initialization_has_its_known_stds():
     made = to_ntk_parametrization(seeded(mlp))
     found = [stds(layer) for layer in made if isinstance(layer, nn.Linear)]
     for (w_std, b_std), fan in zip(found, (5, 7, 11), strict=True):
@@ -203,8 +203,8 @@ def test_tied_weights_stay_tied():
         (nn.LSTM(3, 2), r"layer '' \(LSTM\): got parameters of its own \(weight_ih_l0"),
         (nn.TransformerEncoderLayer(4, 2, 4), r"layer 'self_attn' \(MultiheadAttention\)"),
         (Raw(), r"layer '' \(Raw\): got parameters of its own \(shift\)"),
-        (to_ntk_parametrization(nn.Linear(3, 2)), r"layer '' \(ParametrizedLinear\): got .* parametrised already"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "parametrised already"),
+        (to_ntk_parametrization(nn.Linear(3, 2)), r"layer '' \(ParametrizedLinear\): got .* parametrized already"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "parametrized already"),
     ],
 )
 def test_refused_by_name(model, message):
@@ -231,7 +231,7 @@ def test_refused_weights():
 
 @pytest.mark.parametrize("ntk", [False, True])
 @pytest.mark.parametrize("case", ["mlp", "cnn"])
-def test_wider_networks_keep_architecture_and_initialisation(case, ntk):
+def test_wider_networks_keep_architecture_and_initialization(case, ntk):
     make, x = CASES[case]
     model = seeded(make)
     source = to_ntk_parametrization(model) if ntk else model
@@ -301,8 +301,8 @@ def trained_norm():
     ("make", "width", "message"),
     [
         (lambda: Reshaping(8), 16, r"layer 'down' \(Linear\): got input of shape \(8, 8\), where it was \(4, 8\)"),
-        (lambda: Reshaping(8), 11, r"layer 'up' \(Linear\): got an error at or behind it \(shape '\[-1, 8\]' is inv"),
-        (Skip, 11, r"layer 'a' \(Linear\): got an error at or behind it"),
+        (lambda: Reshaping(8), 11, r"layer 'up' \(Linear\): got an error at or after it \(shape '\[-1, 8\]' is inv"),
+        (Skip, 11, r"layer 'a' \(Linear\): got an error at or after it"),
         (trained_norm, 11, r"layer '1' \(LayerNorm\): got a norm that was trained"),
         (Residual, 11, r"layer 'again' \(Conv1d\): got no input: the example does not reach it"),
         (lambda: nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(4, 8), nn.Linear(8, 2)), 10, r"10 features for 4 groups"),

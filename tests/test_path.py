@@ -447,7 +447,7 @@ def test_a_killed_decomposition_goes_on(optimizer, tmp_path):
     assert [s.step for s in found.steps] == [s.step for s in whole.steps]
     for name, share in whole.layers.items():
         torch.testing.assert_close(found.layers[name], share, rtol=1e-10, atol=1e-13)
-    with pytest.raises(ntkit.Refused, match=r"something else \(x differ"):
+    with pytest.raises(ntkit.Refused, match=r"another decomposition \(x differ"):
         ntkit.PathKernel(run).decompose(test + 1, layers=True, steps=True, path=tmp_path / "found")
 
 

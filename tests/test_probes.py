@@ -390,7 +390,7 @@ def test_bad_transforms_and_kernels_are_refused():
         (lambda: standard((5, 1, 8, 8)), "image_shape"),
         (
             lambda: shift(4)(torch.ones(1, 1, 9, 4)),
-            "shift: got dx=4, dy=0; expected less than the picture, 4 wide and 9",
+            "shift: got dx=4, dy=0; expected a shift smaller than the image, 4 wide and 9",
         ),
         (lambda: shift(0, -9)(torch.ones(1, 1, 9, 4)), "shift: got dx=0, dy=-9"),
         (lambda: zoom()(torch.ones(1, 1, 6, 9)), "zoom: crop: got 0.9286 of 6 pixels.*Crop to 5/6"),

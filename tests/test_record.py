@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from ntkit.base.checks import Refused
-from ntkit.base.tensors import read_tensors_and_metadata, serialised
+from ntkit.base.tensors import read_tensors_and_metadata, safetensors_bytes
 from ntkit.trajectory import Trajectory, record
-from ntkit.trajectory.batch_order import recorded_at, snapshot_steps, thinned
+from ntkit.trajectory.snapshots import snapshot_rule, snapshot_steps, surplus_snapshots
 
 F64 = torch.float64
 N = 16
@@ -271,7 +271,7 @@ def test_gradient_accumulation_closures_and_optimizers_that_call_their_parent(tm
 
                 if name == "mine":
                     closure()
-                    rec.step()  # no optimiser step yet: an accumulated batch
+                    rec.step()  # no optimizer step yet: an accumulated batch
                 rec.step(range(N), opt.step(closure))
                 assert rec.done == step + 1
         traj = Trajectory.open(tmp_path / name)
@@ -400,9 +400,9 @@ def test_schedules(tmp_path):
     log = [0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512, 724]
     cases = [("log", log), (300, [0, 300, 600, 900]), ([5, 2], [2, 5]), (np.array([7]), [7])]
     for given, steps in [*cases, (lambda s: s % 400 == 1, [1, 401, 801])]:
-        assert [s for s in range(1000) if recorded_at(given)(s)] == steps
+        assert [s for s in range(1000) if snapshot_rule(given)(s)] == steps
         assert sorted(snapshot_steps(given, 1000)) == sorted({0, *steps, 1000})
-    assert all(map(recorded_at("all"), range(9)))
+    assert all(map(snapshot_rule("all"), range(9)))
     for given, steps in [
         ("log", [0, 1, 2, 3, 4, 5]),
         (np.int64(2), [0, 2, 4, 5]),
@@ -437,17 +437,17 @@ def test_the_budget_thins_evenly_in_log_time(tmp_path, until):
 
 
 def test_thinning_takes_the_narrowest_and_never_the_ends():
-    assert thinned(dict.fromkeys(range(5), 10), 50) == []
-    assert thinned(dict.fromkeys(range(5), 10), 49) == [3]
-    assert thinned(dict.fromkeys([0, 1, 3, 7, 15, 16], 10), 40) == [15, 1]
-    assert thinned({0: 10, 5: 10, 9: 10}, 1) == [5]
-    assert thinned({0: 10, 1: 10}, 1) == []
+    assert surplus_snapshots(dict.fromkeys(range(5), 10), 50) == []
+    assert surplus_snapshots(dict.fromkeys(range(5), 10), 49) == [3]
+    assert surplus_snapshots(dict.fromkeys([0, 1, 3, 7, 15, 16], 10), 40) == [15, 1]
+    assert surplus_snapshots({0: 10, 5: 10, 9: 10}, 1) == [5]
+    assert surplus_snapshots({0: 10, 1: 10}, 1) == []
 
 
 def test_a_snapshot_given_up_after_opening(tmp_path):
     traj = run(model := Net(), adam(model), tmp_path / "run", 5)
     (tmp_path / "run" / "snapshots" / "step-00000002.safetensors").unlink()
-    with pytest.raises(Refused, match=r"step 2: got a snapshot that is gone.*Open the trajectory again"):
+    with pytest.raises(Refused, match=r"step 2: got a snapshot that the run deleted.*Open the trajectory again"):
         traj.state(2)
 
 
@@ -457,7 +457,7 @@ UNTIL = 11
 
 
 def options(folder):
-    size = len(serialised({k: v for k, v in state_of(Net()).items() if k != "again.weight"}))
+    size = len(safetensors_bytes({k: v for k, v in state_of(Net()).items() if k != "again.weight"}))
     return dict(folder=folder, until=UNTIL, record=lambda step: step % 5 != 3, budget=5 * size)
 
 
@@ -476,7 +476,9 @@ def test_resume_after_a_kill_at_any_file_operation_gives_the_same_bytes(tmp_path
     """Before and after every rename and removal the folder is copied: that is what a kill there would leave."""
     monkeypatch.setattr(import_module("ntkit.trajectory.step_log"), "SEGMENT", 4)
     calls = itertools.count()
-    monkeypatch.setattr(import_module("ntkit.trajectory.run_writer").Pace, "due", lambda *_: next(calls) % 3 == 1)
+    monkeypatch.setattr(
+        import_module("ntkit.trajectory.run_writer").CheckpointTimer, "due", lambda *_: next(calls) % 3 == 1
+    )
     whole, left = tmp_path / "whole", {}
 
     def copied(change):
@@ -522,7 +524,7 @@ def test_resume_where_much_was_written_after_the_checkpoint(tmp_path, monkeypatc
     """Snapshots of before the checkpoint are given up after it: a resumed run must choose the same ones again."""
     monkeypatch.setattr(import_module("ntkit.trajectory.step_log"), "SEGMENT", 3)
     now, until = 0, 20
-    monkeypatch.setattr(import_module("ntkit.trajectory.run_writer").Pace, "due", lambda *_: now == 3)
+    monkeypatch.setattr(import_module("ntkit.trajectory.run_writer").CheckpointTimer, "due", lambda *_: now == 3)
     settings = dict(record="all", budget=options(None)["budget"])
 
     def on_step(step):
@@ -698,7 +700,7 @@ def foreign():
         (dict(optimizer=lambda p: None), "optimizer: got a function; expected a torch.optim.Optimizer"),
         (dict(optimizer=foreign()), r"optimizer: got a parameter that is not the model's.*ModuleList"),
         (dict(record="logs"), r"record: got 'logs'.*Did you mean log\?"),
-        (dict(record=0), "record: got 0; expected 'log', 'all', every how many steps"),
+        (dict(record=0), "record: got 0; expected 'log', 'all', an interval in steps"),
         (dict(record=True), "record: got True"),
         (dict(record=None), "record: got None"),
         (dict(record=[1, -1]), "record: got step -1; expected integers >= 0"),
@@ -706,7 +708,7 @@ def foreign():
         (dict(budget="2 potatoes"), "budget: got '2 potatoes'; expected bytes, or text"),
         (dict(budget=-5), "budget: got -5"),
         (dict(budget=True), "budget: got True"),
-        (dict(budget="1 kB"), r"budget: got 1000 bytes; expected room for 3 snapshots of \d+ bytes each"),
+        (dict(budget="1 kB"), r"budget: got 1000 bytes; expected enough for 3 snapshots of \d+ bytes each"),
     ],
 )
 def test_refusals_leave_nothing_behind(tmp_path, change, message):
@@ -760,12 +762,12 @@ def test_steps_that_do_not_match(tmp_path):
         def step(self, closure=None):
             raise MemoryError
 
-    with pytest.raises(Refused, match="got 2 optimiser steps; expected one whole"):
+    with pytest.raises(Refused, match="got 2 optimizer steps; expected one complete"):
         recorded(tmp_path / "two", two)
     with pytest.raises(Refused, match=r"with no rec\.step\(\) after it"):
         recorded(tmp_path / "late", one_late)
     assert Trajectory.open(tmp_path / "late").status == "running"
-    with pytest.raises(Refused, match=r"got an optimizer\.step\(\) that was broken off"):
+    with pytest.raises(Refused, match=r"got an optimizer\.step\(\) that was interrupted"):
         recorded(tmp_path / "retried", retried, lambda model: Breaking(model.parameters()))
     another = lambda rec, model, opt: [(advance(model, adam(model), s), rec.step()) for s in range(21)]
     with pytest.raises(Refused, match=r"optimizer: got no step of this Adam in 21 calls of rec\.step\(\)"):

@@ -19,7 +19,7 @@ import report_case
 
 from ntkit.base.checks import Refused
 from ntkit.report import analysis_text as readings
-from ntkit.report import draw, render
+from ntkit.report import draw, render, training_figures
 
 HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
 
@@ -88,7 +88,7 @@ def test_results_appear(full: Path) -> None:
         assert check["what"] in words
     assert "3.1e-15" in words
     assert "1e-10" in words
-    for text in (results["reproduce"]["command"], results["data"]["hash"], results["data"]["normalisation"]):
+    for text in (results["reproduce"]["command"], results["data"]["hash"], results["data"]["normalization"]):
         assert text in words
     assert "Conv2d(1, 16" in words
     assert "38,282 parameters" in words
@@ -113,7 +113,7 @@ def test_curves_are_the_results(full: Path) -> None:
     assert last["2n / learning rate"]["y"] == [2 * 500 / 0.05] * 2
     axis = plots["plot-eigenvalues"]["layout"]["xaxis"]
     assert dict(zip(axis["tickvals"], axis["ticktext"], strict=True))[0.5] == "0"
-    for name in ("targets", "outputs", "residual"):
+    for name in ("target", "output", "residual"):
         drawn = {trace["name"]: trace["y"] for trace in plots[f"plot-energy-{name}"]["data"]}
         for i, k in enumerate(along["energy_ks"]):
             assert drawn[f"top {k}"] == [row[i] for row in along[f"energy_{name}"]]
@@ -157,7 +157,7 @@ def test_colour_thumbnails_keep_their_colours(tmp_path: Path) -> None:
 
 
 def test_other_labels_are_marked_in_words(full: Path) -> None:
-    rows = report_case.full()[0]["neighbours"]["rows"]
+    rows = report_case.full()[0]["neighbors"]["rows"]
     other = sum(n["label"] != row["label"] for row in rows for key in ("init", "after") for n in row[key])
     assert other > 0
     assert _body(full).count('aria-label="other label"') == other
@@ -222,12 +222,12 @@ def test_nulls_become_sentences(minimal: Path) -> None:
 
 def test_images_not_measured_say_so(tmp_path: Path) -> None:
     results = report_case.full()[0]
-    for key in ("along", "invariances", "neighbours"):
+    for key in ("along", "invariances", "neighbors"):
         results[key] = None
     words = _words(render(report_case.write(tmp_path, results)))
     assert "not followed along training in this run" in words
     assert "invariances were not measured in this run" in words
-    assert "neighbours were not looked up in this run" in words
+    assert "neighbors were not looked up in this run" in words
 
 
 def test_undefined_values_along_training(tmp_path: Path) -> None:
@@ -248,7 +248,11 @@ def test_refusals(tmp_path: Path) -> None:
         render(tmp_path)
     results = report_case.minimal()
     results["format"] = 2
-    with pytest.raises(Refused, match=r"got format 2; expected format 1\. Render it with the version"):
+    with pytest.raises(Refused, match=r"got format 2; expected format 1\. Use the version of ntkit that wrote it"):
+        render(report_case.write(tmp_path, results))
+    results["format"] = 1
+    results["neighbours"] = results.pop("neighbors")
+    with pytest.raises(Refused, match=r"got keys of an earlier version; expected format 1\. .* or repeat the run"):
         render(report_case.write(tmp_path, results))
     assert not (tmp_path / "report.html").exists()
 
@@ -284,7 +288,7 @@ def test_nothing_is_claimed_without_standard_errors() -> None:
     results = _errors({"network": 9, "init": 300, "after": 1, "conjugate": 9})
     results["machines"][1]["test_error"]["error"] = None
     assert "cannot be compared" in readings.in_short(results)[0][0]
-    assert "cannot be judged" in readings.answer(results)
+    assert "not comparable" in readings.answer(results)
     assert "not comparable" in readings.machines(results)
 
 
@@ -299,21 +303,21 @@ def test_nothing_is_claimed_without_standard_errors() -> None:
     ],
 )
 def test_invariance_directions(name: str, after: float, said: str) -> None:
-    row = {"name": name, "before": report_case.number(0.6, 0.01), "after": report_case.number(after, 0.01)}
+    row = {"name": name, "init": report_case.number(0.6, 0.01), "after": report_case.number(after, 0.01)}
     assert said in readings.invariances({"invariances": {"rows": [row]}})
 
 
 def test_eigenvalue_reading_knows_the_bound() -> None:
     results = report_case.full()[0]
-    assert "always below 2n / learning rate" in readings.eigenvalues(results)
+    assert "always below 2n / learning rate" in training_figures.eigenvalues(results["along"])[1]
     high = copy.deepcopy(results)
     high["along"]["lr"] = 0.5  # 2 n / lr = 2000: crossed, and not left again
     first = next(
         s for s, row in zip(high["along"]["steps"], high["along"]["eigenvalues"], strict=True) if row[0] > 2000
     )
-    assert f"above 2n / learning rate from step {first} on" in readings.eigenvalues(high)
+    assert f"above 2n / learning rate from step {first} on" in training_figures.eigenvalues(high["along"])[1]
     results["along"]["lr"] = None
-    assert "2n" not in readings.eigenvalues(results)
+    assert "2n" not in training_figures.eigenvalues(results["along"])[1]
 
 
 def test_a_line_that_is_crossed_twice_is_not_called_lasting() -> None:
@@ -322,7 +326,7 @@ def test_a_line_that_is_crossed_twice_is_not_called_lasting() -> None:
     results["along"]["eigenvalues"][3][0] = 10 * max(top)
     results["along"]["eigenvalues"][-1][0] = 10 * max(top)
     results["along"]["lr"] = 1000 / (2 * max(top))
-    assert "above 2n / learning rate at times" in readings.eigenvalues(results)
+    assert "above 2n / learning rate at times" in training_figures.eigenvalues(results["along"])[1]
 
 
 def test_ticks_cover_any_range() -> None:
@@ -456,5 +460,5 @@ def test_a_machine_that_is_not_optimal_is_no_evidence():
     results, _ = report_case.full()
     for m in results["machines"]:
         m["status"] = "inaccurate"
-    assert "cannot be judged" in readings.answer(results)
+    assert "not comparable" in readings.answer(results)
     assert "cannot be compared" in readings.in_short(results)[1][0]

@@ -231,7 +231,7 @@ def test_curves_are_the_records(full: Path) -> None:
     assert sharp["x"] == [0.5, *STEPS[1:]]
     assert bound["y"] == [2 / r["learning_rate"] for r in found]
     assert (bound["line"]["dash"], bound["line"]["shape"]) == ("dash", "hv")
-    for name, record in (("targets", "energy_target"), ("outputs", "energy_output"), ("residual", "energy_residual")):
+    for name, record in (("target", "energy_target"), ("output", "energy_output"), ("residual", "energy_residual")):
         drawn = {trace["name"]: trace["y"] for trace in plots[f"plot-energy-{name}"]["data"]}
         assert list(drawn) == [f"top {k}" for k in (1, 2, 5, 10, 20, 50)]
         assert drawn["top 20"] == [r[record][19] for r in found]
@@ -247,7 +247,7 @@ def test_curves_are_the_records(full: Path) -> None:
 def test_what_it_says(full: Path) -> None:
     words = _words(full)
     sharp = records()[-1]["sharpness"]
-    assert f"ends at {sharp / 40:.2g} times 2 / learning rate; it never was above" in words
+    assert f"ends at {sharp / 40:.2g} times 2 / learning rate; it was never above" in words
     assert "followed at 15 steps, 0 to 10,000: its largest eigenvalue grew 23-fold, from 900 to 20700;" in words
     assert "first → last step: more than 44 → 11 for the targets" in words  # the others are rounding at first
     assert "largest residual 3e-13 of λ" in words
@@ -288,7 +288,7 @@ def test_what_is_absent_is_left_out(tmp_path: Path) -> None:
     page = render_tracked(write_track(tmp_path / "bare", [bare], loss=None, k=2))
     assert list(_json(page, "plots")) == ["plot-eigenvalues"]
     words = _words(page)
-    assert "Is a step as the kernel predicts it?" not in words
+    assert "Does the kernel predict the next step?" not in words
     assert not re.search(r"\b(None|nan|null)\b", words)
     own = {"eigenvalues": [3.0, 1.0], "trace": 5.0, "alignment_centered": 0.3}
     found = [{"step": s, "distance": 0.0, "per_output": [own, own | {"eigenvalues": [None]}]} for s in (0, 1)]
@@ -415,7 +415,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"got no step-\*\.json; expected at least one snapshot"):
         render(tmp_path)
     write_json(tmp_path / "track.json", {"format": "other"})
-    with pytest.raises(Refused, match=r"got format other; expected format ntkit-track\. Name a folder"):
+    with pytest.raises(Refused, match=r"got format other; expected format ntkit-track\. Give a folder"):
         render_tracked(tmp_path)
     for wrong, got in (({"format": 1}, "kind None, format 1"), ([], "kind None, format None")):
         write_json(tmp_path / "results.json", wrong)
@@ -449,7 +449,7 @@ def test_images_that_do_not_agree(change: dict[str, Any], message: str, tmp_path
 
 
 def test_format_is_the_one_written() -> None:
-    source = Path(tracked.__file__).parents[1] / "tracking" / "tracked.py"
+    source = Path(tracked.__file__).parents[1] / "tracking" / "series.py"
     assert f'FORMAT = "{tracked.FORMAT}"' in source.read_text(encoding="utf-8")
 
 

@@ -23,8 +23,8 @@ import ntkit
 from ntkit.base.batch import count
 from ntkit.jacobian.model_calls import call, reduce_outputs
 from ntkit.secant import secant_tensor as module
-from ntkit.secant.secant_jacobian import Lifted, Secant
-from ntkit.secant.secant_tensor import AROUND, RULES, Ends, NoSecant, aten
+from ntkit.secant.secant_jacobian import Secant, SecantMode
+from ntkit.secant.secant_tensor import DISPATCH_KEYS, SECANT_RULES, NoSecant, SecantTensor, aten
 
 Values = Mapping[str, Tensor]
 QUICK = [name for name, family in FAMILIES.items() if not family.slow and not family.refused]
@@ -190,12 +190,12 @@ def test_every_rule_is_reached(monkeypatch):
             Secant(model, dict(model.named_parameters())).at(before, after)(X)
         except NoSecant:
             continue
-    assert RULES.keys() - {None} - seen == ON_A_GPU
+    assert SECANT_RULES.keys() - {None} - seen == ON_A_GPU
 
 
 def by_rule(packet: Any, *args: Any) -> Any:
     """What a rule makes of an operation that only a GPU has; the operation itself where nothing moves."""
-    return RULES[packet](packet.default, args, {})
+    return SECANT_RULES[packet](packet.default, args, {})
 
 
 def test_batch_norm_of_a_gpu():
@@ -203,7 +203,7 @@ def test_batch_norm_of_a_gpu():
         mean, var, w, b = torch.arange(4).double(), torch.arange(4).double() + 1, h[0, :, 0], h[0, :, 1]
         outs = []
         for training in (False, True):
-            if isinstance(h, Ends):
+            if isinstance(h, SecantTensor):
                 y, *rest = by_rule(aten.cudnn_batch_norm, h, w, b, mean, var, training, 0.1, 1e-5)
                 assert len(rest) == 3
             else:
@@ -220,7 +220,7 @@ def test_recurrent_cells_of_a_gpu(kind):
         state, memory, width = h[:, 0, :2], k[:, 0, :2], {"LSTM": 8, "GRU": 6}[kind]
         w, u, b, c = (t.flatten()[: 2 * width].view(width, 2) for t in (h[0], h[1], k[0], k[1]))
         b, c, x = b[:, 0], c[:, 1], X[:, 0, :2]
-        if not isinstance(h, Ends):
+        if not isinstance(h, SecantTensor):
             plain = {"LSTM": torch._VF.lstm_cell, "GRU": torch._VF.gru_cell}[kind]
             found = plain(x, (state, memory) if kind == "LSTM" else state, w, u, b, c)
             return torch.cat(found, 1) if kind == "LSTM" else found
@@ -390,10 +390,10 @@ def test_however_a_parameter_is_used(way):
 
 
 WRONG: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "part of it that was taken before": lambda m, x: m.inner(x)[:, :2] + x @ m.part.t(),
+    "view of it from before the model": lambda m, x: m.inner(x)[:, :2] + x @ m.part.t(),
     "a write into a parameter": lambda m, x: (m.inner.weight.data.clamp_(-0.1, 0.1), m.inner(x))[1],
-    "that they do not": lambda m, x: x.add_(m.inner(x)),
-    "cannot be followed": lambda m, x: m.inner(x) * len(m.inner(x).tolist()),
+    "that does not": lambda m, x: x.add_(m.inner(x)),
+    "cannot be evaluated": lambda m, x: m.inner(x) * len(m.inner(x).tolist()),
 }
 
 
@@ -456,7 +456,7 @@ def test_constants_stay_constants():
     (g,) = gradients(secant(x)[:, :1].sum(), secant.params.values(), torch.tensor(1.0, dtype=x.dtype))
     change = plainly(model, after, x)[:, :1].sum() - plainly(model, before, x)[:, :1].sum()
     torch.testing.assert_close(g.sum(), change)
-    with pytest.raises(ntkit.Refused, match="none of the parameters moves"):
+    with pytest.raises(ntkit.Refused, match="depend on no parameter"):
         Secant(nn.Sequential(model, Constant()), chosen)(x)
 
 
@@ -496,7 +496,7 @@ def test_the_model_is_left_as_it_was(fail):
         for now, then in zip((vars(module_), module_._parameters, module_._buffers), before, strict=True):
             assert now.keys() == then.keys()
             assert all(now[key] is then[key] for key in then)
-    assert not AROUND
+    assert not DISPATCH_KEYS
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -508,8 +508,8 @@ def test_ends_in_another_layout():
 
 
 def test_a_rule_that_loses_the_gradient_is_noticed():
-    with Lifted([], []), pytest.raises(AssertionError, match="lost the gradient"):
-        Ends(torch.zeros(2), torch.ones(2), torch.full((2,), 0.5))
+    with SecantMode([], []), pytest.raises(AssertionError, match="lost the gradient"):
+        SecantTensor(torch.zeros(2), torch.ones(2), torch.full((2,), 0.5))
 
 
 # ---------------------------------------------------------------------- random networks

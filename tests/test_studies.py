@@ -1,9 +1,10 @@
-"""A study end to end at a toy size: stopped and gone on, judged, drawn; and refusals."""
+"""Studies end to end at a toy size: stopped and resumed, claims tested, pages drawn; refusals; a new study."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +16,16 @@ from ntkit.base.files import read_arrays
 from ntkit.report import render
 from ntkit.studies import bell2023 as bell
 from ntkit.studies import kopitkov2019 as kopitkov
-from ntkit.studies.bell2023 import pictures, plane, removal, setting, unseen
-from ntkit.studies.parts import Work
+from ntkit.studies.bell2023 import bell_setting, contributions, pictures, plane, removal, unseen
+from ntkit.studies.claim import Between, Bound, Claim, Condition, Estimate, Order, Within, mean
+from ntkit.studies.study import Result, Section, Sizes, Study, StudyPart, Work, curve, lines, table
 
-TOY = kopitkov.Scale(6, 8, 24, 0.05, 8, 12, 5, 30, 20)
+TOY = Sizes(side=6, width=8, steps=24, lr=0.05, decay=8, k=12, top=5, points=30, digit_steps=20)
+
+
+def small(module, sizes):
+    """A module's study with two seeds at these sizes."""
+    return replace(module.STUDY, scales=module.SCALES | {"quick": sizes}, seeds=(0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +38,7 @@ def folder(tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(kopitkov.SCALES, "quick", TOY)
-        patch.setattr(kopitkov, "SEEDS", (0, 1))
+        patch.setattr(kopitkov, "STUDY", small(kopitkov, TOY))
         with pytest.raises(KeyboardInterrupt):
             ntkit.study("kopitkov2019", out=place, say=stop)
         assert not (place / "results.json").exists()
@@ -41,8 +47,8 @@ def folder(tmp_path_factory):
         again: list[str] = []
         ntkit.study("kopitkov2019", out=place, say=again.append)
         assert (place / "results.json").read_bytes() == before  # same run, same bytes
-        assert not [line for line in again if line.startswith("picture")]  # nothing is trained or measured twice
-    assert len([line for line in said if line.startswith("picture")]) == 7  # three depths, two seeds, one begun twice
+        assert not [line for line in again if line.startswith("depth")]  # nothing is trained or measured twice
+    assert len([line for line in said if line.startswith("depth")]) == 7  # three depths, two seeds, one begun twice
     return place
 
 
@@ -108,10 +114,9 @@ def test_a_folder_without_the_data_is_refused_before_anything_is_run(tmp_path):
 
 
 def test_mnist_where_its_files_are_at_hand(shared_data, tmp_path):
-    toy = kopitkov.Scale(4, 4, 4, 0.05, 2, 12, 2, 12, 2)
+    toy = Sizes(side=4, width=4, steps=4, lr=0.05, decay=2, k=12, top=2, points=12, digit_steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(kopitkov.SCALES, "quick", toy)
-        patch.setattr(kopitkov, "SEEDS", (0, 1))
+        patch.setattr(kopitkov, "STUDY", small(kopitkov, toy))
         patch.setattr(kopitkov, "OPTIMIZERS", {"sgd": kopitkov.OPTIMIZERS["sgd"]})
         place = ntkit.study("kopitkov2019", out=tmp_path / "run", data_dir=shared_data / "mnist")
     results = json.loads((place / "results.json").read_text())
@@ -123,7 +128,7 @@ def test_mnist_where_its_files_are_at_hand(shared_data, tmp_path):
 
 # ---------------------------------------------------------------------- bell2023
 
-SMALL = setting.Scale(
+SMALL = Sizes(
     plane_steps=2, side=5, direct=1, nodes=(1, 2), probed=3, pixels=8, width=2, train=50, test=6, steps=5, lr=0.2,
     other_steps=4, removals=2, shares=(0.04, 0.08), draws=2, unseen=12, unseen_steps=4,
 )  # fmt: skip
@@ -139,15 +144,14 @@ def bell_folder(tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(bell.SCALES, "quick", SMALL)
-        patch.setattr(bell, "SEEDS", (0, 1))
+        patch.setattr(bell, "STUDY", small(bell, SMALL))
         patch.setattr(pictures, "RECIPES", {name: pictures.RECIPES[name] for name in ("momentum", "adamw")})
         with pytest.raises(KeyboardInterrupt):
             ntkit.study("bell2023", out=place, say=stop)
         assert not (place / "results.json").exists()
         first = list(said)
         ntkit.study("bell2023", out=place, say=said.append)
-        assert said[len(first)] == first[-1]  # what was stopped is begun again, nothing else
+        assert said[len(first)] == first[-1]  # the stopped part is computed again, nothing else
         assert len(set(said)) == len(said) - 1
         before = (place / "results.json").read_bytes()
         again: list[str] = []
@@ -156,7 +160,7 @@ def bell_folder(tmp_path_factory):
         assert not again
         with pytest.raises(Refused, match="another run"):
             ntkit.study("bell2023", scale="paper", out=place)
-        patch.setitem(bell.SCALES, "quick", setting.Scale(**(vars(SMALL) | {"steps": 6})))
+        patch.setattr(bell, "STUDY", small(bell, Sizes(**vars(SMALL) | {"steps": 6})))
         with pytest.raises(Refused, match="another run"):
             ntkit.study("bell2023", out=place)
     return place
@@ -168,16 +172,16 @@ def test_bell_has_numbers_verdicts_and_a_certificate(bell_folder):
     assert len(claims) == 19
     assert all(c["claim"] and any(ch.isdigit() for ch in c["number"]) and c["how"] for c in claims)
     assert all(c["holds"] in (True, False, None) for c in claims)
-    held = {c["claim"]: c["holds"] for c in claims}
-    assert held["A network trained by gradient descent is a kernel machine, to machine precision"]
-    assert held["The same for momentum, weight decay, Adam, schedules, clipping and minibatches"]
-    assert held["The kernel machine draws the network’s own regions in the plane"]
+    holds = {c["claim"]: c["holds"] for c in claims}
+    assert holds["A network trained by gradient descent is a kernel machine, to machine precision"]
+    assert holds["The same for momentum, weight decay, Adam, schedules, clipping and minibatches"]
+    assert holds["The kernel machine draws the network’s own regions in the plane"]
     assert results["certificate"]["count"] == 2 * (2 + 1 + 2)  # two seeds: plane twice, digits, two optimisers
     assert 0 < results["certificate"]["value"] < 1e-12
     assert json.loads((bell_folder / "run.json").read_text())["status"] == "complete"
 
 
-def test_bell_shows_what_was_found(bell_folder):
+def test_bell_shows_its_results(bell_folder):
     results, arrays = (
         json.loads((bell_folder / "results.json").read_text()),
         read_arrays(bell_folder / "figures.safetensors"),
@@ -188,8 +192,9 @@ def test_bell_shows_what_was_found(bell_folder):
     for section in results["sections"]:
         assert section["title"].split(":")[0] in page
     assert page.index(results["certificate"]["cards"][0]["name"]) < page.index("What the paper claims")
-    part = Work(SMALL, bell_folder, None, print).kept("digits-explained", "", lambda: pytest.fail("made again"))
-    for case in part.numbers["cases"]:
+    work = Work(SMALL, (0, 1), ["digits"], bell_folder, progress=lambda line: pytest.fail("computed again"))
+    (part,) = contributions.parts(work)
+    for case in work.result(part).numbers["cases"]:
         total = case["initial"] + sum(case["classes"])
         assert total == pytest.approx(case["logit"], abs=1e-12)
         assert case["over_time"]["logit"][-1] == pytest.approx(case["logit"], abs=1e-12)
@@ -197,48 +202,161 @@ def test_bell_shows_what_was_found(bell_folder):
 
 
 def test_the_integral_along_the_steps_is_what_contributions_sum_to(tmp_path):
-    work = Work(SMALL, tmp_path, None, lambda line: None)
+    work = Work(SMALL, (0, 1), ["digits"], tmp_path)
     model, run, _, _ = plane.trained(work, "relu", 3)
     x = plane.clusters(5, 9)[0]
-    found = setting.summed_changes(model, run, x, [("left", 1), ("left", 2), ("midpoint", 1), ("gauss", 3)], 4)
-    for (rule, nodes), change in found.items():
+    changes = bell_setting.summed_changes(model, run, x, [("left", 1), ("left", 2), ("midpoint", 1), ("gauss", 3)], 4)
+    for (rule, nodes), change in changes.items():
         if (rule, nodes) != ("left", 2):
             settings = {"integration": "left"} if rule == "left" else {"integration": "quadrature", "rule": rule}
-            made = ntkit.PathKernel(run, nodes=nodes, **settings).decompose(x)
-            torch.testing.assert_close(made.initial + change, made.prediction + made.residual, rtol=0, atol=1e-12)
-    halves = (found["left", 1] + found["midpoint", 1]) / 2  # two left end points: the left one and the middle
-    torch.testing.assert_close(found["left", 2], halves, rtol=0, atol=1e-12)
+            parts = ntkit.PathKernel(run, nodes=nodes, **settings).decompose(x)
+            torch.testing.assert_close(parts.initial + change, parts.prediction + parts.residual, rtol=0, atol=1e-12)
+    halves = (changes["left", 1] + changes["midpoint", 1]) / 2  # two left end points: the left one and the middle
+    torch.testing.assert_close(changes["left", 2], halves, rtol=0, atol=1e-12)
 
 
 def test_removing_nothing_changes_nothing_and_weights_are_a_smaller_set(tmp_path):
-    work = Work(SMALL, tmp_path, None, lambda line: None)
-    network = torch.from_numpy(pictures.measure(work, "digits", 0).arrays["network"])
-    data = setting.images(work, "digits", SMALL.train, SMALL.test)
-    torch.testing.assert_close(removal.again(work, data, torch.tensor([], dtype=torch.int64)), network)
+    work = Work(SMALL, (0, 1), ["digits"], tmp_path)
+    network = torch.from_numpy(work.result(pictures.rebuilt("digits", 0)).arrays["network"])
+    data = bell_setting.images(work, "digits", SMALL.train, SMALL.test)
+    torch.testing.assert_close(removal.retrained(work, data, torch.tensor([], dtype=torch.int64)), network)
     keep = torch.arange(SMALL.train) >= 7
-    model = setting.cnn(8, 10, SMALL.width, 0)
+    model = bell_setting.cnn(8, 10, SMALL.width, 0)
     share = float(keep.double().mean())
     ntkit.train(
-        model, (data.x[keep], data.y[keep]), lambda out, y: share * setting.cross_entropy(out, y),
-        setting.sgd(SMALL.lr), SMALL.steps,
+        model, (data.x[keep], data.y[keep]), lambda out, y: share * torch.nn.functional.cross_entropy(out, y),
+        bell_setting.sgd(SMALL.lr), SMALL.steps,
     )  # fmt: skip
-    torch.testing.assert_close(removal.again(work, data, torch.arange(7)), model(data.x_test).detach())
+    torch.testing.assert_close(removal.retrained(work, data, torch.arange(7)), model(data.x_test).detach())
 
 
 def test_orders_slopes_and_patches():
-    assert setting.slope(
+    assert bell_setting.slope(
         torch.tensor([[1.0, 2.0], [4.0, 0.0]]), torch.tensor([[3.0, 5.0], [9.0, 1.0]])
     ) == pytest.approx(2)
-    assert setting.order([2, 4], [1.0, 0.25]) == pytest.approx(2)
-    found = unseen.patches(6, 8, seed=0)
-    assert found.shape == (6, 1, 8, 8)
-    assert torch.equal(found.amin((1, 2, 3)), torch.zeros(6).double())
-    assert torch.equal(found.amax((1, 2, 3)), torch.ones(6).double())
-    assert torch.equal(found, unseen.patches(6, 8, seed=0))
-    assert not torch.equal(found, unseen.patches(6, 8, seed=1))
+    assert bell_setting.order([2, 4], [1.0, 0.25]) == pytest.approx(2)
+    patches = unseen.patches(6, 8, seed=0)
+    assert patches.shape == (6, 1, 8, 8)
+    assert torch.equal(patches.amin((1, 2, 3)), torch.zeros(6).double())
+    assert torch.equal(patches.amax((1, 2, 3)), torch.ones(6).double())
+    assert torch.equal(patches, unseen.patches(6, 8, seed=0))
+    assert not torch.equal(patches, unseen.patches(6, 8, seed=1))
     logits = torch.tensor([[3.0, 0, 0], [0, 1, 0], [0, 5, 0], [0, 0, 2]])
     truth = torch.tensor([0, 1, 0, 2])
-    assert pictures.spread(logits, truth).tolist() == [2, 1, 3, 0]  # from the worst margin to the best
+    assert contributions.spread(logits, truth).tolist() == [2, 1, 3, 0]  # from the worst margin to the best
     assert pictures.accuracy(logits, truth) == 0.75
     assert math.isclose(pictures.cosine(0, 60), 0.2)
     assert pictures.cosine(59, 60) < 1e-2
+
+
+# ---------------------------------------------------------------------- a new study: its experiments only
+
+
+def coin(work, seed):
+    flips = np.random.default_rng(seed).integers(0, 2, work.sizes.flips)
+    return Result({"share": float(flips.mean())}, {"flips": flips.astype(np.uint8)})
+
+
+def deck(work):
+    return Result({"hearts": work.sizes.draws / 4}, {})
+
+
+def coin_parts(work):
+    for seed in work.seeds:
+        yield StudyPart("coin", "fair", f"coin-{seed}", coin, (seed,))
+    yield StudyPart("deck", None, "deck", deck)
+
+
+def coin_claims(results):
+    share = mean([r.numbers["share"] for r in results["coin"]["fair"]])
+    yield Claim("A coin is fair", f"{share:.2f}", [Condition("the share is", [share], Between(0.3, 0.7))], "by seed")
+
+
+def deck_claims(results):
+    hearts = results.one("deck").numbers["hearts"]
+    yield Claim("All cards are hearts", f"{hearts:g}", [Condition("it is", [hearts], Bound("at least", 8))])
+
+
+def coin_sections(results):
+    runs = results["coin"]["fair"]
+    heads = [curve(f"seed {i}", [0, 1], [0, r.numbers["share"]]) for i, r in enumerate(runs)]
+    items = [lines("Heads", "They rise to one half.", "flips", "heads", [("", heads)]), table("Deck", ["A"], [["b"]])]
+    yield Section("Coins", "Coins", "Two of them.", items, {"flips": runs[0].arrays["flips"]})
+
+
+COINS = Study(
+    name="coins",
+    title="Coins and cards",
+    paper={"authors": "Nobody", "title": "On chance", "year": 1654, "reference": "a letter"},
+    scales={"quick": Sizes(flips=50, draws=8), "paper": Sizes(flips=500, draws=8)},
+    parts=[coin_parts],
+    claims=[coin_claims, deck_claims],
+    sections=[coin_sections],
+    seeds=(0, 1),
+)
+
+
+def test_a_new_study_needs_its_experiments_only(tmp_path):
+    said = []
+
+    def stop(line):
+        said.append(line)
+        if line == "coin-1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        COINS.run("quick", tmp_path / "run", stop)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
+    assert not (tmp_path / "run" / "results.json").exists()
+    first = (tmp_path / "run" / "parts" / "coin-0.json").read_bytes()
+    COINS.run("quick", tmp_path / "run", said.append)
+    assert said == ["coin-0", "coin-1", "coin-1", "deck"]
+    assert (tmp_path / "run" / "parts" / "coin-0.json").read_bytes() == first
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [(c["claim"], c["holds"]) for c in results["claims"]] == [
+        ("A coin is fair", True),
+        ("All cards are hearts", False),
+    ]
+    assert [c["how"] for c in results["claims"]] == [
+        "by seed; holds if the share is between 0.3 and 0.7",
+        "holds if it is at least 8",
+    ]
+    assert (results["sizes"], results["seeds"], results["sets"]) == ({"flips": 50, "draws": 8}, [0, 1], ["digits"])
+    assert read_arrays(tmp_path / "run" / "figures.safetensors")["flips"].shape == (50,)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "1 of 2 claims holds here, 1 does not." in page
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "complete"
+    again, other = [], tmp_path / "other"
+    COINS.run("quick", tmp_path / "run", again.append)
+    COINS.run("quick", other)
+    assert not again
+    assert (other / "results.json").read_bytes() == (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(Refused, match="another run"):
+        replace(COINS, seeds=(0, 2)).run("quick", tmp_path / "run")
+
+
+THRESHOLDS = [  # threshold, values that meet it, values that do not, its text
+    (Bound("over", 0.9), [1, 2], [1, 0.9], "over 0.9"),
+    (Bound("at most", 1e-12), [1e-12], [1e-11], "at most 1e-12"),
+    (Bound("over", 1, errors=2), [(1.3, 0.1)], [(1.1, 0.1)], "over 1 by more than 2 standard errors"),
+    (Bound("under", 1, errors=2), [(0.7, 0.1)], [(0.9, 0.1)], "under 1 by more than 2 standard errors"),
+    (Bound("at least", 80, " %", -2), [(78, 2)], [(75, 2)], "at least 80 % within 2 standard errors"),
+    (Bound("over", 0, errors=2), [(1, 0.4)], [(1, math.nan)], "over 0 by more than 2 standard errors"),
+    (Between(5, 20), [6, 19], [20], "between 5 and 20"),
+    (Within(0.2, of=-2), [-2.1], [-2.3, -2], "within 0.2 of −2"),
+    (Within(3, 0.5, " standard errors"), [(0.6, 0.05)], [(0.7, 0.05)], "within 3 standard errors of 0.5"),
+    (Order("decrease"), [3, 2, 1], [3, 1, 2], "decrease"),
+    (Order("increase", 2), [(1, 0.1), (2, 0.1)], [(1, 0.4), (2, 0.4)], "increase, each by more than 2 standard errors"),
+]
+
+
+@pytest.mark.parametrize(("threshold", "good", "bad", "text"), THRESHOLDS, ids=[row[3] for row in THRESHOLDS])
+def test_thresholds_test_and_print_themselves(threshold, good, bad, text):
+    good, bad = ([Estimate(*v) if isinstance(v, tuple) else v for v in values] for values in (good, bad))
+    assert Condition("", good, threshold).holds()
+    assert not Condition("", bad, threshold).holds()
+    assert str(threshold) == text
+
+
+def test_a_claim_without_conditions_is_not_tested():
+    assert Claim("It is so", "3").record() == {"claim": "It is so", "number": "3", "holds": None, "how": ""}

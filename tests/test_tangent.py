@@ -9,6 +9,7 @@ from cases import CASES, make, softplus_sum, tiny_mlp, vectors
 from torch import nn
 
 import ntkit
+from ntkit.base.batch import take
 from ntkit.jacobian import contraction as contract
 from ntkit.jacobian import plan as planning
 from ntkit.jacobian import rules
@@ -68,7 +69,7 @@ def test_every_route_gives_the_same(route):
         model, x1, x2 = make(name)
         for outputs in MODES:
             exact = None
-            for parameter in ntkit.TangentKernel(model)._gradients.params:
+            for parameter in ntkit.TangentKernel(model).layers(x1):
                 kernel = ntkit.TangentKernel(model, outputs=outputs, params=[parameter], routes={parameter: route})
                 try:
                     plan = kernel.plan(x1, x2)
@@ -153,7 +154,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(name, monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return whole(gradients, x, known, plan, advance)
 
-    monkeypatch.setattr("ntkit.kernels.tangent.prepare", small)
+    monkeypatch.setattr("ntkit.jacobian.engine.prepare", small)
     kernel = ntkit.TangentKernel(model, memory="1 MB")
     assert_equal(kernel(x1, x2), tangent_kernel(model, x1, x2), 1e-10, "k(x1, x2)")
     kernel = ntkit.TangentKernel(model, memory="1 MB")
@@ -167,7 +168,7 @@ def test_out_of_memory_on_single_samples_is_said(monkeypatch):
     def never(*rest):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("ntkit.kernels.tangent.prepare", never)
+    monkeypatch.setattr("ntkit.jacobian.engine.prepare", never)
     model, x1, _ = make("mlp")
     with pytest.raises(torch.OutOfMemoryError):
         ntkit.TangentKernel(model, memory=1)(x1)
@@ -339,3 +340,21 @@ def test_gpu_equals_the_oracle(name):
         return tuple(map(move, x)) if isinstance(x, tuple) else x.cuda()
 
     assert_equal(ntkit.TangentKernel(model.cuda())(move(x1), move(x2)).cpu(), exact, 1e-10, "GPU float64")
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "tied", "attention, batch first", "experts", "no rule"])
+def test_one_plan_serves_many_tiles_and_decides_their_bits(name):
+    """A tile has the same bits whoever computes it, whatever was computed before, however much memory is free."""
+    model, x1, _ = make(name)
+    first = ntkit.TangentKernel(model, outputs="trace")
+    plan = first.plan(x1)
+    exact = tangent_kernel(model, x1, None, "trace")
+    cut, rest = slice(0, 4), slice(4, 7)
+    tiles = [first.tile(take(x1, cut), take(x1, rest), plan), first.tile(take(x1, cut), None, plan)]
+    assert_equal(tiles[0], exact[cut, rest], 1e-10, "tile")
+    assert_equal(tiles[1], exact[cut, cut], 1e-10, "tile on the diagonal")
+    other = ntkit.TangentKernel(model, outputs="trace", memory=20_000)
+    other(take(x1, slice(1, 3)))
+    assert str(other.plan(x1)) != str(plan)
+    assert torch.equal(other.tile(take(x1, cut), take(x1, rest), plan), tiles[0])
+    assert torch.equal(other.tile(take(x1, cut), None, plan), tiles[1])

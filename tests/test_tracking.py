@@ -115,8 +115,8 @@ def test_estimates_get_better_as_the_square_root():
         def __matmul__(self, v):
             return self.K @ v
 
-    a, b = (snapshot.MatrixFree(Products(m), 40).signature() for m in (K, first))
-    found = snapshot.Change(a, b, b, 1).numbers()
+    a, b = (snapshot.KernelProducts(Products(m), 40).signature() for m in (K, first))
+    found = snapshot.kernel_change(a, b, b, 1)
     assert found["change"] == pytest.approx(float((K - first).norm() / first.norm()), rel=0.3)
     assert found["distance"] == pytest.approx(1 - float((K * first).sum() / K.norm() / first.norm()), abs=0.02)
     assert 0 < found["change_error"] < 1

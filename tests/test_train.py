@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ntkit.base.checks import Refused
-from ntkit.base.tensors import read_tensors_and_metadata
 from ntkit.trajectory import Trajectory, load_weights, train
-from ntkit.trajectory.batch_order import batch_indices, snapshot_steps
+from ntkit.trajectory.batch_order import batch_indices
+from ntkit.trajectory.snapshots import snapshot_steps
 
 F64 = torch.float64
 N, D = 11, 3
@@ -216,29 +216,6 @@ def test_a_scheduled_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
         train(mlp(), *arguments, path=tmp_path / "run", resume=True)
     train(mlp(), *arguments, path=tmp_path / "run", schedule=halved, resume=True)
     assert bytes_of(tmp_path / "run") == bytes_of(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("ended", [True, False])
-def test_a_run_of_an_older_release_has_constant_rates_and_goes_on(tmp_path, monkeypatch, ended):
-    always_checkpoint(monkeypatch)
-    arguments = (data(), mse, OPTIMIZERS["groups"], 6)
-
-    def stop(step, loss):
-        if step == 4 and not ended:
-            raise RuntimeError("stop")
-
-    with nullcontext() if ended else pytest.raises(RuntimeError, match="stop"):
-        train(mlp(), *arguments, path=tmp_path, on_step=stop)
-    run = json.loads((tmp_path / "run.json").read_text())
-    assert run["settings"].pop("schedule", "absent") is None
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    file = tmp_path / ("losses.safetensors" if ended else "checkpoint.safetensors")
-    tensors, metadata = read_tensors_and_metadata(file)
-    del tensors["learning_rates"]
-    save_file(tensors, file, metadata)
-    assert Trajectory.open(tmp_path).learning_rates.tolist() == [[0.2, 0.1]] * (6 if ended else 4)
-    again = train(mlp(), *arguments, path=tmp_path, resume=True)
-    assert again.learning_rates.tolist() == [[0.2, 0.1]] * 6
 
 
 def test_on_step_sees_every_step_and_loss():
@@ -615,10 +592,10 @@ def test_load_weights(tmp_path):
     assert all(p.requires_grad for p in model.parameters())
 
     torch.save(source.state_dict(), tmp_path / "model.pt")
-    with pytest.raises(Refused, match=r"model\.pt: got a file that is not whole safetensors.*Convert it"):
+    with pytest.raises(Refused, match=r"model\.pt: got a file that is not a complete safetensors file.*convert it"):
         load_weights(model, tmp_path / "model.pt")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes()[:-9])
-    with pytest.raises(Refused, match="not whole safetensors"):
+    with pytest.raises(Refused, match="not a complete safetensors file"):
         load_weights(model, tmp_path / "cut.safetensors")
     with pytest.raises(Refused, match="got no such file"):
         load_weights(model, tmp_path / "absent.safetensors")
@@ -683,14 +660,14 @@ BAD[7, 0] = float("inf")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(data=(X[:0], Y[:0])), r"x: got shape \[0, 3\]; expected a tensor with at least one example"),
+        (dict(data=(X[:0], Y[:0])), "x: got an empty set; expected at least one sample"),
         (dict(data=(X, Y[:5])), "x: got 11 rows; expected 5, as y has"),
-        (dict(data=({"a": X, "b": X[:2]}, Y)), r"x\['b'\]: got 2 rows"),
-        (dict(data=((X, 3), Y)), r"x\[1\]: got int"),
+        (dict(data=({"a": X, "b": X[:2]}, Y)), r"x: got tensors with \[2, 11\] samples"),
+        (dict(data=((X, 3), Y)), "x: got tuple; expected a tensor with samples"),
         (dict(data=X), "data: got Tensor"),
-        (dict(data=(X, torch.tensor(1.0))), "y: got shape"),
-        (dict(data=(BAD, Y)), r"x: got a value that is not finite in row 4 \(first of 2 such rows\)"),
-        (dict(data=(X, BAD[:, :2])), "y: got a value that is not finite in row 4"),
+        (dict(data=(X, torch.tensor(1.0))), "y: got Tensor; expected a tensor with samples along its first axis"),
+        (dict(data=(BAD, Y)), r"x: got nan at index \(4, 1\); expected finite values"),
+        (dict(data=(X, BAD[:, :2])), r"y: got nan at index \(4, 1\)"),
         (dict(steps=0), "steps: got 0"),
         (dict(steps=2.0), "steps: got 2.0"),
         (dict(seed=None), "seed: got None"),
@@ -701,7 +678,7 @@ BAD[7, 0] = float("inf")
         (dict(record=None), "record: got None"),
         (dict(record=[1, 4]), "record: got step 4; expected integers from 0 to steps = 3"),
         (dict(record=[1.0]), "record: got step 1.0"),
-        (dict(record=0), "record: got 0; expected 'log', 'all', every how many steps"),
+        (dict(record=0), "record: got 0; expected 'log', 'all', an interval in steps"),
         (dict(schedule=0.5), "schedule: got a float; expected a function of the step"),
         (dict(schedule=lambda step: math.nan), "schedule: got nan at step 0; expected a finite factor"),
         (dict(schedule=lambda step: None), "schedule: got None at step 0"),

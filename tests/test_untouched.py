@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from unittest import mock
+from dataclasses import replace
 
 import jinja2
 import numpy as np
@@ -20,6 +20,7 @@ from torch import nn
 import ntkit
 from ntkit.probes import rotate, shift, shuffle_patches, swap_quadrants, zoom
 from ntkit.studies import kopitkov2019
+from ntkit.studies.study import Sizes
 
 # Importing these adds warning filters and draws random numbers, once a process and by no doing of ours: done before.
 IMPORTED = (jinja2, plotly.offline, scipy.sparse.linalg, sklearn.datasets, sympy)
@@ -130,9 +131,8 @@ def path(m, tmp):
 
 
 def toy_study(m, tmp):
-    toy = kopitkov2019.Scale(4, 4, 4, 0.05, 2, 12, 2, 12, 2)
-    with mock.patch.dict(kopitkov2019.SCALES, quick=toy), mock.patch.object(kopitkov2019, "SEEDS", (0, 1)):
-        ntkit.study("kopitkov2019", out=tmp / "run")
+    toy = Sizes(side=4, width=4, steps=4, lr=0.05, decay=2, k=12, top=2, points=12, digit_steps=2)
+    replace(kopitkov2019.STUDY, scales={"quick": toy}, seeds=(0, 1)).run("quick", tmp / "run")
 
 
 def plain(m):

@@ -1,19 +1,68 @@
 """ntkit: see a PyTorch network through its tangent kernel, before, along and after training.
 
-The door: every public name and the room it lives in. A room is opened when a name in it is first used, so that
-``import ntkit`` and ``ntkit --help`` do not wait for torch.
+The public API: every name, and the module that defines it. A module is imported when one of its names is first used,
+so that ``import ntkit`` and ``ntkit --help`` do not wait for torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type checkers and editors read
+    from ntkit import data as data
+    from ntkit import probes as probes
+    from ntkit import report as report
+    from ntkit import testing as testing
+    from ntkit.base.checks import Refused as Refused
+    from ntkit.commands.analyze import analyze as analyze
+    from ntkit.commands.settings import Settings as Settings
+    from ntkit.gram.gram_matrix import Gram as Gram
+    from ntkit.jacobian.structure import SelfCheckError as SelfCheckError
+    from ntkit.kernels.conjugate import ConjugateKernel as ConjugateKernel
+    from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel as InfiniteKernel
+    from ntkit.kernels.kernel import Kernel as Kernel
+    from ntkit.kernels.kernel import KernelOperator as KernelOperator
+    from ntkit.kernels.path.decomposition import PathDecomposition as PathDecomposition
+    from ntkit.kernels.path.path_kernel import PathKernel as PathKernel
+    from ntkit.kernels.sketch import SketchedKernel as SketchedKernel
+    from ntkit.kernels.tangent import TangentKernel as TangentKernel
+    from ntkit.machines import GaussianProcess as GaussianProcess
+    from ntkit.machines import GradientFlow as GradientFlow
+    from ntkit.machines import HardMarginSVM as HardMarginSVM
+    from ntkit.machines import KernelRidge as KernelRidge
+    from ntkit.machines import Posterior as Posterior
+    from ntkit.machines.estimators import NTKClassifier as NTKClassifier
+    from ntkit.machines.estimators import NTKRegressor as NTKRegressor
+    from ntkit.measures.convergence import convergence as convergence
+    from ntkit.measures.convergence import monte_carlo as monte_carlo
+    from ntkit.measures.eigenfunctions import bandwidth as bandwidth
+    from ntkit.measures.eigenfunctions import eigenfunctions as eigenfunctions
+    from ntkit.measures.eigenfunctions import grid as grid
+    from ntkit.measures.novelty import novelty as novelty
+    from ntkit.measures.spectra import Spectrum as Spectrum
+    from ntkit.measures.spectra import alignment as alignment
+    from ntkit.measures.spectra import effective_rank as effective_rank
+    from ntkit.measures.spectra import spectrum as spectrum
+    from ntkit.networks.linearization import linearized as linearized
+    from ntkit.networks.parametrization import to_ntk_parametrization as to_ntk_parametrization
+    from ntkit.networks.widening import widened as widened
+    from ntkit.probes import invariance as invariance
+    from ntkit.secant.secant_tensor import NoSecant as NoSecant
+    from ntkit.studies import study as study
+    from ntkit.tracking import Tracked as Tracked
+    from ntkit.tracking import track as track
+    from ntkit.trajectory import Trajectory as Trajectory
+    from ntkit.trajectory import load_weights as load_weights
+    from ntkit.trajectory import record as record
+    from ntkit.trajectory import train as train
 
 __version__ = "0.1.0"
 
-_ROOMS = {
+_NAMES = {
     "ntkit.kernels.kernel": ("Kernel", "KernelOperator"),
     "ntkit.kernels.tangent": ("TangentKernel",),
+    "ntkit.gram.gram_matrix": ("Gram",),
     "ntkit.jacobian.structure": ("SelfCheckError",),
     "ntkit.kernels.conjugate": ("ConjugateKernel",),
     "ntkit.kernels.sketch": ("SketchedKernel",),
@@ -37,17 +86,18 @@ _ROOMS = {
     "ntkit.commands.analyze": ("analyze",),
     "ntkit.commands.settings": ("Settings",),
     "ntkit.base.checks": ("Refused",),
-    "ntkit": ("data", "probes", "report", "testing"),  # rooms that are names themselves
+    "ntkit": ("data", "probes", "report", "testing"),  # modules that are names themselves
 }
-_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)
 
+if not TYPE_CHECKING:  # a type checker would take a __getattr__ to mean that every name exists
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ntkit' has no attribute '{name}'")
-    room = _HOME[name]
-    return import_module(f"ntkit.{name}") if room == "ntkit" else getattr(import_module(room), name)
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module 'ntkit' has no attribute '{name}'")
+        module = _HOME[name]
+        return import_module(f"ntkit.{name}") if module == "ntkit" else getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:

@@ -1,10 +1,11 @@
-"""The command line: a thin layer over the library's functions. torch is imported inside commands only."""
+"""The command line: a thin layer over the library's functions. Only commands import torch."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 from cyclopts import App, Parameter
 
@@ -33,11 +34,11 @@ def analyze(
     Parameters
     ----------
     settings
-        What to analyse, and how.
+        What to analyze, and how.
     out
         Run folder (runs/MODEL-DATA by default).
     from_
-        Folder of an earlier run: one that did not end goes on; a complete one is repeated into --out.
+        Folder of an earlier run. An unfinished run is resumed; a complete run is repeated in --out.
     overwrite
         Replace an existing run.
     """
@@ -67,7 +68,7 @@ def track(
     Parameters
     ----------
     run
-        A run folder of ntkit analyze, or the folder of a recorded trajectory (then name --model and --data).
+        A run folder of ntkit analyze, or the folder of a recorded trajectory (then give --model and --data).
     model
         As in ntkit analyze.
     data
@@ -77,13 +78,13 @@ def track(
     points
         Training examples to follow, spread evenly.
     k
-        Eigenpairs.
+        Number of eigenpairs.
     outputs
         trace (n x n), full (nC x nC) or diagonal (each output's own).
     memory
-        Bytes for Gram matrices, such as "2 GB"; beyond, the kernel is only multiplied with vectors.
+        Memory for Gram matrices, such as "2 GB". A larger kernel is not formed, only multiplied with vectors.
     out
-        Folder for the numbers (RUN/track by default); a tracking that was stopped goes on there.
+        Folder for the numbers (RUN/track by default). A tracking that was stopped is resumed there.
     follow
         Wait for further snapshots until the run ends.
     tensorboard
@@ -99,7 +100,7 @@ def track(
 
 @app.command
 def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir: Path | None = None) -> None:
-    """Reproduce a paper: run its experiments, judge its claims, write a report.
+    """Reproduce a paper: run its experiments, test its claims, write a report.
 
     Parameters
     ----------
@@ -107,15 +108,15 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
         jacot2018 (the kernel's limit at infinite width), kopitkov2019 (spectrum alignment) or bell2023 (a trained
         network as an exact kernel machine).
     scale
-        quick (minutes) or paper (its own sizes, for a GPU); a study that was stopped goes on.
+        quick (minutes) or paper (its own sizes, for a GPU). A study that was stopped is resumed.
     out
         Run folder (runs/NAME-SCALE by default).
     data_dir
-        Folder with the official files of mnist: experiments on it are made, too.
+        Folder with the official files of mnist, for the experiments that use it.
     """
     from ntkit.studies import study as run
 
-    folder = run(name, scale, out, say=_say, data_dir=data_dir)
+    folder = run(cast(Any, name), cast(Any, scale), out, say=_say, data_dir=data_dir)
     _print_claims(folder)
 
 
@@ -133,7 +134,7 @@ def infinite(
     seed: int = 0,
     out: Path | None = None,
 ) -> None:
-    """Read a network's infinite-width limit off its module, and print how well it classifies.
+    """Derive a network's infinite-width limit from its module, and print how well it classifies.
 
     Cross-validated accuracy of kernel ridge regression with the tangent kernel (NTK) and the Gaussian process (NNGP) of
     the limit, beside a tuned RBF support vector machine and the network itself, trained.
@@ -141,7 +142,7 @@ def infinite(
     Parameters
     ----------
     model
-        linear, mlp, package.module:factory or file.py:factory; max-pools and BatchNorm have no limit.
+        linear, mlp, package.module:factory or file.py:factory. Max pooling and BatchNorm have no limit.
     data
         As in ntkit analyze.
     data_dir
@@ -149,30 +150,30 @@ def infinite(
     train
         Training examples to keep (all by default).
     folds
-        Of the cross-validation.
+        Number of folds of the cross-validation.
     epochs
-        Passes of the network's training.
+        Passes over the training set, when the network is trained.
     w_std
-        With --b-std: the NTK parametrization w_std / sqrt(fan_in) W, instead of the module's own initialisation.
+        With --b-std: the NTK parametrization w_std / sqrt(fan_in) W, instead of the module's own initialization.
     b_std
-        Of the biases.
+        Standard deviation of the biases in the NTK parametrization.
     seed
-        For weights, rows kept and folds.
+        Seed of the weights, the choice of examples and the folds.
     out
         Folder for run.json and results.json.
     """
     from ntkit.commands.infinite_width import infinite as run
 
-    found = run(
+    results = run(
         model, data=data, data_dir=data_dir, train=train, folds=folds, epochs=epochs, w_std=w_std, b_std=b_std,
         seed=seed, out=out, say=_say,
     )  # fmt: skip
-    _print_accuracies(found)
+    _print_accuracies(results)
 
 
 @app.command
 def report(run: Path) -> None:
-    """Make the report of a run anew from its results.
+    """Write the report of a run again from its results.
 
     Parameters
     ----------
@@ -185,7 +186,7 @@ def report(run: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: refusals are one line on stderr and exit 2; Ctrl-C exits 130."""
+    """Entry point: a refusal prints one line on stderr and exits with 2; Ctrl-C exits with 130."""
     try:
         app()
     except Refused as refused:
@@ -204,76 +205,67 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _print_accuracies(found: dict) -> None:
-    """Print the table of an infinite network, and how far the module is from it."""
+def _print_table(title: str, columns: str, rows: Iterable[Iterable[str]]) -> None:
+    """Print a table; `columns` names them, separated by "|", and ">" before a name aligns its column right."""
     from rich.console import Console
     from rich.table import Table
 
-    s = found["settings"]
-    table = Table(title=f"{s['model']} at infinite width on {s['data']}, {s['train']:,} examples", title_justify="left")
-    for column in ("accuracy of", f"{s['folds']} folds, %", "± s.e.", "test set, %"):
-        table.add_column(column, justify="left" if column == "accuracy of" else "right", overflow="fold")
-    for row in found["accuracies"]:
-        test = "-" if row["test"] is None else f"{100 * row['test']:.1f}"
-        table.add_row(row["name"], f"{100 * row['mean']:.1f}", f"{100 * row['error']:.1f}", test)
+    table = Table(title=title, title_justify="left")
+    for column in columns.split("|"):
+        table.add_column(column.lstrip(">"), justify="right" if column[0] == ">" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
-    if found["distance"] is not None:
-        print(f"The module's own tangent kernel, at its weights, is {found['distance']:.1%} from the limit.")
-    if found["error"]:
-        print(f"An activation was computed by quadrature, with a relative error of {found['error']:.0e}.")
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _print_accuracies(results: dict) -> None:
+    """Print the table of an infinite network, and how far the module is from it."""
+    s = results["settings"]
+    rows = [(r["name"], *(_percent(r[key], 1) for key in ("mean", "error", "test"))) for r in results["accuracies"]]
+    title = f"{s['model']} at infinite width on {s['data']}, {s['train']:,} examples"
+    _print_table(title, f"accuracy of|>{s['folds']} folds, %|>± s.e.|>test set, %", rows)
+    if results["distance"] is not None:
+        print(f"The module's own tangent kernel, at its weights, is {results['distance']:.1%} from the limit.")
+    if results["error"]:
+        print(f"An activation was computed by quadrature, with a relative error of {results['error']:.0e}.")
 
 
 def _print_summary(folder: Path) -> None:
-    """Print the short table: test errors with their standard errors and certificates, then the report's path."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print test errors with their standard errors and certificates, the checks, and the report's path."""
     from ntkit.base.files import read_json
 
     results = read_json(folder / "results.json")
-    table = Table(title=results["title"], title_justify="left")
-    for column in ("test error of", "%", "± s.e.", "certificate"):
-        table.add_column(column, justify="right" if column in ("%", "± s.e.") else "left", overflow="fold")
-
-    def row(label: str, number: dict, certificate: str) -> None:
-        value = "-" if number["value"] is None else f"{100 * number['value']:.2f}"
-        # no error among m examples has no useful binomial standard error
-        table.add_row(label, value, f"{100 * number['error']:.2f}" if number["error"] else "-", certificate)
-
-    row("the network", results["network"]["test_error"], "")
+    errors = [("the network", results["network"]["test_error"], "")]
     for m in results["machines"]:
         gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
-        row(f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}")
-    console = Console()
-    console.print(table)
-    aligned = {q["kernel"]: q["alignment_centered"] for q in results["quality"]}
-    first, last = (f"{a:.3f}" if (a := aligned.get(key)) is not None else "-" for key in ("init", "after"))
-    console.print(f"alignment with the targets (centred): {first} at initialisation, {last} after")
+        errors.append((f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}"))
+    # without a single error among the test examples the binomial standard error, 0, says nothing
+    rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), text) for name, e, text in errors]
+    _print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
+    alignments = {q["kernel"]: q["alignment_centered"] for q in results["quality"]}
+    first, last = (f"{a:.3f}" if (a := alignments.get(key)) is not None else "-" for key in ("init", "after"))
+    print(f"alignment with the targets (centered): {first} at initialization, {last} after training")
     failed = [c["what"] for c in results["certificates"] if not c["ok"]]
-    console.print(
-        f"certificates: {len(results['certificates']) - len(failed)} hold"
-        + (f"; NOT: {'; '.join(failed)}" if failed else "")
-    )
+    passed = len(results["certificates"]) - len(failed)
+    print(f"checks: {passed} passed" + (f", {len(failed)} FAILED: {'; '.join(failed)}" if failed else ""))
     print(f"report: {folder / 'report.html'}")
 
 
 def _print_claims(folder: Path) -> None:
     """Print a study's table: claim, number, whether it holds."""
-    from rich.console import Console
-    from rich.table import Table
-
     from ntkit.base.files import read_json
 
     results = read_json(folder / "results.json")
     paper = results["paper"]
-    table = Table(title=f"{paper['authors']} {paper['year']}: {paper['title']}", title_justify="left")
-    for column in ("claim", "measured", "holds"):
-        table.add_column(column, overflow="fold")
     if certificate := results.get("certificate"):
-        Console().print(certificate["text"])
-    for claim in results["claims"]:
-        table.add_row(claim["claim"], claim["number"], {True: "holds", False: "does NOT", None: "-"}[claim["holds"]])
-    Console().print(table)
+        print(certificate["text"])
+    verdicts = {True: "holds", False: "does NOT", None: "-"}
+    rows = [(claim["claim"], claim["number"], verdicts[claim["holds"]]) for claim in results["claims"]]
+    _print_table(f"{paper['authors']} {paper['year']}: {paper['title']}", "claim|measured|holds", rows)
     print(f"report: {folder / 'report.html'}")
 
 

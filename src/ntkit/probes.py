@@ -1,4 +1,4 @@
-"""Image transformations, and how little a kernel notices them: the after-kernel paper's measure of invariance."""
+"""Image transformations, and how invariant a kernel is to them: the measure of the after-kernel paper."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ntkit.base.checks import refusal
 
 @dataclass(frozen=True, eq=False)
 class Transform:
-    """A named change of images: call it on x [n, C, H, W]; shape, dtype and device stay, and x is not written to.
+    """A named transformation of images [n, C, H, W]: it keeps shape, dtype and device, and leaves its input unchanged.
 
     Attributes
     ----------
-    name : what it does, one word or two.
-    parameters : its settings, to print.
+    name : one or two words.
+    parameters : its settings, as text.
     apply : the function on [n, C, H, W].
     """
 
@@ -37,7 +37,7 @@ class Transform:
 
 @dataclass(frozen=True, eq=False)
 class Invariance:
-    """Mean cosine between what the kernel sees of an image and of its transformed copy: 1 = it sees no difference.
+    """Mean cosine, in the kernel's feature space, between images and their transforms: 1 means invariant.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Invariance:
     standard_error : sample standard deviation (n - 1) over sqrt(n); NaN below two defined samples.
     per_sample : Tensor [n], float64; NaN where undefined.
     name : of the transform.
-    undefined : how many samples have K(x, x) = 0 or K(Tx, Tx) = 0: no direction, hence no cosine, and not in the mean.
+    undefined : number of samples whose cosine is undefined, because K(x, x) or K(Tx, Tx) is 0; not in the mean.
     """
 
     mean: float
@@ -56,12 +56,12 @@ class Invariance:
 
 
 def shift(dx: int = 1, dy: int = 0) -> Transform:
-    """Move the picture `dx` pixels to the right and `dy` down (negative: left, up); what enters is zero.
+    """Move the image `dx` pixels to the right and `dy` down (negative: left, up); new pixels are zero.
 
     Raises
     ------
     Refused
-        When dx or dy is not an integer; when called on images that leave nothing of the picture.
+        When dx or dy is not an integer; when called on images no larger than the shift.
 
     Examples
     --------
@@ -74,7 +74,7 @@ def shift(dx: int = 1, dy: int = 0) -> Transform:
     def apply(x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
         if abs(dx) >= W or abs(dy) >= H:
-            expected = f"less than the picture, {W} wide and {H} high"
+            expected = f"a shift smaller than the image, {W} wide and {H} high"
             raise refusal("shift", got=f"dx={dx}, dy={dy}", expected=expected, fix="Shift by fewer pixels.")
         moved = torch.zeros_like(x)
         moved[..., max(dy, 0) : H + min(dy, 0), max(dx, 0) : W + min(dx, 0)] = x[
@@ -86,7 +86,7 @@ def shift(dx: int = 1, dy: int = 0) -> Transform:
 
 
 def rotate(angle: float) -> Transform:
-    """Rotate about the image centre by `angle` radians, counter-clockwise as displayed; nearest neighbour, zero fill.
+    """Rotate about the image center by `angle` radians, counter-clockwise as displayed; nearest neighbor, zero fill.
 
     Raises
     ------
@@ -119,14 +119,13 @@ def rotate(angle: float) -> Transform:
 def zoom(crop: float = 13 / 14) -> Transform:
     """Keep the central fraction `crop` of each side, and resize it back to the full size (bilinear).
 
-    Each side keeps round(size * crop) pixels; an odd remainder leaves half a pixel more on either side, so that the
-    crop stays central. Sampling is between pixel centres, edges repeated, as in
-    ``torch.nn.functional.interpolate(align_corners=False)``. Integer images are rounded back to integers.
+    Each side keeps round(size * crop) pixels around its center. Pixels are interpolated between their centers, with
+    edges repeated, as in ``torch.nn.functional.interpolate(align_corners=False)``. Integer images are rounded.
 
     Raises
     ------
     Refused
-        When crop is not in (0, 1]; when called on images so small that a crop below 1 would crop nothing.
+        When crop is not in (0, 1]; when called on images so small that a crop below 1 removes no pixel.
 
     Examples
     --------
@@ -134,21 +133,20 @@ def zoom(crop: float = 13 / 14) -> Transform:
     [0.0, 0.25, 0.75, 1.0]
     """
     if not 0 < crop <= 1:
-        raise refusal(
-            "zoom: crop", got=crop, expected="a fraction in (0, 1]", fix="Give the part of each side to keep."
-        )
+        fix = "Give the part of each side to keep."
+        raise refusal("zoom: crop", got=crop, expected="a fraction in (0, 1]", fix=fix)
 
     def apply(x: Tensor) -> Tensor:
         if crop == 1:
             return x.clone()
         H, W = x.shape[-2:]
         for size in (H, W):
-            if _kept(size, crop) == size:
-                fix = f"Crop to {size - 1}/{size} of the side or less, or use larger images."
-                raise refusal("zoom: crop", got=f"{crop:.4g} of {size} pixels", expected="a crop of a pixel", fix=fix)
+            if _cropped(size, crop) == size:
+                got, fix = f"{crop:.4g} of {size} pixels", f"Crop to {size - 1}/{size} or less, or use larger images."
+                raise refusal("zoom: crop", got=got, expected="a crop of at least one pixel", fix=fix)
         work = x.to(x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float64)
-        work = _resampled(work, -2, _kept(H, crop))
-        work = _resampled(work, -1, _kept(W, crop))
+        work = _resampled(work, -2, _cropped(H, crop))
+        work = _resampled(work, -1, _cropped(W, crop))
         return (work if x.is_floating_point() else work.round()).to(x.dtype)
 
     return Transform("zoom", f"central {Fraction(crop).limit_denominator(1000)} of each side", apply)
@@ -157,7 +155,7 @@ def zoom(crop: float = 13 / 14) -> Transform:
 def swap_quadrants() -> Transform:
     """Exchange the upper-left and the lower-right quadrant, floor(H/2) x floor(W/2) pixels each.
 
-    It breaks the global arrangement and keeps local statistics: a low cosine means a "global" kernel (Long 2021).
+    It changes the global arrangement and keeps local statistics: a low cosine means a "global" kernel (Long 2021).
 
     Raises
     ------
@@ -185,7 +183,7 @@ def swap_quadrants() -> Transform:
 
 
 def shuffle_patches(grid: int = 2, seed: int = 0) -> Transform:
-    """Cut each image into grid x grid patches and put them in another order: the same for all images, never the same.
+    """Cut each image into grid x grid patches and permute them: one permutation for all images, never the identity.
 
     Raises
     ------
@@ -221,9 +219,9 @@ def shuffle_patches(grid: int = 2, seed: int = 0) -> Transform:
 def standard(image_shape: Sequence[int]) -> dict[str, tuple[Transform, ...]]:
     """Return the transformations of the after-kernel paper for images of one size, under their names.
 
-    "shift": 1 pixel right and 1 down, averaged; "rotation": +0.25 and -0.25 radians, averaged; "zoom": 13/14 (where
-    that would crop nothing, size - 2 pixels; ``parameters`` says); "quadrant swap"; "patch shuffle" on the largest grid
-    of 4, 3, 2 that divides both sides, left out where none does.
+    "shift": 1 pixel right and 1 down, averaged; "rotation": +0.25 and -0.25 radians, averaged; "zoom": 13/14 (if that
+    removes no pixel, to size - 2 pixels); "quadrant swap"; "patch shuffle" on the largest grid of 4, 3, 2 that divides
+    both sides, left out if none does. ``parameters`` of each transform says which it is.
 
     Parameters
     ----------
@@ -248,7 +246,7 @@ def standard(image_shape: Sequence[int]) -> dict[str, tuple[Transform, ...]]:
         raise refusal("image_shape", got=tuple(image_shape), expected=expected, fix="Give x.shape[1:] of the images.")
     H, W = image_shape[-2:]
     side = min(H, W)
-    crop = 13 / 14 if _kept(side, 13 / 14) < side else (side - 2) / side
+    crop = 13 / 14 if _cropped(side, 13 / 14) < side else (side - 2) / side
     probes: dict[str, tuple[Transform, ...]] = {
         "shift": (shift(1, 0), shift(0, 1)),
         "rotation": (rotate(0.25), rotate(-0.25)),
@@ -265,17 +263,17 @@ def standard(image_shape: Sequence[int]) -> dict[str, tuple[Transform, ...]]:
 def invariance(
     kernel: Any, x: Tensor, transform: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]]
 ) -> Invariance:
-    """Measure how little a kernel notices a transformation: the mean of ``K(x, Tx) / sqrt(K(x, x) K(Tx, Tx))``.
+    """Measure how invariant a kernel is to a transformation: the mean of ``K(x, Tx) / sqrt(K(x, x) K(Tx, Tx))``.
 
-    The norms are exact: the paper's code adds 1e-4 to each feature norm, which pulls every cosine (also that of the
-    identity) below its value; here an image without a norm is counted as undefined instead.
+    The norms are exact. (The paper's code adds 1e-4 to each feature norm, which makes every cosine too small, also that
+    of the identity.) An image whose norm is zero is counted as undefined.
 
     Parameters
     ----------
-    kernel : any kernel. Uses ``kernel.diagonal(x)`` ([n], [n, C] or [n, C, C]; summed over outputs) and, for K(x, Tx),
-        ``kernel.paired(x1, x2)`` (the same shapes) where there is one, else diagonals of blocks ``kernel(x1, x2)``.
-    x : images [n, C, H, W], two or more.
-    transform : one, or several whose cosines are averaged per sample first.
+    kernel : any kernel with ``kernel.diagonal(x)`` ([n], [n, C] or [n, C, C]; summed over outputs) and, for K(x, Tx),
+        ``kernel.paired(x1, x2)`` (the same shapes); without that, diagonals of blocks ``kernel(x1, x2)``.
+    x : images [n, C, H, W], at least two.
+    transform : one, or several, whose cosines are first averaged per sample.
 
     Returns
     -------
@@ -284,8 +282,8 @@ def invariance(
     Raises
     ------
     Refused
-        When x is not two or more images or not finite; when a transform changes the shape; when the kernel's values are
-        not finite or of another shape.
+        When x has fewer than two images or is not finite, a transform changes the shape, or the kernel's values are not
+        finite or have another shape.
 
     References
     ----------
@@ -320,8 +318,8 @@ def invariance(
             fix = "Use a transform that keeps the shape."
             raise refusal("transform(x)", got=f"shape {list(moved.shape)}", expected=f"{list(x.shape)}", fix=fix)
         other = _numbers(kernel.diagonal(moved), x.shape[0], "kernel.diagonal(transform(x))")
-        cosine = (_paired(kernel, x, moved) / own) / (other / own).sqrt()  # no product that could overflow
-        cosine = torch.where(cosine.abs() < 1 + 1e-5, cosine.clamp(-1, 1), cosine)  # rounding only: more must be seen
+        cosine = (_paired(kernel, x, moved) / own) / (other / own).sqrt()  # a product could overflow
+        cosine = torch.where(cosine.abs() < 1 + 1e-5, cosine.clamp(-1, 1), cosine)  # rounding only
         cosines.append(cosine.where((own > 0) & (other > 0), math.nan))
     per_sample = torch.stack(cosines).mean(0)
     valid = per_sample[~per_sample.isnan()]
@@ -333,7 +331,7 @@ def invariance(
 
 
 def _paired(kernel: Any, x1: Tensor, x2: Tensor, block: int = 32) -> Tensor:
-    """k(x1_i, x2_i) for each i, summed over outputs: [n], float64."""
+    """K(x1_i, x2_i) for each i, summed over outputs: [n], float64."""
     if hasattr(kernel, "paired"):
         return _numbers(kernel.paired(x1, x2), x1.shape[0], "kernel.paired(x, transform(x))")
     parts = []
@@ -368,29 +366,29 @@ def _finite(values: Tensor, name: str) -> None:
     if not bool(good.all()):
         first = (~good).nonzero()[0].tolist()
         got = f"{float(values[tuple(first)])} at index {first}"
-        raise refusal(name, got=got, expected="finite values", fix="Look for it in the data and the parameters.")
+        raise refusal(name, got=got, expected="finite values", fix="Check the data and the parameters.")
 
 
 def _integer(subject: str, value: Any, expected: str, least: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-        raise refusal(subject, got=repr(value), expected=expected, fix="Give a plain integer.")
+        raise refusal(subject, got=repr(value), expected=expected, fix="Give an integer.")
 
 
 def _nearest(position: Tensor) -> Tensor:
-    """Round to the nearest pixel; exact halves go up, whatever the last bit of the sine was."""
+    """Round to the nearest pixel; halves are rounded up, also if rounding errors of the sine moved them."""
     return torch.floor(torch.round(position, decimals=9) + 0.5).to(torch.int64)
 
 
-def _kept(size: int, crop: float) -> int:
+def _cropped(size: int, crop: float) -> int:
     return max(1, round(size * crop))
 
 
-def _resampled(x: Tensor, dim: int, kept: int) -> Tensor:
-    """Stretch the central `kept` pixels of one dimension over the whole of it, linearly between pixel centres."""
+def _resampled(x: Tensor, dim: int, part: int) -> Tensor:
+    """Stretch the central `part` pixels of one dimension over the whole of it, linearly between pixel centers."""
     size = x.shape[dim]
-    margin = (size - kept) / 2
-    position = (torch.arange(size, dtype=torch.float64) + 0.5) * (kept / size) - 0.5
-    position = margin + position.clamp(0, kept - 1)
+    margin = (size - part) / 2
+    position = (torch.arange(size, dtype=torch.float64) + 0.5) * (part / size) - 0.5
+    position = margin + position.clamp(0, part - 1)
     low = position.floor()
     weight = (position - low).to(x).reshape([-1] + [1] * (-dim - 1))
     low = low.to(x.device, torch.int64)

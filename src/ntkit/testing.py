@@ -1,4 +1,4 @@
-"""Laws every kernel obeys, public, so that a new kernel (yours too) is tested by one call."""
+"""The laws that every kernel obeys; one call tests a new kernel, also yours."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ntkit.kernels.kernel import Kernel
 
 
 def assert_equal(got: Tensor, expected: Tensor, relative: float, what: str) -> None:
-    """Compare tensors relative to the largest expected magnitude.
+    """Compare tensors; the error is relative to the largest expected magnitude.
 
     Raises
     ------
     AssertionError
-        With the measured error; also for NaN and for shapes that differ.
+        With the measured error; also for NaN and for different shapes.
     """
     assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     scale = float(expected.double().abs().max())
@@ -26,20 +26,20 @@ def assert_equal(got: Tensor, expected: Tensor, relative: float, what: str) -> N
 def check_kernel(kernel: Kernel, x1: Batch, x2: Batch, tolerance: float = 1e-10) -> None:
     """Check the laws of a kernel on two sets of different sizes.
 
-    Symmetry; k(x) = k(x, x) and its transpose law; smallest eigenvalue >= -tolerance x largest; diagonal and pairs
-    equal the matrix's; rows do not depend on the others in the set; operator products equal matrix products; layers sum
-    to the whole.
+    Symmetry; k(x) = k(x, x); k(x1, x2) is the transpose of k(x2, x1); smallest eigenvalue >= -tolerance x largest;
+    diagonal and pairs equal those of the matrix; a row does not depend on other samples; operator products equal matrix
+    products; the layers' shares sum to the kernel.
 
     Parameters
     ----------
     kernel : the kernel.
-    x1, x2 : two sets, of different sizes so that a transposed result shows.
+    x1, x2 : two sets of different sizes, so that a transposed result is detected.
     tolerance : relative; 1e-10 suits float64, 1e-4 float32.
 
     Raises
     ------
     AssertionError
-        Names the law broken and by how much.
+        Names the violated law and the error.
 
     Examples
     --------

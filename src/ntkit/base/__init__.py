@@ -1,1 +1,1 @@
-"""Shared by all: checks of input, files, tensors on disk, progress."""
+"""What every package uses: checks of input, files, tensors on disk, batches, progress."""

@@ -29,15 +29,15 @@ def take(x: Batch, index: Any) -> Batch:
 
 
 def alike(x1: Batch, x2: Batch) -> bool:
-    """Whether two batches can be put behind each other."""
+    """Whether two batches can be concatenated."""
     if type(x1) is not type(x2) or (isinstance(x1, dict) and x1.keys() != x2.keys()):
         return False
-    kinds = [[(t.shape[1:], t.dtype, t.device) for t in leaves(x)] for x in (x1, x2)]
-    return kinds[0] == kinds[1]
+    first, second = ([(t.shape[1:], t.dtype, t.device) for t in leaves(x)] for x in (x1, x2))
+    return first == second
 
 
 def join(x1: Batch, x2: Batch) -> Batch:
-    """Two batches behind each other."""
+    """Concatenate two batches."""
     if isinstance(x1, Tensor):
         return torch.cat([x1, x2])
     if isinstance(x1, dict):
@@ -51,34 +51,26 @@ def count(x: Batch) -> int:
 
 
 def checked(x: Batch, name: str) -> Batch:
-    """Refuse a batch that is no batch (not tensors, empty, ragged, non-finite); return it without its own graph."""
+    """Refuse what is not a batch of samples (no tensors, empty, ragged, not finite); return it without its graph."""
     tensors = leaves(x) if isinstance(x, (Tensor, tuple, list, dict)) else []
     if not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
-        raise refusal(
-            name,
-            got=type(x).__name__,
-            expected="a tensor with samples along its first axis, or a tuple or dict of such tensors",
-            fix="Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x).",
-        )
+        expected = "a tensor with samples along its first axis, or a tuple or dict of such tensors"
+        fix = "Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x)."
+        raise refusal(name, got=type(x).__name__, expected=expected, fix=fix)
     sizes = {t.shape[0] for t in tensors}
     if len(sizes) > 1:
-        raise refusal(
-            name, got=f"tensors with {sorted(sizes)} samples", expected="one number of samples", fix="Cut them alike."
-        )
+        fix = "Give all tensors the same number of samples."
+        raise refusal(name, got=f"tensors with {sorted(sizes)} samples", expected="one number of samples", fix=fix)
     if sizes == {0}:
-        raise refusal(name, got="an empty set", expected="at least one sample", fix="Check the selection that made it.")
+        raise refusal(name, got="an empty set", expected="at least one sample", fix="Check the selection of samples.")
     for tensor in tensors:
-        # the sum is finite only if all are; it may overflow, so then each is looked at
+        # a finite sum means finite values; another sum may only have overflowed, so then each value is checked
         if not tensor.is_floating_point() or torch.isfinite(tensor.sum()):
             continue
         if not (finite := torch.isfinite(tensor)).all():
             index = tuple(int(i) for i in (~finite).nonzero()[0])
-            raise refusal(
-                name,
-                got=f"{tensor[index].item()} at index {index}",
-                expected="finite values",
-                fix="Remove or repair that sample.",
-            )
+            got, fix = f"{tensor[index].item()} at index {index}", "Remove or repair that sample."
+            raise refusal(name, got=got, expected="finite values", fix=fix)
     with torch.inference_mode(False):
         clean = [t.clone() if t.is_inference() else t.detach() for t in tensors]
     if isinstance(x, Tensor):

@@ -1,4 +1,4 @@
-"""The door: input is checked here once, in one voice. Every refusal says got, expected, and what to do."""
+"""Checks of user input. Every refusal says what was given, what was expected, and what to do."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 
 class Refused(ValueError):
-    """Input that cannot give a right answer. The message says what was got, what was expected, and what to do."""
+    """Input that cannot give a right answer. The message says what was given, what was expected, and what to do."""
 
     __module__ = "ntkit"  # the name that users import it by
 
 
 def refusal(subject: str, *, got: Any, expected: Any, fix: str) -> Refused:
-    """Build the one form every refusal takes (raise what it returns).
+    """Build a refusal; the caller raises it.
 
     Parameters
     ----------
-    subject : the thing refused, as the user knows it: an argument, a layer's name, a file.
+    subject : what is refused, in the user's terms: an argument, a layer's name, a file.
     got, expected : short descriptions.
-    fix : one sentence that tells what to do.
+    fix : one sentence that says what to do.
 
     Returns
     -------
@@ -37,30 +37,30 @@ def refusal(subject: str, *, got: Any, expected: Any, fix: str) -> Refused:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Say which known names are nearest to an unknown one.
+    """List the valid names, those nearest to a wrong one first.
 
     >>> nearest("vg", ["mlp", "cnn", "vgg"])
     'Did you mean vgg? Known: cnn, mlp, vgg.'
     """
-    known = sorted(names)
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    valid = sorted(names)
+    close = difflib.get_close_matches(name, valid, n=2, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
-    return f"{hint}Known: {', '.join(known)}."
+    return f"{hint}Known: {', '.join(valid)}."
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_bytes(size: int | str | None, subject: str, fix: str) -> int | None:
-    """Bytes from a number or text like "500 MB", "2 GB".
+    """Bytes from a number or a text such as "500 MB" or "2 GB".
 
     >>> parse_bytes("2 GB", "memory", "Give the scratch memory allowed.")
     2000000000
     """
     if size is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    value = int(float(found[1]) * _UNITS[found[2].upper()]) if found and found[2].upper() in _UNITS else 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    value = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if isinstance(size, bool) or value <= 0:
         raise refusal(subject, got=repr(size), expected='bytes, or text such as "500 MB" or "2 GB"', fix=fix)
     return value

@@ -14,27 +14,23 @@ from ntkit.base.checks import nearest, refusal
 
 
 def find(option: str, name: str, built_in: Iterable[str]) -> Callable[..., Any]:
-    """Find what ``package.module:attribute`` or ``file.py:attribute`` names.
+    """Return the object that ``package.module:attribute`` or ``file.py:attribute`` names.
 
     Parameters
     ----------
-    option : what a refusal calls it, e.g. option.
+    option : the option's name in error messages, e.g. --model.
     name : as the user wrote it.
-    built_in : names that need no place, for the nearest-name hint.
+    built_in : names that need no module, to list in the error message.
 
     Raises
     ------
     Refused
-        When the file, the module or the attribute is not there.
+        When the file, the module or the attribute does not exist.
     """
     place, _, attribute = name.rpartition(":")
     if not place:
-        raise refusal(
-            option,
-            got=repr(name),
-            expected="a built-in name, package.module:factory or file.py:factory",
-            fix=nearest(name, built_in),
-        )
+        expected = "a built-in name, package.module:factory or file.py:factory"
+        raise refusal(option, got=repr(name), expected=expected, fix=nearest(name, built_in))
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise refusal(f"{option} {name}", got=f"no file {place}", expected="a Python file", fix="Check the path.")
@@ -42,8 +38,8 @@ def find(option: str, name: str, built_in: Iterable[str]) -> Callable[..., Any]:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses, among others, look their module up
-        sys.path.insert(0, str(Path(place).resolve().parent))  # as python does for a script: its neighbours import
+        sys.modules[spec.name] = module  # dataclasses, among others, look up their module by name
+        sys.path.insert(0, str(Path(place).resolve().parent))  # as for a script: it may import the files beside it
         try:
             spec.loader.exec_module(module)
         finally:
@@ -52,25 +48,18 @@ def find(option: str, name: str, built_in: Iterable[str]) -> Callable[..., Any]:
         try:
             module = importlib.import_module(place)
         except ModuleNotFoundError as error:
-            raise refusal(
-                f"{option} {name}",
-                got=f"no module {error.name}",
-                expected="an importable module",
-                fix="Install it, or run from its folder, or name the file: path/file.py:factory.",
-            ) from error
-    if not callable(found := getattr(module, attribute, None)):
+            got = f"no module {error.name}"
+            fix = "Install it, or run from its folder, or name the file: path/file.py:factory."
+            raise refusal(f"{option} {name}", got=got, expected="an importable module", fix=fix) from error
+    if not callable(factory := getattr(module, attribute, None)):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise refusal(
-            f"{option} {name}",
-            got=f"no factory '{attribute}' in {place}",
-            expected="a callable",
-            fix=nearest(attribute, names),
-        )
-    return found
+        got = f"no factory '{attribute}' in {place}"
+        raise refusal(f"{option} {name}", got=got, expected="a callable", fix=nearest(attribute, names))
+    return factory
 
 
 def source_hash(name: str) -> str | None:
-    """SHA-256 (first 16 characters) of the file a factory lives in; None for built-in names."""
+    """SHA-256 (first 16 characters) of the file that defines a factory; None for built-in names."""
     place = name.rpartition(":")[0]
     if place and not place.endswith(".py"):
         spec = importlib.util.find_spec(place)

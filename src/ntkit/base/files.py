@@ -1,4 +1,4 @@
-"""Files that are whole or absent: everything is written aside, synced, then renamed into place."""
+"""Files that are complete or absent: each is written under another name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ntkit.base.checks import refusal
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call ``write(aside)`` on a name beside `path`, sync it to disk, then rename it to `path`.
+    """Call ``write(aside)`` with a name beside `path`, sync that file to disk, then rename it to `path`.
 
-    Whatever goes wrong (disk full, a kill), `path` is either the old file or the whole new one.
+    After any failure (disk full, a kill) `path` is either the old file or the complete new one.
 
     Parameters
     ----------
-    path : the file wanted.
-    write : writes the content to the path it is given.
+    path : the file to write.
+    write : writes the content to the path it receives.
 
     Raises
     ------
@@ -38,19 +38,16 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         os.replace(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise refusal(
-            str(path),
-            got=f"{error.strerror or error} while writing",
-            expected="a folder that can be written, with room on its disk",
-            fix="Free some space or name another folder; nothing half-written was kept.",
-        ) from error
+        expected = "a folder that can be written, with room on its disk"
+        fix = "Free some space or name another folder. No incomplete file was kept."
+        raise refusal(str(path), got=f"{error.strerror or error} while writing", expected=expected, fix=fix) from error
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write text, whole or not at all (see `write_atomically`)."""
+    """Write text (see `write_atomically`)."""
 
     def write(aside: Path) -> None:
         aside.write_text(text, encoding="utf-8")
@@ -59,7 +56,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON (NaN and infinities refused: they are not JSON), whole or not at all."""
+    """Write JSON (see `write_atomically`); NaN and infinities, which are not JSON, raise ValueError."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -77,16 +74,12 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError as error:
         raise refusal(str(path), got="no such file", expected="a JSON file", fix="Check the folder's name.") from error
     except json.JSONDecodeError as error:
-        raise refusal(
-            str(path),
-            got=f"text that is not JSON at line {error.lineno}",
-            expected="JSON",
-            fix="The file was changed by hand or comes from elsewhere; restore it or start a new run.",
-        ) from error
+        got, fix = f"text that is not JSON at line {error.lineno}", "Restore the file, or start a new run."
+        raise refusal(str(path), got=got, expected="JSON", fix=fix) from error
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write named arrays as one safetensors file, whole or not at all."""
+    """Write named arrays as one safetensors file (see `write_atomically`)."""
     from safetensors.numpy import save
 
     blob = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
@@ -105,12 +98,12 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def ensure_folder(path: str | Path) -> Path:
-    """Make a folder that can be written to, or say why not.
+    """Create a folder, and check that files can be written there.
 
     Raises
     ------
     Refused
-        When the folder cannot be made or written.
+        When the folder cannot be created or written.
     """
     path = Path(path)
     try:
@@ -119,10 +112,7 @@ def ensure_folder(path: str | Path) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise refusal(
-            str(path),
-            got=f"a folder that cannot be written ({error.strerror or error})",
-            expected="a writable folder",
-            fix="Name another folder, e.g. --out runs/mine.",
-        ) from error
+        got = f"a folder that cannot be written ({error.strerror or error})"
+        fix = "Name another folder, e.g. --out runs/mine."
+        raise refusal(str(path), got=got, expected="a writable folder", fix=fix) from error
     return path

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere, nothing for work that is over soon."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere, no output for short work."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-_PATIENCE = 2.0  # seconds of silence before the first sign of life: short calls print nothing
-_LONG = 20.0  # seconds that are worth a word beforehand
-_LINE_EVERY = 20.0  # seconds between plain lines, where no terminal can redraw one
+_SILENT = 2.0  # seconds before the first output: short calls print nothing
+_LONG = 20.0  # expected seconds from which the duration is printed beforehand
+_LINE_EVERY = 20.0  # seconds between plain lines, where no terminal redraws a bar
 
 
 class Task:
-    """One piece of long work; `advance` as it goes on."""
+    """One piece of long work; call `advance` after each part."""
 
     def __init__(self, label: str, total: float, stream: TextIO) -> None:
         self.label, self.total, self.done = label, total, 0.0
@@ -23,10 +23,10 @@ class Task:
         self.silent = False
 
     def advance(self, amount: float = 1.0) -> None:
-        """Say that `amount` more of `total` is done."""
+        """Report that `amount` more of `total` is done."""
         self.done += amount
         elapsed = time.monotonic() - self._start
-        if self.silent or elapsed < _PATIENCE:
+        if self.silent or elapsed < _SILENT:
             return
         if self._stream.isatty():
             self._draw()
@@ -36,7 +36,7 @@ class Task:
             print(f"{self.label}: {self.done / self.total:.0%}, {_clock(left)} left", file=self._stream, flush=True)
 
     def expect(self, seconds: float) -> None:
-        """Say how long all of it will take, before anything long."""
+        """Print how long the work will take, if it will take long."""
         if not self.silent and seconds > _LONG:
             print(f"{self.label}: about {_clock(seconds)}", file=self._stream, flush=True)
 
@@ -68,7 +68,7 @@ _active: list[Task] = []
 
 @contextmanager
 def task(label: str, total: float) -> Iterator[Task]:
-    """Follow `total` units of work under a label; tasks inside a task stay silent, the outer one speaks.
+    """Show the progress of `total` units of work under a label; tasks inside another task print nothing.
 
     Examples
     --------

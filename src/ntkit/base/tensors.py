@@ -1,9 +1,9 @@
-"""Named tensors as files: safetensors, whole or absent, never pickled."""
+"""Named tensors as safetensors files, each complete or absent, never pickled; and the hash of tensors."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,31 +13,35 @@ from ntkit.base.checks import Refused, refusal
 from ntkit.base.files import write_atomically
 
 
-def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, dtypes, shapes and bytes (sha256)."""
+def tensor_hash(
+    tensors: Mapping[str, Tensor] | Iterable[Tensor],
+    header: Callable[[Tensor], str] = lambda tensor: f"{tensor.dtype} {list(tensor.shape)};",
+) -> str:
+    """SHA-256 over all tensors, in their order: the name (in a mapping), the header (dtype and shape) and the bytes."""
+    named = tensors.items() if isinstance(tensors, Mapping) else ((None, tensor) for tensor in tensors)
     digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+    for name, tensor in named:
+        digest.update((header(tensor) if name is None else f"{name} {header(tensor)}").encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Give the bytes of a safetensors file with these tensors; two may share memory."""
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Bytes of a safetensors file with these tensors; two may share memory."""
     from safetensors.torch import save
 
-    whole: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
     seen: set[int] = set()  # safetensors refuses tensors that share memory (views of one flat buffer)
     for name, tensor in tensors.items():
         copy = tensor.detach().cpu().contiguous()
         memory = copy.untyped_storage().data_ptr()
-        whole[name] = copy.clone() if memory in seen else copy
+        copies[name] = copy.clone() if memory in seen else copy
         seen.add(memory)
-    return save(whole, metadata)
+    return save(copies, metadata)
 
 
 def write_bytes(path: Path, blob: bytes) -> None:
-    """Write bytes, whole or not at all."""
+    """Write a file that is complete or absent."""
 
     def write(aside: Path) -> None:
         aside.write_bytes(blob)
@@ -46,12 +50,12 @@ def write_bytes(path: Path, blob: bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write named tensors as one safetensors file, whole or not at all."""
-    write_bytes(path, serialised(tensors, metadata))
+    """Write named tensors as one safetensors file that is complete or absent."""
+    write_bytes(path, safetensors_bytes(tensors, metadata))
 
 
-def read_if_there(path: Path) -> dict[str, Tensor] | None:
-    """Read the tensors of a safetensors file, or give None where another process has removed it."""
+def read_tensors_if_present(path: Path) -> dict[str, Tensor] | None:
+    """Read the tensors of a safetensors file; None if another process has removed the file."""
     try:
         return read_tensors(path)
     except Refused:
@@ -61,12 +65,12 @@ def read_if_there(path: Path) -> dict[str, Tensor] | None:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, or refuse what is none."""
+    """Read the tensors of a safetensors file; refuse any other file."""
     return read_tensors_and_metadata(path)[0]
 
 
 def read_tensors_and_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata of a safetensors file, or refuse what is none."""
+    """Read tensors and metadata of a safetensors file; refuse any other file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -78,8 +82,8 @@ def read_tensors_and_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict
     except SafetensorError as error:
         raise refusal(
             str(path),
-            got=f"a file that is not whole safetensors ({error})",
+            got=f"a file that is not a complete safetensors file ({error})",
             expected="a .safetensors file",
-            fix="Convert it where you trust it: "
+            fix="If you trust its source, convert it: "
             "safetensors.torch.save_file(torch.load(file, weights_only=True), 'weights.safetensors').",
         ) from error

@@ -1,4 +1,4 @@
-"""Versions that a result depends on, and the version of its own format."""
+"""Versions of the software that results depend on, and the version of the format of results."""
 
 from __future__ import annotations
 

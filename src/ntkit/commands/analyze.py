@@ -1,9 +1,9 @@
 """`ntkit analyze`: from data and a model to a run folder with results and a report.
 
-A run is a folder: ``run.json`` (resolved settings, versions, hashes) is written first; each stage leaves its numbers
-in ``stages/`` and its arrays in ``arrays/`` when it is whole, so that a run killed at any moment goes on where it was;
-Grams wait in ``work/`` until the run is complete. ``results.json`` holds no time and no date: the same run gives the
-same bytes.
+A run is a folder. ``run.json`` (resolved settings, versions, hashes) is written first. Each finished stage leaves its
+numbers in ``stages/`` and its arrays in ``arrays/``, so that a run killed at any moment can be resumed. Gram matrices
+stay in ``work/`` until the run is complete. ``results.json`` holds no time and no date: the same run gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,21 @@ from torch import Tensor, nn
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.factory import source_hash
 from ntkit.base.files import ensure_folder, read_json, write_arrays, write_atomically, write_json
+from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
+from ntkit.base.tensors import tensor_hash
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
+from ntkit.commands.network_measures import LABELS
 from ntkit.commands.results import KERNELS, assemble, versions
-from ntkit.commands.settings import OPTIMIZERS, Settings
+from ntkit.commands.settings import Settings
 from ntkit.data import Data, load
-from ntkit.kernels.tangent import TangentKernel, free_memory, parse_memory
+from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.spectra import alignment
 from ntkit.networks.built_in import build
-from ntkit.trajectory import Trajectory, load_weights, tensor_hash, train
+from ntkit.trajectory import Trajectory, load_weights, train
+
+Stage = tuple[Any, dict[str, np.ndarray]]  # the numbers of a stage, and its arrays
 
 
 def analyze(
@@ -51,9 +56,9 @@ def analyze(
     ----------
     settings : what to do (`ntkit.commands.settings.Settings`); the default is a CNN on the embedded digits.
     out : run folder; ``runs/MODEL-DATA`` if None.
-    resume : folder of an earlier run, whose settings are used. One that did not end goes on in place. A complete one is
-        repeated into `out`, or, without `out`, only its report is made anew.
-    overwrite : replace an existing run in `out`, once everything asked for is known to be possible.
+    resume : folder of an earlier run, whose settings are used. An unfinished run is resumed in place. A complete run is
+        repeated in `out`; without `out` only its report is written again.
+    overwrite : replace an existing run in `out`, once all settings have passed their checks.
     say : receives one line per stage.
 
     Returns
@@ -66,126 +71,107 @@ def analyze(
     Refused
         For anything that cannot give a right result; names it and what to do.
     """
-    before = None
+    earlier = None
     if resume is not None:
-        before = _before(Path(resume), settings)
-        settings = Settings.of(before["settings"])
-        complete = before["status"] == "complete" and (Path(resume) / "results.json").exists()
+        earlier = _earlier_run(Path(resume), settings)
+        settings = Settings.of(earlier["settings"])
+        complete = earlier["status"] == "complete" and (Path(resume) / "results.json").exists()
+        if out is None and complete:
+            say("The run is complete. Its report is written again.")
+            return _report(Path(resume))
         if out is None:
-            if complete:
-                say("The run is complete; its report is made anew.")
-                return _report(Path(resume))
-            return _Run(Path(resume), settings, say, before, goes_on=True).go()
+            return _Run(Path(resume), settings, say, earlier, resumed=True).run()
         if not complete:
-            raise refusal(
-                f"--from {resume}",
-                got="a run that did not end, and --out",
-                expected="one of them: it goes on in its own folder",
-                fix="Leave out --out, and repeat the run elsewhere when it is complete.",
-            )
+            expected = "no --out: an unfinished run is resumed in its own folder"
+            fix = "Leave out --out. Repeat the run elsewhere when it is complete."
+            raise refusal(f"--from {resume}", got="an unfinished run, and --out", expected=expected, fix=fix)
     settings = settings or Settings()
     folder = Path(out) if out is not None else Path("runs") / settings.slug()
     if (folder / "run.json").exists():
         if not overwrite:
-            raise refusal(
-                str(folder),
-                got="a folder that holds a run",
-                expected="a new folder",
-                fix=f"Go on with it (--from {folder}), replace it (--overwrite) or name another (--out).",
-            )
+            fix = f"Resume the run (--from {folder}), replace it (--overwrite) or name another folder (--out)."
+            raise refusal(str(folder), got="a folder that holds a run", expected="a new folder", fix=fix)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise refusal(
-            str(folder),
-            got="a file or folder with other things in it",
-            expected="a new or empty folder",
-            fix="Name another --out.",
-        )
-    return _Run(folder, settings, say, before).go()
+        got = "a file, or a folder with other files in it"
+        raise refusal(str(folder), got=got, expected="a new or empty folder", fix="Name another --out.")
+    return _Run(folder, settings, say, earlier).run()
 
 
-def _before(folder: Path, settings: Settings | None) -> dict[str, Any]:
-    """Read the ``run.json`` of an earlier run, or refuse what is none, and settings beside it."""
-    before = read_json(folder / "run.json")
-    known = {field.name for field in dataclasses.fields(Settings)}
-    if before.get("format") != RESULTS_FORMAT or not set(before.get("settings", ())) <= known:
-        raise refusal(
-            str(folder / "run.json"),
-            got="a file that no ntkit analyze of this version wrote",
-            expected=f"the run.json of a run (format {RESULTS_FORMAT})",
-            fix="Name the run's own folder; trajectory/ inside it is not one.",
-        )
+def _earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
+    """Read the ``run.json`` of an earlier run; refuse any other file, and settings given in addition."""
+    run = read_json(folder / "run.json")
+    names = {field.name for field in dataclasses.fields(Settings)}
+    if run.get("format") != RESULTS_FORMAT or not set(run.get("settings", ())) <= names:
+        got = "a file that this version of ntkit analyze did not write"
+        expected = f"the run.json of a run (format {RESULTS_FORMAT})"
+        fix = "Name the run's own folder, not the trajectory/ inside it."
+        raise refusal(str(folder / "run.json"), got=got, expected=expected, fix=fix)
     if settings not in (None, Settings()):
-        raise refusal(
-            f"--from {folder}",
-            got="other settings beside it",
-            expected="none: they come from the run",
-            fix="Leave them out, or start a new run without --from.",
-        )
-    return before
+        expected, fix = "none: they come from the run", "Leave them out, or start a new run without --from."
+        raise refusal(f"--from {folder}", got="further settings", expected=expected, fix=fix)
+    return run
 
 
 class _Run:
-    """One run in its folder: a new one, or (``goes_on``) one not ended; ``before`` is an earlier ``run.json``."""
+    """One run in its folder, a new or a resumed one; ``earlier`` is the ``run.json`` of the run to repeat or resume."""
 
     def __init__(
         self,
         folder: Path,
         settings: Settings,
         say: Callable[[str], None],
-        before: dict[str, Any] | None,
-        goes_on: bool = False,
+        earlier: dict[str, Any] | None,
+        resumed: bool = False,
     ) -> None:
-        self.folder, self.settings, self.say, self.before, self.goes_on = folder, settings, say, before, goes_on
+        self.folder, self.settings, self.say, self.earlier, self.resumed = folder, settings, say, earlier, resumed
         settings.check()
         self.memory = parse_memory(settings.memory) or 0
         gpu = torch.cuda.is_available()
         if settings.device == "cuda" and not gpu:
-            raise refusal("--device", got="cuda", expected="a device that is there", fix="Use --device cpu.")
+            raise refusal("--device", got="cuda", expected="a device of this machine", fix="Use --device cpu.")
         self.device = torch.device(("cuda" if gpu else "cpu") if settings.device == "auto" else settings.device)
         self.data: Data
-        self.task: measures.Task
+        self.task: measures.TrainingTask
         self.models: dict[str, nn.Module] = {}
 
     # ------------------------------------------------------------------ the whole
 
-    def go(self) -> Path:
-        """Do what is not done yet; whatever stops it, what is done is kept."""
+    def run(self) -> Path:
+        """Do what is not done yet; finished stages are kept, whatever stops the run."""
+        started = time.monotonic()
         try:
-            return self._go()
+            self._open()
+            try:
+                return self._work()
+            finally:
+                with contextlib.suppress(Refused):  # a full disk was reported already
+                    run = read_json(self.folder / "run.json")
+                    seconds = round(run.get("seconds", 0) + time.monotonic() - started, 1)
+                    write_json(self.folder / "run.json", run | {"seconds": seconds})
         except KeyboardInterrupt:
             if (self.folder / "run.json").exists():
                 place = shlex.quote(str(self.folder))
-                self.say(f"Stopped; nothing done is lost. To go on with it: ntkit analyze --from {place}")
+                self.say(f"Stopped. Finished stages are kept. Resume with: ntkit analyze --from {place}")
             raise
-
-    def _go(self) -> Path:
-        started = time.monotonic()
-        self._open()
-        try:
-            return self._work()
-        finally:
-            with contextlib.suppress(Refused):  # a full disk was said already
-                run = read_json(self.folder / "run.json")
-                seconds = round(run.get("seconds", 0) + time.monotonic() - started, 1)
-                write_json(self.folder / "run.json", run | {"seconds": seconds})
 
     def _work(self) -> Path:
         self._train()
-        stages: list[tuple[str, Callable[[], tuple[dict, dict[str, np.ndarray]]]]] = [
-            ("network", lambda: (measures.network(self.task, self.models["after"]), {})),
-            *[(f"gram-{key}", lambda key=key: self._gram(key)) for key in KERNELS],
-            ("similarity", self._similarity),
-            *[(f"machine-{key}", lambda key=key: self._machine(key)) for key in KERNELS],
-            ("along", self._along),
-            ("invariances", self._invariances),
-            ("neighbours", self._neighbours),
-            ("oracle", self._oracle),
-        ]
-        done: dict[str, Any] = {}
-        for number, (name, work) in enumerate(stages, 2):
-            done[name] = self._stage(name, f"{number} of {len(stages) + 1}", work)
+        stages: list[tuple[str, str, Callable[[], Stage]]] = [
+            ("network", "the network's own error", lambda: (measures.network(self.task, self.models["after"]), {})),
+            *[(f"gram-{key}", f"Gram matrices: {LABELS[key]}", lambda key=key: self._gram(key)) for key in KERNELS],
+            ("similarity", "alignment between the kernels", self._similarity),
+            *[(f"machine-{key}", f"hard-margin SVM: {LABELS[key]}", lambda key=key: self._machine(key))
+              for key in KERNELS],
+            ("along", "kernel along training", self._along),
+            ("invariances", "invariances", self._invariances),
+            ("neighbors", "nearest training examples", self._neighbors),
+            ("oracle", "check against per-sample autograd in float64", self._oracle),
+        ]  # fmt: skip
+        numbers: dict[str, Any] = {}
+        for number, (name, text, work) in enumerate(stages, 2):
+            numbers[name] = self._stage(name, f"[{number} of {len(stages) + 1}] {text}", work)
         results = assemble(
-            self.settings, self.task, self.models["after"], self.trajectory, done, self.device, self.memory
+            self.settings, self.task, self.models["after"], self.trajectory, numbers, self.device, self.memory
         )
         write_json(self.folder / "results.json", results)
         report = _report(self.folder)
@@ -193,17 +179,17 @@ class _Run:
         write_json(self.folder / "run.json", read_json(self.folder / "run.json") | {"status": "complete"})
         return report
 
-    def _stage(self, name: str, place: str, work: Callable[[], tuple[dict, dict[str, np.ndarray]]]) -> Any:
-        """Do a stage, or read what it left when it was whole."""
+    def _stage(self, name: str, line: str, work: Callable[[], Stage]) -> Any:
+        """Do a stage, or read the numbers that it left when it was finished."""
         file = self.folder / "stages" / f"{name}.json"
         if file.exists():
             return read_json(file)
-        self.say(f"[{place}] {_SAY[name.partition('-')[0]]}{measures.LABELS.get(name.partition('-')[2], '')}")
+        self.say(line)
         try:
             result, arrays = work()
         except Refused as refused:
-            # The door was passed before training, so this is what training left: a dead or overflowing network, or a
-            # layer that a measure cannot use. The other measures still hold; this one says why it is absent.
+            # All input was checked before training, so this is a result of training: a dead or overflowing network, or
+            # a layer that a measure cannot use. The other measures still hold; this one says why it is absent.
             if isinstance(refused.__cause__, OSError):
                 raise
             result, arrays = {"absent": str(refused)}, {}
@@ -219,17 +205,15 @@ class _Run:
         self.data = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
         outputs = 1 if len(self.data.classes) == 2 else len(self.data.classes)
         model = build(s.model, self.data.input_shape, outputs, s.seed)
-        self.data = dataclasses.replace(
-            self.data,
-            **{part: getattr(self.data, part).to(self.device) for part in ("x_train", "y_train", "x_test", "y_test")},
-        )
+        parts = ("x_train", "y_train", "x_test", "y_test")
+        self.data = dataclasses.replace(self.data, **{p: getattr(self.data, p).to(self.device) for p in parts})
         model = model.to(self.device)
         self.models = {"init": model, "after": copy.deepcopy(model)}
         if s.weights is not None:
             load_weights(self.models["after"], s.weights)
-        self.task = measures.Task(model, self.data)
+        self.task = measures.TrainingTask(model, self.data)
         self._check_size()
-        # Refusals and the self-check come before any work.
+        # The kernel checks model and data here, before any training.
         TangentKernel(model, outputs="trace").plan(self.data.x_train[:3])
         identity = {
             "data": self.data.hash,
@@ -240,45 +224,36 @@ class _Run:
             "threads": torch.get_num_threads(),
             **versions(),
         }
-        old = {} if self.before is None else self.before["identity"]
+        old = {} if self.earlier is None else self.earlier["identity"]
         changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old and old.get(k) != v]
-        if self.goes_on:
+        if self.resumed:
             if changed:
-                raise refusal(
-                    f"--from {self.folder}",
-                    got="changed since the run began: " + "; ".join(changed),
-                    expected="the same data, model, versions and number of threads",
-                    fix="Restore them, or start a new run.",
-                )
-            self.say(f"Going on with {self.folder}")
+                got = "changed since the run began: " + "; ".join(changed)
+                fix = "Restore them, or start a new run."
+                expected = "the same data, model, versions and number of threads"
+                raise refusal(f"--from {self.folder}", got=got, expected=expected, fix=fix)
+            self.say(f"Resuming {self.folder}")
             return
         if changed:
-            self.say("Not the same as the run repeated: " + "; ".join(changed))
+            self.say("Differences from the repeated run: " + "; ".join(changed))
         replaced = self.folder.with_name(self.folder.name + ".replaced")
-        if (self.folder / "run.json").exists():  # the old run goes when the new one stands
+        if (self.folder / "run.json").exists():  # the old run is deleted once the new one has begun
             shutil.rmtree(replaced, ignore_errors=True)
             self.folder.replace(replaced)
         ensure_folder(self.folder)
-        run = {
-            "format": RESULTS_FORMAT,
-            "status": "running",
-            "settings": dataclasses.asdict(s),
-            "identity": identity,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        write_json(self.folder / "run.json", run)
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        run = {"format": RESULTS_FORMAT, "status": "running", "settings": dataclasses.asdict(s)}
+        write_json(self.folder / "run.json", run | {"identity": identity, "started": started})
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _check_size(self) -> None:
-        """Refuse what cannot fit: a Gram matrix in float32, and twice in float64 while a machine is solved."""
+        """Refuse what does not fit: a Gram matrix in float32, and two in float64 while a machine is solved."""
         n, free = len(self.data.x_train), free_memory(torch.device("cpu"))
         if 20 * n**2 > free:
-            raise refusal(
-                f"{n:,} training examples",
-                got=f"kernel matrices of about {20 * n**2 / 1e9:.0f} GB while they are solved",
-                expected=f"at most {free / 1e9:.0f} GB, what is free here",
-                fix=f"Keep fewer, e.g. --train {int((free / 40) ** 0.5) // 100 * 100}.",
-            )
+            got = f"kernel matrices of about {20 * n**2 / 1e9:.0f} GB while they are solved"
+            expected = f"at most {free / 1e9:.0f} GB, the free memory"
+            fix = f"Use fewer, e.g. --train {int((free / 40) ** 0.5) // 100 * 100}."
+            raise refusal(f"{n:,} training examples", got=got, expected=expected, fix=fix)
 
     def _train(self) -> None:
         s = self.settings
@@ -294,7 +269,7 @@ class _Run:
                 self.models["after"],
                 (self.data.x_train, self.data.y_train),
                 self.task.loss,
-                OPTIMIZERS[s.optimizer](s),
+                s.make_optimizer,
                 steps=steps,
                 batch_size=batch,
                 seed=s.seed,
@@ -307,32 +282,31 @@ class _Run:
 
     # ------------------------------------------------------------------ stages
 
-    def _gram(self, key: str) -> tuple[dict, dict[str, np.ndarray]]:
+    def _gram(self, key: str) -> Stage:
         kernel = measures.kernels_of(self.models, self.memory)[key]()
         K = kernel(self.data.x_train)
         K_test = kernel(self.data.x_test, self.data.x_train)
-        found = measures.quality(K.cpu(), self.task.targets(self.data.y_train.cpu()))
-        self._keep(f"{key}-train", K)
-        self._keep(f"{key}-test", K_test)
-        return {"kernel": key, "label": measures.LABELS[key], **found}, {}
+        quality = measures.quality(K.cpu(), self.task.targets(self.data.y_train.cpu()))
+        self._write_gram(f"{key}-train", K)
+        self._write_gram(f"{key}-test", K_test)
+        return {"kernel": key, "label": LABELS[key], **quality}, {}
 
-    def _similarity(self) -> tuple[dict, dict[str, np.ndarray]]:
+    def _similarity(self) -> Stage:
         result: dict[str, float | None] = {}
         for a, b in (("init", "after"), ("after", "conjugate"), ("init", "conjugate")):
-            if not all((self.folder / "work" / f"{key}-train.npy").exists() for key in (a, b)):
-                result |= {f"{a}_{b}": None, f"{a}_{b}_centered": None}
-                continue
-            K1, K2 = self._kept(f"{a}-train"), self._kept(f"{b}-train")
-            result[f"{a}_{b}"] = measures.finite(alignment(K1, K2))
-            result[f"{a}_{b}_centered"] = measures.finite(alignment(K1, K2, centered=True))
+            result |= {f"{a}_{b}": None, f"{a}_{b}_centered": None}
+            if self._has_gram(a) and self._has_gram(b):
+                K1, K2 = self._read_gram(f"{a}-train"), self._read_gram(f"{b}-train")
+                result[f"{a}_{b}"] = measures.finite(alignment(K1, K2))
+                result[f"{a}_{b}_centered"] = measures.finite(alignment(K1, K2, centered=True))
         return result, {}
 
-    def _machine(self, key: str) -> tuple[dict, dict[str, np.ndarray]]:
+    def _machine(self, key: str) -> Stage:
         data = dataclasses.replace(self.data, y_train=self.data.y_train.cpu(), y_test=self.data.y_test.cpu())
-        result, arrays = measures.machine(self._kept(f"{key}-train"), self._kept(f"{key}-test"), data)
-        return {"kernel": key, "label": measures.LABELS[key], **result}, arrays
+        result, arrays = measures.machine(self._read_gram(f"{key}-train"), self._read_gram(f"{key}-test"), data)
+        return {"kernel": key, "label": LABELS[key], **result}, arrays
 
-    def _along(self) -> tuple[Any, dict[str, np.ndarray]]:
+    def _along(self) -> Stage:
         if self.trajectory is None:
             return None, {}
         s = self.settings
@@ -340,61 +314,53 @@ class _Run:
         lr = s.lr if s.optimizer == "sgd" and s.momentum == 0 else None
         return measures.along(self.task, model, self.trajectory, s.track_points, self.memory, lr)
 
-    def _invariances(self) -> tuple[Any, dict[str, np.ndarray]]:
+    def _invariances(self) -> Stage:
         if self.data.kind != "images":
             return None, {}
-        made = measures.kernels_of(self.models, self.memory)
-        kernels = {key: make() for key, make in made.items() if (self.folder / "work" / f"{key}-train.npy").exists()}
+        builders = measures.kernels_of(self.models, self.memory)
+        kernels = {key: build() for key, build in builders.items() if self._has_gram(key)}
         return measures.invariances(kernels, self.data.x_test, self.settings.probe_samples), {}
 
-    def _neighbours(self) -> tuple[Any, dict[str, np.ndarray]]:
-        shown, predicted = measures.shown_tests(self.task, self.models["after"])
-        values = {}
+    def _neighbors(self) -> Stage:
+        examples, predicted = measures.select_examples(self.task, self.models["after"])
+        kernels = {}
         for key in ("init", "after"):
-            kernel = TangentKernel(self.models[key], outputs="trace", memory=self.memory)
-            own = kernel.diagonal(self.data.x_test[shown]).cpu()
-            values[key] = (self._kept(f"{key}-test")[shown.cpu()], own, self._kept(f"{key}-train").diagonal())
-        return measures.neighbours(self.data, shown, predicted, values)
+            own = measures.kernels_of(self.models, self.memory)[key]().diagonal(self.data.x_test[examples]).cpu()
+            K = self._read_gram(f"{key}-test")[examples.cpu()]
+            kernels[key] = K, own, self._read_gram(f"{key}-train").diagonal()
+        return measures.neighbors(self.data, examples, predicted, kernels)
 
-    def _oracle(self) -> tuple[Any, dict[str, np.ndarray]]:
-        x = self.data.x_test
+    def _oracle(self) -> Stage:
+        x, after = self.data.x_test, self.models["after"]
         checks = [
-            measures.against_oracle(self.models[k], x, when)
-            for k, when in (("init", "at initialisation"), ("after", "after training"))
+            measures.against_oracle(self.models["init"], x, "at initialization"),
+            measures.against_oracle(after, x, "after training"),
         ]
-        kernel = TangentKernel(self.models["after"], outputs="trace")
-        text = repr(self.models["after"])
-        return {
-            "checks": checks,
-            "fallback": kernel.fallback(x[:3]),
-            "text": text if len(text) < 4000 else text[:4000] + " ...",
-        }, {}
+        text = repr(after)
+        text = text if len(text) < 4000 else text[:4000] + " ..."
+        fallback = TangentKernel(after, outputs="trace").fallback(x[:3])
+        return {"checks": checks, "fallback": fallback, "text": text}, {}
 
-    # ------------------------------------------------------------------ files and results
+    # ------------------------------------------------------------------ files
 
-    def _keep(self, name: str, K: Tensor) -> None:
+    def _gram_file(self, name: str) -> Path:
+        return self.folder / "work" / f"{name}.npy"
+
+    def _has_gram(self, key: str) -> bool:
+        return self._gram_file(f"{key}-train").exists()
+
+    def _write_gram(self, name: str, K: Tensor) -> None:
         def write(aside: Path) -> None:
             with open(aside, "wb") as handle:
                 np.save(handle, K.cpu().numpy(), allow_pickle=False)
 
-        write_atomically(self.folder / "work" / f"{name}.npy", write)
+        write_atomically(self._gram_file(name), write)
 
-    def _kept(self, name: str) -> Tensor:
-        if not (self.folder / "work" / f"{name}.npy").exists():
-            raise refusal(name, got="no kernel matrix", expected="one", fix="See why its own stage is absent.")
-        return torch.from_numpy(np.load(self.folder / "work" / f"{name}.npy", allow_pickle=False))
-
-
-_SAY = {
-    "network": "the network's own error",
-    "gram": "Gram matrices: ",
-    "similarity": "alignment between the kernels",
-    "machine": "hard-margin SVM: ",
-    "along": "kernel along training",
-    "invariances": "invariances",
-    "neighbours": "nearest training examples",
-    "oracle": "check against per-sample autograd in float64",
-}
+    def _read_gram(self, name: str) -> Tensor:
+        if not self._gram_file(name).exists():
+            fix = "See why the stage that computes it is absent."
+            raise refusal(f"kernel matrix {name}", got="none", expected="one from an earlier stage", fix=fix)
+        return torch.from_numpy(np.load(self._gram_file(name), allow_pickle=False))
 
 
 def _report(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""`ntkit infinite`: a network's infinite-width limit as a classifier, beside an RBF machine and the trained network."""
+"""`ntkit infinite`: how well a network's infinite-width limit classifies, beside an RBF SVM and the trained network."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder, read_json, write_json
+from ntkit.base.memory import free_memory
 from ntkit.base.versions import versions
 from ntkit.data import Data, load
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
-from ntkit.kernels.tangent import TangentKernel, free_memory
+from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines import KernelRidge
 from ntkit.networks.built_in import build
 from ntkit.trajectory import train as train_network
@@ -26,9 +27,9 @@ from ntkit.trajectory import train as train_network
 _RIDGES = [10.0**k for k in range(-7, 2)]  # relative to the mean diagonal of the kernel
 _C, _GAMMA = [1.0, 10.0, 100.0], [0.1, 0.3, 1.0, 3.0]  # of the RBF machine; gamma in units of 1 / (d Var x)
 _BATCH, _LR, _MOMENTUM = 32, 0.01, 0.9
-_COMPARED = 100  # samples on which the module's own tangent kernel is compared with the limit
+_COMPARED = 100  # samples for the distance between the module's own tangent kernel and the limit
 
-Fitted = Callable[[np.ndarray, np.ndarray, bool], np.ndarray]  # rows to fit, rows to predict, of the test set or not
+Classifier = Callable[[np.ndarray, np.ndarray, bool], np.ndarray]  # (rows to fit, rows to predict, in the test set?)
 
 
 def infinite(
@@ -47,19 +48,19 @@ def infinite(
 ) -> dict[str, Any]:
     """Cross-validated accuracy of the limit's two kernels, of an RBF machine and of the network itself, trained.
 
-    Kernel ridge regression on centred one-hot targets, its ridge chosen by the leave-one-out error of the rows it is
-    fitted on; scikit-learn's ``SVC(kernel="rbf")`` with C and gamma chosen by three folds of these rows; the network
-    trained by SGD with momentum on their cross-entropy. Each fold is predicted from the others; the test set, which
-    plays no part in that, from all.
+    Kernel ridge regression has centered one-hot targets and the ridge of least leave-one-out error; scikit-learn's
+    ``SVC(kernel="rbf")`` has the C and gamma of least error in three folds; the network is trained by SGD with momentum
+    on the cross-entropy. All see only the examples they are fitted on: for each fold the other folds, for the test set
+    all training examples.
 
     Parameters
     ----------
-    model, data, data_dir, train : as `ntkit.analyze`; `train` rows at most.
-    folds : stratified.
+    model, data, data_dir, train : as in `ntkit.analyze`; at most `train` training examples.
+    folds : number of folds, stratified by class.
     epochs : of the network's training.
-    w_std, b_std : the NTK parametrization; None reads the module's own initialisation.
-    seed : for the module's weights, the rows kept, and the folds.
-    out : folder for ``run.json`` and ``results.json``; none are written without it.
+    w_std, b_std : the NTK parametrization; None reads the module's own initialization.
+    seed : of the module's weights, the choice of examples, and the folds.
+    out : folder for ``run.json`` and ``results.json``; without it no file is written.
     say : called with each line.
 
     Returns
@@ -71,57 +72,42 @@ def infinite(
     Raises
     ------
     Refused
-        For a module without a limit, by its layer's name; fewer rows of a class than folds; a kernel that does not fit
-        into half of the free memory.
+        For a module without a limit (names the layer), a class with fewer examples than folds, or a kernel larger than
+        half of the free memory.
     """
     if folds < 2 or epochs < 1:
-        raise refusal("--folds, --epochs", got=f"{folds}, {epochs}", expected=">= 2, >= 1", fix="Give larger numbers.")
+        fix = "Give larger numbers."
+        raise refusal("--folds, --epochs", got=f"{folds}, {epochs}", expected="at least 2, at least 1", fix=fix)
     sets = load(data, data_dir, train=train, seed=seed)
     network = build(model, sets.input_shape, len(sets.classes), seed)
-    n, m = len(sets.x_train), len(sets.x_test)
-    needed, free = 3 * 8 * n * (n + m), free_memory(torch.device("cpu"))
-    if needed > free / 2:
-        fits = int(math.sqrt(free / 2 / 48))
-        raise refusal(
-            "--train", got=f"{n:,} rows", expected=f"at most about {fits:,} in memory", fix=f"--train {fits}."
-        )
-    if (smallest := int(sets.y_train.bincount().min())) < folds:
-        raise refusal("--folds", got=f"{folds}, and {smallest} rows of a class", expected="a row a fold", fix="Fewer.")
+    n, m = _check_size(sets, folds)
     settings = {
         "model": model, "data": data, "train": n, "test": m, "folds": folds, "epochs": epochs, "w_std": w_std,
         "b_std": b_std, "seed": seed,
     }  # fmt: skip
     if out is not None:
         if (out / "run.json").exists() and read_json(out / "run.json").get("settings") != settings:
-            raise refusal("--out", got=f"{out}, another run", expected="a new folder", fix="Name another one.")
+            fix = "Name another folder."
+            raise refusal("--out", got=f"{out}, which holds another run", expected="a new folder", fix=fix)
         write_json(ensure_folder(out) / "run.json", {"settings": settings, "versions": versions()})
     x, x_test = sets.x_train.double(), sets.x_test.double()
     kernels = {kind: InfiniteKernel(network, kind, w_std, b_std) for kind in ("ntk", "nngp")}
-    for line in kernels["ntk"].describe(x[:1]).splitlines():
+    layers = kernels["ntk"].describe(x[:1]).splitlines()
+    for line in layers:
         say(f"  {line}")
     grams: dict[str, tuple[Tensor, Tensor]] = {}
     for kind, kernel in kernels.items():
         say(f"{kind}: {n:,} x {n:,} and {m:,} x {n:,} values")
         grams[kind] = kernel(x), kernel(x_test, x)
-    classifiers: dict[str, Fitted] = {
+    classifiers: dict[str, Classifier] = {
         "NTK, kernel ridge": _ridge(*grams["ntk"], sets),
         "NNGP, kernel ridge": _ridge(*grams["nngp"], sets),
         "SVM, RBF": _rbf(sets),
         "the network, trained": _network(network, sets, epochs, seed),
     }
-    accuracies = []
-    for name, classifier in classifiers.items():
-        scores = []
-        for i, (fit, rest) in enumerate(_folds(sets.y_train.numpy(), folds, seed)):
-            scores.append(float((classifier(fit, rest, False) == sets.y_train.numpy()[rest]).mean()))
-            say(f"{name}, fold {i + 1} of {folds}: {scores[-1]:.1%}")
-        found = classifier(np.arange(n), np.arange(m), True) if m else None
-        on_test = None if found is None else float((found == sets.y_test.numpy()).mean())
-        error = float(np.std(scores, ddof=1) / math.sqrt(folds))
-        accuracies.append({"name": name, "mean": float(np.mean(scores)), "error": error, "test": on_test})
     results = {
-        "accuracies": accuracies,
-        "layers": kernels["ntk"].describe(x[:1]).splitlines(),
+        "accuracies": [_accuracy(name, c, sets, folds, seed, say) for name, c in classifiers.items()],
+        "layers": layers,
         "error": kernels["ntk"].error,
         "distance": None if w_std is not None else _distance(network, kernels["ntk"], x[:_COMPARED]),
         "settings": settings,
@@ -131,14 +117,40 @@ def infinite(
     return results
 
 
-def _folds(y: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _check_size(sets: Data, folds: int) -> tuple[int, int]:
+    """Numbers of training and test examples; refuse sets too large for the memory or too small for the folds."""
+    n, m = len(sets.x_train), len(sets.x_test)
+    needed, free = 3 * 8 * n * (n + m), free_memory(torch.device("cpu"))
+    if needed > free / 2:
+        most = int(math.sqrt(free / 2 / 48))
+        expected = f"at most about {most:,} for this memory"
+        raise refusal("--train", got=f"{n:,} examples", expected=expected, fix=f"Give --train {most}.")
+    if (smallest := int(sets.y_train.bincount().min())) < folds:
+        expected = "at least one example per class in every fold"
+        got = f"{folds} folds, and a class with {smallest} examples"
+        raise refusal("--folds", got=got, expected=expected, fix="Use fewer folds.")
+    return n, m
+
+
+def _accuracy(
+    name: str, classifier: Classifier, sets: Data, folds: int, seed: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Mean accuracy over the folds with its standard error, and accuracy on the test set (None without one)."""
     from sklearn.model_selection import StratifiedKFold
 
-    return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(y)), y))
+    y, y_test, scores = sets.y_train.numpy(), sets.y_test.numpy(), []
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    for i, (fit, rest) in enumerate(splitter.split(np.zeros(len(y)), y)):
+        scores.append(float((classifier(fit, rest, False) == y[rest]).mean()))
+        say(f"{name}, fold {i + 1} of {folds}: {scores[-1]:.1%}")
+    error = float(np.std(scores, ddof=1) / math.sqrt(folds))
+    every = np.arange(len(y))
+    on_test = float((classifier(every, np.arange(len(y_test)), True) == y_test).mean()) if len(y_test) else None
+    return {"name": name, "mean": float(np.mean(scores)), "error": error, "test": on_test}
 
 
-def _ridge(K: Tensor, K_test: Tensor, sets: Data) -> Fitted:
-    """Kernel ridge on centred one-hot targets, the ridge with the least leave-one-out error."""
+def _ridge(K: Tensor, K_test: Tensor, sets: Data) -> Classifier:
+    """Kernel ridge on centered one-hot targets, with the ridge of least leave-one-out error."""
     scale = K.diagonal().mean()
     targets = F.one_hot(sets.y_train, len(sets.classes)).double()
 
@@ -147,15 +159,15 @@ def _ridge(K: Tensor, K_test: Tensor, sets: Data) -> Fitted:
         mean = targets[fit].mean(0)
         machines = [KernelRidge(ridge).fit(inner, targets[fit] - mean) for ridge in _RIDGES]
         solved = [m for m in machines if m.status_ == "solved"]
-        best = min(solved, key=lambda m: float(m.loo_.square().mean()))
+        best = min(solved, key=lambda m: float((m.loo_**2).mean()))
         outer = (K_test if of_test else K)[rows][:, fit] / scale
         return (best.predict(outer) + mean).argmax(1).numpy()
 
     return predict
 
 
-def _rbf(sets: Data) -> Fitted:
-    """scikit-learn's SVC with an RBF kernel, tuned on the rows it is fitted on."""
+def _rbf(sets: Data) -> Classifier:
+    """scikit-learn's SVC with an RBF kernel, tuned by cross-validation within the rows to fit."""
     from sklearn.model_selection import GridSearchCV
     from sklearn.svm import SVC
 
@@ -166,31 +178,31 @@ def _rbf(sets: Data) -> Fitted:
         unit = 1 / (x.shape[1] * x[fit].var())
         search = GridSearchCV(SVC(kernel="rbf"), {"C": _C, "gamma": [g * unit for g in _GAMMA]}, cv=3)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a class with fewer rows than folds
+            warnings.simplefilter("ignore", UserWarning)  # a class with fewer examples than folds
             search.fit(x[fit], y[fit])
         return search.predict((x_test if of_test else x)[rows])
 
     return predict
 
 
-def _network(network: nn.Module, sets: Data, epochs: int, seed: int) -> Fitted:
+def _network(network: nn.Module, sets: Data, epochs: int, seed: int) -> Classifier:
     """The module trained from its own weights, by SGD with momentum on the cross-entropy."""
     start = {name: t.clone() for name, t in network.state_dict().items()}
 
     def predict(fit: np.ndarray, rows: np.ndarray, of_test: bool) -> np.ndarray:
         network.load_state_dict(start)
-        chosen = torch.from_numpy(fit)
+        index = torch.from_numpy(fit)
         steps = epochs * math.ceil(len(fit) / _BATCH)
-        data = (sets.x_train[chosen].float(), sets.y_train[chosen])
+        data = (sets.x_train[index].float(), sets.y_train[index])
         train_network(
             network, data, F.cross_entropy, lambda p: torch.optim.SGD(p, lr=_LR, momentum=_MOMENTUM), steps,
             batch_size=min(_BATCH, len(fit)), seed=seed,
         )  # fmt: skip
         x = (sets.x_test if of_test else sets.x_train)[torch.from_numpy(rows)].float()
         with torch.no_grad():
-            found = torch.cat([network(part).argmax(1) for part in x.split(512)]).numpy()
+            predicted = torch.cat([network(part).argmax(1) for part in x.split(512)]).numpy()
         network.load_state_dict(start)
-        return found
+        return predicted
 
     return predict
 
@@ -199,5 +211,5 @@ def _distance(network: nn.Module, limit: InfiniteKernel, x: Tensor) -> float:
     """Relative Frobenius distance of the module's own tangent kernel, at its weights, from the limit."""
     own = TangentKernel(network, outputs="trace")(x.float()).double()
     outputs = network(x[:1].float()).shape[1]
-    wanted = limit(x)
-    return float(torch.linalg.norm(own / outputs - wanted) / torch.linalg.norm(wanted))
+    expected = limit(x)
+    return float(torch.linalg.norm(own / outputs - expected) / torch.linalg.norm(expected))

@@ -1,4 +1,4 @@
-"""The questions `ntkit analyze` asks of one network, each a function from kernels and data to plain numbers."""
+"""The measurements of `ntkit analyze` on one network, each a function from kernels and data to plain numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ntkit.base import progress
 from ntkit.base.checks import refusal
-from ntkit.base.progress import task
 from ntkit.data import Data
 from ntkit.jacobian.model_calls import raw_outputs
 from ntkit.jacobian.oracle import tangent_kernel
@@ -26,10 +26,11 @@ from ntkit.trajectory import Trajectory
 
 TOP = 20  # eigenvalues followed along training
 ENERGY_KS = (1, 2, 5, 10, 20)
+ENERGIES = ("energy_target", "energy_output", "energy_residual")
 RIDGE = 1e-4  # of kernel ridge regression, relative to the kernel's mean diagonal
-NEIGHBOURS, SHOWN = 5, 8  # per test image, and test images shown
+NEIGHBORS, EXAMPLES = 5, 8  # neighbors per test example, and test examples with neighbors
 LABELS = {
-    "init": "tangent kernel at initialisation",
+    "init": "tangent kernel at initialization",
     "after": "after kernel",
     "conjugate": "conjugate kernel (last hidden layer)",
 }
@@ -46,39 +47,34 @@ def rate(wrong: Tensor, what: str) -> dict[str, Any]:
     return number(p, (p * (1 - p) / n) ** 0.5, f"binomial standard error, {n:,} {what}")
 
 
-class Task:
+class TrainingTask:
     """What the network is trained for: two classes with one output (logistic), or one output per class (softmax)."""
 
     def __init__(self, model: nn.Module, data: Data) -> None:
         self.data, self.classes = data, len(data.classes)
         self.outputs = outputs_of(model, data.x_train[:2]).shape[1]
         if self.outputs not in ({1, 2} if self.classes == 2 else {self.classes}):
-            raise refusal(
-                f"model {type(model).__name__}",
-                got=f"{self.outputs} outputs for {self.classes} classes",
-                expected="one output per class" + (", or one output" if self.classes == 2 else ""),
-                fix="Give the factory a parameter named outputs, or select as many classes with --classes.",
-            )
+            got = f"{self.outputs} outputs for {self.classes} classes"
+            expected = "one output per class" + (", or one output" if self.classes == 2 else "")
+            fix = "Give the factory a parameter named outputs, or select as many classes with --classes."
+            raise refusal(f"model {type(model).__name__}", got=got, expected=expected, fix=fix)
         self.binary = self.outputs == 1
         self.name = "logistic (one output)" if self.binary else "cross-entropy"
 
-    def loss(self, out: Tensor, y: Tensor) -> Tensor:
-        """Mean loss of outputs [n, ...] for labels [n]."""
+    def loss(self, out: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+        """Mean loss of outputs [n, ...] for labels [n]; with reduction="none" each sample's."""
         out = out.reshape(len(y), -1)
-        return F.binary_cross_entropy_with_logits(out[:, 0], y.to(out)) if self.binary else F.cross_entropy(out, y)
+        if self.binary:
+            return F.binary_cross_entropy_with_logits(out[:, 0], y.to(out), reduction=reduction)
+        return F.cross_entropy(out, y, reduction=reduction)
 
     def predict(self, out: Tensor) -> Tensor:
         """Labels from outputs [n, C]."""
         return (out[:, 0] > 0).long() if self.binary else out.argmax(1)
 
     def targets(self, y: Tensor) -> Tensor:
-        """What the kernel should align with: +-1 [n], or one-hot [n, C]."""
+        """Targets of the alignment: +-1 [n], or one-hot [n, C]."""
         return 2.0 * y.double() - 1 if self.binary else F.one_hot(y, self.classes).double()
-
-    def residual(self, out: Tensor, y: Tensor) -> Tensor:
-        """Derivative of each sample's loss with respect to its outputs, [n, C]."""
-        out = out.double()
-        return torch.sigmoid(out) - y[:, None] if self.binary else torch.softmax(out, 1) - F.one_hot(y, self.classes)
 
 
 def outputs_of(model: nn.Module, x: Any) -> Tensor:
@@ -86,22 +82,15 @@ def outputs_of(model: nn.Module, x: Any) -> Tensor:
     return raw_outputs(model, x).reshape(len(x), -1)
 
 
-def network(task_: Task, model: nn.Module) -> dict[str, Any]:
+def network(task: TrainingTask, model: nn.Module) -> dict[str, Any]:
     """Loss and error of the network itself on both sets."""
-    result = {}
-    for part, x, y in (
-        ("train", task_.data.x_train, task_.data.y_train),
-        ("test", task_.data.x_test, task_.data.y_test),
-    ):
+    result, data = {}, task.data
+    for part, x, y in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
         out = outputs_of(model, x)
-        result[f"{part}_error"] = rate(task_.predict(out) != y, f"{part} examples")
-        loss = (
-            F.binary_cross_entropy_with_logits(out[:, 0], y.to(out), reduction="none")
-            if task_.binary
-            else F.cross_entropy(out, y, reduction="none")
-        )
-        error = float(loss.double().std() / len(y) ** 0.5) if len(y) > 1 else None
-        result[f"{part}_loss"] = number(float(loss.double().mean()), error, f"standard error over {len(y):,} examples")
+        result[f"{part}_error"] = rate(task.predict(out) != y, f"{part} examples")
+        loss = task.loss(out, y, reduction="none").double()
+        error = float(loss.std() / len(y) ** 0.5) if len(y) > 1 else None
+        result[f"{part}_loss"] = number(float(loss.mean()), error, f"standard error over {len(y):,} examples")
     return result
 
 
@@ -120,13 +109,12 @@ def quality(K: Tensor, targets: Tensor) -> dict[str, Any]:
 def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Hard-margin SVM, and ridge regression beside it, on one kernel: numbers with their certificates, and arrays."""
     svm = HardMarginSVM().fit(K, data.y_train)
-    no_machine = svm.status_ == "not separable"  # then its decision is that of no separator: no number to report
     gap = finite(float(svm.gap_))
     certificate = f"SVM {svm.status_}, relative gap {gap:.1e}" if gap is not None else f"SVM {svm.status_}"
     errors = {}
     for part, values, y in (("train", K, data.y_train), ("test", K_test, data.y_test)):
         entry = rate(torch.as_tensor(svm.predict(values)).to(y) != y, f"{part} examples")
-        if no_machine:
+        if svm.status_ == "not separable":  # then there is no separator whose error could be reported
             entry |= {"value": None, "error": None}
         entry["certificate"] = f"{certificate}; {entry['certificate']}"
         errors[f"{part}_error"] = entry
@@ -148,7 +136,7 @@ def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict
 
 
 def _ridge_error(K: Tensor, K_test: Tensor, data: Data) -> dict[str, Any]:
-    """Test error of kernel ridge regression on one-hot targets less their mean, the class of the largest output."""
+    """Test error of kernel ridge regression on one-hot targets minus their mean; the largest output is the class."""
     ridge = RIDGE * float(K.diagonal().double().mean())
     targets = F.one_hot(data.y_train, len(data.classes)).double()
     machine = KernelRidge(ridge).fit(K, targets - targets.mean(0))
@@ -161,112 +149,105 @@ def _ridge_error(K: Tensor, K_test: Tensor, data: Data) -> dict[str, Any]:
 
 
 def along(
-    task_: Task, model: nn.Module, trajectory: Trajectory, points: int, memory: int, lr: float | None
+    task: TrainingTask, model: nn.Module, trajectory: Trajectory, points: int, memory: int, lr: float | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The kernel on the same training points at every snapshot (Kopitkov & Indelman 2020; trace kernel)."""
-    n = min(points, len(task_.data.x_train))
-    chosen = torch.linspace(0, len(task_.data.x_train) - 1, n).long()
-    x, y = task_.data.x_train[chosen], task_.data.y_train[chosen]
+    rows = _spread(len(task.data.x_train), points)
+    x, y, n = task.data.x_train[rows], task.data.y_train[rows], len(rows)
     k = min(TOP, n)
     ks = [j for j in ENERGY_KS if j <= k]
-    tracked = track(trajectory, x, y, model=model, loss=task_.loss, k=k, outputs="trace", memory=memory)
+    tracked = track(trajectory, x, y, model=model, loss=task.loss, k=k, outputs="trace", memory=memory)
     series = tracked.series
-    energies = {
-        f"energy_{name}s" if name != "residual" else "energy_residual": [
-            [row[j - 1] for j in ks] for row in series[f"energy_{name}"]
-        ]
-        for name in ("target", "output", "residual")
-    }
+    same = ("loss", "eigenvalues", "trace", "alignment", "alignment_centered", "effective_rank", "distance")
+    energies = {name: [[row[j - 1] for j in ks] for row in series[name]] for name in ENERGIES}
     result = {
         "points": n,
         "steps": tracked.steps,
-        "losses": series["loss"],
-        **{name: series[name] for name in ("eigenvalues", "trace", "alignment", "alignment_centered")},
-        "effective_rank": series["effective_rank"],
-        "distance_to_init": series["distance"],
+        **{name: series[name] for name in same},
         **energies,
         "energy_ks": ks,
         "residual": max((r for r in series["residual"] if r is not None), default=0.0),
         # 2 n / lambda_1 bounds stable steps of plain gradient descent for squared loss and one output: a landmark
         # beside the learning rate where the steps are plain ones (`lr` given), and nothing otherwise
-        "stable_lr": [row[0] and 2 * n / row[0] for row in series["eigenvalues"]] if task_.binary and lr else None,
+        "stable_lr": [row[0] and 2 * n / row[0] for row in series["eigenvalues"]] if task.binary and lr else None,
         "lr": lr,
     }
     arrays = {
         "eigenvalues": np.asarray(series["eigenvalues"], dtype=np.float64),
         "eigenvectors": np.stack([tracked.eigenvectors(step) for step in tracked.steps]),
-        "points": chosen.numpy(),
+        "points": rows.numpy(),
     }
     return result, arrays
 
 
-def invariances(kernels: dict[str, Kernel], x: Tensor, samples: int) -> dict[str, Any] | None:
+def _spread(n: int, count: int) -> Tensor:
+    """At most `count` indices below `n`, spread evenly from the first to the last."""
+    return torch.linspace(0, max(n - 1, 0), min(count, n)).long()
+
+
+def invariances(kernels: dict[str, Kernel], x: Tensor, samples: int) -> dict[str, Any]:
     """Cosine between an image and its transform, under each kernel (Long 2021)."""
-    chosen = x[torch.linspace(0, len(x) - 1, min(samples, len(x))).long()]
+    images = x[_spread(len(x), samples)]
     probes = standard(tuple(x.shape[1:]))
     rows = []
-    with task("invariances", total=len(probes)) as progress:
+    with progress.task("invariances", total=len(probes)) as bar:
         for name, transforms in probes.items():
-            row: dict[str, Any] = {
-                "name": name,
-                "parameters": "; ".join(t.parameters for t in transforms),
-                "undefined": 0,
-            }
-            row |= {name: number(None, None, "not measured") for name in ("before", "after", "conjugate")}
+            parameters = "; ".join(t.parameters for t in transforms)
+            row: dict[str, Any] = {"name": name, "parameters": parameters, "undefined": 0}
+            row |= dict.fromkeys(("init", "after", "conjugate"), number(None, None, "not measured"))
             for key, kernel in kernels.items():
-                found = invariance(kernel, chosen, transforms)
-                defined = len(chosen) - found.undefined
-                row[{"init": "before"}.get(key, key)] = number(
-                    found.mean, found.standard_error, f"standard error over {defined} images"
-                )
-                row["undefined"] = max(row["undefined"], found.undefined)
+                cosine = invariance(kernel, images, transforms)
+                certificate = f"standard error over {len(images) - cosine.undefined} images"
+                row[key] = number(cosine.mean, cosine.standard_error, certificate)
+                row["undefined"] = max(row["undefined"], cosine.undefined)
             rows.append(row)
-            progress.advance()
-    return {"samples": len(chosen), "rows": rows}
+            bar.advance()
+    return {"samples": len(images), "rows": rows}
 
 
-def shown_tests(task_: Task, model: nn.Module) -> tuple[Tensor, Tensor]:
+def select_examples(task: TrainingTask, model: nn.Module) -> tuple[Tensor, Tensor]:
     """Test examples to look at, up to half of them misclassified, the others spread over the set; all predictions."""
-    predicted = task_.predict(outputs_of(model, task_.data.x_test))
-    wrong = (predicted != task_.data.y_test).nonzero().flatten()[: SHOWN // 2]
-    right = (predicted == task_.data.y_test).nonzero().flatten()
-    right = right[torch.linspace(0, max(len(right) - 1, 0), min(SHOWN - len(wrong), len(right))).long()]
-    return torch.cat([wrong, right]), predicted
+    predicted = task.predict(outputs_of(model, task.data.x_test))
+    wrong = (predicted != task.data.y_test).nonzero().flatten()[: EXAMPLES // 2]
+    right = (predicted == task.data.y_test).nonzero().flatten()
+    return torch.cat([wrong, right[_spread(len(right), EXAMPLES - len(wrong))]]), predicted
 
 
-def neighbours(
-    data: Data, shown: Tensor, predicted: Tensor, values: dict[str, tuple[Tensor, Tensor, Tensor]]
+def neighbors(
+    data: Data, examples: Tensor, predicted: Tensor, kernels: dict[str, tuple[Tensor, Tensor, Tensor]]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Training examples nearest to the test examples shown, by kernel cosine.
+    """Training examples nearest to some test examples, by kernel cosine.
 
     Parameters
     ----------
-    values : kernel -> (k(shown, train) [R, n], diagonal on shown [R], diagonal on train [n]).
+    examples : indices of the test examples, [R].
+    predicted : the network's prediction for each test example.
+    kernels : kernel -> (k(examples, train) [R, n], diagonal on the examples [R], diagonal on train [n]).
     """
     classes = data.classes
     rows: list[dict[str, Any]] = [
-        {"test_index": i, "label": classes[data.y_test[i]], "predicted": classes[predicted[i]]} for i in shown.tolist()
+        {"test_index": i, "label": classes[data.y_test[i]], "predicted": classes[predicted[i]]}
+        for i in examples.tolist()
     ]
-    arrays = {"test": _pixels(data.x_test[shown])} if data.kind == "images" else {}
-    most = min(NEIGHBOURS, len(data.x_train))
-    for name, (K, own, train) in values.items():
+    arrays = {"test": _pixels(data.x_test[examples])} if data.kind == "images" else {}
+    count = min(NEIGHBORS, len(data.x_train))
+    for name, (K, own, train) in kernels.items():
         cosine = K.double() / (own.double().sqrt()[:, None] * train.double().sqrt()[None]).clamp_min(1e-300)
-        top, index = cosine.topk(most, dim=1)
-        for row, c, found in zip(rows, top.tolist(), index.tolist(), strict=True):
+        top, index = cosine.topk(count, dim=1)
+        for row, similarities, indices in zip(rows, top.tolist(), index.tolist(), strict=True):
             row[name] = [
                 {"index": j, "label": classes[data.y_train[j]], "similarity": similarity}
-                for j, similarity in zip(found, c, strict=True)
+                for j, similarity in zip(indices, similarities, strict=True)
             ]
         if data.kind == "images":
-            arrays[name] = _pixels(data.x_train[index.flatten().to(data.x_train.device)]).reshape(
-                len(shown), most, *arrays["test"].shape[1:]
-            )
+            pixels = _pixels(data.x_train[index.flatten().to(data.x_train.device)])
+            arrays[name] = pixels.reshape(len(examples), count, *arrays["test"].shape[1:])
     return {"rows": rows, "kind": data.kind}, arrays
 
 
 def against_oracle(model: nn.Module, x: Tensor, when: str) -> dict[str, Any]:
     """Certificate: the kernel of a few samples against per-sample autograd in float64."""
-    few = x[torch.linspace(0, len(x) - 1, min(3, len(x))).long()]
+    few = x[_spread(len(x), 3)]
     exact = tangent_kernel(model, few, outputs="trace")
     error = float((TangentKernel(model, outputs="trace")(few).double() - exact).abs().max() / exact.abs().max())
     precision = few.dtype if few.is_floating_point() else "model dtype"
@@ -275,7 +256,7 @@ def against_oracle(model: nn.Module, x: Tensor, when: str) -> dict[str, Any]:
 
 
 def kernels_of(models: dict[str, nn.Module], memory: int) -> dict[str, Callable[[], Kernel]]:
-    """The three kernels compared: made on demand."""
+    """The three kernels to compare; each is built when it is called for."""
     return {
         "init": lambda: TangentKernel(models["init"], outputs="trace", memory=memory),
         "after": lambda: TangentKernel(models["after"], outputs="trace", memory=memory),
@@ -284,7 +265,7 @@ def kernels_of(models: dict[str, nn.Module], memory: int) -> dict[str, Callable[
 
 
 def _pixels(x: Tensor) -> np.ndarray:
-    """Images [n, C, H, W] as bytes [n, H, W, 1 or 3]; standardised pixels are stretched to [0, 1]."""
+    """Images [n, C, H, W] as bytes [n, H, W, 1 or 3]; standardized pixels are stretched to [0, 1]."""
     x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
     low, high = x.min(), x.max()
     if low < 0 or high > 1:
@@ -293,5 +274,5 @@ def _pixels(x: Tensor) -> np.ndarray:
 
 
 def finite(value: float | None) -> float | None:
-    """None for what is no number: JSON has no NaN."""
+    """The number, or None for NaN and infinities: JSON has neither."""
     return None if value is None or not np.isfinite(value) else float(value)

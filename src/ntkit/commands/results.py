@@ -1,4 +1,4 @@
-"""What a run found, in one form: ``results.json``, of which the report is a pure function."""
+"""The numbers of all stages in one form: ``results.json``, from which alone the report is made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ntkit.base.versions import RESULTS_FORMAT, versions
-from ntkit.commands.network_measures import Task
+from ntkit.commands.network_measures import TrainingTask
 from ntkit.commands.settings import Settings
 from ntkit.trajectory import Trajectory
 
@@ -18,58 +18,22 @@ KERNELS = ("init", "after", "conjugate")
 
 def assemble(
     settings: Settings,
-    task: Task,
+    task: TrainingTask,
     model: nn.Module,
     trajectory: Trajectory | None,
-    done: dict[str, Any],
+    stages: dict[str, Any],
     device: torch.device,
     memory: int,
 ) -> dict[str, Any]:
-    """Put what the stages left (`done`: stage -> numbers) into the form of ``results.json``.
+    """Put the numbers of the stages (`stages`: name -> numbers) into the form of ``results.json``.
 
     No times and no dates: the same run gives the same bytes.
     """
     s, data = settings, task.data
-    absent = {stage: found["absent"] for stage, found in done.items() if found is not None and "absent" in found}
-    done = {stage: None if stage in absent else found for stage, found in done.items()}
-    machines = [m for key in KERNELS if (m := done[f"machine-{key}"]) is not None]
-    svm = [
-        {
-            "what": f"hard-margin SVM on the {m['label']}: relative duality gap",
-            "value": m["gap"],
-            "tolerance": 1e-6,
-            "ok": m["status"] == "optimal",
-        }
-        for m in machines
-    ]
-    along = done["along"]
-    eigen = (
-        []
-        if along is None
-        else [
-            {
-                "what": "eigenpairs along training: largest |K v - lambda v| / lambda_1 (of K as computed)",
-                "value": along["residual"],
-                "tolerance": 1e-8,
-                "ok": along["residual"] <= 1e-8,
-            }
-        ]
-    )
-    missing = [
-        {"what": f"{stage}: not measured. {reason}", "value": None, "tolerance": None, "ok": False}
-        for stage, reason in absent.items()
-    ]
-    oracle = done["oracle"] or {"checks": [], "fallback": {}, "text": ""}
-    training = None
-    if trajectory is not None:
-        training = {
-            "optimizer": s.describe_optimizer(),
-            "batch_size": trajectory.settings["batch_size"] or len(data.x_train),
-            "steps": trajectory.stop["step"],
-            "stop": trajectory.stop["reason"],
-            "losses": trajectory.losses.tolist(),
-            "seed": s.seed,
-        }
+    absent = {name: numbers["absent"] for name, numbers in stages.items() if numbers and "absent" in numbers}
+    stages = {name: None if name in absent else numbers for name, numbers in stages.items()}
+    machines = [m for key in KERNELS if (m := stages[f"machine-{key}"]) is not None]
+    oracle = stages["oracle"] or {"checks": [], "fallback": {}, "text": ""}
     return {
         "format": RESULTS_FORMAT,
         "title": f"{s.model} on {data.name}" + (f", classes {' and '.join(data.classes)}" if s.classes else ""),
@@ -80,7 +44,7 @@ def assemble(
             "train": len(data.x_train),
             "test": len(data.x_test),
             "input_shape": list(data.input_shape),
-            "normalisation": data.normalisation,
+            "normalization": data.normalisation,
             "source": data.source,
             "hash": data.hash,
         },
@@ -94,15 +58,12 @@ def assemble(
             "fallback": oracle["fallback"],
             "text": oracle["text"],
         },
-        "training": training,
-        "network": done["network"],
+        "training": None if trajectory is None else _training(s, trajectory, len(data.x_train)),
+        "network": stages["network"],
         "machines": machines,
-        "quality": [q for key in KERNELS if (q := done[f"gram-{key}"]) is not None],
-        "similarity": done["similarity"],
-        "along": along,
-        "invariances": done["invariances"],
-        "neighbours": done["neighbours"],
-        "certificates": [*oracle["checks"], *svm, *eigen, *missing],
+        "quality": [q for key in KERNELS if (q := stages[f"gram-{key}"]) is not None],
+        **{name: stages[name] for name in ("similarity", "along", "invariances", "neighbors")},
+        "certificates": [*oracle["checks"], *_certificates(machines, stages["along"], absent)],
         "reproduce": {
             "command": "ntkit analyze " + " ".join(map(shlex.quote, s.arguments())),
             "versions": versions(),
@@ -112,3 +73,27 @@ def assemble(
             "memory": memory,
         },
     }
+
+
+def _training(settings: Settings, trajectory: Trajectory, examples: int) -> dict[str, Any]:
+    return {
+        "optimizer": settings.describe_optimizer(),
+        "batch_size": trajectory.settings["batch_size"] or examples,
+        "steps": trajectory.stop["step"],
+        "stop": trajectory.stop["reason"],
+        "losses": trajectory.losses.tolist(),
+        "seed": settings.seed,
+    }
+
+
+def _certificates(machines: list, along: dict[str, Any] | None, absent: dict[str, str]) -> list[dict[str, Any]]:
+    """What certifies the machines and the eigenpairs; and, as failures, the stages without numbers."""
+    rows: list[tuple[str, float | None, float | None, bool]] = [
+        (f"hard-margin SVM on the {m['label']}: relative duality gap", m["gap"], 1e-6, m["status"] == "optimal")
+        for m in machines
+    ]
+    if along is not None:
+        what = "eigenpairs along training: largest |K v - lambda v| / lambda_1 (of K as computed)"
+        rows.append((what, along["residual"], 1e-8, along["residual"] <= 1e-8))
+    rows += [(f"{stage}: not measured. {reason}", None, None, False) for stage, reason in absent.items()]
+    return [dict(zip(("what", "value", "tolerance", "ok"), row, strict=True)) for row in rows]

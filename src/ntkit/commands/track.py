@@ -1,8 +1,7 @@
-"""`ntkit track`: a run's folder in, numbers along training out, also while it trains."""
+"""`ntkit track`: the kernel along a recorded run, also while it trains."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +20,8 @@ from ntkit.networks.built_in import build
 from ntkit.tracking import Tracked, scalars, track
 from ntkit.trajectory import Trajectory
 
-SHOWN = 6  # eigenvectors drawn
-_PATIENCE = 2.0  # seconds between looks at a run that is still at work
+_DRAWN = 6  # eigenvectors that the page shows as images
+_PAUSE = 2.0  # seconds between looks at a run that is still training
 
 _COLUMNS = (
     ("step", "step", "{:>9,}"),
@@ -47,7 +46,7 @@ def track_run(
     data_dir: str | None = None,
     points: int = 500,
     k: int = 20,
-    outputs: str = "trace",
+    outputs: Any = "trace",
     memory: str | None = None,
     out: Path | None = None,
     follow: bool = False,
@@ -58,7 +57,7 @@ def track_run(
 
     Parameters
     ----------
-    run : a run folder of `analyze` (model and data are known), or a trajectory's folder (then name both).
+    run : a run folder of `analyze`, which names model and data; or a trajectory's folder (then give both).
     model, data, data_dir : as in `ntkit analyze`.
     points : training examples to follow, spread evenly.
     k, outputs, memory : as in `ntkit.track`.
@@ -70,9 +69,9 @@ def track_run(
     Raises
     ------
     Refused
-        When the folder holds no run, or model and data are not known.
+        When the folder holds no run, or model and data are missing.
     """
-    folder, network, x, y = _found(run, model, data, data_dir, points)
+    folder, network, x, y = _run_to_follow(run, model, data, data_dir, points)
     place = out or run / "track"
     say(" ".join(f"{title:>{len(form.format(0))}}" for title, _, form in _COLUMNS))
     while True:
@@ -85,13 +84,13 @@ def track_run(
                 steps=steps, on_snapshot=lambda record: say(_row(record)),
             )  # fmt: skip
         except Refused:
-            # a recorder that keeps to its disk budget takes snapshots away, perhaps between our listing and reading
+            # a recorder deletes snapshots to stay within its disk budget, perhaps between our listing and reading
             if set(trajectory.steps) <= set(Trajectory.open(folder).steps):
                 raise
             continue
         if ended or not follow:
             break
-        time.sleep(_PATIENCE)
+        time.sleep(_PAUSE)
     if tensorboard is not None:
         tracked.to_tensorboard(tensorboard)
     if x.dim() == 4 and outputs == "trace":
@@ -103,47 +102,41 @@ def track_run(
 
 
 def _draw(tracked: Tracked, x: Tensor, place: Path) -> None:
-    """Leave the top eigenvectors as images, with how fast they vary, for the page."""
-    drawn = [patterns(np.nan_to_num(tracked.eigenvectors(step)[:, :SHOWN]), x) for step in tracked.steps]
+    """Write the top eigenvectors as images, with their frequencies, for the page."""
+    images = [patterns(np.nan_to_num(tracked.eigenvectors(step)[:, :_DRAWN]), x) for step in tracked.steps]
     arrays = {
         "mean": x.double().mean((0, 1)).float().cpu().numpy(),
         "steps": np.asarray(tracked.steps),
-        "eigenfunctions": torch.stack(drawn).float().numpy(),
-        "bandwidth": torch.stack([bandwidth(images) for images in drawn]).numpy(),
+        "eigenfunctions": torch.stack(images).float().numpy(),
+        "bandwidth": torch.stack([bandwidth(of_step) for of_step in images]).numpy(),
     }
     write_arrays(place / "images.safetensors", arrays)
 
 
-def _found(
+def _run_to_follow(
     run: Path, model: str | None, data: str | None, data_dir: str | None, points: int
 ) -> tuple[Path, nn.Module, Tensor, Tensor]:
     """Trajectory folder, model and points."""
     described = read_json(run / "run.json")
+    folder, seed = run, 0
     if isinstance(described, dict) and "settings" in described and (run / "trajectory").is_dir():
-        s = Settings(**{f.name: described["settings"][f.name] for f in dataclasses.fields(Settings)})
-        folder, chosen = run / "trajectory", load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
-        name, seed = s.model, s.seed
+        s = Settings.of(described["settings"])
+        folder, model, seed = run / "trajectory", s.model, s.seed
+        sets = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
     elif model is None or data is None:
-        raise refusal(
-            str(run),
-            got="a recorded trajectory without --model and --data",
-            expected="both, or a run folder of ntkit analyze",
-            fix="Name the factory of its architecture and the data to follow: --model net.py:make --data set.npz.",
-        )
+        got, expected = "a recorded trajectory without --model and --data", "both, or a run folder of ntkit analyze"
+        fix = "Name the factory of its architecture and the data to follow: --model net.py:make --data set.npz."
+        raise refusal(str(run), got=got, expected=expected, fix=fix)
     else:
-        folder, chosen, name, seed = run, load(data, data_dir), model, 0
-    network = build(name, chosen.input_shape, 1 if len(chosen.classes) == 2 else len(chosen.classes), seed)
-    n = min(points, len(chosen.x_train))
-    rows = torch.linspace(0, len(chosen.x_train) - 1, n).long()
-    return folder, network, chosen.x_train[rows], chosen.y_train[rows]
+        sets = load(data, data_dir)
+    network = build(model, sets.input_shape, 1 if len(sets.classes) == 2 else len(sets.classes), seed)
+    rows = torch.linspace(0, len(sets.x_train) - 1, min(points, len(sets.x_train))).long()
+    return folder, network, sets.x_train[rows], sets.y_train[rows]
 
 
 def _row(record: dict[str, Any]) -> str:
-    """A snapshot as a line of the table."""
+    """One line of the table, for one snapshot."""
     lr = record.get("learning_rate")
     values = {"step": record["step"], **scalars(record), "bound": 2 / lr if lr else None}
-    cells = []
-    for _, name, form in _COLUMNS:
-        value = values.get(name)
-        cells.append(form.format(value) if value is not None else f"{'-':>{len(form.format(0))}}")
-    return " ".join(cells)
+    cells = [(values.get(name), form) for _, name, form in _COLUMNS]
+    return " ".join(f"{'-':>{len(form.format(0))}}" if value is None else form.format(value) for value, form in cells)

@@ -1,7 +1,4 @@
-"""Readers of data files. A file is read whole and checked, or refused with its name and the bad byte or row.
-
-One reader after the other, each with its refusals: together they are a little long, apart they would share too much.
-"""
+"""Readers of data files: a file is read completely and checked, or refused with its name and the bad byte or row."""
 
 from __future__ import annotations
 
@@ -29,19 +26,19 @@ CIFAR10_EXPECTED = (
 _DIGITS = tuple(str(digit) for digit in range(10))
 
 _RECORD = 1 + 3 * 32 * 32  # CIFAR-10: a label byte, then 1024 red, 1024 green and 1024 blue bytes
-_AGAIN = "Fetch this file again from its official place; nothing was loaded."
+_AGAIN = "Download this file again from its official source. Nothing was loaded."
 NO_DOWNLOAD = "Put the official files there or name another folder; nothing is ever downloaded."
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class Files(NamedTuple):
-    """What a reader found: ``(x, y)`` for training and, unless it is still to be split off, for testing."""
+    """Content of the files: ``(x, y)`` for training and for testing (None: no test set)."""
 
     train: tuple[Any, Any]
     test: tuple[Any, Any] | None
     classes: Sequence[str] | None
     source: str
-    scale: float = 255.0  # the value of a uint8 pixel that means 1
+    scale: float = 255.0  # the uint8 pixel value that becomes 1
 
 
 def _read_bytes(path: Path, expected: str, limit: int = -1) -> bytes:
@@ -53,7 +50,7 @@ def _read_bytes(path: Path, expected: str, limit: int = -1) -> bytes:
         raise refusal(str(path), got=error.strerror or error, expected=expected, fix=fix) from error
     if not blob:
         raise refusal(str(path), got="an empty file (0 bytes)", expected=expected, fix=_AGAIN)
-    # A proxy's or login page saved under the data's name is the usual "corrupt download".
+    # Often the "corrupt download" is the web page of a proxy or login.
     if blob[:512].lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise refusal(str(path), got="an HTML page (a web page saved as data)", expected=expected, fix=_AGAIN)
     return blob
@@ -71,64 +68,46 @@ def _gunzip(path: Path, blob: bytes) -> bytes:
             got = f"gzip data that cannot be unpacked, in the part from byte {at:,} ({error})"
             raise refusal(str(path), got=got, expected="an intact gzip file", fix=_AGAIN) from error
         if not inflate.eof:
-            got = f"a gzip file cut short at byte {len(blob):,} ({sum(map(len, parts)):,} bytes unpacked, no end mark)"
+            got = f"a gzip file cut short at byte {len(blob):,} ({sum(map(len, parts)):,} bytes unpacked, no end)"
             raise refusal(str(path), got=got, expected="a complete gzip file", fix=_AGAIN)
         packed = inflate.unused_data
     return b"".join(parts)
 
 
 def read_idx(path: Path, content: str) -> np.ndarray:
-    """Read one idx file of unsigned bytes, gzipped or not (told by its first bytes, not by its name).
-
-    Parameters
-    ----------
-    path : the file.
-    content : ``"images"`` (magic number 2051) or ``"labels"`` (2049).
-
-    Returns
-    -------
-    numpy.ndarray
-        uint8, ``[n, h, w]`` or ``[n]``; writable.
-
-    Raises
-    ------
-    Refused
-        Wrong magic number, too few or too many bytes, a broken gzip stream.
-    """
+    """Read one idx file of uint8 ``"images"`` [n, h, w] or ``"labels"`` [n], gzipped or not whatever its name."""
     magic, rank = {"images": (2051, 3), "labels": (2049, 1)}[content]
     expected = f"an idx file of {content} (magic number {magic})"
     blob = _read_bytes(path, expected)
     if blob[:2] == b"\x1f\x8b":
         blob = _gunzip(path, blob)
     header = 4 + 4 * rank
-    found = int.from_bytes(blob[:4], "big")
-    if len(blob) >= 4 and found != magic:
-        meaning = {2051: ", a file of images", 2049: ", a file of labels"}.get(found, "")
-        got = f"magic number {found} at byte 0{meaning}"
+    number = int.from_bytes(blob[:4], "big")
+    if len(blob) >= 4 and number != magic:
+        meaning = {2051: ", a file of images", 2049: ", a file of labels"}.get(number, "")
+        got = f"magic number {number} at byte 0{meaning}"
         raise refusal(str(path), got=got, expected=expected, fix="Check that no file was renamed or swapped.")
     if len(blob) < header:
         raise refusal(str(path), got=f"{len(blob)} bytes", expected=f"a header of {header} bytes", fix=_AGAIN)
     shape = [int.from_bytes(blob[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(rank)]
-    whole = header + math.prod(shape)
-    if len(blob) != whole:
-        what = "cut short" if len(blob) < whole else f"{len(blob) - whole:,} trailing bytes from byte {whole:,}"
-        size = " x ".join(f"{extent:,}" for extent in shape)
-        raise refusal(
-            str(path), got=f"{len(blob):,} bytes ({what})", expected=f"{whole:,} bytes for {size} {content}", fix=_AGAIN
-        )
+    size = header + math.prod(shape)
+    if len(blob) != size:
+        what = "cut short" if len(blob) < size else f"{len(blob) - size:,} trailing bytes from byte {size:,}"
+        expected = f"{size:,} bytes for {' x '.join(f'{extent:,}' for extent in shape)} {content}"
+        raise refusal(str(path), got=f"{len(blob):,} bytes ({what})", expected=expected, fix=_AGAIN)
     return np.frombuffer(bytearray(blob), np.uint8, offset=header).reshape(shape)
 
 
-def _labels_below(limit: int, y: np.ndarray, path: Path, offset: int, stride: int) -> None:
-    bad = np.flatnonzero(y >= limit)
+def _check_labels(y: np.ndarray, path: Path, offset: int, stride: int) -> None:
+    bad = np.flatnonzero(y >= 10)
     if len(bad):
         row = int(bad[0])
         got = f"label {int(y[row])} in row {row:,} (byte {offset + row * stride:,})"
-        raise refusal(str(path), got=got, expected=f"labels 0 to {limit - 1}", fix=_AGAIN)
+        raise refusal(str(path), got=got, expected="labels 0 to 9", fix=_AGAIN)
 
 
 def read_digits() -> Files:
-    """Return the 1,797 digits that scikit-learn embeds, pixels 0 to 16."""
+    """Read the 1,797 digits in scikit-learn, pixels 0 to 16."""
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
@@ -137,43 +116,31 @@ def read_digits() -> Files:
 
 
 def read_mnist(folder: Path) -> Files:
-    """Read the four MNIST files of a folder: official names or a dot before ``idx``, gzipped or not.
-
-    Raises
-    ------
-    Refused
-        A file is absent (names which), broken, or its images and labels differ in number.
-    """
+    """Read the four MNIST files of a folder: official names or a dot before ``idx``, gzipped or not."""
     paths, missing = [], []
     for name in _MNIST_FILES:
         dotted = name.replace("-idx", ".idx")
         candidates = [folder / f"{stem}{end}" for stem in (name, dotted) for end in ("", ".gz")]
-        there = [path for path in candidates if path.is_file()]
-        paths += there[:1]
-        missing += [] if there else [name]
+        existing = [path for path in candidates if path.is_file()]
+        paths += existing[:1]
+        missing += [] if existing else [name]
     if missing:
-        got = f"no {', '.join(missing)}"
-        raise refusal(str(folder), got=got, expected=MNIST_EXPECTED, fix=NO_DOWNLOAD)
+        raise refusal(str(folder), got=f"no {', '.join(missing)}", expected=MNIST_EXPECTED, fix=NO_DOWNLOAD)
     splits = []
     for images, labels in (paths[:2], paths[2:]):
         x, y = read_idx(images, "images"), read_idx(labels, "labels")
         if len(x) != len(y):
-            raise refusal(
-                str(labels), got=f"{len(y):,} labels", expected=f"{len(x):,}, as many as {images.name} has", fix=_AGAIN
-            )
-        _labels_below(10, y, labels, offset=8, stride=1)
+            expected = f"{len(x):,}, as many as {images.name} has"
+            raise refusal(str(labels), got=f"{len(y):,} labels", expected=expected, fix=_AGAIN)
+        _check_labels(y, labels, offset=8, stride=1)
         splits.append((x[:, None], y))
     return Files(splits[0], splits[1], _DIGITS, f"MNIST idx files {', '.join(path.name for path in paths)}")
 
 
 def read_cifar10(folder: Path) -> Files:
-    """Read CIFAR-10, binary or Python version, of any number of records a file, in `folder` or its official subfolder.
+    """Read CIFAR-10, binary or Python version, any number of records per file, in `folder` or its official subfolder.
 
-    Raises
-    ------
-    Refused
-        A file is absent (names which), has no whole number of records, a label above 9, or a pickle that wants
-        anything but NumPy arrays and plain values (nothing of it is executed).
+    Nothing in a pickle is executed: it may hold only NumPy arrays and plain values.
     """
     batches = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     places = [
@@ -182,7 +149,7 @@ def read_cifar10(folder: Path) -> Files:
         for sub in (".", official)
     ]
     counts = [sum((place / f"{name}{end}").is_file() for name in batches) for place, end in places]
-    place, end = places[int(np.argmax(counts))]  # the fullest place, so that a refusal names what is missing there
+    place, end = places[int(np.argmax(counts))]  # the place with most files, so that an error names those missing there
     names = [f"{name}{end}" for name in batches]
     missing = [name for name in names if not (place / name).is_file()]
     if missing:
@@ -202,22 +169,22 @@ def _cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
     blob = _read_bytes(path, f"CIFAR-10 records of {_RECORD} bytes")
     rows, rest = divmod(len(blob), _RECORD)
     if rest:
-        got = f"{len(blob):,} bytes: {rows:,} whole records up to byte {rows * _RECORD:,}, then {rest:,} bytes"
+        got = f"{len(blob):,} bytes: {rows:,} complete records up to byte {rows * _RECORD:,}, then {rest:,} bytes"
         raise refusal(str(path), got=got, expected=f"a multiple of {_RECORD:,} bytes", fix=_AGAIN)
     records = np.frombuffer(blob, np.uint8).reshape(rows, _RECORD)
-    _labels_below(10, records[:, 0], path, offset=0, stride=_RECORD)
+    _check_labels(records[:, 0], path, offset=0, stride=_RECORD)
     return records[:, 1:], records[:, 0]
 
 
 def _latin1(text: str, encoding: str = "") -> bytes:
-    """Stand in for ``_codecs.encode``, which NumPy's protocol-2 pickles use for raw bytes; no other codec runs."""
+    """Replace ``_codecs.encode``, which NumPy's protocol-2 pickles use for raw bytes; only this codec is allowed."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"codec {encoding!r}")
     return text.encode("latin-1")
 
 
 class _Array:
-    """Stand in for a pickled array: keeps its state as plain values, since NumPy's own code trusts what it is given."""
+    """Replace a pickled array by its state as plain values: NumPy's own code does not check it."""
 
     state: Any = ()
 
@@ -226,7 +193,7 @@ class _Array:
 
 
 class _Dtype:
-    """Stand in for a pickled dtype: keeps its name only."""
+    """Replace a pickled dtype by its name."""
 
     def __init__(self, name: Any, *_: Any) -> None:
         self.name = name.decode("latin-1") if isinstance(name, bytes) else str(name)
@@ -245,21 +212,18 @@ _PERMITTED: dict[tuple[str, str], Any] = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles arrays, dicts, lists, strings, bytes, numbers; any other global is refused before it is looked up."""
+    """Unpickler of arrays, dicts, lists, strings, bytes, numbers; refuses any other global before looking it up."""
 
     def __init__(self, path: Path, blob: bytes) -> None:
         super().__init__(io.BytesIO(blob), encoding="bytes")
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a permitted global."""
+        """Look up a permitted global."""
         if (module, name) not in _PERMITTED:
-            raise refusal(
-                str(self._path),
-                got=f"a pickle that asks for {module}.{name}",
-                expected="a pickle of NumPy arrays, dicts, lists, strings and numbers only",
-                fix="This is not an official CIFAR-10 file and may be hostile: delete it. Nothing in it was executed.",
-            )
+            expected = "a pickle of NumPy arrays, dicts, lists, strings and numbers only"
+            fix = "This is not an official CIFAR-10 file and may be malicious: delete it. Nothing was executed."
+            raise refusal(str(self._path), got=f"a pickle that asks for {module}.{name}", expected=expected, fix=fix)
         return _PERMITTED[module, name]
 
 
@@ -269,11 +233,11 @@ def _cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
         batch = _ArraysOnly(path, blob).load()
     except Refused:
         raise
-    except Exception as error:  # a broken pickle may raise nearly anything
+    except Exception as error:  # a broken pickle may raise almost anything
         got = f"a pickle of {len(blob):,} bytes that cannot be read ({error})"
         raise refusal(str(path), got=got, expected="a CIFAR-10 python batch", fix=_AGAIN) from error
     entries = batch if isinstance(batch, dict) else {}
-    # Python 2's keys arrive as bytes, those of a batch pickled again under Python 3 as str.
+    # keys are bytes from Python 2, str if the batch was pickled again under Python 3
     array, labels = (entries.get(key.encode(), entries.get(key)) for key in ("data", "labels"))
     state = array.state if isinstance(array, _Array) else ()
     if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], _Dtype):
@@ -287,69 +251,54 @@ def _cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
     x = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if by_columns else "C")
     for row, label in enumerate(labels):
         if type(label) is not int or not 0 <= label <= 9:
-            got = f"label {label!r} in row {row:,}"
-            raise refusal(str(path), got=got, expected="labels 0 to 9", fix=_AGAIN)
+            raise refusal(str(path), got=f"label {label!r} in row {row:,}", expected="labels 0 to 9", fix=_AGAIN)
     return x, np.array(labels, np.uint8)
 
 
 def read_npz(path: Path) -> Files:
-    """Read the arrays of an ``.npz`` file: x_train, y_train, x_test, y_test, or x and y. Never unpickles.
-
-    Raises
-    ------
-    Refused
-        Not a zip archive, keys missing, an array of Python objects, or an array that cannot be read.
-    """
+    """Read the arrays of an ``.npz`` file: x_train, y_train, x_test, y_test, or x and y. Never unpickles."""
     _read_bytes(path, "an .npz file", limit=512)
-    need = "x_train, y_train, x_test, y_test, or x and y"
+    expected = "x_train, y_train, x_test, y_test, or x and y"
     if not zipfile.is_zipfile(path):
         got = "a file that is not a zip archive, or one cut short"
         raise refusal(str(path), got=got, expected="an .npz file", fix="Write it again with numpy.savez.")
     key = "its table of contents"
     try:
         with np.load(path, allow_pickle=False) as archive:
-            found = set(archive.files)
-            split = {"x_train", "y_train", "x_test", "y_test"} <= found
-            if not split and not {"x", "y"} <= found:
-                got = f"keys {', '.join(sorted(found)) or '(none)'}"
-                raise refusal(str(path), got=got, expected=need, fix="Name the arrays in numpy.savez so.")
+            keys = set(archive.files)
+            split = {"x_train", "y_train", "x_test", "y_test"} <= keys
+            if not split and not {"x", "y"} <= keys:
+                got = f"keys {', '.join(sorted(keys)) or '(none)'}"
+                raise refusal(str(path), got=got, expected=expected, fix="Use these names in numpy.savez.")
             arrays = {}
             for key in ("x_train", "y_train", "x_test", "y_test") if split else ("x", "y"):
                 arrays[key] = archive[key]
     except Refused:
         raise
-    except Exception as error:  # a hostile or damaged archive may raise nearly anything
+    except Exception as error:  # a malicious or damaged archive may raise almost anything
         got = f"{key} cannot be read ({error})"
         expected = "plain numeric arrays (no Python objects), undamaged"
         raise refusal(str(path), got=got, expected=expected, fix="Write it again with numpy.savez.") from error
-    source = f"npz file {path.name}: {', '.join(arrays)}"
-    if split:
-        return Files((arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"]), None, source)
-    return Files((arrays["x"], arrays["y"]), None, None, source)
+    values = tuple(arrays.values())
+    return Files(values[:2], values[2:] or None, None, f"npz file {path.name}: {', '.join(arrays)}")
 
 
 def read_image_folder(folder: Path) -> Files:
-    """Read FOLDER/train/CLASS/* and FOLDER/test/CLASS/*, or FOLDER/CLASS/*: PNG and JPEG, one size, grey or RGB.
-
-    Raises
-    ------
-    Refused
-        No class folders, classes that differ between train and test, a file that is not such an image (named).
-    """
+    """Read FOLDER/train/CLASS/* and FOLDER/test/CLASS/*, or FOLDER/CLASS/*: PNG and JPEG, one size, gray or RGB."""
     split = (folder / "train").is_dir() and (folder / "test").is_dir()
     roots = [folder / "train", folder / "test"] if split else [folder]
-    listed = [_class_folders(root) for root in roots]
-    classes = tuple(path.name for path in listed[0])
-    for other in listed[1:]:
+    folders = [_class_folders(root) for root in roots]
+    classes = tuple(path.name for path in folders[0])
+    for other in folders[1:]:
         odd = sorted(set(classes) ^ {path.name for path in other})
         if odd:
             got = f"class {odd[0]!r} in only one of train and test"
             raise refusal(str(folder), got=got, expected="the same class folders in both", fix="Add or remove it.")
-    labels = [[label for label, path in enumerate(group) for _ in _visible(path)] for group in listed]
-    pixels = _read_images([path for group in listed for inner in group for path in _visible(inner)])
-    cut = len(labels[0])
-    train = (pixels[:cut], np.array(labels[0]))
-    test = (pixels[cut:], np.array(labels[1])) if split else None
+    labels = [[label for label, path in enumerate(group) for _ in _visible(path)] for group in folders]
+    pixels = _read_images([path for group in folders for inner in group for path in _visible(inner)])
+    n = len(labels[0])
+    train = (pixels[:n], np.array(labels[0]))
+    test = (pixels[n:], np.array(labels[1])) if split else None
     layout = "train/CLASS and test/CLASS" if split else "CLASS"
     return Files(train, test, classes, f"images in {folder.name}/, {layout}: {', '.join(classes)}")
 
@@ -366,7 +315,7 @@ def _class_folders(root: Path) -> list[Path]:
     folders = [path for path in _visible(root) if path.is_dir()]
     if not folders:
         fix = "Name the folder that holds the class folders."
-        raise refusal(str(root), got="no class folders", expected="one folder of images a class", fix=fix)
+        raise refusal(str(root), got="no class folders", expected="one folder of images per class", fix=fix)
     for folder in folders:
         if not _visible(folder):
             raise refusal(str(folder), got="an empty class folder", expected="images", fix="Add some or remove it.")
@@ -381,9 +330,8 @@ def _read_images(paths: list[Path]) -> np.ndarray:
     for row, path in enumerate(paths):
         if path.suffix.lower() not in _IMAGE_SUFFIXES or not path.is_file():
             got = f"{'a folder' if path.is_dir() else 'a file'} that is not {', '.join(_IMAGE_SUFFIXES)}"
-            raise refusal(
-                str(path), got=got, expected="only PNG and JPEG images in a class folder", fix="Move it away."
-            )
+            expected = "only PNG and JPEG images in a class folder"
+            raise refusal(str(path), got=got, expected=expected, fix="Move it elsewhere.")
         blob = _read_bytes(path, "a PNG or JPEG image")
         try:
             with Image.open(io.BytesIO(blob), formats=("PNG", "JPEG")) as image:
@@ -393,12 +341,8 @@ def _read_images(paths: list[Path]) -> np.ndarray:
             got = f"an image that cannot be read ({error})"
             raise refusal(str(path), got=got, expected="an intact PNG or JPEG image", fix="Replace it.") from error
         if mode not in ("L", "RGB"):
-            raise refusal(
-                str(path),
-                got=f"mode {mode}",
-                expected="8-bit grey (L) or RGB",
-                fix="Convert all images to one of them.",
-            )
+            fix = "Convert all images to one of them."
+            raise refusal(str(path), got=f"mode {mode}", expected="8-bit gray (L) or RGB", fix=fix)
         if row == 0:
             pixels = np.empty((len(paths), *array.shape), np.uint8)
             first = f"{image.width} x {image.height} {mode}, as {path.name}"

@@ -1,55 +1,57 @@
-"""Stratified random choices that are the same on every machine and with every version of NumPy."""
+"""Classes, and stratified random samples that are the same on every machine and with every version of NumPy."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import refusal
+from ntkit.base.checks import nearest, refusal
 
 
 def draw(y: Tensor, count: int, where: str, seed: int, part: int) -> Tensor:
-    """Rows, ascending, of a stratified choice of `count` examples with labels `y`; `where` names it in a refusal."""
+    """Rows, ascending, of a stratified sample of `count` examples with labels `y`; errors name it `where`."""
     for subject, value, low in ((where, count, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < low:
             expected = f"an integer of at least {low}"
             raise refusal(subject, got=repr(value), expected=expected, fix="Give a number, or leave it out.")
     if count > len(y):
         got = f"{count:,} examples"
-        raise refusal(where, got=got, expected=f"at most {len(y):,}, all there are", fix="Ask for fewer, or for all.")
+        raise refusal(where, got=got, expected=f"at most {len(y):,}", fix="Ask for fewer, or for all.")
     sizes = y.bincount()
     return stratified(y, _quotas(sizes, count, sizes), [seed, part])
 
 
 def held_out_quotas(y: Tensor, subject: str) -> Tensor:
-    """Examples per class of a test set: a fifth of all if there is room, each class keeping one to train on."""
+    """Test examples per class: a fifth of all if possible, but each class keeps one for training."""
     sizes = y.bincount()
-    room = (sizes - 1).clamp(min=0)  # every class keeps at least one example to train on
-    total = min(-(-len(y) // 5), int(room.sum()))
+    most = (sizes - 1).clamp(min=0)
+    total = min(-(-len(y) // 5), int(most.sum()))
     if total == 0:
         got = f"{len(y)} examples, no class with two"
-        raise refusal(subject, got=got, expected="enough to split off a test set", fix="Give a test set.")
-    return _quotas(sizes, total, room)
+        raise refusal(subject, got=got, expected="enough for a test set", fix="Pass a test set.")
+    return _quotas(sizes, total, most)
 
 
-def _quotas(sizes: Tensor, total: int, room: Tensor) -> Tensor:
-    """Share `total` out in proportion to `sizes`, none above `room`, and none without if it can be helped."""
-    quotas = torch.minimum(sizes * total // sizes.sum(), room)
-    if total >= int((room > 0).sum()):
-        quotas = torch.maximum(quotas, (room > 0).long())
+def _quotas(sizes: Tensor, total: int, most: Tensor) -> Tensor:
+    """Divide `total` in proportion to `sizes`: at most `most` each, and at least one each if possible."""
+    quotas = torch.minimum(sizes * total // sizes.sum(), most)
+    if total >= int((most > 0).sum()):
+        quotas = torch.maximum(quotas, (most > 0).long())
     while (excess := int(quotas.sum()) - total) != 0:
         owed = sizes * total - quotas * sizes.sum()  # integers: ties fall the same way everywhere
         never = torch.iinfo(torch.int64).min
         if excess > 0:
             quotas[(-owed).masked_fill(quotas <= 1, never).argmax()] -= 1
         else:
-            quotas[owed.masked_fill(quotas >= room, never).argmax()] += 1
+            quotas[owed.masked_fill(quotas >= most, never).argmax()] += 1
     return quotas
 
 
 def stratified(y: Tensor, quotas: Tensor, seed: int | list[int]) -> Tensor:
-    """Rows, ascending, of a random choice of ``quotas[c]`` examples of each class c."""
+    """Rows, ascending, of a random sample of ``quotas[c]`` examples of each class c."""
     # Raw bits of a bit generator are the one random stream NumPy promises never to change between versions.
     keys = np.random.PCG64(seed).random_raw(len(y))
     shuffled = np.argsort(keys, kind="stable")
@@ -57,3 +59,38 @@ def stratified(y: Tensor, quotas: Tensor, seed: int | list[int]) -> Tensor:
     starts = np.concatenate([[0], np.cumsum(y.bincount().numpy())])
     parts = [by_class[start : start + int(quota)] for start, quota in zip(starts, quotas, strict=False)]
     return torch.from_numpy(np.sort(np.concatenate(parts)))
+
+
+def class_names(names: Sequence[str] | None, sets: dict[str, Tensor]) -> tuple[str, ...]:
+    """Names of the classes of these labels by subject; without `names`, the numbers up to the largest label."""
+    # Targets or ids in place of labels would give a huge number of classes.
+    limit = max(1000, *map(len, sets.values())) if names is None else len(names)
+    for subject, y in sets.items():
+        bad = ((y < 0) | (y >= limit)).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            got = f"label {int(y[row])} in row {row:,}"
+            fix = "Number the classes from 0, or give all their names."
+            raise refusal(f"{subject}, labels y", got=got, expected=f"0 to {limit - 1}", fix=fix)
+    largest = max(int(y.max()) for y in sets.values())
+    result = tuple(map(str, range(largest + 1) if names is None else names))
+    if len(set(result)) < len(result):
+        raise refusal("classes", got=", ".join(result), expected="different names", fix="Rename one.")
+    return result
+
+
+def class_indices(classes: Sequence[str | int], names: tuple[str, ...]) -> list[int]:
+    """Indices of classes given by name or by index."""
+    expected = "a sequence of at least two different classes, by name or index"
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        raise refusal("classes", got=repr(classes), expected=expected, fix="For example classes=(3, 8).")
+    indices = []
+    for item in classes:
+        word = str(item)
+        if word not in names and not (word.isdecimal() and int(word) < len(names)):
+            raise refusal("classes", got=repr(item), expected="a class of the data", fix=nearest(word, names))
+        indices.append(names.index(word) if word in names else int(word))
+    if len(set(indices)) < max(2, len(indices)):
+        got = ", ".join(map(str, classes)) or "none"
+        raise refusal("classes", got=got, expected=expected, fix="Name each class once, and at least two.")
+    return indices

@@ -12,17 +12,17 @@ _ROUNDS = 500
 
 
 def _block(k: int) -> int:
-    """Vectors per product: most of a matrix product's rate, and few wasted on pairs that have converged (LOG.md)."""
+    """Vectors per product: most of a matrix product's rate, and few spent on pairs that have converged (LOG.md)."""
     return 2 if k == 1 else 16 if k < 64 else 32
 
 
 def leading(product: Product, N: int, k: int, tolerance: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """Top k eigenpairs of a symmetric matrix known by its products: values, vectors, norms of residuals, status.
+    """Top k eigenpairs of a symmetric matrix given by its products: values, vectors, norms of residuals, status.
 
-    Block Krylov iteration with full reorthogonalisation and thick restarts: the basis grows by the residuals of the
+    Block Krylov iteration with full reorthogonalization and thick restarts: the basis grows by the residuals of the
     first pairs that have not converged; memory 2 N (2 k + 6 blocks) numbers. A space grown from b vectors holds at most
-    b directions of every eigenspace (a kernel G (x) I has C), and what the start happened to miss shows in no residual.
-    Hence the second search, outside the space found, until nothing there exceeds the smallest eigenvalue kept.
+    b directions of every eigenspace (a kernel G (x) I has C), and no residual shows a direction that the start missed.
+    Hence a second search, outside that space, until nothing there exceeds the smallest eigenvalue of the first.
 
     Parameters
     ----------
@@ -45,11 +45,11 @@ def leading(product: Product, N: int, k: int, tolerance: float) -> tuple[np.ndar
 
         threshold = max(values[-1], 0.0) + max(1e-10, 10 * tolerance) * abs(values[0])
         start = draw.standard_normal((N, min(N, _block(1))))
-        missed, _, found = _grow(outside, start, 1, 1e-3, draw, threshold)
+        missed, _, converged = _grow(outside, start, 1, 1e-3, draw, threshold)
         missed, _ = np.linalg.qr(missed - vectors @ (vectors.T @ missed))
         largest = np.linalg.eigvalsh(missed.T @ product(missed))[-1]
-        if not found or largest <= threshold:
-            status = "converged" if found else "search for repeated eigenvalues did not converge"
+        if not converged or largest <= threshold:
+            status = "converged" if converged else "search for repeated eigenvalues did not converge"
             return values, vectors, residuals, status
         basis, image, good = _grow(product, np.concatenate([vectors, missed], axis=1), k, tolerance, draw)
 
@@ -71,7 +71,7 @@ def _grow(
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Grow a basis until its top k pairs converge, or it is clear on which side of `threshold` the first is.
 
-    Returns basis, image, whether it came so far.
+    Returns basis, image, and whether that was reached.
     """
     N, block = len(start), _block(k)
     basis, _ = np.linalg.qr(start)
@@ -93,7 +93,7 @@ def _grow(
             values[0] > threshold or values[0] + np.linalg.norm(residuals[:, 0]) <= threshold
         ):
             return basis, image, True
-        # Rounding sets a floor, which the matrix's own precision decides: once there, no more is to be had.
+        # Rounding sets a floor, which the matrix's own precision decides: below it no iteration improves.
         stalled = 0 if worst < 0.5 * best else stalled + 1
         best = min(best, worst)
         if top >= k and stalled >= 12 and worst <= max(1e-8, 10 * tolerance):
@@ -110,8 +110,8 @@ def _grow(
 
 
 def _outside(basis: np.ndarray, more: np.ndarray) -> np.ndarray:
-    """An orthonormal basis of what `more` has outside the span of `basis`."""
-    for _ in range(2):  # once more, since the first projection leaves rounding that the normalisation magnifies
+    """An orthonormal basis of the part of `more` outside the span of `basis`."""
+    for _ in range(2):  # once more, since the first projection leaves rounding that the normalization magnifies
         more = more - basis @ (basis.T @ more)
         more, r = np.linalg.qr(more)
         more = more[:, np.abs(np.diag(r)) > 1e-10] if more.shape[1] else more

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ntkit.base.batch import Batch, count, take
 from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.pairs import Convolved, Pair, Pairs, comparable, inner
+from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole, comparable, inner
 from ntkit.jacobian.plan import Plan
 from ntkit.jacobian.self_check import part_of
 from ntkit.jacobian.structure import Irregular, Structure
@@ -67,70 +67,61 @@ class Tile:
 
 @torch.no_grad()
 def prepare(
-    gradients: Gradients, x: Batch, known: Structure, plan: Plan, advance: Callable[[int], None] | None = None
+    gradients: Gradients, x: Batch, structure: Structure, plan: Plan, advance: Callable[[int], None] | None = None
 ) -> Tile:
-    """Forward and backward the samples of `x` batch by batch and keep what the plan's routes need."""
-    n, spans, start = count(x), {}, 0
-    size = {name: known.sizes[name].entries for name in plan.on_rows}
-    for name in (name for name, entries in size.items() if entries < _LARGE):
-        entries = size[name]
-        spans[name], start = (start, start + entries), start + entries
-    shared = {step.name: known.shared[step.name] for step in plan.steps if step.route == "shared"}
-    factored = [step.name for step in plan.steps if step.name not in size and step.name not in shared]
+    """Run the samples of `x` forward and backward, batch by batch, and keep what the plan's routes need."""
+    n, spans, width = count(x), {}, 0
+    entries = {name: structure.sizes[name].entries for name in plan.on_rows}
+    for name in (name for name, size in entries.items() if size < _LARGE):
+        spans[name], width = (width, width + entries[name]), width + entries[name]
+    shared = {step.name: structure.shared[step.name] for step in plan.steps if step.route == "shared"}
+    factored = [step.name for step in plan.steps if step.name not in entries and step.name not in shared]
     assert set(shared.values()) <= set(factored)
-    rows: Tensor | None = None
-    large: dict[str, Tensor] = {}
-    kept: dict[str, Pairs] = {}
+    empty = {"dtype": gradients.dtype, "device": next(iter(gradients.params.values())).device}
+    rows = torch.empty(n, structure.outputs, width, **empty)
+    large = {name: torch.empty(n, structure.outputs, entries[name], **empty) for name in entries.keys() - spans.keys()}
+    pairs: dict[str, Pairs] = {}
     for begin in range(0, n, plan.batch):
-        stop = min(begin + plan.batch, n)
-        factors = gradients.batch(take(x, slice(begin, stop)), known)
+        part = slice(begin, min(begin + plan.batch, n))
+        factors = gradients.batch(take(x, part), structure)
         for name, (first, last) in spans.items():
-            values = factors[name].rows()
-            if rows is None:
-                rows = values.new_empty(n, values.shape[1], start, dtype=gradients.dtype)
-            rows[begin:stop, :, first:last] = values
-        for name in size.keys() - spans.keys():
-            if name not in large:
-                large[name] = torch.empty(
-                    n, known.outputs, size[name], dtype=gradients.dtype, device=_device(gradients)
-                )
-            room = large[name][begin:stop]
-            values = factors[name].rows(room)
-            if values is not room:
-                room.copy_(values)
+            rows[part, :, first:last] = factors[name].rows()
+        for name, whole in large.items():
+            target = whole[part]
+            values = factors[name].rows(target)
+            if values is not target:
+                target.copy_(values)
         for name in factored:
-            factor = factors[name]
-            if isinstance(factor, Convolved) and factor.groups == 1:
-                factor = Pairs((factor.pair(),), (factor.l, factor.r))
-            if not isinstance(factor, Pairs):
-                raise Irregular({name: "its gradient has no factors in some batch"})
-            if stop - begin == n and all(p.left.dtype == p.right.dtype == gradients.dtype for p in factor.parts):
-                # all there is: nothing to put it behind
-                kept[name] = Pairs(tuple(p.detach() for p in factor.parts), factor.shape, name in shared.values())
-                continue
-            if name not in kept:
-                parts = tuple(_room(part, n, gradients.dtype) for part in factor.parts)
-                kept[name] = Pairs(parts, factor.shape, name in shared.values())
-            if [part_of(p) for p in kept[name].parts] != [part_of(p) for p in factor.parts]:
-                raise Irregular({name: "its number of positions changes from batch to batch"})
-            for room, part in zip(kept[name].parts, factor.parts, strict=True):
-                room.left[begin:stop] = part.left
-                room.right[begin:stop] = part.right
+            _keep_pairs(pairs, name, factors[name], part, n, gradients.dtype, name in shared.values())
         del factors
         if advance is not None:
-            advance(stop - begin)
-    if rows is None:
-        rows = torch.empty(n, known.outputs, 0, dtype=gradients.dtype, device=_device(gradients))
+            advance(part.stop - begin)
     nested = frozenset(step.name for step in plan.steps if step.route == "nested")
     late = frozenset(step.name for step in plan.steps if step.late)
-    return Tile(rows, large, kept, spans, nested, late, shared)
+    return Tile(rows, large, pairs, spans, nested, late, shared)
 
 
-def _device(gradients: Gradients) -> torch.device:
-    return next(iter(gradients.params.values())).device
+def _keep_pairs(
+    pairs: dict[str, Pairs], name: str, factor: Whole, part: slice, n: int, dtype: torch.dtype, ones: bool
+) -> None:
+    """Put the pairs of one parameter for some of n samples into `pairs`."""
+    if isinstance(factor, Convolved) and factor.groups == 1:
+        factor = Pairs((factor.pair(),), (factor.l, factor.r))
+    if not isinstance(factor, Pairs):
+        raise Irregular({name: "its gradient has no factors in some batch"})
+    if part == slice(0, n) and all(p.left.dtype == p.right.dtype == dtype for p in factor.parts):
+        pairs[name] = Pairs(tuple(p.detach() for p in factor.parts), factor.shape, ones)  # all samples: no copy
+        return
+    if name not in pairs:
+        pairs[name] = Pairs(tuple(_empty_like(p, n, dtype) for p in factor.parts), factor.shape, ones)
+    if [part_of(p) for p in pairs[name].parts] != [part_of(p) for p in factor.parts]:
+        raise Irregular({name: "its number of positions changes from batch to batch"})
+    for target, p in zip(pairs[name].parts, factor.parts, strict=True):
+        target.left[part] = p.left
+        target.right[part] = p.right
 
 
-def _room(pair: Pair, n: int, dtype: torch.dtype) -> Pair:
+def _empty_like(pair: Pair, n: int, dtype: torch.dtype) -> Pair:
     """An empty pair like `pair` for n samples; its numbers in the precision of results."""
     left, right = (
         t.new_empty(n, *t.shape[1:], dtype=t.dtype if t.dtype == torch.int64 else dtype)
@@ -202,14 +193,14 @@ def _add(total: Tensor, p: Pair, q: Pair, mode: str, scratch: int, ones: bool, n
     n2, t2 = q.cotangent.shape[0], q.positions
     crossed = p.data_left != q.data_left
     nested = nested and not crossed
-    room = max(1, scratch // (3 * p.cotangent.element_size()))
+    limit = max(1, scratch // (3 * p.cotangent.element_size()))
     if nested:
         step2 = max(1, min(n2, 256))
-        step1 = max(1, min(n1, room // (t1 * (t2 * step2 + outputs * p.cotangent.shape[3]))))
+        step1 = max(1, min(n1, limit // (t1 * (t2 * step2 + outputs * p.cotangent.shape[3]))))
     else:
-        room //= t1 * t2 * (outputs * q.cotangent.shape[1] if mode == "full" else outputs if crossed else 1)
-        step2 = max(1, min(n2, room))
-        step1 = max(1, min(n1, room // step2))
+        limit //= t1 * t2 * (outputs * q.cotangent.shape[1] if mode == "full" else outputs if crossed else 1)
+        step2 = max(1, min(n2, limit))
+        step1 = max(1, min(n1, limit // step2))
     for a in range(0, n1, step1):
         i = slice(a, min(a + step1, n1))
         for b in range(0, n2, step2):
@@ -364,3 +355,28 @@ def triangle(start: int, stop: int, size: int, leaf: int) -> Iterator[tuple[slic
     for a, b in blocks(middle - start, stop - middle, size):
         yield slice(start + a.start, start + a.stop), slice(middle + b.start, middle + b.stop)
     yield from triangle(middle, stop, size, leaf)
+
+
+def store(result: Tensor, block: Tensor, i: int, j: int, mirrored: bool) -> None:
+    """Write a block [lead, m1, m2, ...] at (i, j), and its mirror image at (j, i)."""
+    m1, m2 = block.shape[1:3]
+    result[:, i : i + m1, j : j + m2] = block
+    if not mirrored:
+        return
+    full = block.dim() == 5
+    if i == j:  # rounding may differ between the halves: the upper one counts
+        _mirror(result[:, i : i + m1, j : j + m2], full)
+        return
+    flipped = block.transpose(1, 2)
+    result[:, j : j + m2, i : i + m1] = flipped.transpose(3, 4) if full else flipped
+
+
+def _mirror(block: Tensor, full: bool) -> None:
+    """Copy the upper triangle of [lead, n, n, ...] to the lower."""
+    n = block.shape[1]
+    i, j = torch.triu_indices(n, n, 1, device=block.device)
+    upper = block[:, i, j]
+    block[:, j, i] = upper.transpose(-1, -2) if full else upper
+    if full:  # and each sample's own C x C block
+        own = block[:, range(n), range(n)]
+        block[:, range(n), range(n)] = own.triu() + own.triu(1).transpose(-1, -2)

@@ -1,8 +1,8 @@
 """Per-sample gradients of a model in factors: one forward pass, one batched backward pass, one rule per use.
 
 No weight gradient is formed here unless its factors would be larger. What has no rule goes through plain autograd, one
-sample at a time: slow, but exact. `jacobian.check` establishes, once per graph, who owns which rows, and compares a few
-samples with plain autograd, before the first result.
+sample at a time: slow, but exact. `jacobian.self_check` establishes, once per graph, who owns which rows, and compares
+a few samples with plain autograd, before the first result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 
 from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import refusal
-from ntkit.jacobian.graph import Use, find_uses, mend, nodes_behind, sizes_of
+from ntkit.jacobian.graph import Use, correct_batch_norm, find_uses, nodes_behind, sizes_of
 from ntkit.jacobian.model_calls import Outputs, call, drew, random_forward, reduce_outputs, untouched
 from ntkit.jacobian.ownership import Code, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable
@@ -41,8 +41,10 @@ class Gradients:
 
     def __init__(self, model: nn.Module, params: dict[str, nn.Parameter], outputs: Outputs) -> None:
         self.model, self.params, self.outputs = model, params, outputs
-        self.structures: dict[tuple, Structure] = {}  # what `jacobian.check` established, by the graph's look
-        self.usual: dict[tuple, Structure] = {}  # the same by the samples' shapes: the last one met
+        self.structures: dict[
+            tuple, Structure
+        ] = {}  # what `jacobian.self_check` established, by the signature of the graph
+        self.by_shape: dict[tuple, Structure] = {}  # the last one used, by the shapes of the samples
         # rows and results are in the widest precision of the parameters
         self.dtype = reduce(torch.promote_types, (p.dtype for p in params.values()))
         self._kinds = _kinds(params)
@@ -50,7 +52,7 @@ class Gradients:
         self._checked: dict[int, int] = {}  # batch size -> samples since one of them was last evaluated alone
 
     def current(self, params: dict[str, nn.Parameter]) -> bool:
-        """Whether these are the parameters it was made for, converted and moved nowhere since."""
+        """Whether these are its parameters, neither converted nor moved to another device since."""
         return _kinds(params) == self._kinds
 
     def dtypes(self) -> set[torch.dtype]:
@@ -63,7 +65,7 @@ class Gradients:
         """Outputs to differentiate, [n, C], with their graph. Call inside `untouched`.
 
         ``plain_rnn``: recurrent layers step by step instead of fused, so that the graph shows their parameters.
-        ``watch``: look at once for random numbers drawn; `untouched` does at its end.
+        ``watch``: check at once whether random numbers were drawn; `untouched` checks at its end.
 
         Raises
         ------
@@ -76,24 +78,21 @@ class Gradients:
             raise random_forward(self.model)
         if not (finite := torch.isfinite(out)).all():
             sample = int((~finite).nonzero()[0, 0])
-            raise refusal(
-                f"model {type(self.model).__name__}",
-                got=f"an output that is not finite (sample {sample} of a batch of {len(out)})",
-                expected="finite outputs",
-                fix="Look for overflow or a division by zero on that input; a diverged network has no kernel.",
-            )
+            got = f"an output that is not finite (sample {sample} of a batch of {len(out)})"
+            fix = "Look for overflow or a division by zero on that input; a diverged network has no kernel."
+            raise refusal(f"model {type(self.model).__name__}", got=got, expected="finite outputs", fix=fix)
         if not out.requires_grad:
             raise refusal(
                 f"model {type(self.model).__name__}",
-                got="outputs that depend on none of the parameters chosen",
+                got="outputs that depend on none of the parameters in question",
                 expected="a differentiable path from parameters to outputs",
                 fix="Look for torch.no_grad or .detach() in its forward, reentrant checkpointing "
                 "(use use_reentrant=False), or the choice of params.",
             )
-        mend(out)
+        correct_batch_norm(out)
         return out
 
-    def batch(self, x: Batch, known: Structure) -> dict[str, Whole]:
+    def batch(self, x: Batch, structure: Structure) -> dict[str, Whole]:
         """Factors of every parameter for the samples of `x`, in the parameter's own layout.
 
         Raises
@@ -103,28 +102,28 @@ class Gradients:
         """
         with untouched(self.model, self.params):
             if count(x) == 1:  # some layers take another path for a batch of one
-                pair = self.batch(take(x, [0, 0]), known)
+                pair = self.batch(take(x, [0, 0]), structure)
                 return {name: factor.first() for name, factor in pair.items()}
             n = count(x)
-            out = self.forward(x, known.plain_rnn, watch=False)
+            out = self.forward(x, structure.plain_rnn, watch=False)
             nodes = nodes_behind(out)
             names = tuple(node.name() for node in nodes)
-            if known.expected is not None and not self._as_expected(x, known, nodes, n):
-                known.expected = None  # from now on each call looks for itself
+            if structure.expected is not None and not self._as_expected(x, structure, nodes, n):
+                structure.expected = None  # from now on the graph of every call is looked at
                 raise Irregular({})
             since = self._checked.get(n, _ALONE) + n  # samples may mix in large batches only
             if since > _ALONE:
                 self.compare_alone(x, out, n // 2)
                 since = 0
             self._checked[n] = since
-            constant = known.constant if names == known.names else ()
+            constant = structure.constant if names == structure.names else ()
             uses = find_uses(nodes, self.params, set(constant))
-            self._same_graph(uses, known)
+            self._same_graph(uses, structure)
             basis = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)
             basis = basis[:, None, :].expand(-1, n, -1)
-            factors = self.factors(out, uses, known, basis, n)
-            if known.fallback:
-                names = list(known.fallback)
+            factors = self.factors(out, uses, structure, basis, n)
+            if structure.fallback:
+                names = list(structure.fallback)
                 values: dict[str, list[Tensor]] = {name: [] for name in names}
                 for s in range(n):
                     for name, g in self.single(take(x, slice(s, s + 1)), names, None).items():
@@ -132,17 +131,17 @@ class Gradients:
                 factors |= {name: Rows(torch.stack(g)) for name, g in values.items()}
             return factors
 
-    def _as_expected(self, x: Batch, known: Structure, nodes: list, n: int) -> bool:
+    def _as_expected(self, x: Batch, structure: Structure, nodes: list, n: int) -> bool:
         """Whether the graph of a batch is the one established, and not one that only happens to have its shapes."""
-        expected = known.expected
+        expected = structure.expected
         assert expected is not None
-        few = expected.telling(n)
-        looks = [(n, nodes)]
+        few = expected.size_that_tells(n)
+        graphs = [(n, nodes)]
         if few != n:
-            looks.append((few, nodes_behind(self.forward(take(x, [0] * few), known.plain_rnn))))
+            graphs.append((few, nodes_behind(self.forward(take(x, [0] * few), structure.plain_rnn))))
         return all(
-            expected.fits(tuple(node.name() for node in found), [sizes_of(node) for node in found], m)
-            for m, found in looks
+            expected.fits(tuple(node.name() for node in graph), [sizes_of(node) for node in graph], m)
+            for m, graph in graphs
         )
 
     def compare_alone(self, x: Batch, out: Tensor, s: int) -> None:
@@ -157,35 +156,33 @@ class Gradients:
         grads = torch.autograd.grad(alone.sum(), params, allow_unused=True)
         terms = max(float((g * p.detach()).abs().sum()) for g, p in zip(grads, params, strict=True) if g is not None)
         if not gap <= tolerance**2 * 1e3 * terms:
-            raise refusal(
-                f"model {type(self.model).__name__}",
-                got=f"an output for one sample that changes by {gap:.2g} when the sample is evaluated alone",
-                expected="the same output in every batch",
-                fix="Look for layers that mix samples (batch statistics, centring over the batch); call model.eval().",
-            )
+            got = f"an output for one sample that changes by {gap:.2g} when the sample is evaluated alone"
+            expected = "the same output in every batch"
+            fix = "Look for layers that mix samples (batch statistics, centering over the batch); call model.eval()."
+            raise refusal(f"model {type(self.model).__name__}", got=got, expected=expected, fix=fix)
 
-    def _same_graph(self, uses: list[Use], known: Structure) -> None:
-        now = looks_of(uses)
+    def _same_graph(self, uses: list[Use], structure: Structure) -> None:
+        now = signatures_of(uses)
         changed = {
             name
             for name in self.params
-            if name not in known.fallback and now.get(name, ()) != known.looks.get(name, ())
+            if name not in structure.fallback and now.get(name, ()) != structure.signatures.get(name, ())
         }
-        if known.scattered:
-            for name in known.unused & changed:  # an expert that no sample was handed to before
-                known.scattered[name] = "handed to no sample of the self-check"
-                known.unused.discard(name)
-            changed -= known.scattered.keys()
+        if structure.scattered:
+            for name in structure.unused & changed:  # an expert that no sample was handed to before
+                structure.scattered[name] = "handed to no sample of the self-check"
+                structure.unused.discard(name)
+            changed -= structure.scattered.keys()
         if changed:
             raise Irregular(dict.fromkeys(changed, "its use in the graph changes from batch to batch"))
 
     # ------------------------------------------------------------------ factors
 
     @torch.no_grad()
-    def factors(self, out: Tensor, uses: list[Use], known: Structure, basis: Tensor, n: int) -> dict[str, Whole]:
+    def factors(self, out: Tensor, uses: list[Use], structure: Structure, basis: Tensor, n: int) -> dict[str, Whole]:
         """Factors of the parameters on the fast path; basis [K, n, C] holds the K cotangents of the outputs."""
-        fast = [(key, use) for key, use in numbered(uses) if not known.fallback.keys() & set(use.params)]
-        code = Code(basis, known.eps) if known.watched else None
+        fast = [(key, use) for key, use in with_keys(uses) if not structure.fallback.keys() & set(use.params)]
+        code = Code(basis, structure.eps) if structure.watched else None
         nodes = [use.node for _, use in fast]
         cotangents = self.backward(out, nodes, basis if code is None else code.basis)
         parts: dict[str, list[Factor]] = {}
@@ -195,16 +192,16 @@ class Gradients:
             if cot.is_complex():  # a complex product's gradient takes conjugates, which the rules do not
                 irregular |= dict.fromkeys(use.params, f"complex numbers in {use.node.name()}")
                 continue
-            loose = not known.scattered.keys().isdisjoint(use.params)
-            owner = code.assign(cot) if loose and code is not None else known.owners.get(key)
+            loose = not structure.scattered.keys().isdisjoint(use.params)
+            owner = code.assign(cot) if loose and code is not None else structure.owners.get(key)
             if owner is None:
-                irregular |= dict.fromkeys(use.params, "rows of its layer belong to no one sample")
+                irregular |= dict.fromkeys(use.params, "the rows of its layer belong to no single sample")
                 continue
             if isinstance(owner, Owner):
                 if not owner.fits(tuple(cot.shape[1:]), n):
                     irregular |= dict.fromkeys(use.params, "the rows of its layer do not grow with the batch")
                     continue
-                if code is not None and key in known.watched and not code.owned(owner.split(cot, n, lead=1)):
+                if code is not None and key in structure.watched and not code.owned(owner.split(cot, n, lead=1)):
                     irregular |= dict.fromkeys(use.params, "the rows of its layer change owners from batch to batch")
                     continue
             cot = cot if code is None else cot[:-1]
@@ -214,31 +211,31 @@ class Gradients:
                 continue
             if loose and not isinstance(factor, Rows):
                 factor = Rows(factor.rows())  # another number of positions in every batch
-            for name, found in self._in_place(key, use, factor, known).items():
-                parts.setdefault(name, []).append(found)
+            for name, own in self._in_place(key, use, factor, structure).items():
+                parts.setdefault(name, []).append(own)
         if irregular:
             raise Irregular(irregular)
-        result = {name: self._merged(name, found) for name, found in parts.items()}
-        for name in known.unused | known.scattered.keys() - result.keys() - known.fallback.keys():
+        result = {name: self._merged(name, uses_of) for name, uses_of in parts.items()}
+        for name in structure.unused | structure.scattered.keys() - result.keys() - structure.fallback.keys():
             result[name] = Rows(out.new_zeros(n, basis.shape[0], self.params[name].numel()))
         return result
 
-    def _in_place(self, key: tuple, use: Use, factor: Factor, known: Structure) -> dict[str, Factor]:
-        """From the source as the node sees it to the parameters behind it: by relabelling, or through autograd."""
+    def _in_place(self, key: tuple, use: Use, factor: Factor, structure: Structure) -> dict[str, Factor]:
+        """From the source as the node sees it to the parameters behind it: by relabeling, or through autograd."""
         if not use.direct or (use.chain and isinstance(factor, Rows)):
             return self._pulled_back(use, factor.rows())
         (name,) = use.params
         if isinstance(factor, Rows) or not use.chain:
             return {name: factor}
-        if key not in known.places:
-            known.places[key] = self.place(use, factor) if isinstance(factor, Pair) else None
-        place = known.places[key]
+        if key not in structure.places:
+            structure.places[key] = self.place(use, factor) if isinstance(factor, Pair) else None
+        place = structure.places[key]
         if place is None or not isinstance(factor, Pair):
             return self._pulled_back(use, factor.rows())
         return {name: factor.placed(place)}
 
     def place(self, use: Use, factor: Pair) -> tuple[bool, tuple[int, int] | None] | None:
-        """Where a factored gradient of a rearranged parameter belongs in it, found out by numbering its entries."""
+        """Where a factored gradient of a rearranged parameter belongs in it, determined by numbering its entries."""
         (name,) = use.params
         parameter = self.params[name]
         chain = [
@@ -284,14 +281,14 @@ class Gradients:
             for name, p, g in zip(use.params, params, grads, strict=True)
         }
 
-    def _merged(self, name: str, found: list[Factor]) -> Whole:
+    def _merged(self, name: str, uses: list[Factor]) -> Whole:
         """Sum a parameter's uses. Pairs of one kind are joined along positions, so cross terms come by themselves."""
-        if len(found) == 1 and isinstance(found[0], (Rows, Convolved)):
-            return found[0]
-        if any(isinstance(f, Rows) or (isinstance(f, Convolved) and f.groups > 1) for f in found):
-            return Rows(sum((self._merged(name, [f]).rows() for f in found[1:]), self._merged(name, found[:1]).rows()))
+        if len(uses) == 1 and isinstance(uses[0], (Rows, Convolved)):
+            return uses[0]
+        if any(isinstance(f, Rows) or (isinstance(f, Convolved) and f.groups > 1) for f in uses):
+            return Rows(sum((self._merged(name, [f]).rows() for f in uses[1:]), self._merged(name, uses[:1]).rows()))
         kinds: dict[tuple, list[Pair]] = {}
-        for factor in found:
+        for factor in uses:
             pair = factor.pair() if isinstance(factor, Convolved) else factor
             assert isinstance(pair, Pair)
             kinds.setdefault((pair.l, pair.r, pair.block, pair.data_left, pair.data.dtype), []).append(pair)
@@ -370,12 +367,12 @@ def _without_fused_rnn() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*TF32 acceleration.*")
         cudnn = torch.backends.cudnn
-        kept = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
-        with torch.backends.mkldnn.flags(enabled=False), cudnn.flags(enabled=False, **kept):
+        flags = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+        with torch.backends.mkldnn.flags(enabled=False), cudnn.flags(enabled=False, **flags):
             yield
 
 
-def numbered(uses: list[Use]) -> list[tuple[tuple, Use]]:
+def with_keys(uses: list[Use]) -> list[tuple[tuple, Use]]:
     """Uses with a key that survives other parameters' uses coming and going: (parameters, which of their uses)."""
     seen: dict[tuple, int] = {}
     keyed = []
@@ -386,13 +383,13 @@ def numbered(uses: list[Use]) -> list[tuple[tuple, Use]]:
     return keyed
 
 
-def looks_of(uses: list[Use]) -> dict[str, tuple]:
-    """What the uses of each parameter look like."""
-    found: dict[str, tuple] = {}
+def signatures_of(uses: list[Use]) -> dict[str, tuple]:
+    """Signatures of the uses of each parameter."""
+    signatures: dict[str, tuple] = {}
     for use in uses:
         for name in use.params:
-            found[name] = (*found.get(name, ()), use.look)
-    return found
+            signatures[name] = (*signatures.get(name, ()), use.signature)
+    return signatures
 
 
 def _dense(grad: Tensor | None, parameter: Tensor) -> Tensor:

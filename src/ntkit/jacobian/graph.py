@@ -1,9 +1,9 @@
 """Find where the autograd graph of one forward pass uses parameters.
 
-No hook, no patch: tied weights come out right. The graph has two sides. The *weight side* is what depends on
-parameters only, whatever the batch: the parameters, views of them, and what is made of them (a weight norm's
-W = g v / |v|, a LoRA's W + B A, the embeddings of positions 0..T-1). The *data side* is the rest. Where a node of the
-data side takes in something of the weight side is a *use*; what it takes in is the use's *source*.
+No hook is registered and no module is patched: tied weights come out right. The graph has two sides. The *weight side*
+is what depends on parameters alone, whatever the batch: the parameters, views of them, and what is computed from them
+(a weight norm's W = g v / |v|, a LoRA's W + B A, the embeddings of positions 0..T-1). The *data side* is the rest.
+Where a node of the data side has an input of the weight side is a *use*; that input is the *source* of the use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 Node = Any  # torch.autograd.graph.Node
 
-# Nodes that only rearrange a tensor's entries: over a parameter they are weight side, whatever else is known.
+# Nodes that only rearrange a tensor's entries: over a parameter they are weight side, whatever their size.
 LAYOUT = {
     f"{name}Backward{i}"
     for i in (0, 1)
@@ -37,8 +37,8 @@ class Use:
 
     ``slot`` is the consumer's input; ``source`` and ``number`` name the source's node and which of its results;
     ``params`` are the parameters behind it; ``chain`` the nodes from the source down to the parameter, when they are
-    one line of rearrangements (empty: the parameter itself), else None; ``shape`` that of the source; ``look`` what
-    must stay the same from batch to batch.
+    one line of rearrangements (empty: the parameter itself), else None; ``shape`` that of the source; ``signature``
+    what must stay the same from batch to batch.
     """
 
     node: Node
@@ -48,7 +48,7 @@ class Use:
     params: tuple[str, ...]
     chain: tuple[str, ...] | None
     shape: tuple[int, ...]
-    look: tuple
+    signature: tuple
 
     @property
     def direct(self) -> bool:
@@ -73,8 +73,8 @@ def nodes_from(start: Node) -> list[Node]:
     return list(seen)
 
 
-def mend(output: Tensor) -> None:
-    """Work around a wrong gradient of PyTorch's (2.13, CPU): of a batch norm in eval mode, for a batch of one.
+def correct_batch_norm(output: Tensor) -> None:
+    """Work around a wrong gradient of PyTorch (2.13, CPU): of a batch norm in eval mode, for a batch of one.
 
     It is wrong where the cotangent is channels-last in memory, right in plain order. Instance norms always call it so.
     """
@@ -112,12 +112,12 @@ def find_uses(nodes: list[Node], params: dict[str, nn.Parameter], constant: set[
             continue
         for slot, (child, number) in enumerate(node.next_functions):
             if child is not None and child in side:
-                behind, chain, looks = _describe(child, side)
+                behind, chain, names_behind = _describe(child, side)
                 shape = tuple(
                     child.variable.shape if hasattr(child, "variable") else child._input_metadata[number].shape
                 )
-                look = (behind, node.name(), slot, number, looks)
-                uses.append(Use(node, slot, child, number, behind, chain, shape, look))
+                signature = (behind, node.name(), slot, number, names_behind)
+                uses.append(Use(node, slot, child, number, behind, chain, shape, signature))
     return uses
 
 
@@ -151,7 +151,7 @@ def _describe(source: Node, side: dict[Node, str | None]) -> tuple[tuple[str, ..
     """Parameters behind a source, its chain of rearrangements if it is one, and the names of all its nodes."""
     behind: dict[str, None] = {}
     chain: list[str] | None = []
-    looks = []
+    names = []
     seen: set[Node] = set()
     queue: deque[Node] = deque([source])
     while queue:
@@ -162,11 +162,11 @@ def _describe(source: Node, side: dict[Node, str | None]) -> tuple[tuple[str, ..
         if (name := side[node]) is not None:
             behind[name] = None
             continue
-        looks.append(
+        names.append(
             (node.name(), *(str(getattr(node, saved, "")) for saved in _CUTS)) if node.name() in LAYOUT else node.name()
         )
         children = [child for child, _ in node.next_functions if child is not None]
         queue.extend(children)
         if chain is not None:
             chain = [*chain, node.name()] if node.name() in LAYOUT and len(children) == 1 else None
-    return tuple(behind), None if chain is None or len(behind) > 1 else tuple(chain), tuple(looks)
+    return tuple(behind), None if chain is None or len(behind) > 1 else tuple(chain), tuple(names)

@@ -8,16 +8,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take
-from ntkit.base.checks import Refused, refusal
+from ntkit.base.checks import Refused, nearest, refusal
 
-Outputs = str | Callable[[Any], Tensor]
+Outputs = Literal["full", "diagonal", "trace", "sum"] | Callable[[Any], Tensor]
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -35,50 +35,45 @@ def raw_outputs(model: nn.Module, x: Batch, batch: int = 512) -> Tensor:
 
 def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
     """Parameters by name: all trainable ones (None), those named, or those a predicate accepts; a tied one once."""
-    known = dict(model.named_parameters())
+    named = dict(model.named_parameters())
     if params is None:
-        chosen = {name: p for name, p in known.items() if p.requires_grad}
+        parameters = {name: p for name, p in named.items() if p.requires_grad}
         wish = "a model with at least one parameter that requires grad"
     elif callable(params):
-        takes_two = _required(params) > 1
+        takes_two = required_arguments(params) > 1
         accepted = {
             id(p)
             for name, p in model.named_parameters(remove_duplicate=False)  # a tied parameter under each of its names
             if (params(name, p) if takes_two else params(name))
         }
-        chosen = {name: p for name, p in known.items() if id(p) in accepted}
+        parameters = {name: p for name, p in named.items() if id(p) in accepted}
         wish = "a predicate that accepts at least one parameter name"
     else:
         names = [params] if isinstance(params, str) else list(params)
         alias = dict(model.named_parameters(remove_duplicate=False))
         if missing := [name for name in names if name not in alias]:
-            from ntkit.base.checks import nearest
-
             raise refusal("params", got=repr(missing[0]), expected="a parameter's name", fix=nearest(missing[0], alias))
         wanted = {id(alias[name]) for name in names}
-        chosen = {name: p for name, p in known.items() if id(p) in wanted}
+        parameters = {name: p for name, p in named.items() if id(p) in wanted}
         wish = "at least one name"
-    if odd := [name for name, p in chosen.items() if not p.is_floating_point()]:
-        raise refusal(
-            f"parameter '{odd[0]}'",
-            got=str(chosen[odd[0]].dtype),
-            expected="real floating point",
-            fix="Store its parts as a real parameter (torch.view_as_complex), or leave it out: params=...",
-        )
-    if not chosen:
+    if odd := [name for name, p in parameters.items() if not p.is_floating_point()]:
+        got = str(parameters[odd[0]].dtype)
+        fix = "Store its parts as a real parameter (torch.view_as_complex), or leave it out: params=..."
+        raise refusal(f"parameter '{odd[0]}'", got=got, expected="real floating point", fix=fix)
+    if not parameters:
         raise refusal(
             "params", got="no parameter", expected=wish, fix="See dict(model.named_parameters()) for the names."
         )
-    return chosen
+    return parameters
 
 
-def _required(function: Callable[..., Any]) -> int:
-    """Positional arguments a callable needs; 1 where Python cannot tell."""
+def required_arguments(function: Callable[..., Any]) -> int:
+    """Number of positional arguments a callable requires; 1 where Python cannot tell."""
     try:
-        known = inspect.signature(function).parameters.values()
+        arguments = inspect.signature(function).parameters.values()
     except ValueError:
         return 1
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in known)
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in arguments)
 
 
 def check_mode(model: nn.Module) -> None:
@@ -95,12 +90,9 @@ def check_mode(model: nn.Module) -> None:
                 fix="Call model.eval(), or replace the layer by GroupNorm.",
             )
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            raise refusal(
-                where,
-                got="max_norm, which changes its weight at every call",
-                expected="parameters that a forward pass leaves alone",
-                fix="Renormalise the weight once and set max_norm = None.",
-            )
+            got = "max_norm, which changes its weight at every call"
+            expected = "parameters that a forward pass does not change"
+            raise refusal(where, got=got, expected=expected, fix="Renormalize the weight once and set max_norm = None.")
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rate = module.p
         elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
@@ -117,12 +109,9 @@ def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
         scalar = outputs(raw)
         if not isinstance(scalar, Tensor) or tuple(scalar.shape) != (n,):
             got = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
-            raise refusal(
-                "outputs",
-                got=f"a callable that returned {got}",
-                expected=f"one scalar per sample, shape ({n},)",
-                fix="It is called on the outputs of a whole batch; reduce every axis but the first.",
-            )
+            got = f"a callable that returned {got}"
+            fix = "It is called on the outputs of a whole batch; reduce every axis but the first."
+            raise refusal("outputs", got=got, expected=f"one scalar per sample, shape ({n},)", fix=fix)
         return _real(scalar[:, None])
     if not isinstance(raw, Tensor):
         raise refusal(
@@ -133,31 +122,20 @@ def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
             "or wrap the model so that it returns a tensor.",
         )
     if raw.dim() == 0 or raw.shape[0] != n:
-        raise refusal(
-            "the model's output",
-            got=f"shape {tuple(raw.shape)} for {n} samples",
-            expected=f"({n}, ...)",
-            fix="Samples must lie along the first axis of input and output; wrap the model if they do not.",
-        )
+        got = f"shape {tuple(raw.shape)} for {n} samples"
+        fix = "Samples must lie along the first axis of input and output; wrap the model if they do not."
+        raise refusal("the model's output", got=got, expected=f"({n}, ...)", fix=fix)
     if raw.numel() == 0:
-        raise refusal(
-            "the model's output",
-            got=f"shape {tuple(raw.shape)}",
-            expected="at least one output",
-            fix="Look at the model's last layer.",
-        )
+        fix = "Check the model's last layer."
+        raise refusal("the model's output", got=f"shape {tuple(raw.shape)}", expected="at least one output", fix=fix)
     flat = _real(raw.reshape(n, -1))
     return flat.sum(1, keepdim=True) / flat.shape[1] ** 0.5 if outputs == "sum" else flat
 
 
 def _real(out: Tensor) -> Tensor:
     if not out.is_floating_point():
-        raise refusal(
-            "the model's output",
-            got=str(out.dtype),
-            expected="real floating point",
-            fix="Return real outputs, e.g. torch.view_as_real for complex ones.",
-        )
+        fix = "Return real outputs, e.g. torch.view_as_real for complex ones."
+        raise refusal("the model's output", got=str(out.dtype), expected="real floating point", fix=fix)
     return out
 
 
@@ -172,7 +150,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
     GPU use TF32 only where matrix products may (`torch.set_float32_matmul_precision`).
     """
     global _entered
-    chosen = {id(p) for p in params.values()}
+    parameters = {id(p) for p in params.values()}
     with _ONE_AT_A_TIME, torch.inference_mode(False), _uncompiled(), _no_tf32_unasked(model):
         flags = [(p, p.requires_grad) for p in model.parameters()]
         owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
@@ -182,7 +160,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
         changed = False
         try:
             for p, _ in flags:
-                p.requires_grad_(id(p) in chosen)
+                p.requires_grad_(id(p) in parameters)
             with torch.random.fork_rng(devices), torch.enable_grad():
                 yield
         finally:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take
-from ntkit.jacobian.graph import mend
+from ntkit.jacobian.graph import correct_batch_norm
 from ntkit.jacobian.model_calls import Outputs, call, reduce_outputs, select_parameters, untouched
 
 
@@ -39,16 +39,16 @@ def jacobian(
     """
     oracle = copy.deepcopy(model).to(dtype)
     x = _cast(x, dtype)
-    chosen = select_parameters(oracle, params)
-    rows: dict[str, list[Tensor]] = {name: [] for name in chosen}
-    with untouched(oracle, chosen):
+    parameters = select_parameters(oracle, params)
+    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    with untouched(oracle, parameters):
         for s in range(count(x)):
             out = reduce_outputs(call(oracle, take(x, slice(s, s + 1))), outputs, 1)[0]
-            mend(out)
-            per_output: dict[str, list[Tensor]] = {name: [] for name in chosen}
+            correct_batch_norm(out)
+            per_output: dict[str, list[Tensor]] = {name: [] for name in parameters}
             for value in out:
-                grads = torch.autograd.grad(value, list(chosen.values()), retain_graph=True, allow_unused=True)
-                for (name, p), grad in zip(chosen.items(), grads, strict=True):
+                grads = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+                for (name, p), grad in zip(parameters.items(), grads, strict=True):
                     per_output[name].append(
                         torch.zeros(p.numel(), dtype=dtype, device=p.device) if grad is None else grad.reshape(-1)
                     )

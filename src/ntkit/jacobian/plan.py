@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -40,8 +40,8 @@ ROUTES = ("outer", "tokens", "nested", "rows")
 class Step:
     """The plan for one parameter: its route, and what that costs for the whole product.
 
-    ``flops`` are floating-point operations of matrix products; ``bytes_per_sample`` what is kept of a sample while its
-    tile is in hand; ``seconds`` what the machine's rates say. ``late``: the entries of the rows route are formed when
+    ``flops`` are floating-point operations of matrix products; ``bytes_per_sample`` the memory of a sample while its
+    tile is in use; ``seconds`` the time by the machine's rates. ``late``: the entries of the rows route are formed when
     they are multiplied, block by block, because the factors are smaller to keep.
     """
 
@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a kernel will be computed: one `Step` per parameter, and sizes in samples. ``print(plan)`` shows a table.
+    """How a kernel is computed: one `Step` per parameter, and sizes in samples. ``print(plan)`` shows a table.
 
     The rows of the kernel are done ``tile`` at a time, whose factors stay in memory while the columns pass by,
     ``columns`` at a time: so the columns are prepared once per tile of rows. ``block`` samples are multiplied at a
@@ -73,6 +73,11 @@ class Plan:
         """Route of a parameter."""
         return next(step.route for step in self.steps if step.name == name)
 
+    def without(self, names: set[str]) -> Plan:
+        """The same plan with these parameters on the fallback route."""
+        steps = [replace(step, route="fallback", late=False) if step.name in names else step for step in self.steps]
+        return replace(self, steps=tuple(steps))
+
     @property
     def on_rows(self) -> list[str]:
         """Parameters whose gradient entries are kept."""
@@ -89,7 +94,7 @@ class Plan:
         return sum(step.seconds for step in self.steps)
 
     def __str__(self) -> str:
-        """Table of routes and costs, the dearest first."""
+        """Table of routes and costs, the most expensive first."""
         width = max(len(step.name) for step in self.steps)
         lines = [f"{'parameter':{width}}  route     {'GFLOP':>9}  {'kB/sample':>9}  {'ms':>8}"]
         for step in sorted(self.steps, key=lambda step: -step.seconds):
@@ -97,8 +102,10 @@ class Plan:
                 f"{step.name:{width}}  {step.route:8}  {step.flops / 1e9:9.3f}  {step.bytes_per_sample / 1e3:9.1f}  "
                 f"{step.seconds * 1e3:8.2f}"
             )
-        kept = sum(step.bytes_per_sample for step in self.steps)
-        lines.append(f"{'all':{width}}  {'':8}  {self.flops / 1e9:9.3f}  {kept / 1e3:9.1f}  {self.seconds * 1e3:8.2f}")
+        stored = sum(step.bytes_per_sample for step in self.steps)
+        lines.append(
+            f"{'all':{width}}  {'':8}  {self.flops / 1e9:9.3f}  {stored / 1e3:9.1f}  {self.seconds * 1e3:8.2f}"
+        )
         lines.append(
             f"beside forward and backward passes of {self.batch} samples each; rows {self.tile} at a time, columns "
             f"{self.columns}, products {self.block} x {self.block}"
@@ -108,7 +115,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What is to be computed: pairs of samples, samples whose gradients are formed, outputs and how they combine."""
+    """The task: pairs of samples, samples whose gradients are formed, outputs and how they combine."""
 
     pairs: float
     samples: float
@@ -127,49 +134,49 @@ class _Shape:
         return self.outputs**2 if self.mode == "full" else 1 if self.mode == "trace" else self.outputs
 
 
-def _cost(size: Size, route: str, what: _Shape, rates: Rates) -> tuple[float, float]:
+def _cost(size: Size, route: str, shape: _Shape, rates: Rates) -> tuple[float, float]:
     """Floating-point operations and seconds of one parameter's share."""
     if route == "rows":
-        form = what.samples * what.outputs * sum(2.0 * p.positions * p.l * p.r for p in size.parts)
-        product = what.pairs * 2 * what.products * size.entries
-        passes = what.samples * what.outputs * size.entries
+        form = shape.samples * shape.outputs * sum(2.0 * p.positions * p.l * p.r for p in size.parts)
+        product = shape.pairs * 2 * shape.products * size.entries
+        passes = shape.samples * shape.outputs * size.entries
         return form + product, form / rates.batched + product / rates.product + passes / rates.entries
     flops = entries = 0.0
     for p in size.parts:
         for q in size.parts:
             if (p.l, p.r, p.block) == (q.l, q.r, q.block):
-                more = _pair_cost(p, q, route, what)
+                more = _pair_cost(p, q, route, shape)
                 flops, entries = flops + more[0], entries + more[1]
     return flops, flops / rates.product + entries / rates.entries
 
 
-def _pair_cost(p: Part, q: Part, route: str, what: _Shape) -> tuple[float, float]:
+def _pair_cost(p: Part, q: Part, route: str, shape: _Shape) -> tuple[float, float]:
     """Floating-point operations and entries touched by the products of two pairs of factors."""
-    grid, c = what.pairs * p.positions * q.positions, what.outputs
+    grid, c = shape.pairs * p.positions * q.positions, shape.outputs
     if p.data_left != q.data_left:
-        flops = grid * (2 * c * (p.l * (not p.index) + p.r * (not q.index)) + 2 * what.results)
+        flops = grid * (2 * c * (p.l * (not p.index) + p.r * (not q.index)) + 2 * shape.results)
         return flops, grid * 4 * c
     near = 2 * p.data * (not p.index)
     if route == "nested":
-        flops = grid * (near + 2 * c * p.cotangent) + what.pairs * 2 * p.positions * what.products * p.cotangent
-        return flops, grid * 2 + what.pairs * 2 * p.positions * c * p.cotangent
-    return grid * (near + 2 * what.products * p.cotangent), grid * (1 + (1 if p.positions == 1 else 2) * what.results)
+        flops = grid * (near + 2 * c * p.cotangent) + shape.pairs * 2 * p.positions * shape.products * p.cotangent
+        return flops, grid * 2 + shape.pairs * 2 * p.positions * c * p.cotangent
+    return grid * (near + 2 * shape.products * p.cotangent), grid * (1 + (1 if p.positions == 1 else 2) * shape.results)
 
 
-def _choices(size: Size, what: _Shape) -> list[str]:
+def _choices(size: Size, shape: _Shape) -> list[str]:
     """Routes open to a parameter."""
     if not size.parts:
         return ["rows"]
-    if what.aligned:  # pairs of positions are always nested there
+    if shape.aligned:  # pairs of positions are always nested there
         return ["nested" if size.positions > 1 else "outer", "rows"]
     if size.positions == 1:
         return ["outer", "rows"]
-    nested = what.mode == "full" and what.outputs > 1 and len({p.data_left for p in size.parts}) == 1
+    nested = shape.mode == "full" and shape.outputs > 1 and len({p.data_left for p in size.parts}) == 1
     return ["tokens", *(["nested"] if nested else []), "rows"]
 
 
 def make_plan(
-    known: Structure,
+    structure: Structure,
     mode: str,
     n1: int,
     n2: int,
@@ -184,7 +191,7 @@ def make_plan(
 
     Parameters
     ----------
-    known : structure of the model on these inputs.
+    structure : of the model on these inputs.
     mode : "full", "diagonal" or "trace" ("sum" and callables have one output and are "trace").
     n1, n2 : samples on each side; `same` when the second set is the first, `aligned` when only pairs (i, i) are wanted.
     budget : bytes of scratch memory, beside inputs and result.
@@ -196,60 +203,66 @@ def make_plan(
     Refused
         For a route that a parameter's gradient does not allow.
     """
-    outputs, itemsize, rates = known.outputs, like.element_size(), rates_for(like)
     pairs = n1 if aligned else n1 * n2 / 2 if same else n1 * n2
-    what = _Shape(float(pairs), float(n1 if same else n1 + n2), outputs, mode, aligned)
-    steps: dict[str, Step] = {}
-    for name, size in known.sizes.items():
-        row_bytes = outputs * size.entries * itemsize
-        pair_bytes = sum(p.positions * (outputs * p.cotangent + p.data) * itemsize for p in size.parts)
-        options = {}
-        for route in _choices(size, what):
-            late = route == "rows" and bool(size.parts) and pair_bytes < row_bytes and not aligned
-            kept = row_bytes if route == "rows" and not late else pair_bytes
-            flops, seconds = _cost(size, route, what, rates)
-            seconds += what.samples * kept / itemsize / rates.fresh
-            options[route] = Step(name, route, flops, kept, seconds, late)
-        if name in known.fallback:
-            step = options["rows"]
-            steps[name] = Step(name, "fallback", step.flops, row_bytes, step.seconds)
-            continue
-        wish = (routes or {}).get(name)
-        if wish is not None and wish not in options:
-            raise refusal(
-                f"route of '{name}'", got=repr(wish), expected=f"one of {sorted(options)}", fix=nearest(wish, options)
-            )
-        if len(options) > 1 and 4 * row_bytes > budget and wish is None:
-            del options["rows"]  # two samples a side would not fit: never form these rows
-        steps[name] = options[wish] if wish else min(options.values(), key=lambda step: step.seconds)
-    for bias, weight in known.shared.items():
-        factored = steps[weight].route not in ("rows", "fallback")
-        if factored and bias not in known.fallback and bias not in (routes or {}) and not aligned:
-            steps[bias] = Step(bias, "shared", 0.0, 0, 0.0)
-    chosen = tuple(steps.values())
-    prepared = sum(step.bytes_per_sample for step in chosen)
+    shape = _Shape(float(pairs), float(n1 if same else n1 + n2), structure.outputs, mode, aligned)
+    steps = _cheapest_steps(structure, shape, budget, like, routes or {})
+    outputs, itemsize = structure.outputs, like.element_size()
     # Beside the tiles: cotangents and saved tensors of the forward batch, and for the parameter in hand its two factors
     # (receptive fields included) and, on the rows route, its entries.
     factors = max(
-        (p.positions * (p.data + outputs * p.cotangent) * itemsize for s in known.sizes.values() for p in s.parts),
+        (p.positions * (p.data + outputs * p.cotangent) * itemsize for s in structure.sizes.values() for p in s.parts),
         default=0,
     )
-    entries = max((step.bytes_per_sample for step in chosen if step.route != "outer"), default=0)
-    transient = known.bytes_per_sample * (outputs + 1) + 2 * factors + entries + 1
+    entries = max((step.bytes_per_sample for step in steps if step.route != "outer"), default=0)
+    transient = structure.bytes_per_sample * (outputs + 1) + 2 * factors + entries + 1
     batch = budget * 0.3 / transient
     if like.device.type == "cpu":
         batch = min(batch, max(_FORWARD / transient, _FEWEST))
     batch = max(1, min(256, int(batch), n1 if same else n1 + n2))
     numbers = min(_BLOCK.get(like.device.type, 2**20), budget * 0.1 / (3 * itemsize))
-    block = max(1, math.isqrt(int(numbers / what.results)))
-    late = max((outputs * known.sizes[step.name].entries * itemsize for step in chosen if step.late), default=0)
-    if late:  # the entries of two blocks are held while they are multiplied
+    block = max(1, math.isqrt(int(numbers / shape.results)))
+    late = max((outputs * structure.sizes[step.name].entries * itemsize for step in steps if step.late), default=0)
+    if late:  # the entries of two blocks are in memory while they are multiplied
         block = max(1, min(block, int(budget * 0.2 / (2 * late))))
-    room = budget * (0.5 if late else 0.7) / (prepared + 1)  # samples whose factors fit
+    fit = budget * (0.5 if late else 0.7) / (sum(step.bytes_per_sample for step in steps) + 1)  # samples
     if aligned:
-        tile = columns = max(1, min(int(room / 2), n1, _TILE))
+        tile = columns = max(1, min(int(fit / 2), n1, _TILE))
     else:
-        columns = max(1, min(int(room * 0.15), n2, _TILE))
-        tile = max(1, min(int(room) - columns, n1))
+        columns = max(1, min(int(fit * 0.15), n2, _TILE))
+        tile = max(1, min(int(fit) - columns, n1))
         tile = math.ceil(n1 / math.ceil(n1 / tile))  # equal tiles: the last is not a sliver
-    return Plan(chosen, tile, columns, block, batch, max(budget // 8, 1))
+    return Plan(steps, tile, columns, block, batch, max(budget // 8, 1))
+
+
+def _cheapest_steps(
+    structure: Structure, shape: _Shape, budget: int, like: Tensor, routes: Mapping[str, str]
+) -> tuple[Step, ...]:
+    """One step per parameter: on the route asked for, else on the cheapest."""
+    outputs, itemsize, rates = structure.outputs, like.element_size(), rates_for(like)
+    steps: dict[str, Step] = {}
+    for name, size in structure.sizes.items():
+        row_bytes = outputs * size.entries * itemsize
+        pair_bytes = sum(p.positions * (outputs * p.cotangent + p.data) * itemsize for p in size.parts)
+        options = {}
+        for route in _choices(size, shape):
+            late = route == "rows" and bool(size.parts) and pair_bytes < row_bytes and not shape.aligned
+            stored = row_bytes if route == "rows" and not late else pair_bytes
+            flops, seconds = _cost(size, route, shape, rates)
+            seconds += shape.samples * stored / itemsize / rates.fresh
+            options[route] = Step(name, route, flops, stored, seconds, late)
+        if name in structure.fallback:
+            step = options["rows"]
+            steps[name] = Step(name, "fallback", step.flops, row_bytes, step.seconds)
+            continue
+        wish = routes.get(name)
+        if wish is not None and wish not in options:
+            got, expected = repr(wish), f"one of {sorted(options)}"
+            raise refusal(f"route of '{name}'", got=got, expected=expected, fix=nearest(wish, options))
+        if len(options) > 1 and 4 * row_bytes > budget and wish is None:
+            del options["rows"]  # two samples per side would not fit: never form these rows
+        steps[name] = options[wish] if wish else min(options.values(), key=lambda step: step.seconds)
+    for bias, weight in structure.shared.items():
+        factored = steps[weight].route not in ("rows", "fallback")
+        if factored and bias not in structure.fallback and bias not in routes and not shape.aligned:
+            steps[bias] = Step(bias, "shared", 0.0, 0, 0.0)
+    return tuple(steps.values())

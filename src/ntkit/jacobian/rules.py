@@ -210,7 +210,7 @@ def _each(x: Tensor, times: int) -> Tensor:
     return x[:, None].expand(-1, times, *(-1,) * (x.dim() - 1)).flatten(0, 1)
 
 
-# ---------------------------------------------------------------------- normalisations
+# ---------------------------------------------------------------------- normalizations
 
 
 @rule("NativeLayerNormBackward0")

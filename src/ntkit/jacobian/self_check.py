@@ -1,7 +1,8 @@
-"""Before the first result on a model: find out who owns which rows, and compare a few samples with plain autograd."""
+"""Before the first result on a model: determine which sample owns which rows, and compare with plain autograd."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,29 +10,31 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.base.checks import refusal
-from ntkit.jacobian.factors import Gradients, looks_of, numbered
+from ntkit.jacobian.factors import Gradients, signatures_of, with_keys
 from ntkit.jacobian.graph import Use, find_uses, nodes_behind, nodes_from, shapes_of, sizes_of
 from ntkit.jacobian.model_calls import untouched
 from ntkit.jacobian.ownership import establish
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
 from ntkit.jacobian.rules import RULES
-from ntkit.jacobian.structure import PROBE, Expected, Irregular, Part, SelfCheckError, Size, Structure
+from ntkit.jacobian.structure import PROBE, ExpectedGraph, Part, SelfCheckError, Size, Structure
 
-# Nodes that can move rows depending on data or on the batch's size: behind them each batch checks who owns what.
+# Nodes that can move rows depending on data or on the batch's size: behind them the owners of rows are checked in every
+# batch.
 _FUSED_RNN = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
 
 _MOVERS = ("Index", "Gather", "Scatter", "Sort", "Topk", "Masked", "Flip", "Roll", "Take", "Unique", "Nonzero")
 
 
-def structure_of(gradients: Gradients, x: Batch, unseen: bool = False) -> Structure:
-    """Establish (once per graph) and return what is known of the model's graph on inputs like `x`.
+def structure_of(gradients: Gradients, x: Batch, irregular: Mapping[str, str], unseen: bool = False) -> Structure:
+    """Establish, once per graph, the structure of the model on inputs like `x`.
 
     Parameters
     ----------
     gradients : model, parameters, outputs.
     x : the samples at hand; up to three different ones are tried.
-    unseen : whether what held for the last samples of these shapes may be returned without a look at the graph, when
-        `Gradients.batch` is to compare the whole graph of its samples with the one expected.
+    irregular : parameters structure to have no regular rows, and why: they go to the fallback.
+    unseen : whether the structure of the last samples of these shapes may be returned without looking at the graph,
+        because `Gradients.batch` will compare the whole graph of its samples with the expected one.
 
     Raises
     ------
@@ -39,30 +42,30 @@ def structure_of(gradients: Gradients, x: Batch, unseen: bool = False) -> Struct
         When the samples of a batch mix, the forward is random, or the outputs are not usable.
     SelfCheckError
         When a parameter's gradient differs from plain autograd.
+    Irregular
+        When more parameters than `irregular` have no regular rows.
     """
     kind = tuple((t.dtype, t.shape[1:]) for t in leaves(x))
-    known = gradients.usual.get(kind)
-    if unseen and known is not None and known.expected is not None and known.covers(count(x)):
-        return known
+    structure = gradients.by_shape.get(kind)
+    if unseen and structure is not None and structure.expected is not None and structure.covers(count(x)):
+        return structure
     with untouched(gradients.model, gradients.params):
         first = gradients.forward(take(x, [0, 0]))
         nodes = nodes_behind(first)
-        look = tuple((node.name(), shapes_of(node)[:1]) for node in nodes)
-        uses = tuple(use.look for use in find_uses(nodes, gradients.params, set()))
-        key = (look, uses, kind)
-        known = gradients.structures.get(key)
-        if known is None or not known.covers(count(x)):
+        graph = tuple((node.name(), shapes_of(node)[:1]) for node in nodes)
+        uses = tuple(use.signature for use in find_uses(nodes, gradients.params, set()))
+        key = (graph, uses, kind)
+        structure = gradients.structures.get(key)
+        if structure is None or not structure.covers(count(x)):
             if any("CheckpointFunction" in node.name() for node in nodes):
-                raise refusal(
-                    f"model {type(gradients.model).__name__}",
-                    got="a reentrant checkpoint",
-                    expected="a graph that shows its parameters",
-                    fix="Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
-                )
-            known = _establish(gradients, x)
-            gradients.structures[key] = known
-        gradients.usual[kind] = known
-        return known
+                got = "a reentrant checkpoint"
+                expected = "a graph that shows its parameters"
+                fix = "Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                raise refusal(f"model {type(gradients.model).__name__}", got=got, expected=expected, fix=fix)
+            structure = _establish(gradients, x, irregular)
+            gradients.structures[key] = structure
+        gradients.by_shape[kind] = structure
+        return structure
 
 
 def _moves_rows(node: Any) -> bool:
@@ -77,18 +80,18 @@ def _different_samples(x: Batch) -> list[int]:
     """Up to three samples that differ from each other: equal ones could not show that samples mix."""
     n = count(x)
     candidates = dict.fromkeys([0, n // 2, n - 1, *torch.linspace(0, n - 1, min(n, 16)).long().tolist()])
-    chosen: list[int] = []
+    samples: list[int] = []
     for i in candidates:
-        if all(any(not torch.equal(t[i], t[j]) for t in leaves(x)) for j in chosen):
-            chosen.append(i)
-        if len(chosen) == PROBE:
+        if all(any(not torch.equal(t[i], t[j]) for t in leaves(x)) for j in samples):
+            samples.append(i)
+        if len(samples) == PROBE:
             break
-    return chosen
+    return samples
 
 
-def _establish(gradients: Gradients, x: Batch) -> Structure:
-    chosen = _different_samples(x)
-    probe = take(x, (chosen * PROBE)[:PROBE])
+def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> Structure:
+    samples = _different_samples(x)
+    probe = take(x, (samples * PROBE)[:PROBE])
     out = gradients.forward(probe)
     nodes = nodes_behind(out)
     plain_rnn = any(node.name().startswith(_FUSED_RNN) for node in nodes)
@@ -96,26 +99,13 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
         out = gradients.forward(probe, plain_rnn)
         nodes = nodes_behind(out)
     fewer = nodes_behind(gradients.forward(take(probe, slice(0, 2)), plain_rnn))
-    names = tuple(node.name() for node in nodes)
-    comparable = tuple(node.name() for node in fewer) == names
-    constant = {
-        i
-        for i, (node, other) in enumerate(zip(nodes, fewer, strict=False))
-        if comparable and shapes_of(node) and shapes_of(node) == shapes_of(other)
-    }
-    uses = find_uses(nodes, gradients.params, constant)
-    # Rows that data chose may happen to be as many in both batches. What then takes them in is no rule's business: they
-    # are the data's after all.
-    position = {node: i for i, node in enumerate(nodes)}
-    for use in uses:
-        if not use.direct and use.node.name() not in RULES:
-            constant -= {position[node] for node in nodes_from(use.source)}
-    uses = find_uses(nodes, gradients.params, constant)
+    same_nodes = [node.name() for node in fewer] == [node.name() for node in nodes]
+    uses, constant = _uses_and_constants(gradients, nodes, fewer if same_nodes else [])
     unused = set(gradients.params) - {name for use in uses for name in use.params}
-    known = Structure(out.shape[1], unused, looks_of(uses), len(chosen), plain_rnn=plain_rnn)
-    known.eps = max(torch.finfo(dtype).eps for dtype in {out.dtype, *gradients.dtypes(), *_precisions(nodes)})
-    if any(not use.direct for use in uses):  # else rearrangements are all there is on the weight side
-        known.names, known.constant = names, frozenset(constant)
+    structure = Structure(out.shape[1], unused, signatures_of(uses), len(samples), plain_rnn=plain_rnn)
+    structure.eps = max(torch.finfo(dtype).eps for dtype in {out.dtype, *gradients.dtypes(), *_precisions(nodes)})
+    if any(not use.direct for use in uses):  # else the weight side consists of rearrangements
+        structure.names, structure.constant = tuple(node.name() for node in nodes), frozenset(constant)
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(2, PROBE, out.shape[1], generator=generator, dtype=torch.float64).to(out)
 
@@ -123,87 +113,118 @@ def _establish(gradients: Gradients, x: Batch) -> Structure:
     masked[range(PROBE), range(PROBE)] = draw[0]
     ruled = [use for use in uses if use.node.name() in RULES]
     cotangents = gradients.backward(out, [use.node for use in ruled], masked)
-    moved = any(_moves_rows(node) for node in nodes)
-    for key, use in numbered(uses):
-        if use.node not in cotangents:
-            known.fallback |= dict.fromkeys(use.params, f"no rule for {use.node.name()}")
-            continue
-        shape = shapes_of(fewer[position[use.node]])[0] if comparable else None
-        cot = cotangents[use.node]
-        owner, sure = establish(cot, shape, 2) if shape is not None else (None, True)
-        if owner is not None:
-            known.owners[key] = owner
-            if moved or not sure:
-                known.watched.add(key)
-            continue
-        reason = f"rows of {use.node.name()} could not be assigned to samples"
-        # rows that data chose, each reached by one sample at most
-        reached = cot.flatten(2).ne(0).any(-1) if cot.dim() > 2 else cot.ne(0)
-        apart = cot.dim() > 1 and bool((reached.sum(0) < 2).all())
-        if apart and use.direct:
-            known.scattered |= dict.fromkeys(use.params, reason)
-            known.watched.add(key)
-        else:
-            known.fallback |= dict.fromkeys(use.params, reason)
-    while True:
-        try:
-            factors = gradients.factors(out, uses, known, draw, PROBE)
-            break
-        except Irregular as signal:
-            known.fallback |= signal.reasons
-    known.sizes = {name: _size(f, gradients.params[name]) for name, f in factors.items()}
-    known.sizes |= {name: Size(gradients.params[name].numel()) for name in known.fallback}
-    known.shared = _shared(uses, known)
-    held = sum(t[0].numel() for t in cotangents.values())
-    known.bytes_per_sample = 2 * held * out.element_size() // PROBE
-    size = {node: t.norm() for node, t in cotangents.items()}
+    position = {node: i for i, node in enumerate(nodes)}
+    shapes = {use.node: shapes_of(fewer[position[use.node]])[0] for use in ruled} if same_nodes else {}
+    _assign_owners(structure, uses, cotangents, shapes, any(_moves_rows(node) for node in nodes))
+    structure.fallback |= irregular
+    factors = gradients.factors(out, uses, structure, draw, PROBE)
+    structure.sizes = {name: _size(f, gradients.params[name]) for name, f in factors.items()}
+    structure.sizes |= {name: Size(gradients.params[name].numel()) for name in structure.fallback}
+    structure.shared = _shared(uses, structure)
+    numbers = sum(t[0].numel() for t in cotangents.values())
+    structure.bytes_per_sample = 2 * numbers * out.element_size() // PROBE
     floors: dict[str, Tensor] = {}
     for use in ruled:
         for name in use.params:
-            floors[name] = torch.maximum(floors.get(name, out.new_zeros(())), size[use.node])
-    _compare(gradients, probe, out, factors, draw, floors, known.eps)
-    known.expected = _expected(nodes, fewer) if comparable and not known.scattered else None
-    return known
+            floors[name] = torch.maximum(floors.get(name, out.new_zeros(())), cotangents[use.node].norm())
+    _compare(gradients, probe, out, factors, draw, floors, structure.eps)
+    structure.expected = _expected(nodes, fewer) if same_nodes and not structure.scattered else None
+    return structure
 
 
-def _expected(three: list[Any], two: list[Any]) -> Expected | None:
+def _uses_and_constants(gradients: Gradients, nodes: list[Any], fewer: list[Any]) -> tuple[list[Use], set[int]]:
+    """The uses of a graph, and the positions of nodes whose results do not grow with the batch.
+
+    `fewer` is the graph of a smaller batch, node by node, or empty if the two differ.
+    """
+    constant = {
+        i
+        for i, (node, other) in enumerate(zip(nodes, fewer, strict=False))
+        if shapes_of(node) and shapes_of(node) == shapes_of(other)
+    }
+    # Rows selected by data may happen to be equally many in both batches. A use that takes them in has no rule: its
+    # source belongs to the data side after all.
+    position = {node: i for i, node in enumerate(nodes)}
+    for use in find_uses(nodes, gradients.params, constant):
+        if not use.direct and use.node.name() not in RULES:
+            constant -= {position[node] for node in nodes_from(use.source)}
+    return find_uses(nodes, gradients.params, constant), constant
+
+
+def _assign_owners(
+    structure: Structure,
+    uses: list[Use],
+    cotangents: dict[Any, Tensor],
+    shapes: dict[Any, tuple[int, ...]],
+    moved: bool,
+) -> None:
+    """Determine the layout of every use's rows; what has none goes to the fallback, or is determined in every batch.
+
+    `shapes` are those of the nodes in a batch of two; `moved`: whether some node may move rows.
+    """
+    for key, use in with_keys(uses):
+        if use.node not in cotangents:
+            structure.fallback |= dict.fromkeys(use.params, f"no rule for {use.node.name()}")
+            continue
+        cot, shape = cotangents[use.node], shapes.get(use.node)
+        owner, sure = establish(cot, shape, 2) if shape is not None else (None, True)
+        if owner is not None:
+            structure.owners[key] = owner
+            if moved or not sure:
+                structure.watched.add(key)
+            continue
+        reason = f"rows of {use.node.name()} could not be assigned to samples"
+        # rows selected by data, each reached by at most one sample
+        reached = cot.flatten(2).ne(0).any(-1) if cot.dim() > 2 else cot.ne(0)
+        if cot.dim() > 1 and (reached.sum(0) < 2).all() and use.direct:
+            structure.scattered |= dict.fromkeys(use.params, reason)
+            structure.watched.add(key)
+        else:
+            structure.fallback |= dict.fromkeys(use.params, reason)
+
+
+def _expected(three: list[Any], two: list[Any]) -> ExpectedGraph | None:
     """The graph of any number of samples, from those of three and of two."""
     sizes = [(sizes_of(node), sizes_of(other)) for node, other in zip(three, two, strict=True)]
     if any(len(more) != len(base) for more, base in sizes):
         return None
     steps = tuple(tuple(m - b for m, b in zip(more, base, strict=True)) for more, base in sizes)
-    return Expected(tuple(node.name() for node in three), tuple(base for _, base in sizes), steps)
+    return ExpectedGraph(tuple(node.name() for node in three), tuple(base for _, base in sizes), steps)
 
 
 def _precisions(nodes: list[Any]) -> set[torch.dtype]:
     """Floating-point types of the results of nodes."""
-    found = {m.dtype for node in nodes if not hasattr(node, "variable") for m in node._input_metadata}
-    return {dtype for dtype in found if dtype.is_floating_point or dtype.is_complex}
+    dtypes = {m.dtype for node in nodes if not hasattr(node, "variable") for m in node._input_metadata}
+    return {dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
 
 
-def _shared(uses: list[Use], known: Structure) -> dict[str, str]:
+def _shared(uses: list[Use], structure: Structure) -> dict[str, str]:
     """Biases whose every use is by the nodes that use one factored weight: {bias: weight}.
 
-    The bias's gradient is then the weight's with a data factor of ones, and its kernel costs no product of its own.
+    The gradient of such a bias is that of the weight with a data factor of ones: its kernel needs no product of its
+    own.
     """
-    nodes: dict[str, list[tuple]] = {}
+    places: dict[str, list[tuple]] = {}
     for use in uses:
         for name in use.params:
-            nodes.setdefault(name, []).append((use.node, use.slot, use.direct))
+            places.setdefault(name, []).append((use.node, use.slot, use.direct))
+    nodes = {name: tuple(node for node, _, _ in own) for name, own in places.items()}
     weights = {
-        tuple(node for node, _, _ in found): name
-        for name, found in nodes.items()
-        if name in known.sizes and len(known.sizes[name].parts) == 1 and known.sizes[name].parts[0].block is None
-        and all(direct for _, _, direct in found)
-    }  # fmt: skip
+        nodes[name]: name
+        for name, own in places.items()
+        if name in structure.sizes
+        and len(structure.sizes[name].parts) == 1
+        and structure.sizes[name].parts[0].block is None
+        and all(direct for _, _, direct in own)
+    }
     shared = {}
-    for name, found in nodes.items():
-        plain = all(direct and _is_bias(node, slot) for node, slot, direct in found)
-        weight = weights.get(tuple(node for node, _, _ in found))
-        if not plain or weight is None or name not in known.sizes or name in known.fallback:
+    for name, own in places.items():
+        plain = all(direct and _is_bias(node, slot) for node, slot, direct in own)
+        weight = weights.get(nodes[name])
+        if not plain or weight is None or name not in structure.sizes or name in structure.fallback:
             continue
-        size = known.sizes[name]
-        if not size.parts and size.entries == known.sizes[weight].parts[0].cotangent:
+        size = structure.sizes[name]
+        if not size.parts and size.entries == structure.sizes[weight].parts[0].cotangent:
             shared[name] = weight
     return shared
 
@@ -235,7 +256,7 @@ def _compare(
                 rows = factor.rows()
             fast = rows[s].reshape(draw.shape[0], -1)
             error, own = (fast - reference[name]).norm(), reference[name].norm()
-            # The floor is for gradients that vanish by symmetry (a bias before a normalisation): what is left is the
+            # The floor is for gradients that vanish by symmetry (a bias before a normalization): what is left is the
             # rounding of a sum of cotangents, or, where these vanish already, of the outputs' own.
             floor = min(1e3 * eps, 1e-2) * (whole + floors.get(name, 0)) + 16 * eps * draw.norm()
             if not error <= eps**0.5 * own + floor:

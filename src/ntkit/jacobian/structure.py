@@ -1,4 +1,4 @@
-"""What is known of a model's graph, and how it is said that something does not hold."""
+"""What the self-check establishes of a model's graph, and the two ways in which it can fail."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class SelfCheckError(RuntimeError):
 
 
 class Irregular(Exception):
-    """A batch in which some parameters' rows do not follow the layout established: plan those again.
+    """A batch in which the rows of some parameters do not follow the established layout: plan these again.
 
-    A signal between the engine's own rooms: it never reaches the user.
+    A signal between modules of the engine: it never reaches the user.
     """
 
     def __init__(self, reasons: dict[str, str]) -> None:
@@ -61,15 +61,15 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedGraph:
     """The graph that a batch of any size should have: names of its nodes, and their shapes, linear in that size."""
 
     names: tuple[str, ...]
     two: tuple[tuple[int, ...], ...]  # shapes of each node's results, one behind the other, for two samples
     more: tuple[tuple[int, ...], ...]  # what one more sample adds
 
-    def telling(self, n: int) -> int:
-        """Samples that tell this graph from one with two axes swapped: n, unless an axis has that size anyway."""
+    def size_that_tells(self, n: int) -> int:
+        """A batch size at which this graph differs from one with two axes swapped: n, unless an axis has that size."""
         fixed = {s for two, more in zip(self.two, self.more, strict=True) if any(more)
                  for s, step in zip(two, more, strict=True) if not step}  # fmt: skip
         return n if n not in fixed else next(m for m in range(2, len(fixed) + 3) if m not in fixed)
@@ -79,14 +79,14 @@ class Expected:
         if names != self.names or [len(s) for s in shapes] != [len(s) for s in self.two]:
             return False
         return all(
-            all(size == base + (n - 2) * step for size, base, step in zip(found, two, more, strict=True))
-            for found, two, more in zip(shapes, self.two, self.more, strict=True)
+            all(size == base + (n - 2) * step for size, base, step in zip(own, two, more, strict=True))
+            for own, two, more in zip(shapes, self.two, self.more, strict=True)
         )
 
 
 @dataclass(eq=False)
 class Structure:
-    """What the self-check established for one graph: valid for any batch whose graph looks the same.
+    """What the self-check established for one graph: valid for any batch whose graph has the same signature.
 
     ``watched``: uses whose owners each batch checks again, because some rows were not reached by any output of the
     samples checked, or (all uses) because rows are moved about by data.
@@ -94,22 +94,24 @@ class Structure:
 
     outputs: int
     unused: set[str]
-    looks: dict[str, tuple]  # parameter -> what its uses look like
-    distinct: int  # how many different samples it was established on
+    signatures: dict[str, tuple]  # parameter -> signatures of its uses
+    distinct: int  # number of different samples it was established on
     names: tuple[str, ...] = ()  # of the graph's nodes, in order
     constant: frozenset[int] = frozenset()  # which of them do not grow with the batch
     owners: dict[tuple, Owner] = field(default_factory=dict)  # (parameters, which of their uses) -> owner
     places: dict[tuple, Place | None] = field(default_factory=dict)  # ... -> where its factors belong in the parameter
     scattered: dict[str, str] = field(
         default_factory=dict
-    )  # parameter -> why its rows find their owners in every batch
+    )  # parameter -> why the owners of its rows are determined in every batch
     fallback: dict[str, str] = field(default_factory=dict)  # parameter -> why
     sizes: dict[str, Size] = field(default_factory=dict)
-    shared: dict[str, str] = field(default_factory=dict)  # bias -> weight of the same layer, whose cotangent is its own
+    shared: dict[str, str] = field(
+        default_factory=dict
+    )  # bias -> weight of the same layer, which has the same cotangent
     watched: set[tuple] = field(default_factory=set)
     eps: float = 0.0  # rounding of the coarsest precision anywhere in the graph
-    expected: Expected | None = None  # the whole graph by the batch's size, where it is as regular as that
-    plain_rnn: bool = False  # fused recurrent layers hide their steps: they are taken apart
+    expected: ExpectedGraph | None = None  # the whole graph by the batch's size, where it is as regular as that
+    plain_rnn: bool = False  # whether fused recurrent layers are run step by step, since they hide their steps
     bytes_per_sample: int = 0  # of saved tensors and cotangents, for one output
 
     def covers(self, n: int) -> bool:

@@ -11,7 +11,7 @@ from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.model_calls import call, check_mode, select_parameters, untouched
-from ntkit.kernels.kernel import Kernel, KernelOperator, written
+from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 
 _BATCH = 256
 _WEIGHTED = {
@@ -69,8 +69,7 @@ class ConjugateKernel(Kernel):
     def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
         phi = self.features(x1)
         if x2 is None:
-            gram = phi @ phi.T
-            return written(gram.triu() + gram.triu(1).T, out)  # exactly symmetric
+            return written(mirrored(phi @ phi.T), out)
         return written(phi @ self.features(x2).T, out)
 
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
@@ -87,19 +86,14 @@ class ConjugateKernel(Kernel):
                 out = call(self._model, x)
                 phi = self._last_hidden(out, params) if isinstance(out, Tensor) else None
         if phi is None:
-            raise refusal(
-                f"model {type(self._model).__name__}",
-                got="no dense or convolution layer with a trainable weight behind its output",
-                expected="one, whose input is the conjugate kernel's feature map",
-                fix="Name a layer: ConjugateKernel(model, layer=...).",
-            )
+            got = "no dense or convolution layer with a trainable weight behind its output"
+            expected = "a weight layer, whose input is the feature map of the conjugate kernel"
+            fix = "Name a layer: ConjugateKernel(model, layer=...)."
+            raise refusal(f"model {type(self._model).__name__}", got=got, expected=expected, fix=fix)
         if phi.shape[0] != n:
-            raise refusal(
-                "the features",
-                got=f"shape {tuple(phi.shape)} for {n} samples",
-                expected=f"({n}, ...)",
-                fix="Name a layer whose output has the samples first: ConjugateKernel(model, layer=...).",
-            )
+            got = f"shape {tuple(phi.shape)} for {n} samples"
+            fix = "Name a layer whose output has the samples first: ConjugateKernel(model, layer=...)."
+            raise refusal("the features", got=got, expected=f"({n}, ...)", fix=fix)
         return phi.reshape(n, -1)
 
     def _output_of(self, layer: nn.Module, x: Batch) -> Any:
@@ -122,10 +116,8 @@ class ConjugateKernel(Kernel):
             biases = (_BIASED.get(name),) if name in _BIASED else range(2 if name in _SHIFTS else 0)
             if slot < 0 and name not in _PRODUCTS and not any(n == node and s not in biases for n, s in uses):
                 continue
-            raise refusal(
-                "the last weight layer",
-                got=f"{name}, whose weight is not a parameter of a dense or convolution layer",
-                expected="a model whose last layer says what its hidden features are",
-                fix="Name the layer whose output they are: ConjugateKernel(model, layer=...).",
-            )
+            got = f"{name}, whose weight is not a parameter of a dense or convolution layer"
+            expected = "a model whose last layer is dense or a convolution, with hidden features as its input"
+            fix = "Name the layer whose output is the feature map: ConjugateKernel(model, layer=...)."
+            raise refusal("the last weight layer", got=got, expected=expected, fix=fix)
         return None

@@ -1,4 +1,4 @@
-"""The noun that carries the library: a kernel is values on two sets, a diagonal, pairs, and matrix-free products."""
+"""The interface of every kernel: values on two sets, a diagonal, pairs, and matrix-free products."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.batch import Batch, checked, count
-from ntkit.base.checks import refusal
+from ntkit.base.checks import Refused, refusal
 
 
 class Kernel(ABC):
@@ -48,7 +48,8 @@ class Kernel(ABC):
         """k(x1_i, x2_i) for every i, at the cost of n values; both sets have n samples."""
         x1, x2 = checked(x1, "x1"), checked(x2, "x2")
         if count(x1) != count(x2):
-            raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix="Pair them one to one.")
+            fix = "Give both sets the same number of samples."
+            raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix=fix)
         return self._pairs(x1, x2)
 
     @abstractmethod
@@ -68,12 +69,9 @@ def _writable(out: Any) -> Tensor | None:
         return out
     if isinstance(out, np.ndarray) and out.flags.writeable:
         return torch.from_numpy(out)
-    raise refusal(
-        "out",
-        got="a read-only array" if isinstance(out, np.ndarray) else type(out).__name__,
-        expected="a tensor or a writable numpy array",
-        fix='Open a memmap with mode "r+" or "w+".',
-    )
+    got = "a read-only array" if isinstance(out, np.ndarray) else type(out).__name__
+    expected = "a tensor or a writable numpy array"
+    raise refusal("out", got=got, expected=expected, fix='Open a memmap with mode "r+" or "w+".')
 
 
 def written(values: Tensor, out: Tensor | None) -> Tensor:
@@ -87,12 +85,23 @@ def written(values: Tensor, out: Tensor | None) -> Tensor:
 def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Refuse a tensor that cannot take the result as it is."""
     if tuple(out.shape) != shape or out.dtype != dtype:
-        raise refusal(
-            "out",
-            got=f"shape {tuple(out.shape)}, {out.dtype}",
-            expected=f"shape {shape}, {dtype}",
-            fix="Make it anew; its values are overwritten.",
-        )
+        fix = "Allocate it again with that shape and dtype; its values are overwritten."
+        raise refusal("out", got=f"shape {tuple(out.shape)}, {out.dtype}", expected=f"shape {shape}, {dtype}", fix=fix)
+
+
+def refuse_operator_of_diagonal() -> Refused:
+    """The refusal of a matrix-free product where the kernel is one matrix per output."""
+    return refusal(
+        'operator of outputs="diagonal"',
+        got="one matrix per output",
+        expected="one matrix",
+        fix='Use outputs="full", or a callable that picks the output: lambda y: y[:, 0].',
+    )
+
+
+def mirrored(values: Tensor) -> Tensor:
+    """Exactly symmetric in the last two axes: the upper triangle counts."""
+    return values.triu() + values.triu(1).transpose(-1, -2)
 
 
 class KernelOperator:
@@ -111,12 +120,8 @@ class KernelOperator:
     def __matmul__(self, v: Tensor) -> Tensor:
         """K v."""
         if v.dim() not in (1, 2) or v.shape[0] != self.shape[0]:
-            raise refusal(
-                "vector",
-                got=f"shape {tuple(v.shape)}",
-                expected=f"({self.shape[0]},) or ({self.shape[0]}, k)",
-                fix="Flatten samples first, outputs second.",
-            )
+            got, expected = f"shape {tuple(v.shape)}", f"({self.shape[0]},) or ({self.shape[0]}, k)"
+            raise refusal("vector", got=got, expected=expected, fix="Flatten samples first, outputs second.")
         block = v.to(dtype=self.dtype, device=self.device)
         return self._apply(block[:, None])[:, 0] if v.dim() == 1 else self._apply(block)
 

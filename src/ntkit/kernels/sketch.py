@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
+from ntkit.jacobian.engine import Engine, Job
 from ntkit.jacobian.model_calls import Outputs
-from ntkit.jacobian.structure import Irregular, SelfCheckError, Structure
-from ntkit.kernels.kernel import Kernel, KernelOperator, written
-from ntkit.kernels.tangent import TangentKernel
+from ntkit.jacobian.pairs import Whole
+from ntkit.jacobian.structure import SelfCheckError, Structure
+from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, refuse_operator_of_diagonal, written
 
 # Numbers folded at a time: on a CPU they stay in its caches, on a GPU they keep it busy.
 _CHUNK = {"cpu": 1 << 18}
@@ -90,11 +91,11 @@ class SketchedKernel(Kernel):
         memory: int | str | None = None,
     ) -> None:
         if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-            raise refusal("dim", got=repr(dim), expected="a positive integer", fix="Errors shrink with 1 / sqrt(dim).")
+            raise refusal("dim", got=repr(dim), expected="a positive integer", fix="Errors decrease as 1 / sqrt(dim).")
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise refusal("seed", got=repr(seed), expected="an integer", fix="Another one is another draw.")
-        self._exact = TangentKernel(model, outputs, params, memory)
-        self._mode, self._dim, self._seed = self._exact._mode, dim, seed
+            raise refusal("seed", got=repr(seed), expected="an integer", fix="Each seed is another random projection.")
+        self._engine = Engine(model, outputs, params, memory)
+        self._mode, self._dim, self._seed = self._engine.mode, dim, seed
         self._trusted: list[Structure] = []  # graphs on which the self-check has passed
 
     # ------------------------------------------------------------------ values
@@ -116,11 +117,11 @@ class SketchedKernel(Kernel):
         if self._mode == "trace":
             square = own1.flatten(1) @ own2.flatten(1).T
             n2, outputs = phi2.shape[:2]
-            step = max(1, int(self._exact._memory() * 0.3 / (2 * n2 * outputs**2 * phi1.element_size())))
+            step = max(1, int(self._engine.memory() * 0.3 / (2 * n2 * outputs**2 * phi1.element_size())))
             for i in range(0, len(phi1), step):
                 block = torch.einsum("icm,jdm->ijcd", phi1[i : i + step], phi2)
                 square[i : i + step] += (block * block.transpose(2, 3)).sum((2, 3))
-            square = _mirrored(square) if x2 is None else square
+            square = mirrored(square) if x2 is None else square
         else:
             square = self._product(phi1, phi2, symmetric=x2 is None).square()
             norm1, norm2 = own1.diagonal(dim1=1, dim2=2), own2.diagonal(dim1=1, dim2=2)  # [n, C]
@@ -131,12 +132,7 @@ class SketchedKernel(Kernel):
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x, x): two products with the features."""
         if self._mode == "diagonal":
-            raise refusal(
-                'operator of outputs="diagonal"',
-                got="one matrix per output",
-                expected="one matrix",
-                fix='Use outputs="full", or a callable that picks the output: lambda y: y[:, 0].',
-            )
+            raise refuse_operator_of_diagonal()
         phi = self._flat(self.features(x))
         return KernelOperator(len(phi), lambda v: phi @ (phi.T @ v), lambda: phi.square().sum(1), phi)
 
@@ -154,7 +150,7 @@ class SketchedKernel(Kernel):
             values = torch.bmm(phi1.transpose(0, 1), phi2.permute(1, 2, 0))  # [C, n1, n2]
         else:
             values = self._flat(phi1) @ self._flat(phi2).T
-        values = _mirrored(values) if symmetric else values
+        values = mirrored(values) if symmetric else values
         if self._mode == "full":
             return values.unflatten(0, phi1.shape[:2]).unflatten(2, phi2.shape[:2]).transpose(1, 2)
         return values.permute(1, 2, 0) if self._mode == "diagonal" else values
@@ -167,12 +163,8 @@ class SketchedKernel(Kernel):
         phi1 = self._features(x1)
         phi2 = phi1 if x2 is None else self._features(x2)
         if phi1.shape[1] != phi2.shape[1]:
-            raise refusal(
-                "x2",
-                got=f"{phi2.shape[1]} outputs",
-                expected=f"{phi1.shape[1]}, as for x1",
-                fix="Use inputs of one kind.",
-            )
+            got = f"{phi2.shape[1]} outputs"
+            raise refusal("x2", got=got, expected=f"{phi1.shape[1]}, as for x1", fix="Use inputs of one shape.")
         return phi1, phi2
 
     # ------------------------------------------------------------------ the sketch
@@ -180,49 +172,44 @@ class SketchedKernel(Kernel):
     @torch.inference_mode(False)  # or what is cut out here could not go through the model with grad on
     @torch.no_grad()
     def _features(self, x: Batch) -> Tensor:
-        known = self._exact._known(x)
-        like = next(iter(self._exact._gradients.params.values()))
-        dtype = self._exact._gradients.dtype
-        phi = torch.empty(count(x), known.outputs, self._dim, dtype=dtype, device=like.device)
-        while True:
-            try:
-                if not any(known is trusted for trusted in self._trusted):
-                    self._self_check(x, known)
-                    self._trusted.append(known)
-                self._stream(x, known, phi)
-                return phi
-            except Irregular as signal:  # seen only in a later batch: that parameter goes sample by sample
-                known.fallback |= signal.reasons
-            except torch.OutOfMemoryError:
-                self._exact._halve(self._exact.plan(x))
+        engine, n, done = self._engine.refresh(), count(x), 0
+        largest = max(p.numel() for p in engine.params.values())
+        shape = (n, engine.structure(x).outputs, self._dim)
+        phi = torch.empty(shape, dtype=engine.dtype, device=engine.like.device)
 
-    def _stream(self, x: Batch, known: Structure, phi: Tensor) -> None:
-        """Sketch batch by batch: of one parameter after the other the entries are formed, folded and let go."""
-        n, largest = count(x), max(p.numel() for p in self._exact._gradients.params.values())
-        entries = 2 * known.outputs * largest * phi.element_size()  # twice: some are copied into their order
-        batch = max(1, min(self._exact.plan(x).batch, int(self._exact._memory() * 0.3 / entries)))
+        def next_samples(job: Job) -> int:
+            if not any(job.left is trusted for trusted in self._trusted):
+                self._self_check(x, job.left)
+                self._trusted.append(job.left)
+            # the entries of one parameter at a time, twice: some are copied into their order
+            part = slice(done, min(done + engine.batch_size(job, 0.3, 2 * largest), n))
+            phi[part] = self._sketch(engine.factors(take(x, part), job.left))
+            return part.stop
+
         with task("sketched kernel", total=n) as progress:
-            for start in range(0, n, batch):
-                part = slice(start, min(start + batch, n))
-                phi[part] = self._sketch(take(x, part), known)
-                progress.advance(part.stop - start)
+            while done < n:
+                last, done = done, engine.run(next_samples, x)
+                progress.advance(done - last)
+        return phi
 
-    def _sketch(self, x: Batch, known: Structure, squared: bool = False) -> Tensor:
+    def _sketch(self, factors: dict[str, Whole], squared: bool = False) -> Tensor:
         """Features of a batch, [n, C, dim], or, if `squared`, S * S applied to the squares of the entries."""
-        gradients, n = self._exact._gradients, count(x)
         # narrower numbers would lose what is added to a long sum
-        wide = torch.promote_types(gradients.dtype, torch.float32)
-        device = next(iter(gradients.params.values())).device
-        total = torch.zeros(n * known.outputs, self._dim, dtype=wide, device=device)
-        for name, factor in gradients.batch(x, known).items():
-            values = factor.rows().flatten(0, 1)
+        wide = torch.promote_types(self._engine.dtype, torch.float32)
+        total: Tensor | None = None
+        for name, factor in factors.items():  # the entries of one parameter after the other are formed, folded, let go
+            rows = factor.rows()
+            if total is None:
+                total = torch.zeros(*rows.shape[:2], self._dim, dtype=wide, device=rows.device)
+            values = rows.flatten(0, 1)
             signs, shifts = _draw(self._seed, name, values.shape[1], self._dim)
             if squared:
                 values, signs = values.to(wide).square(), signs.square()
-            _fold(values, signs, shifts, total)
-        return total.view(n, known.outputs, self._dim)
+            _fold(values, signs, shifts, total.view(-1, self._dim))
+        assert total is not None
+        return total
 
-    def _self_check(self, x: Batch, known: Structure) -> None:
+    def _self_check(self, x: Batch, structure: Structure) -> None:
         """Raise unless S has one sign in every column, and the sketched gradients the norms they should have.
 
         Given the shifts, |phi|^2 is a sum over buckets of Z_b^2, Z_b independent sums of signed entries with mean
@@ -237,10 +224,11 @@ class SketchedKernel(Kernel):
         since it is a sum of independent terms >= 0 with E Z_b^4 <= 3 w_b^2 (Maurer 2003).
         """
         chosen = sorted({0, count(x) // 2, count(x) - 1})
-        norm = torch.cat([self._sketch(take(x, [i]), known).square().sum(2) for i in chosen])  # [n, C]
-        energy = torch.cat([self._sketch(take(x, [i]), known, squared=True) for i in chosen])  # [n, C, dim]
-        mass, exact = energy.sum(2), self._exact.diagonal(take(x, chosen)).to(energy.dtype)
-        slack = torch.finfo(self._exact._gradients.dtype).eps ** 0.5 * exact.abs().max()
+        single = [self._engine.factors(take(x, [i]), structure) for i in chosen]
+        norm = torch.cat([self._sketch(factors).square().sum(2) for factors in single])  # [n, C]
+        energy = torch.cat([self._sketch(factors, squared=True) for factors in single])  # [n, C, dim]
+        mass, exact = energy.sum(2), self._engine.pairs(take(x, chosen)).to(energy.dtype)
+        slack = torch.finfo(self._engine.dtype).eps ** 0.5 * exact.abs().max()
         if self._mode == "full":
             exact = exact.diagonal(dim1=1, dim2=2)
         error = ((mass.sum(1) if self._mode == "trace" else mass) - exact).abs().max()
@@ -293,8 +281,3 @@ def _fold(values: Tensor, signs: Tensor, shifts: Tensor, total: Tensor) -> None:
         before = min(rest.shape[1], dim - shift)
         total[:, shift : shift + before] += rest[:, :before]
         total[:, : rest.shape[1] - before] += rest[:, before:]
-
-
-def _mirrored(values: Tensor) -> Tensor:
-    """Exactly symmetric: the upper triangle counts."""
-    return values.triu() + values.triu(1).transpose(-1, -2)

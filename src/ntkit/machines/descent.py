@@ -13,14 +13,14 @@ from torch import Tensor
 from ntkit.base.checks import refusal
 
 _RTOL, _ATOL = 1e-10, 1e-12
-_BALANCE = 1e-6  # relative: an integration whose books balance worse than that is not to be used
+_BALANCE = 1e-6  # relative: above it, an integration is not accurate enough to use
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
 class Descent:
-    """Where the flow was at the times asked for: dual coefficients [T, n, ...] (NaN where it did not get)."""
+    """Dual coefficients at the times asked for, [T, n, ...] (NaN at times that were not reached)."""
 
     dual: Tensor
     residual: float
@@ -41,12 +41,8 @@ def gradient(loss: Loss, outputs: Tensor, y: Any) -> tuple[Tensor, Tensor]:
         value = loss(leaf, y)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise refusal(
-                "loss",
-                got=got,
-                expected="a scalar tensor that depends on the outputs",
-                fix="loss(outputs, y) returns the mean over samples, made of torch operations on outputs.",
-            )
+            fix = "Let loss(outputs, y) return the mean over samples, computed by torch operations on outputs."
+            raise refusal("loss", got=got, expected="a scalar tensor that depends on the outputs", fix=fix)
         (slope,) = torch.autograd.grad(value.sum(), leaf)
     return value.detach().sum(), slope
 
@@ -54,8 +50,8 @@ def gradient(loss: Loss, outputs: Tensor, y: Any) -> tuple[Tensor, Tensor]:
 def descend(K: Tensor, loss: Loss, y: Any, start: Tensor, times: Tensor) -> Descent:
     """Solve df/dt = -K dL/df from `start`, [n, ...], and return a(t) with f(t) = start + K a(t) at the `times`, [T].
 
-    da/dt = -dL/df and the loss lost, dq/dt = (dL/df)^T K (dL/df), are integrated along with f, by the Runge-Kutta
-    method of order 8 of Dormand and Prince. The certificate is that the books balance: L(f_0) - L(f_t) = q(t).
+    da/dt = -dL/df and the decrease of the loss, dq/dt = (dL/df)^T K (dL/df), are integrated along with f, by the
+    Runge-Kutta method of order 8 of Dormand and Prince. The certificate is the defect of L(f_0) - L(f_t) = q(t).
     """
     from scipy.integrate import solve_ivp
 
@@ -73,29 +69,31 @@ def descend(K: Tensor, loss: Loss, y: Any, start: Tensor, times: Tensor) -> Desc
 
     initial = torch.cat([torch.zeros_like(start).reshape(-1), start.reshape(-1), start.new_zeros(1)]).cpu().numpy()
     first, _ = gradient(loss, start, y)
-    wanted, place = np.unique(times.cpu().numpy(), return_inverse=True)
-    reached, states, message = 0.0, [initial] * int(wanted[0] == 0), ""
-    if wanted[-1] > 0:
-        later = wanted[wanted > 0]
+    asked, place = np.unique(times.cpu().numpy(), return_inverse=True)
+    reached, states, message = 0.0, [initial] * int(asked[0] == 0), ""
+    if asked[-1] > 0:
+        later = asked[asked > 0]
         with np.errstate(all="ignore"):  # a trial step may overflow: it is rejected
-            found = solve_ivp(slope, (0.0, later[-1]), initial, "DOP853", t_eval=later, rtol=_RTOL, atol=_ATOL)
-        states += list(found.y.T) if len(found.t) else []
-        reached, message = float(found.t[-1]) if len(found.t) else 0.0, "" if found.success else found.message
+            path = solve_ivp(slope, (0.0, later[-1]), initial, "DOP853", t_eval=later, rtol=_RTOL, atol=_ATOL)
+        states += list(path.y.T) if len(path.t) else []
+        reached, message = float(path.t[-1]) if len(path.t) else 0.0, "" if path.success else path.message
     worst = 0.0
     for state in states:
         value, _ = gradient(loss, split(state)[1], y)
         scale = max(abs(first.item()), abs(value.item()), 1e-300)
         balance = abs(first.item() - value.item() - state[-1]) / scale
         worst = max(worst, balance if np.isfinite(balance) else np.inf)
-    dual = torch.full((len(wanted), *start.shape), torch.nan, dtype=start.dtype, device=start.device)
+    dual = torch.full((len(asked), *start.shape), torch.nan, dtype=start.dtype, device=start.device)
     for i, state in enumerate(states):
         dual[i] = split(state)[0]
     status, advice = "solved", ""
     if message or not worst <= _BALANCE:
         status = "failed" if message else "inaccurate"
-        reason = f"the solver stopped: {message}" if message else f"its books balance to {worst:.1e} only"
+        reason = f"the solver stopped: {message}"
+        if not message:
+            reason = f"the loss and its integrated decrease agree only to {worst:.1e}"
         advice = (
-            f"Not integrated as asked: {reason} (last time reached: {reached:g} of {wanted[-1]:g}). Look whether the "
+            f"Not integrated as asked: {reason} (last time reached: {reached:g} of {asked[-1]:g}). Check that the "
             "loss is bounded below and smooth, or ask for shorter times."
         )
     return Descent(dual[torch.from_numpy(place.reshape(-1))], worst, status, advice)

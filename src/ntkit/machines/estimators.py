@@ -9,7 +9,7 @@ import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,13 +24,13 @@ from sklearn.utils.validation import (
 from torch import Tensor, nn
 
 from ntkit.base.checks import nearest, refusal
-from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
+from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.kernel import Kernel
 from ntkit.machines.gaussian_process import GaussianProcess
 from ntkit.machines.ridge import KernelRidge
 from ntkit.machines.svm import HardMarginSVM
 
-_CACHE_BYTES = 2**28  # Gram matrices kept in this process, the least recently used going first
+_CACHE_BYTES = 2**28  # of Gram matrices cached in this process; the least recently used is dropped first
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)  # for E g(z), z standard normal
 
 
@@ -48,8 +48,8 @@ class _Estimator(BaseEstimator):
         depth: int = 3,
         w_std: float | None = 2**0.5,
         b_std: float | None = 0.1,
-        kind: str = "ntk",
-        machine: str = "ridge",
+        kind: Kind = "ntk",
+        machine: Literal["ridge", "gp", "svm"] = "ridge",
         ridge: float = 1e-3,
     ):
         self.model = model
@@ -61,7 +61,7 @@ class _Estimator(BaseEstimator):
         self.ridge = ridge
 
     def _start(self, X: np.ndarray) -> Tensor:
-        """Check the parameters, keep the training set, and return its kernel at unit mean diagonal."""
+        """Check the parameters, store the training set, and return its kernel at unit mean diagonal."""
         if self.machine not in self._machines:
             raise refusal(
                 "machine", got=repr(self.machine), expected="a machine", fix=nearest(str(self.machine), self._machines)
@@ -87,7 +87,7 @@ class _Estimator(BaseEstimator):
         return validate_data(self, X, reset=False, dtype=np.float64)
 
     def _posterior(self, X: np.ndarray, variance: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        """Mean [m, C] and standard deviation [m] of the standardised targets."""
+        """Mean [m, C] and standard deviation [m] of the standardized targets."""
         K_test = self._gram(X, self.X_fit_) / self.scale_
         if self.machine == "ridge":
             return self.machine_.predict(K_test).numpy(), None
@@ -96,29 +96,28 @@ class _Estimator(BaseEstimator):
             if variance
             else None
         )
-        found = self.machine_.predict(K_test, prior)
-        return found.mean.numpy(), found.std.numpy() if variance else None
+        posterior = self.machine_.predict(K_test, prior)
+        return posterior.mean.numpy(), posterior.std.numpy() if variance else None
 
     # ------------------------------------------------------------------ the kernel
 
     def _network(self) -> nn.Module:
         if self.model is None:
             if self.w_std is None or self.b_std is None:
-                fix = "Give both, or a module to read its own initialisation."
+                fix = "Give both, or a module to read its own initialization."
                 raise refusal("w_std, b_std", got="None", expected="numbers, where model=None", fix=fix)
             return _mlp(self.n_features_in_, self.depth)
         model = self.model if isinstance(self.model, nn.Module) else None
         if model is None and callable(self.model):
-            with torch.random.fork_rng(devices=[]):  # the same weights at every call, and no random numbers used up
+            with torch.random.fork_rng(
+                devices=[]
+            ):  # the same weights at every call; the global random state does not change
                 torch.default_generator.manual_seed(0)
                 model = self.model(self.n_features_in_)
         if not isinstance(model, nn.Module):
-            raise refusal(
-                "model",
-                got=type(self.model if model is None else model).__name__,
-                expected="None, a torch.nn.Module, a function from n_features to one, or an ntkit kernel",
-                fix="Pass one of these.",
-            )
+            got = type(self.model if model is None else model).__name__
+            expected = "None, a torch.nn.Module, a function from n_features to one, or an ntkit kernel"
+            raise refusal("model", got=got, expected=expected, fix="Pass one of these.")
         return model
 
     def _kernel(self) -> Kernel:
@@ -128,33 +127,33 @@ class _Estimator(BaseEstimator):
         return InfiniteKernel(network, kind=self.kind, w_std=self.w_std, b_std=self.b_std)
 
     def _gram(self, X1: np.ndarray, X2: np.ndarray | None = None) -> Tensor:
-        """Kernel values in float64; those computed before with the same settings on the same bytes come from memory."""
+        """Kernel values in float64; cached by settings and the bytes of the data."""
 
         def compute() -> Tensor:
             one, other = (None if X is None else torch.tensor(np.ascontiguousarray(X)) for X in (X1, X2))
             return self._kernel()(one, other).to(torch.float64).cpu()
 
-        known = None if isinstance(self.model, Kernel) else _identity(self._network())
-        if known is None:
+        key = None if isinstance(self.model, Kernel) else _identity(self._network())
+        if key is None:
             return compute()
         sets = tuple(None if X is None else (X.shape, _digest(X.tobytes())) for X in (X1, X2))
-        return _KEPT.get((known, self.kind, self.w_std, self.b_std, sets), compute)
+        return _CACHE.get((key, self.kind, self.w_std, self.b_std, sets), compute)
 
 
 class NTKRegressor(RegressorMixin, _Estimator):
     """Regression with the kernel of an infinitely wide network, for scikit-learn.
 
-    Targets are centred (and for "gp" scaled to unit variance); inputs are taken as they are: put a ``StandardScaler``
+    Targets are centered (and for "gp" scaled to unit variance); inputs are taken as they are: put a ``StandardScaler``
     in front where columns have different units.
 
     Parameters
     ----------
     model : None for a ReLU network with `depth` hidden layers; an ``nn.Module`` that takes [n, n_features] (put
         ``nn.Unflatten(1, (1, 8, 8))`` in front of convolutions); a function from n_features to one; or an ntkit kernel
-        of one output on float64 samples (`TangentKernel(model.double(), "trace")`): the next four then say nothing.
+        of one output on float64 samples (`TangentKernel(model.double(), "trace")`): the next four are then ignored.
     depth : hidden layers, where `model` is None.
     w_std, b_std : of weights and biases in the NTK parametrization, as for `InfiniteKernel` (w_std = sqrt(2) keeps the
-        scale of features from layer to layer under ReLU); both None for a module's own initialisation.
+        scale of features from layer to layer under ReLU); both None for a module's own initialization.
     kind : "ntk", the kernel of training all layers; "nngp", that of training the last one.
     machine : "ridge" | "gp".
     ridge : relative to the kernel's mean diagonal over the training set, so multiplying the kernel by a number changes
@@ -173,8 +172,8 @@ class NTKRegressor(RegressorMixin, _Estimator):
 
     Notes
     -----
-    Arora et al. (2020), "Harnessing the Power of Infinitely Wide Deep Nets on Small-data Tasks". Kernels are kept in
-    memory (256 MiB a process), so a search over `ridge` or `machine` computes each fold's once.
+    Arora et al. (2020), "Harnessing the Power of Infinitely Wide Deep Nets on Small-data Tasks". Kernels are cached in
+    memory (256 MiB per process), so a search over `ridge` or `machine` computes each fold's once.
 
     Examples
     --------
@@ -210,12 +209,8 @@ class NTKRegressor(RegressorMixin, _Estimator):
         """
         X = self._test(X)
         if return_std and self.machine != "gp":
-            raise refusal(
-                "return_std",
-                got=f"machine={self.machine!r}",
-                expected='machine="gp"',
-                fix="Ridge regression has the same mean, and no uncertainty.",
-            )
+            fix = "Ridge regression has the same mean, and no uncertainty."
+            raise refusal("return_std", got=f"machine={self.machine!r}", expected='machine="gp"', fix=fix)
         mean, std = self._posterior(X, return_std)
         mean = self.offset_ + self.spread_ * mean
         if std is None:
@@ -240,10 +235,10 @@ class NTKClassifier(ClassifierMixin, _Estimator):
     ----------
     model : None for a ReLU network with `depth` hidden layers; an ``nn.Module`` that takes [n, n_features] (put
         ``nn.Unflatten(1, (1, 8, 8))`` in front of convolutions); a function from n_features to one; or an ntkit kernel
-        of one output on float64 samples (`TangentKernel(model.double(), "trace")`): the next four then say nothing.
+        of one output on float64 samples (`TangentKernel(model.double(), "trace")`): the next four are then ignored.
     depth : hidden layers, where `model` is None.
     w_std, b_std : of weights and biases in the NTK parametrization, as for `InfiniteKernel` (w_std = sqrt(2) keeps the
-        scale of features from layer to layer under ReLU); both None for a module's own initialisation.
+        scale of features from layer to layer under ReLU); both None for a module's own initialization.
     kind : "ntk", the kernel of training all layers; "nngp", that of training the last one.
     machine : "ridge" | "gp" | "svm".
     ridge : relative to the kernel's mean diagonal over the training set, so multiplying the kernel by a number changes
@@ -265,7 +260,7 @@ class NTKClassifier(ClassifierMixin, _Estimator):
     -----
     Arora et al. (2020), "Harnessing the Power of Infinitely Wide Deep Nets on Small-data Tasks". Squared slacks as a
     ridge: Cortes and Vapnik (1995), "Support-Vector Networks"; Cristianini and Shawe-Taylor (2000), section 6.1.
-    Kernels are kept in memory (256 MiB a process), so a search over `ridge` or `machine` computes each fold's once.
+    Kernels are cached in memory (256 MiB per process), so a search over `ridge` or `machine` computes each fold's once.
 
     Examples
     --------
@@ -322,17 +317,17 @@ class NTKClassifier(ClassifierMixin, _Estimator):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return how probable it is that each class's value is the largest, [m, C]; machine="gp" only.
 
-        The values are a Gaussian process with the classes' sum held at 1 (prior covariance between classes
+        The values are a Gaussian process whose sum over the classes is fixed at 1 (prior covariance between classes
         ``spread_^2 (I - 1/C)``), observed as class indicators: least squares, no likelihood of labels. The
         probability is the posterior's own, by Gauss-Hermite quadrature. It is near 1 where the data leave no doubt
         about the function, and near the classes' frequencies' order far from all data; it is not calibrated.
         """
         scores = self._scores(self._test(X))
-        found = np.empty_like(scores)
+        probabilities = np.empty_like(scores)
         for c in range(scores.shape[1]):
             ahead = np.delete(scores[:, [c]] - scores, c, axis=1)
-            found[:, c] = ndtr(ahead[:, :, None] + _NODES).prod(axis=1) @ _WEIGHTS
-        return found / found.sum(axis=1, keepdims=True)
+            probabilities[:, c] = ndtr(ahead[:, :, None] + _NODES).prod(axis=1) @ _WEIGHTS
+        return probabilities / probabilities.sum(axis=1, keepdims=True)
 
     def _scores(self, X: np.ndarray) -> np.ndarray:
         """Values of the classes over their standard deviation, which all share, [m, C]."""
@@ -342,7 +337,7 @@ class NTKClassifier(ClassifierMixin, _Estimator):
 
 
 def _mlp(inputs: int, depth: int) -> nn.Module:
-    """A ReLU network with `depth` hidden layers; its weights and width are no part of its limit."""
+    """A ReLU network with `depth` hidden layers; its limit does not depend on its weights and width."""
     if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or depth < 0:
         raise refusal("depth", got=repr(depth), expected="hidden layers, 0 or more", fix="The default is 3.")
     sizes = [inputs, *[2] * depth, 1]
@@ -355,10 +350,10 @@ def _mlp(inputs: int, depth: int) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
-# ---------------------------------------------------------------------- kernels kept in memory
+# ---------------------------------------------------------------------- the cache of kernels
 
 
-class _Kept:
+class _TensorCache:
     """Tensors by key, up to a number of bytes; for any number of threads."""
 
     def __init__(self, limit: int):
@@ -380,7 +375,7 @@ class _Kept:
         return value
 
 
-_KEPT = _Kept(_CACHE_BYTES)
+_CACHE = _TensorCache(_CACHE_BYTES)
 
 
 def _digest(content: bytes) -> str:
@@ -399,7 +394,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _identity(model: nn.Module) -> Any:
-    """What tells a model from others: its classes and all that it holds; None where it cannot be said."""
+    """A key that differs for different models: classes and pickled values; None where a model has no pickle."""
     file = io.BytesIO()
     try:
         _Pickler(file).dump(model)

@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.gram import machine_input as _gram
+from ntkit.gram.arrays import AnyMatrix, Matrix, as_tensor, float64_product, same_kind
+from ntkit.gram.gram_matrix import Gram
 from ntkit.machines.descent import Loss, descend, gradient
 from ntkit.machines.gaussian_process import Posterior, as_prior
+from ntkit.machines.machine_input import Machine, as_targets, as_test_matrix, check_length, training_gram, unfitted
 from ntkit.machines.modes import BestTime, filters, search
 
 _EPS = torch.finfo(torch.float64).eps
 
 
-class GradientFlow:
-    r"""What a network with a constant kernel predicts after training for time t (a linearised, or infinitely wide one).
+class GradientFlow(Machine):
+    r"""What a network with a constant kernel predicts after training for time t (a linearized, or infinitely wide one).
 
     For the cost C(f) = 1/(2N) sum_i |f(x_i) - y_i|^2 of N samples
 
@@ -72,13 +75,11 @@ class GradientFlow:
             [0.7500, 0.0975]], dtype=torch.float64)
     """
 
-    eigenvalues_: Any
-    eigenvectors_: Any
+    eigenvalues_: Matrix
+    eigenvectors_: Matrix
     noise_: float
     max_learning_rate_: float
     residual_: float
-    status_: str
-    advice_: str
 
     def __init__(self, lr: float | None = None, momentum: float = 0.0, loss: Loss | None = None):
         if lr is not None and not 0 < lr < float("inf"):
@@ -95,7 +96,7 @@ class GradientFlow:
         self.lr, self.momentum, self.loss_fn = None if lr is None else float(lr), float(momentum), loss
         self._start: Tensor | None = None
 
-    def fit(self, K: Any, y: Any, initial: Any = None) -> GradientFlow:
+    def fit(self, K: Gram | Matrix, y: Any, initial: Matrix | None = None) -> GradientFlow:
         """Fit on K, [n, n] symmetric, targets y, [n] or [n, C], and the outputs at t = 0 (of y's shape; 0 if None).
 
         With `loss`, y may be anything with n entries that the loss takes (class indices); `initial` then says what
@@ -106,27 +107,26 @@ class GradientFlow:
         Refused
             When K is not square, symmetric and finite with a non-negative diagonal, or y or `initial` do not fit it.
         """
-        matrix, symmetric, eps = _gram.as_gram(K)
-        n = len(matrix)
-        matrix = matrix if symmetric else (matrix + matrix.T) / 2
-        given = _gram.as_tensor(y, "y")
-        _gram.check_length(torch.atleast_1d(given), n)
-        shape = list(given.shape)
-        if self.loss_fn is None or given.is_floating_point():
-            given = _values(given, "y", n, None, "Pass [n] or [n, C] targets.")
-        y_ = given.to(matrix.device)
+        gram = training_gram(K)
+        n = len(gram)
+        y_ = as_tensor(y, "y")
+        check_length(torch.atleast_1d(y_), n)
+        shape = list(y_.shape)
+        if self.loss_fn is None or y_.is_floating_point():
+            y_ = as_targets(y_, "y", n, "Pass [n] or [n, C] targets.")
+        y_ = y_.to(gram.device)
+        start = torch.zeros(shape, dtype=torch.float64)
         if initial is not None:
             expected = shape if self.loss_fn is None else None
-            start = _values(initial, "initial", n, expected, "Pass the outputs on the training points.")
-        else:
-            start = torch.zeros(shape, dtype=torch.float64)
-        start = start.to(matrix.device)
-        values, vectors = torch.linalg.eigh(matrix / n)
+            start = as_targets(initial, "initial", n, "Pass the outputs on the training points.", expected)
+        start = start.to(gram.device)
+        matrix = gram.dense()
+        size = torch.linalg.matrix_norm(matrix).item()
+        values, vectors = torch.linalg.eigh(matrix.div_(n))
         values, vectors = values.flip(0), vectors.flip(1)
         top, lowest = max(values[0].item(), 0.0), values[-1].item()
-        size = torch.linalg.matrix_norm(matrix).item()
-        defect = torch.linalg.matrix_norm(matrix @ vectors - vectors * (n * values)).item()
-        rounding = max(n * _EPS, eps) * top
+        defect = torch.linalg.matrix_norm(gram @ vectors - vectors * (n * values)).item()
+        rounding = max(n * _EPS, gram.precision) * top
         self.noise_ = max(rounding, -4 * lowest)  # rounding is of either sign, and not of one size
         self.residual_ = defect / (size or 1.0)
         self.max_learning_rate_ = 2 * (1 + self.momentum) / top if top > 0 else float("inf")
@@ -144,17 +144,20 @@ class GradientFlow:
             value, slope = gradient(self.loss_fn, start, y_)
             if not (torch.isfinite(value) and torch.isfinite(slope).all()):
                 raise refusal("loss", got="no finite value", expected="one at the initial outputs", fix="Look at y.")
-        self._matrix, self._y, self._start, self._like, self._zero_mean = matrix, y_, start, K, initial is None
+        self._matrix = None if self.loss_fn is None else gram.dense()  # not the user's memory, which may change
+        self._y, self._start, self._zero_mean = y_, start, initial is None
         self._rates = values.where(values > self.noise_, 0.0)
         self._vectors = vectors
         # a mode that counts as 0 still moves test points a little; beyond this time only its rounding would grow
         self._longest = (self.noise_ * top) ** -0.5 if top > 0 else 0.0
         if self.loss_fn is None:
             self._gap = vectors.T @ self._columns(start - y_)
-        self.eigenvalues_, self.eigenvectors_ = _gram.same_kind(values, K), _gram.same_kind(vectors, K)
+        self.eigenvalues_, self.eigenvectors_ = same_kind(values, K), same_kind(vectors, K)
         return self
 
-    def predict(self, K_test: Any, t: Any = float("inf"), initial: Any = None) -> Any:
+    def predict(
+        self, K_test: AnyMatrix, t: ArrayLike | Tensor = float("inf"), initial: Matrix | None = None
+    ) -> AnyMatrix:
         """Return f_t at test points, [m] or [m, C], from K_test = k(x_test, x_train), [m, n].
 
         Parameters
@@ -169,26 +172,26 @@ class GradientFlow:
             Before fit; when K_test, t or `initial` are not of the form said.
         """
         start = self._fitted()
-        matrix = _gram.as_test_matrix(K_test, len(start), start)
+        matrix = as_test_matrix(K_test, len(start), start)
         times, single = self._times(t)
-        found = matrix @ self._dual(times)
+        outputs = float64_product(matrix, self._dual(times))
         if initial is not None:
             shape = [len(matrix), *start.shape[1:]]
-            at0 = _values(initial, "initial", len(matrix), shape, "Pass the outputs on the test points.")
-            found = found + self._columns(at0.to(matrix.device))
-        return self._shaped(found, single, K_test)
+            at0 = as_targets(initial, "initial", len(matrix), "Pass the outputs on the test points.", shape)
+            outputs = outputs + self._columns(at0.to(matrix.device))
+        return self._shaped(outputs, single, K_test)
 
-    def predict_train(self, t: Any) -> Any:
+    def predict_train(self, t: ArrayLike | Tensor) -> Matrix:
         """Return f_t on the training points, [n] or [n, C]; for several times [T, ...]. Raises as `predict`."""
         start = self._fitted()
         times, single = self._times(t)
-        if self.loss_fn is not None:
-            found = self._columns(start) + self._matrix @ self._dual(times)
+        if self._matrix is not None:
+            outputs = self._columns(start) + self._matrix @ self._dual(times)
         else:
-            found = self._columns(self._y) + self._vectors @ self._left(times)
-        return self._shaped(found, single, self._like)
+            outputs = self._columns(self._y) + self._vectors @ self._left(times)
+        return self._shaped(outputs, single, self.eigenvalues_)
 
-    def modes(self, t: Any) -> Any:
+    def modes(self, t: ArrayLike | Tensor) -> Matrix:
         """Return what is left to learn by eigenvector, V^T (f_t - y): [n] or [n, C], in the order of `eigenvalues_`.
 
         For several times [T, ...]. In closed form exp(-t lambda_i) times its value at 0. Raises as `predict`, and where
@@ -197,20 +200,20 @@ class GradientFlow:
         self._fitted()
         self._quadratic("modes")
         times, single = self._times(t)
-        return self._shaped(self._left(times), single, self._like)
+        return self._shaped(self._left(times), single, self.eigenvalues_)
 
-    def loss(self, t: Any) -> Any:
+    def loss(self, t: ArrayLike | Tensor) -> Any:
         """Return the cost C(f_t), or the loss given: a float, or [T] for several times. Raises as `predict`."""
         start = self._fitted()
         times, single = self._times(t)
-        if self.loss_fn is None:
+        if self.loss_fn is None or self._matrix is None:
             costs = self._left(times).square().sum((1, 2)) / (2 * len(start))
         else:
             outputs = self._columns(start) + self._matrix @ self._dual(times)
             costs = torch.stack([gradient(self.loss_fn, f.reshape(start.shape), self._y)[0] for f in outputs])
-        return costs[0].item() if single else _gram.same_kind(costs, self._like)
+        return costs[0].item() if single else same_kind(costs, self.eigenvalues_)
 
-    def best_time(self, K_val: Any, y_val: Any, initial_val: Any = None) -> BestTime:
+    def best_time(self, K_val: Matrix, y_val: Matrix, initial_val: Matrix | None = None) -> BestTime:
         """Find the time at which to stop: where the error on validation points is smallest along the flow.
 
         Looks at t = 0, at times in geometric progression from a thousandth of the fastest mode's to 40 times the
@@ -229,12 +232,13 @@ class GradientFlow:
         """
         start = self._fitted()
         self._quadratic("best_time")
-        matrix = _gram.as_test_matrix(K_val, len(start), start)
+        matrix = as_test_matrix(K_val, len(start), start)
         shape = [len(matrix), *start.shape[1:]]
-        target = _values(y_val, "y_val", len(matrix), shape, "Pass the targets of the validation points.")
+        target = as_targets(y_val, "y_val", len(matrix), "Pass the targets of the validation points.", shape)
         if initial_val is not None:
-            target = target - _values(initial_val, "initial_val", len(matrix), shape, "Pass their outputs at t = 0.")
-        rest, seen = self._columns(target.to(matrix.device)), matrix @ self._vectors / len(start)
+            fix = "Pass their outputs at t = 0."
+            target = target - as_targets(initial_val, "initial_val", len(matrix), fix, shape)
+        rest, seen = self._columns(target.to(matrix.device)), float64_product(matrix, self._vectors) / len(start)
 
         def error(t: float) -> float:
             _, phi = self._filters(torch.tensor([t], dtype=torch.float64, device=rest.device))
@@ -243,8 +247,15 @@ class GradientFlow:
 
         return search(error, self._rates, self.lr, self.momentum)
 
-    def ensemble(self, T_test: Any, nngp_train: Any, nngp_test_train: Any, nngp_test_test: Any, t: Any) -> Posterior:
-        r"""Return the Gaussian of infinitely wide networks trained for time t, each from its own initialisation.
+    def ensemble(
+        self,
+        T_test: AnyMatrix,
+        nngp_train: Gram | Matrix,
+        nngp_test_train: Matrix,
+        nngp_test_test: Gram | Matrix,
+        t: float,
+    ) -> Posterior[AnyMatrix]:
+        r"""Return the Gaussian of infinitely wide networks trained for time t, each from its own initialization.
 
         .. math:: A_t = T_{xX} T^{-1} (I - e^{-t T/N}), \quad m = A_t y, \quad
                   S = S_{xx} - A_t S_{Xx} - S_{xX} A_t^\top + A_t S_{XX} A_t^\top
@@ -280,29 +291,27 @@ class GradientFlow:
             got, fix = ("initial outputs", "Fit without initial=.") if single else ("several times", "Pass one time.")
             raise refusal("ensemble", got=got, expected="one time, and random initial outputs", fix=fix)
         n = len(start)
-        matrix = _gram.as_test_matrix(T_test, n, start)
-        own, symmetric, _ = _gram.as_gram(nngp_train)
+        matrix = as_test_matrix(T_test, n, start, "T_test")
+        own = training_gram(nngp_train, "nngp_train")
         if len(own) != n:
-            raise refusal(
-                "nngp_train", got=f"shape {list(own.shape)}", expected=f"[{n}, {n}]", fix="Use the points of fit."
-            )
-        own = (own if symmetric else (own + own.T) / 2).to(start.device)
-        cross = _gram.as_test_matrix(nngp_test_train, n, start)
+            fix = "Use the points of fit."
+            raise refusal("nngp_train", got=f"shape {list(own.shape)}", expected=f"[{n}, {n}]", fix=fix)
+        cross = as_test_matrix(nngp_test_train, n, start, "nngp_test_train")
         prior = as_prior(nngp_test_test, len(matrix), "nngp_test_test").to(start.device)
         if len(cross) != len(matrix):
-            raise refusal(
-                "nngp_test_train", got=f"{len(cross)} rows", expected=f"{len(matrix)}, as T_test", fix="Use its points."
-            )
+            got, expected = f"{len(cross)} rows", f"{len(matrix)}, as T_test"
+            raise refusal("nngp_test_train", got=got, expected=expected, fix="Use the test points of T_test.")
         _, phi = self._filters(times)
-        weights = (matrix @ self._vectors * phi[0] / n) @ self._vectors.T
-        half = weights @ own / 2 - cross  # S - A S_Xx - S_xX A^T + A S_XX A^T = S + half A^T + A half^T
+        weights = (float64_product(matrix, self._vectors) * phi[0] / n) @ self._vectors.T
+        # S - A S_Xx - S_xX A^T + A S_XX A^T = S + half A^T + A half^T
+        half = (own @ weights.T).T.to(start.device) / 2 - cross
         if prior.ndim == 1:
             covariance = prior + 2 * (half * weights).sum(1)
         else:
             moved = half @ weights.T
             covariance = prior + (moved + moved.T)
         mean = self._shaped((weights @ self._columns(self._y))[None], True, T_test)
-        return Posterior(mean, _gram.same_kind(covariance, T_test))
+        return Posterior(mean, same_kind(covariance, T_test))
 
     # ------------------------------------------------------------------ one eigenvalue at a time
 
@@ -318,34 +327,34 @@ class GradientFlow:
     def _dual(self, times: Tensor) -> Tensor:
         """a_t with f_t(x) = f_0(x) + k(x, X) a_t, [T, n, C]."""
         start = self._fitted()
-        if self.loss_fn is None:
+        if self.loss_fn is None or self._matrix is None:
             return self._vectors @ (self._filters(times)[1][:, :, None] * self._gap) / -len(start)
-        found = descend(self._matrix, self.loss_fn, self._y, start, times)
-        self.residual_, self.status_, self.advice_ = found.residual, found.status, found.advice
-        return found.dual.reshape(len(times), len(start), -1)
+        descent = descend(self._matrix, self.loss_fn, self._y, start, times)
+        self.residual_, self.status_, self.advice_ = descent.residual, descent.status, descent.advice
+        return descent.dual.reshape(len(times), len(start), -1)
 
     # ------------------------------------------------------------------ times
 
-    def _times(self, t: Any) -> tuple[Tensor, bool]:
-        given = _gram.as_tensor(t, "t").to(torch.float64)
-        ok = given.ndim <= 1 and given.numel() > 0 and bool((given >= 0).all())
+    def _times(self, t: ArrayLike | Tensor) -> tuple[Tensor, bool]:
+        """The times, [T], on the machine's device, and whether it was a single number."""
+        times = as_tensor(t, "t").to(torch.float64)
+        ok = times.ndim <= 1 and times.numel() > 0 and bool((times >= 0).all())
         if ok and self.lr is not None:
-            ok = bool(((given == given.floor()) & ((given < 2.0**53) | given.isinf())).all())
+            ok = bool(((times == times.floor()) & ((times < 2.0**53) | times.isinf())).all())
         if ok and self.loss_fn is not None:
-            ok = bool(torch.isfinite(given).all())
+            ok = bool(torch.isfinite(times).all())
         if not ok:
             kind = "whole steps >= 0" if self.lr is not None else "times >= 0"
             kind += " (finite ones: a loss has no closed form)" if self.loss_fn is not None else ", or inf"
-            shown = t if given.numel() < 9 else f"shape {list(given.shape)}"
-            raise refusal("t", got=shown, expected=f"{kind}; one, or a 1-D array", fix="Look at its values.")
-        device = self._fitted().device
-        return given.reshape(-1).to(device), given.ndim == 0
+            got = t if times.numel() < 9 else f"shape {list(times.shape)}"
+            raise refusal("t", got=got, expected=f"{kind}; one, or a 1-D array", fix="Check its values.")
+        return times.reshape(-1).to(self._fitted().device), times.ndim == 0
 
     # ------------------------------------------------------------------ shapes
 
     def _fitted(self) -> Tensor:
         if self._start is None:
-            raise _gram.unfitted("GradientFlow")
+            raise unfitted(self)
         return self._start
 
     def _quadratic(self, name: str) -> None:
@@ -355,21 +364,7 @@ class GradientFlow:
     def _columns(self, values: Tensor) -> Tensor:
         return values.reshape(len(values), -1)
 
-    def _shaped(self, found: Tensor, single: bool, like: Any) -> Any:
+    def _shaped(self, values: Tensor, single: bool, like: Any) -> Any:
         """[T, m, C] as the user asked: without C for [n] targets, without T for one time."""
-        found = found[:, :, 0] if self._fitted().ndim == 1 else found
-        return _gram.same_kind(found[0] if single else found, like)
-
-
-def _values(value: Any, name: str, n: int, shape: list[int] | None, fix: str) -> Tensor:
-    """Take [n] or [n, C] finite numbers in float64; of exactly `shape` where one is given."""
-    given = _gram.as_tensor(value, name)
-    matrix = _gram.as_matrix(given[:, None] if given.ndim == 1 else given, name, fix=fix)
-    if list(given.shape) != (shape or list(given.shape)) or len(matrix) != n:
-        raise refusal(
-            name,
-            got=f"shape {list(given.shape)}",
-            expected=f"{shape or [n]}" + (" or [n, C]" if not shape else ""),
-            fix=fix,
-        )
-    return matrix[:, 0] if given.ndim == 1 else matrix
+        values = values[:, :, 0] if self._fitted().ndim == 1 else values
+        return same_kind(values[0] if single else values, like)

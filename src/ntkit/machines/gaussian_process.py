@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.gram import machine_input as _gram
+from ntkit.gram.arrays import AnyMatrix, Matrix, as_tensor, check_finite, float64_product, same_kind
+from ntkit.gram.gram_matrix import Gram, as_gram
+from ntkit.machines.machine_input import Machine, as_targets, as_test_matrix, solve, training_gram, unfitted
 
 
 @dataclass(frozen=True, eq=False)
-class Posterior:
+class Posterior(Generic[AnyMatrix]):
     """A Gaussian over the values at m test points: N(mean, covariance), the same covariance for each of C outputs.
 
     Attributes
@@ -31,21 +34,21 @@ class Posterior:
     ([2.0, 0.0], [[1.0, 2.0]], torch.Size([3, 2]))
     """
 
-    mean: Any
-    covariance: Any = None
+    mean: AnyMatrix
+    covariance: AnyMatrix | None = None
 
     @property
-    def std(self) -> Any:
+    def std(self) -> AnyMatrix:
         """Standard deviations, [m]: the root of each variance, 0 where rounding made it negative."""
-        return _gram.same_kind(self._std(), self.mean)
+        return same_kind(self._std(), self.mean)
 
-    def percentiles(self, q: Any) -> Any:
+    def percentiles(self, q: ArrayLike) -> AnyMatrix:
         """Percentiles `q` (in percent, between 0 and 100) at each point: [*q.shape, m] or [*q.shape, m, C].
 
         Raises
         ------
         Refused
-            When a `q` is not between 0 and 100, or only the mean is known.
+            When a `q` is not between 0 and 100, or the posterior has a mean only.
         """
         levels = torch.as_tensor(np.asarray(q, dtype=np.float64))
         if not bool(((levels > 0) & (levels < 100)).all()):
@@ -53,17 +56,17 @@ class Posterior:
         mean = torch.as_tensor(self.mean).to(torch.float64)
         spread = self._std().reshape([-1] + [1] * (mean.ndim - 1))
         score = torch.special.ndtri(levels / 100).to(mean.device).reshape([*levels.shape] + [1] * mean.ndim)
-        return _gram.same_kind(mean + score * spread, self.mean)
+        return same_kind(mean + score * spread, self.mean)
 
-    def sample(self, n: int, seed: int = 0) -> Any:
+    def sample(self, n: int, seed: int = 0) -> AnyMatrix:
         """Draw `n` functions at the test points, [n, m] or [n, m, C]; the same `seed`, the same draws.
 
         Raises
         ------
         Refused
-            When `n` is not positive, or the full covariance is not known.
+            When `n` is not positive, or the posterior has no full covariance.
         """
-        covariance = self._known("covariance [m, m]")
+        covariance = self._needed("covariance [m, m]")
         if covariance.ndim != 2:
             raise refusal(
                 "sample", got="variances only", expected="a covariance [m, m]", fix="Pass the test points' full kernel."
@@ -75,9 +78,9 @@ class Posterior:
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(n, *mean.shape, generator=generator, dtype=torch.float64).to(covariance.device)
         root = vectors * values.clamp(min=0).sqrt()
-        return _gram.same_kind(mean + torch.einsum("ij,nj...->ni...", root, noise), self.mean)
+        return same_kind(mean + torch.einsum("ij,nj...->ni...", root, noise), self.mean)
 
-    def _known(self, wanted: str) -> Tensor:
+    def _needed(self, wanted: str) -> Tensor:
         if self.covariance is None:
             raise refusal(
                 "Posterior", got="a mean alone", expected=wanted, fix="Pass the test points' kernel, or its diagonal."
@@ -85,11 +88,11 @@ class Posterior:
         return torch.as_tensor(self.covariance).to(torch.float64)
 
     def _std(self) -> Tensor:
-        covariance = self._known("a covariance")
+        covariance = self._needed("a covariance")
         return (covariance if covariance.ndim == 1 else covariance.diagonal()).clamp(min=0).sqrt()
 
 
-class GaussianProcess:
+class GaussianProcess(Machine):
     r"""Gaussian process regression: prior N(0, K), observations with independent noise, by Cholesky in float64.
 
     .. math:: m = K_* (K + s I)^{-1} y, \qquad S = K_{**} - K_* (K + s I)^{-1} K_*^\top
@@ -128,11 +131,9 @@ class GaussianProcess:
     tensor([2.0000, 1.0000], dtype=torch.float64) tensor([0.5000, 0.5000], dtype=torch.float64)
     """
 
-    alpha_: Any
+    alpha_: Matrix
     log_marginal_likelihood_: float
     residual_: float
-    status_: str
-    advice_: str
 
     def __init__(self, noise: float = 0.0):
         if not 0 <= noise < float("inf"):
@@ -140,7 +141,7 @@ class GaussianProcess:
         self.noise = float(noise)
         self._alpha: Tensor | None = None
 
-    def fit(self, K: Any, y: Any) -> GaussianProcess:
+    def fit(self, K: Gram | Matrix, y: Matrix) -> GaussianProcess:
         """Fit on K, [n, n] symmetric, and real targets y, [n] or [n, C].
 
         Raises
@@ -148,36 +149,18 @@ class GaussianProcess:
         Refused
             When K is not square, symmetric and finite with a non-negative diagonal, or y does not fit it.
         """
-        matrix, symmetric, _ = _gram.as_gram(K)
-        targets = _gram.as_tensor(y, "y")
-        flat = targets.ndim == 1
-        targets = _gram.as_matrix(targets[:, None] if flat else targets, "y", fix="Pass [n] or [n, C] targets.")
-        _gram.check_length(targets, len(matrix))
-        targets, n = targets.to(matrix.device), len(matrix)
-        shifted = matrix.clone() if symmetric else (matrix + matrix.T) / 2
-        shifted.diagonal().add_(self.noise)
-        lower, failed = torch.linalg.cholesky_ex(shifted)
-        rounding = n * torch.finfo(torch.float64).eps * shifted.diagonal().max().item()
-        if failed or lower.diagonal().square().min() <= rounding:
-            alpha, lower = torch.full_like(targets, torch.nan), torch.full_like(lower, torch.nan)
-            self.status_ = "singular"
-            self.residual_ = self.log_marginal_likelihood_ = float("nan")
-            self.advice_ = (
-                f"K + {self.noise:g} I is not positive definite to working precision: points repeat, or K has a lower "
-                f"rank than points. Use a noise well above {max(rounding, self.noise):.1e}."
-            )
-        else:
-            alpha = torch.cholesky_solve(targets, lower)
-            size = torch.linalg.vector_norm(targets).item()
-            self.residual_ = torch.linalg.vector_norm(shifted @ alpha - targets).item() / (size or 1.0)
-            volume = 2 * lower.diagonal().log().sum().item() + n * math.log(2 * math.pi)
-            self.log_marginal_likelihood_ = -0.5 * ((targets * alpha).sum().item() + targets.shape[1] * volume)
-            self.status_, self.advice_ = "solved", ""
-        self._lower, self._alpha = lower, alpha[:, 0] if flat else alpha
-        self.alpha_ = _gram.same_kind(self._alpha, K)
+        gram = training_gram(K)
+        values = as_targets(y, "y", len(gram), "Pass [n] or [n, C] targets.").to(gram.device)
+        columns = values.reshape(len(gram), -1)
+        solution = solve(gram, self.noise, columns, "noise")
+        self.status_, self.advice_, self.residual_ = solution.status, solution.advice, solution.residual
+        volume = 2 * solution.lower.diagonal().log().sum().item() + len(gram) * math.log(2 * math.pi)
+        self.log_marginal_likelihood_ = -0.5 * ((columns * solution.alpha).sum().item() + columns.shape[1] * volume)
+        self._lower, self._alpha = solution.lower, solution.alpha.reshape(values.shape)
+        self.alpha_ = same_kind(self._alpha, K)
         return self
 
-    def predict(self, K_test: Any, K_test_test: Any = None) -> Posterior:
+    def predict(self, K_test: AnyMatrix, K_test_test: Gram | Matrix | None = None) -> Posterior[AnyMatrix]:
         """Return the posterior at test points.
 
         Parameters
@@ -192,18 +175,18 @@ class GaussianProcess:
             Before fit; when K_test is not a finite [m, n], or K_test_test no finite [m, m] or [m].
         """
         if self._alpha is None:
-            raise _gram.unfitted("GaussianProcess")
-        matrix = _gram.as_test_matrix(K_test, len(self._alpha), self._alpha)
-        mean = _gram.same_kind(matrix @ self._alpha, K_test)
+            raise unfitted(self)
+        matrix = as_test_matrix(K_test, len(self._alpha), self._alpha)
+        mean = same_kind(float64_product(matrix, self._alpha), K_test)
         if K_test_test is None:
             return Posterior(mean)
         prior = as_prior(K_test_test, len(matrix), "K_test_test").to(matrix.device)
-        known = torch.linalg.solve_triangular(self._lower, matrix.T, upper=False)
-        removed = known.square().sum(0) if prior.ndim == 1 else known.T @ known
-        return Posterior(mean, _gram.same_kind(prior - removed, K_test))
+        whitened = torch.linalg.solve_triangular(self._lower, matrix.T.to(torch.float64), upper=False)
+        removed = whitened.square().sum(0) if prior.ndim == 1 else whitened.T @ whitened
+        return Posterior(mean, same_kind(prior - removed, K_test))
 
 
-def as_prior(value: Any, m: int, name: str) -> Tensor:
+def as_prior(value: Gram | Matrix, m: int, name: str) -> Tensor:
     """Take a kernel of m points with themselves, [m, m], or its diagonal, [m]; symmetric to the last bit.
 
     Raises
@@ -211,25 +194,10 @@ def as_prior(value: Any, m: int, name: str) -> Tensor:
     Refused
         For another shape, values that are not finite, or a matrix that is not symmetric to rounding.
     """
-    given = _gram.as_tensor(value, name)
-    if given.ndim == 1:
-        given = _gram.as_matrix(given[:, None], name)[:, 0]
-    else:
-        given = _gram.as_matrix(given, name)
-    if list(given.shape) not in ([m], [m, m]):
-        raise refusal(
-            name,
-            got=f"shape {list(given.shape)}",
-            expected=f"[{m}, {m}], or its diagonal [{m}]",
-            fix="Pass the kernel of the test points with themselves.",
-        )
-    if given.ndim == 1:
-        return given
-    if (given - given.T).abs().max() > 1e-5 * given.diagonal().abs().max():
-        raise refusal(
-            name,
-            got="a matrix that is not symmetric",
-            expected="the kernel of the test points with themselves",
-            fix="Pass k(x_test), both sides in one order.",
-        )
-    return (given + given.T) / 2
+    values = value if isinstance(value, Gram) else as_tensor(value, name)
+    if list(values.shape) not in ([m], [m, m]):
+        fix = "Pass the kernel of the test points with themselves."
+        raise refusal(name, got=f"shape {list(values.shape)}", expected=f"[{m}, {m}], or its diagonal [{m}]", fix=fix)
+    if isinstance(values, Tensor) and values.ndim == 1:
+        return check_finite(values, name).to(torch.float64)
+    return as_gram(values, name).dense()

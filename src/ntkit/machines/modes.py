@@ -1,4 +1,4 @@
-"""Training one eigenvector at a time: what is left of its error after time t, and when to stop."""
+"""Training by eigenvectors: the share of each one's error that remains after time t, and when to stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_GRID = 241  # times looked at for the best one
+_GRID = 241  # times at which the error is evaluated first
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class BestTime:
 
 
 def filters(rates: Tensor, times: Tensor, lr: float | None, momentum: float) -> tuple[Tensor, Tensor]:
-    """What is left of a mode, r(lambda, t), and phi = (1 - r)/lambda, which has a value at lambda = 0, too.
+    """Remaining share of a mode's error, r(lambda, t), and phi = (1 - r)/lambda, defined at lambda = 0, too.
 
     Continuous time: r = exp(-t lambda), phi(0) = t.
 
@@ -45,7 +45,7 @@ def filters(rates: Tensor, times: Tensor, lr: float | None, momentum: float) -> 
     """
     if lr is not None:
         pairs = [_steps(rates, step, lr, momentum) for step in times.tolist()]
-        return torch.stack([left for left, _ in pairs]), torch.stack([done for _, done in pairs])
+        return torch.stack([remaining for remaining, _ in pairs]), torch.stack([phi for _, phi in pairs])
     t = times[:, None]
     decay = torch.where(rates > 0, t * rates, 0.0)
     return torch.exp(-decay), torch.where(rates > 0, -torch.expm1(-decay) / rates, t)
@@ -55,7 +55,7 @@ def _steps(rates: Tensor, t: float, lr: float, momentum: float) -> tuple[Tensor,
     """The same after t steps of gradient descent with momentum, [n] each.
 
     phi and the buffer c go c <- momentum c + 1 - lambda phi, phi <- phi + lr c: an affine map. Its power, by repeated
-    squaring, needs no eigenvalues, and so makes no exception of those that meet or turn complex.
+    squaring, needs no eigenvalues: repeated and complex ones are no special case.
     """
     if t == float("inf"):
         left = torch.where(lr * rates < 2 * (1 + momentum), 0.0, torch.nan).where(rates > 0, 1.0)
@@ -98,12 +98,14 @@ def _between(error: Callable[[float], float], low: float, high: float) -> float:
     from scipy.optimize import minimize_scalar
 
     limits = (math.log(low), math.log(high))
-    found: Any = minimize_scalar(lambda s: error(math.exp(s)), bounds=limits, method="bounded", options={"xatol": 1e-9})
-    return math.exp(found.x)
+    minimum: Any = minimize_scalar(
+        lambda s: error(math.exp(s)), bounds=limits, method="bounded", options={"xatol": 1e-9}
+    )
+    return math.exp(minimum.x)
 
 
 def _between_steps(error: Callable[[float], float], low: float, high: float) -> float:
-    """Ever finer grids of whole steps."""
+    """Grids of whole steps, each finer than the one before."""
     while True:
         steps = torch.linspace(low, high, 33, dtype=torch.float64).round().unique().tolist()
         k = min(range(len(steps)), key=[error(s) for s in steps].__getitem__)

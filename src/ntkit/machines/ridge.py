@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.gram import machine_input as _gram
+from ntkit.gram.arrays import AnyMatrix, Matrix, float64_product, same_kind
+from ntkit.gram.gram_matrix import Gram
+from ntkit.machines.machine_input import Machine, as_targets, as_test_matrix, solve, training_gram, unfitted
 
 
-class KernelRidge:
+class KernelRidge(Machine):
     """Kernel ridge regression: alpha = (K + ridge I)^-1 y, prediction K_test alpha, no bias, in float64.
 
-    One Cholesky factorisation serves all targets.
+    One Cholesky factorization serves all targets.
 
     Parameters
     ----------
@@ -45,19 +46,17 @@ class KernelRidge:
     tensor([2.0000, 1.0000], dtype=torch.float64) tensor([4.0000, 2.0000], dtype=torch.float64)
     """
 
-    alpha_: Any
+    alpha_: Matrix
     residual_: float
-    loo_: Any
-    status_: str
-    advice_: str
+    loo_: Matrix
 
     def __init__(self, ridge: float):
         if not 0 <= ridge < float("inf"):
             raise refusal("ridge", got=ridge, expected="a finite number >= 0", fix="It is added to the diagonal of K.")
         self.ridge = float(ridge)
-        self._alpha: torch.Tensor | None = None
+        self._alpha: Tensor | None = None
 
-    def fit(self, K: Any, y: Any) -> KernelRidge:
+    def fit(self, K: Gram | Matrix, y: Matrix) -> KernelRidge:
         """Fit on K, [n, n] symmetric, and real targets y, [n] or [n, C].
 
         Raises
@@ -65,37 +64,18 @@ class KernelRidge:
         Refused
             When K is not square, symmetric and finite with a non-negative diagonal, or y does not fit it.
         """
-        matrix, symmetric, _ = _gram.as_gram(K)
-        targets = _gram.as_tensor(y, "y")
-        flat = targets.ndim == 1
-        targets = _gram.as_matrix(targets[:, None] if flat else targets, "y", fix="Pass [n] or [n, C] targets.")
-        _gram.check_length(targets, len(matrix))
-        targets = targets.to(matrix.device)
-        shifted = matrix.clone() if symmetric else (matrix + matrix.T) / 2
-        shifted.diagonal().add_(self.ridge)
-        lower, failed = torch.linalg.cholesky_ex(shifted)
-        pivots, largest = lower.diagonal().square(), shifted.diagonal().max().item()
-        rounding = len(matrix) * torch.finfo(torch.float64).eps * largest
-        if failed or pivots.min() <= rounding:
-            alpha = loo = torch.full_like(targets, torch.nan)
-            self.status_, self.residual_ = "singular", float("nan")
-            self.advice_ = (
-                f"K + {self.ridge:g} I is not positive definite to working precision: points repeat, or K has a lower "
-                f"rank than points. Use a ridge well above {max(rounding, self.ridge):.1e}."
-            )
-        else:
-            alpha = torch.cholesky_solve(targets, lower)
-            size = torch.linalg.vector_norm(targets).item()
-            self.residual_ = torch.linalg.vector_norm(shifted @ alpha - targets).item() / (size or 1.0)
-            del shifted
-            loo = alpha / torch.cholesky_inverse(lower).diagonal()[:, None]
-            self.status_, self.advice_ = "solved", ""
-        self._alpha = alpha[:, 0] if flat else alpha
-        self.alpha_ = _gram.same_kind(self._alpha, K)
-        self.loo_ = _gram.same_kind(loo[:, 0] if flat else loo, K)
+        gram = training_gram(K)
+        values = as_targets(y, "y", len(gram), "Pass [n] or [n, C] targets.").to(gram.device)
+        solution = solve(gram, self.ridge, values.reshape(len(gram), -1), "ridge")
+        self.status_, self.advice_, self.residual_ = solution.status, solution.advice, solution.residual
+        solved = solution.status == "solved"
+        loo = solution.alpha / torch.cholesky_inverse(solution.lower).diagonal()[:, None] if solved else solution.alpha
+        self._alpha = solution.alpha.reshape(values.shape)
+        self.alpha_ = same_kind(self._alpha, K)
+        self.loo_ = same_kind(loo.reshape(values.shape), K)
         return self
 
-    def predict(self, K_test: Any) -> Any:
+    def predict(self, K_test: AnyMatrix) -> AnyMatrix:
         """Return the predictions for test points, [m] or [m, C], from K_test = k(x_test, x_train), [m, n].
 
         Raises
@@ -104,5 +84,5 @@ class KernelRidge:
             Before fit; when K_test is not a finite [m, n].
         """
         if self._alpha is None:
-            raise _gram.unfitted("KernelRidge")
-        return _gram.same_kind(_gram.as_test_matrix(K_test, len(self._alpha), self._alpha) @ self._alpha, K_test)
+            raise unfitted(self)
+        return same_kind(float64_product(as_test_matrix(K_test, len(self._alpha), self._alpha), self._alpha), K_test)

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.gram import machine_input as _gram
+from ntkit.gram.arrays import AnyMatrix, Matrix, float64_product, same_kind
+from ntkit.gram.gram_matrix import Gram
+from ntkit.machines.machine_input import Machine, as_test_matrix, check_length, training_gram, unfitted
 
 _EPS = torch.finfo(torch.float64).eps
 _BLOCK = 128  # new points per step, or a quarter of the support where that is more
@@ -20,14 +23,14 @@ _DAMPING, _MOST_DAMPING = 1e3 * _EPS, 1e-6  # relative to the trace of the syste
 _ARC = 26  # trial steps 1, 1/4, 1/16, ... down to the rounding
 
 
-class HardMarginSVM:
+class HardMarginSVM(Machine):
     r"""Hard-margin SVM without bias: the separator of largest margin in the feature space of a kernel.
 
     Solves, in float64, the dual
 
     .. math:: \max_{a \ge 0} \sum_i a_i - \tfrac12 (a y)^\top K (a y)
 
-    whose separator is w = sum_i a_i y_i phi(x_i) with y_i <w, phi(x_i)> >= 1. More than two labels are taken
+    with the separator w = sum_i a_i y_i phi(x_i) with y_i <w, phi(x_i)> >= 1. More than two labels are solved
     one against the rest. Multiplying K by a positive number changes no prediction.
 
     Parameters
@@ -58,8 +61,8 @@ class HardMarginSVM:
     -----
     The problem of Long (2021), "Properties of the After Kernel", section 2 (there solved by gradient methods under a
     time limit). ``sklearn.svm.SVC`` has a bias and so solves another problem. Method: projected Newton steps
-    (Bertsekas 1982) on the support and the most violating points, by Cholesky, until the gap closes. Memory: K in
-    float64 and two square matrices of the size of the support and a quarter.
+    (Bertsekas 1982) on the support and the most violating points, by Cholesky, until the gap closes. Memory: two
+    float64 matrices of the size of the support and a quarter of it; K itself is not copied.
 
     For a kernel with negative eigenvalues (rounding) a closed gap certifies the optimality conditions for K as it is.
 
@@ -71,23 +74,21 @@ class HardMarginSVM:
     ('optimal', 0.707107, [1, 1, 0])
     """
 
-    alpha_: Any
-    margin_: Any
+    alpha_: Matrix
+    margin_: float | Matrix
     gap_: float
     kkt_: float
     support_: Any
-    status_: str
-    advice_: str
     iterations_: int
-    classes_: Any
+    classes_: Matrix
 
     def __init__(self, tol: float = 1e-6):
         if not 0 < tol < 1:
             raise refusal("tol", got=tol, expected="a number between 0 and 1", fix="The default is 1e-6.")
         self.tol = tol
-        self._weights: torch.Tensor | None = None
+        self._weights: Tensor | None = None
 
-    def fit(self, K: Any, y: Any) -> HardMarginSVM:
+    def fit(self, K: Gram | Matrix, y: Any) -> HardMarginSVM:
         """Fit on K, [n, n] symmetric, and labels y, [n] with at least two distinct values.
 
         Raises
@@ -95,36 +96,37 @@ class HardMarginSVM:
         Refused
             When K is not square, symmetric and finite with a non-negative diagonal, or y does not fit it.
         """
-        matrix, symmetric, eps = _gram.as_gram(K)
-        labels, codes = _classes(y, len(matrix))
-        scale = 1.0 / matrix.diagonal().mean().item() if matrix.diagonal().any() else 0.0
+        gram = training_gram(K)
+        labels, codes = _classes(y, len(gram))
+        diagonal = gram.diagonal()
+        scale = 1.0 / diagonal.mean().item() if diagonal.any() else 0.0
         if not 0 < scale < float("inf"):
             raise refusal("K", got="a zero diagonal", expected="K[i, i] > 0", fix="Check the features: all are zero.")
         positives = [1] if len(labels) == 2 else range(len(labels))
-        signs = [torch.from_numpy(np.where(codes == c, 1.0, -1.0)).to(matrix.device) for c in positives]
-        found = [_solve(matrix, sign, scale, symmetric, eps, self.tol) for sign in signs]
+        signs = [torch.from_numpy(np.where(codes == c, 1.0, -1.0)).to(gram.device) for c in positives]
+        solutions = [_solve(gram, sign, scale, self.tol) for sign in signs]
 
-        alpha = torch.stack([one.alpha for one in found], dim=1)
-        margin = torch.stack([one.margin for one in found])
-        supports = [_gram.same_kind(torch.nonzero(one.alpha).ravel(), K) for one in found]
+        alpha = torch.stack([one.alpha for one in solutions], dim=1)
+        margin = torch.stack([one.margin for one in solutions])
+        supports = [same_kind(torch.nonzero(one.alpha).ravel(), K) for one in solutions]
         self._weights = alpha * torch.stack(signs, dim=1)
-        binary = len(found) == 1
-        self.alpha_ = _gram.same_kind(alpha[:, 0] if binary else alpha, K)
-        self.margin_ = margin.item() if binary else _gram.same_kind(margin, K)
+        binary = len(solutions) == 1
+        self.alpha_ = same_kind(alpha[:, 0] if binary else alpha, K)
+        self.margin_ = margin.item() if binary else same_kind(margin, K)
         self.support_ = supports[0] if binary else supports
-        self.gap_ = max(one.gap for one in found)
-        self.kkt_ = max(one.kkt for one in found)
-        self.iterations_ = sum(one.steps for one in found)
+        self.gap_ = max(one.gap for one in solutions)
+        self.kkt_ = max(one.kkt for one in solutions)
+        self.iterations_ = sum(one.steps for one in solutions)
         severity = {"optimal": 0, "inaccurate": 1, "not separable": 2}
-        worst = max(range(len(found)), key=lambda c: severity[found[c].status])
-        self.status_ = found[worst].status
-        self.advice_ = _advice(found[worst], matrix, signs[worst], eps, self.tol)
+        worst = max(range(len(solutions)), key=lambda c: severity[solutions[c].status])
+        self.status_ = solutions[worst].status
+        self.advice_ = _advice(solutions[worst], gram, signs[worst], self.tol)
         if self.advice_ and not binary:
             self.advice_ = f"Class {labels[worst]} against the rest. {self.advice_}"
-        self.classes_ = torch.from_numpy(labels).to(y.device) if isinstance(y, torch.Tensor) else labels
+        self.classes_ = torch.from_numpy(labels).to(y.device) if isinstance(y, Tensor) else labels
         return self
 
-    def decision_function(self, K_test: Any) -> Any:
+    def decision_function(self, K_test: AnyMatrix) -> AnyMatrix:
         """Return <w, phi(x)> of test points, [m] or one-vs-rest [m, C], from K_test = k(x_test, x_train), [m, n].
 
         Raises
@@ -132,9 +134,9 @@ class HardMarginSVM:
         Refused
             Before fit; when K_test is not a finite [m, n].
         """
-        return _gram.same_kind(self._decide(K_test), K_test)
+        return same_kind(self._decide(K_test), K_test)
 
-    def predict(self, K_test: Any) -> Any:
+    def predict(self, K_test: Gram | Matrix) -> Matrix:
         """Return the labels of test points, [m], of the kind given to fit, from K_test = k(x_test, x_train), [m, n].
 
         Raises
@@ -144,21 +146,20 @@ class HardMarginSVM:
         """
         values = self._decide(K_test)
         index = (values > 0).long() if values.ndim == 1 else values.argmax(dim=1)
-        on_torch = isinstance(self.classes_, torch.Tensor)
-        return self.classes_[index.to(self.classes_.device)] if on_torch else self.classes_[index.cpu().numpy()]
+        labels = self.classes_
+        return labels[index.to(labels.device)] if isinstance(labels, Tensor) else labels[index.cpu().numpy()]
 
-    def _decide(self, K_test: Any) -> torch.Tensor:
+    def _decide(self, K_test: Gram | Matrix) -> Tensor:
         if self._weights is None:
-            raise _gram.unfitted("HardMarginSVM")
-        matrix = _gram.as_test_matrix(K_test, len(self._weights), self._weights)
-        values = matrix @ self._weights
+            raise unfitted(self)
+        values = float64_product(as_test_matrix(K_test, len(self._weights), self._weights), self._weights)
         return values[:, 0] if values.shape[1] == 1 else values
 
 
 @dataclass
 class _Solution:
-    alpha: torch.Tensor
-    margin: torch.Tensor
+    alpha: Tensor
+    margin: Tensor
     gap: float
     kkt: float
     status: str
@@ -167,11 +168,11 @@ class _Solution:
 
 
 def _classes(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sort out the distinct labels and each point's place among them."""
-    values = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
+    """The distinct labels, sorted, and each point's place among them."""
+    values = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
     if values.ndim != 1:
         raise refusal("y", got=f"shape {list(values.shape)}", expected="[n] labels", fix="Pass one label per point.")
-    _gram.check_length(values, n)
+    check_length(values, n)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         bad = int(np.flatnonzero(~np.isfinite(values))[0])
         raise refusal("y", got=f"{values[bad]} at index {bad}", expected="labels", fix="Drop the unlabelled points.")
@@ -181,21 +182,21 @@ def _classes(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     return labels, codes
 
 
-def _solve(K: torch.Tensor, y: torch.Tensor, scale: float, symmetric: bool, eps: float, tol: float) -> _Solution:
-    """Minimise 1/2 a^T Q a - sum a over a >= 0, Q = scale * y y^T * K; see `HardMarginSVM`.
+def _solve(K: Gram, y: Tensor, scale: float, tol: float) -> _Solution:
+    """Minimize 1/2 a^T Q a - sum a over a >= 0, Q = scale * y y^T * K; see `HardMarginSVM`.
 
-    Each step solves for the exact minimiser on the free points (the support and a block of the most violating ones),
+    Each step solves for the exact minimizer on the free points (the support and a block of the most violating ones),
     ignoring signs, and goes towards it along the projection onto a >= 0 as far as is best. The gradient is computed
-    afresh from K at every step, so the damping of the factorisation only affects speed: it is its own refinement.
+    afresh from K at every step, so the damping of the factorization only affects speed: it is its own refinement.
+    K is read by rows of the support and of each block; float32 entries become float64 as they are read.
     """
     n = len(y)
 
-    def product(v: torch.Tensor) -> torch.Tensor:
-        u = y * v
-        return (scale * y) * (K @ u if symmetric else (K @ u + K.T @ u) / 2)
+    def product(v: Tensor) -> Tensor:
+        return (scale * y) * (K @ (y * v))
 
     # Below this, a^T Q a cannot be told from 0: rounding of the products, and of the entries of K themselves.
-    floor = 2 * _EPS * n + eps * n**0.5
+    floor = 2 * _EPS * n + K.precision * n**0.5
     target = 1e-3 * tol  # one or two steps beyond tol settle the support itself, not only the objective
     a, gradient = torch.zeros_like(y), -torch.ones_like(y)
     factor, status, steps, stalled = _Factor(K, y, scale), "inaccurate", 0, 0
@@ -209,7 +210,7 @@ def _solve(K: torch.Tensor, y: torch.Tensor, scale: float, symmetric: bool, eps:
             if len(block) > 0:
                 most = len(block) // 8 or int(len(block) > 1)
             elif factor.damping < _MOST_DAMPING:
-                # dependent features: the step drowned in the rounding of a nearly singular solve
+                # dependent features: the step was lost in the rounding of a nearly singular solve
                 factor.damping, most = 100 * factor.damping, _BLOCK
             else:
                 break
@@ -219,7 +220,7 @@ def _solve(K: torch.Tensor, y: torch.Tensor, scale: float, symmetric: bool, eps:
             margins = product(a)
             energy, size = (a @ margins).item(), (a @ a).item()
             if energy <= floor * size:
-                if best_gap >= 1:  # no separator was ever seen
+                if best_gap >= 1:  # no step gave a separator
                     best, status = a, "not separable" if energy >= -floor * size else "inaccurate"
                 break
             total = a.sum().item()
@@ -241,7 +242,7 @@ def _gap(total: float, energy: float, smallest: float) -> float:
 
 
 def _certify(
-    a: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor], status: str, scale: float, tol: float, steps: int
+    a: Tensor, product: Callable[[Tensor], Tensor], status: str, scale: float, tol: float, steps: int
 ) -> _Solution:
     margins = product(a)
     total, energy = a.sum(), a @ margins
@@ -258,8 +259,8 @@ def _certify(
     return _Solution(a, a.sum().rsqrt(), gap, violation.item(), status, steps, relative)
 
 
-def _violators(a: torch.Tensor, gradient: torch.Tensor, most: int, target: float) -> torch.Tensor:
-    """Find up to `most` points outside the support that violate their margin most."""
+def _violators(a: Tensor, gradient: Tensor, most: int, target: float) -> Tensor:
+    """Up to `most` points outside the support, those that violate their margin most."""
     outside = torch.where(a > 0, torch.inf, gradient)
     count = min(most, int((outside < -target / 10).sum()))
     return outside.topk(count, largest=False).indices
@@ -268,17 +269,17 @@ def _violators(a: torch.Tensor, gradient: torch.Tensor, most: int, target: float
 class _Factor:
     """The Cholesky factor of Q over the support and a block of new points (in this order), kept while they stay."""
 
-    def __init__(self, K: torch.Tensor, y: torch.Tensor, scale: float):
+    def __init__(self, K: Gram, y: Tensor, scale: float):
         self.K, self.y, self.scale = K, y, scale
         self.damping = _DAMPING
         self.key = (0.0, torch.empty(0, dtype=torch.long, device=y.device))
 
-    def step(self, a: torch.Tensor, gradient: torch.Tensor, block: torch.Tensor) -> torch.Tensor | None:
+    def step(self, a: Tensor, gradient: Tensor, block: Tensor) -> Tensor | None:
         """Return the best point on the projected Newton arc from a, or None where none lowers the objective."""
         support = torch.nonzero(a).ravel()
         free = torch.cat([support, block])
         if self.key[0] != self.damping or not torch.equal(free, self.key[1]):
-            self._factorise(free)
+            self._factorize(free)
         start, slope = a[free, None], gradient[free, None]
         direction = self._direction(slope, len(support))
         reached = start + direction
@@ -295,38 +296,38 @@ class _Factor:
         new[free] = reached[:, 0].clamp(min=0)
         return new
 
-    def _direction(self, slope: torch.Tensor, old: int) -> torch.Tensor:
+    def _direction(self, slope: Tensor, old: int) -> Tensor:
         """Solve for the Newton direction, [m, 1], with the new points that would go below zero held at zero.
 
         A zero that wants to go below zero only bends the path of the others. Holding it takes the Schur complement of
-        the new points, which is the trailing block of the factor times its transpose: no new factorisation.
+        the new points, which is the trailing block of the factor times its transpose: no new factorization.
         """
         L = self.lower
         u = torch.linalg.solve_triangular(L, -slope, upper=False)
         trailing = L[old:, old:]
         complement, right = trailing @ trailing.T, trailing @ u[old:]
         moves = torch.zeros_like(right)
-        kept = torch.arange(len(right), device=L.device)
-        while len(kept):
-            part = _cholesky(complement[kept[:, None], kept], 4 * _EPS)
-            found = torch.cholesky_solve(right[kept], part)
-            if (found >= 0).all():
-                moves[kept] = found
+        moving = torch.arange(len(right), device=L.device)
+        while len(moving):
+            part = _cholesky(complement[moving[:, None], moving], 4 * _EPS)
+            change = torch.cholesky_solve(right[moving], part)
+            if (change >= 0).all():
+                moves[moving] = change
                 break
-            kept = kept[found[:, 0] >= 0]
+            moving = moving[change[:, 0] >= 0]
         rest = torch.linalg.solve_triangular(L[:old, :old].T, u[:old] - L[old:, :old].T @ moves, upper=True)
         return torch.cat([rest, moves])
 
-    def _factorise(self, free: torch.Tensor) -> None:
-        self.Q = self.lower = torch.empty(0)  # let go of the old ones before making the new
-        Q = self.K[free[:, None], free]
+    def _factorize(self, free: Tensor) -> None:
+        self.Q = self.lower = torch.empty(0)  # free the memory of the previous ones first
+        Q = self.K.tile(free, free)
         Q *= (self.scale * self.y[free])[:, None]
         Q *= self.y[free]
         self.lower, self.Q, self.key = _cholesky(Q, self.damping), Q, (self.damping, free)
 
 
-def _cholesky(H: torch.Tensor, damping: float) -> torch.Tensor:
-    """Factorise H + a multiple of I: damping, relative to the trace, or more where that is not enough for rounding."""
+def _cholesky(H: Tensor, damping: float) -> Tensor:
+    """Factorize H + a multiple of I: damping, relative to the trace, or more where that is not enough for rounding."""
     diagonal = H.diagonal().clone()
     while True:
         H.diagonal().copy_(diagonal + damping * diagonal.sum())
@@ -337,26 +338,28 @@ def _cholesky(H: torch.Tensor, damping: float) -> torch.Tensor:
         damping *= 30
 
 
-def _advice(found: _Solution, K: torch.Tensor, y: torch.Tensor, eps: float, tol: float) -> str:
-    if found.status == "optimal":
+def _advice(solution: _Solution, K: Gram, y: Tensor, tol: float) -> str:
+    if solution.status == "optimal":
         return ""
-    if found.status == "inaccurate":
-        if found.energy <= 0:
+    if solution.status == "inaccurate":
+        if solution.energy <= 0:
             reason = "K has negative eigenvalues"
         else:
-            bound = found.energy**0.5
-            reason = f"gap {found.gap:.1e} above tol {tol:.1e}; the margin is at most {bound:.1e} of the feature norm"
+            bound = solution.energy**0.5
+            reason = (
+                f"gap {solution.gap:.1e} above tol {tol:.1e}; the margin is at most {bound:.1e} of the feature norm"
+            )
         return (
             f"Not solved to tolerance: {reason}. Compute K in float64, or use KernelRidge, which does not need "
             "separable data."
         )
-    support = torch.nonzero(found.alpha).ravel()
+    support = torch.nonzero(solution.alpha).ravel()
     zero = support[K.diagonal()[support] == 0]
     if len(zero):
         return (
             f"Point {int(zero[0])} has a zero feature vector, on no side of any separator. Drop it or use KernelRidge."
         )
-    pairs = _contradictions(K, y, eps)
+    pairs = _contradictions(K, y)
     named = ", ".join(f"{i} and {j}" for i, j in pairs)
     cause = f"Points with the same features and different labels: {named}. " if pairs else ""
     return (
@@ -365,12 +368,16 @@ def _advice(found: _Solution, K: torch.Tensor, y: torch.Tensor, eps: float, tol:
     )
 
 
-def _contradictions(K: torch.Tensor, y: torch.Tensor, eps: float, most: int = 3) -> list[tuple[int, int]]:
-    """Find up to `most` pairs with K_ii = K_jj = K_ij to rounding and different labels, each positive point once."""
+def _contradictions(K: Gram, y: Tensor, most: int = 3) -> list[tuple[int, int]]:
+    """Up to `most` pairs with K_ii = K_jj = K_ij to rounding and different labels, each positive point once."""
     diagonal, pairs = K.diagonal(), []
     for i in torch.nonzero(y > 0).ravel().tolist():
-        room = max(1e-12, 32 * eps) * diagonal[i]
-        same = (y < 0) & ((K[i] - diagonal[i]).abs() <= room) & ((diagonal - diagonal[i]).abs() <= room)
+        tolerance = max(1e-12, 32 * K.precision) * diagonal[i]
+        same = (
+            (y < 0)
+            & ((K.rows([i])[0] - diagonal[i]).abs() <= tolerance)
+            & ((diagonal - diagonal[i]).abs() <= tolerance)
+        )
         if same.any():
             j = int(same.nonzero()[0])
             pairs.append((min(i, j), max(i, j)))

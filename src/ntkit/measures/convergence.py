@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.jacobian.model_calls import raw_outputs, reduce_outputs
-from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
+from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.parametrization import (
     LAYERS,
@@ -26,8 +26,8 @@ from ntkit.networks.parametrization import (
 from ntkit.networks.widening import redraw, reshaped, widened
 
 KINDS = ("ntk", "nngp")
-_SEEDS = 100_000  # from one width to the next: no two widths share a network
-_AGREES = 3.0  # Monte-Carlo errors that the mean may lie from the limit
+_SEEDS = 100_000  # seeds reserved for each width: no two widths share a network
+_AGREES = 3.0  # largest distance of the mean from the limit, in Monte-Carlo errors
 
 
 class MonteCarlo(NamedTuple):
@@ -50,11 +50,11 @@ class Convergence:
     distance : [widths], root mean square over networks of |K - limit| / |limit| (Frobenius).
     distance_error : [widths], standard error of `distance`.
     mean_distance : [widths], |mean - limit| / |limit|.
-    mean_error : [widths], what Monte Carlo alone makes of it: the norm of `standard_error` over |limit|.
+    mean_error : [widths], the part of it that Monte Carlo explains: the norm of `standard_error` over |limit|.
     slope, slope_error : of log `distance` against log width, weighted by `distance_error`; -1/2 is expected.
     """
 
-    kind: str
+    kind: Kind
     widths: tuple[int, ...]
     seeds: int
     limit: Tensor
@@ -75,27 +75,27 @@ class Convergence:
 
 
 class Twin:
-    """The ordinary network that computes what one in the NTK parametrization does, with the kernels of that one.
+    """An ordinary network that computes the same as one in the NTK parametrization, with the kernels of that one.
 
-    A parameter's share of the tangent kernel counts factor^2 in the other's: no scaled weight is differentiated
-    through, no gradient of a weight is formed. Gradient descent at learning rate lr is lr factor^2 for each parameter.
+    A parameter's share of the tangent kernel is multiplied by factor^2: no gradient of a scaled weight is formed.
+    Gradient descent at learning rate lr becomes lr factor^2 for each parameter.
 
     Parameters
     ----------
     model : the ordinary network; its weights may change (it may be trained).
-    factors : by parameter; those not named are 1.
+    factors : by parameter's name; 1 for those that are missing.
     kind : "ntk" or "nngp".
     """
 
-    def __init__(self, model: nn.Module, factors: dict[str, float], kind: str = "ntk") -> None:
+    def __init__(self, model: nn.Module, factors: dict[str, float], kind: Kind = "ntk") -> None:
         if kind not in KINDS:
             raise refusal("kind", got=repr(kind), expected=" or ".join(KINDS), fix="Choose one.")
         self.model, self.kind, self.factors = model, kind, factors
         self._tangent = TangentKernel(model, outputs="trace")
 
     @classmethod
-    def of(cls, model: nn.Module, kind: str = "ntk") -> Twin:
-        """Make the twin of a network in the NTK parametrization."""
+    def of(cls, model: nn.Module, kind: Kind = "ntk") -> Twin:
+        """Build the twin of a network in the NTK parametrization."""
         factors = {
             f"{name}.{what}" if name else what: factor
             for name, layer in model.named_modules()
@@ -118,8 +118,8 @@ class Twin:
         if self.kind == "nngp":
             return self._covariance(x1, x2)
         shares = self._tangent.layers(x1, x2)
-        weighed = [share * self.factors.get(name, 1.0) ** 2 for name, share in shares.items()]
-        return torch.stack(weighed).sum(0) / reduce_outputs(raw_outputs(self.model, x1[:1]), "full", 1).shape[1]
+        weighted = [share * self.factors.get(name, 1.0) ** 2 for name, share in shares.items()]
+        return torch.stack(weighted).sum(0) / reduce_outputs(raw_outputs(self.model, x1[:1]), "full", 1).shape[1]
 
     def _covariance(self, x1: Tensor, x2: Tensor | None) -> Tensor:
         a1, scale, shift = self._features(x1)
@@ -127,10 +127,10 @@ class Twin:
         return scale * (a1 @ a2.T) + shift
 
     def _features(self, x: Tensor) -> tuple[Tensor, float, float]:
-        """What reaches a last dense layer, its w_std^2 / n and b_std^2; else the outputs, 1 / C and 0."""
-        caught: list[tuple[str, Tensor, Tensor]] = []
+        """The inputs of a last dense layer, its w_std^2 / n and b_std^2; without one: the outputs, 1 / C and 0."""
+        calls: list[tuple[str, Tensor, Tensor]] = []
         handles = [
-            layer.register_forward_hook(lambda m, x, y, name=name: caught.append((name, x[0].detach(), y)))
+            layer.register_forward_hook(lambda m, x, y, name=name: calls.append((name, x[0].detach(), y)))
             for name, layer in self.model.named_modules()
             if isinstance(layer, nn.Linear)
         ]
@@ -139,8 +139,8 @@ class Twin:
         finally:
             for handle in handles:
                 handle.remove()
-        if caught:
-            name, a, y = caught[-1]
+        if calls:
+            name, a, y = calls[-1]
             prefix = f"{name}." if name else ""
             weight = self.factors.get(f"{prefix}weight")
             if weight is not None and a.dim() == 2 and y.shape == out.shape and torch.equal(y, out):
@@ -148,7 +148,7 @@ class Twin:
         return out, 1 / out.shape[1], 0.0
 
 
-def finite_kernel(model: nn.Module, x1: Tensor, x2: Tensor | None = None, kind: str = "ntk") -> Tensor:
+def finite_kernel(model: nn.Module, x1: Tensor, x2: Tensor | None = None, kind: Kind = "ntk") -> Tensor:
     """Kernel of one network in the NTK parametrization, per output: [n1, n2] in the network's own dtype.
 
     "ntk": the tangent kernel's trace over outputs / C. "nngp": sum over outputs of f(x) f(x') / C, whose mean is the
@@ -166,21 +166,21 @@ def finite_kernel(model: nn.Module, x1: Tensor, x2: Tensor | None = None, kind: 
 
 
 def _kernels(
-    model: nn.Module, x1: Tensor, x2: Tensor | None, width: int, seeds: Sequence[int], kind: str
+    model: nn.Module, x1: Tensor, x2: Tensor | None, width: int, seeds: Sequence[int], kind: Kind
 ) -> list[Tensor]:
     """Kernels of wide copies; a model that is not in the NTK parametrization is brought into it with its own stds."""
     ready = model if in_ntk_parametrization(model) else to_ntk_parametrization(model)
-    made, recipe = reshaped(ready, width, x1[:2])
+    network, recipe = reshaped(ready, width, x1[:2])
     factors = {
         f"{name}.{what}" if name else what: draw.factor
         for (name, what), draw in recipe.items()
         if draw.factor is not None
     }
-    twin, found = Twin(made, factors, kind), []
+    twin, kernels = Twin(network, factors, kind), []
     for seed in seeds:
-        redraw(made, recipe, seed)
-        found.append(twin(x1, x2).double())
-    return found
+        redraw(network, recipe, seed)
+        kernels.append(twin(x1, x2).double())
+    return kernels
 
 
 def _check_seeds(seeds: int) -> None:
@@ -190,7 +190,7 @@ def _check_seeds(seeds: int) -> None:
 
 
 def monte_carlo(
-    model: nn.Module, x1: Tensor, x2: Tensor | None = None, *, width: int, seeds: int = 10, kind: str = "ntk"
+    model: nn.Module, x1: Tensor, x2: Tensor | None = None, *, width: int, seeds: int = 10, kind: Kind = "ntk"
 ) -> MonteCarlo:
     """Estimate the infinite-width kernel of a network from random wide copies of it.
 
@@ -215,17 +215,17 @@ def monte_carlo(
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
-    >>> found = monte_carlo(to_ntk_parametrization(model, w_std=1.0, b_std=0.1), torch.tensor([[1.0, 0.0]]), width=400)
-    >>> abs(float(found.mean) - 0.52) < 5 * float(found.standard_error)
+    >>> limit = monte_carlo(to_ntk_parametrization(model, w_std=1.0, b_std=0.1), torch.tensor([[1.0, 0.0]]), width=400)
+    >>> abs(float(limit.mean) - 0.52) < 5 * float(limit.standard_error)
     True
     """
     _check_seeds(seeds)
-    found = torch.stack(_kernels(model, x1, x2, width, range(seeds), kind))
-    return MonteCarlo(found.mean(0), found.std(0) / seeds**0.5)
+    kernels = torch.stack(_kernels(model, x1, x2, width, range(seeds), kind))
+    return MonteCarlo(kernels.mean(0), kernels.std(0) / seeds**0.5)
 
 
 def convergence(
-    model: nn.Module, x: Tensor, widths: Sequence[int] = (64, 128, 256, 512), seeds: int = 10, kind: str = "ntk"
+    model: nn.Module, x: Tensor, widths: Sequence[int] = (64, 128, 256, 512), seeds: int = 10, kind: Kind = "ntk"
 ) -> Convergence:
     """Measure how fast the kernel of a random network tends to `ntkit.InfiniteKernel` as its width n grows.
 
@@ -257,8 +257,8 @@ def convergence(
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
-    >>> found = convergence(to_ntk_parametrization(model, 1.0, 0.1), torch.eye(2), widths=(32, 512), seeds=10)
-    >>> -0.9 < found.slope < -0.1
+    >>> rate = convergence(to_ntk_parametrization(model, 1.0, 0.1), torch.eye(2), widths=(32, 512), seeds=10)
+    >>> -0.9 < rate.slope < -0.1
     True
     """
     widths = tuple(widths)
@@ -270,11 +270,12 @@ def convergence(
     means, errors, deviations, squares = [], [], [], []
     with task("widths", total=len(widths)) as progress:
         for place, width in enumerate(widths):
-            found = torch.stack(_kernels(model, x, None, width, range(_SEEDS * place, _SEEDS * place + seeds), kind))
-            means.append(found.mean(0))
-            deviations.append(found.std(0))
+            own_seeds = range(_SEEDS * place, _SEEDS * place + seeds)
+            kernels = torch.stack(_kernels(model, x, None, width, own_seeds, kind))
+            means.append(kernels.mean(0))
+            deviations.append(kernels.std(0))
             errors.append(deviations[-1] / seeds**0.5)
-            squares.append(((found - limit).flatten(1).norm(dim=1) / limit.norm()).square())
+            squares.append(((kernels - limit).flatten(1).norm(dim=1) / limit.norm()).square())
             progress.advance(1)
     mean, error, square = torch.stack(means), torch.stack(errors), torch.stack(squares)
     distance = square.mean(1).sqrt()
@@ -287,15 +288,15 @@ def convergence(
     )  # fmt: skip
 
 
-def _limit(model: nn.Module, x: Tensor, width: int, kind: str) -> Tensor:
+def _limit(model: nn.Module, x: Tensor, width: int, kind: Kind) -> Tensor:
     """Limit of networks with standard normal parameters and the model's own w_std and b_std."""
-    found = [stds(layer) for layer in model.modules() if isinstance(layer, LAYERS)]
-    w_stds, b_stds = ({float(f"{v:.12g}") for v in of if v is not None} for of in zip(*found, strict=True))  # rounded
+    layers = [stds(layer) for layer in model.modules() if isinstance(layer, LAYERS)]
+    w_stds, b_stds = ({float(f"{v:.12g}") for v in of if v is not None} for of in zip(*layers, strict=True))  # rounded
     if len(w_stds) == 1 and len(b_stds) <= 1:
-        made = InfiniteKernel(plain(model), kind=kind, w_std=w_stds.pop(), b_std=b_stds.pop() if b_stds else None)
+        kernel = InfiniteKernel(plain(model), kind=kind, w_std=w_stds.pop(), b_std=b_stds.pop() if b_stds else None)
     else:  # each layer has its own: they are read off a wide network
-        made = InfiniteKernel(widened(model, width, x[:2]), kind=kind)
-    return made(x).double()
+        kernel = InfiniteKernel(widened(model, width, x[:2]), kind=kind)
+    return kernel(x).double()
 
 
 def fitted_slope(x: Sequence[float], y: Sequence[float], error: Sequence[float]) -> tuple[float, float]:
@@ -307,6 +308,6 @@ def fitted_slope(x: Sequence[float], y: Sequence[float], error: Sequence[float])
     """
     a, b = np.log(np.asarray(x, dtype=float)), np.log(np.asarray(y, dtype=float))
     weight = (np.asarray(y) / np.asarray(error)) ** 2
-    centred = a - (weight * a).sum() / weight.sum()
-    spread = (weight * centred**2).sum()
-    return float((weight * centred * b).sum() / spread), float(spread**-0.5)
+    centered = a - (weight * a).sum() / weight.sum()
+    spread = (weight * centered**2).sum()
+    return float((weight * centered * b).sum() / spread), float(spread**-0.5)

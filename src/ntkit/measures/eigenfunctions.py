@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import refusal
+from ntkit.gram.arrays import Matrix
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import Spectrum
 
 
 def grid(side: int, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """Centres of side x side pixels over [low, high]^2, row by row: [side^2, 2], columns (x, y), float64.
+    """Centers of side x side pixels over [low, high]^2, row by row: [side^2, 2], columns (x, y), float64.
 
     >>> grid(2).tolist()
     [[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]]
     """
-    centres = low + (high - low) * (torch.arange(side, dtype=torch.float64) + 0.5) / side
-    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    centers = low + (high - low) * (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    y, x = torch.meshgrid(centers, centers, indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], 1)
 
 
@@ -31,7 +31,7 @@ def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, 
     Parameters
     ----------
     kernel : the kernel whose Gram matrix on `x` gave `spectrum`.
-    points : where, m of them; on the training points the result is the eigenvectors.
+    points : m points to evaluate at; on the training points the result is the eigenvectors.
     batch : points at a time: memory is batch x n.
 
     Returns
@@ -64,7 +64,7 @@ def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, 
     return torch.cat(parts)
 
 
-def patterns(vectors: Tensor | np.ndarray, images: Tensor) -> Tensor:
+def patterns(vectors: Matrix, images: Tensor) -> Tensor:
     """Eigenvectors as images: the points, which are images, weighted by the entries, sum_j v_i[j] x_j.
 
     Parameters
@@ -83,23 +83,19 @@ def patterns(vectors: Tensor | np.ndarray, images: Tensor) -> Tensor:
     """
     values = torch.as_tensor(vectors).double()
     if images.dim() != 4 or values.dim() != 2 or len(values) != len(images):
-        raise refusal(
-            "patterns",
-            got=f"vectors {list(values.shape)}, images {list(images.shape)}",
-            expected="[n, k] and [n, channels, H, W]",
-            fix="Give one entry per image.",
-        )
+        got = f"vectors {list(values.shape)}, images {list(images.shape)}"
+        raise refusal("patterns", got=got, expected="[n, k] and [n, channels, H, W]", fix="Give one entry per image.")
     return torch.einsum("nk,nhw->khw", values, images.detach().double().mean(1).to(values.device))
 
 
-def power(images: Tensor | np.ndarray) -> Tensor:
+def power(images: Matrix) -> Tensor:
     """Power of the 2-D Fourier transform, mean removed, zero frequency in the middle: [..., H, W] -> [..., H, W]."""
     images = _images(images)
-    centred = images - images.mean((-2, -1), keepdim=True)
-    return torch.fft.fftshift(torch.fft.fft2(centred).abs() ** 2, dim=(-2, -1))
+    centered = images - images.mean((-2, -1), keepdim=True)
+    return torch.fft.fftshift(torch.fft.fft2(centered).abs() ** 2, dim=(-2, -1))
 
 
-def bandwidth(images: Tensor | np.ndarray) -> Tensor:
+def bandwidth(images: Matrix) -> Tensor:
     """Mean frequency of images, in cycles per image: sum |q| P(q) / sum P(q), P the power, q without zero.
 
     Parameters
@@ -130,7 +126,7 @@ def bandwidth(images: Tensor | np.ndarray) -> Tensor:
     return torch.where(total > 1e-24 * scale, mean, torch.nan)
 
 
-def _images(images: Tensor | np.ndarray) -> Tensor:
+def _images(images: Matrix) -> Tensor:
     values = torch.as_tensor(images).detach().double()
     if values.ndim < 2 or values.numel() == 0:
         raise refusal(

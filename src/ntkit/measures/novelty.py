@@ -1,4 +1,4 @@
-"""How far a sample lies outside of what a network was trained on, as its kernel sees it."""
+"""How far a sample lies outside the training set, measured by the kernel."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
+from ntkit.gram.gram_matrix import as_gram
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import spectrum
 
 RIDGE = 1e-4  # of the mean diagonal of the training Gram matrix
-_TRIED = 64  # training samples whose own score is computed, for the floor
+_FLOOR_SAMPLES = 64  # training samples whose own score gives the floor
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +25,14 @@ class Novelty:
 
     Attributes
     ----------
-    outside : [m], in [0, 1]: norm of the part of the sample's gradient that no combination of the training samples'
-        gradients makes, relative to the whole gradient's. 0 for a gradient of zero.
+    outside : [m], in [0, 1]: norm of the sample's gradient outside the span of the training samples' gradients,
+        relative to its whole norm. 0 for a gradient of zero.
     deviation : [m]: posterior standard deviation of the Gaussian process with this kernel, in the outputs' units.
-    norm : [m]: norm of the gradient, sqrt k(x, x): the deviation before anything was seen.
+    norm : [m]: norm of the gradient, sqrt k(x, x): the deviation without any training sample.
     rank : dimension of the training gradients' span: eigenvalues of K above rounding.
     ridge : the number that was added to the diagonal.
     residual : largest relative residual of the solves, |(K + ridge I) a - k_x| / |k_x|.
-    floor : what rounding makes of an `outside` that is 0, by the first 64 training samples and the kernel's precision.
+    floor : size of an `outside` that is 0 but for rounding, from 64 training samples and the kernel's precision.
     """
 
     outside: Tensor
@@ -44,11 +45,11 @@ class Novelty:
 
 
 def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None, batch: int = 1024) -> Novelty:
-    """Say how novel samples are: what of their gradient lies outside the training gradients, and the posterior error.
+    """Score how novel samples are: their gradient's part outside the training gradients, and the posterior deviation.
 
     With K = k(x_train), k_x = k(x, x_train):
 
-        outside(x)^2   = 1 - k_x K^+ k_x^T / k(x, x)                    K^+: pseudo-inverse, rounding left out
+        outside(x)^2   = 1 - k_x K^+ k_x^T / k(x, x)                    K^+: pseudo-inverse above rounding
         deviation(x)^2 = k(x, x) - k_x (K + ridge I)^-1 k_x^T
 
     A step of gradient descent moves the parameters within the training gradients' span, so a sample with `outside` = 1
@@ -58,10 +59,10 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None
     ----------
     kernel : any kernel that gives one number per pair, [n, n]: ``outputs="trace"`` (gradients of all outputs as one
         vector) or a callable. `TangentKernel` after training, `PathKernel` for the whole run, `ConjugateKernel`.
-    x_train : n training samples; their [n, n] Gram matrix is held and its eigenpairs computed.
+    x_train : n training samples; their [n, n] Gram matrix and its eigenpairs are computed.
     x : m samples.
     ridge : variance of the noise, added to the diagonal of K: an absolute number in the units of K, as for
-        `KernelRidge`. None = 1e-4 of K's mean diagonal. It has no part in `outside`.
+        `KernelRidge`. None = 1e-4 of K's mean diagonal. `outside` does not depend on it.
     batch : samples at a time: memory is batch x n.
 
     Returns
@@ -91,8 +92,8 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None
     >>> import ntkit
     >>> kernel = ntkit.TangentKernel(torch.nn.Linear(3, 1, bias=False).double(), outputs="trace")
     >>> x_train = torch.tensor([[1.0, 0, 0], [1, 2, 0]]).double()
-    >>> found = novelty(kernel, x_train, torch.tensor([[5.0, 1, 0], [0, 3, 4], [0, 0, 2]]).double(), ridge=1e-9)
-    >>> [round(v, 6) for v in found.outside.tolist()], [round(v, 3) for v in found.deviation.tolist()]
+    >>> scores = novelty(kernel, x_train, torch.tensor([[5.0, 1, 0], [0, 3, 4], [0, 0, 2]]).double(), ridge=1e-9)
+    >>> [round(v, 6) for v in scores.outside.tolist()], [round(v, 3) for v in scores.deviation.tolist()]
     ([0.0, 0.8, 1.0], [0.0, 4.0, 2.0])
     """
     if not isinstance(kernel, Kernel):
@@ -103,36 +104,35 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None
             "ridge", got=repr(ridge), expected="a finite number >= 0, or None", fix="None = 1e-4 of K's size."
         )
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise refusal("batch", got=repr(batch), expected="an integer >= 1", fix="Samples held at a time, e.g. 1024.")
+        raise refusal(
+            "batch", got=repr(batch), expected="an integer >= 1", fix="It is the number of samples in memory at a time."
+        )
     x_train, x = checked(x_train, "x_train"), checked(x, "x")
     K = kernel(x_train)
     if K.dim() != 2:
-        raise refusal(
-            "kernel",
-            got=f"values of shape {tuple(K.shape)}",
-            expected="[n, n]: one number per pair of samples",
-            fix='Use outputs="trace", or a callable that gives one scalar per sample.',
-        )
-    found = spectrum(K)
-    eps = torch.finfo(K.dtype).eps
-    K, values, vectors = K.double(), found.eigenvalues, found.eigenvectors
-    added = RIDGE * float(K.diagonal().mean()) if ridge is None else float(ridge)
-    usable = values > found.noise
+        got = f"values of shape {tuple(K.shape)}"
+        fix = 'Use outputs="trace", or a callable that gives one scalar per sample.'
+        raise refusal("kernel", got=got, expected="[n, n]: one number per pair of samples", fix=fix)
+    gram = as_gram(K)
+    pairs, diagonal = spectrum(gram), gram.diagonal()
+    values, vectors = pairs.eigenvalues, pairs.eigenvectors
+    added = RIDGE * float(diagonal.mean()) if ridge is None else float(ridge)
+    usable = values > pairs.noise
     inverse = torch.where(usable, 1 / values, 0.0)
     shifted = values.clamp(min=0) + added
-    inverse_shifted = torch.where(shifted > found.noise, 1 / shifted, 0.0)
+    inverse_shifted = torch.where(shifted > pairs.noise, 1 / shifted, 0.0)
     parts = []
     for start in range(0, count(x), batch):
         part = take(x, slice(start, start + batch))
         k_x, own = kernel(part, x_train).double(), kernel.diagonal(part).double()
         squares = (k_x @ vectors) ** 2
         residual = k_x @ vectors * inverse_shifted @ vectors.T
-        residual = (residual @ K + added * residual - k_x).norm(dim=1) / k_x.norm(dim=1).clamp(min=1e-300)
+        residual = ((gram @ residual.T).T + added * residual - k_x).norm(dim=1) / k_x.norm(dim=1).clamp(min=1e-300)
         parts.append((_outside(own, squares @ inverse), own - squares @ inverse_shifted, own, residual))
     outside, variance, own, residual = (torch.cat(column) for column in zip(*parts, strict=True))
-    some = slice(0, _TRIED)  # computed anew: K itself would hide its rounding
+    some = slice(0, _FLOOR_SAMPLES)  # computed again: K itself would hide its rounding
     inside = (kernel(take(x_train, some), x_train).double() @ vectors) ** 2 @ inverse
-    rounding = (1 - inside / K.diagonal()[some].clamp(min=1e-300)).abs()[K.diagonal()[some] > 0]
+    rounding = (1 - inside / diagonal[some].clamp(min=1e-300)).abs()[diagonal[some] > 0]
     return Novelty(
         outside=outside,
         deviation=variance.clamp(min=0).sqrt(),
@@ -140,12 +140,12 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None
         rank=int(usable.sum()),
         ridge=added,
         residual=float(residual.max()),
-        floor=max([eps, *rounding.tolist()]) ** 0.5,
+        floor=max([gram.precision, *rounding.tolist()]) ** 0.5,
     )
 
 
 def _outside(own: Tensor, inside: Tensor) -> Tensor:
-    """Relative norm of what is left of squared norms `own` when the squared norms `inside` are taken away."""
+    """Relative norm of the rest, from squared norms `own` and the part of them inside a subspace."""
     share = torch.where(own > 0, inside / own.clamp(min=1e-300), 1.0)
     return (1 - share).clamp(0, 1).sqrt()
 

@@ -1,4 +1,4 @@
-"""Small built-in networks, and the door to the user's own: ``package.module:factory`` or ``file.py:factory``."""
+"""Small built-in networks, and the user's own by name: ``package.module:factory`` or ``file.py:factory``."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ BUILT_IN: dict[str, Callable[[Shape, int], nn.Module]] = {"linear": linear, "mlp
 
 
 def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
-    """Make a network by name, its weights a function of `seed` alone (the global random state is left as it was).
+    """Build a network by name; its weights depend on `seed` only (the global random state does not change).
 
     Parameters
     ----------
-    name : a built-in name, ``package.module:factory`` or ``file.py:factory``. A factory is called without arguments, or
-        with those of ``shape`` (of one input) and ``outputs`` (their number) that it names.
-    shape, outputs : of one input, and how many outputs.
-    seed : for the initial weights.
+    name : a built-in name, ``package.module:factory`` or ``file.py:factory``. A factory gets ``shape`` and ``outputs``
+        if they are among its parameters.
+    shape, outputs : shape of one input, number of outputs.
+    seed : of the initial weights.
 
     Returns
     -------
@@ -90,7 +90,7 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
     Raises
     ------
     Refused
-        For an unknown name (with the nearest known), a file or factory that is not there, or a factory that fails.
+        For an unknown name (with the nearest one), a missing file or factory, or a factory that cannot be called.
 
     Examples
     --------
@@ -98,44 +98,34 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
     95267
     """
     factory: Callable[..., nn.Module] = BUILT_IN.get(name) or find("--model", name, BUILT_IN)
-    known = inspect.signature(factory).parameters
-    wanted = {"shape": tuple(shape), "outputs": outputs}
-    arguments = {key: value for key, value in wanted.items() if key in known}
+    signature = inspect.signature(factory)
+    values = {"shape": tuple(shape), "outputs": outputs}
+    arguments = {key: value for key, value in values.items() if key in signature.parameters}
     try:
-        inspect.signature(factory).bind(**arguments)
+        signature.bind(**arguments)
     except TypeError as error:
-        raise refusal(
-            f"--model {name}",
-            got=f"a factory that could not be called ({error})",
-            expected="a callable without required arguments other than shape and outputs",
-            fix="Give its other parameters defaults.",
-        ) from error
+        got = f"a factory that could not be called ({error})"
+        expected = "a callable without required arguments other than shape and outputs"
+        fix = "Give its other parameters default values."
+        raise refusal(f"--model {name}", got=got, expected=expected, fix=fix) from error
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = factory(**arguments)
     if not isinstance(model, nn.Module):
-        raise refusal(
-            f"--model {name}",
-            got=type(model).__name__,
-            expected="a torch.nn.Module",
-            fix="Return the module from the factory.",
-        )
+        fix = "Return the module from the factory."
+        raise refusal(f"--model {name}", got=type(model).__name__, expected="a torch.nn.Module", fix=fix)
     return model.eval()
 
 
 def _image(shape: Shape, name: str) -> tuple[int, int, int]:
     if len(shape) != 3:
-        raise refusal(
-            f"--model {name}",
-            got=f"inputs of shape {tuple(shape)}",
-            expected="images (channels, height, width)",
-            fix="Use --model mlp, or your own module.",
-        )
+        expected, fix = "images (channels, height, width)", "Use --model mlp, or your own module."
+        raise refusal(f"--model {name}", got=f"inputs of shape {tuple(shape)}", expected=expected, fix=fix)
     return shape[0], shape[1], shape[2]
 
 
 def _smallest(make: Callable[[int], nn.Module], parameters: int) -> nn.Module:
-    """Network of the smallest width >= 4 with at least so many parameters (counted without allocating them)."""
+    """Network of the smallest width >= 4 with at least this number of parameters (counted on the meta device)."""
 
     def count(width: int) -> int:
         with torch.device("meta"):

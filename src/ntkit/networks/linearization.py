@@ -1,9 +1,10 @@
-"""The linearised network: first order in the parameters, and a module that any optimiser can train."""
+"""The linearized network: first order in the parameters, as a module that any optimizer can train."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -13,92 +14,85 @@ from torch import Tensor, nn
 from ntkit.base.checks import refusal
 from ntkit.jacobian.model_calls import check_mode, select_parameters
 
+Params = Iterable[str] | Callable[..., bool] | None  # names, a predicate of the name (or name and parameter), or all
+
 
 class Linearized(nn.Module):
-    r"""The model's first-order expansion in its parameters, around those it has now.
+    r"""The model's first-order expansion in its parameters, around their present values.
 
-    .. math:: f_{lin}(x; \theta) = f(x; \theta_0) + J(x) (\theta - \theta_0)
-
-    Made by `linearized`. The parameters to train are ``lin.parameters()``: theta, which starts at theta_0, under the
-    model's own names after ``moving.``; theta_0 and all else of the model are held in ``lin.start``. The layers inside
-    stay in the mode that the model was in: ``lin.train()`` does not reach them.
+    See `linearized`. The parameters to train are ``lin.parameters()``: theta, which starts at theta_0, with the
+    model's names after ``moving.``. ``lin.start`` is the model at theta_0. The layers inside stay in the model's mode:
+    ``lin.train()`` does not change them.
     """
 
-    def __init__(self, model: nn.Module, params: Any = None) -> None:
+    def __init__(self, model: nn.Module, params: Params = None) -> None:
         super().__init__()
         check_mode(model)
         _load_forward_mode()
-        chosen = set(select_parameters(model, params))
+        names = set(select_parameters(model, params))
         with torch.no_grad():
             self.start, self.moving = copy.deepcopy(model), copy.deepcopy(model)
-        self._names = tuple(name for name, _ in model.named_parameters() if name in chosen)
+        self._names = tuple(name for name, _ in model.named_parameters() if name in names)
         for name, p in self.moving.named_parameters():
-            p.requires_grad_(name in chosen)
+            p.requires_grad_(name in names)
             p.grad = None
         _freeze(self.start)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return f_lin, [n, ...] as the model itself; differentiable in theta (and nothing of the model is changed).
+        """Return f_lin, [n, ...] as the model itself; differentiable in theta.
 
         Raises
         ------
         Refused
             When the model does not return one tensor, or has an operation without forward-mode derivative (an LSTM).
         """
-        now, held = dict(self.moving.named_parameters()), dict(self.start.named_buffers())
+        now, start = dict(self.moving.named_parameters()), dict(self.start.named_buffers())
 
         def outputs(theta: dict[str, Tensor]) -> Tensor:
-            own = {
-                name: value.clone() for name, value in held.items() if name not in theta
-            }  # a forward may write to them
-            found = torch.func.functional_call(self.start, {**own, **theta}, args, kwargs)
-            if not isinstance(found, Tensor):
-                raise refusal(
-                    f"the output of {type(self.start).__name__}",
-                    got=type(found).__name__,
-                    expected="a tensor",
-                    fix="Wrap the model so that it returns one.",
-                )
-            return found
+            # copies: a forward pass may write to buffers
+            rest = {name: value.clone() for name, value in start.items() if name not in theta}
+            out = torch.func.functional_call(self.start, {**rest, **theta}, args, kwargs)
+            if not isinstance(out, Tensor):
+                got, fix = type(out).__name__, "Wrap the model so that it returns one."
+                raise refusal(f"the output of {type(self.start).__name__}", got=got, expected="a tensor", fix=fix)
+            return out
 
-        start = {name: held[name] for name in self._names}
-        moved = {name: now[name] - held[name] for name in self._names}
+        at = {name: start[name] for name in self._names}
+        step = {name: now[name] - start[name] for name in self._names}
         try:
-            value, change, *_ = torch.func.jvp(outputs, (start,), (moved,))
+            value, change, *_ = torch.func.jvp(outputs, (at,), (step,))
         except NotImplementedError as error:
-            raise refusal(
-                f"model {type(self.start).__name__}",
-                got=f"an operation without a forward-mode derivative ({str(error).splitlines()[0]})",
-                expected="operations that have one",
-                fix="Write that layer in plain torch operations.",
-            ) from error
+            got = f"an operation without a forward-mode derivative ({str(error).splitlines()[0]})"
+            expected = "operations with a forward-mode derivative"
+            fix = "Write that layer with other torch operations."
+            raise refusal(f"model {type(self.start).__name__}", got=got, expected=expected, fix=fix) from error
         return value + change
 
     def train(self, mode: bool = True) -> Linearized:
-        """Set the flag ``training`` of this module alone: the layers inside stay as they were."""
+        """Set the flag ``training`` of this module only, not of the layers inside."""
         self.training = mode
         return self
 
 
-def linearized(model: nn.Module, params: Any = None) -> Linearized:
-    r"""Linearise a network in its parameters, where it stands; train the result with any optimiser.
+def linearized(model: nn.Module, params: Params = None) -> Linearized:
+    r"""Linearize a network in its parameters, around their present values; any optimizer can train the result.
 
     .. math:: f_{lin}(x; \theta) = f(x; \theta_0) + J(x) (\theta - \theta_0)
 
-    Its tangent kernel is that of `model` at theta_0, and stays so: full-batch gradient descent on 0.5 * MSELoss follows
+    Its tangent kernel is constant, that of `model` at theta_0: full-batch gradient descent on 0.5 * MSELoss follows
     ``GradientFlow(lr, momentum)`` on that kernel to rounding.
 
     Parameters
     ----------
-    model : any ``nn.Module`` whose operations have forward-mode derivatives; copied, and left as it is. Batch norm in
-        eval mode, dropout off (drop-out that is not a layer is not seen).
-    params : which parameters to expand in and train, as for `TangentKernel`; None for all that require grad. The others
-        stay fixed.
+    model : any ``nn.Module`` whose operations have forward-mode derivatives; it is copied. Batch norm in eval mode, and
+        no dropout (dropout that is not a layer is not detected).
+    params : the parameters to expand in and train, as for `TangentKernel`; None = all that require grad. The others are
+        constant.
 
     Returns
     -------
     Linearized
-        A module called like `model`; f_lin at theta = theta_0 is f to the last bit.
+        A module with the arguments of `model`; at theta_0 it has the bits of f.
 
     Raises
     ------
@@ -129,17 +123,17 @@ def linearized(model: nn.Module, params: Any = None) -> Linearized:
 
 @cache
 def _load_forward_mode() -> None:
-    """Use forward mode once: on first use torch loads a module of its own that warns of another one's future."""
+    """Use forward mode once, without the deprecation warning of a module that torch loads on first use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
 
 
 def _freeze(model: nn.Module) -> None:
-    """Turn every parameter into a buffer: part of the state, moved with the module, and trained by nobody."""
-    made: dict[int, Tensor] = {}
+    """Turn every parameter into a buffer, which no optimizer trains."""
+    buffers: dict[int, Tensor] = {}
     for module in model.modules():
         for name, p in list(module._parameters.items()):
             if p is not None:
                 del module._parameters[name]
-                module.register_buffer(name, made.setdefault(id(p), p.detach()))
+                module.register_buffer(name, buffers.setdefault(id(p), p.detach()))

@@ -14,14 +14,13 @@ from ntkit.networks.initialization import initial_std
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_LEFT = (*NORMS, nn.PReLU)  # their parameters have no fan in
 
 
 class Scaled(nn.Module):
     """value = factor * original: a weight with factor w_std / √fan_in, or a bias with factor b_std.
 
-    The factor is a buffer, so that it is saved and loaded with the original; it stays in float64 on the CPU, whatever
-    the module around it is converted to.
+    The factor is a buffer, so that it is saved and loaded with the original. It stays in float64 on the CPU when the
+    module is converted.
     """
 
     factor: Tensor
@@ -31,11 +30,11 @@ class Scaled(nn.Module):
         self.register_buffer("factor", torch.tensor(factor, dtype=torch.float64))
 
     def forward(self, original: Tensor) -> Tensor:
-        """Give the value the layer uses."""
+        """Value that the layer uses."""
         return self.factor * original
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Give the original behind a value."""
+        """Original that belongs to a value."""
         return value / self.factor
 
     def extra_repr(self) -> str:
@@ -47,7 +46,7 @@ class Scaled(nn.Module):
 
 
 def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: float | None = None) -> nn.Module:
-    """Copy a module so that it computes the same function with weights in the NTK parametrization.
+    """Copy of a module that computes the same function with weights in the NTK parametrization.
 
     Every dense and convolution layer becomes ``z = w_std / √fan_in * W a + b_std * b``, its parameters W and b
     (``layer.parametrizations.weight.original``): gradients, gradient descent and tangent kernels are those of this
@@ -56,28 +55,28 @@ def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: 
     Parameters
     ----------
     model : any module whose parameters are those of ``Linear``, ``Conv1d``, ``Conv2d`` (fan_in: channels of a group x
-        kernel size), norms and ``PReLU``; the last two kinds are left as they are.
-    w_std : of every weight layer. None: each layer's own, √fan_in times the `initial_std` of its
-        weight, so that the entries of W have variance 1.
-    b_std : of every bias. None: each bias's own; one that is zero then has b_std = 0, so it stays zero and is no longer
-        trained (``requires_grad`` off). Given, a bias of zeros stays zero until it is trained.
+        kernel size), norms and ``PReLU``; the last two kinds do not change.
+    w_std : of every weight layer. None: for each layer √fan_in times the `initial_std` of its weight, so that the
+        entries of W have variance 1.
+    b_std : of every bias. None: for each bias its `initial_std`; a bias of zeros then has b_std = 0, stays zero and is
+        not trained (``requires_grad`` off). With a number, a bias of zeros is zero until it is trained.
 
     Returns
     -------
     nn.Module
-        A copy with the same mode, dtype and device; weights that were one tensor still are.
+        A copy with the same mode, dtype and device; tied weights stay tied.
 
     Raises
     ------
     Refused
-        By the layer's name: another kind of layer with parameters, a layer parametrised already, tied weights of
-        different fan in or std, weights that are all zero or all one constant, a std that is not positive.
+        With the layer's name, for another kind of layer with parameters, a layer that is parametrized already, tied
+        weights of different fan in or std, weights that are all zero or all one constant, a std that is not positive.
 
     Notes
     -----
     Jacot, Gabriel, Hongler 2018, section 2 (w_std = 1, b_std = beta). The function agrees to rounding. `TangentKernel`
-    differentiates through the factors of the copy, which forms gradients of weights; `finite_kernel` gives
-    the same kernel without.
+    differentiates through the factors of the copy and forms gradients of weights; `finite_kernel` computes the same
+    kernel without them.
 
     Examples
     --------
@@ -90,36 +89,33 @@ def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: 
     """
     for name, value in (("w_std", w_std), ("b_std", b_std)):
         if value is not None and not 0 < value < float("inf"):
-            fix = "Give a standard deviation, or None for the module's own initialisation."
+            fix = "Pass a standard deviation, or None for the module's own initialization."
             raise refusal(name, got=repr(value), expected="a positive number, or None", fix=fix)
     _check_kinds(model)
-    made = copy.deepcopy(model)
-    layers = {name: layer for name, layer in made.named_modules() if isinstance(layer, LAYERS)}
-    chosen = {name: _factors(name, layer, w_std, b_std) for name, layer in layers.items()}
-    seen: dict[int, tuple[str, float]] = {}  # tensor -> the first layer that has it, its factor
-    steps = []
-    for name, factors in chosen.items():
+    ntk = copy.deepcopy(model)
+    owners: dict[int, tuple[str, float]] = {}  # tensor -> the first layer that has it, its factor
+    changes = []
+    for name, layer in ntk.named_modules():
+        factors = _factors(name, layer, w_std, b_std) if isinstance(layer, LAYERS) else {}
         for what, factor in factors.items():
-            own, tensor = f"{name}.{what}", getattr(layers[name], what)
-            first, known = seen.setdefault(id(tensor), (own, factor))
-            if known != factor:
-                raise refusal(
-                    f"layer '{name}' ({type(layers[name]).__name__})",
-                    got=f"{what} tied to {first}, with factor {factor:.6g} against {known:.6g}",
-                    expected="tied weights of layers with the same fan in and std",
-                    fix="Untie them, or give w_std and b_std where only the initialisation tells them apart.",
-                )
-            steps.append((layers[name], what, factor, first != own))
-    for layer, what, factor, tied in steps:
+            own = f"{name}.{what}"
+            first, first_factor = owners.setdefault(id(getattr(layer, what)), (own, factor))
+            if first_factor != factor:
+                got = f"{what} tied to {first}, with factor {factor:.6g} instead of {first_factor:.6g}"
+                expected = "tied weights of layers with the same fan in and std"
+                fix = "Untie them, or pass w_std and b_std if only the initialization differs."
+                raise refusal(f"layer '{name}' ({type(layer).__name__})", got=got, expected=expected, fix=fix)
+            changes.append((layer, what, factor, first != own))
+    for layer, what, factor, tied in changes:
         if factor:
             _scale(layer, what, factor, tied)
         else:
             getattr(layer, what).requires_grad_(False)
-    return made
+    return ntk
 
 
 def stds(layer: Any) -> tuple[float | None, float | None]:
-    """Give w_std and b_std of a layer in the NTK parametrization; None for what is not in it (or not there).
+    """w_std and b_std of a layer in the NTK parametrization; None for a tensor that is not in it (or absent).
 
     >>> stds(nn.Linear(2, 2))
     (None, None)
@@ -133,7 +129,7 @@ def stds(layer: Any) -> tuple[float | None, float | None]:
 
 
 def factor_of(layer: Any, what: str) -> float | None:
-    """Factor of a layer's "weight" or "bias", None where it is not in the NTK parametrization."""
+    """Factor of a layer's "weight" or "bias"; None if it is not in the NTK parametrization."""
     if not parametrize.is_parametrized(layer, what):
         return None
     steps = list(layer.parametrizations[what])
@@ -155,39 +151,39 @@ def fan_out(layer: Any) -> int:
 
 
 def in_ntk_parametrization(model: nn.Module) -> bool:
-    """Whether any layer is."""
+    """Whether any layer is in the NTK parametrization."""
     return any(factor_of(layer, "weight") is not None for layer in model.modules())
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Copy a module in the NTK parametrization back into an ordinary one that computes the same function.
+    """Ordinary copy of a module in the NTK parametrization; it computes the same function.
 
     >>> model = to_ntk_parametrization(nn.Linear(2, 2))
     >>> isinstance(plain(model).weight, nn.Parameter)
     True
     """
-    made = copy.deepcopy(model)
-    restored: dict[int, nn.Parameter] = {}  # by the original's identity: tied weights stay tied
-    layers: list[Any] = list(made.modules())
+    ordinary = copy.deepcopy(model)
+    parameters: dict[int, nn.Parameter] = {}  # by the original's identity: tied weights stay tied
+    layers: list[Any] = list(ordinary.modules())
     for layer in layers:
-        found = [what for what in ("weight", "bias") if factor_of(layer, what) is not None]
-        if not found or set(found) != set(layer.parametrizations):
+        names = [what for what in ("weight", "bias") if factor_of(layer, what) is not None]
+        if not names or set(names) != set(layer.parametrizations):
             continue
         values = {}
-        for what in found:
+        for what in names:
             original = layer.parametrizations[what].original
             value = nn.Parameter(getattr(layer, what).detach().clone(), original.requires_grad)
-            values[what] = restored.setdefault(id(original), value)
-        # by hand: torch's remove_parametrizations takes the properties from all copies, which share their class
+            values[what] = parameters.setdefault(id(original), value)
+        # torch's remove_parametrizations would remove the properties from all copies, which share a class
         del layer.parametrizations
         layer.__class__ = type(layer).__bases__[0]
         for what, value in values.items():
             setattr(layer, what, value)
-    return made
+    return ordinary
 
 
 def _scale(layer: Any, what: str, factor: float, tied: bool) -> None:
-    """Write a parameter as factor x original, in place; a tied one has become its original with the first layer."""
+    """Replace a parameter by factor x original, in place; of a tied one the first layer has created the original."""
     original = getattr(layer, what)
     if tied:
         setattr(layer, what, nn.Parameter(original.detach().clone(), original.requires_grad))
@@ -197,38 +193,27 @@ def _scale(layer: Any, what: str, factor: float, tied: bool) -> None:
 
 
 def _check_kinds(model: nn.Module) -> None:
-    """Refuse modules whose own parameters this parametrization does not reach."""
+    """Refuse modules with parameters that this parametrization does not cover."""
     for name, layer in model.named_modules():
         where = f"layer '{name}' ({type(layer).__name__})"
         if parametrize.is_parametrized(layer):
-            raise refusal(
-                where,
-                got="a layer that is parametrised already",
-                expected="ordinary weights",
-                fix="Remove it with torch.nn.utils.parametrize.remove_parametrizations.",
-            )
-        own = [what for what, p in layer.named_parameters(recurse=False) if p is not None]
-        if own and not isinstance(layer, (*LAYERS, *_LEFT)):
-            raise refusal(
-                where,
-                got=f"parameters of its own ({', '.join(own)})",
-                expected="parameters in Linear, Conv1d, Conv2d, norms and PReLU only",
-                fix="Write the layer with these; others have no NTK parametrization here.",
-            )
+            fix = "Remove it with torch.nn.utils.parametrize.remove_parametrizations."
+            raise refusal(where, got="a layer that is parametrized already", expected="ordinary weights", fix=fix)
+        own = [what for what, p in layer.named_parameters(recurse=False)]
+        if own and not isinstance(layer, (*LAYERS, *NORMS, nn.PReLU)):
+            expected = "parameters in Linear, Conv1d, Conv2d, norms and PReLU only"
+            fix = "Build the layer from these; others have no NTK parametrization."
+            raise refusal(where, got=f"parameters of its own ({', '.join(own)})", expected=expected, fix=fix)
 
 
 def _factors(name: str, layer: Any, w_std: float | None, b_std: float | None) -> dict[str, float]:
-    """What the originals of a layer are multiplied by."""
+    """Factors of the originals of a layer."""
     i, o, where = fan_in(layer), fan_out(layer), f"layer '{name}' ({type(layer).__name__})"
     weight = initial_std(layer.weight, i, o, f"{where}, weight").std if w_std is None else w_std / i**0.5
     if weight == 0:
-        raise refusal(
-            where,
-            got="weights that are all zero",
-            expected="weights drawn at random, which say what w_std is",
-            fix="Give w_std, or draw them at random.",
-        )
-    found = {"weight": weight}
+        expected, fix = "weights drawn at random, which define w_std", "Pass w_std, or draw the weights at random."
+        raise refusal(where, got="weights that are all zero", expected=expected, fix=fix)
+    factors = {"weight": weight}
     if layer.bias is not None:
-        found["bias"] = initial_std(layer.bias, i, o, f"{where}, bias").std if b_std is None else b_std
-    return found
+        factors["bias"] = initial_std(layer.bias, i, o, f"{where}, bias").std if b_std is None else b_std
+    return factors

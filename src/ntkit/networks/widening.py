@@ -1,4 +1,4 @@
-"""The same architecture at another width, freshly drawn from the module's own initialisation."""
+"""The same architecture at another width, with weights drawn from the module's own initialization."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ntkit.networks.parametrization import LAYERS, NORMS, Scaled, fan_in, fan_ou
 
 
 def widened(model: nn.Module, width: int, example: Tensor, seed: int = 0) -> nn.Module:
-    """Make a network of the same architecture whose hidden layers all have `width` features, at a new initialisation.
+    """Network of the same architecture whose hidden layers all have `width` features, newly initialized.
 
-    The inputs of the first weight layers and the outputs of the last stay; every other ``Linear`` has `width` outputs,
-    every other convolution `width` channels; all inputs, and the features of norms, follow from what reaches them when
-    `example` is passed through, which also proves the result.
+    The inputs of the first weight layers and the outputs of the last do not change; every other ``Linear`` has `width`
+    outputs, every other convolution `width` channels; all inputs, and the features of norms, follow from a forward pass
+    of `example`, which also tests the result.
 
     Parameters
     ----------
     model : any module with weights in ``Linear``, ``Conv1d`` and ``Conv2d``, and norms with weight 1 and bias 0. In the
-        NTK parametrization (`ntkit.to_ntk_parametrization`) the result is, too: each layer keeps its w_std and b_std.
+        NTK parametrization (`ntkit.to_ntk_parametrization`) the result is, too, with the w_std and b_std of each layer.
     width : features, or channels, of every hidden layer.
     example : a batch of inputs, at least one.
-    seed : of the weights; the global random state is left as it was.
+    seed : of the weights; the global random state does not change.
 
     Returns
     -------
@@ -41,9 +41,9 @@ def widened(model: nn.Module, width: int, example: Tensor, seed: int = 0) -> nn.
     Raises
     ------
     Refused
-        By the layer's name: other layers with parameters, tied weights, grouped convolutions other than depthwise,
-        norms that were trained, layers that are reached with another arrangement of features than before (a reshape
-        with sizes written into the code, a sum with the input) or not at all.
+        With the layer's name, for other layers with parameters, tied weights, grouped convolutions (except depthwise),
+        trained norms, and layers whose input has another arrangement of features than before (a reshape with constant
+        sizes, a sum with the input) or that get none.
 
     Examples
     --------
@@ -51,119 +51,111 @@ def widened(model: nn.Module, width: int, example: Tensor, seed: int = 0) -> nn.
     >>> [p.shape[0] for p in widened(model, 50, torch.randn(4, 3)).parameters() if p.dim() == 2]
     [50, 50, 2]
     """
-    made, recipe = reshaped(model, width, example)
-    redraw(made, recipe, seed)
-    for name, layer in made.named_modules():
+    network, recipe = reshaped(model, width, example)
+    redraw(network, recipe, seed)
+    for name, layer in network.named_modules():
         for what in ("weight", "bias"):
             if (draw := recipe.get((name, what))) is not None and draw.factor:
                 parametrize.register_parametrization(layer, what, Scaled(draw.factor))
-    return made
+    return network
 
 
 class Draw(NamedTuple):
-    """What a parameter is drawn from, and the fan in that was found at; its factor in the NTK parametrization."""
+    """Distribution of a parameter, the fan in of that distribution, and the factor in the NTK parametrization."""
 
     initial: Initial
-    was: int
+    fan_in: int
     factor: float | None
 
 
-Recipe = dict[tuple[str, str], Draw]  # by layer's name, and "weight" or "bias"
+Recipe = dict[tuple[str, str], Draw]  # by name of the layer, and "weight" or "bias"
 
 
 def reshaped(model: nn.Module, width: int, example: Tensor) -> tuple[nn.Module, Recipe]:
-    """Give an ordinary network of the new width (see `widened`), its weights zero, and what to draw them from."""
+    """Ordinary network of the new width (see `widened`) with zero weights, and the distributions to draw them from."""
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise refusal("width", got=repr(width), expected="a positive integer", fix="Give the features of a layer.")
+        raise refusal("width", got=repr(width), expected="a positive integer", fix="Pass the features of a layer.")
     if not isinstance(example, Tensor):
-        fix = "Wrap a model of several inputs in a module of one."
+        fix = "Wrap a model with several inputs in a module with one."
         raise refusal("example", got=type(example).__name__, expected="a tensor, samples first", fix=fix)
-    own = {name: stds(layer) for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
-    made = plain(model)
-    layers = _layers(made)
+    ntk_stds = {name: stds(layer) for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
+    network = plain(model)
+    layers = _layers(network)
     initials = {name: _initials(name, layer) for name, layer in layers.items() if isinstance(layer, LAYERS)}
-    modes = {layer: layer.training for layer in made.modules()}
-    made.eval()  # no dropout, and running statistics stay fresh
-    _resize(made, layers, _reached(made, layers, example), width, example)
+    modes = {layer: layer.training for layer in network.modules()}
+    network.eval()  # no dropout, and running statistics do not change
+    _resize(network, layers, _flow(network, layers, example), width, example)
     for layer, mode in modes.items():
         layer.training = mode
     recipe: Recipe = {}
-    for name, (was, of) in initials.items():
-        w_std, b_std = own[name]
-        factors = {"weight": w_std and w_std / fan_in(layers[name]) ** 0.5, "bias": b_std}
-        for what, initial in of.items():
+    for name, (old_fan_in, distributions) in initials.items():
+        w_std, b_std = ntk_stds[name]
+        new_fan_in = fan_in(layers[name])
+        factors = {"weight": w_std and w_std / new_fan_in**0.5, "bias": b_std}
+        for what, initial in distributions.items():
             if factor := factors[what]:
-                initial = Initial(factor, "NTK parametrization")
-            recipe[name, what] = Draw(initial, fan_in(layers[name]) if factors[what] else was, factors[what])
-    return made, recipe
+                recipe[name, what] = Draw(Initial(factor, "NTK parametrization"), new_fan_in, factor)
+            else:
+                recipe[name, what] = Draw(initial, old_fan_in, factor)
+    return network, recipe
 
 
 @torch.no_grad()
-def redraw(made: nn.Module, recipe: Recipe, seed: int) -> None:
-    """Draw the weights of a network made by `reshaped`, in place."""
+def redraw(network: nn.Module, recipe: Recipe, seed: int) -> None:
+    """Draw the weights of a network of `reshaped`, in place."""
     generator = torch.Generator().manual_seed(seed)
     for (name, what), draw in recipe.items():
-        layer = made.get_submodule(name)
+        layer = network.get_submodule(name)
         p = getattr(layer, what)
-        p.copy_(drawn(draw.initial, tuple(p.shape), fan_in(layer), fan_out(layer), draw.was, generator))
-
-
-# ---------------------------------------------------------------------- what there is
+        p.copy_(drawn(draw.initial, tuple(p.shape), fan_in(layer), fan_out(layer), draw.fan_in, generator))
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
     """Layers whose sizes change, by name; refuse those that cannot."""
-    found: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
     owners: dict[int, str] = {}
     layer: Any
     for name, layer in model.named_modules():
         where = f"layer '{name}' ({type(layer).__name__})"
         parameters = dict(layer.named_parameters(recurse=False))
+        single = isinstance(layer, nn.PReLU) and layer.num_parameters == 1  # one for all features
         for what, p in parameters.items():
             if id(p) in owners:
-                fix = "Untie them, or make the wider network yourself."
+                fix = "Untie them, or build the wider network yourself."
                 raise refusal(where, got=f"{what} tied to {owners[id(p)]}", expected="untied weights", fix=fix)
             owners[id(p)] = f"{name}.{what}"
         if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and not _depthwise(layer):
             got, expected = f"{layer.groups} groups of {layer.in_channels} channels", "one group, or one per channel"
-            raise refusal(where, got=got, expected=expected, fix="Make the wider network yourself.")
+            raise refusal(where, got=got, expected=expected, fix="Build the wider network yourself.")
         if isinstance(layer, NORMS):
             start = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
-            held = {what: getattr(layer, what, None) for what in start}
-            if any(v is not None and not torch.all(v == start[what]) for what, v in held.items()):
-                expected, fix = "weight 1, bias 0, fresh statistics", "Widen the network before it is trained."
+            values = {what: getattr(layer, what, None) for what in start}
+            if any(v is not None and not torch.all(v == start[what]) for what, v in values.items()):
+                expected, fix = "weight 1, bias 0, initial statistics", "Widen the network before it is trained."
                 raise refusal(where, got="a norm that was trained", expected=expected, fix=fix)
-        elif parameters and not isinstance(layer, LAYERS) and not _single(layer):
+        elif parameters and not isinstance(layer, LAYERS) and not single:
             expected = "parameters in Linear, Conv1d, Conv2d and norms only"
             got = f"parameters of its own ({', '.join(parameters)})"
-            raise refusal(where, got=got, expected=expected, fix="Make the wider network yourself.")
+            raise refusal(where, got=got, expected=expected, fix="Build the wider network yourself.")
         if isinstance(layer, (*LAYERS, *NORMS)):
-            found[name] = layer
-    return found
+            layers[name] = layer
+    return layers
 
 
 def _depthwise(layer: Any) -> bool:
     return layer.groups == layer.in_channels == layer.out_channels
 
 
-def _single(layer: Any) -> bool:
-    """Whether a layer has one number for all its features."""
-    return isinstance(layer, nn.PReLU) and layer.num_parameters == 1
-
-
 def _initials(name: str, layer: Any) -> tuple[int, dict[str, Initial]]:
-    """Fan in, and what weight and bias were drawn from."""
+    """Fan in, and the distributions of weight and bias."""
     where = f"layer '{name}' ({type(layer).__name__})"
     present = [what for what in ("weight", "bias") if getattr(layer, what) is not None]
     i, o = fan_in(layer), fan_out(layer)
     return i, {what: initial_std(getattr(layer, what), i, o, f"{where}, {what}") for what in present}
 
 
-# ---------------------------------------------------------------------- where features lie
-
-
 def _feature_axis(layer: Any) -> int:
-    """Axis of the features in what reaches a layer: the last, or the second for channels."""
+    """Axis of the features in the input of a layer: the last, or the second for channels."""
     return -1 if isinstance(layer, (nn.Linear, nn.LayerNorm, nn.RMSNorm)) else 1
 
 
@@ -178,19 +170,27 @@ def _hooks(layers: dict[str, Any], before: Any, after: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _reached(model: nn.Module, layers: dict[str, Any], example: Tensor) -> dict[str, Any]:
-    """Shapes that reach each layer, the shape of the output, and which layers are first and last."""
+class _Flow(NamedTuple):
+    """How an example passes a network: shapes at each layer's calls and of the output, first and last weight layers."""
+
+    shapes: dict[str, list[tuple[int, ...]]]
+    output: tuple[int, ...]
+    first: set[str]
+    last: set[str]
+
+
+def _flow(model: nn.Module, layers: dict[str, Any], example: Tensor) -> _Flow:
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in layers}
-    entered: dict[str, Any] = {}
-    left: dict[Any, str] = {}
+    input_nodes: dict[str, Any] = {}
+    output_nodes: dict[Any, str] = {}  # node of the autograd graph -> name of the layer
 
     def before(name: str, layer: Any, x: Tensor) -> None:
         shapes[name].append(tuple(x.shape))
-        entered.setdefault(name, x.grad_fn)
+        input_nodes.setdefault(name, x.grad_fn)
 
     def after(name: str, layer: Any, y: Tensor) -> None:
         if isinstance(layer, LAYERS):
-            left[y.grad_fn] = name
+            output_nodes[y.grad_fn] = name
 
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -202,49 +202,45 @@ def _reached(model: nn.Module, layers: dict[str, Any], example: Tensor) -> dict[
         for p, flag in flags:
             p.requires_grad_(flag)
     weighted = [name for name in layers if isinstance(layers[name], LAYERS)]
-    behind = {name: _behind(entered.get(name), left) for name in weighted}
-    return {
-        "shapes": shapes,
-        "output": tuple(output.shape),
-        "first": {name for name in weighted if not behind[name]},
-        "last": set(weighted) - {other for found in behind.values() for other in found},
-    }
+    sources = {name: _sources(input_nodes.get(name), output_nodes) for name in weighted}
+    first = {name for name in weighted if not sources[name]}
+    return _Flow(shapes, tuple(output.shape), first, set(weighted).difference(*sources.values()))
 
 
-def _behind(start: Any, left: dict[Any, str]) -> set[str]:
-    """Weight layers whose outputs a tensor is made of."""
-    found: set[str] = set()
+def _sources(start: Any, output_nodes: dict[Any, str]) -> set[str]:
+    """Weight layers whose outputs a node of the autograd graph depends on."""
+    layers: set[str] = set()
     seen, queue = set(), [start]
     while queue:
         node = queue.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node in left:
-            found.add(left[node])
+        if node in output_nodes:
+            layers.add(output_nodes[node])
         queue.extend(child for child, _ in node.next_functions)
-    return found
+    return layers
 
 
-def _resize(model: nn.Module, layers: dict[str, Any], known: dict[str, Any], width: int, example: Tensor) -> None:
+def _resize(model: nn.Module, layers: dict[str, Any], flow: _Flow, width: int, example: Tensor) -> None:
     """Give every layer its new sizes, in the order in which the example reaches them."""
-    done: dict[str, int] = {}
-    at = ""
+    calls: dict[str, int] = {}
+    current = ""
 
     def before(name: str, layer: Any, x: Tensor) -> None:
-        nonlocal at
-        at = name
-        axis, times = _feature_axis(layer), done.get(name, 0)
-        done[name] = times + 1
-        was, now = list(known["shapes"][name][times]), list(x.shape)
-        features = now[axis]
-        was[axis] = now[axis] = 0
-        fixed = name in known["first"] and features != known["shapes"][name][times][axis]
-        if was != now or fixed or (times and features != _features_in(layer)):
-            got = f"input of shape {tuple(x.shape)}, where it was {known['shapes'][name][times]}"
-            raise _cannot(name, layer, got)
-        if not times:
-            _set_sizes(name, layer, features, None if name in known["last"] else width)
+        nonlocal current
+        current = name
+        axis, call_index = _feature_axis(layer), calls.get(name, 0)
+        calls[name] = call_index + 1
+        old = flow.shapes[name][call_index]
+        old_rest, rest, features = list(old), list(x.shape), x.shape[axis]
+        old_rest[axis] = rest[axis] = 0
+        new_input = name in flow.first and features != old[axis]
+        at_first = layer.weight.shape[1] * getattr(layer, "groups", 1) if call_index else features
+        if old_rest != rest or new_input or features != at_first:
+            raise _cannot(name, layer, f"input of shape {tuple(x.shape)}, where it was {old}")
+        if not call_index:
+            _set_sizes(name, layer, features, None if name in flow.last else width)
 
     try:
         with _hooks(layers, before, lambda name, layer, y: None), torch.no_grad():
@@ -252,29 +248,25 @@ def _resize(model: nn.Module, layers: dict[str, Any], known: dict[str, Any], wid
     except Refused:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        layer = layers.get(at, model)
-        raise _cannot(at, layer, f"an error at or behind it ({str(error).splitlines()[0]})") from error
-    if unseen := [name for name in layers if name not in done]:
-        raise _cannot(unseen[0], layers[unseen[0]], "no input: the example does not reach it")
-    if tuple(output.shape) != known["output"]:
-        raise _cannot(at, layers[at], f"outputs of shape {tuple(output.shape)} instead of {known['output']} behind it")
+        layer = layers.get(current, model)
+        raise _cannot(current, layer, f"an error at or after it ({str(error).splitlines()[0]})") from error
+    if unused := [name for name in layers if name not in calls]:
+        raise _cannot(unused[0], layers[unused[0]], "no input: the example does not reach it")
+    if (shape := tuple(output.shape)) != flow.output:
+        raise _cannot(current, layers[current], f"outputs of shape {shape} instead of {flow.output} after it")
 
 
 def _cannot(name: str, layer: Any, got: str) -> Exception:
     return refusal(
         f"layer '{name}' ({type(layer).__name__})",
         got=got,
-        expected="a network whose hidden layers can all be given another width",
-        fix="Look for sizes written into its forward, or sums of hidden layers with the input.",
+        expected="a network whose hidden layers can all have another width",
+        fix="Look for constant sizes in its forward pass, or sums of hidden layers with the input.",
     )
 
 
-def _features_in(layer: Any) -> int:
-    return layer.weight.shape[1] * getattr(layer, "groups", 1)
-
-
 def _set_sizes(name: str, layer: Any, features: int, width: int | None) -> None:
-    """New empty parameters for so many input features and `width` output features (None: as many as before)."""
+    """New constant parameters for this number of input features and `width` outputs (None: as many as before)."""
     if isinstance(layer, LAYERS):
         conv: Any = layer
         depthwise = getattr(conv, "groups", 1) > 1
@@ -302,8 +294,8 @@ def _set_sizes(name: str, layer: Any, features: int, width: int | None) -> None:
     else:
         layer.num_features = features
         for statistic in ("running_mean", "running_var"):
-            if (kept := getattr(layer, statistic)) is not None:
-                setattr(layer, statistic, kept.new_full((features,), float(statistic == "running_var")))
+            if (value := getattr(layer, statistic)) is not None:
+                setattr(layer, statistic, value.new_full((features,), float(statistic == "running_var")))
     for what, p in list(layer.named_parameters(recurse=False)):
         setattr(layer, what, _like(p, (features,), float(what == "weight")))
 

@@ -15,16 +15,16 @@ __all__ = ["render", "render_study", "render_tracked"]
 
 
 def render(run: str | Path) -> Path:
-    """Write ``RUN/report.html`` from ``RUN/results.json`` (and ``RUN/arrays/neighbours.safetensors`` if there).
+    """Write ``RUN/report.html`` from ``RUN/results.json`` (and ``RUN/arrays/neighbors.safetensors`` if it exists).
 
     The file needs nothing else: scripts, styles and images are inside, and its Content-Security-Policy forbids any
     request. The same results give the same bytes.
 
-    A folder of a study or of `ntkit.track` is told by its files, and rendered by `render_study` or `render_tracked`.
+    A folder of a study is rendered by `render_study`, one of `ntkit.track` by `render_tracked`.
 
     Parameters
     ----------
-    run : folder of a run, as `ntkit.analyze` leaves it; or of a study, or of a tracking.
+    run : folder that `ntkit.analyze`, `ntkit.track` or a study wrote.
 
     Returns
     -------
@@ -49,11 +49,13 @@ def render(run: str | Path) -> Path:
     results = read_json(run / "results.json")
     if isinstance(results, dict) and results.get("kind") == KIND:
         return render_study(run)
-    found = results.get("format") if isinstance(results, dict) else None
-    if found != RESULTS_FORMAT:
-        fix = "Render it with the version of ntkit that wrote it, or run `ntkit analyze --from` on the folder again."
-        raise refusal(str(run / "results.json"), got=f"format {found}", expected=f"format {RESULTS_FORMAT}", fix=fix)
-    images = run / "arrays" / "neighbours.safetensors"
+    written = results.get("format") if isinstance(results, dict) else None
+    earlier = written == RESULTS_FORMAT and "neighbors" not in results  # keys as they were before the first release
+    if written != RESULTS_FORMAT or earlier:
+        got = "keys of an earlier version" if earlier else f"format {written}"
+        fix = "Use the version of ntkit that wrote it, or repeat the run: ntkit analyze --from RUN --out NEW."
+        raise refusal(str(run / "results.json"), got=got, expected=f"format {RESULTS_FORMAT}", fix=fix)
+    images = run / "arrays" / "neighbors.safetensors"
     path = run / "report.html"
     write_text(path, analysis_page(results, read_arrays(images) if images.exists() else {}))
     return path

@@ -1,6 +1,6 @@
 """How a figure is drawn: panels, axes and curves as plain plotly dictionaries, alike in every report.
 
-Colours are written as ``var(--name)`` and resolved in the page from ``style.css``, so that light, dark and print share
+Colors are written as ``var(--name)`` and resolved in the page from ``style.css``, so that light, dark and print share
 one definition of every figure. A step axis is logarithmic, with step 0 drawn at 0.5.
 """
 
@@ -15,8 +15,15 @@ from typing import Any
 from ntkit.report.words import plain
 
 RAMP = 6
-"""Colours from light to dark, ``--ramp-1`` to ``--ramp-6`` of ``style.css``."""
+"""Colors from light to dark, ``--ramp-1`` to ``--ramp-6`` of ``style.css``."""
 DASHES = ("solid", "dash", "dot", "dashdot")
+ROLES = {
+    "network": ("network", "var(--network)", "x"),
+    "init": ("initialization", "var(--init)", "circle"),
+    "after": ("after kernel", "var(--after)", "diamond"),
+    "conjugate": ("conjugate", "var(--conjugate)", "square"),
+}
+"""What is compared, everywhere with the same name, color and symbol."""
 _FONT = "system-ui, -apple-system, Segoe UI, Roboto, Liberation Sans, sans-serif"
 _MARKS = {"solid": "line", "dash": "dash"}
 
@@ -35,7 +42,7 @@ class Panel:
 class Figure:
     """A titled group of plots with one legend.
 
-    `label` is the text alternative; `legend` holds (text, colour, symbol) with a symbol of `style.css`.
+    `label` is the text alternative; `legend` holds (text, color, symbol) with a symbol of `style.css`.
     """
 
     id: str
@@ -50,21 +57,21 @@ def line(
     steps: Sequence[int],
     values: Sequence[float | None],
     name: str,
-    colour: str,
+    color: str,
     *,
     dash: str = "solid",
     width: float = 2.2,
     ends: bool = False,
 ) -> dict[str, Any]:
-    """One curve against step; `ends` marks the first snapshot in the initial kernel's colour."""
+    """One curve against step; `ends` marks the first snapshot in the initial kernel's color."""
     trace: dict[str, Any] = {
         "type": "scatter", "mode": "lines", "x": [place(s) for s in steps], "y": list(values), "name": name,
-        "customdata": list(steps), "line": {"color": colour, "width": width, "dash": dash},
+        "customdata": list(steps), "line": {"color": color, "width": width, "dash": dash},
         "hovertemplate": f"step %{{customdata}}<br>{name}: %{{y:.4g}}<extra></extra>",
     }  # fmt: skip
     if ends or len(steps) == 1:
         trace["mode"] = "lines+markers"
-        trace["marker"] = {"color": ["var(--init)"] + [colour] * (len(steps) - 1), "size": 6}
+        trace["marker"] = {"color": ["var(--init)"] + [color] * (len(steps) - 1), "size": 6}
         trace["marker"]["symbol"] = ["circle"] + ["diamond"] * (len(steps) - 1)
     return trace
 
@@ -85,18 +92,17 @@ def layout(x: dict[str, Any], y: dict[str, Any], *, height: int = 300) -> dict[s
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
     """Linear axis, with plotly's own options on top."""
-    axis = {
+    return {
         "title": {"text": title, "standoff": 8, "font": {"size": 12.5}},
         "gridcolor": "var(--grid)", "linecolor": "var(--line)",
         "zeroline": False, "showline": True, "ticks": "", "automargin": True, "fixedrange": False,
-    }  # fmt: skip
-    return axis | more
+    } | more  # fmt: skip
 
 
 def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
     """Logarithmic axis over the positive values: a tick at each power of ten, more of them within two decades."""
-    known = [v for v in values if v is not None and v > 0] or [1.0]
-    low, high = _log10(min(known)), _log10(max(known))
+    finite = [v for v in values if v is not None and v > 0] or [1.0]
+    low, high = _log10(min(finite)), _log10(max(finite))
     pad = 0.06 * (high - low) or 0.3
     decades = range(math.floor(low - pad), math.ceil(high + pad) + 1)
     parts = (1, 2, 5) if high - low < 2 else (1,)
@@ -109,16 +115,10 @@ def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
     ticks = inside(parts)
     if len(ticks) < 3 and high - low < 1:
         ticks = inside((1, 1.5, 2, 3, 4, 5, 7))
-    shown = [(m * 10.0**e, _power(m, e)) for m, e in ticks]
-    if len(shown) < 2:  # too narrow for round numbers: its ends
-        shown = list({plain(v): (v, plain(v)) for v in (min(known), max(known))}.values())
-    return axis(
-        title,
-        type="log",
-        range=[low - pad, high + pad],
-        tickvals=[value for value, _ in shown],
-        ticktext=[text for _, text in shown],
-    )
+    labels = {m * 10.0**e: _power(m, e) for m, e in ticks}
+    if len(labels) < 2:  # too narrow for round numbers: its ends
+        labels = {value: text for text, value in {plain(v): v for v in (min(finite), max(finite))}.items()}
+    return axis(title, type="log", range=[low - pad, high + pad], tickvals=list(labels), ticktext=list(labels.values()))
 
 
 def _power(m: float, e: int) -> str:
@@ -130,21 +130,13 @@ def _power(m: float, e: int) -> str:
 
 def rows_axis(names: Sequence[str]) -> dict[str, Any]:
     """Names from top to bottom, one per unit."""
-    count = len(names)
-    places = list(range(count - 1, -1, -1))
-    return axis(
-        "",
-        range=[-0.6, count - 0.35],
-        tickvals=places,
-        ticktext=[safe(n) for n in names],
-        showgrid=False,
-        fixedrange=True,
-    )
+    places, texts = list(range(len(names) - 1, -1, -1)), [safe(name) for name in names]
+    return axis("", range=[-0.6, len(names) - 0.35], tickvals=places, ticktext=texts, showgrid=False, fixedrange=True)
 
 
 def step_axis(last: int) -> dict[str, Any]:
     """Logarithmic steps with step 0 drawn at 0.5."""
-    ticks = [step for decade in range(9) for step in (10**decade,) if step <= max(1, last)]
+    ticks = [10**decade for decade in range(9) if 10**decade <= max(1, last)]
     if len(ticks) <= 2:
         ticks = [step for step in (1, 2, 5, 10, 20, 50) if step <= max(1, last)]
     texts = [f"{t // 1000}k" if 1000 <= t < 10**6 else f"{t // 10**6}M" if t >= 10**6 else str(t) for t in ticks]
@@ -172,27 +164,22 @@ def times(value: float | None, factor: float) -> float | None:
 
 
 def ramp(i: int, count: int) -> str:
-    """Colour of the i-th of `count` curves that have an order."""
+    """Color of the i-th of `count` curves that have an order."""
     place = i % RAMP if count > RAMP else round(i * (RAMP - 1) / max(1, count - 1))
     return f"var(--ramp-{place + 1})"
 
 
 def safe(text: str) -> str:
-    """Escape user words, for plotly reads a few tags in texts."""
+    """Escape a user's text: plotly interprets some tags."""
     return html.escape(str(text), quote=False)
 
 
-def told(value: float | None) -> str:
-    """Write a value in a text alternative."""
-    return "undefined" if value is None else plain(value)
-
-
-def against_index(values: Sequence[float | None], name: str, colour: str, symbol: str, hover: str) -> dict[str, Any]:
+def against_index(values: Sequence[float | None], name: str, color: str, symbol: str, hover: str) -> dict[str, Any]:
     """Markers and line of values numbered from 1; `hover` is what their hover text says of ``%{x}`` and ``%{y}``."""
     index = list(range(1, len(values) + 1))
-    return line([], [], name, colour) | {
+    return line([], [], name, color) | {
         "x": index, "y": list(values), "mode": "lines+markers", "customdata": index,
-        "marker": {"symbol": symbol, "size": 7, "color": colour}, "hovertemplate": f"{hover}<extra></extra>",
+        "marker": {"symbol": symbol, "size": 7, "color": color}, "hovertemplate": f"{hover}<extra></extra>",
     }  # fmt: skip
 
 
@@ -205,18 +192,18 @@ def index_axis(title: str, count: int) -> dict[str, Any]:
 def family(
     steps: Sequence[int], rows: Sequence[tuple[str, Sequence[float | None]]], *, width: float = 2.2
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str, str]]]:
-    """Curves of ordered things (name, values), told apart by the ramp's colours, then by dashes; and their legend."""
+    """Curves of ordered things (name, values), with the ramp's colors, then with dashes; and their legend."""
     data, legend = [], []
     for i, (name, values) in enumerate(rows):
-        colour, dash = ramp(i, len(rows)), DASHES[i // RAMP % len(DASHES)]
-        data.append(line(steps, values, safe(name), colour, dash=dash, width=width))
-        legend.append((name, colour, _MARKS.get(dash, "dot")))
+        color, dash = ramp(i, len(rows)), DASHES[i // RAMP % len(DASHES)]
+        data.append(line(steps, values, safe(name), color, dash=dash, width=width))
+        legend.append((name, color, _MARKS.get(dash, "dot")))
     return data, legend
 
 
-def filled(told: Sequence[tuple[Figure, str]]) -> list[tuple[Figure, str]]:
-    """The same figures in rows of two, where the last one takes a row that it would have half empty."""
-    if not told or sum(not figure.wide for figure, _ in told) % 2 == 0:
-        return list(told)
-    figure, reading = told[-1]
-    return [*told[:-1], (replace(figure, wide=True), reading)]
+def filled(figures: Sequence[tuple[Figure, str]]) -> list[tuple[Figure, str]]:
+    """The same figures for rows of two: the last one is made wide if half of its row would be empty."""
+    if not figures or sum(not figure.wide for figure, _ in figures) % 2 == 0:
+        return list(figures)
+    figure, reading = figures[-1]
+    return [*figures[:-1], (replace(figure, wide=True), reading)]

@@ -14,7 +14,7 @@ from ntkit.base.files import read_arrays
 from ntkit.report.words import plain
 
 FUNCTIONS = 6
-_THUMB = 112  # pixels, twice the size shown: enough for a dense screen
+_THUMB = 112  # pixels, twice the size on the page, for high-resolution screens
 _PIXELS = 96  # longest side, in pixels
 _SNAPSHOTS = 60
 _BELOW = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -35,19 +35,19 @@ def thumbnail(pixels: np.ndarray) -> str:
 
 
 def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None]) -> dict[str, Any] | None:
-    """What the page needs to show ``folder/images.safetensors``; None where there is no such file.
+    """The data with which the page shows ``folder/images.safetensors``; None if the file does not exist.
 
     Parameters
     ----------
     folder : of a tracking. The file holds ``target`` [H, W], ``steps`` [T], ``eigenfunctions`` [T, q, H, W], and
-        perhaps ``output`` [T, H, W] and ``bandwidth`` [T, q]. With ``mean`` [H, W] instead of ``target`` the
-        eigenfunctions are the images followed, weighted by the eigenvectors' entries, and this is their mean.
+        optionally ``output`` [T, H, W] and ``bandwidth`` [T, q]. If it holds ``mean`` [H, W] instead of ``target``, an
+        eigenfunction is a sum of the images followed, weighted by an eigenvector, and ``mean`` is their mean.
     eigenvalues : step -> eigenvalues there.
 
     Raises
     ------
     Refused
-        When one of the first three is missing, or their shapes do not agree.
+        When one of the first three is missing, or the shapes do not agree.
     """
     path = folder / "images.safetensors"
     if not path.exists():
@@ -57,20 +57,20 @@ def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None]) -
     if weighted:
         arrays["target"] = arrays["mean"]
     _check(path, arrays)
-    steps = arrays["steps"]
-    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _SNAPSHOTS)).round().astype(int))
-    functions = _same_signs(_smaller(arrays["eigenfunctions"][:, :FUNCTIONS])[chosen])
-    bandwidth = arrays.get("bandwidth")
+    steps, bandwidth = arrays["steps"], arrays.get("bandwidth")
+    frames = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _SNAPSHOTS)).round().astype(int))
+    functions = _same_signs(_smaller(arrays["eigenfunctions"][:, :FUNCTIONS])[frames])
     target = _smaller(arrays["target"])
     low, high = float(target.min()), float(target.max())
     captions = []
-    for t in chosen:
-        known = eigenvalues.get(int(steps[t])) or []
+    for t in frames:
+        values = eigenvalues.get(int(steps[t])) or []
         bands = [] if bandwidth is None else [float(b) for b in bandwidth[t]]
-        captions.append([_caption(i, known, bands) for i in range(functions.shape[1])])
-    output = _grey(_smaller(arrays["output"])[chosen], low, high) if "output" in arrays else None
+        captions.append([_caption(i, values, bands) for i in range(functions.shape[1])])
+    output = _text(_gray(_smaller(arrays["output"])[frames], low, high)) if "output" in arrays else None
+    frame_steps = [int(steps[t]) for t in frames]
     return {
-        "steps": [int(steps[t]) for t in chosen],
+        "steps": frame_steps,
         "of": len(steps),
         "weighted": weighted,
         "count": functions.shape[1],
@@ -80,10 +80,10 @@ def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None]) -
         "data": {
             "height": target.shape[0],
             "width": target.shape[1],
-            "steps": [int(steps[t]) for t in chosen],
+            "steps": frame_steps,
             "captions": captions,
-            "target": _text(_grey(target, low, high)),
-            "output": None if output is None else _text(output),
+            "target": _text(_gray(target, low, high)),
+            "output": output,
             "functions": _text(_signed(functions)),
         },
     }
@@ -92,34 +92,29 @@ def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None]) -
 def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     missing = [name for name in ("target", "steps", "eigenfunctions") if name not in arrays]
     if missing:
-        fix = "Write target, steps and eigenfunctions together, or no such file."
+        fix = "Write target, steps and eigenfunctions, or delete the file."
         raise refusal(str(path), got=f"no {', '.join(missing)}", expected="images with a target and steps", fix=fix)
-    T, shape = len(arrays["steps"]), arrays["target"].shape
-    wanted = {"eigenfunctions": (T, arrays["eigenfunctions"].shape[1:2], shape), "output": (T, (), shape)}
-    for name, (first, middle, last) in wanted.items():
-        found = arrays[name].shape if name in arrays else (first, *middle, *last)
-        if (
-            found != (first, *middle, *last)
-            or len(shape) != 2
-            or not T
-            or (name == "eigenfunctions" and len(found) != 4)
-        ):
-            fix = "Write one image per step, all of one size."
-            raise refusal(f"{path}: {name}", got=f"shape {found}", expected=f"images {shape} at {T} steps", fix=fix)
+    T, size = len(arrays["steps"]), arrays["target"].shape
+    functions = arrays["eigenfunctions"].shape
+    shapes = {"eigenfunctions": (T, *functions[1:2], *size), "output": (T, *size)}
+    for name, shape in shapes.items():
+        got = arrays[name].shape if name in arrays else shape
+        if got != shape or len(size) != 2 or not T or len(functions) != 4:
+            fix = "Write one image per step, all of the same size."
+            raise refusal(f"{path}: {name}", got=f"shape {got}", expected=f"images {size} at {T} steps", fix=fix)
 
 
 def _smaller(images: np.ndarray) -> np.ndarray:
-    """Means over square blocks, at most `_PIXELS` on the longest side; an incomplete last row or column is left out."""
+    """Average square blocks, to at most `_PIXELS` on the longest side; an incomplete last row or column is dropped."""
     images = np.nan_to_num(images.astype(np.float64))
     H, W = images.shape[-2:]
-    b = -(-max(H, W) // _PIXELS)
-    b = min(b, H, W)
+    b = min(-(-max(H, W) // _PIXELS), H, W)
     h, w = H // b, W // b
     return images[..., : h * b, : w * b].reshape(*images.shape[:-2], h, b, w, b).mean((-3, -1))
 
 
 def _same_signs(functions: np.ndarray) -> np.ndarray:
-    """Signs of eigenfunctions mean nothing: each [T, q] takes the one that agrees with its snapshot before.
+    """Give each eigenfunction [T, q], whose sign is arbitrary, the sign that agrees with the snapshot before.
 
     >>> a = np.array([[[[1.0, -2.0]]], [[[-1.0, 2.1]]]])
     >>> _same_signs(a).ravel().tolist()
@@ -135,12 +130,12 @@ def _same_signs(functions: np.ndarray) -> np.ndarray:
 
 
 def _signed(functions: np.ndarray) -> np.ndarray:
-    """1 to 255 with 0 at 128, each image by its own largest value."""
+    """Map to 1 ... 255 with zero at 128, each image scaled by its own largest value."""
     largest = np.abs(functions).max((-2, -1), keepdims=True)
     return (np.round(127 * functions / np.where(largest > 0, largest, 1)) + 128).astype(np.uint8)
 
 
-def _grey(images: np.ndarray, low: float, high: float) -> np.ndarray:
+def _gray(images: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.round(255 * np.clip((images - low) / ((high - low) or 1.0), 0, 1)).astype(np.uint8)
 
 

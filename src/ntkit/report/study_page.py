@@ -1,4 +1,4 @@
-"""The report of a study: a paper's claims, the curves that speak to them, and what was run."""
+"""The report of a study: a paper's claims, the curves behind them, and what was run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ntkit.report.track_page import eigenvalues_at, read_snapshots
 from ntkit.report.words import unbroken
 
 KIND, FORMAT = "study", 1
-TERMS = ("tangent_kernel", "energy", "sharpness", "alignment", "first_order")  # defined where results name none
-_KNOWN = {*TERMS, "path_kernel", "secant", "other_gradients", "novelty"}  # of terms.html, that studies may name
+TERMS = ("tangent_kernel", "energy", "sharpness", "alignment", "first_order")  # defined when results name none
+_MACROS = {*TERMS, "path_kernel", "secant", "other_gradients", "novelty"}  # of terms.html, for the terms of a study
 
 
 def render_study(folder: str | Path) -> Path:
     """Write ``FOLDER/report.html`` from a study's ``results.json``, ``figures.safetensors`` and images of its runs.
 
-    Each run that has its own page (`render_tracked`) is linked. What the results leave out, the page leaves out. The
-    same files give the same bytes.
+    The page links to each run that has a page of its own (`render_tracked`). Entries that the results lack are left
+    out. The same files give the same bytes.
 
     Returns
     -------
@@ -47,19 +47,16 @@ def render_study(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     results = read_json(folder / "results.json")
-    found = (results.get("kind"), results.get("format")) if isinstance(results, dict) else (None, None)
-    if found != (KIND, FORMAT):
-        got, fix = (
-            f"kind {found[0]}, format {found[1]}",
-            "Name a folder that a study wrote, with this version of ntkit.",
-        )
+    kind, version = (results.get("kind"), results.get("format")) if isinstance(results, dict) else (None, None)
+    if (kind, version) != (KIND, FORMAT):
+        got, fix = f"kind {kind}, format {version}", "Name a folder that a study wrote, with this version of ntkit."
         raise refusal(str(folder / "results.json"), got=got, expected=f"kind {KIND}, format {FORMAT}", fix=fix)
     runs = [_run(folder, run) for run in results.get("runs", [])]
     groups = curves(results.get("curves", []))
-    shown = next((run for run in runs if (folder / run["track"] / "images.safetensors").exists()), None)
+    pictured = next((run for run in runs if (folder / run["track"] / "images.safetensors").exists()), None)
     images = None
-    if shown is not None:
-        track = folder / shown["track"]
+    if pictured is not None:
+        track = folder / pictured["track"]
         images = viewer(track, eigenvalues_at(read_snapshots(track)))
     arrays = folder / "figures.safetensors"
     parts = sections(results.get("sections", []), read_arrays(arrays) if arrays.exists() else {})
@@ -76,37 +73,34 @@ def render_study(folder: str | Path) -> Path:
         about=about if certificate else "",
         certificate=certificate,
         r=results,
-        paper=results.get("paper"),
         claims=results.get("claims", []),
-        counted=_counted(results.get("claims", [])),
+        verdict=_verdict(results.get("claims", [])),
         groups=groups,
         parts=parts,
-        terms=[name for name in results.get("terms", TERMS) if name in _KNOWN],
-        departures=results.get("departures", []),
+        terms=[name for name in results.get("terms", TERMS) if name in _MACROS],
         runs=runs,
-        shown=shown,
+        pictured=pictured,
         viewer=images,
         settings=[(name.replace("_", " "), _text(value)) for name, value in results.get("settings", {}).items()],
-        versions=results.get("versions", {}),
     )
     write_text(path, text)
     return path
 
 
 def _run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """A run with the link to its page, or None where that was not made."""
+    """A run with the link to its page, or None where there is no page."""
     track = PurePosixPath(run["track"])
     if track.is_absolute() or ".." in track.parts:
         fix = "Name the run's folder relative to the study's."
         raise refusal(f"run {run['name']}", got=run["track"], expected="a folder inside the study", fix=fix)
-    there = (folder / track / "track.html").exists()
-    return {**run, "track": str(track), "link": quote(f"{track}/track.html") if there else None}
+    link = quote(f"{track}/track.html") if (folder / track / "track.html").exists() else None
+    return {**run, "track": str(track), "link": link}
 
 
-def _counted(claims: Sequence[dict[str, Any]]) -> str:
-    """Count the claims by how they fared.
+def _verdict(claims: Sequence[dict[str, Any]]) -> str:
+    """Count the claims that hold, do not, and are not judged.
 
-    >>> _counted([{"holds": True}, {"holds": None}])
+    >>> _verdict([{"holds": True}, {"holds": None}])
     '1 of 2 claims holds here, 1 is not judged.'
     """
     holds, fails = (sum(c["holds"] is value for c in claims) for value in (True, False))

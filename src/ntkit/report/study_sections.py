@@ -91,47 +91,39 @@ def _rounded(values: Any) -> list[float]:
     return [float(f"{v:.{_DIGITS}g}") for v in np.ravel(values)]
 
 
-# ---------------------------------------------------------------------- figures
-
-
 def _lines(key: str, item: Item, arrays: Arrays) -> Figure:
-    names = list(dict.fromkeys(s["name"] for panel in item["panels"] for s in panel["series"]))
-    dots, panels = item.get("style") == "dots", []
+    series = [s for panel in item["panels"] for s in panel["series"]]
+    names = list(dict.fromkeys(s["name"] for s in series))
+    tones = {name: tone(i, len(names)) for i, name in enumerate(names)}
+    panels = []
     for p, panel in enumerate(item["panels"]):
-        data = [_curve(s, names.index(s["name"]), len(names), dots) for s in panel["series"]]
-        x = _axis(item["x"], [v for s in panel["series"] for v in s["x"]])
-        y = _axis(item["y"], [v for s in panel["series"] for v in s["y"]])
-        panels.append(Panel(f"plot-{key}-{p}", panel["heading"], data, draw.layout(x, y)))
-    drawn = {s["name"]: s for panel in item["panels"] for s in panel["series"]}
-    legend = []
-    for i, name in enumerate(names):
-        colour, symbol = tone(i, len(names))
-        dash = drawn[name].get("dash", "solid")
-        legend.append((name, colour, symbol if dash == "solid" else dash))
+        data = [_curve(s, *tones[s["name"]], item.get("style") == "dots") for s in panel["series"]]
+        axes = (_axis(item[axis], [v for s in panel["series"] for v in s[axis]]) for axis in ("x", "y"))
+        panels.append(Panel(f"plot-{key}-{p}", panel["heading"], data, draw.layout(*axes)))
+    dashes = {s["name"]: s.get("dash") for s in series}
+    legend = [(name, color, dashes[name] or symbol) for name, (color, symbol) in tones.items()]
     label = f"{item['title']}: {item['y']['title']} against {item['x']['title']}. {item['reading']}"
     return _figure(key, item, label, panels, legend if len(names) > 1 else [])
 
 
-def _curve(series: Item, i: int, count: int, dots: bool) -> dict[str, Any]:
-    colour, symbol = tone(i, count)
-    dash = series.get("dash", "solid")
-    trace = draw.line([], [], draw.safe(series["name"]), colour, dash=dash)
+def _curve(series: Item, color: str, symbol: str, dots: bool) -> dict[str, Any]:
+    dash, name = series.get("dash", "solid"), draw.safe(series["name"])
     marked = dots or (len(series["x"]) <= _FEW and dash == "solid")
-    trace |= {
+    trace = draw.line([], [], name, color, dash=dash) | {
         "x": list(series["x"]), "y": list(series["y"]), "customdata": list(series["x"]),
         "mode": "markers" if dots else "lines+markers" if marked else "lines",
-        "hovertemplate": f"{draw.safe(series['name'])}<br>%{{x:.4g}}: %{{y:.3g}}<extra></extra>",
+        "hovertemplate": f"{name}<br>%{{x:.4g}}: %{{y:.3g}}<extra></extra>",
     }  # fmt: skip
     if marked:
-        trace["marker"] = {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.6 if dots else 1}
+        trace["marker"] = {"color": color, "symbol": symbol, "size": 7, "opacity": 0.6 if dots else 1}
     if series.get("error"):
-        trace["error_y"] = {"type": "data", "array": series["error"], "color": colour, "thickness": 1.6, "width": 5}
+        trace["error_y"] = {"type": "data", "array": series["error"], "color": color, "thickness": 1.6, "width": 5}
     return trace
 
 
-def _axis(told: Item, values: Sequence[float]) -> dict[str, Any]:
-    title = draw.safe(told["title"])
-    return draw.log_axis(title, values) if told["scale"] == "log" else draw.axis(title, exponentformat="power")
+def _axis(axis: Item, values: Sequence[float]) -> dict[str, Any]:
+    title = draw.safe(axis["title"])
+    return draw.log_axis(title, values) if axis["scale"] == "log" else draw.axis(title, exponentformat="power")
 
 
 def _scatter(key: str, item: Item, arrays: Arrays) -> Figure:
@@ -153,54 +145,54 @@ def _scatter(key: str, item: Item, arrays: Arrays) -> Figure:
 
 
 def _maps(key: str, item: Item, arrays: Arrays) -> Figure:
-    classes = 0
-    dots = _array(arrays, item["points"]), _array(arrays, item["labels"]).astype(int)
+    points, labels = _array(arrays, item["points"]), _array(arrays, item["labels"]).astype(int)
+    classes = int(labels.max()) + 1
     panels = []
     for p, panel in enumerate(item["panels"]):
         values = _array(arrays, panel["array"])
         values = values[panel["index"]] if "index" in panel else values
-        of_classes = panel["colours"] == "classes"
-        classes = max(classes, int(dots[1].max()) + 1)
         data = [_heat(values, item["extent"], panel["colours"], classes)]
-        data += [_points(dots[0][dots[1] == c], c) for c in range(classes)]
+        data += [_points(points[labels == c], c) for c in range(classes)]
         if "ring" in panel:
             ring = {"size": 15, "color": "rgba(0,0,0,0)", "line": {"color": "var(--ink)", "width": 2.2}}
-            data.append(_points(dots[0][[panel["ring"]]], 0) | {"marker": ring})
+            data.append(_points(points[[panel["ring"]]], 0) | {"marker": ring})
         axes = [draw.axis("", range=item["extent"], showgrid=False, constrain="domain", nticks=5) for _ in range(2)]
         axes[1] |= {"scaleanchor": "x"}
         layout = draw.layout(*axes, height=_MAP)
-        layout["margin"] |= {"l": 30, "b": 30, "r": 8 if of_classes else 4}
+        layout["margin"] |= {"l": 30, "b": 30, "r": 8 if panel["colours"] == "classes" else 4}
         panels.append(Panel(f"plot-{key}-{p}", panel["heading"], data, layout))
-    legend = [(f"class {c + 1}", TONES[c % len(TONES)], SYMBOLS[c % len(SYMBOLS)]) for c in range(classes)]
+    legend = [(f"class {c + 1}", *_class_tone(c)) for c in range(classes)]
     label = f"{item['title']}: maps of the plane, {listed([panel.heading for panel in panels])}. {item['reading']}"
     return _figure(key, item, label, panels, legend, wide=True)
 
 
-def _heat(values: np.ndarray, extent: Sequence[float], colours: str, classes: int) -> dict[str, Any]:
+def _class_tone(c: int) -> tuple[str, str]:
+    return TONES[c % len(TONES)], SYMBOLS[c % len(SYMBOLS)]
+
+
+def _heat(values: np.ndarray, extent: Sequence[float], colors: str, classes: int) -> dict[str, Any]:
     low, high = extent
     places = _rounded(low + (high - low) * (np.arange(len(values)) + 0.5) / len(values))
     trace: dict[str, Any] = {
         "type": "heatmap", "x": places, "y": places, "z": [_rounded(row) for row in values], "showscale": False,
         "hovertemplate": "%{x:.2f}, %{y:.2f}: %{z:.3g}<extra></extra>",
     }  # fmt: skip
-    if colours == "classes":
-        steps = [(c + end) / classes for c in range(classes) for end in (0, 1)]
-        tones = [TONES[c % len(TONES)] for c in range(classes) for _ in range(2)]
-        scale = [[place, colour] for place, colour in zip(steps, tones, strict=True)]
+    if colors == "classes":
+        scale = [[(c + end) / classes, _class_tone(c)[0]] for c in range(classes) for end in (0, 1)]
         return trace | {"colorscale": scale, "zmin": -0.5, "zmax": classes - 0.5, "opacity": 0.32, "hoverinfo": "skip"}
-    tones = _SCALES[colours]
-    scale = [[i / (len(tones) - 1), colour] for i, colour in enumerate(tones)]
+    tones = _SCALES[colors]
+    scale = [[i / (len(tones) - 1), color] for i, color in enumerate(tones)]
     bar = {"thickness": 9, "len": 0.9, "outlinewidth": 0, "tickfont": {"size": 11}, "nticks": 5}
     largest = float(np.abs(values).max()) or 1.0
-    ends = {"zmin": -largest, "zmax": largest} if colours == "signed" else {}
+    ends = {"zmin": -largest, "zmax": largest} if colors == "signed" else {}
     return trace | {"colorscale": scale, "showscale": True, "colorbar": bar} | ends
 
 
 def _points(points: np.ndarray, c: int) -> dict[str, Any]:
+    color, symbol = _class_tone(c)
     return {
         "type": "scatter", "mode": "markers", "x": _rounded(points[:, 0]), "y": _rounded(points[:, 1]),
-        "marker": {"color": TONES[c % len(TONES)], "symbol": SYMBOLS[c % len(SYMBOLS)], "size": 7,
-                   "line": {"color": "var(--card)", "width": 1}},
+        "marker": {"color": color, "symbol": symbol, "size": 7, "line": {"color": "var(--card)", "width": 1}},
         "hoverinfo": "skip",
     }  # fmt: skip
 
@@ -212,17 +204,14 @@ def _figure(key: str, item: Item, label: str, panels: list[Panel], legend: list,
 _FIGURES: dict[str, Callable[[str, Item, Arrays], Figure]] = {"lines": _lines, "scatter": _scatter, "maps": _maps}
 
 
-# ---------------------------------------------------------------------- images
-
-
 def _case(case: Item, arrays: Arrays) -> Item:
     """A test image and strips of training images, as data URIs."""
 
-    def drawn(place: Sequence[Any]) -> str:
-        return thumbnail(_array(arrays, place[0])[tuple(place[1])])
+    def as_uri(image: Sequence[Any]) -> str:
+        return thumbnail(_array(arrays, image[0])[tuple(image[1])])
 
     strips = [
-        {**strip, "images": [{**image, "image": drawn(image["image"])} for image in strip["images"]]}
+        {**strip, "images": [{**image, "image": as_uri(image["image"])} for image in strip["images"]]}
         for strip in case["strips"]
     ]
-    return {**case, "image": drawn(case["image"]), "strips": strips}
+    return {**case, "image": as_uri(case["image"]), "strips": strips}

@@ -1,7 +1,7 @@
-"""Numbers in words: how reports write values, errors, shares and changes.
+"""Numbers as text: how reports write values, errors, shares and changes.
 
-Two numbers differ "beyond noise" when they are more than `NOISE` standard errors of their difference apart, taking the
-two as independent; without standard errors nothing is said about noise.
+Two numbers differ "beyond noise" if their difference exceeds `NOISE` of its standard errors, taking the two as
+independent. Without standard errors no statement about noise is made.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def percent(number: Number, unit: bool = True) -> str:
 
 
 def plain(value: float | None, digits: int = 3) -> str:
-    """Write a number with a few significant digits, a dash where there is none.
+    """Write a number with a few significant digits; None becomes a dash.
 
     >>> plain(0.123456), plain(1731.0), plain(3.1e-10), plain(None)
     ('0.123', '1731', '3.1e-10', '–')
@@ -50,10 +50,10 @@ def plain(value: float | None, digits: int = 3) -> str:
 
 
 def spread(value: float | list[float] | None) -> str:
-    """One value, or the range of the values of the one-vs-rest machines."""
+    """Write one value, or the range of several (one per class of one-vs-rest machines)."""
     if isinstance(value, list):
-        known = [v for v in value if v is not None]
-        return f"{plain(min(known))} to {plain(max(known))}" if known else "–"
+        values = [v for v in value if v is not None]
+        return f"{plain(min(values))} to {plain(max(values))}" if values else "–"
     return plain(value)
 
 
@@ -73,12 +73,12 @@ def measure(number: dict[str, Any]) -> str:
 
 
 def compare(a: Number, b: Number, floor: float = 0.0) -> str:
-    """Say whether `a` lies "below" or "above" `b` beyond noise, is the "same" within it, or "unknown".
+    """Compare two numbers: `a` is "below" or "above" `b` beyond noise, the "same" within noise, or this is "unknown".
 
     Parameters
     ----------
     a, b : numbers with ``value`` and standard ``error``.
-    floor : least standard error believed; 1 / n for error rates, whose binomial standard error is 0 at 0 errors.
+    floor : smallest standard error to assume; 1 / n for error rates, whose binomial standard error is 0 without errors.
 
     Examples
     --------
@@ -112,7 +112,7 @@ def change(first: float | None, last: float | None) -> str:
 
 
 def unbroken(text: str) -> str:
-    r"""Keep numbers such as 3e-16 on one line, by a word joiner behind the minus.
+    r"""Prevent a line break inside numbers such as 3e-16, by a word joiner after the minus.
 
     >>> unbroken("about 3e-16") == "about 3e-\u206016"
     True
@@ -126,7 +126,7 @@ def share(value: float | None) -> str:
 
 
 def middle(ks: Sequence[int]) -> tuple[int, int]:
-    """Place and value of the k nearest to 10: the one that sentences are about.
+    """Index and value of the k nearest to 10, which sentences quote.
 
     >>> middle([1, 2, 5, 10, 20])
     (3, 10)
@@ -135,7 +135,7 @@ def middle(ks: Sequence[int]) -> tuple[int, int]:
 
 
 def listed(words: list[str]) -> str:
-    """Join words as a sentence does.
+    """Join words as in a sentence.
 
     >>> listed(["a", "b", "c"])
     'a, b and c'

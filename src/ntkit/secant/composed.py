@@ -1,6 +1,6 @@
-"""Rules of operations that are composed: softmax and its kin, norms, variances.
+"""Rules of composite operations: softmax, norms, variances, recurrent cells.
 
-The rules of their parts give the mean-value property; softmax is written out so that nothing overflows or cancels.
+The rules of their parts give the mean-value property. Softmax has its own formula, without overflow or cancellation.
 """
 
 from __future__ import annotations
@@ -11,22 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkit.secant.secant_tensor import Ends, aten, both, combined, no_rule, rule, settled
+from ntkit.secant.secant_tensor import (
+    SecantTensor,
+    at_both_ends,
+    aten,
+    from_graph,
+    from_slopes,
+    named_arguments,
+    no_rule,
+    rule,
+)
 
-# ---------------------------------------------------------------------- softmax and its kin
+# ---------------------------------------------------------------------- softmax and logsumexp
 
 
-def _weights(z: Ends, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def _weights(z: SecantTensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weights w with lse(z') - lse(z) = sum_k w_k (z'_k - z_k), of sum 1, and z - lse(z) at both ends.
 
     With y = z less its largest entry, w_k = L(e^y'_k, e^y_k) / L(S', S), L the logarithmic mean, S = sum_k e^y_k, and
-    what these lack of 1 moves with the largest entry (the old one and the new, mixed as of a maximum). So a shift of
-    all entries has no effect, however large, nothing overflows and nothing cancels.
+    the difference of their sum from 1 is given to the largest entry (the old and the new one, mixed as by the rule of a
+    maximum). So a shift of all entries has no effect, however large, and nothing overflows or cancels.
     """
-    z0, z1 = z.e0, z.e1
+    z0, z1 = z.start, z.end
     (top0, old), (top1, new) = (t.max(dim, keepdim=True) for t in (z0, z1))
     ahead, behind = top0 - z0.gather(dim, new), top1 - z1.gather(dim, old)
-    y0, y1 = z0 - top0.nan_to_num_(neginf=0.0), z1 - top1.nan_to_num_(neginf=0.0)  # of a row that is masked out
+    y0, y1 = z0 - top0.nan_to_num_(neginf=0.0), z1 - top1.nan_to_num_(neginf=0.0)  # in a masked row
     lse0, lse1 = (torch.logsumexp(t, dim, keepdim=True) for t in (y0, y1))
     rise = (lse1 - lse0).nan_to_num_(nan=0.0)
     step = (y1 - y0).nan_to_num_(nan=0.0)
@@ -43,8 +52,8 @@ def _decline(a: Tensor) -> Tensor:
     return torch.where(a == 0, 1.0, -torch.expm1(-a) / a)
 
 
-def _centred(z: Ends, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values and the one between of z - lse(z)."""
+def _log_probabilities(z: SecantTensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and mean of z - lse(z)."""
     w, u0, u1 = _weights(z, dim)
     masked_out = z.mid.detach().isinf()  # at both ends: of weight 0
     hide = bool(masked_out.any())
@@ -55,20 +64,20 @@ def _centred(z: Ends, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @rule(aten._log_softmax)
-def log_softmax(func: Any, args: Any, kwargs: Any) -> Ends:
+def log_softmax(func: Any, args: Any, kwargs: Any) -> SecantTensor:
     """Of u = z - logsumexp(z): du = dz - sum_k w_k dz_k."""
-    _, _, mid = _centred(args[0], args[1])
-    o0, o1 = both(func, args, kwargs)
-    return settled(o0, o1, mid)
+    _, _, mid = _log_probabilities(args[0], args[1])
+    o0, o1 = at_both_ends(func, args, kwargs)
+    return from_graph(o0, o1, mid)
 
 
 @rule(aten._softmax, aten._safe_softmax)
-def softmax(func: Any, args: Any, kwargs: Any) -> Ends:
+def softmax(func: Any, args: Any, kwargs: Any) -> SecantTensor:
     """exp(z - logsumexp(z)): the chord's slope of exp, without cancellation."""
-    u0, u1, mid = _centred(args[0], args[1])
-    o0, o1 = both(func, args, kwargs)
-    step = torch.where(u0 == u1, 0.0, u1 - u0).abs().nan_to_num_(nan=0.0)  # of a row that is masked out, 0
-    return combined(o0, o1, (torch.maximum(o0, o1) * _decline(step), mid))
+    u0, u1, mid = _log_probabilities(args[0], args[1])
+    o0, o1 = at_both_ends(func, args, kwargs)
+    step = torch.where(u0 == u1, 0.0, u1 - u0).abs().nan_to_num_(nan=0.0)  # 0 in a masked row
+    return from_slopes(o0, o1, (torch.maximum(o0, o1) * _decline(step), mid))
 
 
 @rule(aten.logsumexp)
@@ -79,11 +88,11 @@ def log_sum(func: Any, args: Any, kwargs: Any) -> Any:
     dims = [dims] if isinstance(dims, int) else list(dims)
     for dim in sorted((d % max(z.dim(), 1) for d in dims), reverse=True):
         w, _, _ = _weights(z, dim)
-        o0, o1 = (torch.logsumexp(t, dim, keepdim=True) for t in (z.e0, z.e1))
+        o0, o1 = (torch.logsumexp(t, dim, keepdim=True) for t in (z.start, z.end))
         masked_out = z.mid.detach().isinf()
         with torch.enable_grad():
             mid = (w * z.mid.masked_fill(masked_out, 0.0)).sum(dim, keepdim=True)
-        z = settled(o0, o1, mid)
+        z = from_graph(o0, o1, mid)
         z = z if keep else z.squeeze(dim)
     return z
 
@@ -91,12 +100,12 @@ def log_sum(func: Any, args: Any, kwargs: Any) -> Any:
 # ---------------------------------------------------------------------- norms, composed
 
 
-def _normalised(z: Any, dims: Any, eps: float) -> tuple[Any, Any, Any]:
+def _normalized(z: Any, dims: Any, eps: float) -> tuple[Any, Any, Any]:
     """(z - mean) / sqrt(var + eps) over some axes, with mean and the inverse root."""
     mean = z.mean(dims, keepdim=True)
-    centred = z - mean
-    root = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
-    return centred * root, mean, root
+    centered = z - mean
+    root = torch.rsqrt((centered * centered).mean(dims, keepdim=True) + eps)
+    return centered * root, mean, root
 
 
 def _affine(z: Any, weight: Any, bias: Any) -> Any:
@@ -108,22 +117,18 @@ def _affine(z: Any, weight: Any, bias: Any) -> Any:
 def layer_norm(func: Any, args: Any, kwargs: Any) -> Any:
     """Layer norm, composed."""
     z, shape, weight, bias, eps = args
-    y, mean, root = (
-        _normalised(z, list(range(-len(shape), 0)), eps) if isinstance(z, Ends) else _plain_norm(z, shape, eps)
-    )
+    if isinstance(z, SecantTensor):
+        y, mean, root = _normalized(z, list(range(-len(shape), 0)), eps)
+    else:  # a constant input with a weight or bias that changes
+        y, mean, root = aten.native_layer_norm(z, shape, None, None, eps)
     return _affine(y, weight, bias), mean, root
-
-
-def _plain_norm(z: Tensor, shape: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A constant input, a weight that varies."""
-    return aten.native_layer_norm(z, shape, None, None, eps)
 
 
 @rule(aten.native_group_norm)
 def group_norm(func: Any, args: Any, kwargs: Any) -> Any:
     """Group norm, composed."""
     z, weight, bias, n, channels, _, groups, eps = args
-    y, mean, root = _normalised(z.reshape(n, groups, -1), [2], eps)
+    y, mean, root = _normalized(z.reshape(n, groups, -1), [2], eps)
     shape = [1, channels] + [1] * (z.dim() - 2)
     weight, bias = (None if p is None else p.reshape(shape) for p in (weight, bias))
     return _affine(y.reshape(z.shape), weight, bias), mean, root
@@ -132,15 +137,15 @@ def group_norm(func: Any, args: Any, kwargs: Any) -> Any:
 @rule(aten.native_batch_norm, aten.cudnn_batch_norm)
 def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     """Batch norm by its running statistics; by those of the batch where it is an instance norm (or in train mode)."""
-    given = _named(func, args, kwargs)
-    z, mean, var = (given[name] for name in ("input", "running_mean", "running_var"))
-    eps = given["eps"] if "eps" in given else given["epsilon"]
+    values = named_arguments(func, args, kwargs)
+    z, mean, var = (values[name] for name in ("input", "running_mean", "running_var"))
+    eps = values["eps"] if "eps" in values else values["epsilon"]
     shape = [1, -1] + [1] * (z.dim() - 2)
-    weight, bias = (None if given[p] is None else given[p].reshape(shape) for p in ("weight", "bias"))
+    weight, bias = (None if values[p] is None else values[p].reshape(shape) for p in ("weight", "bias"))
     empty = torch.empty(0, dtype=z.dtype, device=z.device)
     rest = [empty] * (len(func._schema.returns) - 1)
-    if given["training"]:
-        y, _, _ = _normalised(z, [0, *range(2, z.dim())], eps)
+    if values["training"]:
+        y, _, _ = _normalized(z, [0, *range(2, z.dim())], eps)
         return _affine(y, weight, bias), *rest
     factor = torch.rsqrt(var + eps).reshape(shape)
     factor, shift = factor if weight is None else factor * weight, mean.reshape(shape)
@@ -150,15 +155,15 @@ def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
 @rule(aten.var_mean, aten.var, aten.std, aten.std_mean)
 def variance(func: Any, args: Any, kwargs: Any) -> Any:
     """Variance, standard deviation."""
-    given = _named(func, args, kwargs)
-    z, dims, keep = given["self"], given.get("dim") or list(range(given["self"].dim())), given.get("keepdim", False)
-    correction = 1 if given.get("correction") is None else given["correction"]
-    if z.is_complex() or "unbiased" in given:
+    values = named_arguments(func, args, kwargs)
+    z, dims, keep = values["self"], values.get("dim") or list(range(values["self"].dim())), values.get("keepdim", False)
+    correction = 1 if values.get("correction") is None else values["correction"]
+    if z.is_complex() or "unbiased" in values:
         raise no_rule(func)
     mean = z.mean(dims, keepdim=True)
-    centred = z - mean
+    centered = z - mean
     size = math.prod(z.shape[dim] for dim in dims)
-    value = (centred * centred).sum(dims, keepdim=True) / (size - correction)
+    value = (centered * centered).sum(dims, keepdim=True) / (size - correction)
     name = func._overloadpacket.__name__
     value = torch.sqrt(value) if "std" in name else value
     if not keep:
@@ -168,14 +173,14 @@ def variance(func: Any, args: Any, kwargs: Any) -> Any:
 
 @rule(aten.linalg_vector_norm, aten.norm)
 def vector_norm(func: Any, args: Any, kwargs: Any) -> Any:
-    """Of any order but 0."""
-    given = _named(func, args, kwargs)
-    order, z = given.get("ord", given.get("p")), given.get("x", given.get("self"))
+    """A vector norm of any order except 0."""
+    values = named_arguments(func, args, kwargs)
+    order, z = values.get("ord", values.get("p")), values.get("x", values.get("self"))
     order = 2 if order is None else order
     if order == 0:
         raise no_rule(func)
-    z = z if given.get("dtype") is None else z.to(given["dtype"])
-    dims, keep = given.get("dim") or list(range(z.dim())), given.get("keepdim", False)
+    z = z if values.get("dtype") is None else z.to(values["dtype"])
+    dims, keep = values.get("dim") or list(range(z.dim())), values.get("keepdim", False)
     if abs(order) == math.inf:
         return z.abs().amax(dims, keep) if order > 0 else z.abs().amin(dims, keep)
     if order == 2 and not z.is_complex():
@@ -190,14 +195,9 @@ def distances(func: Any, args: Any, kwargs: Any) -> Any:
     return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), order, -1)
 
 
-def _named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by name."""
-    return dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-
-
 @rule(aten._weight_norm_interface)
 def weight_norm(func: Any, args: Any, kwargs: Any) -> Any:
-    """Of g v / |v|, the norm over all axes but one."""
+    """G v / |v| with the norm over all axes except one."""
     v, g = args[:2]
     dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
     dims = [d for d in range(v.dim()) if d != dim % v.dim()]
@@ -216,7 +216,7 @@ def prelu(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _gates(args: Any, parts: int) -> tuple[Any, Any]:
-    """What each gate gets from the input, and from the state."""
+    """Contributions of the input and of the state to each gate."""
     a, b, _, bias_a, bias_b = [*args, None, None][:5]
     sides: list[Any] = [a if bias_a is None else a + bias_a, b if bias_b is None else b + bias_b]
     return sides[0].chunk(parts, 1), sides[1].chunk(parts, 1)

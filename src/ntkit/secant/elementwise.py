@@ -1,6 +1,6 @@
 """Rules of elementwise functions: the slope of the chord between the ends, the derivative where they coincide.
 
-Comparisons and ``torch.where`` cost ten to thirty times an addition on a CPU: slopes are put together by arithmetic.
+Slopes are computed by arithmetic: on a CPU comparisons and ``torch.where`` cost ten to thirty times an addition.
 """
 
 from __future__ import annotations
@@ -12,13 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkit.secant.secant_tensor import Ends, aten, both, combined, decisions, fractional, jumps, no_rule, rule, varying
+from ntkit.secant.secant_tensor import (
+    SecantTensor,
+    at_both_ends,
+    aten,
+    discrete,
+    from_slopes,
+    is_float,
+    jump,
+    no_rule,
+    rule,
+    secant_tensors,
+)
 
 # ---------------------------------------------------------------------- two lines that meet at 0
 
 
 def ramp(z0: Tensor, z1: Tensor) -> Tensor:
-    """Slope of the chord of max(z, 0): the part of the way that lies above 0; at two equal ends 1 above 0, else 0."""
+    """Slope of the chord of max(z, 0): the part of the step above 0; for two equal ends 1 above 0, else 0."""
     top = torch.maximum(z0, z1)
     way = (z1 - z0).abs_().add_(torch.finfo(z0.dtype).tiny)
     return top.div_(way).nan_to_num_(nan=0.0).clamp_(0, 1)
@@ -32,11 +43,11 @@ _LINES: dict[Any, Callable[..., Tensor]] = {  # slopes from the two ends
 
 # ---------------------------------------------------------------------- curved
 
-# Where both ends nearly coincide the slope of the chord is all cancellation; the derivative between is better. It is
-# taken wherever the law holds with it up to the rounding of the function's values and arguments: also of functions with
-# kinks, where none is between. Some smooth functions are rounded worse in places; they have it below a distance of
-# eps^(1/2), too.
-_DERIVATIVES: dict[Any, Callable[..., Tensor]] = {  # others are asked from autograd
+# Where both ends nearly coincide, rounding errors dominate the slope of the chord, and the derivative at the mean is
+# better. It is used wherever it satisfies the mean-value property up to the rounding of the function's values and
+# arguments: also for functions with kinks, if none lies between the ends. Some smooth functions have larger rounding
+# errors in places; for them it is also used at distances below eps^(1/2).
+_DERIVATIVES: dict[Any, Callable[..., Tensor]] = {  # others by autograd
     aten.tanh: lambda z: 1 - torch.tanh(z) ** 2,
     aten.sigmoid: lambda z: torch.sigmoid(z) * torch.sigmoid(-z),
     aten.gelu: lambda z, approximate="none": aten.gelu_backward(torch.ones_like(z), z, approximate=approximate),
@@ -54,29 +65,29 @@ _DERIVATIVES: dict[Any, Callable[..., Tensor]] = {  # others are asked from auto
     aten.pow: lambda z, p: p * torch.pow(z, p - 1),
 }
 _SMOOTH = {aten.gelu, aten.mish, aten.silu, aten.tanh, aten.sigmoid, aten.sin, aten.cos}
-_SIGNED = {aten.atan2, aten.copysign}  # 0 and -0 are not the same to them
+_SIGNED = {aten.atan2, aten.copysign}  # they distinguish 0 and -0
 _HOLOMORPHIC = {aten.exp, aten.sin, aten.cos, aten.tanh, aten.sigmoid, aten.pow, aten.sqrt, aten.log}
 
 
 @rule(None)
 def elementwise(func: Any, args: Any, kwargs: Any) -> Any:
-    """Slope of the chord; of two arguments along each, on the way round by either corner, half each."""
-    o0, o1 = both(func, args, kwargs)
-    if not fractional(o0):
-        return decisions(func, o0, o1)
-    places = [k for k, a in enumerate(args) if isinstance(a, Ends)]
-    if varying(kwargs) or len(places) > 2:
+    """Slope of the chord; with two arguments the mean over the two paths that change one after the other."""
+    o0, o1 = at_both_ends(func, args, kwargs)
+    if not is_float(o0):
+        return discrete(func, o0, o1)
+    places = [k for k, a in enumerate(args) if isinstance(a, SecantTensor)]
+    if secant_tensors(kwargs) or len(places) > 2:
         raise no_rule(func)
     if len(places) == 1:
-        return combined(o0, o1, (_slope(func, args, kwargs, places[0], o0, o1), args[places[0]].mid))
+        return from_slopes(o0, o1, (_slope(func, args, kwargs, places[0], o0, o1), args[places[0]].mid))
     terms = []
     for place, other in (places, places[::-1]):
         slopes = []
-        for end in ("e0", "e1"):
+        for end in ("start", "end"):
             fixed = [getattr(a, end) if k == other else a for k, a in enumerate(args)]
-            slopes.append(_slope(func, fixed, kwargs, place, *both(func, fixed, kwargs)))
+            slopes.append(_slope(func, fixed, kwargs, place, *at_both_ends(func, fixed, kwargs)))
         terms.append(((slopes[0] + slopes[1]) / 2, args[place].mid))
-    return combined(o0, o1, *terms)
+    return from_slopes(o0, o1, *terms)
 
 
 def _slope(func: Any, args: Any, kwargs: Any, place: int, o0: Tensor, o1: Tensor) -> Tensor:
@@ -84,15 +95,15 @@ def _slope(func: Any, args: Any, kwargs: Any, place: int, o0: Tensor, o1: Tensor
     z, packet, first = args[place], func._overloadpacket, place == 0
     if (z.is_complex() or o0.is_complex()) and packet not in _HOLOMORPHIC:
         raise no_rule(func, "complex numbers")
-    if packet in _SIGNED and ((z.e0 == z.e1) & (o0 != o1)).any():
-        raise jumps(func)
+    if packet in _SIGNED and ((z.start == z.end) & (o0 != o1)).any():
+        raise jump(func)
     if packet in _LINES and first:
-        return _LINES[packet](z.e0, z.e1, *args[1:], **kwargs)
-    middle = torch.lerp(z.e0, z.e1, 0.5)
+        return _LINES[packet](z.start, z.end, *args[1:], **kwargs)
+    middle = torch.lerp(z.start, z.end, 0.5)
     derivative = _DERIVATIVES.get(packet) if first and not z.is_complex() else None
-    tangent = derivative(middle, *args[1:], **kwargs) if derivative else _asked(func, args, kwargs, place, middle)
+    tangent = derivative(middle, *args[1:], **kwargs) if derivative else _by_autograd(func, args, kwargs, place, middle)
     tangent = tangent.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # as of sqrt at 0, if it stays there
-    kind, step, change = torch.finfo(o0.dtype), _difference(z.e0, z.e1), _difference(o0, o1)
+    kind, step, change = torch.finfo(o0.dtype), _difference(z.start, z.end), _difference(o0, o1)
     rounding = (o0.abs() + o1.abs()).add_((middle * tangent).abs().clamp_(max=1)).mul_(4 * kind.eps)
     room = rounding - torch.addcmul(change, step, tangent, value=-1).abs()
     if packet in _SMOOTH:
@@ -106,28 +117,28 @@ def _difference(t0: Tensor, t1: Tensor) -> Tensor:
     return (t1 - t0).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)  # between two infinities, 0
 
 
-def _asked(func: Any, args: Any, kwargs: Any, place: int, middle: Tensor) -> Tensor:
+def _by_autograd(func: Any, args: Any, kwargs: Any, place: int, middle: Tensor) -> Tensor:
     """Derivative of an elementwise function by one argument, from autograd."""
     shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor)))
     with torch.enable_grad():
         leaf = middle.expand(shape).clone().requires_grad_()
         try:
             out = func(*args[:place], leaf, *args[place + 1 :], **kwargs)
-            (found,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+            (derivative,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
         except (RuntimeError, NotImplementedError):
             raise no_rule(func) from None
-    return found.conj().resolve_conj()
+    return derivative.conj().resolve_conj()
 
 
 @rule(aten.log_sigmoid_forward)
 def log_sigmoid(func: Any, args: Any, kwargs: Any) -> Any:
     """-softplus(-z)."""
-    return -torch.nn.functional.softplus(-args[0]), args[0].e0.new_empty(0)
+    return -torch.nn.functional.softplus(-args[0]), args[0].start.new_empty(0)
 
 
 @rule(aten.abs)
 def absolute(func: Any, args: Any, kwargs: Any) -> Any:
-    """Of a complex number the norm of its parts."""
+    """For a complex number the norm of its real and imaginary part."""
     (z,) = args
     if not z.is_complex():
         return elementwise(func, args, kwargs)
@@ -136,18 +147,18 @@ def absolute(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @rule(aten.sqrt)
-def square_root(func: Any, args: Any, kwargs: Any) -> Ends:
-    """sqrt(z') - sqrt(z) = (z' - z) / (sqrt(z) + sqrt(z')); where it stays at 0, 0."""
-    o0, o1 = both(func, args, kwargs)
+def square_root(func: Any, args: Any, kwargs: Any) -> SecantTensor:
+    """sqrt(z') - sqrt(z) = (z' - z) / (sqrt(z) + sqrt(z')); 0 where both are 0."""
+    o0, o1 = at_both_ends(func, args, kwargs)
     slope = (o0 + o1).reciprocal_()
-    return combined(o0, o1, (slope.nan_to_num_(nan=0.0, posinf=0.0), args[0].mid))
+    return from_slopes(o0, o1, (slope.nan_to_num_(nan=0.0, posinf=0.0), args[0].mid))
 
 
 @rule(aten.rsqrt)
-def inverse_root(func: Any, args: Any, kwargs: Any) -> Ends:
-    """Of r = 1 / sqrt(z): r' - r = -(z' - z) r^2 r'^2 / (r + r')."""
-    o0, o1 = both(func, args, kwargs)
-    return combined(o0, o1, (-((o0 * o1) ** 2) / (o0 + o1), args[0].mid))
+def inverse_root(func: Any, args: Any, kwargs: Any) -> SecantTensor:
+    """With r = 1 / sqrt(z): r' - r = -(z' - z) r^2 r'^2 / (r + r')."""
+    o0, o1 = at_both_ends(func, args, kwargs)
+    return from_slopes(o0, o1, (-((o0 * o1) ** 2) / (o0 + o1), args[0].mid))
 
 
 @rule(aten.pow)
@@ -155,16 +166,16 @@ def power(func: Any, args: Any, kwargs: Any) -> Any:
     """Squares and cubes by their factors, others elementwise."""
     base, exponent = args
     if isinstance(exponent, (int, float)) and exponent in (1, 2, 3):
-        z0, z1 = base.e0, base.e1
+        z0, z1 = base.start, base.end
         slope = {1: 1.0, 2: z0 + z1, 3: z0 * z0 + z0 * z1 + z1 * z1}[int(exponent)]
-        return combined(*both(func, args, kwargs), (slope, base.mid))
+        return from_slopes(*at_both_ends(func, args, kwargs), (slope, base.mid))
     return elementwise(func, args, kwargs)
 
 
 @rule(aten.clamp, aten.clamp_min, aten.clamp_max)
 def clamped(func: Any, args: Any, kwargs: Any) -> Any:
     """Elementwise between fixed bounds; maximum and minimum where bounds vary."""
-    if len(varying(args, kwargs)) == 1 and isinstance(args[0], Ends):
+    if len(secant_tensors(args, kwargs)) == 1 and isinstance(args[0], SecantTensor):
         return elementwise(func, args, kwargs)
     z, name = args[0], func._overloadpacket.__name__
     bounds = list(args[1:]) + [None] * (3 - len(args))

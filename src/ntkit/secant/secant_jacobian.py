@@ -1,7 +1,8 @@
 """The secant Jacobian of a step: f(theta') - f(theta) = J_sec (theta' - theta), exactly, at any distance.
 
-`Secant` is a network whose ordinary Jacobian is the secant one: it runs the model at both ends of the step and between,
-each operation by a rule of `jacobian.secant_rules`. So the engine contracts it as it contracts any other network.
+`Secant` is a module whose ordinary Jacobian is the secant one: it runs the model at both ends of the step and at their
+mean, each operation by its rule in SECANT_RULES. So the engine contracts it as it contracts any other network.
+The rules are defined in `secant_rules`, `elementwise` and `composed`; importing these modules enters them.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ntkit.secant.composed
-import ntkit.secant.secant_rules  # noqa: F401 (both register their rules)
 from ntkit.base.batch import count
 from ntkit.base.checks import Refused, refusal
 from ntkit.jacobian.factors import _without_fused_rnn
 from ntkit.jacobian.model_calls import Outputs, reduce_outputs
-from ntkit.secant.secant_tensor import AROUND, Ends, NoSecant, aten, lifted, mapped, no_rule
+from ntkit.secant import composed, secant_rules  # noqa: F401 (enters their rules into SECANT_RULES)
+from ntkit.secant.secant_tensor import DISPATCH_KEYS, NoSecant, SecantTensor, aten, lift, map_structure, no_rule
 
 
 class Secant(nn.Module):
@@ -30,20 +30,20 @@ class Secant(nn.Module):
 
     With theta and theta' the two ends, f the model's outputs to differentiate [n, C] and J the ordinary Jacobian of
     this module by its parameters, f(theta') - f(theta) = J (theta' - theta) (the mean-value property, by a discrete
-    chain rule: linear operations are themselves, products are taken at the midpoints, elementwise functions give the
-    slope of their chord). Where theta' = theta it is the model's own Jacobian, stop-gradients apart: what moves the
-    outputs counts, detached or not. One pass costs three forward passes.
+    chain rule: linear operations are unchanged, products are differentiated at the midpoints, elementwise functions
+    have the slope of their chord). For theta' = theta it is the model's own Jacobian, except that stop-gradients are
+    ignored: everything that changes the outputs counts. One pass costs three forward passes.
 
     Parameters
     ----------
-    model : any module, in eval mode; used as it is, never changed.
-    params : the parameters that move, by name (any names). Others are constants.
+    model : any module, in eval mode; it is not changed.
+    params : the parameters that change, by name (any names). Others are constants.
     outputs : "full" or a callable to one scalar per sample (see `ntkit.TangentKernel`).
 
     Raises
     ------
     NoSecant
-        When an operation has no rule, or decides something else at the two ends (routing, rounding).
+        When an operation has no rule, or decides differently at the two ends (routing, rounding).
 
     Examples
     --------
@@ -61,7 +61,7 @@ class Secant(nn.Module):
 
     def __init__(self, model: nn.Module, params: Mapping[str, nn.Parameter], outputs: Outputs = "full") -> None:
         super().__init__()
-        self._held = (model,)  # not a submodule: its parameters are none of this module's
+        self._model = (model,)  # in a tuple, so that it is no submodule with parameters of its own
         self._outputs = outputs
         self._own = dict(params)
         self.middle = nn.ParameterList([nn.Parameter(p.detach().clone()) for p in params.values()])
@@ -72,9 +72,9 @@ class Secant(nn.Module):
         self.eval()
 
     def at(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Secant:
-        """Take these as the ends of the step; tensors by parameter name, kept as they are."""
+        """Set the ends of the step: tensors by parameter name, which are not changed."""
         self._before, self._after = (
-            {name: _laid_out(end[name], p) for name, p in self.params.items()} for end in (before, after)
+            {name: _in_layout(end[name], p) for name, p in self.params.items()} for end in (before, after)
         )
         with torch.no_grad():
             for name, p in self.params.items():
@@ -82,115 +82,117 @@ class Secant(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Outputs between, [n, C]: their mean at the ends; at the ends themselves they are ``ends`` afterwards."""
-        model, n = self._held[0], count(args if args else kwargs)
-        ends = []
+        """Return the mean of the outputs at the two ends, [n, C]; ``ends`` then has the outputs at each end."""
+        model, n = self._model[0], count(args if args else kwargs)
+        moving = []
         for name, p in self.params.items():
-            mid = p if p.requires_grad else p.detach().requires_grad_()  # a graph tells what moves
-            ends.append((self._own[name], Ends(self._before[name].detach(), self._after[name].detach(), mid)))
-        with _ONE, _as_operations(model, ends), _in_place_of(model, ends):
+            mid = p if p.requires_grad else p.detach().requires_grad_()  # the graph shows which values depend on it
+            value = SecantTensor(self._before[name].detach(), self._after[name].detach(), mid)
+            moving.append((self._own[name], value))
+        with _LOCK, _as_operations(model, moving), _in_place_of(model, moving):
             try:
                 out = reduce_outputs(model(*args, **kwargs), self._outputs, n)
             except (Refused, torch.OutOfMemoryError):
                 raise
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
                 raise _cannot_follow(model, error) from error
-        if not isinstance(out, Ends) or not out.mid.requires_grad:
-            raise refusal(
-                "outputs", got="values that none of the parameters moves", expected="a function of the parameters",
-                fix="Look for torch.no_grad or constants in the model's forward.",
-            )  # fmt: skip
-        self.ends = out.e0, out.e1
+        if not isinstance(out, SecantTensor) or not out.mid.requires_grad:
+            got, fix = (
+                "values that depend on no parameter",
+                "Look for torch.no_grad or constants in the model's forward.",
+            )
+            raise refusal("outputs", got=got, expected="a function of the parameters", fix=fix)
+        self.ends = out.start, out.end
         return out.mid
 
 
-def _laid_out(t: Tensor, like: Tensor) -> Tensor:
+def _in_layout(t: Tensor, like: Tensor) -> Tensor:
     """The same numbers in the same layout: a view of one end is then a view of the other."""
     return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t.detach())
 
 
-_ONE = threading.RLock()  # at a time: what is switched and put in place is everybody's
-_Moving = Sequence[tuple[nn.Parameter, Ends]]
+_LOCK = threading.RLock()  # the parameters of the model and the switches of PyTorch are shared by all threads
+_Moving = Sequence[tuple[nn.Parameter, SecantTensor]]
 
 
 @contextmanager
-def _in_place_of(model: nn.Module, ends: _Moving) -> Iterator[None]:
-    """Put Ends in the place of a model's parameters; afterwards its modules hold what they held, whatever happened.
+def _in_place_of(model: nn.Module, moving: _Moving) -> Iterator[None]:
+    """Put SecantTensors in the place of a model's parameters; afterwards restore the attributes of its modules.
 
-    (`torch.func.functional_call` does not put them back in a module that is used under two names.)
+    (`torch.func.functional_call` does not restore them in a module that is used under two names.)
     """
-    by_id = {id(p): e for p, e in ends}
+    by_id = {id(p): value for p, value in moving}
     modules = list(model.modules())
-    owned: list[Any] = [own for m in modules for own in (vars(m), m._parameters, m._buffers) if isinstance(own, dict)]
-    kept = [(own, dict(own)) for own in owned]
+    owners: list[Any] = [own for m in modules for own in (vars(m), m._parameters, m._buffers) if isinstance(own, dict)]
+    copies = [(own, dict(own)) for own in owners]
     try:
         for module in modules:
             for key, p in module._parameters.items():
                 module._parameters[key] = by_id.get(id(p), p)  # pyrefly: ignore
         yield
     finally:
-        for own, held in kept:
-            for key in own.keys() - held.keys():
+        for own, copy in copies:
+            for key in own.keys() - copy.keys():
                 del own[key]
-            own.update((key, value) for key, value in held.items() if own.get(key) is not value)
+            own.update((key, value) for key, value in copy.items() if own.get(key) is not value)
 
 
 @contextmanager
-def _as_operations(model: nn.Module, ends: _Moving) -> Iterator[None]:
-    """Fused paths off, so that a model shows the operations it is made of."""
+def _as_operations(model: nn.Module, moving: _Moving) -> Iterator[None]:
+    """Switch fused implementations off, so that the model calls elementary operations."""
     mha = torch.backends.mha
     fast = mha.get_fastpath_enabled()
-    moving = {id(p) for p, _ in ends}
-    others = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in moving]
+    ids = {id(p) for p, _ in moving}
+    constants = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in ids]
     with ExitStack() as stack:
         stack.callback(mha.set_fastpath_enabled, fast)
         mha.set_fastpath_enabled(False)
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.enter_context(_without_fused_rnn())  # not for others: convolutions are slower without
-        modes = torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Lifted(ends, others)
-        for context in modes:
+            stack.enter_context(_without_fused_rnn())  # only where needed: convolutions are slower then
+        mode = SecantMode(moving, constants)
+        for context in (torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mode):
             stack.enter_context(context)
         yield
 
 
-class Lifted(TorchDispatchMode):
-    """While it is active, parameters are their Ends, however a model holds them.
+class SecantMode(TorchDispatchMode):
+    """Replace parameters by their SecantTensors, however the model holds them.
 
-    New tensors made inside a model can take in what varies (``out = zeros(n); out[i] = h``).
+    New tensors that a model creates can take values that depend on the parameters (``out = zeros(n); out[i] = h``).
 
     Parameters
     ----------
-    ends : of the parameters that move, with those.
-    others : tensors of the model that do not move.
+    moving : the parameters that change, with their SecantTensors.
+    constants : the model's other tensors.
     """
 
-    def __init__(self, ends: _Moving, others: Iterable[Tensor]) -> None:
+    def __init__(self, moving: _Moving, constants: Iterable[Tensor]) -> None:
         super().__init__()
-        self._ends = {id(p): e for p, e in ends}
-        self._parts = {_storage(p) for p, _ in ends} - {_storage(t) for t in others} - {0}
+        self._values = {id(p): value for p, value in moving}
+        self._storages = {_storage(p) for p, _ in moving} - {_storage(t) for t in constants} - {0}
 
-    def __enter__(self) -> Lifted:
-        AROUND.append((torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()))
+    def __enter__(self) -> SecantMode:
+        DISPATCH_KEYS.append((torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()))
         return super().__enter__()
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        AROUND.pop()
+        DISPATCH_KEYS.pop()
         super().__exit__(exc_type, exc_val, exc_tb)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Wrap what a factory makes; pass everything else on."""
-        result = func(*self._moved(args), **self._moved(kwargs or {}))
-        return lifted(result) if func._overloadpacket in _FACTORIES and type(result) is Tensor else result
+        """Lift new tensors; leave other results as they are."""
+        result = func(*self._replaced(args), **self._replaced(kwargs or {}))
+        return lift(result) if func._overloadpacket in _FACTORIES and type(result) is Tensor else result
 
-    def _moved(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and not isinstance(value, Ends):
-            if id(value) in self._ends:
-                return self._ends[id(value)]
-            if _storage(value) in self._parts:
-                got = "a part of it that was taken before the model's forward"
-                raise no_rule("on a parameter", got, "views of parameters taken in the forward")
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and not isinstance(value, SecantTensor):
+            if id(value) in self._values:
+                return self._values[id(value)]
+            if _storage(value) in self._storages:
+                got = "a view of it from before the model's forward"
+                raise no_rule("on a parameter", got, "views of parameters created in the forward")
             return value
-        return mapped(self._moved, value)
+        return map_structure(self._replaced, value)
 
 
 def _storage(t: Tensor) -> int:
@@ -205,13 +207,10 @@ _FACTORIES = {
 
 
 def _cannot_follow(model: nn.Module, error: Exception) -> NoSecant:
-    return NoSecant(
-        str(
-            refusal(
-                f"model {type(model).__name__}",
-                got=f"a forward that cannot be followed at both ends of a step ({error})",
-                expected="operations of PyTorch on tensors (no numpy, no lists of numbers)",
-                fix='Use integration="quadrature", which only runs the model.',
-            )
-        )
+    message = refusal(
+        f"model {type(model).__name__}",
+        got=f"a forward that cannot be evaluated at both ends of a step ({error})",
+        expected="PyTorch operations on tensors (no numpy, no lists of numbers)",
+        fix='Use integration="quadrature", which only runs the model.',
     )
+    return NoSecant(str(message))

@@ -1,8 +1,8 @@
-"""One rule per operation: its value at both ends of a step, and between a gradient with the mean-value property.
+"""One rule per operation: its values at both ends, and a mean whose gradient has the mean-value property.
 
-Whatever the rule, g(e1) - g(e0) = D (e1 - e0) holds exactly, at any distance: linear operations are themselves,
+For every rule g(end) - g(start) = D (end - start) holds exactly, at any distance: linear operations are unchanged,
 products have their derivative at the midpoints, elementwise functions the slope of their chord, selections (max) mix
-the two winners. A chain of such is such.
+the two selected values. A chain of operations with this property has it, too.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from torch import Tensor
 
 from ntkit.secant.elementwise import elementwise, ramp
 from ntkit.secant.secant_tensor import (
-    DECIDED,
-    Ends,
+    BOOLEAN_ARGUMENT,
+    SecantTensor,
     at,
+    at_both_ends,
+    at_mid,
     aten,
-    between,
-    both,
-    combined,
-    decisions,
-    jumps,
-    lifted,
+    discrete,
+    from_graph,
+    from_mid,
+    from_slopes,
+    jump,
+    lift,
+    named_arguments,
     no_rule,
-    paired,
     rule,
-    settled,
-    varying,
+    secant_tensors,
 )
 
 # ---------------------------------------------------------------------- linear operations
@@ -55,28 +56,28 @@ from ntkit.secant.secant_tensor import (
     aten.masked_scatter, aten.take, aten.masked_select,
 )  # fmt: skip
 def linear(func: Any, args: Any, kwargs: Any) -> Any:
-    """Linear in all that varies: itself."""
-    return paired(func, *both(func, args, kwargs), between(func, args, kwargs))
+    """Linear in all arguments that change: unchanged."""
+    return from_mid(func, *at_both_ends(func, args, kwargs), at_mid(func, args, kwargs))
 
 
 @rule(aten.detach)
-def detached(func: Any, args: Any, kwargs: Any) -> Ends:
-    """A model's stop-gradient does not keep its outputs from moving: looked through."""
+def detached(func: Any, args: Any, kwargs: Any) -> SecantTensor:
+    """A stop-gradient is ignored: the outputs change with the detached values."""
     return linear(aten.alias.default, args[:1], {})
 
 
 @rule(aten.view_as_real)
-def real_pairs(func: Any, args: Any, kwargs: Any) -> Ends:
-    """Real and imaginary parts; a conjugate view has to be resolved first, which PyTorch cannot know of an Ends."""
+def real_pairs(func: Any, args: Any, kwargs: Any) -> SecantTensor:
+    """Real and imaginary parts; a conjugate view must be resolved first (PyTorch does it for plain tensors)."""
     return linear(func, [linear(aten.resolve_conj.default, args, {})], {})
 
 
 @rule(aten.as_strided)
-def strided(func: Any, args: Any, kwargs: Any) -> Ends:
+def strided(func: Any, args: Any, kwargs: Any) -> SecantTensor:
     """A view by strides, if they mean the same at both ends and between."""
     z, size, stride = args[:3]
     last = (args[3] if len(args) > 3 else 0) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if last >= z.numel() or any(t.storage_offset() or not t.is_contiguous() for t in (z.e0, z.e1, z.mid)):
+    if last >= z.numel() or any(t.storage_offset() or not t.is_contiguous() for t in (z.start, z.end, z.mid)):
         raise no_rule(func, "strides over a part of a tensor")
     return linear(func, args, kwargs)
 
@@ -85,14 +86,14 @@ def strided(func: Any, args: Any, kwargs: Any) -> Ends:
     aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.new_zeros, aten.new_ones, aten.new_full,
     aten.new_empty,
 )  # fmt: skip
-def made(func: Any, args: Any, kwargs: Any) -> Any:
-    """A new tensor of its kind, which may take in what varies."""
-    return lifted(func(*at(args, "e0"), **kwargs))
+def new_tensor(func: Any, args: Any, kwargs: Any) -> Any:
+    """A new tensor, into which values that change may be written."""
+    return lift(func(*at(args, "start"), **kwargs))
 
 
 @rule(aten.scatter, aten.scatter_reduce)
 def scattered(func: Any, args: Any, kwargs: Any) -> Any:
-    """Linear where it sets, adds or averages."""
+    """Linear if it sets, adds or averages."""
     if "reduce" in func._schema.name + func._overloadname and kwargs.get("reduce", args[-1]) not in ("sum", "mean"):
         raise no_rule(func)
     return linear(func, args, kwargs)
@@ -100,15 +101,15 @@ def scattered(func: Any, args: Any, kwargs: Any) -> Any:
 
 @rule(aten.nll_loss_forward, aten.nll_loss2d_forward)
 def nll(func: Any, args: Any, kwargs: Any) -> Any:
-    """Linear in the log-probabilities; weights of classes that vary have no rule."""
-    if isinstance(args[2], Ends):
+    """Linear in the log-probabilities; class weights that change have no rule."""
+    if isinstance(args[2], SecantTensor):
         raise no_rule(func)
     return linear(func, args, kwargs)
 
 
 @rule(aten.embedding)
 def embedding(func: Any, args: Any, kwargs: Any) -> Any:
-    """Rows of a table: all that they change, the padding's row and frequent ones, too."""
+    """Rows of a table; unlike PyTorch's gradient, it includes the padding's row and no scale by frequency."""
     return linear(func, args[:2], {})
 
 
@@ -117,11 +118,11 @@ def bag(func: Any, args: Any, kwargs: Any) -> Any:
     """Sums and means of rows of a table; the maximum has no rule."""
     args = [*args, *(None, None, None, False, 0, False, None, False, -1)[len(args) :]]
     args[3] = args[5] = False  # gradients by frequency, sparse ones
-    if args[4] == 2 or varying(args[1:], kwargs):
+    if args[4] == 2 or secant_tensors(args[1:], kwargs):
         raise no_rule(func)
-    o0, o1 = both(func, args, kwargs)
-    mid = between(aten._embedding_bag, args, kwargs)  # the other one has no gradient
-    return (Ends(o0[0], o1[0], mid[0]), *o0[1:])
+    o0, o1 = at_both_ends(func, args, kwargs)
+    mid = at_mid(aten._embedding_bag, args, kwargs)  # _forward_only has no gradient
+    return (SecantTensor(o0[0], o1[0], mid[0]), *o0[1:])
 
 
 # ---------------------------------------------------------------------- products
@@ -133,8 +134,8 @@ def bag(func: Any, args: Any, kwargs: Any) -> Any:
 )  # fmt: skip
 def product(func: Any, args: Any, kwargs: Any) -> Any:
     """Bilinear: da b_mid + a_mid db, the ordinary derivative at the midpoints."""
-    o0, o1 = both(func, args, kwargs)
-    return settled(o0, o1, between(func, args, kwargs))
+    o0, o1 = at_both_ends(func, args, kwargs)
+    return from_graph(o0, o1, at_mid(func, args, kwargs))
 
 
 @rule(aten.div)
@@ -143,27 +144,27 @@ def quotient(func: Any, args: Any, kwargs: Any) -> Any:
     if kwargs.get("rounding_mode") is not None:
         return elementwise(func, args, kwargs)
     a, b = args
-    if not isinstance(b, Ends):
+    if not isinstance(b, SecantTensor):
         return linear(func, args, kwargs)
-    o0, o1 = both(func, args, kwargs)
-    total = b.e0 + b.e1
+    o0, o1 = at_both_ends(func, args, kwargs)
+    total = b.start + b.end
     inverse = (2 / total).expand(o0.shape)
     slope = (o0 + o1) * inverse * -0.5
-    if (across := total.abs() < torch.maximum(b.e0.abs(), b.e1.abs())).any():
-        r0, r1 = 1 / b.e0, 1 / b.e1
+    if (across := total.abs() < torch.maximum(b.start.abs(), b.end.abs())).any():
+        r0, r1 = 1 / b.start, 1 / b.end
         inverse = torch.where(across, (r0 + r1) / 2, inverse)
-        slope = torch.where(across, (at(a, "e0") + at(a, "e1")) * r0 * r1 * -0.5, slope)
+        slope = torch.where(across, (at(a, "start") + at(a, "end")) * r0 * r1 * -0.5, slope)
     terms = [(slope, b.mid)]
-    if isinstance(a, Ends):
+    if isinstance(a, SecantTensor):
         terms.append((inverse, a.mid))
-    return combined(o0, o1, *terms)
+    return from_slopes(o0, o1, *terms)
 
 
 @rule(aten.reciprocal)
-def reciprocal(func: Any, args: Any, kwargs: Any) -> Ends:
+def reciprocal(func: Any, args: Any, kwargs: Any) -> SecantTensor:
     """1/z' - 1/z = -(z' - z) / (z z')."""
-    o0, o1 = both(func, args, kwargs)
-    return combined(o0, o1, (-o0 * o1, args[0].mid))
+    o0, o1 = at_both_ends(func, args, kwargs)
+    return from_slopes(o0, o1, (-o0 * o1, args[0].mid))
 
 
 @rule(aten.cumprod, aten.prod)
@@ -195,64 +196,64 @@ def trilinear(func: Any, args: Any, kwargs: Any) -> Any:
 # ---------------------------------------------------------------------- selections
 
 
-def _chosen(o0: Tensor, o1: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]) -> Ends:
-    """The value chosen at the first end is a, at the second b, each (e0, e1, mid): t da + (1 - t) db.
+def _selected(o0: Tensor, o1: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]) -> SecantTensor:
+    """The value selected at the first end is a, at the second b, each (start, end, mid): t da + (1 - t) db.
 
-    t is where the two lines cross: there the choice changes without a jump. Where they are the same value, either.
+    t is where the two lines cross: there the selection changes without a jump. For two equal values t is 1/2.
     """
     (a0, a1, a), (b0, b1, b) = first, second
     t, rest = _crossing(a0 - b0, a1 - b1)
-    return combined(o0, o1, (t, a), (rest, b))
+    return from_slopes(o0, o1, (t, a), (rest, b))
 
 
 def _crossing(gap0: Tensor, gap1: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of its way that a gap has done when it closes, and that to come; half-way where it stays closed."""
+    """The part of the step before a gap closes, and the part after; 1/2 each where it is closed at both ends."""
     size0, size1 = gap0.abs(), gap1.abs()
     way = size0 + size1
     return size0.div_(way).nan_to_num_(nan=0.5), size1.div_(way).nan_to_num_(nan=0.5)
 
 
 @rule(aten.maximum, aten.minimum, aten.fmax, aten.fmin)
-def larger(func: Any, args: Any, kwargs: Any) -> Ends:
+def larger(func: Any, args: Any, kwargs: Any) -> SecantTensor:
     """The larger of two, b + max(a - b, 0), or the smaller, a - max(a - b, 0)."""
     a, b = args
-    o0, o1 = both(func, args, kwargs)
-    lead0, lead1 = ((at(a, end) - at(b, end)).nan_to_num_() for end in ("e0", "e1"))
+    o0, o1 = at_both_ends(func, args, kwargs)
+    lead0, lead1 = ((at(a, end) - at(b, end)).nan_to_num_() for end in ("start", "end"))
     lead0, lead1 = (lead0, lead1) if func._overloadpacket in (aten.maximum, aten.fmax) else (-lead0, -lead1)
     t, rest = ramp(lead0, lead1), ramp(-lead0, -lead1)  # not 1 - t: b may be huge where it is not taken
     rest += (1 - t - rest).round_()  # where they stay equal
-    return combined(o0, o1, *((c, v.mid) for c, v in ((t, a), (rest, b)) if isinstance(v, Ends)))
+    return from_slopes(o0, o1, *((c, v.mid) for c, v in ((t, a), (rest, b)) if isinstance(v, SecantTensor)))
 
 
 @rule(aten.gt, aten.ge, aten.lt, aten.le)
 def compared(func: Any, args: Any, kwargs: Any) -> Any:
-    """A comparison: the slope of its step's chord is kept for those who can use it."""
-    result = decisions(func, *both(func, args, kwargs))
-    if isinstance(result, Ends):
+    """A comparison, with a chord for rules that use it."""
+    result = discrete(func, *at_both_ends(func, args, kwargs))
+    if isinstance(result, SecantTensor):
         margin: Any = torch.sub(*args)
-        way, first, second = margin.e1 - margin.e0, result.e0.to(margin.dtype), result.e1.to(margin.dtype)
+        way, first, second = margin.end - margin.start, result.start.to(margin.dtype), result.end.to(margin.dtype)
         if margin.mid is not None and torch.isfinite(way).all():
             slope = torch.where(first == second, 0.0, (second - first) / way)
-            result.chord = combined(first, second, (slope, margin.mid)).mid
+            result.chord = from_slopes(first, second, (slope, margin.mid)).mid
     return result
 
 
 @rule(aten.where)
 def where(func: Any, args: Any, kwargs: Any) -> Any:
-    """A choice: linear where it is the same at both ends; else as of a maximum, if the branches cross on the way.
+    """A selection: linear where it is the same at both ends; else as a maximum, if the branches cross in between.
 
-    Branches a, b that meet without crossing, such as of ELU, leave a distance, which the condition adds when it changes
-    by dc = 1 or -1. That is less than the branches move, or it is a jump.
+    Branches a, b that meet without crossing, as in ELU, leave a distance, which the condition adds when it changes by
+    dc = 1 or -1. If this distance is larger than the change of the branches, the function jumps.
     """
     condition, a, b = args
-    if not isinstance(condition, Ends):
+    if not isinstance(condition, SecantTensor):
         return linear(func, args, kwargs)
-    o0, o1 = both(func, args, kwargs)
-    first, second = condition.e0, condition.e1
-    (a0, a1), (b0, b1) = ([torch.as_tensor(at(v, end)).to(o0) for end in ("e0", "e1")] for v in (a, b))
+    o0, o1 = at_both_ends(func, args, kwargs)
+    first, second = condition.start, condition.end
+    (a0, a1), (b0, b1) = ([torch.as_tensor(at(v, end)).to(o0) for end in ("start", "end")] for v in (a, b))
     gap0, gap1, switched = a0 - b0, a1 - b1, first != second
     if o0.is_complex():
-        raise jumps(func)
+        raise jump(func)
     done, left = _crossing(gap0, gap1)
     t = torch.where(switched, torch.where(first, done, left), first.to(o0))  # the part of a
     rest = torch.where(switched, torch.where(first, left, done), second.logical_not().to(o0))
@@ -260,65 +261,64 @@ def where(func: Any, args: Any, kwargs: Any) -> Any:
     if (apart := switched & ~(gap0 * gap1 <= 0)).any():
         distance = done * gap1 + left * gap0
         if condition.chord is None or (apart & ~(distance.abs() <= t * (a1 - a0).abs() + rest * (b1 - b0).abs())).any():
-            raise jumps(func)
+            raise jump(func)
         terms.append((torch.where(apart, distance, 0.0), condition.chord))
-    terms += [(c, v.mid) for c, v in ((t, a), (rest, b)) if isinstance(v, Ends)]
-    return combined(o0, o1, *terms) if terms else lifted(o0)  # constants that are the same
+    terms += [(c, v.mid) for c, v in ((t, a), (rest, b)) if isinstance(v, SecantTensor)]
+    return from_slopes(o0, o1, *terms) if terms else lift(o0)  # constants that are the same
 
 
 @rule(aten.masked_fill)
 def masked(func: Any, args: Any, kwargs: Any) -> Any:
     """A constant where a mask is set."""
     z, mask, value = args
-    if not isinstance(mask, Ends):
+    if not isinstance(mask, SecantTensor):
         return linear(func, args, kwargs)
-    value = value if isinstance(value, Ends) else torch.as_tensor(value, dtype=z.dtype, device=z.device)
+    value = value if isinstance(value, SecantTensor) else torch.as_tensor(value, dtype=z.dtype, device=z.device)
     return where(aten.where.self, (mask, value, z), {})
 
 
-DECIDED |= {where: 0, masked: 1}
+BOOLEAN_ARGUMENT |= {where: 0, masked: 1}
 
 
 @rule(aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d)
 def max_pool(func: Any, args: Any, kwargs: Any) -> Any:
-    """The largest in each window: the old winner and the new one, mixed where they change."""
+    """The largest in each window: the old and the new selection, mixed where they differ."""
     space = 3 if "3d" in func._schema.name else 2
 
     def pick(t: Tensor, i: Tensor) -> Tensor:
         return t.flatten(-space).gather(-1, i.flatten(-space)).view(i.shape)
 
-    return _picked(func, args, kwargs, pick)
+    return _pick(func, args, kwargs, pick)
 
 
 @rule(aten.max, aten.min, aten.topk, aten.sort, aten.kthvalue, aten.median)
 def ordered(func: Any, args: Any, kwargs: Any) -> Any:
     """The largest along an axis, or the sorted values; of a whole tensor by its flat form."""
     z, packet = args[0], func._overloadpacket
-    names = [a.name for a in func._schema.arguments]
-    if "dim" not in names:
+    if all(a.name != "dim" for a in func._schema.arguments):
         return packet(z.reshape(-1), 0)[0]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    dim = given.get("dim", -1)
+    named = named_arguments(func, args, kwargs)
+    dim = named.get("dim", -1)
 
     def pick(t: Tensor, i: Tensor) -> Tensor:
         return t.gather(dim, i) if i.dim() == t.dim() else t.gather(dim, i.unsqueeze(dim)).squeeze(dim)
 
-    if packet in (aten.max, aten.min) or given.get("k") == 1:
-        return _picked(func, args, kwargs, pick)
-    (o0, i0), (o1, i1) = both(func, args, kwargs)
-    places = decisions(func, i0, i1)
-    if not isinstance(places, Ends):
+    if packet in (aten.max, aten.min) or named.get("k") == 1:
+        return _pick(func, args, kwargs, pick)
+    (o0, i0), (o1, i1) = at_both_ends(func, args, kwargs)
+    places = discrete(func, i0, i1)
+    if not isinstance(places, SecantTensor):
         with torch.enable_grad():
-            return settled(o0, o1, pick(z.mid, places)), places
+            return from_graph(o0, o1, pick(z.mid, places)), places
     values = _sorted(z.transpose(dim, -1)).transpose(dim, -1)
-    if given.get("descending") or (packet is aten.topk and given.get("largest", True)):
+    if named.get("descending") or (packet is aten.topk and named.get("largest", True)):
         values = values.flip(dim)
     if packet is aten.topk:
-        values = values.narrow(dim, 0, given["k"])
-    elif packet is not aten.sort:  # of an even number the lower is the median
-        values = values.select(dim, given["k"] - 1 if "k" in given else (z.shape[dim] - 1) // 2)
-        values = values.unsqueeze(dim) if given.get("keepdim") else values
-    if not (torch.equal(values.e0, o0) and torch.equal(values.e1, o1)):  # not in order (sorted=False), or no numbers
+        values = values.narrow(dim, 0, named["k"])
+    elif packet is not aten.sort:  # the median of an even number of values is the lower
+        values = values.select(dim, named["k"] - 1 if "k" in named else (z.shape[dim] - 1) // 2)
+        values = values.unsqueeze(dim) if named.get("keepdim") else values
+    if not (torch.equal(values.start, o0) and torch.equal(values.end, o1)):  # not in order (sorted=False), or NaN
         raise no_rule(func)
     return values, places
 
@@ -352,18 +352,18 @@ def _one_block(i: int, k: int, p: int) -> bool:
     return i // (2 * p) == (i + k) // (2 * p)
 
 
-def _picked(func: Any, args: Any, kwargs: Any, pick: Callable[[Tensor, Tensor], Tensor]) -> tuple[Ends, Any]:
-    """Values picked from the first argument, and the places, which may differ between the ends."""
+def _pick(func: Any, args: Any, kwargs: Any, pick: Callable[[Tensor, Tensor], Tensor]) -> tuple[SecantTensor, Any]:
+    """Values selected from the first argument, and their indices, which may differ between the ends."""
     z, *rest = args
-    found = []
-    for end in (z.e0, z.e1):
+    results = []
+    for end in (z.start, z.end):
         with torch.enable_grad():
             stand_in = z.mid.view_as(z.mid)
-            stand_in.data = end  # the gradient goes where this end picks
-            found.append(func(stand_in, *rest, **kwargs))
-    (old, i0), (new, i1) = found
+            stand_in.data = end  # its gradient goes to the entries that this end selects
+            results.append(func(stand_in, *rest, **kwargs))
+    (old, i0), (new, i1) = results
     o0, o1 = old.detach(), new.detach()
-    return _chosen(o0, o1, (o0, pick(z.e1, i0), old), (pick(z.e0, i1), o1, new)), decisions(func, i0, i1)
+    return _selected(o0, o1, (o0, pick(z.end, i0), old), (pick(z.start, i1), o1, new)), discrete(func, i0, i1)
 
 
 @rule(aten.amax, aten.amin)

@@ -1,8 +1,7 @@
-"""Losses of the points followed, and their derivatives by the outputs."""
+"""Default losses of `track`, and derivatives of a loss by the outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ntkit.tracking.snapshot_numbers import finite
-
-Loss = Callable[[Any, Tensor], Tensor]
+from ntkit.trajectory.objective import Loss
 
 
 def half_squared(out: Any, y: Tensor) -> Tensor:
@@ -30,10 +28,10 @@ def cross_entropy(out: Any, y: Tensor) -> Tensor:
 
 
 def derivatives(loss: Loss, raw: Tensor, y: Tensor) -> tuple[float | None, Tensor, Tensor]:
-    """Loss, its derivative by each sample's outputs [n, C], and the second one [n, C, C]; of n times the mean."""
+    """Loss, and the derivatives of n times it by each sample's outputs: the first [n, C], the second [n, C, C]."""
     try:
         return _differentiated(loss, raw.double(), y.double() if y.is_floating_point() else y)
-    except RuntimeError:  # a loss with numbers of its own (class weights) takes the network's precision only
+    except RuntimeError:  # a loss with constants (class weights) accepts the network's precision only
         return _differentiated(loss, raw, y)
 
 

@@ -1,4 +1,4 @@
-"""What was found along a run: series by name, eigenvectors, and the folder they are kept in."""
+"""The result of `track`: series by name, eigenvectors, and their folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TRENDS = ("trace", "sharpness", "alignment_centered")
 
 @dataclass(frozen=True, eq=False)
 class Tracked:
-    """What `track` found: one entry per snapshot in every series.
+    """Result of `track`: one entry per snapshot in every series.
 
     Attributes
     ----------
@@ -26,15 +26,15 @@ class Tracked:
     steps : the snapshots' steps, ascending.
     series : name -> one value per snapshot (None: undefined there):
 
-        - ``loss``; ``learning_rate`` that the step used (of the first group);
+        - ``loss``; ``learning_rate`` of that step (first group);
         - ``eigenvalues`` [k], of the Gram matrix; ``residual``: the largest |K v - lambda v| / lambda_1;
         - ``trace``; ``tail``: trace - sum of these eigenvalues; ``effective_rank``: trace / lambda_1;
           ``condition``: lambda_1 / lambda_k;
         - ``energy_target``, ``energy_output``, ``energy_residual`` [k]: cumulative relative energy in the top j
           eigenvectors (residual: derivative of each sample's loss by its outputs; f - y for squared loss);
-        - ``alignment``, ``alignment_centered`` with the targets; ``class_alignment`` [C] (centred, each output's own);
-        - ``layer_trace``, ``layer_alignment`` (centred) {layer: ...}: shares of single layers, where K is formed;
-        - ``distance`` 1 - cos(K, K_0); ``change`` |K - K_0| / |K_0|; ``cka`` (centred cosine) to the first snapshot;
+        - ``alignment``, ``alignment_centered`` with the targets; ``class_alignment`` [C] (centered, per output);
+        - ``layer_trace``, ``layer_alignment`` (centered) {layer: ...}: shares of single layers, if K is a matrix;
+        - ``distance`` 1 - cos(K, K_0); ``change`` |K - K_0| / |K_0|; ``cka`` (centered cosine) to the first snapshot;
           ``velocity`` (1 - cos(K, K of the snapshot before)) per step; ``change_error``: relative standard error of
           |K - K_0|^2 where it is estimated from random vectors (matrix-free), 0 where it is exact;
         - ``sharpness``: lambda_max of (1/n) H^1/2 K H^1/2, H the loss's second derivative by the outputs (the
@@ -42,25 +42,25 @@ class Tracked:
           loss |f - y|^2 / (2 n) that is 2 n / lambda_1;
         - ``first_order`` {cosine, relative_error, norm_ratio}: the change of all outputs in a gradient descent step on
           these points against its first-order prediction -lr K dL/df;
-        - ``per_output`` [{...}]: with outputs="diagonal", the spectral numbers of each output's own kernel.
+        - ``per_output`` [{...}]: with outputs="diagonal", the spectral numbers of the kernel of each output.
 
-    path : where it was written, or None.
+    path : its folder, or None.
     """
 
     settings: dict[str, Any]
     steps: list[int]
-    series: dict[str, list]
+    series: dict[str, list[Any]]
     vectors: dict[int, np.ndarray]
     path: Path | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Tracked:
-        """Read what `track` left in a folder, also while it is still at work.
+        """Read the folder of `track`, also while it is still running.
 
         Raises
         ------
         Refused
-            When the folder holds no tracking.
+            When the folder has no result of `track`.
         """
         path = Path(path)
         settings = _read_settings(path)
@@ -77,7 +77,7 @@ class Tracked:
         return self.vectors[step]
 
     def phases(self) -> list[dict[str, Any]]:
-        """Trends over each phase of constant learning rate, in order: what a decay does to the spectrum.
+        """Trends over each phase of constant learning rate, in order: they show the effect of a decay on the spectrum.
 
         Returns
         -------
@@ -86,20 +86,20 @@ class Tracked:
             ``lambda_1``, ``trace``, ``sharpness``, ``alignment_centered``; ``stability``: sharpness x learning rate
             / 2 at its last snapshot (1: the limit of plain gradient descent). None where a number is undefined.
         """
-        found: list[dict[str, Any]] = []
+        phases: list[dict[str, Any]] = []
         rates = self.series.get("learning_rate", [None] * len(self.steps))
         for i, (step, rate) in enumerate(zip(self.steps, rates, strict=True)):
             now = {name: self.series[name][i] for name in _TRENDS if name in self.series}
             if "eigenvalues" in self.series and self.series["eigenvalues"][i]:
                 now["lambda_1"] = self.series["eigenvalues"][i][0]
-            if not found or found[-1]["learning_rate"] != rate:
-                found.append({"start": step, "learning_rate": rate, **{name: [v, v] for name, v in now.items()}})
-            found[-1]["stop"] = step
+            if not phases or phases[-1]["learning_rate"] != rate:
+                phases.append({"start": step, "learning_rate": rate, **{name: [v, v] for name, v in now.items()}})
+            phases[-1]["stop"] = step
             for name, value in now.items():
-                found[-1][name][1] = value
+                phases[-1][name][1] = value
             sharpness = now.get("sharpness")
-            found[-1]["stability"] = None if sharpness is None or rate is None else sharpness * rate / 2
-        return found
+            phases[-1]["stability"] = None if sharpness is None or rate is None else sharpness * rate / 2
+        return phases
 
     def to_tensorboard(self, folder: str | Path) -> None:
         """Write the scalar series as TensorBoard events (needs the package tensorboard).
@@ -112,9 +112,8 @@ class Tracked:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise refusal(
-                "to_tensorboard", got="no tensorboard", expected="the package", fix="pip install tensorboard"
-            ) from error
+            fix = "Run: pip install tensorboard"
+            raise refusal("to_tensorboard", got="no tensorboard", expected="the package", fix=fix) from error
         writer = SummaryWriter(str(folder))
         for i, step in enumerate(self.steps):
             for name, value in scalars({key: values[i] for key, values in self.series.items()}).items():
@@ -123,23 +122,22 @@ class Tracked:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The plain numbers of a snapshot, by name: lists give their first entries, energies those at 1, 5, 10, 20.
+    """The scalars of a snapshot, by name: of lists the first ten entries, of energies those at 1, 5, 10, 20.
 
     >>> scalars({"trace": 2.0, "eigenvalues": [1.5, None], "first_order": {"cosine": 1.0}})
     {'trace': 2.0, 'eigenvalues/1': 1.5, 'first_order/cosine': 1.0}
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, dict):
-            found |= {f"{name}/{key}": v for key, v in value.items() if isinstance(v, float)}
+            numbers |= {f"{name}/{key}": v for key, v in value.items() if isinstance(v, float)}
         elif isinstance(value, list):
             places = (1, 5, 10, 20) if name.startswith("energy") else range(1, 11)
-            found |= {
-                f"{name}/{j}": value[j - 1] for j in places if j <= len(value) and isinstance(value[j - 1], float)
-            }
+            entries = {j: value[j - 1] for j in places if j <= len(value)}
+            numbers |= {f"{name}/{j}": entry for j, entry in entries.items() if isinstance(entry, float)}
         elif isinstance(value, float):
-            found[name] = value
-    return found
+            numbers[name] = value
+    return numbers
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -150,26 +148,21 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def open_folder(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings into a new folder, or refuse one with others."""
+    """Write the settings into a new folder; refuse a folder with other settings."""
     if not (path / "track.json").exists():
         ensure_folder(path)
         write_json(path / "track.json", settings)
         return
-    found, plain = _read_settings(path), json.loads(json.dumps(settings))
-    changed = [name for name in plain if found.get(name) != plain[name]]
-    if changed:
-        raise refusal(
-            str(path),
-            got=f"a tracking with another {', '.join(changed)}",
-            expected="the same run, points and options",
-            fix="Name another folder.",
-        )
+    stored, new = _read_settings(path), json.loads(json.dumps(settings))
+    if changed := [name for name in new if stored.get(name) != new[name]]:
+        got = f"a tracking with another {', '.join(changed)}"
+        raise refusal(str(path), got=got, expected="the same run, points and options", fix="Name another folder.")
 
 
 def assembled(
     settings: dict[str, Any], records: list[dict[str, Any]], vectors: dict[int, np.ndarray], path: Path | None
 ) -> Tracked:
-    """Series from records."""
+    """Result with the series of these records."""
     names = dict.fromkeys(name for record in records for name in record if name != "step")
     series = {name: [record.get(name) for record in records] for name in names}
     return Tracked(settings, [record["step"] for record in records], series, vectors, path)

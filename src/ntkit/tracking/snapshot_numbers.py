@@ -1,9 +1,8 @@
-"""Numbers of one kernel on one set of points, whether it is a matrix or only products with vectors."""
+"""Numbers of one kernel on one set of points, from its matrix or from products with vectors."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,78 +16,69 @@ _PROBES = 32  # random vectors for Frobenius products of kernels that are not fo
 
 
 def finite(value: float | None) -> float | None:
-    """A number that JSON has, or None."""
+    """The number if it is finite (JSON has no other), else None."""
     return value if value is not None and math.isfinite(value) else None
 
 
-def columns_of(shown: dict[str, Tensor | None], c: int) -> dict[str, Tensor | None]:
-    """One output's column of each [n, C]."""
-    return {name: None if v is None else v[:, c : c + 1] for name, v in shown.items()}
+def output_columns(values: dict[str, Tensor | None], c: int) -> dict[str, Tensor | None]:
+    """Column of output c in each [n, C]."""
+    return {name: None if v is None else v[:, c : c + 1] for name, v in values.items()}
 
 
-def _spectral(found: Spectrum, k: int, shown: dict[str, Tensor | None]) -> tuple[dict[str, Any], np.ndarray]:
-    """Eigenvalues, what is derived from them, and energies of [n, C] values."""
-    # up to `noise` an eigenvalue is rounding of K's own precision, and so is the direction of its vector
-    real = int((found.eigenvalues[:k] > found.noise).sum())
-    values = found.eigenvalues[:k].tolist()
-    first, last = values[0], values[real - 1] if real else 0.0
+def _spectral(pairs: Spectrum, k: int, values: dict[str, Tensor | None]) -> tuple[dict[str, Any], np.ndarray]:
+    """Eigenvalues, numbers derived from them, and energies of [n, C] values."""
+    # an eigenvalue up to `noise` is rounding in the precision of K, and so is the direction of its vector
+    real = int((pairs.eigenvalues[:k] > pairs.noise).sum())
+    eigenvalues = pairs.eigenvalues[:k].tolist()
+    first, last = eigenvalues[0], eigenvalues[real - 1] if real else 0.0
     numbers = {
-        "eigenvalues": [*values[:real], *[None] * (k - real)],
-        "residual": finite(float(found.residuals[:k].max())),
-        "trace": found.trace,
-        "tail": None if found.trace is None else found.trace - sum(values),
-        "effective_rank": None if found.trace is None or first <= 0 else found.trace / first,
+        "eigenvalues": [*eigenvalues[:real], *[None] * (k - real)],
+        "residual": finite(float(pairs.residuals[:k].max())),
+        "trace": pairs.trace,
+        "tail": None if pairs.trace is None else pairs.trace - sum(eigenvalues),
+        "effective_rank": None if pairs.trace is None or first <= 0 else pairs.trace / first,
         "condition": first / last if last > 0 else None,
-        "status": found.status,
+        "status": pairs.status,
     }
-    for name, v in shown.items():
+    for name, v in values.items():
         if v is not None:
-            energy = found.energy(v)[:k].tolist()
+            energy = pairs.energy(v)[:k].tolist()
             numbers[f"energy_{name}"] = [finite(e) if j < real else None for j, e in enumerate(energy)]
-    return numbers, found.eigenvectors[:, :k].cpu().numpy()
+    return numbers, pairs.eigenvectors[:, :k].cpu().numpy()
 
 
-def _nothing(k: int, N: int, shown: dict[str, Tensor | None]) -> tuple[dict[str, Any], np.ndarray]:
-    """A dead network: its kernel is zero, and nothing else can be said of it."""
+def _zero_kernel(k: int, N: int, values: dict[str, Tensor | None]) -> tuple[dict[str, Any], np.ndarray]:
+    """Numbers of a network whose kernel is zero: nearly all are undefined."""
     names = ("residual", "tail", "effective_rank", "condition", "alignment", "alignment_centered")
     numbers: dict[str, Any] = dict.fromkeys(names)
     numbers |= {"eigenvalues": [None] * k, "trace": 0.0, "status": "the kernel is zero"}
-    numbers |= {f"energy_{name}": [None] * k for name, v in shown.items() if v is not None}
+    numbers |= {f"energy_{name}": [None] * k for name, v in values.items() if v is not None}
     return numbers, np.full((N, k), np.nan)
 
 
-class Dense:
-    """A Gram matrix [n, n], [n, n, C, C] or, `diagonal`, [n, n, C], and its shares by parameter."""
+class KernelMatrix:
+    """Numbers of a Gram matrix [n, n], [n, n, C, C] or, `diagonal`, [n, n, C], and of its shares by parameter."""
 
     def __init__(self, K: Tensor, shares: dict[str, Tensor] | None = None, diagonal: bool = False) -> None:
         self.K, self._shares, self._diagonal = K, shares, diagonal
 
-    def split(self) -> list[Dense]:
-        """Each output's own kernel, of [n, n, C]."""
-        return [Dense(self.K[:, :, c]) for c in range(self.K.shape[2])]
-
-    def double(self) -> Tensor:
-        """The matrix in float64."""
-        return self.K.double()
-
-    def spectral(self, k: int, shown: dict[str, Tensor | None], centre: int) -> tuple[dict[str, Any], np.ndarray]:
+    def spectral(self, k: int, values: dict[str, Tensor | None], outputs: int) -> tuple[dict[str, Any], np.ndarray]:
         """Top k eigenpairs, energies, alignment with the targets."""
-        n, N = len(self.K), len(self.K) * centre
+        N = len(self.K) * outputs
         if not bool(self.K.any()):
-            return _nothing(k, N, shown)
-        numbers, vectors = _spectral(spectrum(self.K, k if 3 * k <= N else None), k, shown)
-        target = shown.get("target")
+            return _zero_kernel(k, N, values)
+        numbers, vectors = _spectral(spectrum(self.K, k if 3 * k <= N else None), k, values)
+        target = values.get("target")
         if target is not None:
             numbers["alignment"] = finite(alignment(self.K, target))
             numbers["alignment_centered"] = finite(alignment(self.K, target, centered=True))
             if target.shape[1] > 1:
-                own = [_only(target, c) if centre > 1 else target[:, c] for c in range(target.shape[1])]
-                numbers["class_alignment"] = [_aligned(self.K, t) for t in own]
-        assert vectors.shape[0] == n * centre
+                own = [_only(target, c) if outputs > 1 else target[:, c] for c in range(target.shape[1])]
+                numbers["class_alignment"] = [_centered_alignment(self.K, t) for t in own]
         return numbers, vectors
 
     def layered(self, target: Tensor | None) -> dict[str, Any]:
-        """Each layer's share of the trace and its centred alignment."""
+        """Share of the trace and centered alignment of each layer."""
         if self._shares is None:
             return {}
         layers: dict[str, Tensor] = {}
@@ -101,50 +91,48 @@ class Dense:
             "layer_trace": {name: float(K.diagonal().double().sum()) for name, K in layers.items()}
         }
         if target is not None:
-            numbers["layer_alignment"] = {name: _aligned(K, target) for name, K in layers.items()}
+            numbers["layer_alignment"] = {name: _centered_alignment(K, target) for name, K in layers.items()}
         return numbers
 
     def signature(self) -> Tensor:
-        """What changes are measured on: the matrix itself."""
+        """The matrix itself, to measure changes."""
         return self.K.sum(2) if self._diagonal else self.K
 
 
 def _only(target: Tensor, c: int) -> Tensor:
+    """The target with all columns but one set to zero."""
     own = torch.zeros_like(target)
     own[:, c] = target[:, c]
     return own
 
 
-def _aligned(K: Tensor, target: Tensor) -> float | None:
+def _centered_alignment(K: Tensor, target: Tensor) -> float | None:
     return finite(alignment(K, target, centered=True)) if bool(K.any()) and bool(target.any()) else None
 
 
-class MatrixFree:
-    """A kernel known by its products; Frobenius products of two are estimated from the same random vectors."""
+class KernelProducts:
+    """Numbers of a kernel from its products; norms are estimated with the same random vectors for all kernels."""
 
     def __init__(self, operator: KernelOperator, n: int) -> None:
         self._operator, self._n, self._size = operator, n, operator.shape[0]
 
-    def spectral(self, k: int, shown: dict[str, Tensor | None], centre: int) -> tuple[dict[str, Any], np.ndarray]:
+    def spectral(self, k: int, values: dict[str, Tensor | None], outputs: int) -> tuple[dict[str, Any], np.ndarray]:
         """Top k eigenpairs, energies, alignment with the targets (its norm of K estimated)."""
-        found = spectrum(self._operator, k)
-        if not float(found.eigenvalues.abs().max()) > 0:
-            return _nothing(k, self._size, shown)
-        numbers, vectors = _spectral(found, k, shown)
-        target = shown.get("target")
+        pairs = spectrum(self._operator, k)
+        if not float(pairs.eigenvalues.abs().max()) > 0:
+            return _zero_kernel(k, self._size, values)
+        numbers, vectors = _spectral(pairs, k, values)
+        target = values.get("target")
         if target is not None:
             columns = target.reshape(self._size, -1)
-            plain, centred = self.signature()
-            for name, probes, Y in (
-                ("alignment", plain, columns),
-                ("alignment_centered", centred, self._centre(columns)),
-            ):
+            plain, centered = self.signature()
+            centered_columns = self._center(columns)
+            for name, probes, Y in (("alignment", plain, columns), ("alignment_centered", centered, centered_columns)):
                 square = float((probes**2).sum(0).mean())
-                if name == "alignment":  # of the top pairs |K|^2 is known; only the rest is estimated
-                    V = found.eigenvectors.to(probes)
-                    square = float((found.eigenvalues**2).sum()) + float(
-                        ((probes - V @ (V.T @ probes)) ** 2).sum(0).mean()
-                    )
+                if name == "alignment":  # |K|^2 of the top pairs is exact; only the rest is estimated
+                    V = pairs.eigenvectors.to(probes)
+                    rest = ((probes - V @ (V.T @ probes)) ** 2).sum(0).mean()
+                    square = float((pairs.eigenvalues**2).sum()) + float(rest)
                 norm = square**0.5 * float((Y.T @ Y).norm())
                 numbers[name] = finite(float((Y * self._times(Y)).sum()) / norm) if norm > 0 else None
         return numbers, vectors
@@ -155,52 +143,46 @@ class MatrixFree:
             draw = torch.Generator().manual_seed(0)
             Z = torch.randint(0, 2, (self._size, _PROBES), generator=draw).double() * 2 - 1
             Z = Z.to(self._operator.device)
-            self._signature = self._times(Z), self._centre(self._times(self._centre(Z)))
+            self._signature = self._times(Z), self._center(self._times(self._center(Z)))
         return self._signature
 
     def _times(self, v: Tensor) -> Tensor:
         return (self._operator @ v).double()
 
-    def _centre(self, v: Tensor) -> Tensor:
-        """Without the mean over samples, per output."""
+    def _center(self, v: Tensor) -> Tensor:
+        """Subtract the mean over samples, per output."""
         v3 = v.reshape(self._n, -1, v.shape[1])
         return (v3 - v3.mean(0)).reshape(v.shape)
 
 
-@dataclass(frozen=True)
-class Change:
-    """The kernel now, at first and before, as signatures; `elapsed` steps since the one before."""
+def kernel_change(now: Any, first: Any, before: Any, elapsed: int) -> dict[str, float | None]:
+    """Distance, relative change and centered cosine to the first kernel; velocity since the one `elapsed` steps before.
 
-    now: Any
-    first: Any
-    before: Any
-    elapsed: int
-
-    def numbers(self) -> dict[str, float | None]:
-        """Distance, relative change, centred cosine to the first; velocity."""
-        if isinstance(self.now, Tensor):
-            if not bool(self.now.any()) or not bool(self.first.any()) or not bool(self.before.any()):
-                return dict.fromkeys(("distance", "change", "cka", "velocity", "change_error"))
-            difference = (self.now - self.first).double().norm() / self.first.double().norm()
-            cosine, cka = alignment(self.now, self.first), alignment(self.now, self.first, centered=True)
-            last, error = alignment(self.now, self.before), 0.0
-        else:
-            squares = ((self.now[0] - self.first[0]) ** 2).sum(0)
-            norm = float((self.first[0] ** 2).sum(0).mean())
-            if not norm > 0:
-                return dict.fromkeys(("distance", "change", "cka", "velocity", "change_error"))
-            difference = (squares.mean() / norm) ** 0.5
-            cosine, last = _cosine(self.now[0], self.first[0]), _cosine(self.now[0], self.before[0])
-            cka = _cosine(self.now[1], self.first[1])
-            mean = float(squares.mean())
-            error = float(squares.std()) / _PROBES**0.5 / mean if mean > 0 else 0.0
-        return {
-            "distance": finite(max(0.0, 1 - cosine)),
-            "change": finite(float(difference)),
-            "cka": finite(cka),
-            "velocity": finite(max(0.0, 1 - last) / self.elapsed) if self.elapsed else None,
-            "change_error": finite(error),
-        }
+    The kernels are signatures of `KernelMatrix` or of `KernelProducts`.
+    """
+    zero = dict.fromkeys(("distance", "change", "cka", "velocity", "change_error"))
+    if isinstance(now, Tensor):
+        if not bool(now.any()) or not bool(first.any()) or not bool(before.any()):
+            return zero
+        change = (now - first).double().norm() / first.double().norm()
+        cosine, cka = alignment(now, first), alignment(now, first, centered=True)
+        last, error = alignment(now, before), 0.0
+    else:
+        squares = ((now[0] - first[0]) ** 2).sum(0)
+        norm = float((first[0] ** 2).sum(0).mean())
+        if not norm > 0:
+            return zero
+        change = (squares.mean() / norm) ** 0.5
+        cosine, last, cka = _cosine(now[0], first[0]), _cosine(now[0], before[0]), _cosine(now[1], first[1])
+        mean = float(squares.mean())
+        error = float(squares.std()) / _PROBES**0.5 / mean if mean > 0 else 0.0
+    return {
+        "distance": finite(max(0.0, 1 - cosine)),
+        "change": finite(float(change)),
+        "cka": finite(cka),
+        "velocity": finite(max(0.0, 1 - last) / elapsed) if elapsed else None,
+        "change_error": finite(error),
+    }
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

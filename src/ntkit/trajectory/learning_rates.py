@@ -1,4 +1,4 @@
-"""Learning rates: those an optimiser has now, and those a schedule gives each step."""
+"""Learning rates: those of an optimizer, and those that a schedule sets for each step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ntkit.base.checks import refusal
 
 
 def learning_rates(opt: Optimizer) -> list[float]:
-    """Read the learning rates of an optimiser's groups; NaN where a group has none (Adafactor may find its own)."""
+    """Learning rates of an optimizer's groups; NaN for a group without one (as Adafactor's may be)."""
     return [math.nan if group.get("lr") is None else float(group["lr"]) for group in opt.param_groups]
 
 
-class Rates:
-    """The learning rates of each step: the optimiser's own, times the schedule's factor."""
+class RateSchedule:
+    """The learning rates of each step: the optimizer's initial ones, times the schedule's factor."""
 
     def __init__(self, opt: Optimizer, schedule: Callable[[int], float] | None) -> None:
         self.opt, self.schedule, self.initial = opt, schedule, learning_rates(opt)
@@ -26,14 +26,14 @@ class Rates:
         fix = "Pass e.g. schedule=lambda step: 0.99**step."
         if not callable(schedule):
             got = f"a {type(schedule).__name__}"
-            raise refusal("schedule", got=got, expected="a function of the step, giving a factor", fix=fix)
+            raise refusal("schedule", got=got, expected="a function of the step that returns a factor", fix=fix)
         if not all(map(math.isfinite, self.initial)):
             got = f"{type(opt).__name__} with learning rates {self.initial}"
-            raise refusal("schedule", got=got, expected="finite ones to multiply", fix="Give every group an lr.")
+            raise refusal("schedule", got=got, expected="finite learning rates", fix="Give every group an lr.")
         self._factor(0)
 
     def set(self, step: int) -> list[float]:
-        """Set the optimiser to step's rates and give them."""
+        """Set the optimizer to the learning rates of a step, and return them."""
         if self.schedule is None:
             return self.initial
         factor = self._factor(step)
@@ -51,10 +51,6 @@ class Rates:
         except (TypeError, ValueError):
             factor = math.nan
         if not math.isfinite(factor):
-            raise refusal(
-                "schedule",
-                got=f"{value!r} at step {step}",
-                expected="a finite factor on the learning rate",
-                fix="Return a number for every step from 0 on.",
-            )
+            fix = "Return a number for every step from 0 on."
+            raise refusal("schedule", got=f"{value!r} at step {step}", expected="a finite factor", fix=fix)
         return factor

@@ -1,4 +1,4 @@
-"""What a step of SGD, Adam or AdamW does to each parameter, as linear in gradients and parameters."""
+"""Updates of SGD, Adam and AdamW as linear functions of gradients and parameters."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ntkit.base.checks import refusal
 
-Known = type[SGD] | type[Adam]  # AdamW is an Adam
+OptimizerClass = type[SGD] | type[Adam]  # AdamW is a subclass of Adam
 
-_KNOWN: dict[str, Known] = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (SGD, Adam, AdamW)}
+_CLASSES: dict[str, OptimizerClass] = {f"{c.__module__}.{c.__qualname__}": c for c in (SGD, Adam, AdamW)}
 
 
 @dataclass(frozen=True)
 class Update:
-    """One parameter's update at step s, u_s = theta_{s+1} - theta_s, as linear in gradients g and parameters theta.
+    """One parameter's update u_s = theta_{s+1} - theta_s, as a linear function of gradients g and parameters theta.
 
-    With b the optimiser's buffer (momentum, or Adam's mean gradient; zero before its first use):
+    With b the optimizer's buffer (momentum, or Adam's mean gradient; zero before its first use):
 
     d_s = gradient * g_s + coupled * theta_s
     b_{s+1} = carry * b_s + entering * d_s
@@ -33,14 +33,14 @@ class Update:
 
     Attributes
     ----------
-    gradient : factor of the gradient: clipping, times -1 where the optimiser maximises.
+    gradient : factor of the gradient: clipping, times -1 where the optimizer maximizes.
     coupled : weight decay that goes through the gradient (L2).
-    carry : what is kept of the buffer; 0 without one, and where this is its first use.
-    entering : what of d_s enters the buffer: 1 - dampening (1 at the first use), 1 - beta1 for Adam; 0 without one.
-    direct : learning rate of d_s itself: without momentum and with Nesterov's; else 0.
+    carry : factor of the previous buffer; 0 without one, and at its first use.
+    entering : factor of d_s in the buffer: 1 - dampening (1 at the first use), 1 - beta1 for Adam; 0 without one.
+    direct : learning rate of d_s itself, without momentum and with Nesterov's; else 0.
     buffered : learning rate of the buffer; for Adam an elementwise tensor, lr / ((1 - beta1^t) (sqrt(vhat) + eps)).
-        Adam's second moments depend on the gradients, too: they count here as the numbers that they were.
-    decoupled : learning rate times weight decay, where that acts on the parameter itself (AdamW); else 0.
+        Adam's second moments depend on the gradients, too: here they are constants.
+    decoupled : learning rate times weight decay, where it acts on the parameter itself (AdamW); else 0.
     """
 
     gradient: float
@@ -52,107 +52,61 @@ class Update:
     decoupled: float
 
 
-def known(name: str) -> Known:
-    """Give the optimiser of this class name, as ``run.json`` has it, or refuse one whose update is not known.
-
-    Raises
-    ------
-    Refused
-        For any other class, also one derived from a known one: it may do something else.
-
-    Examples
-    --------
-    >>> known("torch.optim.sgd.SGD").__name__
-    'SGD'
-    """
-    if name not in _KNOWN:
-        raise refusal(
-            "optimizer",
-            got=name,
-            expected="torch.optim.SGD, Adam or AdamW itself",
-            fix="Train with one of these; of others it is not known how a step depends on each gradient.",
-        )
-    return _KNOWN[name]
+def optimizer_class(name: str) -> OptimizerClass:
+    """Optimizer with this class name, as in ``run.json``; refuse any other, also a subclass: its update may differ."""
+    if name not in _CLASSES:
+        fix = "Train with one of these; the updates of others are not implemented as functions of each gradient."
+        raise refusal("optimizer", got=name, expected="torch.optim.SGD, Adam or AdamW itself", fix=fix)
+    return _CLASSES[name]
 
 
-def rebuilt(told: Mapping[str, Any], params: Mapping[str, nn.Parameter]) -> Optimizer:
-    """Make the optimiser that a run's settings tell of, for these parameters by name, without any state.
-
-    Parameters
-    ----------
-    told : ``settings["optimizer"]`` of a run: class and groups.
-    params : parameters by name, at least those of the groups.
-
-    Raises
-    ------
-    Refused
-        As `known`.
-
-    Examples
-    --------
-    >>> told = {"class": "torch.optim.sgd.SGD", "groups": [{"params": ["weight"], "lr": 0.5, "momentum": 0.9}]}
-    >>> rebuilt(told, dict(torch.nn.Linear(1, 1).named_parameters())).param_groups[0]["momentum"]
-    0.9
-    """
-    opt = known(told["class"])([{"params": [params[name] for name in group["params"]]} for group in told["groups"]])
-    for group, settings in zip(opt.param_groups, told["groups"], strict=True):
-        for name in group.keys() & (settings.keys() - {"params"}):
-            value = settings[name]
+def build_optimizer(settings: Mapping[str, Any], params: Mapping[str, nn.Parameter]) -> Optimizer:
+    """Optimizer without state, with ``settings["optimizer"]`` of a run, for these parameters by name."""
+    groups = settings["groups"]
+    opt = optimizer_class(settings["class"])([{"params": [params[name] for name in g["params"]]} for g in groups])
+    for group, values in zip(opt.param_groups, groups, strict=True):
+        for name in group.keys() & (values.keys() - {"params"}):
+            value = values[name]
             group[name] = tuple(value) if isinstance(value, list) else value
         if group.get("capturable") and not all(p.is_cuda for p in group["params"]):
-            group["capturable"] = False  # torch refuses it there; the formula is the same
+            group["capturable"] = False  # torch refuses it on this device; the formula is the same
     return opt
 
 
 def updated_parameters(model: nn.Module, opt: Optimizer) -> dict[str, nn.Parameter]:
-    """List the model's parameters that the optimiser updates, by name and in the model's order."""
-    mine = {id(p) for group in opt.param_groups for p in group["params"]}
-    return {name: p for name, p in model.named_parameters() if id(p) in mine}
+    """The model's parameters that the optimizer updates, by name and in the model's order."""
+    updated = {id(p) for group in opt.param_groups for p in group["params"]}
+    return {name: p for name, p in model.named_parameters() if id(p) in updated}
 
 
 def check_clip(clip: float | None) -> None:
-    """Refuse a bound on the gradient's norm that is none."""
+    """Refuse an invalid bound on the norm of the gradient."""
     if clip is not None and not (isinstance(clip, Real) and 0 < clip < math.inf):
-        got, expected = repr(clip), "a finite norm > 0, or None"
-        raise refusal("clip", got=got, expected=expected, fix="None = gradients as they are.")
+        raise refusal("clip", got=repr(clip), expected="a finite norm > 0, or None", fix="None = no clipping.")
 
 
 def clip_gradients(params: Iterable[Tensor], clip: float | None) -> float:
-    """Scale gradients in place such that the norm of all together is at most `clip`; give the factor."""
+    """Scale gradients in place such that their common norm is at most `clip`; return the factor."""
     if clip is None:
         return 1.0
     norm = torch.nn.utils.clip_grad_norm_(list(params), clip)
-    return float(torch.clamp(clip / (norm + 1e-6), max=1.0))  # as torch has it
+    return float(torch.clamp(clip / (norm + 1e-6), max=1.0))  # the formula of clip_grad_norm_
 
 
-def stepped(opt: Optimizer, params: Mapping[str, nn.Parameter], factor: float = 1.0) -> dict[str, Update]:
-    """Call ``opt.step()`` and give the update of each parameter.
+def take_step(opt: Optimizer, params: Mapping[str, nn.Parameter], factor: float = 1.0) -> dict[str, Update]:
+    """Call ``opt.step()`` and return the `Update` of each parameter by name; for SGD, Adam and AdamW only.
 
-    Parameters
-    ----------
-    opt : SGD, Adam or AdamW of torch, with gradients in place.
-    params : the parameters it updates, by name.
-    factor : by what these gradients were scaled, as `clip_gradients` gives it.
-
-    Returns
-    -------
-    dict
-        `Update` by name. The gradient in it is the one before scaling.
-
-    Raises
-    ------
-    Refused
-        For any other optimiser.
+    `factor` is that of `clip_gradients`; the gradient in an update is the one before this scaling.
 
     Examples
     --------
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
     >>> p.grad = torch.tensor([2.0])
-    >>> update = stepped(torch.optim.SGD([p], lr=0.5), {"p": p})["p"]
+    >>> update = take_step(torch.optim.SGD([p], lr=0.5), {"p": p})["p"]
     >>> update.direct, p.item()
     (0.5, 0.0)
     """
-    known(f"{type(opt).__module__}.{type(opt).__qualname__}")
+    optimizer_class(f"{type(opt).__module__}.{type(opt).__qualname__}")
     first = {name for name, p in params.items() if _buffer(opt, p) is None}
     opt.step()
     groups = {id(p): group for group in opt.param_groups for p in group["params"]}
@@ -161,8 +115,8 @@ def stepped(opt: Optimizer, params: Mapping[str, nn.Parameter], factor: float = 
         if p.grad is None:
             updates[name] = Update(0.0, 0.0, float(name not in first), 0.0, 0.0, 0.0, 0.0)
         else:
-            of_class = _of_sgd if isinstance(opt, SGD) else _of_adam
-            updates[name] = of_class(opt, groups[id(p)], opt.state[p], factor, name in first)
+            update = _sgd_update if isinstance(opt, SGD) else _adam_update
+            updates[name] = update(opt, groups[id(p)], opt.state[p], factor, name in first)
     return updates
 
 
@@ -171,19 +125,19 @@ def _buffer(opt: Optimizer, p: Tensor) -> Tensor | None:
     return state.get("momentum_buffer", state.get("exp_avg"))
 
 
-def _of_sgd(opt: Optimizer, group: dict[str, Any], state: dict[str, Tensor], factor: float, first: bool) -> Update:
+def _sgd_update(opt: Optimizer, group: dict[str, Any], state: dict[str, Tensor], factor: float, first: bool) -> Update:
     lr, momentum = float(group["lr"]), float(group["momentum"])
     gradient = -factor if group["maximize"] else factor
     decay = float(group["weight_decay"])
     if momentum == 0:
         return Update(gradient, decay, 0.0, 0.0, lr, 0.0, 0.0)
-    # The first buffer is d_s itself: neither momentum nor dampening apply.
+    # The first buffer is d_s itself: neither momentum nor dampening applies.
     carry, entering = (0.0, 1.0) if first else (momentum, 1 - group["dampening"])
     direct, buffered = (lr, lr * momentum) if group["nesterov"] else (0.0, lr)
     return Update(gradient, decay, carry, entering, direct, buffered, 0.0)
 
 
-def _of_adam(opt: Optimizer, group: dict[str, Any], state: dict[str, Tensor], factor: float, first: bool) -> Update:
+def _adam_update(opt: Optimizer, group: dict[str, Any], state: dict[str, Tensor], factor: float, first: bool) -> Update:
     lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
     # A captured step computes the powers on the device, in the precision of its count.
     count = state["step"] if group["capturable"] else float(state["step"])
@@ -191,14 +145,14 @@ def _of_adam(opt: Optimizer, group: dict[str, Any], state: dict[str, Tensor], fa
     root = second.sqrt() / (1 - beta2**count) ** 0.5 + group["eps"]
     gradient = -factor if group["maximize"] else factor
     decay = float(group["weight_decay"])
-    # Before torch 2.7, AdamW has no such entry.
-    apart = isinstance(opt, AdamW) or group.get("decoupled_weight_decay", False)
+    # AdamW has no such entry before torch 2.7.
+    decoupled = isinstance(opt, AdamW) or group.get("decoupled_weight_decay", False)
     return Update(
         gradient=gradient,
-        coupled=0.0 if apart else decay,
+        coupled=0.0 if decoupled else decay,
         carry=0.0 if first else beta1,
         entering=1 - beta1,
         direct=0.0,
         buffered=lr / (1 - beta1**count) / root,
-        decoupled=lr * decay if apart else 0.0,
+        decoupled=lr * decay if decoupled else 0.0,
     )

@@ -1,4 +1,4 @@
-"""Record a training loop that is the user's own: one line before it, one line in it."""
+"""Record the user's own training loop: one line before it, one line in it."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ntkit.base.checks import Refused, parse_bytes, refusal
-from ntkit.base.tensors import serialised, write_bytes
-from ntkit.trajectory.batch_order import Record, recorded_at, thinned
+from ntkit.base.tensors import safetensors_bytes, write_bytes
 from ntkit.trajectory.recorded_run import read_run, snapshot_path, tied_names
-from ntkit.trajectory.run_writer import Run, described
-from ntkit.trajectory.step_log import Entry, Log
+from ntkit.trajectory.run_writer import RunWriter, network_and_optimizer
+from ntkit.trajectory.snapshots import SnapshotSteps, snapshot_rule, surplus_snapshots
+from ntkit.trajectory.step_log import LogEntry, StepLog
 
-SKIPPED = 20  # a gradient scaler that starts at 2^16 and halves at each step it skips is below one by then
+MOST_SKIPPED = 20  # a gradient scaler that starts at 2^16 and is halved at each skipped step is below one by then
 
 
 def record(
     model: nn.Module,
     optimizer: Optimizer,
     path: str | Path,
-    record: Record = "log",
+    record: SnapshotSteps = "log",
     budget: int | str | None = None,
     resume: bool = False,
 ) -> Recorder:
     """Record a training loop as it runs; `Trajectory.open(path)` reads it, during the run and after.
 
     Use it as ``with ntkit.record(...) as rec:`` around the loop and call ``rec.step(indices, loss)`` after each
-    ``optimizer.step()``; ``rec.done`` is the number of optimiser steps made so far. Step s of the trajectory is the
-    model after s optimiser steps, buffers included. An update that did not take place (a gradient scaler skipped it)
-    is no step. Learning rates are read when the optimiser makes its update, so a scheduler may be stepped anywhere.
-    Leaving the block keeps the last state and ends the run; leave it before changing the model in another way. After an
-    exception the run can be resumed.
+    ``optimizer.step()``; ``rec.done`` is the number of optimizer steps so far. Step s of the trajectory is the model
+    after s optimizer steps, buffers included. An update that a gradient scaler skips is not a step. Learning rates are
+    read when the optimizer makes its update, so a scheduler may be stepped anywhere. The end of the block records the
+    last state and ends the run; do not change the model in another way before. After an exception the run can be
+    resumed.
 
     Parameters
     ----------
     model : any module. Of a compiled or data-parallel one the module inside is recorded, under its own names.
-    optimizer : any torch optimiser of parameters of `model`.
+    optimizer : any torch optimizer of parameters of `model`.
     path : folder to write.
-    record : the steps whose parameters are kept: ``"log"`` (0 and round(2^(k/2))), ``"all"``, an integer n (every
-        n-th), a list, or a pure function step -> bool. The first and the last are always kept.
-    budget : bytes, or text such as ``"2 GB"``, that all snapshots together may take: older ones are given up such that
-        the rest stays evenly spaced in log(1 + step). None = no limit. Log and checkpoint (model and optimiser state
-        once; gone when the run has ended) come on top.
-    resume : go on with the run in `path`: on entering the block, the last checkpoint (about 10 s before the run was
-        killed, or 20 times what a checkpoint takes to write) is put into model and optimiser, and ``rec.done`` is its
-        step. Of an ended run the last state is loaded. With no run there, start.
+    record : the steps whose parameters are recorded, as in `ntkit.train`; a function must be pure.
+    budget : bytes, or text such as ``"2 GB"``, for all snapshots together: older ones are deleted such that the rest
+        stays evenly spaced in log(1 + step). None = no limit. Log and checkpoint (one copy of model and optimizer
+        state, deleted when the run ends) are not counted.
+    resume : continue the run in `path`: at the start of the block, the last checkpoint (at most about 10 s before the
+        run was killed, or 20 times the time that a checkpoint takes to write) is loaded into model and optimizer, and
+        ``rec.done`` is its step. Of a run that has ended the last state is loaded. A folder without a run gets a new
+        one.
 
     Returns
     -------
@@ -64,15 +64,15 @@ def record(
     Raises
     ------
     Refused
-        When an argument cannot be recorded; on entering, when `path` holds a run and `resume` is False, or that run
-        had another model, optimiser or schedule; by ``rec.step``, see there; on leaving, when an optimiser step was
-        not followed by ``rec.step``.
+        When an argument cannot be recorded; at the start of the block, when `path` holds a run and `resume` is False,
+        or that run had another model, optimizer or schedule; as `Recorder.step`; at the end of the block, when an
+        optimizer step was not followed by ``rec.step``.
 
     Notes
     -----
-    A resumed run has the same bits as one never killed if your loop is a function of the step and of what model and
-    optimiser hold: batches and random numbers seeded by the step, and a learning rate such as
-    ``LambdaLR(optimizer, factor, last_epoch=rec.done - 1)``, made inside the block.
+    A resumed run has the same bits as an uninterrupted one if the loop depends only on the step and on the state of
+    model and optimizer: batches and random numbers seeded by the step, and a learning rate such as
+    ``LambdaLR(optimizer, factor, last_epoch=rec.done - 1)``, created inside the block.
 
     Examples
     --------
@@ -98,86 +98,75 @@ def record(
 
 
 class Recorder:
-    """A loop being recorded; made by `record`.
-
-    Attributes
-    ----------
-    path : the folder.
-    done : optimiser steps recorded so far; of a resumed run those of its checkpoint, too.
-    """
+    """Context manager of `record`, around the loop; its folder is ``path``."""
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer,
         path: str | Path,
-        record: Record = "log",
-        budget: int | str | None = None,
+        record: SnapshotSteps,
+        budget: int | str | None,
         resume: bool = False,
-        *,
-        _checkpoints: bool = True,  # not where a framework owns the loop: it resumes from its own
+        checkpoints: bool = True,  # False where a framework runs the loop: it resumes from its own checkpoints
     ) -> None:
         self.path = Path(path)
-        self._model, self._opt = _unwrapped(model, optimizer)
+        self._model, self._opt = _unwrap(model, optimizer)
         if isinstance(record, Iterable) and not isinstance(record, str):
-            record = list(record)  # once: it may be an iterator
-        self._recorded = recorded_at(record)
-        self._budget = parse_bytes(budget, "budget", "Say how much disk all snapshots together may take.")
-        self._resume, self._checkpoints = resume, _checkpoints
+            record = list(record)  # it may be an iterator
+        self._has_snapshot = snapshot_rule(record)
+        self._budget = parse_bytes(budget, "budget", "Pass the disk space for all snapshots together.")
+        self._resume, self._checkpoints = resume, checkpoints
         self._owners = [
             (f"{prefix}.{key}".lstrip("."), module._buffers, key)
             for prefix, module in self._model.named_modules()
             for key in module._buffers
         ]
         self._buffers: dict[str, Tensor] = {}
-        if self._budget is not None and self._budget < 3 * (size := len(serialised(self._network()))):
-            raise refusal(
-                "budget",
-                got=f"{self._budget} bytes",
-                expected=f"room for 3 snapshots of {size} bytes each",
-                fix=f"Allow at least {3 * size}.",
-            )
+        if self._budget is not None and self._budget < 3 * (size := len(safetensors_bytes(self._network()))):
+            expected = f"enough for 3 snapshots of {size} bytes each"
+            raise refusal("budget", got=f"{self._budget} bytes", expected=expected, fix=f"Pass at least {3 * size}.")
         settings = {
             "kind": "recorded",
             "record": _as_json(record),
             "budget": self._budget,
-            **described(self._model, self._opt),
+            **network_and_optimizer(self._model, self._opt),
         }
-        self._run = Run(self._model, self._opt, self.path, settings)
-        self._log = Log(self.path / "log")
-        self._kept: dict[int, int] = {}  # recorded steps and their bytes
+        self._run = RunWriter(self._model, self._opt, self.path, settings)
+        self._log = StepLog(self.path / "log")
+        self._sizes: dict[int, int] = {}  # bytes of the snapshot of each step
         self._hooks: list[Any] = []
         self._ended_at: int | None = None
-        self._depth = 0  # optimiser steps begun and not finished: an optimiser may call its parent's step in its own
+        self._depth = 0  # optimizer steps begun and not finished: an optimizer's step may call its parent's
         self._updates = 0  # finished since the last rec.step()
         self._idle = 0  # calls of rec.step() without one
-        self._began = 0  # where this block starts
+        self._first = 0  # first step of this block
         self._rates: list[float | Tensor] = []
 
     @property
     def done(self) -> int:
-        """Optimiser steps recorded so far."""
+        """Optimizer steps recorded so far, in a resumed run including those of its checkpoint."""
         return len(self._log) if self._ended_at is None else self._ended_at
 
     def __enter__(self) -> Recorder:
-        if self._run.ended(self._resume):
+        if self._run.load_if_ended(self._resume):
             self._ended_at = read_run(self.path)["stop"]["step"]
-            for group in self._opt.param_groups:  # a scheduler made for step `done` finds what a checkpoint would hold
+            for group in self._opt.param_groups:  # for a scheduler that starts at step `done`, as a checkpoint has it
                 group.setdefault("initial_lr", group.get("lr"))
             return self
-        held = self._run.begin(self._network(), self._resume)
-        self._keep_buffers()
-        rest = {} if held is None else held[1]
-        self._kept = {int(step): size for step, size in rest.get("kept", {}).items()}
+        checkpoint = self._run.begin(self._network(), self._resume)
+        self._copy_buffers()
+        rest = {} if checkpoint is None else checkpoint[1]
+        self._sizes = {int(step): size for step, size in rest.get("kept", {}).items()}
         for file in snapshot_path(self.path, 0).parent.glob("step-*.safetensors"):
-            if int(file.stem.removeprefix("step-")) not in self._kept:
-                file.unlink()  # made after the checkpoint, as are these steps of the log
-        self._log.cut(rest.get("step", 0), rest.get("diverged"))
-        if self.done == 0 or self._recorded(self.done):
+            if int(file.stem.removeprefix("step-")) not in self._sizes:
+                file.unlink()  # written after the checkpoint, as were the steps that the log deletes here
+        self._log.truncate(rest.get("step", 0), rest.get("diverged"))
+        if self.done == 0 or self._has_snapshot(self.done):
             self._snapshot()
         self._checkpoint()
         self._depth = self._updates = self._idle = 0
-        self._began = self.done
+        self._first = self.done
         self._hooks = [
             self._opt.register_step_pre_hook(self._before_update),
             self._opt.register_step_post_hook(self._after_update),
@@ -185,46 +174,43 @@ class Recorder:
         return self
 
     def step(self, indices: Sequence[int] | Tensor | None = None, loss: float | Tensor | None = None) -> None:
-        """Record the optimiser step just made; nothing if there was none since the last call.
+        """Record the optimizer step since the last call; does nothing if there was none.
 
         Parameters
         ----------
-        indices : the rows of the training set it used (integers, one dimension), if they are to be kept.
+        indices : the rows of the training set that the step used (integers, one dimension); None = not recorded.
         loss : its loss, before the update: a number or a scalar tensor. Tensors are read when the log is written, so
-            that a device is not waited for.
+            that no call waits for a device.
 
         Raises
         ------
         Refused
-            When the optimiser made more than one step, or stopped within one; when `indices` or `loss` are not such; or
-            when the run has ended.
+            When the optimizer made more than one step, or stopped within one; when `indices` or `loss` have another
+            form; or when the run has ended.
         """
         if not self._hooks:
-            raise refusal(
-                "rec.step",
-                got="a call outside the block" if self._ended_at is None else "a step of a run that has ended",
-                expected="a call inside 'with ntkit.record(...) as rec:', for step in range(rec.done, ...)",
-                fix="Record a further run in another folder." if self._ended_at is not None else "Move it there.",
-            )
+            ended = self._ended_at is not None
+            got = "a step of a run that has ended" if ended else "a call outside the block"
+            expected = "a call inside 'with ntkit.record(...) as rec:', for step in range(rec.done, ...)"
+            fix = "Record a new run in another folder." if ended else "Move the call into that block."
+            raise refusal("rec.step", got=got, expected=expected, fix=fix)
         if self._depth or self._updates > 1:
-            raise refusal(
-                "rec.step",
-                got="an optimizer.step() that was broken off" if self._depth else f"{self._updates} optimiser steps",
-                expected="one whole optimizer.step() since the last rec.step()",
-                fix="Call rec.step() once after each optimizer.step().",
-            )
+            got = "an optimizer.step() that was interrupted" if self._depth else f"{self._updates} optimizer steps"
+            expected = "one complete optimizer.step() since the last rec.step()"
+            fix = "Call rec.step() once after each optimizer.step()."
+            raise refusal("rec.step", got=got, expected=expected, fix=fix)
         if self._updates == 0:
             self._idle += 1
             return
-        self._log.append(Entry(_checked_loss(loss), self._rates, _checked_indices(indices)))  # now `done` is one more
-        self._keep_buffers()
-        # Last: a Ctrl-C before this line leaves a step that looks unfinished, and no checkpoint will be made of it.
+        self._log.append(LogEntry(_checked_loss(loss), self._rates, _checked_indices(indices)))  # increments `done`
+        self._copy_buffers()
+        # Last: after a Ctrl-C before this line the step counts as unfinished, and gets no checkpoint.
         self._updates = 0
-        recorded = self._recorded(self.done)
-        if recorded:
+        snapshot = self._has_snapshot(self.done)
+        if snapshot:
             self._snapshot()
             self._log.flush()
-        if self._run.pace.due(recorded):
+        if self._run.timer.due(snapshot):
             self._checkpoint()
 
     def __exit__(
@@ -235,28 +221,22 @@ class Recorder:
         if not self._hooks:
             return
         self._hooks = []
-        whole = not (self._depth or self._updates)
+        complete = not (self._depth or self._updates)
         if kind is not None:
-            with suppress(Refused):  # a full disk, say: the last checkpoint is still there, and this error counts more
+            with suppress(Refused):  # e.g. a full disk: the last checkpoint still exists, and `error` matters more
                 self._log.flush()
-                if whole:
+                if complete:
                     self._checkpoint()
             return
         self._log.flush()
-        if not whole:
-            raise refusal(
-                "rec.step",
-                got="an optimizer.step() with no rec.step() after it",
-                expected="rec.step() after each optimizer.step()",
-                fix="Call it as the last line of the loop; what was recorded so far is one step late if it came first.",
-            )
-        if self.done == self._began and self._idle > SKIPPED:
-            raise refusal(
-                "optimizer",
-                got=f"no step of this {type(self._opt).__name__} in {self._idle} calls of rec.step()",
-                expected="the optimiser whose step() the loop calls",
-                fix="Pass that one; and leave its step out of a captured CUDA graph.",
-            )
+        if not complete:
+            expected = "rec.step() after each optimizer.step()"
+            fix = "Call it as the last line of the loop. As its first line it records each state one step late."
+            raise refusal("rec.step", got="an optimizer.step() with no rec.step() after it", expected=expected, fix=fix)
+        if self.done == self._first and self._idle > MOST_SKIPPED:
+            got = f"no step of this {type(self._opt).__name__} in {self._idle} calls of rec.step()"
+            fix = "Pass that optimizer, and call its step() outside a captured CUDA graph."
+            raise refusal("optimizer", got=got, expected="the optimizer whose step() the loop calls", fix=fix)
         self._snapshot()
         stop: dict[str, Any] = {"reason": "ended", "step": self.done, "loss": None}
         if self._log.diverged is not None:
@@ -266,48 +246,48 @@ class Recorder:
 
     def _before_update(self, opt: Optimizer, args: Any, kwargs: Any) -> None:
         if self._depth == 0:
-            self._rates = [_kept_value(group.get("lr")) for group in opt.param_groups]
+            self._rates = [_rate(group.get("lr")) for group in opt.param_groups]
         self._depth += 1
 
     def _after_update(self, opt: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth -= 1
-        # A fused optimiser under a GradScaler is called also for an update it then skips.
+        # A fused optimizer under a GradScaler is called for skipped updates, too.
         skipped = getattr(opt, "found_inf", None)
         if self._depth == 0 and not (skipped is not None and bool(skipped)):
             self._updates += 1
 
-    def _keep_buffers(self) -> None:
-        """Copy the buffers: a forward pass moves them (running statistics), and may come to nothing."""
-        live = ((name, owner[key]) for name, owner, key in self._owners)
-        self._buffers = {name: tensor.clone() for name, tensor in live if tensor is not None}
+    def _copy_buffers(self) -> None:
+        """Copy the buffers: a forward pass changes them (running statistics) even if no update follows."""
+        tensors = ((name, owner[key]) for name, owner, key in self._owners)
+        self._buffers = {name: tensor.clone() for name, tensor in tensors if tensor is not None}
 
     def _network(self) -> dict[str, Tensor]:
-        """Parameters as they are, buffers as they were at the last step."""
+        """Parameters now, and buffers as they were after the last step."""
         return {names[0]: self._buffers.get(names[0], tensor) for names, tensor in tied_names(self._model)}
 
     def _snapshot(self) -> None:
         path = snapshot_path(self.path, self.done)
-        if self.done in self._kept and path.exists():
+        if self.done in self._sizes and path.exists():
             return
-        blob = serialised(self._network())
-        kept = self._kept | {self.done: len(blob)}
-        for step in thinned(kept, self._budget):
-            del kept[step]
+        blob = safetensors_bytes(self._network())
+        sizes = self._sizes | {self.done: len(blob)}
+        for step in surplus_snapshots(sizes, self._budget):
+            del sizes[step]
             snapshot_path(self.path, step).unlink(missing_ok=True)
         write_bytes(path, blob)
-        self._kept = kept
+        self._sizes = sizes
 
     def _checkpoint(self) -> None:
-        """Write what a resumed run starts from. The log first: it may be ahead of the checkpoint, never behind."""
-        with self._run.pace.measured():
+        """Write log and checkpoint, in this order: the log may be ahead of the checkpoint, never behind."""
+        with self._run.timer.measured():
             self._log.flush()
             if self._checkpoints:
-                rest = {"kept": self._kept, "diverged": self._log.diverged}
+                rest = {"kept": self._sizes, "diverged": self._log.diverged}
                 self._run.write_checkpoint(self.done, self._network(), {}, **rest)
 
 
-def _unwrapped(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-    """Check model and optimiser, and take them out of what others put around them."""
+def _unwrap(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """Check model and optimizer, and remove the wrappers of torch and Accelerate."""
     if not isinstance(model, nn.Module):
         got = f"a {type(model).__name__}"
         raise refusal("model", got=got, expected="a torch.nn.Module", fix="Pass the network that is trained.")
@@ -317,32 +297,22 @@ def _unwrapped(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optim
     if type(optimizer).__module__.startswith("accelerate."):
         optimizer = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(optimizer, Optimizer):
-        raise refusal(
-            "optimizer",
-            got=f"a {type(optimizer).__name__}",
-            expected="a torch.optim.Optimizer",
-            fix="Pass the optimiser itself, as in ntkit.record(model, optimizer, path).",
-        )
+        fix = "Pass the optimizer itself, as in ntkit.record(model, optimizer, path)."
+        raise refusal("optimizer", got=f"a {type(optimizer).__name__}", expected="a torch.optim.Optimizer", fix=fix)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor) or tensor.is_meta:
-            raise refusal(
-                f"model's {name}",
-                got="a tensor without values yet",
-                expected="parameters that exist",
-                fix="Run one batch through the model, or move it to a device, before recording.",
-            )
-    mine = {id(p) for p in model.parameters()}
-    if any(id(p) not in mine for group in optimizer.param_groups for p in group["params"]):
-        raise refusal(
-            "optimizer",
-            got="a parameter that is not the model's",
-            expected="an optimiser of the model's parameters",
-            fix="Pass a module that holds all that is trained: torch.nn.ModuleList([model, head]).",
-        )
+            expected = "parameters with values"
+            fix = "Run one batch through the model, or move it to a device, before recording."
+            raise refusal(f"model's {name}", got="a tensor without values yet", expected=expected, fix=fix)
+    parameters = {id(p) for p in model.parameters()}
+    if any(id(p) not in parameters for group in optimizer.param_groups for p in group["params"]):
+        expected = "an optimizer of the model's parameters"
+        fix = "Pass a module with all trained parameters: torch.nn.ModuleList([model, head])."
+        raise refusal("optimizer", got="a parameter that is not the model's", expected=expected, fix=fix)
     return model, optimizer
 
 
-def _as_json(record: Record) -> Any:
+def _as_json(record: SnapshotSteps) -> Any:
     if callable(record):
         return getattr(record, "__qualname__", type(record).__qualname__)
     if isinstance(record, Iterable) and not isinstance(record, str):
@@ -350,15 +320,15 @@ def _as_json(record: Record) -> Any:
     return int(record) if isinstance(record, Integral) else record
 
 
-def _kept_value(rate: float | Tensor | None) -> float | Tensor:
+def _rate(rate: float | Tensor | None) -> float | Tensor:
     if isinstance(rate, Tensor):
-        return rate.detach().clone()  # read later: a device is not waited for
+        return rate.detach().clone()  # read later, so that no call waits for a device
     return math.nan if rate is None else float(rate)
 
 
 def _checked_loss(loss: float | Tensor | None) -> float | Tensor | None:
     if isinstance(loss, Tensor) and loss.ndim == 0 and not loss.is_complex():
-        # A copy: with CUDA graphs the next step writes over the same memory.
+        # A copy: with CUDA graphs the next step overwrites the same memory.
         return float(loss.detach()) if loss.device.type == "cpu" else loss.detach().clone()
     if loss is None or (isinstance(loss, Real) and not isinstance(loss, Tensor)):
         return None if loss is None else float(loss)
@@ -377,12 +347,9 @@ def _checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
         rows = rows.to(torch.int64)  # an empty list has no type
     if rows is None or rows.ndim != 1 or rows.dtype not in _INTEGERS:
         what = type(indices).__name__ if rows is None else f"{rows.dtype} of shape {list(rows.shape)}"
-        raise refusal(
-            "indices",
-            got=what,
-            expected="integers in one dimension: the rows of the training set in this batch",
-            fix="Give the dataset's own row numbers, e.g. from a dataset that returns them with each example.",
-        )
+        expected = "integers in one dimension: the rows of the training set in this batch"
+        fix = "Pass the row numbers of the data set, e.g. from a data set that returns them with each example."
+        raise refusal("indices", got=what, expected=expected, fix=fix)
     return rows.to(torch.int64, copy=True)
 
 

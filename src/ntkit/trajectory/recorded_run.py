@@ -1,13 +1,12 @@
-"""The Trajectory noun: a folder with a training run, opened for reading."""
+"""Trajectory: a folder with a training run, opened for reading."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 from weakref import finalize
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_json
-from ntkit.base.tensors import read_if_there, read_tensors
+from ntkit.base.tensors import read_tensors, read_tensors_if_present
 from ntkit.trajectory.batch_order import batch_indices
+from ntkit.trajectory.objective import Inputs, Loss
 from ntkit.trajectory.step_log import read_indices, read_log
 
 FORMAT = "ntkit-trajectory"
@@ -26,22 +26,22 @@ VERSION = 1
 class Trajectory:
     """A training run on disk: parameters at recorded steps, batches, losses and settings.
 
-    Step s means: after s optimisation steps, so step 0 is the initial network. Made by `ntkit.train` or
-    `ntkit.record`, and opened at any time with `Trajectory.open`, also while another process is writing it: open it
-    again to see what is new. ``len(trajectory)`` is the number of recorded steps.
+    Step s means: after s optimization steps, so step 0 is the initial network. `ntkit.train` and `ntkit.record` write
+    it. `Trajectory.open` opens it at any time, also while another process is writing it: open it again to see new
+    steps. ``len(trajectory)`` is the number of recorded steps.
 
     Attributes
     ----------
     path : the folder.
-    settings : what the run was started with (``run.json``): kind (``"recorded"``; absent for `train`), record,
+    settings : settings of the run (``run.json``): kind (``"recorded"``; absent for `train`), record,
         optimizer (class, defaults, groups), parameters (shape and dtype by name, buffers too), aliases of tied
         tensors; for `train` also steps, batch_size, seed, target, loss, schedule, clip, n, hash of the data.
-    status : ``"running"`` (or killed), ``"complete"`` or ``"diverged"`` (a loss that is not finite).
-    stop : why and where it ended: ``reason`` (``"steps"``, ``"target"``, ``"diverged"``; ``"ended"`` for a recorded
-        loop), ``step`` (the final one), ``loss`` there if it was computed; a diverged run adds ``diverged_at`` and
-        ``diverged_loss``. Empty while running.
+    status : ``"running"`` (also when killed), ``"complete"`` or ``"diverged"`` (a loss that is not finite).
+    stop : why and where the run ended: ``reason`` (``"steps"``, ``"target"``, ``"diverged"``; ``"ended"`` for a
+        recorded loop), ``step`` (the last one), ``loss`` at that step if it was computed; a diverged run adds
+        ``diverged_at`` and ``diverged_loss``. Empty while running.
     steps : the recorded steps, ascending.
-    origin : (model, (x, y), loss) that `train` was called with, on the Trajectory it returns; None for one opened.
+    origin : the arguments (model, (x, y), loss) of `train`, on the Trajectory it returns; None after `open`.
 
     Examples
     --------
@@ -62,11 +62,12 @@ class Trajectory:
         self.path = Path(path)
         run = read_run(self.path)
         self.settings: dict[str, Any] = run["settings"]
-        self.status: str = run["status"]
+        self.status: Literal["running", "complete", "diverged"] = run["status"]
         self.stop: dict[str, Any] = run.get("stop", {})
+        self._is_recorded_loop = self.settings.get("kind") == "recorded"
         names = (self.path / "snapshots").glob("step-*.safetensors")
         self.steps: list[int] = sorted(int(name.stem.removeprefix("step-")) for name in names)
-        self.origin: tuple[nn.Module, tuple[Any, Tensor], Callable[[Any, Tensor], Tensor]] | None = None
+        self.origin: tuple[nn.Module, tuple[Inputs, Tensor], Loss] | None = None
         if temporary is not None:
             finalize(self, temporary.cleanup)
 
@@ -89,39 +90,32 @@ class Trajectory:
 
     @cached_property
     def losses(self) -> Tensor:
-        """Loss before each step: float64 [S], entry s on ``batch(s)`` at the parameters of step s (S: steps made).
+        """Loss before each step: float64 [S], entry s on ``batch(s)`` at the parameters of step s (S: number of steps).
 
-        NaN where a recorded loop gave none.
+        NaN where a recorded loop passed no loss.
         """
         return self._log["losses"]
 
     @cached_property
     def learning_rates(self) -> Tensor:
-        """Learning rate of each step's update: float64 [S, groups of the optimiser].
+        """Learning rate of each step's update: float64 [S, groups of the optimizer].
 
-        NaN where a group has none of its own, or was added later.
+        NaN where a group has none, or was added later.
         """
-        if "learning_rates" in self._log:
-            return self._log["learning_rates"]
-        groups = self.settings["optimizer"]["groups"]  # written by an older release: no schedule
-        constant = torch.tensor([group.get("lr", math.nan) for group in groups], dtype=torch.float64)
-        return constant.repeat(len(self.losses), 1)
+        return self._log["learning_rates"]
 
     @cached_property
     def _log(self) -> dict[str, Tensor]:
         if self._is_recorded_loop:
             return read_log(self.path / "log")
         for name in ("losses.safetensors", "checkpoint.safetensors"):
-            if (held := read_if_there(self.path / name)) is not None:
-                return held
-        return {"losses": torch.zeros(0, dtype=torch.float64)}
-
-    @property
-    def _is_recorded_loop(self) -> bool:
-        return self.settings.get("kind") == "recorded"
+            if (log := read_tensors_if_present(self.path / name)) is not None:
+                return log
+        empty = torch.zeros(0, len(self.settings["optimizer"]["groups"]), dtype=torch.float64)
+        return {"losses": empty[:, 0], "learning_rates": empty}
 
     def batch(self, step: int) -> Tensor:
-        """Give the indices (int64 [rows]) of the training examples that step `step` used.
+        """Indices (int64 [rows]) of the training examples that step `step` used.
 
         Raises
         ------
@@ -130,45 +124,34 @@ class Trajectory:
         """
         last = len(self.losses) if self._is_recorded_loop else self.stop.get("step", self.settings.get("steps"))
         if not 0 <= step < last:
-            raise refusal(
-                "step", got=step, expected=f"0 <= step < {last}", fix="Step s leads from state s to state s + 1."
-            )
+            fix = "Step s leads from state s to state s + 1."
+            raise refusal("step", got=step, expected=f"0 <= step < {last}", fix=fix)
         if not self._is_recorded_loop:
             return batch_indices(self.settings["seed"], self.settings["n"], self.settings["batch_size"], step)
         indices = read_indices(self.path / "log", step)
         if indices is None:
-            raise refusal(
-                f"batch of step {step}",
-                got="a step recorded without indices",
-                expected="the rows it was trained on",
-                fix="Call rec.step(indices, loss) in the loop that is recorded.",
-            )
+            expected, fix = "its rows of the training set", "Call rec.step(indices, loss) in the loop that is recorded."
+            raise refusal(f"batch of step {step}", got="a step recorded without indices", expected=expected, fix=fix)
         return indices
 
     def state(self, step: int) -> dict[str, Tensor]:
-        """Read parameters and buffers at a recorded step, by name; tied tensors appear under each of their names.
+        """Parameters and buffers at a recorded step, by name; tied tensors appear under each of their names.
 
         Raises
         ------
         Refused
-            When the step was not recorded; names the nearest that were.
+            When the step was not recorded; names the nearest recorded steps.
         """
         if step not in self.steps:
             near = sorted(sorted(self.steps, key=lambda s: abs(s - step))[:3])
-            raise refusal(
-                f"step {step}",
-                got="a step that was not recorded",
-                expected=f"one of trajectory.steps; nearest: {', '.join(map(str, near)) or 'none yet'}",
-                fix="Ask for one of those, or train again with record='all' or record=[steps].",
-            )
-        tensors = read_if_there(snapshot_path(self.path, step))
+            expected = f"one of trajectory.steps; nearest: {', '.join(map(str, near)) or 'none yet'}"
+            fix = "Ask for one of those, or train again with record='all' or record=[steps]."
+            raise refusal(f"step {step}", got="a step that was not recorded", expected=expected, fix=fix)
+        tensors = read_tensors_if_present(snapshot_path(self.path, step))
         if tensors is None:
-            raise refusal(
-                f"step {step}",
-                got="a snapshot that is gone: the run, held to its budget, gave it up",
-                expected="one of those still there",
-                fix="Open the trajectory again and choose from its steps.",
-            )
+            got = "a snapshot that the run deleted to stay within its budget"
+            fix = "Open the trajectory again and choose one of its steps."
+            raise refusal(f"step {step}", got=got, expected="a snapshot that still exists", fix=fix)
         return tensors | {alias: tensors[name] for alias, name in self.settings["aliases"].items()}
 
     def load(self, model: nn.Module, step: int) -> None:
@@ -193,7 +176,7 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     Raises
     ------
     Refused
-        When the file is absent or not safetensors, or its names, shapes or dtypes (one that would lose digits) differ.
+        When the file is absent or not safetensors; when names or shapes differ, or a dtype would lose digits.
 
     Examples
     --------
@@ -207,14 +190,13 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy named tensors into a model's parameters and buffers after checking all of them."""
+    """Copy named tensors into a model's parameters and buffers, after a check of all of them."""
     groups = tied_names(model)
     targets = {names[0]: tensor for names, tensor in groups}
     canonical = {name: names[0] for names, _ in groups for name in names}
-    needed = set(model.state_dict()) | {
-        name for name, _ in model.named_parameters()
-    }  # non-persistent buffers may be absent
-    wrong: dict[str, list[str]] = {
+    # non-persistent buffers may be absent
+    needed = set(model.state_dict()) | {name for name, _ in model.named_parameters()}
+    errors: dict[str, list[str]] = {
         "missing": [names[0] for names, _ in groups if not tensors.keys() & set(names) and needed & set(names)],
         "unexpected": sorted(tensors.keys() - canonical.keys()),
         "of another shape": [],
@@ -225,50 +207,40 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
     for name in [name for name in canonical if name in tensors]:
         tensor, target = tensors[name], targets[canonical[name]]
         if tensor.shape != target.shape:
-            wrong["of another shape"].append(f"{name} {list(tensor.shape)} (model: {list(target.shape)})")
+            errors["of another shape"].append(f"{name} {list(tensor.shape)} (model: {list(target.shape)})")
         elif torch.promote_types(tensor.dtype, target.dtype) != target.dtype:
-            wrong["of a dtype that would lose digits"].append(f"{name} {tensor.dtype} (model: {target.dtype})")
+            errors["of a dtype that would lose digits"].append(f"{name} {tensor.dtype} (model: {target.dtype})")
         elif (first := new.setdefault(canonical[name], tensor)) is not tensor and not torch.equal(first, tensor):
-            wrong["tied in the model, different here"].append(name)
-    if any(wrong.values()):
-        raise refusal(
-            source,
-            got="; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in wrong.items() if names),
-            expected="the model's parameters and buffers by name, shape and dtype",
-            fix="Build the model as it was built for that file; nothing was loaded.",
-        )
+            errors["tied in the model, different here"].append(name)
+    if any(errors.values()):
+        texts = {what: ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") for what, names in errors.items()}
+        got = "; ".join(f"{len(names)} {what}: {texts[what]}" for what, names in errors.items() if names)
+        fix = "Build the model as it was built for that file. Nothing was loaded."
+        raise refusal(source, got=got, expected="the model's parameters and buffers by name, shape and dtype", fix=fix)
     with torch.no_grad():
         for name, tensor in new.items():
             targets[name].copy_(tensor)
 
 
 def tied_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """List each parameter and buffer once, with all of its names: a tied tensor has several."""
-    found: dict[int, tuple[list[str], Tensor]] = {}
+    """Each parameter and buffer once, with all of its names: a tied tensor has several."""
+    names_by_id: dict[int, tuple[list[str], Tensor]] = {}
     for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
         for name, tensor in named:
-            found.setdefault(id(tensor), ([], tensor.detach()))[0].append(name)
-    return list(found.values())
+            names_by_id.setdefault(id(tensor), ([], tensor.detach()))[0].append(name)
+    return list(names_by_id.values())
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
-    """Name the file of a recorded step."""
+    """File of the snapshot of a step."""
     return folder / "snapshots" / f"step-{step:08d}.safetensors"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read ``run.json`` of a trajectory's folder, or refuse what is none."""
+    """Read ``run.json`` of a trajectory's folder; refuse any other file."""
     run = read_json(folder / "run.json")
     if not isinstance(run, dict) or run.get("format") != FORMAT or run.get("version") != VERSION:
-        found = (run.get("format"), run.get("version")) if isinstance(run, dict) else type(run).__name__
-        raise refusal(
-            str(folder / "run.json"),
-            got=f"format {found}",
-            expected=f"{FORMAT} version {VERSION}",
-            fix="Name the folder that ntkit.train wrote, or open it with the release that did.",
-        )
+        got = f"format {(run.get('format'), run.get('version')) if isinstance(run, dict) else type(run).__name__}"
+        fix = "Name the folder that ntkit.train wrote, or open it with the release that wrote it."
+        raise refusal(str(folder / "run.json"), got=got, expected=f"{FORMAT} version {VERSION}", fix=fix)
     return run
-
-
-def _first(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,9 +1,9 @@
-"""A recorded run made again, step by step, and compared with what was recorded."""
+"""Replays a recorded run, step by step, and compares it with its snapshots."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,28 +16,28 @@ from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.model_calls import select_parameters
-from ntkit.trajectory.optimizer_updates import Update, clip_gradients, known, rebuilt, stepped, updated_parameters
+from ntkit.trajectory import optimizer_updates, replay_checks
+from ntkit.trajectory.objective import Inputs, Loss, Objective
+from ntkit.trajectory.optimizer_updates import Update
 from ntkit.trajectory.recorded_run import Trajectory, assign, read_run, tied_names
-from ntkit.trajectory.replay_checks import checked_clip, checked_rates, copied, given, sound_steps
-from ntkit.trajectory.train import Problem
 
-HELD = 256 * 2**20  # bytes: what a run that takes less is kept in memory, and need not be made a second time
+MEMORY = 256 * 2**20  # bytes: the steps of a run that takes less stay in memory and are not replayed a second time
 
 
 @dataclass
-class Step:
-    """One optimisation step: the gradient it used is sum_i J(x_i)^T slope_i, at the parameters before it.
+class ReplayStep:
+    """One optimization step: its gradient is sum_i J(x_i)^T slope_i, at the parameters before it.
 
-    Its tensors are the replay's own: they are not to be changed.
+    The replay owns the tensors: do not change them.
 
     Attributes
     ----------
     step : s, from 0.
-    rows : the training examples it used, int64 [B].
+    rows : the training examples of its batch, int64 [B].
     x : their inputs: a tensor, a tuple or a dict.
     slope : gradient of the batch's loss by the model's outputs, [B, *outputs].
     before, after : the updated parameters at steps s and s + 1, by name.
-    updates : how the gradient, and earlier ones, led from one to the other, by name.
+    updates : `after` minus `before` as a function of this and earlier gradients, by name.
     """
 
     step: int
@@ -49,8 +49,8 @@ class Step:
     updates: dict[str, Update]
 
 
-class _Made(NamedTuple):
-    """What is kept of a step made again; parameters that were recorded are on disk."""
+class _StepRecord(NamedTuple):
+    """What stays in memory of a replayed step; parameters with a snapshot are on disk."""
 
     slope: Tensor
     updates: dict[str, Update]
@@ -58,46 +58,46 @@ class _Made(NamedTuple):
     exact: bool
 
     def size(self) -> int:
-        held = [self.slope, *(self.before or {}).values(), *(update.buffered for update in self.updates.values())]
-        return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
+        values = [self.slope, *(self.before or {}).values(), *(update.buffered for update in self.updates.values())]
+        return sum(tensor.nbytes for tensor in values if isinstance(tensor, Tensor))
 
 
 class _Start(NamedTuple):
-    """Where a part of the run starts: parameters, if not recorded, and the optimiser's state."""
+    """Start of a part of the run: parameters, if they have no snapshot, and the optimizer's state."""
 
     parameters: dict[str, Tensor] | None
     state: dict[Tensor, dict[str, Any]]
 
 
 class Replay:
-    """A run of `train`, or a recorded loop, made again: what each step's update was made of.
+    """Replay of a run of `train` or of a recorded loop: the parts of each step's update.
 
-    Parameters at recorded steps are the recorded ones, those between are computed again from batches, loss and
-    optimiser. The network is run in eval mode; so a run whose forward pass differs in train mode is refused.
+    Parameters at recorded steps are read from the snapshots; those between are recomputed from batches, loss and
+    optimizer. The network runs in eval mode, so a run whose forward pass differs in train mode is refused.
 
     Parameters
     ----------
     trajectory : a run that has ended.
-    model : the network; its values do not matter, and it is not changed. As `data` and `loss`, not needed for the
-        trajectory that `train` returned.
-    data : (x, y), the training data, as for `train`. Rows in a recorded loop are those of these tensors.
+    model : the network, with any values; it is not changed. `model`, `data` and `loss` are optional for the trajectory
+        that `train` returned.
+    data : (x, y), the training data, as for `train`. The indices of a recorded loop are rows of these tensors.
     loss : ``loss(model(x), y)`` -> scalar, for the batch of a step.
-    clip : for a recorded loop that clips gradients by ``clip_grad_norm_``: its max norm. `train` records its own.
+    clip : for a recorded loop that clips gradients by ``clip_grad_norm_``: its max norm. `train` records it.
 
     Attributes
     ----------
-    model : a copy of the network, in eval mode, on its device. While `backwards` runs, its updated parameters may be
-        set to anything between two steps.
+    model : a copy of the network, in eval mode, on its device. Between two steps of `backwards`, its updated parameters
+        may be changed.
     x, y, n : the training data (a tensor, a tuple or a dict; targets), and the number of examples.
-    steps : S, the optimisation steps made; of a diverged loop those to its last sound recorded step.
-    names : the parameters that the optimiser updates, a tied one once.
+    steps : S, the number of optimization steps; in a diverged loop up to its last snapshot with a finite loss.
+    names : the parameters that the optimizer updates, a tied one once.
     bitwise : after `check`, whether the replayed run has the recorded bits at every recorded step.
 
     Raises
     ------
     Refused
-        When the run has not ended, a snapshot is missing, the optimiser is not SGD, Adam or AdamW, or model, data,
-        loss or clip are missing, wrong or not those of the run; for active dropout and batch normalisation.
+        When the run has not ended, a snapshot is missing, the optimizer is not SGD, Adam or AdamW, or model, data,
+        loss or clip are missing, invalid or not those of the run; for active dropout and batch normalization.
 
     Examples
     --------
@@ -117,114 +117,107 @@ class Replay:
         self,
         trajectory: Trajectory,
         model: nn.Module | None = None,
-        data: tuple[Any, Tensor] | None = None,
-        loss: Callable[[Any, Tensor], Tensor] | None = None,
+        data: tuple[Inputs, Tensor] | None = None,
+        loss: Loss | None = None,
         clip: float | None = None,
     ) -> None:
         settings = trajectory.settings
-        model, data, loss = given(trajectory, model, data, loss)
-        known(settings["optimizer"]["class"])
+        model, data, loss = replay_checks.training_arguments(trajectory, model, data, loss)
+        optimizer_updates.optimizer_class(settings["optimizer"]["class"])  # refused before anything slow
         self._trajectory = trajectory
-        self._loop = settings.get("kind") == "recorded"
-        self._problem = Problem(data, loss, None)
-        self._clip = checked_clip(settings, self._problem, clip)
-        self.steps = sound_steps(trajectory)
+        self._objective = Objective(data, loss)
+        self._clip = replay_checks.checked_clip(settings, self._objective, clip)
+        self.steps = replay_checks.replayable_steps(trajectory)
         self._recorded = {step for step in trajectory.steps if step <= self.steps}
-        self._rates = checked_rates(trajectory, self.steps)
-        self.model = copied(model, settings, in_train_mode=not self._loop)
-        self._opt = rebuilt(settings["optimizer"], dict(self.model.named_parameters()))
-        self._params = updated_parameters(self.model, self._opt)
+        self._rates = replay_checks.checked_rates(trajectory, self.steps)
+        loop = settings.get("kind") == "recorded"
+        self.model = replay_checks.replay_model(model, settings, in_train_mode=not loop)
+        self._opt = optimizer_updates.build_optimizer(settings["optimizer"], dict(self.model.named_parameters()))
+        self._params = optimizer_updates.updated_parameters(self.model, self._opt)
         self.names = list(self._params)
         select_parameters(self.model, self.names)
-        self._whole = not self._loop and settings["batch_size"] is None
-        self.x, self.y = self._problem.batch(None)
-        self.n = self._problem.n
+        self._full_batch = not loop and settings["batch_size"] is None
+        self.x, self.y, self.n = self._objective.x, self._objective.y, self._objective.n
         self.bitwise = False
         self._checked = False
-        self._fixed: dict[str, Tensor] = {}  # what the optimiser does not update
+        self._constants: dict[str, Tensor] = {}  # parameters and buffers that the optimizer does not update
         self._stride = max(1, math.ceil(math.sqrt(self.steps)))
-        self._held: list[_Made] | None = None
+        self._records: list[_StepRecord] | None = None
         self._starts: list[_Start] = []
 
     def check(self) -> None:
-        """Make the whole run again and compare it with what was recorded.
+        """Replay the whole run and compare it with its snapshots.
 
-        At a recorded step the bits must be the recorded ones. Where the step before was recorded, too, a difference
-        that one step's rounding explains is accepted: ||difference|| <= sqrt(eps) ||update|| + 4 eps ||theta|| for each
-        parameter, eps that of its dtype. The replay goes on from the recorded values then, and `bitwise` is False.
+        At a recorded step the bits must be equal. If the step before was recorded, too, a difference that the rounding
+        of one step explains is accepted: ||difference|| <= sqrt(eps) ||update|| + 4 eps ||theta|| for each parameter,
+        with eps of its dtype. The replay then continues from the recorded values, and `bitwise` is False.
 
         Raises
         ------
         Refused
-            When a snapshot is not what the run leads to, naming step, parameter and size of the difference; when
+            When a snapshot is not what the run leads to, with step, parameter and size of the difference; when
             anything but the updated parameters changed, a loss or a parameter is not finite, a step was recorded
-            without indices, or the model does not give one tensor with examples along its first axis.
+            without indices, or the model does not return one tensor with examples along its first axis.
         """
         if self._checked:
             return
         self._load_start()
-        held: list[_Made] | None = []
+        records: list[_StepRecord] | None = []
         exact, size, starts = True, 0, []
-        with task("replaying the training run", self.steps) as work, _apart(self.model):
+        with task("replaying the training run", self.steps) as work, _isolated(self.model):
             self._go_to(0, _Start(None, {}))
             for step in range(self.steps):
                 if step % self._stride == 0:
-                    starts.append(_Start(self._kept(step), self._state()))
-                made = self._made(step)
-                exact &= made.exact
-                size += made.size()
-                if held is not None and size <= HELD:
-                    held.append(made)
+                    values = None if step in self._recorded else self._values()
+                    starts.append(_Start(values, _copy_of(self._opt.state)))
+                record = self._replay_step(step)
+                exact &= record.exact
+                size += record.size()
+                if records is not None and size <= MEMORY:
+                    records.append(record)
                 else:
-                    held = None
+                    records = None
                 work.advance()
-        self._held, self._starts = held, starts if held is None else []
+        self._records, self._starts = records, starts if records is None else []
         self.bitwise, self._checked = exact, True
 
     def initial(self) -> dict[str, Tensor]:
-        """Give all parameters and buffers at step 0, by name; tied ones under each of their names."""
+        """All parameters and buffers at step 0, by name; tied ones under each of their names."""
         return self._read(0)
 
     def final(self) -> dict[str, Tensor]:
-        """Give all parameters and buffers at step S, by name; tied ones under each of their names."""
+        """All parameters and buffers at step S, by name; tied ones under each of their names."""
         return self._read(self.steps)
 
-    def backwards(self) -> Iterator[Step]:
-        """Give the steps S - 1, ..., 0, after `check`.
+    def backwards(self) -> Iterator[ReplayStep]:
+        """Yield the steps S - 1, ..., 0, after `check`.
 
-        A run that takes more than 256 MB is made again in parts of sqrt(S) steps, with the same bits: in all twice the
-        work of training, and sqrt(S) copies of the parameters and of the optimiser's state, and as many of a part.
-
-        Raises
-        ------
-        Refused
-            As `check`.
+        A run that takes more than 256 MB is replayed in parts of sqrt(S) steps, with the same bits: in total twice the
+        work of training, and sqrt(S) copies of the parameters and of the optimizer's state, and as many of a part.
         """
         self.check()
         after = self._updated(self.steps)
         for first in reversed(range(0, self.steps, self._stride)):
             part = self._part(first)
             while part:
-                made = part.pop()
+                record = part.pop()
                 step = first + len(part)
-                before = self._updated(step) if made.before is None else made.before
+                before = self._updated(step) if record.before is None else record.before
                 rows = self._rows(step)
-                x, _ = self._problem.batch(None if self._whole else rows)
-                yield Step(step, rows, x, made.slope, before, after, made.updates)
+                x, _ = self._objective.batch(None if self._full_batch else rows)
+                yield ReplayStep(step, rows, x, record.slope, before, after, record.updates)
                 after = before
 
-    # --- making steps ----------------------------------------------------------------------------------------
-
-    def _part(self, first: int) -> list[_Made]:
-        """Give the steps of the part that starts at `first`: held, or made again."""
+    def _part(self, first: int) -> list[_StepRecord]:
+        """Steps of the part that starts at `first`: from memory, or replayed."""
         last = min(first + self._stride, self.steps)
-        if self._held is not None:
-            return self._held[first:last]
+        if self._records is not None:
+            return self._records[first:last]
         part = []
-        with task(f"replaying steps {first} to {last}", last - first) as work, _apart(self.model):
+        with task(f"replaying steps {first} to {last}", last - first) as work, _isolated(self.model):
             self._go_to(first, self._starts[first // self._stride])
             for step in range(first, last):
-                part.append(self._made(step))
+                part.append(self._replay_step(step))
                 work.advance()
         return part
 
@@ -233,113 +226,93 @@ class Replay:
         self._opt.state.clear()
         self._opt.state.update(_copy_of(start.state))
 
-    def _made(self, step: int) -> _Made:
-        """Make a step from the parameters at hand; leaves those of the next: recorded ones where recorded."""
-        before = {name: p.detach().clone() for name, p in self._params.items()}
+    def _replay_step(self, step: int) -> _StepRecord:
+        """Take a step from the model's parameters to the next ones, which are read from a snapshot if there is one."""
+        before = self._values()
         slope = self._slope(step)
-        factor = clip_gradients(self._params.values(), self._clip)
+        factor = optimizer_updates.clip_gradients(self._params.values(), self._clip)
         for group, rate in zip(self._opt.param_groups, self._rates[step].tolist(), strict=True):
             group["lr"] = rate
-        updates = stepped(self._opt, self._params, factor)
-        exact = step + 1 not in self._recorded or self._compared(step + 1, before)
-        return _Made(slope, updates, None if step in self._recorded else before, exact)
+        updates = optimizer_updates.take_step(self._opt, self._params, factor)
+        exact = step + 1 not in self._recorded or self._equals_snapshot(step + 1, before)
+        return _StepRecord(slope, updates, None if step in self._recorded else before, exact)
 
     def _slope(self, step: int) -> Tensor:
-        """Put the gradients of the step's loss in place; give its gradient by the outputs."""
+        """Compute the gradients of the step's loss in place; return its gradient by the outputs."""
         rows = self._rows(step)
-        x, y = self._problem.batch(None if self._whole else rows)
+        x, y = self._objective.batch(None if self._full_batch else rows)
         self.model.zero_grad(set_to_none=True)
-        outputs = _checked_outputs(self._problem.outputs(self.model, x), len(rows))
+        outputs = _checked_outputs(self._objective.outputs(self.model, x), len(rows))
         slopes: list[Tensor] = []
-        outputs.register_hook(slopes.append)  # by the outputs as they are now: the loss may write over them
-        loss = self._problem.loss_function(outputs, y)
+        outputs.register_hook(slopes.append)  # before the loss, which may overwrite the outputs
+        loss = self._objective.loss(outputs, y)
         if not isinstance(loss, Tensor) or loss.ndim or not bool(torch.isfinite(loss)):
             got = f"{loss.tolist()}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise refusal(
-                f"loss of step {step}",
-                got=got,
-                expected="a finite scalar",
-                fix="Pass the loss and the data that the run was trained with.",
-            )
+            fix = "Pass the loss and the data that the run was trained with."
+            raise refusal(f"loss of step {step}", got=got, expected="a finite scalar", fix=fix)
         if loss.requires_grad:
             loss.backward()
         if not slopes:
-            raise refusal(
-                "loss",
-                got="a value that does not depend on the model's outputs",
-                expected="a differentiable function of model(x)",
-                fix="Pass the loss that the run was trained with.",
-            )
+            got, fix = "a value that does not depend on the model's outputs", "Pass the loss of the training."
+            raise refusal("loss", got=got, expected="a differentiable function of model(x)", fix=fix)
         return slopes[0].contiguous()
 
     def _rows(self, step: int) -> Tensor:
         rows = self._trajectory.batch(step)
         if len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.n:
-            raise refusal(
-                f"batch of step {step}",
-                got=f"rows {int(rows.min())} to {int(rows.max())}" if len(rows) else "no rows",
-                expected=f"rows of the training set, 0 to {self.n - 1}",
-                fix="Pass the data whose row numbers rec.step() was given.",
-            )
+            got = f"rows {int(rows.min())} to {int(rows.max())}" if len(rows) else "no rows"
+            expected = f"rows of the training set, 0 to {self.n - 1}"
+            fix = "Pass the data whose row numbers were passed to rec.step()."
+            raise refusal(f"batch of step {step}", got=got, expected=expected, fix=fix)
         return rows
 
-    def _kept(self, step: int) -> dict[str, Tensor] | None:
-        recorded = step in self._recorded
-        return None if recorded else {name: p.detach().clone() for name, p in self._params.items()}
-
-    def _state(self) -> dict[Tensor, dict[str, Any]]:
-        return _copy_of(self._opt.state)
+    def _values(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self._params.items()}
 
     def _set(self, values: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, p in self._params.items():
                 p.copy_(values[name])
 
-    # --- what was recorded -----------------------------------------------------------------------------------
-
     def _load_start(self) -> None:
-        """Load the initial network, all of it, and check that it is the one the run began with."""
+        """Load the initial network, and check that the run started with it."""
         state = self._read(0)
-        path = self._trajectory.path
+        path, names = self._trajectory.path, self._trajectory.settings["parameters"]
         assign(self.model, state, f"step 0 of {path.name}")
-        found = tensor_hash({name: state[name] for name in self._trajectory.settings["parameters"]})
-        if found != (begun := read_run(path)["initial"]):
-            raise refusal(
-                f"snapshot of step 0 in {path.name}",
-                got=f"a network with hash {found[:12]}",
-                expected=f"the one that the run began with, {begun[:12]} in run.json",
-                fix="One of the two was changed: record the run again, or fetch its folder anew.",
-            )
-        self._fixed = {name: state[name] for name in self._trajectory.settings["parameters"].keys() - set(self.names)}
+        snapshot = tensor_hash({name: state[name] for name in names})
+        if snapshot != (initial := read_run(path)["initial"]):
+            got = f"a network with hash {snapshot[:12]}"
+            expected = f"the initial network of the run, {initial[:12]} in run.json"
+            fix = "One of the two files was changed: restore the run's folder, or record the run again."
+            raise refusal(f"snapshot of step 0 in {path.name}", got=got, expected=expected, fix=fix)
+        self._constants = {name: state[name] for name in names.keys() - set(self.names)}
 
-    def _compared(self, step: int, before: dict[str, Tensor]) -> bool:
-        """Compare the parameters at hand with the recorded ones, and go on from these. Says whether all bits agree."""
+    def _equals_snapshot(self, step: int, before: dict[str, Tensor]) -> bool:
+        """Compare the parameters with the recorded ones, and load these. Returns whether all bits are equal."""
         recorded = self._read(step)
-        for name, tensor in self._fixed.items():
+        for name, tensor in self._constants.items():
             if not _same_bits(tensor, recorded[name]):
-                raise refusal(
-                    f"'{name}' at step {step}",
-                    got="another value than at step 0: the network itself changed beside its parameters",
-                    expected="a run that changes nothing but what the optimiser updates",
-                    fix="Train with frozen statistics (eval mode), or with GroupNorm or LayerNorm.",
-                )
+                got = "another value than at step 0: the forward pass changes it"
+                expected = "a run that changes only the parameters of the optimizer"
+                fix = "Train with constant statistics (eval mode), or with GroupNorm or LayerNorm."
+                raise refusal(f"'{name}' at step {step}", got=got, expected=expected, fix=fix)
         differences = []
         for name, p in self._params.items():
-            made = p.detach()
-            if not _same_bits(made, recorded[name]):
-                size, update, theta = map(_norm, (recorded[name] - made, made - before[name], recorded[name]))
-                eps = torch.finfo(made.dtype).eps
+            value = p.detach()
+            if not _same_bits(value, recorded[name]):
+                size, update, theta = map(_norm, (recorded[name] - value, value - before[name], recorded[name]))
+                eps = torch.finfo(value.dtype).eps
                 rounding = step - 1 in self._recorded and size <= math.sqrt(eps) * update + 4 * eps * theta
                 differences.append((not rounding, size / update if update else math.inf, name))
         if any(refused for refused, _, _ in differences):
             _, size, name = max(differences)
             raise refusal(
                 f"snapshot of step {step} in {self._trajectory.path.name}",
-                got=f"'{name}' away from the replayed one by {size:.2g} of that step's update",
+                got=f"'{name}' different from its replay by {size:.2g} of that step's update",
                 expected="the values that the run leads to",
-                fix="Look for a changed snapshot, other data, batches (seed), loss, clip or optimiser settings than in "
-                "training, an optimiser that was not new, or a forward pass that differs in train mode. "
-                "On another machine, number of threads or release of torch, rounding adds up: record='all'.",
+                fix="Look for a changed snapshot, data, batches (seed), loss, clip or optimizer settings other than in "
+                "training, an optimizer that was not new, or a forward pass that differs in train mode. "
+                "On another machine, number of threads or release of torch, rounding accumulates: use record='all'.",
             )
         self._set(recorded)
         return not differences
@@ -349,21 +322,17 @@ class Replay:
         return {name: state[name] for name in self.names}
 
     def _read(self, step: int) -> dict[str, Tensor]:
-        """Read a recorded network, on the model's devices; the updated parameters are finite."""
+        """Read a snapshot onto the model's devices, after a check of names, shapes and finite values."""
         state = self._trajectory.state(step)
         where = f"snapshot of step {step} in {self._trajectory.path.name}"
-        for name, told in self._trajectory.settings["parameters"].items():
-            found = [list(state[name].shape), str(state[name].dtype)] if name in state else "none"
-            if found != told:
-                got, expected = f"'{name}' {found}", f"{told}, as in run.json"
+        for name, recorded in self._trajectory.settings["parameters"].items():
+            tensor = [list(state[name].shape), str(state[name].dtype)] if name in state else "none"
+            if tensor != recorded:
+                got, expected = f"'{name}' {tensor}", f"{recorded}, as in run.json"
                 raise refusal(where, got=got, expected=expected, fix="The file was changed: record the run again.")
         if bad := [name for name in self.names if not bool(torch.isfinite(state[name]).all())]:
-            raise refusal(
-                where,
-                got=f"'{bad[0]}' with values that are not finite",
-                expected="a run that stays finite",
-                fix="Train with a smaller learning rate, or end before that step.",
-            )
+            got, fix = f"'{bad[0]}' with values that are not finite", "Use a smaller learning rate or fewer steps."
+            raise refusal(where, got=got, expected="a run that stays finite", fix=fix)
         devices = {name: tensor.device for names, tensor in tied_names(self.model) for name in names}
         return {name: tensor.to(devices[name]) for name, tensor in state.items()}
 
@@ -371,18 +340,17 @@ class Replay:
 def _checked_outputs(outputs: Any, rows: int) -> Tensor:
     if isinstance(outputs, Tensor) and outputs.ndim and len(outputs) == rows and outputs.requires_grad:
         return outputs
-    got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-    raise refusal(
-        "the model's output",
-        got=got + (", without a gradient" if isinstance(outputs, Tensor) and not outputs.requires_grad else ""),
-        expected=f"one tensor of shape [{rows}, ...] that depends on the parameters",
-        fix="Wrap the model, in training too, so that it returns one tensor with examples along its first axis.",
-    )
+    got = f"a {type(outputs).__name__}"
+    if isinstance(outputs, Tensor):
+        got = f"shape {list(outputs.shape)}{'' if outputs.requires_grad else ', without a gradient'}"
+    expected = f"one tensor of shape [{rows}, ...] that depends on the parameters"
+    fix = "Wrap the model, also in training, so that it returns one tensor with examples along its first axis."
+    raise refusal("the model's output", got=got, expected=expected, fix=fix)
 
 
 @contextmanager
-def _apart(model: nn.Module) -> Iterator[None]:
-    """Gradients on, whoever asks; random numbers, if some are drawn, in a fork; no gradient is left behind."""
+def _isolated(model: nn.Module) -> Iterator[None]:
+    """Gradients enabled and random numbers forked; all gradients are removed at the end."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         yield
@@ -390,10 +358,10 @@ def _apart(model: nn.Module) -> Iterator[None]:
 
 
 def _copy_of(state: Any) -> dict[Tensor, dict[str, Any]]:
-    """Copy an optimiser's state; its keys stay the parameters themselves."""
+    """Copy of an optimizer's state; its keys stay the parameters themselves."""
     return {
-        p: {name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()}
-        for p, held in state.items()
+        p: {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+        for p, values in state.items()
     }
 
 

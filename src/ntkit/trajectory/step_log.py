@@ -1,4 +1,4 @@
-"""The log of a recorded loop: losses, learning rates and batch indices of every step, in segments of 1000 steps."""
+"""The log of a recorded loop: loss, learning rates and batch indices of every step, 1000 steps per file."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ntkit.base.tensors import read_if_there, read_tensors, write_tensors
+from ntkit.base.tensors import read_tensors, read_tensors_if_present, write_tensors
 
-SEGMENT = 1000  # steps in a file
+SEGMENT = 1000  # steps per file
 
 
-class Entry(NamedTuple):
-    """What is logged of one step. Tensors on a device stay there until they are written: reading them would wait."""
+class LogEntry(NamedTuple):
+    """Numbers of one step. Tensors on a device stay there until they are written: reading them would wait."""
 
     loss: float | Tensor | None
     rates: list[float | Tensor]
     indices: Tensor | None
 
 
-class Log:
-    """The writing side: entries are appended in memory; `flush` brings the files up to date, each whole or absent."""
+class StepLog:
+    """Writes the log: entries are appended in memory; `flush` updates the files, each complete or absent."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.diverged: tuple[int, str] | None = None  # the first step whose loss is not finite, and that loss
-        # First step of the open segment, entries from there on, how many of these are on disk. In one place, so that
-        # a Ctrl-C finds all of it before a change or after.
-        self._open: tuple[int, list[Entry], int] = (0, [], 0)
+        # First step of the open segment, entries from there on, number of these on disk. One tuple, so that a Ctrl-C
+        # never finds a part of it changed.
+        self._open: tuple[int, list[LogEntry], int] = (0, [], 0)
 
     def __len__(self) -> int:
         return self._open[0] + len(self._open[1])
 
-    def append(self, entry: Entry) -> None:
-        """Log the next step."""
+    def append(self, entry: LogEntry) -> None:
+        """Add the next step."""
         self._open[1].append(entry)
 
     def flush(self) -> None:
@@ -57,8 +57,8 @@ class Log:
             self._open = (first, rows, 0)
         self._open = (first, rows, len(rows))
 
-    def cut(self, steps: int, diverged: tuple[int, str] | None) -> None:
-        """Forget all but the first `steps` steps: those after the checkpoint will be made again."""
+    def truncate(self, steps: int, diverged: tuple[int, str] | None) -> None:
+        """Delete all but the first `steps` steps: a resumed run repeats those after its checkpoint."""
         first = steps // SEGMENT * SEGMENT
         rows = _entries(_segment(self.folder, first))[: steps - first] if steps > first else []
         for other in sorted(_segments(self.folder), reverse=True):
@@ -70,45 +70,45 @@ class Log:
 
 
 def read_log(folder: Path) -> dict[str, Tensor]:
-    """Read losses [S] and learning rates [S, groups] (float64) of the steps that were written so far."""
+    """Losses [S] and learning rates [S, groups] (float64) of the steps written so far."""
     losses, rates = [torch.zeros(0, dtype=torch.float64)], []
     for first in sorted(_segments(folder)):
-        segment = read_if_there(_segment(folder, first))
+        segment = read_tensors_if_present(_segment(folder, first))
         if segment is None or first != sum(map(len, losses)):
             break
         losses.append(segment["losses"])
         rates.append(segment["learning_rates"])
     groups = max((part.shape[1] for part in rates), default=0)
-    parts = [torch.full((0, groups), math.nan, dtype=torch.float64), *(_widened(part, groups) for part in rates)]
+    parts = [torch.full((0, groups), math.nan, dtype=torch.float64), *(_padded(part, groups) for part in rates)]
     return {"losses": torch.cat(losses), "learning_rates": torch.cat(parts)}
 
 
 def read_indices(folder: Path, step: int) -> Tensor | None:
-    """Read the batch of a logged step; None where no indices were given."""
+    """Batch indices of a step; None if none were recorded."""
     path = _segment(folder, step // SEGMENT * SEGMENT)
-    now = path.stat()  # a file that grows is another one each time
-    indices = _entries_as_of(path, (now.st_ino, now.st_mtime_ns, now.st_size))[step % SEGMENT].indices
+    now = path.stat()  # a file that grew since the last call is read again
+    indices = _cached_entries(path, (now.st_ino, now.st_mtime_ns, now.st_size))[step % SEGMENT].indices
     return None if indices is None else indices.clone()
 
 
-@lru_cache(maxsize=4)  # whoever replays a run asks for one step after the other
-def _entries_as_of(path: Path, _version: tuple[int, ...]) -> list[Entry]:
+@lru_cache(maxsize=4)  # a replay asks for one step after the other
+def _cached_entries(path: Path, _version: tuple[int, ...]) -> list[LogEntry]:
     return _entries(path)
 
 
-def _entries(path: Path) -> list[Entry]:
-    held = read_tensors(path)
-    sizes = held["sizes"].tolist()
-    indices = iter(held["indices"].split([size for size in sizes if size >= 0]))
+def _entries(path: Path) -> list[LogEntry]:
+    segment = read_tensors(path)
+    sizes = segment["sizes"].tolist()
+    indices = iter(segment["indices"].split([size for size in sizes if size >= 0]))
     return [
-        Entry(loss, rates, None if size < 0 else next(indices))
-        for loss, rates, size in zip(held["losses"].tolist(), held["learning_rates"].tolist(), sizes, strict=True)
+        LogEntry(loss, rates, None if size < 0 else next(indices))
+        for loss, rates, size in zip(segment["losses"].tolist(), segment["learning_rates"].tolist(), sizes, strict=True)
     ]
 
 
-def _as_tensors(rows: list[Entry]) -> dict[str, Tensor]:
+def _as_tensors(rows: list[LogEntry]) -> dict[str, Tensor]:
     groups = max(len(row.rates) for row in rows)
-    rates = [_widened(torch.tensor([row.rates], dtype=torch.float64), groups) for row in rows]
+    rates = [_padded(torch.tensor([row.rates], dtype=torch.float64), groups) for row in rows]
     batches = [row.indices for row in rows if row.indices is not None]
     return {
         "losses": torch.tensor([math.nan if row.loss is None else row.loss for row in rows], dtype=torch.float64),
@@ -118,28 +118,20 @@ def _as_tensors(rows: list[Entry]) -> dict[str, Tensor]:
     }
 
 
-def _widened(rates: Tensor, groups: int) -> Tensor:
-    """Fill up with NaN: a group added during the run had no learning rate before."""
+def _padded(rates: Tensor, groups: int) -> Tensor:
+    """Rates with NaN for missing groups: a group added during the run had no learning rate before."""
     return torch.nn.functional.pad(rates, (0, groups - rates.shape[1]), value=math.nan)
 
 
-def _on_cpu(rows: list[Entry]) -> list[Entry]:
-    """Fetch what is still on a device: the losses of each device all at once, so that it is waited for once."""
-    waiting: dict[torch.device, list[int]] = {}
-    for place, row in enumerate(rows):
-        if isinstance(row.loss, Tensor):
-            waiting.setdefault(row.loss.device, []).append(place)
-    values: dict[int, float] = {}
-    for places in waiting.values():
-        stacked = torch.stack([loss for i in places if isinstance(loss := rows[i].loss, Tensor)])
-        values |= dict(zip(places, stacked.cpu().double().tolist(), strict=True))
+def _on_cpu(rows: list[LogEntry]) -> list[LogEntry]:
+    """Entries without tensors on a device: losses and learning rates as numbers."""
     return [
-        Entry(
-            values.get(place, row.loss),
+        LogEntry(
+            None if row.loss is None else float(row.loss),
             [float(rate) for rate in row.rates],
             None if row.indices is None else row.indices.cpu(),
         )
-        for place, row in enumerate(rows)
+        for row in rows
     ]
 
 

@@ -1,6 +1,6 @@
-"""Activations: E[s(u) s(v)] and E[s'(u) s'(v)] of Gaussian pairs, in closed form or as a Hermite series with its error.
+"""Activations: E[s(u) s(v)] and E[s'(u) s'(v)] of Gaussian pairs, in closed form.
 
-An activation is recognised by its values and slopes, not by its name. (u, v) have variances a, b and covariance c;
+An activation is recognized by its values and slopes, not by its name. (u, v) have variances a, b and covariance c;
 rho = c / sqrt(a b). By Price's theorem E[s'(u) s'(v)] is the derivative of E[s(u) s(v)] by c.
 """
 
@@ -10,7 +10,6 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +18,9 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Activation(ABC):
-    """In closed form or not: `state` of each side from its variances, then `apply` in place to covariances."""
+    """`state` of each side from its variances, then `apply` in place to covariances."""
 
     name: str = ""
-    tail: float = 0.0  # largest share of E[s^2] or E[s'^2] that a series leaves out; 0 in closed form
 
     @abstractmethod
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
@@ -32,12 +30,12 @@ class Activation(ABC):
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
         """Write E[s(u) s(v)] / f into K, which holds c, multiply T by E[s'(u) s'(v)] / f, and return f.
 
-        The factor is left to the caller, who has one of his own to multiply by.
+        The factor is left to the caller, who multiplies by another factor anyway.
         """
 
     @abstractmethod
-    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """E[s(u)^2] and E[s'(u)^2] at variance v: what `apply` gives for both sides the same, without rounding."""
+    def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """E[s(u)^2] and E[s'(u)^2] at variance v: what `apply` gives for two equal sides, without rounding error."""
 
 
 class Rectifier(Activation):
@@ -50,21 +48,21 @@ class Rectifier(Activation):
 
     def __init__(self, p: float, q: float, at_zero: float | None = None) -> None:
         self.slope, self.even, self.odd = p, ((p - q) / 2) ** 2, ((p + q) / 2) ** 2
-        # autograd's slope at 0, where values are 0 in every network: black images, zeros padded, biases that start at 0
+        # Autograd's slope at 0 counts where values are 0 in every network: black images, padding, zero biases.
         at_zero = (p + q) / 2 if at_zero is None else at_zero
-        self.at_zero, self.resting = at_zero**2, at_zero * 2 / (p + q) if p + q else 1.0
+        self.at_zero, self.zero_slope = at_zero**2, at_zero * 2 / (p + q) if p + q else 1.0
         self.name = f"piecewise linear, slopes {p:g} and {q + 0.0:g}"
 
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
-        # A little too small: a correlation of 1 that rounding has made less is 1 again. The angle would turn an error
-        # of eps into one of sqrt(2 eps).
+        # Slightly too small, so that a correlation of 1 that rounding has reduced is 1 again: the angle would turn an
+        # error of eps into one of sqrt(2 eps).
         rounded = v * (1 - 8 * torch.finfo(v.dtype).eps)
-        if self.resting == 1 or v.all():
+        if self.zero_slope == 1 or v.all():
             return (rounded,)
-        return rounded, torch.where(v == 0, self.resting, 1.0).to(v)
+        return rounded, torch.where(v == 0, self.zero_slope, 1.0).to(v)
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
-        if self.even == 0 == self.odd:  # a factor of 0 could not be divided by
+        if self.even == 0 == self.odd:  # the caller divides by the factor
             for values in (K,) if T is None else (K, T):
                 values.zero_()
             return 1.0
@@ -84,7 +82,7 @@ class Rectifier(Activation):
                     T.mul_(side[1])
         return factor
 
-    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
+    def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         slope = torch.full_like(v, self.odd + self.even)
         return v * (self.odd + self.even), slope.masked_fill_(v == 0, self.at_zero) if self.even else slope
 
@@ -101,11 +99,11 @@ class Erf(Activation):
         R = one[0] * two[0]
         rho = K.mul_(R).mul_(2)
         if T is not None:
-            T.mul_(R).div_(torch.addcmul(_one(K), rho, rho, value=-1).sqrt_()).mul_(4 / math.pi)
+            T.mul_(R).div_(torch.addcmul(K.new_ones(()), rho, rho, value=-1).sqrt_()).mul_(4 / math.pi)
         rho.asin_().mul_(2 / math.pi)
         return 1.0
 
-    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
+    def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         return torch.asin(2 * v / (1 + 2 * v)) * (2 / math.pi), (4 / math.pi) * (1 + 4 * v).rsqrt()
 
 
@@ -135,7 +133,7 @@ class Gelu(Activation):
         K.mul_(t.mul_(1 / (2 * math.pi)).add_(0.25)).add_(top, alpha=1 / (2 * math.pi))
         return 1.0
 
-    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
+    def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         K, T = v.clone(), torch.ones_like(v)
         self.apply(K, T, self.state(v), self.state(v))
         return K, T
@@ -158,7 +156,7 @@ class Wave(Activation):
             T.mul_(near.sub_(far, alpha=self.sign))
         return 1.0
 
-    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
+    def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         half = torch.expm1(-2 * v) / 2
         return (-half, 1 + half) if self.sign < 0 else (1 + half, -half)
 
@@ -179,63 +177,59 @@ class Bell(Activation):
         K.copy_(new)
         return 1.0
 
-    def own(self, v: Tensor) -> tuple[Tensor, Tensor]:
+    def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         root = (1 + 4 * self.q * v).rsqrt()
         return root, 4 * self.q**2 * v * root**3
 
 
-_OWN = threading.local()
+_MEMORY = threading.local()
 
 
 def scratch(which: int, like: Tensor) -> Tensor:
-    """Memory of this thread's own, in the shape of `like`: fresh memory would cost as much as the arithmetic."""
+    """Memory of this thread in the shape of `like`, used again: to allocate it costs as much as the arithmetic."""
     if like.device.type != "cpu":
         return torch.empty_like(like)
-    held: dict[Any, Tensor] = _OWN.__dict__
+    buffers: dict[str, Tensor] = _MEMORY.__dict__
     key = f"{which} {like.dtype}"
-    if key not in held or held[key].numel() < like.numel():
-        held[key] = torch.empty(like.numel(), dtype=like.dtype)
-    return held[key][: like.numel()].view(like.shape)
+    if key not in buffers or buffers[key].numel() < like.numel():
+        buffers[key] = torch.empty(like.numel(), dtype=like.dtype)
+    return buffers[key][: like.numel()].view(like.shape)
 
 
-def weighted(function: Function) -> Function:
-    """Give z s'(z) for a function s."""
+def times_slope(function: Function) -> Function:
+    """For a function s, the function z s'(z)."""
 
-    def times_slope(z: Tensor) -> Tensor:
+    def product(z: Tensor) -> Tensor:
         with torch.enable_grad():
             at = z if z.requires_grad else z.detach().requires_grad_()
             slope = torch.autograd.grad(function(at * 1).sum(), at, create_graph=True, allow_unused=True)[0]
             return at * (0 if slope is None else slope)
 
-    return times_slope
+    return product
 
 
-def _one(like: Tensor) -> Tensor:
-    return torch.ones((), dtype=like.dtype, device=like.device)
-
-
-def recognised(function: Function) -> Activation | None:
-    """The closed form that has this function's values and slopes on thousands of points of both signs and all sizes."""
-    z = torch.cat([torch.linspace(-12, 12, 2401, dtype=torch.float64)[:, None].add(0.00123).flatten(), _SIZES, -_SIZES])
-    got = values_and_slopes(function, z)
-    at = dict(zip(("one", "minus one"), function(torch.tensor([1.0, -1.0], dtype=torch.float64)).tolist(), strict=True))
-    at_zero = float(values_and_slopes(function, torch.zeros(1, dtype=torch.float64))[1])
-    candidates: list[tuple[Activation, Any]] = [
+def closed_form(function: Function) -> Activation | None:
+    """The closed form with this function's values and slopes at thousands of points of both signs and all sizes."""
+    z = torch.cat([torch.linspace(-12, 12, 2401, dtype=torch.float64) + 0.00123, _SIZES, -_SIZES])
+    values = values_and_slopes(function, z)
+    at_one, at_minus_one = function(torch.tensor([1.0, -1.0], dtype=torch.float64)).tolist()
+    slope_at_zero = float(values_and_slopes(function, torch.zeros(1, dtype=torch.float64))[1])
+    candidates: list[tuple[Activation, Function]] = [
         (
-            Rectifier(at["one"], -at["minus one"], at_zero),
-            lambda z: torch.where(z > 0, at["one"] * z, -at["minus one"] * z),
+            Rectifier(at_one, -at_minus_one, slope_at_zero),
+            lambda z: torch.where(z > 0, at_one * z, -at_minus_one * z),
         ),
         (Erf(), torch.erf),
         (Gelu(), torch.nn.functional.gelu),
         (Wave(-1.0, "sin"), torch.sin),
         (Wave(1.0, "cos"), torch.cos),
     ]
-    if 0 < at["one"] < 1:
-        q = -math.log(at["one"])
+    if 0 < at_one < 1:
+        q = -math.log(at_one)
         candidates.append((Bell(q), lambda z: (-q * z.square()).exp()))
     for activation, candidate in candidates:
-        wanted = values_and_slopes(candidate, z)
-        if all(torch.allclose(g, w, rtol=1e-12, atol=1e-13) for g, w in zip(got, wanted, strict=True)):
+        expected = values_and_slopes(candidate, z)
+        if all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(values, expected, strict=True)):
             return activation
     return None
 

@@ -1,4 +1,4 @@
-"""The limit of infinite width: covariance of the outputs and tangent kernel, read off the module."""
+"""The limit of infinite width: covariance of the outputs and tangent kernel, read from the module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,39 +18,41 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
-from ntkit.kernels.infinite.layers import Graph, Layer, Pointwise, Source, Weights
-from ntkit.kernels.infinite.planes import Planes, Side, prepared
+from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
+from ntkit.kernels.infinite.planes import Planes, Side, prepare
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.tape import record
 from ntkit.kernels.infinite.tape_to_layers import read
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, written
 
-_CELLS = {"cpu": 1 << 16}  # numbers in a plane: a few planes stay in a core's cache
-_CELLS_ELSEWHERE = 1 << 24
-_PAIRS = 1 << 10  # of samples with positions in a tile: 32 x 32, so that what a side needs is made for many
+Kind = Literal["ntk", "nngp"]
+
+_PLANE_ELEMENTS = {"cpu": 1 << 16}  # a few planes of this size fit into a core's cache
+_PLANE_ELEMENTS_ELSEWHERE = 1 << 24
+_TILE_PAIRS = 1 << 10  # pairs of samples with positions in a tile: 32 x 32, so that each side is prepared for many
 _BATCH = 512
-_HELD = 256e6  # bytes of what sides need, kept for the tiles to come
-_INEXACT = 1e-6  # relative error of an activation's table worth a warning
+_CACHE_BYTES = 256e6  # of prepared sides, kept for the next tiles
+_INEXACT = 1e-6  # relative error of an activation's table above which a warning is given
 
 
 class InfiniteKernel(Kernel):
     """Tangent kernel ("ntk") or covariance of the outputs ("nngp") of a module as its hidden widths tend to infinity.
 
-    The layers are read off a run of the module: dense layers and convolutions (stride, zero padding, dilation, groups
+    The layers are read from a run of the module: dense layers and convolutions (stride, zero padding, dilation, groups
     of hidden channels), any elementwise activation, sums of branches, factors, average and global pools, flattening,
-    LayerNorm and GroupNorm before an activation, dropout in eval mode. The widths the module happens to have play no
-    part, except through `w_std=None`. All outputs have the same kernel and are independent: entry (i, c, j, d) of the
+    LayerNorm and GroupNorm before an activation, dropout in eval mode. The module's own widths have no influence,
+    except through `w_std=None`. All outputs have the same kernel and are independent: entry (i, c, j, d) of the
     full kernel is ``k(x1, x2)[i, j]`` for c = d, else 0.
 
     Parameters
     ----------
-    model : the module, in eval mode. It is run on a few samples and left as it was.
+    model : the module, in eval mode. It is run on a few samples and not changed.
     kind : "ntk" or "nngp".
     w_std, b_std : the NTK parametrization z = w_std / sqrt(fan_in) W a + b_std b in every dense and convolution layer,
-        with standard normal W and b, all trained. None: the module's own parametrization and initialisation, recognised
-        from its weights (`initial_std`), with the parameters trained that require gradients. In
-        torch's own parametrization the tangent kernel of a layer grows with its width: the widths are then the
-        module's, and the value is the leading order.
+        with standard normal W and b, all trained. None: the module's own parametrization and initialization, recognized
+        from its weights (`initial_std`); the parameters that require gradients are trained. In PyTorch's own
+        parametrization the tangent kernel of a layer grows with its width: the widths are then the module's, and the
+        value is the leading order.
 
     Attributes
     ----------
@@ -60,26 +62,26 @@ class InfiniteKernel(Kernel):
     -------------------
     Tensor
         [n1, n2] in the dtype of the samples; exactly symmetric for ``x2=None``. The values of a sample with itself are
-        free of the rounding that angles near 0 amplify.
+        free of the rounding error that angles near 0 amplify.
 
     Raises
     ------
     Refused
-        By the layer's name, for what has no such limit: max-pools, BatchNorm, softmax, attention and other mixtures of
-        channels, products of branches, weights used twice, sums of branches that depend on each other.
+        By the layer's name, for a layer without such a limit: max-pools, BatchNorm, softmax, attention and other
+        mixtures of channels, products of branches, weights used twice, sums of branches that depend on each other.
 
     Warns
     -----
     UserWarning
-        When the quadrature of an activation is less exact than 1e-6 (kinks elsewhere than at 0: ReLU6, hardtanh).
+        When the relative error of an activation's quadrature exceeds 1e-6 (kinks elsewhere than at 0: ReLU6, hardtanh).
 
     Notes
     -----
     Jacot et al. 2018, proposition 1 and theorem 1. Per layer, with covariance S and tangent kernel T: activations
     S -> E[s(u) s(v)], T -> T E[s'(u) s'(v)] for (u, v) of covariance S; dense layers and convolutions
-    T -> w^2 T + w^2 S + b^2, S -> w^2 S + b^2, averaged over the taps. Kernels of images need all pairs of positions:
-    they are carried one offset at a time (see `planes`), in memory that does not grow with the image.
-    The slope of a PReLU is taken as it is and not as trained: one number for all channels has no deterministic limit.
+    T -> w^2 T + w^2 S + b^2, S -> w^2 S + b^2, averaged over the kernel's window. Kernels of images need all pairs of
+    positions: they are computed one offset at a time (see `planes`), in memory that does not grow with the image.
+    The slope of a PReLU is a constant and not trained: one number for all channels has no deterministic limit.
 
     Examples
     --------
@@ -92,21 +94,25 @@ class InfiniteKernel(Kernel):
     """
 
     def __init__(
-        self, model: nn.Module, kind: str = "ntk", w_std: float | None = None, b_std: float | None = None
+        self,
+        model: nn.Module,
+        kind: Kind = "ntk",
+        w_std: float | None = None,
+        b_std: float | None = None,
     ) -> None:
         if kind not in ("ntk", "nngp"):
             raise refusal("kind", got=repr(kind), expected='"ntk" or "nngp"', fix="Choose one of them.")
         if (w_std is None) != (b_std is None):
-            missing = "b_std" if b_std is None else "w_std"
-            raise refusal(missing, got="None, but the other one given", expected="both or none", fix="Give both.")
+            missing, other = ("b_std", "w_std") if b_std is None else ("w_std", "b_std")
+            raise refusal(missing, got=f"None although {other} is given", expected="both or none", fix="Give both.")
         for name, value in (("w_std", w_std), ("b_std", b_std)):
             if value is not None and not 0 <= value < math.inf:
-                raise refusal(name, got=value, expected="a finite number >= 0", fix="It is a standard deviation.")
+                raise refusal(name, got=value, expected="a finite number >= 0", fix="Give a standard deviation.")
         self.kind = kind
         self._model, self._stds = model, (w_std, b_std)
         self._models: dict[torch.dtype, nn.Module] = {}
         self._graphs: dict[tuple[torch.dtype, tuple[int, ...]], Graph] = {}
-        self._state: Any = None  # of the model, when the graphs were read
+        self._fingerprint: Any = None  # of the model, when the graphs were read
 
     @property
     def error(self) -> float:
@@ -114,7 +120,7 @@ class InfiniteKernel(Kernel):
         return max((a.error for graph in self._graphs.values() for _, a in _tables(graph)), default=0.0)
 
     def describe(self, x: Batch) -> str:
-        """The layers as they were read, one a line: what each is, and where its variances come from.
+        """List the layers as read, one per line: what each is, and how its variances are known.
 
         Examples
         --------
@@ -128,7 +134,7 @@ class InfiniteKernel(Kernel):
         return "\n".join(_line(layer) for layer in graph.layers)
 
     def operator(self, x: Batch) -> KernelOperator:
-        """k(x, x) as an operator; the values are computed once, at the first product, and kept."""
+        """k(x, x) as an operator; the values are computed once, at the first product."""
         like = next(iter(self._read(x)[1].values()))
         values = lru_cache(1)(lambda: self(x))
         return KernelOperator(count(x), lambda v: values() @ v, lambda: self.diagonal(x), like)
@@ -146,32 +152,30 @@ class InfiniteKernel(Kernel):
         if out is None:
             out = torch.empty(n1, n2, dtype=like.dtype, device=like.device)
         check_out(out, (n1, n2), like.dtype)
-        side = _tile(graph, like)
-        tiles = [(i, j) for i in range(0, n1, side) for j in range(i if same else 0, n2, side)]
-        held = max(4, int(_HELD / (8 * side * _state_size(graph))))
+        size = _tile_size(graph, like)
+        tiles = [(i, j) for i in range(0, n1, size) for j in range(i if same else 0, n2, size)]
 
-        versions = self._covered(graph, data1, data2)
-
-        @lru_cache(held)
-        def prepare(second: bool, start: int) -> Side:
-            return self._side(graph, data2 if second else data1, slice(start, start + side))
+        @lru_cache(max(4, int(_CACHE_BYTES / (8 * size * _state_size(graph)))))
+        def side(second: bool, start: int) -> Side:
+            return _side(graph, data2 if second else data1, slice(start, start + size))
 
         def tile(at: tuple[int, int]) -> None:
             i, j = at
             with torch.no_grad():
-                one, two = prepare(False, i), prepare(not same, j)
-                planes = Planes(graph, one, two, False, same and i == j, self.kind == "ntk", _cells(like))
-                out[i : i + side, j : j + side] = planes(graph.layers[graph.output])[-1, 0, 0]
+                one, two = side(False, i), side(not same, j)
+                planes = Planes(graph, one, two, False, same and i == j, self.kind == "ntk", _plane_elements(like))
+                out[i : i + size, j : j + size] = planes(graph.layers[graph.output])[-1, 0, 0]
 
-        _all(tile, tiles, like)
+        versions = _covered(graph, data1, data2)
+        _run(tile, tiles, like)
         if same:
-            for i in range(0, n1, side):
-                out[i : i + side, :i] = out[:i, i : i + side].T
-                block = out[i : i + side, i : i + side]
+            for i in range(0, n1, size):
+                out[i : i + size, :i] = out[:i, i : i + size].T
+                block = out[i : i + size, i : i + size]
                 block.copy_(block.triu() + block.triu(1).T)
-        if self._versions(graph) != versions:  # another thread met other variances
+        if _versions(graph) != versions:  # another thread extended a table
             return self._gram(x1, x2, out)
-        self._warn(graph)
+        _warn(graph)
         return out
 
     @torch.inference_mode(False)
@@ -182,99 +186,56 @@ class InfiniteKernel(Kernel):
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         like = next(iter(data1.values()))
         out = torch.empty(count(x1), dtype=like.dtype, device=like.device)
-        versions = self._covered(graph, data1, data2)
 
         def batch(start: int) -> None:
-            chosen = slice(start, start + _BATCH)
+            samples = slice(start, start + _BATCH)
             with torch.no_grad():
-                one = self._side(graph, data1, chosen)
-                two = one if x2 is None else self._side(graph, data2, chosen)
-                planes = Planes(graph, one, two, True, x2 is None, self.kind == "ntk", _cells(like))
-                out[chosen] = planes(graph.layers[graph.output])[-1, 0, 0, :, 0]
+                one = _side(graph, data1, samples)
+                two = one if x2 is None else _side(graph, data2, samples)
+                planes = Planes(graph, one, two, True, x2 is None, self.kind == "ntk", _plane_elements(like))
+                out[samples] = planes(graph.layers[graph.output])[-1, 0, 0, :, 0]
 
-        _all(batch, list(range(0, count(x1), _BATCH)), like)
-        if self._versions(graph) != versions:
+        versions = _covered(graph, data1, data2)
+        _run(batch, list(range(0, count(x1), _BATCH)), like)
+        if _versions(graph) != versions:
             return self._pairs(x1, x2)
-        self._warn(graph)
+        _warn(graph)
         return out
-
-    def _side(self, graph: Graph, data: dict[int, Tensor], chosen: slice) -> Side:
-        part = {place: t[:, :, chosen] for place, t in data.items()}
-        return prepared(graph, part, _cells(next(iter(part.values()))))
-
-    def _covered(self, graph: Graph, data1: dict[int, Tensor], data2: dict[int, Tensor]) -> list[int]:
-        """Let the tables of activations reach over the variances of all samples; gives the tables' versions."""
-        if self._versions(graph):
-            for data in (data1,) if data1 is data2 else (data1, data2):
-                n = next(iter(data.values())).shape[2]
-                for start in range(0, n, _BATCH):
-                    self._side(graph, data, slice(start, start + _BATCH))
-        return self._versions(graph)
-
-    def _versions(self, graph: Graph) -> list[int]:
-        return [a.version for _, a in _tables(graph)]
-
-    def _warn(self, graph: Graph) -> None:
-        for layer, a in _tables(graph):
-            if a.error > _INEXACT:
-                warnings.warn(
-                    f"{layer.name}: its kernel is computed by quadrature with a relative error of {a.error:.0e}: its "
-                    "slope jumps elsewhere than at 0, or its inputs are of very different size.",
-                    stacklevel=4,
-                )
 
     # ------------------------------------------------------------------ reading
 
     @torch.inference_mode(False)
     def _read(self, x: Batch, like: Batch | None = None) -> tuple[Graph, dict[int, Tensor]]:
-        """The layers for samples of this shape, and what each source makes of these, [H, W, n, C] / sqrt(C)."""
+        """The layers for samples of this shape, and the samples at each input layer, [H, W, n, C] / sqrt(C)."""
         if not isinstance(x, Tensor):
-            raise refusal(
-                "x",
-                got=type(x).__name__,
-                expected="one tensor",
-                fix="A limit is known for networks of one input: wrap the model in a module that takes one tensor.",
-            )
+            fix = "Wrap the model in a module that takes one tensor."
+            raise refusal("x", got=type(x).__name__, expected="one tensor", fix=fix)
         if isinstance(like, Tensor):
             if x.shape[1:] != like.shape[1:]:
                 got, expected = tuple(x.shape[1:]), tuple(like.shape[1:])
-                raise refusal("x2", got=f"samples of shape {got}", expected=f"{expected}, as x1", fix="Cut them alike.")
+                fix = "Give both sets samples of the same shape."
+                raise refusal("x2", got=f"samples of shape {got}", expected=f"{expected}, as x1", fix=fix)
             x = x.to(like.dtype)
-        if (state := _state(self._model)) != self._state:  # trained on, frozen or changed since
-            self._state, self._graphs, self._models = state, {}, {}
-        model = self._of(x.dtype) if x.is_floating_point() else self._model
+        if (fingerprint := _fingerprint(self._model)) != self._fingerprint:  # trained, frozen or changed since
+            self._fingerprint, self._graphs, self._models = fingerprint, {}, {}
+        model = self._in_dtype(x.dtype) if x.is_floating_point() else self._model
         key = (x.dtype, tuple(x.shape[1:]))
         graph = self._graphs.get(key) or read(model, x, *self._stds)
         self._graphs[key] = graph
-        places = [layer.place for layer in graph.layers if isinstance(layer, Source)]
+        indices = [layer.index for layer in graph.layers if isinstance(layer, Input)]
         data: dict[int, Tensor] = {}
         for start in range(0, len(x), _BATCH):
             batch = x[start : start + _BATCH]
-            made = {0: batch} if places == [0] else self._made(model, batch, graph.last_place)
-            for place in places:
-                t = made[place]
+            outputs = [batch] if indices == [0] else _outputs(model, batch, graph.last_index)
+            for index in indices:
+                t = outputs[index]
                 value = t.reshape(*t.shape[:2], *(1,) * (4 - t.dim()), *t.shape[2:]).permute(2, 3, 0, 1)
-                if place not in data:
-                    data[place] = value.new_empty(*value.shape[:2], len(x), value.shape[3])
-                torch.div(value, math.sqrt(value.shape[3]), out=data[place][:, :, start : start + _BATCH])
+                if index not in data:
+                    data[index] = value.new_empty(*value.shape[:2], len(x), value.shape[3])
+                torch.div(value, math.sqrt(value.shape[3]), out=data[index][:, :, start : start + _BATCH])
         return graph, data
 
-    def _made(self, model: nn.Module, batch: Tensor, last: int) -> dict[int, Tensor]:
-        """What the model makes of a batch before its weights; of its first sample the same as alone."""
-        made = {place: op.out for place, op in enumerate(record(model, batch, last).ops)}
-        if len(batch) > 1:
-            alone = record(model, batch[:1], last).ops
-            for place, op in enumerate(alone):
-                if op.out.shape[:1] == (1,) and not torch.allclose(op.out, made[place][:1], rtol=1e-4, atol=1e-6):
-                    raise refusal(
-                        "the model",
-                        got=f"{op.name}, which makes another value of a sample when others are in its batch",
-                        expected="samples that do not know of each other",
-                        fix="Normalise the data outside the model.",
-                    )
-        return made
-
-    def _of(self, dtype: torch.dtype) -> nn.Module:
+    def _in_dtype(self, dtype: torch.dtype) -> nn.Module:
         """The model in the dtype of the samples: kernels of float64 samples are in float64, whatever the weights'."""
         if dtype == next((p.dtype for p in self._model.parameters()), torch.get_default_dtype()):
             return self._model
@@ -283,8 +244,20 @@ class InfiniteKernel(Kernel):
         return model
 
 
-def _state(model: nn.Module) -> Any:
-    """What a reading depends on, to tell whether the model is still the one that was read."""
+def _outputs(model: nn.Module, batch: Tensor, last: int) -> list[Tensor]:
+    """Outputs of the calls on a batch before the weights; those of the first sample are checked against it alone."""
+    outputs = [op.out for op in record(model, batch, last).ops]
+    if len(batch) > 1:
+        for op, out in zip(record(model, batch[:1], last).ops, outputs, strict=False):
+            if op.out.shape[:1] == (1,) and not torch.allclose(op.out, out[:1], rtol=1e-4, atol=1e-6):
+                got = f"{op.name}, whose value for a sample depends on the other samples in its batch"
+                expected = "a function of each sample alone"
+                raise refusal("the model", got=got, expected=expected, fix="Normalize the data outside the model.")
+    return outputs
+
+
+def _fingerprint(model: nn.Module) -> Any:
+    """What a reading depends on, to tell whether the model has changed since."""
     modules = [(name, id(m), m.training) for name, m in model.named_modules()]
     tensors = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers()) if not t.is_complex()]
     return modules, [
@@ -296,29 +269,59 @@ def _half(x: Batch) -> bool:
     return isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
 
 
+def _side(graph: Graph, data: dict[int, Tensor], samples: slice) -> Side:
+    part = {index: t[:, :, samples] for index, t in data.items()}
+    return prepare(graph, part, _plane_elements(next(iter(part.values()))))
+
+
 def _tables(graph: Graph) -> list[tuple[Pointwise, Tabulated]]:
-    """What is computed by quadrature: activations, and what a norm's weight meets in them."""
-    of = [(k, a) for k in graph.layers if isinstance(k, Pointwise) for a in (k.activation, k.weighted)]
-    return [(k, a) for k, a in of if isinstance(a, Tabulated)]
+    """The activations computed by quadrature, with their layers."""
+    pairs = [(k, a) for k in graph.layers if isinstance(k, Pointwise) for a in (k.activation, k.weighted)]
+    return [(k, a) for k, a in pairs if isinstance(a, Tabulated)]
 
 
-def _cells(like: Tensor) -> int:
-    return _CELLS.get(like.device.type, _CELLS_ELSEWHERE)
+def _versions(graph: Graph) -> list[int]:
+    return [a.version for _, a in _tables(graph)]
 
 
-def _tile(graph: Graph, like: Tensor) -> int:
-    """Samples on a side of a tile."""
-    area = max(math.prod(layer.size) for layer in graph.layers)
-    return max(8, math.isqrt(min(_cells(like), _PAIRS * max(1, _cells(like) >> 16)) if area > 1 else _cells(like)))
+def _covered(graph: Graph, data1: dict[int, Tensor], data2: dict[int, Tensor]) -> list[int]:
+    """Extend the tables of activations to the variances of all samples; return the tables' versions."""
+    if _versions(graph):
+        for data in (data1,) if data1 is data2 else (data1, data2):
+            for start in range(0, next(iter(data.values())).shape[2], _BATCH):
+                _side(graph, data, slice(start, start + _BATCH))
+    return _versions(graph)
+
+
+def _warn(graph: Graph) -> None:
+    for layer, a in _tables(graph):
+        if a.error > _INEXACT:
+            warnings.warn(
+                f"{layer.name}: its kernel is computed by quadrature with a relative error of {a.error:.0e}. Its "
+                "slope jumps elsewhere than at 0, or the sizes of its inputs are very different.",
+                stacklevel=4,
+            )
+
+
+def _plane_elements(like: Tensor) -> int:
+    return _PLANE_ELEMENTS.get(like.device.type, _PLANE_ELEMENTS_ELSEWHERE)
+
+
+def _tile_size(graph: Graph, like: Tensor) -> int:
+    """Samples along each side of a tile."""
+    elements = _plane_elements(like)
+    if max(math.prod(layer.size) for layer in graph.layers) > 1:
+        elements = min(elements, _TILE_PAIRS * max(1, elements >> 16))
+    return max(8, math.isqrt(elements))
 
 
 def _state_size(graph: Graph) -> int:
-    """Numbers kept for a sample."""
+    """Elements of a prepared side, per sample."""
     return 1 + sum(4 * math.prod(layer.size) for layer in graph.layers if isinstance(layer, Pointwise))
 
 
-def _all(work: Callable, items: list, like: Tensor) -> None:
-    """Do all items, on as many threads as torch uses; one operation keeps to its thread."""
+def _run(work: Callable, items: list, like: Tensor) -> None:
+    """Do the work for all items, on as many threads as torch uses, each operation on one thread."""
     threads = torch.get_num_threads() if like.device.type == "cpu" else 1
     start, (first, *rest) = time.monotonic(), items
     with task("infinite kernel", len(items)) as progress, _single_threaded(threads):
@@ -336,7 +339,7 @@ def _all(work: Callable, items: list, like: Tensor) -> None:
 
 @contextmanager
 def _single_threaded(threads: int) -> Iterator[None]:
-    """Operations keep to their thread: each is too small for two."""
+    """Each operation runs on one thread: they are too small for two."""
     try:
         if threads > 1:
             torch.set_num_threads(1)
@@ -348,13 +351,14 @@ def _single_threaded(threads: int) -> Iterator[None]:
 
 def _line(layer: Layer) -> str:
     positions = f"{layer.size[0]} x {layer.size[1]} positions"
-    if isinstance(layer, Source):
+    if isinstance(layer, Input):
         return f"{layer.name or 'the input'}, {layer.channels} channels at {positions}"
-    if isinstance(layer, Weights):
+    if isinstance(layer, Affine):
         return (
-            f"{layer.name}: weights of std {math.sqrt(layer.weight):.4g} / sqrt(fan in), "
-            f"bias of std {math.sqrt(layer.bias):.4g} ({layer.read})"
+            f"{layer.name}: weights of std {math.sqrt(layer.weight_var):.4g} / sqrt(fan in), "
+            f"bias of std {math.sqrt(layer.bias_var):.4g} ({layer.initialization})"
         )
     if isinstance(layer, Pointwise):
         return f"{layer.name}: {layer.activation.name}"
-    return f"{layer.name}: {type(layer).__name__.lower()}, {positions}"
+    kind = {"GlobalPool": "global pool"}.get(type(layer).__name__, type(layer).__name__.lower())
+    return f"{layer.name}: {kind}, {positions}"

@@ -1,4 +1,4 @@
-"""The layers of a limit: what a tape is read as. A grid has two axes: vectors are 1 x 1, sequences 1 x length."""
+"""The layers of a limit, as read from a tape. A grid has two axes: vectors are 1 x 1, sequences 1 x length."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ Size = tuple[int, int]
 
 @dataclass
 class Layer:
-    """A value of the network: channels (their number tends to infinity) at the positions of a grid."""
+    """A value of the network: channels, whose number tends to infinity, at the positions of a grid."""
 
     size: Size
-    name: str  # of the module that made it
+    name: str  # of the module that computes it
 
 
 @dataclass
-class Source(Layer):
-    """What the network makes of its input before any weight: its numbers at a place on the tape."""
+class Input(Layer):
+    """What the network computes from its input before any weight: the output of one call on the tape."""
 
-    place: int
+    index: int
     channels: int
 
 
 @dataclass
-class Weights(Layer):
-    """z = W a + b, W and b drawn independently; a convolution if it has a kernel, one position to one if not.
+class Affine(Layer):
+    """z = W a + b with independent random W and b: a convolution, or a dense layer on a 1 x 1 grid.
 
-    weight, bias : variance they bring, fan_in Var W and Var b. weight_gain, bias_gain : what their gradients bring.
+    weight_var, bias_var : variance that they contribute, fan_in Var W and Var b.
+    weight_ntk, bias_ntk : what their gradients contribute to the tangent kernel.
     """
 
     source: Layer
-    taps: Size
+    kernel_size: Size
     stride: Size
-    before: Size  # zeros padded in front; those behind follow from the size
+    padding: Size  # zeros in front; the number of zeros behind follows from the size
     dilation: Size
-    weight: float
-    bias: float
-    weight_gain: float
-    bias_gain: float
-    read: str = ""  # how the variances were found
+    weight_var: float
+    bias_var: float
+    weight_ntk: float
+    bias_ntk: float
+    initialization: str = ""  # how the variances are known
 
 
 @dataclass
 class Pointwise(Layer):
-    """An activation.
+    """An activation function, applied to each number.
 
-    weighted : that of z s'(z), for the trained weight of a norm right in front: what a unit gets from it is in
-        proportion to the unit's own value, so that it meets the slope s' of that very value.
+    weighted : the activation z s'(z), needed directly after a norm with a trained weight: a unit receives from that
+        weight a term proportional to its own value, which is multiplied by the slope s' at the same value.
     """
 
     source: Layer
@@ -59,7 +60,7 @@ class Pointwise(Layer):
 
 @dataclass
 class Sum(Layer):
-    """A sum of values none of which says anything about another, with factors."""
+    """A sum of uncorrelated values, with factors."""
 
     terms: list[tuple[float, Layer]]
 
@@ -69,41 +70,41 @@ class Pool(Layer):
     """Averages over windows."""
 
     source: Layer
-    taps: Size
+    kernel_size: Size
     stride: Size
-    before: Size
+    padding: Size
     divisor: float
 
 
 @dataclass
-class Everywhere(Layer):
+class GlobalPool(Layer):
     """The average over all positions."""
 
     source: Layer
 
 
 @dataclass
-class Flat(Layer):
-    """All positions as features: the layer behind has weights of its own for each."""
+class Flatten(Layer):
+    """All positions as features: the next layer has separate weights for each."""
 
     source: Layer
 
 
 @dataclass
 class Norm(Layer):
-    """Divided by the root mean square over channels and positions, then an affine map of each channel.
+    """Division by the root mean square over channels and positions, then an affine map of each channel.
 
-    scale : square of its weight, the same for all channels; its bias is 0.
-    scale_gain, shift_gain : 1 where weight and bias are trained.
-    by_position : its weights belong to a position each.
+    weight_sq : square of its weight, the same for all channels; its bias is 0.
+    weight_ntk, bias_ntk : 1 where weight and bias are trained.
+    per_position : each position has a weight of its own.
     """
 
     source: Layer
     eps: float
-    scale: float
-    scale_gain: float
-    shift_gain: float
-    by_position: bool
+    weight_sq: float
+    weight_ntk: float
+    bias_ntk: float
+    per_position: bool
 
 
 @dataclass
@@ -112,11 +113,11 @@ class Graph:
 
     layers: list[Layer] = field(default_factory=list)
     output: int = -1
-    last_place: int = 0  # on the tape, of a source: the run of a batch can stop there
+    last_index: int = 0  # of an input layer on the tape: the run of a batch can stop there
 
 
 def sources(layer: Layer) -> list[Layer]:
-    """The layers it takes in."""
-    if isinstance(layer, Source):
+    """The layers it depends on directly."""
+    if isinstance(layer, Input):
         return []
     return [t for _, t in layer.terms] if isinstance(layer, Sum) else [layer.source]  # pyrefly: ignore

@@ -1,4 +1,4 @@
-"""Calls that a tape may hold: which function is what, and what its arguments say."""
+"""Calls that a tape may contain: which function does what, and what its arguments mean."""
 
 from __future__ import annotations
 
@@ -13,62 +13,60 @@ from ntkit.kernels.infinite.layers import Size
 from ntkit.kernels.infinite.tape import Op, Ref
 
 T = torch.Tensor
-WEIGHTED = {F.linear, F.conv1d, F.conv2d, torch.conv1d, torch.conv2d}
+AFFINE = {F.linear, F.conv1d, F.conv2d, torch.conv1d, torch.conv2d}
 NORMS = {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm}
 DIFFERENCES = {torch.sub, torch.subtract, T.sub, T.sub_, T.__sub__, T.__isub__, T.subtract}
 SUMS = {torch.add, T.add, T.add_, T.__add__, T.__iadd__, T.__radd__, T.__rsub__} | DIFFERENCES
 DIVISIONS = {torch.div, torch.true_divide, T.div, T.div_, T.__truediv__, T.__itruediv__, T.__rtruediv__}
-SCALINGS = {torch.mul, torch.multiply, T.mul, T.mul_, T.__mul__, T.__imul__, T.__rmul__} | DIVISIONS
-NEGATED = {torch.neg, T.neg, T.__neg__, torch.negative}
+PRODUCTS = {torch.mul, torch.multiply, T.mul, T.mul_, T.__mul__, T.__imul__, T.__rmul__} | DIVISIONS
+NEGATIONS = {torch.neg, T.neg, T.__neg__, torch.negative}
 DATA = T.data.__get__  # pyrefly: ignore
-SAME = {T.contiguous, T.clone, torch.clone, T.to, T.float, T.double}
-TOTALS = {torch.sum, T.sum}
-VIEWS = {torch.flatten, T.flatten, T.view, T.reshape, torch.reshape, T.squeeze, torch.squeeze, T.contiguous, T.clone}
-VIEWS |= {torch.clone, T.to, T.float, T.double, torch.unsqueeze, T.unsqueeze, nn.Identity, T.type}
+COPIES = {T.contiguous, T.clone, torch.clone, T.to, T.float, T.double}
+VIEWS = {torch.flatten, T.flatten, T.view, T.reshape, torch.reshape, T.squeeze, torch.squeeze} | COPIES
+VIEWS |= {torch.unsqueeze, T.unsqueeze, nn.Identity, T.type}
+AVG_POOLS = {F.avg_pool1d, F.avg_pool2d, torch.avg_pool1d}
+ADAPTIVE_POOLS = {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_avg_pool1d}
+REDUCTIONS = {torch.mean, T.mean, torch.sum, T.sum}
 
-GENERAL = "Read are dense and convolution layers, sums, average pools, norms over channels, and elementwise functions."
+SUPPORTED = (
+    "Supported are dense and convolution layers, sums, average pools, norms over channels, and elementwise functions."
+)
 POOLING = "Use average pooling: the maximum over positions of a Gaussian field has no kernel in closed form."
 ADVICE = {
-    "softmax": "Attention and softmax mix channels in a way that no kernel follows; leave it to the loss.",
-    "log_softmax": "Leave it to the loss: end the model with its logits.",
+    "softmax": "Attention and softmax mix channels and have no kernel of this kind. Apply softmax in the loss.",
+    "log_softmax": "Apply it in the loss: end the model with its logits.",
 } | {name: POOLING for name in ("max_pool2d", "max_pool1d", "boolean_dispatch", "adaptive_max_pool2d", "fn", "amax")}
 
 
-def elementwise(function: Function, shape: torch.Size) -> bool:
-    """By experiment: a permutation of all numbers is passed through, and one changed number changes only its own."""
+def is_elementwise(function: Function, shape: torch.Size) -> bool:
+    """Test on random numbers: permuted inputs give permuted outputs; a changed number changes only its own output."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(shape, generator=generator, dtype=torch.float64)
     order = torch.randperm(z.numel(), generator=generator)
+    changed = z.clone()
+    changed.flatten()[0] += 1
     with torch.random.fork_rng([]), torch.no_grad():
         try:
-            out = function(z * 1).clone()
-            mixed = function(z.flatten()[order].reshape(shape)).flatten().clone()
-            other = z.clone()
-            other.flatten()[0] += 1
-            changed = function(other).flatten()
-            again = function(z * 1)
+            outs = [function(t).clone() for t in (z * 1, z.flatten()[order].reshape(shape), changed, z * 1)]
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False
-    if not isinstance(out, Tensor) or out.shape != shape or out.is_complex():
+    if outs[0].shape != shape or outs[0].is_complex():
         return False
-    if not out.is_floating_point():  # a comparison
-        return bool(
-            (out.flatten()[order] == mixed).all() and (changed[1:] == out.flatten()[1:]).all() and out.equal(again)
-        )
-    same = torch.allclose(out.flatten()[order], mixed, rtol=1e-12, atol=1e-12, equal_nan=True) and torch.equal(
-        out, again
+    out, permuted, changed, again = (t.flatten().double() for t in outs)  # of a comparison 0 and 1
+    return torch.equal(out, again) and all(
+        torch.allclose(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
+        for a, b in ((out[order], permuted), (changed[1:], out[1:]))
     )
-    return same and torch.allclose(changed[1:], out.flatten()[1:], rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def factor_of(op: Op) -> float | None:
-    """The number that a call multiplies its one value by."""
+    """The number by which a call multiplies its one value."""
     others = [a for a in op.args if not isinstance(a, Ref)]
-    if op.func in SAME:
+    if op.func in COPIES:
         return 1.0
-    if op.func in NEGATED:
+    if op.func in NEGATIONS:
         return -1.0
-    if op.func not in SCALINGS or len(others) != 1 or op.kwargs:
+    if op.func not in PRODUCTS or len(others) != 1 or op.kwargs:
         return None
     number = others[0]
     if isinstance(number, Tensor):
@@ -81,8 +79,13 @@ def factor_of(op: Op) -> float | None:
     return float(number)
 
 
+def arguments(op: Op, *names: str) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return dict(zip(names, op.args, strict=False)) | op.kwargs
+
+
 def pair(value: Any, dims: int, missing: int = 1) -> Size:
-    """A number or one per axis, as two."""
+    """A number, or one number per axis, as a pair."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     values = values * max(dims, 1) if len(values) == 1 else values
     if dims == 0:

@@ -1,4 +1,4 @@
-"""What a prediction is made of: contributions of training examples, and the certificate that they are all."""
+"""A prediction as a sum of contributions of training examples, with the residual that certifies it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Top(NamedTuple):
 
 
 class StepShare(NamedTuple):
-    """What one optimisation step's gradient contributed: the examples it used (int64 [B]), and values [m, C, B]."""
+    """Contributions of one optimization step: the examples of its batch (int64 [B]), and values [m, C, B]."""
 
     step: int
     rows: Tensor
@@ -30,8 +30,8 @@ class StepShare(NamedTuple):
 class PathDecomposition:
     """f_S(x) = initial + sum_i contributions_i + regularization, up to the residual: per test point and output.
 
-    Made by `ntkit.PathKernel.decompose`. m test points, C outputs, n training examples; everything in float64, on the
-    CPU.
+    The result of `ntkit.PathKernel.decompose`, for m test points, C outputs and n training examples; all tensors are in
+    float64, on the CPU.
 
     Attributes
     ----------
@@ -40,10 +40,10 @@ class PathDecomposition:
     regularization : [m, C], what weight decay added.
     prediction : [m, C], the trained network's outputs, computed by the network itself.
     residual : [m, C], initial + sum of contributions + regularization - prediction: the certificate.
-    layers : parameter name -> its share of the contributions, [m, C, n]; they sum to `contributions`. Where asked for.
-    steps : one `StepShare` per optimisation step, the first first. Where asked for.
-    integration : how the test side was integrated over each step, in words.
-    bitwise : whether the run, made again, had the recorded bits.
+    layers : parameter name -> its share of the contributions, [m, C, n]; their sum is `contributions`. None by default.
+    steps : one `StepShare` per optimization step, in order. None by default.
+    integration : the rule by which the test side was integrated over each step.
+    bitwise : whether the replayed run had the recorded bits.
     """
 
     contributions: Tensor
@@ -63,57 +63,54 @@ class PathDecomposition:
         return float(self.residual.abs().max() / scale) if scale > 0 else float(self.residual.abs().max())
 
     def top(self, k: int, output: int | Tensor | None = None, against: bool = False) -> Top:
-        """Give the training examples that spoke most for an output, or against it.
+        """Training examples with the largest positive contribution to an output, or the largest negative one.
 
         Parameters
         ----------
-        k : how many.
+        k : number of examples.
         output : which output: one for all test points, one per test point (int64 [m]), or None for the largest
             (predicted) output of each.
         against : the most negative contributions instead of the most positive.
         """
         n = self.contributions.shape[2]
         if not 1 <= k <= n:
-            raise refusal("k", got=k, expected=f"1 <= k <= {n} training examples", fix="Ask for fewer.")
+            raise refusal("k", got=k, expected=f"1 <= k <= {n} training examples", fix="Use a smaller k.")
         values, examples = self.of(output).topk(k, dim=1, largest=not against)
         return Top(examples, values)
 
     def of(self, output: int | Tensor | None = None) -> Tensor:
-        """Contributions to one output, [m, n]; chosen as in `top`."""
+        """Contributions to one output, [m, n]; `output` as in `top`."""
         m, outputs = self.prediction.shape
         if output is None:
             output = self.prediction.argmax(1)
         index = torch.as_tensor(output).expand(m)
         if not bool(((index >= -outputs) & (index < outputs)).all()):
-            raise refusal("output", got=output, expected=f"outputs below {outputs}", fix="Count from 0.")
+            raise refusal("output", got=output, expected=f"outputs below {outputs}", fix="Outputs are numbered from 0.")
         return self.contributions[torch.arange(m), index]
 
     def by_class(self, labels: Tensor) -> Tensor:
         """Sum of the contributions of each class's examples: [m, C, classes]; labels int64 [n]."""
         if labels.shape != (self.contributions.shape[2],) or labels.is_floating_point():
-            raise refusal(
-                "labels",
-                got=f"shape {tuple(labels.shape)}, {labels.dtype}",
-                expected=f"one whole number per training example, shape ({self.contributions.shape[2]},)",
-                fix="Pass the classes of the training data in its order.",
-            )
+            expected = f"one integer per training example, shape ({self.contributions.shape[2]},)"
+            fix = "Pass the classes of the training data in its order."
+            raise refusal("labels", got=f"shape {tuple(labels.shape)}, {labels.dtype}", expected=expected, fix=fix)
         classes = int(labels.max()) + 1
         total = self.contributions.new_zeros(*self.prediction.shape, classes)
         return total.index_add_(2, labels.cpu(), self.contributions)
 
     def over_time(self) -> Tensor:
         """Sum of the contributions up to each step: [S, m, C]; needs ``decompose(..., steps=True)``."""
-        return torch.stack([share.values.sum(2) for share in self._known_steps()]).cumsum(0)
+        return torch.stack([share.values.sum(2) for share in self._steps_or_refusal()]).cumsum(0)
 
     def example_over_time(self, example: int) -> Tensor:
         """One training example's contribution up to each step: [S, m, C]; needs ``decompose(..., steps=True)``."""
-        own = [(share.values * (share.rows == example)).sum(2) for share in self._known_steps()]
+        own = [(share.values * (share.rows == example)).sum(2) for share in self._steps_or_refusal()]
         return torch.stack(own).cumsum(0)
 
-    def _known_steps(self) -> list[StepShare]:
+    def _steps_or_refusal(self) -> list[StepShare]:
         if self.steps is None:
             raise refusal(
-                "steps", got="a decomposition without them", expected="contributions step by step",
+                "steps", got="a decomposition without contributions per step", expected="contributions per step",
                 fix="Call decompose(x, steps=True).",
             )  # fmt: skip
         return self.steps

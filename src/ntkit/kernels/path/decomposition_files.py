@@ -1,4 +1,4 @@
-"""A decomposition on disk: its result, or how far a sweep had come when it was stopped."""
+"""A decomposition on disk: its result, or the state of an unfinished sweep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
 from ntkit.kernels.path.decomposition import PathDecomposition, StepShare
-from ntkit.trajectory.run_writer import Pace
+from ntkit.trajectory.run_writer import CheckpointTimer
 
 if TYPE_CHECKING:
     from ntkit.kernels.path.sweep import Sweep
@@ -22,27 +22,27 @@ _FORMAT = "ntkit-decomposition"
 _PLAIN = ("contributions", "initial", "regularization", "prediction", "residual")
 
 
-class Held:
-    """The folder of a decomposition: ``decomposition.safetensors`` when done, before that one file per part of it.
+class DecompositionFiles:
+    """The folder of a decomposition: ``decomposition.safetensors`` at the end, until then one file per part of it.
 
     Parameters
     ----------
-    folder : where; None keeps nothing.
-    identity : what the numbers depend on, as JSON; another one is refused.
+    folder : None writes nothing.
+    identity : all that the numbers depend on, as JSON; a folder with another identity is refused.
     """
 
     def __init__(self, folder: str | Path | None, identity: dict[str, Any]) -> None:
         self._folder = None if folder is None else ensure_folder(folder)
         self._identity = json.loads(json.dumps(identity))
-        self._pace = Pace()
+        self._timer = CheckpointTimer()
 
     def result(self) -> PathDecomposition | None:
         """The finished decomposition, if there is one."""
-        found = self._read("decomposition")
-        return None if found is None else _unpacked(*found)
+        stored = self._read("decomposition")
+        return None if stored is None else _unpacked(*stored)
 
     def finish(self, result: PathDecomposition) -> None:
-        """Write the result; the parts are needed no more."""
+        """Write the result and delete the parts."""
         if self._folder is None:
             return
         self._write("decomposition", *_packed(result))
@@ -50,23 +50,23 @@ class Held:
             file.unlink()
 
     def size(self, fit: int) -> int:
-        """Test points per part: as they were cut when the folder was begun; `fit` in a new one."""
-        found = self._read("part-0")
-        return fit if found is None else found[1]["size"]
+        """Test points per part: as in the stored parts; `fit` in a new folder."""
+        stored = self._read("part-0")
+        return fit if stored is None else stored[1]["size"]
 
-    def take_up(self, sweep: Sweep, start: int) -> int | None:
-        """Put what was kept of the part from `start` into its sweep; gives the last step taken, None if none was."""
-        found = self._read(f"part-{start}")
-        if found is None:
+    def restore(self, sweep: Sweep, start: int) -> int | None:
+        """Restore the sweep of the part from `start`; returns its last step, None without a stored state."""
+        stored = self._read(f"part-{start}")
+        if stored is None:
             return None
-        sweep.restore(found[0], found[1]["carry"])
-        return found[1]["step"]
+        sweep.restore(stored[0], stored[1]["carry"])
+        return stored[1]["step"]
 
     def keep(self, sweep: Sweep, start: int, size: int, step: int) -> None:
-        """Write how far a sweep has come: when it is done, or when it is time."""
-        if self._folder is None or not (step == 0 or self._pace.due(False)):
+        """Write the state of a sweep: at its end, and from time to time."""
+        if self._folder is None or not (step == 0 or self._timer.due(False)):
             return
-        with self._pace.measured():
+        with self._timer.measured():
             tensors, carry = sweep.state(done=step == 0)
             self._write(f"part-{start}", tensors, {"size": size, "step": step, "carry": carry})
 
@@ -83,12 +83,8 @@ class Held:
         if rest.get("identity") != self._identity:
             theirs = rest.get("identity", {})
             differs = [key for key, value in self._identity.items() if theirs.get(key) != value]
-            raise refusal(
-                str(self._folder),
-                got=f"the decomposition of something else ({', '.join(differs) or 'unknown'} differ)",
-                expected="one of the same run, test points and settings",
-                fix="Name another folder.",
-            )
+            got, fix = f"another decomposition ({', '.join(differs) or 'unknown'} differ)", "Give another folder."
+            raise refusal(str(self._folder), got=got, expected="one of the same run, test points and settings", fix=fix)
         return tensors, rest
 
 

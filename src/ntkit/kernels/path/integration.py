@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, take
+from ntkit.base.batch import Batch
 from ntkit.base.checks import nearest, refusal
-from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.model_calls import call, untouched
-from ntkit.jacobian.products import jacobian_times
+from ntkit.jacobian.engine import Engine
+from ntkit.jacobian.model_calls import call, raw_outputs, untouched
 from ntkit.secant.secant_jacobian import Secant
 
-INTEGRATIONS = ("secant", "quadrature", "left", "ntk")
-RULES = ("gauss", "midpoint")
+Integration = Literal["secant", "quadrature", "left", "ntk"]
+Quadrature = Literal["gauss", "midpoint"]
 MOST = 4096  # nodes that an adaptive rule may take in a step
 _BATCH = 256  # samples a forward pass
 
@@ -27,9 +26,10 @@ class Segment:
 
     Parameters
     ----------
-    network : gives [n, C] outputs; its parameters are set to what is asked for, and left there.
+    network : gives [n, C] outputs; its parameters are set to those of the segment, and left there.
     params : those that move, by name.
     integration, rule, nodes, tolerance : see `ntkit.PathKernel`.
+    memory : bytes of scratch memory for the gradients.
     """
 
     def __init__(
@@ -40,20 +40,22 @@ class Segment:
         rule: str,
         nodes: int,
         tolerance: float | None,
+        memory: int | None = None,
     ) -> None:
-        check(integration, rule, nodes, tolerance)
+        check_integration(integration, rule, nodes, tolerance)
         self.network, self.params = network, dict(params)
         self.integration, self.rule, self.nodes, self.tolerance = integration, rule, nodes, tolerance
-        self.plain = Gradients(network, self.params, "full")
         self._secant = Secant(network, self.params) if integration == "secant" else None
-        self.gradients = self.plain
-        if self._secant is not None:
-            self.gradients = Gradients(self._secant, self._secant.params, "full")
+        self.engine = (
+            Engine(network, memory=memory, selected=self.params)
+            if self._secant is None
+            else Engine(self._secant, memory=memory, selected=self._secant.params)
+        )
         self.origin: Mapping[str, Tensor] = {}  # the initial parameters, for "ntk"
-        self.most = 0  # nodes that a step took
+        self.most = 0  # largest number of nodes of a step
 
     def places(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], x: Batch) -> Iterator[float]:
-        """Set `gradients` to one place of the segment after the other; gives the weight of each."""
+        """Set `engine` to one place of the segment after the other; yields the weight of each."""
         if self._secant is not None:
             self._secant.at(before, after)
             yield 1.0
@@ -79,11 +81,7 @@ class Segment:
     def outputs(self, values: Mapping[str, Tensor], x: Batch) -> Tensor:
         """Outputs at some parameters, [n, C]."""
         self.set(values)
-        with untouched(self.network, {}), torch.no_grad():
-            parts = [
-                call(self.network, part) for part in (take(x, slice(i, i + _BATCH)) for i in range(0, count(x), _BATCH))
-            ]
-        return torch.cat(parts)
+        return raw_outputs(self.network, x, _BATCH)
 
     def ends(self, x: Batch) -> tuple[Tensor, Tensor] | None:
         """Outputs at both ends as the secant rules have them, where the segment stands."""
@@ -103,32 +101,28 @@ class Segment:
             total = torch.zeros_like(first)
             for t, weight in zip(*points(self.rule, nodes), strict=True):
                 self.set({name: torch.lerp(before[name], after[name], float(t)) for name in self.params})
-                total += float(weight) * jacobian_times(self.plain, x, change, _BATCH)[:, :, 0]
+                total += float(weight) * self.engine.jvp(x, change, _BATCH)[:, :, 0]
             if float((total - (last - first)).abs().max()) <= bound:
                 return nodes
             if 2 * nodes > MOST:
-                raise refusal(
-                    "tolerance",
-                    got=f"an error above {self.tolerance:g} of the outputs with {nodes} nodes in a step",
-                    expected="an integral that converges",
-                    fix='Use integration="secant", which is exact; kinks (ReLU) make quadrature slow.',
-                )
+                got = f"an error above {self.tolerance:g} of the outputs with {nodes} nodes in a step"
+                fix = 'Use integration="secant", which is exact; kinks (ReLU) make quadrature slow.'
+                raise refusal("tolerance", got=got, expected="an integral that converges", fix=fix)
             nodes *= 2
 
 
-def check(integration: str, rule: str, nodes: int, tolerance: float | None) -> None:
-    """Refuse settings of an integration that are none."""
-    for label, value, known in (("integration", integration, INTEGRATIONS), ("rule", rule, RULES)):
-        if value not in known:
-            raise refusal(label, got=repr(value), expected=" or ".join(known), fix=nearest(str(value), known))
+def check_integration(integration: str, rule: str, nodes: int, tolerance: float | None) -> None:
+    """Refuse settings that name no integration."""
+    for label, value, kind in (("integration", integration, Integration), ("rule", rule, Quadrature)):
+        if value not in (names := get_args(kind)):
+            raise refusal(label, got=repr(value), expected=" or ".join(names), fix=nearest(str(value), names))
     if not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= MOST:
         raise refusal(
-            "nodes", got=repr(nodes), expected=f"an integer from 1 to {MOST}", fix="8 do for smooth networks."
+            "nodes", got=repr(nodes), expected=f"an integer from 1 to {MOST}", fix="8 are enough for smooth networks."
         )
     if tolerance is not None and not 0 < tolerance < 1:
-        raise refusal(
-            "tolerance", got=repr(tolerance), expected="0 < tolerance < 1, or None", fix="None = fixed nodes."
-        )
+        expected = "0 < tolerance < 1, or None"
+        raise refusal("tolerance", got=repr(tolerance), expected=expected, fix="None keeps the number of nodes fixed.")
 
 
 def points(rule: str, nodes: int) -> tuple[Any, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,17 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
+from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
-from ntkit.jacobian.model_calls import Outputs, check_mode, reduce_outputs
+from ntkit.jacobian.model_calls import Outputs, check_mode, reduce_outputs, required_arguments
 from ntkit.jacobian.structure import SelfCheckError
 from ntkit.kernels.kernel import Kernel, KernelOperator, written
 from ntkit.kernels.path.decomposition import PathDecomposition, StepShare
-from ntkit.kernels.path.decomposition_files import Held
-from ntkit.kernels.path.integration import Segment
-from ntkit.kernels.path.sweep import Sweep, led
-from ntkit.kernels.tangent import TangentKernel, free_memory, parse_memory
+from ntkit.kernels.path.decomposition_files import DecompositionFiles
+from ntkit.kernels.path.integration import Integration, Quadrature, Segment
+from ntkit.kernels.path.sweep import Sweep, prepended
+from ntkit.kernels.tangent import TangentKernel
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.recorded_run import read_run
 from ntkit.trajectory.replay import Replay
@@ -32,7 +32,7 @@ _COMPARED = 64  # test points whose outputs at both ends of the run are compared
 class PathKernel(Kernel):
     """The tangent kernel along a training run, and the run's predictions as a sum over training examples.
 
-    At step s the parameters went from theta_s to theta_{s+1} by the optimiser's update, which is linear in the
+    At step s the parameters went from theta_s to theta_{s+1} by the optimizer's update, which is linear in the
     gradients of the examples in its batch, J_i(theta_s)^T slope_i, slope_i = d loss / d outputs_i. With Phi_s(x) the
     Jacobian of the outputs for x averaged over the segment between, f_{s+1}(x) - f_s(x) = Phi_s(x) (theta_{s+1} -
     theta_s), so the trained network is
@@ -50,14 +50,15 @@ class PathKernel(Kernel):
     Parameters
     ----------
     trajectory : a run that has ended, of `ntkit.train` or `ntkit.record` (with indices), under SGD, Adam or AdamW.
-        Steps that were not recorded are computed again; the run made again must have the recorded bits (or, with
-        ``record="all"``, those of each step up to rounding).
-    outputs : what is decomposed. "full": all outputs, C of them. Or a callable from the outputs of a batch, and targets
-        if it takes a second argument, to one scalar per sample: a margin, the loss.
-    integration : "secant" (exact), "quadrature", "left" (gradients at the start of each step only: the discretised path
-        kernel of Domingos 2020) or "ntk" (all gradients at initialisation; slopes as they were).
+        Steps without a snapshot are replayed; the replay must give the recorded bits (or, with ``record="all"``, the
+        recorded values of each step up to rounding).
+    outputs : the outputs to decompose. "full": all C outputs. Or a callable from the outputs of a batch (and targets if
+        it takes a second argument) to one scalar per sample: a margin, the loss.
+    integration : "secant" (exact), "quadrature", "left" (gradients at the start of each step only: the discretized path
+        kernel of Domingos 2020) or "ntk" (all gradients at initialization; slopes as they were).
     rule, nodes : of the quadrature: "gauss" (Gauss-Legendre) or "midpoint", and nodes per step.
-    tolerance : double the nodes of a step until the outputs' change is met to this, relative to their size.
+    tolerance : the nodes of a step are doubled until the error of the change of the outputs, relative to their size, is
+        at most this.
     memory : bytes that may be taken (or text such as "2 GB"); half of what is free if None. Test points that do not fit
         together (points x outputs x parameters numbers) are done in parts, each a sweep over the run.
     model, data, loss, clip : of the run, where `trajectory` was opened from disk (see
@@ -66,15 +67,15 @@ class PathKernel(Kernel):
     Raises
     ------
     Refused
-        When the run cannot be made again: a changed or missing snapshot, other data, order, loss or settings, an
-        unknown optimiser, active dropout, batch norm in train mode; each names what differs.
+        When the run cannot be replayed: a changed or missing snapshot, other data, order, loss or settings, an
+        unknown optimizer, active dropout, batch norm in train mode; each message names the difference.
     NoSecant
-        From `decompose`: when an operation of the network has no secant rule, or jumps.
+        From `decompose`: when an operation of the network has no secant rule, or is not continuous.
 
     Notes
     -----
     Bell, Geyer, Glickenstein, Fernandez, Moore 2023, theorem 3.1 (path integral, full-batch gradient descent); the
-    secant form and other optimisers: docs/math.md. Domingos 2020 (path kernel).
+    secant form and other optimizers: docs/math.md. Domingos 2020 (path kernel).
 
     Examples
     --------
@@ -83,8 +84,8 @@ class PathKernel(Kernel):
     >>> model = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 2)).double()
     >>> sgd = lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9)
     >>> run = ntkit.train(model, (x, y), nn.functional.cross_entropy, sgd, steps=40, batch_size=4)
-    >>> found = PathKernel(run).decompose(x[:2] + 0.1)
-    >>> found.contributions.shape, found.error < 1e-12
+    >>> result = PathKernel(run).decompose(x[:2] + 0.1)
+    >>> result.contributions.shape, result.error < 1e-12
     (torch.Size([2, 2, 6]), True)
     """
 
@@ -92,8 +93,8 @@ class PathKernel(Kernel):
         self,
         trajectory: Trajectory,
         outputs: Outputs = "full",
-        integration: str = "secant",
-        rule: str = "gauss",
+        integration: Integration = "secant",
+        rule: Quadrature = "gauss",
         nodes: int = 8,
         tolerance: float | None = None,
         memory: int | str | None = None,
@@ -103,12 +104,8 @@ class PathKernel(Kernel):
         clip: float | None = None,
     ) -> None:
         if not isinstance(trajectory, Trajectory):
-            raise refusal(
-                "trajectory",
-                got=type(trajectory).__name__,
-                expected="an ntkit.Trajectory",
-                fix="Pass what ntkit.train returned, or ntkit.Trajectory.open(folder).",
-            )
+            fix = "Pass what ntkit.train returned, or ntkit.Trajectory.open(folder)."
+            raise refusal("trajectory", got=type(trajectory).__name__, expected="an ntkit.Trajectory", fix=fix)
         if not callable(outputs) and outputs not in ("full", "trace"):
             modes = '"full", "trace" (as a kernel only) or a callable'
             raise refusal("outputs", got=repr(outputs), expected=modes, fix="Pick a scalar by a callable.")
@@ -132,16 +129,16 @@ class PathKernel(Kernel):
         steps: bool = False,
         path: str | Path | None = None,
     ) -> PathDecomposition:
-        """Say what the trained network's outputs for `x` are made of: one number per training example.
+        """The trained network's outputs for `x` as a sum: one number per training example.
 
         Parameters
         ----------
         x : m test points.
         y : their targets, for an `outputs` that takes them.
-        layers : keep each parameter's share, too: [m, C, n] numbers per parameter.
-        steps : keep each step's share, too: [m, C, batch] numbers per step.
-        path : folder to keep the result in, and a long sweep's state from time to time: called again with the same
-            folder (after a kill, too) it goes on there, or gives the result it finds.
+        layers : return the share of each parameter, too: [m, C, n] numbers per parameter.
+        steps : return the share of each step, too: [m, C, batch] numbers per step.
+        path : folder for the result, and from time to time for the state of a long sweep. A call with the same folder
+            resumes there (after a kill, too), or returns the stored result.
 
         Returns
         -------
@@ -153,12 +150,12 @@ class PathKernel(Kernel):
         Refused, NoSecant
             See the class.
         SelfCheckError
-            When the operations seen do not give the network's own outputs.
+            When the traced operations do not give the outputs of the network.
         """
         x = self._with_targets(checked(x, "x"), y)
-        held = Held(path, self._identity(x, layers, steps) if path is not None else {})
-        if (done := held.result()) is not None:
-            return done
+        files = DecompositionFiles(path, self._identity(x, layers, steps) if path is not None else {})
+        if (result := files.result()) is not None:
+            return result
         replay = self._replay
         replay.check()
         segment = self._segment(self._readout)
@@ -166,7 +163,7 @@ class PathKernel(Kernel):
         segment.origin = {name: first[name] for name in self._params}
         initial, prediction = (segment.outputs(end, x).double() for end in (first, last))
         m, outputs = prediction.shape
-        fit = held.size(self._fit(outputs, layers))
+        fit = files.size(self._fit(outputs, layers))
         parts: list[Sweep] = []
         with task("path kernel", total=replay.steps * -(-m // fit)) as progress:
             for start in range(0, m, fit):
@@ -174,13 +171,13 @@ class PathKernel(Kernel):
                 sweep = Sweep(
                     segment, self._network, self._params, part, replay.n, outputs, self._memory() // 4, layers, steps
                 )
-                taken = held.take_up(sweep, start)
-                for step in replay.backwards() if taken != 0 else ():
-                    if taken is None or step.step < taken:
+                last_step = files.restore(sweep, start)
+                for step in replay.backwards() if last_step != 0 else ():
+                    if last_step is None or step.step < last_step:
                         sweep.step(step)
                         if step.step in (0, replay.steps - 1):
                             _compare(segment, take(x, some), initial[some], prediction[some], step.step == 0)
-                        held.keep(sweep, start, fit, step.step)
+                        files.keep(sweep, start, fit, step.step)
                     progress.advance()
                 parts.append(sweep)
         contributions = torch.cat([p.contributions for p in parts]).cpu().contiguous()
@@ -194,10 +191,10 @@ class PathKernel(Kernel):
             initial + contributions.sum(2) + regularization - prediction,
             _joined_layers(parts),
             _joined_steps(parts),
-            self._told(segment),
+            self._rule_in_words(segment),
             replay.bitwise,
         )
-        held.finish(result)
+        files.finish(result)
         return result
 
     def _fit(self, outputs: int, layers: bool) -> int:
@@ -208,22 +205,21 @@ class PathKernel(Kernel):
         return max(1, int(0.5 * self._memory() / (own + 1)))
 
     def _identity(self, x: Batch, layers: bool, steps: bool) -> dict[str, Any]:
-        """What a decomposition depends on."""
+        """All that the numbers of a decomposition depend on."""
         run = read_run(self._trajectory.path)
         named = dict(x) if isinstance(x, dict) else {str(i): t for i, t in enumerate(x)}
-        chosen = self._outputs
+        outputs: Any = self._outputs
+        name = outputs if isinstance(outputs, str) else getattr(outputs, "__qualname__", type(outputs).__qualname__)
         return {
             "run": {name: run[name] for name in ("initial", "stop", "settings")},
             "x": tensor_hash(named),
-            "outputs": chosen
-            if isinstance(chosen, str)
-            else getattr(chosen, "__qualname__", type(chosen).__qualname__),
+            "outputs": name,
             "integration": list(self._how),
             "layers": layers,
             "steps": steps,
         }
 
-    def _told(self, segment: Segment) -> str:
+    def _rule_in_words(self, segment: Segment) -> str:
         integration, rule, nodes, tolerance = self._how
         if integration != "quadrature":
             return integration
@@ -231,7 +227,7 @@ class PathKernel(Kernel):
         return f"{rule}, {most} node{'s' * (most != '1')} per step"
 
     def _segment(self, network: nn.Module) -> Segment:
-        return Segment(network, self._params, *self._how)
+        return Segment(network, self._params, *self._how, self._memory() // 4)
 
     def _with_targets(self, x: Batch, y: Tensor | None) -> Batch:
         if self._readout.takes_targets != (y is not None):
@@ -243,7 +239,7 @@ class PathKernel(Kernel):
             )  # fmt: skip
         if y is None:
             return x if isinstance(x, (tuple, dict)) else (x,)
-        return checked(led(torch.as_tensor(y), x, "ntkit_targets"), "x and y")
+        return checked(prepended(torch.as_tensor(y), x, "ntkit_targets"), "x and y")
 
     def _memory(self) -> int:
         device = next(iter(self._params.values())).device
@@ -258,7 +254,7 @@ class PathKernel(Kernel):
         return self._mean(lambda kernel: kernel.diagonal(x1) if x2 is None else kernel.paired(x1, x2))
 
     def operator(self, x: Batch) -> KernelOperator:
-        """Matrix-free k(x): every product makes the whole run again."""
+        """Matrix-free k(x): every product replays the whole run."""
         x = checked(x, "x")
         operators = TangentKernel(self._network, self._mode(), list(self._params)).operator(x)
 
@@ -271,11 +267,11 @@ class PathKernel(Kernel):
 
         return KernelOperator(operators.shape[0], apply, diagonal, next(iter(self._params.values())))
 
-    def _mode(self) -> Outputs:
+    def _mode(self) -> Any:
         if self._readout.takes_targets:
             raise refusal(
                 "outputs", got="a callable that takes targets", expected='"full", "trace" or a callable of outputs',
-                fix="A kernel has no targets; use decompose(x, y).",
+                fix="A kernel takes no targets; use decompose(x, y).",
             )  # fmt: skip
         return self._outputs
 
@@ -286,9 +282,10 @@ class PathKernel(Kernel):
         segment = self._segment(network)
         first = self._replay.initial()
         segment.origin = {name: first[name] for name in self._params}
-        module = segment.gradients.model
-        own = {id(p) for p in segment.gradients.params.values()}
-        kernel = TangentKernel(module, "trace" if callable(mode) else mode, lambda name, p: id(p) in own, self._budget)
+        engine = segment.engine
+        own = {id(p) for p in engine.params.values()}
+        outputs = "trace" if callable(mode) else mode
+        kernel = TangentKernel(engine.model, outputs, lambda name, p: id(p) in own, self._budget)
         total: Any = 0.0
         with task("path kernel", total=self._replay.steps) as progress:
             for step in self._replay.backwards():
@@ -299,12 +296,12 @@ class PathKernel(Kernel):
 
 
 class _Readout(nn.Module):
-    """What is decomposed, [n, C], from the network's outputs and targets."""
+    """The outputs to decompose, [n, C], from the network's outputs and targets."""
 
     def __init__(self, network: nn.Module, outputs: Outputs) -> None:
         super().__init__()
         self.network, self._outputs = network, outputs
-        self.takes_targets = callable(outputs) and _arguments(outputs) > 1
+        self.takes_targets = callable(outputs) and required_arguments(outputs) > 1
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -320,17 +317,8 @@ class _Readout(nn.Module):
         return reduce_outputs(raw, lambda out: outputs(out, targets), n)
 
 
-def _arguments(function: Callable[..., Any]) -> int:
-    """Positional arguments without a default."""
-    try:
-        known = inspect.signature(function).parameters.values()
-    except ValueError:
-        return 1
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in known)
-
-
 def _compare(segment: Segment, x: Batch, initial: Tensor, prediction: Tensor, at_start: bool) -> None:
-    """The outputs that the secant rules follow are the network's own."""
+    """Raise unless the secant rules give the outputs of the network itself."""
     if (ends := segment.ends(x)) is None:
         return
     followed, own = (ends[0], initial) if at_start else (ends[1], prediction)
@@ -338,7 +326,7 @@ def _compare(segment: Segment, x: Batch, initial: Tensor, prediction: Tensor, at
     gap, size = float((followed - own).abs().max()), float(own.abs().max())
     if not gap <= eps**0.5 * (size + 1e-30):
         raise SelfCheckError(
-            f"the operations seen in the network give outputs that differ from its own by {gap:.3g} (outputs up to "
+            f"the traced operations of the network give outputs that differ from its own by {gap:.3g} (outputs up to "
             f'{size:.3g}); no path kernel was computed. Use integration="quadrature", and please report the network.'
         )
 
@@ -352,5 +340,5 @@ def _joined_steps(parts: list[Sweep]) -> list[StepShare] | None:
     if parts[0].steps is None:
         return None
     rows = zip(*(p.steps for p in parts if p.steps is not None), strict=True)
-    found = [StepShare(same[0][0], same[0][1], torch.cat([values for _, _, values in same])) for same in rows]
-    return found[::-1]
+    shares = [StepShare(same[0][0], same[0][1], torch.cat([values for _, _, values in same])) for same in rows]
+    return shares[::-1]

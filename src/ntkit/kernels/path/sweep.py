@@ -1,10 +1,10 @@
-"""The backward sweep over a run: what each step's gradients did to the outputs of the test points.
+"""The backward sweep over a run: the effect of each step's gradients on the outputs of the test points.
 
 With Phi_s the (averaged) Jacobian of the test outputs over step s and the update linear in gradients (`Update`),
 sum_s Phi_s u_s is rearranged so that everything accumulates on the test side:
 
-    Lambda_s = - buffered_s * Phi_s + carry_{s+1} Lambda_{s+1}        what a change of the buffer b_{s+1} would do
-    Delta_s  = entering_s Lambda_s - direct_s Phi_s                   what a change of d_s would do
+    Lambda_s = - buffered_s * Phi_s + carry_{s+1} Lambda_{s+1}        effect of a change of the buffer b_{s+1}
+    Delta_s  = entering_s Lambda_s - direct_s Phi_s                   effect of a change of d_s
     contribution of example i at step s = gradient_s <Delta_s, J(x_i)^T slope_i>
 
 so the memory is (test points x outputs x parameters), never (training examples x parameters).
@@ -13,22 +13,18 @@ so the memory is (test points x outputs x parameters), never (training examples 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, take
-from ntkit.jacobian.contraction import Scratch, Tile, multiply, prepare
-from ntkit.jacobian.factors import Gradients
+from ntkit.base.batch import Batch, count
+from ntkit.jacobian.contraction import Scratch, Tile, multiply
+from ntkit.jacobian.engine import Engine, Job
 from ntkit.jacobian.pairs import Pairs, Whole
-from ntkit.jacobian.plan import Plan, make_plan
-from ntkit.jacobian.self_check import structure_of
-from ntkit.jacobian.structure import Irregular, Structure, joined
 from ntkit.kernels.path.integration import Segment
 from ntkit.trajectory.optimizer_updates import Update
-from ntkit.trajectory.replay import Step
+from ntkit.trajectory.replay import ReplayStep
 
 _ROOM = 0.15  # of the budget: for the gradients of the training examples in hand
 
@@ -45,7 +41,7 @@ class Weighted(nn.Module):
         return (self.network(*args, **kwargs) * ntkit_slope).flatten(1).sum(1, keepdim=True)
 
 
-def led(first: Tensor, x: Batch, name: str) -> Batch:
+def prepended(first: Tensor, x: Batch, name: str) -> Batch:
     """A batch with one more tensor, before the others."""
     if isinstance(x, Tensor):
         return (first, x)
@@ -61,7 +57,7 @@ class Sweep:
     network : the network that was trained; its parameters by name are `params`.
     x : test points; `n` training examples, `outputs` outputs each.
     budget : bytes.
-    layers, steps : whether to keep contributions by parameter, by step.
+    layers, steps : whether to return contributions per parameter, per step.
     """
 
     def __init__(
@@ -76,22 +72,21 @@ class Sweep:
         layers: bool,
         steps: bool,
     ) -> None:
-        self._segment, self._x, self._budget = segment, x, budget
-        self._train = Gradients(Weighted(network), dict(params), "full")
+        self._segment, self._x = segment, x
+        self._train = Engine(Weighted(network), memory=budget, selected=params)
         self._like = next(iter(params.values()))
         m = count(x)
-        room = {"dtype": torch.float64, "device": self._like.device}
-        self._total = torch.zeros(n, m, outputs, **room)  # examples first: a step adds whole rows
-        self.regularization = torch.zeros(m, outputs, **room)
-        self._layers = {name: torch.zeros(n, m, outputs, **room) for name in params} if layers else {}
+        options = {"dtype": torch.float64, "device": self._like.device}
+        self._total = torch.zeros(n, m, outputs, **options)  # examples first: a step adds whole rows
+        self.regularization = torch.zeros(m, outputs, **options)
+        self._layers = {name: torch.zeros(n, m, outputs, **options) for name in params} if layers else {}
         self.steps: list[tuple[int, Tensor, Tensor]] | None = [] if steps else None
         self._buffers: dict[str, Tensor] = {}  # Lambda: parameter -> [m, C, entries]
         self._carry: dict[str, float] = {}
-        self._plans: dict[tuple, Plan] = {}
 
     @torch.no_grad()
-    def step(self, step: Step) -> None:
-        """Take one step more into account: the one before the last one taken."""
+    def step(self, step: ReplayStep) -> None:
+        """Add the contributions of one more step: the one before the last one added."""
         plain = not self._buffers and not any(_has_buffer(u) for u in step.updates.values())
         values = self._plain(step) if plain else self._accumulated(step)
         total = torch.stack(list(values.values())).sum(0) if len(values) > 1 else next(iter(values.values()))
@@ -104,16 +99,16 @@ class Sweep:
 
     @property
     def contributions(self) -> Tensor:
-        """Sums over the steps taken so far, [m, C, n]."""
+        """Sums over the steps added so far, [m, C, n]."""
         return self._total.permute(1, 2, 0)
 
     @property
     def layers(self) -> dict[str, Tensor]:
-        """The same by parameter; empty if not kept."""
+        """The same per parameter; empty unless requested."""
         return {name: sum_.permute(1, 2, 0) for name, sum_ in self._layers.items()}
 
     def state(self, done: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """All there is to know of a sweep that has come this far; what a further step needs only if not `done`."""
+        """The whole state of a sweep; after its last step (`done`) without the buffers."""
         tensors = {"total": self._total, "regularization": self.regularization}
         tensors |= {f"layers.{name}": value for name, value in self._layers.items()}
         for step, rows, values in self.steps or []:
@@ -123,7 +118,7 @@ class Sweep:
         return tensors, self._carry
 
     def restore(self, tensors: Mapping[str, Tensor], carry: Mapping[str, float]) -> None:
-        """Go back to a state."""
+        """Set a state that `state` returned."""
         device = self._like.device
         self._total, self.regularization = (tensors[name].to(device) for name in ("total", "regularization"))
         for name, value in tensors.items():
@@ -140,74 +135,62 @@ class Sweep:
 
     # ------------------------------------------------------------------ without a buffer: no sum over steps
 
-    def _plain(self, step: Step) -> dict[str, Tensor]:
+    def _plain(self, step: ReplayStep) -> dict[str, Tensor]:
         """Contributions of a step of plain gradient descent: products of factors, no gradient is formed."""
-        x = led(step.slope, step.x, "ntkit_slope")
-        while True:
-            self._segment.set(self._train_at(step))
-            known = structure_of(self._segment.gradients, self._x, unseen=True)
-            of_train = structure_of(self._train, x, unseen=True)
-            plan = self._plan(known, of_train, count(self._x), count(x))
-            try:
-                return self._products(step, prepare(self._train, x, of_train, plan), known, plan)
-            except Irregular as signal:
-                known.fallback |= signal.reasons
-                of_train.fallback |= signal.reasons
-                self._plans.clear()
+        x = prepended(step.slope, step.x, "ntkit_slope")
 
-    def _products(self, step: Step, train: Tile, known: Structure, plan: Plan) -> dict[str, Tensor]:
-        """Contributions [B, m, C] by parameter; under one name those of all parameters that are multiplied at once."""
+        def products(job: Job) -> tuple[dict[str, Tensor], Tensor]:
+            self._segment.set(self._train_at(step))
+            return self._products(step, self._train.tile(x, job.right, job.plan), job)
+
+        contributions, decay = self._segment.engine.run(products, self._x, x, other=self._train)
+        self.regularization += decay
+        return contributions
+
+    def _products(self, step: ReplayStep, train: Tile, job: Job) -> tuple[dict[str, Tensor], Tensor]:
+        """Contributions [B, m, C] by parameter (under one name those of all parameters multiplied at once), decay."""
         groups: dict[float, list[str]] = {}
         for name, u in step.updates.items():
             groups.setdefault(-u.direct * u.gradient, []).append(name)
         apart = bool(self._layers) or len(groups) > 1
-        found: dict[str, Tensor] = {}
+        contributions: dict[str, Tensor] = {}
         decay = torch.zeros_like(self.regularization)
         for weight in self._segment.places(step.before, step.after, self._x):
-            test, scratch = prepare(self._segment.gradients, self._x, known, plan), Scratch(plan.scratch)
+            test, scratch = self._segment.engine.tile(self._x, job.left, job.plan), Scratch(job.plan.scratch)
             for factor, names in groups.items():
                 for name in names if apart else names[:1]:
                     one, other = (test.only(name), train.only(name)) if apart else (test, train)
                     product = multiply(one, other, "full", scratch)[..., 0].transpose(0, 1).double()
-                    found[name] = found.get(name, 0.0) + weight * factor * product
+                    contributions[name] = contributions.get(name, 0.0) + weight * factor * product
             for name, u in step.updates.items():
                 if rate := u.direct * u.coupled + u.decoupled:
                     decay -= weight * rate * _along(test, name, step.before[name])
-        self.regularization += decay
-        return found
+        return contributions, decay
 
-    def _train_at(self, step: Step) -> Mapping[str, Tensor]:
+    def _train_at(self, step: ReplayStep) -> Mapping[str, Tensor]:
         """Parameters at which training gradients are taken: the step's, or the initial ones for "ntk"."""
         return self._segment.origin if self._segment.integration == "ntk" else step.before
 
-    def _plan(self, known: Structure, of_train: Structure, m: int, b: int) -> Plan:
-        key = (id(known), id(of_train), m, b)
-        if key not in self._plans:
-            both = joined(replace(known, outputs=1), replace(of_train, outputs=1))
-            both = replace(both, outputs=known.outputs)
-            self._plans[key] = make_plan(both, "full", m, b, self._budget, self._like)
-        return self._plans[key]
-
     # ------------------------------------------------------------------ with a buffer
 
-    def _accumulated(self, step: Step) -> dict[str, Tensor]:
-        """Contributions of a step whose gradients go on acting in a buffer."""
+    def _accumulated(self, step: ReplayStep) -> dict[str, Tensor]:
+        """Contributions of a step whose gradients act on later steps through a buffer."""
         direct = self._absorb(step)
         deltas: dict[str, tuple[float, Tensor] | None] = {}
         for name, u in step.updates.items():
-            held = self._buffers.get(name)
+            buffer = self._buffers.get(name)
             if name in direct:
                 delta = direct.pop(name).mul_(-u.direct)
-                if held is not None and u.entering:
-                    delta.add_(held, alpha=u.entering)
+                if buffer is not None and u.entering:
+                    delta.add_(buffer, alpha=u.entering)
                 deltas[name] = (1.0, delta)
             else:
-                deltas[name] = None if held is None or not u.entering else (u.entering, held)
+                deltas[name] = None if buffer is None or not u.entering else (u.entering, buffer)
         for name, u in step.updates.items():
             if u.coupled and (delta := deltas[name]) is not None:
                 self.regularization += u.coupled * delta[0] * (delta[1] @ step.before[name].reshape(-1)).double()
         self._carry = {name: u.carry for name, u in step.updates.items()}
-        found: dict[str, list[Tensor]] = {}
+        contributions: dict[str, list[Tensor]] = {}
         for rows in self._train_rows(step):
             for name, entries in rows.items():
                 delta = deltas[name]
@@ -217,18 +200,18 @@ class Sweep:
                     factor, values = delta
                     flat = entries @ values.flatten(0, 1).T
                     part = (factor * step.updates[name].gradient) * flat.view(-1, *values.shape[:2]).double()
-                found.setdefault(name, []).append(part)
-        return {name: torch.cat(parts) for name, parts in found.items()}
+                contributions.setdefault(name, []).append(part)
+        return {name: torch.cat(parts) for name, parts in contributions.items()}
 
-    def _absorb(self, step: Step) -> dict[str, Tensor]:
-        """Take Phi of this step into Lambda; gives Phi itself where it also acts directly."""
+    def _absorb(self, step: ReplayStep) -> dict[str, Tensor]:
+        """Add Phi of this step to Lambda; returns Phi itself where it also acts directly."""
         m = count(self._x)
         direct: dict[str, Tensor] = {}
-        for name, held in self._buffers.items():
+        for name, buffer in self._buffers.items():
             if (carry := self._carry.get(name, 0.0)) != 1.0:
-                held.mul_(carry)
+                buffer.mul_(carry)
         for weight in self._segment.places(step.before, step.after, self._x):
-            for part, factors in self._batches(self._segment.gradients, self._x, m):
+            for part, factors in self._segment.engine.batches(self._x, _ROOM):
                 for name, factor in factors.items():
                     u, theta = step.updates[name], step.before[name].reshape(-1)
                     shape = (m, self.regularization.shape[1], theta.numel())
@@ -250,29 +233,12 @@ class Sweep:
                         _add(direct[name][part], factor, rows, weight)
         return direct
 
-    def _train_rows(self, step: Step) -> Iterator[dict[str, Tensor]]:
+    def _train_rows(self, step: ReplayStep) -> Iterator[dict[str, Tensor]]:
         """Gradients of the training examples of a step, some examples at a time: name -> [b, entries]."""
         self._segment.set(self._train_at(step))
-        x = led(step.slope, step.x, "ntkit_slope")
-        for _, factors in self._batches(self._train, x, count(x)):
+        x = prepended(step.slope, step.x, "ntkit_slope")
+        for _, factors in self._train.batches(x, _ROOM):
             yield {name: factor.rows()[:, 0] for name, factor in factors.items()}
-
-    def _batches(self, gradients: Gradients, x: Batch, n: int) -> Iterator[tuple[slice, dict[str, Whole]]]:
-        """Factors of some samples at a time."""
-        start = 0
-        while start < n:
-            known = structure_of(gradients, x, unseen=True)
-            entries = sum(size.entries for size in known.sizes.values()) * known.outputs * self._like.element_size()
-            plan = self._plan(known, known, n, n)
-            part = slice(start, min(n, start + max(1, min(plan.batch, int(self._budget * _ROOM / (entries + 1))))))
-            try:
-                factors = gradients.batch(take(x, part), known)
-            except Irregular as signal:
-                known.fallback |= signal.reasons
-                self._plans.clear()
-                continue
-            yield part, factors
-            start = part.stop
 
 
 def _has_buffer(u: Update) -> bool:

@@ -1,115 +1,45 @@
-"""Images and a small convolutional network: exactness, today's optimisers, and what predictions are made of."""
+"""Images and a small convolutional network: exactness under gradient descent and under other optimizers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.kernels.path.decomposition import PathDecomposition
+from ntkit.kernels.path.integration import Integration
 from ntkit.kernels.path.path_kernel import PathKernel
-from ntkit.studies.bell2023.setting import (
+from ntkit.report.words import plain
+from ntkit.studies.bell2023.bell_setting import (
+    EXACT,
     Images,
     cnn,
-    cross_entropy,
     errors,
-    grey,
     images,
+    relative,
     sgd,
     slope,
     summed_changes,
     weighted,
     weighted_cross_entropy,
 )
-from ntkit.studies.parts import Part, Work
+from ntkit.studies.bell2023.plane import LABELS
+from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
+from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, lines, table
+from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
-CASES, SHOWN = 4, 5  # test images explained, training images shown for and against each
-METHODS = ("secant", "left", "ntk")
+METHODS: dict[Integration, str] = {"secant": "exact (secant)", "left": "start of each step", "ntk": "initial gradients"}
+BATCH, OTHER_TEST = 32, 20
+AGREEMENT = 1e-3  # error, relative to the largest logit, up to which a rule agrees with the network
 _AT_ONCE = 25  # nodes
 
 
-def learned(work: Work, name: str, seed: int) -> tuple[nn.Module, Trajectory, Images]:
-    """Network, run and data: full-batch gradient descent, every step recorded."""
-    data = images(work, name, work.scale.train, work.scale.test)
-    model = cnn(data.x.shape[-1], int(data.y.max()) + 1, work.scale.width, seed)
-    run = train(
-        model, (data.x, weighted(data.y)), weighted_cross_entropy, sgd(work.scale.lr), work.scale.steps, record="all",
-        seed=seed, path=work.trajectory(f"{name}-seed-{seed}"), resume=True,
-    )  # fmt: skip
-    return model, run, data
-
-
-def measure(work: Work, name: str, seed: int) -> Part:
-    """Rebuilt logits of the test images: exact, by the left end point, by frozen gradients."""
-    return work.kept(f"{name}-seed-{seed}", f"{name}, seed {seed}", lambda: _measure(work, name, seed))
-
-
-def _measure(work: Work, name: str, seed: int) -> Part:
-    model, run, data = learned(work, name, seed)
-    found: dict[str, Any] = {}
-    arrays = {}
-    exact = PathKernel(run).decompose(data.x_test)
-    for integration in METHODS:
-        made = exact if integration == "secant" else PathKernel(run, integration=integration).decompose(data.x_test)
-        rebuilt = made.prediction + made.residual
-        found[integration] = errors(rebuilt, made.prediction) | {"slope": slope(made.prediction, rebuilt)}
-        arrays[integration] = rebuilt.numpy()
-    arrays |= {"network": exact.prediction.numpy(), "contributions": exact.contributions.numpy()}
-    numbers = {
-        "seed": seed,
-        "errors": found,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "loss": float(run.losses[-1]),
-        "accuracy": accuracy(exact.prediction, data.y_test),
-        "largest_output": float(exact.prediction.abs().max()),
-    }
-    return Part(numbers, arrays)
-
-
-def nodes(work: Work, name: str) -> Part:
-    """Error of the rebuilt logits against the number of nodes per step, for the first seed."""
-    return work.kept(f"{name}-nodes", f"{name}, number of nodes", lambda: _nodes(work, name))
-
-
-def _nodes(work: Work, name: str) -> Part:
-    model, run, data = learned(work, name, 0)
-    rules = [(rule, n) for rule in ("left", "midpoint") for n in work.scale.nodes]
-    x = data.x_test[: work.scale.probed]
-    changes = summed_changes(model, run, x, rules, _AT_ONCE)
-    network = {step: _outputs(model, run, step, x) for step in (0, run.steps[-1])}
-    initial, prediction = network[0], network[run.steps[-1]]
-    found = {f"{rule} {n}": errors(initial + changes[rule, n], prediction) for rule, n in rules}
-    apart = 0.0
-    for n in (n for n in work.scale.nodes if n <= work.scale.direct):
-        made = PathKernel(run, integration="quadrature", rule="midpoint", nodes=n).decompose(x)
-        own = made.prediction + made.residual
-        apart = max(apart, errors((initial + changes["midpoint", n]).cpu(), own)["relative"])
-        found[f"midpoint {n}"] = errors(own, made.prediction)
-    return Part({"errors": found, "apart": apart}, {})
-
-
-def accuracy(logits: Tensor, y: Tensor) -> float:
-    """Share of samples whose largest logit is that of their class."""
-    return float((logits.argmax(1) == y.cpu()).double().mean())
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, run: Trajectory, step: int, x: Tensor) -> Tensor:
-    run.load(model, step)
-    return model(x)
-
-
-# ---------------------------------------------------------------------- optimisers of today
-
-
 class Recipe(NamedTuple):
-    """How to train on minibatches: an optimiser, its schedule and clipping."""
+    """A way to train on minibatches: an optimizer, its schedule and clipping."""
 
     title: str
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -135,98 +65,233 @@ RECIPES = {
         clip=1.0,
     ),
 }
-BATCH, OTHER_TEST = 32, 20
 
 
-def optimizer(work: Work, name: str, seed: int) -> Part:
-    """Certificates of a run on digits under one recipe, in float64 and float32."""
-    return work.kept(
-        f"optimizer-{name}-seed-{seed}",
-        f"{RECIPES[name].title}, seed {seed}",
-        lambda: _optimizer(work, name, seed),
-    )
+def parts(work: Work) -> Iterator[StudyPart]:
+    """Rebuilt logits by data set; errors by number of nodes; the other optimizers, on digits."""
+    yield from (rebuilt(name, seed) for name in work.sets for seed in work.seeds)
+    yield from (StudyPart("nodes", name, f"{name}-nodes", _nodes, (name,)) for name in work.sets)
+    for name in RECIPES:
+        for seed in work.seeds:
+            yield StudyPart("recipes", name, f"optimizer-{name}-seed-{seed}", _optimizer, (name, seed))
 
 
-def _optimizer(work: Work, name: str, seed: int) -> Part:
+def rebuilt(name: str, seed: int) -> StudyPart:
+    """Rebuilt logits of a data set's test images: exact, by the left end point, by initial gradients."""
+    return StudyPart("images", name, f"{name}-seed-{seed}", _rebuilt, (name, seed))
+
+
+def learned(work: Work, name: str, seed: int) -> tuple[nn.Module, Trajectory, Images]:
+    """Network, run and data: full-batch gradient descent, every step recorded."""
+    data = images(work, name, work.sizes.train, work.sizes.test)
+    model = cnn(data.x.shape[-1], int(data.y.max()) + 1, work.sizes.width, seed)
+    run = train(
+        model, (data.x, weighted(data.y)), weighted_cross_entropy, sgd(work.sizes.lr), work.sizes.steps, record="all",
+        seed=seed, path=work.trajectory(f"{name}-seed-{seed}"), resume=True,
+    )  # fmt: skip
+    return model, run, data
+
+
+def _rebuilt(work: Work, name: str, seed: int) -> Result:
+    model, run, data = learned(work, name, seed)
+    by_method: dict[str, Any] = {}
+    arrays = {}
+    exact = PathKernel(run).decompose(data.x_test)
+    for method in METHODS:
+        parts = exact if method == "secant" else PathKernel(run, integration=method).decompose(data.x_test)
+        logits = parts.prediction + parts.residual
+        by_method[method] = errors(logits, parts.prediction) | {"slope": slope(parts.prediction, logits)}
+        arrays[method] = logits.numpy()
+    arrays |= {"network": exact.prediction.numpy(), "contributions": exact.contributions.numpy()}
+    numbers = {
+        "seed": seed,
+        "errors": by_method,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": float(run.losses[-1]),
+        "accuracy": accuracy(exact.prediction, data.y_test),
+        "largest_output": float(exact.prediction.abs().max()),
+    }
+    return Result(numbers, arrays)
+
+
+def _nodes(work: Work, name: str) -> Result:
+    """Error of the rebuilt logits against the number of nodes per step, for the first seed."""
+    model, run, data = learned(work, name, 0)
+    rules = [(rule, n) for rule in ("left", "midpoint") for n in work.sizes.nodes]
+    x = data.x_test[: work.sizes.probed]
+    changes = summed_changes(model, run, x, rules, _AT_ONCE)
+    initial, prediction = (_outputs(model, run, step, x) for step in (0, run.steps[-1]))
+    by_rule = {f"{rule} {n}": errors(initial + changes[rule, n], prediction) for rule, n in rules}
+    apart = 0.0
+    for n in (n for n in work.sizes.nodes if n <= work.sizes.direct):
+        parts = PathKernel(run, integration="quadrature", rule="midpoint", nodes=n).decompose(x)
+        own = parts.prediction + parts.residual
+        apart = max(apart, errors((initial + changes["midpoint", n]).cpu(), own)["relative"])
+        by_rule[f"midpoint {n}"] = errors(own, parts.prediction)
+    return Result({"errors": by_rule, "apart": apart}, {})
+
+
+def _optimizer(work: Work, name: str, seed: int) -> Result:
+    """Errors of a run on digits under one recipe, in float64 and float32."""
     recipe, numbers = RECIPES[name], {}
-    data = images(work, "digits", work.scale.train, OTHER_TEST)
+    data = images(work, "digits", work.sizes.train, OTHER_TEST)
     for dtype in (torch.float64, torch.float32):
         kind = str(dtype).removeprefix("torch.")
-        model = cnn(data.x.shape[-1], 10, work.scale.width, seed).to(dtype)
-        schedule = None if recipe.schedule is None else partial(recipe.schedule, steps=work.scale.other_steps)
+        model = cnn(data.x.shape[-1], 10, work.sizes.width, seed).to(dtype)
+        schedule = None if recipe.schedule is None else partial(recipe.schedule, steps=work.sizes.other_steps)
         run = train(
-            model, (data.x.to(dtype), data.y), cross_entropy, recipe.optimizer, work.scale.other_steps,
+            model, (data.x.to(dtype), data.y), cross_entropy, recipe.optimizer, work.sizes.other_steps,
             batch_size=BATCH, schedule=schedule, clip=recipe.clip, seed=seed, resume=True,
             path=work.trajectory(f"optimizer-{name}-{kind}-seed-{seed}"),
         )  # fmt: skip
-        methods = METHODS if dtype == torch.float64 else METHODS[:1]
-        for integration in methods:
-            made = PathKernel(run, integration=integration).decompose(data.x_test.to(dtype))
-            numbers[f"{integration} {kind}"] = made.error
-            numbers |= {"loss": float(run.losses[-10:].mean()), "accuracy": accuracy(made.prediction, data.y_test)}
-    return Part(numbers, {})
+        for method in METHODS if dtype == torch.float64 else ("secant",):
+            parts = PathKernel(run, integration=method).decompose(data.x_test.to(dtype))
+            numbers[f"{method} {kind}"] = parts.error
+            numbers |= {"loss": float(run.losses[-10:].mean()), "accuracy": accuracy(parts.prediction, data.y_test)}
+    return Result(numbers, {})
 
 
-# ---------------------------------------------------------------------- what predictions are made of
+def accuracy(logits: Tensor, y: Tensor) -> float:
+    """Share of samples whose largest logit is that of their class."""
+    return float((logits.argmax(1) == y.cpu()).double().mean())
 
 
-def explained(work: Work, name: str) -> Part:
-    """For some test images: examples for and against, each class's mass, contributions over time."""
-    return work.kept(f"{name}-explained", f"{name}, explained", lambda: _explained(work, name))
+@torch.no_grad()
+def _outputs(model: nn.Module, run: Trajectory, step: int, x: Tensor) -> Tensor:
+    run.load(model, step)
+    return model(x)
 
 
-def _explained(work: Work, name: str) -> Part:
-    _, run, data = learned(work, name, 0)
-    network = torch.from_numpy(measure(work, name, 0).arrays["network"])
-    labels, truth = data.y.cpu(), data.y_test.cpu()
-    chosen = spread(network, truth)
-    made = PathKernel(run).decompose(data.x_test[chosen], steps=True)
-    best, worst = made.top(SHOWN), made.top(SHOWN, against=True)
-    predicted = made.prediction.argmax(1)
-    cases = []
-    for i, index in enumerate(chosen.tolist()):
-        c = int(predicted[i])
-        cases.append({
-            "index": index,
-            "predicted": c,
-            "label": int(truth[index]),
-            "initial": float(made.initial[i, c]),
-            "logit": float(made.prediction[i, c]),
-            "for": {"labels": labels[best.examples[i]].tolist(), "values": best.values[i].tolist()},
-            "against": {"labels": labels[worst.examples[i]].tolist(), "values": worst.values[i].tolist()},
-            "classes": made.by_class(labels)[i, c].tolist(),
-            "half": _half(made.contributions[i, c]),
-            "over_time": _over_time(made, labels, i, c),
-        })  # fmt: skip
-    arrays = {
-        "test": grey(data.x_test[chosen], data),
-        "for": grey(data.x[best.examples.to(data.x.device)], data),
-        "against": grey(data.x[worst.examples.to(data.x.device)], data),
+def exactness_claims(results: Results) -> Iterator[Claim]:
+    """Residuals of all exact decompositions."""
+    residuals = {f"three clusters, {LABELS[name]}": relative(r, "secant") for name, r in results["plane"].items()}
+    residuals |= {name: relative(r, "secant") for name, r in results["images"].items()}
+    yield Claim(
+        "A network trained by gradient descent is a kernel machine, to machine precision",
+        "largest relative residual: " + ", ".join(f"{name} {plain(max(v), 2)}" for name, v in residuals.items()),
+        [Condition("every residual is", [v for of_one in residuals.values() for v in of_one], EXACT)],
+        "float64, secant form, every seed; relative to the largest logit",
+    )
+    for name, runs in results["images"].items():
+        slopes = {m: [r.numbers["errors"][m]["slope"] for r in runs] for m in METHODS}
+        yield Claim(
+            f"Kernel prediction against network logit lies on the diagonal, {name}",
+            f"slope − 1: {plain(max(abs(v - 1) for v in slopes['secant']), 2)} (exact); slope "
+            f"{mean(slopes['left']):.3f} with gradients at the start of each step, {mean(slopes['ntk']):.3f} with "
+            "those at initialization",
+            [Condition("every exact slope is", slopes["secant"], Within(EXACT.limit, of=1))],
+            "least squares over all logits of all test images",
+        )
+    double, single = (
+        max(r.numbers[f"secant {kind}"] for runs in results["recipes"].values() for r in runs)
+        for kind in ("float64", "float32")
+    )
+    yield Claim(
+        "The same for momentum, weight decay, Adam, schedules, clipping and minibatches",
+        f"largest relative residual: {plain(double, 2)} (float64)",
+        [Condition("it is", [double], EXACT)],
+        f"not in the paper; {len(results['recipes'])} optimizers, every seed",
+    )
+    yield Claim(
+        "In single precision the residual is rounding, too",
+        f"largest relative residual: {plain(single, 2)} (float32)",
+        [Condition("it is", [single], Bound("at most", 1e-5))],
+        "the same optimizers",
+    )
+
+
+def other_gradient_claims(results: Results) -> Iterator[Claim]:
+    """Left end points and initial gradients against the integral."""
+    ratios, texts = [], []
+    for name, runs in {**results["plane"], **results["images"]}.items():
+        fine_runs = results["nodes"].get(name, runs)
+        measured = "midpoint 200" in fine_runs[0].numbers["errors"]
+        fine = max(relative(fine_runs, "midpoint 200")) if measured else None
+        left, ntk = relative(runs, "left"), relative(runs, "ntk")
+        addition = f" (200 nodes: {plain(fine, 2)})" if fine else ""
+        texts.append(f"{LABELS.get(name, name)}: {mean(left):.3f} and {mean(ntk):.2f}{addition}")
+        ratios += [min(min(left), min(ntk)) / fine] if fine else []
+    condition = Condition(
+        "every error divided by that of the integral with 200 midpoints is", ratios, Bound("over", 100)
+    )
+    yield Claim(
+        "Gradients at the start of each step, or at initialization, err by orders of magnitude more",
+        "relative error, " + "; ".join(texts),
+        [condition] if ratios else [],
+        "start of each step: the discretized path kernel; initialization: the tangent kernel",
+    )
+
+
+def node_claims(results: Results) -> Iterator[Claim]:
+    """Errors by number of nodes."""
+    s = results.work.sizes
+    few, many = [n for n in s.nodes if n in (1, 10)], s.nodes[-1]
+    for name in results["nodes"]:
+        numbers = results.one("nodes", name).numbers["errors"]
+        for rule, words in (("left", "left end points"), ("midpoint", "midpoints")):
+            values = {n: numbers[f"{rule} {n}"]["relative"] for n in (*few, many)}
+            yield Claim(
+                f"On images only many integration points agree: {words}, {name}",
+                "relative error " + ", ".join(f"{plain(v, 2)} with {n}" for n, v in values.items()),
+                [Condition(f"with {' and '.join(map(str, few))} per step it is", [values[n] for n in few],
+                           Bound("over", AGREEMENT)),
+                 Condition(f"with {many}", [values[many]], Bound("at most", AGREEMENT))],
+                f"{min(s.probed, s.test)} test images; relative to the largest logit",
+            )  # fmt: skip
+
+
+def section(results: Results, name: str) -> Section:
+    """Kernel predictions against logits, and errors against the number of nodes."""
+    s = results.work.sizes
+    runs, nodes = results["images"][name], results.one("nodes", name).numbers["errors"]
+    error = {method: relative(runs, method) for method in METHODS}
+    slope_off = max(abs(r.numbers["errors"]["secant"]["slope"] - 1) for r in runs)
+    scatter = {
+        "kind": "scatter",
+        "title": "Kernel prediction against network logit",
+        "reading": f"{s.test} test images, ten outputs each, one seed; the line is the diagonal. Largest error: "
+        f"{plain(max(error['secant']), 2)} of the largest logit (slope − 1: {plain(slope_off, 2)}), with gradients at "
+        f"the start of each step {mean(error['left']):.3f}, with initial ones {mean(error['ntk']):.2f}.",
+        "x": "network logit",
+        "y": "kernel prediction",
+        "panels": [
+            {"heading": words, "x": f"images/{name}/network", "y": f"images/{name}/{method}"}
+            for method, words in METHODS.items()
+        ],
     }
-    return Part({"cases": cases, "error": made.error, "largest_output": float(made.prediction.abs().max())}, arrays)
+    kinds = (("left", "left end points"), ("midpoint", "midpoints"))
+    curves = [curve(words, s.nodes, [nodes[f"{rule} {n}"]["relative"] for n in s.nodes]) for rule, words in kinds]
+    curves.append(curve("secant (no nodes)", [1, s.nodes[-1]], [error["secant"][0]] * 2, dash="dash"))
+    some = [n for n in s.nodes if n in (1, 10, s.nodes[-1])]
+    by_rule = {rule: ", ".join(plain(nodes[f"{rule} {n}"]["relative"], 2) for n in some) for rule, _ in kinds}
+    against_nodes = lines(
+        "Error against integration points per step",
+        f"{min(s.probed, s.test)} test images, one seed. With {', '.join(map(str, some))} left end points: "
+        f"{by_rule['left']} of the largest logit; midpoints: {by_rule['midpoint']}.",
+        "points per step", "relative error", [("", curves)], log=True, wide=True,
+    )  # fmt: skip
+    return Section(
+        f"Images: {name}",
+        name.capitalize(),
+        f"A convolutional ReLU network with {runs[0].numbers['parameters']:,} parameters, {s.train:,} images, "
+        f"{s.steps} steps of full-batch gradient descent; test accuracy "
+        f"{mean([r.numbers['accuracy'] for r in runs]):.2f}.",
+        [scatter, against_nodes, *([_recipe_table(results)] if name == "digits" else [])],
+        {f"images/{name}/{key}": runs[0].arrays[key] for key in ("network", *METHODS)},
+    )
 
 
-def spread(network: Tensor, truth: Tensor) -> Tensor:
-    """Test images from the worst margin of the true class to the best, evenly spread over the ranks."""
-    own = network.gather(1, truth[:, None])[:, 0]
-    others = network.scatter(1, truth[:, None], -math.inf).max(1).values
-    ranked = (own - others).argsort()
-    return ranked[torch.linspace(0, len(ranked) - 1, min(CASES, len(ranked))).round().long()]
-
-
-def _half(contributions: Tensor) -> int:
-    """How many examples make half of the sum of the contributions' sizes."""
-    sizes = contributions.abs().sort(descending=True).values.cumsum(0)
-    return int((sizes < sizes[-1] / 2).sum()) + 1
-
-
-def _over_time(made: PathDecomposition, labels: Tensor, i: int, c: int) -> dict[str, list[float]]:
-    """Logit made up to each step by the examples of class `c`, by all others, and in all."""
-    own, rest = [], []
-    for share in made.steps or []:
-        mine = labels[share.rows] == c
-        own.append(float(share.values[i, c, mine].sum()))
-        rest.append(float(share.values[i, c, ~mine].sum()))
-    totals = {"own": np.cumsum([0.0, *own]), "others": np.cumsum([0.0, *rest])}
-    totals["logit"] = float(made.initial[i, c]) + totals["own"] + totals["others"]
-    return {name: value.tolist() for name, value in totals.items()}
+def _recipe_table(results: Results) -> Item:
+    rows = []
+    for name, runs in results["recipes"].items():
+        values = {key: [r.numbers[key] for r in runs] for key in runs[0].numbers}
+        exact = [plain(max(values[f"secant {kind}"]), 2) for kind in ("float64", "float32")]
+        others = [f"{mean(values[f'{method} float64']):.3f}" for method in ("left", "ntk")]
+        rows.append([RECIPES[name].title, *exact, *others, f"{mean(values['accuracy']):.2f}"])
+    return table(
+        "Other optimizers: error of the rebuilt logits, relative to the largest",
+        ["Optimizer", "Exact, float64", "Exact, float32", "Start of each step", "Initial gradients", "Test accuracy"],
+        rows,
+        f"{results.work.sizes.other_steps} steps on minibatches of {BATCH}; {OTHER_TEST} test images; exact: the "
+        "largest over seeds.",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,136 +12,263 @@ from torch import Tensor, nn
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.measures.eigenfunctions import grid
 from ntkit.measures.novelty import novelty
-from ntkit.studies.bell2023.setting import cross_entropy, errors, sgd, summed_changes
-from ntkit.studies.judged import device
-from ntkit.studies.parts import Part, Work
+from ntkit.report.words import plain
+from ntkit.studies.bell2023.bell_setting import EXACT, errors, order, relative, sgd, summed_changes
+from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
+from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, device, lines, mlp, table
+from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
 LABELS = {"tanh": "tanh", "relu": "ReLU"}
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 TRAIN, TEST, WIDTH, LR = 30, 20, 32, 0.5
 REACH = 3.0  # the maps show [-REACH, REACH]^2
-CENTRES = ((0.0, 1.2), (-1.1, -0.7), (1.1, -0.7))
+CENTERS = ((0.0, 1.2), (-1.1, -0.7), (1.1, -0.7))
 SPREAD = 0.5
+NEAR, FAR = SPREAD, 3 * SPREAD  # distances to the nearest training point
 LEFT = (1, 10, 100)
 MIDPOINT = (1, 2, 5, 10, 20, 50, 100, 200)
 GAUSS = (2, 4, 8, 16, 32)
-RULES = [*(("left", n) for n in LEFT), *(("midpoint", n) for n in MIDPOINT), *(("gauss", n) for n in GAUSS)]
+_NODES = {"left": LEFT, "midpoint": MIDPOINT, "gauss": GAUSS}
+RULES: list[tuple[Any, int]] = [(rule, n) for rule, nodes in _NODES.items() for n in nodes]
+FITTED = {
+    "midpoint": (5, 10, 20, 50, 100),
+    "left": (10, 100),
+}  # nodes for the orders: beyond the first, before rounding
 _AT_ONCE = 64  # nodes
 
 
 def clusters(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Points of three Gaussian clusters in turn, [n, 2], and their labels."""
-    y = torch.arange(n) % len(CENTRES)
+    y = torch.arange(n) % len(CENTERS)
     noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.tensor(CENTRES, dtype=torch.float64)[y] + SPREAD * noise, y
-
-
-def mlp(activation: str, seed: int) -> nn.Sequential:
-    """2-32-32-3 in float64, PyTorch's own initialisation."""
-    act = ACTIVATIONS[activation]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(2, WIDTH), act(), nn.Linear(WIDTH, WIDTH), act(), nn.Linear(WIDTH, len(CENTRES))
-        ).to(device(), torch.float64)
+    return torch.tensor(CENTERS, dtype=torch.float64)[y] + SPREAD * noise, y
 
 
 def trained(work: Work, activation: str, seed: int) -> tuple[nn.Module, Trajectory, Tensor, Tensor]:
     """Network, run and training data."""
     x, y = (t.to(device()) for t in clusters(TRAIN, seed))
-    model = mlp(activation, seed)
+    model = mlp(2, len(CENTERS), 3, WIDTH, seed, ACTIVATIONS[activation]).to(device(), torch.float64)
     run = train(
-        model, (x, y), cross_entropy, sgd(LR), work.scale.plane_steps, record="all", seed=seed, resume=True,
+        model, (x, y), cross_entropy, sgd(LR), work.sizes.plane_steps, record="all", seed=seed, resume=True,
         path=work.trajectory(f"plane-{activation}-seed-{seed}"),
     )  # fmt: skip
     return model, run, x, y
 
 
-def measure(work: Work, activation: str, seed: int) -> Part:
+def parts(work: Work) -> Iterator[StudyPart]:
+    """Errors of the rules by activation; maps of one ReLU network."""
+    for name in ACTIVATIONS:
+        for seed in work.seeds:
+            yield StudyPart("plane", name, f"plane-{name}-seed-{seed}", _rule_errors, (name, seed))
+    yield StudyPart("maps", None, "maps-relu-seed-0", _maps, ("relu", 0))
+
+
+def _rule_errors(work: Work, activation: str, seed: int) -> Result:
     """Errors of the rebuilt logits of new points, by every rule."""
-    return work.kept(
-        f"plane-{activation}-seed-{seed}",
-        f"the plane, {activation}, seed {seed}",
-        lambda: _measure(work, activation, seed),
-    )
-
-
-def _measure(work: Work, activation: str, seed: int) -> Part:
     model, run, _, _ = trained(work, activation, seed)
     x = clusters(TEST, 1000 + seed)[0].to(device())
-    found: dict[str, Any] = {}
+    by_rule: dict[str, Any] = {}
     exact = PathKernel(run).decompose(x)
     prediction = exact.prediction
-    found["secant"] = errors(prediction + exact.residual, prediction)
+    by_rule["secant"] = errors(prediction + exact.residual, prediction)
     for integration in ("left", "ntk"):
         other = PathKernel(run, integration=integration).decompose(x)
-        found[integration] = errors(prediction + other.residual, prediction)
+        by_rule[integration] = errors(prediction + other.residual, prediction)
     changes = summed_changes(model, run, x, RULES, _AT_ONCE)
     apart = 0.0
     for rule, nodes in RULES:
         rebuilt = exact.initial + changes[rule, nodes].cpu()
-        found[f"{rule} {nodes}"] = errors(rebuilt, prediction)
-        if rule != "left" and nodes <= work.scale.direct:  # the sum of contributions themselves
+        by_rule[f"{rule} {nodes}"] = errors(rebuilt, prediction)
+        if rule != "left" and nodes <= work.sizes.direct:  # the sum of the contributions themselves
             own = PathKernel(run, integration="quadrature", rule=rule, nodes=nodes).decompose(x)
             apart = max(apart, errors(rebuilt, prediction + own.residual)["relative"])
-            found[f"{rule} {nodes}"] = errors(prediction + own.residual, prediction)
+            by_rule[f"{rule} {nodes}"] = errors(prediction + own.residual, prediction)
     numbers = {
         "activation": activation,
         "seed": seed,
-        "errors": found,
+        "errors": by_rule,
         "apart": apart,
         "largest_output": float(prediction.abs().max()),
         "loss": float(run.losses[-1]),
     }
-    return Part(numbers, {})
+    return Result(numbers, {})
 
 
-def maps(work: Work, activation: str, seed: int) -> Part:
-    """The plane as the network, the kernel machine, frozen gradients and the posterior see it."""
-    return work.kept(f"maps-{activation}-seed-{seed}", "maps of the plane", lambda: _maps(work, activation, seed))
-
-
-def _maps(work: Work, activation: str, seed: int) -> Part:
+def _maps(work: Work, activation: str, seed: int) -> Result:
+    """The plane by the network, the kernel machine, initial gradients and the posterior."""
     _, run, x, y = trained(work, activation, seed)
-    points = grid(work.scale.side, -REACH, REACH).to(device())
+    points = grid(work.sizes.side, -REACH, REACH).to(device())
     exact = PathKernel(run).decompose(points)
-    frozen = PathKernel(run, integration="ntk").decompose(points)
+    initial = PathKernel(run, integration="ntk").decompose(points)
     kernel = PathKernel(run, outputs="trace")
-    seen = novelty(kernel, x, points)
+    novel = novelty(kernel, x, points)
     values = torch.linalg.eigvalsh(kernel(x))
     rebuilt = exact.prediction + exact.residual
-    regions = {"network": exact.prediction, "kernel": rebuilt, "ntk": frozen.prediction + frozen.residual}
-    shape = (work.scale.side, work.scale.side)
+    regions = {"network": exact.prediction, "kernel": rebuilt, "ntk": initial.prediction + initial.residual}
+    shape = (work.sizes.side, work.sizes.side)
     arrays = {name: logits.argmax(1).reshape(shape).numpy().astype(np.uint8) for name, logits in regions.items()}
-    arrays |= {
-        "deviation": seen.deviation.reshape(shape).cpu().numpy(),
-        "norm": seen.norm.reshape(shape).cpu().numpy(),
-        "outside": seen.outside.reshape(shape).cpu().numpy(),
-        "points": x.cpu().numpy(),
-        "labels": y.cpu().numpy(),
-        # the first example of each class, on its own class's output
-        "contributions": torch.stack([exact.contributions[:, c, c] for c in range(len(CENTRES))])
-        .reshape(len(CENTRES), *shape)
-        .numpy(),
-    }
+    arrays |= {name: getattr(novel, name).reshape(shape).cpu().numpy() for name in ("deviation", "norm", "outside")}
+    own = [exact.contributions[:, c, c] for c in range(len(CENTERS))]  # a class's first example on the class's output
+    arrays |= {"points": x.cpu().numpy(), "labels": y.cpu().numpy()}
+    arrays["contributions"] = torch.stack(own).reshape(len(CENTERS), *shape).numpy()
     distance = torch.cdist(points, x).min(1).values
     numbers = {
         "agree": float((arrays["network"] == arrays["kernel"]).mean()),
         "agree_ntk": float((arrays["network"] == arrays["ntk"]).mean()),
         "errors": errors(rebuilt, exact.prediction),
-        "rank_correlation": _rank_correlation(seen.deviation, distance),
-        "deviation_near": float(seen.deviation[distance < SPREAD].mean()),
-        "deviation_far": float(seen.deviation[distance > 3 * SPREAD].mean()),
+        "rank_correlation": _rank_correlation(novel.deviation, distance),
+        "deviation_near": float(novel.deviation[distance < NEAR].mean()),
+        "deviation_far": float(novel.deviation[distance > FAR].mean()),
         "least_eigenvalue": float(values[0] / values[-1]),
-        "residual": seen.residual,
-        "floor": seen.floor,
-        "rank": seen.rank,
+        "residual": novel.residual,
+        "floor": novel.floor,
+        "rank": novel.rank,
     }
-    return Part(numbers, arrays)
+    return Result(numbers, arrays)
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, for values without ties."""
+    """Spearman's rank correlation, for values without ties."""
     ranks = [value.argsort().argsort().double() for value in (a, b)]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def rule_claims(results: Results) -> Iterator[Claim]:
+    """Orders of the rules of integration, for a smooth and for a kinked activation."""
+    orders = {
+        (name, rule): [order(nodes, [relative([r], f"{rule} {n}")[0] for n in nodes]) for r in runs]
+        for name, runs in results["plane"].items()
+        for rule, nodes in FITTED.items()
+    }
+    text = {key: f"{mean(values):.2f}" for key, values in orders.items()}
+    gauss = {name: max(relative(runs, "gauss 8")) for name, runs in results["plane"].items()}
+    ranges = {rule: f"{nodes[0]} to {nodes[-1]}" for rule, nodes in FITTED.items()}
+    yield Claim(
+        "Smooth networks: the left end point errs with 1 / T, the midpoint with 1 / T²",
+        f"orders {text['tanh', 'left']} and {text['tanh', 'midpoint']} (tanh); {text['relu', 'left']} and "
+        f"{text['relu', 'midpoint']} (ReLU)",
+        [Condition("for tanh the left end point’s orders are", orders["tanh", "left"], Within(0.2, of=1)),
+         Condition("the midpoint’s", orders["tanh", "midpoint"], Within(0.2, of=2))],
+        f"fitted over {ranges['left']} and {ranges['midpoint']} nodes per step",
+    )  # fmt: skip
+    yield Claim(
+        "Smooth networks: eight Gauss–Legendre nodes give machine precision",
+        f"largest relative error {plain(gauss['tanh'], 2)} (tanh)",
+        [Condition("it is", [gauss["tanh"]], EXACT)],
+    )
+    yield Claim(
+        "Kinks destroy high orders",
+        f"eight Gauss–Legendre nodes: largest relative error {plain(gauss['relu'], 2)} (ReLU)",
+        [Condition("it is", [gauss["relu"]], Bound("over", 1e-6))],
+        "the secant form has no nodes and is exact for both",
+    )
+
+
+def map_claims(results: Results) -> Iterator[Claim]:
+    """Regions, definiteness and posterior."""
+    maps = results.one("maps").numbers
+    yield Claim(
+        "The kernel machine draws the network’s own regions in the plane",
+        f"{100 * maps['agree']:.2f} % of the map agree; with gradients at initialization "
+        f"{100 * maps['agree_ntk']:.1f} %",
+        [Condition("the agreement is", [100 * maps["agree"]], Bound("at least", 100, " %"))],
+        "largest output at each pixel",
+    )
+    yield Claim(
+        "The path kernel is a kernel: symmetric, positive semidefinite",
+        f"least eigenvalue over largest: {plain(maps['least_eigenvalue'], 2)}",
+        [Condition("it is", [maps["least_eigenvalue"]], Bound("at least", -1e-10))],
+        "trace kernel on the training points",
+    )
+    yield Claim(
+        "Its posterior is uncertain far from the data",
+        f"deviation {maps['deviation_near']:.1f} within {NEAR:g} of a training point, {maps['deviation_far']:.1f} "
+        f"beyond {FAR:g}; rank correlation with the distance {maps['rank_correlation']:.2f}",
+        [Condition("the rank correlation is", [maps["rank_correlation"]], Bound("over", 0.5))],
+    )
+
+
+def sections(results: Results) -> list[Section]:
+    """Rules of integration, and maps."""
+    maps, runs = results.one("maps"), results["plane"]
+    numbers = maps.numbers
+    contributions = _map(
+        "What one training point contributed to its class’s output",
+        "The ringed point’s contribution everywhere in the plane: orange adds to the output, blue takes away.",
+        *[(f"class {c + 1}", "contributions", "signed") for c in range(len(CENTERS))],
+    )
+    for c, panel in enumerate(contributions["panels"]):
+        panel |= {"index": c, "ring": c}
+    items = [
+        *(_rule_figure(name, runs[name]) for name in runs),
+        _map(
+            "Regions: which output is largest",
+            f"Network and kernel machine agree on {100 * numbers['agree']:.2f} % of the map; with initial gradients "
+            f"{100 * numbers['agree_ntk']:.1f} %. ReLU, one seed.",
+            ("the network", "network", "classes"),
+            ("the kernel machine", "kernel", "classes"),
+            ("with initial gradients", "ntk", "classes"),
+        ),
+        _map(
+            "How novel is a point, by the path kernel?",
+            f"The deviation averages {numbers['deviation_near']:.1f} near training points and "
+            f"{numbers['deviation_far']:.1f} far from them.",
+            ("prior deviation, √k(x, x)", "norm", "ramp"),
+            ("posterior deviation", "deviation", "ramp"),
+            ("gradient outside the span, share", "outside", "ramp"),
+        ),
+        contributions,
+        _rule_table(runs),
+    ]
+    text = (
+        "Every rule rebuilds the logits of new points as initial output plus contributions of the training points; its "
+        "error is that of its integrals along the steps."
+    )
+    return [Section("In the plane", "Plane", text, items, {f"maps/{key}": a for key, a in maps.arrays.items()})]
+
+
+def _map(title: str, reading: str, *panels: tuple[str, str, str]) -> Item:
+    return {
+        "kind": "maps", "title": title, "reading": reading,
+        "panels": [{"heading": heading, "array": f"maps/{key}", "colours": colors} for heading, key, colors in panels],
+        "extent": [-REACH, REACH], "points": "maps/points", "labels": "maps/labels",
+    }  # fmt: skip
+
+
+def _rule_figure(name: str, runs: list[Result]) -> Item:
+    def error(method: str) -> float:
+        return mean(relative(runs, method)).value
+
+    kinds = (("left", "left end point", LEFT), ("midpoint", "midpoint", MIDPOINT), ("gauss", "Gauss–Legendre", GAUSS))
+    curves = [curve(words, nodes, [error(f"{rule} {n}") for n in nodes]) for rule, words, nodes in kinds]
+    curves.append(curve("secant (no nodes)", [1, max(MIDPOINT)], [error("secant")] * 2, dash="dash"))
+    return lines(
+        f"Error against nodes per step, {LABELS[name]}",
+        f"Mean over {len(runs)} seeds. Secant {plain(error('secant'), 2)}, eight Gauss nodes "
+        f"{plain(error('gauss 8'), 2)}, 200 midpoints {plain(error('midpoint 200'), 2)}, left end point "
+        f"{plain(error('left'), 2)}; initial gradients {plain(error('ntk'), 2)}.",
+        "nodes per step", "relative error", [("", curves)], log=True,
+    )  # fmt: skip
+
+
+def _rule_table(runs: dict[str, list[Result]]) -> Item:
+    rules = [("secant", "secant (exact)"), ("ntk", "initial gradients")]
+    rules += [(f"left {n}", f"left end point, {n}") for n in LEFT]
+    rules += [(f"midpoint {n}", f"midpoint, {n}") for n in (1, 10, 100, 200)]
+    rules += [(f"gauss {n}", f"Gauss–Legendre, {n}") for n in GAUSS]
+    rows = [
+        [words, *(plain(mean(relative(r, rule)).value, 2) for r in runs.values()),
+         *(plain(r[0].numbers["errors"][rule]["largest"], 2) for r in runs.values())]
+        for rule, words in rules
+    ]  # fmt: skip
+    apart = max(r.numbers["apart"] for group in runs.values() for r in group)
+    return table(
+        "Error of the rebuilt logits, by rule and nodes per step",
+        ["Rule, nodes", *(f"{kind}, {LABELS[name]}" for kind in ("relative", "absolute") for name in runs)],
+        rows,
+        "Relative to the largest logit: mean over seeds. Absolute: the first seed. With many nodes it is the error of "
+        "Jacobian–vector products along each step, which the contributions sum to; where both were computed they agree "
+        f"to {plain(apart, 2)}.",
+        folded=True,
+    )

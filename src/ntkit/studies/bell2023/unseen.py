@@ -1,6 +1,8 @@
-"""Out of distribution: held-out classes and patches of photographs, told from known classes by kernels or baselines."""
+"""Out of distribution: digits of other classes and patches of photographs against known classes, by kernel scores."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -10,43 +12,49 @@ from ntkit.kernels.conjugate import ConjugateKernel
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.novelty import novelty
-from ntkit.studies.bell2023.setting import cnn, cross_entropy, images, sgd
-from ntkit.studies.parts import Part, Work
+from ntkit.report.words import plain
+from ntkit.studies.bell2023.bell_setting import cnn, images, sgd
+from ntkit.studies.claim import Bound, Claim, Condition, mean
+from ntkit.studies.study import Result, Results, Section, StudyPart, Work, table
+from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import train
 
 KNOWN = ("0", "1", "2", "3", "4")
-HELD = ("5", "6", "7", "8", "9")
+UNKNOWN = ("5", "6", "7", "8", "9")
 SETS = {"held": "held-out digits", "photographs": "patches of photographs"}
-SCORES = {  # name: (title, of the kernel or a baseline); larger is taken for more novel
-    "after outside": ("outside the span, after kernel", True),
-    "after deviation": ("posterior deviation, after kernel", True),
-    "logit outside": ("outside the span, after kernel of the largest logit", True),
-    "logit deviation": ("posterior deviation, after kernel of the largest logit", True),
-    "path outside": ("outside the span, path kernel", True),
-    "path deviation": ("posterior deviation, path kernel", True),
-    "softmax": ("1 − largest softmax probability", False),
-    "energy": ("energy, −log Σ exp of the logits", False),
-    "norm": ("norm of the outputs’ gradient", False),
-    "gradnorm": ("− norm of the gradient of the loss against uniform targets", False),
-    "features": ("distance to the nearest training image, last hidden layer", False),
-    "pixels": ("distance to the nearest training image, pixels", False),
+KERNEL_SCORES = {  # a larger score means more novel
+    "after outside": "outside the span, after kernel",
+    "after deviation": "posterior deviation, after kernel",
+    "logit outside": "outside the span, after kernel of the largest logit",
+    "logit deviation": "posterior deviation, after kernel of the largest logit",
+    "path outside": "outside the span, path kernel",
+    "path deviation": "posterior deviation, path kernel",
 }
-_SHRINK = 4  # a photograph's pixels averaged into one: its patches are then not flat
+BASELINES = {
+    "softmax": "1 − largest softmax probability",
+    "energy": "energy, −log Σ exp of the logits",
+    "norm": "norm of the outputs’ gradient",
+    "gradnorm": "− norm of the gradient of the loss against uniform targets",
+    "features": "distance to the nearest training image, last hidden layer",
+    "pixels": "distance to the nearest training image, pixels",
+}
+SCORES = KERNEL_SCORES | BASELINES
+_SHRINK = 4  # block of a photograph's pixels averaged into one: its patches are then not flat
 
 
 def patches(n: int, pixels: int, seed: int) -> Tensor:
-    """Grey patches of scikit-learn's two photographs, each scaled to [0, 1]: [n, 1, pixels, pixels]."""
+    """Gray patches of scikit-learn's two photographs, each scaled to [0, 1]: [n, 1, pixels, pixels]."""
     from sklearn.datasets import load_sample_images
 
-    draw, found = np.random.default_rng(seed), []
+    draw, selection = np.random.default_rng(seed), []
     photographs = [_shrunk(image.mean(2)) for image in load_sample_images().images]
-    while len(found) < n:
-        grey = photographs[len(found) % len(photographs)]
-        i, j = (int(draw.integers(side - pixels + 1)) for side in grey.shape)
-        patch = grey[i : i + pixels, j : j + pixels]
+    while len(selection) < n:
+        photograph = photographs[len(selection) % len(photographs)]
+        i, j = (int(draw.integers(side - pixels + 1)) for side in photograph.shape)
+        patch = photograph[i : i + pixels, j : j + pixels]
         if patch.max() > patch.min():
-            found.append((patch - patch.min()) / (patch.max() - patch.min()))
-    return torch.from_numpy(np.stack(found))[:, None]
+            selection.append((patch - patch.min()) / (patch.max() - patch.min()))
+    return torch.from_numpy(np.stack(selection))[:, None]
 
 
 def _shrunk(image: np.ndarray) -> np.ndarray:
@@ -54,26 +62,25 @@ def _shrunk(image: np.ndarray) -> np.ndarray:
     return image[: h * _SHRINK, : w * _SHRINK].reshape(h, _SHRINK, w, _SHRINK).mean((1, 3))
 
 
-def tell_apart(work: Work, name: str, seed: int) -> Part:
-    """AUROC of every score against both kinds of images that were not learned."""
-    return work.kept(
-        f"unseen-{name}-seed-{seed}",
-        f"{name}, images of other kinds, seed {seed}",
-        lambda: _tell_apart(work, name, seed),
-    )
+def parts(work: Work) -> Iterator[StudyPart]:
+    """One part for each data set and seed."""
+    for name in work.sets:
+        for seed in work.seeds:
+            yield StudyPart("unseen", name, f"unseen-{name}-seed-{seed}", _scores, (name, seed))
 
 
-def _tell_apart(work: Work, name: str, seed: int) -> Part:
+def _scores(work: Work, name: str, seed: int) -> Result:
+    """Scores, and their AUROC against both kinds of images that were not learned."""
     from sklearn.metrics import roc_auc_score
 
-    data = images(work, name, work.scale.train, work.scale.unseen, classes=KNOWN, seed=seed)
-    other = images(work, name, len(HELD), work.scale.unseen, classes=HELD, seed=seed)
-    held = other.x_test * other.deviation + other.mean
-    sets = {"held": held, "photographs": patches(work.scale.unseen, data.x.shape[-1], seed).to(held)}
+    data = images(work, name, work.sizes.train, work.sizes.unseen, classes=KNOWN, seed=seed)
+    other = images(work, name, len(UNKNOWN), work.sizes.unseen, classes=UNKNOWN, seed=seed)
+    digits = other.x_test * other.deviation + other.mean
+    sets = {"held": digits, "photographs": patches(work.sizes.unseen, data.x.shape[-1], seed).to(digits)}
     sets = {kind: (x - data.mean) / data.deviation for kind, x in sets.items()}
-    model = cnn(data.x.shape[-1], len(KNOWN), work.scale.width, seed)
+    model = cnn(data.x.shape[-1], len(KNOWN), work.sizes.width, seed)
     run = train(
-        model, (data.x, data.y), cross_entropy, sgd(work.scale.lr), work.scale.unseen_steps, seed=seed, resume=True,
+        model, (data.x, data.y), cross_entropy, sgd(work.sizes.lr), work.sizes.unseen_steps, seed=seed, resume=True,
         path=work.trajectory(f"unseen-{name}-seed-{seed}"),
     )  # fmt: skip
     everything = torch.cat([data.x_test, *sets.values()])
@@ -84,22 +91,22 @@ def _tell_apart(work: Work, name: str, seed: int) -> Part:
     }
     scores, certificates = {}, {}
     for kind, kernel in kernels.items():
-        found = novelty(kernel, data.x, everything)
-        scores |= {f"{kind} outside": found.outside, f"{kind} deviation": found.deviation}
-        certificates[kind] = {"residual": found.residual, "floor": found.floor, "rank": found.rank}
+        novel = novelty(kernel, data.x, everything)
+        scores |= {f"{kind} outside": novel.outside, f"{kind} deviation": novel.deviation}
+        certificates[kind] = {"residual": novel.residual, "floor": novel.floor, "rank": novel.rank}
         if kind == "after":
-            scores["norm"] = found.norm
+            scores["norm"] = novel.norm
     scores |= _baselines(model, data.x, everything)
     m, numbers = len(data.x_test), {}
     for place, kind in enumerate(sets):
-        rows = slice(m + place * work.scale.unseen, m + (place + 1) * work.scale.unseen)
+        rows = slice(m + place * work.sizes.unseen, m + (place + 1) * work.sizes.unseen)
         numbers[kind] = {}
         for score in SCORES:
             values = torch.cat([scores[score][:m], scores[score][rows]]).cpu().numpy()
             numbers[kind][score] = float(roc_auc_score(np.arange(len(values)) >= m, values))
-    shown = {score: values.cpu().numpy() for score, values in scores.items()}
+    arrays = {score: values.cpu().numpy() for score, values in scores.items()}
     accuracy = float((model(data.x_test).argmax(1) == data.y_test).double().mean())
-    return Part({"auroc": numbers, "certificates": certificates, "accuracy": accuracy, "known": m}, shown)
+    return Result({"auroc": numbers, "certificates": certificates, "accuracy": accuracy, "known": m}, arrays)
 
 
 @torch.no_grad()
@@ -116,3 +123,61 @@ def _baselines(model: nn.Module, x_train: Tensor, x: Tensor) -> dict[str, Tensor
         "features": squares.clamp(min=0).min(1).values.sqrt(),
         "pixels": torch.cdist(x.flatten(1), x_train.flatten(1)).min(1).values,
     }
+
+
+def _auroc(runs: list[Result], kind: str, score: str) -> list[float]:
+    """Area under the ROC curve, one for each seed."""
+    return [r.numbers["auroc"][kind][score] for r in runs]
+
+
+def claims(results: Results) -> Iterator[Claim]:
+    """Novelty against chance and against baselines."""
+    for name, runs in results["unseen"].items():
+        span = {kind: mean(_auroc(runs, kind, "path outside")) for kind in SETS}
+        yield Claim(
+            f"Gradients of images of other kinds leave the span of the training gradients, {name}",
+            "; ".join(f"AUROC {value:.3f}, {SETS[kind]}" for kind, value in span.items()),
+            [Condition("for both kinds it is", list(span.values()), Bound("over", 0.5, errors=2))],
+            "path kernel, share of the gradient outside the span",
+        )
+        for rivals, words in ((("softmax", "energy"), "softmax and energy"), (BASELINES, "every baseline")):
+            texts, gaps = [], []
+            for kind, title in SETS.items():
+                values = {score: _auroc(runs, kind, score) for score in (*KERNEL_SCORES, *rivals)}
+                ours, other = (max(group, key=lambda s: mean(values[s]).value) for group in (KERNEL_SCORES, rivals))
+                gaps.append(mean(np.subtract(values[ours], values[other])))
+                pair = (f"{mean(values[score]):.3f} ({SCORES[score]})" for score in (ours, other))
+                texts.append(f"{title}: {' against '.join(pair)}")
+            yield Claim(
+                f"The best kernel score tells them better than {words}, {name}",
+                "; ".join(texts),
+                [Condition("for both kinds the gain is", gaps, Bound("over", 0, errors=2))],
+                f"best of {len(KERNEL_SCORES)} kernel scores, selected with these results, against the best baseline",
+            )
+
+
+def sections(results: Results) -> Iterator[Section]:
+    """The area under the ROC curve of every score."""
+    s = results.work.sizes
+    for name, runs in results["unseen"].items():
+        rows = [
+            [title, "kernel" if score in KERNEL_SCORES else "baseline"]
+            + [f"{mean(_auroc(runs, kind, score)):.3f}" for kind in SETS]
+            for score, title in SCORES.items()
+        ]
+        certificates = [certificate for r in runs for certificate in r.numbers["certificates"].values()]
+        rank = min(r.numbers["certificates"]["path"]["rank"] for r in runs)
+        note = (
+            f"Mean over {len(runs)} seeds (start, training images). The training gradients of the path kernel span "
+            f"{rank} dimensions of {s.train} examples. Largest residual of the solves: "
+            f"{plain(max(c['residual'] for c in certificates), 2)}; the span scores are zero up to "
+            f"{plain(max(c['floor'] for c in certificates), 2)}."
+        )
+        yield Section(
+            f"Images of other kinds: {name}",
+            "Other kinds" if name == "digits" else f"Other kinds, {name}",
+            f"A network learns {KNOWN[0]} to {KNOWN[-1]} ({s.train:,} images, {s.unseen_steps} steps). Which of "
+            f"{s.unseen} new images of these, {s.unseen} of {UNKNOWN[0]} to {UNKNOWN[-1]}, and {s.unseen} patches of "
+            "two photographs are of a kind it did not learn? Scores from gradients (ntkit.novelty) beside baselines.",
+            [table("Area under the ROC curve (0.5 is chance)", ["Score", "Kind", *SETS.values()], rows, note)],
+        )

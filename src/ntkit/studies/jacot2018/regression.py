@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -10,8 +11,18 @@ import torch
 
 from ntkit.machines.flow import GradientFlow
 from ntkit.machines.gaussian_process import Posterior
-from ntkit.studies.jacot2018.setting import DEPTH, Part, Work, circle, descend, limit, network, sizes
-from ntkit.studies.judged import device
+from ntkit.report.words import plain
+from ntkit.studies.claim import Bound, Claim, Condition, Estimate, Within, mean
+from ntkit.studies.jacot2018.jacot_setting import (
+    DEPTH,
+    by_width,
+    circle,
+    descend,
+    limit,
+    network,
+    short_curve,
+)
+from ntkit.studies.study import Result, Results, Section, StudyPart, Work, device, lines
 
 ANGLES = torch.linspace(-math.pi, math.pi, 61, dtype=torch.float64)
 POINTS = (-2.2, -1.0, 1.0, 2.2)  # not in the paper: see the departures
@@ -22,10 +33,10 @@ _DRAWS = 4000
 
 @cache
 def gaussian() -> Posterior:
-    """What networks of infinite width compute around the circle after infinite time.
+    """Output of networks of infinite width around the circle after infinite time.
 
-    >>> found = gaussian()
-    >>> round(float(found.mean[30]), 5), round(float(found.std[30]), 5)
+    >>> output = gaussian()
+    >>> round(float(output.mean[30]), 5), round(float(output.std[30]), 5)
     (0.04393, 0.13728)
     """
     x, test = circle(torch.tensor(POINTS, dtype=torch.float64)), circle(ANGLES)
@@ -39,22 +50,23 @@ def gaussian() -> Posterior:
     )
 
 
-def curves(work: Work, width: int, seed: int) -> Part:
+def parts(work: Work) -> Iterator[StudyPart]:
+    """Trained networks by width."""
+    for width in work.sizes.curve_widths:
+        for seed in range(work.sizes.curve_seeds):
+            yield StudyPart("regression", width, f"curves-{width}-seed-{seed}", _outputs, (width, seed))
+
+
+def _outputs(work: Work, width: int, seed: int) -> Result:
     """Outputs of one trained network around the circle, float32 network: [angles]."""
-    return work.kept(
-        f"curves-{width}-seed-{seed}", f"regression, width {width}, seed {seed}", lambda: _curves(work, width, seed)
-    )
-
-
-def _curves(work: Work, width: int, seed: int) -> Part:
     x = circle(torch.tensor(POINTS)).to(device())
     y = torch.tensor(TARGETS).to(x)
     twin = network(x, width, DEPTH, seed)
-    descend(twin, x, y, sizes(work).curve_steps)
+    descend(twin, x, y, work.sizes.curve_steps)
     with torch.no_grad():
-        found = twin.model(circle(ANGLES).to(x))[:, 0].double().cpu()
+        outputs = twin.model(circle(ANGLES).to(x))[:, 0].double().cpu()
         off = float((twin.model(x)[:, 0] - y).abs().max())
-    return Part({"off": off}, {"curve": found.numpy()})
+    return Result({"off": off}, {"curve": outputs.numpy()})
 
 
 def inside(curves: np.ndarray) -> list[float]:
@@ -69,6 +81,64 @@ def spread() -> float:
     return float(np.std(inside(gaussian().sample(_DRAWS).numpy())))
 
 
-def drawn(parts: list[Part]) -> np.ndarray:
-    """Curves of trained networks, [seeds, angles]."""
-    return np.stack([part.arrays["curve"] for part in parts])
+def _curves(runs: list[Result]) -> np.ndarray:
+    """Outputs of trained networks, [seeds, angles]."""
+    return np.stack([r.arrays["curve"] for r in runs])
+
+
+def _percent_inside(results: Results) -> dict[int, Estimate]:
+    return {n: mean([100 * share for share in inside(_curves(r))]) for n, r in results["regression"].items()}
+
+
+def claims(results: Results) -> Iterator[Claim]:
+    """Trained networks against the Gaussian's percentiles and mean."""
+    seeds, expected = results.work.sizes.curve_seeds, PERCENTILES[-1] - PERCENTILES[0]
+    percents = {n: p.value for n, p in _percent_inside(results).items()}
+    narrow, wide = min(percents), max(percents)
+    error = 100 * spread() / seeds**0.5
+    yield Claim(
+        f"Trained networks are draws from the limit’s Gaussian: {expected} % lie between its {PERCENTILES[0]} % and "
+        f"{PERCENTILES[-1]} % percentiles",
+        f"{by_width(percents, 0, ' %')}, where {seeds} draws would have {expected} ± {error:.0f} %",
+        [Condition(f"the share at n = {wide:,} is", [Estimate(percents[wide], error)],
+                   Bound("at least", expected, " %", errors=-2))],
+        f"share of the circle, mean over {seeds} networks; its standard error is that of as many draws",
+    )  # fmt: skip
+    exact = gaussian()
+    off = {n: float(np.abs(_curves(r).mean(0) - exact.mean.numpy()).max()) for n, r in results["regression"].items()}
+    largest = float(exact.std.max())
+    yield Claim(
+        "Narrow networks agree with it, too, on the whole",
+        f"largest distance of the mean curve from the Gaussian’s mean: {by_width(off, 3)}, where the Gaussian’s "
+        f"deviation is up to {largest:.3f}",
+        [Condition(f"the distance at n = {narrow} is", [Estimate(off[narrow], largest / seeds**0.5)],
+                   Within(3, of=0, unit=" standard errors"))],
+        f"the standard error is that of the mean of {seeds} draws, where it is largest",
+    )  # fmt: skip
+
+
+def sections(results: Results) -> list[Section]:
+    """Trained networks over the limit's percentiles."""
+    s = results.work.sizes
+    low, middle, high = gaussian().percentiles(PERCENTILES)
+    band = f"infinite width, {PERCENTILES[0]} % and {PERCENTILES[-1]} %"
+    limits = [short_curve(band, ANGLES, bound, dash="dash") for bound in (low, high)]
+    limits.append(short_curve(f"infinite width, {PERCENTILES[1]} %", ANGLES, middle, dash="dot"))
+    limits += [short_curve("training points", [g], [y]) for g, y in zip(POINTS, TARGETS, strict=True)]
+    panels = [
+        (f"n = {n:,}", [*(short_curve("trained networks", ANGLES, c) for c in _curves(runs[: s.seeds])), *limits])
+        for n, runs in results["regression"].items()
+    ]
+    off = max(r.numbers["off"] for runs in results["regression"].values() for r in runs)
+    figure = lines(
+        "Trained networks and the limit’s percentiles",
+        f"Between the {PERCENTILES[0]} % and the {PERCENTILES[-1]} % percentile: "
+        f"{by_width(_percent_inside(results), 0, ' %')} of the circle; {PERCENTILES[-1] - PERCENTILES[0]} % expected "
+        f"in the limit. At the training points networks are off by at most {plain(off, 2)}.",
+        "angle γ", "f", panels, wide=True,
+    )  # fmt: skip
+    text = (
+        f"Four training points, {s.curve_steps:,} steps, {s.curve_seeds} networks of each width; outputs of {s.seeds} "
+        "around the circle against percentiles of the Gaussian that infinite networks follow at t = ∞."
+    )
+    return [Section("Figure 2: regression as a Gaussian process", "Regression", text, [figure])]

@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
+from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.measures.convergence import Twin
 from ntkit.networks.parametrization import to_ntk_parametrization
 from ntkit.networks.widening import widened
-from ntkit.studies.parts import Part, Work
-
-__all__ = ["BETA", "DEPTH", "LR", "Part", "Scale", "Work", "circle", "descend", "limit", "network", "sizes"]
+from ntkit.studies.study import Item, curve, mlp
 
 BETA, LR = 0.1, 1.0
 DEPTH = 4  # weight layers of the first two experiments
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of all experiments.
-
-    Attributes
-    ----------
-    rate_widths, rate_seeds : networks whose kernels give the rate of convergence, without training.
-    kernel_widths, seeds, inputs, kernel_steps : figure 1.
-    curve_widths, curve_seeds, curve_steps : figure 2.
-    component_widths, trials, batch, component_steps, batches : figure 3; how many batches tell the eigenvalues' spread.
-    """
-
-    rate_widths: tuple[int, ...]
-    rate_seeds: int
-    kernel_widths: tuple[int, ...]
-    seeds: int
-    inputs: int
-    kernel_steps: int
-    curve_widths: tuple[int, ...]
-    curve_seeds: int
-    curve_steps: int
-    component_widths: tuple[int, ...]
-    trials: int
-    batch: int
-    component_steps: int
-    batches: int
-
-
-def sizes(work: Work) -> Scale:
-    """Sizes of this run."""
-    return work.scale
-
-
 def template(example: Tensor, depth: int) -> nn.Sequential:
-    """A ReLU network of `depth` weight layers and one output, of any width, where the example is."""
-    with torch.random.fork_rng(devices=[]):
-        layers: list[nn.Module] = [nn.Linear(example.shape[1], 8)]
-        for layer in range(1, depth):
-            layers += [nn.ReLU(), nn.Linear(8, 8 if layer < depth - 1 else 1)]
-    return nn.Sequential(*layers).to(example)
+    """A ReLU network of `depth` weight layers and one output, with the example's dtype and device; width 8."""
+    return mlp(example.shape[1], 1, depth, 8, 0, nn.ReLU).to(example)
 
 
 def network(example: Tensor, width: int, depth: int, seed: int) -> Twin:
@@ -69,7 +30,7 @@ def network(example: Tensor, width: int, depth: int, seed: int) -> Twin:
     return Twin.of(widened(small, width, example[:2], seed))
 
 
-def limit(depth: int, x1: Tensor, x2: Tensor | None = None, kind: str = "ntk", beta: float = BETA) -> Tensor:
+def limit(depth: int, x1: Tensor, x2: Tensor | None = None, kind: Kind = "ntk", beta: float = BETA) -> Tensor:
     """Theta_inf^(depth), or Sigma^(depth) for "nngp": [n1, n2], float64.
 
     >>> round(float(limit(4, torch.tensor([[1.0, 0.0]]))), 12)
@@ -80,7 +41,7 @@ def limit(depth: int, x1: Tensor, x2: Tensor | None = None, kind: str = "ntk", b
 
 
 def descend(twin: Twin, x: Tensor, y: Tensor, steps: int, watch: Callable[[int, Tensor], Any] | None = None) -> None:
-    """Full-batch gradient descent on 1/(2N) sum (f(x_i) - y_i)^2, in place; `watch` sees step and outputs before it."""
+    """Full-batch gradient descent on 1/(2N) sum (f(x_i) - y_i)^2, in place; `watch` gets step and outputs before it."""
     optimizer = twin.sgd(LR)
     for step in range(steps):
         out = twin.model(x)[:, 0]
@@ -97,3 +58,18 @@ def descend(twin: Twin, x: Tensor, y: Tensor, steps: int, watch: Callable[[int, 
 def circle(angles: Tensor) -> Tensor:
     """Points (cos g, sin g) of the unit circle, [n, 2]."""
     return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def short(values: Any) -> list[float]:
+    """Values with the digits that a figure needs."""
+    return [float(f"{v:.5g}") for v in np.ravel(values)]
+
+
+def short_curve(name: str, x: Any, y: Any, **more: Any) -> Item:
+    """A curve of a figure, with the digits that it needs."""
+    return curve(name, short(x), short(y), **more)
+
+
+def by_width(values: Mapping[int, Any], digits: int, unit: str = "") -> str:
+    """Write estimates or numbers by width."""
+    return ", ".join(f"{value:.{digits}f}{unit} (n = {n:,})" for n, value in values.items())

@@ -1,10 +1,9 @@
-"""What the experiments share: data, networks, training, and the integral along a step."""
+"""What the experiments share: data, networks, training, integrals along a step, tables of errors."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,52 +15,15 @@ from torch.nn import functional as F
 
 from ntkit.data import load
 from ntkit.kernels.path.integration import points
-from ntkit.studies.judged import device
-from ntkit.studies.parts import Work
+from ntkit.studies.claim import Bound
+from ntkit.studies.study import Result, Work, device
 from ntkit.trajectory import Trajectory
 
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of all experiments.
-
-    Attributes
-    ----------
-    plane_steps, side : steps in the plane, and pixels a side of its maps.
-    direct : nodes per step up to which the kernel itself is computed with quadrature; beyond, the error is that of
-        Jacobian-vector products along the steps, which the contributions sum to.
-    nodes, probed : of the errors against the number of nodes, on images, and how many test images they are of.
-    pixels : images of MNIST are averaged down to this many pixels a side.
-    width, train, test, steps, lr : the convolutional network, its images, and plain gradient descent on them.
-    other_steps : steps of the optimisers of today.
-    removals, shares, draws : test images explained; shares of the training set removed; random draws for each.
-    unseen, unseen_steps : images of each kind, known or not; steps before they are told apart.
-    """
-
-    plane_steps: int
-    side: int
-    direct: int
-    nodes: tuple[int, ...]
-    probed: int
-    pixels: int
-    width: int
-    train: int
-    test: int
-    steps: int
-    lr: float
-    other_steps: int
-    removals: int
-    shares: tuple[float, ...]
-    draws: int
-    unseen: int
-    unseen_steps: int
-
-
-# ---------------------------------------------------------------------- data and networks
+EXACT = Bound("at most", 1e-12)  # relative residual of a decomposition in float64
 
 
 class Images(NamedTuple):
-    """Images to learn and to test, standardised by the training images' mean and deviation; labels from 0."""
+    """Training and test images, standardized by the training images' mean and deviation; labels from 0."""
 
     x: Tensor
     y: Tensor
@@ -72,9 +34,9 @@ class Images(NamedTuple):
 
 
 def images(work: Work, name: str, train: int, test: int, **more: Any) -> Images:
-    """Draw images of a data set in float64, averaged down where they have more pixels than the scale says."""
+    """Draw images of a data set in float64, averaged down to the size's pixels."""
     data = load(name, None if name == "digits" else work.data_dir, train=train, test=test, **more)
-    x, x_test = (_smaller(part.double(), work.scale.pixels).to(device()) for part in (data.x_train, data.x_test))
+    x, x_test = (_smaller(part.double(), work.sizes.pixels).to(device()) for part in (data.x_train, data.x_test))
     mean, deviation = float(x.mean()), float(x.std())
     y, y_test = data.y_train.to(device()), data.y_test.to(device())
     return Images((x - mean) / deviation, y, (x_test - mean) / deviation, y_test, mean, deviation)
@@ -84,8 +46,8 @@ def _smaller(x: Tensor, pixels: int) -> Tensor:
     return x if x.shape[-1] <= pixels else F.adaptive_avg_pool2d(x, pixels)
 
 
-def grey(x: Tensor, data: Images) -> np.ndarray:
-    """Images as they were before standardisation, 0 to 255: uint8 [..., H, W, 1]."""
+def gray(x: Tensor, data: Images) -> np.ndarray:
+    """Images before standardization, 0 to 255: uint8 [..., H, W, 1]."""
     pixels = (x * data.deviation + data.mean).clamp(0, 1)[..., 0, :, :, None]
     return (255 * pixels).round().to(torch.uint8).cpu().numpy()
 
@@ -105,18 +67,13 @@ def cnn(pixels: int, classes: int, width: int, seed: int) -> nn.Sequential:
         ).to(device(), torch.float64)
 
 
-def cross_entropy(out: Tensor, y: Tensor) -> Tensor:
-    """Mean over the batch."""
-    return F.cross_entropy(out, y)
-
-
 def weighted_cross_entropy(out: Tensor, y: Tensor) -> Tensor:
     """Mean over the batch of losses times weights: y is [n, 2], a label and a weight. Weight 0 removes an example."""
     return (F.cross_entropy(out, y[:, 0].long(), reduction="none") * y[:, 1].to(out)).mean()
 
 
 def weighted(y: Tensor, removed: Tensor | None = None) -> Tensor:
-    """Labels with weights of 1, or 0 for the examples removed."""
+    """Labels with weights: 1, or 0 for removed examples."""
     weights = torch.ones(len(y), dtype=torch.float64, device=y.device)
     if removed is not None:
         weights[removed.to(y.device)] = 0
@@ -124,11 +81,8 @@ def weighted(y: Tensor, removed: Tensor | None = None) -> Tensor:
 
 
 def sgd(lr: float, **more: Any) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """Maker of SGD, plain unless told otherwise."""
+    """SGD as a function of the parameters; plain without further options."""
     return partial(torch.optim.SGD, lr=lr, **more)
-
-
-# ---------------------------------------------------------------------- the integral along each step
 
 
 def summed_changes(
@@ -136,8 +90,8 @@ def summed_changes(
 ) -> dict[tuple[str, int], Tensor]:
     """Change of the outputs over the run, as integrals of d f / d t along every step, by rules (name, nodes).
 
-    The examples' gradients sum to the update, so this is what all contributions to an output sum to when the test
-    side is integrated by the rule: its error without computing any contribution. Every step must be recorded.
+    The examples' gradients sum to the update. So this is the sum of all contributions to an output when the test side
+    is integrated by the rule: it gives the rule's error without any contribution. Every step must be recorded.
 
     Returns
     -------
@@ -157,10 +111,10 @@ def summed_changes(
 
         for rule, nodes in rules:
             t, weights = nodes_of(rule, nodes)
-            with warnings.catch_warnings():  # torch's own use of what it deprecates, on first use of jvp
+            with warnings.catch_warnings():  # on its first use jvp calls functions that torch itself deprecates
                 warnings.simplefilter("ignore", DeprecationWarning)
-                found = vmap(change, chunk_size=at_once)(torch.as_tensor(t).to(x))
-            total[rule, nodes] = total[rule, nodes] + torch.einsum("t,tmc->mc", torch.as_tensor(weights).to(x), found)
+                changes = vmap(change, chunk_size=at_once)(torch.as_tensor(t).to(x))
+            total[rule, nodes] = total[rule, nodes] + torch.einsum("t,tmc->mc", torch.as_tensor(weights).to(x), changes)
     return {rule: value.detach() for rule, value in total.items()}
 
 
@@ -174,7 +128,7 @@ def nodes_of(rule: str, nodes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def errors(rebuilt: Tensor, prediction: Tensor) -> dict[str, float]:
-    """Largest error of rebuilt outputs: as it is, and relative to the largest output."""
+    """Largest error of the rebuilt outputs: absolute, and relative to the largest output."""
     largest = float((rebuilt.cpu() - prediction.cpu()).abs().max())
     return {"largest": largest, "relative": largest / float(prediction.abs().max())}
 
@@ -185,10 +139,15 @@ def slope(network: Tensor, rebuilt: Tensor) -> float:
     return float(a @ (rebuilt.flatten() - rebuilt.mean()) / (a @ a))
 
 
-def order(nodes: Sequence[int], found: Sequence[float]) -> float:
-    """Order p of an error that goes as nodes^-p: slope of a line through the logarithms.
+def order(nodes: Sequence[int], values: Sequence[float]) -> float:
+    """Order p of an error proportional to nodes^-p: slope of a line through the logarithms.
 
     >>> round(order([1, 10, 100], [3.0, 0.03, 0.0003]), 6)
     2.0
     """
-    return -float(np.polyfit(np.log(nodes), np.log(found), 1)[0])
+    return -float(np.polyfit(np.log(nodes), np.log(values), 1)[0])
+
+
+def relative(parts: list[Result], method: str) -> list[float]:
+    """Largest error of each seed's rebuilt outputs, relative to the largest output."""
+    return [part.numbers["errors"][method]["relative"] for part in parts]

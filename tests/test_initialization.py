@@ -32,7 +32,7 @@ def weight(name: str, seed: int, shape: tuple[int, ...] = (FAN_OUT, FAN_IN)) -> 
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("seed", range(4))
-def test_torch_own_initialisers_are_recognised_exactly(name, seed):
+def test_torch_own_initializers_are_recognized_exactly(name, seed):
     found = initial_std(weight(name, seed), FAN_IN, FAN_OUT)
     assert found.name == name
     assert found.std == pytest.approx(SCHEMES[name][1], rel=1e-14)
@@ -50,6 +50,7 @@ def test_two_per_cent_off_is_another_distribution(name, scale):
 
 
 def test_layers_as_torch_makes_them():
+    torch.manual_seed(0)  # a single bias entry near zero does not look like a draw of the default
     for layer, fan in (
         (nn.Linear(784, 100), 784),
         (nn.Linear(2, 500), 2),

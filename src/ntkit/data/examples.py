@@ -1,0 +1,125 @@
+"""Examples and labels as tensors: from arrays and torch datasets, converted and checked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkit.base.checks import refusal
+
+Kind = Literal["images", "vectors", "tokens"]
+
+
+def examples(pair: tuple[Any, Any], subject: str, float_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Kind]:
+    """Tensors x, y and the kind of x, of one pair (x, y) in the layout of `load`; refuses other input."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        got = f"a {type(pair).__name__}"
+        raise refusal(subject, got=got, expected="a pair (x, y)", fix="Put examples and labels in one tuple.")
+    x, y = (_tensor(value, f"{subject}, {part}") for value, part in zip(pair, "xy", strict=True))
+    if x.ndim < 2 or x.numel() == 0:
+        got = f"an empty set, shape {list(x.shape)}" if x.numel() == 0 else f"shape {list(x.shape)}"
+        raise refusal(f"{subject}, x", got=got, expected="[n, ...] with n >= 1", fix="Put one example in each row.")
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        got = f"{y.dtype} of shape {list(y.shape)}"
+        fix = "Give class indices 0, 1, ... as one integer array (y.ravel(), y.long())."
+        raise refusal(f"{subject}, labels y", got=got, expected="integers of shape [n]", fix=fix)
+    if len(x) != len(y):
+        got = f"{len(x):,} examples and {len(y):,} labels"
+        raise refusal(subject, got=got, expected="one label per example", fix="Check how x and y were built.")
+    if x.is_floating_point():
+        x = x if float_dtype is None else x.to(float_dtype)
+        bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            value = x[row].flatten()[~torch.isfinite(x[row]).flatten()][0].item()
+            got = f"{value} in row {row:,} ({len(bad):,} such rows)"
+            raise refusal(f"{subject}, x", got=got, expected="finite values", fix="Repair or remove these rows.")
+        return x, y.to("cpu", torch.int64), "images" if x.ndim == 4 else "vectors"
+    if x.dtype == torch.uint8 and x.ndim in (3, 4):
+        return _images(x, subject), y.to("cpu", torch.int64), "images"
+    if x.dtype in (torch.int16, torch.int32, torch.int64) and x.ndim == 2:
+        return x.to(torch.int64), y.to("cpu", torch.int64), "tokens"
+    expected = "floats, uint8 images [n, h, w] or [n, c, h, w] or [n, h, w, c], or integer tokens [n, t]"
+    fix = "Convert x to float32 and scale it as intended."
+    raise refusal(f"{subject}, x", got=f"{x.dtype} of shape {list(x.shape)}", expected=expected, fix=fix)
+
+
+def _tensor(value: Any, subject: str) -> Tensor:
+    try:
+        if isinstance(value, Tensor):
+            return value.detach()
+        array = np.asarray(value)
+        # torch takes neither foreign byte orders nor, without a warning, read-only memory
+        return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+    except (TypeError, ValueError) as error:
+        got = f"{type(value).__name__} that is not a numeric array ({error})"
+        raise refusal(subject, got=got, expected="a tensor or a numeric array", fix="Convert it first.") from error
+
+
+def _images(x: Tensor, subject: str) -> Tensor:
+    """Bring uint8 images to [n, c, h, w], the order that is assumed where both are possible."""
+    if x.ndim == 3:
+        return x[:, None]
+    if x.shape[1] in (1, 3):
+        return x
+    if x.shape[3] in (1, 3):
+        return x.permute(0, 3, 1, 2)
+    fix = "Give [n, c, h, w] floats, scaled as intended."
+    got = f"uint8 of shape {list(x.shape)}"
+    raise refusal(f"{subject}, x", got=got, expected="1 or 3 channels, in the second or last place", fix=fix)
+
+
+def stack(dataset: Any, subject: str) -> tuple[Tensor, Tensor]:
+    """Stack the items of a map-style dataset of pairs (x, label)."""
+    try:
+        size = len(dataset)
+    except (TypeError, NotImplementedError) as error:
+        fix = "Collect a streaming dataset into tensors and use from_tensors."
+        got = f"{type(dataset).__name__}, without a length"
+        raise refusal(subject, got=got, expected="a map-style dataset", fix=fix) from error
+    x, y = torch.empty(0, 0), torch.empty(size, dtype=torch.int64)
+    for index in range(size):
+        item = dataset[index]
+        where = f"{subject}, index {index}"
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            got = f"a {type(item).__name__}"
+            raise refusal(where, got=got, expected="a pair (x, label)", fix="Wrap it in a dataset of pairs.")
+        value = _example(item[0], where)
+        if index == 0:
+            x = torch.empty((size, *value.shape), dtype=value.dtype)
+        elif value.shape != x.shape[1:] or value.dtype != x.dtype:
+            expected = f"{list(x.shape[1:])} {x.dtype}, as at index 0"
+            got = f"{list(value.shape)} {value.dtype}"
+            raise refusal(where, got=got, expected=expected, fix="Resize or pad all examples to one shape.")
+        label = np.asarray(item[1].cpu() if isinstance(item[1], Tensor) else item[1])
+        if label.ndim or label.dtype.kind not in "iu":
+            raise refusal(where, got=f"label {item[1]!r}", expected="an integer", fix="Give class indices 0, 1, ...")
+        x[index], y[index] = value, int(label)
+    return x, y
+
+
+def _example(value: Any, subject: str) -> Tensor:
+    if not (hasattr(value, "getbands") and hasattr(value, "mode")):
+        return _tensor(value, subject)
+    if value.mode not in ("L", "RGB"):  # a Pillow image, as torchvision's datasets give
+        raise refusal(subject, got=f"an image of mode {value.mode}", expected="L or RGB", fix="Convert the images.")
+    image = torch.from_numpy(np.array(value))
+    return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+
+
+@contextmanager
+def restored_random_states() -> Iterator[None]:
+    """Restore the random states of Python, NumPy and torch at the end."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (saved, not used)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002

@@ -1,0 +1,103 @@
+"""Arrays as users pass them (torch or numpy, any real dtype): checks, products in float64, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkit.base.checks import Refused, refusal
+
+Matrix = np.ndarray | Tensor
+AnyMatrix = TypeVar("AnyMatrix", np.ndarray, Tensor)  # numpy in, numpy out; torch in, torch out
+
+BLOCK = 2**18  # float64 values worked on at once: 2 MiB, which stays in cache
+
+
+def as_tensor(value: Any, name: str) -> Tensor:
+    """Take real numbers of any kind as a detached tensor, copied only where torch cannot share their memory.
+
+    Raises
+    ------
+    Refused
+        For complex values, values that are no numbers, and rows of unequal length.
+    """
+    fix = "Pass a real array or tensor."
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            raise refusal(name, got="complex values", expected="real numbers", fix=fix)
+        return value.detach().cpu() if value.device.type == "mps" else value.detach()  # that device has no float64
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise refusal(name, got="rows of unequal length", expected="real numbers", fix=fix) from error
+    if array.dtype.kind not in "fiub":
+        got = "complex values" if array.dtype.kind == "c" else f"{array.dtype} values"
+        raise refusal(name, got=got, expected="real numbers", fix=fix)
+    torch_has_it = array.dtype.kind == "f" and array.dtype.itemsize <= 8
+    dtype = array.dtype.newbyteorder("=") if torch_has_it else np.float64
+    shared = array.flags.writeable and all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
+    # torch takes no negative strides, and warns of read-only arrays: those are copied
+    return torch.from_numpy(np.asarray(array, dtype) if shared else np.require(array, dtype, ["C", "W"]))
+
+
+def as_floats(value: Any, name: str) -> Tensor:
+    """Take real numbers as `as_tensor` does; boolean and integer values become float64."""
+    tensor = as_tensor(value, name)
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+
+
+def not_finite(name: str, value: float, index: list[int]) -> Refused:
+    """Build the refusal of a value that is not finite."""
+    fix = "Look for overflow in the network, and in the data of that row and column."
+    return refusal(name, got=f"{value} at index {index}", expected="finite values", fix=fix)
+
+
+def check_finite(values: Tensor, name: str) -> Tensor:
+    """Refuse values that are not finite, by the index of the first; block by block, without a copy."""
+    step = max(1, 4 * BLOCK * len(values) // max(1, values.numel()))
+    for start in range(0, len(values), step):
+        good = values[start : start + step].isfinite()
+        if not good.all():
+            first, *rest = (~good).nonzero()[0].tolist()
+            index = [start + first, *rest]
+            raise not_finite(name, values[tuple(index)].item(), index)
+    return values
+
+
+def as_matrix(value: Any, name: str, fix: str) -> Tensor:
+    """Take a finite real matrix with at least one row and column, in its own floating dtype.
+
+    Raises
+    ------
+    Refused
+        As `as_tensor`; for another number of dimensions, no entries, or a value that is not finite.
+    """
+    tensor = as_floats(value, name)
+    if tensor.ndim != 2 or tensor.numel() == 0:
+        expected = "a matrix with at least one row and column"
+        raise refusal(name, got=f"shape {list(tensor.shape)}", expected=expected, fix=fix)
+    return check_finite(tensor, name)
+
+
+def float64_product(matrix: Tensor, v: Tensor) -> Tensor:
+    """Compute matrix @ v in float64, for a matrix of any dtype, converted by blocks of rows; v may be a stack."""
+    if matrix.dtype == torch.float64:
+        return matrix @ v
+    step = max(1, BLOCK // matrix.shape[1])
+    result = v.new_empty([*v.shape[:-2], len(matrix), *v.shape[-1:]] if v.ndim > 1 else [len(matrix)])
+    for start in range(0, len(matrix), step):
+        place = (..., slice(start, start + step), slice(None)) if v.ndim > 1 else slice(start, start + step)
+        result[place] = matrix[start : start + step].to(torch.float64) @ v
+    return result
+
+
+@overload
+def same_kind(tensor: Tensor, like: AnyMatrix) -> AnyMatrix: ...
+@overload
+def same_kind(tensor: Tensor, like: Any) -> Any: ...
+def same_kind(tensor: Tensor, like: Any) -> Any:
+    """Return a torch tensor where `like` is one (or a Gram of one), else a numpy array."""
+    return tensor if getattr(like, "on_torch", isinstance(like, Tensor)) else tensor.cpu().numpy()

@@ -1,0 +1,70 @@
+"""What tells one kernel matrix from another: a hash of the kernel, its parameters and the data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ntkit
+from ntkit.base.tensors import tensor_hash
+from ntkit.kernels.kernel import Kernel
+from ntkit.trajectory.recorded_run import Trajectory, read_run
+
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
+_SETTINGS = (*_PLAIN, nn.Module, Kernel, Trajectory, FunctionType)
+_MEMORY = "_budget"  # changes how a kernel is computed, not what it is
+
+
+def identity(source: Any, dtype: torch.dtype) -> str:
+    """Hash a kernel with its data, or values, together with their dtype and ntkit's version (sha256)."""
+    digest = hashlib.sha256(f"ntkit {ntkit.__version__} {dtype};".encode())
+    for part in _parts(source):
+        digest.update(f"{part};".encode())
+    return digest.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[str]:
+    """Text that differs wherever two values do: settings by value, tensors by their bytes, modules by both."""
+    yield f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, Tensor):
+        yield tensor_hash({"": value})
+    elif isinstance(value, nn.Module):
+        yield repr(value)
+        yield tensor_hash(dict([*value.named_parameters(), *value.named_buffers()]))
+        yield " ".join(name for name, p in value.named_parameters() if p.requires_grad)
+        yield " ".join(name for name, m in value.named_modules() if m.training)
+    elif isinstance(value, Kernel):
+        for name, entry in vars(value).items():
+            if name != _MEMORY and _is_setting(entry):
+                yield name
+                yield from _parts(entry)
+    elif isinstance(value, Trajectory):
+        run = read_run(value.path)
+        yield from _parts([run.get(name) for name in ("initial", "stop", "settings")])
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield repr(key)
+            yield from _parts(entry)
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _parts(entry)
+    elif isinstance(value, FunctionType):
+        code = value.__code__
+        yield f"{value.__module__}.{value.__qualname__} {code.co_code.hex()} {code.co_names}"
+        yield from _parts([c for c in code.co_consts if isinstance(c, _PLAIN)])
+        yield from _parts([cell.cell_contents for cell in value.__closure__ or ()])
+    elif isinstance(value, _PLAIN):
+        yield repr(value)
+
+
+def _is_setting(entry: Any) -> bool:
+    """Whether a kernel's attribute is a setting; what it collects while it computes is not, and None says nothing."""
+    if isinstance(entry, (tuple, list, dict)):
+        entries = entry.values() if isinstance(entry, dict) else entry
+        return len(entry) > 0 and all(isinstance(one, _PLAIN) for one in entries)
+    return entry is not None and isinstance(entry, _SETTINGS)

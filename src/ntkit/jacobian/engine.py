@@ -1,0 +1,394 @@
+"""The engine: structure -> plan -> tiles -> products, with one retry for irregular graphs and for lack of memory.
+
+Every client (tangent, sketched and path kernels, matrix-free products) goes through `Engine.run`. It looks up what
+`jacobian.self_check` established of the model on these inputs, plans, and hands both to the client's work; where the
+work meets an irregular graph or a device out of memory, it is done again under another plan. Workers over samples and
+tiles belong here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.base.batch import Batch, alike, count, join, take
+from ntkit.base.checks import nearest, refusal
+from ntkit.base.memory import free_memory, parse_memory
+from ntkit.base.progress import task
+from ntkit.jacobian.contraction import (
+    Scratch,
+    Tile,
+    blocks,
+    multiply,
+    multiply_aligned,
+    prepare,
+    store,
+    triangle,
+)
+from ntkit.jacobian.factors import Gradients
+from ntkit.jacobian.model_calls import MODES, Outputs, check_mode, select_parameters
+from ntkit.jacobian.pairs import Whole
+from ntkit.jacobian.plan import ROUTES, Plan, make_plan
+from ntkit.jacobian.products import differentiated_twice, pulled_back
+from ntkit.jacobian.self_check import structure_of
+from ntkit.jacobian.structure import Irregular, Structure, joined
+
+T = TypeVar("T")
+
+_PLANS = 256  # kept at most
+_LEAF = 128  # samples: smaller products are not worth saving half of
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a piece of work needs: the structure of the model on each side's inputs, and the plan for both."""
+
+    left: Structure
+    right: Structure
+    plan: Plan
+
+
+class Engine:
+    """Gradients of a model's outputs for every sample, J(x) [n, C, P] in factors, and their products.
+
+    Parameters
+    ----------
+    model : any module; used as it is, left as it was.
+    outputs : "full", "diagonal", "trace", "sum" or a callable (see `ntkit.TangentKernel`).
+    params : parameter names, a predicate, or None (all that require grad).
+    memory : bytes of scratch memory (or text such as "2 GB"); half of what is free if None.
+    routes : parameter name -> route, where the choice is not to be the cheapest.
+    selected : the parameters themselves by names of the caller's choice, instead of `params`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: Outputs = "full",
+        params: Any = None,
+        memory: int | str | None = None,
+        routes: Mapping[str, str] | None = None,
+        *,
+        selected: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            got, fix = type(model).__name__, "Wrap the function in a module."
+            raise refusal("model", got=got, expected="a torch.nn.Module", fix=fix)
+        if not callable(outputs) and outputs not in MODES:
+            fix = nearest(str(outputs), MODES)
+            raise refusal("outputs", got=repr(outputs), expected="a mode or a callable", fix=fix)
+        self.model, self.outputs = model, outputs
+        self.mode = outputs if outputs in ("full", "diagonal") else "trace"
+        self._budget = parse_memory(memory)
+        self._selection, self._selected = params, selected
+        self._gradients = Gradients(model, self._parameters(), outputs)
+        self._routes = dict(routes or {})
+        self._plans: dict[tuple, Plan] = {}
+        for name, route in self._routes.items():
+            wrong, names = (name, self.params) if name not in self.params else (route, ROUTES)
+            if wrong not in names:
+                got, expected = f"{name!r}: {route!r}", "a parameter's name and a route"
+                raise refusal("routes", got=got, expected=expected, fix=nearest(wrong, names))
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The parameters that gradients are taken by."""
+        return self._gradients.params
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter, for its device and precision."""
+        return next(iter(self.params.values()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of results: the widest of the parameters."""
+        return self._gradients.dtype
+
+    def memory(self) -> int:
+        """Bytes of scratch memory allowed now."""
+        return self._budget if self._budget is not None else free_memory(self.like.device) // 2
+
+    def refresh(self) -> Engine:
+        """Look at the model again: since the last call its mode or its parameters may have changed."""
+        check_mode(self.model)
+        params = self._parameters()
+        if not self._gradients.current(params):
+            self._gradients = Gradients(self.model, params, self.outputs)
+        return self
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self._selected) if self._selected is not None else select_parameters(self.model, self._selection)
+
+    # ------------------------------------------------------------------ structure, plan, retry
+
+    def structure(self, x: Batch, unseen: bool = False) -> Structure:
+        """What the self-check established of the model on inputs like `x` (see `self_check.structure_of`)."""
+        irregular: dict[str, str] = {}
+        return self._retry(lambda: structure_of(self._gradients, x, irregular, unseen), irregular.update)
+
+    def plan(self, x1: Batch, x2: Batch | None = None) -> Plan:
+        """How the kernel of these samples is computed; it may serve other samples of the same shapes, too."""
+        return self._job(x1, x2).plan
+
+    def run(
+        self,
+        work: Callable[[Job], T],
+        x1: Batch,
+        x2: Batch | None = None,
+        *,
+        aligned: bool = False,
+        other: Engine | None = None,
+        plan: Plan | None = None,
+    ) -> T:
+        """Do a piece of work: again where a graph turns out irregular, or under half the budget where memory ends.
+
+        Parameters
+        ----------
+        work : from a `Job` to a result. It must be safe to begin again.
+        x1, x2 : the samples of both sides; ``x2=None``: the same set.
+        aligned : whether only pairs (i, i) are wanted.
+        other : the engine of `x2`, where that goes through another network with the same parameter names.
+        plan : made beforehand by `plan`; None makes one for these samples. What is computed then depends, to the bit,
+            on the plan and the samples alone.
+        """
+        job: Job | None = None
+
+        def attempt() -> T:
+            nonlocal job
+            job = self._job(x1, x2, aligned, other, plan)
+            return work(job)
+
+        def exclude(reasons: dict[str, str]) -> None:
+            for structure in (job.left, job.right) if job is not None else ():
+                structure.fallback |= reasons
+
+        return self._retry(attempt, exclude, lambda: job is None or job.plan.tile == job.plan.batch == 1)
+
+    def _retry(
+        self,
+        attempt: Callable[[], T],
+        exclude: Callable[[dict[str, str]], None],
+        smallest: Callable[[], bool] = lambda: True,
+    ) -> T:
+        while True:
+            try:
+                return attempt()
+            except Irregular as signal:  # met in this batch only: these parameters go sample by sample
+                exclude(signal.reasons)
+            except torch.OutOfMemoryError:
+                if smallest():
+                    raise
+                torch.cuda.empty_cache()
+                self._budget = max(self.memory() // 2, 1)
+
+    def _job(
+        self,
+        x1: Batch,
+        x2: Batch | None = None,
+        aligned: bool = False,
+        other: Engine | None = None,
+        plan: Plan | None = None,
+    ) -> Job:
+        left = right = self.structure(x1, unseen=True)
+        if x2 is not None:
+            right = (other or self).structure(x2, unseen=True)
+            if left not in self._gradients.structures.values():  # x2 has shown more different samples of that kind
+                left = self.structure(x1, unseen=True)
+        if other is None and left.outputs != right.outputs:
+            got, expected = f"{right.outputs} outputs", f"{left.outputs}, as for x1"
+            raise refusal("x2", got=got, expected=expected, fix="Use inputs of one shape.")
+        if plan is not None:
+            return Job(left, right, plan.without({*left.fallback, *right.fallback}))
+        n1, n2, same = count(x1), count(x1 if x2 is None else x2), x2 is None
+        budget = self.memory()
+        key = (left, right, len(left.fallback), len(right.fallback), n1, n2, same, aligned, budget)
+        if key not in self._plans:
+            both = left if right is left else joined(left, right)
+            plan = make_plan(
+                both, self.mode, n1, n2, budget, self.like, same=same, aligned=aligned, routes=self._routes
+            )
+            if self._budget is None:  # what is free is another number at every call: nothing to keep
+                return Job(left, right, plan)
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return Job(left, right, self._plans[key])
+
+    # ------------------------------------------------------------------ products
+
+    def gram(
+        self,
+        x1: Batch,
+        x2: Batch | None = None,
+        out: Tensor | None = None,
+        plan: Plan | None = None,
+        by_parameter: bool = False,
+    ) -> Tensor:
+        """J(x1) J(x2)^T as the mode has it: [n1, n2, ...], or [parameters, n1, n2, ...] one share each.
+
+        Parameters
+        ----------
+        x1, x2 : samples; ``x2=None``: the same set, whose symmetric half is computed once.
+        out : where to write the values, of the result's shape and dtype.
+        plan : see `run`.
+        by_parameter : whether each parameter's share is wanted instead of their sum.
+        """
+        names = tuple(self.params) if by_parameter else None
+        n1, n2 = count(x1), count(x1 if x2 is None else x2)
+        result = None if out is None else out[None]
+        rows = 0  # of the result that are final
+        with task("tangent kernel", total=n1 + n2) as progress, torch.no_grad():
+
+            def next_rows(job: Job) -> int:
+                nonlocal result
+                if result is None:
+                    shape = (len(names) if names else 1, n1, n2, *self.tail(job.left.outputs))
+                    result = torch.empty(shape, dtype=self.dtype, device=self.like.device)
+                part = slice(rows, min(rows + job.plan.tile, n1))
+                _Strip(self._gradients, job, self.mode, names, progress.advance).fill(result, part, x1, x2)
+                return part.stop
+
+            while rows < n1:
+                rows = self.run(next_rows, x1, x2, plan=plan)
+        assert result is not None
+        return result if by_parameter else result[0]
+
+    def tail(self, outputs: int) -> tuple[int, ...]:
+        """Axes of the result behind those of the samples."""
+        return {"full": (outputs, outputs), "diagonal": (outputs,)}.get(self.mode, ())
+
+    def pairs(self, x1: Batch, x2: Batch | None = None) -> Tensor:
+        """The kernel of pairs (i, i) only: [n, ...]."""
+        n, parts, done = count(x1), [], 0
+
+        def next_pairs(job: Job) -> Tensor:
+            part = slice(done, done + job.plan.tile)
+            left = prepare(self._gradients, take(x1, part), job.left, job.plan)
+            right = left if x2 is None else prepare(self._gradients, take(x2, part), job.right, job.plan)
+            return multiply_aligned(left, right, self.mode)
+
+        while done < n:
+            parts.append(self.run(next_pairs, x1, x2, aligned=True))
+            done += len(parts[-1])
+        return torch.cat(parts)
+
+    def tile(self, x: Batch, structure: Structure, plan: Plan) -> Tile:
+        """Factors of samples, as the plan wants them: what `contraction.multiply` takes."""
+        return prepare(self._gradients, x, structure, plan)
+
+    # ------------------------------------------------------------------ gradients
+
+    def factors(self, x: Batch, structure: Structure) -> dict[str, Whole]:
+        """Gradients of all samples of `x` in factors, by parameter, in one pass; for the work of `run`."""
+        return self._gradients.batch(x, structure)
+
+    def batches(self, x: Batch, share: float) -> Iterator[tuple[slice, dict[str, Whole]]]:
+        """Gradients in factors, some samples at a time: their slice, and their factors by parameter.
+
+        `share` of the memory is for the gradient entries of the samples in hand.
+        """
+        n, done = count(x), 0
+
+        def next_batch(job: Job) -> tuple[slice, dict[str, Whole]]:
+            entries = sum(size.entries for size in job.left.sizes.values())
+            part = slice(done, min(n, done + self.batch_size(job, share, entries)))
+            return part, self.factors(take(x, part), job.left)
+
+        while done < n:
+            part, factors = self.run(next_batch, x)
+            yield part, factors
+            done = part.stop
+
+    def batch_size(self, job: Job, share: float, entries: int) -> int:
+        """Samples of a forward pass, of which `entries` numbers per output take at most a share of the memory."""
+        needed = job.left.outputs * entries * self.like.element_size() + 1
+        return max(1, min(job.plan.batch, int(self.memory() * share / needed)))
+
+    # ------------------------------------------------------------------ matrix-free
+
+    def jvp(self, x: Batch, directions: list[Tensor], batch: int | None = None) -> Tensor:
+        """J(x) u for a block of parameter directions: u per parameter [k, *shape] -> [n, C, k]."""
+        step = batch or self.vector_batch(x)
+        parts = []
+        for start in range(0, count(x), step):
+            part = take(x, slice(start, start + step))
+            try:
+                parts.append(differentiated_twice(self._gradients, part, directions))
+            except NotImplementedError:  # some operation has no second derivative: by the samples' gradients
+                parts.append(self.run(lambda job, part=part: self._along(part, job.left, directions), part))
+        return torch.cat(parts)
+
+    def vjp(self, x: Batch, v: Tensor, batch: int | None = None) -> list[Tensor]:
+        """J(x)^T v for a block of vectors: v [n, C, k] -> per parameter [k, *shape]."""
+        return pulled_back(self._gradients, x, v, batch or self.vector_batch(x))
+
+    @torch.no_grad()
+    def _along(self, x: Batch, structure: Structure, directions: list[Tensor]) -> Tensor:
+        factors = self.factors(x, structure)
+        flat = [u.reshape(u.shape[0], -1).T for u in directions]
+        return torch.stack([factors[name].rows() @ u for name, u in zip(self.params, flat, strict=True)]).sum(0)
+
+    def vector_batch(self, x: Batch) -> int:
+        """Samples that a forward pass may hold when vectors are multiplied."""
+        structure = self.structure(x)
+        return max(1, min(256, int(self.memory() * 0.3 / (structure.bytes_per_sample * 4 * structure.outputs + 1))))
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """A strip of rows of a kernel; of a symmetric one only from the diagonal on, and its mirror image."""
+
+    gradients: Gradients
+    job: Job
+    mode: str
+    names: tuple[str, ...] | None  # parameters whose shares are wanted; None: their sum
+    advance: Callable[[int], None]
+
+    def fill(self, result: Tensor, rows: slice, x1: Batch, x2: Batch | None) -> None:
+        """Compute ``result[:, rows]`` (and ``result[:, :, rows]`` of a symmetric kernel)."""
+        plan, same = self.job.plan, x2 is None
+        other = x1 if x2 is None else x2
+        scratch = Scratch(plan.scratch)
+        n1, n2 = count(x1), count(other)
+        right: Tile | None = None
+        if not same and self._fit_in_one_pass(x1, other):
+            whole = self._tile(join(x1, other), self.job.left)
+            left, right = whole.part(0, n1), whole.part(n1, n1 + n2)
+        else:
+            left = self._tile(take(x1, rows), self.job.left)
+        if same:
+            # leaves of a sixteenth: the squares on the diagonal, done whole, cost little of the half saved
+            for a, b in triangle(0, left.n, plan.block, max(_LEAF, left.n // 16)):
+                upper = left.part(a.start, a.stop)
+                block = self._product(upper, upper if a == b else left.part(b.start, b.stop), scratch)
+                store(result, block, rows.start + a.start, rows.start + b.start, mirrored=True)
+        for j in range(rows.stop if same else 0, n2, plan.columns):
+            if right is None:
+                right = self._tile(take(other, slice(j, j + plan.columns)), self.job.right)
+            for a, b in blocks(left.n, right.n, plan.block):
+                block = self._product(left.part(a.start, a.stop), right.part(b.start, b.stop), scratch)
+                store(result, block, rows.start + a.start, j + b.start, mirrored=same)
+            right = None
+
+    def _fit_in_one_pass(self, x1: Batch, x2: Batch) -> bool:
+        """Whether both sides are so few that they go through the model together."""
+        plan, n1, n2 = self.job.plan, count(x1), count(x2)
+        few = n1 + n2 <= plan.batch and n1 <= plan.tile and n2 <= plan.columns
+        return few and self.job.left is self.job.right and alike(x1, x2)
+
+    def _tile(self, x: Batch, structure: Structure) -> Tile:
+        return prepare(self.gradients, x, structure, self.job.plan, self.advance)
+
+    def _product(self, left: Tile, right: Tile, scratch: Scratch) -> Tensor:
+        if self.names is None:
+            return multiply(left, right, self.mode, scratch)[None]
+        shares = []
+        for name in self.names:
+            own = left.only(name)
+            shares.append(multiply(own, own if left is right else right.only(name), self.mode, scratch))
+        return torch.stack(shares)

@@ -1,0 +1,124 @@
+"""What all machines share: input checks, the Cholesky solve, and how they print."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkit.base.checks import Refused, refusal
+from ntkit.gram.arrays import Matrix, as_floats, as_matrix, check_finite
+from ntkit.gram.gram_matrix import Gram, as_gram
+
+_EPS = torch.finfo(torch.float64).eps
+_ONE_OUTPUT = 'A kernel with outputs="full" has one block per pair of outputs: choose "trace" or "sum".'
+
+
+class Machine:
+    """Base of the machines: prints its settings and, after fit, its status."""
+
+    status_: str
+    advice_: str
+
+    def __repr__(self) -> str:
+        state = vars(self)
+        settings = {n: state.get(n, state.get(f"{n}_fn")) for n in inspect.signature(type(self)).parameters}
+        text = ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in settings.items())
+        return f"{type(self).__name__}({text}): {state.get('status_', 'not fitted')}"
+
+
+def training_gram(K: Gram | Matrix, name: str = "K") -> Gram:
+    """Take the kernel of the training set, with one value per pair and no negative value on the diagonal.
+
+    Raises
+    ------
+    Refused
+        As `Gram`; also for a kernel with outputs, and for a negative diagonal.
+    """
+    gram = as_gram(K, name)
+    if gram.outputs > 1:
+        n, C = len(gram) // gram.outputs, gram.outputs
+        raise refusal(name, got=f"shape {[n, n, C, C]}", expected="one value per pair, [n, n]", fix=_ONE_OUTPUT)
+    diagonal = gram.diagonal()
+    worst = int(diagonal.argmin())
+    if diagonal[worst] < 0:
+        got = f"{diagonal[worst].item():.6g} on the diagonal at index {worst}"
+        fix = "Check that K is a kernel matrix, not a distance or centered cross matrix."
+        raise refusal(name, got=got, expected="a kernel: K[i, i] = |phi(x_i)|^2 >= 0", fix=fix)
+    return gram
+
+
+def as_test_matrix(K_test: Gram | Matrix, n: int, like: Tensor, name: str = "K_test") -> Tensor:
+    """Take the kernel of test points with the `n` training points, [m, n], in its dtype, on the device of `like`.
+
+    Raises
+    ------
+    Refused
+        As `as_matrix`; also for another number of columns.
+    """
+    matrix = K_test.dense() if isinstance(K_test, Gram) else as_matrix(K_test, name, _ONE_OUTPUT)
+    if matrix.shape[1] != n:
+        got, expected = f"shape {list(matrix.shape)}", f"[m, {n}]: one column per training point"
+        raise refusal(name, got=got, expected=expected, fix="Pass k(x_test, x_train), test points along the rows.")
+    return matrix.to(like.device)
+
+
+def as_targets(value: Any, name: str, n: int, fix: str, shape: list[int] | None = None) -> Tensor:
+    """Take finite numbers, [n] or [n, C], in float64; of exactly `shape` where one is given.
+
+    Raises
+    ------
+    Refused
+        For another shape, or a value that is not finite.
+    """
+    values = as_floats(value, name)
+    if values.ndim not in (1, 2) or values.numel() == 0 or (shape and list(values.shape) != shape):
+        expected = shape or f"[{n}] or [{n}, C]"
+        raise refusal(name, got=f"shape {list(values.shape)}", expected=expected, fix=fix)
+    check_length(values, n, name)
+    return check_finite(values, name).to(torch.float64)
+
+
+def check_length(values: Any, n: int, name: str = "y") -> None:
+    """Refuse `values` unless they have one entry per row of K."""
+    if len(values) != n:
+        fix = "Pass the values of the same points."
+        raise refusal(name, got=f"{len(values)} entries", expected=f"{n}, one per row of K", fix=fix)
+
+
+def unfitted(machine: Machine) -> Refused:
+    """Build the refusal of a machine that is asked before it was fitted."""
+    name = type(machine).__name__
+    return refusal(name, got="no fitted machine", expected="fit(K, y) first", fix="Call fit before predicting.")
+
+
+@dataclass
+class Solution:
+    """alpha = (K + shift I)^-1 y, [n, C], the Cholesky factor, and how it went; NaN where singular."""
+
+    alpha: Tensor
+    lower: Tensor
+    residual: float
+    status: str
+    advice: str
+
+
+def solve(K: Gram, shift: float, y: Tensor, name: str) -> Solution:
+    """Solve (K + shift I) alpha = y, [n, C], by Cholesky in float64; `name` is what the user calls the shift."""
+    matrix = K.dense().T  # symmetric: the transpose only has the order of entries that LAPACK overwrites in place
+    matrix.diagonal().add_(shift)
+    rounding = len(K) * _EPS * matrix.diagonal().max().item()
+    lower, failed = torch.linalg.cholesky_ex(matrix, out=(matrix, torch.empty((), dtype=torch.int32).to(K.device)))
+    if failed or lower.diagonal().square().min() <= rounding:
+        advice = (
+            f"K + {shift:g} I is not positive definite to working precision: points repeat, or K has a lower rank "
+            f"than points. Use a {name} well above {max(rounding, shift):.1e}."
+        )
+        nan = float("nan")
+        return Solution(torch.full_like(y, nan), lower.fill_(nan), nan, "singular", advice)
+    alpha = torch.cholesky_solve(y, lower)
+    defect = torch.linalg.vector_norm(K @ alpha + shift * alpha - y).item()
+    return Solution(alpha, lower, defect / (torch.linalg.vector_norm(y).item() or 1.0), "solved", "")

@@ -1,0 +1,173 @@
+"""What a paper says, tested: values with standard errors, and thresholds that test and print themselves."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from ntkit.report.words import plain
+
+
+class Estimate(NamedTuple):
+    """A value and its standard error.
+
+    >>> f"{mean([1.0, 3.0]):.2f}"
+    '2.00 ± 1.00'
+    """
+
+    value: float
+    error: float = math.nan
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} ± {self.error:{spec}}".replace("-", "−")
+
+
+def mean(values: Sequence[float] | np.ndarray) -> Estimate:
+    """Mean over seeds with its standard error (NaN for one seed)."""
+    a = np.asarray(values, dtype=float)
+    return Estimate(float(a.mean()), float(a.std(ddof=1) / len(a) ** 0.5) if len(a) > 1 else math.nan)
+
+
+class Threshold(Protocol):
+    """A condition on values that tests itself, and prints itself behind the words that name the values."""
+
+    def holds(self, values: Sequence[Estimate]) -> bool:
+        """Whether the values meet it."""
+        ...
+
+
+_COMPARISONS = {"over": operator.gt, "at least": operator.ge, "under": operator.lt, "at most": operator.le}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A limit for every value, which it must keep by so many standard errors.
+
+    >>> str(Bound("over", 1, errors=2)), str(Bound("at most", 1e-12)), str(Bound("under", 6, unit=" %"))
+    ('over 1 by more than 2 standard errors', 'at most 1e-12', 'under 6 %')
+    >>> Bound("over", 1, errors=2).holds([Estimate(1.3, 0.1)]), Bound("over", 1, errors=2).holds([Estimate(1.1, 0.1)])
+    (True, False)
+    """
+
+    comparison: Literal["over", "at least", "under", "at most"]
+    limit: float
+    unit: str = ""
+    errors: float = 0  # negative: a value may miss the limit by as many
+
+    def holds(self, values: Sequence[Estimate]) -> bool:
+        """Whether every value keeps the limit."""
+        errors = self.errors if self.comparison in ("over", "at least") else -self.errors
+        compare = _COMPARISONS[self.comparison]
+        return all(compare(v.value - errors * v.error if errors else v.value, self.limit) for v in values)
+
+    def __str__(self) -> str:
+        count = f"{abs(self.errors):g} standard errors"
+        margin = "" if not self.errors else f" by more than {count}" if self.errors > 0 else f" within {count}"
+        return f"{self.comparison} {_number(self.limit)}{self.unit}{margin}"
+
+
+@dataclass(frozen=True)
+class Between:
+    """Two limits for every value.
+
+    >>> str(Between(10, 30, unit=" %")), Between(10, 30).holds([Estimate(12), Estimate(30)])
+    ('between 10 and 30 %', False)
+    """
+
+    low: float
+    high: float
+    unit: str = ""
+
+    def holds(self, values: Sequence[Estimate]) -> bool:
+        """Whether every value lies between the limits."""
+        return all(self.low < v.value < self.high for v in values)
+
+    def __str__(self) -> str:
+        return f"between {_number(self.low)} and {_number(self.high)}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Within:
+    """A largest distance of every value from a target: absolute, or in the value's standard errors.
+
+    >>> str(Within(0.2, of=1)), str(Within(3, of=-0.5, unit=" standard errors"))
+    ('within 0.2 of 1', 'within 3 standard errors of −0.5')
+    >>> Within(3, of=-0.5, unit=" standard errors").holds([Estimate(-0.3, 0.05)])
+    False
+    """
+
+    distance: float
+    of: float
+    unit: Literal["", " standard errors", " standard deviations"] = ""
+
+    def holds(self, values: Sequence[Estimate]) -> bool:
+        """Whether every value lies within the distance."""
+        return all(abs(v.value - self.of) <= self.distance * (v.error if self.unit else 1) for v in values)
+
+    def __str__(self) -> str:
+        return f"within {_number(self.distance)}{self.unit} of {_number(self.of)}"
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order of the values, one step to the next by more than so many standard errors of their difference.
+
+    >>> str(Order("increase", errors=2)), Order("decrease").holds([Estimate(3), Estimate(1), Estimate(2)])
+    ('increase, each by more than 2 standard errors', False)
+    """
+
+    direction: Literal["increase", "decrease"]
+    errors: float = 0
+
+    def holds(self, values: Sequence[Estimate]) -> bool:
+        """Whether every value is beyond the one before."""
+        for a, b in pairwise(values if self.direction == "increase" else values[::-1]):
+            if not b.value - a.value > (self.errors * math.hypot(a.error, b.error) if self.errors else 0):
+                return False
+        return True
+
+    def __str__(self) -> str:
+        return self.direction + (f", each by more than {self.errors:g} standard errors" if self.errors else "")
+
+
+def _number(value: float) -> str:
+    return ("−" if value < 0 else "") + plain(abs(value), 6)
+
+
+class Condition(NamedTuple):
+    """Words, values and the threshold that they must meet; words and threshold make a phrase."""
+
+    words: str
+    values: Sequence[Estimate | float]
+    threshold: Threshold
+
+    def holds(self) -> bool:
+        """Whether the values meet the threshold."""
+        return self.threshold.holds([v if isinstance(v, Estimate) else Estimate(v) for v in self.values])
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, the number measured here, and the conditions under which the claim holds.
+
+    >>> Claim("It is small", "3e-16", [Condition("the residual is", [3e-16], Bound("at most", 1e-12))]).record()["how"]
+    'holds if the residual is at most 1e-12'
+    """
+
+    text: str
+    number: str
+    conditions: Sequence[Condition] = ()  # none: the claim is not tested
+    note: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """The claim's entry in ``results.json``."""
+        rule = " and ".join(f"{c.words} {c.threshold}".strip() for c in self.conditions)
+        how = "; ".join(text for text in (self.note, rule and f"holds if {rule}") if text)
+        holds = all(c.holds() for c in self.conditions) if self.conditions else None
+        return {"claim": self.text, "number": self.number, "holds": holds, "how": how}

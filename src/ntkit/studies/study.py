@@ -1,0 +1,305 @@
+"""A study of a paper: parts that are computed once, claims that test themselves, sections of a report.
+
+A new study is a module in this package with a `Study` called ``STUDY``; its name is added to `STUDIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from ntkit.base.checks import nearest, refusal
+from ntkit.base.files import ensure_folder, read_arrays, read_json, write_arrays, write_json
+from ntkit.base.versions import versions
+from ntkit.studies.claim import Claim
+
+STUDIES = ("jacot2018", "kopitkov2019", "bell2023")
+SCALES = ("quick", "paper")
+FORMAT = 1
+Item = dict[str, Any]
+
+
+def study(
+    name: Literal["jacot2018", "kopitkov2019", "bell2023"],
+    scale: Literal["quick", "paper"] = "quick",
+    out: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    data_dir: str | Path | None = None,
+) -> Path:
+    """Reproduce a paper: run its experiments, test its claims, write a report.
+
+    Parameters
+    ----------
+    name : "jacot2018", "kopitkov2019" or "bell2023".
+    scale : "quick" (minutes on two cores) or "paper" (the paper's own sizes: days, for a GPU).
+    out : run folder, runs/NAME-SCALE by default. A study that was stopped is resumed there.
+    say : called with a line before each experiment.
+    data_dir : folder with the official files of MNIST; the study then includes its experiments on MNIST.
+
+    Returns
+    -------
+    Path
+        The folder: ``results.json`` (claims, curves), ``report.html``, ``runs/`` (trajectories and trackings).
+
+    Raises
+    ------
+    Refused
+        For an unknown name or scale, a `data_dir` without the files, or a folder with another study.
+    """
+    for what, value, options in (("study", name, STUDIES), ("scale", scale, SCALES)):
+        if value not in options:
+            raise refusal(what, got=repr(value), expected=" or ".join(options), fix=nearest(value, options))
+    if data_dir is not None:
+        from ntkit.data import load
+
+        load("mnist", data_dir)  # a folder without the files is refused now, not after the first experiments
+    folder = Path(out) if out is not None else Path("runs") / f"{name}-{scale}"
+    return import_module(f"ntkit.studies.{name}").STUDY.run(scale, folder, say, data_dir)
+
+
+class Sizes(SimpleNamespace):
+    """Sizes of a study's experiments by name: numbers, and tuples of numbers."""
+
+
+class Result(NamedTuple):
+    """Result of one part: numbers as JSON has them, and arrays."""
+
+    numbers: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class StudyPart:
+    """One experiment, whose finished result is kept as a file.
+
+    Attributes
+    ----------
+    experiment, case : claims and sections find the result in ``results[experiment][case]``, a list over seeds.
+    name : name of its files in the folder ``parts``, and its progress line.
+    compute, arguments : ``compute(work, *arguments)`` gives the result.
+    """
+
+    experiment: str
+    case: Any
+    name: str
+    compute: Callable[..., Result]
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Work:
+    """Input of every part: the study's sizes, seeds, data sets and folder, the folder of MNIST's files, progress."""
+
+    sizes: Sizes
+    seeds: Sequence[int]
+    sets: Sequence[str]
+    folder: Path
+    data_dir: str | Path | None = None
+    progress: Callable[[str], None] = lambda line: None
+
+    def result(self, part: StudyPart) -> Result:
+        """Read a finished part, or compute it and write its files."""
+        numbers, arrays = (self.folder / "parts" / f"{part.name}.{kind}" for kind in ("json", "safetensors"))
+        if not numbers.exists():
+            self.progress(part.name)
+            result = part.compute(self, *part.arguments)
+            if result.arrays:
+                write_arrays(arrays, result.arrays)
+            write_json(numbers, result.numbers)  # written last: with this file the part counts as finished
+        return Result(read_json(numbers), read_arrays(arrays) if arrays.exists() else {})
+
+    def trajectory(self, name: str) -> Path:
+        """Folder of a training run, which is resumed where it was stopped."""
+        return self.folder / "runs" / name / "trajectory"
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of all parts: ``results[experiment][case]`` is a list over seeds."""
+
+    work: Work
+    by_experiment: dict[str, dict[Any, list[Result]]]
+
+    def __getitem__(self, experiment: str) -> dict[Any, list[Result]]:
+        return self.by_experiment.get(experiment, {})
+
+    def one(self, experiment: str, case: Any = None) -> Result:
+        """The result of a part that has one seed."""
+        return self[experiment][case][0]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the report: items as `ntkit.report.study_sections` describes them, and the arrays they name."""
+
+    title: str
+    short: str
+    text: str
+    items: Sequence[Item]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """The section's entry in ``results.json``."""
+        return {"title": self.title, "short": self.short, "text": self.text, "items": list(self.items)}
+
+
+def lines(
+    title: str,
+    reading: str,
+    x: str,
+    y: str,
+    panels: Sequence[tuple[str, Sequence[Item]]],
+    log: bool = False,
+    **more: Any,
+) -> Item:
+    """A figure of curves: axis titles, and panels, each a heading and `curve`s."""
+    scale = "log" if log else "linear"
+    axes = {"x": {"title": x, "scale": scale}, "y": {"title": y, "scale": scale}}
+    parts = [{"heading": heading, "series": list(series)} for heading, series in panels]
+    return {"kind": "lines", "title": title, "reading": reading, **axes, "panels": parts, **more}
+
+
+def curve(name: str, x: Iterable[float], y: Iterable[float], **more: Any) -> Item:
+    """A curve of a figure; `more` may hold its standard ``error`` and its ``dash``."""
+    return {"name": name, "x": list(x), "y": list(y), **more}
+
+
+def table(title: str, columns: Sequence[str], rows: list[list[str]], note: str = "", folded: bool = False) -> Item:
+    """A table of texts; a folded one is opened by a click on its title."""
+    return {"kind": "table", "title": title, "columns": list(columns), "rows": rows, "note": note, "folded": folded}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one thread: in small networks threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def mlp(
+    inputs: int, outputs: int, depth: int, width: int, seed: int, activation: type[nn.Module] = nn.LeakyReLU
+) -> nn.Sequential:
+    """`depth` weight matrices with activations between them, PyTorch's default initialization with this seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for i in range(depth):
+            layers += [nn.Linear(inputs if i == 0 else width, outputs if i == depth - 1 else width), activation()]
+        return nn.Sequential(*layers[:-1])
+
+
+@dataclass(frozen=True)
+class Study:
+    """A paper's experiments and claims.
+
+    Attributes
+    ----------
+    name, title : name on the command line, title of the report.
+    paper : authors, title, year, reference.
+    scales : sizes of the experiments by name of the scale.
+    parts : functions that list the parts, in the order in which they run.
+    claims, sections : functions that list claims and report sections from the results, in the report's order.
+    about, departures : what was done, in a paragraph; what differs from the paper.
+    certificate : text, cards and table at the top of the report.
+    more : further entries of ``results.json``: "curves" and "runs", as `ntkit.report.render_study` reads them.
+    terms : terms that the report defines.
+    seeds : seeds that the parts use.
+    mnist_only : with MNIST's files, leave out the digits of scikit-learn.
+    single_thread : scales that run on one thread, since their networks are small.
+    """
+
+    name: str
+    title: str
+    paper: dict[str, Any]
+    scales: Mapping[str, Sizes]
+    parts: Sequence[Callable[[Work], Iterable[StudyPart]]]
+    claims: Sequence[Callable[[Results], Iterable[Claim]]]
+    sections: Sequence[Callable[[Results], Iterable[Section]]] = ()
+    about: Callable[[Results], str] = lambda results: ""
+    departures: Callable[[Results], list[str]] = lambda results: []
+    certificate: Callable[[Results], dict[str, Any]] | None = None
+    more: Callable[[Results], dict[str, Any]] = lambda results: {}
+    terms: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+    mnist_only: bool = False
+    single_thread: Sequence[str] = ("quick",)
+
+    def run(
+        self,
+        scale: str,
+        folder: Path,
+        progress: Callable[[str], None] = lambda line: None,
+        data_dir: str | Path | None = None,
+    ) -> Path:
+        """Compute the parts that are not finished, test the claims, write results and report; return the folder."""
+        sets = ["digits"] if data_dir is None else ["mnist"] if self.mnist_only else ["digits", "mnist"]
+        work = Work(self.scales[scale], self.seeds, sets, ensure_folder(folder), data_dir, progress)
+        header: dict[str, Any] = {"format": FORMAT, "kind": "study", "name": self.name, "scale": scale, "sets": sets}
+        header |= {"seeds": list(self.seeds)} if self.seeds else {}
+        header["sizes"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(work.sizes).items()}
+        start = folder / "run.json"
+        if start.exists() and (old := read_json(start)) | header != old:
+            fix = "Name another folder with --out."
+            raise refusal(str(folder), got="another run", expected="this study at this scale", fix=fix)
+        write_json(start, header | {"versions": versions(), "status": "running"})
+        with one_thread() if scale in self.single_thread else nullcontext():
+            results = self.results(work)
+        self._write(results, header)
+        write_json(start, read_json(start) | {"status": "complete"})
+        return folder
+
+    def results(self, work: Work) -> Results:
+        """Results of all parts, computed or read."""
+        results = Results(work, {})
+        for part in (part for parts in self.parts for part in parts(work)):
+            by_case = results.by_experiment.setdefault(part.experiment, {})
+            by_case.setdefault(part.case, []).append(work.result(part))
+        return results
+
+    def _write(self, results: Results, header: dict[str, Any]) -> None:
+        """Write ``results.json``, ``figures.safetensors``, the report, and a page for each run that has one."""
+        from ntkit.report import render_study, render_tracked
+
+        folder, option = results.work.folder, "" if results.work.data_dir is None else " --data-dir FOLDER"
+        record = header | {
+            "title": self.title,
+            "paper": self.paper,
+            "command": f"ntkit study {self.name} --scale {header['scale']}{option}",
+            "about": self.about(results),
+            "departures": self.departures(results),
+            "claims": [claim.record() for claims in self.claims for claim in claims(results)],
+            "settings": header["sizes"],
+            "versions": versions(),
+        }
+        sections = [section for listed in self.sections for section in listed(results)]
+        if sections:
+            record["sections"] = [section.record() for section in sections]
+        if arrays := {name: array for section in sections for name, array in section.arrays.items()}:
+            write_arrays(folder / "figures.safetensors", arrays)
+        if self.certificate is not None:
+            record["certificate"] = self.certificate(results)
+        if self.terms:
+            record["terms"] = list(self.terms)
+        record |= self.more(results)
+        write_json(folder / "results.json", record)
+        for run in record.get("runs", []):
+            render_tracked(folder / run["track"])
+        render_study(folder)

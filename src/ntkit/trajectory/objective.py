@@ -1,0 +1,85 @@
+"""The training objective: a loss on rows of a data set, both checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.base.batch import Batch, checked, count, leaves, take
+from ntkit.base.checks import refusal
+from ntkit.base.tensors import tensor_hash
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Loss = Callable[[Any, Tensor], Tensor]  # (model(x), y) -> scalar; a model may return anything
+
+
+class Objective:
+    """The loss of a model on the rows of a data set.
+
+    Attributes
+    ----------
+    x, y, n : inputs (a tensor, a tuple or a dict of tensors), targets, number of examples.
+    loss : ``loss(model(x), y)`` -> scalar.
+    """
+
+    def __init__(self, data: tuple[Inputs, Tensor], loss: Loss) -> None:
+        if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], Tensor):
+            raise refusal("data", got=type(data).__name__, expected="(x, y) tensors", fix="Pass data=(x, y).")
+        x, y = data
+        x = dict(x) if isinstance(x, Mapping) else tuple(x) if isinstance(x, Sequence) else x
+        self.x: Batch = checked(x, "x")
+        self.y: Tensor = checked(y, "y")
+        self.n, self.loss = len(y), loss
+        if count(self.x) != self.n:
+            fix = "Give one target per example."
+            raise refusal("x", got=f"{count(self.x)} rows", expected=f"{self.n}, as y has", fix=fix)
+
+    def data_hash(self) -> str:
+        """Hash of all examples, in their order."""
+        inputs = self.x.items() if isinstance(self.x, dict) else enumerate(leaves(self.x))
+        return tensor_hash({**{f"x.{name}": value for name, value in inputs}, "y": self.y})
+
+    def batch(self, rows: Tensor | slice | None) -> tuple[Batch, Tensor]:
+        """Inputs and targets of these rows; None = all."""
+        return (self.x, self.y) if rows is None else (take(self.x, rows), self.y[rows])
+
+    def outputs(self, model: nn.Module, x: Batch) -> Any:
+        """Output of the model on inputs as `batch` returns them."""
+        return model(x) if isinstance(x, Tensor) else model(**x) if isinstance(x, dict) else model(*x)
+
+    def value(self, model: nn.Module, rows: Tensor | slice | None) -> Tensor:
+        """Value of the loss on these rows."""
+        x, y = self.batch(rows)
+        return self.loss(self.outputs(model, x), y)
+
+    def mean(self, model: nn.Module, batch_size: int) -> float:
+        """Mean loss over all rows, in eval mode and in batches; the model is in train mode afterwards."""
+        total = 0.0
+        model.eval()
+        with torch.no_grad():
+            for start in range(0, self.n, batch_size):
+                rows = slice(start, min(start + batch_size, self.n))
+                total += float(self.value(model, rows)) * (rows.stop - rows.start)
+        model.train()
+        return total / self.n
+
+    def check(self, model: nn.Module, rows: int) -> None:
+        """Evaluate the loss once, in eval mode, so that a wrong one is refused before anything is written."""
+        model.eval()
+        out = self.value(model, slice(0, rows))
+        model.train()
+        if not isinstance(out, Tensor) or out.ndim != 0:
+            got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise refusal("loss", got=got, expected="a scalar tensor", fix="Return the mean over the batch.")
+        if not out.requires_grad:
+            expected = "a differentiable function of model(x)"
+            fix = "Do not detach, round or argmax the outputs, and do not use torch.no_grad in the model."
+            raise refusal("loss", got="a value that does not depend on the parameters", expected=expected, fix=fix)
+
+
+def loss_name(loss: Loss) -> str:
+    """Name of a loss in run.json."""
+    return getattr(loss, "__qualname__", type(loss).__qualname__)
