@@ -39,8 +39,8 @@ from ntkit.jacobian.structure import Irregular, Structure, joined
 
 T = TypeVar("T")
 
-_PLANS = 256  # kept at most
 _LEAF = 128  # samples: smaller products are not worth saving half of
+_PLANS = 64  # stored per engine, at most
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,13 @@ class Engine:
         aligned : whether only pairs (i, i) are wanted.
         other : the engine of `x2`, where that goes through another network with the same parameter names.
         plan : made beforehand by `plan`; None makes one for these samples. What is computed then depends, to the bit,
-            on the plan and the samples alone.
+            on the plan and the samples alone; so lack of memory is raised.
         """
         job: Job | None = None
 
         def attempt() -> T:
             nonlocal job
+            job = None
             job = self._job(x1, x2, aligned, other, plan)
             return work(job)
 
@@ -167,7 +168,10 @@ class Engine:
             for structure in (job.left, job.right) if job is not None else ():
                 structure.fallback |= reasons
 
-        return self._retry(attempt, exclude, lambda: job is None or job.plan.tile == job.plan.batch == 1)
+        def smallest() -> bool:  # whether less memory would change nothing
+            return job is None or plan is not None or job.plan.tile == job.plan.batch == 1
+
+        return self._retry(attempt, exclude, smallest)
 
     def _retry(
         self,
@@ -203,7 +207,7 @@ class Engine:
             got, expected = f"{right.outputs} outputs", f"{left.outputs}, as for x1"
             raise refusal("x2", got=got, expected=expected, fix="Use inputs of one shape.")
         if plan is not None:
-            return Job(left, right, plan.without({*left.fallback, *right.fallback}))
+            return Job(left, right, plan.fitted(left if right is left else joined(left, right)))
         n1, n2, same = count(x1), count(x1 if x2 is None else x2), x2 is None
         budget = self.memory()
         key = (left, right, len(left.fallback), len(right.fallback), n1, n2, same, aligned, budget)
@@ -214,9 +218,10 @@ class Engine:
             )
             if self._budget is None:  # what is free is another number at every call: nothing to keep
                 return Job(left, right, plan)
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
+            if len(self._plans) == _PLANS:  # the oldest goes, and with it a structure that may be out of use
+                self._plans.pop(next(iter(self._plans)), None)
             self._plans[key] = plan
+            return Job(left, right, plan)
         return Job(left, right, self._plans[key])
 
     # ------------------------------------------------------------------ products
