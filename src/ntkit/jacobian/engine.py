@@ -109,6 +109,10 @@ class Engine:
         """Precision of results: the widest of the parameters."""
         return self._gradients.dtype
 
+    def settings(self) -> dict[str, Any]:
+        """What the gradients depend on beside the samples."""
+        return {"model": self.model, "outputs": self.outputs, "parameters": list(self.params)}
+
     def memory(self) -> int:
         """Bytes of scratch memory allowed now."""
         return self._budget if self._budget is not None else free_memory(self.like.device) // 2
