@@ -11,7 +11,7 @@ from ntkit.report import render_tracked
 
 torch.manual_seed(0)
 x = ntkit.grid(16).float()
-y = torch.sin(6 * x.norm(dim=1, keepdim=True))  # ripples around the centre
+y = torch.sin(6 * x.norm(dim=1, keepdim=True))  # ripples around the center
 hidden = [nn.Linear(64, 64), nn.LeakyReLU()]
 model = nn.Sequential(nn.Linear(2, 64), nn.LeakyReLU(), *hidden, nn.Linear(64, 64), nn.LeakyReLU(), nn.Linear(64, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

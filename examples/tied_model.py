@@ -1,6 +1,6 @@
 """Your own module: an embedding, a LayerNorm and a tied weight. Its kernel equals plain autograd, weight by weight.
 
-Run it: ``python examples/tied_model.py``. Or analyse it from the command line on your own tokens (an .npz with integer
+Run it: ``python examples/tied_model.py``. Or analyze it from the command line on your own tokens (an .npz with integer
 ``x`` [n, length] and labels ``y``): ``ntkit analyze --data tokens.npz --model examples/tied_model.py:make``.
 """
 

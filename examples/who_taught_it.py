@@ -25,19 +25,19 @@ run = ntkit.train(
 )
 
 test, labels = data.x_test[:5].double(), data.y_test[:5]
-found = ntkit.PathKernel(run).decompose(test)  # [5 images, 10 logits, 600 training images]
-print(f"initial + contributions + weight decay - prediction: {found.error:.0e} of the largest logit")
+parts = ntkit.PathKernel(run).decompose(test)  # [5 images, 10 logits, 600 training images]
+print(f"initial + contributions + weight decay - prediction: {parts.error:.0e} of the largest logit")
 
-best = found.top(3)  # for the logit that is largest, of each test image
-worst = found.top(3, against=True)
-mass = found.by_class(y)
+best = parts.top(3)  # for the logit that is largest, of each test image
+worst = parts.top(3, against=True)
+by_class = parts.by_class(y)
 for i in range(5):
-    said = int(found.prediction[i].argmax())
+    predicted = int(parts.prediction[i].argmax())
     print(
-        f"a {int(labels[i])} is called a {said}: for it {[int(y[e]) for e in best.examples[i]]} "
+        f"a {int(labels[i])} is called a {predicted}: for it {[int(y[e]) for e in best.examples[i]]} "
         f"({best.values[i, 0]:+.3f} ...), against it {[int(y[e]) for e in worst.examples[i]]} "
-        f"({worst.values[i, 0]:+.3f} ...); all {said}s together {mass[i, said, said]:+.2f}"
+        f"({worst.values[i, 0]:+.3f} ...); all {predicted}s together {by_class[i, predicted, predicted]:+.2f}"
     )
 
-assert found.error < 1e-12
-assert torch.allclose(found.prediction, model(test).detach(), rtol=1e-12)
+assert parts.error < 1e-12
+assert torch.allclose(parts.prediction, model(test).detach(), rtol=1e-12)

@@ -15,11 +15,11 @@ model = nn.Sequential(
     nn.Conv2d(1, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)
 )
 wide = ntkit.to_ntk_parametrization(model, w_std=2**0.5, b_std=0.1)
-found = ntkit.convergence(wide, data.x_train[:20], widths=(16, 64, 256), seeds=10)
-for width, distance, error in zip(found.widths, found.distance, found.distance_error, strict=True):
+rate = ntkit.convergence(wide, data.x_train[:20], widths=(16, 64, 256), seeds=10)
+for width, distance, error in zip(rate.widths, rate.distance, rate.distance_error, strict=True):
     print(f"{width:4d} channels: {distance:.1%} +- {error:.1%} from the limit")
-enough = found.widths[-1] * (float(found.distance[-1]) / 0.1) ** 2  # the distance falls as 1 / sqrt(width)
-print(f"slope {found.slope:.2f} +- {found.slope_error:.2f}; within 10 % at about {enough:.0f} channels")
+enough = rate.widths[-1] * (float(rate.distance[-1]) / 0.1) ** 2  # the distance falls as 1 / sqrt(width)
+print(f"slope {rate.slope:.2f} +- {rate.slope_error:.2f}; within 10 % at about {enough:.0f} channels")
 
 limit = ntkit.InfiniteKernel(model, w_std=2**0.5, b_std=0.1)
 x, x_test = data.x_train.double(), data.x_test.double()
@@ -29,5 +29,5 @@ machine = ntkit.KernelRidge(ridge=1e-4 * float(K.diagonal().mean())).fit(K, targ
 accuracy = (machine.predict(limit(x_test, x)).argmax(1) == data.y_test).double().mean()
 print(f"the limit calls {accuracy:.1%} of the test digits by their name")
 
-assert abs(found.slope + 0.5) < 4 * found.slope_error + 0.05
+assert abs(rate.slope + 0.5) < 4 * rate.slope_error + 0.05
 assert accuracy > 0.97

@@ -149,7 +149,7 @@ def test_inference_mode_and_no_grad_around_the_call():
 
 
 def test_outputs_cut_from_the_parameters_are_refused():
-    with pytest.raises(ntkit.Refused, match=r"outputs that depend on none of the parameters chosen.*use_reentrant"):
+    with pytest.raises(ntkit.Refused, match=r"outputs that depend on none of the selected parameters.*use_reentrant"):
         ntkit.TangentKernel(Layered(lambda m, x: m.b(x).detach()))(vectors(4))
     from torch.utils.checkpoint import checkpoint
 

@@ -10,9 +10,10 @@ from torch import nn
 
 import ntkit
 from ntkit.base.batch import take
+from ntkit.base.checks import Refused
 from ntkit.jacobian import contraction as contract
+from ntkit.jacobian import engine, rules
 from ntkit.jacobian import plan as planning
-from ntkit.jacobian import rules
 from ntkit.jacobian.graph import find_uses
 from ntkit.jacobian.oracle import jacobian, tangent_kernel
 from ntkit.jacobian.plan import ROUTES
@@ -358,3 +359,58 @@ def test_one_plan_serves_many_tiles_and_decides_their_bits(name):
     assert str(other.plan(x1)) != str(plan)
     assert torch.equal(other.tile(take(x1, cut), take(x1, rest), plan), tiles[0])
     assert torch.equal(other.tile(take(x1, cut), None, plan), tiles[1])
+
+
+class Rare(nn.Module):
+    """Uses its weight once more where a sample is extreme."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        y = self.layer(x)
+        extreme = (x[:, :1] > 10).to(x)
+        return y + extreme * (x.sin() @ self.layer.weight.T).square() if extreme.any() else y
+
+
+def test_a_plan_made_before_serves_a_graph_that_changes():
+    """The weight goes to the fallback route; the bias, planned to share its products, must not go with it."""
+    model, x = Rare().double(), vectors(7)
+    kernel = ntkit.TangentKernel(model)
+    plan = kernel.plan(x)
+    assert plan.route("layer.bias") == "shared"
+    x = x.clone()
+    x[4, 0] = 20
+    assert_equal(kernel.tile(x, None, plan), tangent_kernel(model, x), 1e-10, "tile")
+
+
+def test_a_plan_is_refused_where_it_does_not_fit_and_raises_where_memory_ends(monkeypatch):
+    model, x = tiny_mlp(), vectors(7)
+    kernel = ntkit.TangentKernel(model)
+    with pytest.raises(Refused, match="plan: got a plan of other parameters"):
+        kernel.tile(x, None, ntkit.TangentKernel(nn.Linear(5, 3).double()).plan(x))
+    plan = kernel.plan(x)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(engine, "prepare", full)
+    with pytest.raises(torch.OutOfMemoryError):  # under a given plan another try would be the same
+        kernel.tile(x, None, plan)
+
+
+def test_a_mapping_of_names_selects_by_its_names():
+    model, x = tiny_mlp(), vectors(4)
+    exact = ntkit.TangentKernel(model, params=["0.weight"])(x)
+    assert torch.equal(ntkit.TangentKernel(model, params={"0.weight": None})(x), exact)
+    with pytest.raises(Refused, match="params: got no parameter"):
+        ntkit.TangentKernel(model, params={})
+
+
+def test_the_number_of_stored_plans_is_limited():
+    kernel, x = ntkit.TangentKernel(tiny_mlp(), memory="1 MB"), vectors(20)
+    for n in range(1, 10):
+        for m in range(1, 10):
+            kernel(x[:n], x[:m])
+    assert len(kernel._engine._plans) == engine._PLANS

@@ -195,6 +195,9 @@ CALLS = {
     "train": train,
     "Trajectory": train,
     "load_weights": weights,
+    "Gram": lambda m, tmp: (
+        ntkit.Gram(ntkit.TangentKernel(m, "trace")(X[:4]), ntkit.TangentKernel(m, "trace"), X[:4]).identity
+    ),
     "testing": lambda m, tmp: ntkit.testing.check_kernel(ntkit.TangentKernel(m), X[:4], X[:3], 1e-3),
     "Settings": analysis,
     "analyze": analysis,

@@ -39,7 +39,7 @@ def _parts(value: Any) -> Iterator[str]:
         yield " ".join(name for name, p in value.named_parameters() if p.requires_grad)
         yield " ".join(name for name, m in value.named_modules() if m.training)
     elif isinstance(value, Kernel):
-        for name, entry in vars(value).items():
+        for name, entry in value.settings().items():
             if name != _MEMORY and _is_setting(entry):
                 yield name
                 yield from _parts(entry)
@@ -63,7 +63,7 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 def _is_setting(entry: Any) -> bool:
-    """Whether a kernel's attribute is a setting; what it collects while it computes is not, and None says nothing."""
+    """Whether an entry is a setting: not what a kernel collects while it computes, and not None."""
     if isinstance(entry, (tuple, list, dict)):
         entries = entry.values() if isinstance(entry, dict) else entry
         return len(entry) > 0 and all(isinstance(one, _PLAIN) for one in entries)

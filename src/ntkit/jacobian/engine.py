@@ -40,6 +40,7 @@ from ntkit.jacobian.structure import Irregular, Structure, joined
 T = TypeVar("T")
 
 _LEAF = 128  # samples: smaller products are not worth saving half of
+_PLANS = 64  # stored per engine, at most
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ class Engine:
     ----------
     model : any module; used as it is, left as it was.
     outputs : "full", "diagonal", "trace", "sum" or a callable (see `ntkit.TangentKernel`).
-    params : parameter names, a predicate, None (all that require grad), or a mapping of names to parameters.
+    params : parameter names, a predicate, or None (all that require grad).
     memory : bytes of scratch memory (or text such as "2 GB"); half of what is free if None.
     routes : parameter name -> route, where the choice is not to be the cheapest.
+    selected : the parameters themselves by names of the caller's choice, instead of `params`.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class Engine:
         params: Params = None,
         memory: int | str | None = None,
         routes: Mapping[str, Route] | None = None,
+        *,
+        selected: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             got, fix = type(model).__name__, "Wrap the function in a module."
@@ -80,8 +84,8 @@ class Engine:
         self.model, self.outputs = model, outputs
         self.mode = outputs if outputs in ("full", "diagonal") else "trace"
         self._budget = parse_memory(memory)
-        self._selection = params
-        self._gradients = Gradients(model, self._selected(), outputs)
+        self._selection, self._selected = params, selected
+        self._gradients = Gradients(model, self._parameters(), outputs)
         self._routes = dict(routes or {})
         self._plans: dict[tuple, Plan] = {}
         for name, route in self._routes.items():
@@ -105,6 +109,10 @@ class Engine:
         """Precision of results: the widest of the parameters."""
         return self._gradients.dtype
 
+    def settings(self) -> dict[str, Any]:
+        """What the gradients depend on beside the samples."""
+        return {"model": self.model, "outputs": self.outputs, "parameters": list(self.params)}
+
     def memory(self) -> int:
         """Bytes of scratch memory allowed now."""
         return self._budget if self._budget is not None else free_memory(self.like.device) // 2
@@ -112,15 +120,13 @@ class Engine:
     def refresh(self) -> Engine:
         """Look at the model again: since the last call its mode or its parameters may have changed."""
         check_mode(self.model)
-        params = self._selected()
+        params = self._parameters()
         if not self._gradients.current(params):
             self._gradients = Gradients(self.model, params, self.outputs)
         return self
 
-    def _selected(self) -> dict[str, nn.Parameter]:
-        if isinstance(self._selection, Mapping):
-            return dict(self._selection)
-        return select_parameters(self.model, self._selection)
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self._selected) if self._selected is not None else select_parameters(self.model, self._selection)
 
     # ------------------------------------------------------------------ structure, plan, retry
 
@@ -152,12 +158,13 @@ class Engine:
         aligned : whether only pairs (i, i) are wanted.
         other : the engine of `x2`, where that goes through another network with the same parameter names.
         plan : made beforehand by `plan`; None makes one for these samples. What is computed then depends, to the bit,
-            on the plan and the samples alone.
+            on the plan and the samples alone; so lack of memory is raised.
         """
         job: Job | None = None
 
         def attempt() -> T:
             nonlocal job
+            job = None
             job = self._job(x1, x2, aligned, other, plan)
             return work(job)
 
@@ -165,7 +172,10 @@ class Engine:
             for structure in (job.left, job.right) if job is not None else ():
                 structure.fallback |= reasons
 
-        return self._retry(attempt, exclude, lambda: job is None or job.plan.tile == job.plan.batch == 1)
+        def smallest() -> bool:  # whether less memory would change nothing
+            return job is None or plan is not None or job.plan.tile == job.plan.batch == 1
+
+        return self._retry(attempt, exclude, smallest)
 
     def _retry(
         self,
@@ -201,7 +211,7 @@ class Engine:
             got, expected = f"{right.outputs} outputs", f"{left.outputs}, as for x1"
             raise refusal("x2", got=got, expected=expected, fix="Use inputs of one shape.")
         if plan is not None:
-            return Job(left, right, plan.without({*left.fallback, *right.fallback}))
+            return Job(left, right, plan.fitted(left if right is left else joined(left, right)))
         n1, n2, same = count(x1), count(x1 if x2 is None else x2), x2 is None
         budget = self.memory()
         key = (left, right, len(left.fallback), len(right.fallback), n1, n2, same, aligned, budget)
@@ -212,7 +222,10 @@ class Engine:
             )
             if self._budget is None:  # what is free is another number at every call: nothing to keep
                 return Job(left, right, plan)
+            if len(self._plans) == _PLANS:  # the oldest goes, and with it a structure that may be out of use
+                self._plans.pop(next(iter(self._plans)), None)
             self._plans[key] = plan
+            return Job(left, right, plan)
         return Job(left, right, self._plans[key])
 
     # ------------------------------------------------------------------ products

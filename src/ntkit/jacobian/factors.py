@@ -84,7 +84,7 @@ class Gradients:
         if not out.requires_grad:
             raise refusal(
                 f"model {type(self.model).__name__}",
-                got="outputs that depend on none of the parameters in question",
+                got="outputs that depend on none of the selected parameters",
                 expected="a differentiable path from parameters to outputs",
                 fix="Look for torch.no_grad or .detach() in its forward, reentrant checkpointing "
                 "(use use_reentrant=False), or the choice of params.",

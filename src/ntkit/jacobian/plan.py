@@ -75,9 +75,24 @@ class Plan:
         """Route of a parameter."""
         return next(step.route for step in self.steps if step.name == name)
 
-    def without(self, names: set[str]) -> Plan:
-        """The same plan with these parameters on the fallback route."""
-        steps = [replace(step, route="fallback", late=False) if step.name in names else step for step in self.steps]
+    def fitted(self, structure: Structure) -> Plan:
+        """The same plan for other samples: parameters without the factors that it asks for are on the fallback route.
+
+        Raises
+        ------
+        Refused
+            For the plan of other parameters.
+        """
+        if {step.name for step in self.steps} != structure.sizes.keys():
+            fix = "Make it with plan() of this kernel, or of one of the same model and params."
+            raise refusal("plan", got="a plan of other parameters", expected="one step per parameter", fix=fix)
+        lost = set(structure.fallback)
+        for step in self.steps:
+            if (step.route in ("outer", "tokens", "nested") or step.late) and not structure.sizes[step.name].parts:
+                lost.add(step.name)
+        shared = [step.name for step in self.steps if step.route == "shared"]
+        lost |= {bias for bias in shared if structure.shared.get(bias, bias) in {bias, *lost}}
+        steps = [replace(step, route="fallback", late=False) if step.name in lost else step for step in self.steps]
         return replace(self, steps=tuple(steps))
 
     @property

@@ -52,6 +52,10 @@ class Kernel(ABC):
             raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix=fix)
         return self._pairs(x1, x2)
 
+    def settings(self) -> dict[str, Any]:
+        """What the values depend on beside the samples: modules, plain values, functions; for `Gram.identity`."""
+        return vars(self)
+
     @abstractmethod
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x, x)."""

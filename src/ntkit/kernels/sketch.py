@@ -128,6 +128,10 @@ class SketchedKernel(Kernel):
             square += norm1[:, None, :, None] * norm2[None, :, None] if full else norm1[:, None] * norm2
         return (square.clamp(min=0) / self._dim).sqrt()
 
+    def settings(self) -> dict[str, Any]:
+        """Those of the tangent kernel, and the random projection."""
+        return self._engine.settings() | {"dim": self._dim, "seed": self._seed}
+
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x, x): two products with the features."""
         if self._mode == "diagonal":

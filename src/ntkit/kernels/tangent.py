@@ -146,6 +146,10 @@ class TangentKernel(Kernel):
         pulled = engine.vjp(x, cotangent.to(engine.like)[:, :, None])
         return {name: p[0] for name, p in zip(engine.params, pulled, strict=True)}
 
+    def settings(self) -> dict[str, Any]:
+        """Model, outputs and the names of the parameters."""
+        return self._engine.settings()
+
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): two passes over the data per product, memory O(P) and one batch's graph."""
         x = checked(x, "x")

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, take
+from ntkit.base.batch import Batch
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.engine import Engine
-from ntkit.jacobian.model_calls import call, untouched
+from ntkit.jacobian.model_calls import call, raw_outputs, untouched
 from ntkit.secant.secant_jacobian import Secant
 
 Integration = Literal["secant", "quadrature", "left", "ntk"]
@@ -47,9 +47,9 @@ class Segment:
         self.integration, self.rule, self.nodes, self.tolerance = integration, rule, nodes, tolerance
         self._secant = Secant(network, self.params) if integration == "secant" else None
         self.engine = (
-            Engine(network, "full", self.params, memory)
+            Engine(network, memory=memory, selected=self.params)
             if self._secant is None
-            else Engine(self._secant, "full", self._secant.params, memory)
+            else Engine(self._secant, memory=memory, selected=self._secant.params)
         )
         self.origin: Mapping[str, Tensor] = {}  # the initial parameters, for "ntk"
         self.most = 0  # largest number of nodes of a step
@@ -81,11 +81,7 @@ class Segment:
     def outputs(self, values: Mapping[str, Tensor], x: Batch) -> Tensor:
         """Outputs at some parameters, [n, C]."""
         self.set(values)
-        with untouched(self.network, {}), torch.no_grad():
-            parts = [
-                call(self.network, part) for part in (take(x, slice(i, i + _BATCH)) for i in range(0, count(x), _BATCH))
-            ]
-        return torch.cat(parts)
+        return raw_outputs(self.network, x, _BATCH)
 
     def ends(self, x: Batch) -> tuple[Tensor, Tensor] | None:
         """Outputs at both ends as the secant rules have them, where the segment stands."""

@@ -283,7 +283,9 @@ class PathKernel(Kernel):
         first = self._replay.initial()
         segment.origin = {name: first[name] for name in self._params}
         engine = segment.engine
-        kernel = TangentKernel(engine.model, "trace" if callable(mode) else mode, engine.params, self._budget)
+        own = {id(p) for p in engine.params.values()}
+        outputs = "trace" if callable(mode) else mode
+        kernel = TangentKernel(engine.model, outputs, lambda name, p: id(p) in own, self._budget)
         total: Any = 0.0
         with task("path kernel", total=self._replay.steps) as progress:
             for step in self._replay.backwards():

@@ -26,7 +26,7 @@ from ntkit.kernels.path.integration import Segment
 from ntkit.trajectory.optimizer_updates import Update
 from ntkit.trajectory.replay import ReplayStep
 
-_ROOM = 0.15  # of the budget: for the gradients of the training examples in hand
+_SHARE = 0.15  # of the budget: for the gradients of the training examples in hand
 
 
 class Weighted(nn.Module):
@@ -73,7 +73,7 @@ class Sweep:
         steps: bool,
     ) -> None:
         self._segment, self._x = segment, x
-        self._train = Engine(Weighted(network), "full", params, budget)
+        self._train = Engine(Weighted(network), memory=budget, selected=params)
         self._like = next(iter(params.values()))
         m = count(x)
         options = {"dtype": torch.float64, "device": self._like.device}
@@ -211,7 +211,7 @@ class Sweep:
             if (carry := self._carry.get(name, 0.0)) != 1.0:
                 buffer.mul_(carry)
         for weight in self._segment.places(step.before, step.after, self._x):
-            for part, factors in self._segment.engine.batches(self._x, _ROOM):
+            for part, factors in self._segment.engine.batches(self._x, _SHARE):
                 for name, factor in factors.items():
                     u, theta = step.updates[name], step.before[name].reshape(-1)
                     shape = (m, self.regularization.shape[1], theta.numel())
@@ -237,7 +237,7 @@ class Sweep:
         """Gradients of the training examples of a step, some examples at a time: name -> [b, entries]."""
         self._segment.set(self._train_at(step))
         x = prepended(step.slope, step.x, "ntkit_slope")
-        for _, factors in self._train.batches(x, _ROOM):
+        for _, factors in self._train.batches(x, _SHARE):
             yield {name: factor.rows()[:, 0] for name, factor in factors.items()}
 
 
