@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from ntkit.base.batch import count
 from ntkit.base.checks import Refused, refusal
 from ntkit.jacobian.factors import _without_fused_rnn
 from ntkit.jacobian.model_calls import Outputs, reduce_outputs
 from ntkit.secant import composed, secant_rules  # noqa: F401 (enters their rules into SECANT_RULES)
-from ntkit.secant.secant_tensor import DISPATCH_KEYS, NoSecant, SecantTensor, aten, lift, no_rule
+from ntkit.secant.secant_tensor import DISPATCH_KEYS, NoSecant, SecantTensor, aten, lift, map_structure, no_rule
 
 
 class Secant(nn.Module):
@@ -182,16 +181,18 @@ class SecantMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Lift new tensors; leave other results as they are."""
-        result = func(*tree_map(self._replaced, args), **tree_map(self._replaced, kwargs or {}))
+        result = func(*self._replaced(args), **self._replaced(kwargs or {}))
         return lift(result) if func._overloadpacket in _FACTORIES and type(result) is Tensor else result
 
     def _replaced(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or isinstance(value, SecantTensor):
+        if isinstance(value, Tensor) and not isinstance(value, SecantTensor):
+            if id(value) in self._values:
+                return self._values[id(value)]
+            if _storage(value) in self._storages:
+                got = "a view of it from before the model's forward"
+                raise no_rule("on a parameter", got, "views of parameters created in the forward")
             return value
-        if id(value) not in self._values and _storage(value) in self._storages:
-            got = "a view of it from before the model's forward"
-            raise no_rule("on a parameter", got, "views of parameters created in the forward")
-        return self._values.get(id(value), value)
+        return map_structure(self._replaced, value)
 
 
 def _storage(t: Tensor) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from operator import attrgetter
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from ntkit.base.checks import Refused, refusal
 
@@ -135,7 +134,7 @@ def _rules_for(func: Any) -> tuple[Rule | None, Rule | None, Rule | None]:
 
 def at(value: Any, point: str) -> Any:
     """Arguments at ``"start"``, ``"end"`` or ``"mid"``."""
-    return tree_map_only(SecantTensor, attrgetter(point), value)
+    return getattr(value, point) if isinstance(value, SecantTensor) else map_structure(partial(at, point=point), value)
 
 
 def at_both_ends(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -151,7 +150,11 @@ def at_mid(func: Any, args: Any, kwargs: Any) -> Any:
 
 def from_mid(func: Any, o0: Any, o1: Any, mid: Any) -> Any:
     """Results as SecantTensors, in their structure; boolean and integer tensors as by `discrete`."""
-    return tree_map(lambda a, b, m: SecantTensor(a, b, m) if is_float(a) else discrete(func, a, b), o0, o1, mid)
+    if isinstance(o0, Tensor):
+        return SecantTensor(o0, o1, mid) if is_float(o0) else discrete(func, o0, o1)
+    if isinstance(o0, (list, tuple)):
+        return _rebuilt(o0, (from_mid(func, *parts) for parts in zip(o0, o1, mid, strict=True)))
+    return discrete(func, o0, o1)
 
 
 def from_slopes(value0: Tensor, value1: Tensor, *terms: tuple[Tensor | float, Tensor]) -> SecantTensor:
@@ -177,12 +180,22 @@ def from_graph(o0: Tensor, o1: Tensor, mid: Tensor) -> SecantTensor:
 
 def lift(values: Any) -> Any:
     """Values that are the same at both ends, as SecantTensors into which the model can write."""
-    return tree_map(lambda v: SecantTensor(v, v.clone(), v.clone()) if is_float(v) else v, values)
+    if is_float(values):
+        return SecantTensor(values, values.clone(), values.clone())
+    return values if isinstance(values, Tensor) else map_structure(lift, values)
 
 
 def secant_tensors(*values: Any) -> list[SecantTensor]:
     """All SecantTensors among arguments."""
-    return [value for value in tree_leaves(values) if isinstance(value, SecantTensor)]
+    tensors: list[SecantTensor] = []
+    for value in values:
+        if isinstance(value, SecantTensor):
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)):
+            tensors += secant_tensors(*value)
+        elif isinstance(value, dict):
+            tensors += secant_tensors(*value.values())
+    return tensors
 
 
 # ---------------------------------------------------------------------- boolean and integer tensors
@@ -190,14 +203,15 @@ def secant_tensors(*values: Any) -> list[SecantTensor]:
 
 def discrete(func: Any, o0: Any, o1: Any) -> Any:
     """Boolean and integer results: plain if they agree at the ends, except views, which may be written into."""
-
-    def result(a: Any, b: Any) -> Any:
-        if a.shape != b.shape if isinstance(a, Tensor) else a != b:
+    if isinstance(o0, Tensor):
+        if o0.shape != o1.shape:
             raise jump(func)
-        agrees = not isinstance(a, Tensor) or (torch.equal(a, b) and not func.is_view)
-        return a if agrees else SecantTensor(a, b, None)
-
-    return tree_map(result, o0, o1)
+        return o0 if torch.equal(o0, o1) and not func.is_view else SecantTensor(o0, o1, None)
+    if isinstance(o0, (list, tuple)):
+        return _rebuilt(o0, (discrete(func, a, b) for a, b in zip(o0, o1, strict=True)))
+    if o0 != o1:
+        raise jump(func)
+    return o0
 
 
 _ARITHMETIC = {aten.mul, aten.add, aten.sub, aten.rsub, aten.div, aten._to_copy}  # take booleans as 0 and 1
@@ -227,13 +241,9 @@ def _of_discrete(func: Any, args: Any, kwargs: Any, tensors: list[SecantTensor])
 
 def _as_floats(value: Any) -> Any:
     """Boolean values as numbers."""
-
-    def number(t: SecantTensor) -> SecantTensor:
-        if t.mid is not None or t.chord is None:
-            return t
-        return SecantTensor(t.start.to(t.chord.dtype), t.end.to(t.chord.dtype), t.chord)
-
-    return tree_map_only(SecantTensor, number, value)
+    if isinstance(value, SecantTensor) and value.mid is None and value.chord is not None:
+        return SecantTensor(value.start.to(value.chord.dtype), value.end.to(value.chord.dtype), value.chord)
+    return map_structure(_as_floats, value)
 
 
 # ---------------------------------------------------------------------- refusals
@@ -294,11 +304,26 @@ def _moves(t: SecantTensor) -> bool:
 
 def _without_graph(value: Any) -> Any:
     """Plain tensors without the autograd graph of the rules; a dispatch function returns none."""
-    return tree_map(lambda v: v.detach() if type(v) is Tensor else v, value)
+    return value.detach() if type(value) is Tensor else map_structure(_without_graph, value)
 
 
 def _without_constants(value: Any) -> Any:
-    return tree_map_only(SecantTensor, lambda t: t if _moves(t) else t.start, value)
+    if isinstance(value, SecantTensor):
+        return value if _moves(value) else value.start
+    return map_structure(_without_constants, value)
+
+
+def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to the items of a list, tuple or dict; other values are returned as they are."""
+    if isinstance(value, (list, tuple)):
+        return _rebuilt(value, map(function, value))
+    if isinstance(value, dict):
+        return {name: function(v) for name, v in value.items()}
+    return value
+
+
+def _rebuilt(like: Any, values: Iterable[Any]) -> Any:
+    return list(values) if isinstance(like, list) else tuple(values)
 
 
 @cache
