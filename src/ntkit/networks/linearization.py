@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
-from ntkit.jacobian.model_calls import check_mode, select_parameters
+from ntkit.jacobian.model_calls import check_mode, check_module, select_parameters
 
 Params = Iterable[str] | Callable[..., bool] | None  # names, a predicate of the name (or name and parameter), or all
 
@@ -116,8 +116,7 @@ def linearized(model: nn.Module, params: Params = None) -> Linearized:
     >>> lin(x).square().mean() < model(x).square().mean()
     tensor(True)
     """
-    if not isinstance(model, nn.Module):
-        raise refusal("model", got=type(model).__name__, expected="a torch.nn.Module", fix="Wrap it in a module.")
+    check_module(model)
     return Linearized(model, params)
 
 
