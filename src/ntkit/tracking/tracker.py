@@ -25,7 +25,7 @@ from ntkit.jacobian.model_calls import Outputs, raw_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.tracking.losses import cross_entropy, derivatives, half_squared, logistic
 from ntkit.tracking.series import FORMAT, Tracked, assembled, open_folder
-from ntkit.tracking.snapshot_numbers import KernelMatrix, KernelProducts, finite, kernel_change, output_columns
+from ntkit.tracking.snapshot_numbers import KernelMatrix, KernelProducts, finite, kernel_change
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.objective import Loss
 
@@ -221,7 +221,11 @@ class _Tracker:
         values = {"target": self.targets, "output": raw.reshape(self.n, -1).double(), "residual": slope}
         if isinstance(kernel, KernelMatrix) and self.mode == "diagonal":
             kernels = [KernelMatrix(kernel.K[:, :, c]) for c in range(self.outputs)]
-            parts = [part.spectral(self.k, output_columns(values, c), 1) for c, part in enumerate(kernels)]
+            columns = [
+                {name: None if v is None else v[:, c : c + 1] for name, v in values.items()}
+                for c in range(self.outputs)
+            ]
+            parts = [part.spectral(self.k, own, 1) for part, own in zip(kernels, columns, strict=True)]
             record["per_output"] = [numbers for numbers, _ in parts]
             vectors = np.stack([v for _, v in parts])
         else:

@@ -46,8 +46,11 @@ def patches(n: int, pixels: int, seed: int) -> Tensor:
     """Gray patches of scikit-learn's two photographs, each scaled to [0, 1]: [n, 1, pixels, pixels]."""
     from sklearn.datasets import load_sample_images
 
-    draw, selection = np.random.default_rng(seed), []
-    photographs = [_shrunk(image.mean(2)) for image in load_sample_images().images]
+    draw, selection, photographs = np.random.default_rng(seed), [], []
+    for image in load_sample_images().images:
+        h, w = (side // _SHRINK for side in image.shape[:2])
+        blocks = image.mean(2)[: h * _SHRINK, : w * _SHRINK].reshape(h, _SHRINK, w, _SHRINK)
+        photographs.append(blocks.mean((1, 3)))
     while len(selection) < n:
         photograph = photographs[len(selection) % len(photographs)]
         i, j = (int(draw.integers(side - pixels + 1)) for side in photograph.shape)
@@ -55,11 +58,6 @@ def patches(n: int, pixels: int, seed: int) -> Tensor:
         if patch.max() > patch.min():
             selection.append((patch - patch.min()) / (patch.max() - patch.min()))
     return torch.from_numpy(np.stack(selection))[:, None]
-
-
-def _shrunk(image: np.ndarray) -> np.ndarray:
-    h, w = (side // _SHRINK for side in image.shape)
-    return image[: h * _SHRINK, : w * _SHRINK].reshape(h, _SHRINK, w, _SHRINK).mean((1, 3))
 
 
 def parts(work: Work) -> Iterator[StudyPart]:
