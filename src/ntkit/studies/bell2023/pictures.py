@@ -103,6 +103,7 @@ def _rebuilt(work: Work, name: str, seed: int) -> Result:
         arrays[method] = logits.numpy()
     arrays |= {"network": exact.prediction.numpy(), "contributions": exact.contributions.numpy()}
     numbers = {
+        "seed": seed,
         "errors": by_method,
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": float(run.losses[-1]),

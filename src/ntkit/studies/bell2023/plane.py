@@ -70,7 +70,8 @@ def _rule_errors(work: Work, activation: str, seed: int) -> Result:
     numbers = errors_by_rule(model, run, x, RULES, ends, work.sizes.direct, _AT_ONCE)
     for method, parts in by_method.items():
         numbers["errors"][method] = errors(parts.prediction + parts.residual, parts.prediction)
-    return Result(numbers | {"largest_output": float(ends[1].abs().max()), "loss": float(run.losses[-1])}, {})
+    about = {"activation": activation, "seed": seed, "largest_output": float(ends[1].abs().max())}
+    return Result(about | numbers | {"loss": float(run.losses[-1])}, {})
 
 
 def _maps(work: Work, activation: str, seed: int) -> Result:
