@@ -15,6 +15,7 @@ import torch
 import ntkit
 from ntkit.base.checks import Refused
 from ntkit.base.files import read_arrays
+from ntkit.commands.settings import TrackSettings
 from ntkit.commands.track import track_run
 from ntkit.tracking import Tracked, track
 
@@ -76,7 +77,7 @@ def test_a_run_of_analyze_is_known(tmp_path):
     settings = ntkit.Settings(classes=("3", "8"), train=60, test=20, model="mlp", epochs=1, track_points=20)
     run = ntkit.analyze(settings, out=tmp_path / "run", say=lambda line: None)
     lines = []
-    out = track_run(run, points=15, k=4, say=lines.append)
+    out = track_run(run, TrackSettings(points=15, k=4), say=lines.append)
     assert out == run / "track"
     assert (out / "track.html").exists()
     tracked = Tracked.open(out)
@@ -90,7 +91,7 @@ def test_a_run_of_analyze_is_known(tmp_path):
     assert torch.allclose(torch.from_numpy(images["eigenfunctions"][0, 1]).double(), expected, atol=1e-5)
     assert "mean image" in (out / "track.html").read_text()
     lines.clear()
-    track_run(run, points=15, k=4, say=lines.append)
+    track_run(run, TrackSettings(points=15, k=4), say=lines.append)
     assert len(lines) == 2  # nothing is measured twice
 
 

@@ -12,6 +12,7 @@ import pytest
 from ntkit.base.checks import Refused
 from ntkit.base.files import read_json
 from ntkit.commands.infinite_width import infinite
+from ntkit.commands.settings import InfiniteSettings
 
 FACTORY = """
     from torch import nn
@@ -29,7 +30,7 @@ def test_accuracies_of_the_limit_beside_others(tmp_path):
     (tmp_path / "net.py").write_text(textwrap.dedent(FACTORY))
     lines: list[str] = []
     name = f"{tmp_path / 'net.py'}:factory"
-    found = infinite(name, train=300, folds=3, epochs=3, out=tmp_path / "run", say=lines.append)
+    found = infinite(InfiniteSettings(model=name, train=300, folds=3, epochs=3, out=tmp_path / "run"), say=lines.append)
     rows = {row["name"]: row for row in found["accuracies"]}
     assert list(rows) == ["NTK, kernel ridge", "NNGP, kernel ridge", "SVM, RBF", "the network, trained"]
     for kernel in ("NTK, kernel ridge", "NNGP, kernel ridge", "SVM, RBF"):
@@ -42,7 +43,7 @@ def test_accuracies_of_the_limit_beside_others(tmp_path):
     assert read_json(tmp_path / "run" / "results.json") == found
     assert read_json(tmp_path / "run" / "run.json")["settings"]["train"] == 300
     with pytest.raises(Refused, match="another run"):
-        infinite(name, train=200, folds=3, epochs=3, out=tmp_path / "run")
+        infinite(InfiniteSettings(model=name, train=200, folds=3, epochs=3, out=tmp_path / "run"))
 
 
 def test_the_command_prints_a_table_and_refuses_in_a_line(tmp_path):
@@ -70,4 +71,4 @@ def test_refusals():
         ({"model": "mlpp"}, "Did you mean mlp"),
     ):
         with pytest.raises(Refused, match=message):
-            infinite(**{"train": 100, "folds": 2, **arguments})
+            infinite(InfiniteSettings(**{"train": 100, "folds": 2, **arguments}))

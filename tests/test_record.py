@@ -694,7 +694,7 @@ def foreign():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(model=3), "model: got a int; expected a torch.nn.Module"),
+        (dict(model=3), "model: got int; expected a torch.nn.Module"),
         (dict(model=nn.LazyLinear(2)), "model's weight: got a tensor without values yet"),
         (dict(model=nn.Linear(2, 2, device="meta")), "model's weight: got a tensor without values"),
         (dict(optimizer=lambda p: None), "optimizer: got a function; expected a torch.optim.Optimizer"),

@@ -84,6 +84,7 @@ def test_samples_that_mix_or_chance(how, message):
             r"x1: got nan at index \(2, 3\); expected finite values",
         ),
         (torch.where(torch.arange(20).view(4, 5) == 5, torch.inf, X), r"got inf at index \(1, 0\)"),
+        (torch.where(torch.arange(20).view(4, 5) == 11, torch.nan, X).cfloat(), r"x1: got .*nan.* at index \(2, 1\)"),
         ([[1.0, 2.0]], r"x1: got list; expected a tensor with samples along its first axis.*torch\.as_tensor"),
         ((X, X[:3]), r"tensors with \[3, 4\] samples; expected one number of samples"),
         (
@@ -92,7 +93,7 @@ def test_samples_that_mix_or_chance(how, message):
         ),
         (X.float(), r"got input \(\d, 5\) float32, on which its forward failed"),
     ],
-    ids=["empty", "nan", "inf", "list", "ragged", "channels", "dtype"],
+    ids=["empty", "nan", "inf", "complex nan", "list", "ragged", "channels", "dtype"],
 )
 def test_input(x, message):
     with refused(message):

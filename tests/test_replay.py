@@ -518,7 +518,7 @@ def test_other_data_loss_model_or_clip(tmp_path):
     with pytest.raises(Refused, match=r"clip: got -1; expected a finite norm > 0"):
         Replay(trajectory, clip=-1)
     assert Replay(trajectory, clip=1.0).n == N
-    with pytest.raises(Refused, match="model: got a str"):
+    with pytest.raises(Refused, match="model: got str"):
         Replay(trajectory, model="mlp")
     with pytest.raises(Refused, match=r"model: got '2.weight' absent"):
         Replay(trajectory, model=nn.Sequential(nn.Linear(D, 7)).double())

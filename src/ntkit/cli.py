@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 
 from ntkit import __version__
 from ntkit.base.checks import Refused
-from ntkit.commands.settings import Settings
+from ntkit.commands.settings import InfiniteSettings, Settings, TrackSettings
 
 app = App(
     name="ntkit",
@@ -49,53 +49,19 @@ def analyze(
 
 
 @app.command
-def track(
-    run: Path,
-    *,
-    model: str | None = None,
-    data: str | None = None,
-    data_dir: str | None = None,
-    points: int = 500,
-    k: int = 20,
-    outputs: str = "trace",
-    memory: str | None = None,
-    out: Path | None = None,
-    follow: bool = False,
-    tensorboard: Path | None = None,
-) -> None:
+def track(run: Path, settings: Annotated[TrackSettings | None, Parameter(name="*")] = None) -> None:
     """Follow the kernel along a recorded run: spectrum, alignment, energies, learning-rate bound, first order.
 
     Parameters
     ----------
     run
         A run folder of ntkit analyze, or the folder of a recorded trajectory (then give --model and --data).
-    model
-        As in ntkit analyze.
-    data
-        As in ntkit analyze.
-    data_dir
-        Folder with the official files of mnist or cifar10.
-    points
-        Training examples to follow, spread evenly.
-    k
-        Number of eigenpairs.
-    outputs
-        trace (n x n), full (nC x nC) or diagonal (each output's own).
-    memory
-        Memory for Gram matrices, such as "2 GB". A larger kernel is not formed, only multiplied with vectors.
-    out
-        Folder for the numbers (RUN/track by default). A tracking that was stopped is resumed there.
-    follow
-        Wait for further snapshots until the run ends.
-    tensorboard
-        Folder for TensorBoard events.
+    settings
+        What to follow, and how.
     """
     from ntkit.commands.track import track_run
 
-    track_run(
-        run, model=model, data=data, data_dir=data_dir, points=points, k=k, outputs=outputs, memory=memory, out=out,
-        follow=follow, tensorboard=tensorboard, say=lambda line: print(line, flush=True),
-    )  # fmt: skip
+    track_run(run, settings, say=lambda line: print(line, flush=True))
 
 
 @app.command
@@ -121,19 +87,7 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
 
 
 @app.command
-def infinite(
-    *,
-    model: str = "mlp",
-    data: str = "digits",
-    data_dir: str | None = None,
-    train: int | None = None,
-    folds: int = 5,
-    epochs: int = 20,
-    w_std: float | None = None,
-    b_std: float | None = None,
-    seed: int = 0,
-    out: Path | None = None,
-) -> None:
+def infinite(settings: Annotated[InfiniteSettings | None, Parameter(name="*")] = None) -> None:
     """Derive a network's infinite-width limit from its module, and print how well it classifies.
 
     Cross-validated accuracy of kernel ridge regression with the tangent kernel (NTK) and the Gaussian process (NNGP) of
@@ -141,34 +95,12 @@ def infinite(
 
     Parameters
     ----------
-    model
-        linear, mlp, package.module:factory or file.py:factory. Max pooling and BatchNorm have no limit.
-    data
-        As in ntkit analyze.
-    data_dir
-        Folder with the official files of mnist or cifar10.
-    train
-        Training examples to keep (all by default).
-    folds
-        Number of folds of the cross-validation.
-    epochs
-        Passes over the training set, when the network is trained.
-    w_std
-        With --b-std: the NTK parametrization w_std / sqrt(fan_in) W, instead of the module's own initialization.
-    b_std
-        Standard deviation of the biases in the NTK parametrization.
-    seed
-        Seed of the weights, the choice of examples and the folds.
-    out
-        Folder for run.json and results.json.
+    settings
+        Which network and data, and how.
     """
     from ntkit.commands.infinite_width import infinite as run
 
-    results = run(
-        model, data=data, data_dir=data_dir, train=train, folds=folds, epochs=epochs, w_std=w_std, b_std=b_std,
-        seed=seed, out=out, say=_say,
-    )  # fmt: skip
-    _print_accuracies(results)
+    _print_accuracies(run(settings, say=_say))
 
 
 @app.command

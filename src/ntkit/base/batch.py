@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +20,21 @@ def leaves(x: Batch) -> list[Tensor]:
     return list(x.values()) if isinstance(x, dict) else list(x)
 
 
+def with_leaves(x: Batch, tensors: list[Tensor]) -> Batch:
+    """Batch like `x` with other tensors."""
+    if isinstance(x, Tensor):
+        return tensors[0]
+    return dict(zip(x, tensors, strict=True)) if isinstance(x, dict) else tuple(tensors)
+
+
+def call_with(function: Callable[..., Any], x: Batch) -> Any:
+    """Call a function (a model) with the tensors of a batch: as arguments, or of a dict as keywords."""
+    return function(**x) if isinstance(x, dict) else function(*leaves(x))
+
+
 def take(x: Batch, index: Any) -> Batch:
     """Index every tensor of a batch along its samples."""
-    if isinstance(x, Tensor):
-        return x[index]
-    if isinstance(x, dict):
-        return {name: value[index] for name, value in x.items()}
-    return tuple(value[index] for value in x)
+    return with_leaves(x, [t[index] for t in leaves(x)])
 
 
 def alike(x1: Batch, x2: Batch) -> bool:
@@ -38,11 +47,8 @@ def alike(x1: Batch, x2: Batch) -> bool:
 
 def join(x1: Batch, x2: Batch) -> Batch:
     """Concatenate two batches."""
-    if isinstance(x1, Tensor):
-        return torch.cat([x1, x2])
-    if isinstance(x1, dict):
-        return {name: torch.cat([value, x2[name]]) for name, value in x1.items()}
-    return tuple(torch.cat(pair) for pair in zip(x1, x2, strict=True))
+    second = {name: x2[name] for name in x1} if isinstance(x1, dict) else x2
+    return with_leaves(x1, [torch.cat(pair) for pair in zip(leaves(x1), leaves(second), strict=True)])
 
 
 def count(x: Batch) -> int:
@@ -65,14 +71,11 @@ def checked(x: Batch, name: str) -> Batch:
         raise refusal(name, got="an empty set", expected="at least one sample", fix="Check the selection of samples.")
     for tensor in tensors:
         # a finite sum means finite values; another sum may only have overflowed, so then each value is checked
-        if not tensor.is_floating_point() or torch.isfinite(tensor.sum()):
+        if not (tensor.is_floating_point() or tensor.is_complex()) or torch.isfinite(tensor.sum()):
             continue
         if not (finite := torch.isfinite(tensor)).all():
             index = tuple(int(i) for i in (~finite).nonzero()[0])
             got, fix = f"{tensor[index].item()} at index {index}", "Remove or repair that sample."
             raise refusal(name, got=got, expected="finite values", fix=fix)
     with torch.inference_mode(False):
-        clean = [t.clone() if t.is_inference() else t.detach() for t in tensors]
-    if isinstance(x, Tensor):
-        return clean[0]
-    return dict(zip(x, clean, strict=True)) if isinstance(x, dict) else tuple(clean)
+        return with_leaves(x, [t.clone() if t.is_inference() else t.detach() for t in tensors])

@@ -13,7 +13,7 @@ import numpy as np
 from ntkit.base.checks import refusal
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call ``write(aside)`` with a name beside `path`, sync that file to disk, then rename it to `path`.
 
     After any failure (disk full, a kill) `path` is either the old file or the complete new one.
@@ -46,13 +46,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def write_bytes(path: str | Path, blob: bytes) -> None:
+    """Write bytes (see `write_atomically`)."""
+    write_atomically(path, lambda aside: aside.write_bytes(blob))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write text (see `write_atomically`)."""
-
-    def write(aside: Path) -> None:
-        aside.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -82,12 +83,7 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write named arrays as one safetensors file (see `write_atomically`)."""
     from safetensors.numpy import save
 
-    blob = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
-
-    def write(aside: Path) -> None:
-        aside.write_bytes(blob)
-
-    write_atomically(path, write)
+    write_bytes(path, save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:

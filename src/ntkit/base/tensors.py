@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import Refused, refusal
-from ntkit.base.files import write_atomically
+from ntkit.base.files import write_bytes
 
 
 def tensor_hash(
@@ -38,15 +38,6 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
         copies[name] = copy.clone() if memory in seen else copy
         seen.add(memory)
     return save(copies, metadata)
-
-
-def write_bytes(path: Path, blob: bytes) -> None:
-    """Write a file that is complete or absent."""
-
-    def write(aside: Path) -> None:
-        aside.write_bytes(blob)
-
-    write_atomically(path, write)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

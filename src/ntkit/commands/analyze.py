@@ -37,6 +37,7 @@ from ntkit.data import Data, load
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.spectra import alignment
 from ntkit.networks.built_in import build
+from ntkit.report import render
 from ntkit.trajectory import Trajectory, load_weights, train
 
 Stage = tuple[Any, dict[str, np.ndarray]]  # the numbers of a stage, and its arrays
@@ -78,7 +79,7 @@ def analyze(
         complete = earlier["status"] == "complete" and (Path(resume) / "results.json").exists()
         if out is None and complete:
             say("The run is complete. Its report is written again.")
-            return _report(Path(resume))
+            return render(resume).parent
         if out is None:
             return _Run(Path(resume), settings, say, earlier, resumed=True).run()
         if not complete:
@@ -174,7 +175,7 @@ class _Run:
             self.settings, self.task, self.models["after"], self.trajectory, numbers, self.device, self.memory
         )
         write_json(self.folder / "results.json", results)
-        report = _report(self.folder)
+        report = render(self.folder).parent
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         write_json(self.folder / "run.json", read_json(self.folder / "run.json") | {"status": "complete"})
         return report
@@ -361,9 +362,3 @@ class _Run:
             fix = "See why the stage that computes it is absent."
             raise refusal(f"kernel matrix {name}", got="none", expected="one from an earlier stage", fix=fix)
         return torch.from_numpy(np.load(self._gram_file(name), allow_pickle=False))
-
-
-def _report(folder: Path) -> Path:
-    from ntkit.report import render
-
-    return render(folder).parent

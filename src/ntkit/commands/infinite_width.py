@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder, read_json, write_json
 from ntkit.base.memory import free_memory
 from ntkit.base.versions import versions
+from ntkit.commands.settings import InfiniteSettings
 from ntkit.data import Data, load
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.kernels.tangent import TangentKernel
@@ -33,18 +34,7 @@ Classifier = Callable[[np.ndarray, np.ndarray, bool], np.ndarray]  # (rows to fi
 
 
 def infinite(
-    model: str = "mlp",
-    *,
-    data: str = "digits",
-    data_dir: str | None = None,
-    train: int | None = None,
-    folds: int = 5,
-    epochs: int = 20,
-    w_std: float | None = None,
-    b_std: float | None = None,
-    seed: int = 0,
-    out: Path | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    settings: InfiniteSettings | None = None, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Cross-validated accuracy of the limit's two kernels, of an RBF machine and of the network itself, trained.
 
@@ -55,12 +45,7 @@ def infinite(
 
     Parameters
     ----------
-    model, data, data_dir, train : as in `ntkit.analyze`; at most `train` training examples.
-    folds : number of folds, stratified by class.
-    epochs : of the network's training.
-    w_std, b_std : the NTK parametrization; None reads the module's own initialization.
-    seed : of the module's weights, the choice of examples, and the folds.
-    out : folder for ``run.json`` and ``results.json``; without it no file is written.
+    settings : which network and data, and how.
     say : called with each line.
 
     Returns
@@ -75,23 +60,23 @@ def infinite(
         For a module without a limit (names the layer), a class with fewer examples than folds, or a kernel larger than
         half of the free memory.
     """
-    if folds < 2 or epochs < 1:
-        fix = "Give larger numbers."
-        raise refusal("--folds, --epochs", got=f"{folds}, {epochs}", expected="at least 2, at least 1", fix=fix)
-    sets = load(data, data_dir, train=train, seed=seed)
-    network = build(model, sets.input_shape, len(sets.classes), seed)
-    n, m = _check_size(sets, folds)
-    settings = {
-        "model": model, "data": data, "train": n, "test": m, "folds": folds, "epochs": epochs, "w_std": w_std,
-        "b_std": b_std, "seed": seed,
-    }  # fmt: skip
-    if out is not None:
-        if (out / "run.json").exists() and read_json(out / "run.json").get("settings") != settings:
+    s = settings or InfiniteSettings()
+    if s.folds < 2 or s.epochs < 1:
+        got, fix = f"{s.folds}, {s.epochs}", "Give larger numbers."
+        raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
+    sets = load(s.data, s.data_dir, train=s.train, seed=s.seed)
+    network = build(s.model, sets.input_shape, len(sets.classes), s.seed)
+    n, m = _check_size(sets, s.folds)
+    names = ("model", "data", "train", "test", "folds", "epochs", "w_std", "b_std", "seed")
+    values = asdict(s) | {"train": n, "test": m}
+    record = {name: values[name] for name in names}
+    if s.out is not None:
+        if (s.out / "run.json").exists() and read_json(s.out / "run.json").get("settings") != record:
             fix = "Name another folder."
-            raise refusal("--out", got=f"{out}, which holds another run", expected="a new folder", fix=fix)
-        write_json(ensure_folder(out) / "run.json", {"settings": settings, "versions": versions()})
+            raise refusal("--out", got=f"{s.out}, which holds another run", expected="a new folder", fix=fix)
+        write_json(ensure_folder(s.out) / "run.json", {"settings": record, "versions": versions()})
     x, x_test = sets.x_train.double(), sets.x_test.double()
-    kernels = {kind: InfiniteKernel(network, kind, w_std, b_std) for kind in ("ntk", "nngp")}
+    kernels = {kind: InfiniteKernel(network, kind, s.w_std, s.b_std) for kind in ("ntk", "nngp")}
     layers = kernels["ntk"].describe(x[:1]).splitlines()
     for line in layers:
         say(f"  {line}")
@@ -103,17 +88,17 @@ def infinite(
         "NTK, kernel ridge": _ridge(*grams["ntk"], sets),
         "NNGP, kernel ridge": _ridge(*grams["nngp"], sets),
         "SVM, RBF": _rbf(sets),
-        "the network, trained": _network(network, sets, epochs, seed),
+        "the network, trained": _network(network, sets, s.epochs, s.seed),
     }
     results = {
-        "accuracies": [_accuracy(name, c, sets, folds, seed, say) for name, c in classifiers.items()],
+        "accuracies": [_accuracy(name, c, sets, s.folds, s.seed, say) for name, c in classifiers.items()],
         "layers": layers,
         "error": kernels["ntk"].error,
-        "distance": None if w_std is not None else _distance(network, kernels["ntk"], x[:_COMPARED]),
-        "settings": settings,
+        "distance": None if s.w_std is not None else _distance(network, kernels["ntk"], x[:_COMPARED]),
+        "settings": record,
     }
-    if out is not None:
-        write_json(out / "results.json", results)
+    if s.out is not None:
+        write_json(s.out / "results.json", results)
     return results
 
 

@@ -58,7 +58,16 @@ def assemble(
             "fallback": oracle["fallback"],
             "text": oracle["text"],
         },
-        "training": None if trajectory is None else _training(s, trajectory, len(data.x_train)),
+        "training": None
+        if trajectory is None
+        else {
+            "optimizer": s.describe_optimizer(),
+            "batch_size": trajectory.settings["batch_size"] or len(data.x_train),
+            "steps": trajectory.stop["step"],
+            "stop": trajectory.stop["reason"],
+            "losses": trajectory.losses.tolist(),
+            "seed": s.seed,
+        },
         "network": stages["network"],
         "machines": machines,
         "quality": [q for key in KERNELS if (q := stages[f"gram-{key}"]) is not None],
@@ -72,17 +81,6 @@ def assemble(
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "memory": memory,
         },
-    }
-
-
-def _training(settings: Settings, trajectory: Trajectory, examples: int) -> dict[str, Any]:
-    return {
-        "optimizer": settings.describe_optimizer(),
-        "batch_size": trajectory.settings["batch_size"] or examples,
-        "steps": trajectory.stop["step"],
-        "stop": trajectory.stop["reason"],
-        "losses": trajectory.losses.tolist(),
-        "seed": settings.seed,
     }
 
 

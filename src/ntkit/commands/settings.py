@@ -1,4 +1,4 @@
-"""The settings of `ntkit analyze`: one dataclass for the command line, ``run.json`` and Python. It imports no torch."""
+"""The settings of commands: a dataclass each, for the command line and Python. It imports no torch."""
 
 from __future__ import annotations
 
@@ -124,6 +124,58 @@ class Settings:
         if self.weight_decay:
             parts.append(f"weight decay {self.weight_decay:g}")
         return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackSettings:
+    """What to follow along a run, and how."""
+
+    model: str | None = None
+    """As in ntkit analyze."""
+    data: str | None = None
+    """As in ntkit analyze."""
+    data_dir: str | None = None
+    """Folder with the official files of mnist or cifar10."""
+    points: int = 500
+    """Training examples to follow, spread evenly."""
+    k: int = 20
+    """Number of eigenpairs."""
+    outputs: str = "trace"
+    """trace (n x n), full (nC x nC) or diagonal (each output's own)."""
+    memory: str | None = None
+    """Memory for Gram matrices, such as "2 GB". A larger kernel is not formed, only multiplied with vectors."""
+    out: Path | None = None
+    """Folder for the numbers (RUN/track by default). A tracking that was stopped is resumed there."""
+    follow: bool = False
+    """Wait for further snapshots until the run ends."""
+    tensorboard: Path | None = None
+    """Folder for TensorBoard events."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfiniteSettings:
+    """Which network and data `ntkit infinite` compares in the limit, and how."""
+
+    model: str = "mlp"
+    """linear, mlp, package.module:factory or file.py:factory. Max pooling and BatchNorm have no limit."""
+    data: str = "digits"
+    """As in ntkit analyze."""
+    data_dir: str | None = None
+    """Folder with the official files of mnist or cifar10."""
+    train: int | None = None
+    """Training examples to keep (all by default)."""
+    folds: int = 5
+    """Number of folds of the cross-validation, stratified by class."""
+    epochs: int = 20
+    """Passes over the training set, when the network is trained."""
+    w_std: float | None = None
+    """With --b-std: the NTK parametrization w_std / sqrt(fan_in) W, instead of the module's own initialization."""
+    b_std: float | None = None
+    """Standard deviation of the biases in the NTK parametrization."""
+    seed: int = 0
+    """Seed of the weights, the choice of examples and the folds."""
+    out: Path | None = None
+    """Folder for run.json and results.json; without it no file is written."""
 
 
 def _bad(name: str, value: Any, expected: str, fix: str) -> Refused:

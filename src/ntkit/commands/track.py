@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.files import read_json, write_arrays
-from ntkit.commands.settings import Settings
+from ntkit.commands.settings import Settings, TrackSettings
 from ntkit.data import load
 from ntkit.measures.eigenfunctions import bandwidth, patterns
 from ntkit.networks.built_in import build
@@ -38,32 +38,13 @@ _COLUMNS = (
 )
 
 
-def track_run(
-    run: Path,
-    *,
-    model: str | None = None,
-    data: str | None = None,
-    data_dir: str | None = None,
-    points: int = 500,
-    k: int = 20,
-    outputs: Any = "trace",
-    memory: str | None = None,
-    out: Path | None = None,
-    follow: bool = False,
-    tensorboard: Path | None = None,
-    say: Callable[[str], None] = print,
-) -> Path:
+def track_run(run: Path, settings: TrackSettings | None = None, say: Callable[[str], None] = print) -> Path:
     """Track a run of `ntkit analyze`, or a trajectory of `ntkit.train` or `ntkit.record`; return the folder written.
 
     Parameters
     ----------
-    run : a run folder of `analyze`, which names model and data; or a trajectory's folder (then give both).
-    model, data, data_dir : as in `ntkit analyze`.
-    points : training examples to follow, spread evenly.
-    k, outputs, memory : as in `ntkit.track`.
-    out : folder for the numbers, RUN/track by default.
-    follow : wait for further snapshots until the run ends.
-    tensorboard : folder for TensorBoard events.
+    run : a run folder of `analyze`, which names model and data; or a trajectory's folder (then the settings name both).
+    settings : what to follow, and how.
     say : called with each line.
 
     Raises
@@ -71,29 +52,30 @@ def track_run(
     Refused
         When the folder holds no run, or model and data are missing.
     """
-    folder, network, x, y = _run_to_follow(run, model, data, data_dir, points)
-    place = out or run / "track"
+    s = settings or TrackSettings()
+    folder, network, x, y = _run_to_follow(run, s)
+    place = s.out or run / "track"
     say(" ".join(f"{title:>{len(form.format(0))}}" for title, _, form in _COLUMNS))
     while True:
         trajectory = Trajectory.open(folder)
         ended = trajectory.status != "running"
-        steps = trajectory.steps if ended or not follow else trajectory.steps[:-1] or trajectory.steps
+        steps = trajectory.steps if ended or not s.follow else trajectory.steps[:-1] or trajectory.steps
         try:
             tracked = track(
-                trajectory, x, y, model=network, k=min(k, len(y)), outputs=outputs, memory=memory, path=place,
-                steps=steps, on_snapshot=lambda record: say(_row(record)),
+                trajectory, x, y, model=network, k=min(s.k, len(y)), outputs=cast(Any, s.outputs), memory=s.memory,
+                path=place, steps=steps, on_snapshot=lambda record: say(_row(record)),
             )  # fmt: skip
         except Refused:
             # a recorder deletes snapshots to stay within its disk budget, perhaps between our listing and reading
             if set(trajectory.steps) <= set(Trajectory.open(folder).steps):
                 raise
             continue
-        if ended or not follow:
+        if ended or not s.follow:
             break
         time.sleep(_PAUSE)
-    if tensorboard is not None:
-        tracked.to_tensorboard(tensorboard)
-    if x.dim() == 4 and outputs == "trace":
+    if s.tensorboard is not None:
+        tracked.to_tensorboard(s.tensorboard)
+    if x.dim() == 4 and s.outputs == "trace":
         _draw(tracked, x, place)
     from ntkit.report import render_tracked
 
@@ -113,24 +95,22 @@ def _draw(tracked: Tracked, x: Tensor, place: Path) -> None:
     write_arrays(place / "images.safetensors", arrays)
 
 
-def _run_to_follow(
-    run: Path, model: str | None, data: str | None, data_dir: str | None, points: int
-) -> tuple[Path, nn.Module, Tensor, Tensor]:
+def _run_to_follow(run: Path, settings: TrackSettings) -> tuple[Path, nn.Module, Tensor, Tensor]:
     """Trajectory folder, model and points."""
     described = read_json(run / "run.json")
-    folder, seed = run, 0
+    folder, model, seed = run, settings.model, 0
     if isinstance(described, dict) and "settings" in described and (run / "trajectory").is_dir():
         s = Settings.of(described["settings"])
         folder, model, seed = run / "trajectory", s.model, s.seed
         sets = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
-    elif model is None or data is None:
+    elif model is None or settings.data is None:
         got, expected = "a recorded trajectory without --model and --data", "both, or a run folder of ntkit analyze"
         fix = "Name the factory of its architecture and the data to follow: --model net.py:make --data set.npz."
         raise refusal(str(run), got=got, expected=expected, fix=fix)
     else:
-        sets = load(data, data_dir)
+        sets = load(settings.data, settings.data_dir)
     network = build(model, sets.input_shape, 1 if len(sets.classes) == 2 else len(sets.classes), seed)
-    rows = torch.linspace(0, len(sets.x_train) - 1, min(points, len(sets.x_train))).long()
+    rows = torch.linspace(0, len(sets.x_train) - 1, min(settings.points, len(sets.x_train))).long()
     return folder, network, sets.x_train[rows], sets.y_train[rows]
 
 

@@ -30,7 +30,7 @@ from ntkit.jacobian.contraction import (
     triangle,
 )
 from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.model_calls import MODES, Outputs, Params, check_mode, select_parameters
+from ntkit.jacobian.model_calls import MODES, Outputs, Params, check_mode, check_module, select_parameters
 from ntkit.jacobian.pairs import Whole
 from ntkit.jacobian.plan import ROUTES, Plan, Route, make_plan
 from ntkit.jacobian.products import differentiated_twice, pulled_back
@@ -75,9 +75,7 @@ class Engine:
         *,
         selected: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            got, fix = type(model).__name__, "Wrap the function in a module."
-            raise refusal("model", got=got, expected="a torch.nn.Module", fix=fix)
+        check_module(model, fix="Wrap the function in a module.")
         if not callable(outputs) and outputs not in MODES:
             fix = nearest(str(outputs), MODES)
             raise refusal("outputs", got=repr(outputs), expected="a mode or a callable", fix=fix)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, leaves, take
+from ntkit.base.batch import Batch, call_with, count, leaves, take, with_leaves
 from ntkit.base.checks import Refused, nearest, refusal
 
 Outputs = Literal["full", "diagonal", "trace", "sum"] | Callable[[Any], Tensor]
@@ -75,6 +75,12 @@ def required_arguments(function: Callable[..., Any]) -> int:
     except ValueError:
         return 1
     return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in arguments)
+
+
+def check_module(model: Any, subject: str = "model", fix: str = "Wrap it in a module.") -> None:
+    """Refuse what is not a module."""
+    if not isinstance(model, nn.Module):
+        raise refusal(subject, got=type(model).__name__, expected="a torch.nn.Module", fix=fix)
 
 
 def check_mode(model: nn.Module) -> None:
@@ -231,14 +237,15 @@ def _no_tf32_unasked(model: nn.Module) -> Iterator[None]:
 
 def call(model: nn.Module, x: Batch) -> Any:
     """Run the model on a copy of a batch (it may write to it); says which input it got when the model refuses it."""
-    if isinstance(x, Tensor):
-        x = x.clone()
-    else:
-        x = {name: t.clone() for name, t in x.items()} if isinstance(x, dict) else tuple(t.clone() for t in x)
+    with refused_input(model, x):
+        return call_with(model, with_leaves(x, [t.clone() for t in leaves(x)]))
+
+
+@contextmanager
+def refused_input(model: nn.Module, x: Batch) -> Iterator[None]:
+    """Turn an error of the model's forward pass into a refusal that says which input it got."""
     try:
-        if isinstance(x, Tensor):
-            return model(x)
-        return model(**x) if isinstance(x, dict) else model(*x)
+        yield
     except Refused:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

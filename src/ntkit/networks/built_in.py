@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from ntkit.base.checks import refusal
 from ntkit.base.factory import find
+from ntkit.jacobian.model_calls import check_module
 
 Shape = tuple[int, ...]
 
@@ -111,9 +113,7 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = factory(**arguments)
-    if not isinstance(model, nn.Module):
-        fix = "Return the module from the factory."
-        raise refusal(f"--model {name}", got=type(model).__name__, expected="a torch.nn.Module", fix=fix)
+    check_module(model, f"--model {name}", "Return the module from the factory.")
     return model.eval()
 
 
@@ -131,13 +131,7 @@ def _smallest(make: Callable[[int], nn.Module], parameters: int) -> nn.Module:
         with torch.device("meta"):
             return sum(p.numel() for p in make(width).parameters())
 
-    low, high = 4, 8
-    while count(high) < parameters:
-        low, high = high, 2 * high
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if count(middle) >= parameters else (middle + 1, high)
-    return make(low)
+    return make(4 + bisect_left(range(4, parameters), parameters, key=count))
 
 
 def _glorot(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
-from ntkit.jacobian.model_calls import Params, check_mode, select_parameters
+from ntkit.jacobian.model_calls import Params, check_mode, check_module, select_parameters
 
 
 class Linearized(nn.Module):
@@ -113,8 +113,7 @@ def linearized(model: nn.Module, params: Params = None) -> Linearized:
     >>> lin(x).square().mean() < model(x).square().mean()
     tensor(True)
     """
-    if not isinstance(model, nn.Module):
-        raise refusal("model", got=type(model).__name__, expected="a torch.nn.Module", fix="Wrap it in a module.")
+    check_module(model)
     return Linearized(model, params)
 
 

@@ -7,7 +7,7 @@ the two selected values. A chain of operations with this property has it, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -196,16 +196,6 @@ def trilinear(func: Any, args: Any, kwargs: Any) -> Any:
 # ---------------------------------------------------------------------- selections
 
 
-def _selected(o0: Tensor, o1: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]) -> SecantTensor:
-    """The value selected at the first end is a, at the second b, each (start, end, mid): t da + (1 - t) db.
-
-    t is where the two lines cross: there the selection changes without a jump. For two equal values t is 1/2.
-    """
-    (a0, a1, a), (b0, b1, b) = first, second
-    t, rest = _crossing(a0 - b0, a1 - b1)
-    return from_slopes(o0, o1, (t, a), (rest, b))
-
-
 def _crossing(gap0: Tensor, gap1: Tensor) -> tuple[Tensor, Tensor]:
     """The part of the step before a gap closes, and the part after; 1/2 each where it is closed at both ends."""
     size0, size1 = gap0.abs(), gap1.abs()
@@ -342,18 +332,23 @@ def _network(n: int) -> list[list[tuple[int, int]]]:
     powers = [2**k for k in range(n.bit_length()) if 2**k < n]
     steps = ((p, k) for p in powers for k in reversed(powers) if k <= p)
     layers = [
-        [(i, i + k) for j in range(k % p, n - k, 2 * k) for i in range(j, min(j + k, n - k)) if _one_block(i, k, p)]
+        [
+            (i, i + k)
+            for j in range(k % p, n - k, 2 * k)
+            for i in range(j, min(j + k, n - k))
+            if i // (2 * p) == (i + k) // (2 * p)
+        ]
         for p, k in steps
     ]
     return [layer for layer in layers if layer]
 
 
-def _one_block(i: int, k: int, p: int) -> bool:
-    return i // (2 * p) == (i + k) // (2 * p)
-
-
 def _pick(func: Any, args: Any, kwargs: Any, pick: Callable[[Tensor, Tensor], Tensor]) -> tuple[SecantTensor, Any]:
-    """Values selected from the first argument, and their indices, which may differ between the ends."""
+    """Values selected from the first argument, and their indices, which may differ between the ends.
+
+    Of the values selected at the first and the second end, t d_old + (1 - t) d_new, with t where the two lines cross:
+    there the selection changes without a jump. For two equal values t is 1/2.
+    """
     z, *rest = args
     results = []
     for end in (z.start, z.end):
@@ -363,7 +358,8 @@ def _pick(func: Any, args: Any, kwargs: Any, pick: Callable[[Tensor, Tensor], Te
             results.append(func(stand_in, *rest, **kwargs))
     (old, i0), (new, i1) = results
     o0, o1 = old.detach(), new.detach()
-    return _selected(o0, o1, (o0, pick(z.end, i0), old), (pick(z.start, i1), o1, new)), discrete(func, i0, i1)
+    t, rest = _crossing(o0 - pick(z.start, i1), pick(z.end, i0) - o1)
+    return from_slopes(o0, o1, (t, old), (rest, new)), discrete(func, i0, i1)
 
 
 @rule(aten.amax, aten.amin)

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,14 +32,6 @@ def mean(values: Sequence[float] | np.ndarray) -> Estimate:
     """Mean over seeds with its standard error (NaN for one seed)."""
     a = np.asarray(values, dtype=float)
     return Estimate(float(a.mean()), float(a.std(ddof=1) / len(a) ** 0.5) if len(a) > 1 else math.nan)
-
-
-class Threshold(Protocol):
-    """A condition on values that tests itself, and prints itself behind the words that name the values."""
-
-    def holds(self, values: Sequence[Estimate]) -> bool:
-        """Whether the values meet it."""
-        ...
 
 
 _COMPARISONS = {"over": operator.gt, "at least": operator.ge, "under": operator.lt, "at most": operator.le}
@@ -141,11 +133,11 @@ def _number(value: float) -> str:
 
 
 class Condition(NamedTuple):
-    """Words, values and the threshold that they must meet; words and threshold make a phrase."""
+    """Words, values and the threshold that they must meet, which tests itself and prints itself behind the words."""
 
     words: str
     values: Sequence[Estimate | float]
-    threshold: Threshold
+    threshold: Bound | Between | Within | Order
 
     def holds(self) -> bool:
         """Whether the values meet the threshold."""

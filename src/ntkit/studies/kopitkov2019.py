@@ -25,11 +25,11 @@ from ntkit.studies.claim import Bound, Claim, Condition, Order, Within, mean
 from ntkit.studies.study import Result, Results, Sizes, Study, StudyPart, Work, device, mlp
 from ntkit.tracking import Tracked, half_squared, track
 from ntkit.tracking.losses import cross_entropy
+from ntkit.tracking.snapshot_numbers import finite
 from ntkit.trajectory import Trajectory, train
 
 DEPTHS = (2, 4, 6)
 FUNCTIONS = 6  # eigenfunctions drawn
-
 
 SCALES = {
     "quick": Sizes(
@@ -73,10 +73,6 @@ def parts(work: Work) -> Iterator[StudyPart]:
                 yield StudyPart(data, optimizer, f"{data}-{optimizer}-seed-{seed}", _classes, (data, optimizer, seed))
 
 
-def _result(tracked: Tracked, arrays: dict[str, np.ndarray]) -> Result:
-    return Result({"steps": tracked.steps, "series": tracked.series}, arrays)
-
-
 def _picture(work: Work, depth: int, seed: int) -> Result:
     """Learn the picture, track the kernel on its points, draw the eigenfunctions."""
     s = work.sizes
@@ -91,7 +87,7 @@ def _picture(work: Work, depth: int, seed: int) -> Result:
     tracked = track(run, x, y, model=model, loss=half_squared, k=s.k, path=place.parent / "track")
     images = _images(run, tracked, model, x, s.side)
     write_arrays(place.parent / "track" / "images.safetensors", images)
-    return _result(tracked, {"bandwidth": images["bandwidth"][-1]})
+    return Result({"steps": tracked.steps, "series": tracked.series}, {"bandwidth": images["bandwidth"][-1]})
 
 
 def _images(run: Trajectory, tracked: Tracked, model: nn.Module, x: Tensor, side: int) -> dict[str, np.ndarray]:
@@ -135,7 +131,8 @@ def _classes(work: Work, data: str, optimizer: str, seed: int) -> Result:
         model, (x, y), cross_entropy, OPTIMIZERS[optimizer], path=place, resume=True, steps=s.digit_steps,
         batch_size=32, seed=seed,
     )  # fmt: skip
-    return _result(track(run, x[rows], y[rows], model=model, k=s.k, path=place.parent / "track"), {})
+    tracked = track(run, x[rows], y[rows], model=model, k=s.k, path=place.parent / "track")
+    return Result({"steps": tracked.steps, "series": tracked.series}, {})
 
 
 def _series(result: Result, name: str) -> list[Any]:
@@ -143,11 +140,7 @@ def _series(result: Result, name: str) -> list[Any]:
 
 
 def _energy(result: Result, name: str, k: int) -> list[float]:
-    return _numbers([row[k - 1] for row in _series(result, f"energy_{name}")])
-
-
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if v is None else v for v in values]
+    return [math.nan if row[k - 1] is None else row[k - 1] for row in _series(result, f"energy_{name}")]
 
 
 def energy_claims(results: Results) -> Iterator[Claim]:
@@ -283,24 +276,20 @@ def curves_and_runs(results: Results) -> dict[str, Any]:
 
 def _group(name: str, runs: list[Result], k: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Means over seeds and their standard errors, for the curves."""
+    series: dict[str, list[list[Any]]]
     series = {f"energy_{what}": [_energy(r, what, k) for r in runs] for what in ("target", "output", "residual")}
     plain = ("loss", "sharpness", "alignment_centered", "distance")
-    series |= {what: [_numbers(_series(r, what)) for r in runs] for what in plain}
+    series |= {what: [_series(r, what) for r in runs] for what in plain}
     if name not in ("momentum", "adam"):  # 2 / learning rate bounds plain steps
-        series["bound"] = [_numbers([2 / lr if lr else None for lr in _series(r, "learning_rate")]) for r in runs]
-    series["lambda_1"] = [_numbers([row[0] for row in _series(r, "eigenvalues")]) for r in runs]
-    errors = [[f and f["relative_error"] for f in _series(r, "first_order")] for r in runs]
-    series["first_order_error"] = [_numbers(row) for row in errors]
+        series["bound"] = [[2 / lr if lr else None for lr in _series(r, "learning_rate")] for r in runs]
+    series["lambda_1"] = [[row[0] for row in _series(r, "eigenvalues")] for r in runs]
+    series["first_order_error"] = [[f and f["relative_error"] for f in _series(r, "first_order")] for r in runs]
     curves = {}
     for what, rows in series.items():
-        a = np.asarray(rows, dtype=float)
-        error = a.std(0, ddof=1) / len(a) ** 0.5
-        curves[what] = {"mean": _or_none(a.mean(0)), "error": _or_none(error)}
+        a = np.asarray(rows, dtype=float)  # None becomes NaN
+        by_step = {"mean": a.mean(0), "error": a.std(0, ddof=1) / len(a) ** 0.5}
+        curves[what] = {name: [finite(v) for v in values.tolist()] for name, values in by_step.items()}
     return {"name": name, "seeds": list(seeds), "steps": runs[0].numbers["steps"], "series": curves, "energy_k": k}
-
-
-def _or_none(values: np.ndarray) -> list[float | None]:
-    return [float(v) if math.isfinite(v) else None for v in values]
 
 
 STUDY = Study(

@@ -20,11 +20,6 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def output_columns(values: dict[str, Tensor | None], c: int) -> dict[str, Tensor | None]:
-    """Column of output c in each [n, C]."""
-    return {name: None if v is None else v[:, c : c + 1] for name, v in values.items()}
-
-
 def _spectral(pairs: Spectrum, k: int, values: dict[str, Tensor | None]) -> tuple[dict[str, Any], np.ndarray]:
     """Eigenvalues, numbers derived from them, and energies of [n, C] values."""
     # an eigenvalue up to `noise` is rounding in the precision of K, and so is the direction of its vector
@@ -73,7 +68,8 @@ class KernelMatrix:
             numbers["alignment"] = finite(alignment(self.K, target))
             numbers["alignment_centered"] = finite(alignment(self.K, target, centered=True))
             if target.shape[1] > 1:
-                own = [_only(target, c) if outputs > 1 else target[:, c] for c in range(target.shape[1])]
+                place = torch.arange(target.shape[1], device=target.device)
+                own = [target.where(place == c, 0) if outputs > 1 else target[:, c] for c in place]
                 numbers["class_alignment"] = [_centered_alignment(self.K, t) for t in own]
         return numbers, vectors
 
@@ -97,13 +93,6 @@ class KernelMatrix:
     def signature(self) -> Tensor:
         """The matrix itself, to measure changes."""
         return self.K.sum(2) if self._diagonal else self.K
-
-
-def _only(target: Tensor, c: int) -> Tensor:
-    """The target with all columns but one set to zero."""
-    own = torch.zeros_like(target)
-    own[:, c] = target[:, c]
-    return own
 
 
 def _centered_alignment(K: Tensor, target: Tensor) -> float | None:

@@ -25,7 +25,7 @@ from ntkit.jacobian.model_calls import Outputs, raw_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.tracking.losses import cross_entropy, derivatives, half_squared, logistic
 from ntkit.tracking.series import FORMAT, Tracked, assembled, open_folder
-from ntkit.tracking.snapshot_numbers import KernelMatrix, KernelProducts, finite, kernel_change, output_columns
+from ntkit.tracking.snapshot_numbers import KernelMatrix, KernelProducts, finite, kernel_change
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.objective import Loss
 
@@ -81,19 +81,19 @@ def track(
     ([0.0, 0.0, 0.0, 0.0, 0.0], 1.0)
     """
     tracker = _Tracker(trajectory, x, y, model, loss, k, outputs, memory)
-    wanted = sorted(set(trajectory.steps if steps is None else steps))
+    selection = sorted(set(trajectory.steps if steps is None else steps))
     folder = None if path is None else Path(path)
     if folder is not None:
         open_folder(folder, tracker.settings)
     records, vectors = [], {}
-    with _restored(model), task("kernel along training", total=len(wanted)) as progress:
-        for i, step in enumerate(wanted):
+    with _restored(model), task("kernel along training", total=len(selection)) as progress:
+        for i, step in enumerate(selection):
             file = None if folder is None else folder / f"step-{step:08d}.json"
-            stored = tracker.stored(file, step, wanted[:i])
+            stored = tracker.stored(file, step, selection[:i])
             if stored is not None:
                 record, arrays = stored
             else:
-                record, arrays = tracker.measure(step, wanted[:i])
+                record, arrays = tracker.measure(step, selection[:i])
                 if file is not None:  # the numbers last: a snapshot with numbers is complete
                     write_arrays(file.with_suffix(".safetensors"), arrays)
                     write_json(file, record)
@@ -220,8 +220,10 @@ class _Tracker:
         values: dict[str, Tensor | None]
         values = {"target": self.targets, "output": raw.reshape(self.n, -1).double(), "residual": slope}
         if isinstance(kernel, KernelMatrix) and self.mode == "diagonal":
-            kernels = [KernelMatrix(kernel.K[:, :, c]) for c in range(self.outputs)]
-            parts = [part.spectral(self.k, output_columns(values, c), 1) for c, part in enumerate(kernels)]
+            parts = []
+            for c in range(self.outputs):
+                columns = {name: None if v is None else v[:, c : c + 1] for name, v in values.items()}
+                parts.append(KernelMatrix(kernel.K[:, :, c]).spectral(self.k, columns, 1))
             record["per_output"] = [numbers for numbers, _ in parts]
             vectors = np.stack([v for _, v in parts])
         else:

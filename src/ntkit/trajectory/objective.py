@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count, leaves, take
+from ntkit.base.batch import Batch, call_with, checked, count, leaves, take
 from ntkit.base.checks import refusal
 from ntkit.base.tensors import tensor_hash
 
@@ -46,14 +46,10 @@ class Objective:
         """Inputs and targets of these rows; None = all."""
         return (self.x, self.y) if rows is None else (take(self.x, rows), self.y[rows])
 
-    def outputs(self, model: nn.Module, x: Batch) -> Any:
-        """Output of the model on inputs as `batch` returns them."""
-        return model(x) if isinstance(x, Tensor) else model(**x) if isinstance(x, dict) else model(*x)
-
     def value(self, model: nn.Module, rows: Tensor | slice | None) -> Tensor:
         """Value of the loss on these rows."""
         x, y = self.batch(rows)
-        return self.loss(self.outputs(model, x), y)
+        return self.loss(call_with(model, x), y)
 
     def mean(self, model: nn.Module, batch_size: int) -> float:
         """Mean loss over all rows, in eval mode and in batches; the model is in train mode afterwards."""

@@ -16,7 +16,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ntkit.base.checks import Refused, parse_bytes, refusal
-from ntkit.base.tensors import safetensors_bytes, write_bytes
+from ntkit.base.files import write_bytes
+from ntkit.base.tensors import safetensors_bytes
+from ntkit.jacobian.model_calls import check_module
 from ntkit.trajectory.recorded_run import read_run, snapshot_path, tied_names
 from ntkit.trajectory.run_writer import RunWriter, network_and_optimizer
 from ntkit.trajectory.snapshots import SnapshotSteps, snapshot_rule, surplus_snapshots
@@ -288,9 +290,7 @@ class Recorder:
 
 def _unwrap(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     """Check model and optimizer, and remove the wrappers of torch and Accelerate."""
-    if not isinstance(model, nn.Module):
-        got = f"a {type(model).__name__}"
-        raise refusal("model", got=got, expected="a torch.nn.Module", fix="Pass the network that is trained.")
+    check_module(model, fix="Pass the network that is trained.")
     wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(inner := getattr(model, "module" if isinstance(model, wrapped) else "_orig_mod", None), nn.Module):
         model = inner  # `_orig_mod` is how torch.compile names it

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch
+from ntkit.base.batch import Batch, call_with
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
@@ -242,7 +242,7 @@ class Replay:
         rows = self._rows(step)
         x, y = self._objective.batch(None if self._full_batch else rows)
         self.model.zero_grad(set_to_none=True)
-        outputs = _checked_outputs(self._objective.outputs(self.model, x), len(rows))
+        outputs = _checked_outputs(call_with(self.model, x), len(rows))
         slopes: list[Tensor] = []
         outputs.register_hook(slopes.append)  # before the loss, which may overwrite the outputs
         loss = self._objective.loss(outputs, y)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
-from ntkit.jacobian.model_calls import check_mode
+from ntkit.jacobian.model_calls import check_mode, check_module
 from ntkit.trajectory.objective import Inputs, Loss, Objective, loss_name
 from ntkit.trajectory.optimizer_updates import check_clip
 from ntkit.trajectory.recorded_run import Trajectory, tied_names
@@ -29,13 +29,10 @@ def training_arguments(
         expected = "the arguments that the run was trained with; only the trajectory that train returns has them"
         fix = f"Pass {', '.join(f'{name}=' for name in missing)} (data as (x, y))."
         raise refusal(", ".join(missing), got=got, expected=expected, fix=fix)
-    for name, valid, expected in (
-        ("model", isinstance(values["model"], nn.Module), "a torch.nn.Module"),
-        ("loss", callable(values["loss"]), "a function of model(x) and y"),
-    ):
-        if not valid:
-            got = f"a {type(values[name]).__name__}"
-            raise refusal(name, got=got, expected=expected, fix=f"Pass the {name} that the run was trained with.")
+    check_module(values["model"], fix="Pass the model that the run was trained with.")
+    if not callable(values["loss"]):
+        got, fix = f"a {type(values['loss']).__name__}", "Pass the loss that the run was trained with."
+        raise refusal("loss", got=got, expected="a function of model(x) and y", fix=fix)
     return values["model"], values["data"], values["loss"]
 
 

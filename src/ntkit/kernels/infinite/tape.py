@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ntkit.base.checks import Refused, refusal
-from ntkit.jacobian.model_calls import check_mode, untouched
+from ntkit.base.checks import refusal
+from ntkit.jacobian.model_calls import check_mode, refused_input, untouched
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Recorder(TorchFunctionMode):
                 if isinstance(o, Tensor):
                     self._append(_Item(func, i), arguments, o)
         elif (
-            not _of_shape(func)
+            getattr(func, "__name__", "") not in _SHAPE_FUNCTIONS
             and isinstance(out, (bool, int, float, complex, list))
             and any(id(t) in self.indices and id(t) not in self.model_parameters for t in inputs)
         ):
@@ -139,16 +139,11 @@ class _Item:
         return self._func(*args, **kwargs)[self._index]
 
 
-_SHAPE_FUNCTIONS = {
+_SHAPE_FUNCTIONS = {  # they depend on a tensor's shape, dtype or layout and not on its values
     "__get__", "size", "dim", "numel", "stride", "__len__", "ndimension", "nelement", "element_size",
     "data_ptr", "__hash__", "storage_offset", "is_contiguous", "is_floating_point", "is_complex", "get_device",
     "_is_view", "is_same_size", "is_inference", "is_conj", "is_neg", "is_pinned", "is_shared", "is_signed",
 }  # fmt: skip
-
-
-def _of_shape(func: Any) -> bool:
-    """Whether a property or method depends on a tensor's shape, dtype or layout and not on its values."""
-    return getattr(func, "__name__", "") in _SHAPE_FUNCTIONS
 
 
 @contextmanager
@@ -188,20 +183,10 @@ def record(model: nn.Module, x: Tensor, last: int | None = None) -> Tape:
         recorder = _Recorder(model, x, last)
         with _module_names(model, recorder.layers):
             try:
-                with recorder:
+                with refused_input(model, x), recorder:
                     output = model(x)
             except _Stop:
                 output = recorder.ops[-1].out
-            except Refused:
-                raise
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                shape = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-                raise refusal(
-                    f"model {type(model).__name__}",
-                    got=f"input {shape}, on which its forward failed ({error})",
-                    expected="input that the model accepts",
-                    fix="Check channels, sizes and dtype against the model's first layer.",
-                ) from error
     if not isinstance(output, Tensor):
         fix = "Wrap the model in a module that returns one tensor."
         raise refusal("the model's output", got=type(output).__name__, expected="one tensor", fix=fix)

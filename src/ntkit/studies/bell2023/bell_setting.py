@@ -14,11 +14,14 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn import functional as F
 
 from ntkit.data import load
-from ntkit.kernels.path.integration import points
+from ntkit.kernels.path.decomposition import PathDecomposition
+from ntkit.kernels.path.integration import Integration, points
+from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.studies.claim import Bound
 from ntkit.studies.study import Result, Work, device
 from ntkit.trajectory import Trajectory
 
+METHODS: dict[Integration, str] = {"secant": "exact (secant)", "left": "start of each step", "ntk": "initial gradients"}
 EXACT = Bound("at most", 1e-12)  # relative residual of a decomposition in float64
 
 
@@ -36,14 +39,12 @@ class Images(NamedTuple):
 def images(work: Work, name: str, train: int, test: int, **more: Any) -> Images:
     """Draw images of a data set in float64, averaged down to the size's pixels."""
     data = load(name, None if name == "digits" else work.data_dir, train=train, test=test, **more)
-    x, x_test = (_smaller(part.double(), work.sizes.pixels).to(device()) for part in (data.x_train, data.x_test))
+    x, x_test = data.x_train.double().to(device()), data.x_test.double().to(device())
+    if x.shape[-1] > work.sizes.pixels:
+        x, x_test = (F.adaptive_avg_pool2d(part, work.sizes.pixels) for part in (x, x_test))
     mean, deviation = float(x.mean()), float(x.std())
     y, y_test = data.y_train.to(device()), data.y_test.to(device())
     return Images((x - mean) / deviation, y, (x_test - mean) / deviation, y_test, mean, deviation)
-
-
-def _smaller(x: Tensor, pixels: int) -> Tensor:
-    return x if x.shape[-1] <= pixels else F.adaptive_avg_pool2d(x, pixels)
 
 
 def gray(x: Tensor, data: Images) -> np.ndarray:
@@ -131,6 +132,39 @@ def errors(rebuilt: Tensor, prediction: Tensor) -> dict[str, float]:
     """Largest error of the rebuilt outputs: absolute, and relative to the largest output."""
     largest = float((rebuilt.cpu() - prediction.cpu()).abs().max())
     return {"largest": largest, "relative": largest / float(prediction.abs().max())}
+
+
+def decompositions(run: Trajectory, x: Tensor) -> dict[Integration, PathDecomposition]:
+    """Outputs for `x` as sums over the training examples, by each of `METHODS`."""
+    return {method: PathKernel(run, integration=method).decompose(x) for method in METHODS}
+
+
+def errors_by_rule(
+    model: nn.Module,
+    run: Trajectory,
+    x: Tensor,
+    rules: Sequence[tuple[Any, int]],
+    ends: tuple[Tensor, Tensor],
+    direct: int,
+    at_once: int,
+) -> dict[str, Any]:
+    """Errors of the outputs rebuilt by rules (name, nodes), from the network's outputs before and after training.
+
+    Up to `direct` nodes the contributions themselves are summed, except for left end points; ``apart`` is the largest
+    distance of that sum from the integrals of `summed_changes`, which stand for it elsewhere.
+    """
+    initial, prediction = ends
+    changes = summed_changes(model, run, x, rules, at_once)
+    by_rule, apart = {}, 0.0
+    for rule, nodes in rules:
+        rebuilt = (initial.to(x) + changes[rule, nodes]).cpu()
+        by_rule[f"{rule} {nodes}"] = errors(rebuilt, prediction)
+        if rule != "left" and nodes <= direct:
+            parts = PathKernel(run, integration="quadrature", rule=rule, nodes=nodes).decompose(x)
+            own = parts.prediction + parts.residual
+            apart = max(apart, errors(rebuilt, own)["relative"])
+            by_rule[f"{rule} {nodes}"] = errors(own, parts.prediction)
+    return {"errors": by_rule, "apart": apart}
 
 
 def slope(network: Tensor, rebuilt: Tensor) -> float:

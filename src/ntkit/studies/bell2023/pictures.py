@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.kernels.path.integration import Integration
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report.words import plain
 from ntkit.studies.bell2023.bell_setting import (
     EXACT,
+    METHODS,
     Images,
     cnn,
+    decompositions,
     errors,
+    errors_by_rule,
     images,
     relative,
     sgd,
     slope,
-    summed_changes,
     weighted,
     weighted_cross_entropy,
 )
@@ -32,7 +33,6 @@ from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work,
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
-METHODS: dict[Integration, str] = {"secant": "exact (secant)", "left": "start of each step", "ntk": "initial gradients"}
 BATCH, OTHER_TEST = 32, 20
 AGREEMENT = 1e-3  # error, relative to the largest logit, up to which a rule agrees with the network
 _AT_ONCE = 25  # nodes
@@ -94,11 +94,10 @@ def learned(work: Work, name: str, seed: int) -> tuple[nn.Module, Trajectory, Im
 
 def _rebuilt(work: Work, name: str, seed: int) -> Result:
     model, run, data = learned(work, name, seed)
-    by_method: dict[str, Any] = {}
-    arrays = {}
-    exact = PathKernel(run).decompose(data.x_test)
-    for method in METHODS:
-        parts = exact if method == "secant" else PathKernel(run, integration=method).decompose(data.x_test)
+    by_method, arrays = {}, {}
+    rebuilt_by = decompositions(run, data.x_test)
+    exact = rebuilt_by["secant"]
+    for method, parts in rebuilt_by.items():
         logits = parts.prediction + parts.residual
         by_method[method] = errors(logits, parts.prediction) | {"slope": slope(parts.prediction, logits)}
         arrays[method] = logits.numpy()
@@ -119,16 +118,8 @@ def _nodes(work: Work, name: str) -> Result:
     model, run, data = learned(work, name, 0)
     rules = [(rule, n) for rule in ("left", "midpoint") for n in work.sizes.nodes]
     x = data.x_test[: work.sizes.probed]
-    changes = summed_changes(model, run, x, rules, _AT_ONCE)
-    initial, prediction = (_outputs(model, run, step, x) for step in (0, run.steps[-1]))
-    by_rule = {f"{rule} {n}": errors(initial + changes[rule, n], prediction) for rule, n in rules}
-    apart = 0.0
-    for n in (n for n in work.sizes.nodes if n <= work.sizes.direct):
-        parts = PathKernel(run, integration="quadrature", rule="midpoint", nodes=n).decompose(x)
-        own = parts.prediction + parts.residual
-        apart = max(apart, errors((initial + changes["midpoint", n]).cpu(), own)["relative"])
-        by_rule[f"midpoint {n}"] = errors(own, parts.prediction)
-    return Result({"errors": by_rule, "apart": apart}, {})
+    ends = _outputs(model, run, 0, x), _outputs(model, run, run.steps[-1], x)
+    return Result(errors_by_rule(model, run, x, rules, ends, work.sizes.direct, _AT_ONCE), {})
 
 
 def _optimizer(work: Work, name: str, seed: int) -> Result:
@@ -211,13 +202,11 @@ def other_gradient_claims(results: Results) -> Iterator[Claim]:
         addition = f" (200 nodes: {plain(fine, 2)})" if fine else ""
         texts.append(f"{LABELS.get(name, name)}: {mean(left):.3f} and {mean(ntk):.2f}{addition}")
         ratios += [min(min(left), min(ntk)) / fine] if fine else []
-    condition = Condition(
-        "every error divided by that of the integral with 200 midpoints is", ratios, Bound("over", 100)
-    )
+    words = "every error divided by that of the integral with 200 midpoints is"
     yield Claim(
         "Gradients at the start of each step, or at initialization, err by orders of magnitude more",
         "relative error, " + "; ".join(texts),
-        [condition] if ratios else [],
+        [Condition(words, ratios, Bound("over", 100))] if ratios else [],
         "start of each step: the discretized path kernel; initialization: the tangent kernel",
     )
 

@@ -13,7 +13,7 @@ from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.measures.eigenfunctions import grid
 from ntkit.measures.novelty import novelty
 from ntkit.report.words import plain
-from ntkit.studies.bell2023.bell_setting import EXACT, errors, order, relative, sgd, summed_changes
+from ntkit.studies.bell2023.bell_setting import EXACT, decompositions, errors, errors_by_rule, order, relative, sgd
 from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
 from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, device, lines, mlp, table
 from ntkit.tracking.losses import cross_entropy
@@ -31,10 +31,7 @@ MIDPOINT = (1, 2, 5, 10, 20, 50, 100, 200)
 GAUSS = (2, 4, 8, 16, 32)
 _NODES = {"left": LEFT, "midpoint": MIDPOINT, "gauss": GAUSS}
 RULES: list[tuple[Any, int]] = [(rule, n) for rule, nodes in _NODES.items() for n in nodes]
-FITTED = {
-    "midpoint": (5, 10, 20, 50, 100),
-    "left": (10, 100),
-}  # nodes for the orders: beyond the first, before rounding
+FITTED = {"midpoint": (5, 10, 20, 50, 100), "left": (10, 100)}  # nodes for the orders: past the first, before rounding
 _AT_ONCE = 64  # nodes
 
 
@@ -68,31 +65,13 @@ def _rule_errors(work: Work, activation: str, seed: int) -> Result:
     """Errors of the rebuilt logits of new points, by every rule."""
     model, run, _, _ = trained(work, activation, seed)
     x = clusters(TEST, 1000 + seed)[0].to(device())
-    by_rule: dict[str, Any] = {}
-    exact = PathKernel(run).decompose(x)
-    prediction = exact.prediction
-    by_rule["secant"] = errors(prediction + exact.residual, prediction)
-    for integration in ("left", "ntk"):
-        other = PathKernel(run, integration=integration).decompose(x)
-        by_rule[integration] = errors(prediction + other.residual, prediction)
-    changes = summed_changes(model, run, x, RULES, _AT_ONCE)
-    apart = 0.0
-    for rule, nodes in RULES:
-        rebuilt = exact.initial + changes[rule, nodes].cpu()
-        by_rule[f"{rule} {nodes}"] = errors(rebuilt, prediction)
-        if rule != "left" and nodes <= work.sizes.direct:  # the sum of the contributions themselves
-            own = PathKernel(run, integration="quadrature", rule=rule, nodes=nodes).decompose(x)
-            apart = max(apart, errors(rebuilt, prediction + own.residual)["relative"])
-            by_rule[f"{rule} {nodes}"] = errors(prediction + own.residual, prediction)
-    numbers = {
-        "activation": activation,
-        "seed": seed,
-        "errors": by_rule,
-        "apart": apart,
-        "largest_output": float(prediction.abs().max()),
-        "loss": float(run.losses[-1]),
-    }
-    return Result(numbers, {})
+    by_method = decompositions(run, x)
+    ends = by_method["secant"].initial, by_method["secant"].prediction
+    numbers = errors_by_rule(model, run, x, RULES, ends, work.sizes.direct, _AT_ONCE)
+    for method, parts in by_method.items():
+        numbers["errors"][method] = errors(parts.prediction + parts.residual, parts.prediction)
+    about = {"activation": activation, "seed": seed, "largest_output": float(ends[1].abs().max())}
+    return Result(about | numbers | {"loss": float(run.losses[-1])}, {})
 
 
 def _maps(work: Work, activation: str, seed: int) -> Result:
@@ -113,11 +92,12 @@ def _maps(work: Work, activation: str, seed: int) -> Result:
     arrays |= {"points": x.cpu().numpy(), "labels": y.cpu().numpy()}
     arrays["contributions"] = torch.stack(own).reshape(len(CENTERS), *shape).numpy()
     distance = torch.cdist(points, x).min(1).values
+    ranks = torch.stack([value.argsort().argsort().double() for value in (novel.deviation, distance)])  # no ties
     numbers = {
         "agree": float((arrays["network"] == arrays["kernel"]).mean()),
         "agree_ntk": float((arrays["network"] == arrays["ntk"]).mean()),
         "errors": errors(rebuilt, exact.prediction),
-        "rank_correlation": _rank_correlation(novel.deviation, distance),
+        "rank_correlation": float(torch.corrcoef(ranks)[0, 1]),
         "deviation_near": float(novel.deviation[distance < NEAR].mean()),
         "deviation_far": float(novel.deviation[distance > FAR].mean()),
         "least_eigenvalue": float(values[0] / values[-1]),
@@ -126,12 +106,6 @@ def _maps(work: Work, activation: str, seed: int) -> Result:
         "rank": novel.rank,
     }
     return Result(numbers, arrays)
-
-
-def _rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation, for values without ties."""
-    ranks = [value.argsort().argsort().double() for value in (a, b)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 def rule_claims(results: Results) -> Iterator[Claim]:

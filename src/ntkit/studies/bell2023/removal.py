@@ -100,11 +100,11 @@ def claims(results: Results) -> Iterator[Claim]:
                 f"retrained from the same start with the same batches; {len(runs)} test images"
                 + (f", {s.draws} draws each" if other == "random" else ""),
             )
-        every = _removals(runs)
-        expected, true = (np.array([r[what] for r in every]) for what in ("told", "logit"))
+        removals = _removals(runs)
+        expected, true = (np.array([r[what] for r in removals]) for what in ("told", "logit"))
         yield Claim(
             f"The sum of the removed contributions predicts the change, {name}",
-            f"correlation {np.corrcoef(expected, true)[0, 1]:.2f} over {len(every)} removals; true change over sum: "
+            f"correlation {np.corrcoef(expected, true)[0, 1]:.2f} over {len(removals)} removals; true change over sum: "
             f"{float(expected @ true / (expected @ expected)):.3f}",
             note="the paper does not say it. The retrained network makes up for most of what was removed: "
             "contributions say what was learned from an example, not what would be missing without it",
@@ -124,11 +124,11 @@ def sections(results: Results) -> Iterator[Section]:
                 logit, flipped = (mean(_means(runs, share, choice, what)) for what in ("logit", "flipped"))
                 falls_text = [f"{fall:.2f}", f"{logit._replace(value=-logit.value):.2f}"]
                 rows.append([f"{words}, {100 * share:g} %", *falls_text, f"{100 * flipped.value:.0f} %"])
-        every = _removals(runs)
-        own = np.mean([r["same_class"] for r in every if r["kind"] == "top"])
-        correlation = np.corrcoef([r["told"] for r in every], [r["logit"] for r in every])[0, 1]
+        removals = _removals(runs)
+        own = np.mean([r["same_class"] for r in removals if r["kind"] == "top"])
+        correlation = np.corrcoef([r["told"] for r in removals], [r["logit"] for r in removals])[0, 1]
         dots = [
-            curve(words, *([r[what] for r in every if r["kind"] == choice] for what in ("told", "logit")))
+            curve(words, *([r[what] for r in removals if r["kind"] == choice] for what in ("told", "logit")))
             for choice, words in CHOICES.items()
         ]
         margins = ", ".join(f"{row[0].rsplit(',', 1)[0]} {row[1]}" for row in rows[len(s.shares) - 1 :: len(s.shares)])

@@ -19,8 +19,8 @@ from ntkit.studies.study import Result, Results, Section, StudyPart, Work, table
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import train
 
-KNOWN = ("0", "1", "2", "3", "4")
-UNKNOWN = ("5", "6", "7", "8", "9")
+CLASSES = ("0", "1", "2", "3", "4")
+OTHERS = ("5", "6", "7", "8", "9")
 SETS = {"held": "held-out digits", "photographs": "patches of photographs"}
 KERNEL_SCORES = {  # a larger score means more novel
     "after outside": "outside the span, after kernel",
@@ -46,8 +46,11 @@ def patches(n: int, pixels: int, seed: int) -> Tensor:
     """Gray patches of scikit-learn's two photographs, each scaled to [0, 1]: [n, 1, pixels, pixels]."""
     from sklearn.datasets import load_sample_images
 
-    draw, selection = np.random.default_rng(seed), []
-    photographs = [_shrunk(image.mean(2)) for image in load_sample_images().images]
+    draw, selection, photographs = np.random.default_rng(seed), [], []
+    for image in load_sample_images().images:
+        h, w = (side // _SHRINK for side in image.shape[:2])
+        blocks = image.mean(2)[: h * _SHRINK, : w * _SHRINK].reshape(h, _SHRINK, w, _SHRINK)
+        photographs.append(blocks.mean((1, 3)))
     while len(selection) < n:
         photograph = photographs[len(selection) % len(photographs)]
         i, j = (int(draw.integers(side - pixels + 1)) for side in photograph.shape)
@@ -55,11 +58,6 @@ def patches(n: int, pixels: int, seed: int) -> Tensor:
         if patch.max() > patch.min():
             selection.append((patch - patch.min()) / (patch.max() - patch.min()))
     return torch.from_numpy(np.stack(selection))[:, None]
-
-
-def _shrunk(image: np.ndarray) -> np.ndarray:
-    h, w = (side // _SHRINK for side in image.shape)
-    return image[: h * _SHRINK, : w * _SHRINK].reshape(h, _SHRINK, w, _SHRINK).mean((1, 3))
 
 
 def parts(work: Work) -> Iterator[StudyPart]:
@@ -73,12 +71,12 @@ def _scores(work: Work, name: str, seed: int) -> Result:
     """Scores, and their AUROC against both kinds of images that were not learned."""
     from sklearn.metrics import roc_auc_score
 
-    data = images(work, name, work.sizes.train, work.sizes.unseen, classes=KNOWN, seed=seed)
-    other = images(work, name, len(UNKNOWN), work.sizes.unseen, classes=UNKNOWN, seed=seed)
+    data = images(work, name, work.sizes.train, work.sizes.unseen, classes=CLASSES, seed=seed)
+    other = images(work, name, len(OTHERS), work.sizes.unseen, classes=OTHERS, seed=seed)
     digits = other.x_test * other.deviation + other.mean
     sets = {"held": digits, "photographs": patches(work.sizes.unseen, data.x.shape[-1], seed).to(digits)}
     sets = {kind: (x - data.mean) / data.deviation for kind, x in sets.items()}
-    model = cnn(data.x.shape[-1], len(KNOWN), work.sizes.width, seed)
+    model = cnn(data.x.shape[-1], len(CLASSES), work.sizes.width, seed)
     run = train(
         model, (data.x, data.y), cross_entropy, sgd(work.sizes.lr), work.sizes.unseen_steps, seed=seed, resume=True,
         path=work.trajectory(f"unseen-{name}-seed-{seed}"),
@@ -176,8 +174,8 @@ def sections(results: Results) -> Iterator[Section]:
         yield Section(
             f"Images of other kinds: {name}",
             "Other kinds" if name == "digits" else f"Other kinds, {name}",
-            f"A network learns {KNOWN[0]} to {KNOWN[-1]} ({s.train:,} images, {s.unseen_steps} steps). Which of "
-            f"{s.unseen} new images of these, {s.unseen} of {UNKNOWN[0]} to {UNKNOWN[-1]}, and {s.unseen} patches of "
+            f"A network learns {CLASSES[0]} to {CLASSES[-1]} ({s.train:,} images, {s.unseen_steps} steps). Which of "
+            f"{s.unseen} new images of these, {s.unseen} of {OTHERS[0]} to {OTHERS[-1]}, and {s.unseen} patches of "
             "two photographs are of a kind it did not learn? Scores from gradients (ntkit.novelty) beside baselines.",
             [table("Area under the ROC curve (0.5 is chance)", ["Score", "Kind", *SETS.values()], rows, note)],
         )

@@ -137,24 +137,21 @@ def own_rate(results: Results) -> float:
 
 
 def _steps(results: Results) -> np.ndarray:
-    """Steps of the curves."""
     return np.asarray(next(iter(results["learning"].values()))[0].numbers["steps"])
 
 
-def _by_width(results: Results) -> dict[int, dict[str, Estimate]]:
+def _by_width(results: Results) -> tuple[dict[int, Estimate], dict[int, Estimate], dict[int, Estimate]]:
     """By width: largest distance of what is left of the component from the limit's, largest residual beside it, and
     interpolated steps until half of the component is learned (infinite where it is not).
     """
-    steps, measures = _steps(results), {}
+    steps, off, beside, half = _steps(results), {}, {}, {}
     exact = expected(own_rate(results), steps)
     for n, runs in sorted(results["learning"].items()):
         halves = [_crossing(steps, r.arrays["g"], SIZE / 2) for r in runs]
-        measures[n] = {
-            "off": mean([float(np.abs(r.arrays["g"] - exact).max()) for r in runs]),
-            "beside": mean([float(r.arrays["h"].max()) for r in runs]),
-            "half": mean(halves) if math.isfinite(max(halves)) else Estimate(math.inf),
-        }
-    return measures
+        off[n] = mean([float(np.abs(r.arrays["g"] - exact).max()) for r in runs])
+        beside[n] = mean([float(r.arrays["h"].max()) for r in runs])
+        half[n] = mean(halves) if math.isfinite(max(halves)) else Estimate(math.inf)
+    return off, beside, half
 
 
 def _half_text(results: Results, half: Estimate) -> str:
@@ -209,8 +206,7 @@ def eigenvalue_claims(results: Results) -> Iterator[Claim]:
 
 def learning_claims(results: Results) -> Iterator[Claim]:
     """Learning along the component and beside it, by width."""
-    measures = _by_width(results)
-    off, beside, halves = ({n: m[name] for n, m in measures.items()} for name in ("off", "beside", "half"))
+    off, beside, halves = _by_width(results)
     rate, trials = own_rate(results), f"{results.work.sizes.trials} trials each"
     infinite = math.log(2) / rate
     yield Claim(
@@ -278,16 +274,15 @@ def _eigenvalue_text(k: int, value: float | Estimate) -> str:
 
 def _learning_section(results: Results) -> Section:
     rate, t = own_rate(results), _steps(results)
-    measures = _by_width(results)
-    off, beside, halves = ({n: m[name] for n, m in measures.items()} for name in ("off", "beside", "half"))
+    off, beside, halves = _by_width(results)
     infinite = short_curve("infinite width", t, expected(rate, t), dash="dash")
 
     def curves(what: str) -> list[Item]:
         runs = results["learning"]
-        return [short_curve(f"n = {n:,}", t, r.arrays[what]) for n in measures for r in runs[n]]
+        return [short_curve(f"n = {n:,}", t, r.arrays[what]) for n in off for r in runs[n]]
 
     rows = []
-    for n in measures:
+    for n in off:
         rates = (mean([1e3 * r.numbers["rates"][i] for r in results["learning"][n]]) for i in (0, 1))
         half = _half_text(results, halves[n])
         rows.append([f"{n:,}", *(f"{value:.3f}" for value in rates), half, f"{off[n]:.3f}", f"{beside[n]:.4f}"])

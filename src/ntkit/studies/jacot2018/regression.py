@@ -13,15 +13,7 @@ from ntkit.machines.flow import GradientFlow
 from ntkit.machines.gaussian_process import Posterior
 from ntkit.report.words import plain
 from ntkit.studies.claim import Bound, Claim, Condition, Estimate, Within, mean
-from ntkit.studies.jacot2018.jacot_setting import (
-    DEPTH,
-    by_width,
-    circle,
-    descend,
-    limit,
-    network,
-    short_curve,
-)
+from ntkit.studies.jacot2018.jacot_setting import DEPTH, by_width, circle, descend, limit, network, short_curve
 from ntkit.studies.study import Result, Results, Section, StudyPart, Work, device, lines
 
 ANGLES = torch.linspace(-math.pi, math.pi, 61, dtype=torch.float64)
