@@ -8,7 +8,7 @@ PYTHON ?= $(call usable,python3.14 python3.13 python3.12 python3.11 python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
-SMOKE  := tests/test_house.py tests/test_refusals.py tests/test_spectra.py tests/test_machines.py tests/test_data.py
+SMOKE  := $(patsubst %,tests/test_%.py,house refusals data gram spectra machines train replay)
 NO_PYTHON := No Python 3.11 or newer was found: install one, or name yours as in: make demo PYTHON=/path/to/python3.12
 
 .PHONY: demo test smoke test-lowest lint bench docs clean

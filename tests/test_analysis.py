@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_a_run_is_a_whole_folder_and_a_short_table(whole):
     assert "SVM, after kernel" in printed
     run = json.loads((whole / "run.json").read_text())
     assert run["status"] == "complete"
-    assert run["identity"]["torch"] == torch.__version__
+    assert run["identity"]["torch"] == version("torch")
     found = results(whole)
     assert [m["kernel"] for m in found["machines"]] == ["init", "after", "conjugate"]
     assert all(c["ok"] for c in found["certificates"]), found["certificates"]

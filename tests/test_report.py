@@ -392,7 +392,7 @@ def test_page_draws(chromium: Any, full: Path, width: int, height: int, scheme: 
     visit.check(full)
     assert (visit.luminance() > 128) == (scheme == "light")
     paths = visit.page.evaluate(
-        "Object.fromEntries([...document.querySelectorAll('.plot')].map(plot => "
+        "Object.fromEntries([...document.querySelectorAll('div.plot')].map(plot => "
         "[plot.id, plot.querySelectorAll('svg .scatterlayer path').length]))"
     )
     assert set(paths) == set(_plots(full))

@@ -139,6 +139,11 @@ def test_the_law_holds_for(name):
 @pytest.mark.parametrize("name", [name for name in HOLDS if name not in OTHER_GRADIENT])
 def test_where_the_ends_coincide_it_is_the_gradient_of(name):
     model = Net(HOLDS[name])
+    if (
+        name.endswith("aminmax")
+        and "NotImplemented" in type(X.clone().requires_grad_().aminmax(dim=-1)[1].grad_fn).__name__
+    ):
+        pytest.skip("autograd of this torch, with which the secant is compared, has no derivative of aminmax")
     f, secant = plainly(model, own(model), X), Secant(model, dict(model.named_parameters()))
     out = secant(X)
     for v in cotangents(f.detach(), 3):
