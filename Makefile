@@ -2,8 +2,9 @@
 # make smoke: the tests of one minute                               make test-lowest: with the lowest versions
 # make lint: ruff and the type checker                              make bench: benchmarks, raw results as JSON
 # make docs: the documentation site
-PYTHON ?= $(firstword $(foreach name,python3.14 python3.13 python3.12 python3.11 python3,$(shell \
-	$(name) -c 'import sys, ensurepip; print("$(name)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
+usable  = $(firstword $(foreach name,$(1),$(shell $(name) -c 'import sys, ensurepip; \
+	print("$(name)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
+PYTHON ?= $(call usable,python3.14 python3.13 python3.12 python3.11 python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
@@ -27,6 +28,7 @@ test: $(VENV)/installed
 smoke: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(SMOKE)
 
+.venv-lowest/installed: PYTHON = $(call usable,python3.11 python3.12 python3.13 python3)
 .venv-lowest/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest

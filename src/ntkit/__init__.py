@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.networks.widening import widened as widened
     from ntkit.probes import invariance as invariance
     from ntkit.secant.secant_tensor import NoSecant as NoSecant
-    from ntkit.studies import study as study
+    from ntkit.studies.study import study as study
     from ntkit.tracking import Tracked as Tracked
     from ntkit.tracking import track as track
     from ntkit.trajectory import Trajectory as Trajectory
@@ -82,7 +82,7 @@ _NAMES = {
     "ntkit.measures.eigenfunctions": ("bandwidth", "eigenfunctions", "grid"),
     "ntkit.trajectory": ("Trajectory", "load_weights", "record", "train"),
     "ntkit.tracking": ("Tracked", "track"),
-    "ntkit.studies": ("study",),
+    "ntkit.studies.study": ("study",),
     "ntkit.commands.analyze": ("analyze",),
     "ntkit.commands.settings": ("Settings",),
     "ntkit.base.checks": ("Refused",),

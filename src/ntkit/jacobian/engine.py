@@ -30,9 +30,9 @@ from ntkit.jacobian.contraction import (
     triangle,
 )
 from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.model_calls import MODES, Outputs, check_mode, check_module, select_parameters
+from ntkit.jacobian.model_calls import MODES, Outputs, Params, check_mode, check_module, select_parameters
 from ntkit.jacobian.pairs import Whole
-from ntkit.jacobian.plan import ROUTES, Plan, make_plan
+from ntkit.jacobian.plan import ROUTES, Plan, Route, make_plan
 from ntkit.jacobian.products import differentiated_twice, pulled_back
 from ntkit.jacobian.self_check import structure_of
 from ntkit.jacobian.structure import Irregular, Structure, joined
@@ -69,9 +69,9 @@ class Engine:
         self,
         model: nn.Module,
         outputs: Outputs = "full",
-        params: Any = None,
+        params: Params = None,
         memory: int | str | None = None,
-        routes: Mapping[str, str] | None = None,
+        routes: Mapping[str, Route] | None = None,
         *,
         selected: Mapping[str, nn.Parameter] | None = None,
     ) -> None:

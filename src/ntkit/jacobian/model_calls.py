@@ -6,7 +6,7 @@ import inspect
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from ntkit.base.batch import Batch, call_with, count, leaves, take, with_leaves
 from ntkit.base.checks import Refused, nearest, refusal
 
 Outputs = Literal["full", "diagonal", "trace", "sum"] | Callable[[Any], Tensor]
+Params = Iterable[str] | Callable[..., bool] | None  # names, a predicate of the name (or name and parameter), or all
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -33,7 +34,7 @@ def raw_outputs(model: nn.Module, x: Batch, batch: int = 512) -> Tensor:
     return torch.cat(parts)
 
 
-def select_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
+def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Parameter]:
     """Parameters by name: all trainable ones (None), those named, or those a predicate accepts; a tied one once."""
     named = dict(model.named_parameters())
     if params is None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.jacobian.graph import correct_batch_norm
-from ntkit.jacobian.model_calls import Outputs, call, reduce_outputs, select_parameters, untouched
+from ntkit.jacobian.model_calls import Outputs, Params, call, reduce_outputs, select_parameters, untouched
 
 
 def jacobian(
-    model: nn.Module, x: Batch, outputs: Outputs = "full", params: Any = None, dtype: torch.dtype = torch.float64
+    model: nn.Module, x: Batch, outputs: Outputs = "full", params: Params = None, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
     """Gradients of every output of every sample, one sample and one output at a time.
 
@@ -58,7 +57,7 @@ def jacobian(
 
 
 def tangent_kernel(
-    model: nn.Module, x1: Batch, x2: Batch | None = None, outputs: Outputs = "full", params: Any = None
+    model: nn.Module, x1: Batch, x2: Batch | None = None, outputs: Outputs = "full", params: Params = None
 ) -> Tensor:
     """The tangent kernel by the definition: J(x1) J(x2)^T in float64, reduced as `outputs` says.
 

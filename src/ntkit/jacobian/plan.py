@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -33,7 +34,8 @@ _FEWEST = 4  # samples: below that, convolutions lose more than the caches give
 _BLOCK = {"cpu": 2**20, "cuda": 2**26}
 _TILE = 1024  # samples of the streaming side at a time
 
-ROUTES = ("outer", "tokens", "nested", "rows")
+Route = Literal["outer", "tokens", "nested", "rows"]
+ROUTES: tuple[Route, ...] = get_args(Route)
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def make_plan(
     *,
     same: bool = False,
     aligned: bool = False,
-    routes: Mapping[str, str] | None = None,
+    routes: Mapping[str, Route] | None = None,
 ) -> Plan:
     """Choose routes, then tile and batch sizes under a memory budget.
 
@@ -250,7 +252,7 @@ def make_plan(
 
 
 def _cheapest_steps(
-    structure: Structure, shape: _Shape, budget: int, like: Tensor, routes: Mapping[str, str]
+    structure: Structure, shape: _Shape, budget: int, like: Tensor, routes: Mapping[str, Route]
 ) -> tuple[Step, ...]:
     """One step per parameter: on the route asked for, else on the cheapest."""
     outputs, itemsize, rates = structure.outputs, like.element_size(), rates_for(like)

@@ -14,7 +14,7 @@ from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.jacobian.engine import Engine, Job
-from ntkit.jacobian.model_calls import Outputs
+from ntkit.jacobian.model_calls import Outputs, Params
 from ntkit.jacobian.pairs import Whole
 from ntkit.jacobian.structure import SelfCheckError, Structure
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, refuse_operator_of_diagonal, written
@@ -87,7 +87,7 @@ class SketchedKernel(Kernel):
         dim: int,
         seed: int = 0,
         outputs: Outputs = "full",
-        params: Any = None,
+        params: Params = None,
         memory: int | str | None = None,
     ) -> None:
         if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, checked, count
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.engine import Engine
-from ntkit.jacobian.model_calls import Outputs
-from ntkit.jacobian.plan import Plan
+from ntkit.jacobian.model_calls import Outputs, Params
+from ntkit.jacobian.plan import Plan, Route
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, refuse_operator_of_diagonal
 
 
@@ -59,9 +59,9 @@ class TangentKernel(Kernel):
         self,
         model: nn.Module,
         outputs: Outputs = "full",
-        params: Any = None,
+        params: Params = None,
         memory: int | str | None = None,
-        routes: Mapping[str, Literal["outer", "tokens", "nested", "rows"]] | None = None,
+        routes: Mapping[str, Route] | None = None,
     ) -> None:
         self._engine = Engine(model, outputs, params, memory, routes)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -12,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
-from ntkit.jacobian.model_calls import check_mode, check_module, select_parameters
-
-Params = Iterable[str] | Callable[..., bool] | None  # names, a predicate of the name (or name and parameter), or all
+from ntkit.jacobian.model_calls import Params, check_mode, check_module, select_parameters
 
 
 class Linearized(nn.Module):
