@@ -35,7 +35,7 @@ class Gram:
 
     Parameters
     ----------
-    K : [n, n] or [n, n, C, C]; torch or numpy, any real dtype. Its memory is shared, not copied: do not change it afterwards.
+    K : [n, n] or [n, n, C, C]; torch or numpy, any real dtype. Its memory is shared, not copied: leave it unchanged.
     kernel, x : the kernel and the data that K was computed with, for `identity`.
 
     Attributes
