@@ -4,7 +4,7 @@
 # make docs: the documentation site
 usable  = $(firstword $(foreach name,$(1),$(shell $(name) -c 'import sys, ensurepip; \
 	print("$(name)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
-PYTHON ?= $(call usable,python3.14 python3.13 python3.12 python3.11 python3)
+PYTHON ?= $(call usable,python3 python3.11 python3.12 python3.13 python3.14)
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
@@ -51,7 +51,7 @@ bench: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	PYTHONPATH=docs/extensions $(BIN)/python -m zensical build --strict --clean
 
 clean:
 	rm -rf $(VENV) .venv-lowest build dist runs site

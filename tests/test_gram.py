@@ -157,6 +157,7 @@ def _set(K: Tensor, value: float, *index: int) -> Tensor:
         (np.full((3, 3), "a"), "K: got <U1 values; expected real numbers"),
         ([[1.0], [1.0, 2.0]], "K: got rows of unequal length; expected real numbers"),
         (None, "K: got object values; expected real numbers"),
+        (Gram(torch.eye(2)), "K: got a Gram; expected a tensor or an array. Use it as it is."),
     ],
 )
 @pytest.mark.parametrize("tile", [512, 4])

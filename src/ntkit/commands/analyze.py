@@ -34,6 +34,7 @@ from ntkit.commands.network_measures import LABELS
 from ntkit.commands.results import KERNELS, assemble, versions
 from ntkit.commands.settings import Settings
 from ntkit.data import Data, load
+from ntkit.gram.gram_matrix import Gram
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.spectra import alignment
 from ntkit.networks.built_in import build
@@ -297,7 +298,7 @@ class _Run:
         for a, b in (("init", "after"), ("after", "conjugate"), ("init", "conjugate")):
             result |= {f"{a}_{b}": None, f"{a}_{b}_centered": None}
             if self._has_gram(a) and self._has_gram(b):
-                K1, K2 = self._read_gram(f"{a}-train"), self._read_gram(f"{b}-train")
+                K1, K2 = (Gram(self._read_gram(f"{key}-train")) for key in (a, b))
                 result[f"{a}_{b}"] = measures.finite(alignment(K1, K2))
                 result[f"{a}_{b}_centered"] = measures.finite(alignment(K1, K2, centered=True))
         return result, {}

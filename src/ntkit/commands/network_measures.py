@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ntkit.base import progress
 from ntkit.base.checks import refusal
 from ntkit.data import Data
+from ntkit.gram.gram_matrix import Gram
 from ntkit.jacobian.model_calls import raw_outputs
 from ntkit.jacobian.oracle import tangent_kernel
 from ntkit.kernels.conjugate import ConjugateKernel
@@ -96,11 +97,12 @@ def network(task: TrainingTask, model: nn.Module) -> dict[str, Any]:
 
 def quality(K: Tensor, targets: Tensor) -> dict[str, Any]:
     """Numbers of one train x train kernel."""
-    trace = float(K.diagonal().double().sum())
+    gram = Gram(K)
+    trace = float(gram.diagonal().sum())
     return {
-        "alignment": finite(alignment(K, targets)),
-        "alignment_centered": finite(alignment(K, targets, centered=True)),
-        "effective_rank": finite(effective_rank(K)),
+        "alignment": finite(alignment(gram, targets)),
+        "alignment_centered": finite(alignment(gram, targets, centered=True)),
+        "effective_rank": finite(effective_rank(gram)),
         "trace": trace,
         "scale": trace / len(K),
     }
@@ -108,7 +110,8 @@ def quality(K: Tensor, targets: Tensor) -> dict[str, Any]:
 
 def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Hard-margin SVM, and ridge regression beside it, on one kernel: numbers with their certificates, and arrays."""
-    svm = HardMarginSVM().fit(K, data.y_train)
+    gram = Gram(K)
+    svm = HardMarginSVM().fit(gram, data.y_train)
     gap = finite(float(svm.gap_))
     certificate = f"SVM {svm.status_}, relative gap {gap:.1e}" if gap is not None else f"SVM {svm.status_}"
     errors = {}
@@ -120,12 +123,12 @@ def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict
         errors[f"{part}_error"] = entry
     alpha = np.asarray(svm.alpha_, dtype=np.float64)
     # In units of the features' root mean square norm: a kernel times four has twice the margin and is no better.
-    margin = np.asarray(svm.margin_, dtype=np.float64) / float(K.diagonal().double().mean()) ** 0.5
+    margin = np.asarray(svm.margin_, dtype=np.float64) / float(gram.diagonal().mean()) ** 0.5
     result = {
         "status": svm.status_,
         "advice": svm.advice_,
         **errors,
-        "ridge_test_error": _ridge_error(K, K_test, data),
+        "ridge_test_error": _ridge_error(gram, K_test, data),
         "gap": gap,
         "kkt": finite(float(svm.kkt_)),
         "margin": [finite(m) for m in margin.tolist()] if margin.ndim else finite(float(margin)),
@@ -135,11 +138,11 @@ def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict
     return result, {"alpha": alpha, "decision": np.asarray(svm.decision_function(K_test), dtype=np.float64)}
 
 
-def _ridge_error(K: Tensor, K_test: Tensor, data: Data) -> dict[str, Any]:
+def _ridge_error(gram: Gram, K_test: Tensor, data: Data) -> dict[str, Any]:
     """Test error of kernel ridge regression on one-hot targets minus their mean; the largest output is the class."""
-    ridge = RIDGE * float(K.diagonal().double().mean())
+    ridge = RIDGE * float(gram.diagonal().mean())
     targets = F.one_hot(data.y_train, len(data.classes)).double()
-    machine = KernelRidge(ridge).fit(K, targets - targets.mean(0))
+    machine = KernelRidge(ridge).fit(gram, targets - targets.mean(0))
     predicted = (torch.as_tensor(machine.predict(K_test)) + targets.mean(0)).argmax(1)
     entry = rate(predicted.to(data.y_test) != data.y_test, "test examples")
     entry["certificate"] = f"{machine.status_}, residual {float(machine.residual_):.0e}"

@@ -44,9 +44,11 @@ def as_tensor(value: Any, name: str) -> Tensor:
 
 
 def as_floats(value: Any, name: str) -> Tensor:
-    """Take real numbers as `as_tensor` does; boolean and integer values become float64."""
+    """Take real numbers as `as_tensor` does; boolean and integer values become float64, 8-bit floats float32."""
     tensor = as_tensor(value, name)
-    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+    if tensor.is_floating_point():
+        return tensor if tensor.dtype.itemsize > 1 else tensor.float()
+    return tensor.to(torch.float64)
 
 
 def not_finite(name: str, value: float, index: list[int]) -> Refused:

@@ -35,7 +35,7 @@ class Gram:
 
     Parameters
     ----------
-    K : [n, n] or [n, n, C, C]; torch or numpy, any real dtype. Its memory is shared, not copied.
+    K : [n, n] or [n, n, C, C]; torch or numpy, any real dtype. Its memory is shared, not copied: leave it unchanged.
     kernel, x : the kernel and the data that K was computed with, for `identity`.
 
     Attributes
@@ -63,6 +63,8 @@ class Gram:
         if (kernel is None) != (x is None):
             fix = "Pass the kernel and the data that K was computed with."
             raise refusal("Gram", got="one of kernel and x", expected="both, or neither", fix=fix)
+        if isinstance(K, Gram):
+            raise refusal(name, got="a Gram", expected="a tensor or an array", fix="Use it as it is.")
         self.on_torch = isinstance(K, Tensor)
         values = as_floats(K, name)
         shape = list(values.shape)
@@ -124,7 +126,7 @@ class Gram:
         return self.tile(index, slice(None))
 
     def tile(self, rows: Index, columns: Index) -> Tensor:
-        """K[rows][:, columns] in float64, each index a slice or a list of places; it may share memory with K."""
+        """``K[rows][:, columns]`` in float64, each index a slice or a list of places; it may share memory with K."""
         if self.outputs > 1:
             return self._tile_of_outputs(self._places(rows), self._places(columns))
         values = self._values[:, :, 0, 0]
