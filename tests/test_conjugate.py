@@ -37,7 +37,7 @@ def test_a_last_convolution_gives_its_whole_input():
 def test_a_layer_by_name():
     model, x1, _ = make("mlp")
     assert_equal(ntkit.ConjugateKernel(model, layer="1").features(x1), model[:2](x1).detach(), 1e-12, "layer 1")
-    with pytest.raises(ntkit.Refused, match=r"layer: got '9'; expected a submodule's name.*Known"):
+    with pytest.raises(ntkit.Refused, match=r"layer: got '9'; expected a submodule's name.*Options"):
         ntkit.ConjugateKernel(model, layer="9")
     assert not any(m._forward_hooks for m in model.modules())
 

@@ -173,7 +173,7 @@ def test_a_rare_class_is_kept_in_both_parts():
     [
         (
             {"classes": (3, 12)},
-            "classes: got 12; expected a class of the data. Did you mean .* Known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9.",
+            "classes: got 12; expected a class of the data. Did you mean .* Options: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9.",
         ),
         ({"classes": (3, -1)}, "classes: got -1"),
         ({"classes": (3, True)}, "classes: got True"),

@@ -346,7 +346,7 @@ def test_refusals():
     twice = np.concatenate([x, x])
     for call, message in [
         (lambda: NTKRegressor(machine="svm").fit(x, y), "machine: got 'svm'; expected a machine"),
-        (lambda: NTKClassifier(machine="SVM").fit(x, labels), "Known: gp, ridge, svm"),
+        (lambda: NTKClassifier(machine="SVM").fit(x, labels), "Options: gp, ridge, svm"),
         (lambda: NTKRegressor(kind="ntkk").fit(x, y), "kind: got 'ntkk'"),
         (lambda: NTKRegressor(ridge=-1.0).fit(x, y), "ridge: got -1.0"),
         (lambda: NTKRegressor(depth=1.5).fit(x, y), "depth: got 1.5"),

@@ -40,12 +40,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """List the valid names, those nearest to a wrong one first.
 
     >>> nearest("vg", ["mlp", "cnn", "vgg"])
-    'Did you mean vgg? Known: cnn, mlp, vgg.'
+    'Did you mean vgg? Options: cnn, mlp, vgg.'
     """
     valid = sorted(names)
     close = difflib.get_close_matches(name, valid, n=2, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
-    return f"{hint}Known: {', '.join(valid)}."
+    return f"{hint}Options: {', '.join(valid)}."
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -184,7 +184,7 @@ def spectrum(K: Gram | Matrix | Operator, k: int | None = None) -> Spectrum:
         outputs, device, N, eps = gram.outputs, gram.device, len(gram), gram.precision
         product, trace = gram.__matmul__, float(gram.diagonal().sum())
     if k is not None and (isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= N):
-        raise refusal("k", got=repr(k), expected=f"an integer from 1 to {N}", fix="Ask for at most all eigenpairs.")
+        raise refusal("k", got=repr(k), expected=f"an integer from 1 to {N}", fix="Use k = None for all of them.")
     k, status = int(k or N), "converged"
     pairs = None
     if 3 * k <= N:

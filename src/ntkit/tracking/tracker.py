@@ -133,7 +133,7 @@ class _Tracker:
         self.kernel = TangentKernel(model, self.mode, memory=memory)
         self.size = N = self.n * (self.outputs if self.mode == "full" else 1)
         if not 1 <= k <= N:
-            raise refusal("k", got=k, expected=f"1 to {N}", fix="Ask for at most all eigenpairs.")
+            raise refusal("k", got=k, expected=f"1 to {N}", fix="Use a smaller k.")
         itemsize = raw.element_size()
         copies = 3 * self.outputs if self.mode == "diagonal" else 3  # K now, before and at first; one in float64
         self.dense = N * N * (copies * itemsize + 8) <= budget
