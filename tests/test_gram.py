@@ -371,4 +371,5 @@ def test_no_copy_of_a_large_matrix_is_made():
     done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     matrix = 4 * 3000**2
-    assert int(done.stdout) < 0.75 * matrix  # a float64 copy alone would be twice the matrix, a difference once
+    # one difference of the size of the matrix would come on top of the blocks in use (half of it), a float64 copy twice
+    assert int(done.stdout) < matrix
