@@ -175,7 +175,7 @@ def _print_summary(folder: Path) -> None:
     for m in results["machines"]:
         gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
         errors.append((f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}"))
-    # without a single error among the test examples the binomial standard error, 0, says nothing
+    # without a single error among the test examples the binomial standard error is 0 and no estimate
     rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), text) for name, e, text in errors]
     _print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
     alignments = {q["kernel"]: q["alignment_centered"] for q in results["quality"]}
