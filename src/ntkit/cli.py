@@ -28,6 +28,7 @@ def analyze(
     out: Path | None = None,
     from_: Annotated[Path | None, Parameter(name="--from")] = None,
     overwrite: bool = False,
+    trust: bool = False,
 ) -> None:
     """Train or load a network, measure its kernel before, along and after training, and write a report.
 
@@ -41,15 +42,19 @@ def analyze(
         Folder of an earlier run. An unfinished run is resumed; a complete run is repeated in --out.
     overwrite
         Replace an existing run.
+    trust
+        With --from: run the code that the folder names (--model, --data) even if you have never run it here.
     """
     from ntkit.commands.analyze import analyze as run
 
-    folder = run(settings, out=out, resume=from_, overwrite=overwrite, say=_say)
+    folder = run(settings, out=out, resume=from_, overwrite=overwrite, trust=trust, say=_say)
     _print_summary(folder)
 
 
 @app.command
-def track(run: Path, settings: Annotated[TrackSettings | None, Parameter(name="*")] = None) -> None:
+def track(
+    run: Path, settings: Annotated[TrackSettings | None, Parameter(name="*")] = None, *, trust: bool = False
+) -> None:
     """Follow the kernel along a recorded run: spectrum, alignment, energies, learning-rate bound, first order.
 
     Parameters
@@ -58,10 +63,12 @@ def track(run: Path, settings: Annotated[TrackSettings | None, Parameter(name="*
         A run folder of ntkit analyze, or the folder of a recorded trajectory (then give --model and --data).
     settings
         What to follow, and how.
+    trust
+        Run the code that the folder names (--model, --data) even if you have never run it here.
     """
     from ntkit.commands.track import track_run
 
-    track_run(run, settings, say=lambda line: print(line, flush=True))
+    track_run(run, settings, say=lambda line: print(line, flush=True), trust=trust)
 
 
 @app.command

@@ -28,6 +28,7 @@ from ntkit.base.files import ensure_folder, read_json, write_arrays, write_atomi
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
+from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
 from ntkit.commands.network_measures import LABELS
@@ -50,6 +51,7 @@ def analyze(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     overwrite: bool = False,
+    trust: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Train or load a network, measure its kernel before, along and after training, and write a report.
@@ -61,6 +63,8 @@ def analyze(
     resume : folder of an earlier run, whose settings are used. An unfinished run is resumed in place. A complete run is
         repeated in `out`; without `out` only its report is written again.
     overwrite : replace an existing run in `out`, once all settings have passed their checks.
+    trust : with `resume`, run the code that the earlier run names even if it has never been run here. Without it, name
+        the same `model` (and `data`) in `settings`.
     say : receives one line per stage.
 
     Returns
@@ -73,16 +77,19 @@ def analyze(
     Refused
         For anything that cannot give a right result; names it and what to do.
     """
-    earlier = None
+    earlier, code = None, contextlib.nullcontext()
     if resume is not None:
         earlier = _earlier_run(Path(resume), settings)
+        given = {} if settings is None else settings.named_code(changed=True)
         settings = Settings.of(earlier["settings"])
+        code = code_of_run(Path(resume), settings.named_code(), earlier.get("identity"), given, trust)
         complete = earlier["status"] == "complete" and (Path(resume) / "results.json").exists()
         if out is None and complete:
             say("The run is complete. Its report is written again.")
             return render(resume).parent
         if out is None:
-            return _Run(Path(resume), settings, say, earlier, resumed=True).run()
+            with code:
+                return _Run(Path(resume), settings, say, earlier, resumed=True).run()
         if not complete:
             expected = "no --out: an unfinished run is resumed in its own folder"
             fix = "Leave out --out. Repeat the run elsewhere when it is complete."
@@ -96,7 +103,8 @@ def analyze(
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         got = "a file, or a folder with other files in it"
         raise refusal(str(folder), got=got, expected="a new or empty folder", fix="Name another --out.")
-    return _Run(folder, settings, say, earlier).run()
+    with code if earlier is not None else code_of_user(settings.named_code()):
+        return _Run(folder, settings, say, earlier).run()
 
 
 def _earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def _earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
         expected = f"the run.json of a run (format {RESULTS_FORMAT})"
         fix = "Name the run's own folder, not the trajectory/ inside it."
         raise refusal(str(folder / "run.json"), got=got, expected=expected, fix=fix)
-    if settings not in (None, Settings()):
+    if settings is not None and dataclasses.replace(settings, model="cnn", data="digits") != Settings():
         expected, fix = "none: they come from the run", "Leave them out, or start a new run without --from."
         raise refusal(f"--from {folder}", got="further settings", expected=expected, fix=fix)
     return run
@@ -221,13 +229,14 @@ class _Run:
             "data": self.data.hash,
             "initial parameters": tensor_hash(model.state_dict()),
             "weights": s.weights and tensor_hash(self.models["after"].state_dict()),
-            "model file": source_hash(s.model),
+            "model file": source_hash("--model", s.model),
+            "data file": source_hash("--data", s.data),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             **versions(),
         }
         old = {} if self.earlier is None else self.earlier["identity"]
-        changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old and old.get(k) != v]
+        changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old.get(k, v) != v]
         if self.resumed:
             if changed:
                 got = "changed since the run began: " + "; ".join(changed)

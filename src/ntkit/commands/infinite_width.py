@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder, read_json, write_json
 from ntkit.base.memory import free_memory
+from ntkit.base.trust import code_of_user
 from ntkit.base.versions import versions
 from ntkit.commands.settings import InfiniteSettings
 from ntkit.data import Data, load
@@ -64,8 +65,9 @@ def infinite(
     if s.folds < 2 or s.epochs < 1:
         got, fix = f"{s.folds}, {s.epochs}", "Give larger numbers."
         raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
-    sets = load(s.data, s.data_dir, train=s.train, seed=s.seed)
-    network = build(s.model, sets.input_shape, len(sets.classes), s.seed)
+    with code_of_user({"--model": s.model, "--data": s.data}):
+        sets = load(s.data, s.data_dir, train=s.train, seed=s.seed)
+        network = build(s.model, sets.input_shape, len(sets.classes), s.seed)
     n, m = _check_size(sets, s.folds)
     names = ("model", "data", "train", "test", "folds", "epochs", "w_std", "b_std", "seed")
     values = asdict(s) | {"train": n, "test": m}

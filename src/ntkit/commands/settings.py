@@ -68,6 +68,11 @@ class Settings:
         fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
         return cls(**fields)
 
+    def named_code(self, changed: bool = False) -> dict[str, str]:
+        """Option and name of what may be the user's own code; with `changed` only what differs from the defaults."""
+        names = {"--model": self.model, "--data": self.data}
+        return {o: n for o, n in names.items() if not changed or n != getattr(Settings, o[2:])}
+
     def check(self) -> None:
         """Refuse invalid values.
 
