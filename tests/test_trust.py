@@ -291,7 +291,7 @@ def test_a_model_file_that_is_no_file_is_refused(tmp_path):
             find("--model", f"{tmp_path / name}.py:make", ())
     for text in ("def make(:", "x = 1\0", "(" * 500, "\xff".encode("latin-1")):
         (tmp_path / "bad.py").write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(ntkit.Refused, match="got no Python: .*Correct"):
+        with pytest.raises(ntkit.Refused, match=r"got no Python: .*Correct"):
             find("--model", f"{tmp_path / 'bad.py'}:make", ())
 
 
