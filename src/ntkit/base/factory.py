@@ -193,7 +193,7 @@ def _read_modules(option: str, name: str, place: str) -> UserCode:
         module = ".".join(parts[:depth])
         spec = _spec(module, places) if all(parts) and "\0" not in place else None
         if spec is None:
-            raise _no_module(option, name, f"no module {module}")
+            raise _no_module(option, name, f"no module {module if all(parts) else repr(place)}")
         specs.append(spec)
         places = list(spec.submodule_search_locations or ())
         read = getattr(spec.loader, "get_data", None)

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from ntkit.base.checks import refusal
+from ntkit.base.checks import Refused, refusal
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -47,6 +47,8 @@ def open_regular(path: str | Path, expected: str, fix: str = "Check its name and
         _check_kind(os.stat(path).st_mode, path, expected, fix)
         # another process may have put a pipe in its place since: opened like this, none waits
         handle = os.fdopen(os.open(path, _MODE), "rb")
+    except Refused:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         got = getattr(error, "strerror", None) or str(error)
         raise refusal(str(path), got=got, expected=expected, fix=fix) from error

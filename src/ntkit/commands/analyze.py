@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 import shlex
 import shutil
 import time
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import Refused, refusal
+from ntkit.base.checks import Refused, check_name, refusal
 from ntkit.base.factory import source_hash
 from ntkit.base.files import ensure_folder, read_json, write_arrays, write_atomically, write_json
 from ntkit.base.memory import free_memory, parse_memory
@@ -96,11 +97,12 @@ def analyze(
             raise refusal(f"--from {resume}", got="an unfinished run, and --out", expected=expected, fix=fix)
     settings = settings or Settings()
     folder = Path(out) if out is not None else Path("runs") / settings.slug()
-    if (folder / "run.json").exists():
+    check_name("--out", str(folder), "Name another folder.")  # libraries below could not open its files
+    if os.path.exists(folder / "run.json"):  # pathlib's would raise for a name that is too long
         if not overwrite:
             fix = f"Resume the run (--from {folder}), replace it (--overwrite) or name another folder (--out)."
             raise refusal(str(folder), got="a folder that holds a run", expected="a new folder", fix=fix)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         got = "a file, or a folder with other files in it"
         raise refusal(str(folder), got=got, expected="a new or empty folder", fix="Name another --out.")
     with code if earlier is not None else code_of_user(settings.named_code()):
@@ -213,6 +215,9 @@ class _Run:
     def _open(self) -> None:
         s = self.settings
         self.data = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
+        if len(self.data.classes) < 2:
+            got, fix = f"one class, {self.data.classes[0]}", "Add examples of another class."
+            raise refusal(f"--data {s.data}", got=got, expected="at least two classes", fix=fix)
         outputs = 1 if len(self.data.classes) == 2 else len(self.data.classes)
         model = build(s.model, self.data.input_shape, outputs, s.seed)
         parts = ("x_train", "y_train", "x_test", "y_test")
@@ -248,7 +253,7 @@ class _Run:
         if changed:
             self.say("Differences from the repeated run: " + "; ".join(changed))
         replaced = self.folder.with_name(self.folder.name + ".replaced")
-        if (self.folder / "run.json").exists():  # the old run is deleted once the new one has begun
+        if os.path.exists(self.folder / "run.json"):  # the old run is deleted once the new one has begun
             shutil.rmtree(replaced, ignore_errors=True)
             self.folder.replace(replaced)
         ensure_folder(self.folder)

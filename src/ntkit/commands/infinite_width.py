@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -73,7 +74,7 @@ def infinite(
     values = asdict(s) | {"train": n, "test": m}
     record = {name: values[name] for name in names}
     if s.out is not None:
-        if (s.out / "run.json").exists() and read_json(s.out / "run.json").get("settings") != record:
+        if os.path.exists(s.out / "run.json") and read_json(s.out / "run.json").get("settings") != record:
             fix = "Name another folder."
             raise refusal("--out", got=f"{s.out}, which holds another run", expected="a new folder", fix=fix)
         write_json(ensure_folder(s.out) / "run.json", {"settings": record, "versions": versions()})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ntkit.base.checks import Refused, nearest, refusal
+from ntkit.base.checks import Refused, check_name, nearest, refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,8 @@ class Settings:
         Refused
             Names the option as the command line spells it.
         """
+        for name in ("data", "data_dir", "model", "weights"):
+            check_name("--" + name.replace("_", "-"), getattr(self, name) or "", "Rename it: reports name it.")
         for name in ("train", "test", "epochs", "batch_size", "track_points", "probe_samples"):
             value, low = getattr(self, name), 2 if name == "probe_samples" else 1
             if value is not None and (not isinstance(value, int) or value < low):
@@ -99,9 +101,9 @@ class Settings:
                 raise _bad(name, value, f"one of {', '.join(names)}", nearest(str(value), names))
 
     def slug(self) -> str:
-        """Short folder name."""
+        """Short folder name, at most 60 characters: a name may have 255 bytes."""
         model = Path(self.model.rpartition(":")[0] or self.model).stem
-        return "-".join([model, Path(self.data).stem, *(self.classes or ())])
+        return "-".join([model, Path(self.data).stem, *(self.classes or ())])[:60]
 
     def arguments(self) -> list[str]:
         """Command-line arguments for these settings: data and model, and all that differ from the defaults."""
