@@ -37,7 +37,13 @@ def refusal(subject: str, *, got: Any, expected: Any, fix: str) -> Refused:
     >>> str(refusal("--classes", got="3 3", expected="two different classes", fix="Name another class."))
     '--classes: got 3 3; expected two different classes. Name another class.'
     """
+    subject, got, expected = (_shortened(str(part)) for part in (subject, got, expected))
     return Refused(printable(f"{subject}: got {got}; expected {expected}. {fix}"))
+
+
+def _shortened(text: str) -> str:
+    """Text without its middle if it is very long: an error of a library may quote a whole file."""
+    return text if len(text) <= 20_000 else f"{text[:5_000]} ... {text[-500:]}"
 
 
 def printable(text: str) -> str:

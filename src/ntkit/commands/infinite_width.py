@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder, read_json, write_json
+from ntkit.base.imports import same_random_numbers
 from ntkit.base.memory import free_memory
 from ntkit.base.trust import code_of_user
 from ntkit.base.versions import versions
@@ -124,7 +125,8 @@ def _accuracy(
     name: str, classifier: Classifier, sets: Data, folds: int, seed: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Mean accuracy over the folds with its standard error, and accuracy on the test set (None without one)."""
-    from sklearn.model_selection import StratifiedKFold
+    with same_random_numbers():
+        from sklearn.model_selection import StratifiedKFold
 
     y, y_test, scores = sets.y_train.numpy(), sets.y_test.numpy(), []
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
@@ -156,8 +158,9 @@ def _ridge(K: Tensor, K_test: Tensor, sets: Data) -> Classifier:
 
 def _rbf(sets: Data) -> Classifier:
     """scikit-learn's SVC with an RBF kernel, tuned by cross-validation within the rows to fit."""
-    from sklearn.model_selection import GridSearchCV
-    from sklearn.svm import SVC
+    with same_random_numbers():
+        from sklearn.model_selection import GridSearchCV
+        from sklearn.svm import SVC
 
     x, x_test = sets.x_train.flatten(1).double().numpy(), sets.x_test.flatten(1).double().numpy()
     y = sets.y_train.numpy()

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ntkit.base.checks import refusal
+from ntkit.base.imports import same_random_numbers
 from ntkit.base.memory import check_room
 from ntkit.base.regular_files import open_regular
 
@@ -168,7 +169,8 @@ def read_digits() -> Files:
             table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
         images, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
     else:  # a release of scikit-learn that keeps it elsewhere
-        from sklearn.datasets import load_digits
+        with same_random_numbers():
+            from sklearn.datasets import load_digits
 
         bunch: Any = load_digits()
         images, labels = bunch.images.astype(np.uint8), bunch.target
