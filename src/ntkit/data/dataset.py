@@ -90,11 +90,11 @@ def load(
     ----------
     name_or_path : ``"digits"`` (embedded in scikit-learn, 8 x 8 pixels / 16; a fixed stratified split, 1,437 / 360),
         ``"mnist"`` or ``"cifar10"`` (official files in `data_dir`), or a path: an ``.npz`` file, or a folder of PNG or
-        JPEG images in ``train/CLASS/`` and ``test/CLASS/``, or in ``CLASS/``. Data without a test set is split 80/20,
-        stratified, always in the same way. In an ``.npz``: uint8 of rank 3 or 4 is images (/ 255), floats become
-        float32 unscaled, int16/32/64 of rank 2 is tokens. Or ``file.py:factory`` or ``package.module:factory``: a
-        function without arguments that returns a torch dataset, a pair of them (training, test), tensors ``(x, y)``, a
-        pair of such pairs, or a `Data`.
+        JPEG images in ``train/CLASS/`` and ``test/CLASS/``, or in ``CLASS/`` (pixels as stored: EXIF orientation does
+        not turn them). Data without a test set is split 80/20, stratified, always in the same way. In an ``.npz``:
+        uint8 of rank 3 or 4 is images (/ 255), floats become float32 unscaled, int16/32/64 of rank 2 is tokens. Or
+        ``file.py:factory`` or ``package.module:factory``: a function without arguments that returns a torch dataset, a
+        pair of them (training, test), tensors ``(x, y)``, a pair of such pairs, or a `Data`.
     data_dir : folder of the official MNIST or CIFAR-10 files.
     classes : the classes to use, by name or else by index; their order defines the labels 0, 1, ...
     train, test : sizes of stratified samples, in the data's order; None = all examples.
