@@ -123,11 +123,31 @@ def test_dotted_names_are_found_where_import_finds_them(tmp_path, mark, monkeypa
         assert factory is getattr(sys.modules[name.split(":")[0]], factory.__name__)
     assert sys.modules["pack.nets"].__file__ == str(tmp_path / "pack" / "nets.py")
     assert sys.modules["pack"].seen == ["pack.nets"]
-    for name in ("pack.nothing:make", "pack..nets:make", ".nets:make", "pack.nets.x:make", "no such:make", "\0:make"):
+    for name in (
+        "bare:make",
+        "bare.inner:make",
+        "pack.nothing:make",
+        "pack..nets:make",
+        ".nets:make",
+        "pack.nets.x:make",
+        "no such:make",
+        "\0:make",
+    ):
         with pytest.raises(ntkit.Refused, match="expected an importable module"):
             find("--model", name, ())
     for module in ("pack", "pack.nets", "bare", "bare.inner", "bare.inner.deep"):
         del sys.modules[module]
+
+
+def test_behind_a_link_the_files_beside_it_are_those_of_its_own_folder(tmp_path, mark):
+    """A link to a known file, in a stranger's folder, must not make it import what lies beside the link."""
+    write(tmp_path / "mine" / "net.py", "from pathlib import Path\nimport beside_net\nmake = lambda: __file__", mark)
+    write(tmp_path / "mine" / "beside_net.py", "", mark)
+    write(tmp_path / "theirs" / "beside_net.py", "Path(MARK).touch()", mark)
+    (tmp_path / "theirs" / "net.py").symlink_to(tmp_path / "mine" / "net.py")
+    assert find("--model", f"{tmp_path}/theirs/net.py:make", ())() == str(tmp_path.resolve() / "mine" / "net.py")
+    assert not mark.exists()
+    del sys.modules["beside_net"]
 
 
 def test_what_runs_is_what_was_read(tmp_path, mark, monkeypatch):

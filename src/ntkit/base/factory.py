@@ -69,7 +69,7 @@ class UserCode:
             subject = f"{self.option} {self.name}"
             raise refusal(subject, got=got, expected="a Python file", fix=f"Correct {place}.") from error
         sys.modules[spec.name] = module  # dataclasses, among others, look up their module by name
-        sys.path.insert(0, str(Path(place).resolve().parent))  # as for a script: it may import the files beside it
+        sys.path.insert(0, os.path.dirname(str(spec.origin)))  # as for a script: it may import the files beside it
         try:
             exec(code, module.__dict__)
         finally:
@@ -177,10 +177,10 @@ def read_code(option: str, name: str) -> UserCode:
     if len(content) > _LARGEST:
         got = f"more than {_LARGEST:,} bytes"
         raise refusal(place, got=got, expected="a Python file", fix="Check the path.")
-    spec = importlib.util.spec_from_file_location(f"ntkit_user_{Path(place).stem}", os.path.abspath(place))
+    path = os.path.realpath(place)  # also what the file knows as its own: behind a link lie other files beside it
+    spec = importlib.util.spec_from_file_location(f"ntkit_user_{Path(place).stem}", path)
     assert spec is not None
-    files = {str(Path(place).resolve()): hashlib.sha256(content).hexdigest()}
-    return UserCode(option, name, files, (spec,), {spec.name: content})
+    return UserCode(option, name, {path: hashlib.sha256(content).hexdigest()}, (spec,), {spec.name: content})
 
 
 def _read_modules(option: str, name: str, place: str) -> UserCode:
@@ -198,8 +198,8 @@ def _read_modules(option: str, name: str, place: str) -> UserCode:
         places = list(spec.submodule_search_locations or ())
         read = getattr(spec.loader, "get_data", None)
         if read is None or not spec.has_location:
-            if spec.loader is not None and spec.origin is not None:
-                files[f"{module} ({spec.origin})"] = ""  # part of Python; a namespace package has no file to run
+            if spec.origin is not None or spec.submodule_search_locations is None:  # no namespace package
+                files[f"{module} ({spec.origin or 'no file'})"] = ""  # part of Python
             continue
         try:
             content = read(spec.origin)
@@ -208,6 +208,8 @@ def _read_modules(option: str, name: str, place: str) -> UserCode:
         files[str(Path(str(spec.origin)).resolve())] = hashlib.sha256(content).hexdigest()
         if isinstance(spec.loader, SourceFileLoader):
             contents[module] = content
+    if not files:
+        raise _no_module(option, name, f"{place}, a folder without code")
     return UserCode(option, name, files, tuple(specs), contents)
 
 
