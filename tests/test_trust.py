@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,9 @@ def test_dotted_names_are_found_where_import_finds_them(tmp_path, mark, monkeypa
     ):
         with pytest.raises(ntkit.Refused, match="expected an importable module"):
             find("--model", name, ())
+    monkeypatch.setitem(sys.modules, "session", types.ModuleType("session"))  # like __main__ of a notebook
+    sys.modules["session"].make = len
+    assert find("--model", "session:make", ()) is len
     for module in ("pack", "pack.nets", "bare", "bare.inner", "bare.inner.deep"):
         del sys.modules[module]
 

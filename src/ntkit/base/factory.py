@@ -221,8 +221,9 @@ def _spec(module: str, places: list[str]) -> ModuleSpec | None:
     loaded = sys.modules.get(module)
     if loaded is not None and (spec := getattr(loaded, "__spec__", None)) is not None:
         return spec
-    if loaded is not None:  # __main__ of a script has no spec
-        return importlib.util.spec_from_file_location(module, loaded.__file__) if hasattr(loaded, "__file__") else None
+    if loaded is not None:  # __main__ of a script or a notebook has no spec
+        file = getattr(loaded, "__file__", None)
+        return ModuleSpec(module, None) if file is None else importlib.util.spec_from_file_location(module, file)
     if "." not in module:
         try:
             return importlib.util.find_spec(module)

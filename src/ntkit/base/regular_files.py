@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from ntkit.base.checks import Refused, refusal
 
@@ -19,7 +19,7 @@ _KINDS = {
 _MODE = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
 
-def open_regular(path: str | Path, expected: str, fix: str = "Check its name and permissions.") -> BinaryIO:
+def open_regular(path: str | Path, expected: str, fix: str = "Check its name and permissions.") -> io.BufferedReader:
     """Open a regular file for reading bytes.
 
     Reading a pipe may wait forever, a device may never end, and opening one may already do something. So the kind is

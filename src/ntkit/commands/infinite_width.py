@@ -109,6 +109,9 @@ def infinite(
 def _check_size(sets: Data, folds: int) -> tuple[int, int]:
     """Numbers of training and test examples; refuse sets too large for the memory or too small for the folds."""
     n, m = len(sets.x_train), len(sets.x_test)
+    if len(sets.classes) < 2:
+        got, fix = f"one class, {sets.classes[0]}", "Add examples of another class."
+        raise refusal("--data", got=got, expected="at least two classes", fix=fix)
     needed, free = 3 * 8 * n * (n + m), free_memory(torch.device("cpu"))
     if needed > free / 2:
         most = int(math.sqrt(free / 2 / 48))

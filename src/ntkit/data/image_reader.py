@@ -83,7 +83,7 @@ def _read_images(paths: list[Path]) -> np.ndarray:
             shape = shape if image.mode == "L" else (*shape, 3)
             if row == 0:
                 size = len(paths) * int(np.prod(shape, dtype=object))
-                check_room(str(path.parent.parent), size, sum(os.path.getsize(path) for path in paths))
+                check_room(str(path.parent.parent), size, sum(map(_size, paths)))
                 pixels, first = np.empty((len(paths), *shape), np.uint8), f"{what}, as {path.name}"
             elif shape != pixels.shape[1:]:
                 fix = "Bring all images to one size and mode."
@@ -93,6 +93,14 @@ def _read_images(paths: list[Path]) -> np.ndarray:
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, ... on damaged files
                 raise _unreadable(path, error) from error
     return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 for what cannot be read, which is refused when its turn comes."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def read_npz(path: Path) -> Files:
     key = "its table of contents"
     with handle:
         try:
-            archive = zipfile.ZipFile(_Archive(handle.raw))  # type: ignore[attr-defined]
+            archive = zipfile.ZipFile(_Archive(handle.raw))
         except Exception as error:  # zipfile raises almost anything on a malicious file
             got = f"a file that is not a zip archive, or one cut short ({error})"
             raise refusal(str(path), got=got, expected="an .npz file", fix=_AGAIN) from error
@@ -108,7 +108,7 @@ def _open(archive: zipfile.ZipFile, key: str) -> tuple[Any, int, Any]:
 def _fill(stream: Any, size: int, empty: Any) -> np.ndarray:
     array = empty()
     # the bytes in the order of the file: by rows, or by columns of the transposed array
-    view = memoryview(array.reshape(-1, order="A").view(np.uint8))
+    view = array.reshape(-1, order="A").view(np.uint8).data
     have = 0
     while have < size and (count := stream.readinto(view[have : have + _PIECE])):
         have += count

@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Files(NamedTuple):
     scale: float = 255.0  # the uint8 pixel value that becomes 1
 
 
-def open_data(path: Path, expected: str) -> tuple[BinaryIO, int]:
+def open_data(path: Path, expected: str) -> tuple[io.BufferedReader, int]:
     """Open a data file, neither empty nor a web page, and return it with its size in bytes."""
     handle = open_regular(path, expected)
     try:
@@ -70,7 +70,7 @@ def read_whole(path: Path, expected: str) -> bytes:
 class _Gunzip(io.RawIOBase):
     """Unpacks a gzip file as far as it is read, and no further."""
 
-    def __init__(self, path: Path, handle: BinaryIO) -> None:
+    def __init__(self, path: Path, handle: io.BufferedReader) -> None:
         self._path, self._handle = path, handle
         self._inflate: Any = None
         self._packed = b""
@@ -138,7 +138,7 @@ def read_idx(path: Path, content: str) -> np.ndarray:
             raise refusal(str(path), got=f"{stored:,} bytes ({what})", expected=expected, fix=AGAIN)
         check_room(str(path), values, stored)
         array = np.empty(values, np.uint8)
-        have, view = 0, memoryview(array)
+        have, view = 0, array.data
         while have < values and (count := stream.readinto(view[have : have + _PIECE])):
             have += count
         if have < values or stream.read(1):
