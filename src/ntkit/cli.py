@@ -127,9 +127,9 @@ def report(run: Path) -> None:
 
 def main() -> None:
     """Entry point: a refusal prints one line on stderr and exits with 2; Ctrl-C exits with 130."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8
         app()
     except Refused as refused:
         print(f"ntkit: {refused}", file=sys.stderr)

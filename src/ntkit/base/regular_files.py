@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from ntkit.base.checks import Refused, refusal
+from ntkit.base.checks import Refused, check_name, refusal
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -67,6 +67,18 @@ def check_regular(path: str | Path, expected: str, fix: str = "Check its name an
     """
     with open_regular(path, expected, fix) as handle:
         return os.fstat(handle.fileno()).st_size
+
+
+def check_folder(path: str | Path, option: str) -> None:
+    """Refuse a name for a folder of results that no file system, library or terminal takes; it need not exist yet."""
+    check_name(option, str(path), "Name another folder.")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        got = getattr(error, "strerror", None) or str(error)
+        raise refusal(f"{option} {path}", got=got, expected="a folder", fix="Name another folder.") from error
 
 
 def _check_kind(mode: int, path: str | Path, expected: str, fix: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import os
 import shlex
 import shutil
 import time
@@ -23,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import Refused, check_name, refusal
+from ntkit.base.checks import Refused, refusal
 from ntkit.base.factory import source_hash
 from ntkit.base.files import ensure_folder, read_json, write_arrays, write_atomically, write_json
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
+from ntkit.base.regular_files import check_folder
 from ntkit.base.tensors import tensor_hash
 from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.base.versions import RESULTS_FORMAT
@@ -79,8 +79,11 @@ def analyze(
         For anything that cannot give a right result; names it and what to do.
     """
     earlier, code = None, contextlib.nullcontext()
+    if out is not None:
+        check_folder(out, "--out")
     if resume is not None:
-        earlier = _earlier_run(Path(resume), settings)
+        # model and data may be named again, as in the run: that lets them run
+        earlier = _earlier_run(Path(resume), settings and dataclasses.replace(settings, model="cnn", data="digits"))
         given = {} if settings is None else settings.named_code(changed=True)
         settings = Settings.of(earlier["settings"])
         code = code_of_run(Path(resume), settings.named_code(), earlier.get("identity"), given, trust)
@@ -97,12 +100,11 @@ def analyze(
             raise refusal(f"--from {resume}", got="an unfinished run, and --out", expected=expected, fix=fix)
     settings = settings or Settings()
     folder = Path(out) if out is not None else Path("runs") / settings.slug()
-    check_name("--out", str(folder), "Name another folder.")  # libraries below could not open its files
-    if os.path.exists(folder / "run.json"):  # pathlib's would raise for a name that is too long
+    if (folder / "run.json").exists():
         if not overwrite:
             fix = f"Resume the run (--from {folder}), replace it (--overwrite) or name another folder (--out)."
             raise refusal(str(folder), got="a folder that holds a run", expected="a new folder", fix=fix)
-    elif os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         got = "a file, or a folder with other files in it"
         raise refusal(str(folder), got=got, expected="a new or empty folder", fix="Name another --out.")
     with code if earlier is not None else code_of_user(settings.named_code()):
@@ -118,7 +120,7 @@ def _earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
         expected = f"the run.json of a run (format {RESULTS_FORMAT})"
         fix = "Name the run's own folder, not the trajectory/ inside it."
         raise refusal(str(folder / "run.json"), got=got, expected=expected, fix=fix)
-    if settings is not None and dataclasses.replace(settings, model="cnn", data="digits") != Settings():
+    if settings not in (None, Settings()):
         expected, fix = "none: they come from the run", "Leave them out, or start a new run without --from."
         raise refusal(f"--from {folder}", got="further settings", expected=expected, fix=fix)
     return run
@@ -241,7 +243,7 @@ class _Run:
             **versions(),
         }
         old = {} if self.earlier is None else self.earlier["identity"]
-        changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old.get(k, v) != v]
+        changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old and old.get(k) != v]
         if self.resumed:
             if changed:
                 got = "changed since the run began: " + "; ".join(changed)
@@ -253,7 +255,7 @@ class _Run:
         if changed:
             self.say("Differences from the repeated run: " + "; ".join(changed))
         replaced = self.folder.with_name(self.folder.name + ".replaced")
-        if os.path.exists(self.folder / "run.json"):  # the old run is deleted once the new one has begun
+        if (self.folder / "run.json").exists():  # the old run is deleted once the new one has begun
             shutil.rmtree(replaced, ignore_errors=True)
             self.folder.replace(replaced)
         ensure_folder(self.folder)

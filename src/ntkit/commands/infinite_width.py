@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder, read_json, write_json
 from ntkit.base.imports import same_random_numbers
 from ntkit.base.memory import free_memory
+from ntkit.base.regular_files import check_folder
 from ntkit.base.trust import code_of_user
 from ntkit.base.versions import versions
 from ntkit.commands.settings import InfiniteSettings
@@ -64,6 +64,8 @@ def infinite(
         half of the free memory.
     """
     s = settings or InfiniteSettings()
+    if s.out is not None:
+        check_folder(s.out, "--out")
     if s.folds < 2 or s.epochs < 1:
         got, fix = f"{s.folds}, {s.epochs}", "Give larger numbers."
         raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
@@ -75,7 +77,7 @@ def infinite(
     values = asdict(s) | {"train": n, "test": m}
     record = {name: values[name] for name in names}
     if s.out is not None:
-        if os.path.exists(s.out / "run.json") and read_json(s.out / "run.json").get("settings") != record:
+        if (s.out / "run.json").exists() and read_json(s.out / "run.json").get("settings") != record:
             fix = "Name another folder."
             raise refusal("--out", got=f"{s.out}, which holds another run", expected="a new folder", fix=fix)
         write_json(ensure_folder(s.out) / "run.json", {"settings": record, "versions": versions()})

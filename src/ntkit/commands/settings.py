@@ -68,11 +68,6 @@ class Settings:
         fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
         return cls(**fields)
 
-    def named_code(self, changed: bool = False) -> dict[str, str]:
-        """Option and name of what may be the user's own code; with `changed` only what differs from the defaults."""
-        names = {"--model": self.model, "--data": self.data}
-        return {o: n for o, n in names.items() if not changed or n != getattr(Settings, o[2:])}
-
     def check(self) -> None:
         """Refuse invalid values.
 
@@ -104,6 +99,11 @@ class Settings:
         """Short folder name, at most 60 characters: a name may have 255 bytes."""
         model = Path(self.model.rpartition(":")[0] or self.model).stem
         return "-".join([model, Path(self.data).stem, *(self.classes or ())])[:60]
+
+    def named_code(self, changed: bool = False) -> dict[str, str]:
+        """Option and name of what may be the user's own code; with `changed` only what differs from the defaults."""
+        names = {"--model": self.model, "--data": self.data}
+        return {o: n for o, n in names.items() if not changed or n != getattr(Settings, o[2:])}
 
     def arguments(self) -> list[str]:
         """Command-line arguments for these settings: data and model, and all that differ from the defaults."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.files import read_json, write_arrays
+from ntkit.base.regular_files import check_folder
 from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.commands.settings import Settings, TrackSettings
 from ntkit.data import load
@@ -59,6 +60,7 @@ def track_run(
         here, before any of it is imported.
     """
     s = settings or TrackSettings()
+    check_folder(s.out or run, "--out" if s.out else "run")
     folder, network, x, y = _run_to_follow(run, s, trust)
     place = s.out or run / "track"
     say(" ".join(f"{title:>{len(form.format(0))}}" for title, _, form in _COLUMNS))
