@@ -17,6 +17,7 @@ import pytest
 import ntkit
 import ntkit.cli
 from ntkit.base.factory import READ, find, read_code, source_hash
+from ntkit.base.files import read_json, write_json
 from ntkit.base.trust import record_folder
 from ntkit.commands.infinite_width import infinite
 from ntkit.commands.settings import InfiniteSettings, TrackSettings
@@ -64,8 +65,7 @@ def run_of(folder: Path, model="linear", data="digits", status="running", **iden
     (folder / "trajectory").mkdir(parents=True)
     settings = {"model": model, "data": data, **SMALL, "train": 20, "test": 10}
     run = {"format": 1, "status": status, "settings": settings, "identity": identity}
-    (folder / "run.json").write_text(json.dumps(run))
-    (folder / "results.json").write_text("{}")
+    write_json(folder / "run.json", run | {"started": "2026-01-01T00:00:00Z"})
     return folder
 
 
@@ -182,7 +182,7 @@ def own_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(home / "state"))
         ntkit.analyze(ntkit.Settings(model=f"{net}:make", data=f"{data}:points", **SMALL), out=home / "run")
-    run = json.loads((home / "run" / "run.json").read_text())
+    run = read_json(home / "run" / "run.json")
     assert run["identity"]["model file"] == sha(net)[:16]
     assert run["identity"]["data file"] == sha(data)[:16]
     return home
@@ -194,7 +194,7 @@ def home(own_run, tmp_path, monkeypatch):
     shutil.copytree(own_run / "run", tmp_path / "run")
     shutil.copytree(own_run / "state", tmp_path / "state", dirs_exist_ok=True)
     file = tmp_path / "run" / "run.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
+    write_json(file, read_json(file) | {"status": "running"})
     (own_run / "ran").unlink(missing_ok=True)
     yield own_run
     write(own_run / "net.py", NET, own_run / "ran")
@@ -214,29 +214,29 @@ def test_ones_own_run_goes_on_without_a_word(home, tmp_path):
 def test_another_file_is_not_ones_own(home, tmp_path):
     """The same content elsewhere, another factory of the same file, a changed file, a changed name: none is known."""
     run = tmp_path / "run" / "run.json"
-    saved = json.loads(run.read_text())
+    saved = read_json(run)
     (tmp_path / "copy").mkdir()
     copy = shutil.copy(home / "net.py", tmp_path / "copy" / "net.py")
     for change in ({"model": f"{copy}:make"}, {"model": f"{home / 'net.py'}:other"}, {"model": "os:abort"}):
-        run.write_text(json.dumps(saved | {"settings": saved["settings"] | change}))
+        write_json(run, saved | {"settings": saved["settings"] | change})
         refused_by_all(tmp_path / "run", home / "ran", "expected code of which you have run the same file")
-    run.write_text(json.dumps(saved))
+    write_json(run, saved)
     (home / "net.py").write_text((home / "net.py").read_text() + "# changed\n")
     noted = saved["identity"]["model file"]
     refused_by_all(tmp_path / "run", home / "ran", f"not the file that the run noted .{noted}.")
     forged = saved["identity"] | {"model file": sha(home / "net.py")[:16]}
-    run.write_text(json.dumps(saved | {"identity": forged}))
+    write_json(run, saved | {"identity": forged})
     refused_by_all(tmp_path / "run", home / "ran", "got --model")
     write(home / "net.py", NET, home / "ran")
     (home / "points.py").write_text((home / "points.py").read_text() + "# changed\n")
-    run.write_text(json.dumps(saved))
+    write_json(run, saved)
     refused_by_all(tmp_path / "run", home / "ran", "got --data")
 
 
 def test_named_again_or_trusted_it_runs(home, tmp_path):
     shutil.rmtree(tmp_path / "state")
     run = tmp_path / "run"
-    model, data = (json.loads((run / "run.json").read_text())["settings"][key] for key in ("model", "data"))
+    model, data = (read_json(run / "run.json")["settings"][key] for key in ("model", "data"))
     refused_by_all(run, home / "ran", "got --model")
     with pytest.raises(ntkit.Refused, match="got --data"):  # one of two
         ntkit.analyze(ntkit.Settings(model=model), resume=run)
