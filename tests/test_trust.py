@@ -254,14 +254,16 @@ def test_named_again_or_trusted_it_runs(home, tmp_path):
 
 def test_the_command_line(tmp_path, mark):
     net = write(tmp_path / "net.py", NET, mark)
-    run = run_of(tmp_path / "run", f"{net}:make")
+    run = run_of(tmp_path / "run", f"{net}:make", status="complete")
+    write_json(run / "results.json", {})
+    again = ("analyze", "--from", run, "--out", tmp_path / "again")
 
     def cli(*words):
         with contextlib.suppress(SystemExit):
             ntkit.cli.app([*map(str, words)])
 
     with pytest.raises(ntkit.Refused) as caught:
-        cli("analyze", "--from", run)
+        cli(*again)
     assert f"would run {net.resolve()} (SHA-256 {sha(net)})" in str(caught.value)
     assert f"give --model {net}:make yourself, or --trust" in str(caught.value)
     assert not mark.exists()
@@ -269,9 +271,9 @@ def test_the_command_line(tmp_path, mark):
         cli("track", run, "--trust")
     assert mark.exists()
     mark.unlink()
-    cli("analyze", "--from", run, "--model", f"{net}:make")
+    cli(*again, "--model", f"{net}:make")
     assert mark.exists()
-    assert (run / "report.html").exists()
+    assert (tmp_path / "again" / "report.html").exists()
 
 
 def test_the_record_is_private_and_its_damage_is_no_error(tmp_path, mark):

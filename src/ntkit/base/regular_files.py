@@ -69,8 +69,10 @@ def check_regular(path: str | Path, expected: str, fix: str = "Check its name an
         return os.fstat(handle.fileno()).st_size
 
 
-def check_folder(path: str | Path, option: str) -> None:
+def check_folder(path: str | Path | None, option: str) -> None:
     """Refuse a name for a folder of results that no file system, library or terminal takes; it need not exist yet."""
+    if path is None:
+        return
     check_name(option, str(path), "Name another folder.")
     try:
         os.stat(path)

@@ -64,8 +64,7 @@ def analyze(
     resume : folder of an earlier run, whose settings are used. An unfinished run is resumed in place. A complete run is
         repeated in `out`; without `out` only its report is written again.
     overwrite : replace an existing run in `out`, once all settings have passed their checks.
-    trust : with `resume`, run the code that the earlier run names even if it has never been run here. Without it, name
-        the same `model` (and `data`) in `settings`.
+    trust : with `resume`, run code that the folder names. Else it must have run here, or be named in `settings` again.
     say : receives one line per stage.
 
     Returns
@@ -79,10 +78,8 @@ def analyze(
         For anything that cannot give a right result; names it and what to do.
     """
     earlier, code = None, contextlib.nullcontext()
-    if out is not None:
-        check_folder(out, "--out")
+    check_folder(out, "--out")
     if resume is not None:
-        # model and data may be named again, as in the run: that lets them run
         earlier = _earlier_run(Path(resume), settings and dataclasses.replace(settings, model="cnn", data="digits"))
         given = {} if settings is None else settings.named_code(changed=True)
         settings = Settings.of(earlier["settings"])
@@ -217,9 +214,6 @@ class _Run:
     def _open(self) -> None:
         s = self.settings
         self.data = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
-        if len(self.data.classes) < 2:
-            got, fix = f"one class, {self.data.classes[0]}", "Add examples of another class."
-            raise refusal(f"--data {s.data}", got=got, expected="at least two classes", fix=fix)
         outputs = 1 if len(self.data.classes) == 2 else len(self.data.classes)
         model = build(s.model, self.data.input_shape, outputs, s.seed)
         parts = ("x_train", "y_train", "x_test", "y_test")

@@ -64,8 +64,7 @@ def infinite(
         half of the free memory.
     """
     s = settings or InfiniteSettings()
-    if s.out is not None:
-        check_folder(s.out, "--out")
+    check_folder(s.out, "--out")
     if s.folds < 2 or s.epochs < 1:
         got, fix = f"{s.folds}, {s.epochs}", "Give larger numbers."
         raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
