@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,7 @@ def analyze(
     out: Path | None = None,
     from_: Annotated[Path | None, Parameter(name="--from")] = None,
     overwrite: bool = False,
+    trust: bool = False,
 ) -> None:
     """Train or load a network, measure its kernel before, along and after training, and write a report.
 
@@ -41,15 +43,19 @@ def analyze(
         Folder of an earlier run. An unfinished run is resumed; a complete run is repeated in --out.
     overwrite
         Replace an existing run.
+    trust
+        With --from: run the code that the folder names (--model, --data) even if you have never run it here.
     """
     from ntkit.commands.analyze import analyze as run
 
-    folder = run(settings, out=out, resume=from_, overwrite=overwrite, say=_say)
+    folder = run(settings, out=out, resume=from_, overwrite=overwrite, trust=trust, say=_say)
     _print_summary(folder)
 
 
 @app.command
-def track(run: Path, settings: Annotated[TrackSettings | None, Parameter(name="*")] = None) -> None:
+def track(
+    run: Path, settings: Annotated[TrackSettings | None, Parameter(name="*")] = None, *, trust: bool = False
+) -> None:
     """Follow the kernel along a recorded run: spectrum, alignment, energies, learning-rate bound, first order.
 
     Parameters
@@ -58,10 +64,12 @@ def track(run: Path, settings: Annotated[TrackSettings | None, Parameter(name="*
         A run folder of ntkit analyze, or the folder of a recorded trajectory (then give --model and --data).
     settings
         What to follow, and how.
+    trust
+        Run the code that the folder names (--model, --data) even if you have never run it here.
     """
     from ntkit.commands.track import track_run
 
-    track_run(run, settings, say=lambda line: print(line, flush=True))
+    track_run(run, settings, say=lambda line: print(line, flush=True), trust=trust)
 
 
 @app.command
@@ -120,6 +128,8 @@ def report(run: Path) -> None:
 def main() -> None:
     """Entry point: a refusal prints one line on stderr and exits with 2; Ctrl-C exits with 130."""
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8
         app()
     except Refused as refused:
         print(f"ntkit: {refused}", file=sys.stderr)

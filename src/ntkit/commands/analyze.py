@@ -27,7 +27,9 @@ from ntkit.base.factory import source_hash
 from ntkit.base.files import ensure_folder, read_json, write_arrays, write_atomically, write_json
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
+from ntkit.base.regular_files import check_folder
 from ntkit.base.tensors import tensor_hash
+from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
 from ntkit.commands.network_measures import LABELS
@@ -50,6 +52,7 @@ def analyze(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     overwrite: bool = False,
+    trust: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Train or load a network, measure its kernel before, along and after training, and write a report.
@@ -61,6 +64,7 @@ def analyze(
     resume : folder of an earlier run, whose settings are used. An unfinished run is resumed in place. A complete run is
         repeated in `out`; without `out` only its report is written again.
     overwrite : replace an existing run in `out`, once all settings have passed their checks.
+    trust : with `resume`, run code that the folder names. Else it must have run here, or be named in `settings` again.
     say : receives one line per stage.
 
     Returns
@@ -73,16 +77,20 @@ def analyze(
     Refused
         For anything that cannot give a right result; names it and what to do.
     """
-    earlier = None
+    earlier, code = None, contextlib.nullcontext()
+    check_folder(out, "--out")
     if resume is not None:
-        earlier = _earlier_run(Path(resume), settings)
+        earlier = _earlier_run(Path(resume), settings and dataclasses.replace(settings, model="cnn", data="digits"))
+        given = {} if settings is None else settings.named_code(changed=True)
         settings = Settings.of(earlier["settings"])
+        code = code_of_run(Path(resume), settings.named_code(), earlier.get("identity"), given, trust)
         complete = earlier["status"] == "complete" and (Path(resume) / "results.json").exists()
         if out is None and complete:
             say("The run is complete. Its report is written again.")
             return render(resume).parent
         if out is None:
-            return _Run(Path(resume), settings, say, earlier, resumed=True).run()
+            with code:
+                return _Run(Path(resume), settings, say, earlier, resumed=True).run()
         if not complete:
             expected = "no --out: an unfinished run is resumed in its own folder"
             fix = "Leave out --out. Repeat the run elsewhere when it is complete."
@@ -96,7 +104,8 @@ def analyze(
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         got = "a file, or a folder with other files in it"
         raise refusal(str(folder), got=got, expected="a new or empty folder", fix="Name another --out.")
-    return _Run(folder, settings, say, earlier).run()
+    with code if earlier is not None else code_of_user(settings.named_code()):
+        return _Run(folder, settings, say, earlier).run()
 
 
 def _earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
@@ -221,7 +230,7 @@ class _Run:
             "data": self.data.hash,
             "initial parameters": tensor_hash(model.state_dict()),
             "weights": s.weights and tensor_hash(self.models["after"].state_dict()),
-            "model file": source_hash(s.model),
+            **{f"{option[2:]} file": source_hash(option, name) for option, name in s.named_code().items()},
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             **versions(),

@@ -53,6 +53,9 @@ class TrainingTask:
 
     def __init__(self, model: nn.Module, data: Data) -> None:
         self.data, self.classes = data, len(data.classes)
+        if self.classes < 2:
+            got, fix = f"one class, {data.classes[0]}", "Add examples of another class."
+            raise refusal(f"data {data.name}", got=got, expected="at least two classes", fix=fix)
         self.outputs = outputs_of(model, data.x_train[:2]).shape[1]
         if self.outputs not in ({1, 2} if self.classes == 2 else {self.classes}):
             got = f"{self.outputs} outputs for {self.classes} classes"
