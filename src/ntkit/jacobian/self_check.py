@@ -305,9 +305,8 @@ def _compare(
                 with torch.no_grad():
                     rows = factors[name].rows()[s].reshape(2, -1)
                 if rows.shape != reference[name][:2].shape:
-                    raise _disagreement(
-                        gradients, out, name, f"has {rows.shape[1]} entries, not {params[name].numel()}"
-                    )
+                    what = f"has {rows.shape[1]} entries, not {reference[name].shape[1]}"
+                    raise _disagreement(gradients, out, name, what)
                 error = rows - reference[name][:2]
                 check(name, error, own, whole, f"differs from plain autograd on sample {s} of the self-check")
     params = [gradients.params[name] for name in names]
