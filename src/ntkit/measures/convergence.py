@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import refusal
+from ntkit.base.checks import refusal, undefined
 from ntkit.base.progress import task
 from ntkit.jacobian.model_calls import raw_outputs, reduce_outputs
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
@@ -267,6 +267,9 @@ def convergence(
     _check_seeds(seeds)
     model = model if in_ntk_parametrization(model) else to_ntk_parametrization(model)
     limit = _limit(model, x, max(widths), kind)
+    if not bool(limit.any()):
+        fix = "Give samples that differ from zero, or biases."
+        raise undefined("convergence", got="a limit of zeros", expected="one that differs from zero", fix=fix)
     means, errors, deviations, squares = [], [], [], []
     with task("widths", total=len(widths)) as progress:
         for place, width in enumerate(widths):
@@ -306,6 +309,10 @@ def fitted_slope(x: Sequence[float], y: Sequence[float], error: Sequence[float])
     >>> round(slope, 9), round(error, 4)
     (-1.0, 0.0031)
     """
+    if not (min(y) > 0 and min(error) > 0):
+        got, expected = f"{min(y):.3g} ± {min(error):.3g}", "values and standard errors above zero"
+        fix = "A network without hidden weights has its limit at every width."
+        raise undefined("slope", got=got, expected=expected, fix=fix)
     a, b = np.log(np.asarray(x, dtype=float)), np.log(np.asarray(y, dtype=float))
     weight = (np.asarray(y) / np.asarray(error)) ** 2
     centered = a - (weight * a).sum() / weight.sum()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.batch import Batch, count, take
-from ntkit.base.checks import refusal
+from ntkit.base.checks import refusal, undefined
 from ntkit.gram.arrays import Matrix
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import Spectrum
@@ -105,7 +105,12 @@ def bandwidth(images: Matrix) -> Tensor:
     Returns
     -------
     Tensor [...], float64
-        NaN for a constant image.
+        NaN for a constant image among others.
+
+    Raises
+    ------
+    Refused
+        When every image is constant: it has no frequencies.
 
     Examples
     --------
@@ -123,7 +128,11 @@ def bandwidth(images: Matrix) -> Tensor:
     total = values.sum((-2, -1))
     scale = _images(images).abs().amax((-2, -1)) ** 2 * (H * W) ** 2
     mean = (values * size).sum((-2, -1)) / total
-    return torch.where(total > 1e-24 * scale, mean, torch.nan)
+    varies = total > 1e-24 * scale
+    if not bool(varies.any()):
+        fix = "Leave out constant images."
+        raise undefined("images", got="constant images only", expected="one whose pixels differ", fix=fix)
+    return torch.where(varies, mean, torch.nan)
 
 
 def _images(images: Matrix) -> Tensor:
