@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import check_dense
 
 Batch = Any  # Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
@@ -63,6 +64,8 @@ def checked(x: Batch, name: str) -> Batch:
         expected = "a tensor with samples along its first axis, or a tuple or dict of such tensors"
         fix = "Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x)."
         raise refusal(name, got=type(x).__name__, expected=expected, fix=fix)
+    for tensor in tensors:
+        check_dense(tensor, name)
     sizes = {t.shape[0] for t in tensors}
     if len(sizes) > 1:
         fix = "Give all tensors the same number of samples."

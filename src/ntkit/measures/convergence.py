@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import checked
 from ntkit.base.checks import refusal, undefined
 from ntkit.base.progress import task
-from ntkit.jacobian.model_calls import raw_outputs, reduce_outputs
+from ntkit.jacobian.model_calls import check_module, raw_outputs, reduce_outputs
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.parametrization import (
@@ -183,7 +184,13 @@ def _kernels(
     return kernels
 
 
-def _check_seeds(seeds: int) -> None:
+def _check(model: Any, x: Any, seeds: Any, kind: Any) -> None:
+    check_module(model)
+    if not isinstance(x, Tensor):
+        raise refusal("x", got=type(x).__name__, expected="a tensor, samples first", fix="Pass torch.as_tensor(x).")
+    checked(x, "x")
+    if kind not in KINDS:
+        raise refusal("kind", got=repr(kind), expected=" or ".join(KINDS), fix="Choose one.")
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 2:
         fix = "One network has no standard error."
         raise refusal("seeds", got=repr(seeds), expected="an integer, at least 2", fix=fix)
@@ -219,7 +226,7 @@ def monte_carlo(
     >>> abs(float(limit.mean) - 0.52) < 5 * float(limit.standard_error)
     True
     """
-    _check_seeds(seeds)
+    _check(model, x1, seeds, kind)
     kernels = torch.stack(_kernels(model, x1, x2, width, range(seeds), kind))
     return MonteCarlo(kernels.mean(0), kernels.std(0) / seeds**0.5)
 
@@ -264,7 +271,7 @@ def convergence(
     widths = tuple(widths)
     if len(set(widths)) < 2:
         raise refusal("widths", got=repr(widths), expected="two widths or more", fix="A rate needs several.")
-    _check_seeds(seeds)
+    _check(model, x, seeds, kind)
     model = model if in_ntk_parametrization(model) else to_ntk_parametrization(model)
     limit = _limit(model, x, max(widths), kind)
     if not bool(limit.any()):

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from ntkit.base.batch import checked
 from ntkit.base.checks import Refused, refusal
-from ntkit.jacobian.model_calls import call
+from ntkit.jacobian.model_calls import call, check_module
 from ntkit.networks.initialization import Initial, drawn, initial_std
 from ntkit.networks.parametrization import LAYERS, NORMS, Scaled, fan_in, fan_out, plain, stds
 
@@ -75,6 +75,7 @@ def reshaped(model: nn.Module, width: int, example: Tensor) -> tuple[nn.Module, 
     """Ordinary network of the new width (see `widened`) with zero weights, and the distributions to draw them from."""
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         raise refusal("width", got=repr(width), expected="a positive integer", fix="Pass the features of a layer.")
+    check_module(model)
     if not isinstance(example, Tensor):
         fix = "Wrap a model with several inputs in a module with one."
         raise refusal("example", got=type(example).__name__, expected="a tensor, samples first", fix=fix)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.checks import defined
 from ntkit.base.files import write_arrays
 from ntkit.data import load
 from ntkit.kernels.tangent import TangentKernel

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ntkit.base.autocast import without_autocast
 from ntkit.base.batch import Batch, checked, count
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import as_number
 from ntkit.base.progress import task
 from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
@@ -107,12 +108,14 @@ class InfiniteKernel(Kernel):
         if (w_std is None) != (b_std is None):
             missing, other = ("b_std", "w_std") if b_std is None else ("w_std", "b_std")
             raise refusal(missing, got=f"None although {other} is given", expected="both or none", fix="Give both.")
+        stds: list[float] = []
         for name, value in (("w_std", w_std), ("b_std", b_std)):
-            if value is not None and not 0 <= value < math.inf:
-                raise refusal(name, got=value, expected="a finite number >= 0", fix="Give a standard deviation.")
+            if value is not None:
+                fix = "Give a standard deviation."
+                stds.append(as_number(value, name, lambda s: 0 <= s < math.inf, "a finite number >= 0", fix))
         check_module(model)
         self.kind = kind
-        self._model, self._stds = model, (w_std, b_std)
+        self._model, self._stds = model, (stds[0], stds[1]) if stds else (None, None)
         self._models: dict[torch.dtype, nn.Module] = {}
         self._graphs: dict[tuple[torch.dtype, tuple[int, ...]], Graph] = {}
         self._fingerprint: Any = None  # of the model, when the graphs were read
