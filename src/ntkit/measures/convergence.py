@@ -268,6 +268,8 @@ def convergence(
     >>> -0.9 < rate.slope < -0.1
     True
     """
+    if not isinstance(widths, (list, tuple, range)) or not all(type(w) is int and w > 0 for w in widths):
+        raise refusal("widths", got=repr(widths)[:80], expected="a list of positive integers", fix="Pass [64, 128].")
     widths = tuple(widths)
     if len(set(widths)) < 2:
         raise refusal("widths", got=repr(widths), expected="two widths or more", fix="A rate needs several.")

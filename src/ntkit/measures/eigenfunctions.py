@@ -21,8 +21,8 @@ def grid(side: int, low: float = -1.0, high: float = 1.0) -> Tensor:
     >>> grid(2).tolist()
     [[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]]
     """
-    if isinstance(side, bool) or not isinstance(side, int) or side < 1:
-        raise refusal("side", got=repr(side)[:80], expected="an integer >= 1", fix="It is the pixels along one side.")
+    if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side < 2**31:
+        raise refusal("side", got=repr(side)[:80], expected="an integer from 1", fix="It is the pixels along one side.")
     low, high = (
         as_number(v, name, math.isfinite, "a finite number", "It is an end of the square.")
         for name, v in (("low", low), ("high", high))
