@@ -288,7 +288,9 @@ def test_centered_alignment_against_the_formula_and_its_invariances():
     )
     constant = torch.full((n, n), 0.1)
     for one, other, name in ((K1, constant[0], "y"), (constant, y, "K1"), (constant, K2, "K1"), (K1, constant, "K2")):
-        with pytest.raises(Undefined, match=rf"alignment: {name}: got one constant .*of which centering leaves nothing"):
+        with pytest.raises(
+            Undefined, match=rf"alignment: {name}: got one constant .*of which centering leaves nothing"
+        ):
             alignment(one, other, centered=True)
 
 

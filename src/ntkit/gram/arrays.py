@@ -47,7 +47,9 @@ def as_tensor(value: Any, name: str) -> Tensor:
 def as_array(value: Any, name: str, fix: str) -> np.ndarray:
     """Take what numpy takes; refuse rows of unequal length, sparse matrices and what numpy cannot read."""
     if hasattr(value, "toarray"):
-        raise refusal(name, got=f"a sparse {type(value).__name__}", expected="a dense array", fix="Pass its .toarray().")
+        raise refusal(
+            name, got=f"a sparse {type(value).__name__}", expected="a dense array", fix="Pass its .toarray()."
+        )
     try:
         return np.asarray(value)
     except ValueError as error:

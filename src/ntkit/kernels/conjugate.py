@@ -53,8 +53,9 @@ class ConjugateKernel(Kernel):
         self._layer: nn.Module | None = None
         if layer is not None:
             modules = dict(model.named_modules())
-            if layer not in modules:
-                raise refusal("layer", got=repr(layer), expected="a submodule's name", fix=nearest(layer, modules))
+            if not isinstance(layer, str) or layer not in modules:
+                fix = nearest(str(layer)[:80], modules)
+                raise refusal("layer", got=repr(layer)[:80], expected="a submodule's name", fix=fix)
             self._layer = modules[layer]
 
     def features(self, x: Batch) -> Tensor:

@@ -143,7 +143,9 @@ class GradientFlow(Machine):
             )
         if self._lr is not None and self._lr >= self.max_learning_rate_:
             self.status_ = "unstable"
-            self.advice_ = f"lr = {self._lr:g} diverges: use one below max_learning_rate_ = {self.max_learning_rate_:g}."
+            self.advice_ = (
+                f"lr = {self._lr:g} diverges: use one below max_learning_rate_ = {self.max_learning_rate_:g}."
+            )
         if self.loss_fn is not None:
             value, slope = gradient(self.loss_fn, start, y_)
             if not (torch.isfinite(value) and torch.isfinite(slope).all()):

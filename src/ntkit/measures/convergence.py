@@ -89,7 +89,7 @@ class Twin:
     """
 
     def __init__(self, model: nn.Module, factors: dict[str, float], kind: Kind = "ntk") -> None:
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise refusal("kind", got=repr(kind), expected=" or ".join(KINDS), fix="Choose one.")
         self.model, self.kind, self.factors = model, kind, factors
         self._tangent = TangentKernel(model, outputs="trace")
@@ -189,7 +189,7 @@ def _check(model: Any, x: Any, seeds: Any, kind: Any) -> None:
     if not isinstance(x, Tensor):
         raise refusal("x", got=type(x).__name__, expected="a tensor, samples first", fix="Pass torch.as_tensor(x).")
     checked(x, "x")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise refusal("kind", got=repr(kind), expected=" or ".join(KINDS), fix="Choose one.")
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 2:
         fix = "One network has no standard error."
@@ -305,7 +305,7 @@ def _limit(model: nn.Module, x: Tensor, width: int, kind: Kind) -> Tensor:
     layers = [stds(layer) for layer in model.modules() if isinstance(layer, LAYERS)]
     w_stds, b_stds = ({float(f"{v:.12g}") for v in of if v is not None} for of in zip(*layers, strict=True))  # rounded
     if len(w_stds) == 1 and len(b_stds) <= 1:
-        kernel = InfiniteKernel(plain(model), kind=kind, w_std=w_stds.pop(), b_std=b_stds.pop() if b_stds else None)
+        kernel = InfiniteKernel(plain(model), kind=kind, w_std=w_stds.pop(), b_std=b_stds.pop() if b_stds else 0.0)
     else:  # each layer has its own: they are read off a wide network
         kernel = InfiniteKernel(widened(model, width, x[:2]), kind=kind)
     return kernel(x).double()

@@ -51,6 +51,8 @@ def widened(model: nn.Module, width: int, example: Tensor, seed: int = 0) -> nn.
     >>> [p.shape[0] for p in widened(model, 50, torch.randn(4, 3)).parameters() if p.dim() == 2]
     [50, 50, 2]
     """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise refusal("seed", got=repr(seed)[:80], expected="an integer >= 0", fix="Any will do: it is of the weights.")
     network, recipe = reshaped(model, width, example)
     redraw(network, recipe, seed)
     for name, layer in network.named_modules():

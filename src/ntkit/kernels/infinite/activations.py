@@ -246,7 +246,6 @@ def _places() -> Tensor:
     return torch.cat([torch.linspace(-12, 12, 2401, dtype=torch.float64) + 0.00123, sizes, -sizes])
 
 
-
 def values_and_slopes(function: Function, z: Tensor) -> tuple[Tensor, Tensor]:
     """s(z) and s'(z), elementwise; the slope is autograd's, as training uses it."""
     with torch.enable_grad():

@@ -103,7 +103,7 @@ class InfiniteKernel(Kernel):
         w_std: float | None = None,
         b_std: float | None = None,
     ) -> None:
-        if kind not in ("ntk", "nngp"):
+        if not isinstance(kind, str) or kind not in ("ntk", "nngp"):
             raise refusal("kind", got=repr(kind), expected='"ntk" or "nngp"', fix="Choose one of them.")
         if (w_std is None) != (b_std is None):
             missing, other = ("b_std", "w_std") if b_std is None else ("w_std", "b_std")
