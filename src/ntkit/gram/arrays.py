@@ -23,8 +23,8 @@ def as_tensor(value: Any, name: str) -> Tensor:
     Raises
     ------
     Refused
-        For complex values, values that are no numbers, rows of unequal length, sparse, quantized and nested tensors, and
-        tensors without values (device "meta").
+        For complex values, values that are no numbers, rows of unequal length, and tensors that are sparse, quantized,
+        nested or without values (device "meta").
     """
     fix = "Pass a real array or tensor."
     if isinstance(value, Tensor):
@@ -32,7 +32,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
             raise refusal(name, got="complex values", expected="real numbers", fix=fix)
         check_dense(value, name)
         return value.detach().cpu() if value.device.type == "mps" else value.detach()  # that device has no float64
-    array = as_array(value, name, fix)
+    array = as_array(value, name, "real numbers", fix)
     if array.dtype.kind not in "fiub":
         got = "complex values" if array.dtype.kind == "c" else f"{array.dtype} values"
         got = type(value).__name__ if array.dtype.kind == "O" and array.ndim == 0 else got
@@ -44,7 +44,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
     return torch.from_numpy(np.asarray(array, dtype) if shared else np.require(array, dtype, ["C", "W"]))
 
 
-def as_array(value: Any, name: str, fix: str) -> np.ndarray:
+def as_array(value: Any, name: str, expected: str, fix: str) -> np.ndarray:
     """Take what numpy takes; refuse rows of unequal length, sparse matrices and what numpy cannot read."""
     if hasattr(value, "toarray"):
         raise refusal(
@@ -53,10 +53,10 @@ def as_array(value: Any, name: str, fix: str) -> np.ndarray:
     try:
         return np.asarray(value)
     except ValueError as error:
-        raise refusal(name, got="rows of unequal length", expected="numbers or labels", fix=fix) from error
+        raise refusal(name, got="rows of unequal length", expected=expected, fix=fix) from error
     except (TypeError, RuntimeError) as error:
         got = f"{type(value).__name__} that numpy cannot read ({error})"
-        raise refusal(name, got=got, expected="numbers or labels", fix=fix) from error
+        raise refusal(name, got=got, expected=expected, fix=fix) from error
 
 
 def as_floats(value: Any, name: str) -> Tensor:

@@ -171,7 +171,7 @@ class _Solution:
 def _classes(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The distinct labels, sorted, and each point's place among them; as scikit-learn, no numbers with fractions."""
     fix = "Pass integers, booleans or strings."
-    values = as_tensor(y, "y").cpu() if isinstance(y, Tensor) else as_array(y, "y", fix)
+    values = as_tensor(y, "y").cpu() if isinstance(y, Tensor) else as_array(y, "y", "class labels", fix)
     if isinstance(values, Tensor):
         values = (values.double() if values.dtype.itemsize < 4 and values.is_floating_point() else values).numpy()
     if values.ndim != 1:

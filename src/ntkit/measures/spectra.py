@@ -319,7 +319,7 @@ def _targets(Y: Tensor, n: int, C: int) -> Tensor:
 
 def _nonzero(K: Gram, name: str) -> Gram:
     if K.largest == 0:
-        raise undefined(
+        raise refusal(
             name, got="zeros only", expected="a kernel that differs from zero", fix="Check how it was computed."
         )
     return K
@@ -363,7 +363,7 @@ def _operator(K: Any, k: int | None) -> tuple[Product, int, float]:
     check_finite(torch.from_numpy(once), "operator @ vector")
     if not once.any():
         fix = "Check the model."
-        raise undefined("operator", got="zeros only", expected="a kernel that differs from zero", fix=fix)
+        raise refusal("operator", got="zeros only", expected="a kernel that differs from zero", fix=fix)
     dtype = getattr(K, "dtype", None)  # the precision of the products, whatever to_scipy() converts them to
     finfo = torch.finfo(dtype) if isinstance(dtype, torch.dtype) else np.finfo(dtype or inner.dtype)
     return product, int(shape[0]), float(finfo.eps)

@@ -98,7 +98,7 @@ class KernelMatrix:
 
 
 def _centered_alignment(K: Tensor, target: Tensor) -> float | None:
-    return defined(alignment, K, target, centered=True)
+    return defined(alignment, K, target, centered=True) if bool(K.any()) else None
 
 
 class KernelProducts:
