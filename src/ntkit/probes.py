@@ -311,7 +311,8 @@ def invariance(
         if not callable(one):
             fix = "Give one of ntkit.probes, or a function of images."
             raise refusal("transform", got=type(one).__name__, expected="a function", fix=fix)
-    usable = callable(kernel) and callable(getattr(kernel, "diagonal", None)) and not isinstance(kernel, Tensor)
+    methods = [getattr(kernel, name, None) for name in ("__call__", "diagonal")]
+    usable = all(map(callable, methods)) and not isinstance(kernel, Tensor)
     if not usable:
         fix = "Give one of ntkit's kernels."
         raise refusal("kernel", got=type(kernel).__name__, expected="a kernel with .diagonal(x)", fix=fix)

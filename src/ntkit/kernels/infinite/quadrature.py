@@ -159,7 +159,7 @@ def _computed(function: Function, low: float, high: float) -> _Table:
     t = (t * math.pi).clamp(1e-6, math.pi - 1e-6)
     exact = torch.stack([_integrals(function, a[i : i + 1], b[i : i + 1], float(t[i]), 2)[:, 0, 0]
                          for i in range(_PROBES)], 1)  # fmt: skip
-    exact /= (_squares(function, a) * _squares(function, b)).sqrt().T
+    exact /= (_squares(function, a).sqrt() * _squares(function, b).sqrt()).T
     count, angles = _NODES, _ANGLES
     best, more_nodes, more_angles = _interpolation(function, low, high, count, angles)
     best = best._replace(error=float((best.correlations(a, b, t) - exact).abs().max()))
@@ -182,7 +182,7 @@ def _interpolation(function: Function, low: float, high: float, count: int, angl
     values = torch.stack([_integrals(function, a, a, math.pi * (1 + float(x)) / 2, 1) for x in places], 1)
     squares = _squares(function, a)
     # correlations, since the values of samples of very different size would drown in the rounding of the largest
-    values /= (squares[:, None] * squares).sqrt().movedim(2, 0)[:, None]
+    values /= (squares.sqrt()[:, None] * squares.sqrt()).movedim(2, 0)[:, None]
     coefficients = torch.einsum("kx,fxpq->fkpq", _transform(places), values)
     over_nodes = torch.einsum("np,fkpq->fknq", _transform(nodes), coefficients).abs().amax((0, 1, 3))
     size = coefficients.abs().amax((0, 2, 3))
