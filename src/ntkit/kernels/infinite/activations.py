@@ -69,12 +69,12 @@ class Rectifier(Activation):
             return 1.0
         if self.even == 0:
             return self.odd
-        # With root = sqrt(a b - c^2), asin rho = atan2(root, -c) - pi / 2 and A = asin rho + odd / factor:
-        # E[s s] = factor (c A + root), E[s' s'] = factor A. The angle of opposite samples is small: for ReLU, A is it.
+        # With root = sqrt(a b - c^2), asin rho = atan(c / root) and A = asin rho + odd / factor:
+        # E[s s] = factor (c A + root), E[s' s'] = factor A.
         factor = self.even * 2 / math.pi
         root, angle = scratch(0, K), scratch(1, K)
         torch.mul(one[0], two[0], out=root).addcmul_(K, K, value=-1).clamp_(min=0).sqrt_()
-        torch.atan2(root, K.neg(), out=angle).add_(self.odd / factor - math.pi / 2)
+        torch.atan2(K, root, out=angle).add_(self.odd / factor)
         torch.addcmul(root, K, angle, out=K)
         if T is not None:
             T.mul_(angle)
