@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _ODD = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates (bytes that are no UTF-8), line breaks
 _REORDER = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # show a line in another order than it has
@@ -16,6 +18,28 @@ class Refused(ValueError):
     """Input that cannot give a right answer. The message says what was given, what was expected, and what to do."""
 
     __module__ = "ntkit"  # the name that users import it by
+
+
+class Undefined(Refused):
+    """A number that the input does not define: a cosine with zero, a ratio of zeros."""
+
+
+def undefined(subject: str, *, got: Any, expected: Any, fix: str) -> Undefined:
+    """Build the refusal of a number that is not defined, in the words of `refusal`."""
+    return Undefined(str(refusal(subject, got=got, expected=expected, fix=fix)))
+
+
+def defined(function: Callable[..., T], *args: Any, **kwargs: Any) -> T | None:
+    """The function's value, or None where it is not defined: for pages that say so and go on.
+
+    >>> import ntkit, torch
+    >>> defined(ntkit.alignment, torch.eye(3), torch.ones(3), centered=True) is None
+    True
+    """
+    try:
+        return function(*args, **kwargs)
+    except Undefined:
+        return None
 
 
 def refusal(subject: str, *, got: Any, expected: Any, fix: str) -> Refused:

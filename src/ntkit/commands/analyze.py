@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import Refused, refusal
+from ntkit.base.checks import Refused, defined, refusal
 from ntkit.base.factory import source_hash
 from ntkit.base.files import ensure_folder, read_json, write_arrays, write_atomically, write_json
 from ntkit.base.memory import free_memory, parse_memory
@@ -308,8 +308,8 @@ class _Run:
             result |= {f"{a}_{b}": None, f"{a}_{b}_centered": None}
             if self._has_gram(a) and self._has_gram(b):
                 K1, K2 = (Gram(self._read_gram(f"{key}-train")) for key in (a, b))
-                result[f"{a}_{b}"] = measures.finite(alignment(K1, K2))
-                result[f"{a}_{b}_centered"] = measures.finite(alignment(K1, K2, centered=True))
+                result[f"{a}_{b}"] = defined(alignment, K1, K2)
+                result[f"{a}_{b}_centered"] = defined(alignment, K1, K2, centered=True)
         return result, {}
 
     def _machine(self, key: str) -> Stage:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import Refused, refusal
+from ntkit.base.checks import Refused, defined, refusal
 from ntkit.base.files import read_json, write_arrays
 from ntkit.base.regular_files import check_folder
 from ntkit.base.trust import code_of_run, code_of_user
@@ -94,11 +94,12 @@ def track_run(
 def _draw(tracked: Tracked, x: Tensor, place: Path) -> None:
     """Write the top eigenvectors as images, with their frequencies, for the page."""
     images = [patterns(np.nan_to_num(tracked.eigenvectors(step)[:, :_DRAWN]), x) for step in tracked.steps]
+    widths = defined(bandwidth, torch.stack(images))  # not defined where every kernel is zero
     arrays = {
         "mean": x.double().mean((0, 1)).float().cpu().numpy(),
         "steps": np.asarray(tracked.steps),
         "eigenfunctions": torch.stack(images).float().numpy(),
-        "bandwidth": torch.stack([bandwidth(of_step) for of_step in images]).numpy(),
+        "bandwidth": (torch.full((len(images), len(images[0])), torch.nan) if widths is None else widths).numpy(),
     }
     write_arrays(place / "images.safetensors", arrays)
 

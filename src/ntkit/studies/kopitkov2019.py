@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.checks import defined
 from ntkit.base.files import write_arrays
 from ntkit.data import load
 from ntkit.kernels.tangent import TangentKernel
@@ -109,7 +110,8 @@ def _images(run: Trajectory, tracked: Tracked, model: nn.Module, x: Tensor, side
             images[:usable] = values.T.reshape(-1, *size).cpu().numpy()
         functions.append(images)
         vectors = torch.from_numpy(np.ascontiguousarray(tracked.eigenvectors(step).T)).reshape(-1, side, side)
-        widths.append(bandwidth(vectors).numpy())
+        frequencies = defined(bandwidth, vectors)
+        widths.append(np.full(len(vectors), np.nan) if frequencies is None else frequencies.numpy())
     return {
         "target": picture(fine).reshape(size).cpu().numpy(),
         "steps": np.asarray(steps),

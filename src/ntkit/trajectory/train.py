@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ntkit.base.checks import refusal
+from ntkit.jacobian.model_calls import check_module
 from ntkit.trajectory.batch_order import batch_indices, derived_seed, steps_per_epoch
 from ntkit.trajectory.learning_rates import RateSchedule
 from ntkit.trajectory.objective import Inputs, Loss, Objective, loss_name
@@ -104,6 +105,7 @@ def train(
     >>> traj.stop["reason"], round(model.weight.item(), 1)
     ('target', 2.0)
     """
+    check_module(model, fix="Pass the network to train.")
     objective = Objective(data, loss)
     _check_numbers(steps, seed, target, clip, batch_size, objective.n)
     recorded = snapshot_steps(record, steps)
