@@ -14,6 +14,10 @@ class Refused(ValueError):
     __module__ = "ntkit"  # the name that users import it by
 
 
+class Damaged(Refused):
+    """A file of a run that is not what was written there: changed, cut off, missing, or of another run."""
+
+
 def refusal(subject: str, *, got: Any, expected: Any, fix: str) -> Refused:
     """Build a refusal; the caller raises it.
 

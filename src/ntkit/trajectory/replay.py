@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, call_with
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
-from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.model_calls import select_parameters
 from ntkit.trajectory import optimizer_updates, replay_checks
 from ntkit.trajectory.objective import Inputs, Loss, Objective
 from ntkit.trajectory.optimizer_updates import Update
-from ntkit.trajectory.recorded_run import Trajectory, assign, read_run, tied_names
+from ntkit.trajectory.recorded_run import Trajectory, assign, tied_names
 
 MEMORY = 256 * 2**20  # bytes: the steps of a run that takes less stay in memory and are not replayed a second time
 
@@ -275,16 +274,10 @@ class Replay:
                 p.copy_(values[name])
 
     def _load_start(self) -> None:
-        """Load the initial network, and check that the run started with it."""
+        """Load the initial network."""
         state = self._read(0)
         path, names = self._trajectory.path, self._trajectory.settings["parameters"]
         assign(self.model, state, f"step 0 of {path.name}")
-        snapshot = tensor_hash({name: state[name] for name in names})
-        if snapshot != (initial := read_run(path)["initial"]):
-            got = f"a network with hash {snapshot[:12]}"
-            expected = f"the initial network of the run, {initial[:12]} in run.json"
-            fix = "One of the two files was changed: restore the run's folder, or record the run again."
-            raise refusal(f"snapshot of step 0 in {path.name}", got=got, expected=expected, fix=fix)
         self._constants = {name: state[name] for name in names.keys() - set(self.names)}
 
     def _equals_snapshot(self, step: int, before: dict[str, Tensor]) -> bool:

@@ -1,0 +1,238 @@
+"""What the JSON files of a run hold: their descriptions, with which a file is compared before it is used."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+from ntkit.base.checks import Damaged, Refused
+
+Number = float | None  # None: undefined there
+Numbers = list[Number]
+
+
+class AnalysisRun(TypedDict):
+    """``run.json`` of `ntkit analyze`."""
+
+    format: int
+    status: Literal["running", "complete"]
+    settings: dict[str, Any]
+    identity: dict[str, Any]
+    seconds: NotRequired[float]
+
+
+class StageFile(TypedDict):
+    """A file of ``stages/``: the numbers of a finished stage, and the digests of the files that it wrote."""
+
+    stage: str
+    run: str
+    result: Any
+    files: dict[str, str]
+
+
+class OptimizerGroup(TypedDict):
+    """A group of parameters of an optimizer, by name."""
+
+    params: list[str]
+
+
+class OptimizerSettings(TypedDict):
+    """An optimizer of a recorded run."""
+
+    groups: list[OptimizerGroup]
+    defaults: dict[str, Any]
+
+
+class RunSettings(TypedDict):
+    """Settings of any recorded run."""
+
+    record: Any
+    optimizer: OptimizerSettings
+    parameters: dict[str, tuple[list[int], str]]
+    trainable: list[str]
+    aliases: dict[str, str]
+
+
+class TrainSettings(RunSettings):
+    """Settings of a run of `train`."""
+
+    steps: int
+    batch_size: int | None
+    seed: int
+    target: Number
+    schedule: NotRequired[str | None]
+    clip: NotRequired[Number]
+    loss: NotRequired[str]
+    n: int
+    data: NotRequired[str]
+
+
+class LoopSettings(RunSettings):
+    """Settings of a loop that was recorded."""
+
+    kind: Literal["recorded"]
+    budget: int | None
+
+
+class RunEnd(TypedDict):
+    """How a run ended."""
+
+    reason: str
+    step: int
+    loss: Number
+    diverged_at: NotRequired[int]
+    diverged_loss: NotRequired[str]
+
+
+class EndedRun(TypedDict):
+    """``run.json`` of a run that has ended; `snapshots` are the steps of its snapshots."""
+
+    stop: RunEnd
+    initial: str
+    snapshots: NotRequired[list[int]]
+
+
+class TrackSettingsFile(TypedDict):
+    """``track.json``."""
+
+    format: str
+    points: int
+    k: NotRequired[int]
+    outputs: NotRequired[str]
+    outputs_of_model: NotRequired[int]
+    kernel: NotRequired[str]
+    loss: NotRequired[str | None]
+    trained: NotRequired[list[str]]
+    steps: NotRequired[list[int]]
+
+
+class SpectralNumbers(TypedDict, total=False):
+    """Numbers of one kernel matrix."""
+
+    eigenvalues: Numbers
+    residual: Number
+    trace: Number
+    tail: Number
+    effective_rank: Number
+    condition: Number
+    status: str | None
+    energy_target: Numbers
+    energy_output: Numbers
+    energy_residual: Numbers
+    alignment: Number
+    alignment_centered: Number
+    class_alignment: Numbers
+
+
+class StepRecord(SpectralNumbers):
+    """A file ``step-*.json`` of a tracking."""
+
+    step: int
+    state: NotRequired[str]
+    since: NotRequired[list[int]]
+    tracking: NotRequired[str]
+    loss: NotRequired[Number]
+    learning_rate: NotRequired[Number]
+    layer_trace: NotRequired[dict[str, Number]]
+    layer_alignment: NotRequired[dict[str, Number]]
+    distance: NotRequired[Number]
+    change: NotRequired[Number]
+    cka: NotRequired[Number]
+    velocity: NotRequired[Number]
+    change_error: NotRequired[Number]
+    sharpness: NotRequired[Number]
+    stable_learning_rate: NotRequired[Number]
+    first_order: NotRequired[dict[str, Number] | None]
+    per_output: NotRequired[list[SpectralNumbers]]
+
+
+class PartFile(TypedDict):
+    """A file of ``parts/`` of a study."""
+
+    part: str
+    study: str
+    numbers: dict[str, Any]
+    arrays: str | None
+
+
+def described(path: str | Path, value: Any, kind: Any, within: str = "") -> Any:
+    """Return a value of a JSON file if it is what the description says.
+
+    Parameters
+    ----------
+    path : the file.
+    value : as it was read.
+    kind : a TypedDict, a dataclass (which is then returned) or another type.
+    within : the key that the value was found under.
+
+    Raises
+    ------
+    Damaged
+        Names the first key that is missing or holds something else.
+
+    Examples
+    --------
+    >>> described("run.json", {"reason": "steps", "step": "ten", "loss": None}, RunEnd, "stop")
+    Traceback (most recent call last):
+    ...
+    ntkit.base.checks.Damaged: run.json: stop.step: got "ten"; expected int. Restore the file, or start a new run.
+    """
+    import msgspec
+
+    try:
+        converted = msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _refused(path, value, within, str(error)) from error
+    return value if isinstance(converted, dict) else converted
+
+
+def _refused(path: str | Path, value: Any, within: str, text: str) -> Damaged:
+    text, _, place = text.partition(" - at `$")
+    place = place.rstrip("`")
+    for name in re.findall(r"\.?([^.\[\]]+)", place):
+        try:
+            value = value[int(name) if isinstance(value, list) else name]
+        except (KeyError, ValueError, IndexError, TypeError):  # an entry whose key the text does not name
+            value = None
+            break
+    key = (within + place).lstrip(".")
+    if missing := re.match(r"Object missing required field `(.+)`", text):
+        got, expected = "no such key", "it as ntkit wrote it"
+        key = f"{key}.{missing[1]}".lstrip(".")
+    else:
+        kinds = re.match(r"Expected `(.+?)`(?:, got `(.+?)`)?", text)
+        shown = json.dumps(value)
+        got = shown if len(shown) <= 40 else shown[:37] + "..."
+        if "[...]" in place and kinds and kinds[2]:  # the text does not name this key
+            got = f"a value of type {kinds[2]}"
+        expected = kinds[1].replace(" | ", " or ") if kinds else text[0].lower() + text[1:]
+    subject = f"{path}: {key}" if key else f"{path}"
+    return Damaged(f"{subject}: got {got}; expected {expected}. Restore the file, or start a new run.")
+
+
+@contextmanager
+def understood(path: str | Path) -> Iterator[None]:
+    """Turn an error about content that no description covers into a refusal that names the file.
+
+    >>> with understood("results.json"):
+    ...     {}["title"]
+    Traceback (most recent call last):
+    ...
+    ntkit.base.checks.Damaged: results.json: got content that cannot be used (KeyError: 'title'); expected ...
+    """
+    from jinja2 import TemplateError
+
+    errors = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, TemplateError)
+    try:
+        yield
+    except Refused:
+        raise
+    except errors as error:
+        raise Damaged(
+            f"{path}: got content that cannot be used ({type(error).__name__}: {error}); expected it as ntkit wrote "
+            "it. Restore the file, or start a new run."
+        ) from error
