@@ -144,7 +144,7 @@ def tensor_metadata(blob: bytes) -> dict[str, Any]:
     return dict(metadata)
 
 
-def check_place(path: Path, metadata: Mapping[str, Any], **place: str) -> None:
+def check_place(path: Path, metadata: Mapping[str, Any], **place: Any) -> None:
     """Refuse a complete file that lies in the wrong place: of another run, or of another step.
 
     Parameters

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from ntkit.base.checks import Damaged, Refused
+from ntkit.base.checks import Damaged, Refused, refusal
+from ntkit.base.files import read_json
+from ntkit.base.integrity import check_place, damaged, fingerprint
 
 Number = float | None  # None: undefined there
 Numbers = list[Number]
@@ -157,6 +159,205 @@ class PartFile(TypedDict):
     study: str
     numbers: dict[str, Any]
     arrays: str | None
+
+
+class Claims(TypedDict):
+    """A claim of a study."""
+
+    claim: str
+    number: str
+    holds: bool | None
+    how: str
+
+
+class StudyResults(TypedDict):
+    """``results.json`` of a study: the keys that every study has."""
+
+    title: str
+    claims: NotRequired[list[Claims]]
+    sections: NotRequired[list[dict[str, Any]]]
+    curves: NotRequired[list[dict[str, Any]]]
+    runs: NotRequired[list[StudyRun]]
+    settings: NotRequired[dict[str, Any]]
+    terms: NotRequired[list[str]]
+    figures: NotRequired[str]
+
+
+class StudyRun(TypedDict):
+    """A run that a study shows."""
+
+    name: str
+    track: str
+
+
+class Estimate(TypedDict):
+    """A number with its standard error, and what it comes from."""
+
+    value: Number
+    error: Number
+    certificate: str
+
+
+class MachineResults(TypedDict):
+    """A machine of an analysis."""
+
+    kernel: str
+    label: str
+    status: str
+    advice: str
+    train_error: Estimate
+    test_error: Estimate
+    ridge_test_error: Estimate
+    gap: Number
+    kkt: Number
+    margin: Number
+    support: int | None
+    n: int
+
+
+class QualityResults(TypedDict):
+    """Numbers of a kernel matrix of an analysis."""
+
+    kernel: str
+    label: str
+    alignment: Number
+    alignment_centered: Number
+    effective_rank: Number
+    trace: Number
+    scale: Number
+
+
+class DataResults(TypedDict):
+    """The data of an analysis."""
+
+    name: str
+    kind: str
+    classes: list[str]
+    train: int
+    test: int
+    input_shape: list[int]
+    normalization: str
+    source: str
+    hash: str
+
+
+class ModelResults(TypedDict):
+    """The network of an analysis."""
+
+    name: str
+    parameters: int
+    outputs: int
+    loss: str
+    weights: str | None
+    fallback: dict[str, Any]
+    text: str
+
+
+class TrainingResults(TypedDict):
+    """The training of an analysis."""
+
+    optimizer: str
+    batch_size: int
+    steps: int
+    stop: str
+    losses: list[float]
+    seed: int
+
+
+class AlongResults(TypedDict):
+    """The kernel of an analysis along training: one entry per snapshot."""
+
+    points: int
+    steps: list[int]
+    loss: Numbers
+    eigenvalues: list[Numbers]
+    residual: Number
+
+
+class ProbeRows(TypedDict):
+    """Rows of a table of an analysis."""
+
+    rows: list[dict[str, Any]]
+
+
+class CertificateResults(TypedDict):
+    """A check of an analysis."""
+
+    what: str
+    value: Number
+    tolerance: Number
+    ok: bool
+
+
+class ReproduceResults(TypedDict):
+    """How to repeat an analysis."""
+
+    command: str
+    versions: dict[str, str]
+    seed: int
+    device: str
+    dtype: str
+    memory: int
+
+
+class AnalysisResults(TypedDict):
+    """``results.json`` of `ntkit analyze`."""
+
+    format: int
+    title: str
+    data: DataResults
+    model: ModelResults
+    training: TrainingResults | None
+    network: dict[str, Estimate] | None
+    machines: list[MachineResults]
+    quality: list[QualityResults]
+    similarity: dict[str, Number] | None
+    along: AlongResults | None
+    invariances: ProbeRows | None
+    neighbors: ProbeRows | None
+    certificates: list[CertificateResults]
+    reproduce: ReproduceResults
+    files: NotRequired[dict[str, str]]
+    run: NotRequired[str]
+
+
+TRACK_FORMAT = "ntkit-track"
+
+
+def tracking_id(settings: dict[str, Any]) -> str:
+    """What the files of a tracking have in common and carry: its settings, as 16 hex digits."""
+    return fingerprint({name: value for name, value in settings.items() if name != "steps"})
+
+
+def read_track_settings(folder: Path) -> dict[str, Any]:
+    """Read ``track.json``; refuse any other file."""
+    path = folder / "track.json"
+    settings = read_json(path)
+    written = settings.get("format") if isinstance(settings, dict) else None
+    if written != TRACK_FORMAT:
+        fix = "Give a folder that `ntkit.track` wrote."
+        raise refusal(str(path), got=f"format {written}", expected=f"format {TRACK_FORMAT}", fix=fix)
+    return described(path, settings, TrackSettingsFile)
+
+
+def read_step(file: Path, tracking: str) -> dict[str, Any]:
+    """Read the record of one snapshot of a tracking, with this id."""
+    record = described(file, read_json(file), StepRecord)
+    check_place(file, record, tracking=tracking)
+    if file.stem != f"step-{record['step']:08d}":
+        raise damaged(file, f"the record of step {record['step']}")
+    return {name: value for name, value in record.items() if name != "tracking"}
+
+
+def read_steps(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Read the records of all snapshots of a tracking, by step; refuse a folder in which one is missing."""
+    tracking = tracking_id(settings)
+    records = [read_step(file, tracking) for file in sorted(folder.glob("step-*.json"))]
+    there = {record["step"] for record in records}
+    needed = {step for record in records for step in record.get("since", [])} | set(settings.get("steps", []))
+    if missing := sorted(needed - there):
+        raise damaged(folder / f"step-{missing[0]:08d}.json", "no such file", "Call `ntkit track` again: it is measured.")
+    return sorted(records, key=lambda record: record["step"])
 
 
 def described(path: str | Path, value: Any, kind: Any, within: str = "") -> Any:

@@ -22,11 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import Refused, refusal
+from ntkit.base.checks import Damaged, Refused, refusal
 from ntkit.base.factory import source_hash
-from ntkit.base.files import ensure_folder, read_json, write_arrays, write_atomically, write_json
+from ntkit.base.files import (
+    file_digest,
+    read_arrays_and_metadata,
+    read_json,
+    remove,
+    unwritable,
+    write_arrays,
+    write_atomically,
+    write_json,
+)
+from ntkit.base.integrity import check_place, damaged, fingerprint
+from ntkit.base.lock import LOCK, FolderLock
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
+from ntkit.base.run_files import AnalysisRun, StageFile, described
 from ntkit.base.tensors import tensor_hash
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
@@ -40,6 +52,8 @@ from ntkit.measures.spectra import alignment
 from ntkit.networks.built_in import build
 from ntkit.report import render
 from ntkit.trajectory import Trajectory, load_weights, train
+
+_REPLACED = ".replaced"  # in a run's folder: the run before, until the new one has begun
 
 Stage = tuple[Any, dict[str, np.ndarray]]  # the numbers of a stage, and its arrays
 
@@ -71,16 +85,22 @@ def analyze(
     Raises
     ------
     Refused
-        For anything that cannot give a right result; names it and what to do.
+        For anything that cannot give a right result; names it and what to do. When another process is writing into the
+        folder. A damaged file of a resumed run is computed again, in one line to `say`.
     """
     earlier = None
     if resume is not None:
         earlier = _earlier_run(Path(resume), settings)
-        settings = Settings.of(earlier["settings"])
+        settings = described(Path(resume) / "run.json", earlier["settings"], Settings, "settings")
         complete = earlier["status"] == "complete" and (Path(resume) / "results.json").exists()
         if out is None and complete:
-            say("The run is complete. Its report is written again.")
-            return render(resume).parent
+            try:
+                report = render(resume)
+            except Damaged as error:
+                say(f"{error} Its stages are put together again.")
+            else:
+                say("The run is complete. Its report is written again.")
+                return report.parent
         if out is None:
             return _Run(Path(resume), settings, say, earlier, resumed=True).run()
         if not complete:
@@ -89,11 +109,15 @@ def analyze(
             raise refusal(f"--from {resume}", got="an unfinished run, and --out", expected=expected, fix=fix)
     settings = settings or Settings()
     folder = Path(out) if out is not None else Path("runs") / settings.slug()
+    if not (folder / "run.json").exists() and (folder / _REPLACED).is_dir():
+        with FolderLock(folder):
+            _put_back(folder)  # a process was killed before its new run had begun
     if (folder / "run.json").exists():
         if not overwrite:
+            FolderLock(folder).check()
             fix = f"Resume the run (--from {folder}), replace it (--overwrite) or name another folder (--out)."
             raise refusal(str(folder), got="a folder that holds a run", expected="a new folder", fix=fix)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(file.name != LOCK for file in folder.iterdir())):
         got = "a file, or a folder with other files in it"
         raise refusal(str(folder), got=got, expected="a new or empty folder", fix="Name another --out.")
     return _Run(folder, settings, say, earlier).run()
@@ -103,15 +127,33 @@ def _earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
     """Read the ``run.json`` of an earlier run; refuse any other file, and settings given in addition."""
     run = read_json(folder / "run.json")
     names = {field.name for field in dataclasses.fields(Settings)}
-    if run.get("format") != RESULTS_FORMAT or not set(run.get("settings", ())) <= names:
+    told = run.get("settings") if isinstance(run, dict) and run.get("format") == RESULTS_FORMAT else None
+    if told is None or (isinstance(told, dict) and not set(told) <= names):
         got = "a file that this version of ntkit analyze did not write"
         expected = f"the run.json of a run (format {RESULTS_FORMAT})"
         fix = "Name the run's own folder, not the trajectory/ inside it."
         raise refusal(str(folder / "run.json"), got=got, expected=expected, fix=fix)
+    described(folder / "run.json", run, AnalysisRun)
     if settings not in (None, Settings()):
         expected, fix = "none: they come from the run", "Leave them out, or start a new run without --from."
         raise refusal(f"--from {folder}", got="further settings", expected=expected, fix=fix)
     return run
+
+
+def _put_aside(folder: Path) -> None:
+    """Move all that is in a run's folder into a folder inside it."""
+    entries = [entry for entry in folder.iterdir() if entry.name not in (LOCK, _REPLACED)]
+    (folder / _REPLACED).mkdir(exist_ok=True)
+    for entry in entries:
+        entry.rename(folder / _REPLACED / entry.name)
+
+
+def _put_back(folder: Path) -> None:
+    """Undo `_put_aside`."""
+    if (folder / _REPLACED).is_dir():
+        for entry in (folder / _REPLACED).iterdir():
+            entry.rename(folder / entry.name)
+        (folder / _REPLACED).rmdir()
 
 
 class _Run:
@@ -135,6 +177,10 @@ class _Run:
         self.data: Data
         self.task: measures.TrainingTask
         self.models: dict[str, nn.Module] = {}
+        self.lock, self.id = FolderLock(folder), ""
+        self.numbers: dict[str, Any] = {}  # of the finished stages
+        self.digests: dict[str, str] = {}  # of the files that stages wrote beside their numbers
+        self._checked: set[str] = set()  # Gram matrices that this process wrote, or compared with their digests
 
     # ------------------------------------------------------------------ the whole
 
@@ -142,6 +188,8 @@ class _Run:
         """Do what is not done yet; finished stages are kept, whatever stops the run."""
         started = time.monotonic()
         try:
+            if self.resumed:
+                self.lock.acquire()
             self._open()
             try:
                 return self._work()
@@ -155,6 +203,8 @@ class _Run:
                 place = shlex.quote(str(self.folder))
                 self.say(f"Stopped. Finished stages are kept. Resume with: ntkit analyze --from {place}")
             raise
+        finally:
+            self.lock.release()
 
     def _work(self) -> Path:
         self._train()
@@ -169,12 +219,14 @@ class _Run:
             ("neighbors", "nearest training examples", self._neighbors),
             ("oracle", "check against per-sample autograd in float64", self._oracle),
         ]  # fmt: skip
-        numbers: dict[str, Any] = {}
         for number, (name, text, work) in enumerate(stages, 2):
-            numbers[name] = self._stage(name, f"[{number} of {len(stages) + 1}] {text}", work)
+            self.numbers[name] = self._stage(name, f"[{number} of {len(stages) + 1}] {text}", work)
         results = assemble(
-            self.settings, self.task, self.models["after"], self.trajectory, numbers, self.device, self.memory
+            self.settings, self.task, self.models["after"], self.trajectory, self.numbers, self.device, self.memory
         )
+        images = "arrays/neighbors.safetensors"
+        results["files"] = {images: self.digests[images]} if images in self.digests else {}
+        results["run"] = self.id
         write_json(self.folder / "results.json", results)
         report = render(self.folder).parent
         shutil.rmtree(self.folder / "work", ignore_errors=True)
@@ -184,11 +236,17 @@ class _Run:
     def _stage(self, name: str, line: str, work: Callable[[], Stage]) -> Any:
         """Do a stage, or read the numbers that it left when it was finished."""
         file = self.folder / "stages" / f"{name}.json"
-        if file.exists():
-            return read_json(file)
+        try:
+            if file.exists():
+                return self._stored(name, file)
+        except Damaged as error:
+            self.say(f"{error} This stage is computed again.")
         self.say(line)
+        before = dict(self.digests)
         try:
             result, arrays = work()
+        except Damaged:
+            raise  # a file is bad, not the network: resumed, the run makes the file again
         except Refused as refused:
             # All input was checked before training, so this is a result of training: a dead or overflowing network, or
             # a layer that a measure cannot use. The other measures still hold; this one says why it is absent.
@@ -196,9 +254,27 @@ class _Run:
                 raise
             result, arrays = {"absent": str(refused)}, {}
         if arrays:
-            write_arrays(self.folder / "arrays" / f"{name}.safetensors", arrays)
-        write_json(file, result)
+            place = f"arrays/{name}.safetensors"
+            self.digests[place] = write_arrays(self.folder / place, arrays)
+        files = {place: digest for place, digest in self.digests.items() if place not in before}
+        write_json(file, {"stage": name, "run": self.id, "result": result, "files": files})
         return result
+
+    def _stored(self, name: str, file: Path) -> Any:
+        """The numbers that a finished stage left, after a check of its files; Grams are checked when they are read."""
+        told = read_json(file)
+        if not (isinstance(told, dict) and "stage" in told):  # an earlier version wrote the numbers alone
+            return told
+        described(file, told, StageFile)
+        check_place(file, told, stage=name, run=self.id)
+        for place, digest in told["files"].items():
+            if place == f"arrays/{name}.safetensors":
+                if not (path := self.folder / place).exists():
+                    raise damaged(path, "no such file")
+                if read_arrays_and_metadata(path)[1].get("sha256") != digest:
+                    raise damaged(path, f"not the file that {file.name} was written with")
+        self.digests |= told["files"]
+        return told["result"]
 
     # ------------------------------------------------------------------ opening and training
 
@@ -228,6 +304,7 @@ class _Run:
         }
         old = {} if self.earlier is None else self.earlier["identity"]
         changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old and old.get(k) != v]
+        self.id = fingerprint([dataclasses.asdict(s), identity])
         if self.resumed:
             if changed:
                 got = "changed since the run began: " + "; ".join(changed)
@@ -235,18 +312,29 @@ class _Run:
                 expected = "the same data, model, versions and number of threads"
                 raise refusal(f"--from {self.folder}", got=got, expected=expected, fix=fix)
             self.say(f"Resuming {self.folder}")
+            remove(self.folder / _REPLACED)
             return
         if changed:
             self.say("Differences from the repeated run: " + "; ".join(changed))
-        replaced = self.folder.with_name(self.folder.name + ".replaced")
-        if (self.folder / "run.json").exists():  # the old run is deleted once the new one has begun
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.folder.replace(replaced)
-        ensure_folder(self.folder)
+        self._begin(identity)
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        """Write ``run.json``; a run that was in the folder is deleted once the new one has begun."""
+        self.lock.acquire()
+        for inner in ("trajectory", "track"):
+            FolderLock(self.folder / inner).check()
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        run = {"format": RESULTS_FORMAT, "status": "running", "settings": dataclasses.asdict(s)}
-        write_json(self.folder / "run.json", run | {"identity": identity, "started": started})
-        shutil.rmtree(replaced, ignore_errors=True)
+        run = {"format": RESULTS_FORMAT, "status": "running", "settings": dataclasses.asdict(self.settings)}
+        try:
+            _put_aside(self.folder)
+            write_json(self.folder / "run.json", run | {"identity": identity, "started": started})
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                _put_back(self.folder)
+            if isinstance(error, OSError):
+                raise unwritable(self.folder, error) from error
+            raise
+        remove(self.folder / _REPLACED)
 
     def _check_size(self) -> None:
         """Refuse what does not fit: a Gram matrix in float32, and two in float64 while a machine is solved."""
@@ -266,8 +354,19 @@ class _Run:
         batch = None if s.batch_size is None or s.batch_size >= n else s.batch_size
         steps = s.epochs * -(-n // (batch or n))
         self.say(f"[1] training {s.model}: {steps:,} steps ({s.epochs} epochs)")
+        try:
+            self.trajectory = self._trained(steps, batch)
+        except Damaged as error:
+            self.say(f"{error} The network is trained again.")
+            remove(self.folder / "trajectory")
+            self.models["after"] = copy.deepcopy(self.models["init"])
+            self.trajectory = self._trained(steps, batch)
+        self.models["after"].eval()
+
+    def _trained(self, steps: int, batch: int | None) -> Trajectory:
+        s = self.settings
         with task("training", total=steps) as progress:
-            self.trajectory = train(
+            return train(
                 self.models["after"],
                 (self.data.x_train, self.data.y_train),
                 self.task.loss,
@@ -280,7 +379,6 @@ class _Run:
                 resume=(self.folder / "trajectory" / "run.json").exists(),
                 on_step=lambda step, loss: progress.advance(step + 1 - progress.done),
             )
-        self.models["after"].eval()
 
     # ------------------------------------------------------------------ stages
 
@@ -349,7 +447,7 @@ class _Run:
         return self.folder / "work" / f"{name}.npy"
 
     def _has_gram(self, key: str) -> bool:
-        return self._gram_file(f"{key}-train").exists()
+        return "absent" not in self.numbers[f"gram-{key}"]
 
     def _write_gram(self, name: str, K: Tensor) -> None:
         def write(aside: Path) -> None:
@@ -357,9 +455,28 @@ class _Run:
                 np.save(handle, K.cpu().numpy(), allow_pickle=False)
 
         write_atomically(self._gram_file(name), write)
+        self.digests[f"work/{name}.npy"] = file_digest(self._gram_file(name))
+        self._checked.add(name)
 
     def _read_gram(self, name: str) -> Tensor:
-        if not self._gram_file(name).exists():
+        key = name.rpartition("-")[0]
+        if not self._has_gram(key):
             fix = "See why the stage that computes it is absent."
             raise refusal(f"kernel matrix {name}", got="none", expected="one from an earlier stage", fix=fix)
-        return torch.from_numpy(np.load(self._gram_file(name), allow_pickle=False))
+        try:
+            return self._stored_gram(name)
+        except Damaged as error:
+            self.say(f"{error} It is computed again.")
+            self._gram(key)
+            return self._stored_gram(name)
+
+    def _stored_gram(self, name: str) -> Tensor:
+        file = self._gram_file(name)
+        digest = None if name in self._checked else self.digests.get(f"work/{name}.npy")
+        if digest is not None and file_digest(file) != digest:
+            raise damaged(file, "changed since it was written (its SHA-256 differs)")
+        self._checked.add(name)
+        try:
+            return torch.from_numpy(np.load(file, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise damaged(file, f"no matrix ({error})") from error

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.files import read_json, write_arrays
+from ntkit.base.lock import FolderLock
+from ntkit.base.run_files import AnalysisRun, described, tracking_id
 from ntkit.commands.settings import Settings, TrackSettings
 from ntkit.data import load
 from ntkit.measures.eigenfunctions import bandwidth, patterns
@@ -75,11 +77,12 @@ def track_run(run: Path, settings: TrackSettings | None = None, say: Callable[[s
         time.sleep(_PAUSE)
     if s.tensorboard is not None:
         tracked.to_tensorboard(s.tensorboard)
-    if x.dim() == 4 and s.outputs == "trace":
-        _draw(tracked, x, place)
     from ntkit.report import render_tracked
 
-    say(f"report: {render_tracked(place)}")
+    with FolderLock(place):
+        if x.dim() == 4 and s.outputs == "trace":
+            _draw(tracked, x, place)
+        say(f"report: {render_tracked(place)}")
     return place
 
 
@@ -92,15 +95,16 @@ def _draw(tracked: Tracked, x: Tensor, place: Path) -> None:
         "eigenfunctions": torch.stack(images).float().numpy(),
         "bandwidth": torch.stack([bandwidth(of_step) for of_step in images]).numpy(),
     }
-    write_arrays(place / "images.safetensors", arrays)
+    write_arrays(place / "images.safetensors", arrays, {"tracking": tracking_id(tracked.settings)})
 
 
 def _run_to_follow(run: Path, settings: TrackSettings) -> tuple[Path, nn.Module, Tensor, Tensor]:
     """Trajectory folder, model and points."""
-    described = read_json(run / "run.json")
+    told = read_json(run / "run.json")
     folder, model, seed = run, settings.model, 0
-    if isinstance(described, dict) and "settings" in described and (run / "trajectory").is_dir():
-        s = Settings.of(described["settings"])
+    if isinstance(told, dict) and "identity" in told and (run / "trajectory").is_dir():
+        described(run / "run.json", told, AnalysisRun)
+        s = described(run / "run.json", told["settings"], Settings, "settings")
         folder, model, seed = run / "trajectory", s.model, s.seed
         sets = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
     elif model is None or settings.data is None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.files import write_arrays
+from ntkit.base.run_files import tracking_id
 from ntkit.data import load
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.eigenfunctions import bandwidth, eigenfunctions, grid
@@ -86,7 +87,8 @@ def _picture(work: Work, depth: int, seed: int) -> Result:
     )  # fmt: skip
     tracked = track(run, x, y, model=model, loss=half_squared, k=s.k, path=place.parent / "track")
     images = _images(run, tracked, model, x, s.side)
-    write_arrays(place.parent / "track" / "images.safetensors", images)
+    told = {"tracking": tracking_id(tracked.settings)}
+    write_arrays(place.parent / "track" / "images.safetensors", images, told)
     return Result({"steps": tracked.steps, "series": tracked.series}, {"bandwidth": images["bandwidth"][-1]})
 
 
