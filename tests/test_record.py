@@ -446,7 +446,8 @@ def test_thinning_takes_the_narrowest_and_never_the_ends():
 
 def test_a_snapshot_given_up_after_opening(tmp_path):
     opened = []
-    run(model := Net(), adam(model), tmp_path / "run", 5, on_step=lambda _: opened.append(Trajectory.open(tmp_path / "run")))
+    look = lambda step: opened.append(Trajectory.open(tmp_path / "run"))
+    run(model := Net(), adam(model), tmp_path / "run", 5, on_step=look)
     (tmp_path / "run" / "snapshots" / "step-00000002.safetensors").unlink()
     assert opened[-1].status == "running"
     with pytest.raises(Refused, match=r"step 2: got a snapshot that the run deleted.*Open the trajectory again"):

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from run_folders import as_an_earlier_version_wrote
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,9 +19,8 @@ from ntkit.base.checks import Refused
 from ntkit.trajectory import Trajectory, record, train
 from ntkit.trajectory.optimizer_updates import optimizer_class, take_step
 from ntkit.trajectory.replay import Replay
-from run_folders import as_an_earlier_version_wrote
 
-# Where files are changed here, they are those of an earlier version: with checksums a change is refused when it is read.
+# Files that are changed here are those of an earlier version: with checksums they are refused when they are read.
 pytestmark = pytest.mark.filterwarnings("ignore::ntkit.base.integrity.WithoutChecksum")
 
 F32, F64 = torch.float32, torch.float64
@@ -480,7 +480,7 @@ def test_a_file_that_is_gone_or_another(tmp_path):
         (lambda run: run["settings"].update(data="0" * 64), "data: got other data, or the same in another order"),
         (lambda run: run["settings"].update(loss="l1"), "loss: got mse; expected l1"),
         (lambda run: run["settings"]["parameters"].update({"0.bias": [[8], "torch.float64"]}), "model: got '0.bias'"),
-        (lambda run: run.update(initial="0" * 64), "step-00000000.safetensors: got a damaged file: a network with hash"),
+        (lambda run: run.update(initial="0" * 64), "00000000.safetensors: got a damaged file: a network with hash"),
         (lambda run: run.update(status="running"), "got a run that is running or was killed"),
     ],
     ids=lambda value: "" if callable(value) else value.split()[0],

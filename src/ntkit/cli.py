@@ -127,12 +127,12 @@ def verify(run: Path) -> None:
     run
         The folder of a run, a trajectory, a tracking, a decomposition or a study.
     """
-    from ntkit.commands.verify import summary, verify as check
+    from ntkit.commands import verify as files
 
-    records = check(run)
+    records = files.verify(run)
     for record in records:
         print(f"{record.status:<17} {record.file}" + (f": {record.why}" if record.why else ""))
-    print(summary(records))
+    print(files.summary(records))
     if any(record.status in ("damaged", "missing") for record in records):
         sys.exit(1)
 
@@ -150,8 +150,8 @@ def main() -> None:
         sys.exit(141)
     except OSError as error:  # what no check foresaw: a folder deleted meanwhile, a disk that fails
         place = f"{error.filename}: " if error.filename else ""
-        print(f"ntkit: {place}got {error.strerror or error}; expected a file that can be used. "
-              "Check the folder and its disk.", file=sys.stderr)
+        text = "expected a file that can be used. Check the folder and its disk."
+        print(f"ntkit: {place}got {error.strerror or error}; {text}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "SelfCheckError":  # by name: its module imports torch

@@ -1,4 +1,4 @@
-"""Files that are complete or absent: each is written under another name, synced, then renamed; and checked when read."""
+"""Files that are complete or absent: written under another name, synced, renamed; and checked when they are read."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def parsed(path: Path, load: Callable[[bytes], dict[str, Any]]) -> tuple[dict[st
     if stored_checksum(path, blob) is None:
         warn_without_checksum(path)
     try:
-        return load(blob), tensor_metadata(blob)
+        return dict(sorted(load(blob).items())), tensor_metadata(blob)
     except Exception as error:  # of several libraries: whatever they raise, the file is not what was written
         raise damaged(path, f"no complete safetensors file ({error})") from error
 

@@ -52,7 +52,7 @@ def sealed_json(value: Any) -> bytes:
     >>> print(sealed_json({"a": 1}).decode()[:42])
     {
      "a": 1,
-     "checksum": "sha256:caa47
+     "checksum": "sha256:caa4789be6
     """
     if not isinstance(value, dict) or value.keys() == {"value"}:
         value = {"value": value}
@@ -72,7 +72,8 @@ def unsealed(value: dict[str, Any]) -> Any:
 def sealed_page(text: str) -> bytes:
     """HTML with its checksum in a last comment."""
     body = text.encode() if text.endswith("\n") else f"{text}\n".encode()
-    return body + f"<!-- checksum sha256:{hashlib.sha256(body).hexdigest()} of all bytes before this line -->\n".encode()
+    digest = hashlib.sha256(body).hexdigest()
+    return body + f"<!-- checksum sha256:{digest} of all bytes before this line -->\n".encode()
 
 
 def metadata_to_seal(metadata: dict[str, Any]) -> dict[str, str]:

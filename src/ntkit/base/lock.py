@@ -45,10 +45,11 @@ class FolderLock:
     --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, FolderLock(folder):
-    ...     FolderLock(folder).check()
-    Traceback (most recent call last):
-    ...
-    ntkit.Refused: folder ... is writing since ...
+    ...     try:
+    ...         FolderLock(folder).acquire()
+    ...     except Refused as refused:
+    ...         print(str(refused).partition(": got a ")[2][:14])
+    folder that pr
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -115,19 +115,19 @@ class TrackSettingsFile(TypedDict):
 class SpectralNumbers(TypedDict, total=False):
     """Numbers of one kernel matrix."""
 
-    eigenvalues: Numbers
+    eigenvalues: Numbers | None
     residual: Number
     trace: Number
     tail: Number
     effective_rank: Number
     condition: Number
     status: str | None
-    energy_target: Numbers
-    energy_output: Numbers
-    energy_residual: Numbers
+    energy_target: Numbers | None
+    energy_output: Numbers | None
+    energy_residual: Numbers | None
     alignment: Number
     alignment_centered: Number
-    class_alignment: Numbers
+    class_alignment: Numbers | None
 
 
 class StepRecord(SpectralNumbers):
@@ -139,8 +139,8 @@ class StepRecord(SpectralNumbers):
     tracking: NotRequired[str]
     loss: NotRequired[Number]
     learning_rate: NotRequired[Number]
-    layer_trace: NotRequired[dict[str, Number]]
-    layer_alignment: NotRequired[dict[str, Number]]
+    layer_trace: NotRequired[dict[str, Number] | None]
+    layer_alignment: NotRequired[dict[str, Number] | None]
     distance: NotRequired[Number]
     change: NotRequired[Number]
     cka: NotRequired[Number]
@@ -149,7 +149,7 @@ class StepRecord(SpectralNumbers):
     sharpness: NotRequired[Number]
     stable_learning_rate: NotRequired[Number]
     first_order: NotRequired[dict[str, Number] | None]
-    per_output: NotRequired[list[SpectralNumbers]]
+    per_output: NotRequired[list[SpectralNumbers] | None]
 
 
 class PartFile(TypedDict):
@@ -159,166 +159,6 @@ class PartFile(TypedDict):
     study: str
     numbers: dict[str, Any]
     arrays: str | None
-
-
-class Claims(TypedDict):
-    """A claim of a study."""
-
-    claim: str
-    number: str
-    holds: bool | None
-    how: str
-
-
-class StudyResults(TypedDict):
-    """``results.json`` of a study: the keys that every study has."""
-
-    title: str
-    claims: NotRequired[list[Claims]]
-    sections: NotRequired[list[dict[str, Any]]]
-    curves: NotRequired[list[dict[str, Any]]]
-    runs: NotRequired[list[StudyRun]]
-    settings: NotRequired[dict[str, Any]]
-    terms: NotRequired[list[str]]
-    figures: NotRequired[str]
-
-
-class StudyRun(TypedDict):
-    """A run that a study shows."""
-
-    name: str
-    track: str
-
-
-class Estimate(TypedDict):
-    """A number with its standard error, and what it comes from."""
-
-    value: Number
-    error: Number
-    certificate: str
-
-
-class MachineResults(TypedDict):
-    """A machine of an analysis."""
-
-    kernel: str
-    label: str
-    status: str
-    advice: str
-    train_error: Estimate
-    test_error: Estimate
-    ridge_test_error: Estimate
-    gap: Number
-    kkt: Number
-    margin: Number
-    support: int | None
-    n: int
-
-
-class QualityResults(TypedDict):
-    """Numbers of a kernel matrix of an analysis."""
-
-    kernel: str
-    label: str
-    alignment: Number
-    alignment_centered: Number
-    effective_rank: Number
-    trace: Number
-    scale: Number
-
-
-class DataResults(TypedDict):
-    """The data of an analysis."""
-
-    name: str
-    kind: str
-    classes: list[str]
-    train: int
-    test: int
-    input_shape: list[int]
-    normalization: str
-    source: str
-    hash: str
-
-
-class ModelResults(TypedDict):
-    """The network of an analysis."""
-
-    name: str
-    parameters: int
-    outputs: int
-    loss: str
-    weights: str | None
-    fallback: dict[str, Any]
-    text: str
-
-
-class TrainingResults(TypedDict):
-    """The training of an analysis."""
-
-    optimizer: str
-    batch_size: int
-    steps: int
-    stop: str
-    losses: list[float]
-    seed: int
-
-
-class AlongResults(TypedDict):
-    """The kernel of an analysis along training: one entry per snapshot."""
-
-    points: int
-    steps: list[int]
-    loss: Numbers
-    eigenvalues: list[Numbers]
-    residual: Number
-
-
-class ProbeRows(TypedDict):
-    """Rows of a table of an analysis."""
-
-    rows: list[dict[str, Any]]
-
-
-class CertificateResults(TypedDict):
-    """A check of an analysis."""
-
-    what: str
-    value: Number
-    tolerance: Number
-    ok: bool
-
-
-class ReproduceResults(TypedDict):
-    """How to repeat an analysis."""
-
-    command: str
-    versions: dict[str, str]
-    seed: int
-    device: str
-    dtype: str
-    memory: int
-
-
-class AnalysisResults(TypedDict):
-    """``results.json`` of `ntkit analyze`."""
-
-    format: int
-    title: str
-    data: DataResults
-    model: ModelResults
-    training: TrainingResults | None
-    network: dict[str, Estimate] | None
-    machines: list[MachineResults]
-    quality: list[QualityResults]
-    similarity: dict[str, Number] | None
-    along: AlongResults | None
-    invariances: ProbeRows | None
-    neighbors: ProbeRows | None
-    certificates: list[CertificateResults]
-    reproduce: ReproduceResults
-    files: NotRequired[dict[str, str]]
-    run: NotRequired[str]
 
 
 TRACK_FORMAT = "ntkit-track"
@@ -356,7 +196,8 @@ def read_steps(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     there = {record["step"] for record in records}
     needed = {step for record in records for step in record.get("since", [])} | set(settings.get("steps", []))
     if missing := sorted(needed - there):
-        raise damaged(folder / f"step-{missing[0]:08d}.json", "no such file", "Call `ntkit track` again: it is measured.")
+        fix = "Call `ntkit track` again: it is measured."
+        raise damaged(folder / f"step-{missing[0]:08d}.json", "no such file", fix)
     return sorted(records, key=lambda record: record["step"])
 
 
@@ -417,13 +258,14 @@ def _refused(path: str | Path, value: Any, within: str, text: str) -> Damaged:
 
 @contextmanager
 def understood(path: str | Path) -> Iterator[None]:
-    """Turn an error about content that no description covers into a refusal that names the file.
+    r"""Turn an error about content that no description covers into a refusal that names the file.
 
     >>> with understood("results.json"):
     ...     {}["title"]
     Traceback (most recent call last):
     ...
-    ntkit.base.checks.Damaged: results.json: got content that cannot be used (KeyError: 'title'); expected ...
+    ntkit.base.checks.Damaged: results.json: got content that cannot be used (KeyError: 'title'); expected it as ntkit \
+wrote it. Restore the file, or start a new run.
     """
     from jinja2 import TemplateError
 

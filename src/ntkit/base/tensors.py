@@ -77,7 +77,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if blob and path.suffix == ".safetensors":
         stored_checksum(path, blob)
     try:
-        return load(blob)
+        return dict(sorted(load(blob).items()))
     except SafetensorError as error:
         raise refusal(
             str(path),

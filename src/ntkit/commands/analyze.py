@@ -24,27 +24,19 @@ from torch import Tensor, nn
 
 from ntkit.base.checks import Damaged, Refused, refusal
 from ntkit.base.factory import source_hash
-from ntkit.base.files import (
-    file_digest,
-    read_arrays_and_metadata,
-    read_json,
-    remove,
-    unwritable,
-    write_arrays,
-    write_atomically,
-    write_json,
-)
-from ntkit.base.integrity import check_place, damaged, fingerprint
+from ntkit.base.files import read_json, remove, unwritable, write_json
+from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import LOCK, FolderLock
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
-from ntkit.base.run_files import AnalysisRun, StageFile, described
+from ntkit.base.run_files import AnalysisRun, described
 from ntkit.base.tensors import tensor_hash
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
 from ntkit.commands.network_measures import LABELS
 from ntkit.commands.results import KERNELS, assemble, versions
 from ntkit.commands.settings import Settings
+from ntkit.commands.stage_files import REPLACED, StageFiles, put_aside, put_back
 from ntkit.data import Data, load
 from ntkit.gram.gram_matrix import Gram
 from ntkit.kernels.tangent import TangentKernel
@@ -52,8 +44,6 @@ from ntkit.measures.spectra import alignment
 from ntkit.networks.built_in import build
 from ntkit.report import render
 from ntkit.trajectory import Trajectory, load_weights, train
-
-_REPLACED = ".replaced"  # in a run's folder: the run before, until the new one has begun
 
 Stage = tuple[Any, dict[str, np.ndarray]]  # the numbers of a stage, and its arrays
 
@@ -109,9 +99,9 @@ def analyze(
             raise refusal(f"--from {resume}", got="an unfinished run, and --out", expected=expected, fix=fix)
     settings = settings or Settings()
     folder = Path(out) if out is not None else Path("runs") / settings.slug()
-    if not (folder / "run.json").exists() and (folder / _REPLACED).is_dir():
+    if not (folder / "run.json").exists() and (folder / REPLACED).is_dir():
         with FolderLock(folder):
-            _put_back(folder)  # a process was killed before its new run had begun
+            put_back(folder)  # a process was killed before its new run had begun
     if (folder / "run.json").exists():
         if not overwrite:
             FolderLock(folder).check()
@@ -140,22 +130,6 @@ def _earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
     return run
 
 
-def _put_aside(folder: Path) -> None:
-    """Move all that is in a run's folder into a folder inside it."""
-    entries = [entry for entry in folder.iterdir() if entry.name not in (LOCK, _REPLACED)]
-    (folder / _REPLACED).mkdir(exist_ok=True)
-    for entry in entries:
-        entry.rename(folder / _REPLACED / entry.name)
-
-
-def _put_back(folder: Path) -> None:
-    """Undo `_put_aside`."""
-    if (folder / _REPLACED).is_dir():
-        for entry in (folder / _REPLACED).iterdir():
-            entry.rename(folder / entry.name)
-        (folder / _REPLACED).rmdir()
-
-
 class _Run:
     """One run in its folder, a new or a resumed one; ``earlier`` is the ``run.json`` of the run to repeat or resume."""
 
@@ -177,10 +151,8 @@ class _Run:
         self.data: Data
         self.task: measures.TrainingTask
         self.models: dict[str, nn.Module] = {}
-        self.lock, self.id = FolderLock(folder), ""
+        self.lock, self.files = FolderLock(folder), StageFiles(folder)
         self.numbers: dict[str, Any] = {}  # of the finished stages
-        self.digests: dict[str, str] = {}  # of the files that stages wrote beside their numbers
-        self._checked: set[str] = set()  # Gram matrices that this process wrote, or compared with their digests
 
     # ------------------------------------------------------------------ the whole
 
@@ -225,8 +197,8 @@ class _Run:
             self.settings, self.task, self.models["after"], self.trajectory, self.numbers, self.device, self.memory
         )
         images = "arrays/neighbors.safetensors"
-        results["files"] = {images: self.digests[images]} if images in self.digests else {}
-        results["run"] = self.id
+        results["files"] = {place: digest for place, digest in self.files.digests.items() if place == images}
+        results["run"] = self.files.run
         write_json(self.folder / "results.json", results)
         report = render(self.folder).parent
         shutil.rmtree(self.folder / "work", ignore_errors=True)
@@ -235,14 +207,13 @@ class _Run:
 
     def _stage(self, name: str, line: str, work: Callable[[], Stage]) -> Any:
         """Do a stage, or read the numbers that it left when it was finished."""
-        file = self.folder / "stages" / f"{name}.json"
         try:
-            if file.exists():
-                return self._stored(name, file)
+            if (told := self.files.stage(name)) is not None:
+                return told["result"]
         except Damaged as error:
             self.say(f"{error} This stage is computed again.")
         self.say(line)
-        before = dict(self.digests)
+        before = set(self.files.digests)
         try:
             result, arrays = work()
         except Damaged:
@@ -253,28 +224,8 @@ class _Run:
             if isinstance(refused.__cause__, OSError):
                 raise
             result, arrays = {"absent": str(refused)}, {}
-        if arrays:
-            place = f"arrays/{name}.safetensors"
-            self.digests[place] = write_arrays(self.folder / place, arrays)
-        files = {place: digest for place, digest in self.digests.items() if place not in before}
-        write_json(file, {"stage": name, "run": self.id, "result": result, "files": files})
+        write_json(*self.files.finished(name, result, arrays, before))
         return result
-
-    def _stored(self, name: str, file: Path) -> Any:
-        """The numbers that a finished stage left, after a check of its files; Grams are checked when they are read."""
-        told = read_json(file)
-        if not (isinstance(told, dict) and "stage" in told):  # an earlier version wrote the numbers alone
-            return told
-        described(file, told, StageFile)
-        check_place(file, told, stage=name, run=self.id)
-        for place, digest in told["files"].items():
-            if place == f"arrays/{name}.safetensors":
-                if not (path := self.folder / place).exists():
-                    raise damaged(path, "no such file")
-                if read_arrays_and_metadata(path)[1].get("sha256") != digest:
-                    raise damaged(path, f"not the file that {file.name} was written with")
-        self.digests |= told["files"]
-        return told["result"]
 
     # ------------------------------------------------------------------ opening and training
 
@@ -304,7 +255,7 @@ class _Run:
         }
         old = {} if self.earlier is None else self.earlier["identity"]
         changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old and old.get(k) != v]
-        self.id = fingerprint([dataclasses.asdict(s), identity])
+        self.files.run = fingerprint([dataclasses.asdict(s), identity])
         if self.resumed:
             if changed:
                 got = "changed since the run began: " + "; ".join(changed)
@@ -312,7 +263,7 @@ class _Run:
                 expected = "the same data, model, versions and number of threads"
                 raise refusal(f"--from {self.folder}", got=got, expected=expected, fix=fix)
             self.say(f"Resuming {self.folder}")
-            remove(self.folder / _REPLACED)
+            remove(self.folder / REPLACED)
             return
         if changed:
             self.say("Differences from the repeated run: " + "; ".join(changed))
@@ -326,15 +277,15 @@ class _Run:
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         run = {"format": RESULTS_FORMAT, "status": "running", "settings": dataclasses.asdict(self.settings)}
         try:
-            _put_aside(self.folder)
+            put_aside(self.folder)
             write_json(self.folder / "run.json", run | {"identity": identity, "started": started})
         except BaseException as error:
             with contextlib.suppress(OSError):
-                _put_back(self.folder)
+                put_back(self.folder)
             if isinstance(error, OSError):
                 raise unwritable(self.folder, error) from error
             raise
-        remove(self.folder / _REPLACED)
+        remove(self.folder / REPLACED)
 
     def _check_size(self) -> None:
         """Refuse what does not fit: a Gram matrix in float32, and two in float64 while a machine is solved."""
@@ -387,8 +338,8 @@ class _Run:
         K = kernel(self.data.x_train)
         K_test = kernel(self.data.x_test, self.data.x_train)
         quality = measures.quality(K.cpu(), self.task.targets(self.data.y_train.cpu()))
-        self._write_gram(f"{key}-train", K)
-        self._write_gram(f"{key}-test", K_test)
+        self.files.write_gram(f"{key}-train", K)
+        self.files.write_gram(f"{key}-test", K_test)
         return {"kernel": key, "label": LABELS[key], **quality}, {}
 
     def _similarity(self) -> Stage:
@@ -441,22 +392,10 @@ class _Run:
         fallback = TangentKernel(after, outputs="trace").fallback(x[:3])
         return {"checks": checks, "fallback": fallback, "text": text}, {}
 
-    # ------------------------------------------------------------------ files
-
-    def _gram_file(self, name: str) -> Path:
-        return self.folder / "work" / f"{name}.npy"
+    # ------------------------------------------------------------------ Gram matrices
 
     def _has_gram(self, key: str) -> bool:
         return "absent" not in self.numbers[f"gram-{key}"]
-
-    def _write_gram(self, name: str, K: Tensor) -> None:
-        def write(aside: Path) -> None:
-            with open(aside, "wb") as handle:
-                np.save(handle, K.cpu().numpy(), allow_pickle=False)
-
-        write_atomically(self._gram_file(name), write)
-        self.digests[f"work/{name}.npy"] = file_digest(self._gram_file(name))
-        self._checked.add(name)
 
     def _read_gram(self, name: str) -> Tensor:
         key = name.rpartition("-")[0]
@@ -464,19 +403,8 @@ class _Run:
             fix = "See why the stage that computes it is absent."
             raise refusal(f"kernel matrix {name}", got="none", expected="one from an earlier stage", fix=fix)
         try:
-            return self._stored_gram(name)
+            return self.files.read_gram(name)
         except Damaged as error:
             self.say(f"{error} It is computed again.")
             self._gram(key)
-            return self._stored_gram(name)
-
-    def _stored_gram(self, name: str) -> Tensor:
-        file = self._gram_file(name)
-        digest = None if name in self._checked else self.digests.get(f"work/{name}.npy")
-        if digest is not None and file_digest(file) != digest:
-            raise damaged(file, "changed since it was written (its SHA-256 differs)")
-        self._checked.add(name)
-        try:
-            return torch.from_numpy(np.load(file, allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise damaged(file, f"no matrix ({error})") from error
+            return self.files.read_gram(name)

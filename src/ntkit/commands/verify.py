@@ -12,7 +12,6 @@ from ntkit.base.files import file_digest, read_arrays_and_metadata, read_bytes, 
 from ntkit.base.integrity import check_place, damaged, fingerprint, stored_checksum
 from ntkit.base.lock import LOCK
 from ntkit.base.run_files import (
-    TRACK_FORMAT,
     AnalysisRun,
     PartFile,
     StageFile,

@@ -8,7 +8,8 @@ from typing import Any
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
 from ntkit.base.integrity import damaged, fingerprint
-from ntkit.base.run_files import AnalysisResults, AnalysisRun, described, understood
+from ntkit.base.results_file import AnalysisResults
+from ntkit.base.run_files import AnalysisRun, described, understood
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.report.analysis_page import analysis_page
 from ntkit.report.study_page import KIND, render_study

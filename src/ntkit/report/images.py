@@ -35,9 +35,7 @@ def thumbnail(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def viewer(
-    folder: Path, eigenvalues: Mapping[int, list[float | None] | None], tracking: str
-) -> dict[str, Any] | None:
+def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None], tracking: str) -> dict[str, Any] | None:
     """The data with which the page shows ``folder/images.safetensors``; None if the file does not exist.
 
     Parameters

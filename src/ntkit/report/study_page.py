@@ -11,7 +11,8 @@ from urllib.parse import quote
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
 from ntkit.base.integrity import damaged
-from ntkit.base.run_files import StudyResults, described, read_steps, read_track_settings, tracking_id, understood
+from ntkit.base.results_file import StudyResults
+from ntkit.base.run_files import described, read_steps, read_track_settings, tracking_id, understood
 from ntkit.report.images import viewer
 from ntkit.report.page import page
 from ntkit.report.study_curves import curves

@@ -20,12 +20,12 @@ from ntkit.base.checks import Damaged, refusal
 from ntkit.base.lock import FolderLock
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import Task, task
+from ntkit.base.run_files import TRACK_FORMAT, tracking_id
 from ntkit.base.tensors import tensor_hash
 from ntkit.gram.krylov import leading
 from ntkit.jacobian.model_calls import Outputs, raw_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.tracking.losses import cross_entropy, derivatives, half_squared, logistic
-from ntkit.base.run_files import TRACK_FORMAT, tracking_id
 from ntkit.tracking.series import Tracked, assembled, close_folder, open_folder, read_snapshot, write_snapshot
 from ntkit.tracking.snapshot_numbers import KernelMatrix, KernelProducts, finite, kernel_change
 from ntkit.trajectory import Trajectory

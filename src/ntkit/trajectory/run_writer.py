@@ -66,7 +66,8 @@ class RunWriter:
     def __init__(self, model: nn.Module, opt: Optimizer, folder: Path, settings: dict[str, Any]) -> None:
         self.model, self.opt, self.folder = model, opt, folder
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.timer, self.lock, self.id = CheckpointTimer(), FolderLock(folder), "0" * 16
+        self.timer, self.lock = CheckpointTimer(), FolderLock(folder)
+        self.id: str = "0" * 16
         self._checkpoint = folder / "checkpoint.safetensors"
 
     def label(self, step: int) -> dict[str, str]:
