@@ -18,6 +18,14 @@ def as_an_earlier_version_wrote(folder: Path) -> Path:
         value = read_json(file)
         if isinstance(value, dict) and value.get("format") == "ntkit-trajectory":
             value.pop("snapshots", None)
+        if isinstance(value, dict) and file.name == "results.json":
+            value = {name: entry for name, entry in value.items() if name not in ("files", "run", "figures")}
+        if isinstance(value, dict):
+            value = value.get("result", value) if file.parent.name == "stages" else value
+            value = value.get("numbers", value) if file.parent.name == "parts" else value
+        if isinstance(value, dict):
+            value.pop("tracking", None)
+            value.pop("steps" if file.name == "track.json" else "", None)
         file.write_text(json.dumps(value, indent=1) + "\n")
     for file in folder.rglob("*.safetensors"):
         with safe_open(file, framework="np") as opened:

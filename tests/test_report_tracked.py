@@ -275,7 +275,7 @@ def test_images_are_the_arrays(full: Path) -> None:
 
 def test_large_images_become_small(tmp_path: Path) -> None:
     arrays = pictures(T=3, q=2, size=200)
-    found = images.viewer(write_track(tmp_path, [], arrays), {}, tracking="")
+    found = images.viewer(write_track(tmp_path, [], arrays), {}, told={})
     assert found is not None
     assert (found["data"]["height"], found["data"]["width"], found["count"]) == (66, 66, 2)
     assert found["data"]["captions"][0][1].startswith("λ₂, ")

@@ -120,7 +120,12 @@ def read_bytes(path: str | Path, expected: str, fix: str) -> bytes:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file, after a check of its checksum, which is not part of the value.
+    """Read a JSON file, after a check of its checksum, which is not in the value (see `read_json_and_checksum`)."""
+    return read_json_and_checksum(path)[0]
+
+
+def read_json_and_checksum(path: str | Path) -> tuple[Any, str | None]:
+    """Read a JSON file, after a check of its checksum; an older file has none.
 
     Raises
     ------
@@ -141,9 +146,9 @@ def read_json(path: str | Path) -> Any:
     except ValueError as error:  # text that is not UTF-8, too
         raise damaged(path, f"no JSON: {error}") from error
     if digest is not None:
-        return unsealed(value)
+        return unsealed(value), digest
     warn_without_checksum(path)
-    return value
+    return value, None
 
 
 def _finite(text: str) -> float:
@@ -193,12 +198,14 @@ def read_arrays_and_metadata(path: str | Path) -> tuple[dict[str, np.ndarray], d
 def parsed(path: Path, load: Callable[[bytes], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors and metadata of a safetensors file of a run, read once; `load` makes tensors of its bytes."""
     blob = read_bytes(path, "a .safetensors file", "Check the name.")
-    if stored_checksum(path, blob) is None:
-        warn_without_checksum(path)
+    digest = stored_checksum(path, blob)
     try:
-        return dict(sorted(load(blob).items())), tensor_metadata(blob)
+        found = dict(sorted(load(blob).items())), tensor_metadata(blob)
     except Exception as error:  # of several libraries: whatever they raise, the file is not what was written
         raise damaged(path, f"no complete safetensors file ({error})") from error
+    if digest is None:
+        warn_without_checksum(path)
+    return found
 
 
 def ensure_folder(path: str | Path) -> Path:

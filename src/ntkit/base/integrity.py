@@ -151,12 +151,14 @@ def check_place(path: Path, metadata: Mapping[str, Any], **place: Any) -> None:
     Parameters
     ----------
     path : the file.
-    metadata : what it says of itself; older files say nothing.
+    metadata : what it says of itself, with its checksum as ``sha256``; older files have neither.
     place : what it must say, by name.
     """
     for name, value in place.items():
         if name in metadata and metadata[name] != value:
             raise damaged(path, f"a file of another {name} ({metadata[name]}) than this one ({value})")
+        if name not in metadata and "sha256" in metadata:
+            raise damaged(path, f"another file, which does not say its {name}")
 
 
 _warned: set[Path] = set()

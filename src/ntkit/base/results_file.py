@@ -140,10 +140,10 @@ class ReproduceResults(TypedDict):
 
     command: str
     versions: dict[str, str]
-    seed: int
+    seed: int | None
     device: str
     dtype: str
-    memory: int
+    memory: int | None
 
 
 class AnalysisResults(TypedDict):

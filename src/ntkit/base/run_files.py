@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from ntkit.base.checks import Damaged, Refused, refusal
-from ntkit.base.files import read_json
+from ntkit.base.files import read_json, read_json_and_checksum
 from ntkit.base.integrity import check_place, damaged, fingerprint
 
 Number = float | None  # None: undefined there
@@ -25,6 +25,7 @@ class AnalysisRun(TypedDict):
     settings: dict[str, Any]
     identity: dict[str, Any]
     seconds: NotRequired[float]
+    stages: NotRequired[list[str]]
 
 
 class StageFile(TypedDict):
@@ -110,6 +111,7 @@ class TrackSettingsFile(TypedDict):
     loss: NotRequired[str | None]
     trained: NotRequired[list[str]]
     steps: NotRequired[list[int]]
+    images: NotRequired[str]
 
 
 class SpectralNumbers(TypedDict, total=False):
@@ -166,7 +168,7 @@ TRACK_FORMAT = "ntkit-track"
 
 def tracking_id(settings: dict[str, Any]) -> str:
     """What the files of a tracking have in common and carry: its settings, as 16 hex digits."""
-    return fingerprint({name: value for name, value in settings.items() if name != "steps"})
+    return fingerprint({name: value for name, value in settings.items() if name not in ("steps", "images")})
 
 
 def read_track_settings(folder: Path) -> dict[str, Any]:
@@ -182,8 +184,9 @@ def read_track_settings(folder: Path) -> dict[str, Any]:
 
 def read_step(file: Path, tracking: str) -> dict[str, Any]:
     """Read the record of one snapshot of a tracking, with this id."""
-    record = described(file, read_json(file), StepRecord)
-    check_place(file, record, tracking=tracking)
+    record, checksum = read_json_and_checksum(file)
+    described(file, record, StepRecord)
+    check_place(file, record if checksum is None else record | {"sha256": checksum}, tracking=tracking)
     if file.stem != f"step-{record['step']:08d}":
         raise damaged(file, f"the record of step {record['step']}")
     return {name: value for name, value in record.items() if name != "tracking"}
@@ -258,14 +261,14 @@ def _refused(path: str | Path, value: Any, within: str, text: str) -> Damaged:
 
 @contextmanager
 def understood(path: str | Path) -> Iterator[None]:
-    r"""Turn an error about content that no description covers into a refusal that names the file.
+    """Turn an error about content that no description covers into a refusal that names the file.
 
-    >>> with understood("results.json"):
-    ...     {}["title"]
-    Traceback (most recent call last):
-    ...
-    ntkit.base.checks.Damaged: results.json: got content that cannot be used (KeyError: 'title'); expected it as ntkit \
-wrote it. Restore the file, or start a new run.
+    >>> try:
+    ...     with understood("results.json"):
+    ...         {}["title"]
+    ... except Damaged as error:
+    ...     print(str(error).partition("; ")[0])
+    results.json: got content that cannot be used (KeyError: 'title')
     """
     from jinja2 import TemplateError
 

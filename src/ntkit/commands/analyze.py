@@ -202,7 +202,8 @@ class _Run:
         write_json(self.folder / "results.json", results)
         report = render(self.folder).parent
         shutil.rmtree(self.folder / "work", ignore_errors=True)
-        write_json(self.folder / "run.json", read_json(self.folder / "run.json") | {"status": "complete"})
+        ended = {"status": "complete", "stages": list(self.numbers)}
+        write_json(self.folder / "run.json", read_json(self.folder / "run.json") | ended)
         return report
 
     def _stage(self, name: str, line: str, work: Callable[[], Stage]) -> Any:

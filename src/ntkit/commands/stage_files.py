@@ -9,7 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.base.files import file_digest, read_arrays_and_metadata, read_json, write_arrays, write_atomically
+from ntkit.base.files import (
+    file_digest,
+    read_arrays_and_metadata,
+    read_json_and_checksum,
+    write_arrays,
+    write_atomically,
+)
 from ntkit.base.integrity import check_place, damaged
 from ntkit.base.lock import LOCK
 from ntkit.base.run_files import StageFile, described
@@ -36,8 +42,8 @@ class StageFiles:
         file = self._folder / "stages" / f"{name}.json"
         if not file.exists():
             return None
-        told = read_json(file)
-        if not (isinstance(told, dict) and "stage" in told):  # an earlier version wrote the numbers alone
+        told, checksum = read_json_and_checksum(file)
+        if checksum is None and not (isinstance(told, dict) and "stage" in told):  # an earlier version: numbers alone
             return {"result": told}
         described(file, told, StageFile)
         check_place(file, told, stage=name, run=self.run)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import Refused, refusal
-from ntkit.base.files import read_json, write_arrays
+from ntkit.base.files import read_json
 from ntkit.base.lock import FolderLock
-from ntkit.base.run_files import AnalysisRun, described, tracking_id
+from ntkit.base.run_files import AnalysisRun, described
 from ntkit.commands.settings import Settings, TrackSettings
 from ntkit.data import load
 from ntkit.measures.eigenfunctions import bandwidth, patterns
 from ntkit.networks.built_in import build
-from ntkit.tracking import Tracked, scalars, track
+from ntkit.tracking import Tracked, scalars, track, write_images
 from ntkit.trajectory import Trajectory
 
 _DRAWN = 6  # eigenvectors that the page shows as images
@@ -95,7 +95,7 @@ def _draw(tracked: Tracked, x: Tensor, place: Path) -> None:
         "eigenfunctions": torch.stack(images).float().numpy(),
         "bandwidth": torch.stack([bandwidth(of_step) for of_step in images]).numpy(),
     }
-    write_arrays(place / "images.safetensors", arrays, {"tracking": tracking_id(tracked.settings)})
+    write_images(place, arrays)
 
 
 def _run_to_follow(run: Path, settings: TrackSettings) -> tuple[Path, nn.Module, Tensor, Tensor]:

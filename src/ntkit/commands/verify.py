@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from re import fullmatch
 from typing import Any, Literal, NamedTuple
 
 from ntkit.base.checks import Damaged, Refused, refusal
-from ntkit.base.files import file_digest, read_arrays_and_metadata, read_bytes, read_json
-from ntkit.base.integrity import check_place, damaged, fingerprint, stored_checksum
+from ntkit.base.files import file_digest, read_arrays_and_metadata, read_bytes, read_json, read_json_and_checksum
+from ntkit.base.integrity import WithoutChecksum, check_place, damaged, fingerprint, stored_checksum
 from ntkit.base.lock import LOCK
 from ntkit.base.run_files import (
     AnalysisRun,
@@ -67,6 +68,12 @@ def verify(run: str | Path) -> list[FileRecord]:
     if not folder.is_dir():
         fix = "Check the folder's name."
         raise refusal(str(folder), got="no such folder", expected="the folder of a run", fix=fix)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WithoutChecksum)  # the list says it
+        return _listed(folder)
+
+
+def _listed(folder: Path) -> list[FileRecord]:
     found: dict[Path, FileRecord] = {}
     for file in sorted(p for p in folder.rglob("*") if not p.is_dir() and p.name != LOCK):
         found[file] = _by_itself(file, folder)
@@ -134,14 +141,17 @@ def _together(start: Path) -> Iterator[tuple[Path, Refused | None]]:
     folder = start.parent
     try:
         told = read_json(start)
+        told = told if isinstance(told, dict) else {}
         if start.name == "track.json":
             yield from _tracking(folder)
-        elif isinstance(told, dict) and told.get("format") == FORMAT:
+        elif told.get("format") == FORMAT and not ((folder / "stages").exists() or (folder / "parts").exists()):
             yield from _trajectory(folder, read_run(folder))
-        elif isinstance(told, dict) and told.get("kind") == "study":
+        elif told.get("kind") == "study" and not ((folder / "stages").exists() or (folder / "snapshots").exists()):
             yield from _study(folder, told)
-        elif isinstance(told, dict) and "identity" in told:
+        elif "identity" in told and not ((folder / "parts").exists() or (folder / "snapshots").exists()):
             yield from _analysis(folder, described(start, told, AnalysisRun))
+        elif "settings" not in told or "versions" not in told:  # these two: of `ntkit infinite`
+            raise damaged(start, "not the run.json of this folder")
     except Refused as error:
         yield start, error
 
@@ -161,8 +171,9 @@ def _tracking(folder: Path) -> Iterator[tuple[Path, Refused | None]]:
         yield _checked(file, lambda file=file: read_step(file, tracking))
         arrays = file.with_suffix(".safetensors")
         yield _checked(arrays, lambda path=arrays: _placed(path, tracking=tracking, step=int(path.stem[5:])))
-    if (images := folder / "images.safetensors").exists():
-        yield _checked(images, lambda: _placed(images, tracking=tracking))
+    if isinstance(digest := settings.get("images"), str):
+        images = folder / "images.safetensors"
+        yield _checked(images, lambda: _same_digest(images, digest))
     try:
         read_steps(folder, settings)
     except Damaged as error:
@@ -195,19 +206,29 @@ def _trajectory(folder: Path, run: dict[str, Any]) -> Iterator[tuple[Path, Refus
 def _analysis(folder: Path, run: dict[str, Any]) -> Iterator[tuple[Path, Refused | None]]:
     own, complete = fingerprint([run["settings"], run["identity"]]), run["status"] == "complete"
     for file in sorted(folder.glob("stages/*.json")):
-        told = read_json(file) if _checked(file, lambda file=file: read_json(file))[1] is None else None
-        if not (isinstance(told, dict) and "stage" in told):
-            continue  # damaged, which is said already; or of an earlier version
+        if (told := _content(file, "stage")) is None:
+            continue
         yield _checked(file, lambda file=file, told=told: _stage(file, told, own))
         for place, digest in told["files"].items() if isinstance(told.get("files"), dict) else ():
             if place.startswith("arrays/") or not complete:  # Grams are deleted when the run is complete
                 path = folder / place
                 yield _checked(path, lambda path=path, digest=digest: _same_digest(path, digest))
     if complete:
-        for name in ("results.json", "report.html"):
+        places = [f"stages/{name}.json" for name in run.get("stages", [])]
+        for name in (*places, "results.json", "report.html"):
             yield _checked(folder / name, lambda name=name: read_bytes(folder / name, "a file", "Write it again."))
         if (folder / "results.json").exists():
             yield _checked(folder / "results.json", lambda: _results(folder, own))
+
+
+def _content(file: Path, kind: str) -> dict[str, Any] | None:
+    """Content of the file of a stage or a part; None if it is damaged, or an earlier version wrote it."""
+    try:
+        told, checksum = read_json_and_checksum(file)
+    except Damaged:
+        return None
+    told = told if isinstance(told, dict) else {}
+    return None if checksum is None and kind not in told else told
 
 
 def _stage(file: Path, told: dict[str, Any], own: str) -> None:
@@ -216,8 +237,9 @@ def _stage(file: Path, told: dict[str, Any], own: str) -> None:
 
 
 def _results(folder: Path, own: str) -> None:
-    told = read_json(folder / "results.json")
-    check_place(folder / "results.json", told if isinstance(told, dict) else {}, run=own)
+    told, checksum = read_json_and_checksum(folder / "results.json")
+    told = told if isinstance(told, dict) else {}
+    check_place(folder / "results.json", told if checksum is None else told | {"sha256": checksum}, run=own)
 
 
 def _same_digest(path: Path, digest: str) -> None:
@@ -229,10 +251,9 @@ def _same_digest(path: Path, digest: str) -> None:
 
 
 def _study(folder: Path, run: dict[str, Any]) -> Iterator[tuple[Path, Refused | None]]:
-    own = fingerprint({name: value for name, value in run.items() if name not in ("versions", "status")})
+    own = fingerprint({name: value for name, value in run.items() if name not in ("versions", "status", "parts")})
     for file in sorted(folder.glob("parts/*.json")):
-        told = read_json(file) if _checked(file, lambda file=file: read_json(file))[1] is None else None
-        if not (isinstance(told, dict) and "part" in told):
+        if (told := _content(file, "part")) is None:
             continue
         yield _checked(file, lambda file=file, told=told: _part(file, told, own))
         if isinstance(digest := told.get("arrays"), str):
@@ -240,10 +261,14 @@ def _study(folder: Path, run: dict[str, Any]) -> Iterator[tuple[Path, Refused | 
             yield _checked(arrays, lambda path=arrays, digest=digest: _same_digest(path, digest))
     if run.get("status") == "complete":
         results = folder / "results.json"
-        for path in (results, folder / "report.html"):
+        parts = run["parts"] if isinstance(run.get("parts"), list) else []
+        for path in (*(folder / "parts" / f"{part}.json" for part in parts), results, folder / "report.html"):
             yield _checked(path, lambda path=path: read_bytes(path, "a file", "Write it again."))
         told = read_json(results) if _checked(results, lambda: read_json(results))[1] is None else None
-        if isinstance(told, dict) and isinstance(digest := told.get("figures"), str):
+        names = ("name", "scale", "sets", "seeds", "sizes")
+        if told is not None and (not isinstance(told, dict) or any(told.get(n) != run.get(n) for n in names)):
+            yield results, damaged(results, "the results of another study than run.json")
+        elif isinstance(told, dict) and isinstance(digest := told.get("figures"), str):
             figures = folder / "figures.safetensors"
             yield _checked(figures, lambda: _same_digest(figures, digest))
 

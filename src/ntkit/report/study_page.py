@@ -12,7 +12,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
 from ntkit.base.integrity import damaged
 from ntkit.base.results_file import StudyResults
-from ntkit.base.run_files import described, read_steps, read_track_settings, tracking_id, understood
+from ntkit.base.run_files import described, read_steps, read_track_settings, understood
 from ntkit.report.images import viewer
 from ntkit.report.page import page
 from ntkit.report.study_curves import curves
@@ -70,12 +70,12 @@ def render_study(folder: str | Path) -> Path:
 def _page(folder: Path, results: dict[str, Any]) -> str:
     runs = [_run(folder, run) for run in results.get("runs", [])]
     groups = curves(results.get("curves", []))
-    pictured = next((run for run in runs if (folder / run["track"] / "images.safetensors").exists()), None)
+    pictured = next((run for run in runs if _has_images(folder / run["track"])), None)
     images = None
     if pictured is not None:
         track = folder / pictured["track"]
         told = read_track_settings(track)
-        images = viewer(track, eigenvalues_at(read_steps(track, told)), tracking_id(told))
+        images = viewer(track, eigenvalues_at(read_steps(track, told)), told)
     parts = sections(results.get("sections", []), _arrays(folder, results))
     figures = [figure for group in groups for figure, _ in group["figures"]]
     figures += [f for part in parts for block in part["blocks"] for f, _ in block.get("figures", [])]
@@ -98,6 +98,13 @@ def _page(folder: Path, results: dict[str, Any]) -> str:
         pictured=pictured,
         viewer=images,
         settings=[(name.replace("_", " "), _text(value)) for name, value in results.get("settings", {}).items()],
+    )
+
+
+def _has_images(track: Path) -> bool:
+    """Whether a tracking has images, or had some that are gone."""
+    return (track / "images.safetensors").exists() or (
+        (track / "track.json").exists() and "images" in read_track_settings(track)
     )
 
 

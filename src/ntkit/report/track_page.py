@@ -8,7 +8,7 @@ from typing import Any
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import write_page
-from ntkit.base.run_files import read_steps, read_track_settings, tracking_id, understood
+from ntkit.base.run_files import read_steps, read_track_settings, understood
 from ntkit.report import training_figures, words
 from ntkit.report.images import viewer
 from ntkit.report.page import page
@@ -67,11 +67,11 @@ def _page(folder: Path, settings: dict[str, Any], records: Sequence[dict[str, An
         source="track.json",
         lede=_lede(a),
         cards=_cards(a),
-        settings={name: value for name, value in settings.items() if name != "steps"},
+        settings={name: value for name, value in settings.items() if name not in ("steps", "images")},
         a=a,
         sections=sections,
         residual=max((r for r in a["residual"] if r is not None), default=None) if "residual" in a else None,
-        viewer=viewer(folder, eigenvalues_at(records), tracking_id(settings)),
+        viewer=viewer(folder, eigenvalues_at(records), settings),
     )
 
 

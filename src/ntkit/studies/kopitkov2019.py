@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.files import write_arrays
-from ntkit.base.run_files import tracking_id
 from ntkit.data import load
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.eigenfunctions import bandwidth, eigenfunctions, grid
@@ -87,8 +85,7 @@ def _picture(work: Work, depth: int, seed: int) -> Result:
     )  # fmt: skip
     tracked = track(run, x, y, model=model, loss=half_squared, k=s.k, path=place.parent / "track")
     images = _images(run, tracked, model, x, s.side)
-    told = {"tracking": tracking_id(tracked.settings)}
-    write_arrays(place.parent / "track" / "images.safetensors", images, told)
+    write_images(place.parent / "track", images)
     return Result({"steps": tracked.steps, "series": tracked.series}, {"bandwidth": images["bandwidth"][-1]})
 
 

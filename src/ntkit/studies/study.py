@@ -18,7 +18,14 @@ import torch
 from torch import nn
 
 from ntkit.base.checks import Damaged, nearest, refusal
-from ntkit.base.files import read_arrays_and_metadata, read_json, remove, write_arrays, write_json
+from ntkit.base.files import (
+    read_arrays_and_metadata,
+    read_json,
+    read_json_and_checksum,
+    remove,
+    write_arrays,
+    write_json,
+)
 from ntkit.base.integrity import check_place, damaged, fingerprint
 from ntkit.base.lock import FolderLock
 from ntkit.base.run_files import PartFile, described
@@ -127,11 +134,11 @@ class Work:
         return self._stored(part.name, numbers, arrays)
 
     def _stored(self, name: str, numbers: Path, arrays: Path) -> Result:
-        told = read_json(numbers)
-        if not (isinstance(told, dict) and "part" in told):  # an earlier version wrote the numbers alone
+        told, checksum = read_json_and_checksum(numbers)
+        if checksum is None and not (isinstance(told, dict) and "part" in told):  # an earlier version: numbers alone
             return Result(told, read_arrays_and_metadata(arrays)[0] if arrays.exists() else {})
         described(numbers, told, PartFile)
-        check_place(numbers, told, part=name, study=self.id)
+        check_place(numbers, told, part=name, study=self.id or told["study"])
         if told["arrays"] is None:
             return Result(told["numbers"], {})
         if not arrays.exists():
@@ -303,7 +310,8 @@ class Study:
             with one_thread() if scale in self.single_thread else nullcontext():
                 results = self.results(work)
             self._write(results, header)
-            write_json(start, told | {"status": "complete"})
+            parts = [part.name for parts in self.parts for part in parts(work)]
+            write_json(start, told | {"status": "complete", "parts": parts})
         return folder
 
     def results(self, work: Work) -> Results:

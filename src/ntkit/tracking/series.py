@@ -68,7 +68,7 @@ class Tracked:
         records = read_steps(path, settings)
         tracking = tracking_id(settings)
         vectors = {r["step"]: read_vectors(path, r["step"], tracking)["eigenvectors"] for r in records}
-        settings.pop("steps", None)
+        settings = {name: value for name, value in settings.items() if name not in ("steps", "images")}
         return assembled(settings, records, vectors, path)
 
     def eigenvectors(self, step: int) -> np.ndarray:
@@ -187,6 +187,14 @@ def close_folder(path: Path, settings: dict[str, Any], steps: list[int]) -> None
     """Write into ``track.json`` which steps were measured, so that a file that is lost later is missed."""
     if read_track_settings(path).get("steps") != steps:
         write_json(path / "track.json", settings | {"steps": steps})
+
+
+def write_images(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write the images that the page of a tracking shows (`ntkit.report.images.viewer`), and that there are some."""
+    settings = read_track_settings(path)
+    digest = write_arrays(path / "images.safetensors", arrays, {"tracking": tracking_id(settings)})
+    if settings.get("images") != digest:
+        write_json(path / "track.json", settings | {"images": digest})
 
 
 def assembled(
