@@ -25,7 +25,8 @@ def as_an_earlier_version_wrote(folder: Path) -> Path:
             value = value.get("numbers", value) if file.parent.name == "parts" else value
         if isinstance(value, dict):
             value.pop("tracking", None)
-            value.pop("steps" if file.name == "track.json" else "", None)
+            later = {"track.json": ("steps", "images"), "run.json": ("stages", "parts")}.get(file.name, ())
+            value = {name: entry for name, entry in value.items() if name not in later}
         file.write_text(json.dumps(value, indent=1) + "\n")
     for file in folder.rglob("*.safetensors"):
         with safe_open(file, framework="np") as opened:

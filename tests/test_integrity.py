@@ -1,4 +1,4 @@
-"""Damaged files: each is refused by name or computed again, with the same numbers; never other numbers, no traceback."""
+"""Damaged files: refused by name, or computed again with the same numbers; never other numbers, no traceback."""
 
 from __future__ import annotations
 
@@ -135,6 +135,8 @@ def test_no_damaged_file_gives_other_numbers(sample, copy, kind):
             if damage is another:  # which file is the wrong one nobody can say; of a page no file speaks
                 bad = any(record.status in ("damaged", "missing") for record in listed.values())
                 assert bad or file.suffix == ".html", (name, damage.__name__)
+            elif file.name == "track.html" and damage is gone:
+                pass  # written on request
             elif file.name not in ("run.json", "track.json") or damage is not gone:  # without it the folder is another
                 assert listed[name].status in ("damaged", "missing"), (name, damage.__name__)
             for read in QUICK[kind] if read_report not in QUICK[kind] or file.suffix != ".html" else ():
@@ -373,9 +375,7 @@ def paths_in(value, depth=0):
     """Paths to entries of a JSON value: all keys, and the first of each list."""
     if depth > 5:
         return
-    entries = (
-        value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
-    )
+    entries = value.items() if isinstance(value, dict) else enumerate(value[:1] if isinstance(value, list) else [])
     for key, entry in entries:
         yield (key,)
         yield from ((key, *rest) for rest in paths_in(entry, depth + 1))

@@ -150,7 +150,7 @@ def _together(start: Path) -> Iterator[tuple[Path, Refused | None]]:
             yield from _study(folder, told)
         elif "identity" in told and not ((folder / "parts").exists() or (folder / "snapshots").exists()):
             yield from _analysis(folder, described(start, told, AnalysisRun))
-        elif "settings" not in told or "versions" not in told:  # these two: of `ntkit infinite`
+        elif told.keys() != {"settings", "versions"}:  # these two: of `ntkit infinite`
             raise damaged(start, "not the run.json of this folder")
     except Refused as error:
         yield start, error

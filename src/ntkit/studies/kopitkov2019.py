@@ -22,7 +22,7 @@ from ntkit.measures.eigenfunctions import bandwidth, eigenfunctions, grid
 from ntkit.measures.spectra import spectrum
 from ntkit.studies.claim import Bound, Claim, Condition, Order, Within, mean
 from ntkit.studies.study import Result, Results, Sizes, Study, StudyPart, Work, device, mlp
-from ntkit.tracking import Tracked, half_squared, track
+from ntkit.tracking import Tracked, half_squared, track, write_images
 from ntkit.tracking.losses import cross_entropy
 from ntkit.tracking.snapshot_numbers import finite
 from ntkit.trajectory import Trajectory, train
