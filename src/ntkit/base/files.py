@@ -208,6 +208,31 @@ def parsed(path: Path, load: Callable[[bytes], dict[str, Any]]) -> tuple[dict[st
     return found
 
 
+def make_folder(path: str | Path) -> Path:
+    """Create a folder, if it is not there.
+
+    Raises
+    ------
+    Refused
+        When the folder cannot be created.
+    """
+    path = Path(path)
+    try:
+        if path.is_symlink() and not path.exists():
+            got = f"a link to {os.readlink(path)}, which does not exist"
+            raise refusal(str(path), got=got, expected="a folder", fix="Create that folder, or name another.")
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable_folder(path, error) from error
+    return path
+
+
+def unwritable_folder(path: Path, error: OSError) -> Refused:
+    """Build the refusal of a folder in which no file can be created; the caller raises it."""
+    got = f"a folder that cannot be written ({error.strerror or error})"
+    return refusal(str(path), got=got, expected="a writable folder", fix="Name another folder, e.g. --out runs/mine.")
+
+
 def ensure_folder(path: str | Path) -> Path:
     """Create a folder, and check that files can be written there.
 
@@ -216,18 +241,12 @@ def ensure_folder(path: str | Path) -> Path:
     Refused
         When the folder cannot be created or written.
     """
-    path = Path(path)
+    path = make_folder(path)
     probe = path / ".ntkit-write-test"
     try:
-        if path.is_symlink() and not path.exists():
-            got = f"a link to {os.readlink(path)}, which does not exist"
-            raise refusal(str(path), got=got, expected="a folder", fix="Create that folder, or name another.")
-        path.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
         _discard(probe)
-        got = f"a folder that cannot be written ({error.strerror or error})"
-        fix = "Name another folder, e.g. --out runs/mine."
-        raise refusal(str(path), got=got, expected="a writable folder", fix=fix) from error
+        raise unwritable_folder(path, error) from error
     return path

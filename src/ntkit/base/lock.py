@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ntkit.base.checks import Refused, refusal
-from ntkit.base.files import ensure_folder
+from ntkit.base.files import make_folder, unwritable_folder
 
 LOCK = ".ntkit-lock"
 _PARTS = ("", "snapshots", "log", "stages", "arrays", "work", "parts")  # folders that have no lock of their own
@@ -64,7 +64,7 @@ class FolderLock:
         Refused
             When another process is writing into the folder (says which), or the folder cannot be written.
         """
-        ensure_folder(self._folder)
+        make_folder(self._folder)
         for _ in range(100):
             descriptor = self._open()
             try:
@@ -138,9 +138,7 @@ class FolderLock:
         try:
             return os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            got = f"a folder that cannot be written ({error.strerror or error})"
-            fix = "Name another folder, e.g. --out runs/mine."
-            raise refusal(str(self._folder), got=got, expected="a writable folder", fix=fix) from error
+            raise unwritable_folder(self._folder, error) from error
 
     def _is_there(self, descriptor: int) -> bool:
         try:

@@ -22,7 +22,15 @@ from ntkit.base.run_files import (
     read_track_settings,
     tracking_id,
 )
-from ntkit.trajectory.recorded_run import FORMAT, read_losses, read_run, read_snapshot, run_id, snapshot_path
+from ntkit.trajectory.recorded_run import (
+    FORMAT,
+    read_losses,
+    read_run,
+    read_snapshot,
+    run_id,
+    snapshot_path,
+    snapshots_in,
+)
 from ntkit.trajectory.step_log import check_log
 
 Status = Literal["ok", "damaged", "missing", "without checksum", "not ntkit's"]
@@ -188,7 +196,7 @@ def _placed(path: Path, **place: Any) -> None:
 
 def _trajectory(folder: Path, run: dict[str, Any]) -> Iterator[tuple[Path, Refused | None]]:
     own, settings = run_id(run), run["settings"]
-    for step in run.get("snapshots", []):
+    for step in run.get("snapshots", snapshots_in(folder)):
         yield _checked(snapshot_path(folder, step), lambda step=step: read_snapshot(folder, step, own, settings))
     if run["status"] == "running":
         return
