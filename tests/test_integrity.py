@@ -145,7 +145,7 @@ def test_no_damaged_file_gives_other_numbers(sample, copy, kind):
                 found = outcome(read, folder)
                 if isinstance(found, Refused):
                     assert "\n" not in str(found)
-                    assert file.name in str(found) or damage is gone, found
+                    assert file.name in str(found) or (damage in (gone, another) and copy.name in str(found)), found
                     refused[name] += 1
                 else:
                     assert same(found, whole[read]), (name, damage.__name__, read.__name__)
@@ -473,7 +473,9 @@ def test_random_damage_in_front_of_every_reader(sample, tmp_path, capsys):
         found, what = outcome(read, copy / kind), f"{read.__name__} {kind} {file.name} {damage.__name__}"
         if isinstance(found, Refused):
             assert "\n" not in str(found), what
-            assert file.name in str(found) or damage is gone, f"{what}: {found}"
+            # of a file that is gone, or of another run, a file names it that does not fit to it
+            names = [file.name, *([copy.name] if damage in (gone, another) else [])]
+            assert any(name in str(found) for name in names), f"{what}: {found}"
             counts["refused"] += 1
         else:
             assert same(found, whole[kind, read]), what

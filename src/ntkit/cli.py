@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TextIO, cast
 
 from cyclopts import App, Parameter
 
@@ -162,7 +162,14 @@ def main() -> None:
         sys.exit(130)
 
 
-def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     text = " ".join(str(message).split())
     print(f"ntkit: warning: {text}", file=sys.stderr, flush=True)
 

@@ -81,7 +81,8 @@ def analyze(
     earlier = None
     if resume is not None:
         earlier = _earlier_run(Path(resume), settings)
-        settings = described(Path(resume) / "run.json", earlier["settings"], Settings, "settings")
+        stored: Settings = described(Path(resume) / "run.json", earlier["settings"], Settings, "settings")
+        settings = stored
         complete = earlier["status"] == "complete" and (Path(resume) / "results.json").exists()
         if out is None and complete:
             try:
