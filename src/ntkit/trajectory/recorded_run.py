@@ -17,7 +17,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.files import read_json
 from ntkit.base.integrity import check_place, damaged, fingerprint
 from ntkit.base.run_files import EndedRun, LoopSettings, TrainSettings, described
-from ntkit.base.tensors import read_tensors_and_metadata, read_weights, tensor_hash
+from ntkit.base.tensors import read_tensors_and_metadata, read_weights
 from ntkit.trajectory.batch_order import batch_indices
 from ntkit.trajectory.objective import Inputs, Loss
 from ntkit.trajectory.step_log import read_indices, read_log
@@ -68,7 +68,7 @@ class Trajectory:
         self.status: Literal["running", "complete", "diverged"] = run["status"]
         self.stop: dict[str, Any] = run.get("stop", {})
         self._is_recorded_loop = self.settings.get("kind") == "recorded"
-        self._id, self._initial = run_id(run), run["initial"]
+        self._id = run_id(run)
         self._listed = "snapshots" in run  # which snapshots a run has that has ended
         self.steps: list[int] = run["snapshots"] if self._listed else snapshots_in(self.path)
         self.origin: tuple[nn.Module, tuple[Inputs, Tensor], Loss] | None = None
@@ -160,9 +160,6 @@ class Trajectory:
             fix = "Open the trajectory again and choose one of its steps."
             raise refusal(f"step {step}", got=got, expected="a snapshot that still exists", fix=fix)
         tensors = read_snapshot(self.path, step, self._id, self.settings)
-        if step == 0 and (found := tensor_hash({n: tensors[n] for n in self.settings["parameters"]})) != self._initial:
-            why = f"a network with hash {found[:12]}, not the initial one of the run, {self._initial[:12]} in run.json"
-            raise damaged(snapshot_path(self.path, step), why)
         return tensors | {alias: tensors[name] for alias, name in self.settings["aliases"].items()}
 
     def load(self, model: nn.Module, step: int) -> None:
