@@ -20,6 +20,10 @@ class Refused(ValueError):
     __module__ = "ntkit"  # the name that users import it by
 
 
+class Damaged(Refused):
+    """A file of a run that is not what was written there: changed, cut off, missing, or of another run."""
+
+
 class Undefined(Refused):
     """A number that the input does not define: a cosine with zero, a ratio of zeros."""
 

@@ -76,7 +76,9 @@ def infinite(
     values = asdict(s) | {"train": n, "test": m}
     record = {name: values[name] for name in names}
     if s.out is not None:
-        if (s.out / "run.json").exists() and read_json(s.out / "run.json").get("settings") != record:
+        start = s.out / "run.json"
+        old = read_json(start) if start.exists() else {"settings": record}
+        if not isinstance(old, dict) or old.get("settings") != record:
             fix = "Name another folder."
             raise refusal("--out", got=f"{s.out}, which holds another run", expected="a new folder", fix=fix)
         write_json(ensure_folder(s.out) / "run.json", {"settings": record, "versions": versions()})

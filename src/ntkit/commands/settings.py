@@ -62,12 +62,6 @@ class Settings:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, str(value))
 
-    @classmethod
-    def of(cls, stored: dict[str, Any]) -> Settings:
-        """Settings from ``run.json`` (JSON has lists where settings have tuples)."""
-        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
-        return cls(**fields)
-
     def check(self) -> None:
         """Refuse invalid values.
 

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import Refused, defined, refusal
-from ntkit.base.files import read_json, write_arrays
+from ntkit.base.files import read_json
+from ntkit.base.lock import FolderLock
 from ntkit.base.regular_files import check_folder
+from ntkit.base.run_files import AnalysisRun, described
 from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.commands.settings import Settings, TrackSettings
 from ntkit.data import load
 from ntkit.measures.eigenfunctions import bandwidth, patterns
 from ntkit.networks.built_in import build
-from ntkit.tracking import Tracked, scalars, track
+from ntkit.tracking import Tracked, scalars, track, write_images
 from ntkit.trajectory import Trajectory
 
 _DRAWN = 6  # eigenvectors that the page shows as images
@@ -83,11 +85,12 @@ def track_run(
         time.sleep(_PAUSE)
     if s.tensorboard is not None:
         tracked.to_tensorboard(s.tensorboard)
-    if x.dim() == 4 and s.outputs == "trace":
-        _draw(tracked, x, place)
     from ntkit.report import render_tracked
 
-    say(f"report: {render_tracked(place)}")
+    with FolderLock(place):
+        if x.dim() == 4 and s.outputs == "trace":
+            _draw(tracked, x, place)
+        say(f"report: {render_tracked(place)}")
     return place
 
 
@@ -101,16 +104,17 @@ def _draw(tracked: Tracked, x: Tensor, place: Path) -> None:
         "eigenfunctions": torch.stack(images).float().numpy(),
         "bandwidth": (torch.full((len(images), len(images[0])), torch.nan) if widths is None else widths).numpy(),
     }
-    write_arrays(place / "images.safetensors", arrays)
+    write_images(place, arrays)
 
 
 def _run_to_follow(run: Path, settings: TrackSettings, trust: bool) -> tuple[Path, nn.Module, Tensor, Tensor]:
     """Trajectory folder, model and points."""
-    described = read_json(run / "run.json")
-    if isinstance(described, dict) and "settings" in described and (run / "trajectory").is_dir():
-        s, folder = Settings.of(described["settings"]), run / "trajectory"
+    told = read_json(run / "run.json")
+    if isinstance(told, dict) and "identity" in told and (run / "trajectory").is_dir():
+        described(run / "run.json", told, AnalysisRun)
+        s, folder = described(run / "run.json", told["settings"], Settings, "settings"), run / "trajectory"
         given = {"--model": settings.model, "--data": settings.data}
-        code = code_of_run(run, s.named_code(), described.get("identity"), given, trust)
+        code = code_of_run(run, s.named_code(), told["identity"], given, trust)
     elif settings.model is None or settings.data is None:
         got, expected = "a recorded trajectory without --model and --data", "both, or a run folder of ntkit analyze"
         fix = "Name the factory of its architecture and the data to follow: --model net.py:make --data set.npz."
