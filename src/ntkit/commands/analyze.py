@@ -87,8 +87,8 @@ def analyze(
     if resume is not None:
         earlier = _earlier_run(Path(resume), settings and dataclasses.replace(settings, model="cnn", data="digits"))
         given = {} if settings is None else settings.named_code(changed=True)
-        settings = described(Path(resume) / "run.json", earlier["settings"], Settings, "settings")
-        code = code_of_run(Path(resume), settings.named_code(), earlier.get("identity"), given, trust)
+        settings = stored = described(Path(resume) / "run.json", earlier["settings"], Settings, "settings")
+        code = code_of_run(Path(resume), stored.named_code(), earlier.get("identity"), given, trust)
         complete = earlier["status"] == "complete" and (Path(resume) / "results.json").exists()
         if out is None and complete:
             try:
@@ -100,7 +100,7 @@ def analyze(
                 return report.parent
         if out is None:
             with code:
-                return _Run(Path(resume), settings, say, earlier, resumed=True).run()
+                return _Run(Path(resume), stored, say, earlier, resumed=True).run()
         if not complete:
             expected = "no --out: an unfinished run is resumed in its own folder"
             fix = "Leave out --out. Repeat the run elsewhere when it is complete."
