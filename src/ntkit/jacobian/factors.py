@@ -20,7 +20,16 @@ from torch.autograd.graph import GradientEdge
 
 from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import refusal
-from ntkit.jacobian.graph import Use, correct_norms, ends_process, find_uses, nodes_behind, sizes_of
+from ntkit.jacobian.graph import (
+    Use,
+    correct_norms,
+    ends_process,
+    find_uses,
+    nodes_behind,
+    signatures_of,
+    sizes_of,
+    with_keys,
+)
 from ntkit.jacobian.model_calls import Outputs, call, drew, random_forward, reduce_outputs, untouched
 from ntkit.jacobian.ownership import Code, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable, widened
@@ -42,9 +51,8 @@ class Gradients:
 
     def __init__(self, model: nn.Module, params: dict[str, nn.Parameter], outputs: Outputs) -> None:
         self.model, self.params, self.outputs = model, params, outputs
-        self.structures: dict[
-            tuple, Structure
-        ] = {}  # what `jacobian.self_check` established, by the signature of the graph
+        # what `jacobian.self_check` established, by the signature of the graph
+        self.structures: dict[tuple, Structure] = {}
         self.by_shape: dict[tuple, Structure] = {}  # the last one used, by the shapes of the samples
         # rows and results are in the widest precision of the parameters
         self.dtype = reduce(torch.promote_types, (p.dtype for p in params.values()))
@@ -131,7 +139,7 @@ class Gradients:
                 names = list(structure.fallback)
                 values: dict[str, list[Tensor]] = {name: [] for name in names}
                 for s in range(n):
-                    for name, g in self.single(take(x, slice(s, s + 1)), names, basis[:, s]).items():
+                    for name, g in self.plain(x, out, s, names, basis[:, s]).items():
                         values[name].append(g)
                 factors |= {name: Rows(torch.stack(g)) for name, g in values.items()}
             return factors
@@ -334,8 +342,20 @@ class Gradients:
             for node, grad, shape in zip(unique, grads, shapes, strict=True)
         }
 
-    def single(self, x: Batch, names: list[str], basis: Tensor) -> dict[str, Tensor]:
-        """Plain autograd for one sample: {name: [K, entries]}; basis [K, C]."""
+    def plain(self, x: Batch, out: Tensor, s: int, names: list[str], basis: Tensor) -> dict[str, Tensor]:
+        """Plain autograd for sample `s` of a batch: {name: [K, entries]}; basis [K, C].
+
+        The sample is evaluated alone; a `Secant` in its batch, since of several exact secants it is another one alone.
+        """
+        if getattr(self.model, "one_graph", False):
+            params, rows = [self.params[name] for name in names], torch.zeros_like(out).expand(len(basis), *out.shape)
+            rows = rows.index_put((torch.arange(len(basis)), torch.tensor(s)), basis)
+            whole = [self.in_one_pass(out, params, row) for row in rows]
+        else:
+            whole = self._alone(take(x, slice(s, s + 1)), names, basis)
+        return {name: torch.stack([row[j].reshape(-1) for row in whole]) for j, name in enumerate(names)}
+
+    def _alone(self, x: Batch, names: list[str], basis: Tensor) -> list[list[Tensor]]:
         out = self.forward(x)
         params = [self.params[name] for name in names]
         inputs = [GradientEdge(*node.next_functions[0]) for node in nodes_behind(out) if ends_process(node)]
@@ -344,7 +364,7 @@ class Gradients:
         for row in basis.unbind():
             grads = torch.autograd.grad([out], wanted, [row[None]], retain_graph=True, allow_unused=True)
             rows.append([_dense(g, p) for g, p in zip(grads, params, strict=False)])
-        return {name: torch.stack([r[j].reshape(-1) for r in rows]) for j, name in enumerate(names)}
+        return rows
 
     def in_one_pass(self, out: Tensor, params: list[nn.Parameter], cotangent: Tensor) -> list[Tensor]:
         """Plain autograd of a whole batch: gradients of the sum of its outputs, weighted by a cotangent [n, C]."""
@@ -388,26 +408,6 @@ def without_fused_rnn(wanted: bool) -> Iterator[None]:
         flags = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
         with torch.backends.mkldnn.flags(enabled=False), cudnn.flags(enabled=False, **flags):
             yield
-
-
-def with_keys(uses: list[Use]) -> list[tuple[tuple, Use]]:
-    """Uses with a key that survives other parameters' uses coming and going: (parameters, which of their uses)."""
-    seen: dict[tuple, int] = {}
-    keyed = []
-    for use in uses:
-        number = seen.get(use.params, 0)
-        keyed.append(((use.params, number), use))
-        seen[use.params] = number + 1
-    return keyed
-
-
-def signatures_of(uses: list[Use]) -> dict[str, tuple]:
-    """Signatures of the uses of each parameter."""
-    signatures: dict[str, tuple] = {}
-    for use in uses:
-        for name in use.params:
-            signatures[name] = (*signatures.get(name, ()), use.signature)
-    return signatures
 
 
 def _dense(grad: Tensor | None, parameter: Tensor) -> Tensor:

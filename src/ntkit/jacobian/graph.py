@@ -88,10 +88,15 @@ def _is_own(node: Node) -> bool:
     return isinstance(node, BackwardCFunction)
 
 
+def has_norms(output: Tensor) -> bool:
+    """Whether `correct_norms` may have something to do in graphs like this one."""
+    return any(node.name() in ("NativeBatchNormBackward0", "NativeGroupNormBackward0") for node in nodes_behind(output))
+
+
 def correct_norms(output: Tensor) -> None:
     """Work around wrong gradients of PyTorch on a CPU (seen in 2.6 to 2.13), where the order of axes in memory matters.
 
-    Batch norm in eval mode: input, weight and bias get wrong gradients where a size-one axis (a batch of one, an image
+    Batch norm in either mode: input, weight and bias get wrong gradients where a size-one axis (a batch of one, an image
     one pixel wide) hides that cotangent and saved input are in different orders, channels first and channels last. So
     the cotangent is copied into the input's order. Instance norms call it so, too.
 
@@ -230,3 +235,23 @@ def _describe(source: Node, side: dict[Node, str | None]) -> tuple[tuple[str, ..
         if chain is not None:
             chain = [*chain, node.name()] if node.name() in LAYOUT and len(children) == 1 else None
     return tuple(behind), None if chain is None or len(behind) > 1 else tuple(chain), tuple(names)
+
+
+def with_keys(uses: list[Use]) -> list[tuple[tuple, Use]]:
+    """Uses with a key that survives other parameters' uses coming and going: (parameters, which of their uses)."""
+    seen: dict[tuple, int] = {}
+    keyed = []
+    for use in uses:
+        number = seen.get(use.params, 0)
+        keyed.append(((use.params, number), use))
+        seen[use.params] = number + 1
+    return keyed
+
+
+def signatures_of(uses: list[Use]) -> dict[str, tuple]:
+    """Signatures of the uses of each parameter."""
+    signatures: dict[str, tuple] = {}
+    for use in uses:
+        for name in use.params:
+            signatures[name] = (*signatures.get(name, ()), use.signature)
+    return signatures

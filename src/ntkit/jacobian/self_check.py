@@ -10,8 +10,18 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.base.checks import refusal
-from ntkit.jacobian.factors import Gradients, signatures_of, with_keys, without_fused_rnn
-from ntkit.jacobian.graph import Use, find_uses, nodes_behind, nodes_from, own_functions, shapes_of, sizes_of
+from ntkit.jacobian.factors import Gradients, without_fused_rnn
+from ntkit.jacobian.graph import (
+    Use,
+    find_uses,
+    nodes_behind,
+    nodes_from,
+    own_functions,
+    shapes_of,
+    signatures_of,
+    sizes_of,
+    with_keys,
+)
 from ntkit.jacobian.model_calls import hooks, untouched
 from ntkit.jacobian.ownership import establish
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
@@ -292,7 +302,7 @@ def _compare(
     for s in range(PROBE):
         gradients.compare_alone(probe, out, s, eps)
         mixed = draw[0, s] - 0.6 * draw[1, s]
-        reference = gradients.single(take(probe, slice(s, s + 1)), names, torch.stack([*draw[:, s], mixed]))
+        reference = gradients.plain(probe, out, s, names, torch.stack([*draw[:, s], mixed]))
         whole = float(torch.stack([g[:2].norm().to(out) for g in reference.values()]).norm())
         for name, (first, second, both) in reference.items():
             own = float(reference[name].norm())

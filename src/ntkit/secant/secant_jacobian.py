@@ -59,6 +59,10 @@ class Secant(nn.Module):
     True
     """
 
+    # Some operations multiply several matrices in an order that depends on the batch's size (multi_dot, einsum), and
+    # each order has a secant of its own: all gradients of a sample must come from one graph.
+    one_graph = True
+
     def __init__(self, model: nn.Module, params: Mapping[str, nn.Parameter], outputs: Outputs = "full") -> None:
         super().__init__()
         self._model = (model,)  # in a tuple, so that it is no submodule with parameters of its own

@@ -16,6 +16,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.integrity import damaged
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
+from ntkit.jacobian.graph import correct_norms
 from ntkit.jacobian.model_calls import select_parameters
 from ntkit.trajectory import optimizer_updates, replay_checks
 from ntkit.trajectory.objective import Inputs, Loss, Objective
@@ -131,7 +132,7 @@ class Replay:
         self.steps = replay_checks.replayable_steps(trajectory)
         self._recorded = {step for step in trajectory.steps if step <= self.steps}
         self._rates = replay_checks.checked_rates(trajectory, self.steps)
-        loop = settings.get("kind") == "recorded"
+        self._is_loop = loop = settings.get("kind") == "recorded"
         self.model = replay_checks.replay_model(model, settings, in_train_mode=not loop)
         self._opt = optimizer_updates.build_optimizer(settings["optimizer"], dict(self.model.named_parameters()))
         self._params = optimizer_updates.updated_parameters(self.model, self._opt)
@@ -252,6 +253,8 @@ class Replay:
             fix = "Pass the loss and the data that the run was trained with."
             raise refusal(f"loss of step {step}", got=got, expected="a finite scalar", fix=fix)
         if loss.requires_grad:
+            if not self._is_loop:  # a loop of the user's own took the gradients as PyTorch gives them
+                correct_norms(loss)
             loss.backward()
         if not slopes:
             got, fix = "a value that does not depend on the model's outputs", "Pass the loss of the training."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ntkit.base.checks import refusal
+from ntkit.jacobian.graph import correct_norms, has_norms
 from ntkit.jacobian.model_calls import check_module
 from ntkit.trajectory.batch_order import batch_indices, derived_seed, steps_per_epoch
 from ntkit.trajectory.learning_rates import RateSchedule
@@ -161,6 +162,7 @@ def _run_steps(
     steps, seed, target, clip, batch_size = (run.settings[name] for name in names)
     updated = updated_parameters(model, opt).values()
     epoch = steps_per_epoch(n, batch_size)
+    norms: bool | None = None  # whether there are layers whose gradients are corrected
     for step in range(run.step, steps + 1):
         if target is not None and batch_size is not None and step and step % epoch == 0:
             value = objective.mean(model, batch_size)
@@ -189,6 +191,9 @@ def _run_steps(
         except KeyboardInterrupt:
             run.checkpoint(step)
             raise
+        norms = has_norms(out) if norms is None else norms
+        if norms:
+            correct_norms(out)
         out.backward()
         clip_gradients(updated, clip)
         run.rates.append(rates.set(step))

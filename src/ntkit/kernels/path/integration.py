@@ -54,6 +54,11 @@ class Segment:
         self.origin: Mapping[str, Tensor] = {}  # the initial parameters, for "ntk"
         self.most = 0  # largest number of nodes of a step
 
+    def at(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+        """Set the ends of a step, where the rule has any: before `engine` looks at its graph."""
+        if self._secant is not None:
+            self._secant.at(before, after)
+
     def places(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], x: Batch) -> Iterator[float]:
         """Set `engine` to one place of the segment after the other; yields the weight of each."""
         if self._secant is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,12 +199,19 @@ class PathKernel(Kernel):
             self._rule_in_words(segment),
             replay.bitwise,
         )
+        if segment.integration == "secant" and not result.error <= torch.finfo(self._like().dtype).eps ** 0.5:
+            warnings.warn(
+                f"The sum over the training examples misses the network's outputs by {result.error:.1g} of their size. "
+                "The run was no gradient descent on this network (a wrong gradient of PyTorch, a hook), or some "
+                'operation decides by its parameters (a mask, rounding). Compare with integration="quadrature".',
+                stacklevel=3,
+            )
         files.finish(result)
         return result
 
     def _fit(self, outputs: int, layers: bool) -> int:
         """Test points whose sweep fits into memory."""
-        like = next(iter(self._params.values()))
+        like = self._like()
         size = sum(p.numel() for p in self._params.values()) * like.element_size()
         own = outputs * (2 * size + 16 * self._replay.n * (1 + layers * len(self._params)))
         return max(1, int(0.5 * self._memory() / (own + 1)))
@@ -246,8 +254,10 @@ class PathKernel(Kernel):
         return checked(prepended(torch.as_tensor(y), x, "ntkit_targets"), "x and y")
 
     def _memory(self) -> int:
-        device = next(iter(self._params.values())).device
-        return self._budget if self._budget is not None else free_memory(device) // 2
+        return self._budget if self._budget is not None else free_memory(self._like().device) // 2
+
+    def _like(self) -> Tensor:
+        return next(iter(self._params.values()))
 
     # ------------------------------------------------------------------ as a kernel
 
@@ -269,7 +279,7 @@ class PathKernel(Kernel):
             values = self.diagonal(x)
             return values if values.dim() == 1 else values.diagonal(dim1=1, dim2=2).reshape(-1)
 
-        return KernelOperator(operators.shape[0], apply, diagonal, next(iter(self._params.values())))
+        return KernelOperator(operators.shape[0], apply, diagonal, self._like())
 
     def _mode(self) -> Any:
         if self._readout.takes_targets:

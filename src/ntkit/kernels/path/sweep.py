@@ -88,6 +88,7 @@ class Sweep:
     def step(self, step: ReplayStep) -> None:
         """Add the contributions of one more step: the one before the last one added."""
         plain = not self._buffers and not any(_has_buffer(u) for u in step.updates.values())
+        self._segment.at(step.before, step.after)
         values = self._plain(step) if plain else self._accumulated(step)
         total = torch.stack(list(values.values())).sum(0) if len(values) > 1 else next(iter(values.values()))
         rows = step.rows.to(self._total.device)
