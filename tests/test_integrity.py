@@ -333,6 +333,7 @@ def run_cli(*words, monkeypatch) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.filterwarnings("ignore:Cyclopts")  # it sees pytest
 def test_verify_lists_all_and_fails_for_damage(copy, capsys, monkeypatch):
     for kind in ("run", "unfinished", "trained", "loop", "study", "decomposition", "killed"):
         assert {record.status for record in verify(copy / kind)} == {"ok"}, kind
