@@ -1,0 +1,97 @@
+"""Random networks in unusual layouts, states and hooks against finite differences, which share nothing with autograd.
+
+`pytest -m fuzz tests/test_fuzz_layouts.py` draws the same 150 every time; `NTKIT_FUZZ=2000` draws that many others and
+prints their seed, `NTKIT_FUZZ=2000:SEED` draws them again. One network: `check(draw_case(SEED))`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections import Counter
+
+import pytest
+import torch
+from layout_case import Mismatch, check, draw_case
+from layout_networks import draw_network
+from layout_ops import OPS
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.fuzz
+ASKED, _, AGAIN = os.environ.get("NTKIT_FUZZ", "").partition(":")
+SHARDS, NETWORKS = 4, int(ASKED or 150)
+SEED = int(AGAIN) if AGAIN else random.SystemRandom().randrange(10**9) if ASKED else 0
+
+
+def smallest(case):
+    """The case less every step that it does not need to fail."""
+    i = 0
+    while i < len(case.net.steps):
+        shorter = draw_case(case.seed)
+        shorter.net = case.net.without(i)
+        shorter.target = min(case.target, len(shorter.net.steps) - 1)
+        try:
+            check(shorter)
+            i += 1
+        except Mismatch:
+            case = shorter
+        except Exception:  # the rest does not fit together
+            i += 1
+    return case
+
+
+@pytest.mark.timeout(300 + 2 * NETWORKS)
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_nothing_is_silently_wrong(shard):
+    print(f"NTKIT_FUZZ={NETWORKS}:{SEED} draws these again")
+    verdicts, reasons, faults, entries, skipped = Counter(), Counter(), Counter(), 0, 0
+    for seed in range(SEED + shard, SEED + NETWORKS, SHARDS):
+        case = draw_case(seed)
+        try:
+            outcome = check(case)
+        except Mismatch as mismatch:
+            raise AssertionError(f"{mismatch}\nsmallest:\n{smallest(draw_case(seed))}") from mismatch
+        kind, _, reason = outcome.verdict.partition(": ")
+        verdicts[kind] += 1
+        if reason:
+            reasons[kind, re.sub(r"[\d.e+-]+", "#", reason)[:90]] += 1
+        faults[bool(outcome.torch_faults)] += 1
+        entries, skipped = entries + outcome.entries, skipped + outcome.skipped
+        assert kind not in ("self-check", "raw"), f"{outcome.verdict}\n{case}"
+    print(dict(verdicts), dict(reasons), f"PyTorch wrong in {faults[True]}", f"skipped {skipped} of {entries} entries")
+    assert skipped < 0.03 * entries, "too many entries lie near a kink"
+    assert verdicts["equal"] > 0.8 * sum(verdicts.values()), "too few networks are judged"
+
+
+def test_every_operation_is_drawn():
+    assert len(OPS) >= 100
+    drawn = Counter()
+    for seed in range(2000):
+        net, _ = draw_network(seed)
+        drawn.update(step.text.partition("(")[0] for step in net.steps)
+    assert set(OPS) - set(drawn) == set()
+
+
+class Wrong(torch.autograd.Function):
+    """tanh whose gradient is a little off."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h.tanh())
+        return h.tanh()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * (1 - ctx.saved_tensors[0].square()) * (1 + 1e-6)
+
+
+def test_a_gradient_that_is_a_little_wrong_is_found():
+    """Autograd, oracle and engine agree on it: only differences can tell."""
+    case = draw_case(0)
+    case.net.steps[-1] = nn.Sequential(case.net.steps[-1])
+    case.net.steps[-1].text, case.hook, case.state = "wrong", "", "nothing"
+    check(case)
+    case.net.steps[-1].register_forward_hook(lambda module, args, out: Wrong.apply(out))
+    with pytest.raises(Mismatch, match="oracle: off by"):
+        check(case)
