@@ -279,7 +279,7 @@ def subset(case: Case) -> Tensor:
 
 
 def random_like(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def ask(case: Case, c: int) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def gru_cell(d, h):
 @op("234")
 def embedding(d, h):
     return Step(
-        lambda m, t: t + m.f((t > 0.05).long()).squeeze(-1), f=nn.Embedding(3, 1, padding_idx=d.one("padding", None, 0))
+        lambda m, t: t + m.f((t > 0.05).long()).squeeze(-1), f=nn.Embedding(3, 1)
     )
 
 
