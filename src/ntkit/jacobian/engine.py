@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, alike, count, join, take
+from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
@@ -183,7 +184,8 @@ class Engine:
     ) -> T:
         while True:
             try:
-                return attempt()
+                with own_context():
+                    return attempt()
             except Irregular as signal:  # met in this batch only: these parameters go sample by sample
                 exclude(signal.reasons)
             except torch.OutOfMemoryError:

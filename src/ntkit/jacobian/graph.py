@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Node = Any  # torch.autograd.graph.Node
@@ -74,13 +75,28 @@ def nodes_from(start: Node) -> list[Node]:
 
 
 def correct_batch_norm(output: Tensor) -> None:
-    """Work around a wrong gradient of PyTorch (2.13, CPU): of a batch norm in eval mode, for a batch of one.
+    """Work around a wrong gradient of PyTorch (CPU, seen in 2.6 to 2.13): batch norm in eval mode, a batch of one.
 
-    It is wrong where the cotangent is channels-last in memory, right in plain order. Instance norms always call it so.
+    Input, weight and bias get wrong gradients where cotangent and saved input lie in memory in different orders of axes
+    (channels first, channels last). So the cotangent is copied into the input's order. Instance norms call it so, too.
     """
     for node in nodes_behind(output):
         if node.name() == "NativeBatchNormBackward0" and node._saved_input.shape[0] == 1:
-            node.register_prehook(lambda grads: tuple(None if g is None else g.contiguous() for g in grads))
+            last = _channels_last(node._saved_input)
+            node.register_prehook(lambda grads, last=last: tuple(g if g is None else _ordered(g, last) for g in grads))
+
+
+def _channels_last(t: Tensor) -> bool:
+    """Whether PyTorch takes a tensor's order in memory for channels-last; strides of size-one axes do not count."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return t.dim() in formats and not t.is_contiguous() and t.is_contiguous(memory_format=formats[t.dim()])
+
+
+def _ordered(t: Tensor, channels_last: bool) -> Tensor:
+    """A copy with its axes in that order; `Tensor.contiguous` would keep odd strides of size-one axes."""
+    if not channels_last:
+        return t.clone(memory_format=torch.contiguous_format)
+    return t.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
 
 def shapes_of(node: Node) -> tuple[tuple[int, ...], ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, call_with, count, leaves, take, with_leaves
+from ntkit.base.caller_context import caller_context, own_context
 from ntkit.base.checks import Refused, nearest, refusal
 
 Outputs = Literal["full", "diagonal", "trace", "sum"] | Callable[[Any], Tensor]
@@ -113,7 +114,8 @@ def check_mode(model: nn.Module) -> None:
 def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
     """Outputs to differentiate, [n, C]: C outputs for "full", "diagonal" and "trace"; one for "sum" and a callable."""
     if callable(outputs):
-        scalar = outputs(raw)
+        with caller_context():
+            scalar = outputs(raw)
         if not isinstance(scalar, Tensor) or tuple(scalar.shape) != (n,):
             got = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
             got = f"a callable that returned {got}"
@@ -158,7 +160,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
     """
     global _entered
     parameters = {id(p) for p in params.values()}
-    with _ONE_AT_A_TIME, torch.inference_mode(False), _uncompiled(), _no_tf32_unasked(model):
+    with _ONE_AT_A_TIME, own_context(), _uncompiled(), _no_tf32_unasked(model):
         flags = [(p, p.requires_grad) for p in model.parameters()]
         owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
@@ -237,7 +239,7 @@ def _no_tf32_unasked(model: nn.Module) -> Iterator[None]:
 
 def call(model: nn.Module, x: Batch) -> Any:
     """Run the model on a copy of a batch (it may write to it); says which input it got when the model refuses it."""
-    with refused_input(model, x):
+    with refused_input(model, x), caller_context():
         return call_with(model, with_leaves(x, [t.clone() for t in leaves(x)]))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, take
+from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.model_calls import call, check_mode, select_parameters, untouched
@@ -55,12 +56,14 @@ class ConjugateKernel(Kernel):
                 raise refusal("layer", got=repr(layer), expected="a submodule's name", fix=nearest(layer, modules))
             self._layer = modules[layer]
 
+    @own_context()
     def features(self, x: Batch) -> Tensor:
         """phi(x), [n, d]."""
         check_mode(self._model)
         parts = [self._features(take(x, slice(s, s + _BATCH))) for s in range(0, count(x), _BATCH)]
         return torch.cat(parts)
 
+    @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x, x): two products with the features."""
         phi = self.features(x)

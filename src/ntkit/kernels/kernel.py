@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ntkit.base.batch import Batch, checked, count
+from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Refused, refusal
 
 
 class Kernel(ABC):
     """A kernel k(x, x'). Subclasses implement `_gram`, `_pairs` and `operator`; input is checked here, once."""
 
+    @own_context()
     def __call__(self, x1: Batch, x2: Batch | None = None, out: Any = None) -> Tensor:
         """Kernel values between two sets.
 
@@ -40,10 +42,12 @@ class Kernel(ABC):
         """
         return self._gram(checked(x1, "x1"), None if x2 is None else checked(x2, "x2"), _writable(out))
 
+    @own_context()
     def diagonal(self, x: Batch) -> Tensor:
         """k(x_i, x_i) for every i: what ``k(x)[i, i]`` is, at the cost of n values."""
         return self._pairs(checked(x, "x"), None)
 
+    @own_context()
     def paired(self, x1: Batch, x2: Batch) -> Tensor:
         """k(x1_i, x2_i) for every i, at the cost of n values; both sets have n samples."""
         x1, x2 = checked(x1, "x1"), checked(x2, "x2")
@@ -121,6 +125,7 @@ class KernelOperator:
         self._apply, self._diagonal = apply, diagonal
         self.dtype, self.device = like.dtype, like.device
 
+    @own_context()
     def __matmul__(self, v: Tensor) -> Tensor:
         """K v."""
         if v.dim() not in (1, 2) or v.shape[0] != self.shape[0]:
@@ -129,6 +134,7 @@ class KernelOperator:
         block = v.to(dtype=self.dtype, device=self.device)
         return self._apply(block[:, None])[:, 0] if v.dim() == 1 else self._apply(block)
 
+    @own_context()
     def diagonal(self) -> Tensor:
         """Diagonal of K, [N]."""
         return self._diagonal()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, checked, count, take
+from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.jacobian.engine import Engine, Job
@@ -100,10 +101,12 @@ class SketchedKernel(Kernel):
 
     # ------------------------------------------------------------------ values
 
+    @own_context()
     def features(self, x: Batch) -> Tensor:
         """phi(x), [n, C, dim]: entry (i, j, c, d) of the full kernel is phi(x1)[i, c] . phi(x2)[j, d]."""
         return self._features(checked(x, "x"))
 
+    @own_context()
     def standard_error(self, x1: Batch, x2: Batch | None = None) -> Tensor:
         """Standard error of every entry of ``k(x1, x2)``, in its shape.
 
@@ -133,6 +136,7 @@ class SketchedKernel(Kernel):
         """Those of the tangent kernel, and the random projection."""
         return self._engine.settings() | {"dim": self._dim, "seed": self._seed}
 
+    @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x, x): two products with the features."""
         if self._mode == "diagonal":

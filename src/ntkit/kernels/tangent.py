@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, checked, count
+from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.model_calls import Outputs, Params
@@ -67,6 +68,7 @@ class TangentKernel(Kernel):
 
     # ------------------------------------------------------------------ values
 
+    @own_context()
     def tile(self, x1: Batch, x2: Batch | None, plan: Plan) -> Tensor:
         """``k(x1, x2)`` under a plan made beforehand, ``kernel.plan(x)``: the tile of a larger kernel.
 
@@ -84,6 +86,7 @@ class TangentKernel(Kernel):
         x1, x2 = checked(x1, "x1"), None if x2 is None else checked(x2, "x2")
         return self._engine.refresh().gram(x1, x2, plan=plan)
 
+    @own_context()
     def layers(self, x1: Batch, x2: Batch | None = None) -> dict[str, Tensor]:
         """Each parameter's share of the kernel, by name; the shares sum to ``k(x1, x2)``.
 
@@ -93,14 +96,17 @@ class TangentKernel(Kernel):
         engine = self._engine.refresh()
         return dict(zip(engine.params, engine.gram(x1, x2, by_parameter=True), strict=True))
 
+    @own_context()
     def plan(self, x1: Batch, x2: Batch | None = None) -> Plan:
         """How ``k(x1, x2)`` is computed: route and cost per parameter, samples per tile and forward pass."""
         return self._engine.refresh().plan(checked(x1, "x1"), None if x2 is None else checked(x2, "x2"))
 
+    @own_context()
     def fallback(self, x: Batch) -> dict[str, str]:
         """Parameters computed by plain autograd, sample by sample, on inputs like `x`, and why; empty at best."""
         return dict(self._engine.refresh().structure(checked(x, "x")).fallback)
 
+    @own_context()
     def jvp(self, x: Batch, direction: Mapping[str, Tensor]) -> Tensor:
         """Jacobian times a parameter direction, J(x) u: the outputs' first-order change, [n, C].
 
@@ -127,6 +133,7 @@ class TangentKernel(Kernel):
         ]
         return engine.jvp(x, block)[:, :, 0]
 
+    @own_context()
     def vjp(self, x: Batch, cotangent: Tensor) -> dict[str, Tensor]:
         """Transposed Jacobian times a vector over samples and outputs, J(x)^T v: {parameter name: [*shape]}.
 
@@ -151,6 +158,7 @@ class TangentKernel(Kernel):
         """Model, outputs and the names of the parameters."""
         return self._engine.settings()
 
+    @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): two passes over the data per product, memory O(P) and one batch's graph."""
         x = checked(x, "x")

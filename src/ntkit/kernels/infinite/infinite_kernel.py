@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count
+from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
@@ -133,6 +134,7 @@ class InfiniteKernel(Kernel):
         graph, _ = self._read(x)
         return "\n".join(_line(layer) for layer in graph.layers)
 
+    @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """k(x, x) as an operator; the values are computed once, at the first product."""
         like = next(iter(self._read(x)[1].values()))

@@ -1,0 +1,106 @@
+"""What is open around a call: autocast, inference mode, a default device. It is meant for the model, not for our sums.
+
+Everything of ours runs in `own_context`, as if nothing were open; the model's own forward pass runs in
+`caller_context`, as the caller wrote it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ntkit.base.checks import refusal
+
+
+@dataclass(frozen=True)
+class _Open:
+    """Autocast dtype by device type, and the default device where it is not the CPU."""
+
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    device: torch.device | None
+
+
+class _Caller(threading.local):
+    now: _Open | None = None  # of the call in hand; None outside of every call
+
+
+_CALLER = _Caller()
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
+
+
+@contextmanager
+def own_context() -> Iterator[None]:
+    """Switch off autocast, inference mode and a default device, and remember them for `caller_context`.
+
+    It may be opened again inside. Use it as a context or, with its parentheses, as a decorator.
+
+    Raises
+    ------
+    Refused
+        Inside a transform of ``torch.func`` (vmap, grad, jvp ...): no values exist there to compute with.
+    """
+    if _CALLER.now is not None:
+        yield
+        return
+    if _inside_transform():
+        raise refusal(
+            "ntkit",
+            got="a call inside a transform of torch.func",
+            expected="plain tensors",
+            fix="Call it outside of vmap, grad and jvp.",
+        )
+    _CALLER.now = caller = _what_is_open()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            for device, dtype in caller.autocast:
+                stack.enter_context(torch.autocast(device, dtype, enabled=False))
+            if caller.device is not None:
+                stack.enter_context(torch.device("cpu"))
+            yield
+    finally:
+        _CALLER.now = None
+
+
+@contextmanager
+def caller_context() -> Iterator[None]:
+    """Open again, for the model's own forward pass, what the caller had open around the call."""
+    caller = _CALLER.now
+    if caller is None or caller == _NOTHING:
+        yield
+        return
+    with ExitStack() as stack:
+        for device, dtype in caller.autocast:
+            # without its cache: that may hold casts of parameters that were made without a graph
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+        if caller.device is not None:
+            stack.enter_context(caller.device)
+        yield
+
+
+_NOTHING = _Open((), None)
+
+
+def _what_is_open() -> _Open:
+    # newer releases know more device types, older ones raise for those that they do not know
+    types = [t for t in _DEVICES if _autocast(t)]
+    device = torch.get_default_device()
+    autocast = tuple((t, torch.get_autocast_dtype(t)) for t in types)
+    return _Open(autocast, None if device.type == "cpu" else device)
+
+
+def _autocast(device_type: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except RuntimeError:
+        return False
+
+
+def _inside_transform() -> bool:
+    functorch: Any = torch._C._functorch
+    return functorch.peek_interpreter_stack() is not None
