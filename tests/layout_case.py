@@ -221,7 +221,7 @@ def judge(case: Case, found: Derivatives, j: Tensor, outcome: Outcome, changes: 
     net = case.net
     before = [(p, p.detach().clone(), p.requires_grad, p._version) for p in net.parameters()]
     buffers = [(b, b.clone()) for b in net.buffers()]
-    error = torch.where(found.skipped, 0, 2 * found.error) + 1e-8 * found.scale
+    error = torch.where(found.skipped, 0, 2 * found.error) + 1e-8 * found.scale + 1e-14
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -331,7 +331,7 @@ def expected(case: Case, got: dict[str, Any], j: Tensor, error: Tensor) -> Compa
     inner = {"callable": "trace", "sum": "trace"}.get(mode, mode)
 
     def add(name: str, value: Tensor, rows: Tensor, others: Tensor, e: Tensor, f: Tensor) -> None:
-        bound = combined(rows.abs(), f, inner) + combined(e, others.abs(), inner)
+        bound = combined(rows.abs() + e, f, inner) + combined(e, others.abs(), inner)
         compared.append((name, value, combined(rows, others, inner), bound))
 
     add("kernel", got["kernel"], j, j, error, error)
@@ -370,3 +370,42 @@ def expected(case: Case, got: dict[str, Any], j: Tensor, error: Tensor) -> Compa
             K, bound = (t.permute(0, 2, 1, 3).reshape(len(v), len(v)) for t in (K, bound))
         compared.append((law, value, K @ v, bound @ v.abs()))
     return compared
+
+
+# ---------------------------------------------------------------------- autocast in single precision
+
+
+def check_autocast(case: Case) -> str:
+    """Judge a case under autocast in float32: by per-sample autograd under the same autocast, products in float64.
+
+    Both round to bfloat16 inside the network, in another order; so the bound is the error of that rounding, measured by
+    the distance of autocast's own gradients from exact ones. What does not round is exact: the kernel is positive
+    semidefinite to float32, as no matrix of products in bfloat16 would be.
+    """
+    net, x = case.net.float(), case.x.float()
+    exact = torch.cat(list(jacobian(net, x).values()), -1)
+    params = [p for p in net.parameters() if p.requires_grad]
+    if not outputs_of(net, x).requires_grad:
+        return "constant"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        alone = by_autograd(net, x, params, True).double()
+        try:
+            K = ntkit.TangentKernel(net)(x).double()
+        except ntkit.Refused as refused:
+            return f"refused: {refused}"
+        except SelfCheckError as failed:
+            return f"self-check: {failed}"
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError) as raw:
+            return f"raw: {type(raw).__name__}: {raw}"
+    rounding, size = (alone - exact).norm(), alone.norm()
+    if not rounding < 0.1 * size:
+        return "too coarse"  # bfloat16 decides on which side of a kink a value lies
+    wanted = combined(alone, alone, "full")
+    bound = 8 * float((rounding + 2**-8 * size) * size)
+    if not float((K - wanted).norm()) <= bound:
+        raise Mismatch(f"under autocast: off by {float((K - wanted).norm()):.1e}, allowed {bound:.1e}\n{case}")
+    flat = K.permute(0, 2, 1, 3).reshape(len(x) * K.shape[2], -1)
+    spectrum = torch.linalg.eigvalsh(flat)
+    if not spectrum[0] >= -1e-5 * spectrum[-1]:
+        raise Mismatch(f"under autocast: eigenvalue {spectrum[0]:.1e} of {spectrum[-1]:.1e}\n{case}")
+    return "equal"

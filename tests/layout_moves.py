@@ -204,9 +204,7 @@ def gru_cell(d, h):
 
 @op("234")
 def embedding(d, h):
-    return Step(
-        lambda m, t: t + m.f((t > 0.05).long()).squeeze(-1), f=nn.Embedding(3, 1)
-    )
+    return Step(lambda m, t: t + m.f((t > 0.05).long()).squeeze(-1), f=nn.Embedding(3, 1))
 
 
 @op("23")
@@ -273,7 +271,7 @@ plain(
     sort_stable=lambda h: torch.sort(h, dim=1, descending=True, stable=True)[0],
     topk=lambda h: torch.topk(h, max(1, h.shape[-1] - 1), -1)[0],
     kthvalue=lambda h: torch.kthvalue(h, 1, 1, keepdim=True)[0] + h,
-    median=lambda h: torch.median(h, -1, keepdim=True)[0] * h,
+    median=lambda h: torch.median(h.contiguous(), -1, keepdim=True)[0] * h,  # of zero strides it is garbage, torch 2.13
     quantile=lambda h: torch.quantile(h, 0.3, -1, keepdim=True) + h,
     vector_norm=lambda h: h / (0.5 + torch.linalg.vector_norm(h + 0.1, dim=1, keepdim=True)),
     vector_norm_three=lambda h: torch.linalg.vector_norm(1.5 + torch.tanh(h), 3, -1, keepdim=True) * h,

@@ -40,6 +40,10 @@ class LayoutNet(nn.Module):
                 x = step(x)
         return x
 
+    def train(self, mode: bool = True) -> LayoutNet:
+        """Stay in eval mode, also while training: with frozen norms, no sample sees another."""
+        return super().train(False)
+
     def __repr__(self) -> str:
         return "\n".join(f"  {s.text}{f' [{w}]' if w else ''}" for s, w in zip(self.steps, self.wrap, strict=True))
 

@@ -538,8 +538,8 @@ def instance_norm3d(d, h):
 
 
 def _safe(t):
-    """Features for a group norm: PyTorch 2.13 crashes where they are channels-last and need no gradient."""
-    return t if t.requires_grad or not torch.is_grad_enabled() else t.contiguous()
+    """Features for a group norm: PyTorch 2.13 crashes where they are channels-last and their gradient is not wanted."""
+    return t if t.requires_grad else t.clone(memory_format=torch.contiguous_format)
 
 
 @op("234")

@@ -10,13 +10,18 @@ import os
 import random
 import re
 from collections import Counter
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from layout_case import Mismatch, check, draw_case
-from layout_networks import draw_network
+from layout_case import Mismatch, check, check_autocast, draw_case
+from layout_networks import draw_network, inputs
 from layout_ops import OPS
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ntkit
 
 pytestmark = pytest.mark.fuzz
 ASKED, _, AGAIN = os.environ.get("NTKIT_FUZZ", "").partition(":")
@@ -52,16 +57,61 @@ def test_nothing_is_silently_wrong(shard):
             outcome = check(case)
         except Mismatch as mismatch:
             raise AssertionError(f"{mismatch}\nsmallest:\n{smallest(draw_case(seed))}") from mismatch
-        kind, _, reason = outcome.verdict.partition(": ")
-        verdicts[kind] += 1
-        if reason:
-            reasons[kind, re.sub(r"[\d.e+-]+", "#", reason)[:90]] += 1
+        counted(verdicts, reasons, outcome.verdict, case)
         faults[bool(outcome.torch_faults)] += 1
         entries, skipped = entries + outcome.entries, skipped + outcome.skipped
-        assert kind not in ("self-check", "raw"), f"{outcome.verdict}\n{case}"
     print(dict(verdicts), dict(reasons), f"PyTorch wrong in {faults[True]}", f"skipped {skipped} of {entries} entries")
     assert skipped < 0.03 * entries, "too many entries lie near a kink"
     assert verdicts["equal"] > 0.8 * sum(verdicts.values()), "too few networks are judged"
+
+
+def counted(verdicts: Counter, reasons: Counter, verdict: str, case: Any) -> None:
+    """Count a verdict, and its reason without numbers; what is not a refusal is a fault."""
+    kind, _, reason = verdict.partition(": ")
+    verdicts[kind] += 1
+    if reason:
+        reasons[kind, re.sub(r"[\d.e+-]+", "#", reason)[:90]] += 1
+    assert kind not in ("self-check", "raw"), f"{verdict}\n{case}"
+
+
+@pytest.mark.timeout(300 + 2 * NETWORKS)
+def test_autocast_in_single_precision():
+    verdicts, reasons = Counter(), Counter()
+    for seed in range(SEED, SEED + NETWORKS // 4):
+        case = draw_case(seed)
+        counted(verdicts, reasons, check_autocast(case), case)
+    print(dict(verdicts), dict(reasons))
+    assert verdicts["equal"] > 0.6 * sum(verdicts.values())
+
+
+OPTIMIZERS = (
+    partial(torch.optim.SGD, lr=0.01),
+    partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=0.01),
+    partial(torch.optim.Adam, lr=0.01),
+)
+
+
+@pytest.mark.timeout(300 + 2 * NETWORKS)
+def test_the_path_kernel_rebuilds_the_predictions():
+    verdicts, reasons = Counter(), Counter()
+    for seed in range(SEED, SEED + NETWORKS // 10):
+        net, shape = draw_network(seed)
+        x, test = inputs(seed, shape, 5), inputs(seed + 1, shape, 2)
+        out = net(x).reshape(5, -1)
+        if not out.requires_grad:
+            continue
+        y = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        loss = lambda out, y: F.mse_loss(out.reshape(len(out), -1), y)
+        try:
+            run = ntkit.train(net, (x, y), loss, OPTIMIZERS[seed % 3], steps=3, batch_size=2)
+            found = ntkit.PathKernel(run).decompose(test)
+        except ntkit.Refused as refused:
+            counted(verdicts, reasons, f"refused: {refused}", net)
+            continue
+        assert found.error <= 1e-9, f"seed {seed}: error {found.error}\n{net}"
+        verdicts["rebuilt"] += 1
+    print(dict(verdicts), *reasons.most_common(), sep="\n")
+    assert verdicts["rebuilt"] > 0.5 * sum(verdicts.values())
 
 
 def test_every_operation_is_drawn():
