@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from ntkit.base.checks import refusal
 
@@ -63,6 +64,12 @@ def checked(x: Batch, name: str) -> Batch:
         expected = "a tensor with samples along its first axis, or a tuple or dict of such tensors"
         fix = "Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x)."
         raise refusal(name, got=type(x).__name__, expected=expected, fix=fix)
+    if any(unpack_dual(t).tangent is not None for t in tensors):
+        got, fix = (
+            "a dual tensor of forward-mode differentiation",
+            "Pass torch.autograd.forward_ad.unpack_dual(x).primal.",
+        )
+        raise refusal(name, got=got, expected="plain tensors", fix=fix)
     sizes = {t.shape[0] for t in tensors}
     if len(sizes) > 1:
         fix = "Give all tensors the same number of samples."

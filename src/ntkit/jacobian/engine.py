@@ -9,48 +9,34 @@ tiles belong here and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, alike, count, join, take
+from ntkit.base.batch import Batch, count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
 from ntkit.jacobian.contraction import (
-    Scratch,
     Tile,
-    blocks,
-    multiply,
     multiply_aligned,
     prepare,
-    store,
-    triangle,
 )
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.model_calls import MODES, Outputs, Params, check_mode, check_module, select_parameters
 from ntkit.jacobian.pairs import Whole
-from ntkit.jacobian.plan import ROUTES, Plan, Route, make_plan
+from ntkit.jacobian.plan import ROUTES, Job, Plan, Route, make_plan
+from ntkit.jacobian.product_checks import compare_products
 from ntkit.jacobian.products import differentiated_twice, pulled_back
 from ntkit.jacobian.self_check import structure_of
+from ntkit.jacobian.strip import Strip
 from ntkit.jacobian.structure import Irregular, Structure, joined
 
 T = TypeVar("T")
 
-_LEAF = 128  # samples: smaller products are not worth saving half of
 _PLANS = 64  # stored per engine, at most
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a piece of work needs: the structure of the model on each side's inputs, and the plan for both."""
-
-    left: Structure
-    right: Structure
-    plan: Plan
 
 
 class Engine:
@@ -220,6 +206,7 @@ class Engine:
             plan = make_plan(
                 both, self.mode, n1, n2, budget, self.like, same=same, aligned=aligned, routes=self._routes
             )
+            self._compare_products(x1, left, plan, aligned)
             if self._budget is None:  # what is free is another number at every call: nothing to keep
                 return Job(left, right, plan)
             if len(self._plans) == _PLANS:  # the oldest goes, and with it a structure that may be out of use
@@ -227,6 +214,13 @@ class Engine:
             self._plans[key] = plan
             return Job(left, right, plan)
         return Job(left, right, self._plans[key])
+
+    def _compare_products(self, x: Batch, structure: Structure, plan: Plan, aligned: bool) -> None:
+        """Compare products with float64, once per structure and routes."""
+        routes = (aligned, *((step.route, step.late) for step in plan.steps))
+        if routes not in structure.routes:
+            structure.routes.add(routes)  # before the comparison, which may find the graph irregular: then all again
+            compare_products(self._gradients, x, structure, plan, self.mode, aligned)
 
     # ------------------------------------------------------------------ products
 
@@ -259,7 +253,7 @@ class Engine:
                     shape = (len(names) if names else 1, n1, n2, *self.tail(job.left.outputs))
                     result = torch.empty(shape, dtype=self.dtype, device=self.like.device)
                 part = slice(rows, min(rows + job.plan.tile, n1))
-                _Strip(self._gradients, job, self.mode, names, progress.advance).fill(result, part, x1, x2)
+                Strip(self._gradients, job, self.mode, names, progress.advance).fill(result, part, x1, x2)
                 return part.stop
 
             while rows < n1:
@@ -326,11 +320,27 @@ class Engine:
         parts = []
         for start in range(0, count(x), step):
             part = take(x, slice(start, start + step))
-            try:
-                parts.append(differentiated_twice(self._gradients, part, directions))
-            except NotImplementedError:  # some operation has no second derivative: by the samples' gradients
-                parts.append(self.run(lambda job, part=part: self._along(part, job.left, directions), part))
+            columns = differentiated_twice(self._gradients, part, directions) if self._twice(x) else None
+            if columns is None:
+                columns = self.run(lambda job, part=part: self._along(part, job.left, directions), part)
+            parts.append(columns)
         return torch.cat(parts)
+
+    def _twice(self, x: Batch) -> bool:
+        """Whether differentiating twice gives J u: compared once per structure with the gradients of a few samples.
+
+        A function of the user's own may have a first derivative and no second one, without a word.
+        """
+        structure = self.structure(x)
+        if structure.twice is None:
+            few = take(x, slice(0, 2))
+            u = [torch.linspace(-1, 1, p.numel(), dtype=p.dtype, device=p.device).view(1, *p.shape)
+                 for p in self.params.values()]  # fmt: skip
+            expected = self.run(lambda job: self._along(few, job.left, u), few)
+            columns = differentiated_twice(self._gradients, few, u)
+            bound = structure.eps**0.5 * expected.norm()
+            structure.twice = columns is not None and bool((columns - expected).norm() <= bound)
+        return structure.twice
 
     def vjp(self, x: Batch, v: Tensor, batch: int | None = None) -> list[Tensor]:
         """J(x)^T v for a block of vectors: v [n, C, k] -> per parameter [k, *shape]."""
@@ -346,58 +356,3 @@ class Engine:
         """Samples that a forward pass may hold when vectors are multiplied."""
         structure = self.structure(x)
         return max(1, min(256, int(self.memory() * 0.3 / (structure.bytes_per_sample * 4 * structure.outputs + 1))))
-
-
-@dataclass(frozen=True)
-class _Strip:
-    """A strip of rows of a kernel; of a symmetric one only from the diagonal on, and its mirror image."""
-
-    gradients: Gradients
-    job: Job
-    mode: str
-    names: tuple[str, ...] | None  # parameters whose shares are wanted; None: their sum
-    advance: Callable[[int], None]
-
-    def fill(self, result: Tensor, rows: slice, x1: Batch, x2: Batch | None) -> None:
-        """Compute ``result[:, rows]`` (and ``result[:, :, rows]`` of a symmetric kernel)."""
-        plan, same = self.job.plan, x2 is None
-        other = x1 if x2 is None else x2
-        scratch = Scratch(plan.scratch)
-        n1, n2 = count(x1), count(other)
-        right: Tile | None = None
-        if not same and self._fit_in_one_pass(x1, other):
-            whole = self._tile(join(x1, other), self.job.left)
-            left, right = whole.part(0, n1), whole.part(n1, n1 + n2)
-        else:
-            left = self._tile(take(x1, rows), self.job.left)
-        if same:
-            # leaves of a sixteenth: the squares on the diagonal, done whole, cost little of the half saved
-            for a, b in triangle(0, left.n, plan.block, max(_LEAF, left.n // 16)):
-                upper = left.part(a.start, a.stop)
-                block = self._product(upper, upper if a == b else left.part(b.start, b.stop), scratch)
-                store(result, block, rows.start + a.start, rows.start + b.start, mirrored=True)
-        for j in range(rows.stop if same else 0, n2, plan.columns):
-            if right is None:
-                right = self._tile(take(other, slice(j, j + plan.columns)), self.job.right)
-            for a, b in blocks(left.n, right.n, plan.block):
-                block = self._product(left.part(a.start, a.stop), right.part(b.start, b.stop), scratch)
-                store(result, block, rows.start + a.start, j + b.start, mirrored=same)
-            right = None
-
-    def _fit_in_one_pass(self, x1: Batch, x2: Batch) -> bool:
-        """Whether both sides are so few that they go through the model together."""
-        plan, n1, n2 = self.job.plan, count(x1), count(x2)
-        few = n1 + n2 <= plan.batch and n1 <= plan.tile and n2 <= plan.columns
-        return few and self.job.left is self.job.right and alike(x1, x2)
-
-    def _tile(self, x: Batch, structure: Structure) -> Tile:
-        return prepare(self.gradients, x, structure, self.job.plan, self.advance)
-
-    def _product(self, left: Tile, right: Tile, scratch: Scratch) -> Tensor:
-        if self.names is None:
-            return multiply(left, right, self.mode, scratch)[None]
-        shares = []
-        for name in self.names:
-            own = left.only(name)
-            shares.append(multiply(own, own if left is right else right.only(name), self.mode, scratch))
-        return torch.stack(shares)

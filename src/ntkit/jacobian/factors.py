@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,10 @@ from torch.autograd.graph import GradientEdge
 
 from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import refusal
-from ntkit.jacobian.graph import Use, correct_batch_norm, find_uses, nodes_behind, sizes_of
+from ntkit.jacobian.graph import Use, correct_norms, ends_process, find_uses, nodes_behind, sizes_of
 from ntkit.jacobian.model_calls import Outputs, call, drew, random_forward, reduce_outputs, untouched
 from ntkit.jacobian.ownership import Code, Owner
-from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable
+from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable, widened
 from ntkit.jacobian.rules import RULES
 from ntkit.jacobian.structure import Irregular, Structure
 
@@ -89,11 +90,13 @@ class Gradients:
                 fix="Look for torch.no_grad or .detach() in its forward, reentrant checkpointing "
                 "(use use_reentrant=False), or the choice of params.",
             )
-        correct_batch_norm(out)
+        correct_norms(out)
         return out
 
-    def batch(self, x: Batch, structure: Structure) -> dict[str, Whole]:
+    def batch(self, x: Batch, structure: Structure, cotangents: Tensor | None = None) -> dict[str, Whole]:
         """Factors of every parameter for the samples of `x`, in the parameter's own layout.
+
+        ``cotangents`` [K, n, C] of the outputs; by default each output's own, K = C.
 
         Raises
         ------
@@ -102,7 +105,7 @@ class Gradients:
         """
         with untouched(self.model, self.params):
             if count(x) == 1:  # some layers take another path for a batch of one
-                pair = self.batch(take(x, [0, 0]), structure)
+                pair = self.batch(take(x, [0, 0]), structure, None if cotangents is None else cotangents[:, [0, 0]])
                 return {name: factor.first() for name, factor in pair.items()}
             n = count(x)
             out = self.forward(x, structure.plain_rnn, watch=False)
@@ -119,14 +122,16 @@ class Gradients:
             constant = structure.constant if names == structure.names else ()
             uses = find_uses(nodes, self.params, set(constant))
             self._same_graph(uses, structure)
-            basis = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)
-            basis = basis[:, None, :].expand(-1, n, -1)
+            if cotangents is None:
+                basis = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)[:, None, :].expand(-1, n, -1)
+            else:
+                basis = cotangents.to(out)
             factors = self.factors(out, uses, structure, basis, n)
             if structure.fallback:
                 names = list(structure.fallback)
                 values: dict[str, list[Tensor]] = {name: [] for name in names}
                 for s in range(n):
-                    for name, g in self.single(take(x, slice(s, s + 1)), names, None).items():
+                    for name, g in self.single(take(x, slice(s, s + 1)), names, basis[:, s]).items():
                         values[name].append(g)
                 factors |= {name: Rows(torch.stack(g)) for name, g in values.items()}
             return factors
@@ -209,6 +214,7 @@ class Gradients:
             if factor is None:
                 irregular |= dict.fromkeys(use.params, f"no rule for this use by {use.node.name()}")
                 continue
+            factor = widened(factor, self.dtype)
             if loose and not isinstance(factor, Rows):
                 factor = Rows(factor.rows())  # another number of positions in every batch
             for name, own in self._in_place(key, use, factor, structure).items():
@@ -325,17 +331,22 @@ class Gradients:
             for node, grad, shape in zip(unique, grads, shapes, strict=True)
         }
 
-    def single(self, x: Batch, names: list[str], basis: Tensor | None) -> dict[str, Tensor]:
-        """Plain autograd for one sample: {name: [K, entries]}; basis [K, C] (identity if None)."""
+    def single(self, x: Batch, names: list[str], basis: Tensor) -> dict[str, Tensor]:
+        """Plain autograd for one sample: {name: [K, entries]}; basis [K, C]."""
         out = self.forward(x)
-        if basis is None:
-            basis = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)
         params = [self.params[name] for name in names]
+        inputs = [GradientEdge(*node.next_functions[0]) for node in nodes_behind(out) if ends_process(node)]
+        wanted: list[Any] = [*params, *inputs]
         rows = []
         for row in basis.unbind():
-            grads = torch.autograd.grad([out], params, [row[None]], retain_graph=True, allow_unused=True)
-            rows.append([_dense(g, p) for g, p in zip(grads, params, strict=True)])
+            grads = torch.autograd.grad([out], wanted, [row[None]], retain_graph=True, allow_unused=True)
+            rows.append([_dense(g, p) for g, p in zip(grads, params, strict=False)])
         return {name: torch.stack([r[j].reshape(-1) for r in rows]) for j, name in enumerate(names)}
+
+    def in_one_pass(self, out: Tensor, params: list[nn.Parameter], cotangent: Tensor) -> list[Tensor]:
+        """Plain autograd of a whole batch: gradients of the sum of its outputs, weighted by a cotangent [n, C]."""
+        grads = torch.autograd.grad([out], params, [cotangent], retain_graph=True, allow_unused=True)
+        return [_dense(g, p) for g, p in zip(grads, params, strict=True)]
 
 
 def _vector_jacobian_products(outputs: list, inputs: list, vectors: list[Tensor]) -> tuple[Tensor | None, ...]:
@@ -399,4 +410,4 @@ def _dense(grad: Tensor | None, parameter: Tensor) -> Tensor:
 
 
 def _kinds(params: dict[str, nn.Parameter]) -> list[tuple]:
-    return [(name, id(p), p.dtype, p.device) for name, p in params.items()]
+    return [(name, id(p), p.dtype, p.device, tuple(p._backward_hooks or ())) for name, p in params.items()]

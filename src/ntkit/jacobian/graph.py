@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+from ntkit.base.checks import refusal
 
 Node = Any  # torch.autograd.graph.Node
 
@@ -74,16 +77,44 @@ def nodes_from(start: Node) -> list[Node]:
     return list(seen)
 
 
-def correct_batch_norm(output: Tensor) -> None:
-    """Work around a wrong gradient of PyTorch (CPU, seen in 2.6 to 2.13): batch norm in eval mode, a batch of one.
+def own_functions(nodes: list[Node]) -> list[str]:
+    """Names of the user's own autograd functions among nodes."""
+    own = {node: node.name().removesuffix("Backward") for node in nodes if _is_own(node)}
+    names = set(own.values()) - {"BackwardHookFunction"}  # PyTorch's, for backward hooks on layers
+    return [f"function {name}" for name in sorted(names)]
 
-    Input, weight and bias get wrong gradients where cotangent and saved input lie in memory in different orders of axes
-    (channels first, channels last). So the cotangent is copied into the input's order. Instance norms call it so, too.
+
+def _is_own(node: Node) -> bool:
+    return isinstance(node, BackwardCFunction)
+
+
+def correct_norms(output: Tensor) -> None:
+    """Work around wrong gradients of PyTorch on a CPU (seen in 2.6 to 2.13), where the order of axes in memory matters.
+
+    Batch norm in eval mode: input, weight and bias get wrong gradients where a size-one axis (a batch of one, an image
+    one pixel wide) hides that cotangent and saved input are in different orders, channels first and channels last. So
+    the cotangent is copied into the input's order. Instance norms call it so, too.
+
+    Group norm: with a channels-last input that needs no gradient, PyTorch ends the process. So it is refused.
     """
     for node in nodes_behind(output):
-        if node.name() == "NativeBatchNormBackward0" and node._saved_input.shape[0] == 1:
+        if node.name() == "NativeBatchNormBackward0" and 1 in node._saved_input.shape:
             last = _channels_last(node._saved_input)
             node.register_prehook(lambda grads, last=last: tuple(g if g is None else _ordered(g, last) for g in grads))
+        elif ends_process(node) and node.next_functions[0][0] is None:
+            raise refusal(
+                "a group norm",
+                got="a channels-last input that needs no gradient, on which PyTorch ends the process",
+                expected="a contiguous input",
+                fix="Call .contiguous() on it in the model's forward.",
+            )
+
+
+def ends_process(node: Node) -> bool:
+    """Whether PyTorch ends the process if a backward pass through this node leaves out its input's gradient."""
+    if node.name() != "NativeGroupNormBackward0":
+        return False
+    return node._saved_input.device.type == "cpu" and _channels_last(node._saved_input)
 
 
 def _channels_last(t: Tensor) -> bool:

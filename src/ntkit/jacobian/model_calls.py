@@ -13,6 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ntkit.base.batch import Batch, call_with, count, leaves, take, with_leaves
 from ntkit.base.caller_context import caller_context, own_context
@@ -69,6 +73,19 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
     return parameters
 
 
+def hooks(model: nn.Module) -> list[str]:
+    """The hooks that may change gradients, as texts: on parameters, and on layers."""
+    of_parameters = [
+        f"the gradient hook on parameter '{name}'" for name, p in model.named_parameters() if p._backward_hooks
+    ]
+    of_layers = [
+        f"the backward hook on layer '{name}'"
+        for name, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    return of_parameters + of_layers
+
+
 def required_arguments(function: Callable[..., Any]) -> int:
     """Number of positional arguments a callable requires; 1 where Python cannot tell."""
     try:
@@ -85,7 +102,8 @@ def check_module(model: Any, subject: str = "model", fix: str = "Wrap it in a mo
 
 
 def check_mode(model: nn.Module) -> None:
-    """Refuse layers whose output for one sample depends on the others or on chance, by name."""
+    """Refuse layers whose output for one sample depends on the others, on chance or on earlier calls, by name."""
+    _check_tensors(model)
     for name, module in model.named_modules():
         where = f"layer '{name}' ({type(module).__name__})"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
@@ -101,6 +119,13 @@ def check_mode(model: nn.Module) -> None:
             got = "max_norm, which changes its weight at every call"
             expected = "parameters that a forward pass does not change"
             raise refusal(where, got=got, expected=expected, fix="Renormalize the weight once and set max_norm = None.")
+        if _has_power_iteration(module):
+            raise refusal(
+                where,
+                got="a spectral norm in train mode, whose power iteration changes the weight at every call",
+                expected="a weight that a forward pass does not change",
+                fix="Call model.eval().",
+            )
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rate = module.p
         elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
@@ -109,6 +134,35 @@ def check_mode(model: nn.Module) -> None:
             continue
         if module.training and rate > 0:
             raise refusal(where, got=f"dropout p={rate} active", expected="no randomness", fix="Call model.eval().")
+
+
+def _has_power_iteration(module: nn.Module) -> bool:
+    """Whether a forward pass changes the layer's weight: spectral norm in train mode, in its new and its old form."""
+    lists = getattr(module, "parametrizations", None)
+    new = lists.modules() if isinstance(lists, nn.ModuleDict) else ()
+    old = module._forward_pre_hooks.values() if module.training else ()
+    return any(isinstance(m, _SpectralNorm) and m.training for m in new) or any(
+        isinstance(h, SpectralNorm) for h in old
+    )
+
+
+def _check_tensors(model: nn.Module) -> None:
+    """Refuse parameters and buffers that hold no values yet, or that take no gradient by how they were built."""
+    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in named:
+            if is_lazy(tensor):
+                got, fix = "no values yet (a lazy layer)", "Call the model once on a batch, which gives it its shape."
+            elif tensor.is_inference():
+                got = "a tensor built under torch.inference_mode, which takes no part in gradients"
+                fix = "Build or load the model outside of torch.inference_mode."
+            elif is_functorch_wrapped_tensor(tensor):
+                got, fix = "a tensor of a transform of torch.func", "Call ntkit outside of vmap, grad and jvp."
+            elif tensor.is_meta:
+                got = "no values (device meta)"
+                fix = "Load its weights first, e.g. model.to_empty(device='cpu') and load_state_dict."
+            else:
+                continue
+            raise refusal(f"{kind} '{name}'", got=got, expected="a tensor with values", fix=fix)
 
 
 def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
@@ -170,7 +224,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
         try:
             for p, _ in flags:
                 p.requires_grad_(id(p) in parameters)
-            with torch.random.fork_rng(devices), torch.enable_grad():
+            with torch.random.fork_rng(devices), torch.enable_grad(), _no_overwritten_tensors(model):
                 yield
         finally:
             for p, flag in flags:
@@ -189,6 +243,21 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
             _entered = outer
         if changed:
             raise random_forward(model)
+
+
+@contextmanager
+def _no_overwritten_tensors(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise refusal(
+            f"model {type(model).__name__}",
+            got=f"a forward pass that overwrites a tensor which its gradient needs ({str(error).split(';')[0]})",
+            expected="a forward pass that autograd can differentiate",
+            fix="Replace the operation in place, e.g. y.mul_(2) by y * 2.",
+        ) from error
 
 
 _entered: Any = None  # random states on entering `untouched`

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take
-from ntkit.jacobian.graph import correct_batch_norm
+from ntkit.jacobian.graph import correct_norms
 from ntkit.jacobian.model_calls import Outputs, Params, call, reduce_outputs, select_parameters, untouched
 
 
@@ -43,7 +43,7 @@ def jacobian(
     with untouched(oracle, parameters):
         for s in range(count(x)):
             out = reduce_outputs(call(oracle, take(x, slice(s, s + 1))), outputs, 1)[0]
-            correct_batch_norm(out)
+            correct_norms(out)
             per_output: dict[str, list[Tensor]] = {name: [] for name in parameters}
             for value in out:
                 grads = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -253,6 +254,16 @@ class Convolved:
 
 Factor = Rows | Pair | Convolved  # of one use
 Whole = Rows | Pairs | Convolved  # of a parameter
+AnyFactor = TypeVar("AnyFactor", bound="Rows | Pair | Pairs | Convolved")
+
+
+def widened(factor: AnyFactor, dtype: torch.dtype) -> AnyFactor:
+    """The same gradient with its numbers in this precision, so that products of them are rounded to it, too."""
+    if isinstance(factor, Pairs):
+        return replace(factor, parts=tuple(widened(part, dtype) for part in factor.parts))
+    tensors = {name: t for name, t in vars(factor).items() if isinstance(t, Tensor) and t.is_floating_point()}
+    narrow = {name: t.to(dtype) for name, t in tensors.items() if t.dtype != dtype}
+    return replace(factor, **narrow) if narrow else factor
 
 
 def inner(u: Tensor, v: Tensor) -> Tensor:

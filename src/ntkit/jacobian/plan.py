@@ -192,6 +192,15 @@ def _choices(size: Size, shape: _Shape) -> list[str]:
     return ["tokens", *(["nested"] if nested else []), "rows"]
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a piece of work needs: the structure of the model on each side's inputs, and the plan for both."""
+
+    left: Structure
+    right: Structure
+    plan: Plan
+
+
 def make_plan(
     structure: Structure,
     mode: str,

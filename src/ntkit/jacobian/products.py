@@ -30,25 +30,29 @@ def pulled_back(gradients: Gradients, x: Batch, v: Tensor, batch: int) -> list[T
     return total
 
 
-def differentiated_twice(gradients: Gradients, x: Batch, u: list[Tensor]) -> Tensor:
+def differentiated_twice(gradients: Gradients, x: Batch, u: list[Tensor]) -> Tensor | None:
     """J u for a block of parameter directions, u per parameter [k, *shape] -> [n, C, k].
 
     g(c) = J^T c is linear in c, so its own vector-Jacobian product with u is J u. This works where an operation has no
-    forward mode; fused attention has no second derivative, so its plain form is used.
-
-    Raises
-    ------
-    NotImplementedError
-        When some other operation has no second derivative.
+    forward mode; fused attention has no second derivative, so its plain form is used. None where some other operation
+    has no second derivative.
     """
     params = list(gradients.params.values())
     with untouched(gradients.model, gradients.params), sdpa_kernel(SDPBackend.MATH):
         out = gradients.forward(x)
         c = torch.zeros_like(out, requires_grad=True)
-        pulled = torch.autograd.grad([out], params, [c], create_graph=True, allow_unused=True)
-        used = [(g, i) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-        sources, again = [g for g, _ in used], {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        columns = [
-            torch.autograd.grad(sources, [c], [u[i][k] for _, i in used], **again)[0] for k in range(u[0].shape[0])
-        ]
+        try:
+            pulled = torch.autograd.grad([out], params, [c], create_graph=True, allow_unused=True)
+            used = [(g, i) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+            sources, again = (
+                [g for g, _ in used],
+                {"retain_graph": True, "allow_unused": True, "materialize_grads": True},
+            )
+            columns = [
+                torch.autograd.grad(sources, [c], [u[i][k] for _, i in used], **again)[0] for k in range(u[0].shape[0])
+            ]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a second derivative that does not exist, or is forbidden (once_differentiable)
+            return None
     return torch.stack(columns, -1)

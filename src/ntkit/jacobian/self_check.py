@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.base.checks import refusal
 from ntkit.jacobian.factors import Gradients, signatures_of, with_keys
-from ntkit.jacobian.graph import Use, find_uses, nodes_behind, nodes_from, shapes_of, sizes_of
-from ntkit.jacobian.model_calls import untouched
+from ntkit.jacobian.graph import Use, find_uses, nodes_behind, nodes_from, own_functions, shapes_of, sizes_of
+from ntkit.jacobian.model_calls import hooks, untouched
 from ntkit.jacobian.ownership import establish
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
 from ntkit.jacobian.rules import RULES
@@ -62,7 +62,12 @@ def structure_of(gradients: Gradients, x: Batch, irregular: Mapping[str, str], u
                 expected = "a graph that shows its parameters"
                 fix = "Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
                 raise refusal(f"model {type(gradients.model).__name__}", got=got, expected=expected, fix=fix)
-            structure = _establish(gradients, x, irregular)
+            try:
+                structure = _establish(gradients, x, irregular)
+            except NotImplementedError as error:
+                got, expected = f"an operation that has none ({error})", "a derivative for every operation"
+                fix = "Replace it, or leave out the parameters before it: params=..."
+                raise refusal(f"model {type(gradients.model).__name__}", got=got, expected=expected, fix=fix) from error
             gradients.structures[key] = structure
         gradients.by_shape[kind] = structure
         return structure
@@ -108,6 +113,7 @@ def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> 
         structure.names, structure.constant = tuple(node.name() for node in nodes), frozenset(constant)
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(2, PROBE, out.shape[1], generator=generator, dtype=torch.float64).to(out)
+    _compare_repeated(gradients, probe, out, structure)
 
     masked = torch.zeros(PROBE, PROBE, out.shape[1], dtype=out.dtype, device=out.device)
     masked[range(PROBE), range(PROBE)] = draw[0]
@@ -117,6 +123,8 @@ def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> 
     shapes = {use.node: shapes_of(fewer[position[use.node]])[0] for use in ruled} if same_nodes else {}
     _assign_owners(structure, uses, cotangents, shapes, any(_moves_rows(node) for node in nodes))
     structure.fallback |= irregular
+    hooked = {name: "a gradient hook on it" for name, p in gradients.params.items() if p._backward_hooks}
+    structure.fallback |= {name: reason for name, reason in hooked.items() if name not in structure.unused}
     factors = gradients.factors(out, uses, structure, draw, PROBE)
     structure.sizes = {name: _size(f, gradients.params[name]) for name, f in factors.items()}
     structure.sizes |= {name: Size(gradients.params[name].numel()) for name in structure.fallback}
@@ -127,7 +135,7 @@ def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> 
     for use in ruled:
         for name in use.params:
             floors[name] = torch.maximum(floors.get(name, out.new_zeros(())), cotangents[use.node].norm())
-    _compare(gradients, probe, out, factors, draw, floors, structure.eps)
+    _compare(gradients, probe, out, factors, draw, floors, structure)
     structure.expected = _expected(nodes, fewer) if same_nodes and not structure.scattered else None
     return structure
 
@@ -235,6 +243,24 @@ def _is_bias(node: Any, slot: int) -> bool:
     return node.name() == "ConvolutionBackward0" and slot == 2 and not node._saved_transposed
 
 
+def _compare_repeated(gradients: Gradients, probe: Batch, out: Tensor, structure: Structure) -> None:
+    """Refuse a model whose forward pass gives other outputs when it is repeated: what it remembers changes them."""
+    before = [(name, buffer, buffer.detach().clone()) for name, buffer in gradients.model.named_buffers()]
+    again = gradients.forward(probe, structure.plain_rnn).detach()
+    change = float((again - out.detach()).abs().max())
+    changed = [name for name, buffer, value in before if not torch.equal(buffer, value)]
+    # on a GPU, sums in another order are no sign of memory
+    tolerance = 16 * structure.eps if changed else min(1e3 * structure.eps, 1e-2)
+    if change > tolerance * float(out.detach().abs().max()):
+        buffers = f" (it changes the buffers {', '.join(changed[:5])})" if changed else ""
+        raise refusal(
+            f"model {type(gradients.model).__name__}",
+            got=f"outputs that change by {change:.2g} when the same forward pass is repeated{buffers}",
+            expected="the same output at every call",
+            fix="Call model.eval(), or fix what changes at its current value.",
+        )
+
+
 def _compare(
     gradients: Gradients,
     probe: Batch,
@@ -242,29 +268,60 @@ def _compare(
     factors: dict[str, Whole],
     draw: Tensor,
     floors: dict[str, Tensor],
-    eps: float,
+    structure: Structure,
 ) -> None:
-    """Raise unless outputs and gradients of the probe equal those of its samples taken one at a time."""
+    """Raise unless outputs and gradients of the probe equal those of its samples taken one at a time.
+
+    Three ways to a gradient are compared: by factors, by plain autograd of one sample, and by plain autograd of the
+    whole batch. The second must also be linear in the cotangent, or no Jacobian exists.
+    """
+    eps, names = structure.eps, list(gradients.params)
+    # parameter -> its gradients of single samples, summed
+    of_batch = {name: out.new_zeros(p.numel(), dtype=p.dtype) for name, p in gradients.params.items()}
+    bound = dict.fromkeys(names, 0.0)
+
+    def check(name: str, error: Tensor, own: float, whole: float, what: str) -> None:
+        # The floor is for gradients that vanish by symmetry (a bias before a normalization): what is left is the
+        # rounding of a sum of cotangents, or, where these vanish already, of the outputs' own.
+        floor = min(1e3 * eps, 1e-2) * (whole + float(floors.get(name, 0))) + 16 * eps * float(draw.norm())
+        if not float(error.norm()) <= eps**0.5 * own + floor:
+            raise _disagreement(gradients, out, name, f"{what}: error {error.norm():.3g}, norm {own:.3g}")
+
     for s in range(PROBE):
         gradients.compare_alone(probe, out, s)
-        if not factors:
-            continue
-        reference = gradients.single(take(probe, slice(s, s + 1)), list(factors), draw[:, s])
-        whole = torch.stack([g.norm().to(out) for g in reference.values()]).norm()
-        for name, factor in factors.items():
-            with torch.no_grad():
-                rows = factor.rows()
-            fast = rows[s].reshape(draw.shape[0], -1)
-            error, own = (fast - reference[name]).norm(), reference[name].norm()
-            # The floor is for gradients that vanish by symmetry (a bias before a normalization): what is left is the
-            # rounding of a sum of cotangents, or, where these vanish already, of the outputs' own.
-            floor = min(1e3 * eps, 1e-2) * (whole + floors.get(name, 0)) + 16 * eps * draw.norm()
-            if not error <= eps**0.5 * own + floor:
-                raise SelfCheckError(
-                    f"gradient of parameter '{name}' differs from plain autograd on sample {s} of the self-check: "
-                    f"error {error:.3g}, norm {own:.3g}. No kernel was computed. Leave it out with params=..., and "
-                    "please report the layer that uses it."
-                )
+        mixed = draw[0, s] - 0.6 * draw[1, s]
+        reference = gradients.single(take(probe, slice(s, s + 1)), names, torch.stack([*draw[:, s], mixed]))
+        whole = float(torch.stack([g[:2].norm().to(out) for g in reference.values()]).norm())
+        for name, (first, second, both) in reference.items():
+            own = float(reference[name].norm())
+            check(name, both - (first - 0.6 * second), own, whole, "is not linear in the cotangent")
+            of_batch[name] += first
+            bound[name] += own
+            if name in factors:
+                with torch.no_grad():
+                    rows = factors[name].rows()[s].reshape(2, -1)
+                error = rows - reference[name][:2]
+                check(name, error, own, whole, f"differs from plain autograd on sample {s} of the self-check")
+    params = [gradients.params[name] for name in names]
+    of_samples, whole = gradients.in_one_pass(out, params, draw[0]), max(bound.values())
+    for name, gradient in zip(names, of_samples, strict=True):
+        error = gradient.reshape(-1) - of_batch[name]
+        check(name, error, bound[name], whole, "of a batch differs from the sum over its samples")
+
+
+def _disagreement(gradients: Gradients, out: Tensor, name: str, what: str) -> Exception:
+    """The refusal of gradients that hooks or the user's own functions change; where there are none, our own error."""
+    if suspects := [*hooks(gradients.model), *own_functions(nodes_behind(out))]:
+        return refusal(
+            f"parameter '{name}'",
+            got=f"a gradient that {what}",
+            expected="a gradient that is linear in the cotangent, and for each sample its own",
+            fix=f"Remove what changes gradients on their way back: {', '.join(suspects[:5])}.",
+        )
+    return SelfCheckError(
+        f"gradient of parameter '{name}' {what}. No kernel was computed. Leave it out with params=..., and "
+        "please report the layer that uses it."
+    )
 
 
 def _size(factor: Whole, parameter: nn.Parameter) -> Size:

@@ -111,6 +111,8 @@ class Structure:
     watched: set[tuple] = field(default_factory=set)
     eps: float = 0.0  # rounding of the coarsest precision anywhere in the graph
     expected: ExpectedGraph | None = None  # the whole graph by the batch's size, where it is as regular as that
+    routes: set[tuple] = field(default_factory=set)  # those whose products were compared with float64
+    twice: bool | None = None  # whether differentiating twice gives the Jacobian's products; None: not compared yet
     plain_rnn: bool = False  # whether fused recurrent layers are run step by step, since they hide their steps
     bytes_per_sample: int = 0  # of saved tensors and cotangents, for one output
 
