@@ -221,7 +221,7 @@ def judge(case: Case, found: Derivatives, j: Tensor, outcome: Outcome, changes: 
     net = case.net
     before = [(p, p.detach().clone(), p.requires_grad, p._version) for p in net.parameters()]
     buffers = [(b, b.clone()) for b in net.buffers()]
-    error = torch.where(found.skipped, 0, 2 * found.error) + 1e-8 * found.scale + 1e-14
+    error = torch.where(found.skipped, 0, 2 * found.error) + 1e-7 * found.scale + 1e-14
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -26,7 +26,7 @@ class Derivatives:
 
     def off(self, other: Tensor) -> float:
         """The largest difference to another J beyond the allowed one, relative to the largest entry."""
-        beyond = (other - self.j).abs() - 2 * self.error - 1e-8 * self.scale
+        beyond = (other - self.j).abs() - 2 * self.error - 1e-7 * self.scale
         return float(beyond.masked_fill(self.skipped, -1.0).nan_to_num(nan=torch.inf).max()) / self.scale
 
 
