@@ -21,6 +21,7 @@ SHAPES = {
     4: ((2, 2, 2, 3), (1, 3, 2, 2), (2, 3, 4, 1), (2, 3, 1, 2), (3, 1, 2, 2)),
 }
 STEP = 2e-4
+DRAWS = 2  # of an operation's parameters and numbers
 
 
 class Leaf(nn.Module):
@@ -91,7 +92,8 @@ def wrong(name: str, layout: str, shape: tuple[int, ...], seed: int) -> Iterator
             off = ((got - expected).abs() - bound).masked_fill(kinks, -1).nan_to_num(nan=torch.inf).max()
             if off > 0:
                 size = float((got - expected).abs().masked_fill(kinks, 0).max())
-                yield f"{name}({', '.join(draw.notes)}) input {shape} '{layout}', cotangent '{how}': {n} off by {size:.2g}"
+                where = f"input {shape} '{layout}', cotangent '{how}'"
+                yield f"{name}({', '.join(draw.notes)}) {where}: {n} off by {size:.2g}"
 
 
 def main(first: str) -> None:
@@ -104,11 +106,12 @@ def main(first: str) -> None:
         lines, raised = [], set()
         for layout in layout_moves.LAYOUTS:
             for shape in (s for a in axes for s in SHAPES[int(a)]):
-                total += 1
-                try:
-                    lines += wrong(name, layout, shape, 0)
-                except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-                    raised.add(str(error).splitlines()[0][:100])
+                for seed in range(DRAWS):
+                    total += 1
+                    try:
+                        lines += wrong(name, layout, shape, seed)
+                    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+                        raised.add(str(error).splitlines()[0][:100])
         if lines:
             print(f"{name}: {len(lines)} wrong")
             print(*(f"   {line}" for line in lines[:12]), sep="\n", flush=True)
