@@ -155,7 +155,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(name, monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return whole(gradients, x, known, plan, advance)
 
-    monkeypatch.setattr("ntkit.jacobian.engine.prepare", small)
+    monkeypatch.setattr("ntkit.jacobian.strip.prepare", small)
     kernel = ntkit.TangentKernel(model, memory="1 MB")
     assert_equal(kernel(x1, x2), tangent_kernel(model, x1, x2), 1e-10, "k(x1, x2)")
     kernel = ntkit.TangentKernel(model, memory="1 MB")
@@ -169,7 +169,7 @@ def test_out_of_memory_on_single_samples_is_said(monkeypatch):
     def never(*rest):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("ntkit.jacobian.engine.prepare", never)
+    monkeypatch.setattr("ntkit.jacobian.strip.prepare", never)
     model, x1, _ = make("mlp")
     with pytest.raises(torch.OutOfMemoryError):
         ntkit.TangentKernel(model, memory=1)(x1)
@@ -395,7 +395,7 @@ def test_a_plan_is_refused_where_it_does_not_fit_and_raises_where_memory_ends(mo
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(engine, "prepare", full)
+    monkeypatch.setattr(strip, "prepare", full)
     with pytest.raises(torch.OutOfMemoryError):  # under a given plan another try would be the same
         kernel.tile(x, None, plan)
 

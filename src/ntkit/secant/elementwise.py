@@ -45,8 +45,10 @@ _LINES: dict[Any, Callable[..., Tensor]] = {  # slopes from the two ends
 
 # Where both ends nearly coincide, rounding errors dominate the slope of the chord, and the derivative at the mean is
 # better. It is used wherever it satisfies the mean-value property up to the rounding of the function's values and
-# arguments: also for functions with kinks, if none lies between the ends. Some smooth functions have larger rounding
-# errors in places; for them it is also used at distances below eps^(1/2).
+# arguments: also for functions with kinks, if none lies between the ends. The slope of the chord amplifies rounding by
+# the inverse of the distance, and a library may round one element differently in another place of a tensor (sigmoid by
+# 1 unit in the last place, gelu by 20). So for smooth functions the derivative is used at all distances below
+# eps^(1/3): it violates the mean-value property by the third derivative times distance^3 / 24, less than eps.
 _DERIVATIVES: dict[Any, Callable[..., Tensor]] = {  # others by autograd
     aten.tanh: lambda z: 1 - torch.tanh(z) ** 2,
     aten.sigmoid: lambda z: torch.sigmoid(z) * torch.sigmoid(-z),
@@ -107,7 +109,7 @@ def _slope(func: Any, args: Any, kwargs: Any, place: int, o0: Tensor, o1: Tensor
     rounding = (o0.abs() + o1.abs()).add_((middle * tangent).abs().clamp_(max=1)).mul_(4 * kind.eps)
     room = rounding - torch.addcmul(change, step, tangent, value=-1).abs()
     if packet in _SMOOTH:
-        room = torch.maximum(room, kind.eps**0.5 - step.abs())
+        room = torch.maximum(room, kind.eps ** (1 / 3) - step.abs())
     near = room.div_(kind.tiny).add_(1).nan_to_num_(nan=0.0).clamp_(0, 1)  # 1 or 0
     chord = change.div_(step.add_(kind.tiny)).nan_to_num_(nan=0.0)
     return torch.lerp(chord, tangent, near.to(chord.dtype))
