@@ -20,6 +20,11 @@ class Derivatives:
     skipped: Tensor
     scale: float
 
+    def judge_again(self, size: float) -> None:
+        """Take another J's size into account where it is larger: what is small beside it says something, too."""
+        self.scale = max(self.scale, size)
+        self.skipped = ~(self.error <= KINK * self.scale)
+
     def filled(self, other: Tensor) -> Tensor:
         """J with the skipped entries from elsewhere."""
         return torch.where(self.skipped, other, self.j)
