@@ -10,6 +10,7 @@ import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # measured rates: not in the developer's home
+os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"]  # the record of the code run here
 
 from pathlib import Path
 

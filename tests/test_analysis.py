@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 import ntkit
-from ntkit.base.files import read_arrays
+from ntkit.base.files import read_arrays, read_json, write_json
 from ntkit.networks.built_in import build
 
 SMALL = [
@@ -333,8 +333,7 @@ def test_from_takes_its_settings_from_the_run(whole, tmp_path):
         ntkit.analyze(resume=whole / "trajectory")
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    state = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(state | {"status": "running"}))
+    write_json(run / "run.json", read_json(run / "run.json") | {"status": "running"})
     with pytest.raises(ntkit.Refused, match="an unfinished run, and --out"):
         ntkit.analyze(resume=run, out=tmp_path / "other")
 
@@ -386,10 +385,8 @@ def test_a_run_goes_on_only_with_the_same_data_model_and_versions(whole, tmp_pat
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "results.json").unlink()
-    state = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(
-        json.dumps(state | {"status": "running", "identity": state["identity"] | {"data": "other"}})
-    )
+    state = read_json(run / "run.json")
+    write_json(run / "run.json", state | {"status": "running", "identity": state["identity"] | {"data": "other"}})
     with pytest.raises(ntkit.Refused, match=r"changed since the run began: data \(was other"):
         ntkit.analyze(resume=run)
     with pytest.raises(ntkit.Refused, match=r"run\.json: got no such file"):

@@ -557,7 +557,7 @@ def test_an_unreadable_file_and_folder_are_refused(tmp_path, monkeypatch):
 
     np.savez(tmp_path / "a.npz", x=ONES, y=LABELS)
     with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", denied)
+        patch.setattr("os.open", denied)
         with pytest.raises(Refused, match=r"a.npz: got Permission denied"):
             load(tmp_path / "a.npz")
     monkeypatch.setattr(Path, "iterdir", denied)

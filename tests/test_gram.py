@@ -156,7 +156,7 @@ def _set(K: Tensor, value: float, *index: int) -> Tensor:
         (np.eye(3) * 1j, "K: got complex values; expected real numbers"),
         (np.full((3, 3), "a"), "K: got <U1 values; expected real numbers"),
         ([[1.0], [1.0, 2.0]], "K: got rows of unequal length; expected real numbers"),
-        (None, "K: got object values; expected real numbers"),
+        (None, "K: got NoneType; expected real numbers"),
         (Gram(torch.eye(2)), "K: got a Gram; expected a tensor or an array. Use it as it is."),
     ],
 )

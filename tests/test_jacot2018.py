@@ -190,7 +190,7 @@ def test_the_page_has_all_sections(folder):
     figure = entry["sections"][0]["items"][0]
     assert [panel["heading"] for panel in figure["panels"]] == ["n = 20", "n = 200"]
     assert len(figure["panels"][0]["series"]) == TOY.seeds + 1
-    part = json.loads((folder / "parts" / "kernel-20-seed-0.json").read_text())
+    part = json.loads((folder / "parts" / "kernel-20-seed-0.json").read_text())["numbers"]
     start = figure["panels"][0]["series"][0]
     assert start["name"] == "random networks"
     assert start["y"][random_kernels.ZERO] == pytest.approx(part["before_at_0"], rel=1e-4)

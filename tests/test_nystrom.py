@@ -49,7 +49,10 @@ def test_power_keeps_the_energy_and_a_constant_has_no_bandwidth():
     image = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert float(power(image).sum()) == pytest.approx(float(((image - image.mean()) ** 2).sum()) * 48, rel=1e-12)
     assert float(power(image)[4, 3]) == pytest.approx(0, abs=1e-20)  # zero frequency in the middle
-    assert math.isnan(float(bandwidth(torch.full((4, 4), 0.1))))
+    constant = torch.full((4, 4), 0.1)
+    assert bandwidth(torch.stack([constant, torch.eye(4)])).isnan().tolist() == [True, False]
+    with pytest.raises(Refused, match="images: got constant images only"):
+        bandwidth(constant)
     with pytest.raises(Refused, match=r"got shape \[3\]"):
         bandwidth(torch.ones(3))
 

@@ -18,7 +18,6 @@ import pytest
 from ntkit.base.checks import Refused
 from ntkit.base.files import write_arrays, write_json
 from ntkit.report import images, render, render_study, render_tracked
-from ntkit.report import track_page as tracked
 
 HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
 STEPS = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10000]
@@ -276,7 +275,7 @@ def test_images_are_the_arrays(full: Path) -> None:
 
 def test_large_images_become_small(tmp_path: Path) -> None:
     arrays = pictures(T=3, q=2, size=200)
-    found = images.viewer(write_track(tmp_path, [], arrays), {})
+    found = images.viewer(write_track(tmp_path, [], arrays), {}, told={})
     assert found is not None
     assert (found["data"]["height"], found["data"]["width"], found["count"]) == (66, 66, 2)
     assert found["data"]["captions"][0][1].startswith("λ₂, ")
@@ -446,11 +445,6 @@ def test_images_that_do_not_agree(change: dict[str, Any], message: str, tmp_path
     arrays = {name: value for name, value in (pictures() | change).items() if value is not None}
     with pytest.raises(Refused, match=message):
         render_tracked(write_track(tmp_path, records(), arrays))
-
-
-def test_format_is_the_one_written() -> None:
-    source = Path(tracked.__file__).parents[1] / "tracking" / "series.py"
-    assert f'FORMAT = "{tracked.FORMAT}"' in source.read_text(encoding="utf-8")
 
 
 # In a browser

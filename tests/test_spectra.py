@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ntkit.gram.gram_matrix as gram_matrix
 import ntkit.gram.krylov as krylov
-from ntkit.base.checks import Refused
+from ntkit.base.checks import Refused, Undefined
 from ntkit.measures.spectra import alignment, effective_rank, spectrum
 
 
@@ -191,7 +191,8 @@ def test_energy_laws():
     assert torch.allclose(step, (torch.arange(13) >= 4).double(), atol=1e-13)
     assert torch.allclose(s.energy(1e-200 * y), E, atol=1e-13)
     assert torch.allclose(s.energy(y.numpy()), E)
-    assert bool(s.energy(torch.zeros(13)).isnan().all())
+    with pytest.raises(Undefined, match="v: got zeros only; expected values that differ from zero"):
+        s.energy(torch.zeros(13))
 
 
 def test_energy_of_several_columns():
@@ -285,9 +286,12 @@ def test_centered_alignment_against_the_formula_and_its_invariances():
     assert alignment(K1[order][:, order], y[order], centered=True) == pytest.approx(
         alignment(K1, y, centered=True), rel=1e-12
     )
-    assert math.isnan(alignment(K1, torch.full((n,), 0.1), centered=True))
-    assert math.isnan(alignment(torch.full((n, n), 0.1), y, centered=True))
-    assert math.isnan(alignment(torch.full((n, n), 0.1), K2, centered=True))
+    constant = torch.full((n, n), 0.1)
+    for one, other, name in ((K1, constant[0], "y"), (constant, y, "K1"), (constant, K2, "K1"), (K1, constant, "K2")):
+        with pytest.raises(
+            Undefined, match=rf"alignment: {name}: got one constant .*of which centering leaves nothing"
+        ):
+            alignment(one, other, centered=True)
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -338,7 +342,8 @@ def test_effective_rank():
     assert effective_rank(WithDiagonal(K.numpy())) == pytest.approx(effective_rank(K), rel=1e-12)
     K4, K2 = full(5, 3)
     assert effective_rank(K4) == pytest.approx(effective_rank(K2), rel=1e-12)
-    assert math.isnan(effective_rank(-torch.eye(3)))
+    with pytest.raises(Undefined, match="effective_rank: got largest eigenvalue -1; expected a positive one"):
+        effective_rank(-torch.eye(3))
     with pytest.raises(Refused, match=r"without trace.*\.diagonal\(\)"):
         effective_rank(Operator(K.numpy()))
 

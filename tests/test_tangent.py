@@ -12,7 +12,7 @@ import ntkit
 from ntkit.base.batch import take
 from ntkit.base.checks import Refused
 from ntkit.jacobian import contraction as contract
-from ntkit.jacobian import engine, rules
+from ntkit.jacobian import engine, rules, strip
 from ntkit.jacobian import plan as planning
 from ntkit.jacobian.graph import find_uses
 from ntkit.jacobian.oracle import jacobian, tangent_kernel

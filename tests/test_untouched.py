@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -260,6 +263,48 @@ def test_nothing_is_left_changed_without_grad_and_with_another_default_dtype(nam
             assert state(m, False) == before
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+FIRST_USE = """
+import locale, logging, os, random, signal, sys, warnings
+import numpy as np, torch
+import ntkit
+
+def process():
+    return {
+        "random": random.getstate(), "numpy": str(np.random.get_state()), "torch": torch.get_rng_state().tolist(),
+        "dtype": torch.get_default_dtype(), "threads": torch.get_num_threads(), "environment": dict(os.environ),
+        "filters": list(warnings.filters), "signals": [signal.getsignal(s) for s in signal.valid_signals()],
+        "locale": locale.setlocale(locale.LC_ALL), "path": list(sys.path), "log": list(logging.root.handlers),
+        "finders": list(sys.meta_path),
+    }
+
+before = process()
+ntkit.data.load("digits")
+assert process() == before
+for name in ntkit.__all__:
+    getattr(ntkit, name)
+import ntkit.cli, ntkit.commands.infinite_width, ntkit.trajectory.callbacks
+sys.stderr.isatty = lambda: True
+from ntkit.base import progress
+progress._SILENT = 0.0
+with progress.task("work", total=1) as work:
+    work.advance(1)
+assert "rich" in sys.modules and "sklearn" in sys.modules
+after = process()
+print(*(key for key in before if after[key] != before[key]))
+print(*(key for key in after["environment"] if key not in before["environment"]))
+"""
+
+
+def test_the_first_use_of_every_public_name_leaves_the_process_as_it_was():
+    """In a process of its own: only scikit-learn's and SciPy's variables and warning filters stay (docs/limits.md)."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("KMP_")}
+    done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, env=clean)
+    assert done.returncode == 0, done.stderr
+    changed, variables = done.stdout.splitlines()[-2:]
+    assert set(changed.split()) <= {"environment", "filters"}
+    assert set(variables.split()) <= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
 
 
 def test_the_law_would_notice():

@@ -96,8 +96,11 @@ if not TYPE_CHECKING:  # a type checker would take a __getattr__ to mean that ev
     def __getattr__(name):
         if name not in _HOME:
             raise AttributeError(f"module 'ntkit' has no attribute '{name}'")
+        from ntkit.base.imports import same_random_numbers
+
         module = _HOME[name]
-        return import_module(f"ntkit.{name}") if module == "ntkit" else getattr(import_module(module), name)
+        with same_random_numbers():
+            return import_module(f"ntkit.{name}") if module == "ntkit" else getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:

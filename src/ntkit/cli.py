@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TextIO, cast
 
 from cyclopts import App, Parameter
 
@@ -28,6 +30,7 @@ def analyze(
     out: Path | None = None,
     from_: Annotated[Path | None, Parameter(name="--from")] = None,
     overwrite: bool = False,
+    trust: bool = False,
 ) -> None:
     """Train or load a network, measure its kernel before, along and after training, and write a report.
 
@@ -41,15 +44,19 @@ def analyze(
         Folder of an earlier run. An unfinished run is resumed; a complete run is repeated in --out.
     overwrite
         Replace an existing run.
+    trust
+        With --from: run the code that the folder names (--model, --data) even if you have never run it here.
     """
     from ntkit.commands.analyze import analyze as run
 
-    folder = run(settings, out=out, resume=from_, overwrite=overwrite, say=_say)
+    folder = run(settings, out=out, resume=from_, overwrite=overwrite, trust=trust, say=_say)
     _print_summary(folder)
 
 
 @app.command
-def track(run: Path, settings: Annotated[TrackSettings | None, Parameter(name="*")] = None) -> None:
+def track(
+    run: Path, settings: Annotated[TrackSettings | None, Parameter(name="*")] = None, *, trust: bool = False
+) -> None:
     """Follow the kernel along a recorded run: spectrum, alignment, energies, learning-rate bound, first order.
 
     Parameters
@@ -58,10 +65,12 @@ def track(run: Path, settings: Annotated[TrackSettings | None, Parameter(name="*
         A run folder of ntkit analyze, or the folder of a recorded trajectory (then give --model and --data).
     settings
         What to follow, and how.
+    trust
+        Run the code that the folder names (--model, --data) even if you have never run it here.
     """
     from ntkit.commands.track import track_run
 
-    track_run(run, settings, say=lambda line: print(line, flush=True))
+    track_run(run, settings, say=lambda line: print(line, flush=True), trust=trust)
 
 
 @app.command
@@ -117,12 +126,42 @@ def report(run: Path) -> None:
     print(render(run))
 
 
+@app.command
+def verify(run: Path) -> None:
+    """List the files of a folder, and compare each with its checksum; exit 1 if one is damaged or missing.
+
+    Parameters
+    ----------
+    run
+        The folder of a run, a trajectory, a tracking, a decomposition or a study.
+    """
+    from ntkit.commands import verify as files
+
+    records = files.verify(run)
+    for record in records:
+        print(f"{record.status:<17} {record.file}" + (f": {record.why}" if record.why else ""))
+    print(files.summary(records))
+    if any(record.status in ("damaged", "missing") for record in records):
+        sys.exit(1)
+
+
 def main() -> None:
     """Entry point: a refusal prints one line on stderr and exits with 2; Ctrl-C exits with 130."""
+    warnings.showwarning = _warn
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8
         app()
     except Refused as refused:
         print(f"ntkit: {refused}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has ended, as `head` does
+        sys.stderr.close()
+        sys.exit(141)
+    except OSError as error:  # what no check foresaw: a folder deleted meanwhile, a disk that fails
+        place = f"{error.filename}: " if error.filename else ""
+        text = "expected a file that can be used. Check the folder and its disk."
+        print(f"ntkit: {place}got {error.strerror or error}; {text}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "SelfCheckError":  # by name: its module imports torch
@@ -131,6 +170,18 @@ def main() -> None:
         sys.exit(3)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    text = " ".join(str(message).split())
+    print(f"ntkit: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _say(line: str) -> None:
@@ -169,8 +220,14 @@ def _print_accuracies(results: dict) -> None:
 def _print_summary(folder: Path) -> None:
     """Print test errors with their standard errors and certificates, the checks, and the report's path."""
     from ntkit.base.files import read_json
+    from ntkit.base.run_files import understood
 
     results = read_json(folder / "results.json")
+    with understood(folder / "results.json"):
+        _print_results(folder, results)
+
+
+def _print_results(folder: Path, results: dict[str, Any]) -> None:
     errors = [("the network", results["network"]["test_error"], "")]
     for m in results["machines"]:
         gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import as_number, check_dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +99,8 @@ def rotate(angle: float) -> Transform:
     >>> rotate(math.pi / 2)(torch.tensor([[[[1, 2], [3, 4]]]])).tolist()
     [[[[2, 4], [1, 3]]]]
     """
-    if not math.isfinite(angle):
-        raise refusal("rotate: angle", got=angle, expected="a finite number of radians", fix="Check what computed it.")
+    expected = "a finite number of radians"
+    angle = as_number(angle, "rotate: angle", math.isfinite, expected, "Check what computed it.")
     cos, sin = math.cos(angle), math.sin(angle)
 
     def apply(x: Tensor) -> Tensor:
@@ -132,9 +133,8 @@ def zoom(crop: float = 13 / 14) -> Transform:
     >>> zoom(0.5)(torch.tensor([[[[0.0, 0.0, 1.0, 0.0]] * 4]]))[0, 0, 0].tolist()
     [0.0, 0.25, 0.75, 1.0]
     """
-    if not 0 < crop <= 1:
-        fix = "Give the part of each side to keep."
-        raise refusal("zoom: crop", got=crop, expected="a fraction in (0, 1]", fix=fix)
+    fix = "Give the part of each side to keep."
+    crop = as_number(crop, "zoom: crop", lambda c: 0 < c <= 1, "a fraction in (0, 1]", fix)
 
     def apply(x: Tensor) -> Tensor:
         if crop == 1:
@@ -241,9 +241,11 @@ def standard(image_shape: Sequence[int]) -> dict[str, tuple[Transform, ...]]:
     >>> [(name, len(group)) for name, group in standard((1, 28, 28)).items()]
     [('shift', 2), ('rotation', 2), ('zoom', 1), ('quadrant swap', 1), ('patch shuffle', 1)]
     """
-    if len(image_shape) not in (2, 3) or min(image_shape[-2:]) < 3:
+    sizes = isinstance(image_shape, (tuple, list)) and all(isinstance(s, int) for s in image_shape)
+    if not sizes or len(image_shape) not in (2, 3) or min(image_shape[-2:]) < 3:
+        got = tuple(image_shape) if sizes else type(image_shape).__name__
         expected = "(C, H, W) or (H, W), both sides 3 pixels or more"
-        raise refusal("image_shape", got=tuple(image_shape), expected=expected, fix="Give x.shape[1:] of the images.")
+        raise refusal("image_shape", got=got, expected=expected, fix="Give x.shape[1:] of the images.")
     H, W = image_shape[-2:]
     side = min(H, W)
     crop = 13 / 14 if _cropped(side, 13 / 14) < side else (side - 2) / side
@@ -305,6 +307,15 @@ def invariance(
     transforms = list(transform) if isinstance(transform, Sequence) else [transform]
     if not transforms:
         raise refusal("transform", got="an empty sequence", expected="one or more", fix="Give a transform.")
+    for one in transforms:
+        if not callable(one):
+            fix = "Give one of ntkit.probes, or a function of images."
+            raise refusal("transform", got=type(one).__name__, expected="a function", fix=fix)
+    methods = [getattr(kernel, name, None) for name in ("__call__", "diagonal")]
+    usable = all(map(callable, methods)) and not isinstance(kernel, Tensor)
+    if not usable:
+        fix = "Give one of ntkit's kernels."
+        raise refusal("kernel", got=type(kernel).__name__, expected="a kernel with .diagonal(x)", fix=fix)
     _images(x)
     if x.shape[0] < 2:
         got = f"{x.shape[0]} sample"
@@ -314,9 +325,10 @@ def invariance(
     cosines = []
     for one in transforms:
         moved = one(x)
-        if moved.shape != x.shape:
+        if not isinstance(moved, Tensor) or moved.shape != x.shape:
+            got = f"shape {list(moved.shape)}" if isinstance(moved, Tensor) else type(moved).__name__
             fix = "Use a transform that keeps the shape."
-            raise refusal("transform(x)", got=f"shape {list(moved.shape)}", expected=f"{list(x.shape)}", fix=fix)
+            raise refusal("transform(x)", got=got, expected=f"{list(x.shape)}", fix=fix)
         other = _numbers(kernel.diagonal(moved), x.shape[0], "kernel.diagonal(transform(x))")
         cosine = (_paired(kernel, x, moved) / own) / (other / own).sqrt()  # a product could overflow
         cosine = torch.where(cosine.abs() < 1 + 1e-5, cosine.clamp(-1, 1), cosine)  # rounding only
@@ -355,6 +367,8 @@ def _numbers(values: Tensor, n: int, name: str) -> Tensor:
 
 
 def _images(x: Tensor) -> None:
+    if isinstance(x, Tensor):
+        check_dense(x, "x")
     if not isinstance(x, Tensor) or x.ndim != 4 or x.numel() == 0:
         shape = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         fix = "Give at least one image; add the missing dimensions with reshape."

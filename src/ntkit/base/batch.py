@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import check_dense
 
 Batch = Any  # Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
@@ -70,6 +71,8 @@ def checked(x: Batch, name: str) -> Batch:
             "Pass torch.autograd.forward_ad.unpack_dual(x).primal.",
         )
         raise refusal(name, got=got, expected="plain tensors", fix=fix)
+    for tensor in tensors:
+        check_dense(tensor, name)
     sizes = {t.shape[0] for t in tensors}
     if len(sizes) > 1:
         fix = "Give all tensors the same number of samples."

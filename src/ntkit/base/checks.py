@@ -4,14 +4,46 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import Any
+import unicodedata
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_ODD = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates (bytes that are no UTF-8), line breaks
+_REORDER = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # show a line in another order than it has
 
 
 class Refused(ValueError):
     """Input that cannot give a right answer. The message says what was given, what was expected, and what to do."""
 
     __module__ = "ntkit"  # the name that users import it by
+
+
+class Damaged(Refused):
+    """A file of a run that is not what was written there: changed, cut off, missing, or of another run."""
+
+
+class Undefined(Refused):
+    """A number that the input does not define: a cosine with zero, a ratio of zeros."""
+
+
+def undefined(subject: str, *, got: Any, expected: Any, fix: str) -> Undefined:
+    """Build the refusal of a number that is not defined, in the words of `refusal`."""
+    return Undefined(str(refusal(subject, got=got, expected=expected, fix=fix)))
+
+
+def defined(function: Callable[..., T], *args: Any, **kwargs: Any) -> T | None:
+    """The function's value, or None where it is not defined: for pages that say so and go on.
+
+    >>> import ntkit, torch
+    >>> defined(ntkit.alignment, torch.eye(3), torch.ones(3), centered=True) is None
+    True
+    """
+    try:
+        return function(*args, **kwargs)
+    except Undefined:
+        return None
 
 
 def refusal(subject: str, *, got: Any, expected: Any, fix: str) -> Refused:
@@ -33,7 +65,38 @@ def refusal(subject: str, *, got: Any, expected: Any, fix: str) -> Refused:
     >>> str(refusal("--classes", got="3 3", expected="two different classes", fix="Name another class."))
     '--classes: got 3 3; expected two different classes. Name another class.'
     """
-    return Refused(f"{subject}: got {got}; expected {expected}. {fix}")
+    subject, got, expected = (_shortened(str(part)) for part in (subject, got, expected))
+    return Refused(printable(f"{subject}: got {got}; expected {expected}. {fix}"))
+
+
+def _shortened(text: str) -> str:
+    """Text without its middle if it is very long: an error of a library may quote a whole file."""
+    return text if len(text) <= 20_000 else f"{text[:5_000]} ... {text[-500:]}"
+
+
+def printable(text: str) -> str:
+    r"""Text as one line: control characters, line breaks and bytes that are no UTF-8 as their escapes.
+
+    A name read from a file could otherwise move the cursor of a terminal and hide what was printed before it.
+
+    >>> printable("two\nlines"), printable("naïve 模型")
+    ('two\\nlines', 'naïve 模型')
+    """
+    if text.isprintable():
+        return text
+    return "".join(repr(c)[1:-1] if _is_odd(c) else c for c in text)
+
+
+def _is_odd(character: str) -> bool:
+    return unicodedata.category(character) in _ODD or character in _REORDER
+
+
+def check_name(subject: str, name: str, fix: str) -> None:
+    """Refuse a name that no report can show: control characters, line breaks, bytes that are no UTF-8."""
+    odd = [c for c in name if _is_odd(c)]
+    if odd:
+        what = "bytes that are not UTF-8" if "\ud800" <= odd[0] <= "\udfff" else f"the character {odd[0]!r}"
+        raise refusal(subject, got=f"{name!r}, with {what}", expected="a name that can be printed", fix=fix)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

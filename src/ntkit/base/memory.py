@@ -1,10 +1,12 @@
-"""Memory: how much is free, and how much the user allows."""
+"""Memory: how much is free, how much the user allows, and how much a file may take."""
 
 from __future__ import annotations
 
 import torch
 
-from ntkit.base.checks import parse_bytes
+from ntkit.base.checks import parse_bytes, refusal
+
+_RATIO, _SMALL = 50, 2**28  # images and tables unpack to 2 to 30 times their bytes; a thousand times is a bomb
 
 
 def parse_memory(memory: int | str | None) -> int | None:
@@ -19,3 +21,26 @@ def free_memory(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def check_room(subject: str, needed: int, stored: int | None = None) -> None:
+    """Refuse data that do not fit into the free memory, before it is taken.
+
+    Parameters
+    ----------
+    subject : the file, in error messages.
+    needed : bytes that the data take.
+    stored : bytes that they take on disk, where they may be compressed: a small file that claims to be huge is refused.
+
+    Raises
+    ------
+    Refused
+        With both sizes.
+    """
+    if stored is not None and needed > max(_SMALL, _RATIO * stored):
+        got = f"{stored:,} bytes that say they unpack to {needed:,}"
+        fix = "If they really do, save them without compression."
+        raise refusal(subject, got=got, expected=f"at most {_RATIO} times their size", fix=fix)
+    if needed > (free := free_memory(torch.device("cpu"))):
+        expected = f"at most {free / 1e9:.1f} GB, the free memory"
+        raise refusal(subject, got=f"{needed / 1e9:.1f} GB of data", expected=expected, fix="Keep fewer examples.")

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from ntkit.base.imports import same_random_numbers
+
 _SILENT = 2.0  # seconds before the first output: short calls print nothing
 _LONG = 20.0  # expected seconds from which the duration is printed beforehand
 _LINE_EVERY = 20.0  # seconds between plain lines, where no terminal redraws a bar
@@ -42,8 +44,9 @@ class Task:
 
     def _draw(self) -> None:
         if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            with same_random_numbers():
+                from rich.console import Console
+                from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("left"))
             self._bar = Progress(*columns, console=Console(file=self._stream), transient=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import Refused, refusal
-from ntkit.base.files import write_bytes
+from ntkit.base.checks import refusal
+from ntkit.base.files import parsed, read_bytes, write_bytes
+from ntkit.base.integrity import metadata_to_seal, sealed_tensors, stored_checksum
 
 
 def tensor_hash(
@@ -26,8 +28,8 @@ def tensor_hash(
     return digest.hexdigest()
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Bytes of a safetensors file with these tensors; two may share memory."""
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, Any] | None = None) -> bytes:
+    """Bytes of a safetensors file with these tensors and its checksum; two may share memory. `metadata` is JSON."""
     from safetensors.torch import save
 
     copies: dict[str, Tensor] = {}
@@ -37,39 +39,45 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
         memory = copy.untyped_storage().data_ptr()
         copies[name] = copy.clone() if memory in seen else copy
         seen.add(memory)
-    return save(copies, metadata)
+    return sealed_tensors(save(copies, metadata_to_seal(metadata or {})))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
     """Write named tensors as one safetensors file that is complete or absent."""
     write_bytes(path, safetensors_bytes(tensors, metadata))
 
 
-def read_tensors_if_present(path: Path) -> dict[str, Tensor] | None:
-    """Read the tensors of a safetensors file; None if another process has removed the file."""
-    try:
-        return read_tensors(path)
-    except Refused:
-        if path.exists():
-            raise
-        return None
-
-
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file; refuse any other file."""
+    """Read the tensors of a safetensors file of a run, after a check of its checksum."""
     return read_tensors_and_metadata(path)[0]
 
 
-def read_tensors_and_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata of a safetensors file; refuse any other file."""
-    from safetensors import SafetensorError, safe_open
+def read_tensors_and_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and metadata of a safetensors file of a run, after a check of its checksum.
 
+    Raises
+    ------
+    Damaged
+        When the file is not as it was written.
+    Refused
+        When the file is absent or cannot be read.
+    """
+    from safetensors.torch import load
+
+    return parsed(Path(path), load)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of the user's own safetensors file; refuse any other file. A checksum of ours is checked."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = Path(path)
+    blob = read_bytes(path, "a .safetensors file", "Check the name.")
+    if blob and path.suffix == ".safetensors":
+        stored_checksum(path, blob)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error))
-        raise refusal(str(path), got=reason, expected="a .safetensors file", fix="Check the name.") from error
+        return dict(sorted(load(blob).items()))
     except SafetensorError as error:
         raise refusal(
             str(path),

@@ -22,17 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import Refused, refusal
+from ntkit.base.checks import Damaged, Refused, defined, refusal
 from ntkit.base.factory import source_hash
-from ntkit.base.files import ensure_folder, read_json, write_arrays, write_atomically, write_json
+from ntkit.base.files import read_json, remove, unwritable, write_json
+from ntkit.base.integrity import fingerprint
+from ntkit.base.lock import LOCK, FolderLock
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
+from ntkit.base.regular_files import check_folder
+from ntkit.base.run_files import AnalysisRun, described
 from ntkit.base.tensors import tensor_hash
+from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
 from ntkit.commands.network_measures import LABELS
 from ntkit.commands.results import KERNELS, assemble, versions
 from ntkit.commands.settings import Settings
+from ntkit.commands.stage_files import REPLACED, StageFiles, put_aside, put_back
 from ntkit.data import Data, load
 from ntkit.gram.gram_matrix import Gram
 from ntkit.kernels.tangent import TangentKernel
@@ -50,6 +56,7 @@ def analyze(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     overwrite: bool = False,
+    trust: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Train or load a network, measure its kernel before, along and after training, and write a report.
@@ -61,6 +68,7 @@ def analyze(
     resume : folder of an earlier run, whose settings are used. An unfinished run is resumed in place. A complete run is
         repeated in `out`; without `out` only its report is written again.
     overwrite : replace an existing run in `out`, once all settings have passed their checks.
+    trust : with `resume`, run code that the folder names. Else it must have run here, or be named in `settings` again.
     say : receives one line per stage.
 
     Returns
@@ -71,43 +79,60 @@ def analyze(
     Raises
     ------
     Refused
-        For anything that cannot give a right result; names it and what to do.
+        For anything that cannot give a right result; names it and what to do. When another process is writing into the
+        folder. A damaged file of a resumed run is computed again, in one line to `say`.
     """
-    earlier = None
+    earlier, code = None, contextlib.nullcontext()
+    check_folder(out, "--out")
     if resume is not None:
-        earlier = _earlier_run(Path(resume), settings)
-        settings = Settings.of(earlier["settings"])
+        earlier = _earlier_run(Path(resume), settings and dataclasses.replace(settings, model="cnn", data="digits"))
+        given = {} if settings is None else settings.named_code(changed=True)
+        settings = stored = described(Path(resume) / "run.json", earlier["settings"], Settings, "settings")
+        code = code_of_run(Path(resume), stored.named_code(), earlier.get("identity"), given, trust)
         complete = earlier["status"] == "complete" and (Path(resume) / "results.json").exists()
         if out is None and complete:
-            say("The run is complete. Its report is written again.")
-            return render(resume).parent
+            try:
+                report = render(resume)
+            except Damaged as error:
+                say(f"{error} Its stages are put together again.")
+            else:
+                say("The run is complete. Its report is written again.")
+                return report.parent
         if out is None:
-            return _Run(Path(resume), settings, say, earlier, resumed=True).run()
+            with code:
+                return _Run(Path(resume), stored, say, earlier, resumed=True).run()
         if not complete:
             expected = "no --out: an unfinished run is resumed in its own folder"
             fix = "Leave out --out. Repeat the run elsewhere when it is complete."
             raise refusal(f"--from {resume}", got="an unfinished run, and --out", expected=expected, fix=fix)
     settings = settings or Settings()
     folder = Path(out) if out is not None else Path("runs") / settings.slug()
+    if not (folder / "run.json").exists() and (folder / REPLACED).is_dir():
+        with FolderLock(folder):
+            put_back(folder)  # a process was killed before its new run had begun
     if (folder / "run.json").exists():
         if not overwrite:
+            FolderLock(folder).check()
             fix = f"Resume the run (--from {folder}), replace it (--overwrite) or name another folder (--out)."
             raise refusal(str(folder), got="a folder that holds a run", expected="a new folder", fix=fix)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(file.name != LOCK for file in folder.iterdir())):
         got = "a file, or a folder with other files in it"
         raise refusal(str(folder), got=got, expected="a new or empty folder", fix="Name another --out.")
-    return _Run(folder, settings, say, earlier).run()
+    with code if earlier is not None else code_of_user(settings.named_code()):
+        return _Run(folder, settings, say, earlier).run()
 
 
 def _earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
     """Read the ``run.json`` of an earlier run; refuse any other file, and settings given in addition."""
     run = read_json(folder / "run.json")
     names = {field.name for field in dataclasses.fields(Settings)}
-    if run.get("format") != RESULTS_FORMAT or not set(run.get("settings", ())) <= names:
+    told = run.get("settings") if isinstance(run, dict) and run.get("format") == RESULTS_FORMAT else None
+    if told is None or (isinstance(told, dict) and not set(told) <= names):
         got = "a file that this version of ntkit analyze did not write"
         expected = f"the run.json of a run (format {RESULTS_FORMAT})"
         fix = "Name the run's own folder, not the trajectory/ inside it."
         raise refusal(str(folder / "run.json"), got=got, expected=expected, fix=fix)
+    described(folder / "run.json", run, AnalysisRun)
     if settings not in (None, Settings()):
         expected, fix = "none: they come from the run", "Leave them out, or start a new run without --from."
         raise refusal(f"--from {folder}", got="further settings", expected=expected, fix=fix)
@@ -135,6 +160,8 @@ class _Run:
         self.data: Data
         self.task: measures.TrainingTask
         self.models: dict[str, nn.Module] = {}
+        self.lock, self.files = FolderLock(folder), StageFiles(folder)
+        self.numbers: dict[str, Any] = {}  # of the finished stages
 
     # ------------------------------------------------------------------ the whole
 
@@ -142,6 +169,8 @@ class _Run:
         """Do what is not done yet; finished stages are kept, whatever stops the run."""
         started = time.monotonic()
         try:
+            if self.resumed:
+                self.lock.acquire()
             self._open()
             try:
                 return self._work()
@@ -155,6 +184,8 @@ class _Run:
                 place = shlex.quote(str(self.folder))
                 self.say(f"Stopped. Finished stages are kept. Resume with: ntkit analyze --from {place}")
             raise
+        finally:
+            self.lock.release()
 
     def _work(self) -> Path:
         self._train()
@@ -169,35 +200,41 @@ class _Run:
             ("neighbors", "nearest training examples", self._neighbors),
             ("oracle", "check against per-sample autograd in float64", self._oracle),
         ]  # fmt: skip
-        numbers: dict[str, Any] = {}
         for number, (name, text, work) in enumerate(stages, 2):
-            numbers[name] = self._stage(name, f"[{number} of {len(stages) + 1}] {text}", work)
+            self.numbers[name] = self._stage(name, f"[{number} of {len(stages) + 1}] {text}", work)
         results = assemble(
-            self.settings, self.task, self.models["after"], self.trajectory, numbers, self.device, self.memory
+            self.settings, self.task, self.models["after"], self.trajectory, self.numbers, self.device, self.memory
         )
+        images = "arrays/neighbors.safetensors"
+        results["files"] = {place: digest for place, digest in self.files.digests.items() if place == images}
+        results["run"] = self.files.run
         write_json(self.folder / "results.json", results)
         report = render(self.folder).parent
         shutil.rmtree(self.folder / "work", ignore_errors=True)
-        write_json(self.folder / "run.json", read_json(self.folder / "run.json") | {"status": "complete"})
+        ended = {"status": "complete", "stages": list(self.numbers)}
+        write_json(self.folder / "run.json", read_json(self.folder / "run.json") | ended)
         return report
 
     def _stage(self, name: str, line: str, work: Callable[[], Stage]) -> Any:
         """Do a stage, or read the numbers that it left when it was finished."""
-        file = self.folder / "stages" / f"{name}.json"
-        if file.exists():
-            return read_json(file)
+        try:
+            if (told := self.files.stage(name)) is not None:
+                return told["result"]
+        except Damaged as error:
+            self.say(f"{error} This stage is computed again.")
         self.say(line)
+        before = set(self.files.digests)
         try:
             result, arrays = work()
+        except Damaged:
+            raise  # a file is bad, not the network: resumed, the run makes the file again
         except Refused as refused:
             # All input was checked before training, so this is a result of training: a dead or overflowing network, or
             # a layer that a measure cannot use. The other measures still hold; this one says why it is absent.
             if isinstance(refused.__cause__, OSError):
                 raise
             result, arrays = {"absent": str(refused)}, {}
-        if arrays:
-            write_arrays(self.folder / "arrays" / f"{name}.safetensors", arrays)
-        write_json(file, result)
+        write_json(*self.files.finished(name, result, arrays, before))
         return result
 
     # ------------------------------------------------------------------ opening and training
@@ -221,13 +258,14 @@ class _Run:
             "data": self.data.hash,
             "initial parameters": tensor_hash(model.state_dict()),
             "weights": s.weights and tensor_hash(self.models["after"].state_dict()),
-            "model file": source_hash(s.model),
+            **{f"{option[2:]} file": source_hash(option, name) for option, name in s.named_code().items()},
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             **versions(),
         }
         old = {} if self.earlier is None else self.earlier["identity"]
         changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old and old.get(k) != v]
+        self.files.run = fingerprint([dataclasses.asdict(s), identity])
         if self.resumed:
             if changed:
                 got = "changed since the run began: " + "; ".join(changed)
@@ -235,18 +273,29 @@ class _Run:
                 expected = "the same data, model, versions and number of threads"
                 raise refusal(f"--from {self.folder}", got=got, expected=expected, fix=fix)
             self.say(f"Resuming {self.folder}")
+            remove(self.folder / REPLACED)
             return
         if changed:
             self.say("Differences from the repeated run: " + "; ".join(changed))
-        replaced = self.folder.with_name(self.folder.name + ".replaced")
-        if (self.folder / "run.json").exists():  # the old run is deleted once the new one has begun
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.folder.replace(replaced)
-        ensure_folder(self.folder)
+        self._begin(identity)
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        """Write ``run.json``; a run that was in the folder is deleted once the new one has begun."""
+        self.lock.acquire()
+        for inner in ("trajectory", "track"):
+            FolderLock(self.folder / inner).check()
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        run = {"format": RESULTS_FORMAT, "status": "running", "settings": dataclasses.asdict(s)}
-        write_json(self.folder / "run.json", run | {"identity": identity, "started": started})
-        shutil.rmtree(replaced, ignore_errors=True)
+        run = {"format": RESULTS_FORMAT, "status": "running", "settings": dataclasses.asdict(self.settings)}
+        try:
+            put_aside(self.folder)
+            write_json(self.folder / "run.json", run | {"identity": identity, "started": started})
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                put_back(self.folder)
+            if isinstance(error, OSError):
+                raise unwritable(self.folder, error) from error
+            raise
+        remove(self.folder / REPLACED)
 
     def _check_size(self) -> None:
         """Refuse what does not fit: a Gram matrix in float32, and two in float64 while a machine is solved."""
@@ -266,8 +315,19 @@ class _Run:
         batch = None if s.batch_size is None or s.batch_size >= n else s.batch_size
         steps = s.epochs * -(-n // (batch or n))
         self.say(f"[1] training {s.model}: {steps:,} steps ({s.epochs} epochs)")
+        try:
+            self.trajectory = self._trained(steps, batch)
+        except Damaged as error:
+            self.say(f"{error} The network is trained again.")
+            remove(self.folder / "trajectory")
+            self.models["after"] = copy.deepcopy(self.models["init"])
+            self.trajectory = self._trained(steps, batch)
+        self.models["after"].eval()
+
+    def _trained(self, steps: int, batch: int | None) -> Trajectory:
+        s = self.settings
         with task("training", total=steps) as progress:
-            self.trajectory = train(
+            return train(
                 self.models["after"],
                 (self.data.x_train, self.data.y_train),
                 self.task.loss,
@@ -280,7 +340,6 @@ class _Run:
                 resume=(self.folder / "trajectory" / "run.json").exists(),
                 on_step=lambda step, loss: progress.advance(step + 1 - progress.done),
             )
-        self.models["after"].eval()
 
     # ------------------------------------------------------------------ stages
 
@@ -289,8 +348,8 @@ class _Run:
         K = kernel(self.data.x_train)
         K_test = kernel(self.data.x_test, self.data.x_train)
         quality = measures.quality(K.cpu(), self.task.targets(self.data.y_train.cpu()))
-        self._write_gram(f"{key}-train", K)
-        self._write_gram(f"{key}-test", K_test)
+        self.files.write_gram(f"{key}-train", K)
+        self.files.write_gram(f"{key}-test", K_test)
         return {"kernel": key, "label": LABELS[key], **quality}, {}
 
     def _similarity(self) -> Stage:
@@ -299,8 +358,8 @@ class _Run:
             result |= {f"{a}_{b}": None, f"{a}_{b}_centered": None}
             if self._has_gram(a) and self._has_gram(b):
                 K1, K2 = (Gram(self._read_gram(f"{key}-train")) for key in (a, b))
-                result[f"{a}_{b}"] = measures.finite(alignment(K1, K2))
-                result[f"{a}_{b}_centered"] = measures.finite(alignment(K1, K2, centered=True))
+                result[f"{a}_{b}"] = defined(alignment, K1, K2)
+                result[f"{a}_{b}_centered"] = defined(alignment, K1, K2, centered=True)
         return result, {}
 
     def _machine(self, key: str) -> Stage:
@@ -343,23 +402,19 @@ class _Run:
         fallback = TangentKernel(after, outputs="trace").fallback(x[:3])
         return {"checks": checks, "fallback": fallback, "text": text}, {}
 
-    # ------------------------------------------------------------------ files
-
-    def _gram_file(self, name: str) -> Path:
-        return self.folder / "work" / f"{name}.npy"
+    # ------------------------------------------------------------------ Gram matrices
 
     def _has_gram(self, key: str) -> bool:
-        return self._gram_file(f"{key}-train").exists()
-
-    def _write_gram(self, name: str, K: Tensor) -> None:
-        def write(aside: Path) -> None:
-            with open(aside, "wb") as handle:
-                np.save(handle, K.cpu().numpy(), allow_pickle=False)
-
-        write_atomically(self._gram_file(name), write)
+        return "absent" not in self.numbers[f"gram-{key}"]
 
     def _read_gram(self, name: str) -> Tensor:
-        if not self._gram_file(name).exists():
+        key = name.rpartition("-")[0]
+        if not self._has_gram(key):
             fix = "See why the stage that computes it is absent."
             raise refusal(f"kernel matrix {name}", got="none", expected="one from an earlier stage", fix=fix)
-        return torch.from_numpy(np.load(self._gram_file(name), allow_pickle=False))
+        try:
+            return self.files.read_gram(name)
+        except Damaged as error:
+            self.say(f"{error} It is computed again.")
+            self._gram(key)
+            return self.files.read_gram(name)

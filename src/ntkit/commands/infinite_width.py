@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import ensure_folder, read_json, write_json
+from ntkit.base.imports import same_random_numbers
 from ntkit.base.memory import free_memory
+from ntkit.base.regular_files import check_folder
+from ntkit.base.trust import code_of_user
 from ntkit.base.versions import versions
 from ntkit.commands.settings import InfiniteSettings
 from ntkit.data import Data, load
@@ -61,17 +64,21 @@ def infinite(
         half of the free memory.
     """
     s = settings or InfiniteSettings()
+    check_folder(s.out, "--out")
     if s.folds < 2 or s.epochs < 1:
         got, fix = f"{s.folds}, {s.epochs}", "Give larger numbers."
         raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
-    sets = load(s.data, s.data_dir, train=s.train, seed=s.seed)
-    network = build(s.model, sets.input_shape, len(sets.classes), s.seed)
+    with code_of_user({"--model": s.model, "--data": s.data}):
+        sets = load(s.data, s.data_dir, train=s.train, seed=s.seed)
+        network = build(s.model, sets.input_shape, len(sets.classes), s.seed)
     n, m = _check_size(sets, s.folds)
     names = ("model", "data", "train", "test", "folds", "epochs", "w_std", "b_std", "seed")
     values = asdict(s) | {"train": n, "test": m}
     record = {name: values[name] for name in names}
     if s.out is not None:
-        if (s.out / "run.json").exists() and read_json(s.out / "run.json").get("settings") != record:
+        start = s.out / "run.json"
+        old = read_json(start) if start.exists() else {"settings": record}
+        if not isinstance(old, dict) or old.get("settings") != record:
             fix = "Name another folder."
             raise refusal("--out", got=f"{s.out}, which holds another run", expected="a new folder", fix=fix)
         write_json(ensure_folder(s.out) / "run.json", {"settings": record, "versions": versions()})
@@ -105,6 +112,9 @@ def infinite(
 def _check_size(sets: Data, folds: int) -> tuple[int, int]:
     """Numbers of training and test examples; refuse sets too large for the memory or too small for the folds."""
     n, m = len(sets.x_train), len(sets.x_test)
+    if len(sets.classes) < 2:
+        got, fix = f"one class, {sets.classes[0]}", "Add examples of another class."
+        raise refusal("--data", got=got, expected="at least two classes", fix=fix)
     needed, free = 3 * 8 * n * (n + m), free_memory(torch.device("cpu"))
     if needed > free / 2:
         most = int(math.sqrt(free / 2 / 48))
@@ -121,7 +131,8 @@ def _accuracy(
     name: str, classifier: Classifier, sets: Data, folds: int, seed: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Mean accuracy over the folds with its standard error, and accuracy on the test set (None without one)."""
-    from sklearn.model_selection import StratifiedKFold
+    with same_random_numbers():
+        from sklearn.model_selection import StratifiedKFold
 
     y, y_test, scores = sets.y_train.numpy(), sets.y_test.numpy(), []
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
@@ -153,8 +164,9 @@ def _ridge(K: Tensor, K_test: Tensor, sets: Data) -> Classifier:
 
 def _rbf(sets: Data) -> Classifier:
     """scikit-learn's SVC with an RBF kernel, tuned by cross-validation within the rows to fit."""
-    from sklearn.model_selection import GridSearchCV
-    from sklearn.svm import SVC
+    with same_random_numbers():
+        from sklearn.model_selection import GridSearchCV
+        from sklearn.svm import SVC
 
     x, x_test = sets.x_train.flatten(1).double().numpy(), sets.x_test.flatten(1).double().numpy()
     y = sets.y_train.numpy()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntkit.base import progress
-from ntkit.base.checks import refusal
+from ntkit.base.checks import defined, refusal
 from ntkit.data import Data
 from ntkit.gram.gram_matrix import Gram
 from ntkit.jacobian.model_calls import raw_outputs
@@ -53,6 +53,9 @@ class TrainingTask:
 
     def __init__(self, model: nn.Module, data: Data) -> None:
         self.data, self.classes = data, len(data.classes)
+        if self.classes < 2:
+            got, fix = f"one class, {data.classes[0]}", "Add examples of another class."
+            raise refusal(f"data {data.name}", got=got, expected="at least two classes", fix=fix)
         self.outputs = outputs_of(model, data.x_train[:2]).shape[1]
         if self.outputs not in ({1, 2} if self.classes == 2 else {self.classes}):
             got = f"{self.outputs} outputs for {self.classes} classes"
@@ -100,9 +103,9 @@ def quality(K: Tensor, targets: Tensor) -> dict[str, Any]:
     gram = Gram(K)
     trace = float(gram.diagonal().sum())
     return {
-        "alignment": finite(alignment(gram, targets)),
-        "alignment_centered": finite(alignment(gram, targets, centered=True)),
-        "effective_rank": finite(effective_rank(gram)),
+        "alignment": defined(alignment, gram, targets),
+        "alignment_centered": defined(alignment, gram, targets, centered=True),
+        "effective_rank": defined(effective_rank, gram),
         "trace": trace,
         "scale": trace / len(K),
     }

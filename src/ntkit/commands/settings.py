@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ntkit.base.checks import Refused, nearest, refusal
+from ntkit.base.checks import Refused, check_name, nearest, refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +62,6 @@ class Settings:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, str(value))
 
-    @classmethod
-    def of(cls, stored: dict[str, Any]) -> Settings:
-        """Settings from ``run.json`` (JSON has lists where settings have tuples)."""
-        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
-        return cls(**fields)
-
     def check(self) -> None:
         """Refuse invalid values.
 
@@ -76,6 +70,8 @@ class Settings:
         Refused
             Names the option as the command line spells it.
         """
+        for name in ("data", "data_dir", "model", "weights"):
+            check_name("--" + name.replace("_", "-"), getattr(self, name) or "", "Rename it: reports name it.")
         for name in ("train", "test", "epochs", "batch_size", "track_points", "probe_samples"):
             value, low = getattr(self, name), 2 if name == "probe_samples" else 1
             if value is not None and (not isinstance(value, int) or value < low):
@@ -94,9 +90,14 @@ class Settings:
                 raise _bad(name, value, f"one of {', '.join(names)}", nearest(str(value), names))
 
     def slug(self) -> str:
-        """Short folder name."""
+        """Short folder name, at most 60 characters: a name may have 255 bytes."""
         model = Path(self.model.rpartition(":")[0] or self.model).stem
-        return "-".join([model, Path(self.data).stem, *(self.classes or ())])
+        return "-".join([model, Path(self.data).stem, *(self.classes or ())])[:60]
+
+    def named_code(self, changed: bool = False) -> dict[str, str]:
+        """Option and name of what may be the user's own code; with `changed` only what differs from the defaults."""
+        names = {"--model": self.model, "--data": self.data}
+        return {o: n for o, n in names.items() if not changed or n != getattr(Settings, o[2:])}
 
     def arguments(self) -> list[str]:
         """Command-line arguments for these settings: data and model, and all that differ from the defaults."""

@@ -11,13 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import Refused, refusal
-from ntkit.base.files import read_json, write_arrays
+from ntkit.base.checks import Refused, defined, refusal
+from ntkit.base.files import read_json
+from ntkit.base.lock import FolderLock
+from ntkit.base.regular_files import check_folder
+from ntkit.base.run_files import AnalysisRun, described
+from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.commands.settings import Settings, TrackSettings
 from ntkit.data import load
 from ntkit.measures.eigenfunctions import bandwidth, patterns
 from ntkit.networks.built_in import build
-from ntkit.tracking import Tracked, scalars, track
+from ntkit.tracking import Tracked, scalars, track, write_images
 from ntkit.trajectory import Trajectory
 
 _DRAWN = 6  # eigenvectors that the page shows as images
@@ -38,7 +42,9 @@ _COLUMNS = (
 )
 
 
-def track_run(run: Path, settings: TrackSettings | None = None, say: Callable[[str], None] = print) -> Path:
+def track_run(
+    run: Path, settings: TrackSettings | None = None, say: Callable[[str], None] = print, trust: bool = False
+) -> Path:
     """Track a run of `ntkit analyze`, or a trajectory of `ntkit.train` or `ntkit.record`; return the folder written.
 
     Parameters
@@ -46,14 +52,18 @@ def track_run(run: Path, settings: TrackSettings | None = None, say: Callable[[s
     run : a run folder of `analyze`, which names model and data; or a trajectory's folder (then the settings name both).
     settings : what to follow, and how.
     say : called with each line.
+    trust : run the code that the run folder names even if it has never been run here; without it, name the same `model`
+        (and `data`) in the settings.
 
     Raises
     ------
     Refused
-        When the folder holds no run, or model and data are missing.
+        When the folder holds no run, or model and data are missing. When the folder names code that has not been run
+        here, before any of it is imported.
     """
     s = settings or TrackSettings()
-    folder, network, x, y = _run_to_follow(run, s)
+    check_folder(s.out or run, "--out" if s.out else "run")
+    folder, network, x, y = _run_to_follow(run, s, trust)
     place = s.out or run / "track"
     say(" ".join(f"{title:>{len(form.format(0))}}" for title, _, form in _COLUMNS))
     while True:
@@ -75,41 +85,46 @@ def track_run(run: Path, settings: TrackSettings | None = None, say: Callable[[s
         time.sleep(_PAUSE)
     if s.tensorboard is not None:
         tracked.to_tensorboard(s.tensorboard)
-    if x.dim() == 4 and s.outputs == "trace":
-        _draw(tracked, x, place)
     from ntkit.report import render_tracked
 
-    say(f"report: {render_tracked(place)}")
+    with FolderLock(place):
+        if x.dim() == 4 and s.outputs == "trace":
+            _draw(tracked, x, place)
+        say(f"report: {render_tracked(place)}")
     return place
 
 
 def _draw(tracked: Tracked, x: Tensor, place: Path) -> None:
     """Write the top eigenvectors as images, with their frequencies, for the page."""
     images = [patterns(np.nan_to_num(tracked.eigenvectors(step)[:, :_DRAWN]), x) for step in tracked.steps]
+    widths = defined(bandwidth, torch.stack(images))  # not defined where every kernel is zero
     arrays = {
         "mean": x.double().mean((0, 1)).float().cpu().numpy(),
         "steps": np.asarray(tracked.steps),
         "eigenfunctions": torch.stack(images).float().numpy(),
-        "bandwidth": torch.stack([bandwidth(of_step) for of_step in images]).numpy(),
+        "bandwidth": (torch.full((len(images), len(images[0])), torch.nan) if widths is None else widths).numpy(),
     }
-    write_arrays(place / "images.safetensors", arrays)
+    write_images(place, arrays)
 
 
-def _run_to_follow(run: Path, settings: TrackSettings) -> tuple[Path, nn.Module, Tensor, Tensor]:
+def _run_to_follow(run: Path, settings: TrackSettings, trust: bool) -> tuple[Path, nn.Module, Tensor, Tensor]:
     """Trajectory folder, model and points."""
-    described = read_json(run / "run.json")
-    folder, model, seed = run, settings.model, 0
-    if isinstance(described, dict) and "settings" in described and (run / "trajectory").is_dir():
-        s = Settings.of(described["settings"])
-        folder, model, seed = run / "trajectory", s.model, s.seed
-        sets = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
-    elif model is None or settings.data is None:
+    told = read_json(run / "run.json")
+    if isinstance(told, dict) and "identity" in told and (run / "trajectory").is_dir():
+        described(run / "run.json", told, AnalysisRun)
+        s, folder = described(run / "run.json", told["settings"], Settings, "settings"), run / "trajectory"
+        given = {"--model": settings.model, "--data": settings.data}
+        code = code_of_run(run, s.named_code(), told["identity"], given, trust)
+    elif settings.model is None or settings.data is None:
         got, expected = "a recorded trajectory without --model and --data", "both, or a run folder of ntkit analyze"
         fix = "Name the factory of its architecture and the data to follow: --model net.py:make --data set.npz."
         raise refusal(str(run), got=got, expected=expected, fix=fix)
     else:
-        sets = load(settings.data, settings.data_dir)
-    network = build(model, sets.input_shape, 1 if len(sets.classes) == 2 else len(sets.classes), seed)
+        s, folder = Settings(model=settings.model, data=settings.data, data_dir=settings.data_dir), run
+        code = code_of_user(s.named_code())
+    with code:
+        sets = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
+        network = build(s.model, sets.input_shape, 1 if len(sets.classes) == 2 else len(sets.classes), s.seed)
     rows = torch.linspace(0, len(sets.x_train) - 1, min(settings.points, len(sets.x_train))).long()
     return folder, network, sets.x_train[rows], sets.y_train[rows]
 

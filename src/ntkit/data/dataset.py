@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,15 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ntkit.base.checks import nearest, refusal
-from ntkit.base.factory import find
+from ntkit.base.checks import check_name, nearest, refusal
+from ntkit.base.factory import find, is_code
+from ntkit.base.memory import check_room
 from ntkit.base.tensors import tensor_hash
-from ntkit.data import readers
+from ntkit.data.cifar_reader import CIFAR10_EXPECTED, read_cifar10
 from ntkit.data.examples import Kind, examples, restored_random_states, stack
-from ntkit.data.readers import Files
+from ntkit.data.image_reader import read_image_folder
+from ntkit.data.npz_reader import read_npz
+from ntkit.data.readers import MNIST_EXPECTED, NO_DOWNLOAD, Files, read_digits, read_mnist
 from ntkit.data.splits import class_indices, class_names, draw, held_out_quotas, stratified
 
 Pair = tuple[Tensor | ArrayLike, Tensor | ArrayLike]  # x and labels
@@ -86,11 +90,11 @@ def load(
     ----------
     name_or_path : ``"digits"`` (embedded in scikit-learn, 8 x 8 pixels / 16; a fixed stratified split, 1,437 / 360),
         ``"mnist"`` or ``"cifar10"`` (official files in `data_dir`), or a path: an ``.npz`` file, or a folder of PNG or
-        JPEG images in ``train/CLASS/`` and ``test/CLASS/``, or in ``CLASS/``. Data without a test set is split 80/20,
-        stratified, always in the same way. In an ``.npz``: uint8 of rank 3 or 4 is images (/ 255), floats become
-        float32 unscaled, int16/32/64 of rank 2 is tokens. Or ``file.py:factory`` or ``package.module:factory``: a
-        function without arguments that returns a torch dataset, a pair of them (training, test), tensors ``(x, y)``, a
-        pair of such pairs, or a `Data`.
+        JPEG images in ``train/CLASS/`` and ``test/CLASS/``, or in ``CLASS/`` (pixels as stored: EXIF orientation does
+        not turn them). Data without a test set is split 80/20, stratified, always in the same way. In an ``.npz``:
+        uint8 of rank 3 or 4 is images (/ 255), floats become float32 unscaled, int16/32/64 of rank 2 is tokens. Or
+        ``file.py:factory`` or ``package.module:factory``: a function without arguments that returns a torch dataset, a
+        pair of them (training, test), tensors ``(x, y)``, a pair of such pairs, or a `Data`.
     data_dir : folder of the official MNIST or CIFAR-10 files.
     classes : the classes to use, by name or else by index; their order defines the labels 0, 1, ...
     train, test : sizes of stratified samples, in the data's order; None = all examples.
@@ -184,27 +188,27 @@ def from_dataset(
 def _read(name_or_path: str | Path, data_dir: str | Path | None) -> tuple[Files, str, str]:
     """The content of the files, the name of the data set, and its subject in errors."""
     if name_or_path == "digits":
-        return readers.read_digits(), "digits", "digits"
-    official = {
-        "mnist": (readers.read_mnist, readers.MNIST_EXPECTED),
-        "cifar10": (readers.read_cifar10, readers.CIFAR10_EXPECTED),
-    }
+        return read_digits(), "digits", "digits"
+    official = {"mnist": (read_mnist, MNIST_EXPECTED), "cifar10": (read_cifar10, CIFAR10_EXPECTED)}
     if isinstance(name_or_path, str) and name_or_path in official:
         read, files = official[name_or_path]
         if data_dir is None:
             expected = f"the folder of {files}"
-            raise refusal(f"data_dir for {name_or_path}", got="none", expected=expected, fix=readers.NO_DOWNLOAD)
-        folder = Path(data_dir).expanduser()
+            raise refusal(f"data_dir for {name_or_path}", got="none", expected=expected, fix=NO_DOWNLOAD)
+        folder = Path(os.path.expanduser(data_dir))
         return read(folder), name_or_path, str(folder)
-    path = Path(name_or_path).expanduser()
-    if ":" in str(name_or_path) and not path.exists():
+    if is_code("--data", str(name_or_path)):
         return _from_factory(str(name_or_path))
-    if path.is_dir():
-        return readers.read_image_folder(path), path.resolve().name, str(path)
+    path = Path(os.path.expanduser(name_or_path))
+    name = os.path.basename(os.path.abspath(path))
+    if os.path.isdir(path):
+        check_name("data", name, "Rename the folder.")
+        return read_image_folder(path), name, str(path)
     if path.suffix == ".npz":
-        return readers.read_npz(path), path.stem, str(path)
+        check_name("data", name, "Rename the file.")
+        return read_npz(path), path.stem, str(path)
     expected = "digits, mnist, cifar10, the path of an .npz file or of a folder of images, or file.py:factory"
-    if path.exists():
+    if os.path.lexists(path):
         raise refusal(str(path), got="another kind of file", expected=expected, fix="Save arrays with numpy.savez.")
     got = f"{str(name_or_path)!r}, neither the name of a data set nor a file"
     raise refusal("data", got=got, expected=expected, fix=nearest(str(name_or_path), ["digits", *official]))
@@ -283,6 +287,7 @@ def _build(
     inputs = [x if len(index) == len(x) else x[index] for (x, _), index in zip(sets, rows, strict=True)]
     normalisation = "token ids as given" if kind == "tokens" else "values as given, no scaling or centering"
     if x.dtype == torch.uint8:
+        check_room(subject, 4 * sum(x.numel() for x in inputs))
         inputs = [x.to(torch.float32, memory_format=torch.contiguous_format).div_(files.scale) for x in inputs]
         normalisation = f"pixels / {files.scale:.0f}, no centering"
     y_train, y_test = (y.to(x.device) for y in labels)

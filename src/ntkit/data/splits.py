@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import nearest, refusal
+from ntkit.base.checks import check_name, nearest, refusal
 
 
 def draw(y: Tensor, count: int, where: str, seed: int, part: int) -> Tensor:
@@ -74,8 +74,10 @@ def class_names(names: Sequence[str] | None, sets: dict[str, Tensor]) -> tuple[s
             raise refusal(f"{subject}, labels y", got=got, expected=f"0 to {limit - 1}", fix=fix)
     largest = max(int(y.max()) for y in sets.values())
     result = tuple(map(str, range(largest + 1) if names is None else names))
+    for name in result:
+        check_name("classes", name, "Rename the class.")
     if len(set(result)) < len(result):
-        raise refusal("classes", got=", ".join(result), expected="different names", fix="Rename one.")
+        raise refusal("classes", got=", ".join(result[:20]), expected="different names", fix="Rename one.")
     return result
 
 

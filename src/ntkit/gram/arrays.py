@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import Refused, refusal
+from ntkit.base.numbers import check_dense
 
 Matrix = np.ndarray | Tensor
 AnyMatrix = TypeVar("AnyMatrix", np.ndarray, Tensor)  # numpy in, numpy out; torch in, torch out
@@ -22,25 +23,40 @@ def as_tensor(value: Any, name: str) -> Tensor:
     Raises
     ------
     Refused
-        For complex values, values that are no numbers, and rows of unequal length.
+        For complex values, values that are no numbers, rows of unequal length, and tensors that are sparse, quantized,
+        nested or without values (device "meta").
     """
     fix = "Pass a real array or tensor."
     if isinstance(value, Tensor):
         if value.is_complex():
             raise refusal(name, got="complex values", expected="real numbers", fix=fix)
+        check_dense(value, name)
         return value.detach().cpu() if value.device.type == "mps" else value.detach()  # that device has no float64
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise refusal(name, got="rows of unequal length", expected="real numbers", fix=fix) from error
+    array = as_array(value, name, "real numbers", fix)
     if array.dtype.kind not in "fiub":
         got = "complex values" if array.dtype.kind == "c" else f"{array.dtype} values"
+        got = type(value).__name__ if array.dtype.kind == "O" and array.ndim == 0 else got
         raise refusal(name, got=got, expected="real numbers", fix=fix)
     torch_has_it = array.dtype.kind == "f" and array.dtype.itemsize <= 8
     dtype = array.dtype.newbyteorder("=") if torch_has_it else np.float64
     shared = array.flags.writeable and all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
     # torch takes no negative strides, and warns of read-only arrays: those are copied
     return torch.from_numpy(np.asarray(array, dtype) if shared else np.require(array, dtype, ["C", "W"]))
+
+
+def as_array(value: Any, name: str, expected: str, fix: str) -> np.ndarray:
+    """Take what numpy takes; refuse rows of unequal length, sparse matrices and what numpy cannot read."""
+    if hasattr(value, "toarray"):
+        raise refusal(
+            name, got=f"a sparse {type(value).__name__}", expected="a dense array", fix="Pass its .toarray()."
+        )
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise refusal(name, got="rows of unequal length", expected=expected, fix=fix) from error
+    except (TypeError, RuntimeError) as error:
+        got = f"{type(value).__name__} that numpy cannot read ({error})"
+        raise refusal(name, got=got, expected=expected, fix=fix) from error
 
 
 def as_floats(value: Any, name: str) -> Tensor:

@@ -151,7 +151,16 @@ class Gram:
     def _places(self, index: Index) -> Tensor:
         if isinstance(index, slice):
             return torch.arange(len(self), device=self.device)[index]
-        return torch.as_tensor(index, dtype=torch.long, device=self.device)
+        try:
+            places = torch.as_tensor(index, device=self.device)
+            ok = places.ndim == 1 and not places.is_floating_point() and places.dtype != torch.bool
+            ok = ok and (not len(places) or bool(-len(self) <= places.min() and places.max() < len(self)))
+        except (TypeError, ValueError, RuntimeError):
+            ok, places = False, torch.empty(0)
+        if not ok and not (isinstance(index, list) and not index):
+            expected = f"a slice or a list of places from 0 to {len(self) - 1}"
+            raise refusal("index", got=repr(index)[:80], expected=expected, fix="Pass e.g. [0, 3].")
+        return places.long()
 
     def diagonal(self) -> Tensor:
         """The diagonal of K in float64, [N]."""

@@ -155,7 +155,7 @@ class Engine:
 
         def exclude(reasons: dict[str, str]) -> None:
             for structure in (job.left, job.right) if job is not None else ():
-                structure.fallback |= reasons
+                structure.exclude(reasons)
 
         def smallest() -> bool:  # whether less memory would change nothing
             return job is None or plan is not None or job.plan.tile == job.plan.batch == 1

@@ -73,7 +73,7 @@ class Gradients:
         Refused
             When an output is not finite, none depends on the parameters, or the forward drew random numbers.
         """
-        with _without_fused_rnn() if plain_rnn else contextlib.nullcontext():
+        with without_fused_rnn(plain_rnn):
             out = reduce_outputs(call(self.model, x), self.outputs, count(x))
         if watch and drew():
             raise random_forward(self.model)
@@ -103,7 +103,7 @@ class Gradients:
         Irregular
             When this batch's rows do not follow the established layout.
         """
-        with untouched(self.model, self.params):
+        with untouched(self.model, self.params), without_fused_rnn(structure.plain_rnn):
             if count(x) == 1:  # some layers take another path for a batch of one
                 pair = self.batch(take(x, [0, 0]), structure, None if cotangents is None else cotangents[:, [0, 0]])
                 return {name: factor.first() for name, factor in pair.items()}
@@ -116,7 +116,7 @@ class Gradients:
                 raise Irregular({})
             since = self._checked.get(n, _ALONE) + n  # samples may mix in large batches only
             if since > _ALONE:
-                self.compare_alone(x, out, n // 2)
+                self.compare_alone(x, out, n // 2, structure.eps)
                 since = 0
             self._checked[n] = since
             constant = structure.constant if names == structure.names else ()
@@ -149,9 +149,12 @@ class Gradients:
             for m, graph in graphs
         )
 
-    def compare_alone(self, x: Batch, out: Tensor, s: int) -> None:
-        """Refuse a model whose output for sample `s` is another one when the sample is evaluated alone."""
-        tolerance = max(torch.finfo(dtype).eps for dtype in {out.dtype, *self.dtypes()}) ** 0.5
+    def compare_alone(self, x: Batch, out: Tensor, s: int, eps: float) -> None:
+        """Refuse a model whose output for sample `s` is another one when the sample is evaluated alone.
+
+        ``eps``: rounding of the coarsest precision anywhere in the graph.
+        """
+        tolerance = eps**0.5
         out, alone = out.detach(), self.forward(take(x, slice(s, s + 1)))
         gap = (alone.detach()[0] - out[s]).abs().max()
         if gap <= tolerance * out.abs().max() + torch.finfo(out.dtype).tiny:
@@ -374,7 +377,11 @@ def _looped_products(outputs: list, inputs: list, vectors: list[Tensor]) -> tupl
 
 
 @contextlib.contextmanager
-def _without_fused_rnn() -> Iterator[None]:
+def without_fused_rnn(wanted: bool) -> Iterator[None]:
+    """Run recurrent layers step by step, in the backward pass (of a checkpoint) too."""
+    if not wanted:
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*TF32 acceleration.*")
         cudnn = torch.backends.cudnn

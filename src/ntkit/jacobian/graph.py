@@ -114,13 +114,26 @@ def ends_process(node: Node) -> bool:
     """Whether PyTorch ends the process if a backward pass through this node leaves out its input's gradient."""
     if node.name() != "NativeGroupNormBackward0":
         return False
-    return node._saved_input.device.type == "cpu" and _channels_last(node._saved_input)
+    t = node._saved_input
+    return t.device.type == "cpu" and (_channels_last(t) or _has_channels_last_strides(t))
 
 
 def _channels_last(t: Tensor) -> bool:
     """Whether PyTorch takes a tensor's order in memory for channels-last; strides of size-one axes do not count."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return t.dim() in formats and not t.is_contiguous() and t.is_contiguous(memory_format=formats[t.dim()])
+
+
+def _has_channels_last_strides(t: Tensor) -> bool:
+    """Whether all strides, those of size-one axes too, are channels-last (as c10's suggest_memory_format has it)."""
+    if t.dim() not in (4, 5) or t.stride(1) == 0:
+        return False
+    least = 0
+    for d in (1, *range(t.dim() - 1, 1, -1), 0):
+        if t.stride(d) < least or (d == 0 and least == t.stride(1)):
+            return False
+        least = t.stride(d) * max(t.shape[d], 1)
+    return True
 
 
 def _ordered(t: Tensor, channels_last: bool) -> Tensor:

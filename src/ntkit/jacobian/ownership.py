@@ -75,8 +75,8 @@ class Code:
 
     def owned(self, cot: Tensor) -> bool:
         """Whether cotangents [n, K + 1, ...] (the coded one last) belong to the samples they are said to."""
-        plain = torch.einsum("k,nk...->n...", self.direction, cot[:, :-1])
-        expected = self.scale.reshape(-1, *(1,) * (plain.dim() - 1)) * plain
+        plain = torch.einsum("k,nk...->n...", self.direction.to(cot), cot[:, :-1])
+        expected = self.scale.to(cot).reshape(-1, *(1,) * (plain.dim() - 1)) * plain
         error = (cot[:, -1] - expected).abs().max() if plain.numel() else plain.sum()
         peak = cot.abs().max() if cot.numel() else error
         return bool(error <= self.eps**0.5 * peak)
@@ -86,12 +86,12 @@ class Code:
         if not cot.numel():  # an expert that no row was handed to
             return Assigned(torch.full((len(self.scale), 1), cot.shape[1], device=cot.device))
         flat = cot.flatten(2) if cot.dim() > 2 else cot[..., None]
-        plain, coded = torch.einsum("k,kra->ra", self.direction, flat[:-1]), flat[-1]
-        norm = plain.square().sum(1)
+        plain, coded = torch.einsum("k,kra->ra", self.direction.to(flat), flat[:-1]), flat[-1]
+        norm, scale = plain.square().sum(1), self.scale.to(flat)
         ratio = (coded * plain).sum(1) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        owner = (ratio[:, None] - self.scale).abs().argmin(1)
+        owner = (ratio[:, None] - scale).abs().argmin(1)
         peak = flat.abs().amax((0, 2))
-        wrong = (coded - self.scale[owner][:, None] * plain).abs().amax(1) > self.eps**0.5 * peak
+        wrong = (coded - scale[owner][:, None] * plain).abs().amax(1) > self.eps**0.5 * peak
         hidden = norm.sqrt() <= self.eps**0.5 * peak  # all outputs cancel in the direction: it tells nothing
         if (wrong | hidden)[peak > 0].any():
             return None

@@ -40,7 +40,7 @@ def differentiated_twice(gradients: Gradients, x: Batch, u: list[Tensor]) -> Ten
     params = list(gradients.params.values())
     with untouched(gradients.model, gradients.params), sdpa_kernel(SDPBackend.MATH):
         out = gradients.forward(x)
-        c = torch.zeros_like(out, requires_grad=True)
+        c = torch.ones_like(out, requires_grad=True)  # at 0 some derivatives are not finite
         try:
             pulled = torch.autograd.grad([out], params, [c], create_graph=True, allow_unused=True)
             used = [(g, i) for i, g in enumerate(pulled) if g is not None and g.requires_grad]

@@ -32,14 +32,19 @@ def rule(*nodes: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _summed(values: Tensor, use: Use, owner: Owner | Assigned, n: int, align: int | None = None) -> Rows:
-    """Sum [C, *node shape] over positions to W's shape, per sample; W broadcasts from the right, or at axis `align`."""
+def _summed(values: Tensor, use: Use, owner: Owner | Assigned, n: int, align: int | None = None) -> Rows | None:
+    """Sum [C, *node shape] over positions to W's shape, per sample; W broadcasts from the right, or at axis `align`.
+
+    None where samples share out the rows of W itself: which rows are a sample's is then lost.
+    """
     per_sample = owner.split(values, n, lead=1)  # [n, C, *shape without the batch]
     rank = per_sample.dim() - 2
     if align is None:
         target = (1,) * (rank - len(use.shape)) + use.shape
     else:
         target = (1,) * align + use.shape + (1,) * (rank - align - len(use.shape))
+    if isinstance(owner, Assigned) and target[owner.dim] != 1:
+        return None
     over = [d + 2 for d, size in enumerate(target) if size == 1 and per_sample.shape[d + 2] != 1]
     if over:
         per_sample = per_sample.sum(over, keepdim=True)
@@ -255,7 +260,7 @@ def _batch_norm(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Facto
 
 
 @rule("AddBackward0", "SubBackward0", "ExpandBackward0")
-def _broadcast(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor:
+def _broadcast(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     if use.slot == 1 and use.node.name() != "ExpandBackward0":
         factor = -use.node._saved_alpha if use.node.name() == "SubBackward0" else use.node._saved_alpha
         cot = cot * factor if factor != 1 else cot
@@ -264,6 +269,8 @@ def _broadcast(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor
 
 @rule("RepeatBackward0")
 def _repeat(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
+    if isinstance(owner, Assigned):
+        return None
     per_sample = owner.split(cot, n, lead=1)
     lead = per_sample.dim() - 2 - len(use.shape)
     per_sample = per_sample.sum(tuple(range(2, 2 + lead))) if lead else per_sample
@@ -275,12 +282,12 @@ def _repeat(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | 
 
 
 @rule("MulBackward0")
-def _product(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor:
+def _product(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     return _summed(cot * (use.node._saved_other if use.slot == 0 else use.node._saved_self), use, owner, n)
 
 
 @rule("DivBackward0")
-def _quotient(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor:
+def _quotient(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
     below = use.node._saved_other
     if use.slot == 0:
         return _summed(cot / below, use, owner, n)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.base.checks import refusal
-from ntkit.jacobian.factors import Gradients, signatures_of, with_keys
+from ntkit.jacobian.factors import Gradients, signatures_of, with_keys, without_fused_rnn
 from ntkit.jacobian.graph import Use, find_uses, nodes_behind, nodes_from, own_functions, shapes_of, sizes_of
 from ntkit.jacobian.model_calls import hooks, untouched
 from ntkit.jacobian.ownership import establish
@@ -118,14 +118,16 @@ def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> 
     masked = torch.zeros(PROBE, PROBE, out.shape[1], dtype=out.dtype, device=out.device)
     masked[range(PROBE), range(PROBE)] = draw[0]
     ruled = [use for use in uses if use.node.name() in RULES]
-    cotangents = gradients.backward(out, [use.node for use in ruled], masked)
+    with without_fused_rnn(plain_rnn):
+        cotangents = gradients.backward(out, [use.node for use in ruled], masked)
     position = {node: i for i, node in enumerate(nodes)}
     shapes = {use.node: shapes_of(fewer[position[use.node]])[0] for use in ruled} if same_nodes else {}
     _assign_owners(structure, uses, cotangents, shapes, any(_moves_rows(node) for node in nodes))
-    structure.fallback |= irregular
+    structure.exclude(irregular)
     hooked = {name: "a gradient hook on it" for name, p in gradients.params.items() if p._backward_hooks}
-    structure.fallback |= {name: reason for name, reason in hooked.items() if name not in structure.unused}
-    factors = gradients.factors(out, uses, structure, draw, PROBE)
+    structure.exclude({name: reason for name, reason in hooked.items() if name not in structure.unused})
+    with without_fused_rnn(plain_rnn):
+        factors = gradients.factors(out, uses, structure, draw, PROBE)
     structure.sizes = {name: _size(f, gradients.params[name]) for name, f in factors.items()}
     structure.sizes |= {name: Size(gradients.params[name].numel()) for name in structure.fallback}
     structure.shared = _shared(uses, structure)
@@ -288,7 +290,7 @@ def _compare(
             raise _disagreement(gradients, out, name, f"{what}: error {error.norm():.3g}, norm {own:.3g}")
 
     for s in range(PROBE):
-        gradients.compare_alone(probe, out, s)
+        gradients.compare_alone(probe, out, s, eps)
         mixed = draw[0, s] - 0.6 * draw[1, s]
         reference = gradients.single(take(probe, slice(s, s + 1)), names, torch.stack([*draw[:, s], mixed]))
         whole = float(torch.stack([g[:2].norm().to(out) for g in reference.values()]).norm())
@@ -297,13 +299,19 @@ def _compare(
             check(name, both - (first - 0.6 * second), own, whole, "is not linear in the cotangent")
             of_batch[name] += first
             bound[name] += own
+            if name not in factors and name not in structure.fallback:
+                raise _disagreement(gradients, out, name, "is missing")
             if name in factors:
                 with torch.no_grad():
                     rows = factors[name].rows()[s].reshape(2, -1)
+                if rows.shape != reference[name][:2].shape:
+                    what = f"has {rows.shape[1]} entries, not {reference[name].shape[1]}"
+                    raise _disagreement(gradients, out, name, what)
                 error = rows - reference[name][:2]
                 check(name, error, own, whole, f"differs from plain autograd on sample {s} of the self-check")
     params = [gradients.params[name] for name in names]
-    of_samples, whole = gradients.in_one_pass(out, params, draw[0]), max(bound.values())
+    with without_fused_rnn(structure.plain_rnn):
+        of_samples, whole = gradients.in_one_pass(out, params, draw[0]), max(bound.values())
     for name, gradient in zip(names, of_samples, strict=True):
         error = gradient.reshape(-1) - of_batch[name]
         check(name, error, bound[name], whole, "of a batch differs from the sum over its samples")

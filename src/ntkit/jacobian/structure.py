@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ntkit.jacobian.ownership import Owner
@@ -115,6 +116,17 @@ class Structure:
     twice: bool | None = None  # whether differentiating twice gives the Jacobian's products; None: not compared yet
     plain_rnn: bool = False  # whether fused recurrent layers are run step by step, since they hide their steps
     bytes_per_sample: int = 0  # of saved tensors and cotangents, for one output
+
+    def exclude(self, reasons: Mapping[str, str]) -> None:
+        """Send parameters to the fallback, and with them all that are behind a use of theirs."""
+        self.fallback |= reasons
+        waiting = list(reasons)
+        while waiting:
+            name = waiting.pop()
+            for signature in self.signatures.get(name, ()):
+                together = [other for other in signature[0] if other not in self.fallback]
+                self.fallback |= dict.fromkeys(together, f"used together with {name}")
+                waiting += together
 
     def covers(self, n: int) -> bool:
         """Whether it was established on as many different samples as n could show."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, take
+from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.graph import find_uses, nodes_behind
-from ntkit.jacobian.model_calls import call, check_mode, select_parameters, untouched
+from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 
 _BATCH = 256
@@ -48,20 +48,25 @@ class ConjugateKernel(Kernel):
     """
 
     def __init__(self, model: nn.Module, layer: str | None = None) -> None:
+        check_module(model)
         self._model = model
         self._layer: nn.Module | None = None
         if layer is not None:
             modules = dict(model.named_modules())
-            if layer not in modules:
-                raise refusal("layer", got=repr(layer), expected="a submodule's name", fix=nearest(layer, modules))
+            if not isinstance(layer, str) or layer not in modules:
+                fix = nearest(str(layer)[:80], modules)
+                raise refusal("layer", got=repr(layer)[:80], expected="a submodule's name", fix=fix)
             self._layer = modules[layer]
 
     @own_context()
     def features(self, x: Batch) -> Tensor:
-        """phi(x), [n, d]."""
+        """phi(x), [n, d]; under autocast, where features come in half precision, in the precision of the weights."""
         check_mode(self._model)
+        x = checked(x, "x")
         parts = [self._features(take(x, slice(s, s + _BATCH))) for s in range(0, count(x), _BATCH)]
-        return torch.cat(parts)
+        phi = torch.cat(parts)
+        dtype = next(self._model.parameters()).dtype
+        return phi.to(torch.promote_types(phi.dtype, dtype))
 
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:
@@ -71,9 +76,9 @@ class ConjugateKernel(Kernel):
 
     def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
         phi = self.features(x1)
-        if x2 is None:
-            return written(mirrored(phi @ phi.T), out)
-        return written(phi @ self.features(x2).T, out)
+        other = phi if x2 is None else self.features(x2)
+        values = phi @ other.T
+        return written(mirrored(values) if x2 is None else values, out)
 
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
         phi = self.features(x1)

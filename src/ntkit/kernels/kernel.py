@@ -13,6 +13,7 @@ from torch import Tensor
 from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Refused, refusal
+from ntkit.base.numbers import check_dense
 
 
 class Kernel(ABC):
@@ -73,11 +74,18 @@ class Kernel(ABC):
 
 def _writable(out: Any) -> Tensor | None:
     """The user's array as a tensor over the same memory."""
+    if isinstance(out, Tensor):
+        check_dense(out, "out")
+        if out.requires_grad:
+            fix = "Allocate it with requires_grad=False."
+            raise refusal("out", got="a tensor that requires grad", expected="one to write into", fix=fix)
     if out is None or isinstance(out, Tensor):
         return out
-    if isinstance(out, np.ndarray) and out.flags.writeable:
+    if isinstance(out, np.ndarray) and out.flags.writeable and out.dtype.kind in "fiubc":
         return torch.from_numpy(out)
-    got = "a read-only array" if isinstance(out, np.ndarray) else type(out).__name__
+    got = type(out).__name__
+    if isinstance(out, np.ndarray):
+        got = f"an array of {out.dtype}" if out.flags.writeable else "a read-only array"
     expected = "a tensor or a writable numpy array"
     raise refusal("out", got=got, expected=expected, fix='Open a memmap with mode "r+" or "w+".')
 
@@ -128,6 +136,9 @@ class KernelOperator:
     @own_context()
     def __matmul__(self, v: Tensor) -> Tensor:
         """K v."""
+        if not isinstance(v, Tensor):
+            raise refusal("vector", got=type(v).__name__, expected="a tensor", fix="Pass torch.as_tensor(v).")
+        check_dense(v, "vector")
         if v.dim() not in (1, 2) or v.shape[0] != self.shape[0]:
             got, expected = f"shape {tuple(v.shape)}", f"({self.shape[0]},) or ({self.shape[0]}, k)"
             raise refusal("vector", got=got, expected=expected, fix="Flatten samples first, outputs second.")

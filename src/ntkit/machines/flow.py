@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import as_number
 from ntkit.gram.arrays import AnyMatrix, Matrix, as_tensor, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram
 from ntkit.machines.descent import Loss, descend, gradient
@@ -82,18 +83,21 @@ class GradientFlow(Machine):
     residual_: float
 
     def __init__(self, lr: float | None = None, momentum: float = 0.0, loss: Loss | None = None):
-        if lr is not None and not 0 < lr < float("inf"):
-            raise refusal("lr", got=lr, expected="a learning rate > 0, or None", fix="None is continuous time.")
-        if not 0 <= momentum < 1:
-            raise refusal("momentum", got=momentum, expected="a number in [0, 1)", fix="0 is plain gradient descent.")
-        if momentum and lr is None:
+        rate = None
+        if lr is not None:
+            expected = "a learning rate > 0, or None"
+            rate = as_number(lr, "lr", lambda v: 0 < v < float("inf"), expected, "None is continuous time.")
+        fix = "0 is plain gradient descent."
+        heavy = as_number(momentum, "momentum", lambda v: 0 <= v < 1, "a number in [0, 1)", fix)
+        if heavy and lr is None:
             raise refusal("momentum", got="no lr", expected="discrete time", fix="Pass lr= as to torch.optim.SGD.")
         if loss is not None and (lr is not None or not callable(loss)):
             got = "lr as well" if lr is not None else type(loss).__name__
             raise refusal(
                 "loss", got=got, expected="a function of outputs and y, in continuous time", fix="Leave out lr=."
             )
-        self.lr, self.momentum, self.loss_fn = None if lr is None else float(lr), float(momentum), loss
+        self.lr, self.momentum, self.loss_fn = lr, momentum, loss
+        self._lr, self._momentum = rate, heavy
         self._start: Tensor | None = None
 
     def fit(self, K: Gram | Matrix, y: Any, initial: Matrix | None = None) -> GradientFlow:
@@ -129,7 +133,7 @@ class GradientFlow(Machine):
         rounding = max(n * _EPS, gram.precision) * top
         self.noise_ = max(rounding, -4 * lowest)  # rounding is of either sign, and not of one size
         self.residual_ = defect / (size or 1.0)
-        self.max_learning_rate_ = 2 * (1 + self.momentum) / top if top > 0 else float("inf")
+        self.max_learning_rate_ = 2 * (1 + self._momentum) / top if top > 0 else float("inf")
         self.status_, self.advice_ = "solved", ""
         if lowest < -rounding:
             self.status_ = "indefinite"
@@ -137,9 +141,11 @@ class GradientFlow(Machine):
                 f"K has the eigenvalue {n * lowest:.1e}, below the rounding of {n * rounding:.1e}; eigenvalues up to "
                 "its size are taken as 0. Compute K in float64."
             )
-        if self.lr is not None and self.lr >= self.max_learning_rate_:
+        if self._lr is not None and self._lr >= self.max_learning_rate_:
             self.status_ = "unstable"
-            self.advice_ = f"lr = {self.lr:g} diverges: use one below max_learning_rate_ = {self.max_learning_rate_:g}."
+            self.advice_ = (
+                f"lr = {self._lr:g} diverges: use one below max_learning_rate_ = {self.max_learning_rate_:g}."
+            )
         if self.loss_fn is not None:
             value, slope = gradient(self.loss_fn, start, y_)
             if not (torch.isfinite(value) and torch.isfinite(slope).all()):
@@ -245,7 +251,7 @@ class GradientFlow(Machine):
             value = (rest + seen @ (phi[0, :, None] * self._gap)).square().sum().item() / (2 * len(rest))
             return value if value == value else float("inf")
 
-        return search(error, self._rates, self.lr, self.momentum)
+        return search(error, self._rates, self._lr, self._momentum)
 
     def ensemble(
         self,
@@ -317,7 +323,7 @@ class GradientFlow(Machine):
 
     def _filters(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """What is left of each mode, and what was done divided by its eigenvalue, [T, n] each."""
-        left, done = filters(self._rates, times, self.lr, self.momentum)
+        left, done = filters(self._rates, times, self._lr, self._momentum)
         return left, done.where((self._rates > 0) | (done <= self._longest), 0.0)
 
     def _left(self, times: Tensor) -> Tensor:
@@ -339,12 +345,12 @@ class GradientFlow(Machine):
         """The times, [T], on the machine's device, and whether it was a single number."""
         times = as_tensor(t, "t").to(torch.float64)
         ok = times.ndim <= 1 and times.numel() > 0 and bool((times >= 0).all())
-        if ok and self.lr is not None:
+        if ok and self._lr is not None:
             ok = bool(((times == times.floor()) & ((times < 2.0**53) | times.isinf())).all())
         if ok and self.loss_fn is not None:
             ok = bool(torch.isfinite(times).all())
         if not ok:
-            kind = "whole steps >= 0" if self.lr is not None else "times >= 0"
+            kind = "whole steps >= 0" if self._lr is not None else "times >= 0"
             kind += " (finite ones: a loss has no closed form)" if self.loss_fn is not None else ", or inf"
             got = t if times.numel() < 9 else f"shape {list(times.shape)}"
             raise refusal("t", got=got, expected=f"{kind}; one, or a 1-D array", fix="Check its values.")

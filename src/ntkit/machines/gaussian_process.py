@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.gram.arrays import AnyMatrix, Matrix, as_tensor, check_finite, float64_product, same_kind
+from ntkit.base.numbers import as_number
+from ntkit.gram.arrays import AnyMatrix, Matrix, as_floats, as_tensor, check_finite, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram, as_gram
 from ntkit.machines.machine_input import Machine, as_targets, as_test_matrix, solve, training_gram, unfitted
 
@@ -50,7 +51,7 @@ class Posterior(Generic[AnyMatrix]):
         Refused
             When a `q` is not between 0 and 100, or the posterior has a mean only.
         """
-        levels = torch.as_tensor(np.asarray(q, dtype=np.float64))
+        levels = as_floats(q, "q").double().cpu()
         if not bool(((levels > 0) & (levels < 100)).all()):
             raise refusal("q", got=q, expected="percentiles between 0 and 100", fix="Pass e.g. [10, 50, 90].")
         mean = torch.as_tensor(self.mean).to(torch.float64)
@@ -71,8 +72,10 @@ class Posterior(Generic[AnyMatrix]):
             raise refusal(
                 "sample", got="variances only", expected="a covariance [m, m]", fix="Pass the test points' full kernel."
             )
-        if n < 1:
-            raise refusal("n", got=n, expected="at least one draw", fix="Pass how many functions to draw.")
+        for name, value, least in (("n", n, 1), ("seed", seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < 2**63:
+                fix = "Pass how many functions to draw, and any seed."
+                raise refusal(name, got=repr(value), expected=f"an integer >= {least}", fix=fix)
         mean = torch.as_tensor(self.mean).to(covariance)
         values, vectors = torch.linalg.eigh(covariance)  # singular at training points: no Cholesky factor there
         generator = torch.Generator().manual_seed(seed)
@@ -136,9 +139,9 @@ class GaussianProcess(Machine):
     residual_: float
 
     def __init__(self, noise: float = 0.0):
-        if not 0 <= noise < float("inf"):
-            raise refusal("noise", got=noise, expected="a finite variance >= 0", fix="It is added to the diagonal.")
-        self.noise = float(noise)
+        fix = "It is added to the diagonal."
+        self._noise = as_number(noise, "noise", lambda s: 0 <= s < math.inf, "a finite variance >= 0", fix)
+        self.noise = noise
         self._alpha: Tensor | None = None
 
     def fit(self, K: Gram | Matrix, y: Matrix) -> GaussianProcess:
@@ -152,7 +155,7 @@ class GaussianProcess(Machine):
         gram = training_gram(K)
         values = as_targets(y, "y", len(gram), "Pass [n] or [n, C] targets.").to(gram.device)
         columns = values.reshape(len(gram), -1)
-        solution = solve(gram, self.noise, columns, "noise")
+        solution = solve(gram, self._noise, columns, "noise")
         self.status_, self.advice_, self.residual_ = solution.status, solution.advice, solution.residual
         volume = 2 * solution.lower.diagonal().log().sum().item() + len(gram) * math.log(2 * math.pi)
         self.log_marginal_likelihood_ = -0.5 * ((columns * solution.alpha).sum().item() + columns.shape[1] * volume)

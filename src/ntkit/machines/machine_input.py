@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import Refused, refusal
+from ntkit.base.checks import Refused, nearest, refusal
 from ntkit.gram.arrays import Matrix, as_floats, as_matrix, check_finite
 from ntkit.gram.gram_matrix import Gram, as_gram
 
@@ -18,16 +18,36 @@ _ONE_OUTPUT = 'A kernel with outputs="full" has one block per pair of outputs: c
 
 
 class Machine:
-    """Base of the machines: prints its settings and, after fit, its status."""
+    """Base of the machines: prints its settings and, after fit, its status; `sklearn.base.clone` copies it unfitted."""
 
     status_: str
     advice_: str
 
-    def __repr__(self) -> str:
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the settings, as given, by name. `deep` is there for scikit-learn: no setting has settings."""
         state = vars(self)
-        settings = {n: state.get(n, state.get(f"{n}_fn")) for n in inspect.signature(type(self)).parameters}
-        text = ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in settings.items())
-        return f"{type(self).__name__}({text}): {state.get('status_', 'not fitted')}"
+        return {n: state.get(n, state.get(f"{n}_fn")) for n in inspect.signature(type(self)).parameters}
+
+    def set_params(self, **params: Any) -> Self:
+        """Change settings by name; what was fitted is forgotten.
+
+        Raises
+        ------
+        Refused
+            For another name, and for a value that the class refuses.
+        """
+        known = self.get_params()
+        for name in params:
+            if name not in known:
+                raise refusal(type(self).__name__, got=repr(name), expected="a setting", fix=nearest(name, known))
+        new = type(self)(**known | params)  # refused before anything changes
+        vars(self).clear()
+        vars(self).update(vars(new))
+        return self
+
+    def __repr__(self) -> str:
+        text = ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in self.get_params().items())
+        return f"{type(self).__name__}({text}): {vars(self).get('status_', 'not fitted')}"
 
 
 def training_gram(K: Gram | Matrix, name: str = "K") -> Gram:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import refusal
+from ntkit.base.numbers import as_number
 from ntkit.gram.arrays import AnyMatrix, Matrix, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram
 from ntkit.machines.machine_input import Machine, as_targets, as_test_matrix, solve, training_gram, unfitted
@@ -51,9 +53,9 @@ class KernelRidge(Machine):
     loo_: Matrix
 
     def __init__(self, ridge: float):
-        if not 0 <= ridge < float("inf"):
-            raise refusal("ridge", got=ridge, expected="a finite number >= 0", fix="It is added to the diagonal of K.")
-        self.ridge = float(ridge)
+        fix = "It is added to the diagonal of K."
+        self._ridge = as_number(ridge, "ridge", lambda r: 0 <= r < math.inf, "a finite number >= 0", fix)
+        self.ridge = ridge
         self._alpha: Tensor | None = None
 
     def fit(self, K: Gram | Matrix, y: Matrix) -> KernelRidge:
@@ -66,7 +68,7 @@ class KernelRidge(Machine):
         """
         gram = training_gram(K)
         values = as_targets(y, "y", len(gram), "Pass [n] or [n, C] targets.").to(gram.device)
-        solution = solve(gram, self.ridge, values.reshape(len(gram), -1), "ridge")
+        solution = solve(gram, self._ridge, values.reshape(len(gram), -1), "ridge")
         self.status_, self.advice_, self.residual_ = solution.status, solution.advice, solution.residual
         solved = solution.status == "solved"
         loo = solution.alpha / torch.cholesky_inverse(solution.lower).diagonal()[:, None] if solved else solution.alpha

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.gram.arrays import AnyMatrix, Matrix, float64_product, same_kind
+from ntkit.base.numbers import as_number
+from ntkit.gram.arrays import AnyMatrix, Matrix, as_array, as_tensor, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram
 from ntkit.machines.machine_input import Machine, as_test_matrix, check_length, training_gram, unfitted
 
@@ -83,8 +84,8 @@ class HardMarginSVM(Machine):
     classes_: Matrix
 
     def __init__(self, tol: float = 1e-6):
-        if not 0 < tol < 1:
-            raise refusal("tol", got=tol, expected="a number between 0 and 1", fix="The default is 1e-6.")
+        expected = "a number between 0 and 1"
+        self._tol = as_number(tol, "tol", lambda t: 0 < t < 1, expected, "The default is 1e-6.")
         self.tol = tol
         self._weights: Tensor | None = None
 
@@ -104,7 +105,7 @@ class HardMarginSVM(Machine):
             raise refusal("K", got="a zero diagonal", expected="K[i, i] > 0", fix="Check the features: all are zero.")
         positives = [1] if len(labels) == 2 else range(len(labels))
         signs = [torch.from_numpy(np.where(codes == c, 1.0, -1.0)).to(gram.device) for c in positives]
-        solutions = [_solve(gram, sign, scale, self.tol) for sign in signs]
+        solutions = [_solve(gram, sign, scale, self._tol) for sign in signs]
 
         alpha = torch.stack([one.alpha for one in solutions], dim=1)
         margin = torch.stack([one.margin for one in solutions])
@@ -120,7 +121,7 @@ class HardMarginSVM(Machine):
         severity = {"optimal": 0, "inaccurate": 1, "not separable": 2}
         worst = max(range(len(solutions)), key=lambda c: severity[solutions[c].status])
         self.status_ = solutions[worst].status
-        self.advice_ = _advice(solutions[worst], gram, signs[worst], self.tol)
+        self.advice_ = _advice(solutions[worst], gram, signs[worst], self._tol)
         if self.advice_ and not binary:
             self.advice_ = f"Class {labels[worst]} against the rest. {self.advice_}"
         self.classes_ = torch.from_numpy(labels).to(y.device) if isinstance(y, Tensor) else labels
@@ -168,18 +169,31 @@ class _Solution:
 
 
 def _classes(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct labels, sorted, and each point's place among them."""
-    values = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    """The distinct labels, sorted, and each point's place among them; as scikit-learn, no numbers with fractions."""
+    fix = "Pass integers, booleans or strings."
+    values = as_tensor(y, "y").cpu() if isinstance(y, Tensor) else as_array(y, "y", "class labels", fix)
+    if isinstance(values, Tensor):
+        values = (values.double() if values.dtype.itemsize < 4 and values.is_floating_point() else values).numpy()
     if values.ndim != 1:
         raise refusal("y", got=f"shape {list(values.shape)}", expected="[n] labels", fix="Pass one label per point.")
     check_length(values, n)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         bad = int(np.flatnonzero(~np.isfinite(values))[0])
         raise refusal("y", got=f"{values[bad]} at index {bad}", expected="labels", fix="Drop the unlabelled points.")
+    if values.dtype.kind == "f" and (values != np.floor(values)).any():
+        bad = int(np.flatnonzero(values != np.floor(values))[0])
+        fix = "Fit them with KernelRidge, or round them to classes."
+        raise refusal("y", got=f"continuous values ({values[bad]:g} at index {bad})", expected="class labels", fix=fix)
+    if values.dtype.kind not in "fiubUST" and not _of_strings(values):
+        raise refusal("y", got=f"{values.dtype} values", expected="class labels", fix=fix)
     labels, codes = np.unique(values, return_inverse=True)
     if len(labels) < 2:
         raise refusal("y", got=f"one class, {labels[0]}", expected="two or more", fix="Add points of another class.")
     return labels, codes
+
+
+def _of_strings(values: np.ndarray) -> bool:
+    return values.dtype.kind == "O" and all(isinstance(v, str) for v in values)
 
 
 def _solve(K: Gram, y: Tensor, scale: float, tol: float) -> _Solution:

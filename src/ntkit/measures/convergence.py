@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import refusal
+from ntkit.base.batch import checked
+from ntkit.base.checks import refusal, undefined
 from ntkit.base.progress import task
-from ntkit.jacobian.model_calls import raw_outputs, reduce_outputs
+from ntkit.jacobian.model_calls import check_module, raw_outputs, reduce_outputs
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.parametrization import (
@@ -88,7 +89,7 @@ class Twin:
     """
 
     def __init__(self, model: nn.Module, factors: dict[str, float], kind: Kind = "ntk") -> None:
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise refusal("kind", got=repr(kind), expected=" or ".join(KINDS), fix="Choose one.")
         self.model, self.kind, self.factors = model, kind, factors
         self._tangent = TangentKernel(model, outputs="trace")
@@ -183,7 +184,13 @@ def _kernels(
     return kernels
 
 
-def _check_seeds(seeds: int) -> None:
+def _check(model: Any, x: Any, seeds: Any, kind: Any) -> None:
+    check_module(model)
+    if not isinstance(x, Tensor):
+        raise refusal("x", got=type(x).__name__, expected="a tensor, samples first", fix="Pass torch.as_tensor(x).")
+    checked(x, "x")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise refusal("kind", got=repr(kind), expected=" or ".join(KINDS), fix="Choose one.")
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 2:
         fix = "One network has no standard error."
         raise refusal("seeds", got=repr(seeds), expected="an integer, at least 2", fix=fix)
@@ -219,7 +226,7 @@ def monte_carlo(
     >>> abs(float(limit.mean) - 0.52) < 5 * float(limit.standard_error)
     True
     """
-    _check_seeds(seeds)
+    _check(model, x1, seeds, kind)
     kernels = torch.stack(_kernels(model, x1, x2, width, range(seeds), kind))
     return MonteCarlo(kernels.mean(0), kernels.std(0) / seeds**0.5)
 
@@ -261,12 +268,17 @@ def convergence(
     >>> -0.9 < rate.slope < -0.1
     True
     """
+    if not isinstance(widths, (list, tuple, range)) or not all(type(w) is int and w > 0 for w in widths):
+        raise refusal("widths", got=repr(widths)[:80], expected="a list of positive integers", fix="Pass [64, 128].")
     widths = tuple(widths)
     if len(set(widths)) < 2:
         raise refusal("widths", got=repr(widths), expected="two widths or more", fix="A rate needs several.")
-    _check_seeds(seeds)
+    _check(model, x, seeds, kind)
     model = model if in_ntk_parametrization(model) else to_ntk_parametrization(model)
     limit = _limit(model, x, max(widths), kind)
+    if not bool(limit.any()):
+        fix = "Give samples that differ from zero, or biases."
+        raise undefined("convergence", got="a limit of zeros", expected="one that differs from zero", fix=fix)
     means, errors, deviations, squares = [], [], [], []
     with task("widths", total=len(widths)) as progress:
         for place, width in enumerate(widths):
@@ -293,7 +305,7 @@ def _limit(model: nn.Module, x: Tensor, width: int, kind: Kind) -> Tensor:
     layers = [stds(layer) for layer in model.modules() if isinstance(layer, LAYERS)]
     w_stds, b_stds = ({float(f"{v:.12g}") for v in of if v is not None} for of in zip(*layers, strict=True))  # rounded
     if len(w_stds) == 1 and len(b_stds) <= 1:
-        kernel = InfiniteKernel(plain(model), kind=kind, w_std=w_stds.pop(), b_std=b_stds.pop() if b_stds else None)
+        kernel = InfiniteKernel(plain(model), kind=kind, w_std=w_stds.pop(), b_std=b_stds.pop() if b_stds else 0.0)
     else:  # each layer has its own: they are read off a wide network
         kernel = InfiniteKernel(widened(model, width, x[:2]), kind=kind)
     return kernel(x).double()
@@ -306,6 +318,10 @@ def fitted_slope(x: Sequence[float], y: Sequence[float], error: Sequence[float])
     >>> round(slope, 9), round(error, 4)
     (-1.0, 0.0031)
     """
+    if not (min(y) > 0 and min(error) > 0):
+        got, expected = f"{min(y):.3g} ± {min(error):.3g}", "values and standard errors above zero"
+        fix = "A network without hidden weights has its limit at every width."
+        raise undefined("slope", got=got, expected=expected, fix=fix)
     a, b = np.log(np.asarray(x, dtype=float)), np.log(np.asarray(y, dtype=float))
     weight = (np.asarray(y) / np.asarray(error)) ** 2
     centered = a - (weight * a).sum() / weight.sum()

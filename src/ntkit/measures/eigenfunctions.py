@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ntkit.base.batch import Batch, count, take
-from ntkit.base.checks import refusal
-from ntkit.gram.arrays import Matrix
+from ntkit.base.batch import Batch, checked, count, take
+from ntkit.base.checks import refusal, undefined
+from ntkit.base.numbers import as_number
+from ntkit.gram.arrays import Matrix, as_floats
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import Spectrum
 
@@ -18,6 +21,12 @@ def grid(side: int, low: float = -1.0, high: float = 1.0) -> Tensor:
     >>> grid(2).tolist()
     [[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]]
     """
+    if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side < 2**31:
+        raise refusal("side", got=repr(side)[:80], expected="an integer from 1", fix="It is the pixels along one side.")
+    low, high = (
+        as_number(v, name, math.isfinite, "a finite number", "It is an end of the square.")
+        for name, v in (("low", low), ("high", high))
+    )
     centers = low + (high - low) * (torch.arange(side, dtype=torch.float64) + 0.5) / side
     y, x = torch.meshgrid(centers, centers, indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], 1)
@@ -57,6 +66,13 @@ def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, 
     >>> torch.allclose(eigenfunctions(kernel, top, x, x, batch=3), top.eigenvectors)
     True
     """
+    for name, value, kind in (("kernel", kernel, Kernel), ("spectrum", spectrum, Spectrum)):
+        if not isinstance(value, kind):
+            fix = "Pass e.g. ntkit.TangentKernel(model, 'trace') and ntkit.spectrum(kernel(x), k=3)."
+            raise refusal(name, got=type(value).__name__, expected=f"an ntkit {kind.__name__}", fix=fix)
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise refusal("batch", got=repr(batch)[:80], expected="an integer >= 1", fix="It is the points at a time.")
+    points = checked(points, "points")
     parts = [
         spectrum.extend(kernel(take(points, slice(start, start + batch)), x))
         for start in range(0, count(points), batch)
@@ -81,7 +97,11 @@ def patterns(vectors: Matrix, images: Tensor) -> Tensor:
     >>> patterns(torch.tensor([[1.0], [-1.0]]), torch.tensor([[[[3.0, 1.0]]], [[[1.0, 1.0]]]])).tolist()
     [[[2.0, 0.0]]]
     """
-    values = torch.as_tensor(vectors).double()
+    values = as_floats(vectors, "vectors").double()
+    if not isinstance(images, Tensor):
+        fix = "Pass torch.as_tensor(images)."
+        raise refusal("images", got=type(images).__name__, expected="a tensor [n, channels, H, W]", fix=fix)
+    images = as_floats(images, "images")
     if images.dim() != 4 or values.dim() != 2 or len(values) != len(images):
         got = f"vectors {list(values.shape)}, images {list(images.shape)}"
         raise refusal("patterns", got=got, expected="[n, k] and [n, channels, H, W]", fix="Give one entry per image.")
@@ -105,7 +125,12 @@ def bandwidth(images: Matrix) -> Tensor:
     Returns
     -------
     Tensor [...], float64
-        NaN for a constant image.
+        NaN for a constant image among others.
+
+    Raises
+    ------
+    Refused
+        When every image is constant: it has no frequencies.
 
     Examples
     --------
@@ -123,11 +148,15 @@ def bandwidth(images: Matrix) -> Tensor:
     total = values.sum((-2, -1))
     scale = _images(images).abs().amax((-2, -1)) ** 2 * (H * W) ** 2
     mean = (values * size).sum((-2, -1)) / total
-    return torch.where(total > 1e-24 * scale, mean, torch.nan)
+    varies = total > 1e-24 * scale
+    if not bool(varies.any()):
+        fix = "Leave out constant images."
+        raise undefined("images", got="constant images only", expected="one whose pixels differ", fix=fix)
+    return torch.where(varies, mean, torch.nan)
 
 
 def _images(images: Matrix) -> Tensor:
-    values = torch.as_tensor(images).detach().double()
+    values = as_floats(images, "images").double()
     if values.ndim < 2 or values.numel() == 0:
         raise refusal(
             "images", got=f"shape {list(values.shape)}", expected="[..., H, W]", fix="Reshape values on a grid."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import as_number
 from ntkit.gram.gram_matrix import as_gram
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import spectrum
@@ -99,10 +99,9 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None
     if not isinstance(kernel, Kernel):
         fix = 'Pass e.g. ntkit.TangentKernel(model, outputs="trace").'
         raise refusal("kernel", got=type(kernel).__name__, expected="an ntkit kernel", fix=fix)
-    if ridge is not None and not (_is_number(ridge) and 0 <= ridge < math.inf):
-        raise refusal(
-            "ridge", got=repr(ridge), expected="a finite number >= 0, or None", fix="None = 1e-4 of K's size."
-        )
+    if ridge is not None:
+        expected = "a finite number >= 0, or None"
+        ridge = as_number(ridge, "ridge", lambda r: 0 <= r < math.inf, expected, "None = 1e-4 of K's size.")
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise refusal(
             "batch", got=repr(batch), expected="an integer >= 1", fix="It is the number of samples in memory at a time."
@@ -116,7 +115,7 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None
     gram = as_gram(K)
     pairs, diagonal = spectrum(gram), gram.diagonal()
     values, vectors = pairs.eigenvalues, pairs.eigenvectors
-    added = RIDGE * float(diagonal.mean()) if ridge is None else float(ridge)
+    added = RIDGE * float(diagonal.mean()) if ridge is None else ridge
     usable = values > pairs.noise
     inverse = torch.where(usable, 1 / values, 0.0)
     shifted = values.clamp(min=0) + added
@@ -148,7 +147,3 @@ def _outside(own: Tensor, inside: Tensor) -> Tensor:
     """Relative norm of the rest, from squared norms `own` and the part of them inside a subspace."""
     share = torch.where(own > 0, inside / own.clamp(min=1e-300), 1.0)
     return (1 - share).clamp(0, 1).sqrt()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ntkit.base.checks import refusal
+from ntkit.base.checks import refusal, undefined
 from ntkit.gram.arrays import Matrix, as_floats, check_finite
 from ntkit.gram.gram_matrix import Gram, as_gram
 from ntkit.gram.krylov import Product, leading
@@ -69,12 +69,11 @@ class Spectrum:
         Returns
         -------
         Tensor [k], float64
-            NaN where `v` is zero, which has no direction.
 
         Raises
         ------
         Refused
-            When the shape does not fit, or a value is not finite.
+            When the shape does not fit, a value is not finite, or `v` is zero, which has no direction.
 
         Examples
         --------
@@ -89,6 +88,9 @@ class Spectrum:
             raise refusal("v", got=f"shape {list(v.shape)}", expected=expected, fix=fix)
         v = check_finite(v, "v")
         v = v.reshape(N, -1) if v.shape[0] == N else v.reshape(N, 1)
+        if not bool(v.any()):
+            fix = "Zero targets or residuals have no energies: leave them out."
+            raise undefined("v", got="zeros only", expected="values that differ from zero", fix=fix)
         v = v / v.abs().max()  # squares of very small or large values stay representable
         return ((self.eigenvectors.T @ v) ** 2).sum(1).cumsum(0) / (v**2).sum()
 
@@ -215,12 +217,11 @@ def effective_rank(K: Gram | Matrix | Operator) -> float:
     Returns
     -------
     float
-        NaN when no eigenvalue is positive (then K is no kernel's Gram matrix).
 
     Raises
     ------
     Refused
-        As `spectrum`; or when an operator offers no trace.
+        As `spectrum`; when an operator offers no trace; when no eigenvalue is positive (then K is no kernel's matrix).
 
     Examples
     --------
@@ -232,7 +233,10 @@ def effective_rank(K: Gram | Matrix | Operator) -> float:
         expected = "a Gram matrix, or an operator with .diagonal()"
         raise refusal("effective_rank", got="an operator without trace", expected=expected, fix="Give the Gram matrix.")
     largest = float(top.eigenvalues[0])
-    return top.trace / largest if largest > 0 else math.nan
+    if not largest > 0:
+        fix = "Check that it is a kernel matrix and not, for example, a distance or its negative."
+        raise undefined("effective_rank", got=f"largest eigenvalue {largest:.3g}", expected="a positive one", fix=fix)
+    return top.trace / largest
 
 
 def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, centered: bool = False) -> float:
@@ -252,13 +256,13 @@ def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, centered: bool = False)
     Returns
     -------
     float
-        In [0, 1] for positive semi-definite kernels. NaN when centering leaves nothing (a constant kernel, equal
-        targets), which has no direction.
+        In [0, 1] for positive semi-definite kernels.
 
     Raises
     ------
     Refused
-        When the shapes do not match, or one of the two is not symmetric, not finite, empty or zero.
+        When the shapes do not match; when one of the two is not symmetric, not finite, empty or zero; when centering
+        leaves nothing of one of them (a constant kernel, equal targets), which has no direction.
 
     References
     ----------
@@ -279,7 +283,7 @@ def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, centered: bool = False)
             raise _unlike(list(B.shape), n, C)
         for (_, a), (_, b) in zip(_rows(A, centered), _rows(B, centered), strict=True):
             aa, ab, bb = aa + float((a * a).sum()), ab + float((a * b).sum()), bb + float((b * b).sum())
-        smaller = min(aa, bb)
+        sizes, second = (aa, bb), ("K2", "kernel")
     else:
         Y = _targets(other, n, C)
         Y = Y - Y.mean(0) if centered else Y
@@ -287,9 +291,14 @@ def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, centered: bool = False)
             aa += float((a * a).sum())
             ab += float((torch.einsum("icjd,jdm->icm", a, Y) * Y[rows]).sum())
         bb = float((torch.einsum("icm,icp->mp", Y, Y) ** 2).sum())  # |Y Y^T| = |Y^T Y|
-        smaller = min(aa, float((Y * Y).sum()))
-    # Entries were scaled to at most 1, so this is what rounding leaves of a constant.
-    return ab / math.sqrt(aa * bb) if smaller > (n * C * 4e-16) ** 2 else math.nan
+        sizes, second = (aa, float((Y * Y).sum())), ("y", "target")
+    rounding = (n * C * 4e-16) ** 2  # what it leaves of a constant, since entries were scaled to at most 1
+    if min(sizes) <= rounding:
+        name, what = ("K1", "kernel") if sizes[0] <= rounding else second
+        got = f"one constant {what}, of which centering leaves nothing"
+        fix = "Add samples that differ, such as those of another class, or use centered=False."
+        raise undefined(f"alignment: {name}", got=got, expected="values that differ between samples", fix=fix)
+    return ab / math.sqrt(aa * bb)
 
 
 def _unlike(shape: list[int], n: int, C: int) -> Exception:
@@ -304,7 +313,7 @@ def _targets(Y: Tensor, n: int, C: int) -> Tensor:
         raise _unlike(list(Y.shape), n, C)
     check_finite(Y, "y")
     if not bool(Y.any()):
-        raise refusal("y", got="zeros only", expected="targets that differ from zero", fix="Check the targets.")
+        raise undefined("y", got="zeros only", expected="targets that differ from zero", fix="Check the targets.")
     return (Y.to(torch.float64) / Y.abs().max()).reshape(n, C, -1)
 
 
@@ -353,7 +362,8 @@ def _operator(K: Any, k: int | None) -> tuple[Product, int, float]:
     once = product(np.random.default_rng(1).standard_normal(shape[0]))
     check_finite(torch.from_numpy(once), "operator @ vector")
     if not once.any():
-        raise refusal("operator", got="zeros only", expected="a kernel that differs from zero", fix="Check the model.")
+        fix = "Check the model."
+        raise refusal("operator", got="zeros only", expected="a kernel that differs from zero", fix=fix)
     dtype = getattr(K, "dtype", None)  # the precision of the products, whatever to_scipy() converts them to
     finfo = torch.finfo(dtype) if isinstance(dtype, torch.dtype) else np.finfo(dtype or inner.dtype)
     return product, int(shape[0]), float(finfo.eps)

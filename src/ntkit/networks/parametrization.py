@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import as_number
+from ntkit.jacobian.model_calls import check_module
 from ntkit.networks.initialization import initial_std
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -87,10 +89,12 @@ def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: 
     >>> stds(ntk)
     (1.0, 0.1)
     """
-    for name, value in (("w_std", w_std), ("b_std", b_std)):
-        if value is not None and not 0 < value < float("inf"):
-            fix = "Pass a standard deviation, or None for the module's own initialization."
-            raise refusal(name, got=repr(value), expected="a positive number, or None", fix=fix)
+    check_module(model)
+    fix = "Pass a standard deviation, or None for the module's own initialization."
+    w_std, b_std = (
+        None if std is None else as_number(std, name, lambda s: 0 < s < float("inf"), "a positive number, or None", fix)
+        for name, std in (("w_std", w_std), ("b_std", b_std))
+    )
     _check_kinds(model)
     ntk = copy.deepcopy(model)
     owners: dict[int, tuple[str, float]] = {}  # tensor -> the first layer that has it, its factor

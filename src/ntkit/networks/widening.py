@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from ntkit.base.batch import checked
 from ntkit.base.checks import Refused, refusal
-from ntkit.jacobian.model_calls import call
+from ntkit.jacobian.model_calls import call, check_module
 from ntkit.networks.initialization import Initial, drawn, initial_std
 from ntkit.networks.parametrization import LAYERS, NORMS, Scaled, fan_in, fan_out, plain, stds
 
@@ -51,6 +51,8 @@ def widened(model: nn.Module, width: int, example: Tensor, seed: int = 0) -> nn.
     >>> [p.shape[0] for p in widened(model, 50, torch.randn(4, 3)).parameters() if p.dim() == 2]
     [50, 50, 2]
     """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise refusal("seed", got=repr(seed)[:80], expected="an integer >= 0", fix="Any will do: it is of the weights.")
     network, recipe = reshaped(model, width, example)
     redraw(network, recipe, seed)
     for name, layer in network.named_modules():
@@ -75,6 +77,7 @@ def reshaped(model: nn.Module, width: int, example: Tensor) -> tuple[nn.Module, 
     """Ordinary network of the new width (see `widened`) with zero weights, and the distributions to draw them from."""
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         raise refusal("width", got=repr(width), expected="a positive integer", fix="Pass the features of a layer.")
+    check_module(model)
     if not isinstance(example, Tensor):
         fix = "Wrap a model with several inputs in a module with one."
         raise refusal("example", got=type(example).__name__, expected="a tensor, samples first", fix=fix)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ntkit.base.checks import refusal
-from ntkit.base.files import read_arrays, read_json, write_text
+from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
+from ntkit.base.integrity import damaged, fingerprint
+from ntkit.base.results_file import AnalysisResults
+from ntkit.base.run_files import AnalysisRun, described, understood
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.report.analysis_page import analysis_page
 from ntkit.report.study_page import KIND, render_study
@@ -55,7 +59,28 @@ def render(run: str | Path) -> Path:
         got = "keys of an earlier version" if earlier else f"format {written}"
         fix = "Use the version of ntkit that wrote it, or repeat the run: ntkit analyze --from RUN --out NEW."
         raise refusal(str(run / "results.json"), got=got, expected=f"format {RESULTS_FORMAT}", fix=fix)
-    images = run / "arrays" / "neighbors.safetensors"
+    described(run / "results.json", results, AnalysisResults)
+    arrays = _images(run, results)
     path = run / "report.html"
-    write_text(path, analysis_page(results, read_arrays(images) if images.exists() else {}))
+    with understood(run / "results.json"):
+        text = analysis_page(results, arrays)
+    write_page(path, text)
     return path
+
+
+def _images(run: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Images of the results, after a check that results, images and ``run.json`` are of one run."""
+    if "run" in results and (start := run / "run.json").exists():
+        told = described(start, read_json(start), AnalysisRun)
+        if fingerprint([told["settings"], told["identity"]]) != results["run"]:
+            raise damaged(run / "results.json", "the results of another run than run.json")
+    name = "arrays/neighbors.safetensors"
+    digest = results.get("files", {}).get(name)
+    if not (run / name).exists():
+        if digest is not None:
+            raise damaged(run / name, "no such file")
+        return {}
+    arrays, metadata = read_arrays_and_metadata(run / name)
+    if digest is not None and metadata.get("sha256") != digest:
+        raise damaged(run / name, "not the file that results.json was written with")
+    return arrays

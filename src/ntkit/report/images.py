@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ntkit.base.checks import refusal
-from ntkit.base.files import read_arrays
+from ntkit.base.files import read_arrays_and_metadata
+from ntkit.base.integrity import damaged
 from ntkit.report.words import plain
 
 FUNCTIONS = 6
@@ -34,7 +35,9 @@ def thumbnail(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None]) -> dict[str, Any] | None:
+def viewer(
+    folder: Path, eigenvalues: Mapping[int, list[float | None] | None], told: dict[str, Any]
+) -> dict[str, Any] | None:
     """The data with which the page shows ``folder/images.safetensors``; None if the file does not exist.
 
     Parameters
@@ -43,16 +46,22 @@ def viewer(folder: Path, eigenvalues: Mapping[int, list[float | None] | None]) -
         optionally ``output`` [T, H, W] and ``bandwidth`` [T, q]. If it holds ``mean`` [H, W] instead of ``target``, an
         eigenfunction is a sum of the images followed, weighted by an eigenvector, and ``mean`` is their mean.
     eigenvalues : step -> eigenvalues there.
+    told : ``track.json``.
 
     Raises
     ------
     Refused
-        When one of the first three is missing, or the shapes do not agree.
+        When one of the first three is missing, the shapes do not agree, or the file is damaged.
     """
     path = folder / "images.safetensors"
+    digest = told.get("images")
     if not path.exists():
+        if digest is not None:
+            raise damaged(path, "no such file")
         return None
-    arrays = read_arrays(path)
+    arrays, metadata = read_arrays_and_metadata(path)
+    if digest is not None and metadata.get("sha256") != digest:
+        raise damaged(path, "not the file that track.json was written with")
     weighted = "mean" in arrays
     if weighted:
         arrays["target"] = arrays["mean"]

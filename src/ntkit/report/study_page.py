@@ -9,12 +9,15 @@ from typing import Any
 from urllib.parse import quote
 
 from ntkit.base.checks import refusal
-from ntkit.base.files import read_arrays, read_json, write_text
+from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
+from ntkit.base.integrity import damaged
+from ntkit.base.results_file import StudyResults
+from ntkit.base.run_files import described, read_steps, read_track_settings, understood
 from ntkit.report.images import viewer
 from ntkit.report.page import page
 from ntkit.report.study_curves import curves
 from ntkit.report.study_sections import sections
-from ntkit.report.track_page import eigenvalues_at, read_snapshots
+from ntkit.report.track_page import eigenvalues_at
 from ntkit.report.words import unbroken
 
 KIND, FORMAT = "study", 1
@@ -51,20 +54,33 @@ def render_study(folder: str | Path) -> Path:
     if (kind, version) != (KIND, FORMAT):
         got, fix = f"kind {kind}, format {version}", "Name a folder that a study wrote, with this version of ntkit."
         raise refusal(str(folder / "results.json"), got=got, expected=f"kind {KIND}, format {FORMAT}", fix=fix)
+    described(folder / "results.json", results, StudyResults)
+    if (start := folder / "run.json").exists():
+        told = read_json(start)
+        names = ("name", "scale", "sets", "seeds", "sizes")
+        if not isinstance(told, dict) or any(told.get(name) != results.get(name) for name in names):
+            raise damaged(folder / "results.json", "the results of another study than run.json")
+    path = folder / "report.html"
+    with understood(folder / "results.json"):
+        text = _page(folder, results)
+    write_page(path, text)
+    return path
+
+
+def _page(folder: Path, results: dict[str, Any]) -> str:
     runs = [_run(folder, run) for run in results.get("runs", [])]
     groups = curves(results.get("curves", []))
-    pictured = next((run for run in runs if (folder / run["track"] / "images.safetensors").exists()), None)
+    pictured = next((run for run in runs if _has_images(folder / run["track"])), None)
     images = None
     if pictured is not None:
         track = folder / pictured["track"]
-        images = viewer(track, eigenvalues_at(read_snapshots(track)))
-    arrays = folder / "figures.safetensors"
-    parts = sections(results.get("sections", []), read_arrays(arrays) if arrays.exists() else {})
+        told = read_track_settings(track)
+        images = viewer(track, eigenvalues_at(read_steps(track, told)), told)
+    parts = sections(results.get("sections", []), _arrays(folder, results))
     figures = [figure for group in groups for figure, _ in group["figures"]]
     figures += [f for part in parts for block in part["blocks"] for f, _ in block.get("figures", [])]
     certificate, about = results.get("certificate"), results.get("about", "")
-    path = folder / "report.html"
-    text = page(
+    return page(
         "study.html",
         figures,
         title=results["title"],
@@ -83,8 +99,26 @@ def render_study(folder: str | Path) -> Path:
         viewer=images,
         settings=[(name.replace("_", " "), _text(value)) for name, value in results.get("settings", {}).items()],
     )
-    write_text(path, text)
-    return path
+
+
+def _has_images(track: Path) -> bool:
+    """Whether a tracking has images, or had some that are gone."""
+    return (track / "images.safetensors").exists() or (
+        (track / "track.json").exists() and "images" in read_track_settings(track)
+    )
+
+
+def _arrays(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Arrays of the figures, after a check that they were written with these results."""
+    path, digest = folder / "figures.safetensors", results.get("figures")
+    if not path.exists():
+        if digest is not None:
+            raise damaged(path, "no such file")
+        return {}
+    arrays, metadata = read_arrays_and_metadata(path)
+    if digest is not None and metadata.get("sha256") != digest:
+        raise damaged(path, "not the file that results.json was written with")
+    return arrays
 
 
 def _run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ntkit.base.checks import refusal
-from ntkit.base.files import read_json, write_text
+from ntkit.base.files import write_page
+from ntkit.base.run_files import read_steps, read_track_settings, understood
 from ntkit.report import training_figures, words
 from ntkit.report.images import viewer
 from ntkit.report.page import page
 
-FORMAT = "ntkit-track"
 _KS = (1, 2, 5, 10, 20, 50, 100)
 _CLASSES = 10
 _NUMBERS = (
@@ -46,37 +46,33 @@ def render_tracked(folder: str | Path) -> Path:
     ntkit.Refused: no-such-run/track.json: got no such file; expected a JSON file. Check the folder's name.
     """
     folder = Path(folder)
-    settings = read_json(folder / "track.json")
-    written = settings.get("format") if isinstance(settings, dict) else None
-    if written != FORMAT:
-        fix = "Give a folder that `ntkit.track` wrote."
-        raise refusal(str(folder / "track.json"), got=f"format {written}", expected=f"format {FORMAT}", fix=fix)
-    records = read_snapshots(folder)
+    settings = read_track_settings(folder)
+    records = read_steps(folder, settings)
     if not records:
         fix = "Wait for the first snapshot, or call `ntkit.track` with this path again."
         raise refusal(str(folder), got="no step-*.json", expected="at least one snapshot", fix=fix)
+    with understood(folder / "step-*.json"):
+        text = _page(folder, settings, records)
+    write_page(folder / "track.html", text)
+    return folder / "track.html"
+
+
+def _page(folder: Path, settings: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
     a = along(settings, records)
     sections = training_figures.of_tracking(a)
-    text = page(
+    return page(
         "tracked.html",
         [figure for pairs in sections.values() for figure, _ in pairs],
         title="Spectrum alignment along training",
         source="track.json",
         lede=_lede(a),
         cards=_cards(a),
-        settings=settings,
+        settings={name: value for name, value in settings.items() if name not in ("steps", "images")},
         a=a,
         sections=sections,
         residual=max((r for r in a["residual"] if r is not None), default=None) if "residual" in a else None,
-        viewer=viewer(folder, eigenvalues_at(records)),
+        viewer=viewer(folder, eigenvalues_at(records), settings),
     )
-    write_text(folder / "track.html", text)
-    return folder / "track.html"
-
-
-def read_snapshots(folder: Path) -> list[dict[str, Any]]:
-    """Read the records of a tracking, by step."""
-    return sorted((read_json(file) for file in folder.glob("step-*.json")), key=lambda record: record["step"])
 
 
 def eigenvalues_at(records: Sequence[dict[str, Any]]) -> dict[int, list[float | None] | None]:

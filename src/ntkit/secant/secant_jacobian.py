@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntkit.base.batch import count
 from ntkit.base.checks import Refused, refusal
-from ntkit.jacobian.factors import _without_fused_rnn
+from ntkit.jacobian.factors import without_fused_rnn
 from ntkit.jacobian.model_calls import Outputs, reduce_outputs
 from ntkit.secant import composed, secant_rules  # noqa: F401 (enters their rules into SECANT_RULES)
 from ntkit.secant.secant_tensor import DISPATCH_KEYS, NoSecant, SecantTensor, aten, lift, map_structure, no_rule
@@ -148,7 +148,7 @@ def _as_operations(model: nn.Module, moving: _Moving) -> Iterator[None]:
         stack.callback(mha.set_fastpath_enabled, fast)
         mha.set_fastpath_enabled(False)
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.enter_context(_without_fused_rnn())  # only where needed: convolutions are slower then
+            stack.enter_context(without_fused_rnn(True))  # only where needed: convolutions are slower then
         mode = SecantMode(moving, constants)
         for context in (torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mode):
             stack.enter_context(context)

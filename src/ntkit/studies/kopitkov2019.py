@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.files import write_arrays
+from ntkit.base.checks import defined
 from ntkit.data import load
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.eigenfunctions import bandwidth, eigenfunctions, grid
 from ntkit.measures.spectra import spectrum
 from ntkit.studies.claim import Bound, Claim, Condition, Order, Within, mean
 from ntkit.studies.study import Result, Results, Sizes, Study, StudyPart, Work, device, mlp
-from ntkit.tracking import Tracked, half_squared, track
+from ntkit.tracking import Tracked, half_squared, track, write_images
 from ntkit.tracking.losses import cross_entropy
 from ntkit.tracking.snapshot_numbers import finite
 from ntkit.trajectory import Trajectory, train
@@ -86,7 +86,7 @@ def _picture(work: Work, depth: int, seed: int) -> Result:
     )  # fmt: skip
     tracked = track(run, x, y, model=model, loss=half_squared, k=s.k, path=place.parent / "track")
     images = _images(run, tracked, model, x, s.side)
-    write_arrays(place.parent / "track" / "images.safetensors", images)
+    write_images(place.parent / "track", images)
     return Result({"steps": tracked.steps, "series": tracked.series}, {"bandwidth": images["bandwidth"][-1]})
 
 
@@ -109,7 +109,8 @@ def _images(run: Trajectory, tracked: Tracked, model: nn.Module, x: Tensor, side
             images[:usable] = values.T.reshape(-1, *size).cpu().numpy()
         functions.append(images)
         vectors = torch.from_numpy(np.ascontiguousarray(tracked.eigenvectors(step).T)).reshape(-1, side, side)
-        widths.append(bandwidth(vectors).numpy())
+        frequencies = defined(bandwidth, vectors)
+        widths.append(np.full(len(vectors), np.nan) if frequencies is None else frequencies.numpy())
     return {
         "target": picture(fine).reshape(size).cpu().numpy(),
         "steps": np.asarray(steps),

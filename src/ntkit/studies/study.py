@@ -17,10 +17,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from ntkit.base.checks import nearest, refusal
-from ntkit.base.files import ensure_folder, read_arrays, read_json, write_arrays, write_json
+from ntkit.base.checks import Damaged, nearest, refusal
+from ntkit.base.files import (
+    read_arrays_and_metadata,
+    read_json,
+    read_json_and_checksum,
+    remove,
+    write_arrays,
+    write_json,
+)
+from ntkit.base.integrity import check_place, damaged, fingerprint
+from ntkit.base.lock import FolderLock
+from ntkit.base.run_files import PartFile, described
 from ntkit.base.versions import versions
 from ntkit.studies.claim import Claim
+from ntkit.trajectory import Trajectory
 
 STUDIES = ("jacot2018", "kopitkov2019", "bell2023")
 SCALES = ("quick", "paper")
@@ -105,21 +116,48 @@ class Work:
     folder: Path
     data_dir: str | Path | None = None
     progress: Callable[[str], None] = lambda line: None
+    id: str = ""
 
     def result(self, part: StudyPart) -> Result:
-        """Read a finished part, or compute it and write its files."""
+        """Read a finished part, or compute it and write its files; a damaged one is computed again."""
         numbers, arrays = (self.folder / "parts" / f"{part.name}.{kind}" for kind in ("json", "safetensors"))
-        if not numbers.exists():
-            self.progress(part.name)
-            result = part.compute(self, *part.arguments)
-            if result.arrays:
-                write_arrays(arrays, result.arrays)
-            write_json(numbers, result.numbers)  # written last: with this file the part counts as finished
-        return Result(read_json(numbers), read_arrays(arrays) if arrays.exists() else {})
+        if numbers.exists():
+            try:
+                return self._stored(part.name, numbers, arrays)
+            except Damaged as error:
+                self.progress(f"{error} This part is computed again.")
+        self.progress(part.name)
+        result = part.compute(self, *part.arguments)
+        digest = write_arrays(arrays, result.arrays) if result.arrays else None
+        # written last: with this file the part counts as finished
+        write_json(numbers, {"part": part.name, "study": self.id, "numbers": result.numbers, "arrays": digest})
+        return self._stored(part.name, numbers, arrays)
+
+    def _stored(self, name: str, numbers: Path, arrays: Path) -> Result:
+        told, checksum = read_json_and_checksum(numbers)
+        if checksum is None and not (isinstance(told, dict) and "part" in told):  # an earlier version: numbers alone
+            return Result(told, read_arrays_and_metadata(arrays)[0] if arrays.exists() else {})
+        described(numbers, told, PartFile)
+        check_place(numbers, told, part=name, study=self.id or told["study"])
+        if told["arrays"] is None:
+            return Result(told["numbers"], {})
+        if not arrays.exists():
+            raise damaged(arrays, "no such file")
+        found, metadata = read_arrays_and_metadata(arrays)
+        if metadata.get("sha256") != told["arrays"]:
+            raise damaged(arrays, f"not the file that {numbers.name} was written with")
+        return Result(told["numbers"], found)
 
     def trajectory(self, name: str) -> Path:
-        """Folder of a training run, which is resumed where it was stopped."""
-        return self.folder / "runs" / name / "trajectory"
+        """Folder of a training run, which is resumed where it was stopped; one that cannot be read is deleted."""
+        folder = self.folder / "runs" / name / "trajectory"
+        try:
+            if (folder / "run.json").exists():
+                Trajectory.open(folder)
+        except Damaged as error:
+            self.progress(f"{error} The network is trained again.")
+            remove(folder)
+        return folder
 
 
 @dataclass(frozen=True)
@@ -206,6 +244,12 @@ def mlp(
         return nn.Sequential(*layers[:-1])
 
 
+def _is_another(start: Path, header: dict[str, Any]) -> bool:
+    """Whether ``run.json`` is of another study, or of this one at another scale."""
+    old = read_json(start)
+    return not isinstance(old, dict) or old | header != old
+
+
 @dataclass(frozen=True)
 class Study:
     """A paper's experiments and claims.
@@ -251,19 +295,23 @@ class Study:
     ) -> Path:
         """Compute the parts that are not finished, test the claims, write results and report; return the folder."""
         sets = ["digits"] if data_dir is None else ["mnist"] if self.mnist_only else ["digits", "mnist"]
-        work = Work(self.scales[scale], self.seeds, sets, ensure_folder(folder), data_dir, progress)
+        sizes = self.scales[scale]
         header: dict[str, Any] = {"format": FORMAT, "kind": "study", "name": self.name, "scale": scale, "sets": sets}
         header |= {"seeds": list(self.seeds)} if self.seeds else {}
-        header["sizes"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(work.sizes).items()}
+        header["sizes"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(sizes).items()}
+        work = Work(sizes, self.seeds, sets, folder, data_dir, progress, fingerprint(header))
         start = folder / "run.json"
-        if start.exists() and (old := read_json(start)) | header != old:
-            fix = "Name another folder with --out."
-            raise refusal(str(folder), got="another run", expected="this study at this scale", fix=fix)
-        write_json(start, header | {"versions": versions(), "status": "running"})
-        with one_thread() if scale in self.single_thread else nullcontext():
-            results = self.results(work)
-        self._write(results, header)
-        write_json(start, read_json(start) | {"status": "complete"})
+        with FolderLock(folder):
+            if start.exists() and _is_another(start, header):
+                fix = "Name another folder with --out."
+                raise refusal(str(folder), got="another run", expected="this study at this scale", fix=fix)
+            told = header | {"versions": versions()}
+            write_json(start, told | {"status": "running"})
+            with one_thread() if scale in self.single_thread else nullcontext():
+                results = self.results(work)
+            self._write(results, header)
+            parts = [part.name for parts in self.parts for part in parts(work)]
+            write_json(start, told | {"status": "complete", "parts": parts})
         return folder
 
     def results(self, work: Work) -> Results:
@@ -293,7 +341,7 @@ class Study:
         if sections:
             record["sections"] = [section.record() for section in sections]
         if arrays := {name: array for section in sections for name, array in section.arrays.items()}:
-            write_arrays(folder / "figures.safetensors", arrays)
+            record["figures"] = write_arrays(folder / "figures.safetensors", arrays)
         if self.certificate is not None:
             record["certificate"] = self.certificate(results)
         if self.terms:

@@ -3,4 +3,5 @@
 from ntkit.tracking.losses import half_squared as half_squared
 from ntkit.tracking.series import Tracked as Tracked
 from ntkit.tracking.series import scalars as scalars
+from ntkit.tracking.series import write_images as write_images
 from ntkit.tracking.tracker import track as track

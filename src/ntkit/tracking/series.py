@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ntkit.base.checks import refusal
-from ntkit.base.files import ensure_folder, read_arrays, read_json, write_json
+from ntkit.base.files import read_arrays_and_metadata, write_arrays, write_json
+from ntkit.base.integrity import check_place, damaged
+from ntkit.base.run_files import read_step, read_steps, read_track_settings, tracking_id
 
-FORMAT = "ntkit-track"
 _TRENDS = ("trace", "sharpness", "alignment_centered")
 
 
@@ -60,14 +61,14 @@ class Tracked:
         Raises
         ------
         Refused
-            When the folder has no result of `track`.
+            When the folder has no result of `track`, or a file is damaged or missing.
         """
         path = Path(path)
-        settings = _read_settings(path)
-        records, vectors = [], {}
-        for file in sorted(path.glob("step-*.json")):
-            records.append(read_json(file))
-            vectors[records[-1]["step"]] = read_arrays(file.with_suffix(".safetensors"))["eigenvectors"]
+        settings = read_track_settings(path)
+        records = read_steps(path, settings)
+        tracking = tracking_id(settings)
+        vectors = {r["step"]: read_vectors(path, r["step"], tracking)["eigenvectors"] for r in records}
+        settings = {name: value for name, value in settings.items() if name not in ("steps", "images")}
         return assembled(settings, records, vectors, path)
 
     def eigenvectors(self, step: int) -> np.ndarray:
@@ -140,23 +141,60 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    settings = read_json(path / "track.json")
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-        raise refusal(str(path / "track.json"), got="another file", expected=FORMAT, fix="Name a folder of `track`.")
-    return settings
+def _step_file(folder: Path, step: int, kind: str) -> Path:
+    return folder / f"step-{step:08d}.{kind}"
+
+
+def write_snapshot(folder: Path, record: dict[str, Any], arrays: dict[str, np.ndarray], tracking: str) -> None:
+    """Write the files of one snapshot; `tracking` is the id of the tracking."""
+    step = record["step"]
+    write_arrays(_step_file(folder, step, "safetensors"), arrays, {"tracking": tracking, "step": step})
+    # the numbers last: a snapshot with numbers is complete
+    write_json(_step_file(folder, step, "json"), {**record, "tracking": tracking})
+
+
+def read_snapshot(folder: Path, step: int, tracking: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """Read the files of one snapshot; None if it was not measured yet."""
+    if not (file := _step_file(folder, step, "json")).exists():
+        return None
+    return read_step(file, tracking), read_vectors(folder, step, tracking)
+
+
+def read_vectors(folder: Path, step: int, tracking: str) -> dict[str, np.ndarray]:
+    """Read the eigenvectors of one snapshot."""
+    path = _step_file(folder, step, "safetensors")
+    if not path.exists():
+        raise damaged(path, "no such file")
+    arrays, metadata = read_arrays_and_metadata(path)
+    check_place(path, metadata, tracking=tracking, step=step)
+    if "eigenvectors" not in arrays:
+        raise damaged(path, "no eigenvectors in it")
+    return arrays
 
 
 def open_folder(path: Path, settings: dict[str, Any]) -> None:
     """Write the settings into a new folder; refuse a folder with other settings."""
     if not (path / "track.json").exists():
-        ensure_folder(path)
         write_json(path / "track.json", settings)
         return
-    stored, new = _read_settings(path), json.loads(json.dumps(settings))
+    stored, new = read_track_settings(path), json.loads(json.dumps(settings))
     if changed := [name for name in new if stored.get(name) != new[name]]:
         got = f"a tracking with another {', '.join(changed)}"
         raise refusal(str(path), got=got, expected="the same run, points and options", fix="Name another folder.")
+
+
+def close_folder(path: Path, settings: dict[str, Any], steps: list[int]) -> None:
+    """Write into ``track.json`` which steps were measured, so that a file that is lost later is missed."""
+    if read_track_settings(path).get("steps") != steps:
+        write_json(path / "track.json", settings | {"steps": steps})
+
+
+def write_images(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write the images that the page of a tracking shows (`ntkit.report.images.viewer`), and that there are some."""
+    settings = read_track_settings(path)
+    digest = write_arrays(path / "images.safetensors", arrays, {"tracking": tracking_id(settings)})
+    if settings.get("images") != digest:
+        write_json(path / "track.json", settings | {"images": digest})
 
 
 def assembled(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntkit.base.checks import defined
 from ntkit.kernels.kernel import KernelOperator
 from ntkit.measures.spectra import Spectrum, alignment, spectrum
 
@@ -37,8 +38,9 @@ def _spectral(pairs: Spectrum, k: int, values: dict[str, Tensor | None]) -> tupl
     }
     for name, v in values.items():
         if v is not None:
-            energy = pairs.energy(v)[:k].tolist()
-            numbers[f"energy_{name}"] = [finite(e) if j < real else None for j, e in enumerate(energy)]
+            energy = defined(pairs.energy, v)
+            shares = [None] * k if energy is None else energy[:k].tolist()
+            numbers[f"energy_{name}"] = [e if j < real else None for j, e in enumerate(shares)]
     return numbers, pairs.eigenvectors[:, :k].cpu().numpy()
 
 
@@ -65,8 +67,8 @@ class KernelMatrix:
         numbers, vectors = _spectral(spectrum(self.K, k if 3 * k <= N else None), k, values)
         target = values.get("target")
         if target is not None:
-            numbers["alignment"] = finite(alignment(self.K, target))
-            numbers["alignment_centered"] = finite(alignment(self.K, target, centered=True))
+            numbers["alignment"] = defined(alignment, self.K, target)
+            numbers["alignment_centered"] = defined(alignment, self.K, target, centered=True)
             if target.shape[1] > 1:
                 place = torch.arange(target.shape[1], device=target.device)
                 own = [target.where(place == c, 0) if outputs > 1 else target[:, c] for c in place]
@@ -96,7 +98,7 @@ class KernelMatrix:
 
 
 def _centered_alignment(K: Tensor, target: Tensor) -> float | None:
-    return finite(alignment(K, target, centered=True)) if bool(K.any()) and bool(target.any()) else None
+    return defined(alignment, K, target, centered=True) if bool(K.any()) else None
 
 
 class KernelProducts:
@@ -154,7 +156,7 @@ def kernel_change(now: Any, first: Any, before: Any, elapsed: int) -> dict[str, 
         if not bool(now.any()) or not bool(first.any()) or not bool(before.any()):
             return zero
         change = (now - first).double().norm() / first.double().norm()
-        cosine, cka = alignment(now, first), alignment(now, first, centered=True)
+        cosine, cka = alignment(now, first), defined(alignment, now, first, centered=True)
         last, error = alignment(now, before), 0.0
     else:
         squares = ((now[0] - first[0]) ** 2).sum(0)

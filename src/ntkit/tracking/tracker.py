@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntkit.base.batch import Batch, checked, count, leaves
-from ntkit.base.checks import refusal
-from ntkit.base.files import read_arrays, read_json, write_arrays, write_json
+from ntkit.base.checks import Damaged, refusal
+from ntkit.base.lock import FolderLock
 from ntkit.base.memory import free_memory, parse_memory
-from ntkit.base.progress import task
+from ntkit.base.progress import Task, task
+from ntkit.base.run_files import TRACK_FORMAT, tracking_id
 from ntkit.base.tensors import tensor_hash
 from ntkit.gram.krylov import leading
 from ntkit.jacobian.model_calls import Outputs, raw_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.tracking.losses import cross_entropy, derivatives, half_squared, logistic
-from ntkit.tracking.series import FORMAT, Tracked, assembled, open_folder
+from ntkit.tracking.series import Tracked, assembled, close_folder, open_folder, read_snapshot, write_snapshot
 from ntkit.tracking.snapshot_numbers import KernelMatrix, KernelProducts, finite, kernel_change
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.objective import Loss
@@ -60,13 +62,15 @@ def track(
     steps : the snapshots to measure; all by default.
     memory : bytes for Gram matrices (or text such as "2 GB"): if three do not fit, the kernel is only multiplied with
         vectors, by block Krylov iteration, in memory O(n k + P). Half of the free memory by default.
-    path : folder for the numbers, one file per snapshot: an interrupted call continues there.
+    path : folder for the numbers, one file per snapshot: an interrupted call continues there. A damaged file is
+        measured again, with a warning.
     on_snapshot : called with the numbers of each new snapshot.
 
     Raises
     ------
     Refused
-        As `ntkit.TangentKernel`; when y or the model do not fit, or `path` holds other settings.
+        As `ntkit.TangentKernel`; when y or the model do not fit, `path` holds other settings, or another process is
+        writing there; when a snapshot of the run is damaged or missing.
 
     Examples
     --------
@@ -83,26 +87,39 @@ def track(
     tracker = _Tracker(trajectory, x, y, model, loss, k, outputs, memory)
     selection = sorted(set(trajectory.steps if steps is None else steps))
     folder = None if path is None else Path(path)
-    if folder is not None:
-        open_folder(folder, tracker.settings)
-    records, vectors = [], {}
-    with _restored(model), task("kernel along training", total=len(selection)) as progress:
-        for i, step in enumerate(selection):
-            file = None if folder is None else folder / f"step-{step:08d}.json"
-            stored = tracker.stored(file, step, selection[:i])
-            if stored is not None:
-                record, arrays = stored
-            else:
-                record, arrays = tracker.measure(step, selection[:i])
-                if file is not None:  # the numbers last: a snapshot with numbers is complete
-                    write_arrays(file.with_suffix(".safetensors"), arrays)
-                    write_json(file, record)
-                if on_snapshot is not None:
-                    on_snapshot(record)
-            records.append(record)
-            vectors[step] = arrays["eigenvectors"]
-            progress.advance()
+    with nullcontext() if folder is None else FolderLock(folder):
+        if folder is not None:
+            open_folder(folder, tracker.settings)
+        with _restored(model), task("kernel along training", total=len(selection)) as progress:
+            records, vectors = _measured(tracker, folder, selection, on_snapshot, progress)
+        if folder is not None:
+            close_folder(folder, tracker.settings, selection)
     return assembled(tracker.settings, records, vectors, folder)
+
+
+def _measured(
+    tracker: _Tracker,
+    folder: Path | None,
+    selection: list[int],
+    on_snapshot: Callable[[dict[str, Any]], None] | None,
+    progress: Task,
+) -> tuple[list[dict[str, Any]], dict[int, np.ndarray]]:
+    """Records and eigenvectors by step: from the folder, or measured and written there."""
+    records, vectors = [], {}
+    for i, step in enumerate(selection):
+        stored = None if folder is None else tracker.stored(folder, step, selection[:i])
+        if stored is not None:
+            record, arrays = stored
+        else:
+            record, arrays = tracker.measure(step, selection[:i])
+            if folder is not None:
+                write_snapshot(folder, record, arrays, tracking_id(tracker.settings))
+            if on_snapshot is not None:
+                on_snapshot(record)
+        records.append(record)
+        vectors[step] = arrays["eigenvectors"]
+        progress.advance()
+    return records, vectors
 
 
 class _Tracker:
@@ -144,7 +161,7 @@ class _Tracker:
         self.layers = self.dense and len(dict(model.named_parameters())) * N * N * itemsize <= budget // 2
         self._signatures: dict[int, Any] = {}  # step -> its kernel's signature, to measure changes
         self.settings = {
-            "format": FORMAT,
+            "format": TRACK_FORMAT,
             "points": self.n,
             "k": k,
             "outputs": "callable" if callable(outputs) else self.mode,
@@ -194,14 +211,16 @@ class _Tracker:
         return {"state": state, "since": [earlier[0], earlier[-1]] if earlier else [step, step]}
 
     def stored(
-        self, file: Path | None, step: int, earlier: list[int]
+        self, folder: Path, step: int, earlier: list[int]
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        """Numbers and eigenvectors that an earlier call stored for the same identity."""
-        if file is None or not file.exists():
+        """Numbers and eigenvectors that an earlier call stored for the same identity, unless they are damaged."""
+        identity = self._identity(step, earlier)
+        try:
+            found = read_snapshot(folder, step, tracking_id(self.settings))
+        except Damaged as error:
+            warnings.warn(f"{error} It is measured again.", stacklevel=4)
             return None
-        record = read_json(file)
-        same = all(record.get(name) == value for name, value in self._identity(step, earlier).items())
-        return (record, read_arrays(file.with_suffix(".safetensors"))) if same else None
+        return found if found and all(found[0].get(name) == value for name, value in identity.items()) else None
 
     def measure(self, step: int, earlier: list[int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Numbers and eigenvectors of one snapshot."""

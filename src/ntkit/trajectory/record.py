@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ntkit.base.checks import Refused, parse_bytes, refusal
-from ntkit.base.files import write_bytes
+from ntkit.base.files import remove, write_bytes
 from ntkit.base.tensors import safetensors_bytes
 from ntkit.jacobian.model_calls import check_module
 from ntkit.trajectory.recorded_run import read_run, snapshot_path, tied_names
@@ -67,8 +67,9 @@ def record(
     ------
     Refused
         When an argument cannot be recorded; at the start of the block, when `path` holds a run and `resume` is False,
-        or that run had another model, optimizer or schedule; as `Recorder.step`; at the end of the block, when an
-        optimizer step was not followed by ``rec.step``.
+        or that run had another model, optimizer or schedule, or a damaged file (unless the model has its initial
+        parameters: then it starts from the beginning, with a warning), or another process is writing into `path`; as
+        `Recorder.step`; at the end of the block, when an optimizer step was not followed by ``rec.step``.
 
     Notes
     -----
@@ -125,9 +126,6 @@ class Recorder:
             for key in module._buffers
         ]
         self._buffers: dict[str, Tensor] = {}
-        if self._budget is not None and self._budget < 3 * (size := len(safetensors_bytes(self._network()))):
-            expected = f"enough for 3 snapshots of {size} bytes each"
-            raise refusal("budget", got=f"{self._budget} bytes", expected=expected, fix=f"Pass at least {3 * size}.")
         settings = {
             "kind": "recorded",
             "record": _as_json(record),
@@ -139,6 +137,9 @@ class Recorder:
         self._sizes: dict[int, int] = {}  # bytes of the snapshot of each step
         self._hooks: list[Any] = []
         self._ended_at: int | None = None
+        if self._budget is not None and self._budget < 3 * (size := len(self._blob())):
+            expected = f"enough for 3 snapshots of {size} bytes each"
+            raise refusal("budget", got=f"{self._budget} bytes", expected=expected, fix=f"Pass at least {3 * size}.")
         self._depth = 0  # optimizer steps begun and not finished: an optimizer's step may call its parent's
         self._updates = 0  # finished since the last rec.step()
         self._idle = 0  # calls of rec.step() without one
@@ -151,18 +152,31 @@ class Recorder:
         return len(self._log) if self._ended_at is None else self._ended_at
 
     def __enter__(self) -> Recorder:
-        if self._run.load_if_ended(self._resume):
-            self._ended_at = read_run(self.path)["stop"]["step"]
-            for group in self._opt.param_groups:  # for a scheduler that starts at step `done`, as a checkpoint has it
-                group.setdefault("initial_lr", group.get("lr"))
-            return self
+        if not self._run.load_if_ended(self._resume):
+            self._run.lock.acquire()
+            try:
+                if not self._run.load_if_ended(self._resume):  # another process may have ended it
+                    self._start()
+                    return self
+            except BaseException:
+                self._run.lock.release()
+                raise
+            self._run.lock.release()
+        self._ended_at = read_run(self.path)["stop"]["step"]
+        for group in self._opt.param_groups:  # for a scheduler that starts at step `done`, as a checkpoint has it
+            group.setdefault("initial_lr", group.get("lr"))
+        return self
+
+    def _start(self) -> None:
         checkpoint = self._run.begin(self._network(), self._resume)
+        self._log.run = self._run.id
         self._copy_buffers()
         rest = {} if checkpoint is None else checkpoint[1]
         self._sizes = {int(step): size for step, size in rest.get("kept", {}).items()}
+        kept = {snapshot_path(self.path, step) for step in self._sizes}
         for file in snapshot_path(self.path, 0).parent.glob("step-*.safetensors"):
-            if int(file.stem.removeprefix("step-")) not in self._sizes:
-                file.unlink()  # written after the checkpoint, as were the steps that the log deletes here
+            if file not in kept:
+                remove(file)  # written after the checkpoint, as were the steps that the log deletes here
         self._log.truncate(rest.get("step", 0), rest.get("diverged"))
         if self.done == 0 or self._has_snapshot(self.done):
             self._snapshot()
@@ -173,7 +187,6 @@ class Recorder:
             self._opt.register_step_pre_hook(self._before_update),
             self._opt.register_step_post_hook(self._after_update),
         ]
-        return self
 
     def step(self, indices: Sequence[int] | Tensor | None = None, loss: float | Tensor | None = None) -> None:
         """Record the optimizer step since the last call; does nothing if there was none.
@@ -223,6 +236,13 @@ class Recorder:
         if not self._hooks:
             return
         self._hooks = []
+        try:
+            self._end(kind)
+        finally:
+            self._run.lock.release()
+
+    def _end(self, kind: type[BaseException] | None) -> None:
+        """Write what is not written yet; after an exception (of class `kind`) leave a run that can be resumed."""
         complete = not (self._depth or self._updates)
         if kind is not None:
             with suppress(Refused):  # e.g. a full disk: the last checkpoint still exists, and `error` matters more
@@ -244,7 +264,7 @@ class Recorder:
         if self._log.diverged is not None:
             at, value = self._log.diverged
             stop |= {"reason": "diverged", "diverged_at": at, "diverged_loss": value}
-        self._run.finish("complete" if self._log.diverged is None else "diverged", stop)
+        self._run.finish("complete" if self._log.diverged is None else "diverged", stop, self._sizes)
 
     def _before_update(self, opt: Optimizer, args: Any, kwargs: Any) -> None:
         if self._depth == 0:
@@ -267,15 +287,19 @@ class Recorder:
         """Parameters now, and buffers as they were after the last step."""
         return {names[0]: self._buffers.get(names[0], tensor) for names, tensor in tied_names(self._model)}
 
+    def _blob(self) -> bytes:
+        """Bytes of a snapshot; their number does not depend on the step."""
+        return safetensors_bytes(self._network(), self._run.label(self.done))
+
     def _snapshot(self) -> None:
         path = snapshot_path(self.path, self.done)
         if self.done in self._sizes and path.exists():
             return
-        blob = safetensors_bytes(self._network())
+        blob = self._blob()
         sizes = self._sizes | {self.done: len(blob)}
         for step in surplus_snapshots(sizes, self._budget):
             del sizes[step]
-            snapshot_path(self.path, step).unlink(missing_ok=True)
+            remove(snapshot_path(self.path, step))
         write_bytes(path, blob)
         self._sizes = sizes
 

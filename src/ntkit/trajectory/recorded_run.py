@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from re import fullmatch
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 from weakref import finalize
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_json
-from ntkit.base.tensors import read_tensors, read_tensors_if_present
+from ntkit.base.integrity import check_place, damaged, fingerprint
+from ntkit.base.run_files import EndedRun, LoopSettings, TrainSettings, described
+from ntkit.base.tensors import read_tensors_and_metadata, read_weights
 from ntkit.trajectory.batch_order import batch_indices
 from ntkit.trajectory.objective import Inputs, Loss
 from ntkit.trajectory.step_log import read_indices, read_log
@@ -65,8 +68,9 @@ class Trajectory:
         self.status: Literal["running", "complete", "diverged"] = run["status"]
         self.stop: dict[str, Any] = run.get("stop", {})
         self._is_recorded_loop = self.settings.get("kind") == "recorded"
-        names = (self.path / "snapshots").glob("step-*.safetensors")
-        self.steps: list[int] = sorted(int(name.stem.removeprefix("step-")) for name in names)
+        self._id = run_id(run)
+        self._listed = "snapshots" in run  # which snapshots a run has that has ended
+        self.steps: list[int] = run["snapshots"] if self._listed else snapshots_in(self.path)
         self.origin: tuple[nn.Module, tuple[Inputs, Tensor], Loss] | None = None
         if temporary is not None:
             finalize(self, temporary.cleanup)
@@ -75,10 +79,13 @@ class Trajectory:
     def open(cls, path: str | Path) -> Trajectory:
         """Open the folder of a run, whether it is complete, running or was killed.
 
+        Every file is compared with its checksum when it is read.
+
         Raises
         ------
         Refused
-            When the folder holds no run, or one of another format.
+            When the folder holds no run, or one of another format; here and when a file is read, when it is damaged:
+            changed, cut off, missing, or of another run or step.
         """
         return cls(path)
 
@@ -106,11 +113,12 @@ class Trajectory:
 
     @cached_property
     def _log(self) -> dict[str, Tensor]:
+        ended = self.stop["step"] if self.status != "running" else None
         if self._is_recorded_loop:
-            return read_log(self.path / "log")
+            return read_log(self.path / "log", self._id, ended)
         for name in ("losses.safetensors", "checkpoint.safetensors"):
-            if (log := read_tensors_if_present(self.path / name)) is not None:
-                return log
+            if ended is not None or (self.path / name).exists():
+                return read_losses(self.path / name, self._id, ended)
         empty = torch.zeros(0, len(self.settings["optimizer"]["groups"]), dtype=torch.float64)
         return {"losses": empty[:, 0], "learning_rates": empty}
 
@@ -128,7 +136,7 @@ class Trajectory:
             raise refusal("step", got=step, expected=f"0 <= step < {last}", fix=fix)
         if not self._is_recorded_loop:
             return batch_indices(self.settings["seed"], self.settings["n"], self.settings["batch_size"], step)
-        indices = read_indices(self.path / "log", step)
+        indices = read_indices(self.path / "log", self._id, step)
         if indices is None:
             expected, fix = "its rows of the training set", "Call rec.step(indices, loss) in the loop that is recorded."
             raise refusal(f"batch of step {step}", got="a step recorded without indices", expected=expected, fix=fix)
@@ -140,18 +148,18 @@ class Trajectory:
         Raises
         ------
         Refused
-            When the step was not recorded; names the nearest recorded steps.
+            When the step was not recorded; names the nearest recorded steps. When its file is damaged or missing.
         """
         if step not in self.steps:
             near = sorted(sorted(self.steps, key=lambda s: abs(s - step))[:3])
             expected = f"one of trajectory.steps; nearest: {', '.join(map(str, near)) or 'none yet'}"
             fix = "Ask for one of those, or train again with record='all' or record=[steps]."
             raise refusal(f"step {step}", got="a step that was not recorded", expected=expected, fix=fix)
-        tensors = read_tensors_if_present(snapshot_path(self.path, step))
-        if tensors is None:
+        if not self._listed and not snapshot_path(self.path, step).exists():
             got = "a snapshot that the run deleted to stay within its budget"
             fix = "Open the trajectory again and choose one of its steps."
             raise refusal(f"step {step}", got=got, expected="a snapshot that still exists", fix=fix)
+        tensors = read_snapshot(self.path, step, self._id, self.settings)
         return tensors | {alias: tensors[name] for alias, name in self.settings["aliases"].items()}
 
     def load(self, model: nn.Module, step: int) -> None:
@@ -186,7 +194,7 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     ...     safetensors.torch.save_file(model.state_dict(), folder + "/w.safetensors")
     ...     load_weights(model, folder + "/w.safetensors")
     """
-    assign(model, read_tensors(file), Path(file).name)
+    assign(model, read_weights(file), Path(file).name)
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -243,4 +251,61 @@ def read_run(folder: Path) -> dict[str, Any]:
         got = f"format {(run.get('format'), run.get('version')) if isinstance(run, dict) else type(run).__name__}"
         fix = "Name the folder that ntkit.train wrote, or open it with the release that wrote it."
         raise refusal(str(folder / "run.json"), got=got, expected=f"{FORMAT} version {VERSION}", fix=fix)
+    path = folder / "run.json"
+    described(path, run, _AnyRun if run.get("status") == "running" else _Ended)
+    recorded = run["settings"].get("kind") is not None
+    described(path, run["settings"], LoopSettings if recorded else TrainSettings, "settings")
+    if unknown := sorted(set(run["settings"]["aliases"].values()) - run["settings"]["parameters"].keys()):
+        raise damaged(path, f"settings.aliases names {unknown[0]!r}, which is none of settings.parameters")
     return run
+
+
+class _AnyRun(TypedDict):
+    status: Literal["running", "complete", "diverged"]
+    initial: str
+    settings: dict[str, Any]
+
+
+class _Ended(_AnyRun, EndedRun):
+    pass
+
+
+def run_id(run: dict[str, Any]) -> str:
+    """What the files of a run have in common and carry: its settings and initial network, as 16 hex digits."""
+    return fingerprint([run["initial"], run["settings"]])
+
+
+def snapshots_in(folder: Path) -> list[int]:
+    """Steps of the snapshots that lie in a run's folder, ascending."""
+    names = (fullmatch(r"step-(\d+)", path.stem) for path in (folder / "snapshots").glob("step-*.safetensors"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def read_snapshot(folder: Path, step: int, run: str, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """Parameters and buffers of a snapshot, a tied one once; refuse a damaged or missing file, and one of another run.
+
+    `run` is the run's id, `settings` are its settings.
+    """
+    path = snapshot_path(folder, step)
+    if not path.exists():
+        raise damaged(path, "no such file")
+    tensors, metadata = read_tensors_and_metadata(path)
+    check_place(path, metadata, run=run, step=f"{step:08d}")
+    if differ := sorted(tensors.keys() ^ settings["parameters"].keys()):
+        there = "a tensor" if differ[0] in tensors else "no tensor"
+        raise damaged(path, f"{there} {differ[0]!r}, unlike settings.parameters in run.json")
+    return tensors
+
+
+def read_losses(path: Path, run: str, steps: int | None) -> dict[str, Tensor]:
+    """Losses and learning rates of a run of `train`; of a run that has ended all its `steps` must be there."""
+    if not path.exists():
+        raise damaged(path, "no such file")
+    tensors, metadata = read_tensors_and_metadata(path)
+    check_place(path, metadata, run=run)
+    losses, rates = tensors.get("losses"), tensors.get("learning_rates")
+    if losses is None or rates is None or losses.dim() != 1 or rates.dim() != 2 or len(losses) != len(rates):
+        raise damaged(path, "no losses [S] and learning rates [S, groups]")
+    if steps is not None and len(losses) != steps:
+        raise damaged(path, f"losses of {len(losses)} steps, not of the {steps} in run.json")
+    return {"losses": losses, "learning_rates": rates}

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, call_with
 from ntkit.base.checks import refusal
+from ntkit.base.integrity import damaged
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.model_calls import select_parameters
 from ntkit.trajectory import optimizer_updates, replay_checks
 from ntkit.trajectory.objective import Inputs, Loss, Objective
 from ntkit.trajectory.optimizer_updates import Update
-from ntkit.trajectory.recorded_run import Trajectory, assign, read_run, tied_names
+from ntkit.trajectory.recorded_run import Trajectory, assign, read_run, snapshot_path, tied_names
 
 MEMORY = 256 * 2**20  # bytes: the steps of a run that takes less stay in memory and are not replayed a second time
 
@@ -279,12 +280,9 @@ class Replay:
         state = self._read(0)
         path, names = self._trajectory.path, self._trajectory.settings["parameters"]
         assign(self.model, state, f"step 0 of {path.name}")
-        snapshot = tensor_hash({name: state[name] for name in names})
-        if snapshot != (initial := read_run(path)["initial"]):
-            got = f"a network with hash {snapshot[:12]}"
-            expected = f"the initial network of the run, {initial[:12]} in run.json"
-            fix = "One of the two files was changed: restore the run's folder, or record the run again."
-            raise refusal(f"snapshot of step 0 in {path.name}", got=got, expected=expected, fix=fix)
+        if (found := tensor_hash({name: state[name] for name in names})) != (initial := read_run(path)["initial"]):
+            why = f"a network with hash {found[:12]}, not the initial one of the run, {initial[:12]} in run.json"
+            raise damaged(snapshot_path(path, 0), why)
         self._constants = {name: state[name] for name in names.keys() - set(self.names)}
 
     def _equals_snapshot(self, step: int, before: dict[str, Tensor]) -> bool:

@@ -13,7 +13,7 @@ from ntkit.base.checks import refusal
 from ntkit.jacobian.model_calls import check_mode, check_module
 from ntkit.trajectory.objective import Inputs, Loss, Objective, loss_name
 from ntkit.trajectory.optimizer_updates import check_clip
-from ntkit.trajectory.recorded_run import Trajectory, tied_names
+from ntkit.trajectory.recorded_run import Trajectory, snapshots_in, tied_names
 from ntkit.trajectory.snapshots import snapshot_rule
 
 
@@ -87,7 +87,7 @@ def replayable_steps(trajectory: Trajectory) -> int:
     # A function is recorded by its name only, and a budget deletes snapshots.
     unknown = settings.get("budget") is not None or (isinstance(record, str) and record not in ("log", "all"))
     expected = {0, last} if unknown else {0, last, *filter(snapshot_rule(record), range(last))}
-    if missing := sorted(expected - set(trajectory.steps)):
+    if missing := sorted(expected - set(snapshots_in(trajectory.path))):
         got = f"no snapshot of step {', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}"
         fix = "A file was deleted: restore the run's folder from its source, or record the run again."
         raise refusal(str(trajectory.path), got=got, expected=f"one at each recorded step (record={record!r})", fix=fix)

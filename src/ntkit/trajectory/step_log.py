@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ntkit.base.tensors import read_tensors, read_tensors_if_present, write_tensors
+from ntkit.base.files import remove
+from ntkit.base.integrity import check_place, damaged
+from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
 
 SEGMENT = 1000  # steps per file
 
@@ -24,10 +26,13 @@ class LogEntry(NamedTuple):
 
 
 class StepLog:
-    """Writes the log: entries are appended in memory; `flush` updates the files, each complete or absent."""
+    """Writes the log: entries are appended in memory; `flush` updates the files, each complete or absent.
+
+    `run` is the id of the run that the files are of.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.run = folder, ""
         self.diverged: tuple[int, str] | None = None  # the first step whose loss is not finite, and that loss
         # First step of the open segment, entries from there on, number of these on disk. One tuple, so that a Ctrl-C
         # never finds a part of it changed.
@@ -50,7 +55,7 @@ class StepLog:
             if self.diverged is None and isinstance(row.loss, float) and not math.isfinite(row.loss):
                 self.diverged = (step, str(row.loss))
         while rows:
-            write_tensors(_segment(self.folder, first), _as_tensors(rows[:SEGMENT]))
+            self._write(first, rows[:SEGMENT])
             if len(rows) < SEGMENT:
                 break
             first, rows = first + SEGMENT, rows[SEGMENT:]
@@ -60,50 +65,85 @@ class StepLog:
     def truncate(self, steps: int, diverged: tuple[int, str] | None) -> None:
         """Delete all but the first `steps` steps: a resumed run repeats those after its checkpoint."""
         first = steps // SEGMENT * SEGMENT
-        rows = _entries(_segment(self.folder, first))[: steps - first] if steps > first else []
+        rows = _entries(_segment(self.folder, first), self.run)[: steps - first] if steps > first else []
         for other in sorted(_segments(self.folder), reverse=True):
             if other > first or (other == first and not rows):
-                _segment(self.folder, other).unlink()
+                remove(_segment(self.folder, other))
         if rows:
-            write_tensors(_segment(self.folder, first), _as_tensors(rows))
+            self._write(first, rows)
         self.diverged, self._open = diverged, (first, rows, len(rows))
 
+    def _write(self, first: int, rows: list[LogEntry]) -> None:
+        write_tensors(_segment(self.folder, first), _as_tensors(rows), {"run": self.run, "step": f"{first:08d}"})
 
-def read_log(folder: Path) -> dict[str, Tensor]:
-    """Losses [S] and learning rates [S, groups] (float64) of the steps written so far."""
+
+def read_log(folder: Path, run: str, steps: int | None = None) -> dict[str, Tensor]:
+    """Losses [S] and learning rates [S, groups] (float64) of the steps written so far.
+
+    Of a run that has ended all its `steps` are there: a missing file is refused by name.
+    """
     losses, rates = [torch.zeros(0, dtype=torch.float64)], []
     for first in sorted(_segments(folder)):
-        segment = read_tensors_if_present(_segment(folder, first))
-        if segment is None or first != sum(map(len, losses)):
+        if first != sum(map(len, losses)) or not _segment(folder, first).exists():
             break
+        segment = _tensors(_segment(folder, first), run)
         losses.append(segment["losses"])
         rates.append(segment["learning_rates"])
+    if steps is not None and (found := sum(map(len, losses))) < steps:
+        last = found // SEGMENT * SEGMENT
+        raise damaged(_segment(folder, last), f"no step {found} in it, of {steps}")
     groups = max((part.shape[1] for part in rates), default=0)
     parts = [torch.full((0, groups), math.nan, dtype=torch.float64), *(_padded(part, groups) for part in rates)]
     return {"losses": torch.cat(losses), "learning_rates": torch.cat(parts)}
 
 
-def read_indices(folder: Path, step: int) -> Tensor | None:
+def check_log(folder: Path, run: str, steps: int) -> None:
+    """Refuse a log whose first `steps` steps are not all there, as they were written."""
+    for first in range(0, steps, SEGMENT):
+        if len(_tensors(path := _segment(folder, first), run)["losses"]) < min(steps - first, SEGMENT):
+            raise damaged(path, f"cut off before step {steps}")
+
+
+def read_indices(folder: Path, run: str, step: int) -> Tensor | None:
     """Batch indices of a step; None if none were recorded."""
     path = _segment(folder, step // SEGMENT * SEGMENT)
-    now = path.stat()  # a file that grew since the last call is read again
-    indices = _cached_entries(path, (now.st_ino, now.st_mtime_ns, now.st_size))[step % SEGMENT].indices
+    try:
+        now = path.stat()  # a file that grew since the last call is read again
+    except OSError as error:
+        raise damaged(path, error.strerror or str(error)) from error
+    entries = _cached_entries(path, run, (now.st_ino, now.st_mtime_ns, now.st_size))
+    if step % SEGMENT >= len(entries):
+        raise damaged(path, f"no step {step} in it")
+    indices = entries[step % SEGMENT].indices
     return None if indices is None else indices.clone()
 
 
 @lru_cache(maxsize=4)  # a replay asks for one step after the other
-def _cached_entries(path: Path, _version: tuple[int, ...]) -> list[LogEntry]:
-    return _entries(path)
+def _cached_entries(path: Path, run: str, _version: tuple[int, ...]) -> list[LogEntry]:
+    return _entries(path, run)
 
 
-def _entries(path: Path) -> list[LogEntry]:
-    segment = read_tensors(path)
+def _entries(path: Path, run: str) -> list[LogEntry]:
+    segment = _tensors(path, run)
     sizes = segment["sizes"].tolist()
     indices = iter(segment["indices"].split([size for size in sizes if size >= 0]))
-    return [
-        LogEntry(loss, rates, None if size < 0 else next(indices))
-        for loss, rates, size in zip(segment["losses"].tolist(), segment["learning_rates"].tolist(), sizes, strict=True)
-    ]
+    numbers = zip(segment["losses"].tolist(), segment["learning_rates"].tolist(), sizes, strict=True)
+    return [LogEntry(loss, rates, None if size < 0 else next(indices)) for loss, rates, size in numbers]
+
+
+def _tensors(path: Path, run: str) -> dict[str, Tensor]:
+    """The tensors of a segment, as `_as_tensors` made them."""
+    if not path.exists():
+        raise damaged(path, "no such file")
+    segment, metadata = read_tensors_and_metadata(path)
+    check_place(path, metadata, run=run, step=path.stem)
+    forms = {"losses": 1, "learning_rates": 2, "sizes": 1, "indices": 1}
+    if {name: tensor.dim() for name, tensor in segment.items()} != forms or (
+        len({len(segment[name]) for name in ("losses", "learning_rates", "sizes")}) > 1
+        or int(segment["sizes"].clamp(min=0).sum()) != len(segment["indices"])
+    ):
+        raise damaged(path, "no log of steps")  # complete, but never written by us
+    return segment
 
 
 def _as_tensors(rows: list[LogEntry]) -> dict[str, Tensor]:
@@ -136,7 +176,7 @@ def _on_cpu(rows: list[LogEntry]) -> list[LogEntry]:
 
 
 def _segments(folder: Path) -> list[int]:
-    return [int(path.stem) for path in folder.glob("*.safetensors")]
+    return [int(path.stem) for path in folder.glob("*.safetensors") if path.stem.isdecimal()]
 
 
 def _segment(folder: Path, first: int) -> Path:

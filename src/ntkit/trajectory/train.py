@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ntkit.base.checks import refusal
+from ntkit.jacobian.model_calls import check_module
 from ntkit.trajectory.batch_order import batch_indices, derived_seed, steps_per_epoch
 from ntkit.trajectory.learning_rates import RateSchedule
 from ntkit.trajectory.objective import Inputs, Loss, Objective, loss_name
@@ -69,7 +70,8 @@ def train(
         rows in eval mode at the end of each epoch.
     resume : continue the run in `path` from its last checkpoint (at most about 10 s before it was killed, or 20 times
         the time that a checkpoint takes to write), whatever the values of the model's parameters. A run that has ended
-        is loaded. A folder without a run gets a new one.
+        is loaded. A folder without a run gets a new one. A run with a damaged or missing file starts from the
+        beginning, with a warning, if `model` has its initial parameters.
     on_step : called as ``on_step(step, loss)``, before that step's update.
     schedule : step -> the factor on every group's learning rate in that step's update, as LambdaLR's; a pure function.
         None = constant rates.
@@ -86,7 +88,7 @@ def train(
     ------
     Refused
         When an argument is invalid, `path` holds a run and `resume` is False, or `resume` is True and that run had
-        other settings, data or parameter shapes.
+        other settings, data or parameter shapes, or a damaged file; when another process is writing into `path`.
     KeyboardInterrupt
         On Ctrl-C, after the current step and a checkpoint; a second Ctrl-C does not wait.
 
@@ -104,6 +106,7 @@ def train(
     >>> traj.stop["reason"], round(model.weight.item(), 1)
     ('target', 2.0)
     """
+    check_module(model, fix="Pass the network to train.")
     objective = Objective(data, loss)
     _check_numbers(steps, seed, target, clip, batch_size, objective.n)
     recorded = snapshot_steps(record, steps)
@@ -130,8 +133,10 @@ def train(
         if not run.load_if_ended(resume):
             with _train_mode(model) as devices, _deferred_interrupt() as interrupted:
                 objective.check(model, batch_size or objective.n)
-                run.start(resume)
-                _run_steps(run, objective, recorded, devices, interrupted, rates, on_step)
+                with run.lock:
+                    if not run.load_if_ended(resume):  # another process may have ended it
+                        run.start(resume, recorded)
+                        _run_steps(run, objective, recorded, devices, interrupted, rates, on_step)
         trajectory = Trajectory(run.folder, temporary=temporary)
         trajectory.origin = (model, (data[0], data[1]), loss)
         return trajectory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class TrainingRun(RunWriter):
     def __init__(self, model: nn.Module, opt: Optimizer, folder: Path, settings: dict[str, Any]) -> None:
         super().__init__(model, opt, folder, settings)
         self.step = 0
+        self._recorded: Collection[int] = ()
         self.losses: list[float] = []
         self.rates: list[list[float]] = []
         self._tensors = {names[0]: tensor for names, tensor in tied_names(model)}
@@ -27,9 +29,10 @@ class TrainingRun(RunWriter):
         self._buffers = [name for name in self._tensors if name not in trained]
         self._network = {name: tensor.clone() for name, tensor in self._tensors.items()}
 
-    def start(self, resume: bool) -> None:
-        """Write run.json and the first checkpoint, or continue from the last checkpoint."""
-        checkpoint = self.begin(self._network, resume)
+    def start(self, resume: bool, recorded: Collection[int]) -> None:
+        """Write run.json and the first checkpoint, or continue from the last one; `recorded` steps get a snapshot."""
+        self._recorded = recorded
+        checkpoint = self.begin(self._network, resume, recorded)
         if checkpoint is None:
             return self.checkpoint(0)
         tensors, rest = checkpoint
@@ -51,7 +54,7 @@ class TrainingRun(RunWriter):
     def write(self, step: int, snapshot: bool) -> None:
         """Write the copy of the network as a snapshot if asked, and a checkpoint if one is due."""
         if snapshot:
-            write_tensors(snapshot_path(self.folder, step), self._network)
+            write_tensors(snapshot_path(self.folder, step), self._network, self.label(step))
         if self.timer.due(snapshot):
             self.checkpoint(step)
 
@@ -65,10 +68,11 @@ class TrainingRun(RunWriter):
         with torch.no_grad():
             for name, tensor in self._tensors.items():
                 tensor.copy_(self._network[name])
-        write_tensors(snapshot_path(self.folder, step), self._network)
-        write_tensors(self.folder / "losses.safetensors", self._log(step))
+        write_tensors(snapshot_path(self.folder, step), self._network, self.label(step))
+        write_tensors(self.folder / "losses.safetensors", self._log(step), {"run": self.id})
         stop = {"reason": reason, "step": step, "loss": loss, **more}
-        self.finish("diverged" if reason == "diverged" else "complete", stop)
+        snapshots = [s for s in self._recorded if s < step]
+        self.finish("diverged" if reason == "diverged" else "complete", stop, [*snapshots, step])
 
     def end_diverged(self, step: int, loss: float) -> None:
         """End at the step before `step`, whose loss (or parameters) are not finite."""

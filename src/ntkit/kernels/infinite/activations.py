@@ -6,6 +6,7 @@ rho = c / sqrt(a b). By Price's theorem E[s'(u) s'(v)] is the derivative of E[s(
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -210,7 +211,7 @@ def times_slope(function: Function) -> Function:
 
 def closed_form(function: Function) -> Activation | None:
     """The closed form with this function's values and slopes at thousands of points of both signs and all sizes."""
-    z = torch.cat([torch.linspace(-12, 12, 2401, dtype=torch.float64) + 0.00123, _SIZES, -_SIZES])
+    z = _places()
     values = values_and_slopes(function, z)
     at_one, at_minus_one = function(torch.tensor([1.0, -1.0], dtype=torch.float64)).tolist()
     slope_at_zero = float(values_and_slopes(function, torch.zeros(1, dtype=torch.float64))[1])
@@ -234,7 +235,15 @@ def closed_form(function: Function) -> Activation | None:
     return None
 
 
-_SIZES = torch.logspace(-6, 6, 121, dtype=torch.float64)
+def fingerprint(function: Function) -> str:
+    """A hash of the values and slopes by which a function is recognized, equal for two spellings of one function."""
+    values = torch.cat(values_and_slopes(function, _places()))
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+def _places() -> Tensor:
+    sizes = torch.logspace(-6, 6, 121, dtype=torch.float64)
+    return torch.cat([torch.linspace(-12, 12, 2401, dtype=torch.float64) + 0.00123, sizes, -sizes])
 
 
 def values_and_slopes(function: Function, z: Tensor) -> tuple[Tensor, Tensor]:

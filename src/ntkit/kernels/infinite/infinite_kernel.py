@@ -15,16 +15,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count
+from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import as_number
 from ntkit.base.progress import task
+from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
 from ntkit.kernels.infinite.planes import Planes, Side, prepare
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.tape import record
 from ntkit.kernels.infinite.tape_to_layers import read
-from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, written
+from ntkit.kernels.kernel import Kernel, KernelOperator, check_out
 
 Kind = Literal["ntk", "nngp"]
 
@@ -101,16 +103,19 @@ class InfiniteKernel(Kernel):
         w_std: float | None = None,
         b_std: float | None = None,
     ) -> None:
-        if kind not in ("ntk", "nngp"):
+        if not isinstance(kind, str) or kind not in ("ntk", "nngp"):
             raise refusal("kind", got=repr(kind), expected='"ntk" or "nngp"', fix="Choose one of them.")
         if (w_std is None) != (b_std is None):
             missing, other = ("b_std", "w_std") if b_std is None else ("w_std", "b_std")
             raise refusal(missing, got=f"None although {other} is given", expected="both or none", fix="Give both.")
+        stds: list[float] = []
         for name, value in (("w_std", w_std), ("b_std", b_std)):
-            if value is not None and not 0 <= value < math.inf:
-                raise refusal(name, got=value, expected="a finite number >= 0", fix="Give a standard deviation.")
+            if value is not None:
+                fix = "Give a standard deviation."
+                stds.append(as_number(value, name, lambda s: 0 <= s < math.inf, "a finite number >= 0", fix))
+        check_module(model)
         self.kind = kind
-        self._model, self._stds = model, (w_std, b_std)
+        self._model, self._stds = model, (stds[0], stds[1]) if stds else (None, None)
         self._models: dict[torch.dtype, nn.Module] = {}
         self._graphs: dict[tuple[torch.dtype, tuple[int, ...]], Graph] = {}
         self._fingerprint: Any = None  # of the model, when the graphs were read
@@ -131,29 +136,29 @@ class InfiniteKernel(Kernel):
         layer '0' (Linear): weights of std 1 / sqrt(fan in), bias of std 0 (as given)
         layer '1' (ReLU): piecewise linear, slopes 1 and 0
         """
-        graph, _ = self._read(x)
+        graph = self._read(checked(x, "x"))[0]
         return "\n".join(_line(layer) for layer in graph.layers)
 
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """k(x, x) as an operator; the values are computed once, at the first product."""
-        like = next(iter(self._read(x)[1].values()))
+        x = checked(x, "x")
+        like = torch.empty(0, dtype=self._read(x)[2], device=x.device)
         values = lru_cache(1)(lambda: self(x))
         return KernelOperator(count(x), lambda v: values() @ v, lambda: self.diagonal(x), like)
 
     # ------------------------------------------------------------------ values
 
     @torch.inference_mode(False)  # activations are differentiated
+    @own_context()
     def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
-        if _half(x1):  # too coarse for the angles between samples
-            return written(self._gram(x1.float(), None if x2 is None else x2.float(), None).to(x1.dtype), out)
-        (graph, data1), same = self._read(x1), x2 is None
+        (graph, data1, dtype), same = self._read(x1), x2 is None
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         n1, n2 = count(x1), count(x1 if x2 is None else x2)
         like = next(iter(data1.values()))
         if out is None:
-            out = torch.empty(n1, n2, dtype=like.dtype, device=like.device)
-        check_out(out, (n1, n2), like.dtype)
+            out = torch.empty(n1, n2, dtype=dtype, device=x1.device)
+        check_out(out, (n1, n2), dtype)
         size = _tile_size(graph, like)
         tiles = [(i, j) for i in range(0, n1, size) for j in range(i if same else 0, n2, size)]
 
@@ -166,8 +171,11 @@ class InfiniteKernel(Kernel):
             with torch.no_grad():
                 one, two = side(False, i), side(not same, j)
                 planes = Planes(graph, one, two, False, same and i == j, self.kind == "ntk", _plane_elements(like))
-                out[i : i + size, j : j + size] = planes(graph.layers[graph.output])[-1, 0, 0]
+                block = planes(graph.layers[graph.output])[-1, 0, 0]
+                sizes.append(float(block.abs().max()))
+                out[i : i + size, j : j + size] = block
 
+        sizes: list[float] = []
         versions = _covered(graph, data1, data2)
         _run(tile, tiles, like)
         if same:
@@ -177,14 +185,14 @@ class InfiniteKernel(Kernel):
                 block.copy_(block.triu() + block.triu(1).T)
         if _versions(graph) != versions:  # another thread extended a table
             return self._gram(x1, x2, out)
+        _check_size(max(sizes), dtype)
         _warn(graph)
         return out
 
     @torch.inference_mode(False)
+    @own_context()
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
-        if _half(x1):
-            return self._pairs(x1.float(), None if x2 is None else x2.float()).to(x1.dtype)
-        graph, data1 = self._read(x1)
+        graph, data1, dtype = self._read(x1)
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         like = next(iter(data1.values()))
         out = torch.empty(count(x1), dtype=like.dtype, device=like.device)
@@ -201,14 +209,20 @@ class InfiniteKernel(Kernel):
         _run(batch, list(range(0, count(x1), _BATCH)), like)
         if _versions(graph) != versions:
             return self._pairs(x1, x2)
+        _check_size(float(out.abs().max()), dtype)
         _warn(graph)
-        return out
+        return out.to(x1.device, dtype)
 
     # ------------------------------------------------------------------ reading
 
     @torch.inference_mode(False)
-    def _read(self, x: Batch, like: Batch | None = None) -> tuple[Graph, dict[int, Tensor]]:
-        """The layers for samples of this shape, and the samples at each input layer, [H, W, n, C] / sqrt(C)."""
+    @own_context()
+    def _read(self, x: Batch, like: Batch | None = None) -> tuple[Graph, dict[int, Tensor], torch.dtype]:
+        """The layers for samples of this shape, the samples at each input layer, and the dtype of the values.
+
+        The samples are [H, W, n, C] / sqrt(C) in float64, as all that follows: in float32 an angle between samples
+        that are nearly parallel would be off by 3e-4, and so would the kernel.
+        """
         if not isinstance(x, Tensor):
             fix = "Wrap the model in a module that takes one tensor."
             raise refusal("x", got=type(x).__name__, expected="one tensor", fix=fix)
@@ -218,6 +232,8 @@ class InfiniteKernel(Kernel):
                 fix = "Give both sets samples of the same shape."
                 raise refusal("x2", got=f"samples of shape {got}", expected=f"{expected}, as x1", fix=fix)
             x = x.to(like.dtype)
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        dtype, x = x.dtype, x.float() if half else x
         if (fingerprint := _fingerprint(self._model)) != self._fingerprint:  # trained, frozen or changed since
             self._fingerprint, self._graphs, self._models = fingerprint, {}, {}
         model = self._in_dtype(x.dtype) if x.is_floating_point() else self._model
@@ -231,11 +247,12 @@ class InfiniteKernel(Kernel):
             outputs = [batch] if indices == [0] else _outputs(model, batch, graph.last_index)
             for index in indices:
                 t = outputs[index]
-                value = t.reshape(*t.shape[:2], *(1,) * (4 - t.dim()), *t.shape[2:]).permute(2, 3, 0, 1)
+                dtype = dtype if x.is_floating_point() else t.dtype
+                t = _double(t.reshape(*t.shape[:2], *(1,) * (4 - t.dim()), *t.shape[2:]).permute(2, 3, 0, 1))
                 if index not in data:
-                    data[index] = value.new_empty(*value.shape[:2], len(x), value.shape[3])
-                torch.div(value, math.sqrt(value.shape[3]), out=data[index][:, :, start : start + _BATCH])
-        return graph, data
+                    data[index] = t.new_empty(*t.shape[:2], len(x), t.shape[3])
+                torch.div(t, math.sqrt(t.shape[3]), out=data[index][:, :, start : start + _BATCH])
+        return graph, data, dtype
 
     def _in_dtype(self, dtype: torch.dtype) -> nn.Module:
         """The model in the dtype of the samples: kernels of float64 samples are in float64, whatever the weights'."""
@@ -267,8 +284,17 @@ def _fingerprint(model: nn.Module) -> Any:
     ]
 
 
-def _half(x: Batch) -> bool:
-    return isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+def _double(t: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none."""
+    return (t.cpu() if t.device.type == "mps" else t).double()
+
+
+def _check_size(largest: float, dtype: torch.dtype) -> None:
+    """Refuse values that overflow in the dtype of the samples, or all lose digits to underflow."""
+    info = torch.finfo(dtype)
+    if largest > info.max or 0 < largest < 100 * info.tiny:
+        got, expected = f"values up to {largest:.1e}", f"values that {dtype} can represent"
+        raise refusal("the kernel", got=got, expected=expected, fix="Scale the data, or pass it in float64.")
 
 
 def _side(graph: Graph, data: dict[int, Tensor], samples: slice) -> Side:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import refusal
-from ntkit.base.files import ensure_folder
+from ntkit.base.checks import Damaged, refusal
+from ntkit.base.files import remove
+from ntkit.base.integrity import damaged
+from ntkit.base.lock import FolderLock
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
 from ntkit.kernels.path.decomposition import PathDecomposition, StepShare
 from ntkit.trajectory.run_writer import CheckpointTimer
@@ -25,6 +28,8 @@ _PLAIN = ("contributions", "initial", "regularization", "prediction", "residual"
 class DecompositionFiles:
     """The folder of a decomposition: ``decomposition.safetensors`` at the end, until then one file per part of it.
 
+    A ``with`` statement holds its lock. A damaged file is computed again, with a warning.
+
     Parameters
     ----------
     folder : None writes nothing.
@@ -32,9 +37,19 @@ class DecompositionFiles:
     """
 
     def __init__(self, folder: str | Path | None, identity: dict[str, Any]) -> None:
-        self._folder = None if folder is None else ensure_folder(folder)
+        self._folder = None if folder is None else Path(folder)
+        self._lock = None if folder is None else FolderLock(folder)
         self._identity = json.loads(json.dumps(identity))
         self._timer = CheckpointTimer()
+
+    def __enter__(self) -> DecompositionFiles:
+        if self._lock is not None:
+            self._lock.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def result(self) -> PathDecomposition | None:
         """The finished decomposition, if there is one."""
@@ -47,7 +62,7 @@ class DecompositionFiles:
             return
         self._write("decomposition", *_packed(result))
         for file in self._folder.glob("part-*.safetensors"):
-            file.unlink()
+            remove(file)
 
     def size(self, fit: int) -> int:
         """Test points per part: as in the stored parts; `fit` in a new folder."""
@@ -72,16 +87,23 @@ class DecompositionFiles:
 
     def _write(self, name: str, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         assert self._folder is not None
-        content = json.dumps({"format": _FORMAT, "identity": self._identity, **rest})
-        write_tensors(self._folder / f"{name}.safetensors", tensors, {"ntkit": content})
+        told = {"file": name, "format": _FORMAT, "identity": self._identity, **rest}
+        write_tensors(self._folder / f"{name}.safetensors", tensors, told)
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if self._folder is None or not (path := self._folder / f"{name}.safetensors").exists():
             return None
-        tensors, metadata = read_tensors_and_metadata(path)
-        rest = json.loads(metadata.get("ntkit", "{}"))
+        try:
+            tensors, rest = read_tensors_and_metadata(path)
+            needed = ("integration", "bitwise", "steps") if name == "decomposition" else ("size", "step", "carry")
+            if rest.get("file", name) != name or rest.get("format") != _FORMAT or not rest.keys() >= {*needed}:
+                raise damaged(path, f"another file ({rest.get('file')})")
+        except Damaged as error:
+            warnings.warn(f"{error} It is computed again.", stacklevel=5)
+            remove(path)
+            return None
         if rest.get("identity") != self._identity:
-            theirs = rest.get("identity", {})
+            theirs = rest.get("identity") or {}
             differs = [key for key, value in self._identity.items() if theirs.get(key) != value]
             got, fix = f"another decomposition ({', '.join(differs) or 'unknown'} differ)", "Give another folder."
             raise refusal(str(self._folder), got=got, expected="one of the same run, test points and settings", fix=fix)

@@ -153,7 +153,11 @@ class PathKernel(Kernel):
             When the traced operations do not give the outputs of the network.
         """
         x = self._with_targets(checked(x, "x"), y)
-        files = DecompositionFiles(path, self._identity(x, layers, steps) if path is not None else {})
+        with DecompositionFiles(path, self._identity(x, layers, steps) if path is not None else {}) as files:
+            return self._decomposed(x, layers, steps, files)
+
+    def _decomposed(self, x: Batch, layers: bool, steps: bool, files: DecompositionFiles) -> PathDecomposition:
+        """The decomposition, from its folder or computed."""
         if (result := files.result()) is not None:
             return result
         replay = self._replay

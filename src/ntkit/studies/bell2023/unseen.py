@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.imports import same_random_numbers
 from ntkit.kernels.conjugate import ConjugateKernel
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.kernels.tangent import TangentKernel
@@ -44,7 +45,8 @@ _SHRINK = 4  # block of a photograph's pixels averaged into one: its patches are
 
 def patches(n: int, pixels: int, seed: int) -> Tensor:
     """Gray patches of scikit-learn's two photographs, each scaled to [0, 1]: [n, 1, pixels, pixels]."""
-    from sklearn.datasets import load_sample_images
+    with same_random_numbers():
+        from sklearn.datasets import load_sample_images
 
     draw, selection, photographs = np.random.default_rng(seed), [], []
     for image in load_sample_images().images:
@@ -69,7 +71,8 @@ def parts(work: Work) -> Iterator[StudyPart]:
 
 def _scores(work: Work, name: str, seed: int) -> Result:
     """Scores, and their AUROC against both kinds of images that were not learned."""
-    from sklearn.metrics import roc_auc_score
+    with same_random_numbers():
+        from sklearn.metrics import roc_auc_score
 
     data = images(work, name, work.sizes.train, work.sizes.unseen, classes=CLASSES, seed=seed)
     other = images(work, name, len(OTHERS), work.sizes.unseen, classes=OTHERS, seed=seed)

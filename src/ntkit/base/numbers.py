@@ -1,0 +1,46 @@
+"""Numbers as users pass them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkit.base.checks import refusal
+
+
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Refuse tensors without values (device "meta"), and sparse, quantized and nested ones."""
+    if tensor.is_meta:
+        fix = "Pass a tensor with values."
+        raise refusal(name, got='a tensor on device "meta", without values', expected="numbers", fix=fix)
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
+        convert = {"nested": "to_padded_tensor(0.0)", "quantized": "dequantize()", "sparse": "to_dense()"}[kind]
+        raise refusal(name, got=f"a {kind} tensor", expected="a dense one", fix=f"Pass {name}.{convert}.")
+
+
+def as_number(value: Any, name: str, good: Callable[[float], bool], expected: str, fix: str) -> float:
+    """Take one real number (or a tensor or array without axes) that is `good`, as a float.
+
+    >>> as_number("0.1", "ridge", lambda r: r >= 0, "a number >= 0", "It is added to the diagonal.")
+    Traceback (most recent call last):
+        ...
+    ntkit.Refused: ridge: got '0.1'; expected a number >= 0. It is added to the diagonal.
+    """
+    if isinstance(value, Tensor):
+        check_dense(value, name)
+    array = isinstance(value, (Tensor, np.ndarray))
+    number = value.item() if array and value.ndim == 0 else value
+    try:
+        ok = isinstance(number, Real) and not isinstance(number, (bool, np.bool_)) and good(float(number))
+    except OverflowError:
+        ok = False
+    if not ok:
+        got = f"{type(value).__name__} of shape {list(value.shape)}" if array and value.ndim else repr(number)[:80]
+        raise refusal(name, got=got, expected=expected, fix=fix)
+    return float(number)

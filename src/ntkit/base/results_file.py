@@ -1,0 +1,167 @@
+"""What ``results.json`` holds, for the reports: descriptions that `ntkit.base.run_files.described` compares it with."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+from ntkit.base.run_files import Number, Numbers
+
+
+class ClaimResults(TypedDict):
+    """A claim of a study."""
+
+    claim: str
+    number: str
+    holds: bool | None
+    how: str
+
+
+class StudyResults(TypedDict):
+    """``results.json`` of a study: the keys that every study has."""
+
+    title: str
+    claims: NotRequired[list[ClaimResults]]
+    sections: NotRequired[list[dict[str, Any]]]
+    curves: NotRequired[list[dict[str, Any]]]
+    runs: NotRequired[list[StudyRun]]
+    settings: NotRequired[dict[str, Any]]
+    terms: NotRequired[list[str]]
+    figures: NotRequired[str]
+
+
+class StudyRun(TypedDict):
+    """A run that a study shows."""
+
+    name: str
+    track: str
+
+
+class EstimateResults(TypedDict):
+    """A number with its standard error, and what it comes from."""
+
+    value: Number
+    error: Number
+    certificate: str
+
+
+class MachineResults(TypedDict):
+    """A machine of an analysis."""
+
+    kernel: str
+    label: str
+    status: str
+    advice: str
+    train_error: EstimateResults
+    test_error: EstimateResults
+    ridge_test_error: EstimateResults
+    gap: Number
+    kkt: Number
+    margin: Number | Numbers  # one per class
+    support: int | list[int] | None
+    n: int
+
+
+class QualityResults(TypedDict):
+    """Numbers of a kernel matrix of an analysis."""
+
+    kernel: str
+    label: str
+    alignment: Number
+    alignment_centered: Number
+    effective_rank: Number
+    trace: Number
+    scale: Number
+
+
+class DataResults(TypedDict):
+    """The data of an analysis."""
+
+    name: str
+    kind: str
+    classes: list[str]
+    train: int
+    test: int
+    input_shape: list[int]
+    normalization: str
+    source: str
+    hash: str
+
+
+class ModelResults(TypedDict):
+    """The network of an analysis."""
+
+    name: str
+    parameters: int
+    outputs: int
+    loss: str
+    weights: str | None
+    fallback: dict[str, Any]
+    text: str
+
+
+class TrainingResults(TypedDict):
+    """The training of an analysis."""
+
+    optimizer: str
+    batch_size: int
+    steps: int
+    stop: str
+    losses: Numbers
+    seed: int
+
+
+class AlongResults(TypedDict):
+    """The kernel of an analysis along training: one entry per snapshot."""
+
+    points: int
+    steps: list[int]
+    loss: Numbers
+    eigenvalues: list[Numbers]
+    residual: Number
+
+
+class ProbeRows(TypedDict):
+    """Rows of a table of an analysis."""
+
+    rows: list[dict[str, Any]]
+
+
+class CertificateResults(TypedDict):
+    """A check of an analysis."""
+
+    what: str
+    value: Number
+    tolerance: Number
+    ok: bool
+
+
+class ReproduceResults(TypedDict):
+    """How to repeat an analysis."""
+
+    command: str
+    versions: dict[str, str]
+    seed: int | None
+    device: str
+    dtype: str
+    memory: int | None
+
+
+class AnalysisResults(TypedDict):
+    """``results.json`` of `ntkit analyze`."""
+
+    format: int
+    title: str
+    data: DataResults
+    model: ModelResults
+    training: TrainingResults | None
+    network: dict[str, EstimateResults] | None
+    machines: list[MachineResults]
+    quality: list[QualityResults]
+    similarity: dict[str, Number] | None
+    along: AlongResults | None
+    invariances: ProbeRows | None
+    neighbors: ProbeRows | None
+    certificates: list[CertificateResults]
+    reproduce: ReproduceResults
+    files: NotRequired[dict[str, str]]
+    run: NotRequired[str]

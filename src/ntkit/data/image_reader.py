@@ -1,0 +1,128 @@
+"""Folders of images, one folder per class: PNG and JPEG, all of one size and mode."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkit.base.checks import check_name, refusal
+from ntkit.base.memory import check_room
+from ntkit.data.readers import Files, open_data
+
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+_LARGEST = 2**28  # bytes of one image file
+
+
+def read_image_folder(folder: Path) -> Files:
+    """Read FOLDER/train/CLASS/* and FOLDER/test/CLASS/*, or FOLDER/CLASS/*: PNG and JPEG, one size, gray or RGB.
+
+    Pixels are as stored: an orientation noted in a photograph's EXIF data does not turn it.
+    """
+    split = os.path.isdir(folder / "train") and os.path.isdir(folder / "test")
+    roots = [folder / "train", folder / "test"] if split else [folder]
+    folders = [_class_folders(root) for root in roots]
+    classes = tuple(path.name for path in folders[0])
+    for other in folders[1:]:
+        odd = sorted(set(classes) ^ {path.name for path in other})
+        if odd:
+            got = f"class {odd[0]!r} in only one of train and test"
+            raise refusal(str(folder), got=got, expected="the same class folders in both", fix="Add or remove it.")
+    for name in classes:  # they become the names of the classes, in tables and reports
+        check_name(f"class folder in {folder.name}", name, "Rename the folder.")
+    labels = [[label for label, path in enumerate(group) for _ in _visible(path)] for group in folders]
+    pixels = _read_images([path for group in folders for inner in group for path in _visible(inner)])
+    n = len(labels[0])
+    train = (pixels[:n], np.array(labels[0]))
+    test = (pixels[n:], np.array(labels[1])) if split else None
+    layout = "train/CLASS and test/CLASS" if split else "CLASS"
+    return Files(train, test, classes, f"images in {folder.name}/, {layout}: {', '.join(classes)}")
+
+
+def _visible(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        fix = "Check its permissions."
+        raise refusal(str(folder), got=error.strerror or error, expected="a readable folder", fix=fix) from error
+
+
+def _class_folders(root: Path) -> list[Path]:
+    folders = [path for path in _visible(root) if os.path.isdir(path)]
+    if not folders:
+        fix = "Name the folder that holds the class folders."
+        raise refusal(str(root), got="no class folders", expected="one folder of images per class", fix=fix)
+    for folder in folders:
+        if not _visible(folder):
+            raise refusal(str(folder), got="an empty class folder", expected="images", fix="Add some or remove it.")
+    return folders
+
+
+def _read_images(paths: list[Path]) -> np.ndarray:
+    pixels = np.empty(0, np.uint8)
+    first = ""
+    for row, path in enumerate(paths):
+        if path.suffix.lower() not in _SUFFIXES:
+            got = f"{'a folder' if os.path.isdir(path) else 'a file'} that is not {', '.join(_SUFFIXES)}"
+            expected = "only PNG and JPEG images in a class folder"
+            raise refusal(str(path), got=got, expected=expected, fix="Move it elsewhere.")
+        with _open(path) as image:
+            # the header has been read, the pixels have not
+            what, shape = f"{image.width} x {image.height} {image.mode}", (image.height, image.width)
+            if image.mode not in ("L", "RGB"):
+                fix = "Convert all images to one of them."
+                raise refusal(str(path), got=f"mode {image.mode}", expected="8-bit gray (L) or RGB", fix=fix)
+            if (frames := getattr(image, "n_frames", 1)) != 1:
+                got = f"an image of {frames} frames"
+                raise refusal(str(path), got=got, expected="one picture", fix="Save one of them.")
+            shape = shape if image.mode == "L" else (*shape, 3)
+            if row == 0:
+                size = len(paths) * int(np.prod(shape, dtype=object))
+                check_room(str(path.parent.parent), size, sum(map(_size, paths)))
+                pixels, first = np.empty((len(paths), *shape), np.uint8), f"{what}, as {path.name}"
+            elif shape != pixels.shape[1:]:
+                fix = "Bring all images to one size and mode."
+                raise refusal(str(path), got=what, expected=first, fix=fix)
+            try:
+                pixels[row] = np.asarray(image)
+            except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, ... on damaged files
+                raise _unreadable(path, error) from error
+    return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 for what cannot be read, which is refused when its turn comes."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """Open an image: its header is read and checked, its pixels are not."""
+    from PIL import Image
+
+    handle, size = open_data(path, "a PNG or JPEG image")
+    with handle:
+        if size > _LARGEST:
+            expected = f"a PNG or JPEG image of at most {_LARGEST:,} bytes"
+            raise refusal(str(path), got=f"{size:,} bytes", expected=expected, fix="Replace it.")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(handle, formats=("PNG", "JPEG"))
+        except Exception as error:  # as above
+            raise _unreadable(path, error) from error
+        with image:
+            yield image
+
+
+def _unreadable(path: Path, error: Exception) -> Exception:
+    got = f"an image that cannot be read ({error})"
+    return refusal(str(path), got=got, expected="an intact PNG or JPEG image", fix="Replace it.")
