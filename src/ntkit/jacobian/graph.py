@@ -96,9 +96,9 @@ def has_norms(output: Tensor) -> bool:
 def correct_norms(output: Tensor) -> None:
     """Work around wrong gradients of PyTorch on a CPU (seen in 2.6 to 2.13), where the order of axes in memory matters.
 
-    Batch norm in either mode: input, weight and bias get wrong gradients where a size-one axis (a batch of one, an image
-    one pixel wide) hides that cotangent and saved input are in different orders, channels first and channels last. So
-    the cotangent is copied into the input's order. Instance norms call it so, too.
+    Batch norm: input, weight and bias get wrong gradients where a size-one axis (a batch of one, an image one pixel
+    wide) hides that cotangent and saved input are in different orders, channels first and channels last. So the
+    cotangent is copied into the input's order. Instance norms call it so, too.
 
     Group norm: with a channels-last input that needs no gradient, PyTorch ends the process. So it is refused.
     """
