@@ -68,6 +68,17 @@ def own_context() -> Iterator[None]:
 
 
 @contextmanager
+def no_context() -> Iterator[None]:
+    """As `own_context`, and the model runs so, too: in a recorded run the context of today means nothing."""
+    with own_context():
+        before, _CALLER.now = _CALLER.now, _NOTHING
+        try:
+            yield
+        finally:
+            _CALLER.now = before
+
+
+@contextmanager
 def caller_context() -> Iterator[None]:
     """Open again, for the model's own forward pass, what the caller had open around the call."""
     caller = _CALLER.now

@@ -7,9 +7,7 @@ a few samples with plain autograd, before the first result.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -30,7 +28,7 @@ from ntkit.jacobian.graph import (
     sizes_of,
     with_keys,
 )
-from ntkit.jacobian.model_calls import Outputs, call, drew, random_forward, reduce_outputs, untouched
+from ntkit.jacobian.model_calls import Outputs, call, drew, random_forward, reduce_outputs, untouched, without_fused_rnn
 from ntkit.jacobian.ownership import Code, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable, widened
 from ntkit.jacobian.rules import RULES
@@ -195,12 +193,20 @@ class Gradients:
     # ------------------------------------------------------------------ factors
 
     @torch.no_grad()
-    def factors(self, out: Tensor, uses: list[Use], structure: Structure, basis: Tensor, n: int) -> dict[str, Whole]:
-        """Factors of the parameters on the fast path; basis [K, n, C] holds the K cotangents of the outputs."""
+    def factors(
+        self, out: Tensor, uses: list[Use], structure: Structure, basis: Tensor, n: int, apart: bool = False
+    ) -> dict[str, Whole]:
+        """Factors of the parameters on the fast path; basis [K, n, C] holds the K cotangents of the outputs.
+
+        ``apart``: a backward pass for each use, which takes in hooks on intermediate values. (In a common pass PyTorch
+        returns the gradient of a value before its hooks, if the pass goes on from there.)
+        """
         fast = [(key, use) for key, use in with_keys(uses) if not structure.fallback.keys() & set(use.params)]
         code = Code(basis, structure.eps) if structure.watched else None
         nodes = [use.node for _, use in fast]
-        cotangents = self.backward(out, nodes, basis if code is None else code.basis)
+        coded = basis if code is None else code.basis
+        passes = [[node] for node in nodes] if apart else [nodes]
+        cotangents = {node: cot for own in passes for node, cot in self.backward(out, own, coded).items()}
         parts: dict[str, list[Factor]] = {}
         irregular: dict[str, str] = {}
         for key, use in fast:
@@ -394,20 +400,6 @@ def _looped_products(outputs: list, inputs: list, vectors: list[Tensor]) -> tupl
         for row in zip(*vectors, strict=True)
     ]
     return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
-
-
-@contextlib.contextmanager
-def without_fused_rnn(wanted: bool) -> Iterator[None]:
-    """Run recurrent layers step by step, in the backward pass (of a checkpoint) too."""
-    if not wanted:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*TF32 acceleration.*")
-        cudnn = torch.backends.cudnn
-        flags = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
-        with torch.backends.mkldnn.flags(enabled=False), cudnn.flags(enabled=False, **flags):
-            yield
 
 
 def _dense(grad: Tensor | None, parameter: Tensor) -> Tensor:

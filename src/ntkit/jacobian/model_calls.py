@@ -6,6 +6,7 @@ import inspect
 import random
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -304,6 +305,20 @@ def _no_tf32_unasked(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         cudnn.allow_tf32 = True
+
+
+@contextmanager
+def without_fused_rnn(wanted: bool) -> Iterator[None]:
+    """Run recurrent layers step by step, in the backward pass (of a checkpoint) too."""
+    if not wanted:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TF32 acceleration.*")
+        cudnn = torch.backends.cudnn
+        flags = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+        with torch.backends.mkldnn.flags(enabled=False), cudnn.flags(enabled=False, **flags):
+            yield
 
 
 def call(model: nn.Module, x: Batch) -> Any:

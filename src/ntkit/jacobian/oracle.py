@@ -46,7 +46,9 @@ def jacobian(
             correct_norms(out)
             per_output: dict[str, list[Tensor]] = {name: [] for name in parameters}
             for value in out:
-                grads = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+                grads = [None] * len(parameters)
+                if value.requires_grad:
+                    grads = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
                 for (name, p), grad in zip(parameters.items(), grads, strict=True):
                     per_output[name].append(
                         torch.zeros(p.numel(), dtype=dtype, device=p.device) if grad is None else grad.reshape(-1)

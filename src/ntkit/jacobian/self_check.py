@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.base.checks import refusal
-from ntkit.jacobian.factors import Gradients, without_fused_rnn
+from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.graph import (
     Use,
     find_uses,
@@ -22,11 +22,11 @@ from ntkit.jacobian.graph import (
     sizes_of,
     with_keys,
 )
-from ntkit.jacobian.model_calls import hooks, untouched
+from ntkit.jacobian.model_calls import hooks, untouched, without_fused_rnn
 from ntkit.jacobian.ownership import establish
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
 from ntkit.jacobian.rules import RULES
-from ntkit.jacobian.structure import PROBE, ExpectedGraph, Part, SelfCheckError, Size, Structure
+from ntkit.jacobian.structure import PROBE, ExpectedGraph, Irregular, Part, SelfCheckError, Size, Structure
 
 # Nodes that can move rows depending on data or on the batch's size: behind them the owners of rows are checked in every
 # batch.
@@ -133,9 +133,10 @@ def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> 
     position = {node: i for i, node in enumerate(nodes)}
     shapes = {use.node: shapes_of(fewer[position[use.node]])[0] for use in ruled} if same_nodes else {}
     _assign_owners(structure, uses, cotangents, shapes, any(_moves_rows(node) for node in nodes))
-    structure.exclude(irregular)
+    structure.fallback |= irregular
     hooked = {name: "a gradient hook on it" for name, p in gradients.params.items() if p._backward_hooks}
-    structure.exclude({name: reason for name, reason in hooked.items() if name not in structure.unused})
+    structure.fallback |= {name: reason for name, reason in hooked.items() if name not in structure.unused}
+    structure.exclude(dict(structure.fallback))
     with without_fused_rnn(plain_rnn):
         factors = gradients.factors(out, uses, structure, draw, PROBE)
     structure.sizes = {name: _size(f, gradients.params[name]) for name, f in factors.items()}
@@ -147,7 +148,7 @@ def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> 
     for use in ruled:
         for name in use.params:
             floors[name] = torch.maximum(floors.get(name, out.new_zeros(())), cotangents[use.node].norm())
-    _compare(gradients, probe, out, factors, draw, floors, structure)
+    _compare(gradients, probe, out, uses, factors, draw, floors, structure)
     structure.expected = _expected(nodes, fewer) if same_nodes and not structure.scattered else None
     return structure
 
@@ -277,6 +278,7 @@ def _compare(
     gradients: Gradients,
     probe: Batch,
     out: Tensor,
+    uses: list[Use],
     factors: dict[str, Whole],
     draw: Tensor,
     floors: dict[str, Tensor],
@@ -291,13 +293,13 @@ def _compare(
     # parameter -> its gradients of single samples, summed
     of_batch = {name: out.new_zeros(p.numel(), dtype=p.dtype) for name, p in gradients.params.items()}
     bound = dict.fromkeys(names, 0.0)
+    wrong: dict[str, str] = {}
 
-    def check(name: str, error: Tensor, own: float, whole: float, what: str) -> None:
+    def agree(name: str, error: Tensor, own: float, whole: float) -> bool:
         # The floor is for gradients that vanish by symmetry (a bias before a normalization): what is left is the
         # rounding of a sum of cotangents, or, where these vanish already, of the outputs' own.
         floor = min(1e3 * eps, 1e-2) * (whole + float(floors.get(name, 0))) + 16 * eps * float(draw.norm())
-        if not float(error.norm()) <= eps**0.5 * own + floor:
-            raise _disagreement(gradients, out, name, f"{what}: error {error.norm():.3g}, norm {own:.3g}")
+        return bool(error.norm() <= eps**0.5 * own + floor)
 
     for s in range(PROBE):
         gradients.compare_alone(probe, out, s, eps)
@@ -306,25 +308,47 @@ def _compare(
         whole = float(torch.stack([g[:2].norm().to(out) for g in reference.values()]).norm())
         for name, (first, second, both) in reference.items():
             own = float(reference[name].norm())
-            check(name, both - (first - 0.6 * second), own, whole, "is not linear in the cotangent")
+            if not agree(name, both - (first - 0.6 * second), own, whole):
+                raise _disagreement(gradients, out, name, "is not linear in the cotangent")
             of_batch[name] += first
             bound[name] += own
-            if name not in factors and name not in structure.fallback:
-                raise _disagreement(gradients, out, name, "is missing")
-            if name in factors:
-                with torch.no_grad():
-                    rows = factors[name].rows()[s].reshape(2, -1)
-                if rows.shape != reference[name][:2].shape:
-                    what = f"has {rows.shape[1]} entries, not {reference[name].shape[1]}"
-                    raise _disagreement(gradients, out, name, what)
-                error = rows - reference[name][:2]
-                check(name, error, own, whole, f"differs from plain autograd on sample {s} of the self-check")
+            if name in structure.fallback:
+                continue
+            with torch.no_grad():
+                rows = factors[name].rows()[s].reshape(2, -1) if name in factors else reference[name][:0]
+            if rows.shape != reference[name][:2].shape:
+                wrong[name] = f"has {rows.numel() // 2} entries, not {rows.shape[1]}"
+            elif not agree(name, error := rows - reference[name][:2], own, whole):
+                wrong[name] = f"error {error.norm():.3g}, norm {own:.3g}"
+    if wrong:
+        _explain(gradients, probe, out, uses, draw, structure, wrong)
     params = [gradients.params[name] for name in names]
     with without_fused_rnn(structure.plain_rnn):
         of_samples, whole = gradients.in_one_pass(out, params, draw[0]), max(bound.values())
     for name, gradient in zip(names, of_samples, strict=True):
-        error = gradient.reshape(-1) - of_batch[name]
-        check(name, error, bound[name], whole, "of a batch differs from the sum over its samples")
+        if not agree(name, gradient.reshape(-1) - of_batch[name], bound[name], whole):
+            raise _disagreement(gradients, out, name, "of a batch differs from the sum over its samples")
+
+
+def _explain(
+    gradients: Gradients,
+    probe: Batch,
+    out: Tensor,
+    uses: list[Use],
+    draw: Tensor,
+    structure: Structure,
+    wrong: dict[str, str],
+) -> None:
+    """Send parameters to the fallback that hooks in the forward pass alone make wrong; raise for others."""
+    with without_fused_rnn(structure.plain_rnn):
+        factors = gradients.factors(out, uses, structure, draw, PROBE, apart=True)
+    for s in range(PROBE):
+        for name, gradient in gradients.plain(probe, out, s, list(wrong), draw[:, s]).items():
+            rows = factors[name].rows()[s].reshape(2, -1) if name in factors else gradient[:0]
+            if rows.shape != gradient.shape or (rows - gradient).norm() > structure.eps**0.5 * gradient.norm():
+                what = f"differs from plain autograd on the samples of the self-check: {wrong[name]}"
+                raise _disagreement(gradients, out, name, what)
+    raise Irregular(dict.fromkeys(wrong, "a gradient hook on a value in the forward pass"))
 
 
 def _disagreement(gradients: Gradients, out: Tensor, name: str, what: str) -> Exception:

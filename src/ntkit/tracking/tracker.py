@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntkit.base.batch import Batch, checked, count, leaves
+from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Damaged, refusal
 from ntkit.base.lock import FolderLock
 from ntkit.base.memory import free_memory, parse_memory
@@ -32,6 +33,7 @@ from ntkit.trajectory import Trajectory
 from ntkit.trajectory.objective import Loss
 
 
+@own_context()
 def track(
     trajectory: Trajectory,
     x: Batch,

@@ -312,7 +312,7 @@ class Replay:
                 got=f"'{name}' different from its replay by {size:.2g} of that step's update",
                 expected="the values that the run leads to",
                 fix="Look for a changed snapshot, data, batches (seed), loss, clip or optimizer settings other than in "
-                "training, an optimizer that was not new, or a forward pass that differs in train mode. "
+                "training, an optimizer that was not new, a forward pass that differs in train mode, or autocast. "
                 "On another machine, number of threads or release of torch, rounding accumulates: use record='all'.",
             )
         self._set(recorded)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, checked, count, take
+from ntkit.base.caller_context import no_context
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
@@ -122,6 +123,7 @@ class PathKernel(Kernel):
 
     # ------------------------------------------------------------------ the decomposition
 
+    @no_context()
     def decompose(
         self,
         x: Batch,
@@ -289,6 +291,7 @@ class PathKernel(Kernel):
             )  # fmt: skip
         return self._outputs
 
+    @no_context()
     def _mean(self, values: Callable[[TangentKernel], Tensor]) -> Tensor:
         """Mean over the run of what a tangent kernel gives, integrated over each step."""
         mode = self._mode()
