@@ -17,7 +17,9 @@ from torch import Tensor
 from ntkit.secant.elementwise import elementwise, ramp
 from ntkit.secant.secant_tensor import (
     BOOLEAN_ARGUMENT,
+    SECANT_RULES,
     SecantTensor,
+    apply,
     at,
     at_both_ends,
     at_mid,
@@ -30,6 +32,7 @@ from ntkit.secant.secant_tensor import (
     lift,
     named_arguments,
     no_rule,
+    random_numbers,
     rule,
     secant_tensors,
 )
@@ -93,17 +96,17 @@ def new_tensor(func: Any, args: Any, kwargs: Any) -> Any:
 
 @rule(aten.scatter, aten.scatter_reduce)
 def scattered(func: Any, args: Any, kwargs: Any) -> Any:
-    """Linear if it sets, adds or averages."""
+    """Linear if it sets, adds or averages; else averaged between the ends."""
     if "reduce" in func._schema.name + func._overloadname and kwargs.get("reduce", args[-1]) not in ("sum", "mean"):
-        raise no_rule(func)
+        return SECANT_RULES["other"](func, args, kwargs)
     return linear(func, args, kwargs)
 
 
 @rule(aten.nll_loss_forward, aten.nll_loss2d_forward)
 def nll(func: Any, args: Any, kwargs: Any) -> Any:
-    """Linear in the log-probabilities; class weights that change have no rule."""
+    """Linear in the log-probabilities; in class weights that change it is averaged."""
     if isinstance(args[2], SecantTensor):
-        raise no_rule(func)
+        return SECANT_RULES["other"](func, args, kwargs)
     return linear(func, args, kwargs)
 
 
@@ -372,3 +375,12 @@ def extreme(func: Any, args: Any, kwargs: Any) -> Any:
     for dim in sorted((d % max(z.dim(), 1) for d in dims), reverse=True):
         z = choose(z, dim, keepdim=keep)[0]
     return z
+
+
+@rule(aten.rrelu_with_noise)
+def random_leaky_relu(func: Any, args: Any, kwargs: Any) -> Any:
+    """In eval mode a leaky ReLU with the mean of its slopes."""
+    given = named_arguments(func, args, kwargs)
+    if given.get("training", False):
+        return random_numbers(func)
+    return apply(aten.leaky_relu.default, (args[0], (given.get("lower", 1 / 8) + given.get("upper", 1 / 3)) / 2), {})

@@ -72,7 +72,7 @@ class SecantTensor(Tensor):
 
 
 Rule = Callable[..., Any]
-SECANT_RULES: dict[Any, Rule] = {}  # overload packet -> rule(func, args, kwargs) -> result; None: elementwise functions
+SECANT_RULES: dict[Any, Rule] = {}  # overload packet -> rule(func, args, kwargs) -> result; None: elementwise
 BOOLEAN_ARGUMENT: dict[Rule, int] = {}  # rules that accept a boolean argument that differs between the ends; which
 DISPATCH_KEYS: list[tuple[Any, Any]] = []  # included and excluded by the dispatcher outside the running models
 
@@ -121,12 +121,12 @@ def _rules_for(func: Any) -> tuple[Rule | None, Rule | None, Rule | None]:
     """The special treatment of an operation, its rule, and its rule for one or two SecantTensors."""
     if func._overloadpacket is torch.ops.prim.device:
         return (lambda _, args, kwargs: args[0].start.device), None, None
-    if torch.Tag.nondeterministic_seeded in func.tags:
-        return _random, None, None
     own_rule = SECANT_RULES.get(func._overloadpacket)
+    if torch.Tag.nondeterministic_seeded in func.tags and own_rule is None:
+        return random_numbers, None, None
     elementwise = own_rule is None and torch.Tag.pointwise in func.tags
     return (
-        _in_place if func._schema.is_mutable else None,
+        _in_place if func._schema.is_mutable and own_rule is None else None,
         own_rule,
         SECANT_RULES[None] if elementwise else own_rule,
     )
@@ -267,7 +267,8 @@ def no_rule(func: Any, got: str = "no secant rule for it", expected: str = _EXPE
     return _refusal(func, got, expected, 'Use integration="quadrature", which needs no rules.')
 
 
-def _random(func: Any, *_: Any) -> Any:
+def random_numbers(func: Any, *_: Any) -> Any:
+    """Refuse an operation that draws random numbers."""
     fix = "Call model.eval(), and sample outside the model."
     raise _refusal(func, "random numbers", "the same function at both ends", fix)
 
@@ -338,9 +339,7 @@ def _decomposed(func: Any, args: Any, kwargs: Any) -> Any:
     if func in _decompositions():
         return _decompositions()[func](*args, **kwargs)
     result = func.decompose(*args, **kwargs)
-    if result is NotImplemented:
-        raise no_rule(func)
-    return result
+    return SECANT_RULES["other"](func, args, kwargs) if result is NotImplemented else result
 
 
 # ---------------------------------------------------------------------- writes
