@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     done = ntkit_cli("analyze", *SMALL, "--out", run, preexec_fn=limit)
     assert done.returncode == 2
     assert "report.html: got File too large while writing; expected a folder that can be written" in done.stderr
-    assert not list(run.rglob("*.part"))
+    assert not list(run.rglob("*.ntkit-part"))
     assert not (run / "report.html").exists()
     assert ntkit_cli("analyze", "--from", run).returncode == 0
     assert (run / "report.html").stat().st_size > 2_000_000

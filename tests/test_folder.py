@@ -108,7 +108,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_and_leaves_no_trace(holder, 
     process = holder(tmp_path / "loop")
     assert json.loads((tmp_path / "loop" / LOCK).read_text())["process"] == process.pid
     (tmp_path / "loop" / "snapshots").mkdir()
-    (tmp_path / "loop" / "snapshots" / "step-00000000.safetensors.part").write_bytes(b"half")
+    (tmp_path / "loop" / "snapshots" / "step-00000000.safetensors.ntkit-part").write_bytes(b"half")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     looped(tmp_path / "loop")
@@ -215,7 +215,7 @@ def test_a_disk_that_fails_at_any_write_is_one_line_and_nothing_stray(run, tmp_p
         assert "\n" not in str(refused.value)
         monkeypatch.setattr(files.os, "replace", replace)
         left = names_in(folder) if folder.exists() else set()
-        assert not [n for n in left if n.endswith(".part") or n in (LOCK, ".ntkit-write-test", ".replaced")]
+        assert not [n for n in left if n.endswith(".ntkit-part") or n in (LOCK, ".replaced")]
         if (folder / "run.json").exists():
             ntkit.analyze(resume=folder)
             assert (folder / "results.json").read_bytes() == (run / "results.json").read_bytes()

@@ -167,7 +167,7 @@ def test_other_labels_are_marked_in_words(full: Path) -> None:
 def test_same_results_same_bytes(full: Path, tmp_path: Path) -> None:
     again = render(report_case.write(tmp_path, *report_case.full()))
     assert again.read_bytes() == full.read_bytes()
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.ntkit-part"))
 
 
 # Alone and safe

@@ -217,7 +217,7 @@ def test_same_files_same_bytes(full: Path, studied: Path, tmp_path: Path) -> Non
     assert (again.name, again.read_bytes()) == ("track.html", full.read_bytes())
     again = render(write_study(tmp_path / "study", study()))
     assert (again.name, again.read_bytes()) == ("report.html", studied.read_bytes())
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.ntkit-part"))
 
 
 # A tracking

@@ -273,7 +273,7 @@ def test_resume_after_a_kill_at_any_step_gives_the_same_bytes(tmp_path, monkeypa
     assert not early or uninterrupted.stop["step"] in (6, 9)
     for folder in copies:
         assert Trajectory.open(folder).status == "running"
-        (folder / "snapshots" / "step-00000099.safetensors.part").write_bytes(b"half")
+        (folder / "snapshots" / "step-00000099.safetensors.ntkit-part").write_bytes(b"half")
         fresh, steps = Noisy(), []
         with torch.no_grad():
             for p in fresh.parameters():
@@ -518,7 +518,7 @@ def test_a_full_disk_leaves_no_half_file_and_the_run_can_go_on(tmp_path, monkeyp
     with pytest.raises(Refused, match="No space left on device"):
         train(mlp(), data(), mse, SGD, steps=6, path=folder)
     monkeypatch.setattr(files.os, "fsync", fsync)
-    assert not list(folder.rglob("*.part"))
+    assert not list(folder.rglob("*.ntkit-part"))
     train(mlp(), data(), mse, SGD, steps=6, path=folder, resume=True)
     assert bytes_of(folder) == bytes_of(whole)
 

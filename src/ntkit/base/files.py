@@ -29,6 +29,8 @@ from ntkit.base.integrity import (
     warn_without_checksum,
 )
 
+ASIDE = ".ntkit-part"  # end of the name that a file is written under
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], parents: bool = False) -> None:
     """Call ``write(aside)`` with a name beside `path`, sync that file to disk, then rename it to `path`.
@@ -47,9 +49,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], parents:
         When the file cannot be written; names the folder and the system's reason.
     """
     path = Path(path)
-    aside = path.with_name(path.name + ".part")
+    aside = path.with_name(path.name + ASIDE)
     try:
         path.parent.mkdir(parents=parents, exist_ok=True)
+        aside.unlink(missing_ok=True)  # left by a kill, or a link that leads out of the folder
+        os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         write(aside)
         with open(aside, "rb+") as handle:
             os.fsync(handle.fileno())
@@ -242,9 +246,10 @@ def ensure_folder(path: str | Path) -> Path:
         When the folder cannot be created or written.
     """
     path = make_folder(path)
-    probe = path / ".ntkit-write-test"
+    probe = path / f"test{ASIDE}"
     try:
-        probe.write_bytes(b"")
+        probe.unlink(missing_ok=True)
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         probe.unlink()
     except OSError as error:
         _discard(probe)

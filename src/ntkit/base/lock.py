@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ntkit.base.checks import Refused, refusal
-from ntkit.base.files import make_folder, unwritable_folder
+from ntkit.base.files import ASIDE, make_folder, unwritable_folder
 
 LOCK = ".ntkit-lock"
 _PARTS = ("", "snapshots", "log", "stages", "arrays", "work", "parts")  # folders that have no lock of their own
@@ -85,8 +85,8 @@ class FolderLock:
         with suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(who | {"command": " ".join(sys.argv)[:500]}).encode())
-        for name in _PARTS:
-            for leftover in (self._folder / name).glob("*.part"):
+        for part in (self._folder / name for name in _PARTS):
+            for leftover in () if part.is_symlink() and part != self._folder else part.glob(f"*{ASIDE}"):
                 with suppress(OSError):
                     leftover.unlink()
 
@@ -122,7 +122,7 @@ class FolderLock:
         if self._descriptor is not None or not self._file.exists():
             return
         try:
-            descriptor = os.open(self._file, os.O_RDWR)
+            descriptor = os.open(self._file, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         except OSError:
             return
         try:
@@ -135,8 +135,11 @@ class FolderLock:
             os.close(descriptor)
 
     def _open(self) -> int:
+        if self._file.is_symlink() or (self._file.exists() and not self._file.is_file()):
+            got, expected = "a link, or no regular file", "a lock that ntkit wrote"
+            raise refusal(str(self._file), got=got, expected=expected, fix="Delete it if you know where it comes from.")
         try:
-            return os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            return os.open(self._file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         except OSError as error:
             raise unwritable_folder(self._folder, error) from error
 

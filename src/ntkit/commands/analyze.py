@@ -115,9 +115,9 @@ def analyze(
             FolderLock(folder).check()
             fix = f"Resume the run (--from {folder}), replace it (--overwrite) or name another folder (--out)."
             raise refusal(str(folder), got="a folder that holds a run", expected="a new folder", fix=fix)
+        _earlier_run(folder, None)  # the run.json of another program is refused
     elif folder.exists() and (not folder.is_dir() or any(file.name != LOCK for file in folder.iterdir())):
-        got = "a file, or a folder with other files in it"
-        raise refusal(str(folder), got=got, expected="a new or empty folder", fix="Name another --out.")
+        raise refusal(str(folder), got="other files", expected="a new or empty folder", fix="Name another --out.")
     with code if earlier is not None else code_of_user(settings.named_code()):
         return _Run(folder, settings, say, earlier).run()
 

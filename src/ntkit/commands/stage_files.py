@@ -17,9 +17,9 @@ from ntkit.base.files import (
     write_atomically,
 )
 from ntkit.base.integrity import check_place, damaged
-from ntkit.base.lock import LOCK
 from ntkit.base.run_files import StageFile, described
 
+_OWN = ("run.json", "results.json", "report.html", "trajectory", "stages", "arrays", "work", "track")
 REPLACED = ".replaced"  # in a run's folder: the run before, until the new one has begun
 
 
@@ -98,8 +98,8 @@ class StageFiles:
 
 
 def put_aside(folder: Path) -> None:
-    """Move all that is in a run's folder into a folder inside it."""
-    entries = [entry for entry in folder.iterdir() if entry.name not in (LOCK, REPLACED)]
+    """Move what ntkit wrote into a run's folder into a folder inside it; other files stay where they are."""
+    entries = [entry for entry in folder.iterdir() if entry.name in _OWN]
     (folder / REPLACED).mkdir(exist_ok=True)
     for entry in entries:
         entry.rename(folder / REPLACED / entry.name)
@@ -107,7 +107,7 @@ def put_aside(folder: Path) -> None:
 
 def put_back(folder: Path) -> None:
     """Undo `put_aside`."""
-    if (folder / REPLACED).is_dir():
+    if (folder / REPLACED).is_dir() and not (folder / REPLACED).is_symlink():
         for entry in (folder / REPLACED).iterdir():
             entry.rename(folder / entry.name)
         (folder / REPLACED).rmdir()

@@ -9,7 +9,7 @@ from re import fullmatch
 from typing import Any, Literal, NamedTuple
 
 from ntkit.base.checks import Damaged, Refused, refusal
-from ntkit.base.files import file_digest, read_arrays_and_metadata, read_bytes, read_json, read_json_and_checksum
+from ntkit.base.files import ASIDE, file_digest, read_arrays_and_metadata, read_bytes, read_json, read_json_and_checksum
 from ntkit.base.integrity import WithoutChecksum, check_place, damaged, fingerprint, stored_checksum
 from ntkit.base.lock import LOCK
 from ntkit.base.run_files import (
@@ -120,7 +120,7 @@ def _by_itself(file: Path, folder: Path) -> FileRecord:
     name = file.relative_to(folder).as_posix()
     ours = any(fullmatch(rf"(.*/)?({pattern})", name) for pattern in _NAMES)
     if not ours:
-        left = file.name.endswith(".part") or file.name == ".ntkit-write-test"
+        left = file.name.endswith(ASIDE)
         return FileRecord(name, "not ntkit's", "left by a process that was killed" if left else "")
     if file.suffix == ".npy":
         return FileRecord(name, "without checksum")  # it is in the file of its stage
