@@ -373,7 +373,7 @@ def test_folders_are_never_overwritten_unasked(whole, tmp_path):
         ntkit.analyze(small(), out=whole)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(ntkit.Refused, match="other files in it"):
+    with pytest.raises(ntkit.Refused, match="got other files"):
         ntkit.analyze(small(), out=tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
     (tmp_path / "file").write_text("x")

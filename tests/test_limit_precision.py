@@ -193,7 +193,8 @@ def test_tables_are_exact_for_samples_of_very_different_size():
         small = torch.minimum(a, b) < 1e-14 * float(v.max())  # below the table, its low end stands for them
         assert float(off[~small].max()) < 1e-10
         assert not small.any() or float(off[small].max()) < 1e-7
-        assert float((T2.flatten() - T * factor).abs().max()) < 2e-8  # angles near 0 have the rounding of c
+        # the angle of a correlation of 1 that is rounded to 1 - eps
+        assert float((T2.flatten() - T * factor).abs().max()) <= (2 * torch.finfo(torch.float64).eps) ** 0.5
         assert table.error < 1e-11
 
 

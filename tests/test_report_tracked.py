@@ -17,6 +17,7 @@ import pytest
 
 from ntkit.base.checks import Refused
 from ntkit.base.files import write_arrays, write_json
+from ntkit.base.run_files import tracking_id
 from ntkit.report import images, render, render_study, render_tracked
 
 HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
@@ -89,7 +90,8 @@ def write_track(folder: Path, found: list[dict], arrays: dict | None = None, **c
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "track.json", settings() | changed)
     for record in found:
-        write_json(folder / f"step-{record['step']:08d}.json", record)
+        place = {"tracking": tracking_id(settings() | changed)}
+        write_json(folder / f"step-{record['step']:08d}.json", record | place)
     if arrays is not None:
         write_arrays(folder / "images.safetensors", arrays)
     return folder

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkit.base.checks import Refused, refusal
+from ntkit.base.checks import Damaged, Refused, refusal
 from ntkit.base.integrity import (
     checksum_of,
     damaged,
@@ -28,6 +27,7 @@ from ntkit.base.integrity import (
     unsealed,
     warn_without_checksum,
 )
+from ntkit.base.regular_files import open_regular
 
 ASIDE = ".ntkit-part"  # end of the name that a file is written under
 
@@ -114,13 +114,10 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_bytes(path: str | Path, expected: str, fix: str) -> bytes:
     """Read a whole file; refuse anything but a regular file that can be read."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
-            raise refusal(str(path), got="no regular file", expected=expected, fix=fix)
-        with open(path, "rb") as handle:
+        with open_regular(path, expected, fix) as handle:
             return handle.read()
     except OSError as error:
-        got = "no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error))
-        raise refusal(str(path), got=got, expected=expected, fix=fix) from error
+        raise refusal(str(path), got=error.strerror or str(error), expected=expected, fix=fix) from error
 
 
 def read_json(path: str | Path) -> Any:
@@ -171,10 +168,12 @@ def _integer(text: str) -> int:
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a whole file, in hex; refuse a file that cannot be read."""
     try:
-        with open(path, "rb") as handle:
+        with open_regular(path, "a file of a run") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
         raise damaged(path, error.strerror or str(error)) from error
+    except Refused as error:
+        raise Damaged(str(error)) from error
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, Any] | None = None) -> str:

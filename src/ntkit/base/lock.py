@@ -20,6 +20,7 @@ from ntkit.base.files import ASIDE, make_folder, unwritable_folder
 
 LOCK = ".ntkit-lock"
 _PARTS = ("", "snapshots", "log", "stages", "arrays", "work", "parts")  # folders that have no lock of their own
+_FOLDERS = ("trajectory", "track", "runs", ".replaced")  # those that have one, or hold others
 
 
 def _try_lock(descriptor: int) -> None:
@@ -65,6 +66,10 @@ class FolderLock:
             When another process is writing into the folder (says which), or the folder cannot be written.
         """
         make_folder(self._folder)
+        for name in (*_PARTS[1:], *_FOLDERS):
+            if (self._folder / name).is_symlink():  # would lead out of the folder
+                got, fix = "a link to another folder", "Remove the link, or name another folder (--out)."
+                raise refusal(str(self._folder / name), got=got, expected="a folder of its own", fix=fix)
         for _ in range(100):
             descriptor = self._open()
             try:
@@ -86,7 +91,7 @@ class FolderLock:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(who | {"command": " ".join(sys.argv)[:500]}).encode())
         for part in (self._folder / name for name in _PARTS):
-            for leftover in () if part.is_symlink() and part != self._folder else part.glob(f"*{ASIDE}"):
+            for leftover in part.glob(f"*{ASIDE}"):
                 with suppress(OSError):
                     leftover.unlink()
 

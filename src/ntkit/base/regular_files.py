@@ -50,7 +50,8 @@ def open_regular(path: str | Path, expected: str, fix: str = "Check its name and
     except Refused:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        got = getattr(error, "strerror", None) or str(error)
+        missing = isinstance(error, FileNotFoundError)
+        got = "no such file" if missing else getattr(error, "strerror", None) or str(error)
         raise refusal(str(path), got=got, expected=expected, fix=fix) from error
     try:
         _check_kind(os.fstat(handle.fileno()).st_mode, path, expected, fix)

@@ -108,7 +108,7 @@ def analyze(
     settings = settings or Settings()
     folder = Path(out) if out is not None else Path("runs") / settings.slug()
     if not (folder / "run.json").exists() and (folder / REPLACED).is_dir():
-        with FolderLock(folder):
+        with FolderLock(folder):  # refuses a link
             put_back(folder)  # a process was killed before its new run had begun
     if (folder / "run.json").exists():
         if not overwrite:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntkit.base.checks import Damaged, Refused
 from ntkit.base.files import (
     file_digest,
     read_arrays_and_metadata,
@@ -17,6 +20,7 @@ from ntkit.base.files import (
     write_atomically,
 )
 from ntkit.base.integrity import check_place, damaged
+from ntkit.base.regular_files import open_regular
 from ntkit.base.run_files import StageFile, described
 
 _OWN = ("run.json", "results.json", "report.html", "trajectory", "stages", "arrays", "work", "track")
@@ -89,8 +93,17 @@ class StageFiles:
             raise damaged(file, "changed since it was written (its SHA-256 differs)")
         self._checked.add(name)
         try:
-            return torch.from_numpy(np.load(file, allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
+            with open_regular(file, "a matrix") as handle:
+                np.lib.format.read_magic(handle)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(handle)
+                size = os.fstat(handle.fileno()).st_size - handle.tell()
+                if len(shape) != 2 or dtype.kind != "f" or size != math.prod(shape) * dtype.itemsize:
+                    raise damaged(file, f"{size} bytes for an array of shape {shape} and type {dtype}")
+                handle.seek(0)
+                return torch.from_numpy(np.load(handle, allow_pickle=False))
+        except Damaged:
+            raise
+        except (OSError, ValueError, TypeError, EOFError, Refused) as error:
             raise damaged(file, f"no matrix ({error})") from error
 
     def _gram_file(self, name: str) -> Path:

@@ -116,6 +116,10 @@ def check_mode(model: nn.Module) -> None:
                 "or the samples of a batch mix and no kernel k(x, x') exists",
                 fix="Call model.eval(), or replace the layer by GroupNorm.",
             )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
+            got = "scale_grad_by_freq, which divides gradients by counts over the batch"
+            expected = "gradients of one sample that do not depend on the others"
+            raise refusal(where, got=got, expected=expected, fix="Set scale_grad_by_freq = False.")
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             got = "max_norm, which changes its weight at every call"
             expected = "parameters that a forward pass does not change"
