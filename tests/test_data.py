@@ -569,7 +569,7 @@ def test_other_paths_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("1,2")
     with pytest.raises(Refused, match=r"a.csv: got another kind of file"):
         load(tmp_path / "a.csv")
-    with pytest.raises(Refused, match=r"none.npz: got No such file"):
+    with pytest.raises(Refused, match=r"none.npz: got no such file"):
         load(tmp_path / "none.npz")
     with pytest.raises(Refused, match=r"neither the name of a data set nor a file"):
         load(tmp_path / "nowhere")

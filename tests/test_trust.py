@@ -310,7 +310,7 @@ def test_a_model_file_that_is_no_file_is_refused(tmp_path):
         "pipe": "a pipe",
         "folder": "a folder",
         "loop": "symbolic links",
-        "gone": "No such file",
+        "gone": "no such file",
         "n" * 300: "name too long",
     }.items():
         with pytest.raises(ntkit.Refused, match=message):

@@ -158,6 +158,9 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has ended, as `head` does
         sys.stderr.close()
         sys.exit(141)
+    except MemoryError:
+        print("ntkit: got more data than fits in memory; expected less. Use fewer examples.", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:  # what no check foresaw: a folder deleted meanwhile, a disk that fails
         place = f"{error.filename}: " if error.filename else ""
         text = "expected a file that can be used. Check the folder and its disk."

@@ -123,7 +123,8 @@ def parse_bytes(size: int | str | None, subject: str, fix: str) -> int | None:
     if size is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    value = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
+    number = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0.0
+    value = int(number) if number < 2**63 else 0
     if isinstance(size, bool) or value <= 0:
         raise refusal(subject, got=repr(size), expected='bytes, or text such as "500 MB" or "2 GB"', fix=fix)
     return value

@@ -29,6 +29,7 @@ from ntkit.base.integrity import (
 )
 from ntkit.base.regular_files import open_regular
 
+_LARGEST_JSON = 2**25  # bytes; a list of lists takes thirty times its file in memory
 ASIDE = ".ntkit-part"  # end of the name that a file is written under
 
 
@@ -111,10 +112,19 @@ def write_json(path: str | Path, value: Any) -> None:
     write_bytes(path, sealed_json(value))
 
 
-def read_bytes(path: str | Path, expected: str, fix: str) -> bytes:
-    """Read a whole file; refuse anything but a regular file that can be read."""
+def read_bytes(path: str | Path, expected: str, fix: str, most: int | None = None) -> bytes:
+    """Read a whole file; refuse anything but a regular file that can be read, of `most` bytes or what fits in memory."""
     try:
         with open_regular(path, expected, fix) as handle:
+            status = os.fstat(handle.fileno())
+            if most is not None and status.st_size > most:
+                got, expected = f"{status.st_size:,} bytes", f"{expected} of at most {most:,}"
+                raise refusal(str(path), got=got, expected=expected, fix=fix)
+            if status.st_size > _LARGEST_JSON:
+                from ntkit.base.memory import check_room  # it imports torch
+
+                # a file with holes takes more memory than disk; twice: as bytes, and as numbers
+                check_room(str(path), 2 * status.st_size, getattr(status, "st_blocks", status.st_size) * 512)
             return handle.read()
     except OSError as error:
         raise refusal(str(path), got=error.strerror or str(error), expected=expected, fix=fix) from error
@@ -136,7 +146,7 @@ def read_json_and_checksum(path: str | Path) -> tuple[Any, str | None]:
         When the file is absent or cannot be read.
     """
     path = Path(path)
-    blob = read_bytes(path, "a JSON file", "Check the folder's name.")
+    blob = read_bytes(path, "a JSON file", "Check the folder's name.", _LARGEST_JSON)
     digest = stored_checksum(path, blob)
     try:
         value = json.loads(blob.decode(), parse_float=_finite, parse_constant=_finite, parse_int=_integer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import sys
 import time
 import warnings
@@ -140,7 +141,10 @@ class FolderLock:
             os.close(descriptor)
 
     def _open(self) -> int:
-        if self._file.is_symlink() or (self._file.exists() and not self._file.is_file()):
+        regular = True
+        with suppress(OSError):
+            regular = stat.S_ISREG(os.lstat(self._file).st_mode)
+        if not regular:
             got, expected = "a link, or no regular file", "a lock that ntkit wrote"
             raise refusal(str(self._file), got=got, expected=expected, fix="Delete it if you know where it comes from.")
         try:

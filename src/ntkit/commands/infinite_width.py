@@ -20,7 +20,7 @@ from ntkit.base.memory import free_memory
 from ntkit.base.regular_files import check_folder
 from ntkit.base.trust import code_of_user
 from ntkit.base.versions import versions
-from ntkit.commands.settings import InfiniteSettings
+from ntkit.commands.settings import InfiniteSettings, check_seed
 from ntkit.data import Data, load
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.kernels.tangent import TangentKernel
@@ -68,6 +68,9 @@ def infinite(
     if s.folds < 2 or s.epochs < 1:
         got, fix = f"{s.folds}, {s.epochs}", "Give larger numbers."
         raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
+    check_seed(s.seed)
+    if s.w_std == 0:
+        raise refusal("--w-std", got=0, expected="more than 0", fix="With weights of 0 all samples are the same.")
     with code_of_user({"--model": s.model, "--data": s.data}):
         sets = load(s.data, s.data_dir, train=s.train, seed=s.seed)
         network = build(s.model, sets.input_shape, len(sets.classes), s.seed)

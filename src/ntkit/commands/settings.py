@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ntkit.base.checks import Refused, check_name, nearest, refusal
+
+_LARGEST = 3e38  # of float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,13 @@ class Settings:
                 raise _bad(name, value, f"an integer of at least {low}", "Give a larger number.")
         for name in ("lr", "momentum", "weight_decay", "target"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise _bad(name, value, "a finite number of at least 0", "Give such a number.")
+            if value is not None and not 0 <= value <= _LARGEST:
+                raise _bad(name, value, f"a number from 0 to {_LARGEST:g}", "Give such a number.")
         for name in ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "target"):
             value = getattr(self, name)
             if self.weights is not None and value != getattr(Settings, name):
                 raise _bad(name, value, "no training settings with --weights", "Leave it out.")
+        check_seed(self.seed)
         for name, names in (("optimizer", ("sgd", "adam")), ("device", ("auto", "cpu", "cuda"))):
             value = getattr(self, name)
             if value not in names:
@@ -177,6 +179,12 @@ class InfiniteSettings:
     """Seed of the weights, the choice of examples and the folds."""
     out: Path | None = None
     """Folder for run.json and results.json; without it no file is written."""
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that no random generator takes."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise _bad("seed", seed, "an integer from 0 to 2^63 - 1", "Give such a number.")
 
 
 def _bad(name: str, value: Any, expected: str, fix: str) -> Refused:

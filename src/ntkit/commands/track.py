@@ -62,6 +62,8 @@ def track_run(
         here, before any of it is imported.
     """
     s = settings or TrackSettings()
+    if s.points < 1:
+        raise refusal("--points", got=s.points, expected="at least 1", fix="Give a larger number.")
     check_folder(s.out or run, "--out" if s.out else "run")
     folder, network, x, y = _run_to_follow(run, s, trust)
     place = s.out or run / "track"

@@ -112,7 +112,7 @@ class InfiniteKernel(Kernel):
         for name, value in (("w_std", w_std), ("b_std", b_std)):
             if value is not None:
                 fix = "Give a standard deviation."
-                stds.append(as_number(value, name, lambda s: 0 <= s < math.inf, "a finite number >= 0", fix))
+                stds.append(as_number(value, name, lambda s: 0 <= s <= 1e100, "a number from 0 to 1e100", fix))
         check_module(model)
         self.kind = kind
         self._model, self._stds = model, (stds[0], stds[1]) if stds else (None, None)
