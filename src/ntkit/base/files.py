@@ -113,7 +113,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_bytes(path: str | Path, expected: str, fix: str, most: int | None = None) -> bytes:
-    """Read a whole file; refuse anything but a regular file that can be read, of `most` bytes or what fits in memory."""
+    """Read a whole file; refuse all but a regular file of at most `most` bytes, or of what fits in memory."""
     try:
         with open_regular(path, expected, fix) as handle:
             status = os.fstat(handle.fileno())
