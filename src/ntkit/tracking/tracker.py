@@ -6,13 +6,14 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import functional as F
 
 from ntkit.base.batch import Batch, checked, count, leaves
@@ -334,17 +335,23 @@ class _Tracker:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore parameters, buffers and modes of the model at the end."""
+    """Restore parameters, buffers and modes of the model at the end.
+
+    So are their version counters: a graph of the user's own that saved a parameter can still be differentiated.
+    """
     modes = [(module, module.training) for module in model.modules()]
     state = [(t, t.detach().clone()) for t in [*model.parameters(), *model.buffers()]]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in state:
-                tensor.copy_(value)
-        for module, mode in modes:
-            module.training = mode
+    with ExitStack() as versions:
+        for tensor, _ in state:
+            versions.enter_context(_unsafe_preserve_version_counter(tensor))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in state:
+                    tensor.copy_(value)
+            for module, mode in modes:
+                module.training = mode
 
 
 def _fingerprint(function: Any) -> str:
