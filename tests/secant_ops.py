@@ -441,16 +441,40 @@ DECIDE: dict[str, tuple[Function, str]] = {
 }
 
 # No rule: always refused, by this name.
-REFUSED: dict[str, tuple[Function, str]] = {
-    "mode": (alone(lambda h: h.mode(-1).values), "aten.mode.default"),
-    "cummax": (alone(lambda h: h.cummax(-1).values), "aten.cummax.default"),
+positive = lambda h: h @ h.mT + T.eye(4, dtype=h.dtype)
+square = lambda h: h[..., :4]
+LENGTHS = T.tensor([3, 2, 1])
+AVERAGED: dict[str, tuple[Function, str]] = {  # exact, or refused where the ends are far apart
+    "inverse": (alone(lambda h: T.linalg.inv(positive(h))), "aten.linalg_inv_ex.default"),
+    "solve": (alone(lambda h: T.linalg.solve(positive(h), h)), "aten._linalg_solve_ex.default"),
+    "triangular": (
+        alone(lambda h: T.linalg.solve_triangular(positive(h).tril(), h, upper=False)),
+        "aten.linalg_solve_triangular.default",
+    ),
+    "determinant": (alone(lambda h: T.linalg.det(positive(h))), "aten._linalg_det.default"),
+    "logarithm of a determinant": (alone(lambda h: T.linalg.slogdet(positive(h))[1]), "aten._linalg_slogdet.default"),
+    "cholesky": (alone(lambda h: T.linalg.cholesky(positive(h))), "aten.linalg_cholesky_ex.default"),
+    "matrix exponential": (alone(lambda h: T.linalg.matrix_exp(0.1 * square(h))), "aten.linalg_matrix_exp.default"),
+    "eigenvalues": (alone(lambda h: T.linalg.eigvalsh(positive(h))), "aten._linalg_eigh.default"),
     "logcumsumexp": (alone(lambda h: h.logcumsumexp(-1)), "aten.logcumsumexp.default"),
+    "cummax": (alone(lambda h: h.cummax(-1).values), "aten.cummax.default"),
+    "mode": (alone(lambda h: h.mode(-1).values), "aten.mode.default"),
+    "rrelu": (alone(lambda h: F.rrelu(h, training=False)), "aten.rrelu_with_noise.default"),
+    "scatter, prod": (
+        alone(lambda h: h.scatter_reduce(1, index(h), h[:, 1:3], "prod")),
+        "aten.scatter_reduce.two",
+    ),
+    "packed": (
+        alone(lambda h: T._VF._pack_padded_sequence(h[:3], LENGTHS[: len(h[:3])], True)[0]),
+        "aten._pack_padded_sequence.default",
+    ),
+    "foreach": (lambda h, k: T._foreach_add([h, k], 1.0)[1], "aten._foreach_add.Scalar"),
+}
+REFUSED: dict[str, tuple[Function, str]] = {
     "norm 0": (alone(lambda h: h.norm(0, dim=-1)), "aten.linalg_vector_norm.default"),
-    "inverse": (alone(lambda h: T.linalg.inv(h @ h.mT + T.eye(4, dtype=h.dtype))), "aten.linalg_inv_ex.default"),
     "complex angle": (alone(lambda h: complexes(h).angle()), "aten.angle.default"),
     "complex sgn": (alone(lambda h: real(complexes(h).sgn())), "aten.sgn.default"),
     "complex var": (alone(lambda h: complexes(h).var(-1)), "aten.var.correction"),
-    "rrelu": (alone(lambda h: F.rrelu(h, training=False)), "aten.rrelu_with_noise.default"),
     "random": (alone(lambda h: h * T.rand_like(h)), "aten.rand_like.default: got random"),
     "bernoulli": (alone(lambda h: h * T.bernoulli(h.sigmoid())), "aten.bernoulli.default: got random"),
     "heaviside": (lambda h, k: T.heaviside(h, k), "aten.heaviside.default"),
@@ -462,10 +486,6 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "class weights": (
         lambda h, k: F.nll_loss(h[:, 0], T.arange(len(h)), weight=k[0, 0], reduction="none"),
         "aten.nll_loss_forward.default",
-    ),
-    "scatter, prod": (
-        alone(lambda h: h.scatter_reduce(1, index(h), h[:, 1:3], "prod")),
-        "aten.scatter_reduce.two",
     ),
     "scatter, multiply": (
         alone(lambda h: T.ops.aten.scatter.value_reduce(h, 1, index(h), 3.0, reduce="multiply")),
@@ -479,7 +499,6 @@ REFUSED: dict[str, tuple[Function, str]] = {
     ),
     "out=": (lambda h, k: T.add(h, k, out=T.empty_like(h)), "aten.add.out"),
     "write into data": (lambda h, k: plain(h).clone().add_(h), "aten.add_.Tensor"),
-    "foreach": (lambda h, k: T._foreach_add([h, k], 1.0)[1], "aten._foreach_add.Scalar"),
     "numpy": (alone(lambda h: h * T.from_numpy(h.detach().numpy())), "numpy"),
     "list": (alone(lambda h: h * h[0, 0].tolist()[0]), "tolist"),
 }

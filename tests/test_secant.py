@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from secant_ops import DECIDE, HOLDS, OTHER_GRADIENT, REFUSED
+from secant_ops import AVERAGED, DECIDE, HOLDS, OTHER_GRADIENT, REFUSED
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -165,6 +165,20 @@ def test_a_decision_is_exact_or_refused(name):
     assert all(culprit in text for text in refused)
 
 
+@pytest.mark.parametrize("name", AVERAGED)
+def test_the_law_holds_for_the_averaged_jacobian_or_it_is_refused(name):
+    function, culprit = AVERAGED[name]
+    model, refused = Net(function), {}
+    for kind, (before, after) in pairs(own(model)).items():
+        try:
+            assert error(model, X, before, after) <= BOUND, kind
+        except NoSecant as refusal:
+            refused[kind] = str(refusal)
+    assert all(culprit in text for text in refused.values())
+    # a step of training is as short as the others
+    assert refused.keys() <= {"0.1", "1", "unrelated", "mostly the same", "whole"}
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_no_rule_no_number(name):
     function, culprit = REFUSED[name]
@@ -187,7 +201,10 @@ def test_every_rule_is_reached(monkeypatch):
         return apply(func, args, kwargs)
 
     monkeypatch.setattr(module, "apply", watched)
-    functions = [*HOLDS.values(), *(function for function, _ in (*DECIDE.values(), *REFUSED.values()))]
+    functions = [
+        *HOLDS.values(),
+        *(function for function, _ in (*DECIDE.values(), *AVERAGED.values(), *REFUSED.values())),
+    ]
     for function in functions:
         model = Net(function)
         before, after = pairs(own(model))["unrelated"]
@@ -195,7 +212,7 @@ def test_every_rule_is_reached(monkeypatch):
             Secant(model, dict(model.named_parameters())).at(before, after)(X)
         except NoSecant:
             continue
-    assert SECANT_RULES.keys() - {None} - seen == ON_A_GPU
+    assert SECANT_RULES.keys() - {None, "other"} - seen == ON_A_GPU
 
 
 def by_rule(packet: Any, *args: Any) -> Any:

@@ -242,5 +242,5 @@ def _spec(module: str, places: list[str]) -> ModuleSpec | None:
 
 
 def _no_module(option: str, name: str, got: str) -> Any:
-    fix = "Install it, or run from its folder, or name the file: path/file.py:factory."
+    fix = "Install it, or name the file: path/file.py:factory."
     return refusal(f"{option} {name}", got=got, expected="an importable module", fix=fix)

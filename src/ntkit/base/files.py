@@ -158,6 +158,8 @@ def read_json_and_checksum(path: str | Path) -> tuple[Any, str | None]:
         raise damaged(path, f"no JSON: {error}") from error
     if digest is not None:
         return unsealed(value), digest
+    if isinstance(value, dict) and ("checksum" in value or "tracking" in value or {"run", "files"} <= value.keys()):
+        raise damaged(path, "its checksum is gone, or no longer the last line")  # such files always had one
     warn_without_checksum(path)
     return value, None
 

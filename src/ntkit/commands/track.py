@@ -117,6 +117,9 @@ def _run_to_follow(run: Path, settings: TrackSettings, trust: bool) -> tuple[Pat
         s, folder = described(run / "run.json", told["settings"], Settings, "settings"), run / "trajectory"
         given = {"--model": settings.model, "--data": settings.data}
         code = code_of_run(run, s.named_code(), told["identity"], given, trust)
+    elif isinstance(told, dict) and "identity" in told:
+        fix = "Track a run that was trained: ntkit analyze without --weights."
+        raise refusal(str(run), got="a run of ntkit analyze without a training", expected="one with", fix=fix)
     elif settings.model is None or settings.data is None:
         got, expected = "a recorded trajectory without --model and --data", "both, or a run folder of ntkit analyze"
         fix = "Name the factory of its architecture and the data to follow: --model net.py:make --data set.npz."

@@ -10,7 +10,8 @@ has a derivative and no rule is exact: inverse, solve, determinant, matrix expon
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,8 @@ class _Line:
                 leaves, results = self._results([torch.lerp(start, end, float(t)) for start, end in self.ends])
                 own = [k for k, n in enumerate(nodes) if n and results[k].requires_grad]
                 outputs, vectors = [results[k] for k in own], [cotangents[k] for k in own]
-                grads = torch.autograd.grad(outputs, leaves, vectors, allow_unused=True, materialize_grads=True)
+                with _refused(self.func):
+                    grads = torch.autograd.grad(outputs, leaves, vectors, allow_unused=True, materialize_grads=True)
                 total = [sum_ + float(weight) * g for sum_, g in zip(total, grads, strict=True)]
             return total
 
@@ -140,8 +142,17 @@ class _Line:
             def put(value: Any) -> Any:
                 return leaves[self._place[id(value)]] if isinstance(value, SecantTensor) else map_structure(put, value)
 
-            try:
+            with _refused(self.func):
                 out = self.func(*put(self.args), **put(self.kwargs))
-            except NotImplementedError:
-                raise no_rule(self.func) from None
         return leaves, [o for o in tree_leaves(out) if is_float(o)]
+
+
+@contextmanager
+def _refused(func: Any) -> Iterator[None]:
+    """Turn the error of an operation without a derivative into a refusal."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise no_rule(func) from error

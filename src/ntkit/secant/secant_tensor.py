@@ -122,11 +122,11 @@ def _rules_for(func: Any) -> tuple[Rule | None, Rule | None, Rule | None]:
     if func._overloadpacket is torch.ops.prim.device:
         return (lambda _, args, kwargs: args[0].start.device), None, None
     own_rule = SECANT_RULES.get(func._overloadpacket)
-    if torch.Tag.nondeterministic_seeded in func.tags and own_rule is None:
-        return random_numbers, None, None
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return (random_numbers, None, None) if own_rule is None else (None, own_rule, own_rule)
     elementwise = own_rule is None and torch.Tag.pointwise in func.tags
     return (
-        _in_place if func._schema.is_mutable and own_rule is None else None,
+        _in_place if func._schema.is_mutable else None,
         own_rule,
         SECANT_RULES[None] if elementwise else own_rule,
     )
