@@ -13,11 +13,12 @@ from ntkit.base.files import (
     file_digest,
     read_arrays_and_metadata,
     read_json_and_checksum,
+    remove,
     write_arrays,
     write_atomically,
 )
 from ntkit.base.integrity import check_place, damaged
-from ntkit.base.lock import LOCK
+from ntkit.base.lock import LOCK, FolderLock
 from ntkit.base.run_files import StageFile, described
 
 REPLACED = ".replaced"  # in a run's folder: the run before, until the new one has begun
@@ -98,16 +99,26 @@ class StageFiles:
 
 
 def put_aside(folder: Path) -> None:
-    """Move all that is in a run's folder into a folder inside it."""
+    """Move all that is in a run's folder into a folder inside it; ``run.json`` first, so that no run lacks a file."""
     entries = [entry for entry in folder.iterdir() if entry.name not in (LOCK, REPLACED)]
     (folder / REPLACED).mkdir(exist_ok=True)
-    for entry in entries:
+    for entry in sorted(entries, key=lambda entry: entry.name != "run.json"):
         entry.rename(folder / REPLACED / entry.name)
 
 
 def put_back(folder: Path) -> None:
-    """Undo `put_aside`."""
+    """Undo `put_aside`, ``run.json`` last."""
     if (folder / REPLACED).is_dir():
-        for entry in (folder / REPLACED).iterdir():
+        for entry in sorted((folder / REPLACED).iterdir(), key=lambda entry: entry.name == "run.json"):
             entry.rename(folder / entry.name)
         (folder / REPLACED).rmdir()
+
+
+def recover(folder: Path) -> None:
+    """End what a process left that was killed while it replaced a run: back to the old run, if no new one has begun."""
+    if (folder / REPLACED).is_dir():
+        with FolderLock(folder):
+            if (folder / "run.json").exists():
+                remove(folder / REPLACED)
+            else:
+                put_back(folder)
