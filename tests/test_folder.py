@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -25,7 +27,9 @@ from ntkit.base.files import read_json, write_json
 from ntkit.base.lock import LOCK, FolderLock
 from ntkit.commands import analyze as analysis
 from ntkit.commands.settings import TrackSettings
+from ntkit.commands.stage_files import REPLACED
 from ntkit.commands.track import track_run
+from ntkit.commands.verify import verify
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report import render
 from ntkit.trajectory import Trajectory
@@ -241,6 +245,56 @@ def test_a_process_killed_while_it_replaced_a_run_loses_neither(run, tmp_path):
     analysis.put_aside(tmp_path / "run")  # and then it was killed
     with pytest.raises(Refused, match="holds a run"):
         ntkit.analyze(LINEAR, out=tmp_path / "run")
+    assert bytes_of(tmp_path / "run") == bytes_of(run)
+
+
+@pytest.mark.parametrize("moved", range(8))
+def test_a_process_killed_amid_the_replacement_leaves_no_run_with_missing_files(run, tmp_path, monkeypatch, moved):
+    """Killed before each renaming of `put_aside`: what is seen then, and what the old run is afterwards."""
+    shutil.copytree(run, tmp_path / "run")
+    rename, renamed = Path.rename, []
+
+    def stopping(path, target):
+        if len(renamed) == moved:
+            raise KeyboardInterrupt
+        renamed.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopping)
+    with contextlib.suppress(KeyboardInterrupt):
+        analysis.put_aside(tmp_path / "run")
+    monkeypatch.undo()
+    assert len(renamed) == min(moved, len(list(run.iterdir())))
+    assert {record.status for record in verify(tmp_path / "run")} == {"ok"}
+    ntkit.analyze(resume=tmp_path / "run")
+    assert bytes_of(tmp_path / "run") == bytes_of(run)
+
+
+@pytest.mark.parametrize("deleted", [0, 3])
+def test_a_process_killed_while_it_deletes_the_replaced_run(run, tmp_path, deleted):
+    """The new run has begun: it is resumed, or replaced in its turn."""
+    whole = ntkit.analyze(dataclasses.replace(LINEAR, seed=1), out=tmp_path / "whole")
+    for name in ("resumed", "replaced"):
+        folder = tmp_path / name
+        shutil.copytree(run, folder / REPLACED)
+        shutil.copy(whole / "run.json", folder)
+        write_json(folder / "run.json", read_json(whole / "run.json") | {"status": "running"})
+        for file in sorted(folder.rglob("*.safetensors"))[:deleted]:
+            file.unlink()
+        assert {record.status for record in verify(folder)} == {"ok"}
+    ntkit.analyze(resume=tmp_path / "resumed")
+    ntkit.analyze(dataclasses.replace(LINEAR, seed=1), out=tmp_path / "replaced", overwrite=True)
+    for name in ("resumed", "replaced"):
+        assert bytes_of(tmp_path / name).keys() == bytes_of(whole).keys()
+        assert (tmp_path / name / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def test_the_lock_that_a_complete_run_was_left_with_is_deleted(run, tmp_path):
+    """Killed after its last file, or while it writes its seconds."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / LOCK).write_text("{}")
+    (tmp_path / "run" / "run.json.part").write_text("{")
+    ntkit.analyze(resume=tmp_path / "run")
     assert bytes_of(tmp_path / "run") == bytes_of(run)
 
 

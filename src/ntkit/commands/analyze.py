@@ -38,7 +38,7 @@ from ntkit.commands import network_measures as measures
 from ntkit.commands.network_measures import LABELS
 from ntkit.commands.results import KERNELS, assemble, versions
 from ntkit.commands.settings import Settings
-from ntkit.commands.stage_files import REPLACED, StageFiles, put_aside, put_back
+from ntkit.commands.stage_files import REPLACED, StageFiles, put_aside, put_back, recover
 from ntkit.data import Data, load
 from ntkit.gram.gram_matrix import Gram
 from ntkit.kernels.tangent import TangentKernel
@@ -85,12 +85,14 @@ def analyze(
     earlier, code = None, contextlib.nullcontext()
     check_folder(out, "--out")
     if resume is not None:
+        recover(Path(resume))
         earlier = _earlier_run(Path(resume), settings and dataclasses.replace(settings, model="cnn", data="digits"))
         given = {} if settings is None else settings.named_code(changed=True)
         settings = stored = described(Path(resume) / "run.json", earlier["settings"], Settings, "settings")
         code = code_of_run(Path(resume), stored.named_code(), earlier.get("identity"), given, trust)
         complete = earlier["status"] == "complete" and (Path(resume) / "results.json").exists()
         if out is None and complete:
+            FolderLock(resume).sweep()  # a process was killed between its last file and the end of its lock
             try:
                 report = render(resume)
             except Damaged as error:
@@ -107,9 +109,7 @@ def analyze(
             raise refusal(f"--from {resume}", got="an unfinished run, and --out", expected=expected, fix=fix)
     settings = settings or Settings()
     folder = Path(out) if out is not None else Path("runs") / settings.slug()
-    if not (folder / "run.json").exists() and (folder / REPLACED).is_dir():
-        with FolderLock(folder):  # refuses a link
-            put_back(folder)  # a process was killed before its new run had begun
+    recover(folder)
     if (folder / "run.json").exists():
         if not overwrite:
             FolderLock(folder).check()
@@ -273,7 +273,6 @@ class _Run:
                 expected = "the same data, model, versions and number of threads"
                 raise refusal(f"--from {self.folder}", got=got, expected=expected, fix=fix)
             self.say(f"Resuming {self.folder}")
-            remove(self.folder / REPLACED)
             return
         if changed:
             self.say("Differences from the repeated run: " + "; ".join(changed))

@@ -16,10 +16,12 @@ from ntkit.base.files import (
     file_digest,
     read_arrays_and_metadata,
     read_json_and_checksum,
+    remove,
     write_arrays,
     write_atomically,
 )
 from ntkit.base.integrity import check_place, damaged
+from ntkit.base.lock import FolderLock
 from ntkit.base.regular_files import open_regular
 from ntkit.base.run_files import StageFile, described
 
@@ -111,16 +113,26 @@ class StageFiles:
 
 
 def put_aside(folder: Path) -> None:
-    """Move what ntkit wrote into a run's folder into a folder inside it; other files stay where they are."""
+    """Move what ntkit wrote into a run's folder into a folder inside it, ``run.json`` first; other files stay."""
     entries = [entry for entry in folder.iterdir() if entry.name in _OWN]
     (folder / REPLACED).mkdir(exist_ok=True)
-    for entry in entries:
+    for entry in sorted(entries, key=lambda entry: entry.name != "run.json"):
         entry.rename(folder / REPLACED / entry.name)
 
 
 def put_back(folder: Path) -> None:
-    """Undo `put_aside`."""
+    """Undo `put_aside`, ``run.json`` last."""
     if (folder / REPLACED).is_dir() and not (folder / REPLACED).is_symlink():
-        for entry in (folder / REPLACED).iterdir():
+        for entry in sorted((folder / REPLACED).iterdir(), key=lambda entry: entry.name == "run.json"):
             entry.rename(folder / entry.name)
         (folder / REPLACED).rmdir()
+
+
+def recover(folder: Path) -> None:
+    """End what a process left that was killed while it replaced a run: back to the old run, if no new one has begun."""
+    if (folder / REPLACED).is_dir():
+        with FolderLock(folder):
+            if (folder / "run.json").exists():
+                remove(folder / REPLACED)
+            else:
+                put_back(folder)

@@ -22,6 +22,7 @@ from ntkit.base.run_files import (
     read_track_settings,
     tracking_id,
 )
+from ntkit.commands.stage_files import REPLACED
 from ntkit.trajectory.recorded_run import (
     FORMAT,
     read_losses,
@@ -87,7 +88,8 @@ def _listed(folder: Path) -> list[FileRecord]:
         found[file] = _by_itself(file, folder)
     if all(record.status == "not ntkit's" for record in found.values()):
         raise refusal(str(folder), got="no file of ntkit", expected="the folder of a run", fix="Check its name.")
-    for file in [f for f in found if f.name in ("run.json", "track.json")]:
+    starts = [f for f in found if f.name in ("run.json", "track.json") and REPLACED not in f.relative_to(folder).parts]
+    for file in starts:
         for path, error in _together(file):
             told = found.get(path)
             if error is not None and (told is None or told.status in ("ok", "without checksum")):
