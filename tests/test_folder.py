@@ -293,7 +293,7 @@ def test_the_lock_that_a_complete_run_was_left_with_is_deleted(run, tmp_path):
     """Killed after its last file, or while it writes its seconds."""
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / LOCK).write_text("{}")
-    (tmp_path / "run" / "run.json.part").write_text("{")
+    (tmp_path / "run" / "run.json.ntkit-part").write_text("{")
     ntkit.analyze(resume=tmp_path / "run")
     assert bytes_of(tmp_path / "run") == bytes_of(run)
 

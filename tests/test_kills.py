@@ -177,9 +177,9 @@ def moment_of(folder: Path) -> str:
     files = sorted((path.stat().st_mtime_ns, path) for path in folder.rglob("*") if path.is_file())
     if not files:
         return "before any file"
-    partial = [path for _, path in files if path.suffix == ".part"]
+    partial = [path for _, path in files if path.suffix == ".ntkit-part"]
     name = (partial or [files[-1][1]])[-1].relative_to(folder).as_posix()
-    return ("in " if partial else "after ") + re.sub(r"\d+(?=\.)", "N", name.removesuffix(".part"))
+    return ("in " if partial else "after ") + re.sub(r"\d+(?=\.)", "N", name.removesuffix(".ntkit-part"))
 
 
 # ---------------------------------------------------------------------- the law and its test
