@@ -113,7 +113,7 @@ def whole(tmp_path_factory) -> dict[str, Whole]:
 def strays(folder: Path) -> list[str]:
     """Files and folders that only a process at work may have there."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-    return [name for name in names if re.search(rf"\.part$|/?({LOCK}|{REPLACED}|\.ntkit-write-test)(/|$)", name)]
+    return [name for name in names if re.search(rf"\.ntkit-part$|/?({LOCK}|{REPLACED})(/|$)", name)]
 
 
 def differences(folder: Path, other: Path) -> list[str]:
@@ -231,7 +231,7 @@ def test_the_comparison_would_notice(whole, tmp_path):
         "stages/network.json": lambda file: file.unlink(),
         "run.json": lambda file: write_json(file, read_json(file) | {"settings": {}}),
         "work": lambda file: file.mkdir(),
-        "report.html.part": lambda file: file.touch(),
+        "report.html.ntkit-part": lambda file: file.touch(),
         LOCK: lambda file: file.touch(),
     }
     for number, (name, change) in enumerate(changes.items()):
@@ -240,5 +240,5 @@ def test_the_comparison_would_notice(whole, tmp_path):
         assert differences(complete, folder) == []
         change(folder / name)
         assert differences(complete, folder) == [name]
-        assert strays(folder) == ([name] if name in ("report.html.part", LOCK) else [])
+        assert strays(folder) == ([name] if name in ("report.html.ntkit-part", LOCK) else [])
         assert bool(trouble_of_verify(folder)) == name.endswith("json")
