@@ -1,6 +1,6 @@
 """Random networks in unusual layouts, states and hooks against finite differences, which share nothing with autograd.
 
-`pytest -m fuzz tests/test_fuzz_layouts.py` draws the same 100 every time; `NTKIT_FUZZ=2000` draws that many others and
+`pytest -m fuzz tests/test_fuzz_layouts.py` draws the same 60 every time; `NTKIT_FUZZ=2000` draws that many others and
 prints their seed, `NTKIT_FUZZ=2000:SEED` draws them again. One network: `check(draw_case(SEED))`.
 """
 
@@ -26,7 +26,7 @@ import ntkit
 
 pytestmark = pytest.mark.fuzz
 ASKED, _, AGAIN = os.environ.get("NTKIT_FUZZ", "").partition(":")
-SHARDS, NETWORKS = 4, int(ASKED or 100)
+SHARDS, NETWORKS = 4, int(ASKED or 60)
 SEED = int(AGAIN) if AGAIN else random.SystemRandom().randrange(10**9) if ASKED else 0
 
 

@@ -38,7 +38,7 @@ pytestmark = [
     pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs SIGKILL and fork"),
 ]
 ASKED, _, AGAIN = os.environ.get("NTKIT_FUZZ", "").partition(":")
-KILLS = int(ASKED or 8)
+KILLS = int(ASKED or 6)
 SEED = int(AGAIN) if AGAIN else random.SystemRandom().randrange(10**9) if ASKED else 0
 TIMES = ("seconds", "started")  # of the run.json of `ntkit analyze`: all that may differ
 IMPORTED = [
