@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import ntkit
 
-pytestmark = pytest.mark.fuzz
+pytestmark = [pytest.mark.fuzz, pytest.mark.filterwarnings("ignore::UserWarning")]  # of PyTorch, on odd networks
 ASKED, _, AGAIN = os.environ.get("NTKIT_FUZZ", "").partition(":")
 SHARDS, NETWORKS = 4, int(ASKED or 60)
 SEED = int(AGAIN) if AGAIN else random.SystemRandom().randrange(10**9) if ASKED else 0

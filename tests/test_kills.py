@@ -1,7 +1,7 @@
 """SIGKILL at random moments in every command that writes a folder: resumed, it has the bytes of an undisturbed run.
 
 In turn a process is killed at a time, uniform over that of an undisturbed run, and before one of its file operations;
-some are killed again when they are resumed. `pytest -m fuzz tests/test_kills.py` kills eight, the same each time;
+some are killed again when they are resumed. `pytest -m fuzz tests/test_kills.py` kills six, the same each time;
 `NTKIT_FUZZ=60` kills that many at other moments and prints their seed, `NTKIT_FUZZ=60:SEED` takes them again. Add `-s`
 to see what was hit.
 """
