@@ -132,6 +132,9 @@ def test_the_path_kernel_rebuilds_the_predictions():
         except ntkit.Refused as refused:
             counted(verdicts, reasons, f"refused: {refused}", net)
             continue
+        if found.residual.abs().max() < 1e-12:  # outputs that vanish by symmetry are nothing but rounding
+            verdicts["rebuilt"] += 1
+            continue
         if found.error > 1e-9 and learned_wrongly(seed):
             verdicts["PyTorch's gradient was wrong"] += 1
             continue
