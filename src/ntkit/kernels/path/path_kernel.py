@@ -203,7 +203,7 @@ class PathKernel(Kernel):
         )
         eps, missed = torch.finfo(self._like().dtype).eps, float(result.residual.abs().max())
         # outputs that vanish by symmetry are nothing but rounding
-        if segment.integration == "secant" and result.error > eps**0.5 and missed > 1e3 * eps:
+        if segment.integration == "secant" and not (result.error <= eps**0.5 or missed <= 1e3 * eps):
             warnings.warn(
                 f"The sum over the training examples misses the network's outputs by {result.error:.1g} of their size. "
                 "The run was no gradient descent on this network (a wrong gradient of PyTorch, a hook), or some "
