@@ -67,11 +67,7 @@ class Tile:
 
 @torch.no_grad()
 def prepare(
-    gradients: Gradients,
-    x: Batch,
-    structure: Structure,
-    plan: Plan,
-    advance: Callable[[int], None] | None = None,
+    gradients: Gradients, x: Batch, structure: Structure, plan: Plan, advance: Callable[[int], None] | None = None
 ) -> Tile:
     """Run the samples of `x` forward and backward, batch by batch, and keep what the plan's routes need."""
     n, spans, width = count(x), {}, 0

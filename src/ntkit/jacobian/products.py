@@ -44,10 +44,8 @@ def differentiated_twice(gradients: Gradients, x: Batch, u: list[Tensor]) -> Ten
         try:
             pulled = torch.autograd.grad([out], params, [c], create_graph=True, allow_unused=True)
             used = [(g, i) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-            sources, again = (
-                [g for g, _ in used],
-                {"retain_graph": True, "allow_unused": True, "materialize_grads": True},
-            )
+            sources = [g for g, _ in used]
+            again = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
             columns = [
                 torch.autograd.grad(sources, [c], [u[i][k] for _, i in used], **again)[0] for k in range(u[0].shape[0])
             ]
