@@ -7,8 +7,8 @@ Everything of ours runs in `own_context`, as if nothing were open; the model's o
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,21 @@ def no_context() -> Iterator[None]:
             yield
         finally:
             _CALLER.now = before
+
+
+def same_context() -> Callable[[], AbstractContextManager[None]]:
+    """A context for other threads in which they work as this one does now."""
+    caller = _CALLER.now
+
+    @contextmanager
+    def carried() -> Iterator[None]:
+        before, _CALLER.now = _CALLER.now, caller
+        try:
+            yield
+        finally:
+            _CALLER.now = before
+
+    return carried
 
 
 @contextmanager
