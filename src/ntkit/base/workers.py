@@ -1,9 +1,9 @@
 """Workers: threads of our own, one core each, over parts of a task; PyTorch's threads within an operation stay out.
 
-PyTorch splits each operation among its threads, and every small one ends with all of them waiting for the slowest. On a
-busy machine that is whoever lost its core. A worker waits for nobody until its part is done. ``torch.get_num_threads()``
-of the caller is the number of workers: the user's word for the cores that a call may take. PyTorch releases Python's
-lock inside its operations, so threads are enough where these are large.
+PyTorch splits each operation among its threads, and every small one ends with all of them waiting for the slowest. On
+a busy machine that is whoever lost its core. A worker waits for nobody until its part is done. The caller's
+``torch.get_num_threads()``, the user's word for the cores that a call may take, is the number of workers. PyTorch
+releases Python's lock inside its operations, so threads are enough where these are large.
 
 The workers of a process are shared: calls in several threads take turns with them, so that no more cores are busy than
 one call may take. A call from within a worker does its work there and then.
@@ -99,7 +99,7 @@ class _Call(Generic[Item, Result]):
         while (i := self._next()) is not None:
             try:
                 self._results[i] = self._work(self._items[i])
-            except BaseException as error:  # noqa: BLE001 (whatever it is, it is the caller's)
+            except BaseException as error:
                 self._errors[i] = error
                 self._stopped = True
             self._ended.put(i)

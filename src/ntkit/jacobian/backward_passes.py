@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def vector_jacobian_products(outputs: list, inputs: list, vectors: list[Tensor]) -> tuple[Tensor | None, ...]:

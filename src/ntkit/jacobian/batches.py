@@ -4,54 +4,89 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
-from ntkit.base.batch import Batch, take
+from ntkit.base.batch import Batch, count, take
 from ntkit.base.workers import spread
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.pairs import Whole
 from ntkit.jacobian.replicas import in_one_thread, modes_open, replica
 from ntkit.jacobian.structure import Structure
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def parts_of(x: Batch, size: int) -> list[slice]:
+    """The samples in order, `size` at a time."""
+    n = count(x)
+    return [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
+
 
 def each_batch(
     gradients: Gradients,
     x: Batch,
-    parts: list[slice],
+    parts: Sequence[slice],
     structure: Structure,
     keep: Callable[[slice, dict[str, Whole]], None],
-    done: Callable[[slice], None],
+    done: Callable[[slice], None] = lambda _: None,
 ) -> None:
     """Factors of every part of the samples, as `Gradients.batch` gives them.
 
     ``keep`` takes those of one part, in the thread of its worker; ``done`` is told of parts that are kept.
     """
     due = {part.start: gradients.due(part.stop - part.start) for part in parts}
-    owners: dict[int, Gradients] = {}
 
-    def work(part: slice) -> None:
-        thread = threading.get_ident()
-        if thread not in owners:
-            owners[thread] = copy.copy(gradients)
-            if together:
-                owners[thread].model = replica(gradients.model)
-        factors = owners[thread].one_batch(take(x, part), structure, None, due[part.start])
+    def work(own: Gradients, part: slice) -> None:
+        factors = own.one_batch(take(x, part), structure, None, due[part.start])
         with torch.no_grad():
             keep(part, factors)
 
-    def work_through(parts: list[slice]) -> None:
-        for part in parts:
-            work(part)
-            done(part)
+    with gradients.at_work(structure):
+        share_out(gradients, structure, work, parts, done)
+
+
+def share_out(
+    gradients: Gradients,
+    structure: Structure,
+    work: Callable[[Gradients, Item], Result],
+    items: Sequence[Item],
+    done: Callable[[Item], None] = lambda _: None,
+) -> list[Result]:
+    """``[work(gradients, item) for item in items]`` by workers, inside `Gradients.at_work`.
+
+    Each thread has `Gradients` of its own, over a copy of the model's modules. A model that several threads may not run
+    at once goes through in one.
+    """
+    owners: dict[int, Gradients] = {}
+
+    def own(item: Item) -> Result:
+        thread = threading.get_ident()
+        if thread not in owners:
+            owners[thread] = copy.copy(gradients)
+            owners[thread].model = replica(gradients.model) if together else gradients.model
+        return work(owners[thread], item)
+
+    def one_after_the_other(items: Sequence[Item]) -> list[Result]:
+        results = []
+        for item in items:
+            results.append(own(item))
+            done(item)
+        return results
 
     on_cpu = next(iter(gradients.params.values())).device.type == "cpu"
-    together = on_cpu and structure.together and structure.expected is not None and not in_one_thread(gradients.model)
-    with gradients.at_work(structure):
-        if together:
-            spread(work, parts, done)
-        elif on_cpu and not modes_open():
-            spread(work_through, [parts])
-        else:
-            work_through(parts)
+    together = (
+        on_cpu
+        and len(items) > 1
+        and structure.together
+        and structure.expected is not None
+        and not in_one_thread(gradients.model)
+    )
+    if together:
+        return spread(own, items, done)
+    if on_cpu and not modes_open():
+        return spread(one_after_the_other, [items])[0]
+    return one_after_the_other(items)

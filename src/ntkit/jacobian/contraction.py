@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.batch import Batch, count
-from ntkit.jacobian.batches import each_batch
+from ntkit.jacobian.batches import each_batch, parts_of
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole, comparable, inner
 from ntkit.jacobian.plan import Plan
@@ -103,8 +103,7 @@ def prepare(
                 _make_room(pairs, name, kept, part, n, gradients.dtype, name in shared.values())
             _keep_pairs(pairs[name], name, kept, part)
 
-    parts = [slice(begin, min(begin + plan.batch, n)) for begin in range(0, n, plan.batch)]
-    each_batch(gradients, x, parts, structure, keep, done)
+    each_batch(gradients, x, parts_of(x, plan.batch), structure, keep, done)
     nested = frozenset(step.name for step in plan.steps if step.route == "nested")
     late = frozenset(step.name for step in plan.steps if step.late)
     return Tile(rows, large, pairs, spans, nested, late, shared)

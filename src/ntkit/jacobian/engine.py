@@ -19,6 +19,8 @@ from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
+from ntkit.base.workers import spread, workers
+from ntkit.jacobian.batches import each_batch, parts_of
 from ntkit.jacobian.contraction import (
     Tile,
     multiply_aligned,
@@ -37,6 +39,7 @@ from ntkit.jacobian.structure import Irregular, Structure, joined
 T = TypeVar("T")
 
 _PLANS = 64  # stored per engine, at most
+_ALIGNED = 32  # pairs that a worker multiplies at a time
 
 
 class Engine:
@@ -275,12 +278,22 @@ class Engine:
             part = slice(done, done + job.plan.tile)
             left = prepare(self._gradients, take(x1, part), job.left, job.plan)
             right = left if x2 is None else prepare(self._gradients, take(x2, part), job.right, job.plan)
-            return multiply_aligned(left, right, self.mode)
+            return self._aligned(left, right)
 
         while done < n:
             parts.append(self.run(next_pairs, x1, x2, aligned=True))
             done += len(parts[-1])
         return torch.cat(parts)
+
+    def _aligned(self, left: Tile, right: Tile) -> Tensor:
+        if left.rows.device.type != "cpu":
+            return multiply_aligned(left, right, self.mode)
+
+        def work(part: slice) -> Tensor:
+            first = left.part(part.start, part.stop)
+            return multiply_aligned(first, first if left is right else right.part(part.start, part.stop), self.mode)
+
+        return torch.cat(spread(work, [slice(i, i + _ALIGNED) for i in range(0, left.n, _ALIGNED)]))
 
     def tile(self, x: Batch, structure: Structure, plan: Plan) -> Tile:
         """Factors of samples, as the plan wants them: what `contraction.multiply` takes."""
@@ -291,6 +304,16 @@ class Engine:
     def factors(self, x: Batch, structure: Structure) -> dict[str, Whole]:
         """Gradients of all samples of `x` in factors, by parameter, in one pass; for the work of `run`."""
         return self._gradients.batch(x, structure)
+
+    def each_batch(
+        self,
+        x: Batch,
+        parts: list[slice],
+        structure: Structure,
+        keep: Callable[[slice, dict[str, Whole]], None],
+    ) -> None:
+        """Gradients of every part of the samples in factors, by workers: `keep` takes a part and them, in any order."""
+        each_batch(self._gradients, x, parts, structure, keep)
 
     def batches(self, x: Batch, share: float) -> Iterator[tuple[slice, dict[str, Whole]]]:
         """Gradients in factors, some samples at a time: their slice, and their factors by parameter.
@@ -312,21 +335,17 @@ class Engine:
     def batch_size(self, job: Job, share: float, entries: int) -> int:
         """Samples of a forward pass, of which `entries` numbers per output take at most a share of the memory."""
         needed = job.left.outputs * entries * self.like.element_size() + 1
-        return max(1, min(job.plan.batch, int(self.memory() * share / needed)))
+        return max(1, min(job.plan.batch, int(self.memory() * share / workers() / needed)))
 
     # ------------------------------------------------------------------ matrix-free
 
     def jvp(self, x: Batch, directions: list[Tensor], batch: int | None = None) -> Tensor:
         """J(x) u for a block of parameter directions: u per parameter [k, *shape] -> [n, C, k]."""
         step = batch or self.vector_batch(x)
-        parts = []
-        for start in range(0, count(x), step):
-            part = take(x, slice(start, start + step))
-            columns = differentiated_twice(self._gradients, part, directions) if self._twice(x) else None
-            if columns is None:
-                columns = self.run(lambda job, part=part: self._along(part, job.left, directions), part)
-            parts.append(columns)
-        return torch.cat(parts)
+        columns = None
+        if self._twice(x):
+            columns = differentiated_twice(self._gradients, self.structure(x), x, directions, step)
+        return self.run(lambda job: self._along(x, job.left, directions, step), x) if columns is None else columns
 
     def _twice(self, x: Batch) -> bool:
         """Whether differentiating twice gives J u: compared once per structure with the gradients of a few samples.
@@ -338,23 +357,30 @@ class Engine:
             few = take(x, slice(0, 2))
             u = [torch.linspace(-1, 1, p.numel(), dtype=p.dtype, device=p.device).view(1, *p.shape)
                  for p in self.params.values()]  # fmt: skip
-            expected = self.run(lambda job: self._along(few, job.left, u), few)
-            columns = differentiated_twice(self._gradients, few, u)
+            expected = self.run(lambda job: self._along(few, job.left, u, 2), few)
+            columns = differentiated_twice(self._gradients, structure, few, u, 2)
             bound = structure.eps**0.5 * expected.norm()
             structure.twice = columns is not None and bool((columns - expected).norm() <= bound)
         return structure.twice
 
     def vjp(self, x: Batch, v: Tensor, batch: int | None = None) -> list[Tensor]:
         """J(x)^T v for a block of vectors: v [n, C, k] -> per parameter [k, *shape]."""
-        return pulled_back(self._gradients, x, v, batch or self.vector_batch(x))
+        return pulled_back(self._gradients, self.structure(x), x, v, batch or self.vector_batch(x))
 
     @torch.no_grad()
-    def _along(self, x: Batch, structure: Structure, directions: list[Tensor]) -> Tensor:
-        factors = self.factors(x, structure)
+    def _along(self, x: Batch, structure: Structure, directions: list[Tensor], batch: int) -> Tensor:
         flat = [u.reshape(u.shape[0], -1).T for u in directions]
-        return torch.stack([factors[name].rows() @ u for name, u in zip(self.params, flat, strict=True)]).sum(0)
+        columns = flat[0].new_empty(count(x), structure.outputs, flat[0].shape[1], dtype=self.dtype)
+
+        def keep(part: slice, factors: dict[str, Whole]) -> None:
+            along = [factors[name].rows() @ u for name, u in zip(self.params, flat, strict=True)]
+            columns[part] = torch.stack(along).sum(0)
+
+        self.each_batch(x, parts_of(x, batch), structure, keep)
+        return columns
 
     def vector_batch(self, x: Batch) -> int:
-        """Samples that a forward pass may hold when vectors are multiplied."""
+        """Samples that a worker's forward pass may hold when vectors are multiplied."""
         structure = self.structure(x)
-        return max(1, min(256, int(self.memory() * 0.3 / (structure.bytes_per_sample * 4 * structure.outputs + 1))))
+        needed = structure.bytes_per_sample * 4 * structure.outputs + 1
+        return max(1, min(256, int(self.memory() * 0.3 / workers() / needed), -(-count(x) // workers())))

@@ -117,8 +117,12 @@ class Gradients:
     @contextmanager
     def at_work(self, structure: Structure) -> Iterator[None]:
         """Around batches: the model is left as it was."""
-        with untouched(self.model, self.params), without_fused_rnn(structure.plain_rnn):
-            yield
+        try:
+            with untouched(self.model, self.params), without_fused_rnn(structure.plain_rnn):
+                yield
+        except BaseException:
+            self._checked.clear()  # those that were due may not have been evaluated
+            raise
 
     def due(self, n: int) -> bool:
         """Whether the next batch of n samples has one of them evaluated alone: some may mix in large batches only."""

@@ -22,6 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from ntkit.base.batch import Batch, call_with, count, leaves, take, with_leaves
 from ntkit.base.caller_context import caller_context, own_context
 from ntkit.base.checks import Refused, nearest, refusal
+from ntkit.jacobian.replicas import share_out_forwards
 
 Outputs = Literal["full", "diagonal", "trace", "sum"] | Callable[[Any], Tensor]
 Params = Iterable[str] | Callable[..., bool] | None  # names, a predicate of the name (or name and parameter), or all
@@ -31,13 +32,14 @@ _ONE_AT_A_TIME = threading.RLock()
 MODES = ("full", "diagonal", "trace", "sum")
 
 
-def raw_outputs(model: nn.Module, x: Batch, batch: int = 512) -> Tensor:
+def raw_outputs(model: nn.Module, x: Batch, batch: int = 128) -> Tensor:
     """Outputs of the model as they are, [n, ...], in batches, without gradients; the model is left as it was."""
-    parts = []
+
+    def work(modules: dict[nn.Module, nn.Module], start: int) -> Any:
+        return call(modules[model], take(x, slice(start, start + batch)))
+
     with untouched(model, {}), torch.no_grad():
-        for start in range(0, count(x), batch):
-            parts.append(call(model, take(x, slice(start, start + batch))))
-    return torch.cat(parts)
+        return torch.cat(share_out_forwards(model, work, range(0, count(x), batch)))
 
 
 def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Parameter]:

@@ -35,6 +35,7 @@ _FEWEST = 4  # samples: below that, convolutions lose more than the caches give
 _BLOCK = {"cpu": 2**20, "cuda": 2**26}
 _TILE = 1024  # samples of the streaming side at a time
 _NARROWEST = 64  # rows: a product of fewer is slower for each
+_SEVERAL = 4  # batches for each worker from which one more does not count
 _WORTH = 5e-4  # seconds of a worker below which what it costs to share out work is more than it saves
 
 Route = Literal["outer", "tokens", "nested", "rows"]
@@ -46,8 +47,8 @@ class Step:
     """The plan for one parameter: its route, and what that costs for the whole product.
 
     ``flops`` are floating-point operations of matrix products; ``bytes_per_sample`` the memory of a sample while its
-    tile is in use; ``seconds`` the time of one core by the machine's rates. ``late``: the entries of the rows route are formed when
-    they are multiplied, block by block, because the factors are smaller to keep.
+    tile is in use; ``seconds`` the time of one core by the machine's rates. ``late``: the entries of the rows route are
+    formed when they are multiplied, block by block, because the factors are smaller to keep.
     """
 
     name: str
@@ -276,12 +277,13 @@ def _batch(structure: Structure, n: int, fit: float, transient: int, like: Tenso
         if n * flops * (1 + 2 * structure.outputs) / rates_for(like).batched > cores * _WORTH:
             most = min(most, math.ceil(n / cores))
     most = max(1, min(256, int(most), n))
-    # As many batches for each worker, and of no size that hides which axis is the samples'
-    rounds = math.ceil(n / (most * cores))
-    even = math.ceil(n / (rounds * cores))
+    even = math.ceil(n / (math.ceil(n / (most * cores)) * cores))  # as many batches for each worker
     expected = structure.expected
-    told = [m for m in range(most, most // 2, -1) if expected is None or expected.size_that_tells(m) == m]
-    return min(told, key=lambda m: (abs(m - even), -m), default=most)
+    if expected is None or n <= _SEVERAL * even * cores:
+        return even
+    # of a size that does not hide which axis is the samples': or each batch costs another one
+    near = sorted(range(max(2, even * 3 // 4), min(int(fit), even * 5 // 4) + 1), key=lambda m: abs(m - even))
+    return next((m for m in near if expected.size_that_tells(m) == m), even)
 
 
 def _strip(tile: int, columns: int, block: int, cores: int, late: bool) -> int:

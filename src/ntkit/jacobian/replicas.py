@@ -9,13 +9,19 @@ self-check: such a model goes through in one thread.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
+
+from ntkit.base.workers import spread
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EVERYWHERE = (
@@ -27,18 +33,46 @@ _MOST = 100_000  # values looked at; a model with more goes through in one threa
 
 def replica(model: nn.Module) -> nn.Module:
     """A copy of a model's modules, each with attributes of its own, over the same parameters and buffers."""
+    return replicas(model)[model]
+
+
+def replicas(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The copy of each module of a model (see `replica`)."""
     copies: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         copy = copies[module] = object.__new__(type(module))
         copy.__dict__ = module.__dict__.copy()
-        for name in ("_parameters", "_buffers"):
+        for name in ("_parameters", "_buffers", *_HOOKS):
             copy.__dict__[name] = module.__dict__[name].copy()
     for module, copy in copies.items():
         children = module.__dict__["_modules"]
         copy.__dict__["_modules"] = type(children)(
             (name, None if child is None else copies[child]) for name, child in children.items()
         )
-    return copies[model]
+    return copies
+
+
+def share_out_forwards(
+    model: nn.Module, work: Callable[[dict[nn.Module, nn.Module], Item], Result], items: Sequence[Item]
+) -> list[Result]:
+    """``[work(modules, item) for item in items]`` by workers; ``modules[module]`` is the one to call in that thread.
+
+    The first item goes through the model itself, to see whether that leaves anything on it.
+    """
+    themselves = {module: module for module in model.modules()}
+    state, owners = StateOfModules(model), {}
+    results = [work(themselves, item) for item in items[:1]]
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if device != "cpu" or in_one_thread(model) or state.changed():
+        return results + [work(themselves, item) for item in items[1:]]
+
+    def own(item: Item) -> Result:
+        thread = threading.get_ident()
+        if thread not in owners:
+            owners[thread] = replicas(model)
+        return work(owners[thread], item)
+
+    return results + spread(own, items[1:])
 
 
 def in_one_thread(model: nn.Module) -> bool:
@@ -108,7 +142,5 @@ def _parts(value: Any) -> Iterator[Any]:
         for key, part in value.items():
             yield key
             yield part
-    elif not isinstance(value, (Tensor, type, str, bytes)) and hasattr(value, "__dict__") and not callable(value):
-        yield from vars(value).values()
-    elif isinstance(value, nn.Module):
-        yield from vars(value).values()
+    elif isinstance(value, nn.Module) or not (isinstance(value, (Tensor, type, str, bytes)) or callable(value)):
+        yield from getattr(value, "__dict__", {}).values()

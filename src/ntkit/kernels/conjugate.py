@@ -12,9 +12,10 @@ from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched
+from ntkit.jacobian.replicas import share_out_forwards
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 
-_BATCH = 256
+_BATCH = 128
 _WEIGHTED = {
     "AddmmBackward0": (2, "_saved_mat1"),
     "MmBackward0": (1, "_saved_self"),
@@ -63,8 +64,13 @@ class ConjugateKernel(Kernel):
         """phi(x), [n, d]; under autocast, where features come in half precision, in the precision of the weights."""
         check_mode(self._model)
         x = checked(x, "x")
-        parts = [self._features(take(x, slice(s, s + _BATCH))) for s in range(0, count(x), _BATCH)]
-        phi = torch.cat(parts)
+        params = select_parameters(self._model, lambda name: True)  # a frozen layer counts, too
+
+        def work(modules: dict[nn.Module, nn.Module], start: int) -> Tensor:
+            return self._features(take(x, slice(start, start + _BATCH)), modules, params)
+
+        with untouched(self._model, params):
+            phi = torch.cat(share_out_forwards(self._model, work, range(0, count(x), _BATCH)))
         dtype = next(self._model.parameters()).dtype
         return phi.to(torch.promote_types(phi.dtype, dtype))
 
@@ -84,15 +90,13 @@ class ConjugateKernel(Kernel):
         phi = self.features(x1)
         return (phi * (phi if x2 is None else self.features(x2))).sum(1)
 
-    def _features(self, x: Batch) -> Tensor:
-        n = count(x)
-        params = select_parameters(self._model, lambda name: True)  # a frozen layer counts, too
-        with untouched(self._model, params):
-            if self._layer is not None:
-                phi = self._output_of(self._layer, x)
-            else:
-                out = call(self._model, x)
-                phi = self._last_hidden(out, params) if isinstance(out, Tensor) else None
+    def _features(self, x: Batch, modules: dict[nn.Module, nn.Module], params: dict[str, nn.Parameter]) -> Tensor:
+        n, model = count(x), modules[self._model]
+        if self._layer is not None:
+            phi = self._output_of(modules[self._layer], model, x)
+        else:
+            out = call(model, x)
+            phi = self._last_hidden(out, params) if isinstance(out, Tensor) else None
         if phi is None:
             got = "no dense or convolution layer with a trainable weight behind its output"
             expected = "a weight layer, whose input is the feature map of the conjugate kernel"
@@ -104,11 +108,12 @@ class ConjugateKernel(Kernel):
             raise refusal("the features", got=got, expected=f"({n}, ...)", fix=fix)
         return phi.reshape(n, -1)
 
-    def _output_of(self, layer: nn.Module, x: Batch) -> Any:
+    @staticmethod
+    def _output_of(layer: nn.Module, model: nn.Module, x: Batch) -> Any:
         caught: list[Any] = []
         handle = layer.register_forward_hook(lambda module, args, output: caught.append(output))
         try:
-            call(self._model, x)
+            call(model, x)
         finally:
             handle.remove()
         return caught[-1].detach() if caught and isinstance(caught[-1], Tensor) else None

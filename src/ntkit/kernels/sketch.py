@@ -14,6 +14,7 @@ from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
+from ntkit.base.workers import workers
 from ntkit.jacobian.engine import Engine, Job
 from ntkit.jacobian.model_calls import Outputs, Params
 from ntkit.jacobian.pairs import Whole
@@ -23,6 +24,7 @@ from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, refuse_operat
 # Numbers folded at a time: on a CPU they stay in its caches, on a GPU they keep it busy.
 _CHUNK = {"cpu": 1 << 18}
 _CHUNK_ELSEWHERE = 1 << 26
+_BATCHES = 4  # for each worker, from one report of progress to the next
 
 
 class SketchedKernel(Kernel):
@@ -190,9 +192,15 @@ class SketchedKernel(Kernel):
                 self._self_check(x, job.left)
                 self._trusted.append(job.left)
             # the entries of one parameter at a time, twice: some are copied into their order
-            part = slice(done, min(done + engine.batch_size(job, 0.3, 2 * largest), n))
-            phi[part] = self._sketch(engine.factors(take(x, part), job.left))
-            return part.stop
+            size = engine.batch_size(job, 0.3, 2 * largest)
+            stop = min(n, done + _BATCHES * workers() * size)
+            parts = [slice(i, min(i + size, stop)) for i in range(done, stop, size)]
+
+            def keep(part: slice, factors: dict[str, Whole]) -> None:
+                phi[part] = self._sketch(factors)
+
+            engine.each_batch(x, parts, job.left, keep)
+            return stop
 
         with task("sketched kernel", total=n) as progress:
             while done < n:
