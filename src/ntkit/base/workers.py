@@ -81,9 +81,8 @@ class _Call(Generic[Item, Result]):
     def __init__(self, work: Callable[[Item], Result], items: Sequence[Item]) -> None:
         self._work, self._items = work, items
         self._left = iter(range(len(items)))
-        self._lock = threading.Lock()
-        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._begun, self._stopped = 0, False
+        self._change = threading.Condition()  # of what follows
+        self._running, self._stopped = 0, False
         self._results: dict[int, Result] = {}
         self._errors: dict[int, BaseException] = {}
         self._grad = torch.is_grad_enabled()
@@ -96,44 +95,51 @@ class _Call(Generic[Item, Result]):
             self._variables.copy().run(self._do_items)
 
     def _do_items(self) -> None:
-        while (i := self._next()) is not None:
+        while (i := self._begin()) is not None:
             try:
-                self._results[i] = self._work(self._items[i])
-            except BaseException as error:
-                self._errors[i] = error
-                self._stopped = True
-            self._ended.put(i)
+                result, error = self._work(self._items[i]), None
+            except BaseException as raised:
+                error = raised
+            with self._change:
+                if error is None:
+                    self._results[i] = result
+                else:
+                    self._errors[i], self._stopped = error, True
+                self._running -= 1
+                self._change.notify()
 
-    def _next(self) -> int | None:
-        with self._lock:
+    def _begin(self) -> int | None:
+        with self._change:
             i = None if self._stopped else next(self._left, None)
-            self._begun += i is not None
+            self._running += i is not None
             return i
 
     def wait(self, done: Callable[[Item], None] | None) -> list[Result]:
         """Wait for the items; all results, in order."""
-        ended = 0
+        told: set[int] = set()
         try:
-            while ended < len(self._items) and not self._stopped:
-                i = self._ended.get()
-                ended += 1
-                if done is not None and i in self._results:
+            while len(told) < len(self._items) and not self._errors:
+                with self._change:
+                    while not (new := self._results.keys() - told) and not self._errors:
+                        self._change.wait()
+                told |= new
+                for i in sorted(new) if done is not None else ():
                     done(self._items[i])
         finally:
-            self._finish(ended)
+            self._finish()
         if self._errors:
             raise self._errors[min(self._errors)]
         return [self._results[i] for i in range(len(self._items))]
 
-    def _finish(self, ended: int) -> None:
+    def _finish(self) -> None:
         """Begin nothing more, and wait for what is begun: it may be at work on what the caller is about to put back."""
         interrupt: BaseException | None = None
-        with self._lock:
-            self._stopped = True
-        while ended < self._begun:
+        while True:
             try:
-                self._ended.get()
-                ended += 1
+                with self._change:
+                    self._stopped = True
+                    self._change.wait_for(lambda: not self._running)
+                break
             except KeyboardInterrupt as again:
                 interrupt = again
         if interrupt is not None:

@@ -14,7 +14,7 @@ from ntkit.base import progress
 from ntkit.base.checks import defined, refusal
 from ntkit.data import Data
 from ntkit.gram.gram_matrix import Gram
-from ntkit.jacobian.model_calls import raw_outputs
+from ntkit.jacobian.forwards import raw_outputs
 from ntkit.jacobian.oracle import tangent_kernel
 from ntkit.kernels.conjugate import ConjugateKernel
 from ntkit.kernels.kernel import Kernel

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, take
-from ntkit.base.workers import spread
+from ntkit.base.workers import spread, workers
 from ntkit.jacobian.factors import Gradients
+from ntkit.jacobian.lockstep import runs_together
 from ntkit.jacobian.pairs import Whole
 from ntkit.jacobian.replicas import in_one_thread, modes_open, replica
 from ntkit.jacobian.structure import Structure
@@ -46,12 +48,13 @@ def each_batch(
             keep(part, factors)
 
     with gradients.at_work(structure):
-        share_out(gradients, structure, work, parts, done)
+        share_out(gradients, structure, x, work, parts, done)
 
 
 def share_out(
     gradients: Gradients,
     structure: Structure,
+    x: Batch,
     work: Callable[[Gradients, Item], Result],
     items: Sequence[Item],
     done: Callable[[Item], None] = lambda _: None,
@@ -78,15 +81,24 @@ def share_out(
         return results
 
     on_cpu = next(iter(gradients.params.values())).device.type == "cpu"
-    together = (
-        on_cpu
-        and len(items) > 1
-        and structure.together
-        and structure.expected is not None
-        and not in_one_thread(gradients.model)
-    )
+    together = on_cpu and len(items) > 1 and workers() > 1 and _together(gradients, structure, x)
     if together:
         return spread(own, items, done)
     if on_cpu and not modes_open():
         return spread(one_after_the_other, [items])[0]
     return one_after_the_other(items)
+
+
+def _together(gradients: Gradients, structure: Structure, x: Batch) -> bool:
+    """Whether several threads may run the model at once: looked at once per structure."""
+    if structure.expected is None or in_one_thread(gradients.model):
+        return False
+    if structure.together is None:
+
+        def outputs(model: nn.Module, samples: Batch) -> Tensor:
+            own = copy.copy(gradients)
+            own.model = model
+            return own.forward(samples, structure.plain_rnn, watch=False)
+
+        structure.together = runs_together(gradients.model, outputs, x)
+    return structure.together

@@ -19,10 +19,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ntkit.base.batch import Batch, call_with, count, leaves, take, with_leaves
+from ntkit.base.batch import Batch, call_with, leaves, with_leaves
 from ntkit.base.caller_context import caller_context, own_context
 from ntkit.base.checks import Refused, nearest, refusal
-from ntkit.jacobian.replicas import share_out_forwards
 
 Outputs = Literal["full", "diagonal", "trace", "sum"] | Callable[[Any], Tensor]
 Params = Iterable[str] | Callable[..., bool] | None  # names, a predicate of the name (or name and parameter), or all
@@ -30,16 +29,6 @@ Params = Iterable[str] | Callable[..., bool] | None  # names, a predicate of the
 _ONE_AT_A_TIME = threading.RLock()
 
 MODES = ("full", "diagonal", "trace", "sum")
-
-
-def raw_outputs(model: nn.Module, x: Batch, batch: int = 128) -> Tensor:
-    """Outputs of the model as they are, [n, ...], in batches, without gradients; the model is left as it was."""
-
-    def work(modules: dict[nn.Module, nn.Module], start: int) -> Any:
-        return call(modules[model], take(x, slice(start, start + batch)))
-
-    with untouched(model, {}), torch.no_grad():
-        return torch.cat(share_out_forwards(model, work, range(0, count(x), batch)))
 
 
 def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Parameter]:

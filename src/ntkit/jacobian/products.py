@@ -35,7 +35,7 @@ def pulled_back(gradients: Gradients, structure: Structure, x: Batch, v: Tensor,
         return total
 
     with gradients.at_work(structure):
-        first, *others = share_out(gradients, structure, work, shares)
+        first, *others = share_out(gradients, structure, x, work, shares)
     with torch.no_grad():
         for other in others:
             for sum_, addend in zip(first, other, strict=True):
@@ -55,9 +55,9 @@ def differentiated_twice(
     parts = parts_of(x, batch)
     with gradients.at_work(structure), sdpa_kernel(SDPBackend.MATH):
         # the first alone, to learn whether it can be done at all
-        columns = share_out(gradients, structure, lambda own, part: _twice(own, take(x, part), u), parts[:1])
+        columns = share_out(gradients, structure, x, lambda own, part: _twice(own, take(x, part), u), parts[:1])
         if columns[0] is not None:
-            columns += share_out(gradients, structure, lambda own, part: _twice(own, take(x, part), u), parts[1:])
+            columns += share_out(gradients, structure, x, lambda own, part: _twice(own, take(x, part), u), parts[1:])
     found = [column for column in columns if column is not None]
     return torch.cat(found) if len(found) == len(parts) else None
 

@@ -2,26 +2,20 @@
 
 A forward pass may store a value on its module and read it again (``self.hidden = h``). In two threads each would read
 the other's. So each worker calls its own copies of the modules, which share parameters and buffers. What copies of the
-modules do not keep apart (a list that grows, a buffer that is overwritten, what a hook writes) is looked for in the
-self-check: such a model goes through in one thread.
+modules do not keep apart (a list that grows, a buffer that is overwritten) shows in `jacobian.lockstep`: such a model
+goes through in one thread.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
-
-from ntkit.base.workers import spread
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EVERYWHERE = (
@@ -50,29 +44,6 @@ def replicas(model: nn.Module) -> dict[nn.Module, nn.Module]:
             (name, None if child is None else copies[child]) for name, child in children.items()
         )
     return copies
-
-
-def share_out_forwards(
-    model: nn.Module, work: Callable[[dict[nn.Module, nn.Module], Item], Result], items: Sequence[Item]
-) -> list[Result]:
-    """``[work(modules, item) for item in items]`` by workers; ``modules[module]`` is the one to call in that thread.
-
-    The first item goes through the model itself, to see whether that leaves anything on it.
-    """
-    themselves = {module: module for module in model.modules()}
-    state, owners = StateOfModules(model), {}
-    results = [work(themselves, item) for item in items[:1]]
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    if device != "cpu" or in_one_thread(model) or state.changed():
-        return results + [work(themselves, item) for item in items[1:]]
-
-    def own(item: Item) -> Result:
-        thread = threading.get_ident()
-        if thread not in owners:
-            owners[thread] = replicas(model)
-        return work(owners[thread], item)
-
-    return results + spread(own, items[1:])
 
 
 def in_one_thread(model: nn.Module) -> bool:

@@ -120,7 +120,7 @@ class Structure:
     expected: ExpectedGraph | None = None  # the whole graph by the batch's size, where it is as regular as that
     routes: set[tuple] = field(default_factory=set)  # those whose products were compared with float64
     twice: bool | None = None  # whether differentiating twice gives the Jacobian's products; None: not compared yet
-    together: bool = False  # whether several threads may run the model at once: its forward leaves nothing behind
+    together: bool | None = None  # whether several threads may run the model at once; None: not looked at yet
     plain_rnn: bool = False  # whether fused recurrent layers are run step by step, since they hide their steps
     bytes_per_sample: int = 0  # of saved tensors and cotangents, for one output
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count, take
+from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
+from ntkit.jacobian.forwards import each_forward
 from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched
-from ntkit.jacobian.replicas import share_out_forwards
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 
 _BATCH = 128
@@ -66,11 +66,9 @@ class ConjugateKernel(Kernel):
         x = checked(x, "x")
         params = select_parameters(self._model, lambda name: True)  # a frozen layer counts, too
 
-        def work(modules: dict[nn.Module, nn.Module], start: int) -> Tensor:
-            return self._features(take(x, slice(start, start + _BATCH)), modules, params)
-
         with untouched(self._model, params):
-            phi = torch.cat(share_out_forwards(self._model, work, range(0, count(x), _BATCH)))
+            parts = each_forward(self._model, x, _BATCH, lambda modules, part: self._features(part, modules, params))
+            phi = torch.cat(parts)
         dtype = next(self._model.parameters()).dtype
         return phi.to(torch.promote_types(phi.dtype, dtype))
 

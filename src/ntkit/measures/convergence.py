@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ntkit.base.batch import checked
 from ntkit.base.checks import refusal, undefined
 from ntkit.base.progress import task
-from ntkit.jacobian.model_calls import check_module, raw_outputs, reduce_outputs
+from ntkit.jacobian.forwards import raw_outputs
+from ntkit.jacobian.model_calls import check_module, reduce_outputs
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.parametrization import (

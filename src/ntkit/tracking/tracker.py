@@ -25,7 +25,8 @@ from ntkit.base.progress import Task, task
 from ntkit.base.run_files import TRACK_FORMAT, tracking_id
 from ntkit.base.tensors import tensor_hash
 from ntkit.gram.krylov import leading
-from ntkit.jacobian.model_calls import Outputs, raw_outputs
+from ntkit.jacobian.forwards import raw_outputs
+from ntkit.jacobian.model_calls import Outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.tracking.losses import cross_entropy, derivatives, half_squared, logistic
 from ntkit.tracking.series import Tracked, assembled, close_folder, open_folder, read_snapshot, write_snapshot

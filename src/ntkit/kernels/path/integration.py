@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.engine import Engine
-from ntkit.jacobian.model_calls import call, raw_outputs, untouched
+from ntkit.jacobian.forwards import raw_outputs
+from ntkit.jacobian.model_calls import call, untouched
 from ntkit.secant.secant_jacobian import Secant
 
 Integration = Literal["secant", "quadrature", "left", "ntk"]

@@ -1,0 +1,45 @@
+"""Forward passes of many samples, shared out among workers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.base.batch import Batch, count, take
+from ntkit.base.workers import spread, workers
+from ntkit.jacobian.lockstep import runs_together
+from ntkit.jacobian.model_calls import call, untouched
+from ntkit.jacobian.replicas import in_one_thread, replicas
+
+Modules = dict[nn.Module, nn.Module]
+
+
+def each_forward(model: nn.Module, x: Batch, batch: int, work: Callable[[Modules, Batch], Tensor]) -> list[Tensor]:
+    """``work(modules, part)`` for every `batch` samples; ``modules[module]`` is the one to call in that thread.
+
+    Call it inside `model_calls.untouched`.
+    """
+    parts = [take(x, slice(begin, begin + batch)) for begin in range(0, count(x), batch)]
+    themselves = {module: module for module in model.modules()}
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    alone = device != "cpu" or len(parts) == 1 or workers() == 1 or in_one_thread(model)
+    if alone or not runs_together(model, call, x):
+        return [work(themselves, part) for part in parts]
+    owners: dict[int, Modules] = {}
+
+    def own(part: Batch) -> Tensor:
+        thread = threading.get_ident()
+        if thread not in owners:
+            owners[thread] = replicas(model)
+        return work(owners[thread], part)
+
+    return spread(own, parts)
+
+
+def raw_outputs(model: nn.Module, x: Batch, batch: int = 128) -> Tensor:
+    """Outputs of the model as they are, [n, ...], in batches, without gradients; the model is left as it was."""
+    with untouched(model, {}), torch.no_grad():
+        return torch.cat(each_forward(model, x, batch, lambda modules, part: call(modules[model], part)))
