@@ -13,12 +13,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from damage_case import SETTINGS, STUDY, X, Y, looped, mse, net, sgd, trained
+from processes import command
 
 import ntkit
 from ntkit.base import files
@@ -123,14 +123,11 @@ def test_the_lock_of_a_killed_process_is_taken_over_and_leaves_no_trace(holder, 
 def test_two_analyses_of_one_folder(tmp_path):
     """The second is refused with the first one's process; the first ends with the right results."""
     words = ["analyze", "--classes", "3", "8", "--train", "12", "--test", "6", "--model", "linear", "--epochs", "1"]
-    command = [sys.executable, "-m", "ntkit.cli", *words, "--out", str(tmp_path / "run")]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "run.json").exists() and first.poll() is None:
-        time.sleep(0.01)
+    first = command(*words, "--out", tmp_path / "run")
+    first.until((tmp_path / "run" / "run.json").exists)
     with pytest.raises(Refused, match=HELD.format(first.pid)):
         ntkit.analyze(resume=tmp_path / "run")
-    assert first.wait(120) == 0, first.stderr.read()
-    first.stderr.close()
+    assert first.wait() == 0, first.stderr
     assert LOCK not in names_in(tmp_path / "run")
     assert read_json(tmp_path / "run" / "run.json")["status"] == "complete"
 
@@ -152,8 +149,8 @@ def test_one_of_many_gets_the_lock(tmp_path):
                 assert "writing" in str(refused), refused
         print(taken)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    words = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    processes = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for process in processes:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
