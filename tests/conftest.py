@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # measured rates: not in the developer's home
@@ -31,3 +32,11 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("no shared/data beside the project")
     return SHARED / "data"
+
+
+@pytest.fixture(scope="module")
+def short_pages() -> Iterator[None]:
+    """Pages without the five million bytes of plotly, which every check of a folder would read again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plotly.offline.get_plotlyjs", lambda: "")
+        yield

@@ -34,6 +34,7 @@ from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report import render
 from ntkit.trajectory import Trajectory
 
+pytestmark = pytest.mark.usefixtures("short_pages")
 HELD = r"got a folder that process {} on host .* is writing since .*; expected one writer at a time\. Wait for it"
 LINEAR = ntkit.Settings(classes=("3", "8"), train=12, test=6, epochs=1, track_points=6, probe_samples=2, model="linear")
 
@@ -47,7 +48,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tmp_path_factory, short_pages) -> Path:
     return ntkit.analyze(LINEAR, out=tmp_path_factory.mktemp("run") / "run")
 
 
