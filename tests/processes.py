@@ -25,7 +25,7 @@ IMPORTED = ["torch", "torch._dynamo", "torch.func", "numpy", "scipy.linalg", "sc
 IMPORTED += ["sklearn.datasets", "safetensors.torch", "safetensors.numpy", "plotly.offline", "jinja2", "cyclopts"]
 
 
-def begun(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+def forked(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     """A process that calls a function, which it has to find in a module."""
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(IMPORTED)
@@ -62,7 +62,7 @@ class Running:
         self.words = words
         for name in ("out", "err"):
             (self._printed / name).touch()
-        self._process = begun(_process, self._printed, words, cwd, dict(env or {}), first, work, *arguments)
+        self._process = forked(_process, self._printed, words, cwd, dict(env or {}), first, work, *arguments)
 
     @property
     def pid(self) -> int:

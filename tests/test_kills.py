@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import pytest
 from kill_case import WORK, prepare, process
+from processes import THERE, forked
 
 from ntkit.base.checks import Refused
 from ntkit.base.files import read_json, write_json
@@ -35,29 +36,18 @@ from ntkit.trajectory import Trajectory
 
 pytestmark = [
     pytest.mark.fuzz,
-    pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs SIGKILL and fork"),
+    pytest.mark.skipif(not THERE, reason="needs SIGKILL and fork"),
 ]
 ASKED, _, AGAIN = os.environ.get("NTKIT_FUZZ", "").partition(":")
 KILLS = int(ASKED or 6)
 SEED = int(AGAIN) if AGAIN else random.SystemRandom().randrange(10**9) if ASKED else 0
 TIMES = ("seconds", "started")  # of the run.json of `ntkit analyze`: all that may differ
-IMPORTED = [
-    "torch",
-    "torch._dynamo",
-    "ntkit.cli",
-    "ntkit.commands.analyze",
-    "ntkit.commands.track",
-    "ntkit.studies.kopitkov2019",
-]
 
 
 def started(kind: str, folder: Path, often: bool = False, last: int | None = None) -> BaseProcess:
     """A process that has imported torch and begins its work; all that it prints is in `log_of` the folder."""
-    fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(IMPORTED)
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=process, args=(kind, folder, often, last, log_of(folder), sender))
-    child.start()
+    receiver, sender = multiprocessing.get_context("forkserver").Pipe(duplex=False)
+    child = forked(process, kind, folder, often, last, log_of(folder), sender)
     sender.close()
     receiver.recv()
     receiver.close()
