@@ -125,7 +125,7 @@ def test_two_analyses_of_one_folder(tmp_path):
     """The second is refused with the first one's process; the first ends with the right results."""
     words = ["analyze", "--classes", "3", "8", "--train", "12", "--test", "6", "--model", "linear", "--epochs", "1"]
     first = command(*words, "--out", tmp_path / "run")
-    first.until((tmp_path / "run" / "run.json").exists)
+    assert first.until((tmp_path / "run" / "run.json").exists), first.stderr
     with pytest.raises(Refused, match=HELD.format(first.pid)):
         ntkit.analyze(resume=tmp_path / "run")
     assert first.wait() == 0, first.stderr
