@@ -192,10 +192,11 @@ def test_any_tiling_gives_the_same(name, outputs, monkeypatch):
     """The values under every budget, the laws under every way to cut the work into tiles that they lead to."""
     monkeypatch.setattr(planning, "_BLOCK", {"cpu": 9 * 3})
     model, x1, x2 = make(name)
-    exact, ways = tangent_kernel(model, x1, x2, outputs), []
+    exact, own, ways = tangent_kernel(model, x1, x2, outputs), tangent_kernel(model, x1, None, outputs), []
     for memory in (1, 3000, 20000, 200_000, "1 MB"):
         kernel = ntkit.TangentKernel(model, outputs=outputs, memory=memory)
         assert_equal(kernel(x1, x2), exact, 1e-10, f"memory {memory}")
+        assert_equal(kernel(x1), own, 1e-10, f"memory {memory}")
         way = [replace(kernel.plan(*sets), scratch=0) for sets in ((x1, x2), (x1,))]
         if way not in ways:
             ways.append(way)
