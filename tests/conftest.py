@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # measured rates: not in the developer's home
@@ -22,6 +24,13 @@ signal.signal(
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+
+def pytest_collection_finish() -> None:
+    """What the imported modules hold, a million objects, is not searched again at every collection of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -31,3 +40,11 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("no shared/data beside the project")
     return SHARED / "data"
+
+
+@pytest.fixture(scope="module")
+def short_pages() -> Iterator[None]:
+    """Pages without the five million bytes of plotly, which every check of a folder would read again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plotly.offline.get_plotlyjs", lambda: "")
+        yield

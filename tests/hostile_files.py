@@ -111,11 +111,11 @@ def zeros(n: int) -> bytes:
 @refused
 def npz_bomb(rng, tmp):
     n = rng.randint(280, 320) * 10**6
-    with zipfile.ZipFile(tmp / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(tmp / "a.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("x.npy", "w") as member:
             member.write(header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({n // 10000}, 100, 100), }}"))
-            for _ in range(n // 10000):
-                member.write(bytes(10000))
+            for _ in range(n // 10**6):
+                member.write(bytes(10**6))
         archive.writestr("y.npy", array_bytes(np.zeros(n // 10000, np.uint8)))
     return lambda: load(tmp / "a.npz")
 

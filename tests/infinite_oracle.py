@@ -65,18 +65,29 @@ def gaussian(function, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]
     return value, slope
 
 
+def of_all_pairs(function, variances: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
+    """`gaussian` of variances [n, H, W] and covariances [n, n, H, W, H, W], which are symmetric: each pair once."""
+    (n, h, w), size = variances.shape, variances.numel()
+    own, flat = variances.reshape(size), K.permute(0, 2, 3, 1, 4, 5).reshape(size, size)
+    rows, columns = torch.triu_indices(size, size)
+    found = []
+    for values in gaussian(function, own[rows], own[columns], flat[rows, columns]):
+        whole = torch.empty_like(flat)
+        whole[rows, columns] = whole[columns, rows] = values
+        found.append(whole.reshape(n, h, w, n, h, w).permute(0, 3, 1, 2, 4, 5))
+    return found[0], found[1]
+
+
 class Oracle:
-    """Covariances between sides 1-2, 1-1, 2-2, [n, m, H, W, H, W] each, and the tangent kernel of 1-2."""
+    """Covariances and tangent kernel of all samples and positions, [n, n, H, W, H, W] each."""
 
     def __init__(self, w: float, b: float) -> None:
         self.w2, self.b2 = w * w, b * b
 
-    def __call__(self, model: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        grids = [x.reshape(*x.shape[:2], *(1,) * (4 - x.dim()), *x.shape[2:]) for x in (x1, x2)]
-        pairs = [(0, 1), (0, 0), (1, 1)]
-        K = [torch.einsum("ichw,jcxy->ijhwxy", grids[i], grids[j]) / grids[i].shape[1] for i, j in pairs]
-        state = (*K, torch.zeros_like(K[0]), torch.zeros_like(K[0]))
-        K, _, _, T, late = self.go(model, state)
+    def __call__(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        grid = x.reshape(*x.shape[:2], *(1,) * (4 - x.dim()), *x.shape[2:])
+        K = torch.einsum("ichw,jcxy->ijhwxy", grid, grid) / grid.shape[1]
+        K, T, late = self.go(model, (K, torch.zeros_like(K), torch.zeros_like(K)))
         T = T + late * K
         assert K.shape[2:] == (1, 1, 1, 1)
         return K[:, :, 0, 0, 0, 0], T[:, :, 0, 0, 0, 0]
@@ -92,7 +103,7 @@ class Oracle:
         if isinstance(m, (nn.Identity, nn.Dropout)):
             return s
         if isinstance(m, nn.Linear):
-            return self.weights(s, joined(s))
+            return self.weights(joined(s))
         if isinstance(m, (nn.Conv1d, nn.Conv2d)):
             two = [(1, *t) if isinstance(m, nn.Conv1d) else t for t in (m.kernel_size, m.stride, m.dilation)]
             if m.padding == "same":  # one more behind than in front, if odd
@@ -102,7 +113,7 @@ class Oracle:
                 pad = [(p, p) for p in m.padding]
             pad = [(0, 0), *pad] if isinstance(m, nn.Conv1d) else pad
             size = two[0][0] * two[0][1]
-            return self.weights(s, tuple(self.windows(t, two[0], two[1], pad, two[2]) / size for t in joined(s)))
+            return self.weights(tuple(self.windows(t, two[0], two[1], pad, two[2]) / size for t in joined(s)))
         if isinstance(m, (nn.AvgPool1d, nn.AvgPool2d)):
 
             def two(v):
@@ -118,28 +129,25 @@ class Oracle:
         if isinstance(m, nn.Flatten):
             return tuple(_own(t).mean(-1).mean(-1)[..., None, None, None, None] for t in joined(s))
         if isinstance(m, (nn.LayerNorm, nn.GroupNorm)):
-            v1, v2 = (_own(_self(t)).mean((-1, -2)) + m.eps for t in s[1:3])
-            shape = (..., None, None, None, None)
-            scale = [(a[:, None] * b).rsqrt()[shape] for a, b in ((v1, v2), (v1, v1), (v2, v2))]
-            K = [t * r for t, r in zip(s[:3], scale, strict=True)]
+            v = _own(_self(s[0])).mean((-1, -2)) + m.eps
+            scale = (v[:, None] * v).rsqrt()[..., None, None, None, None]
             affine = m.elementwise_affine if isinstance(m, nn.LayerNorm) else m.affine
-            here = torch.full_like(K[0], float(affine))
+            here = torch.full_like(s[0], float(affine))
             if affine and isinstance(m, nn.LayerNorm) and s[0].shape[2:] != (1, 1, 1, 1):
                 h, w = s[0].shape[2:4]
                 here = here * torch.eye(h * w, dtype=s[0].dtype).reshape(h, w, h, w)
-            return (*K, s[3] * scale[0] + here, here)  # the last: of the weight, still to meet the next slope
+            return s[0] * scale, s[1] * scale + here, here  # the last: of the weight, still to meet the next slope
         function = m.function if isinstance(m, Act) else m
-        v1, v2 = _own(_self(s[1])), _own(_self(s[2]))  # [n, H, W]
-        one, two = v1[:, None, :, :, None, None], v2[None, :, None, None, :, :]
-        K, slope = gaussian(function, one, two, s[0])
-        K1, _ = gaussian(function, one, v1[None, :, None, None], s[1])
-        K2, _ = gaussian(function, v2[:, None, :, :, None, None], two, s[2])
-        late, _ = gaussian(lambda z: z * slope_of(function, z), one, two, s[0])
-        return K, K1, K2, s[3] * slope + s[4] * late, torch.zeros_like(K)
+        variances = _own(_self(s[0]))  # [n, H, W]
+        K, slope = of_all_pairs(function, variances, s[0])
+        T = s[1] * slope
+        if s[2].any():
+            T = T + s[2] * of_all_pairs(lambda z: z * slope_of(function, z), variances, s[0])[0]
+        return K, T, torch.zeros_like(K)
 
-    def weights(self, before, mixed):
-        K = [self.w2 * t + self.b2 for t in mixed[:3]]  # what a norm's weight brought is in `mixed` by now
-        return (*K, self.w2 * mixed[3] + K[0], torch.zeros_like(K[0]))
+    def weights(self, mixed):
+        K = self.w2 * mixed[0] + self.b2  # what a norm's weight brought is in `mixed` by now
+        return K, self.w2 * mixed[1] + K, torch.zeros_like(K)
 
     @staticmethod
     def windows(t, k, stride, pad, dilation):
@@ -173,7 +181,7 @@ def slope_of(function, z: Tensor) -> Tensor:
 
 def joined(s):
     """A norm's weight that met no activation: its share of the tangent kernel is its own covariance."""
-    return (*s[:3], s[3] + s[4] * s[0], torch.zeros_like(s[4]))
+    return s[0], s[1] + s[2] * s[0], torch.zeros_like(s[2])
 
 
 def _self(t: Tensor) -> Tensor:

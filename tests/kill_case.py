@@ -18,10 +18,13 @@ from torch import Tensor, nn
 import ntkit
 from ntkit.base.files import read_json
 from ntkit.cli import main
+from ntkit.commands import analyze as analysis
+from ntkit.commands import track as tracking
 from ntkit.studies import kopitkov2019 as kopitkov
 from ntkit.studies.study import Results, Section, Sizes, table
 from ntkit.trajectory import run_writer
 
+IMPORTED = (analysis, tracking)  # a command would import them in the time in which it is killed
 DIGITS = ["analyze", "--classes", "3", "8", "--train", "60", "--test", "20", "--track-points", "8"]
 DIGITS += ["--probe-samples", "2", "--batch-size", "8"]
 ANALYZE = [*DIGITS, "--model", "mlp", "--epochs", "4"]

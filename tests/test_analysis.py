@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import json
-import os
 import random
 import resource
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import command
 from safetensors.torch import save_file
 
 import ntkit
@@ -44,12 +44,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "tied_model.py"
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "ntkit.cli", *map(str, words)]
-
-
-def ntkit_cli(*words: object, **more) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*words), capture_output=True, text=True, **more)
+def python_m_ntkit(*words: object) -> subprocess.CompletedProcess:
+    """The command line as a user starts it, Python and imports included."""
+    return subprocess.run([sys.executable, "-m", "ntkit.cli", *map(str, words)], capture_output=True, text=True)
 
 
 def results(run: Path) -> dict:
@@ -73,7 +70,7 @@ def same_runs(a: Path, b: Path) -> None:
 def whole(tmp_path_factory) -> Path:
     """One uninterrupted run of the small analysis, through the command line."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    done = ntkit_cli("analyze", *SMALL, "--out", run)
+    done = python_m_ntkit("analyze", *SMALL, "--out", run)
     assert done.returncode == 0, done.stderr
     (run.parent / "stdout").write_text(done.stdout)
     return run
@@ -116,48 +113,42 @@ def test_results_are_what_the_library_says(whole):
     assert read_arrays(whole / "arrays" / "machine-after.safetensors")["alpha"].shape == (60,)
 
 
-def test_the_same_settings_give_the_same_bytes(whole, tmp_path):
-    ntkit_cli("analyze", *SMALL, "--out", tmp_path / "again")
-    same_runs(whole, tmp_path / "again")
-
-
 def test_from_a_complete_run_repeats_it_elsewhere_or_makes_its_report(whole, tmp_path):
-    done = ntkit_cli("analyze", "--from", whole, "--out", tmp_path / "copy")
+    done = command("analyze", "--from", whole, "--out", tmp_path / "copy").done()
     assert done.returncode == 0, done.stderr
     same_runs(whole, tmp_path / "copy")
     before = (whole / "report.html").read_bytes()
     (whole / "report.html").unlink()
-    assert ntkit_cli("analyze", "--from", whole).returncode == 0
+    assert command("analyze", "--from", whole).wait() == 0
     assert (whole / "report.html").read_bytes() == before
     (whole / "report.html").unlink()
-    assert ntkit_cli("report", whole).returncode == 0
+    assert command("report", whole).wait() == 0
     assert (whole / "report.html").read_bytes() == before
 
 
 def test_killed_at_five_random_moments_the_run_ends_the_same(whole, tmp_path):
-    """SIGKILL, five times in one run, each a random time after the run has begun to write."""
+    """Undisturbed it has the same bytes; so it has after SIGKILL, five times, each a random time after work began."""
     run, moments = tmp_path / "run", random.Random(3)
-    killed = 0
+    process = command("analyze", *SMALL, "--out", tmp_path / "again")
+    process.until((tmp_path / "again" / "run.json").exists)
+    begun = time.monotonic()
+    assert process.wait() == 0
+    seconds, killed = time.monotonic() - begun, 0
+    same_runs(whole, tmp_path / "again")
     for _ in range(40):
         started = (run / "run.json").exists()
         words = ["--from", run] if started else [*SMALL, "--out", run, "--overwrite"]
-        process = subprocess.Popen(
-            command("analyze", *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        while not (run / "run.json").exists() and process.poll() is None:
-            time.sleep(0.01)
+        process = command("analyze", *words)
+        process.until((run / "run.json").exists)
         if started:
-            process.stderr.readline()  # "Resuming ...": imports are over, work begins
-        time.sleep(moments.uniform(0.0, 1.0 if killed < 4 else 0.6))
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            killed += 1
-        process.stderr.close()
-        process.wait()
+            process.until(lambda process=process: "\n" in process.stderr)  # "Resuming ..."
+        time.sleep(moments.uniform(0.0, 0.3 * seconds))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
         if killed == 5 or process.returncode == 0:
             break
-    assert killed >= 3, "this machine is so fast that the run must be made longer"
-    done = ntkit_cli("analyze", "--from", run)
+    assert killed >= 3
+    done = command("analyze", "--from", run).done()
     assert done.returncode == 0, done.stderr
     same_runs(whole, run)
 
@@ -186,31 +177,27 @@ def test_stopped_between_any_two_files_the_run_ends_the_same(whole, tmp_path, st
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        command("analyze", *SMALL[:-1], "20000", "--out", run),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (run / "trajectory" / "checkpoint.safetensors").exists() and process.poll() is None:
-        time.sleep(0.02)
+    process = command("analyze", *SMALL[:-1], "20000", "--out", run)
+    process.until((run / "trajectory" / "checkpoint.safetensors").exists)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"Resume with: ntkit analyze --from {run}" in err
+    assert process.wait(60) == 130
+    assert f"Resume with: ntkit analyze --from {run}" in process.stderr
     assert ntkit.Trajectory.open(run / "trajectory").status == "running"
+
+
+def at_most_two_megabytes() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     """A real limit of the operating system on the size of a file: the report (5 MB) does not fit."""
     run = tmp_path / "run"
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
-    done = ntkit_cli("analyze", *SMALL, "--out", run, preexec_fn=limit)
+    done = command("analyze", *SMALL, "--out", run, first=at_most_two_megabytes).done()
     assert done.returncode == 2
     assert "report.html: got File too large while writing; expected a folder that can be written" in done.stderr
     assert not list(run.rglob("*.ntkit-part"))
     assert not (run / "report.html").exists()
-    assert ntkit_cli("analyze", "--from", run).returncode == 0
+    assert command("analyze", "--from", run).wait() == 0
     assert (run / "report.html").stat().st_size > 2_000_000
 
 
@@ -232,11 +219,10 @@ def test_a_users_own_module_on_tokens(tmp_path):
     draw = np.random.default_rng(0)
     y = draw.integers(0, 3, 90)
     np.savez(tmp_path / "tokens.npz", x=(draw.integers(0, 6, (90, 7)) + 6 * y[:, None]).astype(np.int64), y=y)
-    done = ntkit_cli(
+    done = command(
         "analyze", "--data", tmp_path / "tokens.npz", "--model", f"{EXAMPLE}:make", "--epochs", 4, "--optimizer",
-        "adam",
-        "--lr", "0.01", "--track-points", 20, "--out", tmp_path / "run",
-    )  # fmt: skip
+        "adam", "--lr", "0.01", "--track-points", 20, "--out", tmp_path / "run",
+    ).done()  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = results(tmp_path / "run")
     assert found["model"]["fallback"] == {}
@@ -326,7 +312,7 @@ def test_a_refusal_with_overwrite_leaves_the_old_run(whole, tmp_path):
 
 
 def test_from_takes_its_settings_from_the_run(whole, tmp_path):
-    done = ntkit_cli("analyze", "--from", whole, "--epochs", "7")
+    done = command("analyze", "--from", whole, "--epochs", "7").done()
     assert done.returncode == 2
     assert "got further settings" in done.stderr
     with pytest.raises(ntkit.Refused, match="this version of ntkit analyze did not write"):
@@ -394,7 +380,7 @@ def test_a_run_goes_on_only_with_the_same_data_model_and_versions(whole, tmp_pat
 
 
 def test_one_line_on_stderr_and_exit_2():
-    done = ntkit_cli("analyze", "--model", "vg", "--out", "never")
+    done = python_m_ntkit("analyze", "--model", "vg", "--out", "never")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1

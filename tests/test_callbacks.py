@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import script
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,7 +42,7 @@ def test_the_module_needs_no_framework_and_says_what_is_missing():
         "    except Refused as refused: print(refused)\n"
         "assert not hasattr(callbacks, 'KerasCallback')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = script(code).done()
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "callback: got no lightning in this Python; expected the package lightning. Run: pip install lightning",

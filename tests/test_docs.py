@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from processes import script
 
 import ntkit
 
@@ -77,14 +75,7 @@ def test_how_to_pages_run(page, tmp_path):
     assert source
     if package:  # torchvision, which both packages import, may be built for another torch
         source = f"from benchmarks.families import _missing\n_missing('torchvision')\n{source}"
-    paths = os.pathsep.join([str(ROOT), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", source],
-        env={**os.environ, "PYTHONPATH": paths},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = script(f"import sys\nsys.path.append({str(ROOT)!r})\n{source}", cwd=tmp_path).done()
     assert done.returncode == 0, done.stderr
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from processes import script
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -70,8 +70,7 @@ def test_the_table_says_what_was_not_run(monkeypatch):
 
 
 def test_the_table_runs_as_a_file_and_lists_every_family():
-    words = [sys.executable, str(coverage.ROOT / "benchmarks" / "coverage.py")]
-    done = subprocess.run([*words, "MLP", *REFUSED], cwd=coverage.ROOT / "tests", capture_output=True, text=True)
+    done = script(coverage.ROOT / "benchmarks" / "coverage.py", "MLP", *REFUSED, cwd=coverage.ROOT / "tests").done()
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("refused, as it should be") == len(REFUSED)
     rows = (coverage.ROOT / "docs" / "coverage.md").read_text().splitlines()

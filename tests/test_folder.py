@@ -13,12 +13,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from damage_case import SETTINGS, STUDY, X, Y, looped, mse, net, sgd, trained
+from processes import command
 
 import ntkit
 from ntkit.base import files
@@ -34,6 +34,7 @@ from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report import render
 from ntkit.trajectory import Trajectory
 
+pytestmark = pytest.mark.usefixtures("short_pages")
 HELD = r"got a folder that process {} on host .* is writing since .*; expected one writer at a time\. Wait for it"
 LINEAR = ntkit.Settings(classes=("3", "8"), train=12, test=6, epochs=1, track_points=6, probe_samples=2, model="linear")
 
@@ -47,7 +48,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tmp_path_factory, short_pages) -> Path:
     return ntkit.analyze(LINEAR, out=tmp_path_factory.mktemp("run") / "run")
 
 
@@ -123,14 +124,11 @@ def test_the_lock_of_a_killed_process_is_taken_over_and_leaves_no_trace(holder, 
 def test_two_analyses_of_one_folder(tmp_path):
     """The second is refused with the first one's process; the first ends with the right results."""
     words = ["analyze", "--classes", "3", "8", "--train", "12", "--test", "6", "--model", "linear", "--epochs", "1"]
-    command = [sys.executable, "-m", "ntkit.cli", *words, "--out", str(tmp_path / "run")]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "run.json").exists() and first.poll() is None:
-        time.sleep(0.01)
+    first = command(*words, "--out", tmp_path / "run")
+    assert first.until((tmp_path / "run" / "run.json").exists), first.stderr
     with pytest.raises(Refused, match=HELD.format(first.pid)):
         ntkit.analyze(resume=tmp_path / "run")
-    assert first.wait(120) == 0, first.stderr.read()
-    first.stderr.close()
+    assert first.wait() == 0, first.stderr
     assert LOCK not in names_in(tmp_path / "run")
     assert read_json(tmp_path / "run" / "run.json")["status"] == "complete"
 
@@ -152,8 +150,8 @@ def test_one_of_many_gets_the_lock(tmp_path):
                 assert "writing" in str(refused), refused
         print(taken)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    words = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    processes = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for process in processes:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import textwrap
 import time
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -62,15 +62,14 @@ def place(tmp_path):
     return tmp_path
 
 
-def trained(place, pause: float = 0.0) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(place / "loop.py"), str(place), str(pause)], stderr=subprocess.DEVNULL)
+def trained(place, pause: float = 0.0) -> processes.Running:
+    return processes.script(place / "loop.py", place, pause)
 
 
-def command(place, *more: str) -> list[str]:
-    return [
-        sys.executable, "-m", "ntkit.cli", "track", str(place / "run"), "--model", f"{place}/net.py:make",
-        "--data", f"{place}/set.npz", "--k", "5", *more,
-    ]  # fmt: skip
+def tracking(place, *more: object) -> processes.Running:
+    return processes.command(
+        "track", place / "run", "--model", f"{place}/net.py:make", "--data", f"{place}/set.npz", "--k", 5, *more
+    )
 
 
 def test_a_run_of_analyze_is_known(tmp_path):
@@ -98,9 +97,8 @@ def test_a_run_of_analyze_is_known(tmp_path):
 def test_follow_a_loop_while_it_trains(place):
     loop = trained(place, 0.05)
     try:
-        while not (place / "run" / "run.json").exists():
-            time.sleep(0.05)
-        done = subprocess.run(command(place, "--follow"), capture_output=True, text=True, timeout=120, check=False)
+        loop.until((place / "run" / "run.json").exists)
+        done = tracking(place, "--follow").done()
     finally:
         loop.wait(60)
     assert done.returncode == 0, done.stderr
@@ -112,17 +110,15 @@ def test_follow_a_loop_while_it_trains(place):
 
 def test_killed_at_any_moment_the_numbers_are_the_same(place):
     assert trained(place).wait(60) == 0
-    subprocess.run(command(place, "--out", str(place / "whole")), check=True, capture_output=True, timeout=120)
+    assert tracking(place, "--out", place / "whole").wait() == 0
     whole, kills = Tracked.open(place / "whole"), 0
     for wait in (0.0, 0.03, 0.15, 0.4):
-        words = command(place, "--out", str(place / "torn"))
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as tracking:
-            assert tracking.stdout is not None
-            tracking.stdout.readline()  # the titles: the work begins
-            time.sleep(wait)
-            tracking.send_signal(signal.SIGKILL)
-            kills += tracking.wait() == -signal.SIGKILL
-    subprocess.run(command(place, "--out", str(place / "torn")), check=True, capture_output=True, timeout=120)
+        torn = tracking(place, "--out", place / "torn")
+        torn.until(lambda torn=torn: "\n" in torn.stdout)  # the titles: the work begins
+        time.sleep(wait)
+        torn.send_signal(signal.SIGKILL)
+        kills += torn.wait() == -signal.SIGKILL
+    assert tracking(place, "--out", place / "torn").wait() == 0
     torn = Tracked.open(place / "torn")
     assert kills > 0
     assert torn.series == whole.series

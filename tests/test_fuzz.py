@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
@@ -30,7 +31,7 @@ from ntkit.jacobian import rules
 from ntkit.jacobian import self_check as check
 from ntkit.jacobian.machine_rates import Rates
 from ntkit.jacobian.model_calls import call
-from ntkit.jacobian.oracle import jacobian, tangent_kernel
+from ntkit.jacobian.oracle import jacobian
 from ntkit.testing import assert_equal
 
 pytestmark = pytest.mark.fuzz
@@ -55,6 +56,12 @@ class Case:
     dtype: torch.dtype
     law: str
     choices: bytes
+
+    @cached_property
+    def exact(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The oracle's Jacobians of both sets, by parameter."""
+        first = jacobian(self.net, self.x1, self.mode, self.params)
+        return first, first if self.x2 is None else jacobian(self.net, self.x2, self.mode, self.params)
 
     def __repr__(self) -> str:
         n2 = None if self.x2 is None else count(self.x2)
@@ -113,22 +120,24 @@ def well_conditioned(case: Case) -> bool:
 
     Where it is not, the gradients asked for vanish by symmetry or hang on a difference that rounding decides.
     """
-    for x in (case.x1,) if case.x2 is None else (case.x1, case.x2):
-        rough, exact = (
-            torch.cat(list(jacobian(case.net, x, case.mode, case.params, dtype).values()), -1).double()
-            for dtype in (torch.float32, torch.float64)
-        )
-        if (rough - exact).abs().max() > (1e-5 if case.dtype == torch.float32 else 1e-2) * exact.abs().max():
+    for x, exact in list(zip((case.x1, case.x2), case.exact, strict=True))[: 1 if case.x2 is None else 2]:
+        rough = jacobian(case.net, x, case.mode, case.params, torch.float32)
+        coarse, fine = (torch.cat(list(j.values()), -1).double() for j in (rough, exact))
+        if (coarse - fine).abs().max() > (1e-5 if case.dtype == torch.float32 else 1e-2) * fine.abs().max():
             return False
     return True
 
 
-def layers(case: Case) -> dict[str, Tensor]:
+def layers(j1: dict[str, Tensor], j2: dict[str, Tensor], mode: Any) -> dict[str, Tensor]:
     """Each parameter's share of the kernel, by the definition."""
-    j1 = jacobian(case.net, case.x1, case.mode, case.params)
-    j2 = j1 if case.x2 is None else jacobian(case.net, case.x2, case.mode, case.params)
-    form = {"full": "icp,jdp->ijcd", "diagonal": "icp,jcp->ijc"}.get(case.mode, "icp,jcp->ij")
+    form = {"full": "icp,jdp->ijcd", "diagonal": "icp,jcp->ijc"}.get(mode, "icp,jcp->ij")
     return {name: torch.einsum(form, j1[name], j2[name]) for name in j1}
+
+
+def by_definition(j1: dict[str, Tensor], j2: dict[str, Tensor], mode: Any) -> Tensor:
+    """The kernel of two Jacobians."""
+    whole = [{"": torch.cat(list(j.values()), -1)} for j in (j1, j2)]
+    return layers(*whole, mode)[""]
 
 
 def compare(case: Case) -> None:
@@ -144,11 +153,11 @@ def check_case(case: Case) -> None:
     net, x1, x2, tolerance = case.net, case.x1, case.x2, 1e-9 if case.dtype == torch.float64 else 1e-3
     n1, n2 = count(x1), count(x1 if x2 is None else x2)
     kernel = ntkit.TangentKernel(net, outputs=case.mode, params=case.params, memory=case.memory)
-    expected = tangent_kernel(net, x1, x2, case.mode, case.params)
+    expected = by_definition(*case.exact, case.mode)
     assert_equal(kernel(x1, x2), expected, tolerance, "kernel")
     scale = float(expected.abs().max()) * tolerance
     if case.law == "diagonal":
-        own = tangent_kernel(net, x1, None, case.mode, case.params)[range(n1), range(n1)]
+        own = by_definition(case.exact[0], case.exact[0], case.mode)[range(n1), range(n1)]
         assert_equal(kernel.diagonal(x1), own, tolerance, "diagonal")
     elif case.law == "paired":
         few = list(range(min(n1, n2)))
@@ -156,14 +165,14 @@ def check_case(case: Case) -> None:
         error = (pairs - expected[few, few]).abs().max()
         assert error <= scale, f"paired: error {error}"
     elif case.law == "layers":
-        shares, by_definition = kernel.layers(x1, x2), layers(case)
-        assert shares.keys() == by_definition.keys()
-        for name, own in by_definition.items():
+        shares, expected_shares = kernel.layers(x1, x2), layers(*case.exact, case.mode)
+        assert shares.keys() == expected_shares.keys()
+        for name, own in expected_shares.items():
             error = (shares[name] - own).abs().max()
             assert error <= scale, f"share of {name}: error {error}"
         assert_equal(sum(shares.values()), expected, tolerance, "sum of shares")
     elif case.law == "operator" and case.mode != "diagonal":
-        K = tangent_kernel(net, x1, None, case.mode, case.params)
+        K = by_definition(case.exact[0], case.exact[0], case.mode)
         K = K.permute(0, 2, 1, 3).reshape(n1 * K.shape[2], -1) if K.dim() == 4 else K
         v = torch.linspace(-1, 2, len(K), dtype=torch.float64)
         error = (kernel.operator(x1) @ v.to(case.dtype) - K @ v).abs().max()

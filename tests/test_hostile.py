@@ -19,41 +19,45 @@ from ntkit.commands.infinite_width import infinite
 from ntkit.commands.settings import InfiniteSettings
 from ntkit.data import from_tensors, load
 
-MEMORY, SECONDS = 2**30, 60
+MEMORY, SECONDS, END = 2**30, 60, b"\0\n"
 SLOW = ("npz_bomb", "npz_entries_overlap", "npz_table_of_contents_is_huge", "image_text_bomb", "gz_of_tiny_members")
 
 
-def in_a_child(make, seed, folder) -> tuple[str, int]:
-    """How a file is met, "opened" or a refusal or a traceback, and by how many bytes the process grew meanwhile."""
-    call = make(Random(seed), folder)
+def in_a_child(calls) -> tuple[list[str], int]:
+    """How each file is met, "opened" or a refusal or a traceback, and by how many bytes the process grew meanwhile."""
     read, send = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: none of them matters here
         child = os.fork()
     if child == 0:
         try:
-            signal.alarm(SECONDS)  # ends the process
             with open("/proc/self/statm") as handle:
                 pages = [int(number) * resource.getpagesize() for number in handle.read().split()]
             resource.setrlimit(resource.RLIMIT_AS, (pages[0] + 4 * MEMORY,) * 2)  # spares the machine
             warnings.simplefilter("ignore")
-            try:
-                found = call()
-                text = "opened" if lawful(found) else f"wrong: {found}"
-            except ntkit.Refused as refused:
-                text = f"refused: {refused}"
-            except BaseException:
-                text = traceback.format_exc()
-            grown = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages[1])
-            os.write(send, f"{grown}\n{text}".encode(errors="backslashreplace")[:60_000])
+            for call in calls:
+                signal.alarm(SECONDS)  # ends the process
+                os.write(send, how_it_is_met(call).encode(errors="backslashreplace")[:60_000] + END)
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages[1]
+            os.write(send, str(max(0, grown)).encode())
         finally:
             os._exit(0)
     os.close(send)
-    with os.fdopen(read) as handle:
-        grown, _, text = handle.read().partition("\n")
+    with os.fdopen(read, "rb") as handle:
+        *texts, grown = handle.read().split(END)
     _, status = os.waitpid(child, 0)
-    assert status == 0, f"ended by signal {status}: it hangs, or it crashed"
-    return text, int(grown)
+    assert status == 0, f"file {len(texts)}: ended by signal {status}: it hangs, or it crashed"
+    return [text.decode() for text in texts], int(grown)
+
+
+def how_it_is_met(call) -> str:
+    try:
+        found = call()
+        return "opened" if lawful(found) else f"wrong: {found}"
+    except ntkit.Refused as refused:
+        return f"refused: {refused}"
+    except BaseException:
+        return traceback.format_exc()
 
 
 def lawful(found) -> bool:
@@ -67,42 +71,45 @@ def lawful(found) -> bool:
     )
 
 
-def check(name, seed, folder) -> None:
-    text, grown = in_a_child((REFUSED | EITHER)[name], seed, folder)
-    allowed = ("refused: ",) if name in REFUSED else ("refused: ", "opened")
-    assert text.startswith(allowed), text
-    assert "\n" not in text
-    assert text.isprintable()
-    assert "; expected " in text or text == "opened"
+def check(cases, folder) -> None:
+    """Judge files, each a name and a seed. One process meets them all: it grows by what the hungriest takes."""
+    calls = []
+    for name, seed in cases:
+        place = folder / f"{name}-{seed}"
+        place.mkdir()
+        calls.append((REFUSED | EITHER)[name](Random(seed), place))
+    texts, grown = in_a_child(calls)
+    for (name, seed), text in zip(cases, texts, strict=True):
+        allowed = ("refused: ",) if name in REFUSED else ("refused: ", "opened")
+        assert text.startswith(allowed), (name, seed, text)
+        assert "\n" not in text
+        assert text.isprintable()
+        assert "; expected " in text or text == "opened"
     assert grown < MEMORY
     assert not list(folder.rglob(MARK))
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *EITHER])
 def test_hostile_files(name, tmp_path):
-    for seed in range(2 if name in SLOW else 12):
-        (tmp_path / str(seed)).mkdir()
-        check(name, seed, tmp_path / str(seed))
+    check([(name, seed) for seed in range(2 if name in SLOW else 12)], tmp_path)
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("seed", range(6))
 def test_many_hostile_files(seed, tmp_path):
     """Each kind six times, with other numbers: 186 files."""
-    for name in (*REFUSED, *EITHER):
-        (tmp_path / name).mkdir()
-        check(name, 1000 + seed, tmp_path / name)
+    check([(name, 1000 + seed) for name in (*REFUSED, *EITHER)], tmp_path)
 
 
-def test_the_law_would_notice(tmp_path):
-    def hungry(rng, folder):
-        return lambda: bytearray(2 * MEMORY).find(1)
-
-    def broken(rng, folder):
-        return lambda: [][0]
-
-    assert in_a_child(hungry, 0, tmp_path)[1] > MEMORY
-    assert "IndexError" in in_a_child(broken, 0, tmp_path)[0]
+def test_the_law_would_notice():
+    hungry = lambda: bytearray(2 * MEMORY).find(1)
+    broken = lambda: [][0]
+    (text, _), grown = in_a_child([hungry, broken])
+    assert grown > MEMORY
+    assert "wrong" in text
+    assert "IndexError" in in_a_child([broken])[0][0]
+    with pytest.raises(AssertionError, match="file 1: ended by signal 9"):
+        in_a_child([broken, lambda: os.kill(os.getpid(), signal.SIGKILL)])
 
 
 # --- odd, and right ---

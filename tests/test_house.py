@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
-import os
 import pkgutil
 import re
 import subprocess
@@ -14,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from processes import script
 
 import ntkit
 
@@ -148,7 +148,7 @@ def test_import_and_help_do_not_wait_for_torch():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_example_runs(path, tmp_path):
-    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    done = script(path, cwd=tmp_path).done()
     assert done.returncode == 0, done.stderr
     assert done.stdout
     assert "assert " in path.read_text()

@@ -52,11 +52,12 @@ from ntkit.report import render
 from ntkit.tracking import Tracked
 from ntkit.trajectory import Trajectory
 
+pytestmark = pytest.mark.usefixtures("short_pages")
 DRAWS = int(os.environ.get("NTKIT_FUZZ", "80").partition(":")[0])
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory) -> Path:
+def sample(tmp_path_factory, short_pages) -> Path:
     return build_sample(tmp_path_factory.mktemp("sample") / "made")
 
 
@@ -398,9 +399,8 @@ HOSTILE = (..., None, [], {}, "text", -1, 1.5, 10**19, True, [[]], {"a": []})
         ("loop/run.json", read_trajectory),
     ],
 )
-def test_hostile_json_is_refused_in_one_line(copy, place, read, monkeypatch):
+def test_hostile_json_is_refused_in_one_line(copy, place, read):
     """No traceback, whatever stands at any key. (That numbers are refused or used is no matter: nobody wrote them.)"""
-    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")  # five million bytes
     file = copy / place
     value, draw, refused = read_json(file), random.Random(7), 0
     paths = list(paths_in(value))

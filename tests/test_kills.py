@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import pytest
 from kill_case import WORK, prepare, process
+from processes import THERE, forked
 
 from ntkit.base.checks import Refused
 from ntkit.base.files import read_json, write_json
@@ -35,29 +36,18 @@ from ntkit.trajectory import Trajectory
 
 pytestmark = [
     pytest.mark.fuzz,
-    pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs SIGKILL and fork"),
+    pytest.mark.skipif(not THERE, reason="needs SIGKILL and fork"),
 ]
 ASKED, _, AGAIN = os.environ.get("NTKIT_FUZZ", "").partition(":")
 KILLS = int(ASKED or 6)
 SEED = int(AGAIN) if AGAIN else random.SystemRandom().randrange(10**9) if ASKED else 0
 TIMES = ("seconds", "started")  # of the run.json of `ntkit analyze`: all that may differ
-IMPORTED = [
-    "torch",
-    "torch._dynamo",
-    "ntkit.cli",
-    "ntkit.commands.analyze",
-    "ntkit.commands.track",
-    "ntkit.studies.kopitkov2019",
-]
 
 
 def started(kind: str, folder: Path, often: bool = False, last: int | None = None) -> BaseProcess:
     """A process that has imported torch and begins its work; all that it prints is in `log_of` the folder."""
-    fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(IMPORTED)
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=process, args=(kind, folder, often, last, log_of(folder), sender))
-    child.start()
+    receiver, sender = multiprocessing.get_context("forkserver").Pipe(duplex=False)
+    child = forked(process, kind, folder, often, last, log_of(folder), sender)
     sender.close()
     receiver.recv()
     receiver.close()
@@ -93,18 +83,31 @@ def killed(kind: str, folder: Path, often: bool, by: str, share: float, run: Who
     return child.exitcode == -signal.SIGKILL
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> dict[str, Whole]:
-    """An undisturbed run of every kind."""
-    given, found = tmp_path_factory.mktemp("whole"), {}
-    for kind in ("older", *WORK):
-        prepare(kind, given / kind, given)
-        code, printed, seconds = ended(kind, given / kind)
+class Undisturbed(dict[str, Whole]):
+    """An undisturbed run of each kind that is asked for."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self._place = place
+
+    def __missing__(self, kind: str) -> Whole:
+        begins_with = {"track": "analyze", "analyze --overwrite": "older"}
+        if kind in begins_with:
+            _ = self[begins_with[kind]]
+        folder = self._place / kind
+        prepare(kind, folder, self._place)
+        code, printed, seconds = ended(kind, folder)
         assert code == 0, printed
-        found[kind] = Whole(given / kind, seconds, int(re.findall(r"(\d+) file operations", printed)[-1]))
-        assert not strays(given / kind)
-    assert differences(given / "analyze", given / "analyze --overwrite") == []
-    return found
+        assert not strays(folder)
+        if kind == "analyze --overwrite":
+            assert differences(self["analyze"].folder, folder) == []
+        self[kind] = Whole(folder, seconds, int(re.findall(r"(\d+) file operations", printed)[-1]))
+        return self[kind]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("whole"))
 
 
 # ---------------------------------------------------------------------- what is asked of a folder

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from processes import command
 
 from ntkit.base.checks import Refused
 from ntkit.base.files import read_json
@@ -47,17 +48,18 @@ def test_accuracies_of_the_limit_beside_others(tmp_path):
 
 
 def test_the_command_prints_a_table_and_refuses_in_a_line(tmp_path):
-    command = [Path(sys.executable).with_name("ntkit"), "infinite", "--train", "150", "--folds", "2", "--epochs", "1"]
-    done = subprocess.run([*command, "--w-std", "1.4", "--b-std", "0.1"], capture_output=True, text=True, timeout=300)
+    words = ["infinite", "--train", "150", "--folds", "2", "--epochs", "1"]
+    script = [Path(sys.executable).with_name("ntkit"), *words, "--w-std", "1.4", "--b-std", "0.1"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for words in (
+    for text in (
         "mlp at infinite width on digits, 150 examples",
         "NTK, kernel ridge",
         "SVM, RBF",
         "the network, trained",
     ):
-        assert words in done.stdout
-    refused = subprocess.run([*command, "--model", "cnn"], capture_output=True, text=True, timeout=300)
+        assert text in done.stdout
+    refused = command(*words, "--model", "cnn").done()
     assert refused.returncode == 2
     assert "layer '4' (MaxPool2d)" in refused.stderr
     assert "average pooling" in refused.stderr

@@ -67,3 +67,17 @@ def test_measuring_leaves_the_generator_alone():
     state = torch.get_rng_state()
     rates._measure(torch.zeros(1))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_arithmetic_that_is_very_slow_is_measured_on_less_and_seldom(monkeypatch):
+    """Half precision on some CPUs: a product of side 1024 takes seconds, where all rates should take one."""
+    calls = []
+    rates._seconds(lambda: calls.append(1), torch.device("cpu"))
+    assert len(calls) == 9
+    monkeypatch.setattr(rates, "_ENOUGH", 0.0)
+    rates._seconds(lambda: calls.append(1), torch.device("cpu"))
+    assert len(calls) == 9 + 2
+    sides, seconds = [], rates._seconds
+    monkeypatch.setattr(rates, "_seconds", lambda work, *more: sides.append(work().shape[-1]) or seconds(work, *more))
+    assert all(value > 1e6 for value in vars(rates._measure(torch.zeros(1))).values())
+    assert sides[:2] == [256, 256]

@@ -9,14 +9,13 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from torch import nn
@@ -581,10 +580,8 @@ def test_resume_after_a_real_kill(tmp_path, moment):
     if not Path("/proc/self/fd").exists():
         pytest.skip("finds the file written through /proc")
     here, killed = Path(__file__).resolve().parent, tmp_path / "killed"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    command = [sys.executable, "-c", textwrap.dedent(script), str(here), str(killed), moment]
-    done = subprocess.run(command, capture_output=True, env=environment, timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    done = processes.script(textwrap.dedent(script), here, killed, moment).done()
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert json.loads((killed / "run.json").read_text())["status"] == "running"
     model = resumed(killed)
     whole = run(other := Net(), adam(other), **options(tmp_path / "whole"))

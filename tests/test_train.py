@@ -10,14 +10,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -299,10 +298,8 @@ def test_resume_after_a_real_kill(tmp_path):
         t.train(t.Noisy(), t.data(), t.mse, t.OPTIMIZERS["momentum"], 9, 4, path=sys.argv[2], on_step=kill)
     """
     here = Path(__file__).resolve().parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    command = [sys.executable, "-c", textwrap.dedent(script), str(here), str(tmp_path / "killed")]
-    done = subprocess.run(command, capture_output=True, env=environment, timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    done = processes.script(textwrap.dedent(script), here, tmp_path / "killed").done()
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] == "running"
     models = [Noisy(), Noisy()]
     steps: list[int] = []

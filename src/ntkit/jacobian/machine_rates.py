@@ -24,6 +24,7 @@ from ntkit.base.files import write_text
 from ntkit.base.workers import spread, workers
 
 _N = 1024  # side of the matrix product measured
+_ENOUGH = 0.5  # seconds for one rate: some CPUs have no arithmetic in half precision and take a thousand times as long
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,11 @@ def _measure_here(like: Tensor) -> Rates:
         a = torch.randn(_N, _N, generator=draw).to(like)
         left, right = a[:512].reshape(16, 64, 512), a.reshape(16, 512, 128)[:, :, :128]
         total = a.clone()
+        small = a[: _N // 4, : _N // 4].contiguous()
+        side = _N if 4**3 * _seconds(lambda: small @ small, like.device, 2) < _ENOUGH else _N // 4
+        square = a[:side, :side].contiguous()
         return Rates(
-            product=_rounded(2 * _N**3, _seconds(lambda: a @ a, like.device)),
+            product=_rounded(2 * side**3, _seconds(lambda: square @ square, like.device)),
             batched=_rounded(2 * 16 * 64 * 512 * 128, _seconds(lambda: torch.bmm(left, right), like.device)),
             entries=_rounded(_N**2, _seconds(lambda: total.addcmul_(a, a, value=1e-3), like.device)),
             # large enough that the allocator gives it back to the system each time
@@ -184,15 +188,12 @@ def _rounded(work: float, seconds: float) -> float:
     return float(f"{work / seconds:.2g}")
 
 
-def _seconds(
-    work: Callable[[], Any],
-    device: torch.device,
-    repeats: int = 8,
-) -> float:
+def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 8) -> float:
+    """Seconds of the fastest of some repeats after a first: as many repeats as `_ENOUGH` allows, and at least one."""
     # a worker's own time: what others take on a busy machine is not in it
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    times = []
-    for _ in range(repeats + 1):
+    times: list[float] = []
+    while len(times) < 2 or (len(times) <= repeats and sum(times[1:]) < _ENOUGH):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = clock()
