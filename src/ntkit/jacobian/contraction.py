@@ -392,6 +392,8 @@ def store(result: Tensor, block: Tensor, i: int, j: int, mirrored: bool) -> None
 def _mirror(block: Tensor, full: bool) -> None:
     """Copy the upper triangle of [lead, n, n, ...] to the lower."""
     n = block.shape[1]
+    if block[0].numel() == 1:
+        return
     i, j = torch.triu_indices(n, n, 1, device=block.device)
     upper = block[:, i, j]
     block[:, j, i] = upper.transpose(-1, -2) if full else upper

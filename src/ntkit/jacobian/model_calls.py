@@ -144,8 +144,11 @@ def _has_power_iteration(module: nn.Module) -> bool:
 
 def _check_tensors(model: nn.Module) -> None:
     """Refuse parameters and buffers that hold no values yet, or that take no gradient by how they were built."""
-    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
-        for name, tensor in named:
+    for where, module in model.named_modules():
+        held = [("parameter", *item) for item in module._parameters.items()]
+        for kind, name, tensor in held + [("buffer", *item) for item in module._buffers.items()]:
+            if tensor is None:
+                continue
             if is_lazy(tensor):
                 got, fix = "no values yet (a lazy layer)", "Call the model once on a batch, which gives it its shape."
             elif tensor.is_inference():
@@ -158,6 +161,7 @@ def _check_tensors(model: nn.Module) -> None:
                 fix = "Load its weights first, e.g. model.to_empty(device='cpu') and load_state_dict."
             else:
                 continue
+            name = f"{where}.{name}".removeprefix(".")
             raise refusal(f"{kind} '{name}'", got=got, expected="a tensor with values", fix=fix)
 
 
