@@ -1,7 +1,8 @@
 """The tangent kernel against its floors and against its peers: ``python -m benchmarks.engine [NAME ...]``.
 
-What is measured and how to read it: benchmarks/README.md. Results are merged into results/engine.json by workload, so
-that some can be run again, and results/engine.md is made from that.
+With one thread and with all. What is measured and how to read it: benchmarks/README.md. Results are merged into
+results/engine.json by workload and number of threads, so that some can be run again, and results/engine.md is made from
+that.
 """
 
 from __future__ import annotations
@@ -279,16 +280,35 @@ def summary(record: Row) -> str:
     return f"{words} (in tiles; plain: {record['plain']})" if "plain" in record else words
 
 
+RATIOS = ("best / ours", "torch.func / ours", "ours / floor", "ours / floor C", "symmetric / general")
+
+
 def markdown(rows: list[Row]) -> str:
-    """Tables of all workloads measured."""
-    cell = lambda value, form="{:.3g}": "" if value is None else form.format(value)
-    found = {row["name"]: figures(row) for row in rows}
+    """Tables of all workloads measured, one for each number of threads."""
     lines = [
         "# Tangent kernel: ours, peers, floors",
         "",
         "Made by `python -m benchmarks.engine`; how to read it: [../README.md](../README.md). Seconds are medians, "
         "float32. Ratios above 1 mean that ntkit is faster.",
-        "",
+    ]
+    by_threads = {t: [row for row in rows if threads_of(row) == t] for t in sorted({threads_of(row) for row in rows})}
+    for threads, own in by_threads.items():
+        lines += ["", f"## {threads} thread{'s' * (threads > 1)}", "", *table(own)]
+    if len(by_threads) > 1:
+        lines += ["", "## One thread over all", "", *gains(by_threads[min(by_threads)], by_threads[max(by_threads)])]
+    return "\n".join(lines) + "\n"
+
+
+def threads_of(row: Row) -> int:
+    """PyTorch's threads while a row was measured."""
+    return row["machine"]["threads"]
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Ours, floors and peers, the workloads measured with one number of threads."""
+    cell = lambda value, form="{:.3g}": "" if value is None else form.format(value)
+    found = {row["name"]: figures(row) for row in rows}
+    lines = [
         *sorted({f"- {machine_line(row['machine'])}" for row in rows}),
         "",
         "| workload | ours, s | best peer | best peer / ours | torch.func / ours | GEMM floor, s | forward + backward, "
@@ -305,7 +325,7 @@ def markdown(rows: list[Row]) -> str:
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Geometric means over the workloads where both were measured:", ""]
-    for key in ("best / ours", "torch.func / ours", "ours / floor", "ours / floor C", "symmetric / general"):
+    for key in RATIOS:
         values = [f[key] for f in found.values() if f[key] is not None]
         if values:
             lines.append(f"- {key}: {statistics.geometric_mean(values):.2f} ({len(values)} of {len(rows)})")
@@ -318,7 +338,21 @@ def markdown(rows: list[Row]) -> str:
             apart = f", {record['relative_difference']:.0e}" if "relative_difference" in record else ""
             cells.append(summary(record) + apart)
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def gains(one: list[Row], all_: list[Row]) -> list[str]:
+    """What more threads gain, of ours, of the floors and of the tutorial."""
+    second = {row["name"]: row for row in all_}
+    lines = ["| workload | ours | forward + backward | torch.func Jacobian |", "|---|---|---|---|"]
+    for row in one:
+        if (other := second.get(row["name"])) is None:
+            continue
+        cells = [f"{statistics.median(row[k]) / statistics.median(other[k]):.2f}" for k in ("ours", "forward_backward")]
+        peers = [r["peers"].get("torch.func Jacobian", {}).get("seconds") for r in (row, other)]
+        cells.append(f"{statistics.median(peers[0]) / statistics.median(peers[1]):.2f}" if all(peers) else "")
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def label(row: Row) -> str:
@@ -359,28 +393,36 @@ def save(row: Row) -> list[Row]:
     """Put a workload's row into the results, in the order of `WORKLOADS`; gives all rows."""
     file, order = RESULTS / "engine.json", [w.name for w in WORKLOADS]
     kept = json.loads(file.read_text())["rows"] if file.exists() else []
-    by_name = {old["name"]: old for old in kept if old.get("name") in order} | {row["name"]: row}
-    rows = [by_name[name] for name in order if name in by_name]
+    found = {(old["name"], threads_of(old)): old for old in [*kept, row]}
+    threads = sorted({number for _, number in found})
+    rows = [found[name, number] for number in threads for name in order if (name, number) in found]
     RESULTS.mkdir(exist_ok=True)
     file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     (RESULTS / "engine.md").write_text(markdown(rows))
     return rows
 
 
-def main(names: Iterable[str] = (), seconds: float = SECONDS, limit: float = LIMIT) -> None:
-    """Measure the workloads named, or all."""
+def main(
+    names: Iterable[str] = (), seconds: float = SECONDS, limit: float = LIMIT, threads: Iterable[int] = ()
+) -> None:
+    """Measure the workloads named, or all, with each number of threads: one and all, where none is given."""
     wanted, known = list(names), [w.name for w in WORKLOADS]
     if unknown := [name for name in wanted if name not in known]:
         raise SystemExit(f"no workload {', '.join(unknown)}; there are: {', '.join(known)}")
-    for w in WORKLOADS:
-        if wanted and w.name not in wanted:
-            continue
-        print(f"{w.name}", flush=True)
-        row, ours = measure_ours(w, seconds)
-        print(f"  ours: {statistics.median(row['ours']):.3g} s", flush=True)
-        row["peers"] = measure_peers(w, row, ours, seconds, limit)
-        row["machine"] = machine()
-        rows = save(row)
+    rows: list[Row] = []
+    before = torch.get_num_threads()
+    for number in list(threads) or sorted({1, psutil.cpu_count(logical=False) or 1}):
+        torch.set_num_threads(number)
+        for w in WORKLOADS:
+            if wanted and w.name not in wanted:
+                continue
+            print(f"{w.name}, {number} thread{'s' * (number > 1)}", flush=True)
+            row, ours = measure_ours(w, seconds)
+            print(f"  ours: {statistics.median(row['ours']):.3g} s", flush=True)
+            row["peers"] = measure_peers(w, row, ours, seconds, limit)
+            row["machine"] = machine()
+            rows = save(row)
+    torch.set_num_threads(before)
     print(markdown(rows))
 
 
@@ -389,5 +431,6 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", help="workloads to measure; all if none is named")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for ours and the floors, per workload")
     parser.add_argument("--limit", type=float, default=LIMIT, help="for each peer's process")
+    parser.add_argument("--threads", type=int, nargs="*", default=(), help="numbers of threads; one and all if none")
     given = parser.parse_args()
-    main(given.names, given.seconds, given.limit)
+    main(given.names, given.seconds, given.limit, given.threads)

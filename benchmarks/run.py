@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import engine, infinite, memory, path, routes, spectrum, start, svm
+from benchmarks import busy, engine, infinite, memory, path, routes, spectrum, start, svm
 
-for benchmark in (start, engine, routes, memory, svm, spectrum, infinite, path):
+for benchmark in (start, engine, busy, routes, memory, svm, spectrum, infinite, path):
     benchmark.main()
