@@ -25,7 +25,7 @@ def free_memory(device: torch.device) -> int:
 
 
 @lru_cache(1)
-def _free_now_and_then(quarter: int) -> int:  # noqa: ARG001 (the key)
+def _free_now_and_then(quarter: int) -> int:
     import psutil
 
     return psutil.virtual_memory().available

@@ -123,8 +123,9 @@ class _Call(Generic[Item, Result]):
                     while not (new := self._results.keys() - told) and not self._errors:
                         self._change.wait()
                 told |= new
-                for i in sorted(new) if done is not None else ():
-                    done(self._items[i])
+                if done is not None:
+                    for i in sorted(new):
+                        done(self._items[i])
         finally:
             self._finish()
         if self._errors:

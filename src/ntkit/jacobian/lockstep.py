@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -43,11 +44,11 @@ def runs_together(model: nn.Module, forward: Callable[[nn.Module, Batch], Any], 
         return False
     samples = [take(x, [0, other]), take(x, [other, 0, other])]
     state = StateOfModules(model)
-    alone = [_in_threads([lambda _, own=own: forward(replica(model), own)])[0] for own in samples]
+    alone = [_in_threads([partial(_alone, model, forward, own)])[0] for own in samples]
     if state.changed():
         return False
     turns = _Turns()
-    taking = [lambda number, own=own: _with_turns(turns, number, replica(model), forward, own) for own in samples]
+    taking = [partial(_with_turns, turns, i, model, forward, own) for i, own in enumerate(samples)]
     return all(_same(a, b) for a, b in zip(alone, _in_threads(taking), strict=True))
 
 
@@ -55,7 +56,7 @@ def _same(a: Any, b: Any) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
 
 
-def _in_threads(works: list[Callable[[int], Any]]) -> list[Any]:
+def _in_threads(works: list[partial[Any]]) -> list[Any]:
     """Results of works, each in a thread of its own, as the caller would do them; None for what failed."""
     results: list[Any] = [None] * len(works)
     context, grad = same_context(), torch.is_grad_enabled()
@@ -63,7 +64,7 @@ def _in_threads(works: list[Callable[[int], Any]]) -> list[Any]:
     def run(i: int) -> None:
         try:
             with context(), torch.set_grad_enabled(grad):
-                out = works[i](i)
+                out = works[i]()
             results[i] = out.detach() if isinstance(out, Tensor) else None
         except Exception:
             results[i] = None
@@ -117,12 +118,17 @@ def _tracer(turns: _Turns, number: int) -> Callable[..., Any]:
     return trace
 
 
+def _alone(model: nn.Module, forward: Callable[[nn.Module, Batch], Any], x: Batch) -> Any:
+    return forward(replica(model), x)
+
+
 def _with_turns(
     turns: _Turns, number: int, model: nn.Module, forward: Callable[[nn.Module, Batch], Any], x: Batch
 ) -> Any:
+    own = replica(model)
     sys.settrace(_tracer(turns, number))  # of this thread alone, which ends with it
     try:
-        return forward(model, x)
+        return forward(own, x)
     finally:
         sys.settrace(None)
         turns.end()
