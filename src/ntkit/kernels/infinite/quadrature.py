@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.kernels.infinite.activations import Activation, Function, fingerprint, scratch, values_and_slopes
+from ntkit.kernels.infinite.activations import Activation, Function, fingerprint, scratch, square_root, values_and_slopes
 
 _REACH = 13  # radius: the density beyond is below 1e-36
 _NODES, _MOST_NODES = 12, 96  # nodes in log a per step below; doubled where the values ask for more
@@ -110,7 +110,8 @@ class Tabulated(Activation):
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
         root, x = scratch(0, K), scratch(1, K)
-        torch.mul(one[1], two[1], out=root).addcmul_(K, K, value=-1).clamp_(min=0).sqrt_()
+        torch.mul(one[1], two[1], out=root).addcmul_(K, K, value=-1)
+        square_root(root, x)
         torch.atan2(root, K, out=x).mul_(4 / math.pi).sub_(2)  # twice the coordinate in [-1, 1]
         axis = -2 if two[0].shape[-2] == 1 else -1  # a grid of samples, or pairs
         for which, target in ((1, T), (0, K)):
