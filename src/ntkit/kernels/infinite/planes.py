@@ -354,7 +354,7 @@ def _row_of_offsets(planes: Planes, layer: GlobalPool, half: bool, cached: bool,
 
 
 def splits(graph: Graph) -> bool:
-    """Whether the pairs of positions of a tile are spread among workers: where no plane is kept for the next offsets."""
+    """Whether a tile's pairs of positions are spread among workers: where no plane is kept for the next offsets."""
     kinds = {type(layer) for layer in graph.layers}
     return GlobalPool in kinds and Pool not in kinds
 

@@ -20,7 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.kernels.infinite.activations import Activation, Function, fingerprint, scratch, square_root, values_and_slopes
+from ntkit.kernels.infinite.activations import (
+    Activation,
+    Function,
+    fingerprint,
+    scratch,
+    square_root,
+    values_and_slopes,
+)
 
 _REACH = 13  # radius: the density beyond is below 1e-36
 _NODES, _MOST_NODES = 12, 96  # nodes in log a per step below; doubled where the values ask for more
@@ -182,7 +189,7 @@ class Tabulated(Activation):
             self._steps = steps if steps[1] > steps[0] else (steps[0], steps[0] + 1)
             low, high = (n / _PARTS for n in self._steps)
             # most networks keep their variances between 1 / 16 and 16: one table for all their layers
-            low, high = (-1, 1) if -1 <= low and high <= 1 else (math.floor(low), math.ceil(high))
+            low, high = (-1, 1) if low >= -1 and high <= 1 else (math.floor(low), math.ceil(high))
             self._table = _table(self._key, self._function, low, high).narrowed(*(n * part for n in self._steps))
             self.error = self._table.error
             self.version += 1
@@ -379,9 +386,7 @@ def _angular(few: Tensor, nodes: Tensor, places: Tensor) -> Tensor:
 
 def _values_one_by_one(function: Function, a: Tensor, squares: Tensor, places: Tensor) -> Tensor:
     """The same without these shortcuts, for kinks that make them worse."""
-    return torch.stack(
-        [_correlations(_integrals(function, a, math.pi * (1 + x) / 2, 1), squares) for x in places], 1
-    )
+    return torch.stack([_correlations(_integrals(function, a, math.pi * (1 + x) / 2, 1), squares) for x in places], 1)
 
 
 def _correlations(moments: Tensor, squares: Tensor) -> Tensor:
