@@ -158,7 +158,7 @@ class InfiniteKernel(Kernel):
         if out is None:
             out = torch.empty(n1, n2, dtype=dtype, device=x1.device)
         check_out(out, (n1, n2), dtype)
-        size = _tile_size(graph, like)
+        size = _tile_size(graph, like, max(n1, n2))
         tiles = [(i, j) for i in range(0, n1, size) for j in range(i if same else 0, n2, size)]
         spread_within = splits(graph) and len(tiles) < 2 * workers()  # else whole tiles are spread
 
@@ -340,12 +340,15 @@ def _plane_elements(like: Tensor) -> int:
     return _PLANE_ELEMENTS.get(like.device.type, _PLANE_ELEMENTS_ELSEWHERE)
 
 
-def _tile_size(graph: Graph, like: Tensor) -> int:
-    """Samples along each side of a tile."""
+def _tile_size(graph: Graph, like: Tensor, n: int) -> int:
+    """Samples along each side of a tile, of n at most; tiles of about equal size."""
     elements = _plane_elements(like)
     if _positions(graph) > 1:
         elements = min(elements, _TILE_PAIRS * max(1, elements >> 16))
-    return max(8, math.isqrt(elements))
+    elif like.device.type == "cpu":
+        elements *= 2  # the calls of so few operations cost more than what leaves the nearest cache
+    size = max(8, math.isqrt(elements))
+    return math.ceil(n / math.ceil(n / size))
 
 
 def _positions(graph: Graph) -> int:

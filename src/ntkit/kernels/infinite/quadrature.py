@@ -212,14 +212,15 @@ def _table(key: str, function: Function, low: float, high: float) -> _Table:
 def _computed(function: Function, low: float, high: float) -> _Table:
     """A table whose error is within the tolerance, or the most exact."""
     probes = _Probes(function, low, high)
-    best: _Table | None = None
+    tables: list[_Table] = []
     for values in (_values, _values_one_by_one):
         count, angles, last = min(_NODES * math.ceil((high - low) / _STEP), _MOST_NODES), _ANGLES, math.inf
         while True:
             table, more_nodes, more_angles = _interpolation(function, low, high, count, angles, values)
             table = table._replace(error=probes.error(table))
             stalled, last = table.error > last / 3, table.error  # by a kink, or by rounding
-            best = table if best is None or table.error < best.error else best
+            tables.append(table)
+            best = min(tables, key=lambda table: table.error)
             more_nodes, more_angles = more_nodes and count < _MOST_NODES, more_angles and angles < _MOST_ANGLES
             if best.error <= _TOLERANCE or stalled or not (more_nodes or more_angles):
                 break
@@ -227,7 +228,7 @@ def _computed(function: Function, low: float, high: float) -> _Table:
             angles = angles + 32 if more_angles else angles
         if best.error <= _ROUGH:
             break
-    return best
+    return min(tables, key=lambda table: table.error)
 
 
 class _Probes:
