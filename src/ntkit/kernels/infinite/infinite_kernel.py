@@ -346,7 +346,7 @@ def _tile_size(graph: Graph, like: Tensor, n: int) -> int:
     if _positions(graph) > 1:
         elements = min(elements, _TILE_PAIRS * max(1, elements >> 16))
     elif like.device.type == "cpu":
-        elements *= 2  # the calls of so few operations cost more than what leaves the nearest cache
+        elements += elements // 2  # the calls of so few operations cost more than what leaves the nearest cache
     size = max(8, math.isqrt(elements))
     return math.ceil(n / math.ceil(n / size))
 
