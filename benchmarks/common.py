@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -32,10 +33,18 @@ def gemm_rate(n: int = 2048) -> float:
     return 2 * n**3 / median_seconds(lambda: a @ a)
 
 
+def processor() -> str:
+    """Model name of the CPU."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def save(name: str, rows: list[dict[str, Any]], **more: Any) -> None:
     """Write raw results with their machine, and print them as a table."""
     machine = {
-        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }  # fmt: skip

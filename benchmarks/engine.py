@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import ntkit
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, processor
 from benchmarks.peers import job as jobs
 from benchmarks.peers.setup import interpreter
 from benchmarks.workloads import WORKLOADS, Workload
@@ -364,9 +364,8 @@ def label(row: Row) -> str:
 
 def machine() -> dict[str, Any]:
     """What the figures hold for."""
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
@@ -382,11 +381,6 @@ def machine_line(found: dict[str, Any]) -> str:
         f"{found['processor']}, {found['threads']} of {found['cores']} cores, {found['memory_gb']} GB; "
         f"Python {found['python']}, torch {found['torch']}, ntkit {found['ntkit']}"
     )
-
-
-def _lines(path: str) -> list[str]:
-    file = Path(path)
-    return file.read_text().splitlines() if file.exists() else []
 
 
 def save(row: Row) -> list[Row]:

@@ -102,7 +102,8 @@ def _watched(command: list[Any], started: Path, limit: float, memory: int, threa
 
     cores = sorted(os.sched_getaffinity(0))[:threads]
     environment = {
-        **os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+        **os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
+        "JAX_PLATFORMS": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
 

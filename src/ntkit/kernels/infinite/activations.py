@@ -73,7 +73,8 @@ class Rectifier(Activation):
         # E[s s] = factor (c A + root), E[s' s'] = factor A.
         factor = self.even * 2 / math.pi
         root, angle = scratch(0, K), scratch(1, K)
-        torch.mul(one[0], two[0], out=root).addcmul_(K, K, value=-1).clamp_(min=0).sqrt_()
+        torch.mul(one[0], two[0], out=root).addcmul_(K, K, value=-1)
+        square_root(root, angle)
         torch.atan2(K, root, out=angle).add_(self.odd / factor)
         torch.addcmul(root, K, angle, out=K)
         if T is not None:
@@ -94,15 +95,15 @@ class Erf(Activation):
     name = "erf"
 
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
-        return ((1 + 2 * v).rsqrt_(),)
+        return ((0.5 + v).rsqrt_(),)
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
-        R = one[0] * two[0]
-        rho = K.mul_(R).mul_(2)
+        R, root = scratch(0, K), scratch(1, K)
+        rho = K.mul_(torch.mul(one[0], two[0], out=R))
         if T is not None:
-            T.mul_(R).div_(torch.addcmul(K.new_ones(()), rho, rho, value=-1).sqrt_()).mul_(4 / math.pi)
-        rho.asin_().mul_(2 / math.pi)
-        return 1.0
+            T.mul_(R).mul_(torch.addcmul(K.new_ones(()), rho, rho, value=-1, out=root).rsqrt_())
+        rho.asin_()
+        return 2 / math.pi  # of the slope, R / 2 (4 / pi) / sqrt(1 - rho^2)
 
     def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         return torch.asin(2 * v / (1 + 2 * v)) * (2 / math.pi), (4 / math.pi) * (1 + 4 * v).rsqrt()
@@ -195,6 +196,12 @@ def scratch(which: int, like: Tensor) -> Tensor:
     if key not in buffers or buffers[key].numel() < like.numel():
         buffers[key] = torch.empty(like.numel(), dtype=like.dtype)
     return buffers[key][: like.numel()].view(like.shape)
+
+
+def square_root(x: Tensor, other: Tensor) -> Tensor:
+    """Root of x in place, 0 where x < 0: x / sqrt(x), which the CPU computes faster. `other` is overwritten."""
+    x.clamp_(min=0)
+    return x.mul_(torch.rsqrt(x, out=other).clamp_(max=torch.finfo(x.dtype).max))
 
 
 def times_slope(function: Function) -> Function:

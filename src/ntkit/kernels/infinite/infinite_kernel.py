@@ -6,9 +6,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -20,9 +18,10 @@ from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.base.progress import task
+from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
-from ntkit.kernels.infinite.planes import Planes, Side, prepare
+from ntkit.kernels.infinite.planes import Planes, Side, prepare, splits
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.tape import record
 from ntkit.kernels.infinite.tape_to_layers import read
@@ -33,7 +32,7 @@ Kind = Literal["ntk", "nngp"]
 _PLANE_ELEMENTS = {"cpu": 1 << 16}  # a few planes of this size fit into a core's cache
 _PLANE_ELEMENTS_ELSEWHERE = 1 << 24
 _TILE_PAIRS = 1 << 10  # pairs of samples with positions in a tile: 32 x 32, so that each side is prepared for many
-_BATCH = 512
+_BATCH, _BATCH_OF_GRIDS = 512, 64
 _CACHE_BYTES = 256e6  # of prepared sides, kept for the next tiles
 _INEXACT = 1e-6  # relative error of an activation's table above which a warning is given
 
@@ -159,25 +158,25 @@ class InfiniteKernel(Kernel):
         if out is None:
             out = torch.empty(n1, n2, dtype=dtype, device=x1.device)
         check_out(out, (n1, n2), dtype)
-        size = _tile_size(graph, like)
+        size = _tile_size(graph, like, max(n1, n2))
         tiles = [(i, j) for i in range(0, n1, size) for j in range(i if same else 0, n2, size)]
+        spread_within = splits(graph) and len(tiles) < 2 * workers()  # else whole tiles are spread
 
         @lru_cache(max(4, int(_CACHE_BYTES / (8 * size * _state_size(graph)))))
         def side(second: bool, start: int) -> Side:
             return _side(graph, data2 if second else data1, slice(start, start + size))
 
-        def tile(at: tuple[int, int]) -> None:
+        def tile(at: tuple[int, int]) -> float:
             i, j = at
             with torch.no_grad():
-                one, two = side(False, i), side(not same, j)
+                one, two = spread(lambda which: side(*which), [(False, i), (not same, j)])
                 planes = Planes(graph, one, two, False, same and i == j, self.kind == "ntk", _plane_elements(like))
                 block = planes(graph.layers[graph.output])[-1, 0, 0]
-                sizes.append(float(block.abs().max()))
                 out[i : i + size, j : j + size] = block
+                return max(abs(float(end)) for end in block.aminmax())
 
-        sizes: list[float] = []
         versions = _covered(graph, data1, data2)
-        _run(tile, tiles, like)
+        sizes = _each(tile, tiles, like, spread_within)
         if same:
             for i in range(0, n1, size):
                 out[i : i + size, :i] = out[:i, i : i + size].T
@@ -197,8 +196,10 @@ class InfiniteKernel(Kernel):
         like = next(iter(data1.values()))
         out = torch.empty(count(x1), dtype=like.dtype, device=like.device)
 
+        size = _BATCH if _positions(graph) == 1 else _BATCH_OF_GRIDS
+
         def batch(start: int) -> None:
-            samples = slice(start, start + _BATCH)
+            samples = slice(start, start + size)
             with torch.no_grad():
                 one = _side(graph, data1, samples)
                 two = one if x2 is None else _side(graph, data2, samples)
@@ -206,7 +207,7 @@ class InfiniteKernel(Kernel):
                 out[samples] = planes(graph.layers[graph.output])[-1, 0, 0, :, 0]
 
         versions = _covered(graph, data1, data2)
-        _run(batch, list(range(0, count(x1), _BATCH)), like)
+        _each(batch, list(range(0, count(x1), size)), like)
         if _versions(graph) != versions:
             return self._pairs(x1, x2)
         _check_size(float(out.abs().max()), dtype)
@@ -314,10 +315,14 @@ def _versions(graph: Graph) -> list[int]:
 
 def _covered(graph: Graph, data1: dict[int, Tensor], data2: dict[int, Tensor]) -> list[int]:
     """Extend the tables of activations to the variances of all samples; return the tables' versions."""
-    if _versions(graph):
+
+    def cover() -> None:
         for data in (data1,) if data1 is data2 else (data1, data2):
             for start in range(0, next(iter(data.values())).shape[2], _BATCH):
                 _side(graph, data, slice(start, start + _BATCH))
+
+    if _versions(graph):
+        spread(lambda work: work(), [cover])  # by one worker: the same table whatever the number of threads
     return _versions(graph)
 
 
@@ -335,12 +340,20 @@ def _plane_elements(like: Tensor) -> int:
     return _PLANE_ELEMENTS.get(like.device.type, _PLANE_ELEMENTS_ELSEWHERE)
 
 
-def _tile_size(graph: Graph, like: Tensor) -> int:
-    """Samples along each side of a tile."""
+def _tile_size(graph: Graph, like: Tensor, n: int) -> int:
+    """Samples along each side of a tile, of n at most; tiles of about equal size."""
     elements = _plane_elements(like)
-    if max(math.prod(layer.size) for layer in graph.layers) > 1:
+    if _positions(graph) > 1:
         elements = min(elements, _TILE_PAIRS * max(1, elements >> 16))
-    return max(8, math.isqrt(elements))
+    elif like.device.type == "cpu":
+        elements += elements // 2  # the calls of so few operations cost more than what leaves the nearest cache
+    size = max(8, math.isqrt(elements))
+    return math.ceil(n / math.ceil(n / size))
+
+
+def _positions(graph: Graph) -> int:
+    """Positions of the largest grid."""
+    return max(math.prod(layer.size) for layer in graph.layers)
 
 
 def _state_size(graph: Graph) -> int:
@@ -348,33 +361,24 @@ def _state_size(graph: Graph) -> int:
     return 1 + sum(4 * math.prod(layer.size) for layer in graph.layers if isinstance(layer, Pointwise))
 
 
-def _run(work: Callable, items: list, like: Tensor) -> None:
-    """Do the work for all items, on as many threads as torch uses, each operation on one thread."""
-    threads = torch.get_num_threads() if like.device.type == "cpu" else 1
-    start, (first, *rest) = time.monotonic(), items
-    with task("infinite kernel", len(items)) as progress, _single_threaded(threads):
-        work(first)
-        progress.advance()
-        progress.expect((time.monotonic() - start) * len(rest) / min(threads, max(1, len(rest))))
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                for _ in map(work, rest) if threads == 1 else pool.map(work, rest):
-                    progress.advance()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+def _each(work: Callable, items: list, like: Tensor, here: bool = False) -> list:
+    """The results of all items, by workers; `here`, one after the other: where an item's own parts go to workers."""
+    here = here or like.device.type != "cpu"
+    start, at_once = time.monotonic(), 1 if here else min(workers(), len(items))
+    with task("infinite kernel", len(items)) as progress:
 
+        def done(_: object) -> None:
+            if progress.done == 0:
+                progress.expect((time.monotonic() - start) * (len(items) - 1) / at_once)
+            progress.advance()
 
-@contextmanager
-def _single_threaded(threads: int) -> Iterator[None]:
-    """Each operation runs on one thread: they are too small for two."""
-    try:
-        if threads > 1:
-            torch.set_num_threads(1)
-        yield
-    finally:
-        if threads > 1:
-            torch.set_num_threads(threads)
+        if not here:
+            return spread(work, items, done)
+        results = []
+        for item in items:
+            results.append(work(item))
+            done(item)
+        return results
 
 
 def _line(layer: Layer) -> str:

@@ -15,12 +15,14 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ntkit.base.checks import refusal
+from ntkit.base.workers import spread
 from ntkit.kernels.infinite.layers import (
     Affine,
     Flatten,
@@ -167,18 +169,29 @@ def _affine(planes: Planes, layer: Affine, offset: Offset) -> Tensor:
             if layer.kernel_size[axis] > 1 or layer.stride[axis] > 1 or layer.padding[axis]:
                 out = _summed(out, layer, axis, offset[axis], inner[axis])
     share = factor / math.prod(layer.kernel_size)
-    bias, gain = (out.new_tensor(b) for b in (layer.bias_var, layer.bias_ntk))
+    bias, gain = (_number(b, out.dtype, out.device) for b in (layer.bias_var, layer.bias_ntk))
+    all_trained = (layer.weight_var, layer.bias_var) == (layer.weight_ntk, layer.bias_ntk)
     K = out[0]
     if planes.tangent and len(out) == 1:  # no trained parameter before
-        T = torch.add(gain, K, alpha=layer.weight_ntk * share)
-        return torch.stack([torch.add(bias, K, alpha=layer.weight_var * share), T])
-    all_trained = (layer.weight_var, layer.bias_var) == (layer.weight_ntk, layer.bias_ntk)
+        both = out.new_empty(2, *K.shape)
+        torch.add(bias, K, alpha=layer.weight_var * share, out=both[0])
+        if all_trained:
+            both[1].copy_(both[0])
+        else:
+            torch.add(gain, K, alpha=layer.weight_ntk * share, out=both[1])
+        return both
     if planes.tangent and not all_trained:
         out[1].mul_(layer.weight_var * share).add_(K, alpha=layer.weight_ntk * share).add_(gain)
     torch.add(bias, K, alpha=layer.weight_var * share, out=K)
     if planes.tangent and all_trained:
         torch.add(K, out[1], alpha=layer.weight_var * share, out=out[1])
     return out
+
+
+@lru_cache(256)
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
 
 
 def _summed(x: Tensor, layer: Affine, axis: int, offset: int, inner: int) -> Tensor:
@@ -298,30 +311,52 @@ def _global_pool(planes: Planes, layer: GlobalPool, offset: Offset) -> Tensor:
     parts = chunks(p, max(1, _CACHED // (6 * width * cached * q)) if cached else p)
     # of one set with itself, K_-d(i, j) = K_d(j, i): half of the offsets, and the transpose
     half = planes.symmetric and len(parts) == 1
+    heights = range(0 if half else 1 - height, height)
     totals = []
     for samples in parts:
         inner = planes.subset(samples)
-        total, middle = None, None
-        for dh in range(0 if half else 1 - height, height):
-            for dw in range(0 if half and dh == 0 else 1 - width, width):
-                area = (height - abs(dh)) * (width - abs(dw))
-                rows = inner.one.count if cached else max(1, planes.plane_elements // (area * q))
-                sums = []
-                for some in chunks(inner.one.count, rows):
-                    part = inner if cached else inner.subset(some)
-                    x, factor = part.up_to_factor(layer.source, (dh, dw))
-                    sums.append(x.sum((1, 2), keepdim=True).mul_(factor))
-                whole = torch.cat(sums, 3)
-                if half and (dh, dw) == (0, 0):
-                    middle = whole
-                else:
-                    total = whole if total is None else total.add_(whole)
-            inner.discard(layer.source, dh + 1)
+        row = partial(_row_of_offsets, inner, layer, half, bool(cached))
+        rows = [row(dh) for dh in heights] if cached else spread(row, sorted(heights, key=abs))
+        middle = rows[0].pop(0) if half else None
+        total = _total([whole for found in rows for whole in found])
         if middle is not None:
             total = middle if total is None else middle + total + (total if planes.paired else total.mT)
         assert total is not None
         totals.append(total)
     return torch.cat(totals, 3).div_((height * width) ** 2)
+
+
+def _total(terms: list[Tensor]) -> Tensor | None:
+    return reduce(torch.Tensor.add_, terms) if terms else None
+
+
+def _row_of_offsets(planes: Planes, layer: GlobalPool, half: bool, cached: bool, dh: int) -> list[Tensor]:
+    """Sums over all positions, and over the offsets of one height; of half of them, that at offset 0 apart, first."""
+    height, width = layer.source.size
+    q = 1 if planes.paired else planes.two.count
+    middle, total = [], None
+    for dw in range(0 if half and dh == 0 else 1 - width, width):
+        area = (height - abs(dh)) * (width - abs(dw))
+        rows = planes.one.count if cached else max(1, planes.plane_elements // (area * q))
+        sums = []
+        for some in chunks(planes.one.count, rows):
+            part = planes if cached else planes.subset(some)
+            x, factor = part.up_to_factor(layer.source, (dh, dw))
+            sums.append(x.sum((1, 2), keepdim=True).mul_(factor))
+        whole = torch.cat(sums, 3)
+        if half and (dh, dw) == (0, 0):
+            middle = [whole]
+        else:
+            total = whole if total is None else total.add_(whole)
+    if cached:
+        planes.discard(layer.source, dh + 1)
+    return middle if total is None else [*middle, total]
+
+
+def splits(graph: Graph) -> bool:
+    """Whether a tile's pairs of positions are spread among workers: where no plane is kept for the next offsets."""
+    kinds = {type(layer) for layer in graph.layers}
+    return GlobalPool in kinds and Pool not in kinds
 
 
 _CACHED = 1 << 23  # elements of the planes that are kept for the next offsets

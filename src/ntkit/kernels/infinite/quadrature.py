@@ -12,21 +12,38 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.kernels.infinite.activations import Activation, Function, fingerprint, scratch, values_and_slopes
+from ntkit.kernels.infinite.activations import (
+    Activation,
+    Function,
+    fingerprint,
+    scratch,
+    square_root,
+    values_and_slopes,
+)
 
 _REACH = 13  # radius: the density beyond is below 1e-36
-_NODES, _ANGLES = 12, 33  # nodes in log a, and in the angle, doubled up to 96 and 129 where the values ask for more
+_NODES, _MOST_NODES = 12, 96  # nodes in log a per step below; doubled where the values ask for more
+_ANGLES, _MOST_ANGLES = 65, 129  # nodes in the angle, likewise
+_SECTOR = 56  # nodes in w
+_CIRCLE = 128  # nodes in x = cos w, see `_values`
 _TAIL = 1e-13  # last coefficients, relative to the largest, up to which there are nodes enough
 _TOLERANCE = 1e-12  # error, relative to the diagonal, at which the table is not enlarged further
-_PROBES = 48
-_STEP = math.log(16)  # in log a: ranges of tables end on its multiples, so that one table serves many sets of samples
+_ROUNDING, _NOTHING = 1e-14, 1e-15  # relative size up to which a coefficient, a factor is left out
+_DIGITS = -math.log(1e-15)
+_ROUGH = 1e-6  # error above which s has a kink elsewhere than at 0, and shortcuts may be the less exact way
+_PROBES = (6, 4)  # angles, and variances for each
+_STEP, _PARTS = math.log(16), 32  # in log a: ranges end on its multiples, so that one table serves many sets of samples
 _KEPT = 24  # tables, of this process
+
+Values = Callable[[Function, Tensor, Tensor, Tensor], Tensor]
 
 
 class _Table(NamedTuple):
@@ -35,6 +52,7 @@ class _Table(NamedTuple):
     nodes: Tensor  # in log a, scaled to [-1, 1]
     basis: Tensor  # of the rows, [nodes, rank]
     core: Tensor  # coefficients of the correlations of s(u), s(v) and of s'(u), s'(v), [2, angles, rank, rank]
+    ranks: list[list[int]]  # that count, of each [rank, rank] of the core; last ones of 0 are left out
     squares: Tensor  # log E[s(u)^2] and log E[s'(u)^2], [nodes, 2]
     error: float = 0.0
 
@@ -42,14 +60,7 @@ class _Table(NamedTuple):
         """Barycentric weights of the nodes at variances v, [..., count], flat."""
         middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
         x = ((v.double().cpu().clamp(min=math.exp(self.low)).log() - middle) / half).clamp(-1, 1).flatten()
-        count = len(self.nodes)
-        angles = (torch.arange(count, dtype=torch.float64) + 0.5) * math.pi / count
-        weights = angles.sin() * (-1.0) ** torch.arange(count)
-        difference = x[:, None] - self.nodes
-        exact = difference == 0
-        quotient = weights / difference.masked_fill(exact, 1)
-        quotient = torch.where(exact.any(1, keepdim=True), exact.double(), quotient)
-        return quotient / quotient.sum(1, keepdim=True)
+        return _barycentric(self.nodes, x)
 
     def roots(self, v: Tensor, rows: Tensor) -> Tensor:
         """Roots of E[s(u)^2] and E[s'(u)^2], [2, *v.shape]: below the range by the power of v at its low end."""
@@ -66,6 +77,21 @@ class _Table(NamedTuple):
         waves = torch.cos(k * torch.acos((2 * t / math.pi - 1).clamp(-1, 1))[:, None])
         return torch.einsum("ns,fkst,nt,nk->fn", one, self.core, two, waves)
 
+    def narrowed(self, low: float, high: float) -> _Table:
+        """The same in a part of its range, where a few nodes, factors and angles are enough."""
+        ratio = (self.high - self.low) / (high - low)
+        strip = math.sinh(_DIGITS / len(self.nodes))  # where it is analytic, if its nodes were enough for all digits
+        nodes = _chebyshev(min(len(self.nodes), 1 + math.ceil(_DIGITS / math.asinh(strip * ratio))))
+        rows = self.rows(((low + high) / 2 + (high - low) / 2 * nodes).exp())
+        basis = rows @ self.basis
+        coefficients = torch.einsum("ps,fkst,qt->fkpq", basis, self.core, basis)
+        table = _factored(low, high, nodes, coefficients, rows @ self.squares)
+        rng = np.random.default_rng(1)
+        a, b = (torch.from_numpy(np.exp(rng.uniform(low, high, 200))) for _ in range(2))
+        t = torch.from_numpy(rng.uniform(0, math.pi, 200))
+        apart = (table.correlations(a, b, t) - self.correlations(a, b, t)).abs().max()
+        return table._replace(error=self.error + float(apart))
+
 
 class Tabulated(Activation):
     """Any elementwise function s.
@@ -77,7 +103,7 @@ class Tabulated(Activation):
 
     def __init__(self, function: Function, name: str) -> None:
         self.name, self._function, self._key = name, function, fingerprint(function)
-        self._steps = (math.inf, -math.inf)  # range of log a, in steps
+        self._steps = (math.inf, -math.inf)  # range of log a so far, in parts of a step
         self.version = 0  # of the table: states and tables must have the same version
         self._lock = threading.RLock()
 
@@ -91,23 +117,54 @@ class Tabulated(Activation):
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
         root, x = scratch(0, K), scratch(1, K)
-        torch.mul(one[1], two[1], out=root).addcmul_(K, K, value=-1).clamp_(min=0).sqrt_()
+        torch.mul(one[1], two[1], out=root).addcmul_(K, K, value=-1)
+        square_root(root, x)
         torch.atan2(root, K, out=x).mul_(4 / math.pi).sub_(2)  # twice the coordinate in [-1, 1]
-        core = self._table.core.to(K)
+        axis = -2 if two[0].shape[-2] == 1 else -1  # a grid of samples, or pairs
         for which, target in ((1, T), (0, K)):
             if target is None:
                 continue
-            previous, last = torch.zeros_like(K), torch.zeros_like(K)
-            for k in range(core.shape[1] - 1, 0, -1):  # Clenshaw
-                previous.neg_().addcmul_(x, last).add_(_between(one[0], core[which, k], two[0]))
-                previous, last = last, previous
-            value = previous.neg_().addcmul_(x, last, value=0.5).add_(_between(one[0], core[which, 0], two[0]))
-            value.mul_(one[2 + which] * two[2 + which])
+            left, right = (  # [positions, samples, rank]
+                (side[0] * side[2 + which]).squeeze(at).movedim(0, -1).flatten(0, 1)
+                for side, at in ((one, -1), (two, axis))
+            )
+            value = self._series(which, x.flatten(0, 1), left, right).view(K.shape)
             if which:
                 target.mul_(value)
             else:
                 target.copy_(value)
         return 1.0
+
+    def _series(self, which: int, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Sum over k of (left core_k right) cos(k t), by Clenshaw's recursion; x = 2 cos t.
+
+        Of an even or odd function of cos t there is every other term only: cos((k + 2) t) = y cos(k t) - cos((k - 2) t)
+        with y = 2 cos(2 t).
+        """
+        ranks, core = self._table.ranks[which], self._table.core[which].to(x)
+        odd = int(not any(ranks[::2]))
+        step = 2 if odd or not any(ranks[1::2]) else 1
+        y = torch.mul(x, x, out=scratch(4, x)).sub_(2) if step == 2 else x
+        previous, last = scratch(2, x).zero_(), scratch(3, x).zero_()
+        sign = last_sign = 1  # in place of a sign, previous and last carry one
+
+        def add(k: int, sign: int) -> None:
+            if r := ranks[k]:
+                part = left[..., :r] @ core[k, :r, :r]
+                if x.shape[-1] == right.shape[-2]:
+                    previous.baddbmm_(part, right[..., :r].mT, alpha=sign)
+                else:  # of pairs
+                    previous.add_((part * right[..., :r]).sum(-1, keepdim=True), alpha=sign)
+
+        for k in range(len(ranks) - 1 - (len(ranks) - 1 - odd) % step, odd, -step):
+            add(k, -sign)
+            previous.addcmul_(y, last, value=-sign * last_sign)
+            previous, last, sign, last_sign = last, previous, last_sign, -sign
+        add(odd, -sign)
+        previous.addcmul_(y, last, value=-sign * last_sign / (1 if odd else 2))
+        if odd:  # cos(-t) = cos(t), where the even ones have 1
+            previous.add_(last, alpha=sign * last_sign).mul_(x)
+        return previous.mul_(-sign / (2 if odd else 1))
 
     def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         self._cover(v)
@@ -120,16 +177,20 @@ class Tabulated(Activation):
         One thread at a time. The version changes before and after, so that other threads can tell that the table
         changed while they computed.
         """
+        high = float(v.max())
+        high = math.log(high) if high > 0 else 0.0
+        part, smallest = _STEP / _PARTS, high + math.log(1e-14)  # below, the low end of the range stands for all
+        low = math.log(float(v.min())) if float(v.min()) > math.exp(smallest) else _STEP * math.floor(smallest / _STEP)
         with self._lock:
-            high = float(v.max())
-            high = math.log(high) if high > 0 else 0.0
-            low = math.log(max(float(v.min()), 1e-14 * math.exp(high)))
-            steps = (min(self._steps[0], math.floor(low / _STEP)), max(self._steps[1], math.ceil(high / _STEP)))
+            steps = (min(self._steps[0], math.floor(low / part)), max(self._steps[1], math.ceil(high / part)))
             if steps == self._steps:
                 return
             self.version += 1
             self._steps = steps if steps[1] > steps[0] else (steps[0], steps[0] + 1)
-            self._table = _table(self._key, self._function, *self._steps)
+            low, high = (n / _PARTS for n in self._steps)
+            # most networks keep their variances between 1 / 16 and 16: one table for all their layers
+            low, high = (-1, 1) if low >= -1 and high <= 1 else (math.floor(low), math.ceil(high))
+            self._table = _table(self._key, self._function, low, high).narrowed(*(n * part for n in self._steps))
             self.error = self._table.error
             self.version += 1
 
@@ -150,69 +211,108 @@ def _table(key: str, function: Function, low: float, high: float) -> _Table:
 
 def _computed(function: Function, low: float, high: float) -> _Table:
     """A table whose error is within the tolerance, or the most exact."""
-    rng = np.random.default_rng(0)
-    a, b = (torch.from_numpy(np.exp(rng.uniform(low, high, _PROBES))) for _ in range(2))
-    a[:2], b[:2] = math.exp(low), math.exp(high)
-    b[2:12] = a[2:12]  # equal norms, as of normalized inputs
-    t = torch.from_numpy(rng.uniform(0, 1, _PROBES))
-    t[::4] **= 4  # many samples are close to each other
-    t = (t * math.pi).clamp(1e-6, math.pi - 1e-6)
-    exact = torch.stack([_integrals(function, a[i : i + 1], b[i : i + 1], float(t[i]), 2)[:, 0, 0]
-                         for i in range(_PROBES)], 1)  # fmt: skip
-    exact /= (_squares(function, a).sqrt() * _squares(function, b).sqrt()).T
-    count, angles = _NODES, _ANGLES
-    best, more_nodes, more_angles = _interpolation(function, low, high, count, angles)
-    best = best._replace(error=float((best.correlations(a, b, t) - exact).abs().max()))
-    while best.error > _TOLERANCE and (count, angles) != (8 * _NODES, 4 * _ANGLES - 3):
-        count = min(2 * count, 8 * _NODES) if more_nodes else count
-        angles = min(2 * angles - 1, 4 * _ANGLES - 3) if more_angles else angles
-        table, more_nodes, more_angles = _interpolation(function, low, high, count, angles)
-        error = float((table.correlations(a, b, t) - exact).abs().max())
-        stalled = error > best.error / 3  # by a kink, or by rounding
-        best = table._replace(error=error) if error < best.error else best
-        if stalled or not (more_nodes or more_angles):
+    probes = _Probes(function, low, high)
+    tables: list[_Table] = []
+    for values in (_values, _values_one_by_one):
+        count, angles, last = min(_NODES * math.ceil((high - low) / _STEP), _MOST_NODES), _ANGLES, math.inf
+        while True:
+            table, more_nodes, more_angles = _interpolation(function, low, high, count, angles, values)
+            table = table._replace(error=probes.error(table))
+            stalled, last = table.error > last / 3, table.error  # by a kink, or by rounding
+            tables.append(table)
+            best = min(tables, key=lambda table: table.error)
+            more_nodes, more_angles = more_nodes and count < _MOST_NODES, more_angles and angles < _MOST_ANGLES
+            if best.error <= _TOLERANCE or stalled or not (more_nodes or more_angles):
+                break
+            count = min(3 * count // 2, _MOST_NODES) if more_nodes else count
+            angles = angles + 32 if more_angles else angles
+        if best.error <= _ROUGH:
             break
-    return best
+    return min(tables, key=lambda table: table.error)
 
 
-def _interpolation(function: Function, low: float, high: float, count: int, angles: int) -> tuple[_Table, bool, bool]:
+class _Probes:
+    """Correlations at random variances and angles, by finer quadrature than the table's and without its shortcuts."""
+
+    def __init__(self, function: Function, low: float, high: float) -> None:
+        rng, (angles, sides) = np.random.default_rng(0), _PROBES
+        t = torch.from_numpy(rng.uniform(0, 1, angles))
+        t[::3] **= 4  # many samples are close to each other
+        t = (t * math.pi).clamp(1e-6, math.pi - 1e-6)
+        v = torch.from_numpy(np.exp(rng.uniform(low, high, (angles, sides))))
+        v[::2, 0], v[1::2, 0] = math.exp(low), math.exp(high)
+        exact = [_correlations(_integrals(function, a, x, 2), _squares(function, a)) for a, x in zip(v, t, strict=True)]
+        self._exact = torch.stack(exact, 1).flatten(1)
+        shape = (angles, sides, sides)
+        self._at = [s.expand(shape).flatten() for s in (v[:, :, None], v[:, None], t[:, None, None])]
+
+    def error(self, table: _Table) -> float:
+        """Largest difference of a table from them."""
+        return float((table.correlations(*self._at) - self._exact).abs().max())
+
+
+def _interpolation(
+    function: Function, low: float, high: float, count: int, angles: int, values: Values
+) -> tuple[_Table, bool, bool]:
     """A table, and whether the values ask for more nodes and for more angles."""
     nodes, places = _chebyshev(count), _chebyshev(angles)
     a = ((low + high) / 2 + (high - low) / 2 * nodes).exp()
-    values = torch.stack([_integrals(function, a, a, math.pi * (1 + float(x)) / 2, 1) for x in places], 1)
     squares = _squares(function, a)
-    # correlations, since the values of samples of very different size would drown in the rounding of the largest
-    values /= (squares.sqrt()[:, None] * squares.sqrt()).movedim(2, 0)[:, None]
-    coefficients = torch.einsum("kx,fxpq->fkpq", _transform(places), values)
-    over_nodes = torch.einsum("np,fkpq->fknq", _transform(nodes), coefficients).abs().amax((0, 1, 3))
+    coefficients = torch.einsum("kx,fxpq->fkpq", _transform(angles), values(function, a, squares, places))
+    over_nodes = torch.einsum("np,fkpq->fknq", _transform(count), coefficients).abs().amax((0, 1, 3))
     size = coefficients.abs().amax((0, 2, 3))
     more = [bool(t[-2:].max() > _TAIL * t.max()) for t in (over_nodes, size)]
-    coefficients = coefficients[:, : int((size > 1e-15 * size.max()).nonzero().max()) + 1]
+    return _factored(low, high, nodes, coefficients, squares.log()), more[0], more[1]
+
+
+def _factored(low: float, high: float, nodes: Tensor, coefficients: Tensor, squares: Tensor) -> _Table:
+    """A table from coefficients of the correlations at the nodes, [2, angles, nodes, nodes]; of numerical rank."""
+    size = coefficients.abs().amax((2, 3))
+    counts = [int((s >= _ROUNDING * s.max()).nonzero().max()) + 1 for s in size]
+    coefficients = coefficients[:, : max(counts)].clone()
+    for part, count in zip(coefficients, counts, strict=True):
+        part[count:] = 0
     sides = torch.cat([coefficients, coefficients.mT]).movedim(2, 0).flatten(1)
     u, s, _ = torch.linalg.svd(sides, full_matrices=False)
-    basis = u[:, : int((s > 1e-15 * s[0]).sum())]
+    basis = u[:, : int((s > _NOTHING * s[0]).sum())]
     core = torch.einsum("ps,fkpq,qt->fkst", basis, coefficients, basis)
-    return _Table(low, high, nodes, basis, core, squares.log()), more[0], more[1]
+    return _Table(low, high, nodes, basis, core, [_ranks(part) for part in core], squares)
 
 
-def _transform(places: Tensor) -> Tensor:
+def _ranks(core: Tensor) -> list[int]:
+    """Of each matrix of a core, the size of its leading part beyond which nothing counts."""
+    size, ranks = core.abs(), torch.zeros(len(core), dtype=torch.int64)
+    for r in range(core.shape[-1]):
+        edge = torch.maximum(size[:, r, : r + 1].amax(1), size[:, : r + 1, r].amax(1))
+        ranks[edge >= _NOTHING * size.max()] = r + 1
+    return ranks[: int(ranks.nonzero().max()) + 1].tolist()
+
+
+def _transform(count: int) -> Tensor:
     """Chebyshev coefficients from values at the nodes."""
-    k = torch.arange(len(places), dtype=torch.float64)
-    transform = torch.cos(k[:, None] * torch.acos(places)) * (2 / len(places))
+    k = torch.arange(count)
+    # the multiples of pi / (2 count) as whole numbers less than a turn: rounding would fill all coefficients with 5e-15
+    turns = ((k[:, None] * (2 * k + 1)) % (4 * count)).double()
+    transform = torch.cos(turns * (math.pi / (2 * count))) * (2 / count)
     transform[0] /= 2
     return transform
 
 
-def _between(one: Tensor, core: Tensor, two: Tensor) -> Tensor:
-    """sum_st one_s core_st two_t, for a grid of samples or for pairs, in the shape of a plane."""
-    left = one[..., 0].movedim(0, -1) @ core  # [h, w, p, rank]
-    if two.shape[-2] == 1:
-        return left @ two[..., 0, :].movedim(0, -2)
-    return (left * two[..., 0].movedim(0, -1)).sum(-1, keepdim=True)
-
-
 def _chebyshev(count: int) -> Tensor:
+    """Nodes of Chebyshev interpolation on [-1, 1]."""
     return ((torch.arange(count, dtype=torch.float64) + 0.5) * math.pi / count).cos()
+
+
+def _barycentric(nodes: Tensor, x: Tensor) -> Tensor:
+    """Weights of the nodes of Chebyshev (or these, moved and scaled) for values at x, [len(x), nodes]."""
+    count = len(nodes)
+    angles = (torch.arange(count, dtype=torch.float64) + 0.5) * math.pi / count
+    weights = angles.sin() * (-1.0) ** torch.arange(count)
+    difference = x[:, None] - nodes
+    exact = difference == 0
+    quotient = weights / difference.masked_fill(exact, 1)
+    quotient = torch.where(exact.any(1, keepdim=True), exact.double(), quotient)
+    return quotient / quotient.sum(1, keepdim=True)
 
 
 def _radii(density: int, lowest: float, finer: int) -> tuple[Tensor, Tensor]:
@@ -224,29 +324,89 @@ def _radii(density: int, lowest: float, finer: int) -> tuple[Tensor, Tensor]:
 
 def _sectors(count: int, ends: list[float]) -> tuple[Tensor, Tensor]:
     """Nodes and weights between neighbors of `ends`, denser near them, where a steep function changes its sign."""
-    nodes, weights = (torch.from_numpy(t) for t in np.polynomial.legendre.leggauss(count))
+    nodes, weights = _legendre(count)
     places, weights = (3 * nodes - nodes**3) / 2, weights * (3 - 3 * nodes**2) / 2
     at = torch.tensor(ends, dtype=torch.float64)
     middle, half = (at[:-1, None] + at[1:, None]) / 2, at.diff()[:, None] / 2
     return (middle + half * places).flatten(), (half * weights).flatten()
 
 
-def _integrals(function: Function, a: Tensor, b: Tensor, angle: float, finer: int) -> Tensor:
-    """E[s(u) s(v)] and E[s'(u) s'(v)] for all variances a and b at one angle, [2, len(a), len(b)]."""
+@lru_cache(8)
+def _legendre(count: int) -> tuple[Tensor, Tensor]:
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    return torch.from_numpy(nodes), torch.from_numpy(weights)
+
+
+def _values(function: Function, a: Tensor, squares: Tensor, places: Tensor) -> Tensor:
+    """Correlations of values and of slopes for all variances a, at angles pi (1 + places) / 2, [2, angles, a, a].
+
+    On a circle of radius R = sqrt(a) r, s takes the values s(+-R x) for x = cos w from 0 to 1. They are computed once,
+    at nodes in x, and split into the even and the odd part, which are uncorrelated. As functions of x they lie in the
+    span of a few, found by an SVD. The integral over w is that of products of these few, and depends on the angle only;
+    the integral over r is that of products of their coefficients, and depends on the variances only.
+    """
+    r, of_r = _radii(2, -16.0, 1)
+    z = a.sqrt()[:, None, None] * r[:, None] * (nodes := (1 + _chebyshev(_CIRCLE)) / 2) ** 3
+    family = torch.empty(4, *z.shape, dtype=torch.float64)  # even and odd values, even and odd slopes; [4, a, r, x]
+    for i, f in enumerate(values_and_slopes(function, torch.stack([z, -z]))):
+        f *= (of_r / squares[:, i, None]).sqrt()[..., None]
+        torch.add(f[0], f[1], out=family[2 * i]).div_(2)
+        torch.sub(f[0], f[1], out=family[2 * i + 1]).div_(2)
+    _, s, few = torch.linalg.svd(torch.linalg.qr(family.flatten(0, 2), "r")[1], full_matrices=False)
+    few = few[: int((s > _NOTHING * s[0]).sum())].T  # [x, few]
+    family = (family @ few).mT  # [4, a, few, r]
+    products = _angular(few, nodes, places)
+    out = torch.zeros(2, len(places), len(a), len(a), dtype=torch.float64)
+    for i, part in enumerate(family):
+        if not part.any():  # of an odd function, or an even one
+            continue
+        other = part.movedim(-1, 0).flatten(1)  # [r, a few]
+        for k in range(len(a)):
+            pairs = (part[k] @ other).unflatten(1, part.shape[:2]).movedim(1, 0).flatten(1)
+            out[i // 2, :, k].addmm_(products[i % 2], pairs.T)
+    return out
+
+
+def _angular(few: Tensor, nodes: Tensor, places: Tensor) -> Tensor:
+    """Integrals over the circle of products of two functions of x = |cos w|, the second turned by an angle.
+
+    `few` holds their values at x = nodes^3; [2, angles, few * few]: of even functions of cos w, of odd ones.
+    """
+    products = []
+    for t in (math.pi * (1 + places) / 2).tolist():
+        w, of_w = _sectors(2 * _SECTOR, [t - math.pi / 2, math.pi / 2, t + math.pi / 2])  # of equal signs, of unequal
+        at = torch.stack([w.cos(), (w - t).cos()]).abs() ** (1 / 3)
+        one, two = (_barycentric(nodes, at.flatten()) @ few).unflatten(0, (2, 2, -1))
+        same, opposite = (one * of_w.reshape(2, -1, 1)).mT @ two
+        products.append(torch.stack([same + opposite, same - opposite]))
+    both = torch.stack(products, 1).flatten(2) / math.pi  # the other half of the circle has the same
+    turned = both.flip(1)  # at pi - t
+    turned[1].neg_()
+    return both.add_(turned).div_(2)
+
+
+def _values_one_by_one(function: Function, a: Tensor, squares: Tensor, places: Tensor) -> Tensor:
+    """The same without these shortcuts, for kinks that make them worse."""
+    return torch.stack([_correlations(_integrals(function, a, math.pi * (1 + x) / 2, 1), squares) for x in places], 1)
+
+
+def _correlations(moments: Tensor, squares: Tensor) -> Tensor:
+    """From moments, since the values of samples of very different size would drown in the rounding of the largest."""
+    scale = squares.sqrt().T
+    return moments / (scale[:, :, None] * scale[:, None])
+
+
+def _integrals(function: Function, a: Tensor, angle: Tensor, finer: int) -> Tensor:
+    """E[s(u) s(v)] and E[s'(u) s'(v)] for all variances a at one angle, [2, len(a), len(a)]."""
     r, of_r = _radii(2, -16.0, finer)
-    half, shift = math.pi / 2, angle / 2
+    half, shift = math.pi / 2, float(angle) / 2
     # u = r cos(w + shift), v = r cos(w - shift): the nodes are symmetric, so v at w equals u at -w
     ends = [-half - shift, -half + shift, half - shift, half + shift, 3 * half - shift]
-    w, of_w = _sectors(56 * finer, ends)
+    w, of_w = _sectors(_SECTOR * finer, ends)
     mirrored = torch.arange(len(w)).reshape(4, -1)[[2, 1, 0, 3]].flip(1).flatten()
     weights = (of_r[:, None] * of_w / (2 * math.pi)).flatten()
-    roots = a.sqrt() if a is b else torch.cat([a, b]).sqrt()
-    both = values_and_slopes(function, roots[:, None, None] * (r[:, None] * (w + shift).cos()))
-    moments = []
-    for f in both:
-        u, v = f[: len(a)], f[-len(b) :][..., mirrored]
-        moments.append((u.flatten(1) * weights) @ v.flatten(1).T)
-    return torch.stack(moments)
+    both = values_and_slopes(function, a.sqrt()[:, None, None] * (r[:, None] * (w + shift).cos()))
+    return torch.stack([(f.flatten(1) * weights) @ f[..., mirrored].flatten(1).T for f in both])
 
 
 def _squares(function: Function, v: Tensor) -> Tensor:
