@@ -18,7 +18,7 @@ def parse_memory(memory: int | str | None) -> int | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on a device; on a CPU at most a quarter of a second ago, since asking costs a tenth of a small call."""
+    """Bytes free on a device; on a CPU at most a quarter of a second ago: asking costs a tenth of a small call."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return _free_now_and_then(int(4 * time.monotonic()))

@@ -97,16 +97,16 @@ class _Call(Generic[Item, Result]):
     def _do_items(self) -> None:
         while (i := self._begin()) is not None:
             try:
-                result, error = self._work(self._items[i]), None
-            except BaseException as raised:
-                error = raised
-            with self._change:
-                if error is None:
-                    self._results[i] = result
-                else:
-                    self._errors[i], self._stopped = error, True
-                self._running -= 1
-                self._change.notify()
+                self._end(i, self._results, self._work(self._items[i]))
+            except BaseException as error:  # whatever it is, it is the caller's
+                self._end(i, self._errors, error)
+
+    def _end(self, i: int, where: dict[int, Any], what: Any) -> None:
+        with self._change:
+            where[i] = what
+            self._stopped = self._stopped or bool(self._errors)
+            self._running -= 1
+            self._change.notify()
 
     def _begin(self) -> int | None:
         with self._change:
