@@ -22,7 +22,7 @@ from ntkit.base import workers as pool
 from ntkit.base.caller_context import own_context
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian import lockstep
-from ntkit.jacobian.lockstep import runs_together
+from ntkit.jacobian.lockstep import runs_together, three_sets
 from ntkit.jacobian.oracle import tangent_kernel
 from ntkit.jacobian.replicas import in_one_thread, replica
 
@@ -386,7 +386,87 @@ class KeepsItsNumber(Plain):
         return self.head(x.flatten(1))
 
 
+def forward(own, x):
+    out = own(x)
+    return [out, *torch.autograd.grad(out.square().sum(), list(own.parameters()))]
+
+
+class KeepsByShape(Plain):
+    """A buffer of its own for each number of samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.rooms: dict = {}
+
+    def forward(self, x):
+        h = torch.tanh(self.two(torch.tanh(self.one(x))))
+        room = self.rooms.setdefault(len(x), [])
+        room[:] = [h]
+        time.sleep(0.002)
+        return self.head((room[0] * 1).flatten(1))
+
+
+class KeepsInAQueue(Plain):
+    """First in, first out: two passes step by step in turn get their own, and others do not."""
+
+    def forward(self, x):
+        QUEUE.append(torch.tanh(self.two(torch.tanh(self.one(x)))))
+        time.sleep(0.002)
+        return self.head(QUEUE.pop(0).flatten(1))
+
+
+class RefersToItself(Plain):
+    """Its activation is a closure over the model: it would read the number of the original, not of a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+        self.activation = lambda h: torch.tanh(h) * self.number
+
+    def __deepcopy__(self, memo):
+        new = type(self)().double()
+        new.load_state_dict(self.state_dict())
+        return new
+
+    def forward(self, x):
+        self.number = 1
+        h = self.activation(self.one(x))
+        self.number = 2
+        return self.head(self.activation(self.two(h)).flatten(1))
+
+
+class KeepsByThread(Plain):
+    """Reads what the caller's thread has set."""
+
+    def forward(self, x):
+        return super().forward(x) * getattr(OF_THREAD, "scale", 1.0)
+
+
+class KeepsInBackward(Plain):
+    """A function of the user's whose backward pass counts."""
+
+    def forward(self, x):
+        return self.head(torch.tanh(Counting.apply(self.two(torch.tanh(self.one(x))))).flatten(1))
+
+
+class Counting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        BOX["grad"] = grad
+        time.sleep(0.001)
+        return BOX["grad"] * 1
+
+
+QUEUE: list = []
+OF_THREAD = threading.local()
+OF_THREAD.scale = 3.0
+
 KEEPERS = {
+    KeepsByShape: False, KeepsInAQueue: False, RefersToItself: False, KeepsByThread: False, KeepsInBackward: False,
     Keeps: True, KeepsInAList: False, KeepsInABuffer: False, KeepsThroughAHook: False, KeepsInAGlobal: False,
     KeepsInAnObject: False, KeepsItsNumber: True, Plain: True,
 }  # fmt: skip
@@ -426,10 +506,10 @@ def test_a_copy_shares_parameters_and_nothing_that_is_written():
 def test_two_passes_in_turn_show_what_is_shared(kind, together):
     torch.manual_seed(0)
     model = kind().double()
-    model(images(2))  # what a first pass builds is there
-    forward = lambda own, x: own(x)
-    assert (runs_together(model, forward, images(4)) and not in_one_thread(model)) is together
-    assert not runs_together(model, forward, images(1).expand(4, 1, 8, 8))  # equal samples show nothing
+    expected = model(images(4))  # and what a first pass builds is there
+    assert (runs_together(model, forward, three_sets(images(4))) and not in_one_thread(model)) is together
+    assert three_sets(images(1).expand(4, 1, 8, 8)) is None  # equal samples show nothing
+    assert torch.equal(model(images(4)), expected)
 
 
 def test_a_lock_of_the_model_is_no_deadlock(monkeypatch):
@@ -442,7 +522,7 @@ def test_a_lock_of_the_model_is_no_deadlock(monkeypatch):
                 return super().forward(x)
 
     model = Locked().double()
-    assert not runs_together(model, lambda own, x: own(x), images(4))
+    assert not runs_together(model, forward, three_sets(images(4)))
     assert not lock.locked()
 
 

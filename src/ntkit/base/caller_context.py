@@ -10,13 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
-from threadpoolctl import ThreadpoolController
 
 from ntkit.base.checks import refusal
+from ntkit.base.operation_threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def own_context() -> Iterator[None]:
             if caller.device is not None:
                 stack.enter_context(torch.device("cpu"))
             if caller.threads > 1:
-                stack.enter_context(_openmp().limit(limits=1))
+                stack.enter_context(one_thread())
             yield
     finally:
         _CALLER.now = None
@@ -77,12 +76,6 @@ def own_context() -> Iterator[None]:
 def threads() -> int:
     """The caller's ``torch.get_num_threads()``."""
     return torch.get_num_threads() if _CALLER.now is None else _CALLER.now.threads
-
-
-@cache
-def _openmp() -> ThreadpoolController:
-    """What sets the number of threads within an operation, for the thread that asks, and for no other."""
-    return ThreadpoolController().select(user_api="openmp")
 
 
 @contextmanager

@@ -19,8 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from ntkit.base.caller_context import same_context, threads
+from ntkit.base.operation_threads import one_thread
+
+_ROWS = 256  # of a product, by one worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -164,35 +168,16 @@ class _Pool:
             self._calls.put(call)
 
     def _start(self, number: int) -> None:
-        """Start workers, and leave PyTorch's number of threads as it is for all others.
-
-        ``torch.set_num_threads`` sets the number of its own thread, and that of threads that start later.
-        """
-        later = _in_new_thread(torch.get_num_threads)
-        ready: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(number):
-            threading.Thread(target=self._run, args=(self._calls, ready), name="ntkit worker", daemon=True).start()
-        for _ in range(number):
-            ready.get()
-        _in_new_thread(lambda: torch.set_num_threads(later))
+            threading.Thread(target=self._run, args=(self._calls,), name="ntkit worker", daemon=True).start()
         self._threads += number
 
     @staticmethod
-    def _run(calls: queue.SimpleQueue[_Call[Any, Any]], ready: queue.SimpleQueue[None]) -> None:
-        torch.get_num_threads()  # a thread's first question sets its number, so it must come before ours
-        torch.set_num_threads(1)
+    def _run(calls: queue.SimpleQueue[_Call[Any, Any]]) -> None:
         _HERE.inside = True
-        ready.put(None)
-        while True:
-            calls.get().take_part()
-
-
-def _in_new_thread(work: Callable[[], Result]) -> Result:
-    results: list[Result] = []
-    thread = threading.Thread(target=lambda: results.append(work()))
-    thread.start()
-    thread.join()
-    return results[0]
+        with one_thread():
+            while True:
+                calls.get().take_part()
 
 
 _POOL = _Pool()
@@ -205,3 +190,23 @@ def _forget_workers() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_workers)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for matrices, some rows by each worker; on a GPU as it is.
+
+    Examples
+    --------
+    >>> product(torch.ones(2, 3), torch.ones(3, 1)).tolist()
+    [[3.0], [3.0]]
+    """
+    if a.device.type != "cpu":
+        return a @ b
+    out = torch.empty(len(a), b.shape[1], dtype=a.dtype)
+
+    def work(start: int) -> None:
+        torch.mm(a[start : start + _ROWS], b, out=out[start : start + _ROWS])
+
+    with torch.no_grad():
+        spread(work, range(0, len(a), _ROWS))
+    return out

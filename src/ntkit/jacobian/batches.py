@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count, take
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.lockstep import runs_together
+from ntkit.jacobian.lockstep import runs_together, three_sets
 from ntkit.jacobian.pairs import Whole
-from ntkit.jacobian.replicas import in_one_thread, modes_open, replica
+from ntkit.jacobian.replicas import in_one_thread, replica
 from ntkit.jacobian.structure import Structure
 
 Item = TypeVar("Item")
@@ -62,43 +62,46 @@ def share_out(
     """``[work(gradients, item) for item in items]`` by workers, inside `Gradients.at_work`.
 
     Each thread has `Gradients` of its own, over a copy of the model's modules. A model that several threads may not run
-    at once goes through in one.
+    at once goes through in the caller's.
     """
+    together = len(items) > 1 and workers() > 1 and _together(gradients, structure, x)
     owners: dict[int, Gradients] = {}
 
     def own(item: Item) -> Result:
         thread = threading.get_ident()
         if thread not in owners:
             owners[thread] = copy.copy(gradients)
-            owners[thread].model = replica(gradients.model) if together else gradients.model
+            owners[thread].model = replica(gradients.model)
         return work(owners[thread], item)
 
-    def one_after_the_other(items: Sequence[Item]) -> list[Result]:
-        results = []
-        for item in items:
-            results.append(own(item))
-            done(item)
-        return results
-
-    on_cpu = next(iter(gradients.params.values())).device.type == "cpu"
-    together = on_cpu and len(items) > 1 and workers() > 1 and _together(gradients, structure, x)
     if together:
         return spread(own, items, done)
-    if on_cpu and not modes_open():
-        return spread(one_after_the_other, [items])[0]
-    return one_after_the_other(items)
+    results = []
+    for item in items:
+        results.append(work(gradients, item))
+        done(item)
+    return results
 
 
 def _together(gradients: Gradients, structure: Structure, x: Batch) -> bool:
     """Whether several threads may run the model at once: looked at once per structure."""
-    if structure.expected is None or in_one_thread(gradients.model):
+    on_cpu = next(iter(gradients.params.values())).device.type == "cpu"
+    if not on_cpu or structure.expected is None or in_one_thread(gradients.model):
         return False
     if structure.together is None:
+        samples = three_sets(x)
+        if samples is None:  # equal samples show nothing; others may come later
+            return False
+        params = list(gradients.params.values())
 
-        def outputs(model: nn.Module, samples: Batch) -> Tensor:
+        def run(model: nn.Module, samples: Batch) -> list[Tensor]:
             own = copy.copy(gradients)
             own.model = model
-            return own.forward(samples, structure.plain_rnn, watch=False)
+            out = own.forward(samples, structure.plain_rnn, watch=False)
+            weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+            grads = torch.autograd.grad([out], params, [weights], allow_unused=True)
+            return [out, *(g.to_dense() for g in grads if g is not None)]
 
-        structure.together = runs_together(gradients.model, outputs, x)
+        with torch.enable_grad():
+            structure.together = runs_together(gradients.model, run, samples)
     return structure.together

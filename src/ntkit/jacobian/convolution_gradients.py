@@ -120,10 +120,17 @@ def by_groups(x: Tensor, cotangent: Tensor, shape: Shape, out: Tensor) -> None:
     """One call per output, with the samples as groups of channels."""
     n, outputs, o = cotangent.shape[:3]
     values = out.view(n, outputs, o, x.shape[1], *shape.kernel)
-    image = x.reshape(1, n * x.shape[1], *x.shape[2:])
+    # copies where strides of size-one axes are odd: the library takes them for channels last
+    image = _plain(x).view(1, n * x.shape[1], *x.shape[2:])
     for c in range(outputs):
-        cot = cotangent[:, c].reshape(1, n * o, *cotangent.shape[3:])
+        cot = _plain(cotangent[:, c]).view(1, n * o, *cotangent.shape[3:])
         values[:, c] = backward_call(cot, image, shape, n).view_as(values[:, c])
+
+
+def _plain(t: Tensor) -> Tensor:
+    """The tensor with the strides of a new one."""
+    new = torch.empty(t.shape, device="meta").stride()
+    return t if t.stride() == new else t.new_empty(t.shape).copy_(t)
 
 
 def backward_call(cotangent: Tensor, x: Tensor, shape: Shape, groups: int) -> Tensor:

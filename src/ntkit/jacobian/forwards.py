@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, take
 from ntkit.base.workers import spread, workers
-from ntkit.jacobian.lockstep import runs_together
+from ntkit.jacobian.lockstep import runs_together, three_sets
 from ntkit.jacobian.model_calls import call, untouched
 from ntkit.jacobian.replicas import in_one_thread, replicas
 
@@ -24,9 +24,7 @@ def each_forward(model: nn.Module, x: Batch, batch: int, work: Callable[[Modules
     """
     parts = [take(x, slice(begin, begin + batch)) for begin in range(0, count(x), batch)]
     themselves = {module: module for module in model.modules()}
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    alone = device != "cpu" or len(parts) == 1 or workers() == 1 or in_one_thread(model)
-    if alone or not runs_together(model, call, x):
+    if len(parts) == 1 or workers() == 1 or not _together(model, x):
         return [work(themselves, part) for part in parts]
     owners: dict[int, Modules] = {}
 
@@ -37,6 +35,16 @@ def each_forward(model: nn.Module, x: Batch, batch: int, work: Callable[[Modules
         return work(owners[thread], part)
 
     return spread(own, parts)
+
+
+def _together(model: nn.Module, x: Batch) -> bool:
+    """Whether several threads may run the model at once."""
+    device, samples = next((p.device.type for p in model.parameters()), "cpu"), three_sets(x)
+    if device != "cpu" or in_one_thread(model) or samples is None:
+        return False
+    if not isinstance(call(model, samples[0]), Tensor):
+        return False
+    return runs_together(model, lambda own, x: [call(own, x)], samples)
 
 
 def raw_outputs(model: nn.Module, x: Batch, batch: int = 128) -> Tensor:

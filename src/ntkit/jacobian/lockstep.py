@@ -1,16 +1,19 @@
-"""Whether several threads may run a model at once: seen by running it in two, line by line in turn.
+"""Whether several threads may run a model at once: seen by running it in two, step by step in turn.
 
-What a forward pass writes somewhere and reads again (a list, an object, a global, what a hook keeps) is its own only if
-no other pass comes in between. Here another pass always comes in between: at every line of the model's code (PyTorch's
-own aside, whose modules keep nothing) the two threads take turns, with other samples and other numbers of samples.
-Where each still gets its own outputs, to the bit, nothing is shared that should not be.
+What a pass writes somewhere and reads again (a list, an object, a global, what a hook keeps) is its own only if no
+other pass comes in between. Here another pass always comes in between: at every instruction of the model's code
+(PyTorch's own aside, whose modules keep nothing), or at every line where that is too much, two threads take turns, with
+other samples and other numbers of samples. Where each still gets the outputs and gradients that the model itself gives
+in the caller's thread, nothing is shared that should not be.
 """
 
 from __future__ import annotations
 
+import contextvars
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -21,66 +24,157 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.base.caller_context import same_context
-from ntkit.jacobian.replicas import StateOfModules, replica
+from ntkit.base.operation_threads import one_thread
+from ntkit.jacobian.replicas import StateOfModules, refers_past_copies, replica
 
-_PATIENCE = 20.0  # seconds until a thread that waits for its turn takes the model for one with locks of its own
-
+_PATIENCE = 2.0  # seconds until a thread that waits for its turn takes the model for one with locks of its own
 _MOST = 20_000  # turns: what comes later in a very long pass is not looked at
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+Pass = Callable[[nn.Module, Batch], list[Tensor]]
+Found = list[Tensor] | None  # of a pass; None: it failed
 
 
-def runs_together(model: nn.Module, forward: Callable[[nn.Module, Batch], Any], x: Batch) -> bool:
-    """Whether two threads that take turns at every line get the outputs that each gets alone.
+def runs_together(model: nn.Module, run: Pass, samples: tuple[Batch, ...]) -> bool:
+    """Whether two threads that take turns get what the model itself gives.
 
     Parameters
     ----------
     model : whose modules each thread has its own copies of (`replicas.replica`).
-    forward : from model and samples to outputs.
-    x : samples; without two different ones nothing can be seen, and the answer is no.
+    run : from a model and samples to outputs and gradients; what it gives may change by rounding from thread to thread.
+    samples : three batches, see `three_sets`.
     """
+    if refers_past_copies(model):
+        return False
+    before = StateOfModules(model)
+    try:
+        start = time.monotonic()
+        expected = [run(model, x) for x in samples]
+        seconds = (time.monotonic() - start) / 3  # of a pass
+        patience = 4 * _PATIENCE + 60 * seconds
+        between, counter = StateOfModules(model), _Counter()
+        works = [partial(_traced, counter, 0, model, run, x) for x in samples]
+        alone = [_in_threads([work], counter, patience)[0] for work in works]
+        if between.changed() or not all(_alike(a, b) for a, b in zip(alone, expected, strict=True)):
+            return False
+        length = counter.instructions // 3
+        turns = _Turns(by_instruction=length <= _MOST)
+        works = [partial(_traced, turns, i, model, run, x) for i, x in enumerate(samples[:2])]
+        found = _in_threads(works, turns, patience)
+        if turns.stuck or not all(_alike(a, b) for a, b in zip(found, expected, strict=False)):
+            return False
+
+        def other(i: int) -> bool:
+            counter = _Counter()
+            work = partial(_traced, counter, 1, model, run, samples[i])
+            return _alike(_in_threads([work], counter, patience)[0], expected[i])
+
+        within = _Within(length, min(64, max(8, int(0.5 / seconds))), other)
+        mine = _in_threads([partial(_traced, within, 0, model, run, samples[0])], within, 64 * patience)[0]
+        return within.right and _alike(mine, expected[0])
+    finally:
+        before.put_back()
+
+
+def three_sets(x: Batch, most: int = 8) -> tuple[Batch, Batch, Batch] | None:
+    """Some samples, others and one fewer, and others equally many; None if all samples are equal."""
     n = count(x)
     other = next((i for i in range(n - 1, 0, -1) if any(not torch.equal(t[i], t[0]) for t in leaves(x))), None)
     if other is None:
+        return None
+    first = [*range(min(n, most) - 1), other]
+    return take(x, first), take(x, [other, *first[:-2]]), take(x, first[::-1])
+
+
+def _alike(found: list[Tensor] | None, expected: list[Tensor]) -> bool:
+    if found is None or len(found) != len(expected):
         return False
-    samples = [take(x, [0, other]), take(x, [other, 0, other])]
-    state = StateOfModules(model)
-    alone = [_in_threads([partial(_alone, model, forward, own)])[0] for own in samples]
-    if state.changed():
-        return False
-    turns = _Turns()
-    taking = [partial(_with_turns, turns, i, model, forward, own) for i, own in enumerate(samples)]
-    return all(_same(a, b) for a, b in zip(alone, _in_threads(taking), strict=True))
+    for a, b in zip(found, expected, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        bound = 1e3 * torch.finfo(b.dtype).eps * b.abs().max() if b.is_floating_point() and b.numel() else 0
+        if not ((a - b).abs() <= bound).all():
+            return False
+    return True
 
 
-def _same(a: Any, b: Any) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+def _in_threads(
+    works: list[partial[Any]], turns: _Turns | _Counter | _Within, patience: float
+) -> list[list[Tensor] | None]:
+    """Results of works, each in a thread of its own, as the caller would do them; None for what failed.
 
-
-def _in_threads(works: list[partial[Any]]) -> list[Any]:
-    """Results of works, each in a thread of its own, as the caller would do them; None for what failed."""
-    results: list[Any] = [None] * len(works)
+    A pass that does not end waits for what the caller has (a lock): it is left, and ends on its copies some time.
+    """
+    results: list[Found] = [None] * len(works)
     context, grad = same_context(), torch.is_grad_enabled()
+
+    def do(i: int) -> None:
+        with context(), one_thread(), torch.set_grad_enabled(grad):
+            results[i] = works[i]()
 
     def run(i: int) -> None:
         try:
-            with context(), torch.set_grad_enabled(grad):
-                out = works[i]()
-            results[i] = out.detach() if isinstance(out, Tensor) else None
+            contexts[i].run(do, i)
         except Exception:
             results[i] = None
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(works))]
+    contexts = [contextvars.copy_context() for _ in works]
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(works))]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    interrupt: BaseException | None = None
+    end = time.monotonic() + patience
+    while any(thread.is_alive() for thread in threads) and time.monotonic() < end:
+        try:
+            for thread in threads:
+                thread.join(max(0.0, end - time.monotonic()))
+        except KeyboardInterrupt as again:
+            interrupt = again
+            turns.end()
+    if interrupt is not None:
+        raise interrupt
+    return list(results)
+
+
+class _Counter:
+    """Counts the instructions of a pass."""
+
+    by_instruction = True
+
+    def __init__(self) -> None:
+        self.instructions = 0
+
+    def wait(self, number: int) -> None:
+        """Take one in."""
+        self.instructions += 1
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+class _Within:
+    """Another pass, whole, at some places of a pass: what both put into a queue and take out in one order shows so."""
+
+    by_instruction = True
+
+    def __init__(self, instructions: int, places: int, other: Callable[[int], bool]) -> None:
+        self.right, self._other, self._count = True, other, 0
+        self._step = max(1, instructions // places)
+
+    def wait(self, number: int) -> None:
+        """At every so many instructions, the other pass."""
+        self._count += 1
+        if self.right and self._count % self._step == 0:
+            self.right = self._other(1 + self._count // self._step % 2)  # of another size, then of the same
+
+    def end(self) -> None:
+        """Nothing to do."""
 
 
 class _Turns:
     """Two threads in turn; one goes on alone when the other has ended or does not come."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_instruction: bool) -> None:
+        self.by_instruction, self.stuck = by_instruction, False
         self._change = threading.Condition()
         self._turn, self._over, self._left = 0, False, _MOST
 
@@ -95,8 +189,8 @@ class _Turns:
             self._turn = 1 - number
             self._change.notify_all()
             if not self._change.wait_for(lambda: self._over or self._turn == number, _PATIENCE):
-                self._over = True
-                raise TimeoutError
+                self._over = self.stuck = True  # the other waits for a lock that this one has: let go
+                self._change.notify_all()
 
     def end(self) -> None:
         """Leave the other alone."""
@@ -105,30 +199,22 @@ class _Turns:
             self._change.notify_all()
 
 
-def _tracer(turns: _Turns, number: int) -> Callable[..., Any]:
-    """For `sys.settrace`: waits for the turn of its thread before every line of code that is not PyTorch's."""
+def _traced(turns: _Turns | _Counter | _Within, number: int, model: nn.Module, run: Pass, x: Batch) -> list[Tensor]:
+    """One pass through copies of the modules, in turn with another."""
+    own = replica(model)
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         if event == "call":
-            return None if frame.f_code.co_filename.startswith(_TORCH) else trace
-        if event == "line":
+            if frame.f_code.co_filename.startswith(_TORCH):
+                return None
+            frame.f_trace_opcodes = turns.by_instruction
+        elif event == ("opcode" if turns.by_instruction else "line"):
             turns.wait(number)
         return trace
 
-    return trace
-
-
-def _alone(model: nn.Module, forward: Callable[[nn.Module, Batch], Any], x: Batch) -> Any:
-    return forward(replica(model), x)
-
-
-def _with_turns(
-    turns: _Turns, number: int, model: nn.Module, forward: Callable[[nn.Module, Batch], Any], x: Batch
-) -> Any:
-    own = replica(model)
-    sys.settrace(_tracer(turns, number))  # of this thread alone, which ends with it
+    sys.settrace(trace)  # of this thread alone, which ends with it
     try:
-        return forward(own, x)
+        return [t.detach() for t in run(own, x)]
     finally:
         sys.settrace(None)
         turns.end()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import random
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +28,17 @@ from ntkit.base.checks import Refused, nearest, refusal
 Outputs = Literal["full", "diagonal", "trace", "sum"] | Callable[[Any], Tensor]
 Params = Iterable[str] | Callable[..., bool] | None  # names, a predicate of the name (or name and parameter), or all
 
-_ONE_AT_A_TIME = threading.RLock()
+_ONE_AT_A_TIME: Any = threading.RLock()
+_ON_BEHALF: ContextVar[bool] = ContextVar("inside `untouched`, or at work for a thread that is", default=False)
+
+
+def _new_lock() -> None:
+    global _ONE_AT_A_TIME
+    _ONE_AT_A_TIME = threading.RLock()  # whoever held it is not in the child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 MODES = ("full", "diagonal", "trace", "sum")
 
@@ -213,15 +225,17 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
     GPU use TF32 only where matrix products may (`torch.set_float32_matmul_precision`).
     """
     global _entered
+    if _ON_BEHALF.get() and not _ONE_AT_A_TIME._is_owned():  # that thread would wait for its caller for ever
+        raise RuntimeError("a use of ntkit inside of a model's forward pass, in another thread than the caller's")
     parameters = {id(p) for p in params.values()}
     with _ONE_AT_A_TIME, own_context(), _uncompiled(), _no_tf32_unasked(model):
         flags = [(p, p.requires_grad) for p in model.parameters()]
         owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
         devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-        outer, _entered = _entered, _random_states()
-        changed = False
+        outer, behalf, changed = _entered, _ON_BEHALF.set(True), False
         try:
+            _entered = _random_states()
             for p, _ in flags:
                 p.requires_grad_(id(p) in parameters)
             with torch.random.fork_rng(devices), torch.enable_grad(), _no_overwritten_tensors(model):
@@ -241,6 +255,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
                 random.setstate(python)
                 np.random.set_state(numpy)  # noqa: NPY002 (put back, not used)
             _entered = outer
+            _ON_BEHALF.reset(behalf)
         if changed:
             raise random_forward(model)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,16 +49,49 @@ def replicas(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def in_one_thread(model: nn.Module) -> bool:
-    """Whether a model has what its copies would share or lack: hooks of the user's, scripted or compiled modules."""
+    """Whether a model has what its copies would share or lack.
+
+    Hooks of the user's, scripted or compiled modules, a forward that was put on a module, a module that does something
+    when it is thrown away.
+    """
     if any(getattr(torch_modules, name, None) for name in _EVERYWHERE) or modes_open():
         return True
     return any(
         isinstance(module, torch.jit.ScriptModule)
         or not isinstance(module.__dict__.get("_modules"), dict)
         or "_orig_mod" in module.__dict__["_modules"]
+        or "forward" in module.__dict__
+        or module.__dict__.get("_compiled_call_impl") is not None
+        or hasattr(type(module), "__del__")
         or any(_users(hook) for name in _HOOKS for hook in module.__dict__.get(name, {}).values())
         for module in model.modules()
     )
+
+
+def refers_past_copies(model: nn.Module) -> bool:
+    """Whether something on the modules leads to a module otherwise than as a child: it would lead to the original."""
+    own, values = set(model.modules()), _values(model)
+    children = {id(module._modules) for module in own}
+    return values is None or any(
+        (isinstance(value, nn.Module) and value not in own)
+        or (id(value) not in children and any(isinstance(part, nn.Module) for part in _held(value)))
+        for value, _ in values
+    )
+
+
+def _held(value: Any) -> list[Any]:
+    """What a container, a module's own dictionary, a method, a partial function or a closure holds."""
+    if isinstance(value, nn.Module):
+        return list(vars(value).values())
+    if isinstance(value, partial):
+        return [*value.args, *value.keywords.values(), *_held(value.func)]
+    if not callable(value):
+        return list(_parts(value))
+    cells = []
+    for cell in getattr(value, "__closure__", None) or ():
+        with suppress(ValueError):  # its variable is not bound yet
+            cells.append(cell.cell_contents)
+    return [getattr(value, "__self__", None), *cells]
 
 
 def _users(hook: Any) -> bool:
@@ -76,11 +111,12 @@ def modes_open() -> bool:
 
 
 class StateOfModules:
-    """What the modules of a model hold beside parameters: to see whether a forward pass has left something there."""
+    """What the modules of a model hold beside parameters: to see whether a pass has left something there."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._values = None if (values := _values(model)) is None else list(values)
+        self._contents = [(value, _copied(value)) for value, _ in self._values or () if _container(value)]
 
     def changed(self) -> bool:
         """Whether anything was bound, appended or overwritten since; True where there is too much to look at."""
@@ -88,6 +124,32 @@ class StateOfModules:
         if self._values is None or now is None or len(now) != len(self._values):
             return True
         return any(a is not b or v != w for (a, v), (b, w) in zip(self._values, now, strict=True))
+
+    def put_back(self) -> None:
+        """Give containers and objects what they held."""
+        for value, held in self._contents:
+            if isinstance(value, (list, deque)):
+                if len(value) != len(held) or any(a is not b for a, b in zip(value, held, strict=True)):
+                    value.clear()
+                    value.extend(held)
+            elif (own := value if isinstance(value, (dict, set)) else vars(value)) != held:
+                own.clear()
+                own.update(held)
+
+
+def _container(value: Any) -> bool:
+    """Whether a value can be changed in place, and put back: not a module, which every thread has copies of."""
+    return type(value) in (list, deque, set, dict) or (
+        not isinstance(value, (nn.Module, Tensor, type)) and not callable(value) and hasattr(value, "__dict__")
+    )
+
+
+def _copied(value: Any) -> Any:
+    return (
+        list(value)
+        if isinstance(value, (list, deque))
+        else (value.copy() if isinstance(value, (dict, set)) else vars(value).copy())
+    )
 
 
 def _values(model: nn.Module) -> list[tuple[Any, int]] | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
+from ntkit.base.workers import product
 from ntkit.jacobian.forwards import each_forward
 from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched
@@ -81,7 +82,7 @@ class ConjugateKernel(Kernel):
     def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
         phi = self.features(x1)
         other = phi if x2 is None else self.features(x2)
-        values = phi @ other.T
+        values = product(phi, other.T)
         return written(mirrored(values) if x2 is None else values, out)
 
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:

@@ -14,7 +14,7 @@ from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
-from ntkit.base.workers import workers
+from ntkit.base.workers import product, workers
 from ntkit.jacobian.engine import Engine, Job
 from ntkit.jacobian.model_calls import Outputs, Params
 from ntkit.jacobian.pairs import Whole
@@ -159,7 +159,7 @@ class SketchedKernel(Kernel):
         if self._mode == "diagonal":
             values = torch.bmm(phi1.transpose(0, 1), phi2.permute(1, 2, 0))  # [C, n1, n2]
         else:
-            values = self._flat(phi1) @ self._flat(phi2).T
+            values = product(self._flat(phi1), self._flat(phi2).T)
         values = mirrored(values) if symmetric else values
         if self._mode == "full":
             return values.unflatten(0, phi1.shape[:2]).unflatten(2, phi2.shape[:2]).transpose(1, 2)
