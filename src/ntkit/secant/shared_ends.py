@@ -37,8 +37,8 @@ class Pass:
 
     def __init__(self, inputs: Sequence[Tensor], before: Pass | None, limit: int) -> None:
         self.inputs = list(inputs)
-        # of tensors that every pass has a copy of its own of: the batch, and what is computed from it alone; valid until
-        # they are written into
+        # of tensors that every pass has its own copy of, the batch and what is computed from it alone: until they are
+        # written into
         self._names: dict[int, tuple[Any, int]] = {id(t): (("input", k), t._version) for k, t in enumerate(self.inputs)}
         self._alive: list[Tensor] = []
         self._versions = [t._version for t in self.inputs]
@@ -55,11 +55,10 @@ class Pass:
 
     def name_constant(self, func: Any, call: Call, value: Any) -> None:
         """Name a result that depends on no parameter by how it came about: every pass computes it again."""
-        if torch.Tag.nondeterministic_seeded in func.tags or (key := self._key(func, call)) is None:
-            return
-        for k, t in enumerate(_tensors(value)):
+        key = None if torch.Tag.nondeterministic_seeded in func.tags else self._key(func, call, self._alive)
+        for k, t in enumerate(_tensors(value) if key is not None else ()):
+            self._alive.append(t)
             self._names.setdefault(id(t), ((key, k), t._version))
-        self._alive += _tensors((call, value))
 
     def close(self) -> bool:
         """Forget the pass before; whether the inputs are still what they were."""
@@ -68,7 +67,7 @@ class Pass:
 
     def _taken(self, func: Any, call: Call) -> Any:
         """The result that the pass before has for these arguments, each only once: it may be written into."""
-        if self._before is None or (key := self._key(func, call)) is None:
+        if self._before is None or (key := self._key(func, call, [])) is None:
             return None
         found = self._before._results.get(key)
         result = found.pop(0) if found else None
@@ -77,32 +76,35 @@ class Pass:
         return result.value
 
     def _keep(self, func: Any, call: Call, value: Any) -> None:
+        held: list[Tensor] = []
+        results = _tensors(value)
         if not func.is_view:
-            self._left -= sum(t.numel() * t.element_size() for t in _tensors(value))
-        if self._left < 0 or (key := self._key(func, call)) is None:
-            return
-        result = _Result(value, [t._version for t in _tensors(value)], _tensors(call))
-        self._results.setdefault(key, []).append(result)
+            self._left -= sum(t.nbytes for t in results)
+        if self._left >= 0 and (key := self._key(func, call, held)) is not None:
+            result = _Result(value, [t._version for t in results], held)
+            self._results.setdefault(key, []).append(result)
 
-    def _key(self, func: Any, call: Call) -> Any:
+    def _key(self, func: Any, call: Call, held: list[Tensor]) -> Any:
         """What an operation is known by; None where it writes, or has an argument that cannot be compared."""
         if func._schema.is_mutable:
             return None
         try:
-            key = (func, self._name(call))
+            key = (func, self._name(call, held))
             hash(key)
         except TypeError:
             return None
         return key
 
-    def _name(self, value: Any) -> Any:
+    def _name(self, value: Any, held: list[Tensor]) -> Any:
+        """The value as part of a key; its tensors are put into `held`."""
         if isinstance(value, Tensor):
+            held.append(value)
             name, version = self._names.get(id(value), (None, 0))
             return name if name and version == value._version else (id(value), value._version)
         if isinstance(value, (list, tuple)):
-            return tuple(map(self._name, value))
+            return tuple([self._name(v, held) for v in value])
         if isinstance(value, dict):
-            return tuple((name, self._name(v)) for name, v in value.items())
+            return tuple([(name, self._name(v, held)) for name, v in value.items()])
         return type(value), repr(value) if isinstance(value, float) else value  # 0.0 and -0.0 are two
 
 
