@@ -9,20 +9,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
+from threadpoolctl import ThreadpoolController
 
 from ntkit.base.checks import refusal
 
 
 @dataclass(frozen=True)
 class _Open:
-    """Autocast dtype by device type, and the default device where it is not the CPU."""
+    """Autocast dtype by device type, the default device where it is not the CPU, and the number of threads."""
 
     autocast: tuple[tuple[str, torch.dtype], ...]
     device: torch.device | None
+    threads: int
 
 
 class _Caller(threading.local):
@@ -35,7 +38,9 @@ _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
 
 @contextmanager
 def own_context() -> Iterator[None]:
-    """Switch off autocast, inference mode and a default device, and remember them for `caller_context`.
+    """Switch off autocast, inference mode, a default device and threads within operations, and remember them.
+
+    The first three come back in `caller_context`. Threads do not: our `base.workers` take their place.
 
     It may be opened again inside. Use it as a context or, with its parentheses, as a decorator.
 
@@ -62,16 +67,29 @@ def own_context() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, dtype, enabled=False))
             if caller.device is not None:
                 stack.enter_context(torch.device("cpu"))
+            if caller.threads > 1:
+                stack.enter_context(_openmp().limit(limits=1))
             yield
     finally:
         _CALLER.now = None
+
+
+def threads() -> int:
+    """The caller's ``torch.get_num_threads()``."""
+    return torch.get_num_threads() if _CALLER.now is None else _CALLER.now.threads
+
+
+@cache
+def _openmp() -> ThreadpoolController:
+    """What sets the number of threads within an operation, for the thread that asks, and for no other."""
+    return ThreadpoolController().select(user_api="openmp")
 
 
 @contextmanager
 def no_context() -> Iterator[None]:
     """As `own_context`, and the model runs so, too: in a recorded run the context of today means nothing."""
     with own_context():
-        before, _CALLER.now = _CALLER.now, _NOTHING
+        before, _CALLER.now = _CALLER.now, replace(_NOTHING, threads=threads())
         try:
             yield
         finally:
@@ -97,7 +115,7 @@ def same_context() -> Callable[[], AbstractContextManager[None]]:
 def caller_context() -> Iterator[None]:
     """Open again, for the model's own forward pass, what the caller had open around the call."""
     caller = _CALLER.now
-    if caller is None or caller == _NOTHING:
+    if caller is None or not (caller.autocast or caller.device):
         yield
         return
     with ExitStack() as stack:
@@ -109,7 +127,7 @@ def caller_context() -> Iterator[None]:
         yield
 
 
-_NOTHING = _Open((), None)
+_NOTHING = _Open((), None, 1)
 
 
 def _what_is_open() -> _Open:
@@ -117,7 +135,7 @@ def _what_is_open() -> _Open:
     types = [t for t in _DEVICES if _autocast(t)]
     device = torch.get_default_device()
     autocast = tuple((t, torch.get_autocast_dtype(t)) for t in types)
-    return _Open(autocast, None if device.type == "cpu" else device)
+    return _Open(autocast, None if device.type == "cpu" else device, torch.get_num_threads())
 
 
 def _autocast(device_type: str) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from ntkit.base.caller_context import same_context
+from ntkit.base.caller_context import same_context, threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,7 +35,7 @@ _HERE = _Here()
 
 def workers() -> int:
     """Workers that a call from here may use: the caller's ``torch.get_num_threads()``; one inside a worker."""
-    return 1 if _HERE.inside else torch.get_num_threads()
+    return 1 if _HERE.inside else threads()
 
 
 def spread(
@@ -71,7 +71,7 @@ def spread(
                 done(item)
         return results
     call = _Call(work, items)
-    _POOL.serve(call, min(torch.get_num_threads(), len(items)))
+    _POOL.serve(call, min(workers(), len(items)))
     return call.wait(done)
 
 

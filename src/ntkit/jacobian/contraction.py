@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ntkit.base.batch import Batch, count, take
+from ntkit.base.batch import Batch, count
+from ntkit.jacobian.batches import each_batch
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole, comparable, inner
 from ntkit.jacobian.plan import Plan
@@ -67,7 +69,11 @@ class Tile:
 
 @torch.no_grad()
 def prepare(
-    gradients: Gradients, x: Batch, structure: Structure, plan: Plan, advance: Callable[[int], None] | None = None
+    gradients: Gradients,
+    x: Batch,
+    structure: Structure,
+    plan: Plan,
+    done: Callable[[slice], None] = lambda _: None,
 ) -> Tile:
     """Run the samples of `x` forward and backward, batch by batch, and keep what the plan's routes need."""
     n, spans, width = count(x), {}, 0
@@ -81,9 +87,9 @@ def prepare(
     rows = torch.empty(n, structure.outputs, width, **empty)
     large = {name: torch.empty(n, structure.outputs, entries[name], **empty) for name in entries.keys() - spans.keys()}
     pairs: dict[str, Pairs] = {}
-    for begin in range(0, n, plan.batch):
-        part = slice(begin, min(begin + plan.batch, n))
-        factors = gradients.batch(take(x, part), structure)
+    creating = threading.Lock()
+
+    def keep(part: slice, factors: dict[str, Whole]) -> None:
         for name, (first, last) in spans.items():
             rows[part, :, first:last] = factors[name].rows()
         for name, whole in large.items():
@@ -92,33 +98,46 @@ def prepare(
             if values is not target:
                 target.copy_(values)
         for name in factored:
-            _keep_pairs(pairs, name, factors[name], part, n, gradients.dtype, name in shared.values())
-        del factors
-        if advance is not None:
-            advance(part.stop - begin)
+            kept = _pairs_to_keep(factors[name], name)
+            with creating:
+                _make_room(pairs, name, kept, part, n, gradients.dtype, name in shared.values())
+            _keep_pairs(pairs[name], name, kept, part)
+
+    parts = [slice(begin, min(begin + plan.batch, n)) for begin in range(0, n, plan.batch)]
+    each_batch(gradients, x, parts, structure, keep, done)
     nested = frozenset(step.name for step in plan.steps if step.route == "nested")
     late = frozenset(step.name for step in plan.steps if step.late)
     return Tile(rows, large, pairs, spans, nested, late, shared)
 
 
-def _keep_pairs(
-    pairs: dict[str, Pairs], name: str, factor: Whole, part: slice, n: int, dtype: torch.dtype, ones: bool
-) -> None:
-    """Put the pairs of one parameter for some of n samples into `pairs`."""
+def _pairs_to_keep(factor: Whole, name: str) -> Pairs:
     if isinstance(factor, Convolved) and factor.groups == 1:
         factor = Pairs((factor.pair(),), (factor.l, factor.r))
     if not isinstance(factor, Pairs):
         raise Irregular({name: "its gradient has no factors in some batch"})
+    return factor
+
+
+def _make_room(
+    pairs: dict[str, Pairs], name: str, factor: Pairs, part: slice, n: int, dtype: torch.dtype, ones: bool
+) -> None:
+    """Give the pairs of one parameter for n samples a place in `pairs`, unless they have one."""
+    if name in pairs:
+        return
     if part == slice(0, n) and all(p.left.dtype == p.right.dtype == dtype for p in factor.parts):
         pairs[name] = Pairs(tuple(p.detach() for p in factor.parts), factor.shape, ones)  # all samples: no copy
-        return
-    if name not in pairs:
+    else:
         pairs[name] = Pairs(tuple(_empty_like(p, n, dtype) for p in factor.parts), factor.shape, ones)
-    if [part_of(p) for p in pairs[name].parts] != [part_of(p) for p in factor.parts]:
+
+
+def _keep_pairs(whole: Pairs, name: str, factor: Pairs, part: slice) -> None:
+    """Put the pairs of some samples where those of all are."""
+    if [part_of(p) for p in whole.parts] != [part_of(p) for p in factor.parts]:
         raise Irregular({name: "its number of positions changes from batch to batch"})
-    for target, p in zip(pairs[name].parts, factor.parts, strict=True):
-        target.left[part] = p.left
-        target.right[part] = p.right
+    for target, p in zip(whole.parts, factor.parts, strict=True):
+        if target.left.data_ptr() != p.left.data_ptr():
+            target.left[part] = p.left
+            target.right[part] = p.right
 
 
 def _empty_like(pair: Pair, n: int, dtype: torch.dtype) -> Pair:
@@ -329,10 +348,10 @@ def _aligned_inner(u: Tensor, v: Tensor) -> Tensor:
     return u.flatten(1, 2) @ v.flatten(1, 2).transpose(1, 2)
 
 
-def blocks(n1: int, n2: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut n1 x n2 into blocks of at most `size` x `size`, about equal: a sliver multiplies slowly."""
-    for a in _cuts(n1, size):
-        for b in _cuts(n2, size):
+def blocks(n1: int, n2: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Cut n1 x n2 into blocks of at most `rows` x `columns`, about equal: a sliver multiplies slowly."""
+    for a in _cuts(n1, rows):
+        for b in _cuts(n2, columns):
             yield a, b
 
 
@@ -352,7 +371,7 @@ def triangle(start: int, stop: int, size: int, leaf: int) -> Iterator[tuple[slic
         return
     middle = (start + stop) // 2
     yield from triangle(start, middle, size, leaf)
-    for a, b in blocks(middle - start, stop - middle, size):
+    for a, b in blocks(middle - start, stop - middle, size, size):
         yield slice(start + a.start, start + a.stop), slice(middle + b.start, middle + b.stop)
     yield from triangle(middle, stop, size, leaf)
 

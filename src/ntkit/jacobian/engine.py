@@ -100,7 +100,11 @@ class Engine:
 
     def memory(self) -> int:
         """Bytes of scratch memory allowed now."""
-        return self._budget if self._budget is not None else free_memory(self.like.device) // 2
+        if self._budget is not None:
+            return self._budget
+        free = free_memory(self.like.device) // 2
+        step = 1 << max(0, free.bit_length() - 3)  # coarse, so that a plan made before serves again
+        return free // step * step
 
     def refresh(self) -> Engine:
         """Look at the model again: since the last call its mode or its parameters may have changed."""
@@ -207,8 +211,6 @@ class Engine:
                 both, self.mode, n1, n2, budget, self.like, same=same, aligned=aligned, routes=self._routes
             )
             self._compare_products(x1, left, plan, aligned)
-            if self._budget is None:  # what is free is another number at every call: nothing to keep
-                return Job(left, right, plan)
             if len(self._plans) == _PLANS:  # the oldest goes, and with it a structure that may be out of use
                 self._plans.pop(next(iter(self._plans)), None)
             self._plans[key] = plan

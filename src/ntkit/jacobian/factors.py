@@ -7,7 +7,8 @@ a few samples with plain autograd, before the first result.
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -18,6 +19,7 @@ from torch.autograd.graph import GradientEdge
 
 from ntkit.base.batch import Batch, count, take
 from ntkit.base.checks import refusal
+from ntkit.jacobian.backward_passes import batched_products, dense, looped_products, vector_jacobian_products
 from ntkit.jacobian.graph import (
     Use,
     correct_norms,
@@ -109,38 +111,52 @@ class Gradients:
         Irregular
             When this batch's rows do not follow the established layout.
         """
+        with self.at_work(structure):
+            return self.one_batch(x, structure, cotangents, self.due(count(x)))
+
+    @contextmanager
+    def at_work(self, structure: Structure) -> Iterator[None]:
+        """Around batches: the model is left as it was."""
         with untouched(self.model, self.params), without_fused_rnn(structure.plain_rnn):
-            if count(x) == 1:  # some layers take another path for a batch of one
-                pair = self.batch(take(x, [0, 0]), structure, None if cotangents is None else cotangents[:, [0, 0]])
-                return {name: factor.first() for name, factor in pair.items()}
-            n = count(x)
-            out = self.forward(x, structure.plain_rnn, watch=False)
-            nodes = nodes_behind(out)
-            names = tuple(node.name() for node in nodes)
-            if structure.expected is not None and not self._as_expected(x, structure, nodes, n):
-                structure.expected = None  # from now on the graph of every call is looked at
-                raise Irregular({})
-            since = self._checked.get(n, _ALONE) + n  # samples may mix in large batches only
-            if since > _ALONE:
-                self.compare_alone(x, out, n // 2, structure.eps)
-                since = 0
-            self._checked[n] = since
-            constant = structure.constant if names == structure.names else ()
-            uses = find_uses(nodes, self.params, set(constant))
-            self._same_graph(uses, structure)
-            if cotangents is None:
-                basis = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)[:, None, :].expand(-1, n, -1)
-            else:
-                basis = cotangents.to(out)
-            factors = self.factors(out, uses, structure, basis, n)
-            if structure.fallback:
-                names = list(structure.fallback)
-                values: dict[str, list[Tensor]] = {name: [] for name in names}
-                for s in range(n):
-                    for name, g in self.plain(x, out, s, names, basis[:, s]).items():
-                        values[name].append(g)
-                factors |= {name: Rows(torch.stack(g)) for name, g in values.items()}
-            return factors
+            yield
+
+    def due(self, n: int) -> bool:
+        """Whether the next batch of n samples has one of them evaluated alone: some may mix in large batches only."""
+        since = self._checked.get(n, _ALONE) + n
+        self._checked[n] = 0 if since > _ALONE else since
+        return since > _ALONE
+
+    def one_batch(self, x: Batch, structure: Structure, cotangents: Tensor | None, alone: bool) -> dict[str, Whole]:
+        """`batch`, inside `at_work`; ``alone``: whether one of the samples is evaluated alone, too."""
+        if count(x) == 1:  # some layers take another path for a batch of one
+            twice = None if cotangents is None else cotangents[:, [0, 0]]
+            pair = self.one_batch(take(x, [0, 0]), structure, twice, alone)
+            return {name: factor.first() for name, factor in pair.items()}
+        n = count(x)
+        out = self.forward(x, structure.plain_rnn, watch=False)
+        nodes = nodes_behind(out)
+        names = tuple(node.name() for node in nodes)
+        if structure.expected is not None and not self._as_expected(x, structure, nodes, n):
+            structure.expected = None  # from now on the graph of every call is looked at
+            raise Irregular({})
+        if alone:
+            self.compare_alone(x, out, n // 2, structure.eps)
+        constant = structure.constant if names == structure.names else ()
+        uses = find_uses(nodes, self.params, set(constant))
+        self._same_graph(uses, structure)
+        if cotangents is None:
+            basis = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)[:, None, :].expand(-1, n, -1)
+        else:
+            basis = cotangents.to(out)
+        factors = self.factors(out, uses, structure, basis, n)
+        if structure.fallback:
+            names = list(structure.fallback)
+            values: dict[str, list[Tensor]] = {name: [] for name in names}
+            for s in range(n):
+                for name, g in self.plain(x, out, s, names, basis[:, s]).items():
+                    values[name].append(g)
+            factors |= {name: Rows(torch.stack(g)) for name, g in values.items()}
+        return factors
 
     def _as_expected(self, x: Batch, structure: Structure, nodes: list, n: int) -> bool:
         """Whether the graph of a batch is the one established, and not one that only happens to have its shapes."""
@@ -298,7 +314,7 @@ class Gradients:
         params = [self.params[name] for name in use.params]
         flat = values.reshape(n * outputs, *use.shape)
         edge = [GradientEdge(use.source, use.number)]
-        grads = _vector_jacobian_products(edge, params, [flat])
+        grads = vector_jacobian_products(edge, params, [flat])
         return {
             name: Rows(flat.new_zeros(n, outputs, p.numel()) if g is None else g.reshape(n, outputs, -1))
             for name, p, g in zip(use.params, params, grads, strict=True)
@@ -337,11 +353,11 @@ class Gradients:
         grads: tuple[Tensor | None, ...] | None = None
         if self._batched and basis.shape[0] > 1:
             try:
-                grads = _batched_products([out], edges, [basis])
+                grads = batched_products([out], edges, [basis])
             except RuntimeError:
                 self._batched = False
         if grads is None:
-            grads = _looped_products([out], edges, [basis])
+            grads = looped_products([out], edges, [basis])
         shapes = (basis.shape[:1] + tuple(node._input_metadata[0].shape) for node in unique)
         return {
             node: out.new_zeros(shape) if grad is None else grad
@@ -369,43 +385,13 @@ class Gradients:
         rows = []
         for row in basis.unbind():
             grads = torch.autograd.grad([out], wanted, [row[None]], retain_graph=True, allow_unused=True)
-            rows.append([_dense(g, p) for g, p in zip(grads, params, strict=False)])
+            rows.append([dense(g, p) for g, p in zip(grads, params, strict=False)])
         return rows
 
     def in_one_pass(self, out: Tensor, params: list[nn.Parameter], cotangent: Tensor) -> list[Tensor]:
         """Plain autograd of a whole batch: gradients of the sum of its outputs, weighted by a cotangent [n, C]."""
         grads = torch.autograd.grad([out], params, [cotangent], retain_graph=True, allow_unused=True)
-        return [_dense(g, p) for g, p in zip(grads, params, strict=True)]
-
-
-def _vector_jacobian_products(outputs: list, inputs: list, vectors: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """Several vectors through one graph at a time: vmapped, or one by one where some node cannot be."""
-    try:
-        return _batched_products(outputs, inputs, vectors)
-    except RuntimeError:
-        return _looped_products(outputs, inputs, vectors)
-
-
-def _batched_products(outputs: list, inputs: list, vectors: list[Tensor]) -> tuple[Tensor | None, ...]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*performance drop.*")
-        return torch.autograd.grad(
-            outputs, inputs, vectors, is_grads_batched=True, retain_graph=True, allow_unused=True
-        )
-
-
-def _looped_products(outputs: list, inputs: list, vectors: list[Tensor]) -> tuple[Tensor | None, ...]:
-    rows = [
-        torch.autograd.grad(outputs, inputs, list(row), retain_graph=True, allow_unused=True)
-        for row in zip(*vectors, strict=True)
-    ]
-    return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
-
-
-def _dense(grad: Tensor | None, parameter: Tensor) -> Tensor:
-    if grad is None:
-        return torch.zeros_like(parameter)
-    return grad.to_dense() if grad.is_sparse else grad
+        return [dense(g, p) for g, p in zip(grads, params, strict=True)]
 
 
 def _kinds(params: dict[str, nn.Parameter]) -> list[tuple]:

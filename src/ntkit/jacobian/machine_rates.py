@@ -1,31 +1,34 @@
-"""What this machine does in a second: measured once per device, precision and thread count, and kept in a file.
+"""What this machine does in a second, and which way is the fastest on it: measured once, and kept in files.
 
-The choice of a route rests on three rates. They are kept on disk, so that the same machine makes the same choice
-tomorrow. Where the file cannot be written defaults hold: a choice that changes from one process to the next would
-change the last bits of a resumed run.
+The choice of a route rests on four rates, measured by all workers at once, as they will run. They are kept on disk, so
+that the same machine makes the same choice tomorrow. Where a file cannot be written defaults hold: a choice that
+changes from one process to the next would change the last bits of a resumed run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ntkit.base.checks import Refused
 from ntkit.base.files import write_text
+from ntkit.base.workers import spread, workers
 
 _N = 1024  # side of the matrix product measured
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Speed of a device in one precision.
+    """Speed of a device in one precision; of a CPU that of one core, while the others are busy, too.
 
     ``product``: floating-point operations per second of a large matrix product. ``batched``: of many small ones (a
     sample's gradient of a convolution). ``entries``: numbers per second read, multiplied and added in place. ``fresh``:
@@ -40,6 +43,8 @@ class Rates:
 
 _DEFAULT = Rates(product=2.0**37, batched=2.0**36, entries=2.0**30, fresh=2.0**28)
 _KNOWN: dict[str, Rates] = {}
+_FASTEST: dict[str, str] = {}
+_MEASURING = threading.Lock()
 
 
 def rates_for(like: Tensor) -> Rates:
@@ -61,7 +66,7 @@ def rates_for(like: Tensor) -> Rates:
             _KNOWN[key] = kept[key]
         else:
             measured = _measure(like)
-            _KNOWN[key] = measured if _keep(key, measured) else _DEFAULT
+            _KNOWN[key] = measured if _keep(key, asdict(measured), _file()) else _DEFAULT
     return _KNOWN[key]
 
 
@@ -77,42 +82,91 @@ def calibrate(like: Tensor, rates: Rates | None = None) -> Rates:
     True
     """
     _KNOWN[_key(like)] = rates or _measure(like)
-    _keep(_key(like), _KNOWN[_key(like)])
+    _keep(_key(like), asdict(_KNOWN[_key(like)]), _file())
     return _KNOWN[_key(like)]
+
+
+def fastest(what: str, like: Tensor, ways: Mapping[str, Callable[[], None]]) -> str:
+    """Name of the fastest of several ways to the same result: from memory, from the file, or measured now.
+
+    Parameters
+    ----------
+    what : the task, with all sizes that count.
+    like : any tensor; its device and dtype count.
+    ways : by name; the first is taken where nothing can be kept.
+
+    Examples
+    --------
+    >>> fastest("nothing", torch.zeros(1), {"slow": lambda: time.sleep(0.01), "fast": lambda: None})
+    'fast'
+    """
+    key = f"{what} {_precision(like)}"
+    if _FASTEST.get(key) not in ways:
+        with _MEASURING:  # one worker measures, those that have the same question wait
+            if _FASTEST.get(key) not in ways:
+                kept = _read_text(_file("fastest")).get(key)
+                if kept not in ways:
+                    seconds = {name: _seconds(way, like.device, 2) for name, way in ways.items()}
+                    kept = min(seconds, key=lambda name: seconds[name])
+                    kept = kept if _keep(key, kept, _file("fastest")) else next(iter(ways))
+                _FASTEST[key] = kept
+    return _FASTEST[key]
 
 
 def _key(like: Tensor) -> str:
     cuda = like.device.type == "cuda"
-    device = torch.cuda.get_device_name(like.device) if cuda else f"{like.device.type} x {torch.get_num_threads()}"
+    device = torch.cuda.get_device_name(like.device) if cuda else f"{like.device.type} x {workers()} workers"
+    return f"{device} {_precision(like)}"
+
+
+def _precision(like: Tensor) -> str:
     precision = torch.get_float32_matmul_precision() if like.dtype == torch.float32 else ""
-    return " ".join(filter(None, (device, str(like.dtype).removeprefix("torch."), precision, torch.__version__)))
+    return " ".join(filter(None, (str(like.dtype).removeprefix("torch."), precision, torch.__version__)))
 
 
-def _file() -> Path:
+def _file(name: str = "rates") -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "ntkit" / "rates.json"
+    return Path(base) / "ntkit" / f"{name}.json"
 
 
 def _read() -> dict[str, Rates]:
     try:
-        kept = json.loads(_file().read_text())
-        return {key: Rates(**{name: float(v) for name, v in value.items()}) for key, value in kept.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # absent, or not ours: measured again
+        return {key: Rates(**{name: float(v) for name, v in value.items()}) for key, value in _kept(_file()).items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}  # not ours: measured again
 
 
-def _keep(key: str, rates: Rates) -> bool:
+def _read_text(file: Path) -> dict[str, str]:
+    return {key: value for key, value in _kept(file).items() if isinstance(value, str)}
+
+
+def _kept(file: Path) -> dict[str, Any]:
     try:
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        kept = {name: asdict(value) for name, value in (_read() | {key: rates}).items()}
-        write_text(_file(), json.dumps(kept, indent=1) + "\n")
+        kept = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}  # absent, or not ours: measured again
+    return kept if isinstance(kept, dict) else {}
+
+
+def _keep(key: str, value: dict[str, float] | str, file: Path) -> bool:
+    kept = {name: asdict(rates) for name, rates in _read().items()} if isinstance(value, dict) else _read_text(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(kept | {key: value}, indent=1) + "\n")
     except (OSError, Refused):
         return False
     return True
 
 
 def _measure(like: Tensor) -> Rates:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    if like.device.type != "cpu":
+        return _measure_here(like)
+    found = spread(lambda _: _measure_here(like), range(workers()))
+    return Rates(**{name: min(getattr(rates, name) for rates in found) for name in asdict(found[0])})
+
+
+def _measure_here(like: Tensor) -> Rates:
+    with torch.no_grad():
         draw = torch.Generator().manual_seed(0)
         a = torch.randn(_N, _N, generator=draw).to(like)
         left, right = a[:512].reshape(16, 64, 512), a.reshape(16, 512, 128)[:, :, :128]
@@ -130,14 +184,20 @@ def _rounded(work: float, seconds: float) -> float:
     return float(f"{work / seconds:.2g}")
 
 
-def _seconds(work: Callable[[], Tensor], device: torch.device, repeats: int = 8) -> float:
+def _seconds(
+    work: Callable[[], Any],
+    device: torch.device,
+    repeats: int = 8,
+) -> float:
+    # a worker's own time: what others take on a busy machine is not in it
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     times = []
     for _ in range(repeats + 1):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return max(min(times[1:]), 1e-9)  # the least disturbed: other work on the machine only adds

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from ntkit.jacobian.convolution_gradients import Shape, backward_call, receptive_fields, weight_gradients
 
 Block = tuple[int, int]  # first row and first column of a part of a parameter
 Place = tuple[bool, Block | None]  # whether a source is the parameter transposed, and which part of it
@@ -162,10 +163,7 @@ class Convolved:
 
     x: Tensor
     cotangent: Tensor
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: tuple[int, ...]
+    shape: Shape
     groups: int
 
     @property
@@ -181,7 +179,7 @@ class Convolved:
     @property
     def r(self) -> int:
         """Entries of one receptive field."""
-        return self.x.shape[2] // self.groups * math.prod(self.kernel)
+        return self.x.shape[2] // self.groups * math.prod(self.shape.kernel)
 
     def first(self) -> Convolved:
         """The first sample alone."""
@@ -195,16 +193,14 @@ class Convolved:
         return Pair(left, fields, self.l, self.r, data_left=False)
 
     def rows(self, out: Tensor | None = None) -> Tensor:
-        """Gradient entries, [n, C, entries]; into `out` where that is the product's own layout."""
+        """Gradient entries, [n, C, entries]; into `out` where one is given."""
         n, outputs, images, o = self.cotangent.shape[:4]
-        if self._few():
-            return self._one_by_one()
         if self.groups == 1 and images == 1:
-            left, right = self.cotangent.reshape(n, outputs * o, -1), self._fields()[:, 0].transpose(1, 2)
-            # a product with a transposed view is slower, which pays where there are few rows to multiply
-            return _stacked(left, right if outputs * o < self.r else right.contiguous(), outputs, out)
+            return weight_gradients(self.x[:, 0], self.cotangent[:, :, 0], self.shape, out)
         if self.groups == 1:
             return self.pair().rows(out)
+        if self._few():
+            return self._one_by_one()
         g = self.groups
         fields = self._fields().reshape(n, images, g, self.r, -1)
         left = self.cotangent.flatten(4).unflatten(3, (g, o // g))  # [n, C, F, g, o/g, L]
@@ -215,40 +211,22 @@ class Convolved:
 
     def _fields(self) -> Tensor:
         """Receptive fields, [n, F, a * prod(kernel), L]."""
-        n, images = self.x.shape[:2]
-        x = self.x.flatten(0, 1)
-        if any(self.padding):
-            x = F.pad(x, [p for size in reversed(self.padding) for p in (size, size)])
-        windows = x  # views and one copy: on a CPU two to eight times as fast as F.unfold
-        for d, (k, s, step) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
-            # a window of the dilated size, then every step-th entry of it
-            windows = windows.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
-        space = len(self.kernel)
-        windows = windows.permute(0, 1, *range(2 + space, 2 + 2 * space), *range(2, 2 + space))
-        fields = windows.reshape(x.shape[0], x.shape[1] * math.prod(self.kernel), -1)
-        return fields.unflatten(0, (n, images))
+        return receptive_fields(self.x.flatten(0, 1), self.shape).unflatten(0, self.x.shape[:2])
 
     def _few(self) -> bool:
-        """Whether a call per sample and output is cheaper than unfolding.
-
-        That writes every input entry prod(kernel) times: with few rows to multiply it costs more than the product. The
-        calls must be large enough, and their sums long enough, for the library's own kernel to get going (LOG.md).
-        """
+        """Whether a call per sample and output is cheaper than unfolding, for several groups (LOG.md)."""
         _, outputs, _, o = self.cotangent.shape[:4]
-        work = 2 * self.positions * o * self.r
-        native = self.x.device.type == "cpu" and self.x.dtype == torch.float32 and len(self.kernel) == 2
-        few = outputs * (o // self.groups) < self.r and math.prod(self.kernel) > 1
-        return native and few and self.positions >= 64 and (work >= 4e6 or self.groups > 1)
+        native = self.x.device.type == "cpu" and self.x.dtype == torch.float32 and len(self.shape.kernel) == 2
+        few = outputs * (o // self.groups) < self.r and math.prod(self.shape.kernel) > 1
+        return native and few and self.positions >= 64
 
     def _one_by_one(self) -> Tensor:
         """Gradient entries by one backward call per sample and output."""
         n, outputs, _, o = self.cotangent.shape[:4]
-        weight = self.x.new_empty(()).expand(o, self.x.shape[2] // self.groups, *self.kernel)  # only its shape counts
-        values = self.x.new_empty(n, outputs, *weight.shape)
-        rest = (None, self.stride, self.padding, self.dilation, False, (0, 0), self.groups, (False, True, False))
+        values = self.x.new_empty(n, outputs, o, self.x.shape[2] // self.groups, *self.shape.kernel)
         for s, x in enumerate(self.x.unbind()):
             for c, cot in enumerate(self.cotangent[s].unbind()):
-                values[s, c] = torch.ops.aten.convolution_backward(cot, x, weight, *rest)[1]
+                values[s, c] = backward_call(cot, x, self.shape, self.groups)
         return values.flatten(2)
 
 

@@ -21,6 +21,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from ntkit.base.checks import nearest, refusal
+from ntkit.base.workers import workers
 from ntkit.jacobian.machine_rates import Rates, rates_for
 from ntkit.jacobian.structure import Part, Size, Structure
 
@@ -33,6 +34,8 @@ _FEWEST = 4  # samples: below that, convolutions lose more than the caches give
 # in a CPU's caches.
 _BLOCK = {"cpu": 2**20, "cuda": 2**26}
 _TILE = 1024  # samples of the streaming side at a time
+_NARROWEST = 64  # rows: a product of fewer is slower for each
+_WORTH = 5e-4  # seconds of a worker below which what it costs to share out work is more than it saves
 
 Route = Literal["outer", "tokens", "nested", "rows"]
 ROUTES: tuple[Route, ...] = get_args(Route)
@@ -43,7 +46,7 @@ class Step:
     """The plan for one parameter: its route, and what that costs for the whole product.
 
     ``flops`` are floating-point operations of matrix products; ``bytes_per_sample`` the memory of a sample while its
-    tile is in use; ``seconds`` the time by the machine's rates. ``late``: the entries of the rows route are formed when
+    tile is in use; ``seconds`` the time of one core by the machine's rates. ``late``: the entries of the rows route are formed when
     they are multiplied, block by block, because the factors are smaller to keep.
     """
 
@@ -60,13 +63,15 @@ class Plan:
     """How a kernel is computed: one `Step` per parameter, and sizes in samples. ``print(plan)`` shows a table.
 
     The rows of the kernel are done ``tile`` at a time, whose factors stay in memory while the columns pass by,
-    ``columns`` at a time: so the columns are prepared once per tile of rows. ``block`` samples are multiplied at a
-    time, ``batch`` go through the model at a time; ``scratch`` bytes are for what a product holds in between.
+    ``columns`` at a time: so the columns are prepared once per tile of rows. A worker multiplies ``strip`` of the rows
+    with ``block`` of the columns, and sends ``batch`` samples through the model; ``scratch`` bytes are for what a
+    product of its holds in between.
     """
 
     steps: tuple[Step, ...]
     tile: int
     columns: int
+    strip: int
     block: int
     batch: int
     scratch: int
@@ -107,7 +112,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Time of all products by the machine's rates, the model's own passes not counted."""
+        """Time of all products on one core, by the machine's rates; the model's own passes not counted."""
         return sum(step.seconds for step in self.steps)
 
     def __str__(self) -> str:
@@ -125,7 +130,7 @@ class Plan:
         )
         lines.append(
             f"beside forward and backward passes of {self.batch} samples each; rows {self.tile} at a time, columns "
-            f"{self.columns}, products {self.block} x {self.block}"
+            f"{self.columns}, products {self.strip} x {self.block}"
         )
         return "\n".join(lines)
 
@@ -241,15 +246,14 @@ def make_plan(
     )
     entries = max((step.bytes_per_sample for step in steps if step.route != "outer"), default=0)
     transient = structure.bytes_per_sample * (outputs + 1) + 2 * factors + entries + 1
-    batch = budget * 0.3 / transient
-    if like.device.type == "cpu":
-        batch = min(batch, max(_FORWARD / transient, _FEWEST))
-    batch = max(1, min(256, int(batch), n1 if same else n1 + n2))
-    numbers = min(_BLOCK.get(like.device.type, 2**20), budget * 0.1 / (3 * itemsize))
+    cores = workers() if like.device.type == "cpu" else 1
+    samples = n1 if same else n1 + n2
+    batch = _batch(structure, samples, budget * 0.3 / cores / transient, transient, like, cores)
+    numbers = min(_BLOCK.get(like.device.type, 2**20), budget * 0.1 / (3 * itemsize * cores))
     block = max(1, math.isqrt(int(numbers / shape.results)))
     late = max((outputs * structure.sizes[step.name].entries * itemsize for step in steps if step.late), default=0)
     if late:  # the entries of two blocks are in memory while they are multiplied
-        block = max(1, min(block, int(budget * 0.2 / (2 * late))))
+        block = max(1, min(block, int(budget * 0.2 / (2 * late * cores))))
     fit = budget * (0.5 if late else 0.7) / (sum(step.bytes_per_sample for step in steps) + 1)  # samples
     if aligned:
         tile = columns = max(1, min(int(fit / 2), n1, _TILE))
@@ -257,7 +261,36 @@ def make_plan(
         columns = max(1, min(int(fit * 0.15), n2, _TILE))
         tile = max(1, min(int(fit) - columns, n1))
         tile = math.ceil(n1 / math.ceil(n1 / tile))  # equal tiles: the last is not a sliver
-    return Plan(steps, tile, columns, block, batch, max(budget // 8, 1))
+    strip = block
+    if sum(step.seconds for step in steps) > cores * _WORTH:
+        strip = _strip(tile, columns, block, cores, bool(late))
+    return Plan(steps, tile, columns, strip, block, batch, max(budget // 8 // cores, 1))
+
+
+def _batch(structure: Structure, n: int, fit: float, transient: int, like: Tensor, cores: int) -> int:
+    """Samples that a worker sends through the model at a time, of which `fit` fit into memory."""
+    most = fit
+    if like.device.type == "cpu":
+        most = min(most, max(_FORWARD / transient, _FEWEST))
+        flops = sum(2.0 * p.positions * p.l * p.r for size in structure.sizes.values() for p in size.parts)
+        if n * flops * (1 + 2 * structure.outputs) / rates_for(like).batched > cores * _WORTH:
+            most = min(most, math.ceil(n / cores))
+    most = max(1, min(256, int(most), n))
+    # As many batches for each worker, and of no size that hides which axis is the samples'
+    rounds = math.ceil(n / (most * cores))
+    even = math.ceil(n / (rounds * cores))
+    expected = structure.expected
+    told = [m for m in range(most, most // 2, -1) if expected is None or expected.size_that_tells(m) == m]
+    return min(told, key=lambda m: (abs(m - even), -m), default=most)
+
+
+def _strip(tile: int, columns: int, block: int, cores: int, late: bool) -> int:
+    """Rows that a worker multiplies at a time: few enough that there is work for all."""
+    rows = min(block, tile)
+    # Entries of the columns that are multiplied out late are so once per strip: then there are no more than needed.
+    wanted = cores if late else 2 * cores
+    strips = math.ceil(wanted / math.ceil(columns / block))
+    return max(1, min(rows, max(math.ceil(tile / strips), min(_NARROWEST, math.ceil(tile / cores)))))
 
 
 def _cheapest_steps(

@@ -39,10 +39,9 @@ def compare_products(
         fast = multiply_aligned(tile, tile, mode).double()
     else:
         fast = multiply(tile, tile, mode, Scratch(plan.scratch)).double()
-    norms = recorder.products.diagonal().sqrt()
-    exact, bound = (
-        _reduced(matrix.view(n, k, n, k), mode, aligned) for matrix in (recorder.products, norms[:, None] * norms)
-    )
+    products = torch.stack(recorder.products).sum(0)
+    norms = products.diagonal().sqrt()
+    exact, bound = (_reduced(matrix.view(n, k, n, k), mode, aligned) for matrix in (products, norms[:, None] * norms))
     eps = _rounding(gradients)
     error = (fast - exact).abs().where(fast.isfinite(), 0.0)  # an overflow of the results' precision shows by itself
     if not (error <= min(1e3 * eps, eps**0.5) * bound).all():
@@ -66,19 +65,23 @@ def _reduced(products: Tensor, mode: str, aligned: bool) -> Tensor:
 
 
 class _Recorder:
-    """Gradients of random combinations of the outputs, and their products in float64, parameter by parameter."""
-
-    products: Tensor
+    """Gradients of random combinations of the outputs, and their products in float64."""
 
     def __init__(self, gradients: Gradients, cotangents: Tensor) -> None:
-        self.gradients, self.cotangents = gradients, cotangents
-        self.dtype, self.params = gradients.dtype, gradients.params
+        self.gradients, self.cotangents, self.model = gradients, cotangents, gradients.model
+        self.dtype, self.params, self.at_work = gradients.dtype, gradients.params, gradients.at_work
+        self.products: list[Tensor] = []  # per parameter
 
-    def batch(self, x: Batch, structure: Structure) -> dict[str, Whole]:
+    def due(self, n: int) -> bool:
+        """No sample is evaluated alone: the self-check has done that."""
+        return False
+
+    def one_batch(self, x: Batch, structure: Structure, cotangents: Tensor | None, alone: bool) -> dict[str, Whole]:
         """Factors of the samples: all at once, since they are few."""
-        factors = self.gradients.batch(x, structure, self.cotangents)
-        rows = (widened(factor, torch.float64).rows().flatten(0, 1) for factor in factors.values())
-        self.products = torch.stack([r @ r.T for r in rows]).sum(0)
+        factors = self.gradients.one_batch(x, structure, self.cotangents, alone)
+        with torch.no_grad():
+            rows = (widened(factor, torch.float64).rows().flatten(0, 1) for factor in factors.values())
+            self.products += [r @ r.T for r in rows]
         return factors
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ntkit.jacobian.convolution_gradients import Shape
 from ntkit.jacobian.graph import Use
 from ntkit.jacobian.ownership import Assigned, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Rows
@@ -186,14 +187,14 @@ def _convolution(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Fact
     geometry = (tuple(kernel), tuple(node._saved_stride), tuple(node._saved_dilation))
     padding = tuple(node._saved_padding)
     if not node._saved_transposed:
-        return Convolved(owner.split(x, n), owner.split(cot, n, lead=1), *geometry, padding, groups)
+        return Convolved(owner.split(x, n), owner.split(cot, n, lead=1), Shape(*geometry, padding), groups)
     # The transposed convolution of x is the convolution's gradient: weight [a, o / groups, *kernel] sums over places of
     # x the receptive fields of the cotangent.
     cot = F.pad(cot, [p for size in reversed(padding) for p in (size, size)]) if any(padding) else cot
-    bare = (0,) * len(padding)
+    bare = Shape(*geometry, (0,) * len(padding))
     cot, x = owner.split(cot, n, lead=1), owner.split(x, n)  # [n, C, F, o, *space], [n, F, a, *places]
     outputs = cot.shape[1]
-    swapped = Convolved(cot.flatten(0, 1), _each(x, outputs)[:, None], *geometry, bare, groups)
+    swapped = Convolved(cot.flatten(0, 1), _each(x, outputs)[:, None], bare, groups)
     places = tuple(
         (size - step * (k - 1) - 1) // s + 1 for size, k, s, step in zip(cot.shape[4:], *geometry, strict=True)
     )
@@ -202,7 +203,7 @@ def _convolution(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Fact
             ...,
             *(slice(0, (p - 1) * s + step * (k - 1) + 1) for p, k, s, step in zip(x.shape[3:], *geometry, strict=True)),
         )
-        swapped = Convolved(cot[keep].flatten(0, 1), swapped.cotangent, *geometry, bare, groups)
+        swapped = Convolved(cot[keep].flatten(0, 1), swapped.cotangent, bare, groups)
     if groups > 1:
         return Rows(swapped.rows().unflatten(0, (n, outputs))[:, :, 0])
     fields = swapped.pair()

@@ -25,6 +25,7 @@ from ntkit.jacobian.graph import (
 from ntkit.jacobian.model_calls import hooks, untouched, without_fused_rnn
 from ntkit.jacobian.ownership import establish
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
+from ntkit.jacobian.replicas import StateOfModules
 from ntkit.jacobian.rules import RULES
 from ntkit.jacobian.structure import PROBE, ExpectedGraph, Irregular, Part, SelfCheckError, Size, Structure
 
@@ -113,11 +114,14 @@ def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> 
     if plain_rnn:
         out = gradients.forward(probe, plain_rnn)
         nodes = nodes_behind(out)
+    before = StateOfModules(gradients.model)
     fewer = nodes_behind(gradients.forward(take(probe, slice(0, 2)), plain_rnn))
+    together = not before.changed()
     same_nodes = [node.name() for node in fewer] == [node.name() for node in nodes]
     uses, constant = _uses_and_constants(gradients, nodes, fewer if same_nodes else [])
     unused = set(gradients.params) - {name for use in uses for name in use.params}
-    structure = Structure(out.shape[1], unused, signatures_of(uses), len(samples), plain_rnn=plain_rnn)
+    structure = Structure(out.shape[1], unused, signatures_of(uses), len(samples), together=together)
+    structure.plain_rnn = plain_rnn
     structure.eps = max(torch.finfo(dtype).eps for dtype in {out.dtype, *gradients.dtypes(), *_precisions(nodes)})
     if any(not use.direct for use in uses):  # else the weight side consists of rearrangements
         structure.names, structure.constant = tuple(node.name() for node in nodes), frozenset(constant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.batch import Batch, alike, count, join, take
+from ntkit.base.workers import spread
 from ntkit.jacobian.contraction import Scratch, Tile, blocks, multiply, prepare, store, triangle
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.plan import Job
@@ -31,7 +33,6 @@ class Strip:
         """Compute ``result[:, rows]`` (and ``result[:, :, rows]`` of a symmetric kernel)."""
         plan, same = self.job.plan, x2 is None
         other = x1 if x2 is None else x2
-        scratch = Scratch(plan.scratch)
         n1, n2 = count(x1), count(other)
         right: Tile | None = None
         if not same and self._fit_in_one_pass(x1, other):
@@ -41,26 +42,42 @@ class Strip:
             left = self._tile(take(x1, rows), self.job.left)
         if same:
             # leaves of a sixteenth: the squares on the diagonal, done whole, cost little of the half saved
-            for a, b in triangle(0, left.n, plan.block, max(_LEAF, left.n // 16)):
-                upper = left.part(a.start, a.stop)
-                block = self._product(upper, upper if a == b else left.part(b.start, b.stop), scratch)
-                store(result, block, rows.start + a.start, rows.start + b.start, mirrored=True)
+            pieces = list(triangle(0, left.n, plan.block, max(min(_LEAF, plan.strip), left.n // 16)))
+            self._multiply(result, left, left, pieces, rows.start, rows.start, mirrored=True)
         for j in range(rows.stop if same else 0, n2, plan.columns):
             if right is None:
                 right = self._tile(take(other, slice(j, j + plan.columns)), self.job.right)
-            for a, b in blocks(left.n, right.n, plan.block):
-                block = self._product(left.part(a.start, a.stop), right.part(b.start, b.stop), scratch)
-                store(result, block, rows.start + a.start, j + b.start, mirrored=same)
+            pieces = list(blocks(left.n, right.n, plan.strip, plan.block))
+            self._multiply(result, left, right, pieces, rows.start, j, mirrored=same)
             right = None
 
+    def _multiply(
+        self, result: Tensor, left: Tile, right: Tile, pieces: list[tuple[slice, slice]], i: int, j: int, mirrored: bool
+    ) -> None:
+        """Blocks of the kernel of two tiles, those at (i, j) of the result and after; each by a worker."""
+        scratches: dict[int, Scratch] = {}  # by thread
+        pieces.sort(key=lambda piece: _size(piece), reverse=True)  # the largest first: none is left for the end
+
+        def work(piece: tuple[slice, slice]) -> None:
+            a, b = piece
+            scratch = scratches.setdefault(threading.get_ident(), Scratch(self.job.plan.scratch))
+            upper = left.part(a.start, a.stop)
+            block = self._product(upper, upper if left is right and a == b else right.part(b.start, b.stop), scratch)
+            store(result, block, i + a.start, j + b.start, mirrored=mirrored)
+
+        if result.device.type == "cpu":
+            spread(work, pieces)
+        else:
+            for piece in pieces:
+                work(piece)
+
     def _fit_in_one_pass(self, x1: Batch, x2: Batch) -> bool:
-        """Whether both sides are so few that they go through the model together."""
+        """Whether the factors of both sides are in memory at once, so that they may go through the model together."""
         plan, n1, n2 = self.job.plan, count(x1), count(x2)
-        few = n1 + n2 <= plan.batch and n1 <= plan.tile and n2 <= plan.columns
-        return few and self.job.left is self.job.right and alike(x1, x2)
+        return n1 <= plan.tile and n2 <= plan.columns and self.job.left is self.job.right and alike(x1, x2)
 
     def _tile(self, x: Batch, structure: Structure) -> Tile:
-        return prepare(self.gradients, x, structure, self.job.plan, self.advance)
+        return prepare(self.gradients, x, structure, self.job.plan, lambda part: self.advance(part.stop - part.start))
 
     def _product(self, left: Tile, right: Tile, scratch: Scratch) -> Tensor:
         if self.names is None:
@@ -70,3 +87,8 @@ class Strip:
             own = left.only(name)
             shares.append(multiply(own, own if left is right else right.only(name), self.mode, scratch))
         return torch.stack(shares)
+
+
+def _size(piece: tuple[slice, slice]) -> int:
+    a, b = piece
+    return (a.stop - a.start) * (b.stop - b.start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from ntkit.jacobian.ownership import Owner
 from ntkit.jacobian.pairs import Block, Place
@@ -71,9 +72,14 @@ class ExpectedGraph:
 
     def size_that_tells(self, n: int) -> int:
         """A batch size at which this graph differs from one with two axes swapped: n, unless an axis has that size."""
-        fixed = {s for two, more in zip(self.two, self.more, strict=True) if any(more)
-                 for s, step in zip(two, more, strict=True) if not step}  # fmt: skip
+        fixed = self._fixed
         return n if n not in fixed else next(m for m in range(2, len(fixed) + 3) if m not in fixed)
+
+    @cached_property
+    def _fixed(self) -> set[int]:
+        """Sizes of axes that do not grow with the batch, of results with one that does."""
+        return {s for two, more in zip(self.two, self.more, strict=True) if any(more)
+                for s, step in zip(two, more, strict=True) if not step}  # fmt: skip
 
     def fits(self, names: tuple[str, ...], shapes: list[tuple[int, ...]], n: int) -> bool:
         """Whether a batch of n samples has this graph."""
@@ -114,6 +120,7 @@ class Structure:
     expected: ExpectedGraph | None = None  # the whole graph by the batch's size, where it is as regular as that
     routes: set[tuple] = field(default_factory=set)  # those whose products were compared with float64
     twice: bool | None = None  # whether differentiating twice gives the Jacobian's products; None: not compared yet
+    together: bool = False  # whether several threads may run the model at once: its forward leaves nothing behind
     plain_rnn: bool = False  # whether fused recurrent layers are run step by step, since they hide their steps
     bytes_per_sample: int = 0  # of saved tensors and cotangents, for one output
 
