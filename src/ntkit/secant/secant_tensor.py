@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ntkit.base.checks import Refused, refusal
+from ntkit.secant.given import Given
 from ntkit.secant.shared_ends import current_pass
 
 aten = torch.ops.aten
@@ -167,29 +167,17 @@ def from_mid(func: Any, o0: Any, o1: Any, mid: Any) -> Any:
 def from_product(o0: Tensor, o1: Tensor, func: Any, args: Any, kwargs: Any) -> SecantTensor:
     """A SecantTensor with these values and the graph of an operation on the means, whose own result is not computed.
 
-    Autograd enters the operation into the graph before it runs; `_Given` then stands in for it.
+    Autograd enters the operation into the graph before it runs; `Given` then stands in for it.
     """
     if o0.numel() < _CHEAP:
         return from_graph(o0, o1, at_mid(func, args, kwargs))
     mean = torch.mul(o0, 0.5).add_(o1, alpha=0.5)
-    with _Given(func, mean):
+    with Given(func, mean):
         mid = at_mid(func, args, kwargs)
     return SecantTensor(o0, o1, mid) if mid.data_ptr() == mean.data_ptr() else from_graph(o0, o1, mid)
 
 
 _CHEAP = 4096  # entries up to which a product is computed sooner than left out
-
-
-class _Given(TorchDispatchMode):
-    """Returns a result that is known, where an operation would compute one."""
-
-    def __init__(self, func: Any, result: Tensor) -> None:
-        super().__init__()
-        self._func, self._result = func, result
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The result for that operation; others are computed."""
-        return self._result if func is self._func else func(*args, **(kwargs or {}))
 
 
 def from_slopes(value0: Tensor, value1: Tensor, *terms: tuple[Tensor | float, Tensor]) -> SecantTensor:

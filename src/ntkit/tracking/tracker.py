@@ -6,14 +6,14 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import functional as F
 
 from ntkit.base.batch import Batch, checked, count, leaves
@@ -24,14 +24,19 @@ from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import Task, task
 from ntkit.base.run_files import TRACK_FORMAT, tracking_id
 from ntkit.base.tensors import tensor_hash
-from ntkit.gram.krylov import leading
+from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import Outputs, raw_outputs
-from ntkit.kernels.tangent import TangentKernel
-from ntkit.tracking.losses import cross_entropy, derivatives, half_squared, logistic
+from ntkit.tracking.losses import cross_entropy, half_squared, logistic
+from ntkit.tracking.measurement import Network, Points, Snapshot, restored
 from ntkit.tracking.series import Tracked, assembled, close_folder, open_folder, read_snapshot, write_snapshot
-from ntkit.tracking.snapshot_numbers import KernelMatrix, KernelProducts, finite, kernel_change
+from ntkit.tracking.snapshot_numbers import finite, kernel_change
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.objective import Loss
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_SHARES = 8  # of the memory: one is scratch for a kernel; as many snapshots are measured at once, at most
 
 
 @own_context()
@@ -93,7 +98,7 @@ def track(
     with nullcontext() if folder is None else FolderLock(folder):
         if folder is not None:
             open_folder(folder, tracker.settings)
-        with _restored(model), task("kernel along training", total=len(selection)) as progress:
+        with restored(model), task("kernel along training", total=len(selection)) as progress:
             records, vectors = _measured(tracker, folder, selection, on_snapshot, progress)
         if folder is not None:
             close_folder(folder, tracker.settings, selection)
@@ -107,21 +112,27 @@ def _measured(
     on_snapshot: Callable[[dict[str, Any]], None] | None,
     progress: Task,
 ) -> tuple[list[dict[str, Any]], dict[int, np.ndarray]]:
-    """Records and eigenvectors by step: from the folder, or measured and written there."""
-    records, vectors = [], {}
-    for i, step in enumerate(selection):
-        stored = None if folder is None else tracker.stored(folder, step, selection[:i])
-        if stored is not None:
-            record, arrays = stored
-        else:
-            record, arrays = tracker.measure(step, selection[:i])
-            if folder is not None:
-                write_snapshot(folder, record, arrays, tracking_id(tracker.settings))
-            if on_snapshot is not None:
-                on_snapshot(record)
-        records.append(record)
-        vectors[step] = arrays["eigenvectors"]
-        progress.advance()
+    """Records and eigenvectors by step: from the folder, or measured, several at once, and written there in order."""
+    records: list[dict[str, Any]] = []
+    vectors: dict[int, np.ndarray] = {}
+    for start in range(0, len(selection), tracker.at_once):
+        group = [(step, selection[:i]) for i, step in enumerate(selection) if start <= i < start + tracker.at_once]
+        stored = [None if folder is None else tracker.stored(folder, *one) for one in group]
+        new = tracker.measure([one for one, found in zip(group, stored, strict=True) if found is None])
+        for (step, earlier), found in zip(group, stored, strict=True):
+            if found is None:
+                snapshot = new.pop(0)
+                record = snapshot.head | tracker.changes(snapshot.signature, step, earlier) | snapshot.tail
+                arrays = snapshot.arrays
+                if folder is not None:
+                    write_snapshot(folder, record, arrays, tracking_id(tracker.settings))
+                if on_snapshot is not None:
+                    on_snapshot(record)
+            else:
+                record, arrays = found
+            records.append(record)
+            vectors[step] = arrays["eigenvectors"]
+            progress.advance()
     return records, vectors
 
 
@@ -143,14 +154,12 @@ class _Tracker:
         self.x = checked(x, "x")
         self.n = count(self.x)
         budget = parse_memory(memory) or free_memory(next(model.parameters()).device) // 2
-        with _restored(model):
+        with restored(model):
             self._load(trajectory.steps[0])
             raw = raw_outputs(model, self.x)
         self.outputs = raw.reshape(self.n, -1).shape[1]
         self.mode = outputs if self.outputs > 1 or callable(outputs) else "trace"  # with one output all modes agree
         self.y, self.targets, self.loss = self._checked_targets(y, loss, raw.device)
-        self.full = TangentKernel(model, "full", memory=memory)
-        self.kernel = TangentKernel(model, self.mode, memory=memory)
         self.size = N = self.n * (self.outputs if self.mode == "full" else 1)
         if not 1 <= k <= N:
             raise refusal("k", got=k, expected=f"1 to {N}", fix="Use a smaller k.")
@@ -162,6 +171,21 @@ class _Tracker:
             fix = "Pass fewer points, or use outputs=lambda y: y[:, 0]."
             raise refusal('outputs="diagonal"', got=got, expected=f"at most {budget:.2g} bytes", fix=fix)
         self.layers = self.dense and len(dict(model.named_parameters())) * N * N * itemsize <= budget // 2
+        # scratch is the same for any number of snapshots at once: what is computed depends on it to the bit
+        points = Points(
+            self.x, self.y, self.targets, self.loss, self.n, self.outputs, self.mode, k, N, self.dense, self.layers,
+            max(budget // _SHARES, 1),
+        )  # fmt: skip
+        self._free: SimpleQueue[Network] = SimpleQueue()
+        own: list[nn.Module] = []
+        at_once = min(workers(), _SHARES, budget // (2 * self._bytes(itemsize) + 1))
+        if at_once > 1 and raw.device.type == "cpu":
+            with restored(model):
+                self._load(trajectory.steps[0])
+                own = copies(model, self.x, at_once)
+        self.at_once = max(len(own), 1)
+        for one in own or [model]:
+            self._free.put(Network(one, points))
         self._signatures: dict[int, Any] = {}  # step -> its kernel's signature, to measure changes
         self.settings = {
             "format": TRACK_FORMAT,
@@ -225,133 +249,68 @@ class _Tracker:
             return None
         return found if found and all(found[0].get(name) == value for name, value in identity.items()) else None
 
-    def measure(self, step: int, earlier: list[int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Numbers and eigenvectors of one snapshot."""
-        self._load(step)
+    def measure(self, group: list[tuple[int, list[int]]]) -> list[Snapshot]:
+        """Numbers and eigenvectors of some snapshots, each with its step and the steps before it."""
+        return self._in_workers(lambda one: self._measured(*one), group)
+
+    def _measured(self, step: int, earlier: list[int]) -> Snapshot:
         rates = self._rates(step)
-        record: dict[str, Any] = {"step": step, "loss": None, "learning_rate": finite(rates[0]) if rates else None}
-        record |= self._identity(step, earlier)
-        if not all(bool(t.isfinite().all()) for t in self.trajectory.state(step).values() if t.is_floating_point()):
-            shape = (self.outputs, self.size, self.k) if self.mode == "diagonal" else (self.size, self.k)
-            return record | {"status": "parameters that are not finite"}, {"eigenvectors": np.full(shape, np.nan)}
-        raw = raw_outputs(self.model, self.x)
-        slope = curvature = None
-        if self.loss is not None and self.y is not None:
-            record["loss"], slope, curvature = derivatives(self.loss, raw, self.y)
-        kernel = self._kernel()
-        values: dict[str, Tensor | None]
-        values = {"target": self.targets, "output": raw.reshape(self.n, -1).double(), "residual": slope}
-        if isinstance(kernel, KernelMatrix) and self.mode == "diagonal":
-            parts = []
-            for c in range(self.outputs):
-                columns = {name: None if v is None else v[:, c : c + 1] for name, v in values.items()}
-                parts.append(KernelMatrix(kernel.K[:, :, c]).spectral(self.k, columns, 1))
-            record["per_output"] = [numbers for numbers, _ in parts]
-            vectors = np.stack([v for _, v in parts])
-        else:
-            if callable(self.mode):  # one scalar of the outputs: only its values can be compared with the kernel
-                values = {"output": self.mode(raw).detach().double().reshape(self.n, 1)}
-            numbers, vectors = kernel.spectral(self.k, values, self.outputs if self.mode == "full" else 1)
-            record |= numbers
-        if isinstance(kernel, KernelMatrix):
-            record |= kernel.layered(self.targets)
-        record |= self._changes(kernel, step, earlier)
-        if slope is not None and curvature is not None:
-            record |= self._sharpness(kernel, curvature)
-            record["first_order"] = self._first_order(rates, slope)
-        return record, {"eigenvectors": vectors}
+        head: dict[str, Any] = {"step": step, "loss": None, "learning_rate": finite(rates[0]) if rates else None}
+        head |= self._identity(step, earlier)
+        with self._network() as network:
+            return network.measure(self.trajectory.state(step), step, head, self._by_parameter(rates))
 
-    def _kernel(self) -> KernelMatrix | KernelProducts:
-        """The kernel of the model's parameters."""
+    def _in_workers(self, work: Callable[[T], R], items: list[T]) -> list[R]:
+        """All results; in workers also where there is one item, whose numbers are then the same to the bit."""
+        return spread(work, items) if self.at_once > 1 else [work(item) for item in items]
+
+    @contextmanager
+    def _network(self) -> Iterator[Network]:
+        """A network that nobody else is at work with."""
+        network = self._free.get()
+        try:
+            yield network
+        finally:
+            self._free.put(network)
+
+    def _bytes(self, itemsize: int) -> int:
+        """Memory of one snapshot in hand, beside scratch: kernel, its parts, their precise form; the model."""
+        model = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
         if not self.dense:
-            return KernelProducts(self.kernel.operator(self.x), self.n)
-        shares = self.kernel.layers(self.x) if self.layers else None
-        K = sum(shares.values()) if shares else self.kernel(self.x)
-        assert isinstance(K, Tensor)
-        return KernelMatrix(K, shares, self.mode == "diagonal")
+            return 4 * model
+        matrices = (self.outputs if self.mode == "diagonal" else 1) + 1
+        matrices += len(dict(self.model.named_parameters())) if self.layers else 0
+        return 4 * model + self.size**2 * (matrices * itemsize + 4 * 8)
 
-    def _changes(self, kernel: KernelMatrix | KernelProducts, step: int, earlier: list[int]) -> dict[str, Any]:
-        """Distances of the kernel from the first one and from the one before."""
+    def changes(self, signature: Any, step: int, earlier: list[int]) -> dict[str, Any]:
+        """Distances of a kernel from the first one and from the one before."""
+        if signature is None:  # of parameters that are not finite
+            return {}
         if not earlier:
             self._signatures = {}
         first, before = (earlier[0], earlier[-1]) if earlier else (step, step)
-        self._signatures[step] = kernel.signature()
+        self._signatures[step] = signature
         for s in {first, before} - self._signatures.keys():  # in a resumed call: computed again, with the same values
-            self._load(s)
-            self._signatures[s] = self._kernel().signature()
-            self._load(step)
+            (self._signatures[s],) = self._in_workers(self._signature, [s])
         now, at_first, at_before = (self._signatures[s] for s in (step, first, before))
         self._signatures = {first: at_first, step: now}
         return kernel_change(now, at_first, at_before, step - before)
+
+    def _signature(self, step: int) -> Any:
+        with self._network() as network:
+            return network.signature(self.trajectory.state(step), step)
 
     def _rates(self, step: int) -> list[float]:
         """Learning rate of each group at a step; none if no step was logged."""
         rates = self.trajectory.learning_rates
         return rates[min(step, len(rates) - 1)].tolist() if len(rates) else []
 
-    def _sharpness(self, kernel: KernelMatrix | KernelProducts, curvature: Tensor) -> dict[str, Any]:
-        """Largest eigenvalue of the Gauss-Newton matrix (1/n) H^1/2 K H^1/2."""
-        values, vectors = torch.linalg.eigh(curvature)  # per sample, [n, C, C]
-        root = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
-        if not bool(root.any()):
-            return {"sharpness": 0.0, "stable_learning_rate": None}
-        scalar = self.outputs == 1 and not callable(self.mode)
-        is_full = isinstance(kernel, KernelMatrix) and kernel.K.dim() == 2 and scalar
-        operator = kernel.K.double() if is_full else self.full.operator(self.x)
-
-        def product(v: np.ndarray) -> np.ndarray:
-            u = torch.from_numpy(v).to(root).reshape(self.n, self.outputs, -1)
-            image = operator @ (root @ u).reshape(self.n * self.outputs, -1)
-            return (root @ image.to(root).reshape(u.shape)).reshape(v.shape).cpu().numpy() / self.n
-
-        largest = float(leading(product, self.n * self.outputs, 1, 1e-5)[0][0])
-        return {"sharpness": finite(largest), "stable_learning_rate": finite(2 / largest) if largest > 0 else None}
-
-    def _first_order(self, rates: list[float], slope: Tensor) -> dict[str, Any] | None:
-        """One gradient descent step on the points: the change of all outputs, and its first-order prediction."""
+    def _by_parameter(self, rates: list[float]) -> dict[str, float]:
+        """Learning rate by parameter; none if none was logged, or where groups were added later."""
         groups = self.trajectory.settings["optimizer"]["groups"]
-        if len(groups) != len(rates):  # none logged, or groups were added later: no rate per parameter
-            return None
-        rate = {name: lr for lr, group in zip(rates, groups, strict=True) for name in group["params"]}
-        gradient = self.full.vjp(self.x, slope / self.n)
-        update = {name: -rate.get(name, 0.0) * g for name, g in gradient.items()}
-        predicted = self.full.jvp(self.x, update).double()
-        before = raw_outputs(self.model, self.x).reshape(self.n, -1).double()
-        params = dict(self.model.named_parameters())
-        with torch.no_grad(), _restored(self.model):
-            for name, change in update.items():
-                params[name].add_(change)
-            after = raw_outputs(self.model, self.x).reshape(self.n, -1).double()
-        true = after - before
-        sizes = float(true.norm()), float(predicted.norm())
-        if not min(sizes) > 0:
-            return None
-        return {
-            "cosine": finite(float((true * predicted).sum()) / (sizes[0] * sizes[1])),
-            "relative_error": finite(float((true - predicted).norm()) / sizes[0]),
-            "norm_ratio": finite(sizes[1] / sizes[0]),
-        }
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore parameters, buffers and modes of the model at the end.
-
-    So are their version counters: a graph of the user's own that saved a parameter can still be differentiated.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    state = [(t, t.detach().clone()) for t in [*model.parameters(), *model.buffers()]]
-    with ExitStack() as versions:
-        for tensor, _ in state:
-            versions.enter_context(_unsafe_preserve_version_counter(tensor))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for tensor, value in state:
-                    tensor.copy_(value)
-            for module, mode in modes:
-                module.training = mode
+        if len(groups) != len(rates):
+            return {}
+        return {name: lr for lr, group in zip(rates, groups, strict=True) for name in group["params"]}
 
 
 def _fingerprint(function: Any) -> str:
