@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+from contextlib import contextmanager
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import ntkit
 from ntkit.base.checks import Refused
 from ntkit.jacobian.oracle import tangent_kernel
 from ntkit.tracking import Tracked, half_squared, scalars, track
+from ntkit.tracking.measurement import copies_of
 
 N, C = 11, 3
 
@@ -213,6 +217,123 @@ def test_stopped_and_gone_on(case, tmp_path):
         track(trajectory, x, y, model=model, k=4, path=tmp_path)
     with pytest.raises(Refused, match=r"track\.json"):
         Tracked.open(tmp_path / "nowhere")
+
+
+@contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Seen(nn.Module):
+    """Notes the threads that it runs in; in all its copies."""
+
+    threads: ClassVar[set[int]] = set()
+
+    def forward(self, x):
+        self.threads.add(threading.get_ident())
+        return x
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("outputs", ["trace", "full", "diagonal", lambda out: out[:, 0]])
+def test_several_snapshots_at_once_give_the_same_files(outputs, tmp_path):
+    x, y = draw(40, 4), draw(40, C, seed=1)
+    model = nn.Sequential(*mlp(), Seen())
+    trajectory = run(model, x, y)
+    steps = trajectory.steps[::2]
+    for memory in ("64 MB", "400 kB") if outputs == "full" else ("64 MB",):
+        found = []
+        for number in (1, 2, 5):
+            Seen.threads.clear()
+            told = []
+            folder = tmp_path / f"{memory} {number}"
+            with threads(number):
+                track(
+                    trajectory, x, y, model=model, k=3, outputs=outputs, memory=memory, path=folder, steps=steps,
+                    on_snapshot=lambda record, told=told: told.append(record["step"]),
+                )  # fmt: skip
+            assert told == steps
+            assert len(Seen.threads - {threading.get_ident()}) >= (number > 1)
+            found.append(files(folder))
+        assert found[0] == found[1] == found[2]
+        kinds = {Tracked.open(folder).settings["kernel"]}
+        assert kinds == {"dense" if memory == "64 MB" else "matrix-free"}
+
+
+def test_gone_on_with_other_workers(case, tmp_path):
+    x, y, model, trajectory = case
+    options = {"model": model, "k": 3, "memory": "64 MB"}
+    track(trajectory, x, y, path=tmp_path / "whole", **options)
+
+    def stop(record):
+        if record["step"] == trajectory.steps[4]:
+            raise KeyboardInterrupt
+
+    for number in (5, 2):
+        with threads(number), pytest.raises(KeyboardInterrupt):
+            track(trajectory, x, y, path=tmp_path / str(number), on_snapshot=stop, **options)
+        assert Tracked.open(tmp_path / str(number)).steps == trajectory.steps[:5]
+        assert not list((tmp_path / str(number)).glob(".*"))
+        with threads(3):
+            track(trajectory, x, y, path=tmp_path / str(number), **options)
+        assert files(tmp_path / str(number)) == files(tmp_path / "whole")
+
+
+def test_an_error_in_a_snapshot_is_the_callers(case):
+    x, y, model, trajectory = case
+
+    def loss(out, y):
+        if float(out.detach().double().sum()) != at_start:
+            raise ValueError("own")
+        return half_squared(out, y)
+
+    other = mlp()
+    trajectory.load(other, 0)
+    at_start = float(other(x).detach().sum())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with threads(3), pytest.raises(ValueError, match="own"):
+        track(trajectory, x, y, model=model, k=3, loss=loss)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class Outside(nn.Module):
+    """Holds a function, which a copy of it shares with it."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, x):
+        return self.function(self.model(x))
+
+
+@pytest.mark.parametrize("way", ["leads back", "no copies", "hook"])
+def test_a_model_without_copies_of_its_own_goes_one_after_the_other(way, tmp_path):
+    x, y = draw(N, 4), draw(N, C, seed=1)
+    inner = mlp()
+    model = Outside(inner, (lambda out: out * inner[0].bias.sum()) if way == "leads back" else torch.tanh)
+    if way == "no copies":
+        inner[0].lock = threading.Lock()
+    elif way == "hook":
+        inner.register_forward_hook(lambda module, args, out: out + 1)
+    model = nn.Sequential(model, Seen())
+    trajectory = run(model, x, y)
+    for number in (1, 4):
+        with threads(number):
+            track(trajectory, x, y, model=model, k=3, memory="64 MB", path=tmp_path / str(number))
+    one, four = (Tracked.open(tmp_path / str(number)).series for number in (1, 4))
+    for name in ("trace", "loss", "change"):
+        assert four[name][1:] == pytest.approx(one[name][1:], rel=1e-9)
+    assert copies_of(model, x, 2) == []
+    assert len(copies_of(mlp(), x, 2)) == 2
 
 
 def test_the_model_is_left_as_it_was(case):

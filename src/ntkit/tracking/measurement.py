@@ -181,7 +181,7 @@ class Network:
         }
 
 
-def copies(model: nn.Module, x: Batch, number: int) -> list[nn.Module]:
+def copies_of(model: nn.Module, x: Batch, number: int) -> list[nn.Module]:
     """Copies of a model that can be used in several threads at once; none where that may be wrong.
 
     Each must give the model's outputs bit by bit, and so without the model: that has no number in it meanwhile. (A

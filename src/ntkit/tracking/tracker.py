@@ -27,7 +27,7 @@ from ntkit.base.tensors import tensor_hash
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import Outputs, raw_outputs
 from ntkit.tracking.losses import cross_entropy, half_squared, logistic
-from ntkit.tracking.measurement import Network, Points, Snapshot, restored
+from ntkit.tracking.measurement import Network, Points, Snapshot, copies_of, restored
 from ntkit.tracking.series import Tracked, assembled, close_folder, open_folder, read_snapshot, write_snapshot
 from ntkit.tracking.snapshot_numbers import finite, kernel_change
 from ntkit.trajectory import Trajectory
@@ -182,7 +182,7 @@ class _Tracker:
         if at_once > 1 and raw.device.type == "cpu":
             with restored(model):
                 self._load(trajectory.steps[0])
-                own = copies(model, self.x, at_once)
+                own = copies_of(model, self.x, at_once)
         self.at_once = max(len(own), 1)
         for one in own or [model]:
             self._free.put(Network(one, points))
