@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntkit
-from ntkit.kernels.path import sweep
+from ntkit.kernels.path import effects, sweep
 from ntkit.testing import check_kernel
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -168,7 +169,7 @@ def test_predictions_are_rebuilt_exactly(name, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
-@pytest.mark.parametrize("name", ["relu", "max pool", "attention"])
+@pytest.mark.parametrize("name", ["relu", "max pool"])
 def test_in_single_precision(name, optimizer):
     run, _, _, _, test = trained(name, optimizer, torch.float32, steps=25)
     assert ntkit.PathKernel(run).decompose(test).error <= 1e-5
@@ -449,6 +450,85 @@ def test_a_killed_decomposition_goes_on(optimizer, tmp_path):
         torch.testing.assert_close(found.layers[name], share, rtol=1e-10, atol=1e-13)
     with pytest.raises(ntkit.Refused, match=r"another decomposition \(x differ"):
         ntkit.PathKernel(run).decompose(test + 1, layers=True, steps=True, path=tmp_path / "found")
+
+
+@contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def _small_cuts(monkeypatch):
+    for name, size in {"_PIECE": 400, "_ENTRIES": 16, "_FACTORS": 40}.items():
+        monkeypatch.setattr(effects, name, size)
+
+
+@pytest.mark.usefixtures("_small_cuts")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["relu", "max pool"])
+def test_any_number_of_workers_gives_the_same_bits(name, optimizer, tmp_path):
+    run, *_, test = trained(name, optimizer, steps=4)
+    calls, spread = [], effects.spread
+
+    def counted(work, items):
+        calls.append(len(items))
+        return spread(work, items)
+
+    found = []
+    with mock.patch.object(effects, "spread", counted):
+        for number in (1, 2, 5):
+            with threads(number):
+                found.append(ntkit.PathKernel(run, memory="1 GB").decompose(test, layers=True, steps=True))
+    assert max(calls) > 1
+    for one in found[1:]:
+        assert torch.equal(one.contributions, found[0].contributions)
+        assert torch.equal(one.regularization, found[0].regularization)
+        assert all(torch.equal(share, found[0].layers[name]) for name, share in one.layers.items())
+    assert found[0].error <= 1e-12
+
+
+@pytest.mark.usefixtures("_small_cuts")
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+def test_gone_on_with_other_workers_it_gives_the_same_bits(optimizer, tmp_path):
+    run, *_, test = trained("relu", optimizer)
+    stepped, taken = sweep.Sweep.step, []
+
+    def step(self, made):
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        taken.append(made.step)
+        stepped(self, made)
+
+    with (
+        mock.patch("ntkit.trajectory.run_writer.CHECKPOINT_SECONDS", 0),
+        mock.patch("ntkit.trajectory.run_writer.CHECKPOINT_SHARE", 99),
+    ):
+        with mock.patch.object(sweep.Sweep, "step", step), threads(1), pytest.raises(KeyboardInterrupt):
+            ntkit.PathKernel(run, memory="1 GB").decompose(test, path=tmp_path / "found")
+        with threads(5):
+            found = ntkit.PathKernel(run, memory="1 GB").decompose(test, path=tmp_path / "found")
+    whole = ntkit.PathKernel(run, memory="1 GB").decompose(test)
+    assert torch.equal(found.contributions, whole.contributions)
+    assert torch.equal(found.regularization, whole.regularization)
+
+
+def test_parameters_are_kept_in_memory_or_read_again(monkeypatch):
+    run, *_, test = trained("relu", "adam", record="all")
+    read, state = [], type(run).state
+    monkeypatch.setattr(type(run), "state", lambda self, step: read.append(step) or state(self, step))
+    found = []
+    one_step = sum(p.nbytes for p in run.origin[0].parameters())
+    for size in (2**28, 14 * one_step, 0):  # room for all of nine steps, for what is not on disk, for nothing
+        with mock.patch("ntkit.trajectory.replay.MEMORY", size):
+            read.clear()
+            found.append((ntkit.PathKernel(run).decompose(test), len(read)))
+    assert all(torch.equal(one.contributions, found[0][0].contributions) for one, _ in found)
+    assert found[0][1] + 9 == found[1][1] < found[2][1]
 
 
 # ---------------------------------------------------------------------- results, refusals

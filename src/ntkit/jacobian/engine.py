@@ -207,11 +207,21 @@ class Engine:
             return Job(left, right, plan.fitted(left if right is left else joined(left, right)))
         n1, n2, same = count(x1), count(x1 if x2 is None else x2), x2 is None
         budget = self.memory()
-        key = (left, right, len(left.fallback), len(right.fallback), n1, n2, same, aligned, budget)
+        fallback, together = (len(left.fallback), len(right.fallback)), (left.together, right.together)
+        key = (left, right, fallback, together, n1, n2, same, aligned, budget, workers())
         if key not in self._plans:
             both = left if right is left else joined(left, right)
             plan = make_plan(
-                both, self.mode, n1, n2, budget, self.like, same=same, aligned=aligned, routes=self._routes
+                both,
+                self.mode,
+                n1,
+                n2,
+                budget,
+                self.like,
+                same=same,
+                apart=left is not right,
+                aligned=aligned,
+                routes=self._routes,
             )
             self._compare_products(x1, left, plan, aligned)
             if len(self._plans) == _PLANS:  # the oldest goes, and with it a structure that may be out of use

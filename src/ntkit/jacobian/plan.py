@@ -216,6 +216,7 @@ def make_plan(
     like: Tensor,
     *,
     same: bool = False,
+    apart: bool = False,
     aligned: bool = False,
     routes: Mapping[str, Route] | None = None,
 ) -> Plan:
@@ -225,7 +226,8 @@ def make_plan(
     ----------
     structure : of the model on these inputs.
     mode : "full", "diagonal" or "trace" ("sum" and callables have one output and are "trace").
-    n1, n2 : samples on each side; `same` when the second set is the first, `aligned` when only pairs (i, i) are wanted.
+    n1, n2 : samples on each side; `same` when the second set is the first, `apart` when it has another
+        structure, `aligned` when only pairs (i, i) are wanted.
     budget : bytes of scratch memory, beside inputs and result.
     like : a parameter, for its device and its bytes per number.
     routes : parameter -> route, where the choice is not to be the cheapest.
@@ -248,7 +250,8 @@ def make_plan(
     entries = max((step.bytes_per_sample for step in steps if step.route != "outer"), default=0)
     transient = structure.bytes_per_sample * (outputs + 1) + 2 * factors + entries + 1
     cores = workers() if like.device.type == "cpu" else 1
-    samples = n1 if same else n1 + n2
+    # both sides go through the model together where they are samples of one kind, else one after the other
+    samples = n1 if same else max(n1, n2) if apart else n1 + n2
     batch = _batch(structure, samples, budget * 0.3 / cores / transient, transient, like, cores)
     numbers = min(_BLOCK.get(like.device.type, 2**20), budget * 0.1 / (3 * itemsize * cores))
     block = max(1, math.isqrt(int(numbers / shape.results)))
@@ -270,6 +273,7 @@ def make_plan(
 
 def _batch(structure: Structure, n: int, fit: float, transient: int, like: Tensor, cores: int) -> int:
     """Samples that a worker sends through the model at a time, of which `fit` fit into memory."""
+    cores = 1 if structure.together is False or structure.expected is None else cores
     most = fit
     if like.device.type == "cpu":
         most = min(most, max(_FORWARD / transient, _FEWEST))

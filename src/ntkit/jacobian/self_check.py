@@ -118,6 +118,8 @@ def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> 
     uses, constant = _uses_and_constants(gradients, nodes, fewer if same_nodes else [])
     unused = set(gradients.params) - {name for use in uses for name in use.params}
     structure = Structure(out.shape[1], unused, signatures_of(uses), len(samples), plain_rnn=plain_rnn)
+    if getattr(gradients.model, "one_graph", False):
+        structure.together = False  # a pass of both ends sets switches of the whole process
     structure.eps = max(torch.finfo(dtype).eps for dtype in {out.dtype, *gradients.dtypes(), *_precisions(nodes)})
     if any(not use.direct for use in uses):  # else the weight side consists of rearrangements
         structure.names, structure.constant = tuple(node.name() for node in nodes), frozenset(constant)

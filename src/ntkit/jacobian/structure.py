@@ -151,6 +151,7 @@ def joined(a: Structure, b: Structure) -> Structure:
         a,
         sizes=sizes,
         fallback=a.fallback | b.fallback,
+        together=False if False in (a.together, b.together) else a.together,
         shared={bias: weight for bias, weight in a.shared.items() if b.shared.get(bias) == weight},
         bytes_per_sample=max(a.bytes_per_sample, b.bytes_per_sample),
     )

@@ -52,12 +52,17 @@ class ReplayStep:
 
 
 class _StepRecord(NamedTuple):
-    """What stays in memory of a replayed step; parameters with a snapshot are on disk."""
+    """What stays in memory of a replayed step; parameters with a snapshot need not: they are on disk."""
 
     slope: Tensor
     updates: dict[str, Update]
     before: dict[str, Tensor] | None
     exact: bool
+    on_disk: bool
+
+    def needed(self) -> _StepRecord:
+        """The record without what is on disk."""
+        return self._replace(before=None) if self.on_disk else self
 
     def size(self) -> int:
         values = [self.slope, *(self.before or {}).values(), *(update.buffered for update in self.updates.values())]
@@ -165,7 +170,7 @@ class Replay:
             return
         self._load_start()
         records: list[_StepRecord] | None = []
-        exact, size, starts = True, 0, []
+        exact, size, size_with_all, starts = True, 0, 0, []
         with task("replaying the training run", self.steps) as work, _isolated(self.model):
             self._go_to(0, _Start(None, {}))
             for step in range(self.steps):
@@ -174,11 +179,16 @@ class Replay:
                     starts.append(_Start(values, _copy_of(self._opt.state)))
                 record = self._replay_step(step)
                 exact &= record.exact
-                size += record.size()
-                if records is not None and size <= MEMORY:
+                size += record.needed().size()
+                size_with_all += record.size()
+                if records is None or size > MEMORY:
+                    records = None
+                elif size_with_all <= MEMORY:
                     records.append(record)
                 else:
-                    records = None
+                    if size_with_all - record.size() <= MEMORY:
+                        records = [r.needed() for r in records]
+                    records.append(record.needed())
                 work.advance()
         self._records, self._starts = records, starts if records is None else []
         self.bitwise, self._checked = exact, True
@@ -219,7 +229,7 @@ class Replay:
         with task(f"replaying steps {first} to {last}", last - first) as work, _isolated(self.model):
             self._go_to(first, self._starts[first // self._stride])
             for step in range(first, last):
-                part.append(self._replay_step(step))
+                part.append(self._replay_step(step).needed())
                 work.advance()
         return part
 
@@ -237,7 +247,7 @@ class Replay:
             group["lr"] = rate
         updates = optimizer_updates.take_step(self._opt, self._params, factor)
         exact = step + 1 not in self._recorded or self._equals_snapshot(step + 1, before)
-        return _StepRecord(slope, updates, None if step in self._recorded else before, exact)
+        return _StepRecord(slope, updates, before, exact, step in self._recorded)
 
     def _slope(self, step: int) -> Tensor:
         """Compute the gradients of the step's loss in place; return its gradient by the outputs."""

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count
-from ntkit.jacobian.contraction import Scratch, Tile, multiply
+from ntkit.jacobian.contraction import Tile
 from ntkit.jacobian.engine import Engine, Job
-from ntkit.jacobian.pairs import Pairs, Whole
+from ntkit.kernels.path.effects import Addition, Delta, add_all, has_buffer, multiplied, times
 from ntkit.kernels.path.integration import Segment
-from ntkit.trajectory.optimizer_updates import Update
 from ntkit.trajectory.replay import ReplayStep
 
 _SHARE = 0.15  # of the budget: for the gradients of the training examples in hand
@@ -87,7 +86,7 @@ class Sweep:
     @torch.no_grad()
     def step(self, step: ReplayStep) -> None:
         """Add the contributions of one more step: the one before the last one added."""
-        plain = not self._buffers and not any(_has_buffer(u) for u in step.updates.values())
+        plain = not self._buffers and not any(has_buffer(u) for u in step.updates.values())
         self._segment.at(step.before, step.after)
         values = self._plain(step) if plain else self._accumulated(step)
         total = torch.stack(list(values.values())).sum(0) if len(values) > 1 else next(iter(values.values()))
@@ -157,11 +156,11 @@ class Sweep:
         contributions: dict[str, Tensor] = {}
         decay = torch.zeros_like(self.regularization)
         for weight in self._segment.places(step.before, step.after, self._x):
-            test, scratch = self._segment.engine.tile(self._x, job.left, job.plan), Scratch(job.plan.scratch)
+            test = self._segment.engine.tile(self._x, job.left, job.plan)
             for factor, names in groups.items():
                 for name in names if apart else names[:1]:
                     one, other = (test.only(name), train.only(name)) if apart else (test, train)
-                    product = multiply(one, other, "full", scratch)[..., 0].transpose(0, 1).double()
+                    product = multiplied(one, other, job.plan.scratch).transpose(0, 1).double()
                     contributions[name] = contributions.get(name, 0.0) + weight * factor * product
             for name, u in step.updates.items():
                 if rate := u.direct * u.coupled + u.decoupled:
@@ -177,7 +176,7 @@ class Sweep:
     def _accumulated(self, step: ReplayStep) -> dict[str, Tensor]:
         """Contributions of a step whose gradients act on later steps through a buffer."""
         direct = self._absorb(step)
-        deltas: dict[str, tuple[float, Tensor] | None] = {}
+        deltas: dict[str, Delta | None] = {}
         for name, u in step.updates.items():
             buffer = self._buffers.get(name)
             if name in direct:
@@ -193,45 +192,34 @@ class Sweep:
         self._carry = {name: u.carry for name, u in step.updates.items()}
         contributions: dict[str, list[Tensor]] = {}
         for rows in self._train_rows(step):
+            products = times(deltas, rows)
             for name, entries in rows.items():
-                delta = deltas[name]
-                if delta is None:
+                part = products.pop(name, None)
+                if part is None:
                     part = self._total.new_zeros(len(entries), *self.regularization.shape)
-                else:
-                    factor, values = delta
-                    flat = entries @ values.flatten(0, 1).T
-                    part = (factor * step.updates[name].gradient) * flat.view(-1, *values.shape[:2]).double()
-                contributions.setdefault(name, []).append(part)
+                contributions.setdefault(name, []).append(part.mul_(step.updates[name].gradient))
         return {name: torch.cat(parts) for name, parts in contributions.items()}
 
     def _absorb(self, step: ReplayStep) -> dict[str, Tensor]:
         """Add Phi of this step to Lambda; returns Phi itself where it also acts directly."""
         m = count(self._x)
         direct: dict[str, Tensor] = {}
-        for name, buffer in self._buffers.items():
-            if (carry := self._carry.get(name, 0.0)) != 1.0:
-                buffer.mul_(carry)
+        carry = {name: self._carry.get(name, 0.0) for name in self._buffers}  # once, with the first gradients
         for weight in self._segment.places(step.before, step.after, self._x):
             for part, factors in self._segment.engine.batches(self._x, _SHARE):
+                sums = self.regularization[part]
+                additions = []
                 for name, factor in factors.items():
                     u, theta = step.updates[name], step.before[name].reshape(-1)
-                    shape = (m, self.regularization.shape[1], theta.numel())
-                    if _has_buffer(u) and name not in self._buffers:
-                        self._buffers[name] = theta.new_zeros(shape)
-                    if u.direct and name not in direct:
-                        direct[name] = theta.new_zeros(shape)
-                    rows: Tensor | None = None
-                    if u.decoupled or isinstance(u.buffered, Tensor) or not isinstance(factor, Pairs):
-                        rows = factor.rows()
-                    if u.decoupled and rows is not None:
-                        self.regularization[part] -= weight * u.decoupled * (rows @ theta.to(rows)).double()
-                    if isinstance(u.buffered, Tensor):
-                        assert rows is not None
-                        self._buffers[name][part].addcmul_(rows, u.buffered.reshape(-1).to(rows), value=-weight)
-                    elif _has_buffer(u):
-                        _add(self._buffers[name][part], factor, rows, -weight * u.buffered)
-                    if u.direct:
-                        _add(direct[name][part], factor, rows, weight)
+                    for needed, own in ((has_buffer(u), self._buffers), (bool(u.direct), direct)):
+                        if needed and name not in own:
+                            own[name] = theta.new_zeros(m, sums.shape[1], theta.numel())
+                    buffer, at_once = (
+                        None if (t := own.get(name)) is None else t[part] for own in (self._buffers, direct)
+                    )
+                    additions.append(Addition(u, factor, buffer, carry.get(name, 1.0), at_once, theta, sums))
+                add_all(additions, weight)
+            carry = {}
         return direct
 
     def _train_rows(self, step: ReplayStep) -> Iterator[dict[str, Tensor]]:
@@ -240,21 +228,6 @@ class Sweep:
         x = prepended(step.slope, step.x, "ntkit_slope")
         for _, factors in self._train.batches(x, _SHARE):
             yield {name: factor.rows()[:, 0] for name, factor in factors.items()}
-
-
-def _has_buffer(u: Update) -> bool:
-    return isinstance(u.buffered, Tensor) or u.buffered != 0.0 or u.carry != 0.0
-
-
-def _add(total: Tensor, factor: Whole, rows: Tensor | None, alpha: float) -> None:
-    """Add a gradient to `total` [n, C, entries], in one pass where it is one outer product per sample and output."""
-    if rows is None and isinstance(factor, Pairs) and len(factor.parts) == 1:
-        (p,) = factor.parts
-        if p.positions == 1 and p.block is None and p.data.dtype == total.dtype:
-            left, right = p.left[:, :, 0, :, None], p.right[:, :, 0, None, :]
-            total.view(*total.shape[:2], p.l, p.r).addcmul_(left, right, value=alpha)
-            return
-    total.add_(factor.rows() if rows is None else rows, alpha=alpha)
 
 
 def _along(tile: Tile, name: str, direction: Tensor) -> Tensor:
