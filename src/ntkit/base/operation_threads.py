@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,16 +16,40 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 
+class _Before(threading.local):
+    numbers: tuple[int, int] | None = None  # PyTorch's and MKL's, outside of `one_thread`
+
+
+_BEFORE = _Before()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Operations called inside, by this thread, run in it alone."""
-    torch.get_num_threads()  # a thread's first question sets its number, so it must come before ours
-    before = _mkl()(1)
+    number = torch.get_num_threads()  # a thread's first question sets its number, so it must come before ours
+    outer, mkl = _BEFORE.numbers, _mkl()(1)
+    _BEFORE.numbers = outer or (number, mkl)
     try:
         with _openmp().limit(limits=1):
             yield
     finally:
-        _mkl()(before)
+        _mkl()(mkl)
+        _BEFORE.numbers = outer
+
+
+@contextmanager
+def threads_of_caller() -> Iterator[None]:
+    """Inside of `one_thread`, with as many threads as outside: what is repeated of a run must be so to the last bit."""
+    if _BEFORE.numbers is None:
+        yield
+        return
+    number, mkl = _BEFORE.numbers
+    inner = _mkl()(mkl)
+    try:
+        with _openmp().limit(limits=number):
+            yield
+    finally:
+        _mkl()(inner)
 
 
 @cache

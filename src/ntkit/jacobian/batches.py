@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, take
+from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.factors import Gradients
-from ntkit.jacobian.lockstep import runs_together, three_sets
+from ntkit.jacobian.lockstep import known, runs_together, three_sets
 from ntkit.jacobian.pairs import Whole
 from ntkit.jacobian.replicas import in_one_thread, replica
 from ntkit.jacobian.structure import Structure
@@ -102,6 +102,7 @@ def _together(gradients: Gradients, structure: Structure, x: Batch) -> bool:
             grads = torch.autograd.grad([out], params, [weights], allow_unused=True)
             return [out, *(g.to_dense() for g in grads if g is not None)]
 
+        kind = (tuple((t.dtype, t.shape[1:]) for t in leaves(x)), gradients.outputs, tuple(gradients.params))
         with torch.enable_grad():
-            structure.together = runs_together(gradients.model, run, samples)
+            structure.together = known(gradients.model, kind, lambda: runs_together(gradients.model, run, samples))
     return structure.together

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, take
+from ntkit.base.batch import Batch, count, leaves, take
 from ntkit.base.workers import spread, workers
-from ntkit.jacobian.lockstep import runs_together, three_sets
+from ntkit.jacobian.lockstep import known, runs_together, three_sets
 from ntkit.jacobian.model_calls import call, untouched
 from ntkit.jacobian.replicas import in_one_thread, replicas
 
@@ -42,9 +42,12 @@ def _together(model: nn.Module, x: Batch) -> bool:
     device, samples = next((p.device.type for p in model.parameters()), "cpu"), three_sets(x)
     if device != "cpu" or in_one_thread(model) or samples is None:
         return False
-    if not isinstance(call(model, samples[0]), Tensor):
-        return False
-    return runs_together(model, lambda own, x: [call(own, x)], samples)
+
+    def look() -> bool:
+        floats = isinstance(out := call(model, samples[0]), Tensor) and out.is_floating_point()
+        return floats and runs_together(model, lambda own, x: [call(own, x)], samples)
+
+    return known(model, tuple((t.dtype, t.shape[1:]) for t in leaves(x)), look)
 
 
 def raw_outputs(model: nn.Module, x: Batch, batch: int = 128) -> Tensor:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,17 @@ _MOST = 20_000  # turns: what comes later in a very long pass is not looked at
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 Pass = Callable[[nn.Module, Batch], list[Tensor]]
 Found = list[Tensor] | None  # of a pass; None: it failed
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+
+
+def known(model: nn.Module, kind: Any, look: Callable[[], bool]) -> bool:
+    """`runs_together` of a model on one kind of pass and samples: looked at once, since it takes a tenth of a second."""
+    answers = _KNOWN.setdefault(model, {})
+    if kind not in answers:
+        answers[kind] = look()
+    return answers[kind]
 
 
 def runs_together(model: nn.Module, run: Pass, samples: tuple[Batch, ...]) -> bool:
@@ -88,12 +100,14 @@ def three_sets(x: Batch, most: int = 8) -> tuple[Batch, Batch, Batch] | None:
 def _alike(found: list[Tensor] | None, expected: list[Tensor]) -> bool:
     if found is None or len(found) != len(expected):
         return False
+    largest = max((float(b.abs().max()) for b in expected if b.numel()), default=0.0)
     for a, b in zip(found, expected, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
-        bound = 1e3 * torch.finfo(b.dtype).eps * b.abs().max() if b.is_floating_point() and b.numel() else 0
-        if not ((a - b).abs() <= bound).all():
-            return False
+        if b.numel():  # gradients that vanish by symmetry are rounding of larger ones
+            bound = 1e3 * torch.finfo(b.dtype).eps * (float(b.abs().max()) + 0.01 * largest)
+            if not ((a - b).abs() <= bound).all():
+                return False
     return True
 
 

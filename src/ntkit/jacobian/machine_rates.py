@@ -8,6 +8,7 @@ changes from one process to the next would change the last bits of a resumed run
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -126,15 +127,16 @@ def _precision(like: Tensor) -> str:
 
 
 def _file(name: str = "rates") -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "ntkit" / f"{name}.json"
 
 
 def _read() -> dict[str, Rates]:
     try:
-        return {key: Rates(**{name: float(v) for name, v in value.items()}) for key, value in _kept(_file()).items()}
+        read = {key: Rates(**{name: float(v) for name, v in value.items()}) for key, value in _kept(_file()).items()}
     except (ValueError, TypeError, AttributeError):
         return {}  # not ours: measured again
+    return {key: rates for key, rates in read.items() if all(0 < v < math.inf for v in asdict(rates).values())}
 
 
 def _read_text(file: Path) -> dict[str, str]:
@@ -144,7 +146,7 @@ def _read_text(file: Path) -> dict[str, str]:
 def _kept(file: Path) -> dict[str, Any]:
     try:
         kept = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}  # absent, or not ours: measured again
     return kept if isinstance(kept, dict) else {}
 

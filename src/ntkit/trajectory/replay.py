@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, call_with
 from ntkit.base.checks import refusal
 from ntkit.base.integrity import damaged
+from ntkit.base.operation_threads import threads_of_caller
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.graph import correct_norms
@@ -241,11 +242,12 @@ class Replay:
     def _replay_step(self, step: int) -> _StepRecord:
         """Take a step from the model's parameters to the next ones, which are read from a snapshot if there is one."""
         before = self._values()
-        slope = self._slope(step)
-        factor = optimizer_updates.clip_gradients(self._params.values(), self._clip)
-        for group, rate in zip(self._opt.param_groups, self._rates[step].tolist(), strict=True):
-            group["lr"] = rate
-        updates = optimizer_updates.take_step(self._opt, self._params, factor)
+        with threads_of_caller():  # sums are cut up among threads: another number gives other last bits
+            slope = self._slope(step)
+            factor = optimizer_updates.clip_gradients(self._params.values(), self._clip)
+            for group, rate in zip(self._opt.param_groups, self._rates[step].tolist(), strict=True):
+                group["lr"] = rate
+            updates = optimizer_updates.take_step(self._opt, self._params, factor)
         exact = step + 1 not in self._recorded or self._equals_snapshot(step + 1, before)
         return _StepRecord(slope, updates, before, exact, step in self._recorded)
 
