@@ -39,7 +39,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
 
 def known(model: nn.Module, kind: Any, look: Callable[[], bool]) -> bool:
-    """`runs_together` of a model on one kind of pass and samples: looked at once, since it takes a tenth of a second."""
+    """`runs_together` of a model on one kind of pass and samples: looked at once, for it takes a tenth of a second."""
     answers = _KNOWN.setdefault(model, {})
     if kind not in answers:
         answers[kind] = look()
@@ -60,7 +60,7 @@ def runs_together(model: nn.Module, run: Pass, samples: tuple[Batch, ...]) -> bo
     before = StateOfModules(model)
     try:
         start = time.monotonic()
-        expected = [run(model, x) for x in samples]
+        expected = [[t.detach() for t in run(model, x)] for x in samples]
         seconds = (time.monotonic() - start) / 3  # of a pass
         patience = 4 * _PATIENCE + 60 * seconds
         between, counter = StateOfModules(model), _Counter()

@@ -273,13 +273,14 @@ def make_plan(
 
 def _batch(structure: Structure, n: int, fit: float, transient: int, like: Tensor, cores: int) -> int:
     """Samples that a worker sends through the model at a time, of which `fit` fit into memory."""
-    cores = 1 if structure.together is False or structure.expected is None else cores
     most = fit
     if like.device.type == "cpu":
         most = min(most, max(_FORWARD / transient, _FEWEST))
         flops = sum(2.0 * p.positions * p.l * p.r for size in structure.sizes.values() for p in size.parts)
-        if n * flops * (1 + 2 * structure.outputs) / rates_for(like).batched > cores * _WORTH:
-            most = min(most, math.ceil(n / cores))
+        worth = n * flops * (1 + 2 * structure.outputs) / rates_for(like).batched > cores * _WORTH
+        if not worth or structure.together is False or structure.expected is None:
+            cores = 1
+        most = min(most, math.ceil(n / cores))
     most = max(1, min(256, int(most), n))
     even = math.ceil(n / (math.ceil(n / (most * cores)) * cores))  # as many batches for each worker
     expected = structure.expected
