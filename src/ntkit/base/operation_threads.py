@@ -37,6 +37,11 @@ def one_thread() -> Iterator[None]:
         _BEFORE.numbers = outer
 
 
+def limited() -> bool:
+    """Whether this thread is inside of `one_thread`."""
+    return _BEFORE.numbers is not None
+
+
 @contextmanager
 def threads_of_caller() -> Iterator[None]:
     """Inside of `one_thread`, with as many threads as outside: what is repeated of a run must be so to the last bit."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.caller_context import same_context, threads
-from ntkit.base.operation_threads import one_thread
+from ntkit.base.operation_threads import limited, one_thread
 
 _ROWS = 256  # of a product, by one worker
 
@@ -67,7 +67,7 @@ def spread(
     >>> spread(lambda number: number**2, [1, 2, 3])
     [1, 4, 9]
     """
-    if workers() == 1 or not items:
+    if workers() == 1 or not items or (len(items) == 1 and limited()):
         results = []
         for item in items:
             results.append(work(item))

@@ -36,7 +36,7 @@ _BLOCK = {"cpu": 2**20, "cuda": 2**26}
 _TILE = 1024  # samples of the streaming side at a time
 _NARROWEST = 64  # rows: a product of fewer is slower for each
 _SEVERAL = 4  # batches for each worker from which one more does not count
-_WORTH = 5e-4  # seconds of a worker below which what it costs to share out work is more than it saves
+_WORTH = 3e-3  # seconds of a worker below which what it costs to share out work is more than it saves
 
 Route = Literal["outer", "tokens", "nested", "rows"]
 ROUTES: tuple[Route, ...] = get_args(Route)
