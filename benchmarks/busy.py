@@ -24,7 +24,8 @@ from benchmarks.workloads import WORKLOADS, Workload
 
 SECONDS = 4.0  # per workload, threads and load
 TUTORIAL = ("cnn-10-20", "vgg-1-100")  # where the tutorial's Jacobian is measured, too
-HEAVY = ("mlp-10-4000", "vgg-1-1000", "vgg-10-1000", "resnet18-10-32", "vit-10-32", "gpt2-1-16")  # left out: minutes each
+# left out: minutes each
+HEAVY = ("mlp-10-4000", "vgg-1-1000", "vgg-10-1000", "resnet18-10-32", "vit-10-32", "gpt2-1-16")
 _BUSY = "import math\nwhile True: math.factorial(3000)"
 
 
