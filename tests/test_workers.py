@@ -512,6 +512,20 @@ def test_two_passes_in_turn_show_what_is_shared(kind, together):
     assert torch.equal(model(images(4)), expected)
 
 
+def test_another_layer_is_looked_at_again(threads):
+    torch.manual_seed(0)
+    threads(5)
+    model, x = nn.Sequential(Plain(), nn.Linear(3, 2)).double(), images(40)
+    for layer in (Plain(), KeepsInAGlobal(), Plain()):
+        model[0] = layer.double()
+        kernel = ntkit.TangentKernel(model)
+        small = replace(kernel.plan(x), batch=5, strip=8)
+        expected = tangent_kernel(model, x)
+        torch.testing.assert_close(kernel.tile(x, None, small), expected, rtol=1e-9, atol=1e-10)
+        (structure,) = kernel._engine._gradients.structures.values()
+        assert structure.together is (type(layer) is Plain)
+
+
 def test_a_lock_of_the_model_is_no_deadlock(monkeypatch):
     monkeypatch.setattr(lockstep, "_PATIENCE", 0.5)
     lock = threading.Lock()

@@ -34,16 +34,19 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 Pass = Callable[[nn.Module, Batch], list[Tensor]]
 Found = list[Tensor] | None  # of a pass; None: it failed
 
-
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
 
 def known(model: nn.Module, kind: Any, look: Callable[[], bool]) -> bool:
     """`runs_together` of a model on one kind of pass and samples: looked at once, for it takes a tenth of a second."""
-    answers = _KNOWN.setdefault(model, {})
-    if kind not in answers:
-        answers[kind] = look()
-    return answers[kind]
+    key = (kind, tuple(type(module) for module in model.modules()))
+    try:
+        answers = _KNOWN.setdefault(model, {})
+        if key not in answers:
+            answers[key] = look()
+        return answers[key]
+    except TypeError:  # a model or a function that cannot be a key
+        return look()
 
 
 def runs_together(model: nn.Module, run: Pass, samples: tuple[Batch, ...]) -> bool:
@@ -111,9 +114,7 @@ def _alike(found: list[Tensor] | None, expected: list[Tensor]) -> bool:
     return True
 
 
-def _in_threads(
-    works: list[partial[Any]], turns: _Turns | _Counter | _Within, patience: float
-) -> list[list[Tensor] | None]:
+def _in_threads(works: list[partial[Any]], turns: _Turns | _Counter | _Within, patience: float) -> list[Found]:
     """Results of works, each in a thread of its own, as the caller would do them; None for what failed.
 
     A pass that does not end waits for what the caller has (a lock): it is left, and ends on its copies some time.
