@@ -22,7 +22,7 @@ import ntkit
 from benchmarks.common import save
 from benchmarks.workloads import WORKLOADS, Workload
 
-SECONDS = 4.0  # per workload, threads and load
+SECONDS = 2.0  # per workload, threads and load
 TUTORIAL = ("cnn-10-20", "vgg-1-100")  # where the tutorial's Jacobian is measured, too
 # left out: minutes each
 HEAVY = ("mlp-10-4000", "vgg-1-1000", "vgg-10-1000", "resnet18-10-32", "vit-10-32", "gpt2-1-16")

@@ -149,7 +149,7 @@ def test_any_number_of_workers_gives_the_same_bits(name, made):
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            quadrature._TABLES.clear()  # tables, too, are made anew
+            quadrature._TABLES.clear()  # so that each number of workers computes the tables
             kernel = InfiniteKernel(make(), "ntk", W, B)
             found.append((kernel(x), kernel(x, x[:9]), kernel.diagonal(x), kernel.paired(x, x.flip(0))))
             assert torch.get_num_threads() == number

@@ -15,15 +15,9 @@ from torch import nn
 import ntkit
 from ntkit.jacobian import lockstep
 
+pytestmark = pytest.mark.usefixtures("threads")
 LOCAL, LOCK, BARE, STATE = threading.local(), threading.RLock(), threading.Lock(), {}
 VARIABLE: contextvars.ContextVar[dict | None] = contextvars.ContextVar("variable", default=None)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 class Net(nn.Module):

@@ -26,15 +26,8 @@ from ntkit.jacobian.lockstep import runs_together, three_sets
 from ntkit.jacobian.oracle import tangent_kernel
 from ntkit.jacobian.replicas import in_one_thread, replica
 
+pytestmark = pytest.mark.usefixtures("threads")
 NUMBERS = (1, 2, 5)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """A setter of PyTorch's number of threads, put back at the end."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def in_new_thread(work):

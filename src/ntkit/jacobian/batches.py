@@ -38,7 +38,8 @@ def each_batch(
 ) -> None:
     """Factors of every part of the samples, as `Gradients.batch` gives them.
 
-    ``keep`` takes those of one part, in the thread of its worker; ``done`` is told of parts that are kept.
+    ``keep`` takes those of one part, in the thread of its worker; ``done(part)`` is called once a
+    part is kept.
     """
     due = {part.start: gradients.due(part.stop - part.start) for part in parts}
 

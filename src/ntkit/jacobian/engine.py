@@ -2,8 +2,8 @@
 
 Every client (tangent, sketched and path kernels, matrix-free products) goes through `Engine.run`. It looks up what
 `jacobian.self_check` established of the model on these inputs, plans, and hands both to the client's work; where the
-work meets an irregular graph or a device out of memory, it is done again under another plan. Workers over samples and
-tiles belong here and nowhere else.
+work meets an irregular graph or a device out of memory, it is done again under another plan. Batches and blocks are
+shared out among workers below, in `jacobian.batches` and `jacobian.strip`.
 """
 
 from __future__ import annotations

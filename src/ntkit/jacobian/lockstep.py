@@ -64,7 +64,7 @@ def runs_together(model: nn.Module, run: Pass, samples: tuple[Batch, ...]) -> bo
     try:
         start = time.monotonic()
         expected = [[t.detach() for t in run(model, x)] for x in samples]
-        seconds = (time.monotonic() - start) / 3  # of a pass
+        seconds = max((time.monotonic() - start) / 3, 1e-4)  # of a pass
         patience = 4 * _PATIENCE + 60 * seconds
         between, counter = StateOfModules(model), _Counter()
         works = [partial(_traced, counter, 0, model, run, x) for x in samples]

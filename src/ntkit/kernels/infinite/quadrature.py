@@ -291,7 +291,8 @@ def _ranks(core: Tensor) -> list[int]:
 def _transform(count: int) -> Tensor:
     """Chebyshev coefficients from values at the nodes."""
     k = torch.arange(count)
-    # the multiples of pi / (2 count) as whole numbers less than a turn: rounding would fill all coefficients with 5e-15
+    # The angles are multiples of pi / (2 count). Their whole numbers are reduced to one period first: large angles lose
+    # digits, and every coefficient would have an error of 5e-15.
     turns = ((k[:, None] * (2 * k + 1)) % (4 * count)).double()
     transform = torch.cos(turns * (math.pi / (2 * count))) * (2 / count)
     transform[0] /= 2
