@@ -25,19 +25,11 @@ from ntkit.jacobian.model_calls import call, reduce_outputs
 from ntkit.secant import secant_tensor as module
 from ntkit.secant.secant_jacobian import Secant, SecantMode
 from ntkit.secant.secant_tensor import DISPATCH_KEYS, SECANT_RULES, NoSecant, SecantTensor, aten
-from ntkit.secant.shared_ends import Pass
 
 Values = Mapping[str, Tensor]
 QUICK = [name for name, family in FAMILIES.items() if not family.slow and not family.refused]
 ROUTED = ("Mixtral", "mixture of experts")
 BOUND = 1e-12
-
-
-@pytest.fixture(autouse=True)
-def _every_known_product_is_left_out(monkeypatch):
-    """The small products of these models, too: tests/test_path.py has them computed."""
-    monkeypatch.setattr(module, "_CHEAP", 0)
-
 
 # ---------------------------------------------------------------------- the law
 
@@ -376,109 +368,6 @@ def test_family(name):
         except NoSecant:
             assert name in ROUTED
             assert distance > 1e-9
-
-
-# ---------------------------------------------------------------------- an end that two steps share
-
-
-def along(model: nn.Module, x: Any, outputs: Any = "full", keep: int = 0, steps: int = 3) -> Iterator[list[Tensor]]:
-    """Outputs, ends and gradients of steps one after the other, from the last to the first."""
-    places = [apart(own(model), 0.02, seed) for seed in range(steps + 1)]
-    secant = Secant(model, dict(model.named_parameters()), outputs, keep=keep)
-    for before, after in zip(places[-2::-1], places[:0:-1], strict=True):
-        out = call(secant.at(before, after), x)
-        yield [out, *secant.ends, *gradients(out, secant.params.values(), next(cotangents(out, 0)))]
-
-
-@pytest.fixture
-def reused(monkeypatch):
-    """Operations at the end of a step, and how many of them had been kept."""
-    counts, taken = [0, 0], Pass._taken
-
-    def counted(self, func, called):
-        result = taken(self, func, called)
-        counts[0] += 1
-        counts[1] += result is not None
-        return result
-
-    monkeypatch.setattr(Pass, "_taken", counted)
-    return counts
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_an_end_that_two_steps_share_is_evaluated_once(name, reused):
-    model, x, outputs = needed(name)
-    try:
-        wanted = list(along(model, x, outputs))
-    except NoSecant:
-        assert name in ROUTED
-        return
-    for kept, fresh in zip(along(model, x, outputs, keep=2**30), wanted, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=True))
-    if name in ("MLP", "LeNet", "ViT", "Transformer encoder, batch first"):
-        assert reused[1] >= 0.6 * reused[0]  # of three steps two
-
-
-class Overwrites(nn.Module):
-    """Writes into values that it has used, in another way in each branch, and into its input."""
-
-    def __init__(self, into_input: bool) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 6).double(), nn.Linear(6, 6).double()
-        self.into_input = into_input
-
-    def forward(self, x: Tensor) -> Tensor:
-        fixed, other = x * 2, x * 2
-        fixed.add_(1)
-        other.mul_(3)
-        h = self.first(fixed)
-        left, right = self.second(h), self.second(h)
-        left.mul_(2)
-        right.add_(left)
-        h = h + 1
-        view = h.view(-1, 2, 3)
-        view[:, 0].tanh_()
-        if self.into_input:
-            x.zero_()
-        return left + right + h + self.first(other) + self.first(fixed) + self.second(x)
-
-
-@pytest.mark.parametrize("into_input", [False, True])
-def test_what_is_written_into_is_not_taken_for_what_it_was(into_input, reused):
-    torch.manual_seed(0)
-    model, x = Overwrites(into_input), X[:, 0].clone()
-    for kept, fresh in zip(along(model, x, keep=2**30), along(model, x), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=True))
-    assert (reused[1] > 0) != into_input
-
-
-def test_nothing_is_taken_from_another_step_or_batch_or_beyond_the_limit(reused):
-    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double(), X[:, 0]
-    a, b, c, d = (apart(own(model), 0.02, seed) for seed in range(4))
-    params = dict(model.named_parameters())
-    secant = Secant(model, params, keep=2**30)
-    secant.at(b, c)(x)
-    for before, after in ((a, d), (a, c), (b, c)):  # the last ones began elsewhere
-        secant.at(before, after)(x)
-    assert reused[1] == 0
-    secant.at(a, b)(x + 1)
-    assert reused[1] == 0
-    secant.at(d, a)(x)
-    assert reused[1] == 0
-    secant.at(c, d)(x)
-    assert reused[1] > 0
-    found = reused[1]
-    with torch.no_grad():
-        c["0.weight"].mul_(2)  # another value in the same tensor
-    assert torch.equal(secant.at(b, c)(x), Secant(model, params).at(b, c)(x))
-    assert reused[1] == found
-    small = Secant(model, params, keep=1)
-    small.at(b, c)(x)
-    small.at(a, b)(x)
-    assert reused[1] <= found + 6  # views of parameters take no memory
-
-
-# ---------------------------------------------------------------------- however a model is written
 
 
 class Written(nn.Module):

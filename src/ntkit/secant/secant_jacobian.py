@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,21 +17,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ntkit.base.batch import count, leaves
+from ntkit.base.batch import count
 from ntkit.base.checks import Refused, refusal
 from ntkit.jacobian.model_calls import Outputs, reduce_outputs, without_fused_rnn
 from ntkit.secant import averaged, composed, secant_rules  # noqa: F401 (enters their rules into SECANT_RULES)
-from ntkit.secant.secant_tensor import (
-    DISPATCH_KEYS,
-    NoSecant,
-    SecantTensor,
-    aten,
-    lift,
-    map_structure,
-    no_rule,
-    secant_tensors,
-)
-from ntkit.secant.shared_ends import SharedEnds, current_pass
+from ntkit.secant.secant_tensor import DISPATCH_KEYS, NoSecant, SecantTensor, aten, lift, map_structure, no_rule
 
 
 class Secant(nn.Module):
@@ -48,8 +38,6 @@ class Secant(nn.Module):
     model : any module, in eval mode; it is not changed.
     params : the parameters that change, by name (any names). Others are constants.
     outputs : "full" or a callable to one scalar per sample (see `ntkit.TangentKernel`).
-    keep : bytes for results at the start of a step, which are used again where the next step set by `at` ends: there it
-        must be given the same tensors, and the model may depend on nothing but its parameters and its input.
 
     Raises
     ------
@@ -74,9 +62,7 @@ class Secant(nn.Module):
     # each order has a secant of its own: all gradients of a sample must come from one graph.
     one_graph = True
 
-    def __init__(
-        self, model: nn.Module, params: Mapping[str, nn.Parameter], outputs: Outputs = "full", keep: int = 0
-    ) -> None:
+    def __init__(self, model: nn.Module, params: Mapping[str, nn.Parameter], outputs: Outputs = "full") -> None:
         super().__init__()
         self._model = (model,)  # in a tuple, so that it is no submodule with parameters of its own
         self._outputs = outputs
@@ -85,23 +71,14 @@ class Secant(nn.Module):
         self.params: dict[str, nn.Parameter] = dict(zip(params, self.middle, strict=True))
         self._before: dict[str, Tensor] = {name: p.detach() for name, p in params.items()}
         self._after = self._before
-        self._given: tuple[_Given, ...] = ()
-        self._shared = SharedEnds(keep) if keep else None
         self.ends: tuple[Tensor, Tensor] | None = None
         self.eval()
 
     def at(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Secant:
         """Set the ends of the step: tensors by parameter name, which are not changed."""
-        given = tuple([(end[name], end[name]._version) for name in self.params] for end in (before, after))
-        shared = False
-        if self._shared is not None:
-            if _same(given, self._given):
-                return self
-            shared = _same(given[1:], self._given[:1])
-            self._shared.next_step(shared)
-        self._after = self._before if shared else {name: _in_layout(after[name], p) for name, p in self.params.items()}
-        self._before = {name: _in_layout(before[name], p) for name, p in self.params.items()}
-        self._given = given
+        self._before, self._after = (
+            {name: _in_layout(end[name], p) for name, p in self.params.items()} for end in (before, after)
+        )
         with torch.no_grad():
             for name, p in self.params.items():
                 torch.lerp(self._before[name], self._after[name], 0.5, out=p)
@@ -113,9 +90,9 @@ class Secant(nn.Module):
         moving = []
         for name, p in self.params.items():
             mid = p if p.requires_grad else p.detach().requires_grad_()  # the graph shows which values depend on it
-            moving.append((self._own[name], SecantTensor(self._before[name], self._after[name], mid)))
-        kept = nullcontext() if self._shared is None else self._shared.one_pass(leaves(args if args else kwargs))
-        with _LOCK, kept, _as_operations(model, moving), _in_place_of(model, moving):
+            value = SecantTensor(self._before[name].detach(), self._after[name].detach(), mid)
+            moving.append((self._own[name], value))
+        with _LOCK, _as_operations(model, moving), _in_place_of(model, moving):
             try:
                 out = reduce_outputs(model(*args, **kwargs), self._outputs, n)
             except (Refused, torch.OutOfMemoryError):
@@ -132,18 +109,9 @@ class Secant(nn.Module):
         return out.mid
 
 
-_Given = list[tuple[Tensor, int]]  # tensors with their versions
-
-
-def _same(some: tuple[_Given, ...], others: tuple[_Given, ...]) -> bool:
-    """Whether these are the very tensors, unchanged."""
-    alike = zip([pair for own in some for pair in own], [pair for own in others for pair in own], strict=False)
-    return len(some) == len(others) and all(s is t and v == w for (s, v), (t, w) in alike)
-
-
 def _in_layout(t: Tensor, like: Tensor) -> Tensor:
     """The same numbers in the same layout: a view of one end is then a view of the other."""
-    return t.detach() if t.stride() == like.stride() else torch.empty_like(like).copy_(t.detach())
+    return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t.detach())
 
 
 _LOCK = threading.RLock()  # the parameters of the model and the switches of PyTorch are shared by all threads
@@ -216,13 +184,8 @@ class SecantMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Lift new tensors; leave other results as they are."""
-        args, kwargs = self._replaced(args), self._replaced(kwargs or {})
-        result = func(*args, **kwargs)
-        if func._overloadpacket in _FACTORIES:
-            return lift(result) if type(result) is Tensor else result
-        if (kept := current_pass()) is not None and not secant_tensors(args, kwargs):
-            kept.name_constant(func, (args, kwargs), result)
-        return result
+        result = func(*self._replaced(args), **self._replaced(kwargs or {}))
+        return lift(result) if func._overloadpacket in _FACTORIES and type(result) is Tensor else result
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor) and not isinstance(value, SecantTensor):

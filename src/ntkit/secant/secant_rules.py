@@ -27,7 +27,6 @@ from ntkit.secant.secant_tensor import (
     discrete,
     from_graph,
     from_mid,
-    from_product,
     from_slopes,
     jump,
     lift,
@@ -139,7 +138,7 @@ def bag(func: Any, args: Any, kwargs: Any) -> Any:
 def product(func: Any, args: Any, kwargs: Any) -> Any:
     """Bilinear: da b_mid + a_mid db, the ordinary derivative at the midpoints."""
     o0, o1 = at_both_ends(func, args, kwargs)
-    return from_product(o0, o1, func, args, kwargs)
+    return from_graph(o0, o1, at_mid(func, args, kwargs))
 
 
 @rule(aten.div)

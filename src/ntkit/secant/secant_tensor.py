@@ -12,8 +12,6 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves
 
 from ntkit.base.checks import Refused, refusal
-from ntkit.secant.given import Given
-from ntkit.secant.shared_ends import current_pass
 
 aten = torch.ops.aten
 
@@ -136,17 +134,12 @@ def _rules_for(func: Any) -> tuple[Rule | None, Rule | None, Rule | None]:
 
 def at(value: Any, point: str) -> Any:
     """Arguments at ``"start"``, ``"end"`` or ``"mid"``."""
-    if isinstance(value, SecantTensor):
-        return getattr(value, point)
-    return map_structure(partial(at, point=point), value) if isinstance(value, (list, tuple, dict)) else value
+    return getattr(value, point) if isinstance(value, SecantTensor) else map_structure(partial(at, point=point), value)
 
 
 def at_both_ends(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """An operation's values at both ends."""
-    start, end = ((at(args, point), at(kwargs, point)) for point in ("start", "end"))
-    if (kept := current_pass()) is not None:
-        return kept.at_both_ends(func, start, end)
-    return func(*start[0], **start[1]), func(*end[0], **end[1])
+    return func(*at(args, "start"), **at(kwargs, "start")), func(*at(args, "end"), **at(kwargs, "end"))
 
 
 def at_mid(func: Any, args: Any, kwargs: Any) -> Any:
@@ -164,28 +157,10 @@ def from_mid(func: Any, o0: Any, o1: Any, mid: Any) -> Any:
     return discrete(func, o0, o1)
 
 
-def from_product(o0: Tensor, o1: Tensor, func: Any, args: Any, kwargs: Any) -> SecantTensor:
-    """A SecantTensor with these values and the graph of an operation on the means, whose own result is not computed.
-
-    Autograd enters the operation into the graph before it runs; `Given` then stands in for it.
-    """
-    if o0.numel() < _CHEAP:
-        return from_graph(o0, o1, at_mid(func, args, kwargs))
-    mean = torch.mul(o0, 0.5).add_(o1, alpha=0.5)
-    with Given(func, mean):
-        mid = at_mid(func, args, kwargs)
-    return SecantTensor(o0, o1, mid) if mid.data_ptr() == mean.data_ptr() else from_graph(o0, o1, mid)
-
-
-_CHEAP = 4096  # entries up to which a product is computed sooner than left out
-
-
 def from_slopes(value0: Tensor, value1: Tensor, *terms: tuple[Tensor | float, Tensor]) -> SecantTensor:
     """A SecantTensor with these values whose gradient is that of sum_k slope_k * mid_k."""
-    (slope, mid), *rest = terms
-    if not rest and isinstance(slope, Tensor):
-        return from_product(value0, value1, aten.mul.Tensor, (slope, mid), {})
     with torch.enable_grad():
+        (slope, mid), *rest = terms
         total = slope * mid
         for slope, mid in rest:
             total = total + slope * mid

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch
 from ntkit.base.checks import nearest, refusal
-from ntkit.base.memory import free_memory
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.jacobian.model_calls import call, untouched
@@ -47,8 +46,7 @@ class Segment:
         check_integration(integration, rule, nodes, tolerance)
         self.network, self.params = network, dict(params)
         self.integration, self.rule, self.nodes, self.tolerance = integration, rule, nodes, tolerance
-        kept = (free_memory(next(iter(self.params.values())).device) // 2 if memory is None else memory) // 8
-        self._secant = Secant(network, self.params, keep=max(kept, 1)) if integration == "secant" else None
+        self._secant = Secant(network, self.params) if integration == "secant" else None
         self.engine = (
             Engine(network, memory=memory, selected=self.params)
             if self._secant is None
