@@ -80,7 +80,7 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
     Parameters
     ----------
     name
-        jacot2018 (the kernel's limit at infinite width), kopitkov2019 (spectrum alignment) or bell2023 (a trained
+        jacot2018 (limit at infinite width), kopitkov2019 (spectrum alignment), long2021 (after kernel), bell2023 (a trained
         network as an exact kernel machine).
     scale
         quick (minutes) or paper (its own sizes, for a GPU). A study that was stopped is resumed.

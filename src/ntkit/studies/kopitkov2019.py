@@ -124,7 +124,7 @@ def _classes(work: Work, data: str, optimizer: str, seed: int) -> Result:
     """Learn images of ten classes with an optimizer, track the trace kernel on some of them."""
     s = work.sizes
     place = work.trajectory(f"{data}-{optimizer}-seed-{seed}")
-    images = load(data, None if data == "digits" else str(work.data_dir))
+    images = load(data, work.folder_of(data))
     rows = torch.linspace(0, len(images.x_train) - 1, min(s.points, len(images.x_train))).long()
     x, y = images.x_train.flatten(1).to(device()), images.y_train.to(device())
     model = mlp(x.shape[1], len(images.classes), 4, s.width, seed).to(device())

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ntkit.base.checks import Damaged, nearest, refusal
+from ntkit.base.checks import Damaged, Refused, nearest, refusal
 from ntkit.base.files import (
     read_arrays_and_metadata,
     read_json,
@@ -33,14 +33,14 @@ from ntkit.base.versions import versions
 from ntkit.studies.claim import Claim
 from ntkit.trajectory import Trajectory
 
-STUDIES = ("jacot2018", "kopitkov2019", "bell2023")
+STUDIES = ("jacot2018", "kopitkov2019", "long2021", "bell2023")
 SCALES = ("quick", "paper")
 FORMAT = 1
 Item = dict[str, Any]
 
 
 def study(
-    name: Literal["jacot2018", "kopitkov2019", "bell2023"],
+    name: Literal["jacot2018", "kopitkov2019", "long2021", "bell2023"],
     scale: Literal["quick", "paper"] = "quick",
     out: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -50,11 +50,12 @@ def study(
 
     Parameters
     ----------
-    name : "jacot2018", "kopitkov2019" or "bell2023".
+    name : "jacot2018", "kopitkov2019", "long2021" or "bell2023".
     scale : "quick" (minutes on two cores) or "paper" (the paper's own sizes: days, for a GPU).
     out : run folder, runs/NAME-SCALE by default. A study that was stopped is resumed there.
     say : called with a line before each experiment.
-    data_dir : folder with the official files of MNIST; the study then includes its experiments on MNIST.
+    data_dir : folder with the official files of MNIST (or with a folder ``mnist`` of them); the study then includes its
+        experiments on MNIST. long2021 also takes CIFAR-10, there or in ``cifar-10``.
 
     Returns
     -------
@@ -69,12 +70,34 @@ def study(
     for what, value, options in (("study", name, STUDIES), ("scale", scale, SCALES)):
         if value not in options:
             raise refusal(what, got=repr(value), expected=" or ".join(options), fix=nearest(value, options))
-    if data_dir is not None:
-        from ntkit.data import load
-
-        load("mnist", data_dir)  # a folder without the files is refused now, not after the first experiments
     folder = Path(out) if out is not None else Path("runs") / f"{name}-{scale}"
     return import_module(f"ntkit.studies.{name}").STUDY.run(scale, folder, say, data_dir)
+
+
+def official_files(names: Sequence[str], data_dir: str | Path) -> dict[str, Path]:
+    """Where the official files of data sets lie: in the folder, or in one of their own in it.
+
+    Raises
+    ------
+    Refused
+        When there are files of none of them: now, not after the first experiments.
+    """
+    from ntkit.data import load
+
+    found, refused = {}, None
+    for name in names:
+        for place in (Path(data_dir), Path(data_dir) / {"cifar10": "cifar-10"}.get(name, name)):
+            if place.is_dir() or refused is None:
+                try:
+                    load(name, place)
+                except Refused as error:
+                    refused = refused or error
+                else:
+                    found[name] = place
+                    break
+    if not found and refused is not None:
+        raise refused
+    return found
 
 
 class Sizes(SimpleNamespace):
@@ -108,15 +131,19 @@ class StudyPart:
 
 @dataclass(frozen=True)
 class Work:
-    """Input of every part: the study's sizes, seeds, data sets and folder, the folder of MNIST's files, progress."""
+    """Input of every part: the study's sizes, seeds, data sets and folder, folders of official files, progress."""
 
     sizes: Sizes
     seeds: Sequence[int]
     sets: Sequence[str]
     folder: Path
-    data_dir: str | Path | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda line: None
     id: str = ""
+
+    def folder_of(self, data: str) -> Path | None:
+        """Folder of a data set's official files; None for the digits, which come with scikit-learn."""
+        return None if data == "digits" else self.files[data]
 
     def result(self, part: StudyPart) -> Result:
         """Read a finished part, or compute it and write its files; a damaged one is computed again."""
@@ -132,6 +159,10 @@ class Work:
         # written last: with this file the part counts as finished
         write_json(numbers, {"part": part.name, "study": self.id, "numbers": result.numbers, "arrays": digest})
         return self._stored(part.name, numbers, arrays)
+
+    def finished(self, part: StudyPart) -> bool:
+        """Whether the part's files are there."""
+        return (self.folder / "parts" / f"{part.name}.json").exists()
 
     def _stored(self, name: str, numbers: Path, arrays: Path) -> Result:
         told, checksum = read_json_and_checksum(numbers)
@@ -266,7 +297,9 @@ class Study:
     more : further entries of ``results.json``: "curves" and "runs", as `ntkit.report.render_study` reads them.
     terms : terms that the report defines.
     seeds : seeds that the parts use.
-    mnist_only : with MNIST's files, leave out the digits of scikit-learn.
+    official : data sets that the study uses where it is given their files.
+    official_only : scales at which, with such files, the digits of scikit-learn are left out.
+    unfinished : whether claims and sections take what is finished: then the report is also written after every part.
     single_thread : scales that run on one thread, since their networks are small.
     """
 
@@ -283,7 +316,9 @@ class Study:
     more: Callable[[Results], dict[str, Any]] = lambda results: {}
     terms: Sequence[str] = ()
     seeds: Sequence[int] = ()
-    mnist_only: bool = False
+    official: Sequence[str] = ("mnist",)
+    official_only: Sequence[str] = ()
+    unfinished: bool = False
     single_thread: Sequence[str] = ("quick",)
 
     def run(
@@ -294,12 +329,13 @@ class Study:
         data_dir: str | Path | None = None,
     ) -> Path:
         """Compute the parts that are not finished, test the claims, write results and report; return the folder."""
-        sets = ["digits"] if data_dir is None else ["mnist"] if self.mnist_only else ["digits", "mnist"]
+        files = {} if data_dir is None else official_files(self.official, data_dir)
+        sets = [*([] if files and scale in self.official_only else ["digits"]), *files]
         sizes = self.scales[scale]
         header: dict[str, Any] = {"format": FORMAT, "kind": "study", "name": self.name, "scale": scale, "sets": sets}
         header |= {"seeds": list(self.seeds)} if self.seeds else {}
         header["sizes"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(sizes).items()}
-        work = Work(sizes, self.seeds, sets, folder, data_dir, progress, fingerprint(header))
+        work = Work(sizes, self.seeds, sets, folder, files, progress, fingerprint(header))
         start = folder / "run.json"
         with FolderLock(folder):
             if start.exists() and _is_another(start, header):
@@ -308,25 +344,33 @@ class Study:
             told = header | {"versions": versions()}
             write_json(start, told | {"status": "running"})
             with one_thread() if scale in self.single_thread else nullcontext():
+                for part in self._parts(work):
+                    if not work.finished(part):
+                        work.result(part)
+                        if self.unfinished:
+                            self._write(self.results(work, finished=True), header)
                 results = self.results(work)
             self._write(results, header)
-            parts = [part.name for parts in self.parts for part in parts(work)]
-            write_json(start, told | {"status": "complete", "parts": parts})
+            write_json(start, told | {"status": "complete", "parts": [part.name for part in self._parts(work)]})
         return folder
 
-    def results(self, work: Work) -> Results:
-        """Results of all parts, computed or read."""
+    def results(self, work: Work, finished: bool = False) -> Results:
+        """Results of all parts, computed or read; or of the finished ones alone."""
         results = Results(work, {})
-        for part in (part for parts in self.parts for part in parts(work)):
-            by_case = results.by_experiment.setdefault(part.experiment, {})
-            by_case.setdefault(part.case, []).append(work.result(part))
+        for part in self._parts(work):
+            if work.finished(part) or not finished:
+                by_case = results.by_experiment.setdefault(part.experiment, {})
+                by_case.setdefault(part.case, []).append(work.result(part))
         return results
+
+    def _parts(self, work: Work) -> Iterator[StudyPart]:
+        return (part for parts in self.parts for part in parts(work))
 
     def _write(self, results: Results, header: dict[str, Any]) -> None:
         """Write ``results.json``, ``figures.safetensors``, the report, and a page for each run that has one."""
         from ntkit.report import render_study, render_tracked
 
-        folder, option = results.work.folder, "" if results.work.data_dir is None else " --data-dir FOLDER"
+        folder, option = results.work.folder, " --data-dir FOLDER" if results.work.files else ""
         record = header | {
             "title": self.title,
             "paper": self.paper,

@@ -38,7 +38,7 @@ class Images(NamedTuple):
 
 def images(work: Work, name: str, train: int, test: int, **more: Any) -> Images:
     """Draw images of a data set in float64, averaged down to the size's pixels."""
-    data = load(name, None if name == "digits" else work.data_dir, train=train, test=test, **more)
+    data = load(name, work.folder_of(name), train=train, test=test, **more)
     x, x_test = data.x_train.double().to(device()), data.x_test.double().to(device())
     if x.shape[-1] > work.sizes.pixels:
         x, x_test = (F.adaptive_avg_pool2d(part, work.sizes.pixels) for part in (x, x_test))

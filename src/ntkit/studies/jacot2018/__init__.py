@@ -120,5 +120,5 @@ STUDY = Study(
     about=about,
     departures=departures,
     terms=("tangent_kernel",),
-    mnist_only=True,
+    official_only=("quick", "paper"),
 )

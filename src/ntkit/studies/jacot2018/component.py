@@ -29,7 +29,7 @@ DIGITS = {"mnist": "MNIST digits", "digits": "scikit-learn digits"}
 
 def digits(work: Work, name: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A batch of images with pixels in [0, 1], [N, pixels] float64, and their labels."""
-    data = load(name, None if name == "digits" else work.data_dir)
+    data = load(name, work.folder_of(name))
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(seed))[: work.sizes.batch]
     return data.x_train[order].flatten(1).double().to(device()), data.y_train[order]
 

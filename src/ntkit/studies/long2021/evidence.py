@@ -1,0 +1,123 @@
+"""Differences between two moments or two runs at equal loss, paired by seed and by test image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ntkit.studies.claim import Estimate
+from ntkit.studies.long2021.long_setting import PAIRS, START, Setting
+from ntkit.studies.study import Result, Results
+
+INVARIANT = ("shift", "rotation", "zoom")
+SWAP = "quadrant swap"
+
+
+class Difference(NamedTuple):
+    """Mean of a difference over seeds, its standard errors over seeds and over test images, and number of seeds."""
+
+    value: float
+    over_seeds: float
+    over_images: float
+    seeds: int
+
+    def estimate(self) -> Estimate:
+        """The value with the larger of both errors."""
+        errors = [e for e in (self.over_seeds, self.over_images) if not math.isnan(e)]
+        return Estimate(self.value, max(errors, default=math.nan))
+
+
+def measured(results: Results, setting: Setting, moment: str) -> dict[int, Result]:
+    """The finished parts of a moment by seed, where it was reached."""
+    runs = results["moment"].get((setting, moment), [])
+    return {run.numbers["seed"]: run for run in runs if run.numbers["status"] == "measured"}
+
+
+def losses(results: Results, *settings: Setting) -> list[str]:
+    """Losses that every finished run of each setting has reached, from the largest."""
+    return [
+        loss
+        for loss in map(str, sorted(results.work.sizes.losses, reverse=True))
+        if all(_all_reached(results, setting, loss) for setting in settings)
+    ]
+
+
+def _all_reached(results: Results, setting: Setting, loss: str) -> bool:
+    runs = results["moment"].get((setting, loss), [])
+    return bool(runs) and all(run.numbers["status"] == "measured" for run in runs)
+
+
+def main_settings(results: Results, network: str | None = None) -> Iterator[Setting]:
+    """The finished settings of the paper's main experiment: learning rate 0.01, no augmentation."""
+    for pair in PAIRS:
+        for name in ("vgg", "mlp") if network is None else (network,):
+            if measured(results, Setting(pair, name), START):
+                yield Setting(pair, name)
+
+
+def number(result: Result, path: str) -> float:
+    """A number of a part by its names, joined by dots; NaN where it is undefined."""
+    value: Any = result.numbers
+    for name in path.split("."):
+        value = value[name]
+    return math.nan if value is None else float(value)
+
+
+def estimate(results: Results, setting: Setting, moment: str, path: str) -> Estimate:
+    """Mean of a number over seeds with its standard error."""
+    return _mean([number(run, path) for run in measured(results, setting, moment).values()])
+
+
+def _mean(values: Sequence[float]) -> Estimate:
+    kept = [v for v in values if not math.isnan(v)]
+    if not kept:
+        return Estimate(math.nan)
+    return Estimate(float(np.mean(kept)), float(np.std(kept, ddof=1) / len(kept) ** 0.5) if len(kept) > 1 else math.nan)
+
+
+def difference(
+    results: Results,
+    one: tuple[Setting, str],
+    other: tuple[Setting, str],
+    path: str,
+    images: str,
+    row: int | None = None,
+) -> Difference:
+    """`path` at `one` minus `path` at `other`; array `images` (its row, if given) has the values by test image."""
+    first, second = measured(results, *one), measured(results, *other)
+    values, by_image = {}, []
+    for seed in sorted(set(first) & set(second)):
+        value = number(first[seed], path) - number(second[seed], path)
+        if not math.isnan(value):
+            values[seed] = value
+            arrays = [run[seed].arrays[images].astype(float) for run in (first, second)]
+            by_image.append(np.subtract(*(a if row is None else a[row] for a in arrays)))
+    mean = _mean(list(values.values()))
+    over_images = math.nan
+    if by_image:
+        each = np.nanmean(np.stack(by_image), 0)
+        each = each[~np.isnan(each)]
+        over_images = float(each.std(ddof=1) / len(each) ** 0.5)
+    return Difference(mean.value, mean.error, over_images, len(values))
+
+
+def error_change(results: Results, setting: Setting, loss: str, kernel: str = "tangent") -> Difference:
+    """Change of the machine's test error from before training to a loss."""
+    return difference(results, (setting, loss), (setting, START), f"{kernel}.test_error", f"{kernel}.wrong")
+
+
+def cosine_change(
+    results: Results, one: tuple[Setting, str], other: tuple[Setting, str], name: str, form: str = "raw"
+) -> Difference:
+    """Difference of the mean cosine between images and their transform, under the tangent kernel."""
+    path = f"tangent.cosines.{name}.{form}.mean"
+    return difference(results, one, other, path, f"tangent.cosine.{form}", probes(results, one[0]).index(name))
+
+
+def probes(results: Results, setting: Setting) -> list[str]:
+    """Names of the transforms that were measured in a setting, in the order of the arrays' rows."""
+    run = next(iter(measured(results, setting, START).values()))
+    return [name for name in run.numbers["tangent"]["cosines"] if name != "pairs"]

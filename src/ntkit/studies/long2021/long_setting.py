@@ -1,0 +1,163 @@
+"""What the experiments share: pairs of classes, networks, training, and the steps at which a loss is first reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ntkit.data import Data, load
+from ntkit.jacobian.forwards import raw_outputs
+from ntkit.networks.built_in import build
+from ntkit.studies.study import Result, StudyPart, Work, device
+from ntkit.trajectory import Trajectory, train
+from ntkit.trajectory.batch_order import steps_per_epoch
+
+BATCH = 32
+START = "start"  # the moment before training; the others are training losses
+PAIRS: dict[str, tuple[str, tuple[str | int, str | int]]] = {
+    "digits 3/8": ("digits", (3, 8)),
+    "MNIST 3/8": ("mnist", (3, 8)),
+    "CIFAR-10 cat/dog": ("cifar10", ("cat", "dog")),
+    "CIFAR-10 airplane/automobile": ("cifar10", ("airplane", "automobile")),
+}
+SECOND = "CIFAR-10 airplane/automobile"
+EARLY = 8  # epochs whose quarters are recorded, later ones whole
+NEAR = 1.5  # the loss over all examples is computed once that over the latest batches is within this factor
+
+
+class Setting(NamedTuple):
+    """A training run without its seed."""
+
+    pair: str
+    network: str
+    lr: float = 0.01
+    augmented: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.pair}, {self.network}, learning rate {self.lr:g}" + ", augmented" * self.augmented
+
+    def file(self, seed: int) -> str:
+        """Name of its files and of its run's folder."""
+        pair = self.pair.lower().replace(" ", "-").replace("/", "-")
+        return f"{pair}-{self.network}-{self.lr:g}{'-augmented' * self.augmented}-seed-{seed}"
+
+
+def settings(work: Work) -> Iterator[tuple[Setting, int]]:
+    """The runs, in the order of their value: the paper's main setting first; setting and seed."""
+    pairs = [pair for pair, (data, _) in PAIRS.items() if data in work.sets and pair != SECOND]
+    s, few = work.sizes, work.seeds[: work.sizes.few]
+    for network in ("mlp", "vgg"):
+        yield from product([Setting(pair, network) for pair in pairs], work.seeds[: s.seeds])
+    for network in ("mlp", "vgg"):
+        yield from product([Setting(pair, network, 0.1) for pair in pairs], few)
+    for network in ("mlp", "vgg"):
+        yield from product([Setting(pair, network, augmented=True) for pair in pairs], few)
+    if "cifar10" in work.sets:
+        yield from product([Setting(SECOND, network) for network in ("mlp", "vgg")], few)
+    yield from product([Setting(pair, "sum") for pair in pairs], few)
+
+
+def images(work: Work, pair: str) -> Data:
+    """Images of two classes, pixels in [0, 1]; label 1 for the second class."""
+    data, classes = PAIRS[pair]
+    train_size, test_size = (None, None) if data == "digits" else (work.sizes.train, work.sizes.test)
+    return load(data, work.folder_of(data), classes=classes, train=train_size, test=test_size)
+
+
+class Sum(nn.Module):
+    """The paper's control: the sum of all pixels, a hidden ReLU layer, one output. It sees no arrangement at all."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        width = 33_333  # the smallest with at least 100,000 parameters
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.hidden, self.last = nn.Linear(1, width), nn.Linear(width, 1)
+            for layer in (self.hidden, self.last):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [n, 1]."""
+        return self.last(F.relu(self.hidden(x.flatten(1).sum(1, keepdim=True))))
+
+
+class Augmented(nn.Module):
+    """A network whose training images are rotated by up to 15 degrees and shifted by up to one pixel each way."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs; of changed images in train mode."""
+        return self.network(augmented(x) if self.training else x)
+
+
+def augmented(x: Tensor) -> Tensor:
+    """Rotate each image by an angle in [-15, 15] degrees (bilinear) and shift it by -1, 0 or 1 pixel each way."""
+    n, size = len(x), torch.tensor([x.shape[-1], x.shape[-2]], device=x.device)
+    angle = (2 * torch.rand(n, device=x.device) - 1) * (torch.pi / 12)
+    shift = 2.0 * torch.randint(-1, 2, (n, 2), device=x.device) / size  # the image's sides have length 2
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).reshape(n, 2, 2)
+    grid = F.affine_grid(torch.cat([turn, shift[:, :, None]], 2).to(x), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="zeros", align_corners=False)
+
+
+def network(setting: Setting, shape: tuple[int, ...], seed: int) -> nn.Module:
+    """The network of a setting before training: Glorot-uniform weights, zero biases, one output."""
+    model = Sum(seed) if setting.network == "sum" else build(setting.network, shape, 1, seed)
+    return (Augmented(model) if setting.augmented else model).to(device()).eval()
+
+
+def logistic(out: Tensor, y: Tensor) -> Tensor:
+    """Mean logistic loss of outputs [n, 1] for labels 0 and 1."""
+    return F.binary_cross_entropy_with_logits(out[:, 0], y.to(out))
+
+
+def trained(work: Work, setting: Setting, seed: int, data: Data, model: nn.Module) -> Trajectory:
+    """Train by plain SGD in batches of 32 to the lowest of the losses or the last epoch; resumed where it stopped."""
+    s, epoch = work.sizes, steps_per_epoch(len(data.x_train), BATCH)
+    epochs = s.vgg_epochs if setting.network == "vgg" else s.epochs
+    quarters = {round(i * epoch / 4) for i in range(4 * min(EARLY, epochs))}
+    return train(
+        model, (data.x_train.to(device()), data.y_train.to(device())), logistic,
+        partial(torch.optim.SGD, lr=setting.lr), steps=epochs * epoch, batch_size=BATCH, seed=seed,
+        record=sorted(quarters | set(range(0, epochs * epoch + 1, epoch))), target=min(s.losses),
+        path=work.trajectory(setting.file(seed)), resume=True,
+    )  # fmt: skip
+
+
+def training_part(setting: Setting, seed: int) -> StudyPart:
+    """The run itself: the steps at which each loss is first reached."""
+    name = f"{setting.file(seed)}-training"
+    return StudyPart("training", setting, name, training, (setting, seed))
+
+
+def training(work: Work, setting: Setting, seed: int) -> Result:
+    """Train, and find the first recorded step at which the loss over all training examples is at most each target."""
+    data = images(work, setting.pair)
+    model = network(setting, data.input_shape, seed)
+    run = trained(work, setting, seed, data, model)
+    steps, epoch = dict.fromkeys(map(str, work.sizes.losses)), steps_per_epoch(len(data.x_train), BATCH)
+    curve, wanted, batches = [], sorted(work.sizes.losses, reverse=True), run.losses
+    for step in run.steps:
+        if not wanted:
+            break
+        recent = float(batches[max(0, step - epoch // 4) : step].mean()) if step else float(batches[0])
+        if recent > NEAR * wanted[0] and step not in (0, run.steps[-1]):
+            continue
+        run.load(model, step)
+        loss = float(logistic(raw_outputs(model, data.x_train), data.y_train))
+        curve.append([step, loss])
+        while wanted and loss <= wanted[0]:
+            steps[str(wanted.pop(0))] = step
+    numbers: dict[str, Any] = {"steps": steps, "curve": curve, "steps_per_epoch": epoch, "last": run.steps[-1]}
+    numbers |= {"status": run.status, "not_reached": wanted, "lowest": min(loss for _, loss in curve)}
+    return Result(numbers, {})

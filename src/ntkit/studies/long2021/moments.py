@@ -1,0 +1,203 @@
+"""The kernels of a network at one moment of its training: how well they classify, how alike they are, how invariant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkit.base.checks import defined
+from ntkit.data import Data
+from ntkit.gram.gram_matrix import Gram
+from ntkit.jacobian.forwards import raw_outputs
+from ntkit.kernels.conjugate import ConjugateKernel
+from ntkit.kernels.kernel import Kernel
+from ntkit.kernels.tangent import TangentKernel
+from ntkit.machines.svm import HardMarginSVM
+from ntkit.measures.spectra import alignment, effective_rank
+from ntkit.probes import standard
+from ntkit.studies.long2021.long_setting import (
+    BATCH,
+    START,
+    Augmented,
+    Setting,
+    images,
+    logistic,
+    network,
+    settings,
+    trained,
+    training_part,
+)
+from ntkit.studies.study import Result, StudyPart, Work, device
+from ntkit.trajectory.batch_order import batch_indices, steps_per_epoch
+
+PAPER_SHIFT = 1e-4  # the paper's code adds it to each feature norm
+
+
+def parts(work: Work) -> Iterator[StudyPart]:
+    """Each run: its kernels before training, the training, the kernels at each loss."""
+    for setting, seed in settings(work):
+        yield moment_part(setting, seed, START)
+        if setting.network != "sum":  # a control of the probes alone
+            yield training_part(setting, seed)
+            for loss in work.sizes.losses:
+                yield moment_part(setting, seed, str(loss))
+
+
+def moment_part(setting: Setting, seed: int, moment: str) -> StudyPart:
+    """The kernels at a moment: `START`, or the target of the training loss as text."""
+    name = f"{setting.file(seed)}-{moment if moment == START else f'loss-{moment}'}"
+    return StudyPart("moment", (setting, moment), name, at_moment, (setting, seed, moment))
+
+
+def at_moment(work: Work, setting: Setting, seed: int, moment: str) -> Result:
+    """Load the network of a moment and measure its kernels; a loss that was not reached is a status."""
+    data = images(work, setting.pair)
+    model, step = network(setting, data.input_shape, seed), 0
+    if moment != START:
+        told = work.result(training_part(setting, seed)).numbers
+        step = told["steps"][moment]
+        if step is None:
+            told = {"lowest": told["lowest"], "run": told["status"]}
+            return Result({"seed": seed, "status": "not reached", **told}, {})
+        trained(work, setting, seed, data, model).load(model, step)
+    inner = model.network if isinstance(model, Augmented) else model
+    numbers, arrays, machine = measured(work, inner, data)
+    numbers |= {"seed": seed, "status": "measured", "step": step}
+    numbers["epochs"] = step / steps_per_epoch(len(data.x_train), BATCH)
+    if moment == START and setting.network != "sum" and not setting.augmented:
+        numbers["linearized"] = linearized(work, setting, seed, data, inner, *machine)
+    return Result(numbers, arrays)
+
+
+def measured(
+    work: Work, model: nn.Module, data: Data
+) -> tuple[dict[str, Any], dict[str, np.ndarray], tuple[Tensor, Tensor]]:
+    """Numbers, arrays by test image, and the tangent kernel of the training set and of test against training set."""
+    x, x_test = data.x_train.to(device()), data.x_test.to(device())
+    logits, logits_test = (raw_outputs(model, part)[:, 0].cpu() for part in (x, x_test))
+    wrong = (logits_test > 0).long() != data.y_test
+    numbers: dict[str, Any] = {
+        "loss": float(logistic(logits[:, None], data.y_train)),
+        "test_loss": float(logistic(logits_test[:, None], data.y_test)),
+        "error": float(((logits > 0).long() != data.y_train).double().mean()),
+        "test_error": float(wrong.double().mean()),
+    }
+    arrays = {"network.wrong": wrong.numpy().astype(np.uint8)}
+    tangent, conjugate = TangentKernel(model, outputs="trace"), ConjugateKernel(model)
+    K, K_test = tangent(x).cpu(), tangent(x_test, x).cpu()
+    other, other_test = conjugate(x).cpu(), conjugate(x_test, x).cpu()
+    numbers["tangent_conjugate_alignment"] = defined(alignment, Gram(K), Gram(other))
+    for name, kernel, train, test in (("tangent", tangent, K, K_test), ("conjugate", conjugate, other, other_test)):
+        entry, decision = quality(train, test, data)
+        entry |= {"agreement": float(((decision > 0) == (logits_test > 0)).double().mean())}
+        entry["correlation"] = float(np.corrcoef(decision.numpy(), logits_test.double().numpy())[0, 1])
+        arrays[f"{name}.wrong"] = ((decision > 0).long() != data.y_test).numpy().astype(np.uint8)
+        centered, decision = quality(*features_centered(train, test), data)
+        arrays[f"{name} centered.wrong"] = ((decision > 0).long() != data.y_test).numpy().astype(np.uint8)
+        numbers[f"{name} centered"], cosine = centered, cosines(kernel, x_test[: work.sizes.probed])
+        numbers[name] = entry | {"cosines": cosine.numbers}
+        arrays |= {f"{name}.cosine.{key}": value for key, value in cosine.arrays.items()}
+    return numbers, arrays, (K, K_test)
+
+
+def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tensor]:
+    """The hard-margin SVM of a kernel with its certificate, alignment and effective rank; decisions on the test set."""
+    gram, targets = Gram(K), 2.0 * data.y_train.double() - 1
+    svm = HardMarginSVM().fit(gram, data.y_train)
+    decision = svm.decision_function(K_test).double()
+    separable = svm.status_ != "not separable"
+    scale = float(gram.diagonal().mean()) ** 0.5
+    entry = {
+        "status": svm.status_,
+        "gap": float(svm.gap_) if np.isfinite(svm.gap_) else None,
+        "test_error": float(((decision > 0).long() != data.y_test).double().mean()) if separable else None,
+        "margin": float(svm.margin_) / scale,  # of the features' root mean square norm
+        "support": len(svm.support_),
+        "scale": scale,
+        "alignment": defined(alignment, gram, targets),
+        "alignment_centered": defined(alignment, gram, targets, centered=True),
+        "effective_rank": defined(effective_rank, gram),
+    }
+    return entry, decision
+
+
+def features_centered(K: Tensor, K_test: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel of features minus their mean over the training set."""
+    mean = K.mean(0, dtype=torch.float64)
+    whole = float(mean.mean())
+    own, centered = (mean - whole / 2).to(K.dtype), K.clone()
+    for rows in torch.arange(len(K)).split(512):  # both means at once: the result is exactly symmetric
+        centered[rows] -= own[rows, None] + own
+    test = K_test - mean.to(K.dtype)
+    test -= (K_test.mean(1, dtype=torch.float64, keepdim=True) - whole).to(K.dtype)
+    return centered, test
+
+
+def cosines(kernel: Kernel, x: Tensor) -> Result:
+    """Cosines in feature space between images and their transforms; with them the cosine of two different images.
+
+    By name of the transform: "raw"; "paper", with 1e-4 added to each norm as in the paper's code; "centered", of
+    features minus their mean over the images. "pairs": the mean over all pairs of different images, raw and centered.
+    Arrays: raw and centered cosine by image, [transforms, n].
+    """
+    names = standard(tuple(x.shape[1:]))
+    moved = [(name, t) for name, group in names.items() for t in group]
+    n, K = len(x), kernel(torch.cat([x, *(t(x) for _, t in moved)])).cpu().double()
+    means = K[:, :n].mean(1)
+    centered = K - means - means[:, None] + means[:n].mean()
+    forms = {"raw": (K, 0.0), "paper": (K, PAPER_SHIFT), "centered": (centered, 0.0)}
+    numbers: dict[str, Any] = {name: {} for name in names} | {"pairs": {}}
+    arrays = {}
+    for form, (values, shift) in forms.items():
+        norms = values.diagonal().clamp_min(0).sqrt() + shift
+        norms = torch.where(norms > 0, norms, torch.nan)
+        by_name: dict[str, list[Tensor]] = {name: [] for name in names}
+        for place, (name, _) in enumerate(moved, 1):
+            rows = slice(place * n, (place + 1) * n)
+            by_name[name].append(values[rows, :n].diagonal() / (norms[rows] * norms[:n]))
+        table = torch.stack([torch.stack(group).mean(0) for group in by_name.values()])
+        for name, row in zip(names, table, strict=True):
+            numbers[name][form] = _mean(row)
+        pairs = values[:n, :n] / (norms[:n, None] * norms[:n])
+        pairs.fill_diagonal_(0)
+        numbers["pairs"][form] = _mean(pairs.sum(1) / (n - 1))
+        if form != "paper":
+            arrays[form] = table.float().numpy()
+    return Result(numbers, arrays)
+
+
+def _mean(values: Tensor) -> dict[str, float | None]:
+    """Mean and standard error over the images where the cosine is defined."""
+    kept = values[~values.isnan()]
+    if len(kept) < 2:
+        return {"mean": None, "error": None}
+    return {"mean": float(kept.mean()), "error": float(kept.std() / len(kept) ** 0.5)}
+
+
+def linearized(
+    work: Work, setting: Setting, seed: int, data: Data, model: nn.Module, K: Tensor, K_test: Tensor
+) -> list[dict[str, Any]]:
+    """Train the network's linearization by the same SGD, on the same batches: one entry per loss that it reaches.
+
+    In function space: a step of learning rate r changes all outputs by -r/B K[:, batch] dL/df[batch].
+    """
+    f, f_test = (raw_outputs(model, part.to(device()))[:, 0].cpu().double() for part in (data.x_train, data.x_test))
+    y, n, columns = data.y_train.double(), len(data.x_train), K_test.T.contiguous()
+    epoch, wanted, reached = steps_per_epoch(n, BATCH), sorted(work.sizes.losses, reverse=True), []
+    for step in range(work.sizes.epochs * epoch + 1):
+        if step % max(1, epoch // 4) == 0:
+            loss = float(logistic(f[:, None], y))
+            while wanted and loss <= wanted[0]:
+                error = float(((f_test > 0).long() != data.y_test).double().mean())
+                reached.append({"loss": wanted.pop(0), "step": step, "test_error": error})
+            if not wanted or not np.isfinite(loss):
+                break
+        rows = batch_indices(seed, n, BATCH, step)
+        slope = (-setting.lr / len(rows)) * (torch.sigmoid(f[rows]) - y[rows])
+        f += slope @ K[rows].double()
+        f_test += slope @ columns[rows].double()
+    return reached

@@ -1,0 +1,211 @@
+"""The sentences of the paper's abstract as claims, one for each pair of classes and network, at every loss reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from ntkit.studies.claim import Bound, Claim, Condition, Estimate
+from ntkit.studies.long2021.evidence import (
+    INVARIANT,
+    SWAP,
+    cosine_change,
+    difference,
+    error_change,
+    estimate,
+    losses,
+    main_settings,
+    measured,
+    number,
+)
+from ntkit.studies.long2021.long_setting import START, Setting
+from ntkit.studies.study import Results
+
+MUCH = 2 / 3  # the error at most this part of the initial one counts as much more accurate
+TRANSFORMS = (*INVARIANT, SWAP)
+RISES, FALLS = Bound("over", 0, errors=2), Bound("under", 0, errors=2)
+
+
+def _percent(value: Estimate) -> str:
+    error = "" if math.isnan(value.error) else f" ± {100 * value.error:.2f}"
+    return f"{100 * value.value:.2f}{error} %"
+
+
+def _signed(value: Estimate) -> str:
+    error = "" if math.isnan(value.error) else f" ± {value.error:.3f}"
+    return f"{value.value:+.3f}{error}".replace("-", "−")
+
+
+def _where(changes: dict[str, list[Estimate]], bound: Bound) -> str:
+    """The losses at which every value keeps the bound."""
+    kept = [loss for loss, values in changes.items() if bound.holds(values)]
+    if len(kept) == len(changes):
+        return "at every loss"
+    return "at no loss" if not kept else f"at loss {', '.join(kept)} only"
+
+
+def _by_loss(changes: dict[str, list[Estimate]], bound: Bound, names: Sequence[str] = ()) -> str:
+    """Changes at each loss, and where they keep the bound."""
+    texts = []
+    for loss, values in changes.items():
+        words = [f"{name} {_signed(v)}".strip() for name, v in zip(names or [""], values, strict=True)]
+        texts.append(f"{loss}: {', '.join(words)}")
+    return f"{_where(changes, bound)}. By loss: {'; '.join(texts)}"
+
+
+def better(results: Results) -> Iterator[Claim]:
+    """Sentence 3: a hard-margin SVM with the after kernel is much more accurate than with the initial kernel."""
+    much = []
+    for setting in main_settings(results):
+        reached = losses(results, setting)
+        before = estimate(results, setting, START, "tangent.test_error")
+        if not reached or math.isnan(before.value):
+            continue
+        changes = {loss: error_change(results, setting, loss).estimate() for loss in reached}
+        after = {loss: estimate(results, setting, loss, "tangent.test_error") for loss in reached}
+        last = reached[-1]
+        ratio = after[last].value / before.value if before.value else math.nan
+        conditions = [
+            Condition(f"the error at loss {last} over the initial one is", [ratio], Bound("under", MUCH)),
+            Condition("the change is", [changes[last]], FALLS),
+        ]
+        much.append(all(c.holds() for c in conditions))
+        yield Claim(
+            f"The after kernel’s machine is much more accurate: {setting.pair}, {setting.network}",
+            f"test error {_percent(before)} → "
+            + ", ".join(f"{_percent(value)} (loss {loss})" for loss, value in after.items())
+            + "; network "
+            + _percent(estimate(results, setting, last, "test_error")),
+            conditions,
+            "hard-margin SVM; error of the change: the larger one of that over seeds and that over test images",
+        )
+    if much:
+        yield Claim(
+            "For some pairs of data and network the after kernel is much more accurate",
+            f"in {sum(much)} of {len(much)} settings",
+            [Condition("the number of settings is", [sum(much)], Bound("at least", 1))],
+        )
+
+
+def _cosine_claim(
+    results: Results, setting: Setting, names: Sequence[str], text: str, bound: Bound, other: Setting | None = None
+) -> Iterator[Claim]:
+    """Cosines of a setting against those before training, or against another setting at equal loss."""
+    reached = losses(results, setting) if other is None else losses(results, setting, other)
+    changes = {
+        loss: [
+            cosine_change(
+                results, (setting, loss), (setting, START) if other is None else (other, loss), name
+            ).estimate()
+            for name in names
+        ]
+        for loss in reached
+    }
+    if not changes:
+        return
+    kept = [v for values in changes.values() for v in values]
+    note = "difference of cosines, raw; centered ones and those of different images: see the figures"
+    words = "at every loss the difference is"
+    yield Claim(text, _by_loss(changes, bound, names if len(names) > 1 else ()), [Condition(words, kept, bound)], note)
+
+
+def globalness(results: Results) -> Iterator[Claim]:
+    """Sentences 4 and 5: VGG-like networks become more global, fully connected ones less."""
+    for network, words, bound in (("vgg", "more", FALLS), ("mlp", "less", RISES)):
+        for setting in main_settings(results, network):
+            text = f"The after kernel is {words} global (cosine under a quadrant swap): {setting.pair}, {network}"
+            yield from _cosine_claim(results, setting, [SWAP], text, bound)
+
+
+def invariance(results: Results) -> Iterator[Claim]:
+    """Sentence 6, first half: more invariant to small shifts, rotations and zooms."""
+    for setting in main_settings(results):
+        text = f"It is more invariant to small shifts, rotations, zooms: {setting.pair}, {setting.network}"
+        yield from _cosine_claim(results, setting, INVARIANT, text, RISES)
+
+
+def augmentation(results: Results) -> Iterator[Claim]:
+    """Sentence 6, second half: data augmentation does not improve these invariances."""
+    for setting in main_settings(results):
+        augmented = setting._replace(augmented=True)
+        if measured(results, augmented, START):
+            text = f"Augmentation does not improve these invariances: {setting.pair}, {setting.network}"
+            yield from _cosine_claim(results, augmented, INVARIANT, text, Bound("at most", 0, errors=-2), setting)
+
+
+def conjugate(results: Results) -> Iterator[Claim]:
+    """Sentence 7: the conjugate kernel is sometimes, not always, a good approximation."""
+    good = []
+    for setting in main_settings(results):
+        for moment in (START, *losses(results, setting)[-1:]):
+            runs = measured(results, setting, moment)
+            errors = [estimate(results, setting, moment, f"{name}.test_error") for name in ("conjugate", "tangent")]
+            if any(math.isnan(e.value) for e in errors) or not runs:
+                good.append(False)
+                continue
+            by_image = [r.arrays["conjugate.wrong"].astype(float) - r.arrays["tangent.wrong"] for r in runs.values()]
+            spread = sum(by_image) / len(by_image)
+            gap = Estimate(errors[0].value - errors[1].value, float(spread.std(ddof=1) / len(spread) ** 0.5))
+            good.append(Bound("at most", 0, errors=-2).holds([gap]))
+            when = "before training" if moment == START else f"at loss {moment}"
+            yield Claim(
+                f"Conjugate kernel in place of the tangent kernel {when}: {setting.pair}, {setting.network}",
+                f"test error {_percent(errors[0])} against {_percent(errors[1])}; alignment of the two kernels "
+                f"{estimate(results, setting, moment, 'tangent_conjugate_alignment'):.2f}",
+                note="no worse, within 2 standard errors over test images: " + ("yes" if good[-1] else "no"),
+            )
+    if good:
+        yield Claim(
+            "The conjugate kernel is sometimes, but not always, a good approximation",
+            f"its machine is no worse than the tangent kernel’s in {sum(good)} of {len(good)} cases",
+            [
+                Condition("the number of such cases is", [sum(good)], Bound("at least", 1)),
+                Condition("of others", [len(good) - sum(good)], Bound("at least", 1)),
+            ],
+        )
+
+
+def larger_rate(results: Results) -> Iterator[Claim]:
+    """Sentences 8 and 9: a larger learning rate at equal loss is better, more global, more invariant."""
+    for setting in main_settings(results):
+        fast = setting._replace(lr=0.1)
+        common = losses(results, fast, setting)
+        if not common:
+            continue
+        changes = {
+            loss: [difference(results, (fast, loss), (setting, loss), "tangent.test_error", "tangent.wrong").estimate()]
+            for loss in common
+        }
+        kept = [values[0] for values in changes.values()]
+        name = f"{setting.pair}, {setting.network}"
+        yield Claim(
+            f"A larger learning rate at equal loss gives a better kernel: {name}",
+            _by_loss(changes, FALLS),
+            [Condition("at every loss the difference of test errors is", kept, FALLS)],
+            "learning rate 0.1 against 0.01, error of the hard-margin SVM",
+        )
+        yield from _cosine_claim(results, fast, [SWAP], f"and a more global one: {name}", FALLS, setting)
+        yield from _cosine_claim(results, fast, INVARIANT, f"and a more invariant one: {name}", RISES, setting)
+
+
+def control(results: Results) -> Iterator[Claim]:
+    """The network that sees only the sum of the pixels: nothing changes under the swap."""
+    for (setting, moment), runs in results["moment"].items():
+        if setting.network == "sum" and moment == START:
+            values = [number(r, f"tangent.cosines.{SWAP}.raw.mean") for r in runs]
+            yield Claim(
+                f"Control: a network of the sum of the pixels does not see the swap: {setting.pair}",
+                f"cosine {min(values):.6f}",
+                [Condition("it is", values, Bound("at least", 1 - 1e-5))],
+            )
+
+
+CLAIMS: Sequence[Callable[[Results], Iterator[Claim]]] = (
+    better,
+    globalness,
+    invariance,
+    augmentation,
+    conjugate,
+    larger_rate,
+    control,
+)
