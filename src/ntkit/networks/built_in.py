@@ -33,7 +33,7 @@ def mlp(shape: Shape, outputs: int) -> nn.Module:
             layers += [nn.Linear(a, b), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(width, outputs))
 
-    return _glorot(_smallest(make, 100_000))
+    return glorot(_smallest(make, 100_000))
 
 
 def cnn(shape: Shape, outputs: int) -> nn.Module:
@@ -68,7 +68,7 @@ def vgg(shape: Shape, outputs: int) -> nn.Module:
             layers += [nn.MaxPool2d(2, ceil_mode=True)]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * w * positions, outputs))
 
-    return _glorot(_smallest(make, 92_000))
+    return glorot(_smallest(make, 92_000))
 
 
 BUILT_IN: dict[str, Callable[[Shape, int], nn.Module]] = {"linear": linear, "mlp": mlp, "cnn": cnn, "vgg": vgg}
@@ -134,7 +134,7 @@ def _smallest(make: Callable[[int], nn.Module], parameters: int) -> nn.Module:
     return make(4 + bisect_left(range(4, parameters), parameters, key=count))
 
 
-def _glorot(model: nn.Module) -> nn.Module:
+def glorot(model: nn.Module) -> nn.Module:
     """Glorot-uniform weights and zero biases, as in the paper's code (Keras defaults)."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):

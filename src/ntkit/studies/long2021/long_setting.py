@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from torch.nn import functional as F
 from ntkit.data import Data, load
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.networks.built_in import build
+from ntkit.studies.long2021 import long_networks
 from ntkit.studies.study import Result, StudyPart, Work, device
+from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 from ntkit.trajectory.batch_order import steps_per_epoch
 
@@ -27,6 +30,8 @@ PAIRS: dict[str, tuple[str, tuple[str | int, str | int]]] = {
     "CIFAR-10 airplane/automobile": ("cifar10", ("airplane", "automobile")),
 }
 SECOND = "CIFAR-10 airplane/automobile"
+TEN = {"digits ten classes": "digits", "MNIST ten classes": "mnist", "CIFAR-10 ten classes": "cifar10"}
+ADDED = ("residual", "transformer")  # networks that are not in the paper
 EARLY = 8  # epochs whose quarters are recorded, later ones whole
 NEAR = 1.5  # the loss over all examples is computed once that over the latest batches is within this factor
 
@@ -42,10 +47,36 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         return f"{self.pair}, {self.network}, learning rate {self.lr:g}" + ", augmented" * self.augmented
 
+    @property
+    def added(self) -> bool:
+        """Whether the paper has no such setting: it is learned from a sample of the images."""
+        return self.pair in TEN or self.network in ADDED
+
     def file(self, seed: int) -> str:
         """Name of its files and of its run's folder."""
         pair = self.pair.lower().replace(" ", "-").replace("/", "-")
         return f"{pair}-{self.network}-{self.lr:g}{'-augmented' * self.augmented}-seed-{seed}"
+
+
+class Extent(NamedTuple):
+    """Sizes of what is not in the paper."""
+
+    train: int  # images that ten classes and other networks are learned from
+    test: int
+    epochs: int
+    seeds: int
+    kernel_train: int  # images of the kernels of each layer and along training
+    kernel_test: int
+    ratio: float  # of the steps at which kernels are computed along training
+
+
+QUICK = Extent(train=500, test=200, epochs=60, seeds=2, kernel_train=300, kernel_test=200, ratio=2)
+PAPER = Extent(train=4_000, test=1_000, epochs=60, seeds=3, kernel_train=2_000, kernel_test=1_000, ratio=1.35)
+
+
+def extent(work: Work) -> Extent:
+    """Sizes of what is not in the paper, at the scale of the study."""
+    return PAPER if work.sizes.train is None else QUICK
 
 
 def settings(work: Work) -> Iterator[tuple[Setting, int]]:
@@ -68,6 +99,32 @@ def images(work: Work, pair: str) -> Data:
     data, classes = PAIRS[pair]
     train_size, test_size = (None, None) if data == "digits" else (work.sizes.train, work.sizes.test)
     return load(data, work.folder_of(data), classes=classes, train=train_size, test=test_size)
+
+
+def examples(work: Work, setting: Setting) -> Data:
+    """What a setting learns: a pair of classes; or, where the paper has no such setting, a sample of a pair or of all.
+
+    Pixels in [0, 1].
+    """
+    if not setting.added:
+        return images(work, setting.pair)
+    name, classes = (TEN[setting.pair], None) if setting.pair in TEN else PAIRS[setting.pair]
+    return sample(load(name, work.folder_of(name), classes=classes), extent(work).train, extent(work).test)
+
+
+def sample(data: Data, train: int, test: int) -> Data:
+    """The first images of each class, as many of each where there are: at most `train` and `test` of them."""
+
+    def rows(y: Tensor, most: int) -> Tensor:
+        each = most // len(data.classes)
+        return torch.cat([(y == c).nonzero()[:each, 0] for c in range(len(data.classes))]).sort().values
+
+    train_rows, test_rows = rows(data.y_train, train), rows(data.y_test, test)
+    return replace(
+        data,
+        x_train=data.x_train[train_rows], y_train=data.y_train[train_rows],
+        x_test=data.x_test[test_rows], y_test=data.y_test[test_rows],
+    )  # fmt: skip
 
 
 class Sum(nn.Module):
@@ -111,8 +168,10 @@ def augmented(x: Tensor) -> Tensor:
 
 
 def network(setting: Setting, shape: tuple[int, ...], seed: int) -> nn.Module:
-    """The network of a setting before training: Glorot-uniform weights, zero biases, one output."""
-    model = Sum(seed) if setting.network == "sum" else build(setting.network, shape, 1, seed)
+    """The network of a setting before training: Glorot-uniform weights, zero biases; one output for two classes."""
+    outputs = 10 if setting.pair in TEN else 1
+    name = f"{long_networks.__name__}:{setting.network}" if setting.network in ADDED else setting.network
+    model = Sum(seed) if name == "sum" else build(name, shape, outputs, seed)
     return (Augmented(model) if setting.augmented else model).to(device()).eval()
 
 
@@ -121,15 +180,26 @@ def logistic(out: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(out[:, 0], y.to(out))
 
 
+def training_loss(setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:
+    """Logistic loss of two classes, cross-entropy of ten."""
+    return cross_entropy if setting.pair in TEN else logistic
+
+
+def most_epochs(work: Work, setting: Setting) -> int:
+    """Epochs after which a run ends, whatever its loss."""
+    if setting.added:
+        return extent(work).epochs
+    return work.sizes.vgg_epochs if setting.network == "vgg" else work.sizes.epochs
+
+
 def trained(work: Work, setting: Setting, seed: int, data: Data, model: nn.Module) -> Trajectory:
     """Train by plain SGD in batches of 32 to the lowest of the losses or the last epoch; resumed where it stopped."""
-    s, epoch = work.sizes, steps_per_epoch(len(data.x_train), BATCH)
-    epochs = s.vgg_epochs if setting.network == "vgg" else s.epochs
+    epochs, epoch = most_epochs(work, setting), steps_per_epoch(len(data.x_train), BATCH)
     quarters = {round(i * epoch / 4) for i in range(4 * min(EARLY, epochs))}
     return train(
-        model, (data.x_train.to(device()), data.y_train.to(device())), logistic,
+        model, (data.x_train.to(device()), data.y_train.to(device())), training_loss(setting),
         partial(torch.optim.SGD, lr=setting.lr), steps=epochs * epoch, batch_size=BATCH, seed=seed,
-        record=sorted(quarters | set(range(0, epochs * epoch + 1, epoch))), target=min(s.losses),
+        record=sorted(quarters | set(range(0, epochs * epoch + 1, epoch))), target=min(work.sizes.losses),
         path=work.trajectory(setting.file(seed)), resume=True,
     )  # fmt: skip
 
@@ -142,8 +212,8 @@ def training_part(setting: Setting, seed: int) -> StudyPart:
 
 def training(work: Work, setting: Setting, seed: int) -> Result:
     """Train, and find the first recorded step at which the loss over all training examples is at most each target."""
-    data = images(work, setting.pair)
-    model = network(setting, data.input_shape, seed)
+    data = examples(work, setting)
+    model, of_outputs = network(setting, data.input_shape, seed), training_loss(setting)
     run = trained(work, setting, seed, data, model)
     steps, epoch = dict.fromkeys(map(str, work.sizes.losses)), steps_per_epoch(len(data.x_train), BATCH)
     curve, wanted, batches = [], sorted(work.sizes.losses, reverse=True), run.losses
@@ -154,10 +224,30 @@ def training(work: Work, setting: Setting, seed: int) -> Result:
         if recent > NEAR * wanted[0] and step not in (0, run.steps[-1]):
             continue
         run.load(model, step)
-        loss = float(logistic(raw_outputs(model, data.x_train), data.y_train))
+        loss = float(of_outputs(raw_outputs(model, data.x_train.to(device())).cpu(), data.y_train))
         curve.append([step, loss])
         while wanted and loss <= wanted[0]:
             steps[str(wanted.pop(0))] = step
     numbers: dict[str, Any] = {"steps": steps, "curve": curve, "steps_per_epoch": epoch, "last": run.steps[-1]}
     numbers |= {"status": run.status, "not_reached": wanted, "lowest": min(loss for _, loss in curve)}
     return Result(numbers, {})
+
+
+def at_loss(
+    work: Work, setting: Setting, seed: int, moment: str, data: Data
+) -> tuple[nn.Module, dict[str, Any]] | Result:
+    """The network of a moment, `START` or a target of the training loss, and what is known of it.
+
+    A loss that was not reached: a result that says so.
+    """
+    model, step = network(setting, data.input_shape, seed), 0
+    if moment != START:
+        told = work.result(training_part(setting, seed)).numbers
+        step = told["steps"][moment]
+        if step is None:
+            told = {"lowest": told["lowest"], "run": told["status"]}
+            return Result({"seed": seed, "status": "not reached", **told}, {})
+        trained(work, setting, seed, data, model).load(model, step)
+    epochs = step / steps_per_epoch(len(data.x_train), BATCH)
+    inner = model.network if isinstance(model, Augmented) else model
+    return inner, {"seed": seed, "status": "measured", "step": step, "epochs": epochs}

@@ -22,13 +22,11 @@ from ntkit.probes import standard
 from ntkit.studies.long2021.long_setting import (
     BATCH,
     START,
-    Augmented,
     Setting,
-    images,
+    at_loss,
+    examples,
     logistic,
-    network,
     settings,
-    trained,
     training_part,
 )
 from ntkit.studies.study import Result, StudyPart, Work, device
@@ -55,21 +53,15 @@ def moment_part(setting: Setting, seed: int, moment: str) -> StudyPart:
 
 def at_moment(work: Work, setting: Setting, seed: int, moment: str) -> Result:
     """Load the network of a moment and measure its kernels; a loss that was not reached is a status."""
-    data = images(work, setting.pair)
-    model, step = network(setting, data.input_shape, seed), 0
-    if moment != START:
-        told = work.result(training_part(setting, seed)).numbers
-        step = told["steps"][moment]
-        if step is None:
-            told = {"lowest": told["lowest"], "run": told["status"]}
-            return Result({"seed": seed, "status": "not reached", **told}, {})
-        trained(work, setting, seed, data, model).load(model, step)
-    inner = model.network if isinstance(model, Augmented) else model
-    numbers, arrays, machine = measured(work, inner, data)
-    numbers |= {"seed": seed, "status": "measured", "step": step}
-    numbers["epochs"] = step / steps_per_epoch(len(data.x_train), BATCH)
+    data = examples(work, setting)
+    found = at_loss(work, setting, seed, moment, data)
+    if isinstance(found, Result):
+        return found
+    model, told = found
+    numbers, arrays, machine = measured(work, model, data)
+    numbers |= told
     if moment == START and setting.network != "sum" and not setting.augmented:
-        numbers["linearized"] = linearized(work, setting, seed, data, inner, *machine)
+        numbers["linearized"] = linearized(work, setting, seed, data, model, *machine)
     return Result(numbers, arrays)
 
 
