@@ -44,13 +44,14 @@ def along(work: Work, setting: Setting, seed: int) -> Result:
         logits, logits_test = (raw_outputs(model, part)[:, 0].cpu() for part in (x, x_test))
         kernel = TangentKernel(model, outputs="trace")
         entry, decision = quality(kernel(x).cpu(), kernel(x_test, x).cpu(), data)
+        correlation = float(np.corrcoef(decision.numpy(), logits_test.double().numpy())[0, 1])
         rows.append({
             "step": step,
             "epochs": step / steps_per_epoch(len(whole.x_train), BATCH),
             "loss": float(logistic(logits[:, None], data.y_train)),
             "network_error": float((logits_test > 0).long().ne(data.y_test).double().mean()),
             "agreement": float((decision > 0).eq(logits_test > 0).double().mean()),
-            "correlation": float(np.corrcoef(decision.numpy(), logits_test.double().numpy())[0, 1]),
+            "correlation": correlation if np.isfinite(correlation) else None,
             **{name: entry[name] for name in KEPT},
         })  # fmt: skip
     return Result({"seed": seed, "steps": rows}, {})

@@ -11,16 +11,18 @@ from torch import Tensor
 from ntkit.data import Data
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.studies.long2021.long_setting import START, Setting, at_loss, examples, extent, sample, training_part
+from ntkit.studies.long2021.long_setting import Setting, at_loss, examples, extent, sample, training_part
 from ntkit.studies.long2021.moments import quality
 from ntkit.studies.study import Result, StudyPart, Work, device
 
 LAST = "last"  # the moment of the lowest loss that the run reached
+KINDS = {"Conv2d": "convolution", "Linear": "dense"}
 
 
 def layer_part(setting: Setting, seed: int, moment: str) -> StudyPart:
     """The layers at a moment, `START` or `LAST`."""
-    return StudyPart("layers", (setting, moment), f"{setting.file(seed)}-layers-{moment}", layers, (setting, seed, moment))
+    name = f"{setting.file(seed)}-layers-{moment}"
+    return StudyPart("layers", (setting, moment), name, layers, (setting, seed, moment))
 
 
 def layers(work: Work, setting: Setting, seed: int, moment: str) -> Result:
@@ -46,16 +48,17 @@ def layers(work: Work, setting: Setting, seed: int, moment: str) -> Result:
     entry, decision = quality(K, K_test, data)
     arrays = {"whole.wrong": _wrong(decision, data), "decision": decision.numpy(), "logit": logits.double().numpy()}
     alone, without, names = [], [], list(train)
-    numbers: dict[str, Any] = {"moment": moment, "whole": entry, "names": names, "layers": []}
+    kinds = [KINDS[type(model.get_submodule(name)).__name__] for name in names]
+    numbers: dict[str, Any] = {"moment": moment, "whole": entry, "kinds": kinds, "layers": {}}
     numbers["test_error"] = float((logits > 0).long().ne(data.y_test).double().mean())
-    for name in names:
+    for place, name in enumerate(names):
         rest = [other for other in names if other != name]
         own, own_decision = separated(train[name], test[name], data)
         others, others_decision = separated(total(train, rest), total(test, rest), data)
         alone.append(_wrong(own_decision, data))
         without.append(_wrong(others_decision, data))
         share = float(train[name].diagonal().sum(dtype=torch.float64)) / trace
-        numbers["layers"].append({"share": share, "alone": own, "without": others})
+        numbers["layers"][str(place)] = {"share": share, "alone": own, "without": others}
     arrays |= {"alone.wrong": np.stack(alone), "without.wrong": np.stack(without)}
     return Result(numbers | told, arrays)
 

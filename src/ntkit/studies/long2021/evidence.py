@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +30,9 @@ class Difference(NamedTuple):
         return Estimate(self.value, max(errors, default=math.nan))
 
 
-def measured(results: Results, setting: Setting, moment: str) -> dict[int, Result]:
+def measured(results: Results, setting: Setting, moment: str, experiment: str = "moment") -> dict[int, Result]:
     """The finished parts of a moment by seed, where it was reached."""
-    runs = results["moment"].get((setting, moment), [])
+    runs = results[experiment].get((setting, moment), [])
     return {run.numbers["seed"]: run for run in runs if run.numbers["status"] == "measured"}
 
 
@@ -66,12 +66,13 @@ def number(result: Result, path: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def estimate(results: Results, setting: Setting, moment: str, path: str) -> Estimate:
+def estimate(results: Results, setting: Setting, moment: str, path: str, experiment: str = "moment") -> Estimate:
     """Mean of a number over seeds with its standard error."""
-    return _mean([number(run, path) for run in measured(results, setting, moment).values()])
+    return mean_of([number(run, path) for run in measured(results, setting, moment, experiment).values()])
 
 
-def _mean(values: Sequence[float]) -> Estimate:
+def mean_of(values: Sequence[float]) -> Estimate:
+    """Mean and standard error of the values that are defined."""
     kept = [v for v in values if not math.isnan(v)]
     if not kept:
         return Estimate(math.nan)
@@ -85,20 +86,35 @@ def difference(
     path: str,
     images: str,
     row: int | None = None,
+    experiment: str = "moment",
 ) -> Difference:
     """`path` at `one` minus `path` at `other`; array `images` (its row, if given) has the values by test image."""
-    first, second = measured(results, *one), measured(results, *other)
-    values, by_image = {}, []
+
+    def by_image(run: Result) -> np.ndarray:
+        values = run.arrays[images].astype(float)
+        return values if row is None else values[row]
+
+    first, second = measured(results, *one, experiment), measured(results, *other, experiment)
+    return paired(first, second, lambda run: number(run, path), by_image)
+
+
+def paired(
+    first: dict[int, Result],
+    second: dict[int, Result],
+    value: Callable[[Result], float],
+    by_image: Callable[[Result], np.ndarray],
+) -> Difference:
+    """Mean difference over the seeds of both, where it is defined."""
+    values, images = {}, []
     for seed in sorted(set(first) & set(second)):
-        value = number(first[seed], path) - number(second[seed], path)
-        if not math.isnan(value):
-            values[seed] = value
-            arrays = [run[seed].arrays[images].astype(float) for run in (first, second)]
-            by_image.append(np.subtract(*(a if row is None else a[row] for a in arrays)))
-    mean = _mean(list(values.values()))
+        change = value(first[seed]) - value(second[seed])
+        if not math.isnan(change):
+            values[seed] = change
+            images.append(by_image(first[seed]) - by_image(second[seed]))
+    mean = mean_of(list(values.values()))
     over_images = math.nan
-    if by_image:
-        each = np.nanmean(np.stack(by_image), 0)
+    if images:
+        each = np.nanmean(np.stack(images), 0)
         each = each[~np.isnan(each)]
         over_images = float(each.std(ddof=1) / len(each) ** 0.5)
     return Difference(mean.value, mean.error, over_images, len(values))

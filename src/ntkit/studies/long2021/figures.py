@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ MACHINES = {
     "conjugate.test_error": "SVM, conjugate kernel",
     "tangent centered.test_error": "SVM, centered tangent features",
 }
+COLUMNS = {
+    "Loss": ("loss", 3), "Network error": ("test_error", 4), "SVM error": ("tangent.test_error", 4),
+    "SVM error, centered": ("tangent centered.test_error", 4),
+    "SVM error, conjugate": ("conjugate.test_error", 4), "Margin": ("tangent.margin", 4),
+    "Alignment": ("tangent.alignment", 3), "Alignment, centered": ("tangent.alignment_centered", 3),
+    "Effective rank": ("tangent.effective_rank", 2), "Agreement": ("tangent.agreement", 4),
+    "Tangent and conjugate": ("tangent_conjugate_alignment", 3),
+}  # fmt: skip
 EXAMPLES = 3
 
 
@@ -60,7 +68,8 @@ def _series(results: Results, setting: Setting, path: str) -> tuple[list[float],
     return x, values
 
 
-def _curve(results: Results, setting: Setting, path: str, name: str, scale: float = 1, dash: str = "solid") -> Item:
+def loss_curve(results: Results, setting: Setting, path: str, name: str, scale: float = 1, dash: str = "solid") -> Item:
+    """A number against the training loss, mean over seeds with its standard error."""
     x, values = _series(results, setting, path)
     errors = [0.0 if math.isnan(v.error) else scale * v.error for v in values]
     return curve(name, x, [scale * v.value for v in values], error=errors, dash=dash)
@@ -88,29 +97,12 @@ def _pair_section(results: Results, pair: str, chosen: Sequence[Setting]) -> Sec
             "Training goes from right to left. The machines are hard-margin SVMs without bias, with the network’s "
             "kernel at that moment.",
             "training loss", "test error, %",
-            [(s.network, [_curve(results, s, path, name, 100) for path, name in MACHINES.items()]) for s in chosen],
+            [(s.network, [loss_curve(results, s, path, name, 100) for path, name in MACHINES.items()]) for s in chosen],
             wide=True,
         )
     ]  # fmt: skip
-    forms = {"raw": "raw features", "centered": "features minus their mean"}
-    for form, words in forms.items():
-        panels = []
-        for setting in chosen:
-            curves = [
-                _curve(results, setting, f"tangent.cosines.{name}.{form}.mean", name)
-                for name in probes(results, setting)
-            ]
-            path = f"tangent.cosines.pairs.{form}.mean"
-            panels.append((setting.network, [*curves, _curve(results, setting, path, "different images", dash="dash")]))
-        items.append(
-            lines(
-                f"Cosine between an image and its transform, {words}",
-                "1: the kernel does not see the transform. Dashed: the mean cosine of two different images, which "
-                "moves, too.",
-                "training loss", "cosine", panels, wide=True,
-            )
-        )  # fmt: skip
-    items.append(_kernel_table(results, chosen))
+    items += [cosine_lines(results, chosen, form) for form in ("raw", "centered")]
+    items.append(kernel_table(results, chosen))
     arrays = {}
     for result in results["pictures"].get(pair, []):
         arrays = {f"pictures/{pair}": result.arrays["images"]}
@@ -120,16 +112,26 @@ def _pair_section(results: Results, pair: str, chosen: Sequence[Setting]) -> Sec
                    "over seeds.", items, arrays)  # fmt: skip
 
 
-def _kernel_table(results: Results, chosen: Sequence[Setting]) -> Item:
-    """Numbers of the tangent kernel at each moment."""
-    columns = {
-        "Loss": ("loss", 3), "Network error": ("test_error", 4), "SVM error": ("tangent.test_error", 4),
-        "SVM error, centered": ("tangent centered.test_error", 4),
-        "SVM error, conjugate": ("conjugate.test_error", 4), "Margin": ("tangent.margin", 4),
-        "Alignment": ("tangent.alignment", 3), "Alignment, centered": ("tangent.alignment_centered", 3),
-        "Effective rank": ("tangent.effective_rank", 2), "Agreement": ("tangent.agreement", 4),
-        "Tangent and conjugate": ("tangent_conjugate_alignment", 3),
-    }  # fmt: skip
+def cosine_lines(results: Results, chosen: Sequence[Setting], form: str) -> Item:
+    """Cosines between images and their transforms against the training loss; of raw or centered features."""
+    words = {"raw": "raw features", "centered": "features minus their mean"}[form]
+    panels = []
+    for setting in chosen:
+        curves = [
+            loss_curve(results, setting, f"tangent.cosines.{name}.{form}.mean", name)
+            for name in probes(results, setting)
+        ]
+        path = f"tangent.cosines.pairs.{form}.mean"
+        panels.append((setting.network, [*curves, loss_curve(results, setting, path, "different images", dash="dash")]))
+    return lines(
+        f"Cosine between an image and its transform, {words}",
+        "1: the kernel does not see the transform. Dashed: the mean cosine of two different images, which moves, too.",
+        "training loss", "cosine", panels, wide=True,
+    )  # fmt: skip
+
+
+def kernel_table(results: Results, chosen: Sequence[Setting], columns: Mapping[str, tuple[str, int]] = COLUMNS) -> Item:
+    """Numbers of the tangent kernel at each moment: by the column's title their path and digits."""
     rows = []
     for setting in chosen:
         for moment in (START, *map(str, results.work.sizes.losses)):
@@ -143,7 +145,8 @@ def _kernel_table(results: Results, chosen: Sequence[Setting]) -> Item:
                 rows.append([setting.network, "start" if moment == START else f"≤ {moment}", str(count), *texts])
     note = (
         "Margin: of the hard-margin SVM, over the features’ root mean square norm. Agreement: part of the test images "
-        "on which the machine and the network predict the same. Last column: alignment of the two, not centered."
+        "on which the machine and the network predict the same. Tangent and conjugate: alignment of the two kernels, "
+        "not centered."
     )
     return table("The kernel at each moment", ["Network", "Moment", "Seeds", *columns], rows, note, folded=True)
 

@@ -26,12 +26,14 @@ TRANSFORMS = (*INVARIANT, SWAP)
 RISES, FALLS = Bound("over", 0, errors=2), Bound("under", 0, errors=2)
 
 
-def _percent(value: Estimate) -> str:
+def percent(value: Estimate) -> str:
+    """A share in percent, with its error where there is one."""
     error = "" if math.isnan(value.error) else f" ± {100 * value.error:.2f}"
     return f"{100 * value.value:.2f}{error} %"
 
 
-def _signed(value: Estimate) -> str:
+def signed(value: Estimate) -> str:
+    """A difference with its sign, and its error where there is one."""
     error = "" if math.isnan(value.error) else f" ± {value.error:.3f}"
     return f"{value.value:+.3f}{error}".replace("-", "−")
 
@@ -48,37 +50,42 @@ def _by_loss(changes: dict[str, list[Estimate]], bound: Bound, names: Sequence[s
     """Changes at each loss, and where they keep the bound."""
     texts = []
     for loss, values in changes.items():
-        words = [f"{name} {_signed(v)}".strip() for name, v in zip(names or [""], values, strict=True)]
+        words = [f"{name} {signed(v)}".strip() for name, v in zip(names or [""], values, strict=True)]
         texts.append(f"{loss}: {', '.join(words)}")
     return f"{_where(changes, bound)}. By loss: {'; '.join(texts)}"
+
+
+def accuracy(results: Results, setting: Setting, text: str) -> Iterator[Claim]:
+    """Whether the machine's error at the last loss is well below that before training; nothing where one is unknown."""
+    reached = losses(results, setting)
+    before = estimate(results, setting, START, "tangent.test_error")
+    if not reached or math.isnan(before.value):
+        return
+    after = {loss: estimate(results, setting, loss, "tangent.test_error") for loss in reached}
+    last = reached[-1]
+    ratio = after[last].value / before.value if before.value else math.nan
+    change = error_change(results, setting, last).estimate()
+    yield Claim(
+        f"{text}: {setting.pair}, {setting.network}",
+        f"test error {percent(before)} → "
+        + ", ".join(f"{percent(value)} (loss {loss})" for loss, value in after.items())
+        + "; network "
+        + percent(estimate(results, setting, last, "test_error")),
+        [
+            Condition(f"the error at loss {last} over the initial one is", [ratio], Bound("under", MUCH)),
+            Condition("the change is", [change], FALLS),
+        ],
+        "hard-margin SVM; error of the change: the larger one of that over seeds and that over test images",
+    )
 
 
 def better(results: Results) -> Iterator[Claim]:
     """Sentence 3: a hard-margin SVM with the after kernel is much more accurate than with the initial kernel."""
     much = []
     for setting in main_settings(results):
-        reached = losses(results, setting)
-        before = estimate(results, setting, START, "tangent.test_error")
-        if not reached or math.isnan(before.value):
-            continue
-        changes = {loss: error_change(results, setting, loss).estimate() for loss in reached}
-        after = {loss: estimate(results, setting, loss, "tangent.test_error") for loss in reached}
-        last = reached[-1]
-        ratio = after[last].value / before.value if before.value else math.nan
-        conditions = [
-            Condition(f"the error at loss {last} over the initial one is", [ratio], Bound("under", MUCH)),
-            Condition("the change is", [changes[last]], FALLS),
-        ]
-        much.append(all(c.holds() for c in conditions))
-        yield Claim(
-            f"The after kernel’s machine is much more accurate: {setting.pair}, {setting.network}",
-            f"test error {_percent(before)} → "
-            + ", ".join(f"{_percent(value)} (loss {loss})" for loss, value in after.items())
-            + "; network "
-            + _percent(estimate(results, setting, last, "test_error")),
-            conditions,
-            "hard-margin SVM; error of the change: the larger one of that over seeds and that over test images",
-        )
+        for claim in accuracy(results, setting, "The after kernel’s machine is much more accurate"):
+            much.append(all(c.holds() for c in claim.conditions))
+            yield claim
     if much:
         yield Claim(
             "For some pairs of data and network the after kernel is much more accurate",
@@ -87,7 +94,7 @@ def better(results: Results) -> Iterator[Claim]:
         )
 
 
-def _cosine_claim(
+def cosine_claim(
     results: Results, setting: Setting, names: Sequence[str], text: str, bound: Bound, other: Setting | None = None
 ) -> Iterator[Claim]:
     """Cosines of a setting against those before training, or against another setting at equal loss."""
@@ -114,14 +121,14 @@ def globalness(results: Results) -> Iterator[Claim]:
     for network, words, bound in (("vgg", "more", FALLS), ("mlp", "less", RISES)):
         for setting in main_settings(results, network):
             text = f"The after kernel is {words} global (cosine under a quadrant swap): {setting.pair}, {network}"
-            yield from _cosine_claim(results, setting, [SWAP], text, bound)
+            yield from cosine_claim(results, setting, [SWAP], text, bound)
 
 
 def invariance(results: Results) -> Iterator[Claim]:
     """Sentence 6, first half: more invariant to small shifts, rotations and zooms."""
     for setting in main_settings(results):
         text = f"It is more invariant to small shifts, rotations, zooms: {setting.pair}, {setting.network}"
-        yield from _cosine_claim(results, setting, INVARIANT, text, RISES)
+        yield from cosine_claim(results, setting, INVARIANT, text, RISES)
 
 
 def augmentation(results: Results) -> Iterator[Claim]:
@@ -130,7 +137,7 @@ def augmentation(results: Results) -> Iterator[Claim]:
         augmented = setting._replace(augmented=True)
         if measured(results, augmented, START):
             text = f"Augmentation does not improve these invariances: {setting.pair}, {setting.network}"
-            yield from _cosine_claim(results, augmented, INVARIANT, text, Bound("at most", 0, errors=-2), setting)
+            yield from cosine_claim(results, augmented, INVARIANT, text, Bound("at most", 0, errors=-2), setting)
 
 
 def conjugate(results: Results) -> Iterator[Claim]:
@@ -150,7 +157,7 @@ def conjugate(results: Results) -> Iterator[Claim]:
             when = "before training" if moment == START else f"at loss {moment}"
             yield Claim(
                 f"Conjugate kernel in place of the tangent kernel {when}: {setting.pair}, {setting.network}",
-                f"test error {_percent(errors[0])} against {_percent(errors[1])}; alignment of the two kernels "
+                f"test error {percent(errors[0])} against {percent(errors[1])}; alignment of the two kernels "
                 f"{estimate(results, setting, moment, 'tangent_conjugate_alignment'):.2f}",
                 note="no worse, within 2 standard errors over test images: " + ("yes" if good[-1] else "no"),
             )
@@ -184,8 +191,8 @@ def larger_rate(results: Results) -> Iterator[Claim]:
             [Condition("at every loss the difference of test errors is", kept, FALLS)],
             "learning rate 0.1 against 0.01, error of the hard-margin SVM",
         )
-        yield from _cosine_claim(results, fast, [SWAP], f"and a more global one: {name}", FALLS, setting)
-        yield from _cosine_claim(results, fast, INVARIANT, f"and a more invariant one: {name}", RISES, setting)
+        yield from cosine_claim(results, fast, [SWAP], f"and a more global one: {name}", FALLS, setting)
+        yield from cosine_claim(results, fast, INVARIANT, f"and a more invariant one: {name}", RISES, setting)
 
 
 def control(results: Results) -> Iterator[Claim]:

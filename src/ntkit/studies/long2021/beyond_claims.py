@@ -1,0 +1,154 @@
+"""What the paper did not ask, as sentences with numbers; those that test a change say by how much it must differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from ntkit.studies.claim import Bound, Claim, Condition, Estimate
+from ntkit.studies.long2021.beyond import added_runs, main_runs
+from ntkit.studies.long2021.by_layer import LAST
+from ntkit.studies.long2021.evidence import (
+    INVARIANT,
+    SWAP,
+    difference,
+    estimate,
+    losses,
+    main_settings,
+    mean_of,
+    measured,
+    number,
+    paired,
+)
+from ntkit.studies.long2021.long_setting import START, TEN
+from ntkit.studies.long2021.sentences import FALLS, RISES, accuracy, cosine_claim, percent, signed
+from ntkit.studies.study import Result, Results
+
+MOST = 0.9  # the part of the machine's gain that counts as most of it
+
+
+def layers(results: Results) -> Iterator[Claim]:
+    """Which layers carry the gain."""
+    for setting in dict.fromkeys(setting for setting, _ in main_runs(results.work)):
+        runs = measured(results, setting, LAST, "layers")
+        if not runs or not measured(results, setting, START, "layers"):
+            continue
+        kinds = next(iter(runs.values())).numbers["kinds"]
+        changes, texts = [], []
+        for i, kind in enumerate(kinds):
+            path, ends = f"layers.{i}.alone.test_error", ((setting, LAST), (setting, START))
+            change = difference(results, *ends, path, "alone.wrong", i, "layers").estimate()
+            before, after = (estimate(results, setting, moment, path, "layers") for moment in (START, LAST))
+            without = estimate(results, setting, LAST, f"layers.{i}.without.test_error", "layers")
+            changes.append(change)
+            texts.append(f"{i + 1} ({kind}) {percent(before)} → {percent(after)}, without it {percent(without)}")
+        whole = (estimate(results, setting, moment, "whole.test_error", "layers") for moment in (START, LAST))
+        yield Claim(
+            f"Not in the paper: each layer’s share alone becomes better: {setting.pair}, {setting.network}",
+            f"all layers {' → '.join(percent(value) for value in whole)}; alone: {'; '.join(texts)}",
+            [Condition("the change of every layer’s test error is", changes, FALLS)],
+            "before training → lowest loss reached",
+        )
+
+
+def along(results: Results) -> Iterator[Claim]:
+    """Whether the kernel's machine is ahead of the network, and when most of its gain is made."""
+    for setting, runs in results["along"].items():
+        ahead, epochs, at_loss = [], [], []
+        for run in runs:
+            rows = [row for row in run.numbers["steps"] if row["test_error"] is not None]
+            later = [row for row in rows if row["step"]]
+            if later:
+                ahead.append(float(np.mean([row["test_error"] - row["network_error"] for row in later])))
+                found = gained(rows)
+                if found is not None:
+                    epochs.append(found["epochs"])
+                    at_loss.append(found["loss"])
+        if not ahead:
+            continue
+        when = "the machine does not gain"
+        if epochs:
+            when = (
+                f"nine tenths of the machine’s gain are there after {_plain(mean_of(epochs))} epochs, at loss "
+                f"{_plain(mean_of(at_loss))} ({len(epochs)} of {len(runs)} runs gain)"
+            )
+        change = mean_of(ahead)
+        yield Claim(
+            f"Not in the paper: along training the kernel’s machine is ahead of the network: {setting.pair}, "
+            f"{setting.network}",
+            f"test error of the machine minus the network’s, mean over steps: {signed(change)}; {when}",
+            [Condition("the difference is", [change], FALLS)],
+        )
+
+
+def gained(rows: Sequence[dict[str, float]]) -> dict[str, float] | None:
+    """The first row at which the error has fallen by `MOST` of its fall from the first row to the last one."""
+    first, last = rows[0]["test_error"], rows[-1]["test_error"]
+    if last >= first:
+        return None
+    return next(row for row in rows if first - row["test_error"] >= MOST * (first - last))
+
+
+def _plain(value: Estimate) -> str:
+    return f"{value.value:.3g}" if math.isnan(value.error) else f"{value:.3g}"
+
+
+def agreement(results: Results) -> Iterator[Claim]:
+    """Whether machine and network agree more after training."""
+    for setting in main_settings(results):
+        reached = losses(results, setting)
+        if not reached:
+            continue
+        last, values = reached[-1], {}
+        for kernel in ("tangent", "conjugate"):
+
+            def alike(run: Result, kernel: str = kernel) -> np.ndarray:
+                """By test image: with two classes both agree where both are right or both wrong."""
+                return (run.arrays[f"{kernel}.wrong"] == run.arrays["network.wrong"]).astype(float)
+
+            def value(run: Result, kernel: str = kernel) -> float:
+                return number(run, f"{kernel}.agreement")
+
+            runs = (measured(results, setting, moment) for moment in (last, START))
+            values[kernel] = paired(*runs, value, alike).estimate()
+        texts = [
+            f"{kernel} kernel {percent(estimate(results, setting, START, f'{kernel}.agreement'))} → "
+            f"{percent(estimate(results, setting, last, f'{kernel}.agreement'))}, correlation "
+            f"{_plain(estimate(results, setting, last, f'{kernel}.correlation'))}"
+            for kernel in values
+        ]
+        yield Claim(
+            f"Not in the paper: machine and network agree more after training: {setting.pair}, {setting.network}",
+            f"test images put in the same class: {'; '.join(texts)} (loss {last})",
+            [Condition("the change with the tangent kernel is", [values["tangent"]], RISES)],
+        )
+
+
+def added(results: Results) -> Iterator[Claim]:
+    """The paper's sentences for ten classes, residual networks and transformers."""
+    much: dict[str, list[bool]] = {"ten classes": [], "two classes": []}
+    for setting in dict.fromkeys(setting for setting, _ in added_runs(results.work)):
+        if not measured(results, setting, START):
+            continue
+        for claim in accuracy(results, setting, "Not in the paper: the after kernel’s machine is much more accurate"):
+            much["ten classes" if setting.pair in TEN else "two classes"].append(
+                all(c.holds() for c in claim.conditions)
+            )
+            yield claim
+        where = f"{setting.pair}, {setting.network}"
+        text = f"Not in the paper: it is more invariant to small shifts, rotations, zooms: {where}"
+        yield from cosine_claim(results, setting, INVARIANT, text, RISES)
+        text = f"Not in the paper: it is more global (cosine under a quadrant swap): {where}"
+        yield from cosine_claim(results, setting, [SWAP], text, FALLS)
+    for kind, holds in much.items():
+        if holds:
+            yield Claim(
+                f"Not in the paper: for some networks the after kernel is much more accurate, {kind}",
+                f"in {sum(holds)} of {len(holds)} settings",
+                [Condition("the number of settings is", [sum(holds)], Bound("at least", 1))],
+            )
+
+
+CLAIMS: Sequence[Callable[[Results], Iterator[Claim]]] = (layers, along, agreement, added)
