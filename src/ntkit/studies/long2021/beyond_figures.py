@@ -282,11 +282,10 @@ def _error_lines(results: Results, chosen: Sequence[Setting], machines: dict[str
 
 def _sampled(results: Results, chosen: Sequence[Setting]) -> str:
     sizes = extent(results.work)
-    counts = "; ".join(f"{s.network}: {len(measured(results, s, START))} seeds" for s in chosen)
+    counts = "; ".join(f"{s.network}: {s.lr:g}, {len(measured(results, s, START))} seeds" for s in chosen)
     return (
         f"Network and machines learn from the same images: {sizes.train:,} for training and {sizes.test:,} for testing "
-        f"at most, as many of each class. Plain SGD, learning rate {chosen[0].lr:g}. {counts}; ± is one standard error "
-        "over seeds."
+        f"at most, as many of each class. Plain SGD; learning rates {counts}; ± is one standard error over seeds."
     )
 
 

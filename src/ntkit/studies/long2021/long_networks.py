@@ -12,6 +12,7 @@ from ntkit.networks.built_in import glorot
 
 WIDTH = 30  # channels before the stride, twice as many behind it
 FEATURES, HEADS, BLOCKS = 64, 4, 3  # features per token
+PLACE = 0.5  # deviation of the learned places at first
 
 
 def residual(shape: Sequence[int], outputs: int) -> nn.Module:
@@ -60,7 +61,7 @@ class Transformer(nn.Module):
         super().__init__()
         side = 2 if min(shape[1:]) < 16 else 4  # of a patch
         self.patches = nn.Conv2d(shape[0], FEATURES, side, stride=side)
-        self.places = nn.Parameter(0.02 * torch.randn((shape[1] // side) * (shape[2] // side), FEATURES))
+        self.places = nn.Parameter(PLACE * torch.randn((shape[1] // side) * (shape[2] // side), FEATURES))
         self.blocks = nn.Sequential(*(_AttentionBlock() for _ in range(BLOCKS)))
         self.norm, self.last = nn.LayerNorm(FEATURES), nn.Linear(FEATURES, outputs)
 
