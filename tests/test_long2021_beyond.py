@@ -34,8 +34,8 @@ from ntkit.studies.long2021.moments import moment_part
 from ntkit.studies.study import Sizes, Work
 from ntkit.testing import assert_equal, check_kernel
 
-TOY = Sizes(train=60, test=40, losses=(0.68, 0.5), epochs=6, vgg_epochs=3, seeds=1, few=1, probed=6)
-FEW = Extent(train=60, test=40, epochs=2, seeds=1, kernel_train=60, kernel_test=40, ratio=4)
+TOY = Sizes(train=60, test=40, losses=(2.5, 0.6), epochs=6, vgg_epochs=3, seeds=1, few=1, probed=6)
+FEW = Extent(train=60, test=40, epochs=2, seeds=1, kernel_train=60, kernel_test=40, ratio=4, probed=6)
 MAIN = [Setting("digits 3/8", name) for name in beyond.PAPER_NETWORKS]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from ntkit.studies.long2021.along import along_part
-from ntkit.studies.long2021.by_layer import LAST, layer_part
+from ntkit.studies.long2021.by_layer import END, layer_part
 from ntkit.studies.long2021.long_setting import ADDED, PAIRS, SECOND, START, TEN, Setting, extent, training_part
 from ntkit.studies.long2021.many_classes import class_part
 from ntkit.studies.long2021.moments import moment_part
@@ -43,7 +43,7 @@ def added_runs(work: Work) -> Iterator[tuple[Setting, int]]:
 def parts(work: Work) -> Iterator[StudyPart]:
     """All parts, after those of the paper's own experiments."""
     for setting, seed in main_runs(work):
-        yield from (layer_part(setting, seed, moment) for moment in (START, LAST))
+        yield from (layer_part(setting, seed, moment) for moment in (START, END))
         yield along_part(setting, seed)
     for setting, seed in added_runs(work):
         part = class_part if setting.pair in TEN else moment_part

@@ -9,7 +9,7 @@ import numpy as np
 
 from ntkit.studies.claim import Bound, Claim, Condition, Estimate
 from ntkit.studies.long2021.beyond import added_runs, main_runs
-from ntkit.studies.long2021.by_layer import LAST
+from ntkit.studies.long2021.by_layer import END
 from ntkit.studies.long2021.evidence import (
     INVARIANT,
     SWAP,
@@ -32,24 +32,24 @@ MOST = 0.9  # the part of the machine's gain that counts as most of it
 def layers(results: Results) -> Iterator[Claim]:
     """Which layers carry the gain."""
     for setting in dict.fromkeys(setting for setting, _ in main_runs(results.work)):
-        runs = measured(results, setting, LAST, "layers")
+        runs = measured(results, setting, END, "layers")
         if not runs or not measured(results, setting, START, "layers"):
             continue
         kinds = next(iter(runs.values())).numbers["kinds"]
         changes, texts = [], []
         for i, kind in enumerate(kinds):
-            path, ends = f"layers.{i}.alone.test_error", ((setting, LAST), (setting, START))
+            path, ends = f"layers.{i}.alone.test_error", ((setting, END), (setting, START))
             change = difference(results, *ends, path, "alone.wrong", i, "layers").estimate()
-            before, after = (estimate(results, setting, moment, path, "layers") for moment in (START, LAST))
-            without = estimate(results, setting, LAST, f"layers.{i}.without.test_error", "layers")
+            before, after = (estimate(results, setting, moment, path, "layers") for moment in (START, END))
+            without = estimate(results, setting, END, f"layers.{i}.without.test_error", "layers")
             changes.append(change)
             texts.append(f"{i + 1} ({kind}) {percent(before)} → {percent(after)}, without it {percent(without)}")
-        whole = (estimate(results, setting, moment, "whole.test_error", "layers") for moment in (START, LAST))
+        whole = (estimate(results, setting, moment, "whole.test_error", "layers") for moment in (START, END))
         yield Claim(
             f"Not in the paper: each layer’s share alone becomes better: {setting.pair}, {setting.network}",
             f"all layers {' → '.join(percent(value) for value in whole)}; alone: {'; '.join(texts)}",
             [Condition("the change of every layer’s test error is", changes, FALLS)],
-            "before training → lowest loss reached",
+            "before training → at the end of training",
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ntkit.studies.claim import Estimate
 from ntkit.studies.long2021 import beyond
 from ntkit.studies.long2021.beyond import added_runs, main_runs
-from ntkit.studies.long2021.by_layer import LAST
+from ntkit.studies.long2021.by_layer import END
 from ntkit.studies.long2021.evidence import estimate, main_settings, mean_of, measured, number
 from ntkit.studies.long2021.figures import MACHINES, cosine_lines, kernel_table, loss_curve
 from ntkit.studies.long2021.long_setting import START, TEN, Setting, extent
@@ -74,7 +74,7 @@ def _layers_section(results: Results, chosen: Sequence[Setting]) -> Section:
     sizes = extent(results.work)
     text = (
         "The kernel is a sum of one share for each layer (its weight and its bias). A machine is made with each share "
-        "alone, and with the kernel without it, before training and at the lowest loss that the run reached; on "
+        "alone, and with the kernel without it, before training and at the end of training; on "
         f"{sizes.kernel_train:,} of the training images and {sizes.kernel_test:,} test images at most. The share of "
         "the last layer is the conjugate kernel, plus one."
     )
@@ -100,7 +100,7 @@ def _layers_section(results: Results, chosen: Sequence[Setting]) -> Section:
 def _layer_curves(results: Results, setting: Setting) -> list[Item]:
     curves = []
     for kind, words in (("alone", "this layer alone"), ("without", "without this layer"), ("whole", "all layers")):
-        for moment, when, dash in ((START, ", before training", "dash"), (LAST, "", "solid")):
+        for moment, when, dash in ((START, ", before training", "dash"), (END, "", "solid")):
             values = [
                 (place + 1, value)
                 for place, value in enumerate(_layer_errors(results, setting, moment, kind))
@@ -121,7 +121,7 @@ def _layer_errors(results: Results, setting: Setting, moment: str, kind: str) ->
 
 def _share_curves(results: Results, setting: Setting) -> list[Item]:
     curves = []
-    for moment, name, dash in ((START, "before training", "dash"), (LAST, "at the last loss", "solid")):
+    for moment, name, dash in ((START, "before training", "dash"), (END, "at the end", "solid")):
         count = len(_layer_errors(results, setting, moment, "alone"))
         values = [estimate(results, setting, moment, f"layers.{i}.share", "layers") for i in range(count)]
         if values:
@@ -132,7 +132,7 @@ def _share_curves(results: Results, setting: Setting) -> list[Item]:
 def _layers_table(results: Results, chosen: Sequence[Setting]) -> Item:
     rows = []
     for setting in chosen:
-        runs = [measured(results, setting, moment, "layers") for moment in (START, LAST)]
+        runs = [measured(results, setting, moment, "layers") for moment in (START, END)]
         kinds = next(iter(runs[0].values())).numbers["kinds"]
         for i, kind in enumerate(["", *kinds]):
             own = f"layers.{i - 1}."
@@ -140,13 +140,13 @@ def _layers_table(results: Results, chosen: Sequence[Setting]) -> Item:
             texts = [_both(results, setting, path) for path in paths] if i else ["1", _both(results, setting), ""]
             rows.append([f"{setting.pair}, {setting.network}", f"{i}: {kind}" if i else "all layers", *texts])
     columns = ["Setting", "Layer", "Share of the trace", "Error of its share alone", "Error without it"]
-    note = "In each cell: before training → at the lowest loss reached; ± is one standard error over seeds."
+    note = "In each cell: before training → at the end of training; ± is one standard error over seeds."
     return table("Layers", columns, rows, note, folded=True)
 
 
 def _both(results: Results, setting: Setting, path: str = "whole.test_error") -> str:
-    """A number of the layers before training and at the last loss."""
-    values = (estimate(results, setting, moment, path, "layers") for moment in (START, LAST))
+    """A number of the layers before training and at the end."""
+    values = (estimate(results, setting, moment, path, "layers") for moment in (START, END))
     return " → ".join(_text(value, 4) for value in values)
 
 
@@ -243,17 +243,16 @@ def _agreement_section(results: Results, layered: Sequence[Setting]) -> Section:
         items.append(lines(title, reading, "training loss", words, panels, wide=True))
     panels, arrays = [], {}
     for setting in layered:
-        run = next(iter(measured(results, setting, LAST, "layers").values()), None)
+        run = next(iter(measured(results, setting, END, "layers").values()), None)
         if run is not None:
             names = [f"agreement/{setting.file(run.numbers['seed'])}/{kind}" for kind in ("logit", "decision")]
             arrays |= dict(zip(names, _standardized(run), strict=True))
-            loss = number(run, "moment")
-            heading = f"{setting.pair}, {setting.network}, loss {loss:g}"
+            heading = f"{setting.pair}, {setting.network}, loss {number(run, 'loss'):.2g}"
             panels.append({"heading": heading, "x": names[0], "y": names[1]})
     if panels:
         items.append({
             "kind": "scatter", "title": "Each test image: the machine’s decision against the network’s output",
-            "reading": "Both over their root mean square. The first seed, at the lowest loss reached; the machine has "
+            "reading": "Both over their root mean square. The first seed, at the end of training; the machine has "
             f"{extent(results.work).kernel_train:,} of the training images at most.",
             "x": "network’s output", "y": "decision of the SVM", "panels": panels,
         })  # fmt: skip

@@ -11,16 +11,16 @@ from torch import Tensor
 from ntkit.data import Data
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.studies.long2021.long_setting import Setting, at_loss, examples, extent, sample, training_part
+from ntkit.studies.long2021.long_setting import Setting, examples, extent, logistic, network, sample, trained
 from ntkit.studies.long2021.moments import quality
 from ntkit.studies.study import Result, StudyPart, Work, device
 
-LAST = "last"  # the moment of the lowest loss that the run reached
+END = "end"  # the last recorded step of a run
 KINDS = {"Conv2d": "convolution", "Linear": "dense"}
 
 
 def layer_part(setting: Setting, seed: int, moment: str) -> StudyPart:
-    """The layers at a moment, `START` or `LAST`."""
+    """The layers at a moment, `START` or `END`."""
     name = f"{setting.file(seed)}-layers-{moment}"
     return StudyPart("layers", (setting, moment), name, layers, (setting, seed, moment))
 
@@ -28,29 +28,32 @@ def layer_part(setting: Setting, seed: int, moment: str) -> StudyPart:
 def layers(work: Work, setting: Setting, seed: int, moment: str) -> Result:
     """SVMs with the kernel, with each layer's share alone, and with the others' sum, on a sample of the images."""
     whole, sizes = examples(work, setting), extent(work)
-    if moment == LAST:
-        reached = work.result(training_part(setting, seed)).numbers["steps"]
-        moments = [loss for loss, step in reached.items() if step is not None]
-        if not moments:
-            return Result({"seed": seed, "status": "not reached"}, {})
-        moment = min(moments, key=float)
-    found = at_loss(work, setting, seed, moment, whole)
-    if isinstance(found, Result):
-        return found
-    model, told = found
+    model, step = network(setting, whole.input_shape, seed), 0
+    if moment == END:
+        run = trained(work, setting, seed, whole, model)
+        step = run.steps[-1]
+        run.load(model, step)
     data = sample(whole, sizes.kernel_train, sizes.kernel_test)
     x, x_test = data.x_train.to(device()), data.x_test.to(device())
     kernel = TangentKernel(model, outputs="trace")
     train, test = by_layer(kernel.layers(x)), by_layer(kernel.layers(x_test, x))
     K, K_test = total(train), total(test)
     trace = float(K.diagonal().sum(dtype=torch.float64))
-    logits = raw_outputs(model, x_test)[:, 0].cpu()
+    outputs, logits = (raw_outputs(model, part)[:, 0].cpu() for part in (x, x_test))
     entry, decision = quality(K, K_test, data)
     arrays = {"whole.wrong": _wrong(decision, data), "decision": decision.numpy(), "logit": logits.double().numpy()}
     alone, without, names = [], [], list(train)
     kinds = [KINDS[type(model.get_submodule(name)).__name__] for name in names]
-    numbers: dict[str, Any] = {"moment": moment, "whole": entry, "kinds": kinds, "layers": {}}
-    numbers["test_error"] = float((logits > 0).long().ne(data.y_test).double().mean())
+    numbers: dict[str, Any] = {
+        "seed": seed,
+        "status": "measured",
+        "step": step,
+        "loss": float(logistic(outputs[:, None], data.y_train)),
+        "test_error": float((logits > 0).long().ne(data.y_test).double().mean()),
+        "kinds": kinds,
+        "whole": entry,
+        "layers": {},
+    }
     for place, name in enumerate(names):
         rest = [other for other in names if other != name]
         own, own_decision = separated(train[name], test[name], data)
@@ -60,7 +63,7 @@ def layers(work: Work, setting: Setting, seed: int, moment: str) -> Result:
         share = float(train[name].diagonal().sum(dtype=torch.float64)) / trace
         numbers["layers"][str(place)] = {"share": share, "alone": own, "without": others}
     arrays |= {"alone.wrong": np.stack(alone), "without.wrong": np.stack(without)}
-    return Result(numbers | told, arrays)
+    return Result(numbers, arrays)
 
 
 def by_layer(shares: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -68,10 +68,13 @@ class Extent(NamedTuple):
     kernel_train: int  # images of the kernels of each layer and along training
     kernel_test: int
     ratio: float  # of the steps at which kernels are computed along training
+    probed: int  # test images of ten classes that are transformed
 
 
-QUICK = Extent(train=500, test=200, epochs=60, seeds=2, kernel_train=300, kernel_test=200, ratio=2)
-PAPER = Extent(train=4_000, test=1_000, epochs=60, seeds=3, kernel_train=2_000, kernel_test=1_000, ratio=1.35)
+QUICK = Extent(train=200, test=100, epochs=100, seeds=2, kernel_train=200, kernel_test=100, ratio=2, probed=20)
+PAPER = Extent(
+    train=4_000, test=1_000, epochs=60, seeds=3, kernel_train=2_000, kernel_test=1_000, ratio=1.35, probed=100
+)
 
 
 def extent(work: Work) -> Extent:

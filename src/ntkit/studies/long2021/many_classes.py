@@ -17,12 +17,11 @@ from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines.ridge import KernelRidge
 from ntkit.machines.svm import HardMarginSVM
 from ntkit.measures.spectra import alignment, effective_rank
-from ntkit.studies.long2021.long_setting import Setting, at_loss, examples
+from ntkit.studies.long2021.long_setting import Setting, at_loss, examples, extent
 from ntkit.studies.long2021.moments import cosines, moment_part
 from ntkit.studies.study import Result, StudyPart, Work, device
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # of the kernel's mean diagonal; the one of least leave-one-out error is taken
-PROBED = 100  # test images that are transformed, at most
 
 
 def class_part(setting: Setting, seed: int, moment: str) -> StudyPart:
@@ -43,7 +42,7 @@ def at_moment_of_classes(work: Work, setting: Setting, seed: int, moment: str) -
     wrong = logits_test.argmax(1) != data.y_test
     kernel = TangentKernel(model, outputs="trace")
     entry, predicted = of_classes(kernel(x).cpu(), kernel(x_test, x).cpu(), data)
-    cosine = cosines(kernel, x_test[: min(PROBED, work.sizes.probed)])
+    cosine = cosines(kernel, x_test[: extent(work).probed])
     entry |= {"agreement": _mean(predicted == logits_test.argmax(1)), "cosines": cosine.numbers}
     numbers: dict[str, Any] = {
         "loss": float(F.cross_entropy(logits, data.y_train)),
