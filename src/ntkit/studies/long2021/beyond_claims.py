@@ -138,10 +138,11 @@ def added(results: Results) -> Iterator[Claim]:
             )
             yield claim
         where = f"{setting.pair}, {setting.network}"
-        text = f"Not in the paper: it is more invariant to small shifts, rotations, zooms: {where}"
-        yield from cosine_claim(results, setting, INVARIANT, text, RISES)
-        text = f"Not in the paper: it is more global (cosine under a quadrant swap): {where}"
-        yield from cosine_claim(results, setting, [SWAP], text, FALLS)
+        for form, words in (("raw", ""), ("centered", ", features centered")):
+            text = f"Not in the paper: it is more invariant to small shifts, rotations, zooms{words}: {where}"
+            yield from cosine_claim(results, setting, INVARIANT, text, RISES, form=form)
+            text = f"Not in the paper: it is more global (cosine under a quadrant swap){words}: {where}"
+            yield from cosine_claim(results, setting, [SWAP], text, FALLS, form=form)
     for kind, holds in much.items():
         if holds:
             yield Claim(

@@ -78,14 +78,20 @@ def _layers_section(results: Results, chosen: Sequence[Setting]) -> Section:
         f"{sizes.kernel_train:,} of the training images and {sizes.kernel_test:,} test images at most. The share of "
         "the last layer is the conjugate kernel, plus one."
     )
-    panels = [(f"{s.pair}, {s.network}", _layer_curves(results, s)) for s in chosen]
+    alone, without = (
+        [(f"{s.pair}, {s.network}", _layer_curves(results, s, kind)) for s in chosen] for kind in ("alone", "without")
+    )
     shares = [(f"{s.pair}, {s.network}", _share_curves(results, s)) for s in chosen]
     items = [
         lines(
-            "What each layer’s share classifies alone, and what is left without it",
-            "Dashed: before training. A layer whose share alone is as good as the kernel carries it; the kernel needs "
-            "a layer when leaving it out costs accuracy.",
-            "layer, counted from the input", "test error of the SVM, %", panels, wide=True,
+            "What each layer’s share classifies alone",
+            "Dashed: before training. A layer whose share alone is as good as the whole kernel carries it.",
+            "layer, counted from the input", "test error of the SVM, %", alone, wide=True,
+        ),
+        lines(
+            "What is left without a layer",
+            "Dashed: before training. The kernel needs a layer when leaving its share out costs accuracy.",
+            "layer, counted from the input", "test error of the SVM, %", without, wide=True,
         ),
         lines(
             "Each layer’s share of the trace",
@@ -97,17 +103,18 @@ def _layers_section(results: Results, chosen: Sequence[Setting]) -> Section:
     return Section("Which layers carry the gain", "Layers", text, items)
 
 
-def _layer_curves(results: Results, setting: Setting) -> list[Item]:
+def _layer_curves(results: Results, setting: Setting, kind: str) -> list[Item]:
+    words = {"alone": "this layer alone", "without": "without this layer", "whole": "all layers"}
     curves = []
-    for kind, words in (("alone", "this layer alone"), ("without", "without this layer"), ("whole", "all layers")):
+    for which in (kind, "whole"):
         for moment, when, dash in ((START, ", before training", "dash"), (END, "", "solid")):
             values = [
                 (place + 1, value)
-                for place, value in enumerate(_layer_errors(results, setting, moment, kind))
+                for place, value in enumerate(_layer_errors(results, setting, moment, which))
                 if not math.isnan(value.value)
             ]
             if values:
-                curves.append(_of(words + when, [x for x, _ in values], [v for _, v in values], 100, dash))
+                curves.append(_of(words[which] + when, [x for x, _ in values], [v for _, v in values], 100, dash))
     return curves
 
 
@@ -173,12 +180,18 @@ def _along_section(results: Results, chosen: Sequence[Setting]) -> Section:
         "reached a step."
     )
     errors = [(f"{s.pair}, {s.network}", _along_curves(results, s, ALONG, "epochs", 100)) for s in chosen]
+    machine = {"test_error": ALONG["test_error"]}
+    alone = [(f"{s.pair}, {s.network}", _along_curves(results, s, machine, "epochs", 100)) for s in chosen]
     by_loss = [(f"{s.pair}, {s.network}", _along_curves(results, s, ALONG, "loss", 100)) for s in chosen]
     alike = [(f"{s.pair}, {s.network}", _along_curves(results, s, ALIKE, "epochs", 1)) for s in chosen]
     items = [
         lines(
             "Test error along training", "Dashed: the machine before training.",
             "epochs", "test error, %", errors, log=True, wide=True,
+        ),
+        lines(
+            "Test error along training, the machine alone", "As above, without the network.",
+            "epochs", "test error, %", alone, log=True, wide=True,
         ),
         lines(
             "Test error against the training loss of the same step", "Training goes from right to left.",
@@ -272,19 +285,24 @@ def _standardized(run: Result) -> list[np.ndarray]:
 
 
 def _error_lines(results: Results, chosen: Sequence[Setting], machines: dict[str, str]) -> Item:
-    panels = [(s.network, [loss_curve(results, s, p, name, 100) for p, name in machines.items()]) for s in chosen]
-    reading = "Training goes from right to left."
-    return lines(
-        "Test error against training loss", reading, "training loss", "test error, %", panels, wide=True
-    )  # fmt: skip
+    """Errors against the training loss; without the network before training, whose guesses would hide the others."""
+    panels = []
+    for setting in chosen:
+        curves = [loss_curve(results, setting, path, name, 100) for path, name in machines.items()]
+        for key in ("x", "y", "error"):
+            curves[0][key] = curves[0][key][1:]
+        panels.append((setting.network, curves))
+    reading = "Training goes from right to left. The network before training, which guesses, is left out."
+    return lines("Test error against training loss", reading, "training loss", "test error, %", panels, wide=True)
 
 
 def _sampled(results: Results, chosen: Sequence[Setting]) -> str:
     sizes = extent(results.work)
-    counts = "; ".join(f"{s.network}: {s.lr:g}, {len(measured(results, s, START))} seeds" for s in chosen)
+    runs = [(s, len(measured(results, s, START))) for s in chosen]
+    counts = "; ".join(f"{s.network} {s.lr:g}, {n} seed{'s' * (n > 1)}" for s, n in runs)
     return (
         f"Network and machines learn from the same images: {sizes.train:,} for training and {sizes.test:,} for testing "
-        f"at most, as many of each class. Plain SGD; learning rates {counts}; ± is one standard error over seeds."
+        f"at most, as many of each class. Plain SGD; learning rates: {counts}; ± is one standard error over seeds."
     )
 
 

@@ -95,14 +95,20 @@ def better(results: Results) -> Iterator[Claim]:
 
 
 def cosine_claim(
-    results: Results, setting: Setting, names: Sequence[str], text: str, bound: Bound, other: Setting | None = None
+    results: Results,
+    setting: Setting,
+    names: Sequence[str],
+    text: str,
+    bound: Bound,
+    other: Setting | None = None,
+    form: str = "raw",
 ) -> Iterator[Claim]:
     """Cosines of a setting against those before training, or against another setting at equal loss."""
     reached = losses(results, setting) if other is None else losses(results, setting, other)
     changes = {
         loss: [
             cosine_change(
-                results, (setting, loss), (setting, START) if other is None else (other, loss), name
+                results, (setting, loss), (setting, START) if other is None else (other, loss), name, form
             ).estimate()
             for name in names
         ]
@@ -111,7 +117,10 @@ def cosine_claim(
     if not changes:
         return
     kept = [v for values in changes.values() for v in values]
-    note = "difference of cosines, raw; centered ones and those of different images: see the figures"
+    note = {
+        "raw": "difference of cosines, raw; centered ones and those of different images: see the figures",
+        "centered": "difference of cosines of features minus their mean",
+    }[form]
     words = "at every loss the difference is"
     yield Claim(text, _by_loss(changes, bound, names if len(names) > 1 else ()), [Condition(words, kept, bound)], note)
 
