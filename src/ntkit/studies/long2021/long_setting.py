@@ -70,7 +70,7 @@ def images(work: Work, pair: str) -> Data:
     return load(data, work.folder_of(data), classes=classes, train=train_size, test=test_size)
 
 
-class Sum(nn.Module):
+class PixelSum(nn.Module):
     """The paper's control: the sum of all pixels, a hidden ReLU layer, one output. It sees no arrangement at all."""
 
     def __init__(self, seed: int) -> None:
@@ -112,7 +112,7 @@ def augmented(x: Tensor) -> Tensor:
 
 def network(setting: Setting, shape: tuple[int, ...], seed: int) -> nn.Module:
     """The network of a setting before training: Glorot-uniform weights, zero biases, one output."""
-    model = Sum(seed) if setting.network == "sum" else build(setting.network, shape, 1, seed)
+    model = PixelSum(seed) if setting.network == "sum" else build(setting.network, shape, 1, seed)
     return (Augmented(model) if setting.augmented else model).to(device()).eval()
 
 
