@@ -19,7 +19,7 @@ import torch
 from torch.func import functional_call, jacrev, vmap
 
 import ntkit
-from benchmarks.common import save
+from benchmarks.common import save, words
 from benchmarks.workloads import WORKLOADS, Workload
 
 SECONDS = 2.0  # per workload, threads and load
@@ -95,4 +95,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    words(__doc__)
     main()

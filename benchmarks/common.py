@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -14,6 +15,14 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def words(document: str | None, *choices: str) -> list[str]:
+    """Words of the command line, of these alone; --help prints a benchmark's document and measures nothing."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if choices:
+        parser.add_argument("words", nargs="*", choices=[*choices, []])
+    return getattr(parser.parse_args(), "words", [])
 
 
 def median_seconds(work: Callable[[], Any], repeats: int = 5) -> float:

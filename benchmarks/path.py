@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ntkit
-from benchmarks.common import save
+from benchmarks.common import save, words
 
 BATCH, TEST, STEPS = 64, 200, 60
 NODES_STEPS = 2  # steps of a run on which the midpoint rule is timed: its cost is the same in each
@@ -183,7 +182,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["scale"]:
+    if words(__doc__, "scale"):
         save("path_scale", [scale()])
     else:
         main()

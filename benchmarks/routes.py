@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 import ntkit
-from benchmarks.common import median_seconds, save
+from benchmarks.common import median_seconds, save, words
 from benchmarks.workloads import WORKLOADS
 from ntkit.jacobian.plan import ROUTES
 
@@ -53,4 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    words(__doc__)
     main()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ntkit
-from benchmarks.common import save
+from benchmarks.common import save, words
 
 WIDTHS = {"dense": (64, 128, 256, 512, 1024), "images": (32, 64, 128, 256, 512)}
 SEEDS = 40
@@ -91,4 +91,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    words(__doc__)
     main()

@@ -533,6 +533,18 @@ def test_a_lock_of_the_model_is_no_deadlock(monkeypatch):
     assert not lock.locked()
 
 
+def test_a_slow_operation_is_no_lock(monkeypatch):
+    """A thread whose turn it is may take as long as a pass does, as in a large model or on a busy machine."""
+    monkeypatch.setattr(lockstep, "_PATIENCE", 0.02)
+
+    class Slow(Plain):
+        def forward(self, x):
+            time.sleep(0.1)
+            return super().forward(x)
+
+    assert runs_together(Slow().double(), forward, three_sets(images(4)))
+
+
 def test_what_runs_in_one_thread():
     assert in_one_thread(KeepsThroughAHook())
     assert not in_one_thread(Plain())

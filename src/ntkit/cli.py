@@ -80,14 +80,15 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
     Parameters
     ----------
     name
-        jacot2018 (limit at infinite width), kopitkov2019 (spectrum alignment), long2021 (after kernel), bell2023 (a trained
-        network as an exact kernel machine).
+        jacot2018 (the kernel's limit at infinite width), kopitkov2019 (spectrum alignment), long2021 (the kernel after
+        training) or bell2023 (a trained network as an exact kernel machine).
     scale
-        quick (minutes) or paper (its own sizes, for a GPU). A study that was stopped is resumed.
+        quick (minutes) or paper (its own sizes: hours to days). A study that was stopped is resumed.
     out
         Run folder (runs/NAME-SCALE by default).
     data_dir
-        Folder with the official files of mnist, for the experiments that use it.
+        Folder with the official files of MNIST, or with folders mnist and cifar-10 of such files, for the experiments
+        that use them.
     """
     from ntkit.studies import study as run
 

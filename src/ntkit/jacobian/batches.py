@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from ntkit.jacobian.pairs import Whole
 from ntkit.jacobian.replicas import in_one_thread, replica
 from ntkit.jacobian.structure import Structure
 
+_LONG = 0.2  # seconds of a pass of three samples from which three are enough to look at a model: it takes dozens
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -90,8 +92,8 @@ def _together(gradients: Gradients, structure: Structure, x: Batch) -> bool:
     if not on_cpu or structure.expected is None or in_one_thread(gradients.model):
         return False
     if structure.together is None:
-        samples = three_sets(x)
-        if samples is None:  # equal samples show nothing; others may come later
+        few = three_sets(x, 3)
+        if few is None:  # equal samples show nothing; others may come later
             return False
         params = list(gradients.params.values())
 
@@ -104,6 +106,13 @@ def _together(gradients: Gradients, structure: Structure, x: Batch) -> bool:
             return [out, *(g.to_dense() for g in grads if g is not None)]
 
         kind = (tuple((t.dtype, t.shape[1:]) for t in leaves(x)), gradients.outputs, tuple(gradients.params))
+
+        def look() -> bool:
+            start = time.perf_counter()
+            run(gradients.model, few[0])
+            samples = few if time.perf_counter() - start > _LONG else three_sets(x)
+            return samples is not None and runs_together(gradients.model, run, samples)
+
         with torch.enable_grad():
-            structure.together = known(gradients.model, kind, lambda: runs_together(gradients.model, run, samples))
+            structure.together = known(gradients.model, kind, look)
     return structure.together

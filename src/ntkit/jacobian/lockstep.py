@@ -28,7 +28,7 @@ from ntkit.base.caller_context import same_context
 from ntkit.base.operation_threads import one_thread
 from ntkit.jacobian.replicas import StateOfModules, refers_past_copies, replica
 
-_PATIENCE = 2.0  # seconds until a thread that waits for its turn takes the model for one with locks of its own
+_PATIENCE = 2.0  # seconds beside ten passes until a thread that waits takes the model for one with locks of its own
 _MOST = 20_000  # turns: what comes later in a very long pass is not looked at
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 Pass = Callable[[nn.Module, Batch], list[Tensor]]
@@ -72,7 +72,7 @@ def runs_together(model: nn.Module, run: Pass, samples: tuple[Batch, ...]) -> bo
         if between.changed() or not all(_alike(a, b) for a, b in zip(alone, expected, strict=True)):
             return False
         length = counter.instructions // 3
-        turns = _Turns(by_instruction=length <= _MOST)
+        turns = _Turns(length <= _MOST, _PATIENCE + 10 * seconds)  # the other's instruction may be a whole pass
         works = [partial(_traced, turns, i, model, run, x) for i, x in enumerate(samples[:2])]
         found = _in_threads(works, turns, patience)
         if turns.stuck or not all(_alike(a, b) for a, b in zip(found, expected, strict=False)):
@@ -188,8 +188,9 @@ class _Within:
 class _Turns:
     """Two threads in turn; one goes on alone when the other has ended or does not come."""
 
-    def __init__(self, by_instruction: bool) -> None:
+    def __init__(self, by_instruction: bool, patience: float) -> None:
         self.by_instruction, self.stuck = by_instruction, False
+        self._patience = patience  # seconds to wait for one's turn
         self._change = threading.Condition()
         self._turn, self._over, self._left = 0, False, _MOST
 
@@ -203,7 +204,7 @@ class _Turns:
                 return
             self._turn = 1 - number
             self._change.notify_all()
-            if not self._change.wait_for(lambda: self._over or self._turn == number, _PATIENCE):
+            if not self._change.wait_for(lambda: self._over or self._turn == number, self._patience):
                 self._over = self.stuck = True  # the other waits for a lock that this one has: let go
                 self._change.notify_all()
 

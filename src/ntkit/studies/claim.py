@@ -163,3 +163,20 @@ class Claim:
         how = "; ".join(text for text in (self.note, rule and f"holds if {rule}") if text)
         holds = all(c.holds() for c in self.conditions) if self.conditions else None
         return {"claim": self.text, "number": self.number, "holds": holds, "how": how}
+
+
+def as_markdown(title: str, claims: Sequence[dict[str, Any]]) -> str:
+    """The records of claims as a table: claim, number, verdict, rule.
+
+    >>> print(as_markdown("A paper", [Claim("It is small", "3e-16").record()]))
+    # A paper
+    <BLANKLINE>
+    | claim | measured | holds | how |
+    |---|---|---|---|
+    | It is small | 3e-16 | – |  |
+    <BLANKLINE>
+    """
+    verdicts = {True: "yes", False: "no", None: "–"}
+    cells = [(c["claim"], c["number"], verdicts[c["holds"]], c["how"]) for c in claims]
+    rows = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in cells]
+    return "\n".join([f"# {title}", "", "| claim | measured | holds | how |", "|---|---|---|---|", *rows, ""])

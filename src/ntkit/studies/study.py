@@ -25,12 +25,13 @@ from ntkit.base.files import (
     remove,
     write_arrays,
     write_json,
+    write_text,
 )
 from ntkit.base.integrity import check_place, damaged, fingerprint
 from ntkit.base.lock import FolderLock
 from ntkit.base.run_files import PartFile, described
 from ntkit.base.versions import versions
-from ntkit.studies.claim import Claim
+from ntkit.studies.claim import Claim, as_markdown
 from ntkit.trajectory import Trajectory
 
 STUDIES = ("jacot2018", "kopitkov2019", "long2021", "bell2023")
@@ -60,7 +61,8 @@ def study(
     Returns
     -------
     Path
-        The folder: ``results.json`` (claims, curves), ``report.html``, ``runs/`` (trajectories and trackings).
+        The folder: ``results.json`` (claims, curves), ``claims.md``, ``report.html``, ``parts/`` (finished experiments),
+        ``runs/`` (trajectories and trackings).
 
     Raises
     ------
@@ -392,6 +394,7 @@ class Study:
             record["terms"] = list(self.terms)
         record |= self.more(results)
         write_json(folder / "results.json", record)
+        write_text(folder / "claims.md", as_markdown(f"{self.paper['title']}: claims", record["claims"]))
         for run in record.get("runs", []):
             render_tracked(folder / run["track"])
         render_study(folder)

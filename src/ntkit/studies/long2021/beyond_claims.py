@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ntkit.studies.claim import Bound, Claim, Condition, Estimate
+from ntkit.studies.claim import Bound, Claim, Condition
 from ntkit.studies.long2021.beyond import added_runs, main_runs
 from ntkit.studies.long2021.by_layer import END
 from ntkit.studies.long2021.evidence import (
@@ -23,7 +22,7 @@ from ntkit.studies.long2021.evidence import (
     paired,
 )
 from ntkit.studies.long2021.long_setting import START, TEN
-from ntkit.studies.long2021.sentences import FALLS, RISES, accuracy, cosine_claim, percent, signed
+from ntkit.studies.long2021.sentences import FALLS, RISES, accuracy, cosine_claim, percent, shown
 from ntkit.studies.study import Result, Results
 
 MOST = 0.9  # the part of the machine's gain that counts as most of it
@@ -71,14 +70,14 @@ def along(results: Results) -> Iterator[Claim]:
         when = "the machine does not gain"
         if epochs:
             when = (
-                f"nine tenths of the machine’s gain are there after {_plain(mean_of(epochs))} epochs, at loss "
-                f"{_plain(mean_of(at_loss))} ({len(epochs)} of {len(runs)} runs gain)"
+                f"nine tenths of the machine’s gain are there after {shown(mean_of(epochs), '.3g')} epochs, at loss "
+                f"{shown(mean_of(at_loss), '.3g')} ({len(epochs)} of {len(runs)} runs gain)"
             )
         change = mean_of(ahead)
         yield Claim(
             f"Not in the paper: along training the kernel’s machine is ahead of the network: {setting.pair}, "
             f"{setting.network}",
-            f"test error of the machine minus the network’s, mean over steps: {signed(change)}; {when}",
+            f"test error of the machine minus the network’s, mean over steps: {shown(change, '+.3f')}; {when}",
             [Condition("the difference is", [change], FALLS)],
         )
 
@@ -89,10 +88,6 @@ def gained(rows: Sequence[dict[str, float]]) -> dict[str, float] | None:
     if last >= first:
         return None
     return next(row for row in rows if first - row["test_error"] >= MOST * (first - last))
-
-
-def _plain(value: Estimate) -> str:
-    return f"{value.value:.3g}" if math.isnan(value.error) else f"{value:.3g}"
 
 
 def agreement(results: Results) -> Iterator[Claim]:
@@ -116,7 +111,7 @@ def agreement(results: Results) -> Iterator[Claim]:
         texts = [
             f"{kernel} kernel {percent(estimate(results, setting, START, f'{kernel}.agreement'))} → "
             f"{percent(estimate(results, setting, last, f'{kernel}.agreement'))}, correlation "
-            f"{_plain(estimate(results, setting, last, f'{kernel}.correlation'))}"
+            f"{shown(estimate(results, setting, last, f'{kernel}.correlation'), '.3f')}"
             for kernel in values
         ]
         yield Claim(

@@ -15,6 +15,7 @@ from ntkit.studies.long2021.by_layer import END
 from ntkit.studies.long2021.evidence import estimate, main_settings, mean_of, measured, number
 from ntkit.studies.long2021.figures import MACHINES, cosine_lines, kernel_table, loss_curve
 from ntkit.studies.long2021.long_setting import START, TEN, Setting, extent
+from ntkit.studies.long2021.sentences import shown
 from ntkit.studies.study import Item, Result, Results, Section, curve, lines, table
 
 ALONG = {"test_error": "SVM, kernel at this step", "network_error": "network at this step"}
@@ -154,13 +155,7 @@ def _layers_table(results: Results, chosen: Sequence[Setting]) -> Item:
 def _both(results: Results, setting: Setting, path: str = "whole.test_error") -> str:
     """A number of the layers before training and at the end."""
     values = (estimate(results, setting, moment, path, "layers") for moment in (START, END))
-    return " → ".join(_text(value, 4) for value in values)
-
-
-def _text(value: Estimate, digits: int) -> str:
-    if math.isnan(value.value):
-        return "–"
-    return f"{value.value:.{digits}f}" if math.isnan(value.error) else f"{value:.{digits}f}"
+    return " → ".join("–" if math.isnan(value.value) else shown(value, ".4f") for value in values)
 
 
 def _of(name: str, x: Sequence[float], values: Sequence[Estimate], scale: float, dash: str = "solid") -> Item:

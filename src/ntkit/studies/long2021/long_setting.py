@@ -71,7 +71,7 @@ class Extent(NamedTuple):
     probed: int  # test images of ten classes that are transformed
 
 
-QUICK = Extent(train=200, test=100, epochs=100, seeds=2, kernel_train=200, kernel_test=100, ratio=2, probed=20)
+QUICK = Extent(train=200, test=100, epochs=100, seeds=2, kernel_train=200, kernel_test=100, ratio=2, probed=10)
 PAPER = Extent(
     train=2_000, test=1_000, epochs=100, seeds=3, kernel_train=2_000, kernel_test=1_000, ratio=1.5, probed=50
 )
@@ -130,7 +130,7 @@ def sample(data: Data, train: int, test: int) -> Data:
     )  # fmt: skip
 
 
-class Sum(nn.Module):
+class PixelSum(nn.Module):
     """The paper's control: the sum of all pixels, a hidden ReLU layer, one output. It sees no arrangement at all."""
 
     def __init__(self, seed: int) -> None:
@@ -174,7 +174,7 @@ def network(setting: Setting, shape: tuple[int, ...], seed: int) -> nn.Module:
     """The network of a setting before training: Glorot-uniform weights, zero biases; one output for two classes."""
     outputs = 10 if setting.pair in TEN else 1
     name = f"{long_networks.__name__}:{setting.network}" if setting.network in ADDED else setting.network
-    model = Sum(seed) if name == "sum" else build(name, shape, outputs, seed)
+    model = PixelSum(seed) if name == "sum" else build(name, shape, outputs, seed)
     return (Augmented(model) if setting.augmented else model).to(device()).eval()
 
 

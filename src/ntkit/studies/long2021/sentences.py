@@ -26,16 +26,15 @@ TRANSFORMS = (*INVARIANT, SWAP)
 RISES, FALLS = Bound("over", 0, errors=2), Bound("under", 0, errors=2)
 
 
+def shown(value: Estimate, spec: str = ".2f", unit: str = "") -> str:
+    """A value with its standard error, where there is one."""
+    error = "" if math.isnan(value.error) else f" ± {value.error:{spec.removeprefix('+')}}"
+    return f"{value.value:{spec}}{error}{unit}".replace("-", "−")
+
+
 def percent(value: Estimate) -> str:
-    """A share in percent, with its error where there is one."""
-    error = "" if math.isnan(value.error) else f" ± {100 * value.error:.2f}"
-    return f"{100 * value.value:.2f}{error} %"
-
-
-def signed(value: Estimate) -> str:
-    """A difference with its sign, and its error where there is one."""
-    error = "" if math.isnan(value.error) else f" ± {value.error:.3f}"
-    return f"{value.value:+.3f}{error}".replace("-", "−")
+    """A share in percent, with its standard error, where there is one."""
+    return shown(Estimate(100 * value.value, 100 * value.error), unit=" %")
 
 
 def _where(changes: dict[str, list[Estimate]], bound: Bound) -> str:
@@ -50,7 +49,7 @@ def _by_loss(changes: dict[str, list[Estimate]], bound: Bound, names: Sequence[s
     """Changes at each loss, and where they keep the bound."""
     texts = []
     for loss, values in changes.items():
-        words = [f"{name} {signed(v)}".strip() for name, v in zip(names or [""], values, strict=True)]
+        words = [f"{name} {shown(v, '+.3f')}".strip() for name, v in zip(names or [""], values, strict=True)]
         texts.append(f"{loss}: {', '.join(words)}")
     return f"{_where(changes, bound)}. By loss: {'; '.join(texts)}"
 
@@ -167,7 +166,7 @@ def conjugate(results: Results) -> Iterator[Claim]:
             yield Claim(
                 f"Conjugate kernel in place of the tangent kernel {when}: {setting.pair}, {setting.network}",
                 f"test error {percent(errors[0])} against {percent(errors[1])}; alignment of the two kernels "
-                f"{estimate(results, setting, moment, 'tangent_conjugate_alignment'):.2f}",
+                f"{shown(estimate(results, setting, moment, 'tangent_conjugate_alignment'))}",
                 note="no worse, within 2 standard errors over test images: " + ("yes" if good[-1] else "no"),
             )
     if good:
