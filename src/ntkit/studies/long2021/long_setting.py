@@ -73,7 +73,7 @@ class Extent(NamedTuple):
 
 QUICK = Extent(train=200, test=100, epochs=100, seeds=2, kernel_train=200, kernel_test=100, ratio=2, probed=10)
 PAPER = Extent(
-    train=2_000, test=1_000, epochs=100, seeds=3, kernel_train=2_000, kernel_test=1_000, ratio=1.5, probed=50
+    train=1_500, test=1_000, epochs=100, seeds=3, kernel_train=1_500, kernel_test=1_000, ratio=1.5, probed=50
 )
 
 
