@@ -96,29 +96,25 @@ def agreement(results: Results) -> Iterator[Claim]:
         reached = losses(results, setting)
         if not reached:
             continue
-        last, values = reached[-1], {}
-        for kernel in ("tangent", "conjugate"):
-
-            def alike(run: Result, kernel: str = kernel) -> np.ndarray:
-                """By test image: with two classes both agree where both are right or both wrong."""
-                return (run.arrays[f"{kernel}.wrong"] == run.arrays["network.wrong"]).astype(float)
-
-            def value(run: Result, kernel: str = kernel) -> float:
-                return number(run, f"{kernel}.agreement")
-
-            runs = (measured(results, setting, moment) for moment in (last, START))
-            values[kernel] = paired(*runs, value, alike).estimate()
+        last = reached[-1]
+        first, second = (measured(results, setting, moment) for moment in (last, START))
+        change = paired(first, second, lambda run: number(run, "tangent.agreement"), _alike).estimate()
         texts = [
             f"{kernel} kernel {percent(estimate(results, setting, START, f'{kernel}.agreement'))} → "
             f"{percent(estimate(results, setting, last, f'{kernel}.agreement'))}, correlation "
             f"{shown(estimate(results, setting, last, f'{kernel}.correlation'), '.3f')}"
-            for kernel in values
+            for kernel in ("tangent", "conjugate")
         ]
         yield Claim(
             f"Not in the paper: machine and network agree more after training: {setting.pair}, {setting.network}",
             f"test images put in the same class: {'; '.join(texts)} (loss {last})",
-            [Condition("the change with the tangent kernel is", [values["tangent"]], RISES)],
+            [Condition("the change with the tangent kernel is", [change], RISES)],
         )
+
+
+def _alike(run: Result) -> np.ndarray:
+    """By test image, 1 where machine and network agree: with two classes, where both are right or both are wrong."""
+    return (run.arrays["tangent.wrong"] == run.arrays["network.wrong"]).astype(float)
 
 
 def added(results: Results) -> Iterator[Claim]:
