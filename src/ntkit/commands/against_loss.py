@@ -1,0 +1,132 @@
+"""The kernel of `ntkit analyze` against the training loss: test error of its machine, and cosines, at a few steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ntkit.base import progress
+from ntkit.commands.network_measures import (
+    DIFFERENT,
+    TrainingTask,
+    finite,
+    machine,
+    mean_cosine,
+    outputs_of,
+    rate,
+    spread,
+)
+from ntkit.data import Data
+from ntkit.kernels.tangent import TangentKernel
+from ntkit.probes import cosines, standard
+from ntkit.trajectory import Trajectory
+
+SNAPSHOTS, FEWEST = 6, 3  # snapshots at most; with fewer than the latter there is no curve
+TESTED, PROBED = 500, 50  # test examples at most, and test images that are transformed
+SHARE = 0.1  # of the run's time, at most
+PAIRS = 100  # products of two samples' gradients that take as long as one gradient
+FOLLOWING = 3  # kernels that take as long as all that is measured at a step along training
+
+
+def against_loss(
+    task: TrainingTask, model: nn.Module, trajectory: Trajectory, along: dict[str, Any], samples: int, memory: int
+) -> dict[str, Any] | None:
+    """Machine and cosines of the tangent kernel at some snapshots; None where that would take too long.
+
+    Parameters
+    ----------
+    model : a copy, which is changed.
+    along : the kernel along training: steps, losses and number of the points followed, on which the machine is trained.
+    samples : test images on which invariances are measured.
+    """
+    data = _part(task.data, along["points"])
+    images = task.data.x_test[spread(len(task.data.x_test), min(samples, PROBED))]
+    transforms = standard(tuple(images.shape[1:])) if data.kind == "images" else {}
+    count = affordable(task.data, data, along, samples, transforms)
+    if count < FEWEST:
+        return None
+    places = spaced(along["steps"], along["loss"], count)
+    kernel = TangentKernel(model, outputs="trace", memory=memory)
+    entries = []
+    with progress.task("kernel against training loss", total=len(places)) as bar:
+        for place in places:
+            trajectory.load(model, along["steps"][place])
+            K, K_test = kernel(data.x_train).cpu(), kernel(data.x_test, data.x_train).cpu()
+            told, _ = machine(K, K_test, data)
+            wrong = task.predict(outputs_of(model, data.x_test)).cpu() != data.y_test
+            entry: dict[str, Any] = {
+                "step": along["steps"][place],
+                "loss": along["loss"][place],
+                "network_error": rate(wrong, "test examples"),
+                "status": told["status"],
+                "kernel_error": told["test_error"],
+                "cosines": {},
+            }
+            if transforms:
+                transformed, different = cosines(kernel, images, transforms)
+                for name, three in [*transformed.items(), (DIFFERENT, different)]:
+                    entry["cosines"][name] = {"raw": mean_cosine(three.raw), "centered": mean_cosine(three.centered)}
+            entries.append(entry)
+            bar.advance()
+    return {
+        "points": len(data.x_train),
+        "tests": len(data.x_test),
+        "samples": len(images) if transforms else 0,
+        "snapshots": entries,
+    }
+
+
+def _part(data: Data, points: int) -> Data:
+    """The points that are followed along training, and some test examples; labels on the CPU, for the machine."""
+    train, test = spread(len(data.x_train), points), spread(len(data.x_test), TESTED)
+    return replace(
+        data,
+        x_train=data.x_train[train],
+        y_train=data.y_train[train].cpu(),
+        x_test=data.x_test[test],
+        y_test=data.y_test[test].cpu(),
+    )
+
+
+def affordable(whole: Data, part: Data, along: dict[str, Any], samples: int, transforms: dict[str, Any]) -> int:
+    """How many snapshots, at most `SNAPSHOTS`, take about `SHARE` of what the rest of the run takes.
+
+    Counted, not timed, so that the same run gives the same results.
+    """
+    moved = 1 + sum(map(len, transforms.values()))
+    n, tests, followed = len(whole.x_train), len(whole.x_test), len(part.x_train)
+    images, probed = min(samples, tests), min(samples, tests, PROBED)
+    rest = 2 * _cost(2 * n + tests, n * (n + tests)) + len(along["steps"]) * FOLLOWING * _cost(followed, followed**2)
+    own = _cost(2 * followed + len(part.x_test), followed * (followed + len(part.x_test)))
+    if transforms:
+        rest += 2 * _cost(moved * images, (moved * images) ** 2)
+        own += _cost(moved * probed, (moved * probed) ** 2)
+    return min(SNAPSHOTS, int(SHARE * rest / own))
+
+
+def _cost(samples: int, pairs: int) -> float:
+    """Cost of a kernel, in gradients of a sample."""
+    return samples + pairs / PAIRS
+
+
+def spaced(steps: Sequence[int], losses: Sequence[float | None], count: int) -> list[int]:
+    """At most `count` places in the lists: the first, the last, and others evenly spaced in the logarithm of the loss.
+
+    Between the ends, each is the first at which the loss is at most a target.
+
+    >>> spaced([0, 1, 2, 4, 8], [2.0, 1.9, 0.6, 0.2, 0.1], 4)
+    [0, 2, 3, 4]
+    >>> spaced([0, 1], [None, None], 4)
+    [0, 1]
+    """
+    known = [(i, math.log(v)) for i, v in enumerate(losses) if v is not None and finite(v) is not None and v > 0]
+    places = {0, len(steps) - 1}
+    if known:
+        targets = np.linspace(known[0][1], min(v for _, v in known), count)[1:-1]
+        places |= {next(i for i, v in known if v <= target) for target in targets}
+    return sorted(places)[:count]
