@@ -142,7 +142,8 @@ class SnapshotResults(TypedDict):
     network_error: EstimateResults
     status: str
     kernel_error: EstimateResults
-    cosines: dict[str, dict[str, EstimateResults]]
+    cosines: list[dict[str, Any]]
+    different: dict[str, EstimateResults] | None  # None, like no cosines: the examples are no images
 
 
 class LossResults(TypedDict):

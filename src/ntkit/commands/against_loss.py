@@ -12,7 +12,6 @@ from torch import nn
 
 from ntkit.base import progress
 from ntkit.commands.network_measures import (
-    DIFFERENT,
     TrainingTask,
     finite,
     machine,
@@ -23,7 +22,7 @@ from ntkit.commands.network_measures import (
 )
 from ntkit.data import Data
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.probes import cosines, standard
+from ntkit.probes import Cosines, cosines, standard
 from ntkit.trajectory import Trajectory
 
 SNAPSHOTS, FEWEST = 6, 3  # snapshots at most; with fewer than the latter there is no curve
@@ -65,12 +64,13 @@ def against_loss(
                 "network_error": rate(wrong, "test examples"),
                 "status": told["status"],
                 "kernel_error": told["test_error"],
-                "cosines": {},
+                "cosines": [],
+                "different": None,
             }
             if transforms:
                 transformed, different = cosines(kernel, images, transforms)
-                for name, three in [*transformed.items(), (DIFFERENT, different)]:
-                    entry["cosines"][name] = {"raw": mean_cosine(three.raw), "centered": mean_cosine(three.centered)}
+                entry["cosines"] = [{"name": name, **_forms(three)} for name, three in transformed.items()]
+                entry["different"] = _forms(different)
             entries.append(entry)
             bar.advance()
     return {
@@ -79,6 +79,10 @@ def against_loss(
         "samples": len(images) if transforms else 0,
         "snapshots": entries,
     }
+
+
+def _forms(three: Cosines) -> dict[str, Any]:
+    return {"raw": mean_cosine(three.raw), "centered": mean_cosine(three.centered)}
 
 
 def _part(data: Data, points: int) -> Data:

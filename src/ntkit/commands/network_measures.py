@@ -223,7 +223,8 @@ def invariances(
         {
             "test_index": int(tests[i]),
             "label": data.classes[int(data.y_test[tests[i]])],
-            "cosines": {name: {key: _of_image(found[key][name], i) for key in found} for name in rows},
+            "cosines": [{"name": name, **_of_image(found, name, i)} for name in probes],
+            "different": _of_image(found, DIFFERENT, i),
         }
         for i in shown
     ]
@@ -239,9 +240,12 @@ def mean_cosine(cosine: Invariance) -> dict[str, Any]:
     return number(cosine.mean, cosine.standard_error, f"standard error over {count} images")
 
 
-def _of_image(cosine: Cosines, i: int) -> dict[str, float | None]:
-    """Raw and centered cosine of one image."""
-    return {"raw": finite(float(cosine.raw.per_sample[i])), "centered": finite(float(cosine.centered.per_sample[i]))}
+def _of_image(found: dict[str, dict[str, Cosines]], name: str, i: int) -> dict[str, dict[str, float | None]]:
+    """Raw and centered cosine of one image, by kernel."""
+    return {
+        form: {key: finite(float(getattr(by_name[name], form).per_sample[i])) for key, by_name in found.items()}
+        for form in ("raw", "centered")
+    }
 
 
 def select_examples(task: TrainingTask, model: nn.Module) -> tuple[Tensor, Tensor]:
