@@ -193,9 +193,7 @@ def spread(n: int, count: int) -> Tensor:
     return torch.linspace(0, max(n - 1, 0), min(count, n)).long()
 
 
-def invariances(
-    kernels: dict[str, Kernel], data: Data, samples: int
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def invariances(kernels: dict[str, Kernel], data: Data, samples: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Cosines between test images and their transforms under each kernel (Long 2021), and between different images."""
     tests = spread(len(data.x_test), samples)
     images = data.x_test[tests.to(data.x_test.device)]

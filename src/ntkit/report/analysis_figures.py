@@ -107,17 +107,13 @@ def against_loss(results: dict[str, Any]) -> list[tuple[Figure, str]]:
     roles = {"kernel_error": ("SVM on the tangent kernel", *ROLES["after"][1:]), "network_error": ROLES["network"]}
     data = []
     for key, (name, color, symbol) in roles.items():
-        values = [
-            {part: draw.times(s[key][part], 100) for part in ("value", "error")} for s in snapshots
-        ]
+        values = [{part: draw.times(s[key][part], 100) for part in ("value", "error")} for s in snapshots]
         data.append(_curve(losses, values, name, {name: (color, symbol)}))
         data[-1]["hovertemplate"] = f"loss %{{x:.3g}}<br>{name}: %{{y:.2f}} %<extra></extra>"
     x = draw.log_axis("training loss", losses)
     panels = [Panel("plot-loss-errors", "", data, draw.layout(x, draw.axis("test error, %", rangemode="tozero")))]
     reading = against_loss_errors(told)
-    figures = [
-        (Figure("loss-errors", "Test error against training loss", reading, panels, [*roles.values()]), reading)
-    ]
+    figures = [(Figure("loss-errors", "Test error against training loss", reading, panels, [*roles.values()]), reading)]
     if snapshots[0]["cosines"]:
         tones = _tones([row["name"] for row in snapshots[0]["cosines"]])
         panels = []
