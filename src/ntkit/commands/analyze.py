@@ -35,8 +35,8 @@ from ntkit.base.tensors import tensor_hash
 from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
-from ntkit.commands.network_measures import LABELS
 from ntkit.commands.against_loss import against_loss
+from ntkit.commands.network_measures import LABELS
 from ntkit.commands.results import KERNELS, assemble, earlier_run, versions
 from ntkit.commands.settings import Settings
 from ntkit.commands.stage_files import REPLACED, StageFiles, put_aside, put_back, recover

@@ -234,6 +234,7 @@ def invariances(kernels: dict[str, Kernel], data: Data, samples: int) -> tuple[d
 
 
 def mean_cosine(cosine: Invariance) -> dict[str, Any]:
+    """Mean cosine with its standard error."""
     count = len(cosine.per_sample) - cosine.undefined
     return number(cosine.mean, cosine.standard_error, f"standard error over {count} images")
 

@@ -118,7 +118,7 @@ def cosines(
     """Measure cosines between images and their transforms, and between different images: the baseline beside them.
 
     Raw: ``K(a, b) / sqrt(K(a, a) K(b, b))``. Centered: the same of K minus its means over the images,
-    ``K(a, b) - mean_j K(a, x_j) - mean_i K(x_i, b) + mean_ij K(x_i, x_j)``. Values are as computed: in float32, rounding
+    ``K(a, b) - mean_j K(a, x_j) - mean_i K(x_i, b) + mean_ij K(x_i, x_j)``. Values are as computed: in float32 rounding
     may leave a cosine 1e-7 above 1.
 
     Parameters
@@ -127,7 +127,7 @@ def cosines(
         with ``kernel.diagonal(x)``. It is called once with all images and transforms, if that is a small matrix, else
         in blocks: beside a block, only the n x n values between the images themselves are kept.
     x : images [n, C, H, W], at least two.
-    transforms : by name a transform, or several, whose cosines are first averaged per image; `standard` ones by default.
+    transforms : by name a transform, or several, whose cosines are first averaged per image; by default `standard`.
 
     Returns
     -------

@@ -13,7 +13,6 @@ from ntkit.report import training_figures
 from ntkit.report.images import thumbnail
 from ntkit.report.page import page
 
-
 Arrays = Mapping[str, np.ndarray]
 
 
