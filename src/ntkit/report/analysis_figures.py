@@ -113,7 +113,12 @@ def against_loss(results: dict[str, Any]) -> list[tuple[Figure, str]]:
     x = draw.log_axis("training loss", losses)
     panels = [Panel("plot-loss-errors", "", data, draw.layout(x, draw.axis("test error, %", rangemode="tozero")))]
     reading = against_loss_errors(told)
-    figures = [(Figure("loss-errors", "Test error against training loss", reading, panels, [*roles.values()]), reading)]
+    figures = [
+        (
+            Figure("loss-errors", "Test error against training loss", reading, panels, [*roles.values()], wide=True),
+            reading,
+        )
+    ]
     if snapshots[0]["cosines"]:
         tones = _tones([row["name"] for row in snapshots[0]["cosines"]])
         panels = []
@@ -127,7 +132,7 @@ def against_loss(results: dict[str, Any]) -> list[tuple[Figure, str]]:
         reading = against_loss_cosines(told)
         title = "Cosines against training loss"
         figures.append((Figure("loss-cosines", title, reading, panels, legend, wide=True), reading))
-    return draw.filled(figures)
+    return figures
 
 
 def _tones(names: Sequence[str]) -> dict[str, tuple[str, str]]:

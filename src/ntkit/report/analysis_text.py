@@ -61,7 +61,7 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
     if results["along"]:
         findings.append(_along_finding(results["along"]))
     if results["invariances"]:
-        findings.append((_invariance_lead(results["invariances"]), invariances(results)))
+        findings.append((_invariance_lead(results["invariances"]), _raw_cosines(results["invariances"])))
     return findings
 
 
@@ -91,17 +91,23 @@ def machines(results: dict[str, Any]) -> str:
 def invariances(results: dict[str, Any]) -> str:
     """Read the cosines, transformation by transformation: raw, beside those of two different images, and centered."""
     told = results["invariances"]
+    if "different" not in told:
+        return _raw_cosines(told)
+    centered = _verdicts_in_words([row["centered"] | {"name": row["name"]} for row in told["rows"]])
+    return f"{_raw_cosines(told)} By centered cosines it is {centered}."
+
+
+def _raw_cosines(told: dict[str, Any]) -> str:
     raw = _verdicts_in_words(told["rows"])
     if "different" not in told:
         return f"After training the kernel is {raw}."
     baseline = " → ".join(measure(told["different"][kernel]) for kernel in ("init", "after"))
-    text = f"By raw cosines the kernel after training is {raw}. Two different images have a cosine, too: {baseline}. "
+    text = f"By raw cosines the kernel after training is {raw}. Two different images have a cosine, too: {baseline}."
     if small := _no_larger(told):
-        text += f"The change for {listed(small)} is no larger than that one, so it says little of the transformation. "
+        text += f" The change for {listed(small)} is no larger than that one, so it says little of the transformation."
     elif _changed(told):
-        text += "The changes beyond noise are larger than that one, or go the other way. "
-    centered = _verdicts_in_words([row["centered"] | {"name": row["name"]} for row in told["rows"]])
-    return f"{text}By centered cosines the kernel is {centered}."
+        text += " The changes beyond noise are larger than that one, or go the other way."
+    return text
 
 
 def _verdicts_in_words(rows: list[dict[str, Any]]) -> str:
