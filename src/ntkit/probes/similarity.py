@@ -17,7 +17,7 @@ Function = Callable[[Tensor], Tensor]
 
 _LARGEST = 2**22  # numbers of a kernel that are held at a time, beside those between the images themselves
 _PAPER_SHIFT = 1e-4  # the paper's code adds it to each feature norm
-_ROUNDING = 8  # a centered square norm of less than so many epsilons of what was subtracted is rounding alone
+_ROUNDING = 1  # a centered square norm below so many epsilons of what it is a sum of is rounding alone
 
 
 @dataclass(frozen=True, eq=False)
