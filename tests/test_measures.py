@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -236,3 +238,23 @@ def test_snapshots_are_spaced_in_the_logarithm_of_the_loss():
     assert against.spaced(range(104), losses[::-1], 6) == [0, 103]  # it diverges
     assert against.spaced([0, 1, 2], [1.0, None, 0.0], 6) == [0, 2]
     assert against.spaced([0], [1.0], 6) == [0]
+
+
+def test_what_takes_too_long_is_left_out():
+    """Counted from the sizes alone: more snapshots where the rest of the run is larger, never more than six."""
+    data = ntkit.data.load("digits")
+    part = replace(data, x_train=data.x_train[:250], y_train=data.y_train[:250])
+    transforms = ntkit.probes.standard((1, 8, 8))
+    counts = [
+        against.affordable(data, part, {"points": 500, "steps": list(range(steps))}, 200, transforms)
+        for steps in (0, 5, 10, 15, 20, 1000)
+    ]
+    assert counts == sorted(counts)
+    assert counts[0] < against.FEWEST
+    assert counts[-1] == against.SNAPSHOTS
+    tiny = ntkit.data.load("digits", classes=("3", "8"), train=24, test=15)
+    assert against.affordable(tiny, tiny, {"points": 24, "steps": [0, 1, 2]}, 8, transforms) == 0
+    few = ntkit.data.load("digits", train=24, test=15)
+    task = measures.TrainingTask(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), few)
+    along = {"points": 24, "steps": [0, 1, 2], "loss": [2.0, 1.0, 0.5]}
+    assert against.against_loss(task, nn.Module(), None, along, 8, 10**8) is None  # nothing is computed

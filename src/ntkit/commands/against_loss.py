@@ -26,10 +26,10 @@ from ntkit.probes import Cosines, cosines, standard
 from ntkit.trajectory import Trajectory
 
 SNAPSHOTS, FEWEST = 6, 3  # snapshots at most; with fewer than the latter there is no curve
-TESTED, PROBED = 500, 50  # test examples at most, and test images that are transformed
-SHARE = 0.1  # of the run's time, at most
-PAIRS = 100  # products of two samples' gradients that take as long as one gradient
-FOLLOWING = 3  # kernels that take as long as all that is measured at a step along training
+POINTS, TESTED, PROBED = 250, 500, 30  # at most: points followed, test examples, test images that are transformed
+SHARE = 0.1  # of the run's time, about, at most
+PAIRS = 300  # products of two samples' gradients that take as long as one gradient (300 to 600 for cnn and mlp)
+FOLLOWING = 4  # kernels that take as long as all that is measured at a step along training (4 to 7 for cnn and mlp)
 
 
 def against_loss(
@@ -40,7 +40,7 @@ def against_loss(
     Parameters
     ----------
     model : a copy, which is changed.
-    along : the kernel along training: steps, losses and number of the points followed, on which the machine is trained.
+    along : the kernel along training: steps, losses and number of the points followed; the machine learns from those.
     samples : test images on which invariances are measured.
     """
     data = _part(task.data, along["points"])
@@ -86,8 +86,9 @@ def _forms(three: Cosines) -> dict[str, Any]:
 
 
 def _part(data: Data, points: int) -> Data:
-    """The points that are followed along training, and some test examples; labels on the CPU, for the machine."""
-    train, test = spread(len(data.x_train), points), spread(len(data.x_test), TESTED)
+    """Points that are followed along training, and test examples; labels on the CPU, for the machine."""
+    followed, test = spread(len(data.x_train), points), spread(len(data.x_test), TESTED)
+    train = followed[spread(len(followed), POINTS)]
     return replace(
         data,
         x_train=data.x_train[train],
@@ -98,24 +99,23 @@ def _part(data: Data, points: int) -> Data:
 
 
 def affordable(whole: Data, part: Data, along: dict[str, Any], samples: int, transforms: dict[str, Any]) -> int:
-    """How many snapshots, at most `SNAPSHOTS`, take about `SHARE` of what the rest of the run takes.
+    """How many snapshots, at most `SNAPSHOTS`, take no more than `SHARE` of what the rest of the run takes.
 
     Counted, not timed, so that the same run gives the same results.
     """
-    moved = 1 + sum(map(len, transforms.values()))
-    n, tests, followed = len(whole.x_train), len(whole.x_test), len(part.x_train)
-    images, probed = min(samples, tests), min(samples, tests, PROBED)
-    rest = 2 * _cost(2 * n + tests, n * (n + tests)) + len(along["steps"]) * FOLLOWING * _cost(followed, followed**2)
-    own = _cost(2 * followed + len(part.x_test), followed * (followed + len(part.x_test)))
+    n, tests, followed, few = len(whole.x_train), len(whole.x_test), along["points"], len(part.x_train)
+    rest = 2 * (_cost(n) + _cost(n, tests)) + len(along["steps"]) * FOLLOWING * _cost(followed)
+    own = _cost(few) + _cost(few, len(part.x_test))
     if transforms:
-        rest += 2 * _cost(moved * images, (moved * images) ** 2)
-        own += _cost(moved * probed, (moved * probed) ** 2)
+        moved = 1 + sum(map(len, transforms.values()))
+        rest += 2 * _cost(moved * min(samples, tests))
+        own += _cost(moved * min(samples, tests, PROBED))
     return min(SNAPSHOTS, int(SHARE * rest / own))
 
 
-def _cost(samples: int, pairs: int) -> float:
-    """Cost of a kernel, in gradients of a sample."""
-    return samples + pairs / PAIRS
+def _cost(n: int, others: int | None = None) -> float:
+    """Cost of a kernel of n samples with one another, or with others, in gradients of a sample."""
+    return n + n * n / 2 / PAIRS if others is None else n + others + n * others / PAIRS
 
 
 def spaced(steps: Sequence[int], losses: Sequence[float | None], count: int) -> list[int]:

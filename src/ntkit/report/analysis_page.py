@@ -89,8 +89,8 @@ def _examples(told: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:
 def _went(values: dict[str, float | None]) -> str:
     """Value before and after training.
 
-    >>> _went({"init": 0.5, "after": None})
-    '0.50 → –'
+    >>> _went({"init": 0.5, "after": None}), _went({"init": -0.5, "after": -0.001})
+    ('0.50 → –', '−0.50 → 0.00')
     """
-    texts = ["–" if (v := values.get(kernel)) is None else f"{v:.2f}" for kernel in ("init", "after")]
+    texts = ["–" if (v := values.get(kernel)) is None else f"{round(v, 2) + 0:.2f}" for kernel in ("init", "after")]
     return " → ".join(texts).replace("-", "−")

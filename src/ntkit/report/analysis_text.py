@@ -144,7 +144,7 @@ def _change(row: dict[str, Any]) -> tuple[dict[str, Any], float]:
 def against_loss_errors(told: dict[str, Any]) -> str:
     """Read the test errors against the training loss."""
     snapshots = [s for s in told["snapshots"] if s["kernel_error"]["value"] is not None and s["loss"] is not None]
-    text = f"An SVM on the kernel at each loss: {told['points']:,} followed points, {told['tests']:,} test examples."
+    text = f"An SVM on each kernel: {told['points']:,} of the followed points, {told['tests']:,} test examples."
     if len(snapshots) < 2:
         return f"{text} Too few kernels separate the points."
     first, last = snapshots[0], snapshots[-1]
