@@ -286,9 +286,13 @@ def zeros(file: Path, files: list[Path], draw: random.Random) -> None:
     file.write_bytes(blob)
 
 
+PAGES = (".html", ".md")  # what a person reads: made again from the results, read by no program
+
+
 def another(file: Path, files: list[Path], draw: random.Random) -> None:
     """A complete file of the same kind in its place."""
-    others = [f for f in files if f.suffix == file.suffix and f.read_bytes() != file.read_bytes()]
+    kinds = PAGES if file.suffix in PAGES else (file.suffix,)
+    others = [f for f in files if f.suffix in kinds and f.read_bytes() != file.read_bytes()]
     others = [f for f in others if not (f.name == file.name and is_earlier(f, file))]
     file.write_bytes(draw.choice(others).read_bytes())
 

@@ -27,7 +27,10 @@ def rate(wrong: int, n: int, split: str) -> dict[str, Any]:
     return number(p, math.sqrt(p * (1 - p) / n), f"binomial standard error, {n} {split} images")
 
 
-def full() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+Arrays = dict[str, dict[str, np.ndarray]]  # by stage
+
+
+def full() -> tuple[dict[str, Any], Arrays]:
     """Images, trained here: every section has its input."""
     steps = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 450]
     grown = np.log1p(steps) / math.log(451)  # 0 at the start, 1 at the end
@@ -83,7 +86,13 @@ def full() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         }
         for name, parameters, before, after, conjugate in rows
     ]
+    for row in invariances:
+        row["centered"] = {key: number(row[key]["value"] - 0.4, 0.02, cosine) for key, _ in KERNELS} | {"undefined": 1}
+    different = {"name": "two different images", "parameters": "mean over all pairs", "undefined": 0}
+    different |= {"init": number(0.519, 0.02), "after": number(0.307, 0.02), "conjugate": number(0.402, 0.02)}
+    different["centered"] = {key: number(-0.0052, 0.0001) for key, _ in KERNELS} | {"undefined": 2}
     neighbors, arrays = _neighbors()
+    examples, images = _examples(rows, arrays["test"])
     results = {
         "format": 1,
         "title": "cnn on digits",
@@ -153,7 +162,8 @@ def full() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "stable_lr": (1000 / eigenvalues[:, 0]).tolist(),
             "lr": 0.05,
         },
-        "invariances": {"samples": 200, "rows": invariances},
+        "invariances": {"samples": 200, "rows": invariances, "different": different, "examples": examples},
+        "against_loss": _against_loss(rows),
         "neighbors": neighbors,
         "certificates": [
             {
@@ -177,7 +187,7 @@ def full() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "memory": 2_000_000_000,
         },
     }  # fmt: skip
-    return results, arrays
+    return results, {"neighbors": arrays, "invariances": {"images": images}}
 
 
 def minimal() -> dict[str, Any]:
@@ -187,7 +197,7 @@ def minimal() -> dict[str, Any]:
     results["data"].update(name="table.npz", kind="vectors", classes=["no", "yes"], train=90, test=31, input_shape=[7])
     results["model"].update(name="my-mlp", outputs=1, loss="logistic (one output)", weights="mlp.safetensors")
     results["model"].update(fallback={"scale": "an operation without a rule"}, parameters=211)
-    for key in ("training", "along", "invariances", "neighbors"):
+    for key in ("training", "along", "invariances", "neighbors", "against_loss"):
         results[key] = None
     results["network"] = {name: number(None) for name in results["network"]}
     results["network"]["test_error"] = number(0.25, None, "")
@@ -203,14 +213,62 @@ def minimal() -> dict[str, Any]:
     return results
 
 
-def write(folder: Path, results: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Path:
+def earlier() -> tuple[dict[str, Any], Arrays]:
+    """As it was written before there were centered cosines, those of different images, examples and curves by loss."""
+    results, arrays = full()
+    del results["against_loss"], results["invariances"]["different"], results["invariances"]["examples"]
+    for row in results["invariances"]["rows"]:
+        del row["centered"]
+    return results, {"neighbors": arrays["neighbors"]}
+
+
+def write(folder: Path, results: dict[str, Any], arrays: Arrays | None = None) -> Path:
     """Write a run folder that the report can read."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
     if arrays is not None:
         (folder / "arrays").mkdir(exist_ok=True)
-        write_arrays(folder / "arrays" / "neighbors.safetensors", arrays)
+        for stage, content in arrays.items():
+            write_arrays(folder / "arrays" / f"{stage}.safetensors", content)
     return folder
+
+
+def _against_loss(rows: list) -> dict[str, Any]:
+    """Six snapshots; the first kernel does not separate the points."""
+    snapshots = []
+    for i, loss in enumerate((2.31, 0.9, 0.35, 0.13, 0.05, 0.021)):
+        cosines = [
+            {"name": name, "raw": number(first[0] + 0.01 * i, 0.01), "centered": number(0.2 + 0.02 * i, 0.02)}
+            for name, _, first, *_ in rows
+        ]
+        error = rate(20 - 3 * i, 360, "test") if i else number(None, None, "SVM not separable")
+        snapshots.append(
+            {
+                "step": 3**i,
+                "loss": loss,
+                "network_error": rate(300 if not i else 22 - 3 * i, 360, "test"),
+                "status": "optimal" if i else "not separable",
+                "kernel_error": error,
+                "cosines": cosines,
+                "different": {"raw": number(0.52 - 0.04 * i, 0.02), "centered": number(-0.02, 0.001)},
+            }
+        )
+    return {"points": 500, "tests": 360, "samples": 50, "snapshots": snapshots}
+
+
+def _examples(rows: list, test: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Two test images with their transforms, here pictures that only differ from one another."""
+    both = {form: {key: 0.1 + 0.2 * i for i, (key, _) in enumerate(KERNELS)} for form in ("raw", "centered")}
+    told = [
+        {
+            "test_index": 7 + i,
+            "label": str(i),
+            "cosines": [{"name": name, **both} for name, *_ in rows],
+            "different": both,
+        }
+        for i in range(2)
+    ]
+    return told, np.stack([np.stack([np.roll(test[i], j, 1) for j in range(1 + len(rows))]) for i in range(2)])
 
 
 def _neighbors() -> tuple[dict[str, Any], dict[str, np.ndarray]]:

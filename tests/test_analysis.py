@@ -88,6 +88,9 @@ def test_a_run_is_a_whole_folder_and_a_short_table(whole):
     found = results(whole)
     assert [m["kernel"] for m in found["machines"]] == ["init", "after", "conjugate"]
     assert all(c["ok"] for c in found["certificates"]), found["certificates"]
+    assert found["against_loss"] is None  # it would take more than a tenth of so small a run
+    assert found["invariances"]["different"]["after"]["value"] < 1
+    assert found["files"].keys() == {"arrays/invariances.safetensors", "arrays/neighbors.safetensors"}
 
 
 def test_results_are_what_the_library_says(whole):
@@ -175,6 +178,34 @@ def test_stopped_between_any_two_files_the_run_ends_the_same(whole, tmp_path, st
     same_runs(whole, tmp_path / "run")
 
 
+def test_the_kernel_against_the_loss_is_resumed_like_the_other_stages(tmp_path, monkeypatch):
+    """So small a run leaves it out (see `whole`): here it is told that it is cheap."""
+    import ntkit.commands.against_loss as against
+    import ntkit.commands.analyze as analysis
+
+    monkeypatch.setattr(against, "affordable", lambda *sizes: 4)
+    ntkit.analyze(small(epochs=8), out=tmp_path / "once")
+    write = analysis.write_json
+
+    def stopping(path, value):
+        if Path(path).name == "against-loss.json":
+            raise KeyboardInterrupt
+        write(path, value)
+
+    monkeypatch.setattr(analysis, "write_json", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        ntkit.analyze(small(epochs=8), out=tmp_path / "twice")
+    monkeypatch.setattr(analysis, "write_json", write)
+    ntkit.analyze(resume=tmp_path / "twice")
+    same_runs(tmp_path / "once", tmp_path / "twice")
+    found = results(tmp_path / "once")
+    snapshots = found["against_loss"]["snapshots"]
+    assert {s["step"] for s in snapshots} <= set(found["along"]["steps"])
+    assert (snapshots[0]["step"], snapshots[-1]["step"]) == (0, found["training"]["steps"])
+    assert len(snapshots) in (3, 4)
+    assert "Test error against training loss" in (tmp_path / "once" / "report.html").read_text()
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     run = tmp_path / "run"
     process = command("analyze", *SMALL[:-1], "20000", "--out", run)
@@ -208,7 +239,7 @@ def test_weights_are_analyzed_without_training(whole, tmp_path):
     ntkit.analyze(settings, out=tmp_path / "run")
     found, trained = results(tmp_path / "run"), results(whole)
     assert found["training"] is None
-    assert found["along"] is None
+    assert found["along"] is found["against_loss"] is None
     assert found["machines"] == trained["machines"]
     assert found["invariances"] == trained["invariances"]
     assert (tmp_path / "run" / "report.html").exists()

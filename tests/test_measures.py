@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntkit
+from ntkit.commands import against_loss as against
 from ntkit.commands import network_measures as measures
 from ntkit.data import Data
 from ntkit.jacobian.oracle import tangent_kernel
@@ -174,7 +177,7 @@ def test_shown_tests_are_errors_first():
 def test_invariances_agree_with_the_kernel():
     data, _, model, _ = case(("3", "8"), 1)
     kernel = ntkit.TangentKernel(model, outputs="trace")
-    found = measures.invariances({"after": kernel}, data.x_test, samples=15)
+    found, arrays = measures.invariances({"after": kernel}, data, samples=15)
     row = next(r for r in found["rows"] if r["name"] == "quadrant swap")
     swapped = ntkit.probes.swap_quadrants()(data.x_test)
     K = kernel(torch.cat([data.x_test, swapped])).double()
@@ -183,3 +186,75 @@ def test_invariances_agree_with_the_kernel():
     assert row["after"]["value"] == pytest.approx(float(cosine.mean()), rel=1e-5)
     assert row["after"]["error"] == pytest.approx(float(cosine.std()) / 15**0.5, rel=1e-4)
     assert row["init"]["value"] is None
+    norms = own[:15]
+    pairs = (K[:15, :15] / norms.outer(norms)).fill_diagonal_(0).sum() / (15 * 14)
+    assert found["different"]["after"]["value"] == pytest.approx(float(pairs), rel=1e-5)
+    H = torch.eye(15, dtype=torch.float64) - 1 / 15
+    C = H @ K[:15, :15] @ H
+    pairs = (C / C.diagonal().outer(C.diagonal()).sqrt()).fill_diagonal_(0).sum() / (15 * 14)
+    assert found["different"]["centered"]["after"]["value"] == pytest.approx(float(pairs), rel=1e-4)
+    shown = found["examples"][1]
+    place = (torch.linspace(0, len(data.x_test) - 1, 15).long() == shown["test_index"]).nonzero().item()
+    assert shown["cosines"][3]["name"] == "quadrant swap"
+    assert shown["cosines"][3]["raw"]["after"] == pytest.approx(float(cosine[place]), rel=1e-5)
+    assert shown["label"] == data.classes[data.y_test[shown["test_index"]]]
+    bytes_ = (swapped[shown["test_index"]] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    assert (arrays["images"][1, 4] == bytes_).all()
+
+
+@pytest.mark.parametrize("classes", [("3", "8"), ("0", "1", "2")])
+def test_against_loss_agrees_with_kernel_and_machine(classes, monkeypatch):
+    data, task, model, trajectory = case(classes, len(classes) - (len(classes) == 2), momentum=0.9)
+    tracked, _ = measures.along(task, model, trajectory, points=20, memory=10**8, lr=None)
+    monkeypatch.setattr(against, "affordable", lambda *sizes: 4)
+    found = against.against_loss(task, model, trajectory, tracked, 9, 10**8)
+    steps = [s["step"] for s in found["snapshots"]]
+    assert (found["points"], found["tests"], found["samples"]) == (20, 15, 9)
+    assert steps[0] == 0
+    assert steps[-1] == 12
+    assert 2 < len(steps) <= 4
+    for snapshot in found["snapshots"]:
+        trajectory.load(model, snapshot["step"])
+        rows = torch.linspace(0, 23, 20).long()
+        kernel = ntkit.TangentKernel(model, outputs="trace")
+        svm = ntkit.HardMarginSVM().fit(kernel(data.x_train[rows]), data.y_train[rows])
+        wrong = svm.predict(kernel(data.x_test, data.x_train[rows])) != data.y_test
+        assert snapshot["status"] == svm.status_ == "optimal"
+        assert snapshot["kernel_error"]["value"] == pytest.approx(float(wrong.double().mean()))
+        out = task.predict(measures.outputs_of(model, data.x_test))
+        assert snapshot["network_error"]["value"] == pytest.approx(float((out != data.y_test).double().mean()))
+        out = measures.outputs_of(model, data.x_train[rows])
+        assert snapshot["loss"] == pytest.approx(float(task.loss(out, data.y_train[rows]).detach()), rel=1e-5)
+        transformed, different = ntkit.probes.cosines(kernel, data.x_test[torch.linspace(0, 14, 9).long()])
+        for row in snapshot["cosines"]:
+            assert row["raw"]["value"] == pytest.approx(transformed[row["name"]].raw.mean, rel=1e-5)
+            assert row["centered"]["value"] == pytest.approx(transformed[row["name"]].centered.mean, rel=1e-4)
+        assert snapshot["different"]["raw"]["value"] == pytest.approx(different.raw.mean, rel=1e-5)
+
+
+def test_snapshots_are_spaced_in_the_logarithm_of_the_loss():
+    losses = [float(v) for v in np.geomspace(2, 0.01, 104)]
+    assert against.spaced(range(104), losses, 6) == [0, 21, 42, 62, 83, 103]
+    assert against.spaced(range(104), losses[::-1], 6) == [0, 103]  # it diverges
+    assert against.spaced([0, 1, 2], [1.0, None, 0.0], 6) == [0, 2]
+    assert against.spaced([0], [1.0], 6) == [0]
+
+
+def test_what_takes_too_long_is_left_out():
+    """Counted from the sizes alone: more snapshots where the rest of the run is larger, never more than six."""
+    data = ntkit.data.load("digits")
+    part = replace(data, x_train=data.x_train[:250], y_train=data.y_train[:250])
+    transforms = ntkit.probes.standard((1, 8, 8))
+    counts = [
+        against.affordable(data, part, {"points": 500, "steps": list(range(steps))}, 200, transforms)
+        for steps in (0, 5, 10, 15, 20, 1000)
+    ]
+    assert counts == sorted(counts)
+    assert counts[0] < against.FEWEST
+    assert counts[-1] == against.SNAPSHOTS
+    tiny = ntkit.data.load("digits", classes=("3", "8"), train=24, test=15)
+    assert against.affordable(tiny, tiny, {"points": 24, "steps": [0, 1, 2]}, 8, transforms) == 0
+    few = ntkit.data.load("digits", train=24, test=15)
+    task = measures.TrainingTask(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), few)
+    along = {"points": 24, "steps": [0, 1, 2], "loss": [2.0, 1.0, 0.5]}
+    assert against.against_loss(task, nn.Module(), None, along, 8, 10**8) is None  # nothing is computed

@@ -35,6 +35,11 @@ def minimal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(report_case.write(tmp_path_factory.mktemp("earlier"), *report_case.earlier()))
+
+
+@pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return render(report_case.write(tmp_path_factory.mktemp("hostile"), _poison(report_case.full()[0])))
 
@@ -61,6 +66,10 @@ def _words(path: Path) -> str:
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text)))
 
 
+def _rows(stage: str) -> list[dict[str, Any]]:
+    return report_case.full()[0][stage]["rows"]
+
+
 def _plots(path: Path) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="plots">(.*?)</script>', _body(path), re.DOTALL)
     assert found
@@ -80,6 +89,8 @@ def test_results_appear(full: Path) -> None:
     for row in results["invariances"]["rows"]:
         assert f"{row['after']['value']:.3f} ± {row['after']['error']:.3f}" in words
         assert row["parameters"] in words
+        assert f"{row['centered']['after']['value']:.2f} ± {row['centered']['after']['error']:.2f}" in words
+    assert "two different images mean over all pairs 0.52 ± 0.02 centered -0.00520 ± 0.00010 0.31 ± 0.02" in words
     for row in results["quality"]:
         assert f"{row['alignment']:.3f}" in words
     for value in results["similarity"].values():
@@ -97,7 +108,7 @@ def test_results_appear(full: Path) -> None:
 def test_every_figure_has_title_reading_and_text_alternative(full: Path) -> None:
     body, plots = _body(full), _plots(full)
     blocks = re.findall(r"<figure\b.*?</figure>", body, re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 11
     for block in blocks:
         assert re.search(r"<h3>[^<]+</h3>\s*<p class=\"reading\">[^<]{20,}</p>", block), block[:200]
     drawn = re.findall(r'class="plot" id="([\w-]+)" role="img" aria-label="([^"]{20,})"', body)
@@ -136,22 +147,29 @@ def test_figures_are_valid_plotly(full: Path) -> None:
 def test_thumbnails_are_the_arrays(full: Path) -> None:
     from PIL import Image
 
-    arrays = report_case.full()[1]
-    found = re.findall(r'<img class="thumb" src="data:image/png;base64,([^"]+)" alt="([^"]+)"', _body(full))
+    stages = report_case.full()[1]
+    arrays = stages["neighbors"]
+    body = _body(full)
+    body, cosines = body[body.index('id="neighbors"') :], body[: body.index('id="neighbors"')]
+    found = re.findall(r'<img class="thumb" src="data:image/png;base64,([^"]+)" alt="([^"]+)"', body)
     assert len(found) == 6 * 11
     pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, _ in found]
     np.testing.assert_array_equal(pixels[11], arrays["test"][1, :, :, 0])
     np.testing.assert_array_equal(pixels[11 + 1 + 2], arrays["init"][1, 2, :, :, 0])
     np.testing.assert_array_equal(pixels[11 + 6 + 4], arrays["after"][1, 4, :, :, 0])
+    found = re.findall(r'<img class="thumb" src="data:image/png;base64,([^"]+)" alt="([^"]+)"', cosines)
+    assert [name for _, name in found[6:]] == ["test image", *(r["name"] for r in _rows("invariances"))]
+    pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, _ in found]
+    np.testing.assert_array_equal(pixels, stages["invariances"]["images"].reshape(12, 8, 8))
 
 
 def test_colour_thumbnails_keep_their_colours(tmp_path: Path) -> None:
     from PIL import Image
 
     results, arrays = report_case.full()
-    colour = {name: np.repeat(value, 3, axis=-1) for name, value in arrays.items()}
+    colour = {name: np.repeat(value, 3, axis=-1) for name, value in arrays["neighbors"].items()}
     colour["test"][0, 2, 3] = (250, 10, 90)
-    text = _body(render(report_case.write(tmp_path, results, colour)))
+    text = _body(render(report_case.write(tmp_path, results, {"neighbors": colour})))
     data = re.findall(r'src="data:image/png;base64,([^"]+)"', text)[0]
     assert Image.open(io.BytesIO(base64.b64decode(data))).getpixel((3, 2)) == (250, 10, 90)
 
@@ -198,9 +216,13 @@ def test_hostile_names_are_text(hostile: Path) -> None:
     assert "<script>window.broken" not in body
     assert "&lt;script&gt;window.broken" in body
     assert body.count("</script>") == len(re.findall(r"<script\b", body))
-    axis = _plots(hostile)["plot-invariance-gentle"]["layout"]["yaxis"]
-    assert all("<" not in text for text in axis["ticktext"])
-    assert "</script>" not in json.dumps(_plots(hostile)["plot-invariance-gentle"]["layout"]["yaxis"])
+    for name in ("plot-slopes-raw", "plot-loss-cosines-raw"):
+        texts = [trace[key] for trace in _plots(hostile)[name]["data"] for key in ("name", "hovertemplate", "text")
+                 if key in trace]  # fmt: skip
+        assert any("onerror" in str(text) for text in texts)
+        assert not re.search(
+            r"<(?!br>|extra></extra>)", json.dumps(texts).replace("</extra>", "").replace("<extra>", "")
+        )
 
 
 def test_nulls_become_sentences(minimal: Path) -> None:
@@ -222,7 +244,7 @@ def test_nulls_become_sentences(minimal: Path) -> None:
 
 def test_images_not_measured_say_so(tmp_path: Path) -> None:
     results = report_case.full()[0]
-    for key in ("along", "invariances", "neighbors"):
+    for key in ("along", "invariances", "neighbors", "against_loss"):
         results[key] = None
     words = _words(render(report_case.write(tmp_path, results)))
     assert "not followed along training in this run" in words
@@ -305,6 +327,99 @@ def test_nothing_is_claimed_without_standard_errors() -> None:
 def test_invariance_directions(name: str, after: float, said: str) -> None:
     row = {"name": name, "init": report_case.number(0.6, 0.01), "after": report_case.number(after, 0.01)}
     assert said in readings.invariances({"invariances": {"rows": [row]}})
+
+
+def _cosine_case(baseline: tuple[float, float], **after: float) -> dict[str, Any]:
+    """Cosines that were 0.6 before training and are `after` it, raw and centered alike."""
+    rows = []
+    for name, value in after.items():
+        row = {"name": name.replace("_", " "), "init": report_case.number(0.6, 0.01)}
+        row["after"] = report_case.number(value, 0.01)
+        rows.append(row | {"centered": {key: row[key] for key in ("init", "after")}})
+    ends = {key: report_case.number(v, 0.01) for key, v in zip(("init", "after"), baseline, strict=True)}
+    return {"invariances": {"rows": rows, "different": ends}}
+
+
+@pytest.mark.parametrize(
+    ("baseline", "after", "said"),
+    [
+        ((0.8, 0.5), {"shift": 0.4, "zoom": 0.7}, "The change for shift is no larger than that one"),
+        ((0.8, 0.5), {"shift": 0.32}, "The change for shift is no larger than that one"),  # 0.28, beyond noise smaller
+        ((0.8, 0.78), {"shift": 0.4}, "The changes beyond noise are larger than that one, or go the other way."),
+        ((0.5, 0.8), {"shift": 0.4}, "The changes beyond noise are larger than that one, or go the other way."),
+        ((0.3, 0.5), {"shift": 0.7, "quadrant_swap": 0.7}, "The change for shift and quadrant swap is no larger"),
+    ],
+)
+def test_a_change_no_larger_than_that_of_different_images_is_said(baseline, after, said) -> None:
+    text = readings.invariances(_cosine_case(baseline, **after))
+    assert said in text
+    assert f"{baseline[0]:.3f} ± 0.010 → {baseline[1]:.3f} ± 0.010" in text
+    assert "By centered cosines it is" in text
+
+
+def test_where_nothing_changed_nothing_is_compared() -> None:
+    text = readings.invariances(_cosine_case((0.8, 0.5), shift=0.61))
+    assert "no different beyond noise for shift" in text
+    assert "change for" not in text
+    assert "The changes" not in text
+
+
+def test_the_lead_does_not_count_what_different_images_do_as_well() -> None:
+    results = report_case.full()[0]
+    results["invariances"]["rows"] = _cosine_case((0, 0), shift=0.4, zoom=0.5)["invariances"]["rows"]
+    leads = [lead for lead, _ in readings.in_short(results)]
+    assert leads[-1] == "Cosines changed no more than those of two different images."  # they fell by 0.21
+    results["invariances"]["rows"] = _cosine_case((0, 0), shift=0.4, zoom=0.7)["invariances"]["rows"]
+    assert readings.in_short(results)[-1][0] == "Training changed what the kernel ignores."
+
+
+def test_runs_of_earlier_versions_have_their_report(earlier: Path) -> None:
+    words, plots = _words(earlier), _plots(earlier)
+    assert "plot-slopes-raw" in plots
+    assert not [name for name in plots if "loss-" in name or "centered" in name]
+    assert "After training the kernel is more invariant to shift and rotation" in words
+    section = words.split("What is it invariant to?")[1].split("What does it think is alike?")[0]
+    assert "two different images" not in section.lower()
+    assert not re.search(r"\b(None|nan|NaN)\b", words)
+
+
+def test_slopes_are_the_cosines_and_the_baseline_is_dashed(full: Path) -> None:
+    told, plots = report_case.full()[0]["invariances"], _plots(full)
+    for form in ("raw", "centered"):
+        drawn = {trace["name"]: trace for trace in plots[f"plot-slopes-{form}"]["data"] if "name" in trace}
+        for row in [*told["rows"], told["different"]]:
+            entry = row if form == "raw" else row["centered"]
+            assert drawn[row["name"]]["x"] == [0, 1]
+            assert drawn[row["name"]]["y"] == [entry["init"]["value"], entry["after"]["value"]]
+            assert drawn[row["name"]]["error_y"]["array"] == [entry["init"]["error"], entry["after"]["error"]]
+            assert (drawn[row["name"]]["line"]["dash"] == "dash") == (row is told["different"])
+
+
+def test_curves_against_the_loss(full: Path) -> None:
+    told, plots, words = report_case.full()[0]["against_loss"], _plots(full), _words(full)
+    losses = [s["loss"] for s in told["snapshots"]]
+    kernel, network = plots["plot-loss-errors"]["data"]
+    assert kernel["x"] == network["x"] == losses
+    assert kernel["y"] == [None, *(100 * s["kernel_error"]["value"] for s in told["snapshots"][1:])]
+    drawn = {trace["name"]: trace for trace in plots["plot-loss-cosines-centered"]["data"]}
+    assert drawn["zoom"]["y"] == [s["cosines"][2]["centered"]["value"] for s in told["snapshots"]]
+    assert drawn["two different images"]["y"] == [-0.02] * 6
+    assert drawn["two different images"]["line"]["dash"] == "dash"
+    assert "Raw cosines are highest at loss 0.021 for shift, rotation, zoom, quadrant swap and patch shuffle." in words
+    assert "Two different images (dashed): 0.52 → 0.32." in words
+    assert "lowest 1.4 ± 0.6 % at loss 0.021" in words
+
+
+def test_against_the_loss_without_images(tmp_path: Path) -> None:
+    results, _ = report_case.full()
+    for snapshot in results["against_loss"]["snapshots"]:
+        snapshot.update(cosines=[], different=None, kernel_error=report_case.number(None, None, "not separable"))
+    results["against_loss"]["samples"] = 0
+    path = render(report_case.write(tmp_path, results))
+    assert "plot-loss-errors" in _plots(path)
+    assert "plot-loss-cosines-raw" not in _plots(path)
+    assert "Too few kernels separate the points." in _words(path)
+    assert not re.search(r"\b(None|nan|NaN)\b", _words(path))
 
 
 def test_eigenvalue_reading_knows_the_bound() -> None:

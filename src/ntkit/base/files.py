@@ -103,7 +103,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_page(path: str | Path, text: str) -> None:
-    """Write HTML with its checksum in a last comment (see `write_atomically`)."""
+    """Write HTML or Markdown with its checksum in a last comment (see `write_atomically`)."""
     write_bytes(path, sealed_page(text))
 
 

@@ -18,8 +18,8 @@ from ntkit.base.checks import Damaged
 
 _JSON_TAIL = re.compile(rb' "checksum": "sha256:([0-9a-f]{64})"\n\}\n')
 _PAGE_TAIL = re.compile(rb"<!-- checksum sha256:([0-9a-f]{64}) of all bytes before this line -->\n")
-_TAIL_BYTES = {".json": 89, ".html": 120}
-_TAILS = {".json": _JSON_TAIL, ".html": _PAGE_TAIL}
+_TAIL_BYTES = {".json": 89, ".html": 120, ".md": 120}
+_TAILS = {".json": _JSON_TAIL, ".html": _PAGE_TAIL, ".md": _PAGE_TAIL}
 # Traces of a tail that was changed itself: a changed byte breaks one of them at most.
 _TRACES = (re.compile(rb"sha256:[0-9a-f]{64}"), re.compile(rb'"checksum"|<!-- checksum'))
 # One entry of metadata, with JSON in it: safetensors writes several entries in random order.

@@ -126,6 +126,35 @@ class ProbeRows(TypedDict):
     rows: list[dict[str, Any]]
 
 
+class InvarianceResults(ProbeRows):
+    """Cosines of an analysis; those of different images, and examples, are absent in runs of earlier versions."""
+
+    samples: NotRequired[int]
+    different: NotRequired[dict[str, Any]]
+    examples: NotRequired[list[dict[str, Any]]]
+
+
+class SnapshotResults(TypedDict):
+    """The kernel of an analysis at one snapshot."""
+
+    step: int
+    loss: Number
+    network_error: EstimateResults
+    status: str
+    kernel_error: EstimateResults
+    cosines: list[dict[str, Any]]
+    different: dict[str, EstimateResults] | None  # None, like no cosines: the examples are no images
+
+
+class LossResults(TypedDict):
+    """The kernel of an analysis against the training loss."""
+
+    points: int
+    tests: int
+    samples: int
+    snapshots: list[SnapshotResults]
+
+
 class CertificateResults(TypedDict):
     """A check of an analysis."""
 
@@ -159,7 +188,8 @@ class AnalysisResults(TypedDict):
     quality: list[QualityResults]
     similarity: dict[str, Number] | None
     along: AlongResults | None
-    invariances: ProbeRows | None
+    invariances: InvarianceResults | None
+    against_loss: NotRequired[LossResults | None]  # absent in runs of earlier versions
     neighbors: ProbeRows | None
     certificates: list[CertificateResults]
     reproduce: ReproduceResults

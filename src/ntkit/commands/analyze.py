@@ -30,13 +30,14 @@ from ntkit.base.lock import LOCK, FolderLock
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
 from ntkit.base.regular_files import check_folder
-from ntkit.base.run_files import AnalysisRun, described
+from ntkit.base.run_files import described
 from ntkit.base.tensors import tensor_hash
 from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
+from ntkit.commands.against_loss import against_loss
 from ntkit.commands.network_measures import LABELS
-from ntkit.commands.results import KERNELS, assemble, versions
+from ntkit.commands.results import KERNELS, assemble, earlier_run, versions
 from ntkit.commands.settings import Settings
 from ntkit.commands.stage_files import REPLACED, StageFiles, put_aside, put_back, recover
 from ntkit.data import Data, load
@@ -86,7 +87,7 @@ def analyze(
     check_folder(out, "--out")
     if resume is not None:
         recover(Path(resume))
-        earlier = _earlier_run(Path(resume), settings and dataclasses.replace(settings, model="cnn", data="digits"))
+        earlier = earlier_run(Path(resume), settings and dataclasses.replace(settings, model="cnn", data="digits"))
         given = {} if settings is None else settings.named_code(changed=True)
         settings = stored = described(Path(resume) / "run.json", earlier["settings"], Settings, "settings")
         code = code_of_run(Path(resume), stored.named_code(), earlier.get("identity"), given, trust)
@@ -115,28 +116,11 @@ def analyze(
             FolderLock(folder).check()
             fix = f"Resume the run (--from {folder}), replace it (--overwrite) or name another folder (--out)."
             raise refusal(str(folder), got="a folder that holds a run", expected="a new folder", fix=fix)
-        _earlier_run(folder, None)  # the run.json of another program is refused
+        earlier_run(folder, None)  # the run.json of another program is refused
     elif folder.exists() and (not folder.is_dir() or any(file.name != LOCK for file in folder.iterdir())):
         raise refusal(str(folder), got="other files", expected="a new or empty folder", fix="Name another --out.")
     with code if earlier is not None else code_of_user(settings.named_code()):
         return _Run(folder, settings, say, earlier).run()
-
-
-def _earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
-    """Read the ``run.json`` of an earlier run; refuse any other file, and settings given in addition."""
-    run = read_json(folder / "run.json")
-    names = {field.name for field in dataclasses.fields(Settings)}
-    told = run.get("settings") if isinstance(run, dict) and run.get("format") == RESULTS_FORMAT else None
-    if told is None or (isinstance(told, dict) and not set(told) <= names):
-        got = "a file that this version of ntkit analyze did not write"
-        expected = f"the run.json of a run (format {RESULTS_FORMAT})"
-        fix = "Name the run's own folder, not the trajectory/ inside it."
-        raise refusal(str(folder / "run.json"), got=got, expected=expected, fix=fix)
-    described(folder / "run.json", run, AnalysisRun)
-    if settings not in (None, Settings()):
-        expected, fix = "none: they come from the run", "Leave them out, or start a new run without --from."
-        raise refusal(f"--from {folder}", got="further settings", expected=expected, fix=fix)
-    return run
 
 
 class _Run:
@@ -196,6 +180,7 @@ class _Run:
             *[(f"machine-{key}", f"hard-margin SVM: {LABELS[key]}", lambda key=key: self._machine(key))
               for key in KERNELS],
             ("along", "kernel along training", self._along),
+            ("against-loss", "kernel against training loss", self._against_loss),
             ("invariances", "invariances", self._invariances),
             ("neighbors", "nearest training examples", self._neighbors),
             ("oracle", "check against per-sample autograd in float64", self._oracle),
@@ -205,8 +190,8 @@ class _Run:
         results = assemble(
             self.settings, self.task, self.models["after"], self.trajectory, self.numbers, self.device, self.memory
         )
-        images = "arrays/neighbors.safetensors"
-        results["files"] = {place: digest for place, digest in self.files.digests.items() if place == images}
+        images = [f"arrays/{stage}.safetensors" for stage in ("neighbors", "invariances")]
+        results["files"] = {place: digest for place, digest in self.files.digests.items() if place in images}
         results["run"] = self.files.run
         write_json(self.folder / "results.json", results)
         report = render(self.folder).parent
@@ -374,12 +359,19 @@ class _Run:
         lr = s.lr if s.optimizer == "sgd" and s.momentum == 0 else None
         return measures.along(self.task, model, self.trajectory, s.track_points, self.memory, lr)
 
+    def _against_loss(self) -> Stage:
+        along = self.numbers["along"]
+        if self.trajectory is None or "absent" in along:
+            return None, {}
+        model, samples = copy.deepcopy(self.models["init"]), self.settings.probe_samples
+        return against_loss(self.task, model, self.trajectory, along, samples, self.memory), {}
+
     def _invariances(self) -> Stage:
         if self.data.kind != "images":
             return None, {}
         builders = measures.kernels_of(self.models, self.memory)
         kernels = {key: build() for key, build in builders.items() if self._has_gram(key)}
-        return measures.invariances(kernels, self.data.x_test, self.settings.probe_samples), {}
+        return measures.invariances(kernels, self.data, self.settings.probe_samples)
 
     def _neighbors(self) -> Stage:
         examples, predicted = measures.select_examples(self.task, self.models["after"])

@@ -21,7 +21,7 @@ from ntkit.kernels.kernel import Kernel
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines import HardMarginSVM, KernelRidge
 from ntkit.measures.spectra import alignment, effective_rank
-from ntkit.probes import invariance, standard
+from ntkit.probes import Cosines, Invariance, cosines, standard
 from ntkit.tracking import track
 from ntkit.trajectory import Trajectory
 
@@ -30,6 +30,8 @@ ENERGY_KS = (1, 2, 5, 10, 20)
 ENERGIES = ("energy_target", "energy_output", "energy_residual")
 RIDGE = 1e-4  # of kernel ridge regression, relative to the kernel's mean diagonal
 NEIGHBORS, EXAMPLES = 5, 8  # neighbors per test example, and test examples with neighbors
+SHOWN = 4  # test images that are shown with their transforms
+DIFFERENT = "two different images"
 LABELS = {
     "init": "tangent kernel at initialization",
     "after": "after kernel",
@@ -158,7 +160,7 @@ def along(
     task: TrainingTask, model: nn.Module, trajectory: Trajectory, points: int, memory: int, lr: float | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The kernel on the same training points at every snapshot (Kopitkov & Indelman 2020; trace kernel)."""
-    rows = _spread(len(task.data.x_train), points)
+    rows = spread(len(task.data.x_train), points)
     x, y, n = task.data.x_train[rows], task.data.y_train[rows], len(rows)
     k = min(TOP, n)
     ks = [j for j in ENERGY_KS if j <= k]
@@ -186,29 +188,63 @@ def along(
     return result, arrays
 
 
-def _spread(n: int, count: int) -> Tensor:
+def spread(n: int, count: int) -> Tensor:
     """At most `count` indices below `n`, spread evenly from the first to the last."""
     return torch.linspace(0, max(n - 1, 0), min(count, n)).long()
 
 
-def invariances(kernels: dict[str, Kernel], x: Tensor, samples: int) -> dict[str, Any]:
-    """Cosine between an image and its transform, under each kernel (Long 2021)."""
-    images = x[_spread(len(x), samples)]
-    probes = standard(tuple(x.shape[1:]))
-    rows = []
-    with progress.task("invariances", total=len(probes)) as bar:
-        for name, transforms in probes.items():
-            parameters = "; ".join(t.parameters for t in transforms)
-            row: dict[str, Any] = {"name": name, "parameters": parameters, "undefined": 0}
-            row |= dict.fromkeys(("init", "after", "conjugate"), number(None, None, "not measured"))
-            for key, kernel in kernels.items():
-                cosine = invariance(kernel, images, transforms)
-                certificate = f"standard error over {len(images) - cosine.undefined} images"
-                row[key] = number(cosine.mean, cosine.standard_error, certificate)
-                row["undefined"] = max(row["undefined"], cosine.undefined)
-            rows.append(row)
+def invariances(kernels: dict[str, Kernel], data: Data, samples: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Cosines between test images and their transforms under each kernel (Long 2021), and between different images."""
+    tests = spread(len(data.x_test), samples)
+    images = data.x_test[tests.to(data.x_test.device)]
+    probes = standard(tuple(images.shape[1:]))
+    empty = dict.fromkeys(("init", "after", "conjugate"), number(None, None, "not measured"))
+    rows: dict[str, dict[str, Any]] = {
+        name: {"name": name, "parameters": text, **empty, "undefined": 0, "centered": {**empty, "undefined": 0}}
+        for name, text in [
+            *((name, "; ".join(t.parameters for t in group)) for name, group in probes.items()),
+            (DIFFERENT, f"mean over all pairs of the {len(images)} images"),
+        ]
+    }
+    found: dict[str, dict[str, Cosines]] = {}
+    with progress.task("invariances", total=len(kernels)) as bar:
+        for key, kernel in kernels.items():
+            transformed, different = cosines(kernel, images, probes)
+            found[key] = transformed | {DIFFERENT: different}
+            for name, three in found[key].items():
+                for entry, cosine in ((rows[name], three.raw), (rows[name]["centered"], three.centered)):
+                    entry[key] = mean_cosine(cosine)
+                    entry["undefined"] = max(entry["undefined"], cosine.undefined)
             bar.advance()
-    return {"samples": len(images), "rows": rows}
+    shown = spread(len(images), SHOWN).tolist()
+    examples = [
+        {
+            "test_index": int(tests[i]),
+            "label": data.classes[int(data.y_test[tests[i]])],
+            "cosines": [{"name": name, **_of_image(found, name, i)} for name in probes],
+            "different": _of_image(found, DIFFERENT, i),
+        }
+        for i in shown
+    ]
+    strips = torch.stack([images[shown], *(group[0](images[shown]) for group in probes.values())], 1)
+    pixels = _pixels(strips.flatten(0, 1))
+    arrays = {"images": pixels.reshape(len(shown), strips.shape[1], *pixels.shape[1:])}
+    different_row = rows.pop(DIFFERENT)
+    return {"samples": len(images), "rows": [*rows.values()], "different": different_row, "examples": examples}, arrays
+
+
+def mean_cosine(cosine: Invariance) -> dict[str, Any]:
+    """Mean cosine with its standard error."""
+    count = len(cosine.per_sample) - cosine.undefined
+    return number(cosine.mean, cosine.standard_error, f"standard error over {count} images")
+
+
+def _of_image(found: dict[str, dict[str, Cosines]], name: str, i: int) -> dict[str, dict[str, float | None]]:
+    """Raw and centered cosine of one image, by kernel."""
+    return {
+        form: {key: finite(float(getattr(by_name[name], form).per_sample[i])) for key, by_name in found.items()}
+        for form in ("raw", "centered")
+    }
 
 
 def select_examples(task: TrainingTask, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -216,7 +252,7 @@ def select_examples(task: TrainingTask, model: nn.Module) -> tuple[Tensor, Tenso
     predicted = task.predict(outputs_of(model, task.data.x_test))
     wrong = (predicted != task.data.y_test).nonzero().flatten()[: EXAMPLES // 2]
     right = (predicted == task.data.y_test).nonzero().flatten()
-    return torch.cat([wrong, right[_spread(len(right), EXAMPLES - len(wrong))]]), predicted
+    return torch.cat([wrong, right[spread(len(right), EXAMPLES - len(wrong))]]), predicted
 
 
 def neighbors(
@@ -253,7 +289,7 @@ def neighbors(
 
 def against_oracle(model: nn.Module, x: Tensor, when: str) -> dict[str, Any]:
     """Certificate: the kernel of a few samples against per-sample autograd in float64."""
-    few = x[_spread(len(x), 3)]
+    few = x[spread(len(x), 3)]
     exact = tangent_kernel(model, few, outputs="trace")
     error = float((TangentKernel(model, outputs="trace")(few).double() - exact).abs().max() / exact.abs().max())
     precision = few.dtype if few.is_floating_point() else "model dtype"

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ntkit.base.checks import refusal
+from ntkit.base.files import read_json
+from ntkit.base.run_files import AnalysisRun, described
 from ntkit.base.versions import RESULTS_FORMAT, versions
 from ntkit.commands.network_measures import TrainingTask
 from ntkit.commands.settings import Settings
 from ntkit.trajectory import Trajectory
 
 KERNELS = ("init", "after", "conjugate")
+
+
+def earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
+    """Read the ``run.json`` of an earlier run; refuse any other file, and settings given in addition."""
+    run = read_json(folder / "run.json")
+    names = {field.name for field in dataclasses.fields(Settings)}
+    told = run.get("settings") if isinstance(run, dict) and run.get("format") == RESULTS_FORMAT else None
+    if told is None or (isinstance(told, dict) and not set(told) <= names):
+        got = "a file that this version of ntkit analyze did not write"
+        expected = f"the run.json of a run (format {RESULTS_FORMAT})"
+        fix = "Name the run's own folder, not the trajectory/ inside it."
+        raise refusal(str(folder / "run.json"), got=got, expected=expected, fix=fix)
+    described(folder / "run.json", run, AnalysisRun)
+    if settings not in (None, Settings()):
+        expected, fix = "none: they come from the run", "Leave them out, or start a new run without --from."
+        raise refusal(f"--from {folder}", got="further settings", expected=expected, fix=fix)
+    return run
 
 
 def assemble(
@@ -72,6 +94,7 @@ def assemble(
         "machines": machines,
         "quality": [q for key in KERNELS if (q := stages[f"gram-{key}"]) is not None],
         **{name: stages[name] for name in ("similarity", "along", "invariances", "neighbors")},
+        "against_loss": stages["against-loss"],
         "certificates": [*oracle["checks"], *_certificates(machines, stages["along"], absent)],
         "reproduce": {
             "command": "ntkit analyze " + " ".join(map(shlex.quote, s.arguments())),

@@ -35,8 +35,9 @@ from ntkit.trajectory.recorded_run import (
 from ntkit.trajectory.step_log import check_log
 
 Status = Literal["ok", "damaged", "missing", "without checksum", "not ntkit's"]
-_CHECKED = (".json", ".safetensors", ".html")
-_PLAIN = r"(run|results|track)\.json|(report|track)\.html|(losses|checkpoint|images|figures|decomposition)\.safetensors"
+_CHECKED = (".json", ".safetensors", ".html", ".md")
+_PLAIN = (r"(run|results|track)\.json|(report|track)\.html|claims\.md|"
+          r"(losses|checkpoint|images|figures|decomposition)\.safetensors")  # fmt: skip
 _NAMES = (_PLAIN, r"(step-\d+|part-\d+)\.(json|safetensors)", r"(parts|stages|arrays)/[^/]+\.(json|safetensors)",
           r"(snapshots/step-\d+|log/\d+)\.safetensors", r"work/[^/]+\.npy")  # fmt: skip
 
@@ -142,6 +143,8 @@ def _complete(file: Path, blob: bytes) -> None:
             raise damaged(file, "cut off")
     elif file.suffix == ".json":
         read_json(file)
+    elif file.suffix == ".md":
+        raise damaged(file, "cut off")
     else:
         read_arrays_and_metadata(file)
 

@@ -19,7 +19,7 @@ __all__ = ["render", "render_study", "render_tracked"]
 
 
 def render(run: str | Path) -> Path:
-    """Write ``RUN/report.html`` from ``RUN/results.json`` (and ``RUN/arrays/neighbors.safetensors`` if it exists).
+    """Write ``RUN/report.html`` from ``RUN/results.json`` (and the images in ``RUN/arrays``, where there are any).
 
     The file needs nothing else: scripts, styles and images are inside, and its Content-Security-Policy forbids any
     request. The same results give the same bytes.
@@ -68,13 +68,17 @@ def render(run: str | Path) -> Path:
     return path
 
 
-def _images(run: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Images of the results, after a check that results, images and ``run.json`` are of one run."""
+def _images(run: Path, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Images of the results by stage, after a check that results, images and ``run.json`` are of one run."""
     if "run" in results and (start := run / "run.json").exists():
         told = described(start, read_json(start), AnalysisRun)
         if fingerprint([told["settings"], told["identity"]]) != results["run"]:
             raise damaged(run / "results.json", "the results of another run than run.json")
-    name = "arrays/neighbors.safetensors"
+    return {stage: _arrays(run, f"arrays/{stage}.safetensors", results) for stage in ("neighbors", "invariances")}
+
+
+def _arrays(run: Path, name: str, results: dict[str, Any]) -> dict[str, Any]:
+    """Arrays of a file, empty where the run kept none."""
     digest = results.get("files", {}).get(name)
     if not (run / name).exists():
         if digest is not None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ntkit.report import draw
-from ntkit.report.analysis_text import DISRUPTIVE
+from ntkit.report.analysis_text import against_loss_cosines, against_loss_errors
 from ntkit.report.draw import ROLES, Figure, Panel
+from ntkit.report.study_curves import tone
 from ntkit.report.words import percent
+
+FORMS = {"raw": "Raw", "centered": "Centered"}
+_DIFFERENT = ("var(--network)", "dash")  # color and dash of the baseline: two different images
 
 
 def machines(results: dict[str, Any]) -> Figure:
@@ -37,32 +42,120 @@ def machines(results: dict[str, Any]) -> Figure:
 
 
 def invariances(results: dict[str, Any]) -> Figure:
-    """Cosine between an image and its transform, per kernel and transformation."""
-    rows, kernels = results["invariances"]["rows"], ("init", "after", "conjugate")
+    """Cosine of each transformation before and after training, as a slope, beside that of two different images."""
+    told = results["invariances"]
+    rows = [*told["rows"], *([told["different"]] if "different" in told else [])]
+    tones = _tones([row["name"] for row in told["rows"]])
     panels, texts = [], []
-    for name, heading, disruptive in (
-        ("gentle", "Small changes (higher: more invariant)", False),
-        ("broken", "Broken layout (lower: more global)", True),
-    ):
-        members = [row for row in rows if (row["name"] in DISRUPTIVE) == disruptive]
-        data = []
-        for place, row in enumerate(members):
-            for rank, kernel in enumerate(kernels):
-                value, error = row[kernel]["value"], row[kernel]["error"]
-                if value is None:
-                    continue
-                dot = _dot(kernel, value, error, len(members) - 1 - place + 0.22 * (1 - rank), row["name"])
-                spread = "" if error is None else f" ± {error:.3f}"
-                hover = f"{draw.safe(row['name'])}, {ROLES[kernel][0]}<br>{value:.3f}{spread}<extra></extra>"
-                data.append(dot | {"hovertemplate": hover})
-                texts.append(f"{row['name']} {ROLES[kernel][0]} {value:.2f}")
-        if members:
-            names = draw.rows_axis([row["name"] for row in members])
-            layout = draw.layout(draw.axis("cosine"), names, height=80 + 68 * len(members))
-            panels.append(Panel(f"plot-invariance-{name}", heading, data, layout))
-    label = f"Dot plots of mean cosines between image and transformed image: {', '.join(texts)}."
-    legend = [ROLES[kernel] for kernel in kernels]
-    return Figure("invariance", "Similarity of an image to its own transform", label, panels, legend, wide=True)
+    for form in FORMS if "different" in told else ["raw"]:
+        data, ends = [], {}
+        for row in rows:
+            values = [(row if form == "raw" else row["centered"])[kernel] for kernel in ("init", "after")]
+            if None not in (values[0]["value"], values[1]["value"]):
+                data.append(_curve([0, 1], values, row["name"], tones))
+                data[-1]["hovertemplate"] = f"{draw.safe(row['name'])}: %{{y:.3f}}<extra></extra>"
+                ends[row["name"]] = values[1]["value"]
+                texts.append(f"{form} {row['name']} {values[0]['value']:.2f} to {values[1]['value']:.2f}")
+        panels.append(Panel(f"plot-slopes-{form}", FORMS[form], *_slopes(data, ends)))
+    label = f"Slopes of mean cosines from before to after training: {', '.join(texts)}."
+    return Figure("invariance", "Cosine between an image and its transform", label, panels, wide=True)
+
+
+def _slopes(data: list[dict[str, Any]], ends: dict[str, float]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Lines and layout of one panel of slopes, each line with its name at the right end."""
+    values = [y for trace in data for y in trace["y"]] or [0.0, 1.0]
+    span = max(max(values) - min(values), 0.05)
+    places = _apart(list(ends.values()), 0.075 * span)
+    names = {
+        "type": "scatter", "mode": "text", "x": [1.07] * len(ends), "y": places, "hoverinfo": "skip",
+        "text": [draw.safe(name) for name in ends], "textposition": "middle right", "cliponaxis": False,
+        "textfont": {"color": "var(--soft)"},
+    }  # fmt: skip
+    low, high = min([*values, *places]), max([*values, *places])
+    x = draw.axis("", range=[-0.15, 2.1], tickvals=[0, 1], ticktext=["before", "after"], fixedrange=True)
+    y = draw.axis("mean cosine", range=[low - 0.08 * span, high + 0.08 * span])
+    return [*data, names], draw.layout(x | {"showgrid": False}, y, height=320)
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """Places for labels, near the values in the same order, and at least `gap` apart.
+
+    >>> [round(place, 2) for place in _apart([0.5, 0.1, 0.5], 0.2)]
+    [0.4, 0.1, 0.6]
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    groups: list[list[int]] = []  # of labels that touch, each centered on its values
+
+    def low(group: list[int]) -> float:
+        return sum(values[i] for i in group) / len(group) - gap * (len(group) - 1) / 2
+
+    for i in order:
+        groups.append([i])
+        while len(groups) > 1 and low(groups[-1]) < low(groups[-2]) + gap * len(groups[-2]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    places = {i: low(group) + gap * rank for group in groups for rank, i in enumerate(group)}
+    return [places[i] for i in range(len(values))]
+
+
+def against_loss(results: dict[str, Any]) -> list[tuple[Figure, str]]:
+    """Test errors and cosines against the training loss at some snapshots, each with its reading."""
+    told = results.get("against_loss")
+    if not told:
+        return []
+    snapshots = told["snapshots"]
+    losses = [draw.positive(s["loss"]) for s in snapshots]
+    roles = {"kernel_error": ("SVM on the tangent kernel", *ROLES["after"][1:]), "network_error": ROLES["network"]}
+    data = []
+    for key, (name, color, symbol) in roles.items():
+        values = [{part: draw.times(s[key][part], 100) for part in ("value", "error")} for s in snapshots]
+        data.append(_curve(losses, values, name, {name: (color, symbol)}))
+        data[-1]["hovertemplate"] = f"loss %{{x:.3g}}<br>{name}: %{{y:.2f}} %<extra></extra>"
+    x = draw.log_axis("training loss", losses)
+    panels = [Panel("plot-loss-errors", "", data, draw.layout(x, draw.axis("test error, %", rangemode="tozero")))]
+    reading = against_loss_errors(told)
+    figures = [
+        (
+            Figure("loss-errors", "Test error against training loss", reading, panels, [*roles.values()], wide=True),
+            reading,
+        )
+    ]
+    if snapshots[0]["cosines"]:
+        tones = _tones([row["name"] for row in snapshots[0]["cosines"]])
+        panels = []
+        for form, heading in FORMS.items():
+            data = [
+                _curve(losses, [s["cosines"][i][form] for s in snapshots], name, tones) for i, name in enumerate(tones)
+            ]
+            data.append(_curve(losses, [s["different"][form] for s in snapshots], "two different images", tones))
+            panels.append(Panel(f"plot-loss-cosines-{form}", heading, data, draw.layout(x, draw.axis("mean cosine"))))
+        legend = [*((name, *look) for name, look in tones.items()), ("two different images", *_DIFFERENT)]
+        reading = against_loss_cosines(told)
+        title = "Cosines against training loss"
+        figures.append((Figure("loss-cosines", title, reading, panels, legend, wide=True), reading))
+    return figures
+
+
+def _tones(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Color and symbol of each transformation, everywhere the same."""
+    return {name: tone(i, len(names)) for i, name in enumerate(names)}
+
+
+def _curve(
+    x: Sequence[float | None], values: Sequence[dict[str, Any]], name: str, tones: dict[str, tuple[str, str]]
+) -> dict[str, Any]:
+    """Line with markers and standard errors; dashed and without markers where `tones` has no color for the name."""
+    color, symbol = tones.get(name, _DIFFERENT)
+    dashed = name not in tones
+    trace = draw.line([], [], draw.safe(name), color, dash="dash" if dashed else "solid") | {
+        "x": list(x), "y": [v["value"] for v in values], "mode": "lines" if dashed else "lines+markers",
+        "customdata": list(x), "hovertemplate": f"loss %{{x:.3g}}<br>{draw.safe(name)}: %{{y:.3f}}<extra></extra>",
+    }  # fmt: skip
+    if not dashed:
+        trace["marker"] = {"color": color, "symbol": symbol, "size": 7}
+    if any(v["error"] is not None for v in values):
+        errors = [v["error"] or 0.0 for v in values]
+        trace["error_y"] = {"type": "data", "array": errors, "color": color, "thickness": 1.4, "width": 4}
+    return trace
 
 
 def _dot(role: str, x: float, error: float | None, y: float, name: str) -> dict[str, Any]:

@@ -13,10 +13,13 @@ from ntkit.report import training_figures
 from ntkit.report.images import thumbnail
 from ntkit.report.page import page
 
+Arrays = Mapping[str, np.ndarray]
 
-def analysis_page(results: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """Build the HTML text from ``results.json`` and the neighbors' images (empty where the run kept none)."""
+
+def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
+    """Build the HTML text from ``results.json`` and images by stage (empty where the run kept none)."""
     along = training_figures.of_run(results["along"], results["training"]) if results["along"] else []
+    along += figures.against_loss(results)
     pairs = {"machines": (figures.machines(results), text.machines(results))}
     if results["invariances"]:
         pairs["invariances"] = figures.invariances(results), text.invariances(results)
@@ -36,11 +39,12 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> 
         warnings=text.warnings(results),
         checks=text.certificates(results),
         shared_labels=text.neighbors(results) if results["neighbors"] else "",
-        neighbors=_neighbors(results, arrays),
+        neighbors=_neighbors(results, arrays["neighbors"]),
+        examples=_examples(results["invariances"] or {}, arrays["invariances"]),
     )
 
 
-def _neighbors(results: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def _neighbors(results: dict[str, Any], arrays: Arrays) -> list[dict[str, Any]]:
     """Rows of the neighbor table with their thumbnails as data URIs ("" where the run kept no images)."""
 
     def image(key: str, *place: int) -> str:
@@ -57,3 +61,36 @@ def _neighbors(results: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> lis
             groups.append({"key": key, "heading": heading, "nearest": nearest, "same": sum(n["same"] for n in nearest)})
         rows.append({**row, "image": image("test", i), "groups": groups})
     return rows
+
+
+def _examples(told: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:
+    """Test images with their transforms and cosines; None where the run kept no images."""
+    if "images" not in arrays or "examples" not in told:
+        return None
+    cases = []
+    for i, example in enumerate(told["examples"]):
+        shown = [
+            {
+                "image": thumbnail(arrays["images"][i, 1 + j]), "caption": row["name"], "other": False,
+                "value": _went(row["raw"]), "more": _went(row["centered"]),
+            }
+            for j, row in enumerate(example["cosines"])
+        ]  # fmt: skip
+        different = example["different"]
+        text = f"with the other images, on average: {_went(different['raw'])}, centered {_went(different['centered'])}"
+        cases.append({
+            "image": thumbnail(arrays["images"][i, 0]),
+            "text": f"{example['label']} · test {example['test_index']}; {text}",
+            "strips": [{"heading": "cosine before → after training; below, centered", "images": shown}],
+        })  # fmt: skip
+    return {"title": "Images and their transforms", "cases": cases}
+
+
+def _went(values: dict[str, float | None]) -> str:
+    """Value before and after training.
+
+    >>> _went({"init": 0.5, "after": None}), _went({"init": -0.5, "after": -0.001})
+    ('0.50 → –', '−0.50 → 0.00')
+    """
+    texts = ["–" if (v := values.get(kernel)) is None else f"{round(v, 2) + 0:.2f}" for kernel in ("init", "after")]
+    return " → ".join(texts).replace("-", "−")

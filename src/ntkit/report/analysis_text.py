@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeGuard
 
 from ntkit.report import training_figures as training
-from ntkit.report.words import compare, listed, percent, plain
+from ntkit.report.words import compare, listed, measure, percent, plain
 
 DISRUPTIVE = ("quadrant swap", "patch shuffle")
 """Transformations that keep local statistics and break the layout: a low cosine means a global kernel."""
@@ -60,10 +61,7 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
     if results["along"]:
         findings.append(_along_finding(results["along"]))
     if results["invariances"]:
-        verdicts = {verdict for group in _invariance_verdicts(results["invariances"]) for verdict in group}
-        changed = "Training changed what the kernel ignores."
-        lead = changed if verdicts & {"above", "below"} else "No invariance changed beyond noise."
-        findings.append((lead, invariances(results)))
+        findings.append((_invariance_lead(results["invariances"]), _raw_cosines(results["invariances"])))
     return findings
 
 
@@ -91,11 +89,86 @@ def machines(results: dict[str, Any]) -> str:
 
 
 def invariances(results: dict[str, Any]) -> str:
-    """Read the cosines, transformation by transformation."""
+    """Read the cosines, transformation by transformation: raw, beside those of two different images, and centered."""
+    told = results["invariances"]
+    if "different" not in told:
+        return _raw_cosines(told)
+    centered = _verdicts_in_words([row["centered"] | {"name": row["name"]} for row in told["rows"]])
+    return f"{_raw_cosines(told)} By centered cosines it is {centered}."
+
+
+def _raw_cosines(told: dict[str, Any]) -> str:
+    raw = _verdicts_in_words(told["rows"])
+    if "different" not in told:
+        return f"After training the kernel is {raw}."
+    baseline = " → ".join(measure(told["different"][kernel]) for kernel in ("init", "after"))
+    text = f"By raw cosines the kernel after training is {raw}. Two different images have a cosine, too: {baseline}."
+    if small := _no_larger(told):
+        text += f" The change for {listed(small)} is no larger than that one, so it says little of the transformation."
+    elif _changed(told):
+        text += " The changes beyond noise are larger than that one, or go the other way."
+    return text
+
+
+def _verdicts_in_words(rows: list[dict[str, Any]]) -> str:
     parts = []
-    for words, names in zip((_INVARIANCE, _GLOBALITY), _invariance_verdicts(results["invariances"]), strict=True):
+    for words, names in zip((_INVARIANCE, _GLOBALITY), _invariance_verdicts(rows), strict=True):
         parts += [f"{text} {listed(names[verdict])}" for verdict, text in words.items() if verdict in names]
-    return f"After training the kernel is {'; '.join(parts)}." if parts else "No transformation was measured."
+    return "; ".join(parts) or "not measured"
+
+
+def _changed(told: dict[str, Any]) -> list[dict[str, Any]]:
+    """Transformations whose raw cosine changed beyond noise."""
+    return [row for row in told["rows"] if compare(row["after"], row["init"]) in ("above", "below")]
+
+
+def _no_larger(told: dict[str, Any]) -> list[str]:
+    """Names of those whose raw cosine changed beyond noise, but not more than that of two different images.
+
+    Only changes in the same direction are compared: one in the other direction is not the baseline's.
+    """
+    size, baseline = _change(told["different"])
+    changes = [(row["name"], *_change(row)) for row in _changed(told)]
+    return [name for name, one, change in changes if baseline * change > 0 and compare(one, size) != "above"]
+
+
+def _change(row: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """Size of a change from before to after training, with its standard error; and the change (0 if undefined)."""
+    before, after = row["init"], row["after"]
+    if None in (before["value"], after["value"], before["error"], after["error"]):
+        return {"value": None, "error": None}, 0.0
+    change = after["value"] - before["value"]
+    return {"value": abs(change), "error": math.hypot(before["error"], after["error"])}, change
+
+
+def against_loss_errors(told: dict[str, Any]) -> str:
+    """Read the test errors against the training loss."""
+    snapshots = [s for s in told["snapshots"] if s["kernel_error"]["value"] is not None and s["loss"] is not None]
+    text = f"An SVM on each kernel: {told['points']:,} of the followed points, {told['tests']:,} test examples."
+    if len(snapshots) < 2:
+        return f"{text} Too few kernels separate the points."
+    first, last = snapshots[0], snapshots[-1]
+    best = min(snapshots, key=lambda s: s["kernel_error"]["value"])
+    ends = " → ".join(f"{percent(s['kernel_error'])} (loss {plain(s['loss'])})" for s in (first, last))
+    lowest = f"{percent(best['kernel_error'])} at loss {plain(best['loss'])}"
+    return f"{text} From {ends}; lowest {lowest}. Training goes from right to left."
+
+
+def against_loss_cosines(told: dict[str, Any]) -> str:
+    """Read the cosines against the training loss."""
+    snapshots = told["snapshots"]
+    highest: dict[str, list[str]] = {}
+    for i, row in enumerate(snapshots[0]["cosines"]):
+        known = [s for s in snapshots if s["cosines"][i]["raw"]["value"] is not None]
+        if known:
+            best = max(known, key=lambda s: s["cosines"][i]["raw"]["value"])
+            highest.setdefault(plain(best["loss"]), []).append(row["name"])
+    places = "; ".join(f"at loss {loss} for {listed(names)}" for loss, names in highest.items())
+    baseline = " → ".join(plain(snapshots[k]["different"]["raw"]["value"], 2) for k in (0, -1))
+    return (
+        f"{told['samples']} test images. Raw cosines are highest {places or 'nowhere: they are undefined'}. "
+        f"Two different images (dashed): {baseline}. Training goes from right to left."
+    )
 
 
 def neighbors(results: dict[str, Any]) -> str:
@@ -153,11 +226,20 @@ def _along_finding(a: dict[str, Any]) -> tuple[str, str]:
     return leads[training.moved(a)], f"{text[0].upper()}{text[1:]}."
 
 
-def _invariance_verdicts(invariances: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def _invariance_lead(told: dict[str, Any]) -> str:
+    changed = len(_changed(told))
+    if not changed:
+        return "No invariance changed beyond noise."
+    if "different" in told and changed == len(_no_larger(told)):
+        return "Cosines changed no more than those of two different images."
+    return "Training changed what the kernel ignores."
+
+
+def _invariance_verdicts(rows: list[dict[str, Any]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Verdict -> transformations, of those that keep the layout and of those that break it."""
     gentle: dict[str, list[str]] = {}
     broken: dict[str, list[str]] = {}
-    for row in invariances["rows"]:
+    for row in rows:
         group = broken if row["name"] in DISRUPTIVE else gentle
         group.setdefault(compare(row["after"], row["init"]), []).append(row["name"])
     return gentle, broken

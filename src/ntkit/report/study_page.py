@@ -22,7 +22,14 @@ from ntkit.report.words import unbroken
 
 KIND, FORMAT = "study", 1
 TERMS = ("tangent_kernel", "energy", "sharpness", "alignment", "first_order")  # defined when results name none
-_MACROS = {*TERMS, "path_kernel", "secant", "other_gradients", "novelty"}  # of terms.html, for the terms of a study
+_MACROS = {
+    *TERMS,
+    "invariance",
+    "path_kernel",
+    "secant",
+    "other_gradients",
+    "novelty",
+}  # of terms.html, for the terms of a study
 
 
 def render_study(folder: str | Path) -> Path:

@@ -25,7 +25,7 @@ from ntkit.base.files import (
     remove,
     write_arrays,
     write_json,
-    write_text,
+    write_page,
 )
 from ntkit.base.integrity import check_place, damaged, fingerprint
 from ntkit.base.lock import FolderLock
@@ -61,8 +61,8 @@ def study(
     Returns
     -------
     Path
-        The folder: ``results.json`` (claims, curves), ``claims.md``, ``report.html``, ``parts/`` (finished experiments),
-        ``runs/`` (trajectories and trackings).
+        The folder: ``results.json`` (claims, curves), ``claims.md``, ``report.html``, ``parts/`` (finished
+        experiments), ``runs/`` (trajectories and trackings).
 
     Raises
     ------
@@ -347,10 +347,10 @@ class Study:
             write_json(start, told | {"status": "running"})
             with one_thread() if scale in self.single_thread else nullcontext():
                 for part in self._parts(work):
-                    if not work.finished(part):
-                        work.result(part)
-                        if self.unfinished:
-                            self._write(self.results(work, finished=True), header)
+                    is_new = not work.finished(part)
+                    work.result(part)
+                    if is_new and self.unfinished:
+                        self._write(self.results(work, finished=True), header)
                 results = self.results(work)
             self._write(results, header)
             write_json(start, told | {"status": "complete", "parts": [part.name for part in self._parts(work)]})
@@ -394,7 +394,7 @@ class Study:
             record["terms"] = list(self.terms)
         record |= self.more(results)
         write_json(folder / "results.json", record)
-        write_text(folder / "claims.md", as_markdown(f"{self.paper['title']}: claims", record["claims"]))
+        write_page(folder / "claims.md", as_markdown(f"{self.paper['title']}: claims", record["claims"]))
         for run in record.get("runs", []):
             render_tracked(folder / run["track"])
         render_study(folder)

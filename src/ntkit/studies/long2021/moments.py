@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkit import probes
 from ntkit.base.checks import defined
 from ntkit.data import Data
 from ntkit.gram.gram_matrix import Gram
@@ -18,7 +19,6 @@ from ntkit.kernels.kernel import Kernel
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines.svm import HardMarginSVM
 from ntkit.measures.spectra import alignment, effective_rank
-from ntkit.probes import standard
 from ntkit.studies.long2021.long_setting import (
     BATCH,
     START,
@@ -31,8 +31,6 @@ from ntkit.studies.long2021.long_setting import (
 )
 from ntkit.studies.study import Result, StudyPart, Work, device
 from ntkit.trajectory.batch_order import batch_indices, steps_per_epoch
-
-PAPER_SHIFT = 1e-4  # the paper's code adds it to each feature norm
 
 
 def parts(work: Work) -> Iterator[StudyPart]:
@@ -133,32 +131,18 @@ def cosines(kernel: Kernel, x: Tensor) -> Result:
     """Cosines in feature space between images and their transforms; with them the cosine of two different images.
 
     By name of the transform: "raw"; "paper", with 1e-4 added to each norm as in the paper's code; "centered", of
-    features minus their mean over the images. "pairs": the mean over all pairs of different images, raw and centered.
+    features minus their mean over the images. "pairs": the mean over all pairs of different images, in each form.
     Arrays: raw and centered cosine by image, [transforms, n].
     """
-    names = standard(tuple(x.shape[1:]))
-    moved = [(name, t) for name, group in names.items() for t in group]
-    n, K = len(x), kernel(torch.cat([x, *(t(x) for _, t in moved)])).cpu().double()
-    means = K[:, :n].mean(1)
-    centered = K - means - means[:, None] + means[:n].mean()
-    forms = {"raw": (K, 0.0), "paper": (K, PAPER_SHIFT), "centered": (centered, 0.0)}
-    numbers: dict[str, Any] = {name: {} for name in names} | {"pairs": {}}
-    arrays = {}
-    for form, (values, shift) in forms.items():
-        norms = values.diagonal().clamp_min(0).sqrt() + shift
-        norms = torch.where(norms > 0, norms, torch.nan)
-        by_name: dict[str, list[Tensor]] = {name: [] for name in names}
-        for place, (name, _) in enumerate(moved, 1):
-            rows = slice(place * n, (place + 1) * n)
-            by_name[name].append(values[rows, :n].diagonal() / (norms[rows] * norms[:n]))
-        table = torch.stack([torch.stack(group).mean(0) for group in by_name.values()])
-        for name, row in zip(names, table, strict=True):
-            numbers[name][form] = _mean(row)
-        pairs = values[:n, :n] / (norms[:n, None] * norms[:n])
-        pairs.fill_diagonal_(0)
-        numbers["pairs"][form] = _mean(pairs.sum(1) / (n - 1))
-        if form != "paper":
-            arrays[form] = table.float().numpy()
+    transformed, different = probes.cosines(kernel, x)
+    numbers = {
+        name: {form: _mean(getattr(found, form).per_sample) for form in ("raw", "paper", "centered")}
+        for name, found in [*transformed.items(), ("pairs", different)]
+    }
+    arrays = {
+        form: torch.stack([getattr(found, form).per_sample for found in transformed.values()]).float().numpy()
+        for form in ("raw", "centered")
+    }
     return Result(numbers, arrays)
 
 

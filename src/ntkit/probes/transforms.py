@@ -1,4 +1,4 @@
-"""Image transformations, and how invariant a kernel is to them: the measure of the after-kernel paper."""
+"""Image transformations: those of the after-kernel paper, and patch shuffles."""
 
 from __future__ import annotations
 
@@ -32,28 +32,8 @@ class Transform:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the transformed images."""
-        _images(x)
+        check_images(x)
         return self.apply(x)
-
-
-@dataclass(frozen=True, eq=False)
-class Invariance:
-    """Mean cosine, in the kernel's feature space, between images and their transforms: 1 means invariant.
-
-    Attributes
-    ----------
-    mean : over the samples where the cosine is defined; NaN if there is none.
-    standard_error : sample standard deviation (n - 1) over sqrt(n); NaN below two defined samples.
-    per_sample : Tensor [n], float64; NaN where undefined.
-    name : of the transform.
-    undefined : number of samples whose cosine is undefined, because K(x, x) or K(Tx, Tx) is 0; not in the mean.
-    """
-
-    mean: float
-    standard_error: float
-    per_sample: Tensor
-    name: str
-    undefined: int
 
 
 def shift(dx: int = 1, dy: int = 0) -> Transform:
@@ -262,125 +242,14 @@ def standard(image_shape: Sequence[int]) -> dict[str, tuple[Transform, ...]]:
     return probes
 
 
-def invariance(
-    kernel: Any, x: Tensor, transform: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]]
-) -> Invariance:
-    """Measure how invariant a kernel is to a transformation: the mean of ``K(x, Tx) / sqrt(K(x, x) K(Tx, Tx))``.
-
-    The norms are exact. (The paper's code adds 1e-4 to each feature norm, which makes every cosine too small, also that
-    of the identity.) An image whose norm is zero is counted as undefined.
-
-    Parameters
-    ----------
-    kernel : any kernel with ``kernel.diagonal(x)`` ([n], [n, C] or [n, C, C]; summed over outputs) and, for K(x, Tx),
-        ``kernel.paired(x1, x2)`` (the same shapes); without that, diagonals of blocks ``kernel(x1, x2)``.
-    x : images [n, C, H, W], at least two.
-    transform : one, or several, whose cosines are first averaged per sample.
-
-    Returns
-    -------
-    Invariance
-
-    Raises
-    ------
-    Refused
-        When x has fewer than two images or is not finite, a transform changes the shape, or the kernel's values are not
-        finite or have another shape.
-
-    References
-    ----------
-    Long 2021, Properties of the After Kernel (there over the first test examples).
-
-    Examples
-    --------
-    >>> class Linear:
-    ...     def __call__(self, x1, x2):
-    ...         return x1.flatten(1) @ x2.flatten(1).T
-    ...
-    ...     def diagonal(self, x):
-    ...         return (x**2).flatten(1).sum(1)
-    >>> x = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]]).reshape(2, 1, 1, 4)
-    >>> result = invariance(Linear(), x, shift(1))
-    >>> round(result.mean, 6), round(result.standard_error, 6)
-    (0.5, 0.0)
-    """
-    transforms = list(transform) if isinstance(transform, Sequence) else [transform]
-    if not transforms:
-        raise refusal("transform", got="an empty sequence", expected="one or more", fix="Give a transform.")
-    for one in transforms:
-        if not callable(one):
-            fix = "Give one of ntkit.probes, or a function of images."
-            raise refusal("transform", got=type(one).__name__, expected="a function", fix=fix)
-    methods = [getattr(kernel, name, None) for name in ("__call__", "diagonal")]
-    usable = all(map(callable, methods)) and not isinstance(kernel, Tensor)
-    if not usable:
-        fix = "Give one of ntkit's kernels."
-        raise refusal("kernel", got=type(kernel).__name__, expected="a kernel with .diagonal(x)", fix=fix)
-    _images(x)
-    if x.shape[0] < 2:
-        got = f"{x.shape[0]} sample"
-        raise refusal("x", got=got, expected="2 or more, for a standard error", fix="Give more images.")
-    _finite(x, "x")
-    own = _numbers(kernel.diagonal(x), x.shape[0], "kernel.diagonal(x)")
-    cosines = []
-    for one in transforms:
-        moved = one(x)
-        if not isinstance(moved, Tensor) or moved.shape != x.shape:
-            got = f"shape {list(moved.shape)}" if isinstance(moved, Tensor) else type(moved).__name__
-            fix = "Use a transform that keeps the shape."
-            raise refusal("transform(x)", got=got, expected=f"{list(x.shape)}", fix=fix)
-        other = _numbers(kernel.diagonal(moved), x.shape[0], "kernel.diagonal(transform(x))")
-        cosine = (_paired(kernel, x, moved) / own) / (other / own).sqrt()  # a product could overflow
-        cosine = torch.where(cosine.abs() < 1 + 1e-5, cosine.clamp(-1, 1), cosine)  # rounding only
-        cosines.append(cosine.where((own > 0) & (other > 0), math.nan))
-    per_sample = torch.stack(cosines).mean(0)
-    valid = per_sample[~per_sample.isnan()]
-    count = len(valid)
-    error = float(valid.std(correction=1)) / math.sqrt(count) if count > 1 else math.nan
-    mean = float(valid.mean()) if count else math.nan
-    names = dict.fromkeys(str(getattr(one, "name", getattr(one, "__name__", "transform"))) for one in transforms)
-    return Invariance(mean, error, per_sample, ", ".join(names), len(per_sample) - count)
-
-
-def _paired(kernel: Any, x1: Tensor, x2: Tensor, block: int = 32) -> Tensor:
-    """K(x1_i, x2_i) for each i, summed over outputs: [n], float64."""
-    if hasattr(kernel, "paired"):
-        return _numbers(kernel.paired(x1, x2), x1.shape[0], "kernel.paired(x, transform(x))")
-    parts = []
-    for a, b in zip(x1.split(block), x2.split(block), strict=True):
-        K = kernel(a, b)  # [b, b], [b, b, C] or [b, b, C, C]
-        parts.append(K.diagonal(dim1=0, dim2=1).movedim(-1, 0))
-    return _numbers(torch.cat(parts), x1.shape[0], "kernel(x, transform(x))")
-
-
-def _numbers(values: Tensor, n: int, name: str) -> Tensor:
-    """One float64 number per sample from [n], [n, C] (summed) or [n, C, C] (traced); on the CPU."""
-    shape = list(values.shape)
-    if shape[:1] != [n] or len(shape) > 3 or (len(shape) == 3 and shape[1] != shape[2]):
-        fix = "Use one of ntkit's kernels, or follow their shapes."
-        raise refusal(name, got=f"shape {shape}", expected=f"[{n}], [{n}, C] or [{n}, C, C]", fix=fix)
-    values = values.detach().to("cpu", torch.float64)
-    _finite(values, name)
-    if values.ndim == 3:
-        values = values.diagonal(dim1=1, dim2=2)
-    return values.reshape(n, -1).sum(1)
-
-
-def _images(x: Tensor) -> None:
+def check_images(x: Tensor) -> None:
+    """Refuse what is not a tensor of images [n, C, H, W], at least one."""
     if isinstance(x, Tensor):
         check_dense(x, "x")
     if not isinstance(x, Tensor) or x.ndim != 4 or x.numel() == 0:
         shape = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         fix = "Give at least one image; add the missing dimensions with reshape."
         raise refusal("x", got=shape, expected="images [n, C, H, W], a tensor, not empty", fix=fix)
-
-
-def _finite(values: Tensor, name: str) -> None:
-    good = values.isfinite()
-    if not bool(good.all()):
-        first = (~good).nonzero()[0].tolist()
-        got = f"{float(values[tuple(first)])} at index {first}"
-        raise refusal(name, got=got, expected="finite values", fix="Check the data and the parameters.")
 
 
 def _integer(subject: str, value: Any, expected: str, least: int | None = None) -> None:
