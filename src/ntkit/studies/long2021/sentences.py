@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from ntkit.studies.claim import Bound, Claim, Condition, Estimate
 from ntkit.studies.long2021.evidence import (
     INVARIANT,
@@ -159,7 +161,7 @@ def conjugate(results: Results) -> Iterator[Claim]:
                 good.append(False)
                 continue
             by_image = [r.arrays["conjugate.wrong"].astype(float) - r.arrays["tangent.wrong"] for r in runs.values()]
-            spread = sum(by_image) / len(by_image)
+            spread = np.mean(by_image, 0)
             gap = Estimate(errors[0].value - errors[1].value, float(spread.std(ddof=1) / len(spread) ** 0.5))
             good.append(Bound("at most", 0, errors=-2).holds([gap]))
             when = "before training" if moment == START else f"at loss {moment}"
