@@ -95,7 +95,7 @@ def _pair_section(results: Results, pair: str, chosen: Sequence[Setting]) -> Sec
         lines(
             "Test error against training loss",
             "Training goes from right to left. The machines are hard-margin SVMs without bias, with the network’s "
-            "kernel at that moment.",
+            "kernel at that moment; with squared hinge loss where nothing separates the classes.",
             "training loss", "test error, %",
             [(s.network, [loss_curve(results, s, path, name, 100) for path, name in MACHINES.items()]) for s in chosen],
             wide=True,

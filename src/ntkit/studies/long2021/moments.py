@@ -32,6 +32,8 @@ from ntkit.studies.long2021.long_setting import (
 from ntkit.studies.study import Result, StudyPart, Work, device
 from ntkit.trajectory.batch_order import batch_indices, steps_per_epoch
 
+RIDGE = 1e-4  # of the kernel's mean diagonal
+
 
 def parts(work: Work) -> Iterator[StudyPart]:
     """Each run: its kernels before training, the training, the kernels at each loss."""
@@ -95,17 +97,26 @@ def measured(
 
 
 def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tensor]:
-    """The hard-margin SVM of a kernel with its certificate, alignment and effective rank; decisions on the test set."""
+    """A kernel's machine with its certificate, alignment and effective rank; the machine's decisions on the test set.
+
+    The machine is the hard-margin SVM. Where nothing separates the classes it is the SVM with squared hinge loss, which
+    is the hard-margin SVM of K + ridge I.
+    """
     gram, targets = Gram(K), 2.0 * data.y_train.double() - 1
     svm = HardMarginSVM().fit(gram, data.y_train)
-    decision = svm.decision_function(K_test).double()
-    separable = svm.status_ != "not separable"
     scale = float(gram.diagonal().mean()) ** 0.5
+    machine = svm
+    if svm.status_ == "not separable":
+        soft = K.clone()
+        soft.diagonal().add_(RIDGE * scale**2)
+        machine = HardMarginSVM().fit(soft, data.y_train)
+    decision = torch.as_tensor(machine.decision_function(K_test)).double()
     entry = {
         "status": svm.status_,
+        "machine": "hard margin" if machine is svm else f"squared hinge, {machine.status_}, gap {machine.gap_:.0e}",
         "gap": float(svm.gap_) if np.isfinite(svm.gap_) else None,
-        "test_error": float(((decision > 0).long() != data.y_test).double().mean()) if separable else None,
-        "margin": float(svm.margin_) / scale,  # of the features' root mean square norm
+        "test_error": float(((decision > 0).long() != data.y_test).double().mean()),
+        "margin": float(svm.margin_) / scale,  # 0 where not separable; of the features' root mean square norm
         "support": len(svm.support_),
         "scale": scale,
         "alignment": defined(alignment, gram, targets),
