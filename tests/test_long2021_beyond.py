@@ -30,7 +30,7 @@ from ntkit.studies.long2021.long_setting import (
     training_part,
 )
 from ntkit.studies.long2021.many_classes import RIDGES, chosen_ridge, of_classes
-from ntkit.studies.long2021.moments import moment_part
+from ntkit.studies.long2021.moments import RIDGE, moment_part
 from ntkit.studies.study import Sizes, Work
 from ntkit.testing import assert_equal, check_kernel
 
@@ -110,6 +110,19 @@ def test_machines_of_many_classes_are_machines_of_two():
     decisions = [HardMarginSVM().fit(K, (data.y_train == c).long()).decision_function(K_test) for c in range(3)]
     assert torch.equal(predicted, torch.stack(decisions, 1).argmax(1))
     assert entry["test_error"] == pytest.approx(float((predicted != data.y_test).double().mean()))
+
+
+def test_classes_that_nothing_separates_get_machines_with_squared_hinge_loss():
+    data, K, K_test = three_classes()
+    rows = torch.arange(len(K))
+    rows[1] = 0  # the same features, another class
+    K, K_test = K[rows][:, rows], K_test[:, rows]
+    entry, predicted = of_classes(K, K_test, data)
+    assert entry["status"] == "not separable"
+    soft = K + RIDGE * K.diagonal().mean() * torch.eye(len(K), dtype=K.dtype)
+    assert torch.equal(predicted, HardMarginSVM().fit(soft, data.y_train).predict(K_test))
+    assert entry["machine"].startswith("squared hinge, optimal")
+    assert entry["margin"] == 0
 
 
 def test_the_ridge_is_the_one_of_least_leave_one_out_error():

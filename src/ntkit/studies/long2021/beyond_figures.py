@@ -77,7 +77,8 @@ def _layers_section(results: Results, chosen: Sequence[Setting]) -> Section:
         "The kernel is a sum of one share for each layer (its weight and its bias). A machine is made with each share "
         "alone, and with the kernel without it, before training and at the end of training; on "
         f"{sizes.kernel_train:,} of the training images and {sizes.kernel_test:,} test images at most. The share of "
-        "the last layer is the conjugate kernel, plus one."
+        "the last layer is the conjugate kernel, plus one. Where a share does not separate the classes, its machine "
+        "has the squared hinge loss."
     )
     alone, without = (
         [(f"{s.pair}, {s.network}", _layer_curves(results, s, kind)) for s in chosen] for kind in ("alone", "without")

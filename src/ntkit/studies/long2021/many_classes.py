@@ -15,10 +15,9 @@ from ntkit.gram.gram_matrix import Gram
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines.ridge import KernelRidge
-from ntkit.machines.svm import HardMarginSVM
 from ntkit.measures.spectra import alignment, effective_rank
 from ntkit.studies.long2021.long_setting import Setting, at_loss, examples, extent
-from ntkit.studies.long2021.moments import cosines, moment_part
+from ntkit.studies.long2021.moments import cosines, machine_name, machines, moment_part
 from ntkit.studies.study import Result, StudyPart, Work, device
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # of the kernel's mean diagonal; the one of least leave-one-out error is taken
@@ -59,12 +58,13 @@ def at_moment_of_classes(work: Work, setting: Setting, seed: int, moment: str) -
 def of_classes(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tensor]:
     """Hard-margin SVMs one against the rest, and ridge regression on one-hot targets; labels that the SVMs predict.
 
-    The targets are centered: one-hot minus the mean over classes. The margin is the smallest over classes.
+    Where a class is not separable, all machines are those with squared hinge loss, as in `moments.quality`. The targets
+    are centered: one-hot minus the mean over classes. The margin is the smallest over classes.
     """
     gram, classes = Gram(K), len(data.classes)
     targets = F.one_hot(data.y_train, classes).double() - 1 / classes
-    svm = HardMarginSVM().fit(gram, data.y_train)
-    predicted = torch.as_tensor(svm.predict(K_test))
+    svm, machine = machines(K, data.y_train)
+    predicted = torch.as_tensor(machine.predict(K_test))
     scale = float(gram.diagonal().mean()) ** 0.5
     ridge = chosen_ridge(gram, targets, data.y_train)
     ridge_error = None
@@ -73,8 +73,9 @@ def of_classes(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], T
         ridge_error = _mean(outputs.argmax(1) != data.y_test)
     entry = {
         "status": svm.status_,
+        "machine": machine_name(svm, machine),
         "gap": float(svm.gap_) if np.isfinite(svm.gap_) else None,
-        "test_error": None if svm.status_ == "not separable" else _mean(predicted != data.y_test),
+        "test_error": _mean(predicted != data.y_test),
         "margin": float(torch.as_tensor(svm.margin_).min()) / scale,
         "support": float(np.mean([len(rows) for rows in svm.support_])),
         "scale": scale,

@@ -103,17 +103,12 @@ def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tens
     is the hard-margin SVM of K + ridge I.
     """
     gram, targets = Gram(K), 2.0 * data.y_train.double() - 1
-    svm = HardMarginSVM().fit(gram, data.y_train)
     scale = float(gram.diagonal().mean()) ** 0.5
-    machine = svm
-    if svm.status_ == "not separable":
-        soft = K.clone()
-        soft.diagonal().add_(RIDGE * scale**2)
-        machine = HardMarginSVM().fit(soft, data.y_train)
+    svm, machine = machines(K, data.y_train)
     decision = torch.as_tensor(machine.decision_function(K_test)).double()
     entry = {
         "status": svm.status_,
-        "machine": "hard margin" if machine is svm else f"squared hinge, {machine.status_}, gap {machine.gap_:.0e}",
+        "machine": machine_name(svm, machine),
         "gap": float(svm.gap_) if np.isfinite(svm.gap_) else None,
         "test_error": float(((decision > 0).long() != data.y_test).double().mean()),
         "margin": float(svm.margin_) / scale,  # 0 where not separable; of the features' root mean square norm
@@ -124,6 +119,21 @@ def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tens
         "effective_rank": defined(effective_rank, gram),
     }
     return entry, decision
+
+
+def machines(K: Tensor, y: Tensor) -> tuple[HardMarginSVM, HardMarginSVM]:
+    """The hard-margin SVM, and the machine to use: the same, or that of K + ridge I where nothing separates."""
+    svm = HardMarginSVM().fit(K, y)
+    if svm.status_ != "not separable":
+        return svm, svm
+    soft = K.clone()
+    soft.diagonal().add_(RIDGE * float(Gram(K).diagonal().mean()))
+    return svm, HardMarginSVM().fit(soft, y)
+
+
+def machine_name(svm: HardMarginSVM, machine: HardMarginSVM) -> str:
+    """Which of the `machines` is used, with the certificate of the second one."""
+    return "hard margin" if machine is svm else f"squared hinge, {machine.status_}, gap {machine.gap_:.0e}"
 
 
 def features_centered(K: Tensor, K_test: Tensor) -> tuple[Tensor, Tensor]:
