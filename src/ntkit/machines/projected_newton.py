@@ -7,8 +7,7 @@ from torch import Tensor
 
 _EPS = torch.finfo(torch.float64).eps
 _DAMPING, _MOST_DAMPING = 1e3 * _EPS, 1e-6  # relative to the trace of the system solved
-_ARC = 26  # trial steps 1, 1/4, 1/16, ... down to the rounding
-_AT_ONCE = 4  # trial steps compared in one product
+_AT_ONCE = 4  # trial lengths of a step compared in one product
 _PATIENCE = 10  # steps without a smaller gap or a larger dual objective
 
 
@@ -16,7 +15,9 @@ class ProjectedNewton:
     """Minimize 1/2 a^T Q a - sum a over a >= 0, for one symmetric Q, [s, s].
 
     Each step solves for the exact minimizer on the free points (the support and those that violate their margin),
-    ignoring signs, and goes towards it along the projection onto a >= 0 as far as is best. The gradient is computed
+    ignoring signs, and goes towards it along the projection onto a >= 0 as far as is best: all the way, or until half,
+    a quarter, ... or the first of the points that reach zero on the way have left. Up to the first the objective falls
+    whatever Q is, so a step that is not lost in rounding either arrives or lets a point go. The gradient is computed
     afresh at every step, so the damping of the factorization only affects speed: it is its own refinement.
 
     Parameters
@@ -80,12 +81,13 @@ class ProjectedNewton:
         start = a[free, None]
         direction = self._direction(gradient[free, None], len(support))
         new = torch.zeros_like(a)
-        if (start + direction >= 0).all():
-            new[free] = (start + direction)[:, 0]
+        leaves = torch.where(direction < 0, start / -direction, torch.inf)  # step lengths at which points reach zero
+        if (leaves >= 1).all():
+            new[free] = (start + direction)[:, 0].clamp_(min=0)
             return new
         best, chosen = 0.0, None
-        for lengths in torch.arange(_ARC, dtype=a.dtype, device=a.device).split(_AT_ONCE):
-            reached = (start + direction * 0.25**lengths).clamp_(min=0)
+        for lengths in _trial_lengths(leaves).split(_AT_ONCE):
+            reached = torch.where(leaves <= lengths, 0.0, start + direction * lengths).clamp_(min=0)
             moves = a.new_zeros(len(a), len(lengths))
             moves[free] = reached - start
             # differences, not values, of the objective: no cancellation near the optimum
@@ -120,6 +122,16 @@ class ProjectedNewton:
             moving = moving[change[:, 0] >= 0]
         rest = torch.linalg.solve_triangular(L[:old, :old].T, u[:old] - L[old:, :old].T @ moves, upper=True)
         return torch.cat([rest, moves])
+
+
+def _trial_lengths(leaves: Tensor) -> Tensor:
+    """Step lengths, falling: the whole step, then those after which half, a quarter, ... one of the points have left."""
+    on_the_way = leaves[leaves < 1].sort().values
+    left = len(on_the_way)
+    counts = [left]
+    while counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    return torch.cat([leaves.new_ones(1), on_the_way[[count - 1 for count in counts]]])
 
 
 def violators(a: Tensor, gradient: Tensor, most: int, tolerance: float) -> Tensor:

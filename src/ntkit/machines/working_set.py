@@ -131,7 +131,7 @@ class _Problem:
         self.dual = max(self.dual, dual)
         self.done = (
             gap <= self.target
-            or (self.gap <= self.tol and self.stalled >= 2)
+            or (self.gap <= self.tol and self.stalled >= 1)
             or self.stalled >= _PATIENCE
             or self.steps >= _MAX_STEPS
         )
