@@ -141,7 +141,7 @@ def test_only_rows_of_supports_and_working_sets_are_read():
 
 
 def test_ten_classes_are_ten_binary_fits_and_share_their_rows():
-    x, y = many(classes=10)
+    x, y = many(1500, classes=10)
     K = (x @ x.T).float()
     gram = Watched(K)
     svm = HardMarginSVM().fit(gram, y)
@@ -158,9 +158,9 @@ def test_ten_classes_are_ten_binary_fits_and_share_their_rows():
 
 
 def test_an_asymmetry_of_rounding_counts_as_its_symmetric_part_and_each_row_is_read_once():
-    x, y = many(1200)
+    x, y = many(3000)
     K = x @ x.T
-    skew = 1e-8 * draw(1200, 1200, seed=5)
+    skew = 1e-10 * draw(3000, 3000, seed=5)
     gram = Watched(K + (skew - skew.T))
     assert not gram.exact
     svm = HardMarginSVM().fit(gram, y)
@@ -186,9 +186,10 @@ def test_products_with_kept_rows_are_products(capacity):
 
 @pytest.mark.parametrize("classes", [2, 4])
 def test_a_start_changes_the_way_and_not_the_answer(classes):
-    x, y = many(1000, 60, classes)
+    x, y = draw(1000, 400), torch.arange(1000) % classes
+    x[torch.arange(1000), y] += 3.0
     K = x @ x.T
-    z = x + 0.02 * draw(1000, 60, seed=9)
+    z = x + 0.02 * draw(1000, 400, seed=9)
     earlier = HardMarginSVM().fit(z @ z.T, y)
     cold = HardMarginSVM().fit(K, y)
     for start in (earlier, earlier.alpha_, np.asarray(earlier.alpha_) * 7.0):
@@ -277,7 +278,7 @@ def test_two_points_and_one():
     K = torch.tensor([[2.0, -1.0], [-1.0, 2.0]])
     svm = HardMarginSVM().fit(K, [0, 1])
     assert svm.status_ == "optimal"
-    np.testing.assert_allclose(svm.alpha_, [1.0, 1.0], rtol=1e-12)  # (a y)^T K (a y) = 6 a^2 - 2 a against 2 a
+    np.testing.assert_allclose(svm.alpha_, [1 / 3, 1 / 3], rtol=1e-12)  # sum(a) = 2 a is (a y)^T K (a y) = 6 a^2
     with pytest.raises(Refused, match="y: got one class, 0; expected two or more"):
         HardMarginSVM().fit(torch.eye(1), [0])
     same = HardMarginSVM().fit(torch.ones(2, 2), [0, 1])
@@ -354,19 +355,18 @@ import resource, sys
 import numpy as np, torch
 from ntkit.machines import HardMarginSVM
 torch.set_num_threads(1)
-n = 6000
-phi = np.random.default_rng(0).standard_normal((n, 8)).astype(np.float32)
-phi[:, 0] += 9 * np.sign(phi[:, 0])
+n = 5000
+phi = np.random.default_rng(0).integers(-9, 9, (n, 8)).astype(np.float32)  # integers: K has no rounding
+phi[:, 0] += 9 * np.sign(phi[:, 0]) + 1
 K = np.memmap(sys.argv[1], np.float32, "w+", shape=(n, n))
 for i in range(0, n, 100):
     K[i : i + 100] = phi[i : i + 100] @ phi.T
-K[:] = np.tril(K) + np.tril(K, -1).T
 K.flush()
 y = phi[:, 0] > 0
 HardMarginSVM().fit((phi[:600] @ phi[:600].T), y[:600])  # libraries load and set up their work space
 K = np.memmap(sys.argv[1], np.float32, "r", shape=(n, n))
 used = next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
-resource.setrlimit(resource.RLIMIT_DATA, (used + 36_000_000, -1))  # a quarter of K
+resource.setrlimit(resource.RLIMIT_DATA, (used + n * n, -1))  # a quarter of K
 svm = HardMarginSVM().fit(K, y)
 print(svm.status_, svm.gap_ <= 1e-6)
 """

@@ -168,7 +168,7 @@ class _Rows:
         if not len(self.kept):
             return self.K @ weights
         used = weights.any(dim=1)
-        stale = torch.nonzero((self.owner < 0) | ~used[self.owner]).ravel()
+        stale = torch.cat([(self.owner < 0).nonzero(), ((self.owner >= 0) & ~used[self.owner]).nonzero()]).ravel()
         missing = used.clone()
         missing[self.owner[self.owner >= 0]] = False
         new = torch.nonzero(missing).ravel()[: len(stale)]
