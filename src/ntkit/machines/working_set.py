@@ -12,7 +12,7 @@ from ntkit.machines.projected_newton import ProjectedNewton, relative_gap, viola
 
 _EPS = torch.finfo(torch.float64).eps
 _ALL = 512  # up to so many points all are in the working set
-_BLOCK = 256  # new points per round, or half of the support where that is more
+_BLOCK = 128  # new points per round, or a quarter of the support where that is more
 _SAMPLE = 256  # points whose mean per class gives the first working set
 _MAX_STEPS = 2000  # Newton steps per problem
 _PATIENCE = 10  # rounds without a smaller gap or a larger dual objective
@@ -88,6 +88,7 @@ class _Problem:
         self.floor = 2 * _EPS * n + K.precision * n**0.5
         self.target = 1e-3 * tol  # one or two steps beyond tol settle the support itself, not only the objective
         self.points = torch.arange(min(n, _ALL), device=y.device)  # the working set
+        self.Q, self.place = y.new_empty(0, 0), torch.full((n,), -1, device=y.device)  # the last Q; points in it
         self.a, self.steps, self.stalled, self.done, self.status = torch.zeros_like(y), 0, 0, False, "inaccurate"
         self.best, self.best_margins, self.gap, self.dual = self.a, self.a, float("inf"), 0.0
 
@@ -102,16 +103,28 @@ class _Problem:
 
     def improve(self) -> None:
         """Solve on the working set, the more exactly the smaller the gap over all points is."""
-        signs = self.y[self.points]
-        Q = self.K.tile(self.points, self.points)
-        Q *= (self.scale * signs)[:, None]
-        Q *= signs
-        newton = ProjectedNewton(Q, self.floor)
+        newton = ProjectedNewton(self._quadratic(), self.floor)
         target = max(self.target / 2, 0.1 * min(self.gap, 1.0) ** 2)
         solved = newton.solve(self.a[self.points], target, _MAX_STEPS - self.steps)
         self.a = torch.zeros_like(self.a)
         self.a[self.points] = solved
         self.steps += newton.steps
+
+    def _quadratic(self) -> Tensor:
+        """Q over the working set; what was there in the last round is not read again."""
+        count, old = len(self.points), self.place[self.points]
+        kept, new = torch.nonzero(old >= 0).ravel(), torch.nonzero(old < 0).ravel()
+        rows = self.K.tile(self.points[new], self.points)
+        rows *= (self.scale * self.y[self.points[new]])[:, None]
+        rows *= self.y[self.points]
+        Q = rows.new_empty(count, count)
+        Q[new] = rows
+        Q[kept[:, None], new] = rows[:, kept].T
+        Q[kept[:, None], kept] = self.Q[old[kept][:, None], old[kept]]
+        self.place.fill_(-1)
+        self.place[self.points] = torch.arange(count, device=Q.device)
+        self.Q = Q
+        return Q
 
     def judge(self, margins: Tensor) -> None:
         """From the margins of all points under a: is it the answer, and if not, which points to work on next."""
@@ -137,7 +150,7 @@ class _Problem:
         )
         if len(self.a) > _ALL:
             support = torch.nonzero(self.a).ravel()
-            most = max(_BLOCK, len(support) // 2)
+            most = max(_BLOCK, len(support) // 4)
             self.points = torch.cat([support, violators(self.a, margins - 1, most, self.target / 10)])
 
     def solution(self) -> DualSolution:
