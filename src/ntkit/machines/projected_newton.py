@@ -15,10 +15,10 @@ class ProjectedNewton:
     """Minimize 1/2 a^T Q a - sum a over a >= 0, for one symmetric Q, [s, s].
 
     Each step solves for the exact minimizer on the free points (the support and those that violate their margin),
-    ignoring signs, and goes towards it along the projection onto a >= 0 as far as is best: all the way, or until half,
-    a quarter, ... or the first of the points that reach zero on the way have left. Up to the first the objective falls
-    whatever Q is, so a step that is not lost in rounding either arrives or lets a point go. The gradient is computed
-    afresh at every step, so the damping of the factorization only affects speed: it is its own refinement.
+    ignoring signs, and goes towards it along the projection onto a >= 0 as far as is best: all the way, or until all,
+    half, a quarter, ... or the first of the points that reach zero on the way have left. Up to the first the objective
+    falls whatever Q is, so a step that is not lost in rounding either arrives or lets a point go. The gradient is
+    computed afresh at every step, so the damping of the factorization only affects speed: it is its own refinement.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ class ProjectedNewton:
 
 
 def _trial_lengths(leaves: Tensor) -> Tensor:
-    """Step lengths, falling: the whole step, then those after which half, a quarter, ... one of the points have left."""
+    """Step lengths, falling: the whole step, then until all, half, a quarter, ... one of the points have left."""
     on_the_way = leaves[leaves < 1].sort().values
     left = len(on_the_way)
     counts = [left]
