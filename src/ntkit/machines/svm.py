@@ -56,8 +56,9 @@ class HardMarginSVM(Machine):
     time limit). ``sklearn.svm.SVC`` has a bias and so solves another problem. Method: projected Newton steps
     (Bertsekas 1982) by Cholesky on a working set, the support and the most violating points; then the margins of all
     points from the rows of the support, in float64; until the gap over all points closes. One-vs-rest problems share
-    these rows. Memory: two float64 matrices of the size of the working set (up to one and a half times the largest
-    support); K itself is not copied. If K is asymmetric by rounding: also rows in use, up to n^2 bytes.
+    these rows. Memory: float64 matrices of the size of the working set (up to one and a quarter times the largest
+    support), one per class and two; K itself is not copied. If K is asymmetric by rounding: also rows in
+    use, up to n^2 bytes.
 
     For a kernel with negative eigenvalues (rounding) a closed gap certifies the optimality conditions for K as it is.
 

@@ -56,6 +56,8 @@ def solve_duals(K: Gram, signs: list[Tensor], scale: float, tol: float, start: T
         values = rows.product(torch.stack([one.y * one.a for one in active], dim=1))
         for one, column in zip(active, values.T, strict=True):
             one.judge(scale * one.y * column)
+            if one.done:
+                one.Q = one.Q.new_empty(0, 0)
         active = [one for one in active if not one.done]
         for one in active:
             one.improve()
