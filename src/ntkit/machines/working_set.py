@@ -12,7 +12,7 @@ from ntkit.machines.projected_newton import ProjectedNewton, relative_gap, viola
 
 _EPS = torch.finfo(torch.float64).eps
 _ALL = 512  # up to so many points all are in the working set
-_BLOCK = 128  # new points per round, or a quarter of the support where that is more
+_BLOCK = 96  # new points per round, or a quarter of the support where that is more
 _SAMPLE = 256  # points whose mean per class gives the first working set
 _MAX_STEPS = 2000  # Newton steps per problem
 _PATIENCE = 10  # rounds without a smaller gap or a larger dual objective
@@ -106,7 +106,7 @@ class _Problem:
     def improve(self) -> None:
         """Solve on the working set, the more exactly the smaller the gap over all points is."""
         newton = ProjectedNewton(self._quadratic(), self.floor)
-        target = max(self.target / 2, 0.1 * min(self.gap, 1.0) ** 2)
+        target = max(self.target / 2, 0.5 * min(self.gap, 1.0) ** 2)
         solved = newton.solve(self.a[self.points], target, _MAX_STEPS - self.steps)
         self.a = torch.zeros_like(self.a)
         self.a[self.points] = solved
