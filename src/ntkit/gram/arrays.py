@@ -39,9 +39,18 @@ def as_tensor(value: Any, name: str) -> Tensor:
         raise refusal(name, got=got, expected="real numbers", fix=fix)
     torch_has_it = array.dtype.kind == "f" and array.dtype.itemsize <= 8
     dtype = array.dtype.newbyteorder("=") if torch_has_it else np.float64
-    shared = array.flags.writeable and all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
-    # torch takes no negative strides, and warns of read-only arrays: those are copied
-    return torch.from_numpy(np.asarray(array, dtype) if shared else np.require(array, dtype, ["C", "W"]))
+    array = np.asarray(array, dtype)
+    if any(s < 0 or s % array.itemsize for s in array.strides):  # torch has no such strides
+        array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Readable(array)))
+
+
+class _Readable:
+    """The memory of a read-only array, not marked so: torch has no such mark, warns, and nothing of ours writes."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array  # kept alive by whoever reads it from here
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
 
 
 def as_array(value: Any, name: str, expected: str, fix: str) -> np.ndarray:

@@ -22,7 +22,8 @@ from ntkit.kernels.kernel import Kernel
 # refuses a matrix that was computed in float32 and converted, whose small eigenvalues would pass for information.
 # A mistake (points in two orders, two sets of points, an entry overwritten) is of order 1e-2 and more.
 SYMMETRY = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
-_TILE = 512  # rows and columns compared at once
+_TILE = 256  # rows and columns compared at once: three tiles stay in cache
+_FAR = 16  # tiles side by side before the next row of tiles: of a file, whole pages are read, and each once
 Index = slice | Tensor | np.ndarray | list[int]
 
 
@@ -36,6 +37,7 @@ class Gram:
     Parameters
     ----------
     K : [n, n] or [n, n, C, C]; torch or numpy, any real dtype. Its memory is shared, not copied: leave it unchanged.
+        A ``numpy.memmap``, writeable or not, stays on disk and is read where it is needed.
     kernel, x : the kernel and the data that K was computed with, for `identity`.
 
     Attributes
@@ -45,6 +47,7 @@ class Gram:
     dtype, device : those of the entries as kept.
     precision : machine epsilon of `dtype`.
     largest : largest |entry|.
+    exact : whether what was passed is symmetric to the last bit; if so, reading a row touches no column.
 
     Raises
     ------
@@ -78,26 +81,30 @@ class Gram:
         self.shape = (len(values) * self.outputs,) * 2
         self.dtype, self.device = values.dtype, values.device
         self.precision = torch.finfo(values.dtype).eps
-        self.largest, self._exact = self._validate(name)
+        self.largest, self.exact = self._validate(name)
         # now, not when asked: the kernel's model may be trained later
         self._identity = None if kernel is None else identity((kernel, x), self.dtype)
 
     def _validate(self, name: str) -> tuple[float, bool]:
-        """Check finiteness and symmetry tile by tile; largest |entry|, and whether the symmetry is exact."""
+        """Check finiteness and symmetry, reading each tile once; largest |entry|, and whether the symmetry is exact."""
         n, step = len(self._values), max(1, _TILE // self.outputs)
+        values = self._values[:, :, 0, 0] if self.outputs == 1 else self._values
+        wide = torch.promote_types(values.dtype, torch.float32)
         largest, gap, at = 0.0, 0.0, [0, 0, 0, 0]
-        for i in range(0, n, step):
-            for j in range(i, n, step):
-                tile = self._values[i : i + step, j : j + step]
-                difference = tile - self._values[j : j + step, i : i + step].transpose(0, 1).transpose(2, 3)
-                size = max(abs(float(v)) for v in tile.aminmax())
-                apart = max(abs(float(v)) for v in difference.aminmax())
-                if not apart < float("inf"):  # NaN and infinities of either half come out here
-                    self._refuse_not_finite(name, slice(i, i + step), slice(j, j + step))
-                if apart > gap:
-                    place = np.unravel_index(int(difference.abs().argmax()), difference.shape)
-                    gap, at = apart, [int(a + b) for a, b in zip((i, j, 0, 0), place, strict=True)]
-                largest = max(largest, size)
+        for i, j in _tiles(n, step):
+            upper = values[i : i + step, j : j + step]
+            # a contiguous copy, which torch transposes by blocks; the tile itself has a whole row of K between entries
+            lower = values[j : j + step, i : i + step].to(wide, copy=True, memory_format=torch.contiguous_format)
+            low, high = (float(v) for v in lower.aminmax())
+            apart = lower.T.contiguous() if lower.ndim == 2 else lower.permute(1, 0, 3, 2).contiguous()
+            least, most = (float(v) for v in apart.sub_(upper).aminmax())
+            if not most - least < float("inf"):  # NaN and infinities of either half come out here
+                self._refuse_not_finite(name, slice(i, i + step), slice(j, j + step))
+            if max(-least, most) > gap:
+                place = np.unravel_index(int(apart.abs().argmax()), apart.shape)
+                gap = max(-least, most)
+                at = [int(a + b) for a, b in zip((i, j, 0, 0), [*place, 0, 0], strict=False)]
+            largest = max(largest, -low, high)
         if gap > SYMMETRY[self.dtype] * largest:
             there = [at[1], at[0], at[3], at[2]]
             one, other = (float(self._values[tuple(index)]) for index in (at, there))
@@ -141,12 +148,12 @@ class Gram:
             )
 
         one = part(rows, columns).to(torch.float64)
-        return one if self._exact else (one + part(columns, rows).T.to(torch.float64)) / 2
+        return one if self.exact else (one + part(columns, rows).T.to(torch.float64)) / 2
 
     def _tile_of_outputs(self, rows: Tensor, columns: Tensor) -> Tensor:
         C, i, j = self.outputs, rows[:, None], columns
         one = self._values[i // C, j // C, i % C, j % C].to(torch.float64)
-        return one if self._exact else (one + self._values[j // C, i // C, j % C, i % C].to(torch.float64)) / 2
+        return one if self.exact else (one + self._values[j // C, i // C, j % C, i % C].to(torch.float64)) / 2
 
     def _places(self, index: Index) -> Tensor:
         if isinstance(index, slice):
@@ -219,6 +226,16 @@ class Gram:
     def __repr__(self) -> str:
         kind = f", {self.outputs} outputs" if self.outputs > 1 else ""
         return f"Gram({self.shape[0]} x {self.shape[1]}{kind}, {self.dtype}, {self.device})"
+
+
+def _tiles(n: int, step: int) -> Iterator[tuple[int, int]]:
+    """First row and column of each tile on and above the diagonal, neighbors close together in time."""
+    far = _FAR * step
+    for top in range(0, n, far):
+        for left in range(top, n, far):
+            for i in range(top, min(top + far, n), step):
+                for j in range(max(i, left), min(left + far, n), step):
+                    yield i, j
 
 
 def as_gram(K: Gram | Matrix, name: str = "K") -> Gram:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,16 +10,10 @@ from torch import Tensor
 
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
-from ntkit.gram.arrays import AnyMatrix, Matrix, as_array, as_tensor, float64_product, same_kind
+from ntkit.gram.arrays import BLOCK, AnyMatrix, Matrix, as_array, as_tensor, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram
-from ntkit.machines.machine_input import Machine, as_test_matrix, check_length, training_gram, unfitted
-
-_EPS = torch.finfo(torch.float64).eps
-_BLOCK = 128  # new points per step, or a quarter of the support where that is more
-_MAX_STEPS = 2000
-_PATIENCE = 100  # steps without a smaller gap or a larger dual objective
-_DAMPING, _MOST_DAMPING = 1e3 * _EPS, 1e-6  # relative to the trace of the system solved
-_ARC = 26  # trial steps 1, 1/4, 1/16, ... down to the rounding
+from ntkit.machines.machine_input import Machine, as_targets, as_test_matrix, check_length, training_gram, unfitted
+from ntkit.machines.working_set import DualSolution, solve_duals
 
 
 class HardMarginSVM(Machine):
@@ -62,8 +54,11 @@ class HardMarginSVM(Machine):
     -----
     The problem of Long (2021), "Properties of the After Kernel", section 2 (there solved by gradient methods under a
     time limit). ``sklearn.svm.SVC`` has a bias and so solves another problem. Method: projected Newton steps
-    (Bertsekas 1982) on the support and the most violating points, by Cholesky, until the gap closes. Memory: two
-    float64 matrices of the size of the support and a quarter of it; K itself is not copied.
+    (Bertsekas 1982) by Cholesky on a working set, the support and the most violating points; then the margins of all
+    points from the rows of the support, in float64; until the gap over all points closes. One-vs-rest problems share
+    these rows. Memory: float64 matrices of the size of the working set (up to one and a quarter times the largest
+    support), one per class and two; K itself is not copied. If K is asymmetric by rounding: also rows in
+    use, up to n^2 bytes.
 
     For a kernel with negative eigenvalues (rounding) a closed gap certifies the optimality conditions for K as it is.
 
@@ -89,13 +84,16 @@ class HardMarginSVM(Machine):
         self.tol = tol
         self._weights: Tensor | None = None
 
-    def fit(self, K: Gram | Matrix, y: Any) -> HardMarginSVM:
+    def fit(self, K: Gram | Matrix, y: Any, start: HardMarginSVM | Matrix | None = None) -> HardMarginSVM:
         """Fit on K, [n, n] symmetric, and labels y, [n] with at least two distinct values.
+
+        `start` is where to start from: a machine fitted on as many points and classes (on the kernel of an earlier
+        step of training, say), or dual variables as in `alpha_`. The answer is as exact without, and found later.
 
         Raises
         ------
         Refused
-            When K is not square, symmetric and finite with a non-negative diagonal, or y does not fit it.
+            When K is not square, symmetric and finite with a non-negative diagonal, or y or `start` does not fit it.
         """
         gram = training_gram(K)
         labels, codes = _classes(y, len(gram))
@@ -105,7 +103,7 @@ class HardMarginSVM(Machine):
             raise refusal("K", got="a zero diagonal", expected="K[i, i] > 0", fix="Check the features: all are zero.")
         positives = [1] if len(labels) == 2 else range(len(labels))
         signs = [torch.from_numpy(np.where(codes == c, 1.0, -1.0)).to(gram.device) for c in positives]
-        solutions = [_solve(gram, sign, scale, self._tol) for sign in signs]
+        solutions = solve_duals(gram, signs, scale, self._tol, _start(start, len(gram), len(signs), gram.device))
 
         alpha = torch.stack([one.alpha for one in solutions], dim=1)
         margin = torch.stack([one.margin for one in solutions])
@@ -157,15 +155,23 @@ class HardMarginSVM(Machine):
         return values[:, 0] if values.shape[1] == 1 else values
 
 
-@dataclass
-class _Solution:
-    alpha: Tensor
-    margin: Tensor
-    gap: float
-    kkt: float
-    status: str
-    steps: int
-    energy: float  # a^T Q a / (sum a)^2, K at unit mean diagonal: the square of a bound on the relative margin
+def _start(start: Any, n: int, problems: int, device: torch.device) -> Tensor | None:
+    """Dual variables to start from, [n, problems]."""
+    if start is None:
+        return None
+    if isinstance(start, HardMarginSVM):
+        if start._weights is None:
+            raise unfitted(start)
+        start = start.alpha_
+    shape = [n] if problems == 1 else [n, problems]
+    fix = "Pass a machine fitted on as many points and classes, or its alpha_."
+    alpha = as_targets(start, "start", n, fix, shape).to(device)
+    if alpha.min() < 0:
+        got = f"a negative value, {alpha.min().item():g}"
+        raise refusal("start", got=got, expected="dual variables >= 0", fix=fix)
+    if not alpha.reshape(n, problems).any(0).all():
+        raise refusal("start", got="zeros", expected="dual variables, some > 0 per class", fix=fix)
+    return alpha.reshape(n, problems)
 
 
 def _classes(y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -196,163 +202,7 @@ def _of_strings(values: np.ndarray) -> bool:
     return values.dtype.kind == "O" and all(isinstance(v, str) for v in values)
 
 
-def _solve(K: Gram, y: Tensor, scale: float, tol: float) -> _Solution:
-    """Minimize 1/2 a^T Q a - sum a over a >= 0, Q = scale * y y^T * K; see `HardMarginSVM`.
-
-    Each step solves for the exact minimizer on the free points (the support and a block of the most violating ones),
-    ignoring signs, and goes towards it along the projection onto a >= 0 as far as is best. The gradient is computed
-    afresh from K at every step, so the damping of the factorization only affects speed: it is its own refinement.
-    K is read by rows of the support and of each block; float32 entries become float64 as they are read.
-    """
-    n = len(y)
-
-    def product(v: Tensor) -> Tensor:
-        return (scale * y) * (K @ (y * v))
-
-    # Below this, a^T Q a cannot be told from 0: rounding of the products, and of the entries of K themselves.
-    floor = 2 * _EPS * n + K.precision * n**0.5
-    target = 1e-3 * tol  # one or two steps beyond tol settle the support itself, not only the objective
-    a, gradient = torch.zeros_like(y), -torch.ones_like(y)
-    factor, status, steps, stalled = _Factor(K, y, scale), "inaccurate", 0, 0
-    best, best_gap, best_dual = a, float("inf"), 0.0
-    most, mean = _BLOCK, product(torch.ones_like(y))
-    block = mean.topk(min(most, n), largest=False).indices  # the first block: hardest for the class means
-    while steps < _MAX_STEPS and stalled < _PATIENCE:
-        step = factor.step(a, gradient, block)
-        steps += 1
-        if step is None:
-            if len(block) > 0:
-                most = len(block) // 8 or int(len(block) > 1)
-            elif factor.damping < _MOST_DAMPING:
-                # dependent features: the step was lost in the rounding of a nearly singular solve
-                factor.damping, most = 100 * factor.damping, _BLOCK
-            else:
-                break
-        else:
-            a = step
-            factor.damping = max(_DAMPING, factor.damping / 10)
-            margins = product(a)
-            energy, size = (a @ margins).item(), (a @ a).item()
-            if energy <= floor * size:
-                if best_gap >= 1:  # no step gave a separator
-                    best, status = a, "not separable" if energy >= -floor * size else "inaccurate"
-                break
-            total = a.sum().item()
-            gap, dual = _gap(total, energy, margins.min().item()), total**2 / energy
-            stalled = 0 if gap < 0.9 * best_gap or dual > best_dual * (1 + 1e-6) else stalled + 1
-            if gap <= best_gap:
-                best, best_gap = a, gap
-            best_dual = max(best_dual, dual)
-            if gap <= target or (best_gap <= tol and stalled >= 10):
-                break
-            gradient, most = margins - 1, max(_BLOCK, int((a > 0).sum()) // 4)
-        block = _violators(a, gradient, most, target)
-    return _certify(best, product, status, scale, tol, steps)
-
-
-def _gap(total: float, energy: float, smallest: float) -> float:
-    """Compute 1 - D/P for the best multiple of a in the dual, and w rescaled to margin 1 in the primal."""
-    return 1.0 if smallest <= 0 else max(0.0, 1.0 - (total * smallest / energy) ** 2)
-
-
-def _certify(
-    a: Tensor, product: Callable[[Tensor], Tensor], status: str, scale: float, tol: float, steps: int
-) -> _Solution:
-    margins = product(a)
-    total, energy = a.sum(), a @ margins
-    relative = (energy / total.square()).item()
-    if status == "not separable" or energy <= 0:
-        # no multiple of a is a dual optimum: report the combination under which the features cancel
-        return _Solution(a / total, torch.zeros_like(total), 1.0, float("inf"), status, steps, relative)
-    gap = _gap(total.item(), energy.item(), margins.min().item())
-    rescale = total / energy
-    a, margins = a * rescale, margins * rescale
-    violation = torch.maximum((1 - margins).clamp(min=0), (a / a.max()) * (margins - 1).abs()).max()
-    status = "optimal" if gap <= tol else status
-    a = a * scale
-    return _Solution(a, a.sum().rsqrt(), gap, violation.item(), status, steps, relative)
-
-
-def _violators(a: Tensor, gradient: Tensor, most: int, target: float) -> Tensor:
-    """Up to `most` points outside the support, those that violate their margin most."""
-    outside = torch.where(a > 0, torch.inf, gradient)
-    count = min(most, int((outside < -target / 10).sum()))
-    return outside.topk(count, largest=False).indices
-
-
-class _Factor:
-    """The Cholesky factor of Q over the support and a block of new points (in this order), kept while they stay."""
-
-    def __init__(self, K: Gram, y: Tensor, scale: float):
-        self.K, self.y, self.scale = K, y, scale
-        self.damping = _DAMPING
-        self.key = (0.0, torch.empty(0, dtype=torch.long, device=y.device))
-
-    def step(self, a: Tensor, gradient: Tensor, block: Tensor) -> Tensor | None:
-        """Return the best point on the projected Newton arc from a, or None where none lowers the objective."""
-        support = torch.nonzero(a).ravel()
-        free = torch.cat([support, block])
-        if self.key[0] != self.damping or not torch.equal(free, self.key[1]):
-            self._factorize(free)
-        start, slope = a[free, None], gradient[free, None]
-        direction = self._direction(slope, len(support))
-        reached = start + direction
-        if (reached < 0).any():
-            lengths = 0.25 ** torch.arange(_ARC, dtype=a.dtype, device=a.device)
-            moves = (start + direction * lengths).clamp_(min=0) - start
-            # differences, not values, of the objective: no cancellation near the optimum
-            change = (slope * moves).sum(0) + 0.5 * (moves * (self.Q @ moves)).sum(0)
-            k = int(change.argmin())
-            if change[k] >= 0:
-                return None
-            reached = start + moves[:, k : k + 1]
-        new = torch.zeros_like(a)
-        new[free] = reached[:, 0].clamp(min=0)
-        return new
-
-    def _direction(self, slope: Tensor, old: int) -> Tensor:
-        """Solve for the Newton direction, [m, 1], with the new points that would go below zero held at zero.
-
-        A zero that wants to go below zero only bends the path of the others. Holding it takes the Schur complement of
-        the new points, which is the trailing block of the factor times its transpose: no new factorization.
-        """
-        L = self.lower
-        u = torch.linalg.solve_triangular(L, -slope, upper=False)
-        trailing = L[old:, old:]
-        complement, right = trailing @ trailing.T, trailing @ u[old:]
-        moves = torch.zeros_like(right)
-        moving = torch.arange(len(right), device=L.device)
-        while len(moving):
-            part = _cholesky(complement[moving[:, None], moving], 4 * _EPS)
-            change = torch.cholesky_solve(right[moving], part)
-            if (change >= 0).all():
-                moves[moving] = change
-                break
-            moving = moving[change[:, 0] >= 0]
-        rest = torch.linalg.solve_triangular(L[:old, :old].T, u[:old] - L[old:, :old].T @ moves, upper=True)
-        return torch.cat([rest, moves])
-
-    def _factorize(self, free: Tensor) -> None:
-        self.Q = self.lower = torch.empty(0)  # free the memory of the previous ones first
-        Q = self.K.tile(free, free)
-        Q *= (self.scale * self.y[free])[:, None]
-        Q *= self.y[free]
-        self.lower, self.Q, self.key = _cholesky(Q, self.damping), Q, (self.damping, free)
-
-
-def _cholesky(H: Tensor, damping: float) -> Tensor:
-    """Factorize H + a multiple of I: damping, relative to the trace, or more where that is not enough for rounding."""
-    diagonal = H.diagonal().clone()
-    while True:
-        H.diagonal().copy_(diagonal + damping * diagonal.sum())
-        lower, failed = torch.linalg.cholesky_ex(H)
-        H.diagonal().copy_(diagonal)
-        if not failed:
-            return lower
-        damping *= 30
-
-
-def _advice(solution: _Solution, K: Gram, y: Tensor, tol: float) -> str:
+def _advice(solution: DualSolution, K: Gram, y: Tensor, tol: float) -> str:
     if solution.status == "optimal":
         return ""
     if solution.status == "inaccurate":
@@ -384,17 +234,22 @@ def _advice(solution: _Solution, K: Gram, y: Tensor, tol: float) -> str:
 
 def _contradictions(K: Gram, y: Tensor, most: int = 3) -> list[tuple[int, int]]:
     """Up to `most` pairs with K_ii = K_jj = K_ij to rounding and different labels, each positive point once."""
-    diagonal, pairs = K.diagonal(), []
-    for i in torch.nonzero(y > 0).ravel().tolist():
-        tolerance = max(1e-12, 32 * K.precision) * diagonal[i]
-        same = (
-            (y < 0)
-            & ((K.rows([i])[0] - diagonal[i]).abs() <= tolerance)
-            & ((diagonal - diagonal[i]).abs() <= tolerance)
+    diagonal, precision = K.diagonal(), max(1e-12, 32 * K.precision)
+    negative = torch.nonzero(y < 0).ravel()
+    norms = diagonal[negative].sort().values
+    positive = torch.nonzero(y > 0).ravel()
+    low, high = (diagonal[positive] * (1 + side * precision) for side in (-1, 1))
+    # rows are read only of points whose norm some point of the other class has
+    positive = positive[torch.searchsorted(norms, low) < torch.searchsorted(norms, high, right=True)]
+    pairs: list[tuple[int, int]] = []
+    for part in positive.split(max(1, BLOCK // len(K))):
+        own = diagonal[part, None]
+        same = ((K.rows(part)[:, negative] - own).abs() <= precision * own) & (
+            (diagonal[negative] - own).abs() <= precision * own
         )
-        if same.any():
-            j = int(same.nonzero()[0])
+        for k in torch.nonzero(same.any(dim=1)).ravel().tolist():
+            i, j = int(part[k]), int(negative[same[k].nonzero()[0]])
             pairs.append((min(i, j), max(i, j)))
             if len(pairs) == most:
-                break
+                return pairs
     return pairs
