@@ -13,8 +13,9 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from ntkit.base.checks import Refused
+from ntkit.base.operation_threads import limited
 from ntkit.gram.gram_matrix import Gram
-from ntkit.machines import HardMarginSVM, working_set
+from ntkit.machines import HardMarginSVM, svm, working_set
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -376,3 +377,30 @@ print(svm.status_, svm.gap_ <= 1e-6)
 def test_a_matrix_in_a_file_takes_a_quarter_of_its_size_in_memory_at_most(tmp_path):
     done = subprocess.run([sys.executable, "-c", _LIMITED, str(tmp_path / "K")], capture_output=True, text=True)
     assert done.stdout == "optimal True\n", done.stderr
+
+
+def test_operations_run_in_one_thread_each(threads, monkeypatch):
+    """On a busy machine threads within the many small operations wait for each other: the fit took ten times as long."""
+    threads(2)
+    seen = []
+
+    def solve(*args):
+        seen.append(limited())
+        return working_set.solve_duals(*args)
+
+    monkeypatch.setattr(svm, "solve_duals", solve)
+    K = torch.eye(4, dtype=torch.float64)
+    HardMarginSVM().fit(K, [0, 1, 1, 0])
+    assert seen == [True]
+    assert torch.get_num_threads() == 2
+
+
+def test_values_do_not_depend_on_the_number_of_workers(threads):
+    g = torch.Generator().manual_seed(0)
+    phi = torch.randn(700, 900, generator=g, dtype=torch.float64)
+    found = []
+    for number in (1, 2, 5):
+        threads(number)
+        found.append(HardMarginSVM().fit(phi @ phi.T, torch.arange(700) % 4).alpha_)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.gram.arrays import BLOCK, AnyMatrix, Matrix, as_array, as_tensor, float64_product, same_kind
@@ -84,6 +85,7 @@ class HardMarginSVM(Machine):
         self.tol = tol
         self._weights: Tensor | None = None
 
+    @own_context()  # its many small operations in one thread each; problems are shared out among workers
     def fit(self, K: Gram | Matrix, y: Any, start: HardMarginSVM | Matrix | None = None) -> HardMarginSVM:
         """Fit on K, [n, n] symmetric, and labels y, [n] with at least two distinct values.
 

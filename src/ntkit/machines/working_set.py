@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ntkit.base.workers import spread
 from ntkit.gram.gram_matrix import Gram
 from ntkit.machines.projected_newton import ProjectedNewton, relative_gap, violators
 
@@ -14,7 +15,7 @@ _EPS = torch.finfo(torch.float64).eps
 _ALL = 512  # up to so many points all are in the working set
 _BLOCK = 96  # new points per round, or a quarter of the support where that is more
 _SAMPLE = 256  # points whose mean per class gives the first working set
-_MAX_STEPS = 2000  # Newton steps per problem
+_MAX_STEPS = 20_000  # Newton steps per problem: of a few milliseconds each
 _PATIENCE = 10  # rounds without a smaller gap or a larger dual objective
 _ROWS = 8  # rows kept in float64: one in so many, which takes a quarter of K in float32
 
@@ -38,7 +39,8 @@ def solve_duals(K: Gram, signs: list[Tensor], scale: float, tol: float, start: T
     In rounds: the problem restricted to a working set is solved by Newton steps; then the margins of all points are
     computed afresh from K, in float64, and the working set becomes the support and the points that violate their
     margin most. A round reads the rows of the supports of all problems, each once, and nothing else of K but what
-    lies in rows and columns of a working set. `start`, [n, problems], are dual variables to start from.
+    lies in rows and columns of a working set. Workers share the problems of a round. `start`, [n, problems], are dual
+    variables to start from.
     """
     problems = [_Problem(K, y, scale, tol) for y in signs]
     rows = _Rows(K)
@@ -46,10 +48,10 @@ def solve_duals(K: Gram, signs: list[Tensor], scale: float, tol: float, start: T
         # which points are hard is first judged by the means of the classes: one product for all problems
         for one, values in zip(problems, rows.product(_class_means(signs)).T, strict=True):
             one.begin(values)
-    for c, one in enumerate(problems):
-        if start is None:
-            one.improve()
-        else:
+    if start is None:
+        spread(_Problem.improve, problems)
+    else:
+        for c, one in enumerate(problems):
             one.a = start[:, c].clone()
     active = problems
     while active:
@@ -59,8 +61,7 @@ def solve_duals(K: Gram, signs: list[Tensor], scale: float, tol: float, start: T
             if one.done:
                 one.Q = one.Q.new_empty(0, 0)
         active = [one for one in active if not one.done]
-        for one in active:
-            one.improve()
+        spread(_Problem.improve, active)
     return [one.solution() for one in problems]
 
 
