@@ -346,11 +346,12 @@ class Study:
             told = header | {"versions": versions()}
             write_json(start, told | {"status": "running"})
             with one_thread() if scale in self.single_thread else nullcontext():
+                changed = self.unfinished  # parts may have come from another machine
                 for part in self._parts(work):
-                    is_new = not work.finished(part)
-                    work.result(part)
-                    if is_new and self.unfinished:
+                    if changed and not work.finished(part):
                         self._write(self.results(work, finished=True), header)
+                    changed = self.unfinished and not work.finished(part)
+                    work.result(part)
                 results = self.results(work)
             self._write(results, header)
             write_json(start, told | {"status": "complete", "parts": [part.name for part in self._parts(work)]})
