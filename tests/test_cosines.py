@@ -14,7 +14,7 @@ from ntkit.base.checks import Refused
 from ntkit.jacobian.oracle import jacobian
 from ntkit.probes import Cosines, Transform, cosines, invariance, shift, similarity, standard, swap_quadrants
 from ntkit.studies.long2021 import moments
-from ntkit.studies.long2021.long_setting import Sum
+from ntkit.studies.long2021.long_setting import PixelSum
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -136,7 +136,7 @@ def test_identity_has_cosine_one():
 
 def test_a_network_of_the_sum_of_the_pixels_does_not_see_the_swap():
     x = draw(6, 1, 8, 8).abs()
-    found, _ = cosines(TangentKernel(Sum(0).double(), outputs="trace"), x)
+    found, _ = cosines(TangentKernel(PixelSum(0).double(), outputs="trace"), x)
     for name in ("quadrant swap", "patch shuffle"):
         for form in ("raw", "centered"):
             assert getattr(found[name], form).per_sample.tolist() == pytest.approx([1.0] * 6, abs=1e-9)
