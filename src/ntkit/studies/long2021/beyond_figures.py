@@ -13,7 +13,7 @@ from ntkit.studies.long2021 import beyond
 from ntkit.studies.long2021.beyond import added_runs, main_runs
 from ntkit.studies.long2021.by_layer import END
 from ntkit.studies.long2021.evidence import estimate, main_settings, mean_of, measured, number
-from ntkit.studies.long2021.figures import MACHINES, cosine_lines, kernel_table, loss_curve
+from ntkit.studies.long2021.figures import MACHINES, cosine_lines, error_lines, kernel_table, loss_curve
 from ntkit.studies.long2021.long_setting import START, TEN, Setting, extent
 from ntkit.studies.long2021.sentences import shown
 from ntkit.studies.study import Item, Result, Results, Section, curve, lines, table
@@ -78,7 +78,7 @@ def _layers_section(results: Results, chosen: Sequence[Setting]) -> Section:
         "alone, and with the kernel without it, before training and at the end of training; on "
         f"{sizes.kernel_train:,} of the training images and {sizes.kernel_test:,} test images at most. The share of "
         "the last layer is the conjugate kernel, plus one. Where a share does not separate the classes, its machine "
-        "has the squared hinge loss."
+        "is ridge regression."
     )
     alone, without = (
         [(f"{s.pair}, {s.network}", _layer_curves(results, s, kind)) for s in chosen] for kind in ("alone", "without")
@@ -280,18 +280,6 @@ def _standardized(run: Result) -> list[np.ndarray]:
 # ---------------------------------------------------------------------- ten classes, other networks
 
 
-def _error_lines(results: Results, chosen: Sequence[Setting], machines: dict[str, str]) -> Item:
-    """Errors against the training loss; without the network before training, whose guesses would hide the others."""
-    panels = []
-    for setting in chosen:
-        curves = [loss_curve(results, setting, path, name, 100) for path, name in machines.items()]
-        for key in ("x", "y", "error"):
-            curves[0][key] = curves[0][key][1:]
-        panels.append((setting.network, curves))
-    reading = "Training goes from right to left. The network before training, which guesses, is left out."
-    return lines("Test error against training loss", reading, "training loss", "test error, %", panels, wide=True)
-
-
 def _sampled(results: Results, chosen: Sequence[Setting]) -> str:
     sizes = extent(results.work)
     runs = [(s, len(measured(results, s, START))) for s in chosen]
@@ -308,7 +296,7 @@ def _networks_section(results: Results, pair: str, chosen: Sequence[Setting]) ->
         "A residual network (two blocks, ReLU, no normalization) and a vision transformer (three blocks, LayerNorm, "
         f"GELU) of about 100,000 parameters, which are not in the paper. {_sampled(results, chosen)}"
     )
-    items = [_error_lines(results, chosen, MACHINES)]
+    items = [error_lines(results, chosen, MACHINES)]
     items += [cosine_lines(results, chosen, form) for form in ("raw", "centered")]
     return Section(f"Other networks: {pair}", f"Other networks, {pair}", text, [*items, kernel_table(results, chosen)])
 
@@ -326,6 +314,6 @@ def _classes_section(results: Results, pair: str, chosen: Sequence[Setting]) -> 
         "Alignment, centered": ("tangent.alignment_centered", 3), "Effective rank": ("tangent.effective_rank", 2),
         "Agreement": ("tangent.agreement", 4),
     }  # fmt: skip
-    items = [_error_lines(results, chosen, CLASS_MACHINES)]
+    items = [error_lines(results, chosen, CLASS_MACHINES)]
     items += [cosine_lines(results, chosen, form) for form in ("raw", "centered")]
     return Section(pair, pair, text, [*items, kernel_table(results, chosen, columns)])

@@ -57,9 +57,12 @@ def pictures(work: Work, pair: str) -> Result:
 
 
 def _series(results: Results, setting: Setting, path: str) -> tuple[list[float], list[Estimate]]:
-    """Mean training loss and mean of a number at each moment that some seed reached."""
+    """Mean training loss and mean of a number at each moment that some seed reached.
+
+    The network's error before training, a guess that would hide all others, is left out.
+    """
     x, values = [], []
-    for moment in (START, *map(str, results.work.sizes.losses)):
+    for moment in (*((START,) if path != "test_error" else ()), *map(str, results.work.sizes.losses)):
         if measured(results, setting, moment):
             value = estimate(results, setting, moment, path)
             if not math.isnan(value.value):
@@ -89,18 +92,20 @@ def sections(results: Results) -> Iterator[Section]:
     yield _runs_section(results)
 
 
+def error_lines(results: Results, chosen: Sequence[Setting], machines: dict[str, str]) -> Item:
+    """Test errors of the network and of machines with its kernel against the training loss."""
+    reading = (
+        "Training goes from right to left. The machines are hard-margin SVMs without bias, with the network’s kernel "
+        "at that moment; where nothing separates the classes, another machine. The network before training, which "
+        "guesses, is left out."
+    )
+    panels = [(s.network, [loss_curve(results, s, path, name, 100) for path, name in machines.items()]) for s in chosen]
+    return lines("Test error against training loss", reading, "training loss", "test error, %", panels, wide=True)
+
+
 def _pair_section(results: Results, pair: str, chosen: Sequence[Setting]) -> Section:
     """Errors and cosines of one pair of classes against the training loss."""
-    items = [
-        lines(
-            "Test error against training loss",
-            "Training goes from right to left. The machines are hard-margin SVMs without bias, with the network’s "
-            "kernel at that moment; with squared hinge loss where nothing separates the classes.",
-            "training loss", "test error, %",
-            [(s.network, [loss_curve(results, s, path, name, 100) for path, name in MACHINES.items()]) for s in chosen],
-            wide=True,
-        )
-    ]  # fmt: skip
+    items = [error_lines(results, chosen, MACHINES)]
     items += [cosine_lines(results, chosen, form) for form in ("raw", "centered")]
     items.append(kernel_table(results, chosen))
     arrays = {}

@@ -15,9 +15,10 @@ from ntkit.gram.gram_matrix import Gram
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines.ridge import KernelRidge
+from ntkit.machines.svm import HardMarginSVM
 from ntkit.measures.spectra import alignment, effective_rank
 from ntkit.studies.long2021.long_setting import Setting, at_loss, examples, extent
-from ntkit.studies.long2021.moments import cosines, machine_name, machines, moment_part
+from ntkit.studies.long2021.moments import RIDGE, cosines, moment_part
 from ntkit.studies.study import Result, StudyPart, Work, device
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # of the kernel's mean diagonal; the one of least leave-one-out error is taken
@@ -58,8 +59,8 @@ def at_moment_of_classes(work: Work, setting: Setting, seed: int, moment: str) -
 def of_classes(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tensor]:
     """Hard-margin SVMs one against the rest, and ridge regression on one-hot targets; labels that the SVMs predict.
 
-    Where a class is not separable, all machines are those with squared hinge loss, as in `moments.quality`. The targets
-    are centered: one-hot minus the mean over classes. The margin is the smallest over classes.
+    Where a class is not separable, all machines are those with squared hinge loss, which are those of K + ridge I. The
+    targets are centered: one-hot minus the mean over classes. The margin is the smallest over classes.
     """
     gram, classes = Gram(K), len(data.classes)
     targets = F.one_hot(data.y_train, classes).double() - 1 / classes
@@ -100,3 +101,18 @@ def chosen_ridge(gram: Gram, targets: Tensor, y: Tensor) -> float | None:
 
 def _mean(kept: Tensor) -> float:
     return float(kept.double().mean())
+
+
+def machines(K: Tensor, y: Tensor) -> tuple[HardMarginSVM, HardMarginSVM]:
+    """The hard-margin SVM, and the machine to use: the same, or that of K + ridge I where nothing separates."""
+    svm = HardMarginSVM().fit(K, y)
+    if svm.status_ != "not separable":
+        return svm, svm
+    soft = K.clone()
+    soft.diagonal().add_(RIDGE * float(Gram(K).diagonal().mean()))
+    return svm, HardMarginSVM().fit(soft, y)
+
+
+def machine_name(svm: HardMarginSVM, machine: HardMarginSVM) -> str:
+    """Which of the `machines` is used, with the certificate of the second one."""
+    return "hard margin" if machine is svm else f"squared hinge, {machine.status_}, gap {machine.gap_:.0e}"
