@@ -186,7 +186,7 @@ def linearized(
             if not wanted or not np.isfinite(loss):
                 break
         rows = batch_indices(seed, n, BATCH, step)
-        slope = (-setting.lr / len(rows)) * (torch.sigmoid(f[rows]) - y[rows])
-        f += slope @ K[rows].double()
-        f_test += slope @ columns[rows].double()
+        slope = ((-setting.lr / len(rows)) * (torch.sigmoid(f[rows]) - y[rows])).to(K.dtype)
+        f += slope @ K[rows]  # a step is rounded as K is; the sum over steps is in float64
+        f_test += slope @ columns[rows]
     return reached
