@@ -333,11 +333,8 @@ class Study:
         """Compute the parts that are not finished, test the claims, write results and report; return the folder."""
         files = {} if data_dir is None else official_files(self.official, data_dir)
         sets = [*([] if files and scale in self.official_only else ["digits"]), *files]
-        sizes = self.scales[scale]
-        header: dict[str, Any] = {"format": FORMAT, "kind": "study", "name": self.name, "scale": scale, "sets": sets}
-        header |= {"seeds": list(self.seeds)} if self.seeds else {}
-        header["sizes"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(sizes).items()}
-        work = Work(sizes, self.seeds, sets, folder, files, progress, fingerprint(header))
+        header = self.header(scale, sets)
+        work = Work(self.scales[scale], self.seeds, sets, folder, files, progress, fingerprint(header))
         start = folder / "run.json"
         with FolderLock(folder):
             if start.exists() and _is_another(start, header):
@@ -356,6 +353,13 @@ class Study:
             self._write(results, header)
             write_json(start, told | {"status": "complete", "parts": [part.name for part in self._parts(work)]})
         return folder
+
+    def header(self, scale: str, sets: Sequence[str]) -> dict[str, Any]:
+        """What the study is, at a scale and on some data sets: two folders with the same can share their parts."""
+        header: dict[str, Any] = {"format": FORMAT, "kind": "study", "name": self.name, "scale": scale}
+        header |= {"sets": list(sets)} | ({"seeds": list(self.seeds)} if self.seeds else {})
+        sizes = vars(self.scales[scale]).items()
+        return header | {"sizes": {k: list(v) if isinstance(v, tuple) else v for k, v in sizes}}
 
     def results(self, work: Work, finished: bool = False) -> Results:
         """Results of all parts, computed or read; or of the finished ones alone."""
