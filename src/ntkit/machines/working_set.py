@@ -52,7 +52,7 @@ def solve_duals(K: Gram, signs: list[Tensor], scale: float, tol: float, start: T
         spread(_Problem.improve, problems)
     else:
         for c, one in enumerate(problems):
-            one.a = start[:, c].clone()
+            one.a = start[:, c] / start[:, c].max()  # squares of what is passed could over- or underflow
     active = problems
     while active:
         values = rows.product(torch.stack([one.y * one.a for one in active], dim=1))
