@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -248,6 +249,12 @@ def test_a_start_for_points_that_cannot_be_separated():
 def test_refused_starts(start, message):
     with pytest.raises(Refused, match=message):
         HardMarginSVM().fit(torch.eye(6), [0, 1] * 3, start)
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1e-310, "1e-310"), (1e304, "1e+304"), (1.7e308, "inf")])
+def test_a_kernel_whose_dual_variables_float64_cannot_hold_is_refused(factor, told):
+    with pytest.raises(Refused, match=f"K: got a mean diagonal of {re.escape(told)}; expected between 1e-290 and 1e290"):
+        HardMarginSVM().fit(factor * torch.eye(3, dtype=torch.float64), [0, 1, 0])
 
 
 # ---------------------------------------------------------------------- what changes nothing
