@@ -22,7 +22,7 @@ from ntkit.studies import long2021
 from ntkit.studies.claim import Bound, Estimate
 from ntkit.studies.long2021 import evidence, figures, long_setting, moments, sentences
 from ntkit.studies.long2021.long_setting import START, Setting
-from ntkit.studies.study import Result, Results, Sizes, official_files
+from ntkit.studies.study import Result, Results, Sizes, Work, official_files
 from ntkit.trajectory.batch_order import batch_indices
 
 TOY = Sizes(train=100, test=60, losses=(0.6, 0.3, 1e-9), epochs=30, vgg_epochs=1, seeds=2, few=1, probed=20)
@@ -162,6 +162,23 @@ def test_augmentation_rotates_by_at_most_15_degrees():
     assert float(angle.abs().max()) <= math.pi / 12 + slack
     assert float(angle.max()) > math.pi / 24
     assert float(angle.min()) < -math.pi / 24
+
+
+def test_moments_are_the_first_recorded_steps_with_the_loss(tmp_path):
+    setting, seed = SETTING._replace(lr=0.1, augmented=True), 1
+    sizes = Sizes(train=None, test=None, losses=(0.6, 0.3, 1e-9), epochs=10, vgg_epochs=1)
+    work = Work(sizes, [seed], ["digits"], tmp_path)
+    told = long_setting.training(work, setting, seed).numbers
+    data = long_setting.examples(work, setting)
+    model = long_setting.network(setting, data.input_shape, seed)
+    run = long_setting.trained(work, setting, seed, data, model)
+    losses = {}
+    for step in run.steps:
+        run.load(model, step)
+        with torch.no_grad():
+            losses[step] = float(long_setting.logistic(model(data.x_train), data.y_train))
+    first = {str(loss): next((s for s in run.steps if losses[s] <= loss), None) for loss in sizes.losses}
+    assert told["steps"] == first
 
 
 def part(seed, error, wrong):
