@@ -200,6 +200,26 @@ def test_differences_are_paired_by_seed_and_by_image():
     assert found.estimate() == Estimate(found.value, found.over_images)
 
 
+def test_a_seed_that_is_not_trained_yet_does_not_count_as_a_gain():
+    images = np.zeros(1000)
+    seeds = {0: (START, 500), 1: (START, 100), 2: ("0.5", 80)}  # the poor seed 0 has no kernel after training yet
+    listed = {START: [], "0.5": []}
+    for place, (moment, count) in seeds.items():
+        wrong = images.copy()
+        wrong[:count] = 1
+        one = part(min(place, 1), count / 1000, wrong)
+        one.numbers["test_error"] = 0.1
+        listed[moment].append(one)
+    work = SimpleNamespace(sizes=Sizes(losses=(0.5,)))
+    results = Results(work, {"moment": {(SETTING, moment): runs for moment, runs in listed.items()}})
+    (claim,) = sentences.accuracy(results, SETTING, "Better")
+    assert claim.number.startswith("test error 10.00 % → 8.00 % (loss 0.5)")
+    ratio, change = claim.conditions
+    assert ratio.values == [pytest.approx(0.8)]
+    assert not ratio.holds()
+    assert change.holds()
+
+
 def test_a_claim_says_where_it_holds():
     rises = Bound("over", 0, errors=2)
     changes = {"0.3": [Estimate(0.1, 0.01)], "0.1": [Estimate(-0.1, 0.01)]}

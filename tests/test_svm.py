@@ -253,7 +253,9 @@ def test_refused_starts(start, message):
 
 @pytest.mark.parametrize(("factor", "told"), [(1e-310, "1e-310"), (1e304, "1e+304"), (1.7e308, "inf")])
 def test_a_kernel_whose_dual_variables_float64_cannot_hold_is_refused(factor, told):
-    with pytest.raises(Refused, match=f"K: got a mean diagonal of {re.escape(told)}; expected between 1e-290 and 1e290"):
+    with pytest.raises(
+        Refused, match=f"K: got a mean diagonal of {re.escape(told)}; expected between 1e-290 and 1e290"
+    ):
         HardMarginSVM().fit(factor * torch.eye(3, dtype=torch.float64), [0, 1, 0])
 
 

@@ -13,6 +13,7 @@ from ntkit.studies.claim import Estimate
 from ntkit.studies.long2021.evidence import (
     INVARIANT,
     SWAP,
+    common_seeds,
     estimate,
     main_settings,
     measured,
@@ -183,14 +184,15 @@ def _comparison_section(results: Results, compared: Sequence[tuple[Setting, Sett
     for one, other in compared:
         for loss in map(str, results.work.sizes.losses):
             if measured(results, one, loss) and measured(results, other, loss):
+                seeds = common_seeds(results, (one, loss), (other, loss))
                 texts = []
                 for path in paths:
-                    values = (estimate(results, s, loss, path) for s in (one, other))
+                    values = (estimate(results, s, loss, path, seeds=seeds) for s in (one, other))
                     texts.append(" | ".join("–" if math.isnan(v.value) else f"{v:.3f}" for v in values))
                 what = "augmented" if other.augmented else f"learning rate {other.lr:g}"
                 rows.append([f"{one.pair}, {one.network}", what, loss, *texts])
     columns = ["Setting", "Beside 0.01, plain", "Loss", "SVM error", *INVARIANT, SWAP]
-    note = "In each cell: learning rate 0.01 without augmentation | the other run, at the same training loss."
+    note = "In each cell: learning rate 0.01 without augmentation | the other run; same training loss, same seeds."
     return Section(
         "Learning rate and augmentation at equal loss", "Equal loss",
         "Each run is stopped at the same training losses, so that kernels are compared at equal loss.",

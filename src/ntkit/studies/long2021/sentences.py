@@ -11,6 +11,7 @@ from ntkit.studies.claim import Bound, Claim, Condition, Estimate
 from ntkit.studies.long2021.evidence import (
     INVARIANT,
     SWAP,
+    common_seeds,
     cosine_change,
     difference,
     error_change,
@@ -59,11 +60,14 @@ def _by_loss(changes: dict[str, list[Estimate]], bound: Bound, names: Sequence[s
 def accuracy(results: Results, setting: Setting, text: str) -> Iterator[Claim]:
     """Whether the machine's error at the last loss is well below that before training; nothing where one is unknown."""
     reached = losses(results, setting)
-    before = estimate(results, setting, START, "tangent.test_error")
-    if not reached or math.isnan(before.value):
+    if not reached:
         return
-    after = {loss: estimate(results, setting, loss, "tangent.test_error") for loss in reached}
-    last = reached[-1]
+    last, path = reached[-1], "tangent.test_error"
+    seeds = common_seeds(results, (setting, START), (setting, last))
+    before = estimate(results, setting, START, path, seeds=seeds)
+    if math.isnan(before.value):
+        return
+    after = {loss: estimate(results, setting, loss, path, seeds=seeds) for loss in reached}
     ratio = after[last].value / before.value if before.value else math.nan
     change = error_change(results, setting, last).estimate()
     yield Claim(
@@ -71,7 +75,7 @@ def accuracy(results: Results, setting: Setting, text: str) -> Iterator[Claim]:
         f"test error {percent(before)} → "
         + ", ".join(f"{percent(value)} (loss {loss})" for loss, value in after.items())
         + "; network "
-        + percent(estimate(results, setting, last, "test_error")),
+        + percent(estimate(results, setting, last, "test_error", seeds=seeds)),
         [
             Condition(f"the error at loss {last} over the initial one is", [ratio], Bound("under", MUCH)),
             Condition("the change is", [change], FALLS),
