@@ -112,6 +112,23 @@ def test_centered_features_are_features_minus_their_mean():
     assert torch.equal(K, K.T)
 
 
+def test_cosines_have_the_errors_of_the_probes():
+    x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    kernel = ntkit.ConjugateKernel(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double())
+    numbers = moments.cosines(kernel, x).numbers
+    transformed, different = ntkit.probes.cosines(kernel, x)
+    for name, found in [*transformed.items(), ("pairs", different)]:
+        for form in ("raw", "centered", "paper"):
+            one = getattr(found, form)
+            assert numbers[name][form] == {"mean": one.mean, "error": one.standard_error}, (name, form)
+
+
+def test_the_correlation_of_constant_outputs_is_undefined():
+    x = torch.arange(4.0)
+    assert moments.correlation(x, torch.zeros(4)) is None
+    assert moments.correlation(x, 1 - 2 * x) == pytest.approx(-1)
+
+
 def test_linearized_training_is_sgd_of_the_linearized_module():
     g = torch.Generator().manual_seed(1)
     x, x_test = (torch.randn(n, 5, generator=g).double() for n in (90, 30))
