@@ -408,7 +408,7 @@ def test_a_matrix_in_a_file_takes_a_quarter_of_its_size_in_memory_at_most(tmp_pa
 
 
 def test_operations_run_in_one_thread_each(threads, monkeypatch):
-    """On a busy machine threads within the many small operations wait for each other: the fit took ten times as long."""
+    """On a busy machine threads within the many small operations wait for each other: a fit took ten times as long."""
     threads(2)
     seen = []
 
