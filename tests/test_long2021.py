@@ -237,6 +237,19 @@ def test_a_seed_that_is_not_trained_yet_does_not_count_as_a_gain():
     assert change.holds()
 
 
+def test_what_is_not_reached_is_not_measured():
+    runs = [part(0, 0.5, [1, 0]), Result({"seed": 1, "status": "not reached"}, {})]
+    results = Results(SimpleNamespace(sizes=TOY), {"moment": {(SETTING, "0.3"): runs}})
+    assert " 1 moments are measured so far" in long2021.about(results)
+
+
+def test_an_undefined_error_is_no_case_against_the_conjugate_kernel():
+    one = part(0, None, [1, 0])
+    one.numbers["conjugate"] = {"test_error": 0.5}
+    results = Results(SimpleNamespace(sizes=TOY), {"moment": {(SETTING, START): [one]}})
+    assert list(sentences.conjugate(results)) == []
+
+
 def test_a_claim_says_where_it_holds():
     rises = Bound("over", 0, errors=2)
     changes = {"0.3": [Estimate(0.1, 0.01)], "0.1": [Estimate(-0.1, 0.01)]}
