@@ -237,6 +237,18 @@ def test_a_seed_that_is_not_trained_yet_does_not_count_as_a_gain():
     assert change.holds()
 
 
+def test_cosines_of_example_images_are_of_seeds_that_reached_both_moments():
+    def run(seed, cosine):
+        numbers = {"seed": seed, "status": "measured", "tangent": {"cosines": {"shift": {}, "pairs": {}}}}
+        return Result(numbers, {"tangent.cosine.raw": np.array([[cosine]])})
+
+    runs = {(SETTING, START): [run(0, 0.9), run(1, 0.1)], (SETTING, "0.3"): [run(1, 0.2)]}
+    results = Results(SimpleNamespace(sizes=TOY), {"moment": runs})
+    (case,) = figures._examples(results, SETTING.pair, SETTING, Result({"labels": ["3"]}, {}))["cases"]
+    assert case["strips"][0]["images"][0]["value"] == "0.10 → 0.20"
+    assert case["text"] == "A test image, 3. Mean over 1 seed."
+
+
 def test_what_is_not_reached_is_not_measured():
     runs = [part(0, 0.5, [1, 0]), Result({"seed": 1, "status": "not reached"}, {})]
     results = Results(SimpleNamespace(sizes=TOY), {"moment": {(SETTING, "0.3"): runs}})

@@ -156,10 +156,9 @@ def _examples(results: Results, pair: str, setting: Setting, pictured: Result) -
     """Test images with their transforms, and cosines before training and at the last loss."""
     names = probes(results, setting)
     moments = [m for m in (START, *map(str, results.work.sizes.losses)) if measured(results, setting, m)]
-    ends = [
-        np.mean([run.arrays["tangent.cosine.raw"] for run in measured(results, setting, m).values()], 0)
-        for m in (moments[0], moments[-1])
-    ]
+    runs = [measured(results, setting, m) for m in (moments[0], moments[-1])]
+    seeds = set(runs[0]) & set(runs[1])
+    ends = [np.mean([run.arrays["tangent.cosine.raw"] for s, run in one.items() if s in seeds], 0) for one in runs]
     cases = []
     for i, label in enumerate(pictured.numbers["labels"]):
         shown = [
@@ -169,7 +168,7 @@ def _examples(results: Results, pair: str, setting: Setting, pictured: Result) -
             }
             for j, name in enumerate(names)
         ]  # fmt: skip
-        text = f"A test image, {label}. Mean over {len(measured(results, setting, START))} seeds."
+        text = f"A test image, {label}. Mean over {len(seeds)} seed{'s' * (len(seeds) > 1)}."
         cases.append({
             "image": [f"pictures/{pair}", [i, 0]], "text": text,
             "strips": [{"heading": f"cosine before training → at loss {moments[-1]}", "images": shown}],
