@@ -249,6 +249,18 @@ def test_cosines_of_example_images_are_of_seeds_that_reached_both_moments():
     assert case["text"] == "A test image, 3. Mean over 1 seed."
 
 
+def test_runs_at_equal_loss_are_compared_by_their_common_seeds():
+    def run(seed, error):
+        cosines = {name: {"raw": {"mean": 0.5}} for name in (*evidence.INVARIANT, evidence.SWAP)}
+        return Result({"seed": seed, "status": "measured", "tangent": {"test_error": error, "cosines": cosines}}, {})
+
+    other = SETTING._replace(lr=0.1)
+    moments = {(SETTING, "0.3"): [run(0, 0.5), run(1, 0.2)], (other, "0.3"): [run(1, 0.1)]}
+    results = Results(SimpleNamespace(sizes=TOY), {"moment": moments})
+    (row,) = figures._comparison_section(results, [(SETTING, other)]).items[0]["rows"]
+    assert row[3:] == ["0.200 | 0.100", *["0.500 | 0.500"] * 4]
+
+
 def test_what_is_not_reached_is_not_measured():
     runs = [part(0, 0.5, [1, 0]), Result({"seed": 1, "status": "not reached"}, {})]
     results = Results(SimpleNamespace(sizes=TOY), {"moment": {(SETTING, "0.3"): runs}})

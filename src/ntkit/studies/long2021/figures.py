@@ -139,10 +139,7 @@ def kernel_table(results: Results, chosen: Sequence[Setting], columns: Mapping[s
             count = len(measured(results, setting, moment))
             if count:
                 values = (estimate(results, setting, moment, path) for path, _ in columns.values())
-                texts = [
-                    "–" if math.isnan(v.value) else f"{v.value:.{d}f}" if math.isnan(v.error) else f"{v:.{d}f}"
-                    for v, (_, d) in zip(values, columns.values(), strict=True)
-                ]
+                texts = [_cell(v, digits) for v, (_, digits) in zip(values, columns.values(), strict=True)]
                 rows.append([setting.network, "start" if moment == START else f"≤ {moment}", str(count), *texts])
     note = (
         "Margin: of the hard-margin SVM, over the features’ root mean square norm. Agreement: part of the test images "
@@ -150,6 +147,13 @@ def kernel_table(results: Results, chosen: Sequence[Setting], columns: Mapping[s
         "not centered."
     )
     return table("The kernel at each moment", ["Network", "Moment", "Seeds", *columns], rows, note, folded=True)
+
+
+def _cell(value: Estimate, digits: int) -> str:
+    """A value with its standard error, where they are known."""
+    if math.isnan(value.value):
+        return "–"
+    return f"{value.value:.{digits}f}" if math.isnan(value.error) else f"{value:.{digits}f}"
 
 
 def _examples(results: Results, pair: str, setting: Setting, pictured: Result) -> Item:
@@ -187,7 +191,7 @@ def _comparison_section(results: Results, compared: Sequence[tuple[Setting, Sett
                 texts = []
                 for path in paths:
                     values = (estimate(results, s, loss, path, seeds=seeds) for s in (one, other))
-                    texts.append(" | ".join("–" if math.isnan(v.value) else f"{v:.3f}" for v in values))
+                    texts.append(" | ".join(_cell(v, 3) for v in values))
                 what = "augmented" if other.augmented else f"learning rate {other.lr:g}"
                 rows.append([f"{one.pair}, {one.network}", what, loss, *texts])
     columns = ["Setting", "Beside 0.01, plain", "Loss", "SVM error", *INVARIANT, SWAP]
