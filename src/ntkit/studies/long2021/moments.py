@@ -100,8 +100,8 @@ def measured(
 
 def correlation(decision: Tensor, logits: Tensor) -> float | None:
     """Correlation of the machine's decisions with the network's outputs; None where one of them is constant."""
-    pair = [values.double().numpy() for values in (decision, logits)]
-    return None if any(np.ptp(values) == 0 for values in pair) else float(np.corrcoef(*pair)[0, 1])
+    one, other = decision.double().numpy(), logits.double().numpy()
+    return None if 0 in (np.ptp(one), np.ptp(other)) else float(np.corrcoef(one, other)[0, 1])
 
 
 def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tensor]:
