@@ -22,7 +22,7 @@ from ntkit.studies import long2021
 from ntkit.studies.claim import Bound, Estimate
 from ntkit.studies.long2021 import evidence, figures, long_setting, moments, sentences
 from ntkit.studies.long2021.long_setting import START, Setting
-from ntkit.studies.study import Result, Results, Sizes, official_files
+from ntkit.studies.study import Result, Results, Sizes, Work, official_files
 from ntkit.trajectory.batch_order import batch_indices
 
 TOY = Sizes(train=100, test=60, losses=(0.6, 0.3, 1e-9), epochs=30, vgg_epochs=1, seeds=2, few=1, probed=20)
@@ -112,6 +112,23 @@ def test_centered_features_are_features_minus_their_mean():
     assert torch.equal(K, K.T)
 
 
+def test_cosines_have_the_errors_of_the_probes():
+    x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    kernel = ntkit.ConjugateKernel(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double())
+    numbers = moments.cosines(kernel, x).numbers
+    transformed, different = ntkit.probes.cosines(kernel, x)
+    for name, found in [*transformed.items(), ("pairs", different)]:
+        for form in ("raw", "centered", "paper"):
+            one = getattr(found, form)
+            assert numbers[name][form] == {"mean": one.mean, "error": one.standard_error}, (name, form)
+
+
+def test_the_correlation_of_constant_outputs_is_undefined():
+    x = torch.arange(4.0)
+    assert moments.correlation(x, torch.zeros(4)) is None
+    assert moments.correlation(x, 1 - 2 * x) == pytest.approx(-1)
+
+
 def test_linearized_training_is_sgd_of_the_linearized_module():
     g = torch.Generator().manual_seed(1)
     x, x_test = (torch.randn(n, 5, generator=g).double() for n in (90, 30))
@@ -164,6 +181,23 @@ def test_augmentation_rotates_by_at_most_15_degrees():
     assert float(angle.min()) < -math.pi / 24
 
 
+def test_moments_are_the_first_recorded_steps_with_the_loss(tmp_path):
+    setting, seed = SETTING._replace(lr=0.1, augmented=True), 1
+    sizes = Sizes(train=None, test=None, losses=(0.6, 0.3, 1e-9), epochs=10, vgg_epochs=1)
+    work = Work(sizes, [seed], ["digits"], tmp_path)
+    told = long_setting.training(work, setting, seed).numbers
+    data = long_setting.examples(work, setting)
+    model = long_setting.network(setting, data.input_shape, seed)
+    run = long_setting.trained(work, setting, seed, data, model)
+    losses = {}
+    for step in run.steps:
+        run.load(model, step)
+        with torch.no_grad():
+            losses[step] = float(long_setting.logistic(model(data.x_train), data.y_train))
+    first = {str(loss): next((s for s in run.steps if losses[s] <= loss), None) for loss in sizes.losses}
+    assert told["steps"] == first
+
+
 def part(seed, error, wrong):
     numbers = {"seed": seed, "status": "measured", "tangent": {"test_error": error}}
     return Result(numbers, {"tangent.wrong": np.array(wrong, np.uint8)})
@@ -181,6 +215,63 @@ def test_differences_are_paired_by_seed_and_by_image():
     each = [-1, -0.5, 0, 0]  # mean over the two seeds, by image
     assert found.over_images == pytest.approx(np.std(each, ddof=1) / 2)
     assert found.estimate() == Estimate(found.value, found.over_images)
+
+
+def test_a_seed_that_is_not_trained_yet_does_not_count_as_a_gain():
+    images = np.zeros(1000)
+    seeds = {0: (START, 500), 1: (START, 100), 2: ("0.5", 80)}  # the poor seed 0 has no kernel after training yet
+    listed = {START: [], "0.5": []}
+    for place, (moment, count) in seeds.items():
+        wrong = images.copy()
+        wrong[:count] = 1
+        one = part(min(place, 1), count / 1000, wrong)
+        one.numbers["test_error"] = 0.1
+        listed[moment].append(one)
+    work = SimpleNamespace(sizes=Sizes(losses=(0.5,)))
+    results = Results(work, {"moment": {(SETTING, moment): runs for moment, runs in listed.items()}})
+    (claim,) = sentences.accuracy(results, SETTING, "Better")
+    assert claim.number.startswith("test error 10.00 % → 8.00 % (loss 0.5)")
+    ratio, change = claim.conditions
+    assert ratio.values == [pytest.approx(0.8)]
+    assert not ratio.holds()
+    assert change.holds()
+
+
+def test_cosines_of_example_images_are_of_seeds_that_reached_both_moments():
+    def run(seed, cosine):
+        numbers = {"seed": seed, "status": "measured", "tangent": {"cosines": {"shift": {}, "pairs": {}}}}
+        return Result(numbers, {"tangent.cosine.raw": np.array([[cosine]])})
+
+    runs = {(SETTING, START): [run(0, 0.9), run(1, 0.1)], (SETTING, "0.3"): [run(1, 0.2)]}
+    results = Results(SimpleNamespace(sizes=TOY), {"moment": runs})
+    (case,) = figures._examples(results, SETTING.pair, SETTING, Result({"labels": ["3"]}, {}))["cases"]
+    assert case["strips"][0]["images"][0]["value"] == "0.10 → 0.20"
+    assert case["text"] == "A test image, 3. Mean over 1 seed."
+
+
+def test_runs_at_equal_loss_are_compared_by_their_common_seeds():
+    def run(seed, error):
+        cosines = {name: {"raw": {"mean": 0.5}} for name in (*evidence.INVARIANT, evidence.SWAP)}
+        return Result({"seed": seed, "status": "measured", "tangent": {"test_error": error, "cosines": cosines}}, {})
+
+    other = SETTING._replace(lr=0.1)
+    moments = {(SETTING, "0.3"): [run(0, 0.5), run(1, 0.2)], (other, "0.3"): [run(1, 0.1)]}
+    results = Results(SimpleNamespace(sizes=TOY), {"moment": moments})
+    (row,) = figures._comparison_section(results, [(SETTING, other)]).items[0]["rows"]
+    assert row[3:] == ["0.200 | 0.100", *["0.500 | 0.500"] * 4]
+
+
+def test_what_is_not_reached_is_not_measured():
+    runs = [part(0, 0.5, [1, 0]), Result({"seed": 1, "status": "not reached"}, {})]
+    results = Results(SimpleNamespace(sizes=TOY), {"moment": {(SETTING, "0.3"): runs}})
+    assert " 1 moments are measured so far" in long2021.about(results)
+
+
+def test_an_undefined_error_is_no_case_against_the_conjugate_kernel():
+    one = part(0, None, [1, 0])
+    one.numbers["conjugate"] = {"test_error": 0.5}
+    results = Results(SimpleNamespace(sizes=TOY), {"moment": {(SETTING, START): [one]}})
+    assert list(sentences.conjugate(results)) == []
 
 
 def test_a_claim_says_where_it_holds():

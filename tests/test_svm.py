@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -214,6 +215,16 @@ def test_a_start_of_random_numbers_is_as_good(small_sets, seed):
     torch.testing.assert_close(other.margin_, one.margin_, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("factor", [1e-320, 1e-170, 1e170, 1e300])
+def test_the_size_of_a_start_does_not_matter(factor):
+    x, y = draw(40, 60), torch.arange(40) % 2
+    K = x @ x.T
+    svm = HardMarginSVM().fit(K, y)
+    again = HardMarginSVM().fit(K, y, start=factor * svm.alpha_)
+    assert again.status_ == "optimal"
+    assert again.margin_ == pytest.approx(svm.margin_, rel=1e-6)
+
+
 def test_a_start_for_points_that_cannot_be_separated():
     x = draw(900, 40)
     y, other = torch.sign(x[:, 0] * x[:, 1]), torch.sign(x[:, 2])
@@ -238,6 +249,14 @@ def test_a_start_for_points_that_cannot_be_separated():
 def test_refused_starts(start, message):
     with pytest.raises(Refused, match=message):
         HardMarginSVM().fit(torch.eye(6), [0, 1] * 3, start)
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1e-310, "1e-310"), (1e304, "1e+304"), (1.7e308, "inf")])
+def test_a_kernel_whose_dual_variables_float64_cannot_hold_is_refused(factor, told):
+    with pytest.raises(
+        Refused, match=f"K: got a mean diagonal of {re.escape(told)}; expected between 1e-290 and 1e290"
+    ):
+        HardMarginSVM().fit(factor * torch.eye(3, dtype=torch.float64), [0, 1, 0])
 
 
 # ---------------------------------------------------------------------- what changes nothing
@@ -293,6 +312,15 @@ def test_a_zero_row_among_many_points():
     svm = HardMarginSVM().fit(x @ x.T, y)
     assert svm.status_ == "not separable"
     assert "Point 571 has a zero feature vector" in svm.advice_
+
+
+def test_more_zero_rows_than_the_first_working_set_has_points():
+    x, y = draw(600, 700), torch.arange(600) % 2
+    x += 3.0 * (2 * y[:, None] - 1)
+    x[:200] = 0
+    svm = HardMarginSVM().fit(x @ x.T, y)
+    assert svm.status_ == "not separable"
+    assert "Point 0 has a zero feature vector" in svm.advice_
 
 
 @pytest.mark.parametrize("normed", [False, True])

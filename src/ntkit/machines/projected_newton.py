@@ -149,12 +149,13 @@ def relative_gap(total: float, energy: float, smallest: float) -> float:
 def _cholesky(Q: Tensor, free: Tensor, damping: float) -> Tensor:
     """Factorize Q over the free points, in place of its copy, plus a multiple of I.
 
-    The multiple is `damping`, relative to the trace, or more where that is not enough for rounding.
+    The multiple is `damping`, relative to the trace, or more where that is not enough for rounding. Where the trace is
+    zero (features that are zero), it is relative to 1, Q's mean diagonal over all points.
     """
     while True:
         # the transpose has the order of entries that LAPACK overwrites in place
         H = Q[free[:, None], free].T
-        H.diagonal().add_(damping * H.diagonal().sum())
+        H.diagonal().add_(damping * (H.diagonal().sum().item() or 1.0))
         lower, failed = torch.linalg.cholesky_ex(H, out=(H, torch.empty((), dtype=torch.int32, device=H.device)))
         if not failed:
             return lower

@@ -95,14 +95,12 @@ class HardMarginSVM(Machine):
         Raises
         ------
         Refused
-            When K is not square, symmetric and finite with a non-negative diagonal, or y or `start` does not fit it.
+            When K is not square, symmetric and finite with a non-negative diagonal whose mean is above 1e-290 and below
+            1e290, or y or `start` does not fit it.
         """
         gram = training_gram(K)
         labels, codes = _classes(y, len(gram))
-        diagonal = gram.diagonal()
-        scale = 1.0 / diagonal.mean().item() if diagonal.any() else 0.0
-        if not 0 < scale < float("inf"):
-            raise refusal("K", got="a zero diagonal", expected="K[i, i] > 0", fix="Check the features: all are zero.")
+        scale = _scale(gram)
         positives = [1] if len(labels) == 2 else range(len(labels))
         signs = [torch.from_numpy(np.where(codes == c, 1.0, -1.0)).to(gram.device) for c in positives]
         solutions = solve_duals(gram, signs, scale, self._tol, _start(start, len(gram), len(signs), gram.device))
@@ -155,6 +153,17 @@ class HardMarginSVM(Machine):
             raise unfitted(self)
         values = float64_product(as_test_matrix(K_test, len(self._weights), self._weights), self._weights)
         return values[:, 0] if values.shape[1] == 1 else values
+
+
+def _scale(K: Gram) -> float:
+    """What K is multiplied by to have unit mean diagonal."""
+    mean = K.diagonal().mean().item()
+    if mean == 0:
+        raise refusal("K", got="a zero diagonal", expected="K[i, i] > 0", fix="Check the features: all are zero.")
+    if not 1e-290 < mean < 1e290:  # dual variables may be 1e16 times 1 / mean, which float64 must hold
+        fix = "Multiply K by a number: that changes no prediction."
+        raise refusal("K", got=f"a mean diagonal of {mean:g}", expected="between 1e-290 and 1e290", fix=fix)
+    return 1.0 / mean
 
 
 def _start(start: Any, n: int, problems: int, device: torch.device) -> Tensor | None:

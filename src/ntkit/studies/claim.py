@@ -133,15 +133,20 @@ def _number(value: float) -> str:
 
 
 class Condition(NamedTuple):
-    """Words, values and the threshold that they must meet, which tests itself and prints itself behind the words."""
+    """Words, values and the threshold that they must meet, which tests itself and prints itself behind the words.
+
+    >>> Condition("they are", [2, 3], Bound("over", 1)).holds(), Condition("they are", [], Bound("over", 1)).holds()
+    (True, False)
+    """
 
     words: str
     values: Sequence[Estimate | float]
     threshold: Bound | Between | Within | Order
 
     def holds(self) -> bool:
-        """Whether the values meet the threshold."""
-        return self.threshold.holds([v if isinstance(v, Estimate) else Estimate(v) for v in self.values])
+        """Whether there are values, and all meet the threshold."""
+        values = [v if isinstance(v, Estimate) else Estimate(v) for v in self.values]
+        return len(values) > 0 and self.threshold.holds(values)
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,16 @@ SCALES = {
 def about(results: Results) -> str:
     """What was done, in a paragraph."""
     s = results.work.sizes
-    finished = sum(len(runs) for runs in results["moment"].values())
+    finished = sum(run.numbers["status"] == "measured" for runs in results["moment"].values() for run in runs)
     return (
         "Two classes are learned by the paper’s networks of about 100,000 parameters: four hidden ReLU layers (mlp), "
         "or two blocks of two 3 x 3 convolutions and a max-pool (vgg); Glorot-uniform weights, zero biases, one "
         f"output, logistic loss, plain SGD in batches of {BATCH}. The kernels are computed before training and at the "
         f"first recorded step (quarters of the first {EARLY} epochs, then whole ones) at which the loss over all "
         f"training examples is at most {', '.join(f'{loss:g}' for loss in s.losses)}. {finished} moments are measured "
-        "so far, each on the whole training set. ± is one standard error over seeds; where a claim tests a change, the "
-        "larger one of that over seeds and that over test images (paired)."
+        "so far, those of the paper’s networks on two classes on the whole training set. ± is one standard error over "
+        "seeds; where a claim tests a change, the larger one of that over seeds and that over test images (paired), "
+        "unless it says otherwise."
     )
 
 
@@ -46,8 +47,9 @@ def departures(results: Results) -> list[str]:
         "The paper trains to one target of the training loss; here every run passes the same targets, so that learning "
         "rates are compared at equal loss and each number is a curve.",
         "The SVM is solved exactly, with a certificate, instead of by a first-order method under a time limit.",
-        "Cosines are exact; those with 1e-4 added to each norm, as in the paper’s code, are in results.json (“paper”). "
-        "Centered cosines, the cosine of different images, patch shuffles and centered features are not in the paper.",
+        "Cosines are exact; those with 1e-4 added to each norm, as in the paper’s code, are in the files of the folder "
+        "parts (“paper”). Centered cosines, the cosine of different images, patch shuffles and centered features are "
+        "not in the paper.",
         "Layers, the time along training, agreement of machine and network, ten classes, residual networks and "
         "transformers are not in the paper.",
         "The paper’s pairs of CIFAR-10 classes are not stated in the sources at hand; cat/dog and airplane/automobile "

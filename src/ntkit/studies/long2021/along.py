@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.studies.long2021.long_setting import (
@@ -19,7 +17,7 @@ from ntkit.studies.long2021.long_setting import (
     sample,
     trained,
 )
-from ntkit.studies.long2021.moments import quality
+from ntkit.studies.long2021.moments import correlation, quality
 from ntkit.studies.study import Result, StudyPart, Work, device
 from ntkit.trajectory.batch_order import steps_per_epoch
 
@@ -44,14 +42,13 @@ def along(work: Work, setting: Setting, seed: int) -> Result:
         logits, logits_test = (raw_outputs(model, part)[:, 0].cpu() for part in (x, x_test))
         kernel = TangentKernel(model, outputs="trace")
         entry, decision = quality(kernel(x).cpu(), kernel(x_test, x).cpu(), data)
-        correlation = float(np.corrcoef(decision.numpy(), logits_test.double().numpy())[0, 1])
         rows.append({
             "step": step,
             "epochs": step / steps_per_epoch(len(whole.x_train), BATCH),
             "loss": float(logistic(logits[:, None], data.y_train)),
             "network_error": float((logits_test > 0).long().ne(data.y_test).double().mean()),
             "agreement": float((decision > 0).eq(logits_test > 0).double().mean()),
-            "correlation": correlation if np.isfinite(correlation) else None,
+            "correlation": correlation(decision, logits_test),
             **{name: entry[name] for name in KEPT},
         })  # fmt: skip
     return Result({"seed": seed, "steps": rows}, {})

@@ -172,8 +172,8 @@ def _along_section(results: Results, chosen: Sequence[Setting]) -> Section:
     text = (
         "Machines with the kernel of one recorded step after the other, each step at least "
         f"{sizes.ratio:g} times the one before, on {sizes.kernel_train:,} of the training images and "
-        f"{sizes.kernel_test:,} test images at most; the network is trained on all of them. Mean over the seeds that "
-        "reached a step."
+        f"{sizes.kernel_test:,} test images at most; the network is trained on all of them. Mean over seeds, at the "
+        "steps that all of them reached."
     )
     errors = [(f"{s.pair}, {s.network}", _along_curves(results, s, ALONG, "epochs", 100)) for s in chosen]
     machine = {"test_error": ALONG["test_error"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,9 +66,22 @@ def number(result: Result, path: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def estimate(results: Results, setting: Setting, moment: str, path: str, experiment: str = "moment") -> Estimate:
-    """Mean of a number over seeds with its standard error."""
-    return mean_of([number(run, path) for run in measured(results, setting, moment, experiment).values()])
+def estimate(
+    results: Results,
+    setting: Setting,
+    moment: str,
+    path: str,
+    experiment: str = "moment",
+    seeds: Collection[int] | None = None,
+) -> Estimate:
+    """Mean of a number over seeds, or over these alone, with its standard error."""
+    runs = measured(results, setting, moment, experiment)
+    return mean_of([number(run, path) for seed, run in runs.items() if seeds is None or seed in seeds])
+
+
+def common_seeds(results: Results, *moments: tuple[Setting, str], experiment: str = "moment") -> set[int]:
+    """The seeds of all these moments: numbers that are set beside one another are of the same runs."""
+    return set.intersection(*(set(measured(results, *moment, experiment)) for moment in moments))
 
 
 def mean_of(values: Sequence[float]) -> Estimate:

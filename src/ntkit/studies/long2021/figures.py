@@ -13,6 +13,7 @@ from ntkit.studies.claim import Estimate
 from ntkit.studies.long2021.evidence import (
     INVARIANT,
     SWAP,
+    common_seeds,
     estimate,
     main_settings,
     measured,
@@ -143,10 +144,7 @@ def kernel_table(results: Results, chosen: Sequence[Setting], columns: Mapping[s
             count = len(measured(results, setting, moment))
             if count:
                 values = (estimate(results, setting, moment, path) for path, _ in columns.values())
-                texts = [
-                    "–" if math.isnan(v.value) else f"{v.value:.{d}f}" if math.isnan(v.error) else f"{v:.{d}f}"
-                    for v, (_, d) in zip(values, columns.values(), strict=True)
-                ]
+                texts = [_cell(v, digits) for v, (_, digits) in zip(values, columns.values(), strict=True)]
                 rows.append([setting.network, "start" if moment == START else f"≤ {moment}", str(count), *texts])
     note = (
         "Margin: of the hard-margin SVM, over the features’ root mean square norm. Agreement: part of the test images "
@@ -156,14 +154,20 @@ def kernel_table(results: Results, chosen: Sequence[Setting], columns: Mapping[s
     return table("The kernel at each moment", ["Network", "Moment", "Seeds", *columns], rows, note, folded=True)
 
 
+def _cell(value: Estimate, digits: int) -> str:
+    """A value with its standard error, where they are known."""
+    if math.isnan(value.value):
+        return "–"
+    return f"{value.value:.{digits}f}" if math.isnan(value.error) else f"{value:.{digits}f}"
+
+
 def _examples(results: Results, pair: str, setting: Setting, pictured: Result) -> Item:
     """Test images with their transforms, and cosines before training and at the last loss."""
     names = probes(results, setting)
     moments = [m for m in (START, *map(str, results.work.sizes.losses)) if measured(results, setting, m)]
-    ends = [
-        np.mean([run.arrays["tangent.cosine.raw"] for run in measured(results, setting, m).values()], 0)
-        for m in (moments[0], moments[-1])
-    ]
+    runs = [measured(results, setting, m) for m in (moments[0], moments[-1])]
+    seeds = set(runs[0]) & set(runs[1])
+    ends = [np.mean([run.arrays["tangent.cosine.raw"] for s, run in one.items() if s in seeds], 0) for one in runs]
     cases = []
     for i, label in enumerate(pictured.numbers["labels"]):
         shown = [
@@ -173,7 +177,7 @@ def _examples(results: Results, pair: str, setting: Setting, pictured: Result) -
             }
             for j, name in enumerate(names)
         ]  # fmt: skip
-        text = f"A test image, {label}. Mean over {len(measured(results, setting, START))} seeds."
+        text = f"A test image, {label}. Mean over {len(seeds)} seed{'s' * (len(seeds) > 1)}."
         cases.append({
             "image": [f"pictures/{pair}", [i, 0]], "text": text,
             "strips": [{"heading": f"cosine before training → at loss {moments[-1]}", "images": shown}],
@@ -188,14 +192,15 @@ def _comparison_section(results: Results, compared: Sequence[tuple[Setting, Sett
     for one, other in compared:
         for loss in map(str, results.work.sizes.losses):
             if measured(results, one, loss) and measured(results, other, loss):
+                seeds = common_seeds(results, (one, loss), (other, loss))
                 texts = []
                 for path in paths:
-                    values = (estimate(results, s, loss, path) for s in (one, other))
-                    texts.append(" | ".join("–" if math.isnan(v.value) else f"{v:.3f}" for v in values))
+                    values = (estimate(results, s, loss, path, seeds=seeds) for s in (one, other))
+                    texts.append(" | ".join(_cell(v, 3) for v in values))
                 what = "augmented" if other.augmented else f"learning rate {other.lr:g}"
                 rows.append([f"{one.pair}, {one.network}", what, loss, *texts])
     columns = ["Setting", "Beside 0.01, plain", "Loss", "SVM error", *INVARIANT, SWAP]
-    note = "In each cell: learning rate 0.01 without augmentation | the other run, at the same training loss."
+    note = "In each cell: learning rate 0.01 without augmentation | the other run; same training loss, same seeds."
     return Section(
         "Learning rate and augmentation at equal loss", "Equal loss",
         "Each run is stopped at the same training losses, so that kernels are compared at equal loss.",

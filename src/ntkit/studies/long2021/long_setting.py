@@ -33,7 +33,6 @@ SECOND = "CIFAR-10 airplane/automobile"
 TEN = {"digits ten classes": "digits", "MNIST ten classes": "mnist", "CIFAR-10 ten classes": "cifar10"}
 ADDED = ("residual", "transformer")  # networks that are not in the paper
 EARLY = 8  # epochs whose quarters are recorded, later ones whole
-NEAR = 1.5  # the loss over all examples is computed once that over the latest batches is within this factor
 
 
 class Setting(NamedTuple):
@@ -219,13 +218,11 @@ def training(work: Work, setting: Setting, seed: int) -> Result:
     model, of_outputs = network(setting, data.input_shape, seed), training_loss(setting)
     run = trained(work, setting, seed, data, model)
     steps, epoch = dict.fromkeys(map(str, work.sizes.losses)), steps_per_epoch(len(data.x_train), BATCH)
-    curve, wanted, batches = [], sorted(work.sizes.losses, reverse=True), run.losses
+    curve, wanted = [], sorted(work.sizes.losses, reverse=True)
+    # at every step: the losses of batches, which lag behind and may be of augmented images, would pass some over
     for step in run.steps:
         if not wanted:
             break
-        recent = float(batches[max(0, step - epoch // 4) : step].mean()) if step else float(batches[0])
-        if recent > NEAR * wanted[0] and step not in (0, run.steps[-1]):
-            continue
         run.load(model, step)
         loss = float(of_outputs(raw_outputs(model, data.x_train.to(device())).cpu(), data.y_train))
         curve.append([step, loss])

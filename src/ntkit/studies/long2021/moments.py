@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines.machine_input import solve
 from ntkit.machines.svm import HardMarginSVM
 from ntkit.measures.spectra import alignment, effective_rank
+from ntkit.probes.similarity import Invariance
 from ntkit.studies.long2021.long_setting import (
     BATCH,
     START,
@@ -88,7 +90,7 @@ def measured(
     for name, kernel, train, test in (("tangent", tangent, K, K_test), ("conjugate", conjugate, other, other_test)):
         entry, decision = quality(train, test, data)
         entry |= {"agreement": float(((decision > 0) == (logits_test > 0)).double().mean())}
-        entry["correlation"] = float(np.corrcoef(decision.numpy(), logits_test.double().numpy())[0, 1])
+        entry["correlation"] = correlation(decision, logits_test)
         arrays[f"{name}.wrong"] = ((decision > 0).long() != data.y_test).numpy().astype(np.uint8)
         centered, decision = quality(*features_centered(train, test), data)
         arrays[f"{name} centered.wrong"] = ((decision > 0).long() != data.y_test).numpy().astype(np.uint8)
@@ -96,6 +98,12 @@ def measured(
         numbers[name] = entry | {"cosines": cosine.numbers}
         arrays |= {f"{name}.cosine.{key}": value for key, value in cosine.arrays.items()}
     return numbers, arrays, (K, K_test)
+
+
+def correlation(decision: Tensor, logits: Tensor) -> float | None:
+    """Correlation of the machine's decisions with the network's outputs; None where one of them is constant."""
+    one, other = decision.double().numpy(), logits.double().numpy()
+    return None if 0 in (np.ptp(one), np.ptp(other)) else float(np.corrcoef(one, other)[0, 1])
 
 
 def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tensor]:
@@ -149,7 +157,7 @@ def cosines(kernel: Kernel, x: Tensor) -> Result:
     """
     transformed, different = probes.cosines(kernel, x)
     numbers = {
-        name: {form: _mean(getattr(found, form).per_sample) for form in ("raw", "paper", "centered")}
+        name: {form: _mean(getattr(found, form)) for form in ("raw", "paper", "centered")}
         for name, found in [*transformed.items(), ("pairs", different)]
     }
     arrays = {
@@ -159,12 +167,11 @@ def cosines(kernel: Kernel, x: Tensor) -> Result:
     return Result(numbers, arrays)
 
 
-def _mean(values: Tensor) -> dict[str, float | None]:
+def _mean(found: Invariance) -> dict[str, float | None]:
     """Mean and standard error over the images where the cosine is defined."""
-    kept = values[~values.isnan()]
-    if len(kept) < 2:
+    if len(found.per_sample) - found.undefined < 2:
         return {"mean": None, "error": None}
-    return {"mean": float(kept.mean()), "error": float(kept.std() / len(kept) ** 0.5)}
+    return {"mean": found.mean, "error": None if math.isnan(found.standard_error) else found.standard_error}
 
 
 def linearized(
