@@ -432,3 +432,22 @@ def test_values_do_not_depend_on_the_number_of_workers(threads):
         found.append(HardMarginSVM().fit(phi @ phi.T, torch.arange(700) % 4).alpha_)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("seed", [2034, 5228, 7213])
+def test_the_gap_is_that_of_exact_sums(seed):
+    """Points of sizes from 1e-2 to 1e2 in seven dimensions with noise: the margins lose digits to cancellation."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(22, 7, generator=g, dtype=torch.float64)
+    x = x * 10 ** (4 * torch.rand(22, 1, generator=g, dtype=torch.float64) - 2)
+    K = x @ x.T
+    K = K + 1e-12 * K.abs().max() * torch.randn(22, 22, generator=g, dtype=torch.float64)
+    K = (K + K.T) / 2
+    y = np.where(torch.rand(22, generator=g).numpy() < 0.5, 1, -1)
+    svm = HardMarginSVM().fit(K, y)
+    exact, weights = K.numpy().astype(np.longdouble), (svm.alpha_.numpy() * y).astype(np.longdouble)
+    margins, energy = y * (exact @ weights), weights @ exact @ weights
+    gap = float(1 - (np.abs(weights).sum() * margins.min() / energy) ** 2)
+    assert svm.gap_ < 1
+    assert gap <= svm.gap_
+    assert (svm.status_ == "optimal") is (svm.gap_ <= 1e-6)

@@ -15,7 +15,7 @@ from ntkit.studies.study import Results, Sizes, Study
 SCALES = {
     "quick": Sizes(
         train=2_000, test=500,  # images of two classes at most; None: all
-        losses=(0.6, 0.3, 0.1, 0.03), epochs=60, vgg_epochs=8,  # targets of the training loss; most epochs
+        losses=(0.6, 0.3, 0.1, 0.03), epochs=60, vgg_epochs=12,  # targets of the training loss; most epochs
         seeds=2, few=1, probed=50,  # seeds of the main setting and of the others; test images that are transformed
     ),
     "paper": Sizes(

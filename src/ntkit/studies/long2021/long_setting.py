@@ -32,6 +32,7 @@ PAIRS: dict[str, tuple[str, tuple[str | int, str | int]]] = {
 SECOND = "CIFAR-10 airplane/automobile"
 TEN = {"digits ten classes": "digits", "MNIST ten classes": "mnist", "CIFAR-10 ten classes": "cifar10"}
 ADDED = ("residual", "transformer")  # networks that are not in the paper
+QUICK_VGG = 1_000  # training images of the VGG-like network at the scale quick, whose kernels take longest
 EARLY = 8  # epochs whose quarters are recorded, later ones whole
 
 
@@ -106,10 +107,12 @@ def images(work: Work, pair: str) -> Data:
 def examples(work: Work, setting: Setting) -> Data:
     """What a setting learns: a pair of classes; or, where the paper has no such setting, a sample of a pair or of all.
 
-    Pixels in [0, 1].
+    Pixels in [0, 1]. At the scale quick the VGG-like network has fewer images.
     """
     if not setting.added:
-        return images(work, setting.pair)
+        whole = images(work, setting.pair)
+        small = setting.network == "vgg" and work.sizes.train is not None
+        return sample(whole, QUICK_VGG, len(whole.x_test)) if small else whole
     name, classes = (TEN[setting.pair], None) if setting.pair in TEN else PAIRS[setting.pair]
     return sample(load(name, work.folder_of(name), classes=classes), extent(work).train, extent(work).test)
 
