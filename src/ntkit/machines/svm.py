@@ -38,7 +38,8 @@ class HardMarginSVM(Machine):
     margin_ : 1 / sqrt((a y)^T K (a y)), in units of the feature norm; [C] one-vs-rest; 0 where not separable.
         No separator has a larger margin; this one attains ``margin_ * sqrt(1 - gap_)``.
     gap_ : relative duality gap (P - D) / P over all points with K as given (if K is asymmetric by rounding: its
-        symmetric part), the primal P being that of w rescaled to smallest functional margin 1. The worst class.
+        symmetric part), the primal P being that of w rescaled to smallest functional margin 1. The margins count less
+        the rounding of their sums: at 2e-5 of the feature norm and less that alone is a gap of 1e-6. The worst class.
     kkt_ : largest violation of y_i <w, phi_i> >= 1 and of a_i (y_i <w, phi_i> - 1) = 0, a relative to its largest.
     support_ : indices with alpha > 0; one-vs-rest: a list, one per class.
     status_ : "optimal" (gap_ <= tol) | "not separable" (to the precision of K) | "inaccurate". The worst class.
