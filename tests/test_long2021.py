@@ -219,22 +219,28 @@ def test_differences_are_paired_by_seed_and_by_image():
 
 def test_a_seed_that_is_not_trained_yet_does_not_count_as_a_gain():
     images = np.zeros(1000)
-    seeds = {0: (START, 500), 1: (START, 100), 2: ("0.5", 80)}  # the poor seed 0 has no kernel after training yet
+    # the poor seed 0 has no kernel after training yet
+    seeds = [(0, START, 500), (1, START, 100), (2, START, 100), (1, "0.5", 80), (2, "0.5", 80)]
     listed = {START: [], "0.5": []}
-    for place, (moment, count) in seeds.items():
+    for seed, moment, count in seeds:
         wrong = images.copy()
         wrong[:count] = 1
-        one = part(min(place, 1), count / 1000, wrong)
+        one = part(seed, count / 1000, wrong)
         one.numbers["test_error"] = 0.1
         listed[moment].append(one)
     work = SimpleNamespace(sizes=Sizes(losses=(0.5,)))
     results = Results(work, {"moment": {(SETTING, moment): runs for moment, runs in listed.items()}})
     (claim,) = sentences.accuracy(results, SETTING, "Better")
-    assert claim.number.startswith("test error 10.00 % → 8.00 % (loss 0.5)")
+    assert claim.number.startswith("test error 10.00 ± 0.00 % → 8.00 ± 0.00 % (loss 0.5)")
     ratio, change = claim.conditions
     assert ratio.values == [pytest.approx(0.8)]
     assert not ratio.holds()
     assert change.holds()
+    for runs in results.by_experiment["moment"].values():
+        runs.pop()
+    (claim,) = sentences.accuracy(results, SETTING, "Better")
+    assert not claim.conditions  # one seed left
+    assert "not judged" in claim.note
 
 
 def test_cosines_of_example_images_are_of_seeds_that_reached_both_moments():
@@ -289,3 +295,33 @@ def test_official_files_in_one_folder_or_in_two(shared_data):
 def test_a_folder_without_official_files_is_refused(tmp_path):
     with pytest.raises(Refused, match="train-images"):
         official_files(("mnist", "cifar10"), tmp_path)
+
+
+def test_ridge_in_place_of_a_machine_that_nothing_separates():
+    """Two features and a constant a hundred times as large: centered in float32, K is not positive to its rounding."""
+    g = torch.Generator().manual_seed(0)
+    x, x_test = (torch.cat([torch.randn(n, 2, generator=g), torch.full((n, 1), 1e2)], 1) for n in (300, 100))
+    y, y_test = (torch.randint(0, 2, (n,), generator=g) for n in (300, 100))
+    data = from_tensors((x, y), (x_test, y_test))
+    K, K_test = moments.features_centered(x @ x.T, x_test @ x.T)
+    entry, decision = moments.quality((K + K.T) / 2, K_test, data)
+    assert entry["status"] in ("not separable", "inaccurate")
+    if entry["test_error"] is None:
+        assert decision.isnan().all()
+        assert "singular" in entry["machine"]
+    else:
+        assert "solved" in entry["machine"]
+        assert entry["test_error"] == ((decision > 0).long() != y_test).double().mean().item()
+    phi = x[:, :2].double() - x[:, :2].double().mean(0)
+    entry, decision = moments.quality(phi @ phi.T, (x_test[:, :2] - x[:, :2].mean(0)).double() @ phi.T, data)
+    ridge = 1e-4 * float((phi @ phi.T).diagonal().mean())
+    w = torch.linalg.solve(phi.T @ phi + ridge * torch.eye(2).double(), phi.T @ (2.0 * y.double() - 1))
+    expected = (x_test[:, :2] - x[:, :2].mean(0)).double() @ w
+    assert torch.allclose(decision, expected, atol=1e-6)
+    assert entry["machine"].startswith("ridge 0.0001, solved")
+
+
+def test_what_says_nothing_has_no_correlation():
+    assert moments.correlation(torch.full((4,), torch.nan), torch.arange(4.0)) is None
+    assert moments.correlation(torch.ones(4), torch.arange(4.0)) is None
+    assert moments.correlation(torch.arange(4.0), torch.arange(4.0)) == pytest.approx(1)

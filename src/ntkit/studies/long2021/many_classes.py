@@ -18,9 +18,10 @@ from ntkit.machines.ridge import KernelRidge
 from ntkit.machines.svm import HardMarginSVM
 from ntkit.measures.spectra import alignment, effective_rank
 from ntkit.studies.long2021.long_setting import Setting, at_loss, examples, extent
-from ntkit.studies.long2021.moments import RIDGE, cosines, moment_part
+from ntkit.studies.long2021.moments import cosines, moment_part
 from ntkit.studies.study import Result, StudyPart, Work, device
 
+SOFT = 1e-4  # of the kernel's mean diagonal: the ridge of squared hinge loss
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # of the kernel's mean diagonal; the one of least leave-one-out error is taken
 
 
@@ -106,10 +107,10 @@ def _mean(kept: Tensor) -> float:
 def machines(K: Tensor, y: Tensor) -> tuple[HardMarginSVM, HardMarginSVM]:
     """The hard-margin SVM, and the machine to use: the same, or that of K + ridge I where nothing separates."""
     svm = HardMarginSVM().fit(K, y)
-    if svm.status_ != "not separable":
+    if svm.gap_ < 1:
         return svm, svm
     soft = K.clone()
-    soft.diagonal().add_(RIDGE * float(Gram(K).diagonal().mean()))
+    soft.diagonal().add_(SOFT * float(Gram(K).diagonal().mean()))
     return svm, HardMarginSVM().fit(soft, y)
 
 

@@ -36,7 +36,7 @@ from ntkit.studies.long2021.long_setting import (
 from ntkit.studies.study import Result, StudyPart, Work, device
 from ntkit.trajectory.batch_order import batch_indices, steps_per_epoch
 
-RIDGE = 1e-4  # of the kernel's mean diagonal
+RIDGES = (1e-4, 1e-3, 1e-2)  # of the kernel's mean diagonal
 
 
 def parts(work: Work) -> Iterator[StudyPart]:
@@ -89,7 +89,8 @@ def measured(
     numbers["tangent_conjugate_alignment"] = defined(alignment, Gram(K), Gram(other))
     for name, kernel, train, test in (("tangent", tangent, K, K_test), ("conjugate", conjugate, other, other_test)):
         entry, decision = quality(train, test, data)
-        entry |= {"agreement": float(((decision > 0) == (logits_test > 0)).double().mean())}
+        agreement = float(((decision > 0) == (logits_test > 0)).double().mean())
+        entry["agreement"] = None if decision.isnan().any() else agreement
         entry["correlation"] = correlation(decision, logits_test)
         arrays[f"{name}.wrong"] = ((decision > 0).long() != data.y_test).numpy().astype(np.uint8)
         centered, decision = quality(*features_centered(train, test), data)
@@ -101,9 +102,10 @@ def measured(
 
 
 def correlation(decision: Tensor, logits: Tensor) -> float | None:
-    """Correlation of the machine's decisions with the network's outputs; None where one of them is constant."""
+    """Correlation of the machine's decisions with the network's outputs; None where one of them says nothing."""
     one, other = decision.double().numpy(), logits.double().numpy()
-    return None if 0 in (np.ptp(one), np.ptp(other)) else float(np.corrcoef(one, other)[0, 1])
+    said = np.ptp(one) > 0 and np.ptp(other) > 0  # neither constant nor NaN
+    return float(np.corrcoef(one, other)[0, 1]) if said else None
 
 
 def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tensor]:
@@ -115,17 +117,16 @@ def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tens
     gram, targets = Gram(K), 2.0 * data.y_train.double() - 1
     scale = float(gram.diagonal().mean()) ** 0.5
     svm, machine = HardMarginSVM().fit(gram, data.y_train), "hard margin"
-    if svm.status_ == "not separable":
-        ridge = solve(gram, RIDGE * scale**2, targets[:, None], "ridge")
-        decision = float64_product(K_test, ridge.alpha[:, 0])
-        machine = f"ridge, {ridge.status}, residual {ridge.residual:.0e}"
+    if not svm.gap_ < 1:  # no separator was found: not separable, or K has negative eigenvalues by rounding
+        machine, weights = _ridge(gram, targets, scale)
+        decision = float64_product(K_test, weights)
     else:
         decision = torch.as_tensor(svm.decision_function(K_test)).double()
     entry = {
         "status": svm.status_,
         "machine": machine,
         "gap": float(svm.gap_) if np.isfinite(svm.gap_) else None,
-        "test_error": float(((decision > 0).long() != data.y_test).double().mean()),
+        "test_error": None if decision.isnan().any() else float(((decision > 0).long() != data.y_test).double().mean()),
         "margin": float(svm.margin_) / scale,  # 0 where not separable; of the features' root mean square norm
         "support": len(svm.support_),
         "scale": scale,
@@ -134,6 +135,15 @@ def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tens
         "effective_rank": defined(effective_rank, gram),
     }
     return entry, decision
+
+
+def _ridge(gram: Gram, targets: Tensor, scale: float) -> tuple[str, Tensor]:
+    """Ridge regression with the smallest of `RIDGES` above the rounding of K: its name with the residual, weights."""
+    for share in RIDGES:
+        found = solve(gram, share * scale**2, targets[:, None], "ridge")
+        if found.status == "solved":
+            break
+    return f"ridge {share:g}, {found.status}, residual {found.residual:.0e}", found.alpha[:, 0]
 
 
 def features_centered(K: Tensor, K_test: Tensor) -> tuple[Tensor, Tensor]:
