@@ -142,8 +142,8 @@ def _ridge(gram: Gram, targets: Tensor, scale: float) -> tuple[str, Tensor]:
     for share in RIDGES:
         found = solve(gram, share * scale**2, targets[:, None], "ridge")
         if found.status == "solved":
-            break
-    return f"ridge {share:g}, {found.status}, residual {found.residual:.0e}", found.alpha[:, 0]
+            return f"ridge {share:g}, solved, residual {found.residual:.0e}", found.alpha[:, 0]
+    return f"ridge {RIDGES[-1]:g}, singular", torch.full_like(targets, torch.nan)
 
 
 def features_centered(K: Tensor, K_test: Tensor) -> tuple[Tensor, Tensor]:
