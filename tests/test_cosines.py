@@ -232,7 +232,11 @@ def test_the_studys_numbers():
             assert told["error"] == pytest.approx(float(rows[-1].std() / n**0.5), abs=1e-9)
         alike = (values[:n, :n] / (norms[:n, None] * norms[:n])).fill_diagonal_(0).sum(1) / (n - 1)
         assert found.numbers["pairs"][form]["mean"] == pytest.approx(float(alike.mean()), abs=1e-9)
-        assert found.numbers["pairs"][form]["error"] == pytest.approx(float(alike.std() / n**0.5), abs=1e-9)
+        cosine = values[:n, :n] / (norms[:n, None] * norms[:n])
+        kept = [[i for i in range(n) if i != out] for out in range(n)]
+        without = torch.stack([cosine[k][:, k][~torch.eye(n - 1, dtype=torch.bool)].mean() for k in kept])
+        jackknife = ((n - 1) / n * ((without - without.mean()) ** 2).sum()) ** 0.5
+        assert found.numbers["pairs"][form]["error"] == pytest.approx(float(jackknife), abs=1e-9)
         if form != "paper":
             assert found.arrays[form] == pytest.approx(torch.stack(rows).numpy(), abs=1e-6)  # kept in float32
             assert found.arrays[form].dtype == np.float32

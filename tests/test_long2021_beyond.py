@@ -29,8 +29,8 @@ from ntkit.studies.long2021.long_setting import (
     sample,
     training_part,
 )
-from ntkit.studies.long2021.many_classes import RIDGES, chosen_ridge, of_classes
-from ntkit.studies.long2021.moments import RIDGE, moment_part
+from ntkit.studies.long2021.many_classes import RIDGES, SOFT, chosen_ridge, of_classes
+from ntkit.studies.long2021.moments import moment_part
 from ntkit.studies.study import Sizes, Work
 from ntkit.testing import assert_equal, check_kernel
 
@@ -119,7 +119,7 @@ def test_classes_that_nothing_separates_get_machines_with_squared_hinge_loss():
     K, K_test = K[rows][:, rows], K_test[:, rows]
     entry, predicted = of_classes(K, K_test, data)
     assert entry["status"] == "not separable"
-    soft = K + RIDGE * K.diagonal().mean() * torch.eye(len(K), dtype=K.dtype)
+    soft = K + SOFT * K.diagonal().mean() * torch.eye(len(K), dtype=K.dtype)
     assert torch.equal(predicted, HardMarginSVM().fit(soft, data.y_train).predict(K_test))
     assert entry["machine"].startswith("squared hinge, optimal")
     assert entry["margin"] == 0
