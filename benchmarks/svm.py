@@ -75,7 +75,7 @@ def extra_memory(work: Callable[[], Any]) -> float | None:
     if not STATUS.exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)  # memory freed before is no longer ours
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
     read = lambda key: next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(key))
     before = read("VmRSS")
     work()

@@ -286,7 +286,7 @@ def zeros(file: Path, files: list[Path], draw: random.Random) -> None:
     file.write_bytes(blob)
 
 
-PAGES = (".html", ".md")  # what a person reads: made again from the results, read by no program
+PAGES = (".html", ".md")  # for people: written again from the results, and no program reads them
 
 
 def another(file: Path, files: list[Path], draw: random.Random) -> None:

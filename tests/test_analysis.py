@@ -179,7 +179,7 @@ def test_stopped_between_any_two_files_the_run_ends_the_same(whole, tmp_path, st
 
 
 def test_the_kernel_against_the_loss_is_resumed_like_the_other_stages(tmp_path, monkeypatch):
-    """So small a run leaves it out (see `whole`): here it is told that it is cheap."""
+    """A run as small as `whole` leaves this stage out; here its cost is replaced by a low one."""
     import ntkit.commands.against_loss as against
     import ntkit.commands.analyze as analysis
 

@@ -321,7 +321,7 @@ def test_ridge_in_place_of_a_machine_that_nothing_separates():
     assert entry["machine"].startswith("ridge 0.0001, solved")
 
 
-def test_what_says_nothing_has_no_correlation():
+def test_no_correlation_with_a_constant_or_nan():
     assert moments.correlation(torch.full((4,), torch.nan), torch.arange(4.0)) is None
     assert moments.correlation(torch.ones(4), torch.arange(4.0)) is None
     assert moments.correlation(torch.arange(4.0), torch.arange(4.0)) == pytest.approx(1)

@@ -52,7 +52,7 @@ def study(
     Parameters
     ----------
     name : "jacot2018", "kopitkov2019", "long2021" or "bell2023".
-    scale : "quick" (minutes on two cores) or "paper" (the paper's own sizes: days, for a GPU).
+    scale : "quick" (minutes on two cores) or "paper" (the paper's own sizes: hours to days).
     out : run folder, runs/NAME-SCALE by default. A study that was stopped is resumed there.
     say : called with a line before each experiment.
     data_dir : folder with the official files of MNIST (or with a folder ``mnist`` of them); the study then includes its

@@ -84,6 +84,32 @@ def along(results: Results) -> Iterator[Claim]:
         )
 
 
+def linearized(results: Results) -> Iterator[Claim]:
+    """The network beside its linearization at the start, trained by the same SGD to the same losses."""
+    for setting in main_settings(results):
+        runs = measured(results, setting, START)
+        texts = []
+        for loss in losses(results, setting):
+            errors = {
+                seed: entry["test_error"]
+                for seed, run in runs.items()
+                for entry in run.numbers.get("linearized", [])
+                if str(entry["loss"]) == loss
+            }
+            seeds = set(errors) & set(measured(results, setting, loss))
+            if seeds:
+                network = estimate(results, setting, loss, "test_error", seeds=seeds)
+                of_seeds = mean_of([errors[seed] for seed in sorted(seeds)])
+                texts.append(f"{loss}: {percent(of_seeds)} against {percent(network)}")
+        if texts:
+            yield Claim(
+                f"Not in the paper: the network linearized before training, beside the network at equal loss: "
+                f"{setting.pair}, {setting.network}",
+                f"test error by loss: {'; '.join(texts)}",
+                note=f"the same SGD on the same batches, at most {results.work.sizes.epochs} epochs",
+            )
+
+
 def gained(rows: Sequence[dict[str, float]]) -> dict[str, float] | None:
     """The first row at which the error has fallen by `MOST` of its fall from the first row to the last one."""
     first, last = rows[0]["test_error"], rows[-1]["test_error"]
@@ -146,4 +172,4 @@ def added(results: Results) -> Iterator[Claim]:
             )
 
 
-CLAIMS: Sequence[Callable[[Results], Iterator[Claim]]] = (layers, along, agreement, added)
+CLAIMS: Sequence[Callable[[Results], Iterator[Claim]]] = (layers, along, linearized, agreement, added)

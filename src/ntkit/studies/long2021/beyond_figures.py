@@ -267,7 +267,8 @@ def _agreement_section(results: Results, layered: Sequence[Setting]) -> Section:
         })  # fmt: skip
     return Section(
         "Does the machine decide as the network?", "Agreement",
-        "The kernel is the network’s, but the machine is trained anew: nothing forces the two to agree.", items, arrays,
+        "The kernel is the network’s, but the machine is fitted to the labels, not to the network: nothing forces the "
+        "two to agree.", items, arrays,
     )  # fmt: skip
 
 

@@ -102,10 +102,10 @@ def measured(
 
 
 def correlation(decision: Tensor, logits: Tensor) -> float | None:
-    """Correlation of the machine's decisions with the network's outputs; None where one of them says nothing."""
+    """Correlation of the machine's decisions with the network's outputs; None where one of them is constant or NaN."""
     one, other = decision.double().numpy(), logits.double().numpy()
-    said = np.ptp(one) > 0 and np.ptp(other) > 0  # neither constant nor NaN
-    return float(np.corrcoef(one, other)[0, 1]) if said else None
+    varied = np.ptp(one) > 0 and np.ptp(other) > 0  # False for NaN
+    return float(np.corrcoef(one, other)[0, 1]) if varied else None
 
 
 def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tensor]:
