@@ -15,7 +15,7 @@ from ntkit import ConjugateKernel, HardMarginSVM, KernelRidge, TangentKernel
 from ntkit.data import from_tensors, load
 from ntkit.gram.gram_matrix import Gram
 from ntkit.jacobian.oracle import tangent_kernel
-from ntkit.studies.long2021 import STUDY, beyond, long_setting
+from ntkit.studies.long2021 import STUDY, beyond, beyond_claims, long_setting
 from ntkit.studies.long2021.along import spaced
 from ntkit.studies.long2021.beyond_claims import gained
 from ntkit.studies.long2021.by_layer import by_layer, layer_part, total
@@ -31,7 +31,7 @@ from ntkit.studies.long2021.long_setting import (
 )
 from ntkit.studies.long2021.many_classes import RIDGES, SOFT, chosen_ridge, of_classes
 from ntkit.studies.long2021.moments import moment_part
-from ntkit.studies.study import Sizes, Work
+from ntkit.studies.study import Result, Results, Sizes, Work
 from ntkit.testing import assert_equal, check_kernel
 
 TOY = Sizes(train=60, test=40, losses=(2.5, 0.6), epochs=6, vgg_epochs=3, seeds=1, few=1, probed=6)
@@ -279,3 +279,19 @@ def test_steps_along_training_meet_the_moments_of_the_same_step(tiny):
         layers = work.result(layer_part(setting, 0, START)).numbers  # the same images, the same network
         assert rows[0]["test_error"] == layers["whole"]["test_error"]
         assert rows[0]["network_error"] == layers["test_error"]
+
+
+def test_the_linearized_network_is_set_beside_the_network_of_the_same_seeds(tmp_path):
+    setting = Setting("digits 3/8", "mlp")
+
+    def run(seed, error, told):
+        numbers = {"seed": seed, "status": "measured", "test_error": error, **told}
+        return Result(numbers, {})
+
+    start = [run(0, 0.5, {"linearized": [{"loss": 0.6, "test_error": 0.2}]}), run(1, 0.5, {"linearized": []})]
+    after = [run(0, 0.1, {}), run(1, 0.9, {})]  # the linearization of seed 1 did not reach the loss
+    by_case = {(setting, START): start, (setting, "0.6"): after}
+    results = Results(Work(TOY, (0, 1), ["digits"], tmp_path), {"moment": by_case})
+    (claim,) = beyond_claims.linearized(results)
+    assert claim.number == "test error by loss: 0.6: 20.00 % against 10.00 %"
+    assert not claim.conditions
