@@ -157,7 +157,7 @@ def test_the_component_that_is_learned(folder):
 
 
 def test_printed_eigenvalues_on_mnist(shared_data, tmp_path):
-    work = Work(Sizes(**vars(TOY) | {"batch": 512}), (), ["mnist"], tmp_path, shared_data / "mnist")
+    work = Work(Sizes(**vars(TOY) | {"batch": 512}), (), ["mnist"], tmp_path, {"mnist": shared_data / "mnist"})
     x, labels = component.digits(work, "mnist")
     assert x.shape == (512, 784)
     assert labels.unique().numel() == 10
