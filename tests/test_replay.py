@@ -190,6 +190,7 @@ def test_the_formula_of_each_optimizer():
         p.grad = torch.ones(1, dtype=F64)
         found.append(take_step(opt, {"p": p, "other": other}, 0.5))
     u = [vars(of["p"]) for of in found]
+    assert [of.pop("moments") for of in u] == [None, None]
     assert u[0] == dict(gradient=0.5, coupled=0.1, carry=0, entering=1, direct=0, buffered=0.5, decoupled=0)
     assert u[1] == dict(gradient=0.5, coupled=0.1, carry=0.8, entering=0.75, direct=0, buffered=0.5, decoupled=0)
     assert not any(vars(found[1]["other"]).values())  # it had no gradient
@@ -197,6 +198,7 @@ def test_the_formula_of_each_optimizer():
     idle = vars(take_step(opt, {"p": p})["p"])
     assert idle.pop("carry") == 1.0
     assert not any(idle.values())
+    assert idle["moments"] is None
     p.grad = torch.tensor([3.0], dtype=F64)
     u = take_step(torch.optim.AdamW([p], lr=0.1, weight_decay=0.2, eps=1.0), {"p": p})["p"]
     assert (u.coupled, u.carry, u.entering, u.direct) == (0.0, 0.0, 1 - 0.9, 0.0)
@@ -224,10 +226,10 @@ def test_unknown_optimizers_are_refused_by_name():
 @pytest.mark.parametrize("name", ["momentum", "amsgrad"])
 def test_in_parts_and_at_once_are_the_same_steps(monkeypatch, kept, name):
     trajectory = train(mlp(), data(), mse, OPTIMIZERS[name], steps=11, batch_size=4, record=kept, clip=0.5)
-    whole = Replay(trajectory)
+    whole = Replay(trajectory, moments=True)
     whole.check()
     monkeypatch.setattr(import_module("ntkit.trajectory.replay"), "MEMORY", 0)
-    parts = Replay(trajectory)
+    parts = Replay(trajectory, moments=True)
     at_once, in_parts = list(whole.backwards()), []
     for step in parts.backwards():
         in_parts.append(step)
@@ -250,7 +252,9 @@ def test_in_parts_and_at_once_are_the_same_steps(monkeypatch, kept, name):
         assert same(a.before, b.before)
         assert same(a.after, b.after)
         for u, v in zip(a.updates.values(), b.updates.values(), strict=True):
-            assert all(torch.equal(torch.as_tensor(vars(u)[key]), torch.as_tensor(vars(v)[key])) for key in vars(u))
+            assert (u.moments is None) == (name == "momentum")
+            first, second = ([*vars(update).values()][:-1] + list(update.moments or ()) for update in (u, v))
+            assert all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(first, second, strict=True))
     again = list(parts.backwards())
     assert [step.step for step in again] == [step.step for step in at_once]
     assert torch.equal(again[-1].slope, at_once[-1].slope)

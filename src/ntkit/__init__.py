@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.base.checks import Refused as Refused
     from ntkit.commands.analyze import analyze as analyze
     from ntkit.commands.settings import Settings as Settings
+    from ntkit.explanations.influence import Influence as Influence
+    from ntkit.explanations.influence import influence as influence
     from ntkit.gram.gram_matrix import Gram as Gram
     from ntkit.jacobian.structure import SelfCheckError as SelfCheckError
     from ntkit.kernels.conjugate import ConjugateKernel as ConjugateKernel
@@ -75,6 +77,7 @@ _NAMES = {
     "ntkit.kernels.path.path_kernel": ("PathKernel",),
     "ntkit.kernels.path.decomposition": ("PathDecomposition",),
     "ntkit.secant.secant_tensor": ("NoSecant",),
+    "ntkit.explanations.influence": ("Influence", "influence"),
     "ntkit.machines": ("GaussianProcess", "GradientFlow", "HardMarginSVM", "KernelRidge", "Posterior"),
     "ntkit.measures.spectra": ("Spectrum", "alignment", "effective_rank", "spectrum"),
     "ntkit.probes": ("invariance",),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,22 @@ from ntkit.base.checks import refusal
 OptimizerClass = type[SGD] | type[Adam]  # AdamW is a subclass of Adam
 
 _CLASSES: dict[str, OptimizerClass] = {f"{c.__module__}.{c.__qualname__}": c for c in (SGD, Adam, AdamW)}
+
+
+class Moments(NamedTuple):
+    """Adam's state after a step, where the second moments are not to count as constants.
+
+    u = - rate * mean / (sqrt(largest / correction) + eps), square_{s+1} = beta2 square_s + (1 - beta2) d_s^2, and
+    largest = square_{s+1}, or with amsgrad its maximum so far.
+    """
+
+    mean: Tensor
+    square: Tensor
+    largest: Tensor
+    rate: float | Tensor
+    correction: float | Tensor
+    eps: float
+    beta2: float
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ class Update:
     buffered : learning rate of the buffer; for Adam an elementwise tensor, lr / ((1 - beta1^t) (sqrt(vhat) + eps)).
         Adam's second moments depend on the gradients, too: here they are constants.
     decoupled : learning rate times weight decay, where it acts on the parameter itself (AdamW); else 0.
+    moments : Adam's, if asked for.
     """
 
     gradient: float
@@ -50,6 +67,7 @@ class Update:
     direct: float
     buffered: float | Tensor
     decoupled: float
+    moments: Moments | None = None
 
 
 def optimizer_class(name: str) -> OptimizerClass:
@@ -93,10 +111,13 @@ def clip_gradients(params: Iterable[Tensor], clip: float | None) -> float:
     return float(torch.clamp(clip / (norm + 1e-6), max=1.0))  # the formula of clip_grad_norm_
 
 
-def take_step(opt: Optimizer, params: Mapping[str, nn.Parameter], factor: float = 1.0) -> dict[str, Update]:
+def take_step(
+    opt: Optimizer, params: Mapping[str, nn.Parameter], factor: float = 1.0, moments: bool = False
+) -> dict[str, Update]:
     """Call ``opt.step()`` and return the `Update` of each parameter by name; for SGD, Adam and AdamW only.
 
-    `factor` is that of `clip_gradients`; the gradient in an update is the one before this scaling.
+    `factor` is that of `clip_gradients`; the gradient in an update is the one before this scaling. `moments` says
+    whether Adam's are returned.
 
     Examples
     --------
@@ -115,8 +136,11 @@ def take_step(opt: Optimizer, params: Mapping[str, nn.Parameter], factor: float 
         if p.grad is None:
             updates[name] = Update(0.0, 0.0, float(name not in first), 0.0, 0.0, 0.0, 0.0)
         else:
-            update = _sgd_update if isinstance(opt, SGD) else _adam_update
-            updates[name] = update(opt, groups[id(p)], opt.state[p], factor, name in first)
+            group, state = groups[id(p)], opt.state[p]
+            if isinstance(opt, SGD):
+                updates[name] = _sgd_update(opt, group, state, factor, name in first)
+            else:
+                updates[name] = _adam_update(opt, group, state, factor, name in first, moments)
     return updates
 
 
@@ -137,12 +161,20 @@ def _sgd_update(opt: Optimizer, group: dict[str, Any], state: dict[str, Tensor],
     return Update(gradient, decay, carry, entering, direct, buffered, 0.0)
 
 
-def _adam_update(opt: Optimizer, group: dict[str, Any], state: dict[str, Tensor], factor: float, first: bool) -> Update:
+def _adam_update(
+    opt: Optimizer, group: dict[str, Any], state: dict[str, Tensor], factor: float, first: bool, moments: bool
+) -> Update:
     lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
     # A captured step computes the powers on the device, in the precision of its count.
     count = state["step"] if group["capturable"] else float(state["step"])
     second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    root = second.sqrt() / (1 - beta2**count) ** 0.5 + group["eps"]
+    rate, correction = lr / (1 - beta1**count), 1 - beta2**count
+    root = second.sqrt() / correction**0.5 + group["eps"]
+    kept = None
+    if moments:
+        square = state["exp_avg_sq"].clone()
+        largest = second.clone() if group["amsgrad"] else square
+        kept = Moments(state["exp_avg"].clone(), square, largest, rate, correction, group["eps"], beta2)
     gradient = -factor if group["maximize"] else factor
     decay = float(group["weight_decay"])
     # AdamW has no such entry before torch 2.7.
@@ -153,6 +185,7 @@ def _adam_update(opt: Optimizer, group: dict[str, Any], state: dict[str, Tensor]
         carry=0.0 if first else beta1,
         entering=1 - beta1,
         direct=0.0,
-        buffered=lr / (1 - beta1**count) / root,
+        buffered=rate / root,
         decoupled=lr * decay if decoupled else 0.0,
+        moments=kept,
     )

@@ -37,7 +37,7 @@ class ReplayStep:
     ----------
     step : s, from 0.
     rows : the training examples of its batch, int64 [B].
-    x : their inputs: a tensor, a tuple or a dict.
+    x, y : their inputs (a tensor, a tuple or a dict) and targets.
     slope : gradient of the batch's loss by the model's outputs, [B, *outputs].
     before, after : the updated parameters at steps s and s + 1, by name.
     updates : `after` minus `before` as a function of this and earlier gradients, by name.
@@ -46,6 +46,7 @@ class ReplayStep:
     step: int
     rows: Tensor
     x: Batch
+    y: Tensor
     slope: Tensor
     before: dict[str, Tensor]
     after: dict[str, Tensor]
@@ -66,7 +67,9 @@ class _StepRecord(NamedTuple):
         return self._replace(before=None) if self.on_disk else self
 
     def size(self) -> int:
-        values = [self.slope, *(self.before or {}).values(), *(update.buffered for update in self.updates.values())]
+        values: list[Any] = [self.slope, *(self.before or {}).values()]
+        for update in self.updates.values():
+            values += [update.buffered, *(update.moments or ())]
         return sum(tensor.nbytes for tensor in values if isinstance(tensor, Tensor))
 
 
@@ -91,9 +94,16 @@ class Replay:
     data : (x, y), the training data, as for `train`. The indices of a recorded loop are rows of these tensors.
     loss : ``loss(model(x), y)`` -> scalar, for the batch of a step.
     clip : for a recorded loop that clips gradients by ``clip_grad_norm_``: its max norm. `train` records it.
+    weights : [n], factors on the gradient that comes through each example's outputs. Then another run is computed, with
+        the same start, batches, learning rates and optimizer; the snapshots after step 0 have no part in it.
+    moments : whether the updates of Adam carry their moments (`optimizer_updates.Moments`).
 
     Attributes
     ----------
+    clip : the bound on the norm of the gradient, or None.
+    rates : learning rates of each step, [S, groups].
+    optimizer : its settings, as in ``run.json``.
+    objective, is_loop : data and loss; whether a loop of the user's own was recorded.
     model : a copy of the network, in eval mode, on its device. Between two steps of `backwards`, its updated parameters
         may be changed.
     x, y, n : the training data (a tensor, a tuple or a dict; targets), and the number of examples.
@@ -128,24 +138,29 @@ class Replay:
         data: tuple[Inputs, Tensor] | None = None,
         loss: Loss | None = None,
         clip: float | None = None,
+        weights: Tensor | None = None,
+        moments: bool = False,
     ) -> None:
         settings = trajectory.settings
         model, data, loss = replay_checks.training_arguments(trajectory, model, data, loss)
         optimizer_updates.optimizer_class(settings["optimizer"]["class"])  # refused before anything slow
         self._trajectory = trajectory
-        self._objective = Objective(data, loss)
-        self._clip = replay_checks.checked_clip(settings, self._objective, clip)
+        self.objective = Objective(data, loss)
+        self.clip = replay_checks.checked_clip(settings, self.objective, clip)
         self.steps = replay_checks.replayable_steps(trajectory)
-        self._recorded = {step for step in trajectory.steps if step <= self.steps}
-        self._rates = replay_checks.checked_rates(trajectory, self.steps)
-        self._is_loop = loop = settings.get("kind") == "recorded"
+        self.weights, self._moments = weights, moments
+        self._recorded = {step for step in trajectory.steps if step <= self.steps and (weights is None or step == 0)}
+        self._end: dict[str, Tensor] = {}  # of a run with weights: it has no snapshot
+        self.rates = replay_checks.checked_rates(trajectory, self.steps)
+        self.is_loop = loop = settings.get("kind") == "recorded"
         self.model = replay_checks.replay_model(model, settings, in_train_mode=not loop)
-        self._opt = optimizer_updates.build_optimizer(settings["optimizer"], dict(self.model.named_parameters()))
+        self.optimizer: dict[str, Any] = settings["optimizer"]
+        self._opt = optimizer_updates.build_optimizer(self.optimizer, dict(self.model.named_parameters()))
         self._params = optimizer_updates.updated_parameters(self.model, self._opt)
         self.names = list(self._params)
         select_parameters(self.model, self.names)
         self._full_batch = not loop and settings["batch_size"] is None
-        self.x, self.y, self.n = self._objective.x, self._objective.y, self._objective.n
+        self.x, self.y, self.n = self.objective.x, self.objective.y, self.objective.n
         self.bitwise = False
         self._checked = False
         self._constants: dict[str, Tensor] = {}  # parameters and buffers that the optimizer does not update
@@ -191,6 +206,7 @@ class Replay:
                         records = [r.needed() for r in records]
                     records.append(record.needed())
                 work.advance()
+            self._end = {} if self.weights is None else self._values()
         self._records, self._starts = records, starts if records is None else []
         self.bitwise, self._checked = exact, True
 
@@ -200,7 +216,10 @@ class Replay:
 
     def final(self) -> dict[str, Tensor]:
         """All parameters and buffers at step S, by name; tied ones under each of their names."""
-        return self._read(self.steps)
+        if self.weights is None:
+            return self._read(self.steps)
+        self.check()
+        return self._read(0) | self._end
 
     def backwards(self) -> Iterator[ReplayStep]:
         """Yield the steps S - 1, ..., 0, after `check`.
@@ -209,16 +228,15 @@ class Replay:
         work of training, and sqrt(S) copies of the parameters and of the optimizer's state, and as many of a part.
         """
         self.check()
-        after = self._updated(self.steps)
+        after = self._end or self._updated(self.steps)
         for first in reversed(range(0, self.steps, self._stride)):
             part = self._part(first)
             while part:
                 record = part.pop()
                 step = first + len(part)
                 before = self._updated(step) if record.before is None else record.before
-                rows = self._rows(step)
-                x, _ = self._objective.batch(None if self._full_batch else rows)
-                yield ReplayStep(step, rows, x, record.slope, before, after, record.updates)
+                x, y = self.batch(step)
+                yield ReplayStep(step, self.rows(step), x, y, record.slope, before, after, record.updates)
                 after = before
 
     def _part(self, first: int) -> list[_StepRecord]:
@@ -244,28 +262,33 @@ class Replay:
         before = self._values()
         with threads_of_caller():  # sums are cut up among threads: another number gives other last bits
             slope = self._slope(step)
-            factor = optimizer_updates.clip_gradients(self._params.values(), self._clip)
-            for group, rate in zip(self._opt.param_groups, self._rates[step].tolist(), strict=True):
+            factor = optimizer_updates.clip_gradients(self._params.values(), self.clip)
+            for group, rate in zip(self._opt.param_groups, self.rates[step].tolist(), strict=True):
                 group["lr"] = rate
-            updates = optimizer_updates.take_step(self._opt, self._params, factor)
+            updates = optimizer_updates.take_step(self._opt, self._params, factor, self._moments)
         exact = step + 1 not in self._recorded or self._equals_snapshot(step + 1, before)
         return _StepRecord(slope, updates, before, exact, step in self._recorded)
 
     def _slope(self, step: int) -> Tensor:
         """Compute the gradients of the step's loss in place; return its gradient by the outputs."""
-        rows = self._rows(step)
-        x, y = self._objective.batch(None if self._full_batch else rows)
+        x, y = self.batch(step)
         self.model.zero_grad(set_to_none=True)
-        outputs = _checked_outputs(call_with(self.model, x), len(rows))
+        outputs = _checked_outputs(call_with(self.model, x), len(y))
         slopes: list[Tensor] = []
-        outputs.register_hook(slopes.append)  # before the loss, which may overwrite the outputs
-        loss = self._objective.loss(outputs, y)
+        factors = None if self.weights is None else self.weights[self.rows(step)].to(outputs)
+
+        def hook(slope: Tensor) -> Tensor:
+            slopes.append(slope)
+            return slope if factors is None else slope * factors.view(-1, *[1] * (slope.dim() - 1))
+
+        outputs.register_hook(hook)  # before the loss, which may overwrite the outputs
+        loss = self.objective.loss(outputs, y)
         if not isinstance(loss, Tensor) or loss.ndim or not bool(torch.isfinite(loss)):
             got = f"{loss.tolist()}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             fix = "Pass the loss and the data that the run was trained with."
             raise refusal(f"loss of step {step}", got=got, expected="a finite scalar", fix=fix)
         if loss.requires_grad:
-            if not self._is_loop:  # a loop of the user's own took the gradients as PyTorch gives them
+            if not self.is_loop:  # a loop of the user's own took the gradients as PyTorch gives them
                 correct_norms(loss)
             loss.backward()
         if not slopes:
@@ -273,7 +296,12 @@ class Replay:
             raise refusal("loss", got=got, expected="a differentiable function of model(x)", fix=fix)
         return slopes[0].contiguous()
 
-    def _rows(self, step: int) -> Tensor:
+    def batch(self, step: int) -> tuple[Batch, Tensor]:
+        """Inputs and targets of a step's batch."""
+        return self.objective.batch(None if self._full_batch else self.rows(step))
+
+    def rows(self, step: int) -> Tensor:
+        """Training examples in a step's batch, int64 [B]."""
         rows = self._trajectory.batch(step)
         if len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.n:
             got = f"rows {int(rows.min())} to {int(rows.max())}" if len(rows) else "no rows"

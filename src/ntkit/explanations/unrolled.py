@@ -1,0 +1,286 @@
+"""The derivative of a trained network with respect to its examples' weights: the run, differentiated from its end.
+
+With w_i a factor on the gradient through example i's outputs, a step is
+
+    G = sum_i w_i J_i(theta_s)^T slope_i(theta_s),  g = G clipped,  d = +-g + coupled theta_s,
+    b' = carry b + entering d,  theta' = theta_s - direct d - buffered b' - decoupled theta_s,
+
+(`Update`; for Adam `buffered` depends on its second moments q' = beta2 q + (1 - beta2) d^2). Let V, M, Q be the
+derivatives of a measure of the trained network by theta', b', q'. One step backwards:
+
+    M += - buffered V,  Q += V rate b' / (root^2 2 sqrt(q' correction))
+    D = entering M - direct V + 2 (1 - beta2) d Q                    derivative by d
+    C = the derivative by G: D through sign and clipping             a vector like the parameters, for each measure
+    score_i += <C, J_i^T slope_i> for the examples of the batch      d measure / d w_i
+    V <- (1 - decoupled) V + coupled D + H C,  M <- carry M,  Q <- beta2 Q
+
+with H C = d <C, G> / d theta, so memory is (test points x parameters). Both <C, J_i^T slope_i> = d <C, G> / d w_i and
+H C come out of one backward pass through the graph of G.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ntkit.base.batch import call_with
+from ntkit.base.checks import Refused, refusal
+from ntkit.base.workers import spread, workers
+from ntkit.jacobian.graph import correct_norms, nodes_behind, nodes_from, own_functions
+from ntkit.jacobian.model_calls import without_fused_rnn
+from ntkit.trajectory.optimizer_updates import Moments, Update
+from ntkit.trajectory.replay import Replay, ReplayStep
+
+_SMALL = 2**20  # parameters x examples of a batch: below it, a pass with many vectors at once is faster
+_AT_ONCE = 20  # test points that take part in such a pass
+
+
+class Unrolled:
+    """Derivatives of measures of the trained network by the weights of the training examples, from the last step on.
+
+    Parameters
+    ----------
+    replay : the run; for Adam with its moments.
+    start : the measures' derivatives by the parameters at the end of the run, name -> [m, *shape]. They are changed.
+    weights : [n], the weights at which the derivative is taken.
+    gauss_newton : the Gauss-Newton matrix instead of the Hessian: J^T (d^2 loss / d outputs^2) J.
+    layers, steps : whether to return scores per parameter, per step.
+
+    Attributes
+    ----------
+    scores : [m, n], in float64.
+    layers : parameter -> its part of the scores.
+    steps : (step, rows [B], scores [m, B]) for each step, the last one first.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        start: dict[str, Tensor],
+        weights: Tensor,
+        gauss_newton: bool = False,
+        layers: bool = False,
+        steps: bool = False,
+    ) -> None:
+        self._replay, self._weights, self._gauss_newton = replay, weights, gauss_newton
+        self._effects = start  # V
+        self._buffers: dict[str, Tensor] = {}  # M
+        self._squares: dict[str, Tensor] = {}  # Q
+        self._maxima: dict[str, Tensor] = {}  # of amsgrad: of the maximum of q
+        first = next(iter(start.values()))
+        self._m = len(first)
+        options = {"dtype": torch.float64, "device": first.device}
+        self.scores = torch.zeros(self._m, replay.n, **options)
+        self.layers = {name: torch.zeros_like(self.scores) for name in start} if layers else {}
+        self.steps: list[tuple[int, Tensor, Tensor]] | None = [] if steps else None
+        self._models = [copy.deepcopy(replay.model) for _ in range(min(workers(), self._m))]
+        self._fused = not any(isinstance(module, nn.RNNBase) for module in replay.model.modules())
+
+    def step(self, step: ReplayStep) -> None:
+        """Go back over one more step."""
+        for name, u in step.updates.items():
+            self._allocate(name, u)
+        count = len(self._models)
+        shares = [(k, slice(self._m * k // count, self._m * (k + 1) // count)) for k in range(count)]
+        with sdpa_kernel(SDPBackend.MATH), without_fused_rnn(not self._fused):
+            results = spread(lambda share: self._share(step, *share), shares)
+        rows = step.rows.to(self.scores.device)
+        totals = torch.cat([total for total, _ in results])
+        self.scores.index_add_(1, rows, totals)
+        for name, sum_ in self.layers.items():
+            sum_.index_add_(1, rows, torch.cat([by_layer[name] for _, by_layer in results]))
+        if self.steps is not None:
+            self.steps.append((step.step, step.rows.cpu(), totals.cpu()))
+
+    def _allocate(self, name: str, u: Update) -> None:
+        """Derivatives by the optimizer's state, where a step has one: zero after the last step."""
+        if name not in self._buffers and (u.entering or u.carry):
+            self._buffers[name] = torch.zeros_like(self._effects[name])
+        if name not in self._squares and u.moments is not None:
+            self._squares[name] = torch.zeros_like(self._effects[name])
+            if u.moments.largest is not u.moments.square:
+                self._maxima[name] = torch.zeros_like(self._effects[name])
+
+    def _share(self, step: ReplayStep, place: int, points: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """One worker's test points: scores [k, B] of the step's batch, in all and per parameter."""
+        graph = StepGraph(self._models[place], step, self._replay, self._weights[step.rows], self._gauss_newton)
+        if step.step == self._replay.steps - 1:
+            graph.check()
+        at_once = _AT_ONCE if graph.small else 1
+        totals, layers = [], []
+        for start in range(points.start, points.stop, at_once):
+            some = slice(start, min(start + at_once, points.stop))
+            vectors = self._by_gradient(step, graph, some)
+            back, scores = graph.products(vectors)
+            for name, value in back.items():
+                self._effects[name][some].add_(value)
+            totals.append(scores.double())
+            if self.layers:
+                layers.append({name: graph.products({name: vectors[name]})[1].double() for name in self.layers})
+        return torch.cat(totals), {name: torch.cat([part[name] for part in layers]) for name in self.layers}
+
+    @torch.no_grad()
+    def _by_gradient(self, step: ReplayStep, graph: StepGraph, some: slice) -> dict[str, Tensor]:
+        """Go back through the optimizer: the derivatives by the batch's gradient, name -> [k, *shape]."""
+        vectors: dict[str, Tensor] = {}
+        for name, u in step.updates.items():
+            effects = self._effects[name][some]
+            if not u.gradient:  # no gradient: the parameter and its state keep their values
+                vectors[name] = torch.zeros_like(effects)
+                continue
+            by_d = effects * -u.direct if u.direct else torch.zeros_like(effects)
+            if (buffers := self._buffers.get(name)) is not None:
+                buffer = buffers[some].sub_(u.buffered * effects)
+                by_d.add_(buffer, alpha=u.entering)
+                buffer.mul_(u.carry)
+            if u.moments is not None:
+                d = graph.gradients[name] * u.gradient
+                d = d.add(step.before[name], alpha=u.coupled) if u.coupled else d
+                by_d.addcmul_(self._by_square(name, u.moments, effects, some), d, value=2 * (1 - u.moments.beta2))
+            effects.mul_(1 - u.decoupled)
+            if u.coupled:
+                effects.add_(by_d, alpha=u.coupled)
+            vectors[name] = by_d.mul_(u.gradient)
+        return self._unclipped(vectors, step, graph)
+
+    def _by_square(self, name: str, moments: Moments, effects: Tensor, some: slice) -> Tensor:
+        """Derivatives by Adam's second moment q'; goes back to q in place, and returns those by q'."""
+        scaled = (moments.largest / moments.correction).sqrt()
+        root = scaled + moments.eps
+        # where the moment is zero, so is the mean, and the update does not depend on it
+        slope = torch.where(scaled > 0, moments.rate * moments.mean / (2 * moments.correction * scaled * root**2), 0.0)
+        square = self._squares[name][some]
+        if moments.largest is moments.square:
+            square.addcmul_(effects, slope)
+            by_square = square.clone()
+        else:
+            maximum = self._maxima[name][some].addcmul_(effects, slope)
+            newest = moments.largest == moments.square
+            by_square = square.add_(maximum * newest).clone()
+            maximum.mul_(~newest)
+        square.mul_(moments.beta2)
+        return by_square
+
+    def _unclipped(self, vectors: dict[str, Tensor], step: ReplayStep, graph: StepGraph) -> dict[str, Tensor]:
+        """Through the clipping of the gradient's norm: its factor depends on the gradient, too."""
+        clip = self._replay.clip
+        if clip is None:
+            return vectors
+        norm = float(torch.stack([torch.linalg.vector_norm(g) for g in graph.gradients.values()]).norm())
+        if clip >= norm + 1e-6:
+            return vectors
+        inner: Any = 0.0
+        for name, g in graph.gradients.items():
+            inner = inner + (vectors[name] * g).flatten(1).sum(1)
+        for name, g in graph.gradients.items():
+            factor = inner / (norm * (norm + 1e-6))
+            vectors[name] -= factor.view(-1, *[1] * g.dim()) * g
+        return vectors
+
+
+class StepGraph:
+    """The graph of a step's weighted gradient G(theta, w), for products with its derivatives.
+
+    Attributes
+    ----------
+    gradients : G by parameter, before clipping; without those that have none.
+    small : whether many vectors at once are faster than one after the other.
+    """
+
+    def __init__(self, model: nn.Module, step: ReplayStep, replay: Replay, weights: Tensor, gauss_newton: bool) -> None:
+        own = dict(model.named_parameters())
+        params = {name: own[name] for name in replay.names}
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(step.before[name])
+        with torch.enable_grad():
+            outputs = call_with(model, step.x)
+            values = outputs.detach().clone().requires_grad_() if gauss_newton else None
+            at = outputs if values is None else values
+            loss = replay.objective.loss(at.clone(), step.y)  # which may overwrite what it gets
+            if not replay.is_loop:
+                correct_norms(outputs)
+            weights = weights.to(outputs).requires_grad_()
+            factors = weights.view(-1, *[1] * (outputs.dim() - 1))
+            (slope,) = torch.autograd.grad(loss, at, create_graph=True)
+            self._values, self._slope = values, slope * factors
+            cotangent = self._slope if values is None else self._slope.detach().clone().requires_grad_()
+            found = torch.autograd.grad(outputs, list(params.values()), cotangent, create_graph=True, allow_unused=True)
+        self._outputs, self._weights, self._cotangent = outputs, weights, cotangent
+        self._graph = {name: g for name, g in zip(params, found, strict=True) if g is not None}
+        self._params = params
+        self.gradients = {name: g.detach() for name, g in self._graph.items()}
+        self.small = sum(p.numel() for p in params.values()) * len(step.rows) <= _SMALL
+
+    def products(self, vectors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """H C by parameter, [k, *shape], and d <C, G> / d w, [k, B], for k vectors C; for some parameters' G alone."""
+        names = [name for name, g in self._graph.items() if name in vectors and g.requires_grad]
+        k = len(next(iter(vectors.values())))
+        sources, cotangents = [self._graph[name] for name in names], [vectors[name] for name in names]
+        params: list[Tensor] = list(self._params.values())
+        try:
+            if self._values is None:
+                *back, scores = self._pulled(sources, [*params, self._weights], cotangents, k)
+            else:
+                (along,) = self._pulled(sources, [self._cotangent], cotangents, k)  # J C, [k, B, ...]
+                curved, scores = self._pulled([self._slope], [self._values, self._weights], [along], k)
+                back = self._pulled([self._outputs], params, [curved], k)
+        except RuntimeError as error:
+            if "derivative for" not in str(error):
+                raise
+            raise _once(str(error).replace("\n", " ")) from error
+        return dict(zip(self._params, back, strict=True)), scores
+
+    def check(self) -> None:
+        """Refuse a function marked as differentiable only once: PyTorch leaves out what lies behind it, silently."""
+        starts = {g.grad_fn for g in self._graph.values() if g.grad_fn is not None}
+        if any(node.name() == "torch::autograd::Error" for start in starts for node in nodes_from(start)):
+            raise _once(", ".join(own_functions(nodes_behind(self._outputs))) or "a function of its own")
+
+    def _pulled(self, sources: list[Tensor], inputs: list[Tensor], vectors: list[Tensor], k: int) -> list[Tensor]:
+        """Products of k vectors with the derivative of `sources` by `inputs`, [k, *shape] each; else zeros."""
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+        batched = self.small and k > 1
+        rows: list[Any] = []
+        if batched and sources:
+            try:
+                rows = [torch.autograd.grad(sources, inputs, vectors, is_grads_batched=True, **options)]
+            except RuntimeError:  # a node without a rule for many vectors
+                self.small = batched = False
+        if not batched and sources:
+            rows = [torch.autograd.grad(sources, inputs, [v[i] for v in vectors], **options) for i in range(k)]
+        found = []
+        for place, t in enumerate(inputs):
+            column = [row[place] for row in rows if row[place] is not None]
+            total = t.new_zeros(k, *t.shape) if not column else column[0] if batched else torch.stack(column)
+            found.append(total)
+        return found
+
+
+def _once(what: str) -> Refused:
+    got = f"an operation that PyTorch can differentiate only once ({what})"
+    fix = "Write that layer with operations that have a second derivative."
+    return refusal("the network", got=got, expected="operations that can be differentiated twice", fix=fix)
+
+
+def derivatives_of_measures(
+    model: nn.Module, names: Sequence[str], measure: Callable[[int], Tensor], points: Sequence[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Measures ``measure(j)`` of the test points j, [m] in float64, and their derivatives, name -> [m, *shape]."""
+    params = {name: p for name, p in model.named_parameters() if name in set(names)}
+    start = {name: p.new_zeros(len(points), *p.shape) for name, p in params.items()}
+    values = torch.zeros(len(points), dtype=torch.float64)
+    for place, j in enumerate(points):
+        with torch.enable_grad():
+            value = measure(j)
+        grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        for total, grad in zip(start.values(), grads, strict=True):
+            if grad is not None:
+                total[place] = grad.to_dense() if grad.is_sparse else grad
+        values[place] = float(value.detach())
+    return values, start
