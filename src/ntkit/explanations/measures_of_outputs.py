@@ -30,6 +30,7 @@ class OutputMeasure:
     Attributes
     ----------
     name : the measure in words.
+    targets : targets or classes of the test points, if any.
     """
 
     def __init__(self, measure: Measure, loss: Loss, x: Batch, y: Tensor | None, model: nn.Module) -> None:
@@ -42,7 +43,7 @@ class OutputMeasure:
             raise refusal("y", got=got, expected=f"one target per test point, {self._m}", fix="Pass a tensor [m, ...].")
         with torch.no_grad():
             outputs = call_with(model, x)
-        self._y, self.name = y, measure if isinstance(measure, str) else getattr(measure, "__name__", "measure")
+        self.targets, self.name = y, measure if isinstance(measure, str) else getattr(measure, "__name__", "measure")
         if measure == "loss":
             if y is None:
                 raise refusal("y", got="None", expected="targets for the loss", fix="Pass y, or another measure.")
@@ -52,7 +53,7 @@ class OutputMeasure:
                 expected = "targets if, and only if, the measure takes two arguments"
                 raise refusal("y", got=got, expected=expected, fix="measure(outputs) or measure(outputs, y).")
         else:
-            self._y = self._classes(measure, outputs, y)
+            self.targets = self._classes(measure, outputs, y)
         self.values(outputs)
 
     def _classes(self, measure: str, outputs: Any, y: Tensor | None) -> Tensor:
@@ -73,13 +74,18 @@ class OutputMeasure:
             raise refusal("y", got=f"{y.dtype} {tuple(y.shape)}", expected=expected, fix=fix)
         return y.to(outputs.device)
 
+    @torch.no_grad()
+    def of_network(self, model: nn.Module, x: Batch) -> Tensor:
+        """Measures of all test points by a network, [m] in float64, on the CPU."""
+        return self.values(call_with(model, x)).double().cpu()
+
     def values(self, outputs: Any) -> Tensor:
         """Measures of all test points, [m]."""
         return torch.stack([self.value(_row(outputs, j), j) for j in range(self._m)])
 
     def value(self, outputs: Any, j: int) -> Tensor:
         """Measure of test point j, a scalar, from the outputs of a batch with that point alone."""
-        y = None if self._y is None else self._y[j : j + 1]
+        y = None if self.targets is None else self.targets[j : j + 1]
         if self._measure == "loss":
             return self._loss(outputs, y)  # pyrefly: ignore
         if callable(self._measure):

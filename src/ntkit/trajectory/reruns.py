@@ -115,7 +115,7 @@ class Reruns:
             values = [
                 measure(self._outputs({name: p[k] for name, p in final.items()}, x), k) for k in range(len(weights))
             ]
-        return torch.stack(values).double(), final
+        return torch.stack(values).double().cpu(), final
 
     def _outputs(self, params: Mapping[str, Tensor], x: Batch) -> Any:
         return torch.func.functional_call(self.model, dict(params), *_arguments(x))

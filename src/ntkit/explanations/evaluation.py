@@ -1,0 +1,273 @@
+"""Tests of explanations against what really happens: leave-one-out, datamodeling score, deletion, mislabeled examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkit.base.checks import refusal
+from ntkit.base.numbers import check_dense
+from ntkit.explanations.retrainings import Retrainings, subsets
+
+
+@dataclass
+class Evaluation:
+    """How well scores predict what happens to the network, as one number with its error.
+
+    Attributes
+    ----------
+    value, error : mean over test points and its standard error.
+    by_point : [m], the number for each test point, NaN where it is not defined (scores or outcomes that are all equal).
+    protocol : what was done, in words: share of examples removed, kind of runs, seeds, numbers of sets and test points.
+    ceiling : the value that a perfect prediction of the mean over seeds would get; None where runs have no chance in
+        them.
+    """
+
+    value: float
+    error: float
+    by_point: Tensor
+    protocol: str
+    ceiling: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the mean, by the normal distribution."""
+        return self.value - 1.96 * self.error, self.value + 1.96 * self.error
+
+    def __str__(self) -> str:
+        ceiling = "" if self.ceiling is None else f" (ceiling {self.ceiling:.3f})"
+        return f"{self.value:.3f} ± {self.error:.3f}{ceiling}: {self.protocol}"
+
+    def record(self) -> dict[str, Any]:
+        """Numbers for a report, as plain JSON."""
+        return {"value": self.value, "error": self.error, "ceiling": self.ceiling, "protocol": self.protocol}
+
+
+def leave_one_out(scores: Tensor, again: Retrainings, examples: Sequence[int] | None = None) -> Evaluation:
+    """Rank correlation of ``-scores[j, i]`` with the change of measure j when example i alone is left out.
+
+    Parameters
+    ----------
+    scores : [m, n].
+    again : retrainings of the run; the same run without each example, one at a time.
+    examples : which examples are left out; None = all.
+
+    Examples
+    --------
+    >>> import ntkit
+    >>> from torch import nn
+    >>> x, y = torch.linspace(-1, 1, 8).view(8, 1).double(), torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
+    >>> model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+    >>> sgd = lambda params: torch.optim.SGD(params, lr=0.1)
+    >>> run = ntkit.train(model, (x, y), nn.functional.cross_entropy, sgd, steps=10)
+    >>> scores = ntkit.influence(run, x[:2] + 0.1, y[:2]).scores
+    >>> leave_one_out(scores, Retrainings(run, x[:2] + 0.1, y[:2])).value > 0.9
+    True
+    """
+    scores = _checked(scores, again)
+    chosen = list(range(again.n)) if examples is None else [int(i) for i in examples]
+    outcome = again.without([[i] for i in chosen])
+    return _correlation(
+        -scores[:, chosen].T,
+        outcome,
+        f"each of {len(chosen)} examples left out, the same run; {again.m} test points",
+    )
+
+
+def datamodeling_score(
+    scores: Tensor, again: Retrainings, fraction: float = 0.5, sets: int = 50, fresh: int = 0, seed: int = 0
+) -> Evaluation:
+    """Linear datamodeling score: rank correlation over random sets of what the remaining scores sum to with what happens.
+
+    Parameters
+    ----------
+    scores : [m, n].
+    again : retrainings of the run.
+    fraction : share of the examples that is removed.
+    sets : number of random sets.
+    fresh : 0: the same run without them. Else the number of fresh runs per set (new initialization and order), whose
+        mean is predicted; the ceiling then comes from the correlation between seeds.
+    seed : of the sets.
+
+    Notes
+    -----
+    Park, Georgiev, Ilyas, Leclerc, Madry 2023 (TRAK), section 2: the mean over test points of Spearman's correlation.
+    """
+    scores = _checked(scores, again)
+    removed = subsets(again.n, fraction, sets, seed)
+    outcome = again.without(removed, fresh)
+    kind = f"mean of {fresh} fresh runs" if fresh else "the same run"
+    protocol = f"{100 * fraction:g} % of the examples removed, {sets} random sets, {kind}; {again.m} test points"
+    result = _correlation((~removed).double() @ scores.T, outcome.mean(0) if fresh else outcome, protocol)
+    if fresh > 1:
+        pairs = [_correlation(outcome[a], outcome[b], "").value for a in range(fresh) for b in range(a)]
+        between = sum(pairs) / len(pairs)
+        result.ceiling = math.sqrt(max(0.0, fresh * between / (1 + (fresh - 1) * between)))
+    return result
+
+
+@dataclass
+class Deletion:
+    """What happens to each test point without the examples that an explanation ranks highest, or lowest.
+
+    Attributes
+    ----------
+    shares : shares of the training set that are removed, k of them.
+    changes : [m, k], the measure afterwards minus before, in float64.
+    area, error : mean over shares and test points of the change (AUC-DEL), and its standard error over test points.
+    protocol : what was done, in words.
+    """
+
+    shares: list[float]
+    changes: Tensor
+    area: float
+    error: float
+    protocol: str
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the area, by the normal distribution."""
+        return self.area - 1.96 * self.error, self.area + 1.96 * self.error
+
+    def __str__(self) -> str:
+        return f"{self.area:+.4g} ± {self.error:.2g}: {self.protocol}"
+
+
+def case_deletion(
+    scores: Tensor,
+    again: Retrainings,
+    against: bool = False,
+    shares: Sequence[float] = (0.02, 0.05, 0.1),
+    fresh: int = 0,
+) -> Deletion:
+    """Remove the examples with the highest scores of each test point (`against`: the lowest), and train again.
+
+    AUC-DEL+ should be as negative as possible: without its most helpful examples a prediction gets worse. AUC-DEL-
+    (`against`) should be as positive as possible. Random scores give about zero.
+
+    Parameters
+    ----------
+    scores : [m, n].
+    again : retrainings of the run.
+    shares : shares of the training set that are removed.
+    fresh : 0: the same run without them; else the number of fresh runs, of which the mean is taken.
+
+    Notes
+    -----
+    Tsai, Yeh, Ravikumar 2023, section 5 (case deletion diagnostics).
+    """
+    scores = _checked(scores, again)
+    counts = [max(1, round(share * again.n)) for share in shares]
+    if not counts or counts[-1] >= again.n:
+        raise refusal("shares", got=list(shares), expected="shares of the examples below 1", fix="Remove fewer.")
+    order = scores.argsort(dim=1, descending=not against, stable=True)
+    removed = torch.zeros(again.m, len(counts), again.n, dtype=torch.bool)
+    for place, count in enumerate(counts):
+        removed[:, place].scatter_(1, order[:, :count], True)
+    outcome = again.without(removed.flatten(0, 1), fresh)
+    outcome = (outcome.mean(0) if fresh else outcome).view(again.m, len(counts), again.m)
+    own = outcome[torch.arange(again.m), :, torch.arange(again.m)]
+    before = again.values
+    if fresh:  # fresh runs are compared with fresh runs on all but as few examples as possible
+        few = again.without(subsets(again.n, 1 / again.n, min(10, again.n)), fresh)
+        before = few.mean((0, 1))
+    changes = own - before[:, None]
+    means = changes.mean(1)
+    which = "lowest" if against else "highest"
+    kind = f"mean of {fresh} fresh runs" if fresh else "the same run"
+    words = ", ".join(f"{100 * share:g}" for share in shares)
+    return Deletion(
+        list(shares), changes, float(means.mean()), float(means.std() / math.sqrt(again.m)) if again.m > 1 else math.inf,
+        f"{words} % of the examples removed, those with the {which} scores, {kind}; {again.m} test points",
+    )  # fmt: skip
+
+
+def query_loss_difference(scores: Tensor, again: Retrainings, share: float = 0.01, random_sets: int = 20) -> Evaluation:
+    """Remove the examples that are most helpful to all test points together, and compare with random ones.
+
+    For each test point: the measure after removing the `share` with the largest mean scores, minus the mean after
+    removing as many at random. With the loss as measure the helpful ones are those with the most negative scores.
+    """
+    scores = _checked(scores, again)
+    count = max(1, round(share * again.n))
+    sign = -1.0 if again.measure == "loss" else 1.0
+    chosen = torch.zeros(1, again.n, dtype=torch.bool)
+    chosen[0, (sign * scores.mean(0)).topk(count).indices] = True
+    random = again.without(subsets(again.n, count / again.n, random_sets)).mean(0)
+    by_point = again.without(chosen)[0] - random
+    protocol = f"{100 * share:g} % removed, against {random_sets} random sets, the same run; {again.m} test points"
+    return _mean(by_point, protocol)
+
+
+def mislabeled(suspicion: Tensor, wrong: Tensor) -> Evaluation:
+    """Area under the ROC curve with which examples of a wrong label are found among all, by their suspicion.
+
+    Parameters
+    ----------
+    suspicion : [n], the larger, the more suspect: an example's own influence on its loss, its loss, ...
+    wrong : bool [n], which labels are wrong.
+
+    Returns
+    -------
+    Evaluation
+        With the standard error of Hanley and McNeil 1982.
+
+    Examples
+    --------
+    >>> round(mislabeled(torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([True, False, True, False])).value, 2)
+    1.0
+    """
+    from scipy.stats import rankdata
+
+    if wrong.dtype != torch.bool or wrong.shape != suspicion.shape or wrong.dim() != 1:
+        got, expected = f"{wrong.dtype} {list(wrong.shape)}", f"bool {list(suspicion.shape)}"
+        raise refusal("wrong", got=got, expected=expected, fix="One entry per training example.")
+    bad, good = int(wrong.sum()), int((~wrong).sum())
+    if not bad or not good:
+        got, fix = f"{bad} wrong labels of {len(wrong)}", "Flip some labels, and not all."
+        raise refusal("wrong", got=got, expected="both wrong and right labels", fix=fix)
+    ranks = torch.from_numpy(rankdata(suspicion.double().numpy()))
+    area = float((ranks[wrong].sum() - bad * (bad + 1) / 2) / (bad * good))
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = (area * (1 - area) + (bad - 1) * (q1 - area**2) + (good - 1) * (q2 - area**2)) / (bad * good)
+    return Evaluation(
+        area, math.sqrt(max(variance, 0.0)), torch.full((1,), area), f"{bad} of {len(wrong)} labels wrong"
+    )
+
+
+def _checked(scores: Tensor, again: Retrainings) -> Tensor:
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != (again.m, again.n):
+        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        fix = "Explain the same test points by the same training examples."
+        raise refusal("scores", got=got, expected=f"({again.m}, {again.n})", fix=fix)
+    check_dense(scores, "scores")
+    if not bool(torch.isfinite(scores).all()):
+        raise refusal(
+            "scores", got="values that are not finite", expected="finite scores", fix="Check the explanation."
+        )
+    return scores.detach().double().cpu()
+
+
+def _correlation(predicted: Tensor, outcome: Tensor, protocol: str) -> Evaluation:
+    """Spearman's correlation over rows [K, m] for each test point."""
+    a, b = _ranks(predicted), _ranks(outcome)
+    a, b = a - a.mean(0), b - b.mean(0)
+    size = (a.square().sum(0) * b.square().sum(0)).sqrt()
+    return _mean((a * b).sum(0) / torch.where(size > 0, size, math.nan), protocol)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    from scipy.stats import rankdata
+
+    return torch.from_numpy(rankdata(values.double().numpy(), axis=0))
+
+
+def _mean(by_point: Tensor, protocol: str) -> Evaluation:
+    finite = by_point[torch.isfinite(by_point)]
+    error = float(finite.std() / math.sqrt(len(finite))) if len(finite) > 1 else math.inf
+    return Evaluation(float(finite.mean()) if len(finite) else math.nan, error, by_point, protocol)
