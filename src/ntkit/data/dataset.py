@@ -73,6 +73,11 @@ class Data:
         arrays = (self.x_train, self.y_train, self.x_test, self.y_test)
         return tensor_hash(arrays, lambda array: f"{array.dtype} {tuple(array.shape)} ")[:16]
 
+    @property
+    def tokens(self) -> int | None:
+        """Number of different tokens of a text set, padding and unknown words among them; None for other data."""
+        return None if self.vocabulary is None else len(self.vocabulary)
+
     def sentence(self, tokens: Tensor | ArrayLike) -> str:
         """The words of one example [t], without its padding.
 
