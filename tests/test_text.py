@@ -49,14 +49,12 @@ def lines_of(path: Path) -> list[tuple[int, list[str]]]:
 
 def test_tokens_are_words_by_frequency_then_alphabet(tmp_path):
     data = load("trec", write_trec(tmp_path))
-    words = "<padding> <unknown> ? What fox is the How Who Where a CPR".split()
     assert data.vocabulary is not None
     counts = Counter(word for _, words in lines_of(tmp_path / "TREC.train.all") for word in words)
     assert list(data.vocabulary[2:]) == sorted(counts, key=lambda word: (-counts[word], word))
-    assert set(words) <= set(data.vocabulary)
     assert data.vocabulary[:6] == ("<padding>", "<unknown>", "?", "What", "fox", "the")  # 6, 3, 3 and 3 times
     assert data.tokens == len(data.vocabulary) == 2 + len(counts)
-    assert data.x_train.dtype == torch.int64 and data.x_train.shape == (6, 6) and data.kind == "tokens"
+    assert (data.x_train.dtype, data.x_train.shape, data.kind) == (torch.int64, (6, 6), "tokens")
     assert data.x_train[0].tolist() == [3, data.vocabulary.index("is"), data.vocabulary.index("a"), 4, 2, 0]
     assert (data.y_train.tolist(), data.y_test.tolist()) == ([0, 1, 2, 3, 4, 5], [5, 4])
     assert data.classes == ("description", "entity", "abbreviation", "person", "location", "number")
@@ -74,13 +72,14 @@ def test_words_of_the_test_set_alone_are_unknown_and_long_sentences_are_cut(tmp_
 def test_no_sentence_is_longer_than_the_bound(tmp_path):
     long = b"0 " + b" ".join(b"w%d" % i for i in range(LONGEST + 5)) + b"\n"
     data = load("trec", write_trec(tmp_path, TRAIN + long))
-    assert data.input_shape == (LONGEST,) and data.tokens is not None
+    assert data.input_shape == (LONGEST,)
     assert len(data.sentence(data.x_train[6]).split()) == LONGEST
 
 
 def test_only_blanks_and_line_feeds_divide_a_file(tmp_path):
     # to Python's own split, the bytes 85 and A0 are blanks and 85, 0B and 1C ends of lines
-    train = TRAIN.replace(b"fowl", b"a\x85b c\xa0d e\x0bf\x1cg").replace(b"stand ", b"stand  ").replace(b"?\n", b"? \r\n")
+    train = TRAIN.replace(b"fowl", b"a\x85b c\xa0d e\x0bf\x1cg")
+    train = train.replace(b"stand ", b"stand  ").replace(b"?\n", b"? \r\n")
     data = load("trec", write_trec(tmp_path, train))
     assert data.sentence(data.x_train[1]) == "What a\x85b c\xa0d e\x0bf\x1cg grabs the spotlight ?"
     assert data.sentence(data.x_train[2]) == "What does CPR stand for ?"
@@ -89,15 +88,17 @@ def test_only_blanks_and_line_feeds_divide_a_file(tmp_path):
 @pytest.mark.parametrize("code", ["utf-8", "latin-1"])
 def test_letters_beyond_ascii_in_both_encodings(tmp_path, code):
     data = load("trec", write_trec(tmp_path, TRAIN.replace(b"CPR", "bÃ©art café".encode(code))))
-    assert data.sentence(data.x_train[2]) == "What does bÃ©art café stand for" + " ?" * (data.input_shape[0] > 6)
+    assert data.sentence(data.x_train[2]) == "What does bÃ©art café stand for ?"
 
 
 def test_classes_and_samples_keep_the_numbers_of_the_words(tmp_path):
     whole = load("trec", write_trec(tmp_path))
     part = load("trec", tmp_path, classes=("number", 4), train=2, test=1, seed=3)
-    assert part.classes == ("number", "location") and part.vocabulary == whole.vocabulary
-    assert torch.equal(part.x_train, whole.x_train[[4, 5]]) and part.y_train.tolist() == [1, 0]
-    assert part.hash == load("trec", tmp_path, classes=("number", "location"), train=2, test=1, seed=3).hash != whole.hash
+    again = load("trec", tmp_path, classes=("number", "location"), train=2, test=1, seed=3)
+    assert (part.classes, part.vocabulary) == (("number", "location"), whole.vocabulary)
+    assert torch.equal(part.x_train, whole.x_train[[4, 5]])
+    assert part.y_train.tolist() == [1, 0]
+    assert part.hash == again.hash != whole.hash
 
 
 def test_sets_without_a_test_part_are_split_as_others_and_words_come_from_the_training_part(tmp_path):
@@ -149,7 +150,8 @@ def test_bad_training_files_are_refused_with_their_line(tmp_path, train, message
     write_trec(tmp_path, train)
     with pytest.raises(Refused, match=message) as caught:
         load("trec", tmp_path)
-    assert str(caught.value).isprintable() and "TREC.train.all" in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert "TREC.train.all" in str(caught.value)
 
 
 def test_bad_test_files_are_refused_by_their_own_name(tmp_path):
@@ -243,9 +245,8 @@ def test_second_derivatives_agree_with_differences():
         with torch.no_grad():
             for p, d in zip(params, direction, strict=True):
                 p.sub_(d, alpha=sign * step)
-    for p, product, plus, minus in zip(params, products, *ends, strict=True):
-        rows = slice(1, None) if p is network.embedding.weight else slice(None)  # no gradient goes to padding's row
-        torch.testing.assert_close(product[rows], ((plus - minus) / (2 * step))[rows], rtol=1e-5, atol=1e-6)
+    for product, plus, minus in zip(products, *ends, strict=True):
+        torch.testing.assert_close(product, (plus - minus) / (2 * step), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,8 @@ def test_path_kernel_explains_a_trained_text_network_exactly(optimizer):
     before = copy.deepcopy(network.state_dict())
     run = ntkit.train(network, (x, y), F.cross_entropy, optimizer, steps=15, batch_size=6)
     result = ntkit.PathKernel(run).decompose(sentences(5, 8, 25, seed=3))
-    assert result.error < 1e-12 and (result.prediction - result.initial).abs().max() > 0.05
+    assert result.error < 1e-12
+    assert (result.prediction - result.initial).abs().max() > 0.05
     change = (network.embedding.weight - before["embedding.weight"]).abs().amax(1)
     assert change[1:].min() > 0  # every word occurs
 
@@ -281,8 +283,9 @@ def test_analysis_of_sentences_shows_them(tmp_path, short_pages):
     write_trec(tmp_path, TRAIN * 3, TEST + TRAIN)
     settings = ntkit.Settings(data="trec", data_dir=tmp_path, model="textcnn", epochs=1, track_points=4, lr=0.1)
     page = (ntkit.analyze(settings, out=tmp_path / "run") / "report.html").read_text()
-    assert page.count("Where is the fox ?") > 1 and "How many fowl &lt;unknown&gt;" in page
-    assert "five training sequences" in page and "training images" not in page
+    for text in ("Where is the fox ?", "How many fowl &lt;unknown&gt;", "five training sequences"):
+        assert text in page
+    assert "training images" not in page
 
 
 # --- the real files ---

@@ -132,8 +132,8 @@ def load(
         ``file.py:factory`` or ``package.module:factory``: a function without arguments that returns a torch dataset, a
         pair of them (training, test), tensors ``(x, y)``, a pair of such pairs, or a `Data`.
     data_dir : folder of the official MNIST or CIFAR-10 files, or of the text sets' files (or with a folder ``text`` of
-        them): lines of a label, a blank and words. The vocabulary is that of the whole training set. Short sentences are
-        padded with 0; sentences longer than the longest for training, or than 128 words, are cut there.
+        them): lines of a label, a blank and words. Their vocabulary is that of the whole training set. Short sentences
+        are padded with 0; those longer than the longest of the training set, or than 128 words, are cut there.
     classes : the classes to use, by name or else by index; their order defines the labels 0, 1, ...
     train, test : sizes of stratified samples, in the data's order; None = all examples.
     seed : of these samples.
@@ -249,7 +249,8 @@ def _read(name_or_path: str | Path, data_dir: str | Path | None) -> tuple[Files,
     if path.suffix == ".npz":
         check_name("data", name, "Rename the file.")
         return read_npz(path), path.stem, str(path)
-    expected = f"{', '.join(['digits', *official])}, the path of an .npz file or of a folder of images, or file.py:factory"
+    names = ", ".join(["digits", *official])
+    expected = f"{names}, the path of an .npz file or of a folder of images, or file.py:factory"
     if os.path.lexists(path):
         raise refusal(str(path), got="another kind of file", expected=expected, fix="Save arrays with numpy.savez.")
     got = f"{str(name_or_path)!r}, neither the name of a data set nor a file"

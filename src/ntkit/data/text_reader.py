@@ -1,4 +1,4 @@
-"""Text data sets: a label and a sentence a line, words by blanks. A file is read whole, or refused with its bad line."""
+"""Text data sets: each line a label and words, divided by blanks; a file is read whole, or refused by its bad line."""
 
 from __future__ import annotations
 
