@@ -228,7 +228,7 @@ class _Run:
         s = self.settings
         self.data = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
         outputs = 1 if len(self.data.classes) == 2 else len(self.data.classes)
-        model = build(s.model, self.data.input_shape, outputs, s.seed)
+        model = build(s.model, self.data.input_shape, outputs, s.seed, self.data.tokens)
         parts = ("x_train", "y_train", "x_test", "y_test")
         self.data = dataclasses.replace(self.data, **{p: getattr(self.data, p).to(self.device) for p in parts})
         model = model.to(self.device)

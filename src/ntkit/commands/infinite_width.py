@@ -73,7 +73,7 @@ def infinite(
         raise refusal("--w-std", got=0, expected="more than 0", fix="With weights of 0 all samples are the same.")
     with code_of_user({"--model": s.model, "--data": s.data}):
         sets = load(s.data, s.data_dir, train=s.train, seed=s.seed)
-        network = build(s.model, sets.input_shape, len(sets.classes), s.seed)
+        network = build(s.model, sets.input_shape, len(sets.classes), s.seed, sets.tokens)
     n, m = _check_size(sets, s.folds)
     names = ("model", "data", "train", "test", "folds", "epochs", "w_std", "b_std", "seed")
     values = asdict(s) | {"train": n, "test": m}

@@ -271,6 +271,9 @@ def neighbors(
         {"test_index": i, "label": classes[data.y_test[i]], "predicted": classes[predicted[i]]}
         for i in examples.tolist()
     ]
+    if data.vocabulary is not None:
+        for row in rows:
+            row["text"] = data.sentence(data.x_test[row["test_index"]])
     arrays = {"test": _pixels(data.x_test[examples])} if data.kind == "images" else {}
     count = min(NEIGHBORS, len(data.x_train))
     for name, (K, own, train) in kernels.items():
@@ -279,6 +282,7 @@ def neighbors(
         for row, similarities, indices in zip(rows, top.tolist(), index.tolist(), strict=True):
             row[name] = [
                 {"index": j, "label": classes[data.y_train[j]], "similarity": similarity}
+                | ({} if data.vocabulary is None else {"text": data.sentence(data.x_train[j])})
                 for j, similarity in zip(indices, similarities, strict=True)
             ]
         if data.kind == "images":

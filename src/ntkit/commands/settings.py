@@ -17,9 +17,10 @@ class Settings:
     """What to analyze, and how."""
 
     data: str = "digits"
-    """digits (embedded), mnist, cifar10, an .npz file, a folder of class-named image folders, or file.py:factory."""
+    """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a folder of class-named image
+    folders, or file.py:factory."""
     data_dir: str | None = None
-    """Folder with the official files of mnist or cifar10. Nothing is downloaded."""
+    """Folder with the official files of mnist, cifar10 or a text set. Nothing is downloaded."""
     classes: tuple[str, ...] | None = None
     """Classes to keep, e.g. --classes 3 8. With two classes the network gets one output."""
     train: int | None = None
@@ -27,7 +28,7 @@ class Settings:
     test: int | None = None
     """Test examples to keep (all by default)."""
     model: str = "cnn"
-    """linear, mlp, cnn, vgg, package.module:factory or file.py:factory."""
+    """linear, mlp, cnn, vgg, textcnn (text sets), package.module:factory or file.py:factory."""
     weights: str | None = None
     """A .safetensors file: analyze these weights instead of training. Excludes all options of training."""
     epochs: int = 10
@@ -138,7 +139,7 @@ class TrackSettings:
     data: str | None = None
     """As in ntkit analyze."""
     data_dir: str | None = None
-    """Folder with the official files of mnist or cifar10."""
+    """Folder with the official files of mnist, cifar10 or a text set."""
     points: int = 500
     """Training examples to follow, spread evenly."""
     k: int = 20
@@ -164,7 +165,7 @@ class InfiniteSettings:
     data: str = "digits"
     """As in ntkit analyze."""
     data_dir: str | None = None
-    """Folder with the official files of mnist or cifar10."""
+    """Folder with the official files of mnist, cifar10 or a text set."""
     train: int | None = None
     """Training examples to keep (all by default)."""
     folds: int = 5

@@ -129,7 +129,8 @@ def _run_to_follow(run: Path, settings: TrackSettings, trust: bool) -> tuple[Pat
         code = code_of_user(s.named_code())
     with code:
         sets = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
-        network = build(s.model, sets.input_shape, 1 if len(sets.classes) == 2 else len(sets.classes), s.seed)
+        outputs = 1 if len(sets.classes) == 2 else len(sets.classes)
+        network = build(s.model, sets.input_shape, outputs, s.seed, sets.tokens)
     rows = torch.linspace(0, len(sets.x_train) - 1, min(settings.points, len(sets.x_train))).long()
     return folder, network, sets.x_train[rows], sets.y_train[rows]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from ntkit.data.examples import Kind, examples, restored_random_states, stack
 from ntkit.data.image_reader import read_image_folder
 from ntkit.data.npz_reader import read_npz
 from ntkit.data.readers import MNIST_EXPECTED, NO_DOWNLOAD, Files, read_digits, read_mnist
-from ntkit.data.splits import class_indices, class_names, draw, held_out_quotas, stratified
+from ntkit.data.splits import class_indices, class_names, draw, held_out
+from ntkit.data.text_reader import PADDING, TEXT_SETS, read_text, text_expected
 
 Pair = tuple[Tensor | ArrayLike, Tensor | ArrayLike]  # x and labels
-_SPLIT_SEED = 0  # of every train/test split here: the same split for every `seed` of the sample
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,6 +43,7 @@ class Data:
     normalisation : how the values of x were scaled, as a sentence.
     source : the files or records, the split, the classes and the sample.
     kind : ``"images"``, ``"vectors"`` or ``"tokens"``: the content of x.
+    vocabulary : the word of each token number of a text set, those of padding (0) and of unknown words (1) first.
 
     Examples
     --------
@@ -58,6 +60,7 @@ class Data:
     normalisation: str
     source: str
     kind: Kind
+    vocabulary: tuple[str, ...] | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -69,6 +72,38 @@ class Data:
         """First 16 hex digits of the SHA-256 of the four arrays' dtypes, shapes and bytes."""
         arrays = (self.x_train, self.y_train, self.x_test, self.y_test)
         return tensor_hash(arrays, lambda array: f"{array.dtype} {tuple(array.shape)} ")[:16]
+
+    @property
+    def tokens(self) -> int | None:
+        """Number of different tokens of a text set, padding and unknown words among them; None for other data."""
+        return None if self.vocabulary is None else len(self.vocabulary)
+
+    def sentence(self, tokens: Tensor | ArrayLike) -> str:
+        """The words of one example [t], without its padding.
+
+        Raises
+        ------
+        Refused
+            For data without a vocabulary, and for what is not one row of its token numbers.
+
+        Examples
+        --------
+        >>> import dataclasses
+        >>> data = from_tensors((torch.tensor([[2, 3, 0], [3, 1, 2]] * 5), torch.arange(10) % 2))
+        >>> text = dataclasses.replace(data, vocabulary=("<padding>", "<unknown>", "small", "words"))
+        >>> text.sentence(text.x_train[0])
+        'small words'
+        """
+        if self.vocabulary is None:
+            got, expected = "no vocabulary", "a text data set"
+            raise refusal(f"data {self.name}", got=got, expected=expected, fix=f"Load one of {', '.join(TEXT_SETS)}.")
+        row = torch.as_tensor(tokens)
+        size = len(self.vocabulary)
+        if row.ndim != 1 or row.is_floating_point() or ((row < 0) | (row >= size)).any():
+            got = f"{row.dtype} of shape {list(row.shape)}"
+            expected = f"one row of token numbers below {size:,}"
+            raise refusal("tokens", got=got, expected=expected, fix="Give one row of x_train or x_test.")
+        return " ".join(self.vocabulary[token] for token in row.tolist() if token != PADDING)
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.input_shape))
@@ -89,13 +124,16 @@ def load(
     Parameters
     ----------
     name_or_path : ``"digits"`` (embedded in scikit-learn, 8 x 8 pixels / 16; a fixed stratified split, 1,437 / 360),
-        ``"mnist"`` or ``"cifar10"`` (official files in `data_dir`), or a path: an ``.npz`` file, or a folder of PNG or
+        ``"mnist"`` or ``"cifar10"`` (official files in `data_dir`); ``"trec"``, ``"sst2"``, ``"rt-polarity"`` or
+        ``"subj"``: sentences as token numbers, see `Data.sentence`; or a path: an ``.npz`` file, or a folder of PNG or
         JPEG images in ``train/CLASS/`` and ``test/CLASS/``, or in ``CLASS/`` (pixels as stored: EXIF orientation does
         not turn them). Data without a test set is split 80/20, stratified, always in the same way. In an ``.npz``:
         uint8 of rank 3 or 4 is images (/ 255), floats become float32 unscaled, int16/32/64 of rank 2 is tokens. Or
         ``file.py:factory`` or ``package.module:factory``: a function without arguments that returns a torch dataset, a
         pair of them (training, test), tensors ``(x, y)``, a pair of such pairs, or a `Data`.
-    data_dir : folder of the official MNIST or CIFAR-10 files.
+    data_dir : folder of the official MNIST or CIFAR-10 files, or of the text sets' files (or with a folder ``text`` of
+        them): lines of a label, a blank and words. Their vocabulary is that of the whole training set. Short sentences
+        are padded with 0; those longer than the longest of the training set, or than 128 words, are cut there.
     classes : the classes to use, by name or else by index; their order defines the labels 0, 1, ...
     train, test : sizes of stratified samples, in the data's order; None = all examples.
     seed : of these samples.
@@ -189,7 +227,11 @@ def _read(name_or_path: str | Path, data_dir: str | Path | None) -> tuple[Files,
     """The content of the files, the name of the data set, and its subject in errors."""
     if name_or_path == "digits":
         return read_digits(), "digits", "digits"
-    official = {"mnist": (read_mnist, MNIST_EXPECTED), "cifar10": (read_cifar10, CIFAR10_EXPECTED)}
+    official: dict[str, tuple[Callable[[Path], Files], str]] = {
+        "mnist": (read_mnist, MNIST_EXPECTED),
+        "cifar10": (read_cifar10, CIFAR10_EXPECTED),
+        **{text: (partial(read_text, name=text), text_expected(text)) for text in TEXT_SETS},
+    }
     if isinstance(name_or_path, str) and name_or_path in official:
         read, files = official[name_or_path]
         if data_dir is None:
@@ -207,7 +249,8 @@ def _read(name_or_path: str | Path, data_dir: str | Path | None) -> tuple[Files,
     if path.suffix == ".npz":
         check_name("data", name, "Rename the file.")
         return read_npz(path), path.stem, str(path)
-    expected = "digits, mnist, cifar10, the path of an .npz file or of a folder of images, or file.py:factory"
+    names = ", ".join(["digits", *official])
+    expected = f"{names}, the path of an .npz file or of a folder of images, or file.py:factory"
     if os.path.lexists(path):
         raise refusal(str(path), got="another kind of file", expected=expected, fix="Save arrays with numpy.savez.")
     got = f"{str(name_or_path)!r}, neither the name of a data set nor a file"
@@ -231,7 +274,8 @@ def _from_factory(place: str) -> tuple[Files, str, str]:
             got = f"a factory that returned a {type(data).__name__}"
             raise refusal(f"--data {place}", got=got, expected=expected, fix="Return one of those.")
     sets = (data.x_train, data.y_train), (data.x_test, data.y_test)
-    return Files(*sets, data.classes, f"{data.source}, made by {place}"), name, place
+    source = f"{data.source}, made by {place}"
+    return Files(*sets, data.classes, source, vocabulary=data.vocabulary), name, place
 
 
 def _build(
@@ -250,11 +294,8 @@ def _build(
     if files.test is None:
         sets = [(x, y), (x, y)]
         names = class_names(files.classes, {subject: y})
-        test_rows = stratified(y, held_out_quotas(y, subject), _SPLIT_SEED)
-        in_training = torch.ones(len(y), dtype=torch.bool)
-        in_training[test_rows] = False
-        rows = [in_training.nonzero().squeeze(1), test_rows]
-        source += f"; fixed stratified split, {len(rows[0]):,} train / {len(test_rows):,} test, independent of seed"
+        *rows, how = held_out(y, subject)
+        source += how
     else:
         x_test, y_test, kind_test = examples(files.test, test_set, float_dtype)
         if x.shape[1:] != x_test.shape[1:] or x.dtype != x_test.dtype or kind != kind_test:
@@ -286,9 +327,11 @@ def _build(
             rows[part], labels[part] = rows[part][sample], labels[part][sample]
     inputs = [x if len(index) == len(x) else x[index] for (x, _), index in zip(sets, rows, strict=True)]
     normalisation = "token ids as given" if kind == "tokens" else "values as given, no scaling or centering"
+    if files.vocabulary is not None:
+        normalisation = f"words as numbers, {len(files.vocabulary):,} with padding (0) and unknown words (1)"
     if x.dtype == torch.uint8:
         check_room(subject, 4 * sum(x.numel() for x in inputs))
         inputs = [x.to(torch.float32, memory_format=torch.contiguous_format).div_(files.scale) for x in inputs]
         normalisation = f"pixels / {files.scale:.0f}, no centering"
     y_train, y_test = (y.to(x.device) for y in labels)
-    return Data(inputs[0], y_train, inputs[1], y_test, names, name, normalisation, source, kind)
+    return Data(inputs[0], y_train, inputs[1], y_test, names, name, normalisation, source, kind, files.vocabulary)

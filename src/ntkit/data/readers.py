@@ -36,6 +36,7 @@ class Files(NamedTuple):
     classes: Sequence[str] | None
     source: str
     scale: float = 255.0  # the uint8 pixel value that becomes 1
+    vocabulary: tuple[str, ...] | None = None  # the word of each token number
 
 
 def open_data(path: Path, expected: str) -> tuple[io.BufferedReader, int]:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ntkit.base.checks import check_name, nearest, refusal
 
+_SPLIT_SEED = 0  # of every train/test split here: the same split for every `seed` of the sample
+
 
 def draw(y: Tensor, count: int, where: str, seed: int, part: int) -> Tensor:
     """Rows, ascending, of a stratified sample of `count` examples with labels `y`; errors name it `where`."""
@@ -24,7 +26,17 @@ def draw(y: Tensor, count: int, where: str, seed: int, part: int) -> Tensor:
     return stratified(y, _quotas(sizes, count, sizes), [seed, part])
 
 
-def held_out_quotas(y: Tensor, subject: str) -> Tensor:
+def held_out(y: Tensor, subject: str) -> tuple[Tensor, Tensor, str]:
+    """Rows for training and for testing, ascending, of data without a test set; and the split in words."""
+    test = stratified(y, _held_out_quotas(y, subject), _SPLIT_SEED)
+    in_training = torch.ones(len(y), dtype=torch.bool)
+    in_training[test] = False
+    train = in_training.nonzero().squeeze(1)
+    how = f"; fixed stratified split, {len(train):,} train / {len(test):,} test, independent of seed"
+    return train, test, how
+
+
+def _held_out_quotas(y: Tensor, subject: str) -> Tensor:
     """Test examples per class: a fifth of all if possible, but each class keeps one for training."""
     sizes = y.bincount()
     most = (sizes - 1).clamp(min=0)

@@ -6,13 +6,16 @@ import inspect
 import math
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from ntkit.base.checks import refusal
 from ntkit.base.factory import find
+from ntkit.data.text_reader import TEXT_SETS
 from ntkit.jacobian.model_calls import check_module
+from ntkit.networks.text_network import TextNetwork
 
 Shape = tuple[int, ...]
 
@@ -71,18 +74,34 @@ def vgg(shape: Shape, outputs: int) -> nn.Module:
     return glorot(_smallest(make, 92_000))
 
 
-BUILT_IN: dict[str, Callable[[Shape, int], nn.Module]] = {"linear": linear, "mlp": mlp, "cnn": cnn, "vgg": vgg}
+def textcnn(shape: Shape, outputs: int, vocabulary: int | None = None) -> nn.Module:
+    """Embeddings of 160 numbers, three convolutions of 128 channels, a maximum over positions, one dense layer."""
+    if vocabulary is None or len(shape) != 1:
+        what = f"inputs of shape {tuple(shape)}{'' if vocabulary else ' without a vocabulary'}"
+        expected, fix = "sentences [length] with a vocabulary", f"Use a text data set: {', '.join(TEXT_SETS)}."
+        raise refusal("--model textcnn", got=what, expected=expected, fix=fix)
+    return TextNetwork(vocabulary, outputs)
 
 
-def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
+BUILT_IN: dict[str, Callable[..., nn.Module]] = {
+    "linear": linear,
+    "mlp": mlp,
+    "cnn": cnn,
+    "vgg": vgg,
+    "textcnn": textcnn,
+}
+
+
+def build(name: str, shape: Shape, outputs: int, seed: int, vocabulary: int | None = None) -> nn.Module:
     """Build a network by name; its weights depend on `seed` only (the global random state does not change).
 
     Parameters
     ----------
-    name : a built-in name, ``package.module:factory`` or ``file.py:factory``. A factory gets ``shape`` and ``outputs``
-        if they are among its parameters.
+    name : a built-in name, ``package.module:factory`` or ``file.py:factory``. A factory gets ``shape``, ``outputs`` and
+        ``vocabulary`` if they are among its parameters.
     shape, outputs : shape of one input, number of outputs.
     seed : of the initial weights.
+    vocabulary : number of tokens, where the inputs are token numbers of a text data set.
 
     Returns
     -------
@@ -101,13 +120,16 @@ def build(name: str, shape: Shape, outputs: int, seed: int) -> nn.Module:
     """
     factory: Callable[..., nn.Module] = BUILT_IN.get(name) or find("--model", name, BUILT_IN)
     signature = inspect.signature(factory)
-    values = {"shape": tuple(shape), "outputs": outputs}
+    values: dict[str, Any] = {"shape": tuple(shape), "outputs": outputs}
+    values |= {} if vocabulary is None else {"vocabulary": vocabulary}
     arguments = {key: value for key, value in values.items() if key in signature.parameters}
     try:
         signature.bind(**arguments)
     except TypeError as error:
         got = f"a factory that could not be called ({error})"
-        expected = "a callable without required arguments other than shape and outputs"
+        expected = "a callable without required arguments other than shape and outputs" + (
+            ", and vocabulary" if vocabulary is not None else ""
+        )
         fix = "Give its other parameters default values."
         raise refusal(f"--model {name}", got=got, expected=expected, fix=fix) from error
     with torch.random.fork_rng([]):

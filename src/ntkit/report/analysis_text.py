@@ -178,7 +178,7 @@ def neighbors(results: dict[str, Any]) -> str:
         same = [n["label"] == row["label"] for row in results["neighbors"]["rows"] for n in row[key]]
         counts.append(f"{sum(same)} of {len(same)}")
     return (
-        f"Neighbors with the test image’s own label: {counts[0]} before training, {counts[1]} after. "
+        f"Neighbors with the test example’s own label: {counts[0]} before training, {counts[1]} after. "
         "A few examples to look at, not a measurement."
     )
 
