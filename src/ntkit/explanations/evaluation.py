@@ -1,4 +1,4 @@
-"""Tests of explanations against what really happens: leave-one-out, datamodeling score, deletion, mislabeled examples."""
+"""Tests of explanations by what really happens: leave-one-out, datamodeling score, deletion, wrong labels."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def leave_one_out(scores: Tensor, again: Retrainings, examples: Sequence[int] | 
 def datamodeling_score(
     scores: Tensor, again: Retrainings, fraction: float = 0.5, sets: int = 50, fresh: int = 0, seed: int = 0
 ) -> Evaluation:
-    """Linear datamodeling score: rank correlation over random sets of what the remaining scores sum to with what happens.
+    """Linear datamodeling score: does the sum of the remaining scores rank what happens without random sets?
 
     Parameters
     ----------
@@ -181,10 +181,9 @@ def case_deletion(
     which = "lowest" if against else "highest"
     kind = f"mean of {fresh} fresh runs" if fresh else "the same run"
     words = ", ".join(f"{100 * share:g}" for share in shares)
-    return Deletion(
-        list(shares), changes, float(means.mean()), float(means.std() / math.sqrt(again.m)) if again.m > 1 else math.inf,
-        f"{words} % of the examples removed, those with the {which} scores, {kind}; {again.m} test points",
-    )  # fmt: skip
+    error = float(means.std() / math.sqrt(again.m)) if again.m > 1 else math.inf
+    protocol = f"{words} % of the examples removed, those with the {which} scores, {kind}; {again.m} test points"
+    return Deletion(list(shares), changes, float(means.mean()), error, protocol)
 
 
 def query_loss_difference(scores: Tensor, again: Retrainings, share: float = 0.01, random_sets: int = 20) -> Evaluation:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, call_with
+from ntkit.base.caller_context import threads
 from ntkit.base.checks import refusal
 from ntkit.base.integrity import damaged
-from ntkit.base.operation_threads import threads_of_caller
+from ntkit.base.operation_threads import one_thread, threads_of_caller
 from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.graph import correct_norms
@@ -78,6 +79,10 @@ class _Start(NamedTuple):
 
     parameters: dict[str, Tensor] | None
     state: dict[Tensor, dict[str, Any]]
+
+
+class _OtherBits(Exception):
+    """With one thread the run has other bits than the recorded ones."""
 
 
 class Replay:
@@ -162,7 +167,7 @@ class Replay:
         self._full_batch = not loop and settings["batch_size"] is None
         self.x, self.y, self.n = self.objective.x, self.objective.y, self.objective.n
         self.bitwise = False
-        self._checked = False
+        self._checked = self._alone = False
         self._constants: dict[str, Tensor] = {}  # parameters and buffers that the optimizer does not update
         self._stride = max(1, math.ceil(math.sqrt(self.steps)))
         self._records: list[_StepRecord] | None = None
@@ -184,6 +189,15 @@ class Replay:
         """
         if self._checked:
             return
+        # One thread is faster, on a busy machine by far. Mostly it gives the bits of several, too.
+        self._alone = self.weights is not None or threads() > 1
+        try:
+            self._replay_run()
+        except _OtherBits:
+            self._alone = False
+            self._replay_run()
+
+    def _replay_run(self) -> None:
         self._load_start()
         records: list[_StepRecord] | None = []
         exact, size, size_with_all, starts = True, 0, 0, []
@@ -260,7 +274,8 @@ class Replay:
     def _replay_step(self, step: int) -> _StepRecord:
         """Take a step from the model's parameters to the next ones, which are read from a snapshot if there is one."""
         before = self._values()
-        with threads_of_caller():  # sums are cut up among threads: another number gives other last bits
+        # sums are cut up among threads: another number may give other last bits
+        with one_thread() if self._alone else threads_of_caller():
             slope = self._slope(step)
             factor = optimizer_updates.clip_gradients(self._params.values(), self.clip)
             for group, rate in zip(self._opt.param_groups, self.rates[step].tolist(), strict=True):
@@ -273,7 +288,7 @@ class Replay:
         """Compute the gradients of the step's loss in place; return its gradient by the outputs."""
         x, y = self.batch(step)
         self.model.zero_grad(set_to_none=True)
-        outputs = _checked_outputs(call_with(self.model, x), len(y))
+        outputs = replay_checks.checked_outputs(call_with(self.model, x), len(y))
         slopes: list[Tensor] = []
         factors = None if self.weights is None else self.weights[self.rows(step)].to(outputs)
 
@@ -345,6 +360,8 @@ class Replay:
                 eps = torch.finfo(value.dtype).eps
                 rounding = step - 1 in self._recorded and size <= math.sqrt(eps) * update + 4 * eps * theta
                 differences.append((not rounding, size / update if update else math.inf, name))
+        if differences and self._alone:
+            raise _OtherBits
         if any(refused for refused, _, _ in differences):
             _, size, name = max(differences)
             raise refusal(
@@ -376,17 +393,6 @@ class Replay:
             raise refusal(where, got=got, expected="a run that stays finite", fix=fix)
         devices = {name: tensor.device for names, tensor in tied_names(self.model) for name in names}
         return {name: tensor.to(devices[name]) for name, tensor in state.items()}
-
-
-def _checked_outputs(outputs: Any, rows: int) -> Tensor:
-    if isinstance(outputs, Tensor) and outputs.ndim and len(outputs) == rows and outputs.requires_grad:
-        return outputs
-    got = f"a {type(outputs).__name__}"
-    if isinstance(outputs, Tensor):
-        got = f"shape {list(outputs.shape)}{'' if outputs.requires_grad else ', without a gradient'}"
-    expected = f"one tensor of shape [{rows}, ...] that depends on the parameters"
-    fix = "Wrap the model, also in training, so that it returns one tensor with examples along its first axis."
-    raise refusal("the model's output", got=got, expected=expected, fix=fix)
 
 
 @contextmanager

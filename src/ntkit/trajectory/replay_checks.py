@@ -115,3 +115,15 @@ def checked_rates(trajectory: Trajectory, steps: int) -> Tensor:
                 fix="One of the two files was changed: restore the run's folder, or record the run again.",
             )
     return rates
+
+
+def checked_outputs(outputs: Any, rows: int) -> Tensor:
+    """The network's outputs for a batch, after a check that they are one tensor that depends on the parameters."""
+    if isinstance(outputs, Tensor) and outputs.ndim and len(outputs) == rows and outputs.requires_grad:
+        return outputs
+    got = f"a {type(outputs).__name__}"
+    if isinstance(outputs, Tensor):
+        got = f"shape {list(outputs.shape)}{'' if outputs.requires_grad else ', without a gradient'}"
+    expected = f"one tensor of shape [{rows}, ...] that depends on the parameters"
+    fix = "Wrap the model, also in training, so that it returns one tensor with examples along its first axis."
+    raise refusal("the model's output", got=got, expected=expected, fix=fix)
