@@ -115,8 +115,11 @@ def take_step(opt: Optimizer, params: Mapping[str, nn.Parameter], factor: float 
         if p.grad is None:
             updates[name] = Update(0.0, 0.0, float(name not in first), 0.0, 0.0, 0.0, 0.0)
         else:
-            update = _sgd_update if isinstance(opt, SGD) else _adam_update
-            updates[name] = update(opt, groups[id(p)], opt.state[p], factor, name in first)
+            group, is_first = groups[id(p)], name in first
+            sgd = isinstance(opt, SGD)
+            updates[name] = (
+                sgd_update(group, factor, is_first) if sgd else _adam_update(opt, group, opt.state[p], factor, is_first)
+            )
     return updates
 
 
@@ -125,7 +128,8 @@ def _buffer(opt: Optimizer, p: Tensor) -> Tensor | None:
     return state.get("momentum_buffer", state.get("exp_avg"))
 
 
-def _sgd_update(opt: Optimizer, group: dict[str, Any], state: dict[str, Tensor], factor: float, first: bool) -> Update:
+def sgd_update(group: Mapping[str, Any], factor: float, first: bool) -> Update:
+    """The `Update` of a step of SGD with the settings of a group; `first`: before it there was no momentum buffer."""
     lr, momentum = float(group["lr"]), float(group["momentum"])
     gradient = -factor if group["maximize"] else factor
     decay = float(group["weight_decay"])
