@@ -16,7 +16,7 @@ def check_axioms(scores: Matrix, f: Matrix | None = None, zero: float = 1e-12) -
     r"""Largest violation of each axiom of generalized representers, by scores of the training set on itself.
 
     Scores of the form alpha_i K(x_i, x_j), K a positive semidefinite kernel, satisfy all but efficiency, and no other
-    scores satisfy all (Tsai, Yeh, Ravikumar 2023, their characterization). Write phi_ij for what example i contributes to x_j, and
+    scores satisfy all of these (Tsai, Yeh, Ravikumar 2023). Write phi_ij for what example i contributes to x_j, and
     c_ij for phi_ij / a_i, with factors a that make c as symmetric as the ratios phi_ij / phi_ji allow.
 
     Parameters

@@ -89,8 +89,8 @@ class TrackingImportance:
     """alpha_i = - sum over the steps with i in the batch of lr_s * slope_(i, s), summed up while a model trains.
 
     With momentum, dampening, Nesterov's momentum and weight decay it is the exact coefficient: where the model is
-    linear in its parameters, f(x) = J(x) theta, every theta_s is ``initial_factor * theta_0 + sum_i J(x_i)^T alpha_i``, and
-    so is the momentum buffer; both follow the optimizer's own linear recursion. For such a model
+    linear in its parameters, f(x) = J(x) theta, every theta_s is ``initial_factor * theta_0 + sum_i J(x_i)^T alpha_i``,
+    and so is the momentum buffer; both follow the optimizer's own linear recursion. For such a model
 
         f_S(x) = initial_factor * f_0(x) + sum_i K(x, x_i) alpha_i,     K(x, x_i) = J(x) J(x_i)^T,
 

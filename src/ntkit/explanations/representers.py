@@ -63,7 +63,7 @@ class Explanation:
 
     @classmethod
     def of_path(cls, decomposition: PathDecomposition, output: int | Tensor | None = None) -> Explanation:
-        """Contributions of a path kernel to one output (as in `PathDecomposition.top`), with what they should sum to."""
+        """Contributions of a path kernel to one output (see `PathDecomposition.top`), with what they should sum to."""
         m = len(decomposition.prediction)
         chosen = decomposition.prediction.argmax(1) if output is None else torch.as_tensor(output).expand(m)
         scores = decomposition.of(chosen)
@@ -131,8 +131,8 @@ def explain(
 
     Notes
     -----
-    Tsai, Yeh, Ravikumar 2023, definition 2. Kernels of the paper: ``ConjugateKernel`` (last layer), ``TangentKernel``
-    (at the model's current parameters), ``InfluenceKernel``; sums over checkpoints: `tracin`.
+    Tsai, Yeh, Ravikumar 2023 (generalized representers). Kernels of the paper: ``ConjugateKernel`` (last layer),
+    ``TangentKernel`` (at the model's current parameters), ``InfluenceKernel``; sums over checkpoints: `tracin`.
 
     Examples
     --------

@@ -56,15 +56,15 @@ def surrogate_importance(
 
     Notes
     -----
-    Tsai, Yeh, Ravikumar 2023, section 4.1 (surrogate derivative); with a last-layer kernel the representer points of
+    Tsai, Yeh, Ravikumar 2023 (surrogate derivative); with a last-layer kernel the representer points of
     Yeh et al. 2018. Newton's method in float64: the system of a step is n C x n C, factorized up to 6,000 unknowns,
     solved by conjugate gradients above.
 
     Examples
     --------
     >>> K, f = torch.eye(2), torch.tensor([4.0, 2.0])
-    >>> surrogate_importance(K, f, "squared", l2=0.5).values.ravel().tolist()
-    [2.0, 1.0]
+    >>> surrogate_importance(K, f, "squared", l2=0.5).values.ravel()
+    tensor([2.0000, 1.0000], dtype=torch.float64)
     """
     if not callable(loss) and loss not in ("cross-entropy", "squared"):
         fix = nearest(str(loss)[:80], ("cross-entropy", "squared"))

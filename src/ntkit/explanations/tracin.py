@@ -38,7 +38,7 @@ def tracin(
 ) -> Explanation:
     r"""Scores :math:`\sum_t \eta_t \sum_{c'} \Theta_t(x_j, x_i)_{c c'} \alpha^t_{i c'}` over checkpoints t.
 
-    Theta_t is the tangent kernel and alpha^t = - d loss_i / d f(x_i) at the parameters of checkpoint t, so a term is the
+    Theta_t is the tangent kernel and alpha^t = - d loss_i / d f(x_i) at the parameters of checkpoint t: a term is the
     change of output c that a step of length eta_t on example i alone makes, to first order. A sum of generalized
     representers is none itself: `check_axioms` tells.
 
@@ -65,8 +65,7 @@ def tracin(
 
     Notes
     -----
-    Pruthi, Liu, Kale, Sundararajan 2020 (TracInCP), there for the loss of the test point instead of an output; Tsai, Yeh,
-    Ravikumar 2023, section 3.3.
+    Pruthi, Liu, Kale, Sundararajan 2020 (TracInCP), there for the loss of the test point instead of an output.
 
     Examples
     --------

@@ -60,7 +60,7 @@ class SpectralFilter:
             return 1 / (self.damping * (eigenvalues + self.damping))
         u = self.at_zero * eigenvalues  # at_zero^2 (u - 1 + exp(-u)) / u^2, which cancels for small u
         low = torch.where(u < 1, u, 0.0)
-        series = sum((-low) ** k / math.factorial(k + 2) for k in range(_TERMS))
+        series = sum((-low) ** k / float(math.factorial(k + 2)) for k in range(_TERMS))
         high = torch.where(u < 1, 1.0, u)
         return self.at_zero**2 * torch.where(u < 1, series, (high + torch.expm1(-high)) / high / high)
 

@@ -32,8 +32,8 @@ class InfluenceKernel(Kernel):
         Hessian}, \qquad F(\lambda) = \frac{1 - e^{-T\lambda}}{\lambda} \;\text{or}\; \frac{1}{\lambda + \delta}
 
     With the slopes of the loss, -k(x, x_i) d loss_i / d f(x_i) / n is what the output for x gains, to first order, when
-    the weight of example i rises by one: the influence function. The first filter is that of a model trained by gradient
-    flow of length T, linear in its parameters: it has no damping to choose. All sums are in float64 [n1, n2, C, C], or
+    the weight of example i rises by one: the influence function. The first filter is that of gradient flow of length T
+    on a model that is linear in its parameters: it has no damping to choose. All sums are in float64 [n1, n2, C, C], or
     [n1, n2] for a callable; J in the precision of the network, so convert network and data to float64 for a large T or
     a small damping: see `certificate`.
 
@@ -59,19 +59,18 @@ class InfluenceKernel(Kernel):
 
     Notes
     -----
-    Koh, Liang 2017, section 2.1 (influence function); Tsai, Yeh, Ravikumar 2023, section 4 (as a kernel). The matrix
+    Koh, Liang 2017, section 2.1 (influence function); Tsai, Yeh, Ravikumar 2023 (as a kernel). The matrix
     decomposed is the smaller one: [n C, n C] by the Woodbury identity, or [P, P].
 
     Examples
     --------
-    Ridge regression without data of size: the curvature of 1/2 x^2 at x = 1 is 1.
+    One example with curvature 1, and as much damping, halve the tangent kernel:
 
-    >>> import torch
     >>> x = torch.ones(1, 1, dtype=torch.float64)
     >>> model = torch.nn.Linear(1, 1, bias=False).double()
     >>> half_square = lambda out, y: ((out - y) ** 2).mean() / 2
-    >>> InfluenceKernel(model, (x, 0 * x), half_square, damping=1.0)(x).item()
-    0.5
+    >>> InfluenceKernel(model, (x, 0 * x), half_square, damping=1.0)(x)
+    tensor([[[[0.5000]]]], dtype=torch.float64)
     """
 
     def __init__(
@@ -93,7 +92,8 @@ class InfluenceKernel(Kernel):
             fix = "Pick one scalar by a callable: lambda y: y[:, 0]."
             raise refusal("outputs", got=repr(outputs), expected='"full" or a callable', fix=fix)
         self._filter = SpectralFilter(damping, flow_time(time) if isinstance(time, Trajectory) else time)
-        self._curvature, self._outputs, self._loss = curvature, outputs, loss
+        self._curvature, self._loss = curvature, loss
+        self._outputs: Outputs = outputs
         self._engine = Engine(model, outputs, params, memory)
         self._full = Engine(model, "full", params, memory)
         self._tangent = TangentKernel(model, outputs, params, memory)
@@ -253,7 +253,7 @@ class InfluenceKernel(Kernel):
         if damping is not None and not lowest + damping > rounding:
             raise refusal(
                 "damping", got=f"{damping:g}, with a smallest eigenvalue of the Hessian of {lowest:.6g}",
-                expected=f"more than {-lowest + rounding:.6g}, so that Hessian + damping is positive definite",
+                expected=f"more than {(-lowest + rounding) * (1 + 1e-5):.6g}, so that Hessian + damping is positive definite",
                 fix='Use such a damping, time=..., or curvature="gauss-newton".',
             )  # fmt: skip
         filtered = self._filter.values(values)
