@@ -292,6 +292,7 @@ def test_refusals_of_the_surrogate(change, message):
 
 def test_an_indefinite_matrix_is_noticed_by_the_products_too(monkeypatch):
     monkeypatch.setattr(surrogate, "_DENSE", 0)
+    monkeypatch.setattr(surrogate, "_CHECKED", 0)
     Q = torch.linalg.qr(drawn(N, N))[0]
     K = Q @ torch.diag(torch.tensor([1.0] * (N - 1) + [-0.5], dtype=F64)) @ Q.T
     with pytest.raises(Refused, match="positive semidefinite"):
@@ -492,7 +493,9 @@ def test_axioms_fail_where_the_kernel_mixes_outputs():
     """A sum over outputs of importance times kernel is no importance times kernel."""
     model = network()
     alpha = ntkit.target_importance(model, X, LABELS, cross_entropy)
-    assert ntkit.check_axioms(ntkit.explain(ntkit.TangentKernel(model), alpha, X, X, 0).scores)["symmetric cycle"] > 1e-2
+    assert (
+        ntkit.check_axioms(ntkit.explain(ntkit.TangentKernel(model), alpha, X, X, 0).scores)["symmetric cycle"] > 1e-2
+    )
 
 
 def test_each_axiom_is_noticed_alone():

@@ -18,8 +18,10 @@ from ntkit.kernels.output_loss import OutputLoss
 from ntkit.machines.machine_input import as_targets, solve
 
 _STEPS, _HALVINGS = 100, 40
-_DENSE = 6000  # unknowns whose Newton system is factorized; above, conjugate gradients
-_PRODUCTS = 2000
+_NEAR = 1e-8  # relative residual below which a step that does not halve it is the last
+_DENSE = 2000  # unknowns whose Newton system is factorized; above, conjugate gradients, faster from 1,000 on
+_CHECKED = 6000  # rows of K whose eigenvalues are checked; above, the solver notices a negative one that it meets
+_PRODUCTS, _ACCURACY = 20_000, 1e-13  # of conjugate gradients, for a step
 _EPS = torch.finfo(torch.float64).eps
 
 SurrogateLoss = Literal["cross-entropy", "squared"] | Callable[[Tensor, Tensor], Tensor]
@@ -57,7 +59,7 @@ def surrogate_importance(
     Notes
     -----
     Tsai, Yeh, Ravikumar 2023 (surrogate derivative); with a last-layer kernel the representer points of
-    Yeh et al. 2018. Newton's method in float64: the system of a step is n C x n C, factorized up to 6,000 unknowns,
+    Yeh et al. 2018. Newton's method in float64: the system of a step is n C x n C, factorized up to 2,000 unknowns,
     solved by conjugate gradients above.
 
     Examples
@@ -87,8 +89,8 @@ def surrogate_importance(
 
 
 def _check_semidefinite(gram: Gram) -> None:
-    """Refuse a matrix with an eigenvalue below rounding; above `_DENSE` unknowns the solver itself notices."""
-    if len(gram) > _DENSE:
+    """Refuse a matrix with an eigenvalue below rounding."""
+    if len(gram) > _CHECKED:
         return
     allowed = 100 * len(gram) * gram.precision * gram.largest
     matrix = gram.dense()
@@ -158,29 +160,30 @@ class _Problem:
 
     def solution(self) -> tuple[Tensor, int]:
         """Newton's method with halved steps, from alpha = 0, until rounding stops it."""
-        alpha = torch.zeros_like(self.target)
+        alpha = best = torch.zeros_like(self.target)
         g = torch.zeros_like(self.target)
         residual = self.residual(alpha, g)
+        lowest = size = float(residual.norm())
         for step in range(_STEPS):
-            size = float(residual.norm())
-            if size <= 1e-14 * float(alpha.norm()) or size == 0:
-                return alpha, step
             change = self._newton(g, residual)
-            image = self.fitted(change)
-            start, length = self._objective(alpha, g), 1.0
+            image, start, length = self.fitted(change), self._objective(alpha, g), 1.0
             for _ in range(_HALVINGS):
                 trial, there = alpha + length * change, g + length * image
-                fresh = self.residual(trial, there)
-                if float(fresh.norm()) <= 0.9 * size or self._objective(trial, there) < start:
+                near = float(self.residual(trial, there).norm()) <= 0.9 * size
+                if near or self._objective(trial, there) < start:
                     break
                 length /= 2
             else:
-                return alpha, step
-            if length == 1 and float(fresh.norm()) > 0.5 * size and size <= 1e-9 * float(alpha.norm()):
-                return (trial if float(fresh.norm()) < size else alpha), step + 1  # rounding, not progress
+                return best, step
             alpha, g = trial, self.fitted(trial)
             residual = self.residual(alpha, g)
-        return alpha, _STEPS
+            size = float(residual.norm())
+            done = lowest <= _NEAR * float(best.norm()) and size > lowest / 2  # rounding, no progress
+            if size < lowest:
+                best, lowest = alpha, size
+            if done or size == 0:
+                return best, step + 1
+        return best, _STEPS
 
     def _objective(self, alpha: Tensor, g: Tensor) -> float:
         return self.value(g) + self.l2 / 2 * float((alpha * g).sum())
@@ -198,9 +201,10 @@ class _Problem:
             return (root.transpose(1, 2) @ v[..., None])[..., 0]
 
         image = turned(self.fitted(-residual))
-        inner = self._factorized(root, shift, image) if self.dense is not None else self._by_products(
-            lambda v: turned(self.fitted((root @ v[..., None])[..., 0])), shift, image
-        )  # fmt: skip
+        if self.dense is not None:
+            inner = self._factorized(root, shift, image)
+        else:
+            inner = self._by_products(lambda v: turned(self.fitted((root @ v[..., None])[..., 0])), shift, image)
         return -residual - (root @ inner[..., None])[..., 0]
 
     def _factorized(self, root: Tensor, shift: float, image: Tensor) -> Tensor:
@@ -220,10 +224,13 @@ class _Problem:
         return torch.cholesky_solve(image.reshape(-1, 1), lower).view(n, C)
 
     def _by_products(self, product: Callable[[Tensor], Tensor], shift: float, image: Tensor) -> Tensor:
-        """Conjugate gradients for (product + shift) inner = image."""
+        """Conjugate gradients for (product + shift) inner = image.
+
+        To a residual near rounding from the first step on: K multiplies an error of `inner` by its eigenvalues.
+        """
         inner, rest = torch.zeros_like(image), image.clone()
         direction, size = rest.clone(), float(rest.square().sum())
-        allowed = size * 1e-26
+        allowed = size * _ACCURACY**2
         for _ in range(_PRODUCTS):
             if size <= allowed:
                 break

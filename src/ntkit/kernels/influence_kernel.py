@@ -253,7 +253,7 @@ class InfluenceKernel(Kernel):
         if damping is not None and not lowest + damping > rounding:
             raise refusal(
                 "damping", got=f"{damping:g}, with a smallest eigenvalue of the Hessian of {lowest:.6g}",
-                expected=f"more than {(-lowest + rounding) * (1 + 1e-5):.6g}, so that Hessian + damping is positive definite",
+                expected=f"more than {(rounding - lowest) * (1 + 1e-5):.6g}, or Hessian + damping is not positive definite",
                 fix='Use such a damping, time=..., or curvature="gauss-newton".',
             )  # fmt: skip
         filtered = self._filter.values(values)
