@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import ntkit
 from ntkit.base.checks import Refused
 from ntkit.jacobian import oracle
+from ntkit.kernels import influence_kernel
 from ntkit.kernels.curvature import SpectralFilter
 from ntkit.kernels.output_loss import OutputLoss
 from ntkit.testing import assert_equal, check_kernel
@@ -94,6 +95,32 @@ def test_by_strips_it_is_the_same(monkeypatch):
     assert_equal(kernel(X, TEST), whole, 1e-13, "one sample at a time")
 
 
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[2]], ids=["damping", "time"])
+def test_by_leading_eigenpairs_it_is_the_definition_where_they_are_all(way, monkeypatch):
+    monkeypatch.setattr(influence_kernel, "_EXACT", 0)
+    model = network()
+    kernel = ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, **way)
+    assert_equal(kernel(TEST, X), by_definition(model, TEST, X, **way), 1e-7, "k(test, train)")
+    assert kernel.certificate["eigenpairs"] <= 14  # softmax has 2 directions of curvature of 3, and 7 examples
+    assert kernel.certificate["error"] < 1e-3
+
+
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+@pytest.mark.parametrize("pairs", [1, 4, 8])
+def test_the_error_of_leading_eigenpairs_is_bounded_by_the_one_reported(way, pairs, monkeypatch):
+    for name, value in (("_EXACT", 0), ("_FIRST", pairs), ("_MOST", pairs)):
+        monkeypatch.setattr(influence_kernel, name, value)
+    model = network()
+    kernel = ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, **way)
+    exact = by_definition(model, X, X, **way)
+    own = torch.arange(7)
+    gap = (kernel(X) - exact)[own, own].diagonal(dim1=1, dim2=2)
+    largest = float(kernel(X)[own, own].diagonal(dim1=1, dim2=2).max())
+    assert kernel.certificate["eigenpairs"] == pairs
+    assert float(gap.min()) > -1e-9 * largest  # what is left out only ever lowers the kernel
+    assert 0.02 * kernel.certificate["error"] < float(gap.max()) / largest < kernel.certificate["error"] + 1e-9
+
+
 def flat_loss(model, x, y):
     def value(theta):
         parts, start = {}, 0
@@ -118,7 +145,7 @@ def test_a_damping_below_the_smallest_eigenvalue_is_refused_with_the_one_needed(
     model = network(2)
     lowest = ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, "hessian", time=1.0).certificate
     needed = -lowest["smallest_eigenvalue"]
-    with pytest.raises(Refused, match="not positive definite") as refused:
+    with pytest.raises(Refused, match="not definite") as refused:
         ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, "hessian", damping=needed * 0.99)(TEST)
     assert f"expected more than {needed * (1 + 1e-5):.6g}" in str(refused.value)
     enough = ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, "hessian", damping=needed * 1.01)(TEST)

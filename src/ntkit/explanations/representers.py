@@ -132,8 +132,9 @@ def explain(
     Notes
     -----
     Tsai, Yeh, Ravikumar 2023 (generalized representers). With one kernel value per pair a score is one importance times
-    one similarity; with a C x C block it is a sum of C such products, which need not satisfy `check_axioms`. Kernels of the paper: ``ConjugateKernel`` (last layer),
-    ``TangentKernel`` (at the model's current parameters), ``InfluenceKernel``; sums over checkpoints: `tracin`.
+    one similarity; with a C x C block it is a sum of C such products, which need not satisfy `check_axioms`. Kernels of
+    the paper: ``ConjugateKernel`` (last layer), ``TangentKernel`` (at the model's current parameters),
+    ``InfluenceKernel``; sums over checkpoints: `tracin`.
 
     Examples
     --------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -104,3 +106,28 @@ def hessian(
                 row = torch.autograd.grad(flat[k], own, retain_graph=True, **again)
                 total[k] += torch.cat([entry.reshape(-1) for entry in row])
     return (total + total.T) / 2
+
+
+def leading_eigenpairs(product: Callable[[Tensor], Tensor], N: int, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues, ascending, and eigenvectors [N, k] of a positive semidefinite matrix by its products.
+
+    Fewer where the others are rounding, or did not converge; `like` has the precision and the device of the products.
+    """
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+    def apply(v: np.ndarray) -> np.ndarray:
+        return product(torch.from_numpy(v.reshape(N, -1)).to(like.device)).cpu().numpy().reshape(v.shape)
+
+    eps = torch.finfo(like.dtype).eps
+    operator: Any = LinearOperator  # type checkers read its __init__, which takes less than its __new__
+    matrix, start = operator((N, N), matvec=apply, dtype="float64"), np.random.default_rng(0).standard_normal(N)
+    try:
+        values, vectors = eigsh(matrix, k, which="LA", v0=start, tol=eps**0.5, maxiter=100)
+    except ArpackNoConvergence as error:
+        values, vectors = error.eigenvalues, error.eigenvectors
+    order = np.argsort(values)
+    good = order[values[order] > N * eps * max(values.max(initial=0.0), 1e-300)]
+    if not len(good):
+        fix = "Use fewer training examples or parameters, so that the matrix is decomposed as a whole."
+        raise refusal("the curvature", got="no leading eigenpair that converged", expected="at least one", fix=fix)
+    return torch.from_numpy(values[good]).to(like.device), torch.from_numpy(vectors[:, good]).to(like.device)

@@ -14,7 +14,7 @@ from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.model_calls import Outputs, Params, call, reduce_outputs, untouched
-from ntkit.kernels.curvature import SpectralFilter, gauss_newton, hessian, jacobian_rows
+from ntkit.kernels.curvature import SpectralFilter, gauss_newton, hessian, jacobian_rows, leading_eigenpairs
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 from ntkit.kernels.output_loss import OutputLoss, model_outputs
 from ntkit.kernels.tangent import TangentKernel
@@ -22,7 +22,9 @@ from ntkit.trajectory import Trajectory
 from ntkit.trajectory.learning_rates import flow_time
 from ntkit.trajectory.objective import Inputs, Loss, Objective
 
-_CHECKED = 8  # training examples on which the filtered kernel is computed in two ways
+_CHECKED = 8  # training examples on which the error is measured
+_EXACT = 6000  # rows of a matrix that is decomposed as a whole: minutes on one core
+_FIRST, _MOST, _ENOUGH = 32, 1024, 1e-3  # leading eigenpairs: those tried first, at most, and the error that is enough
 
 
 class InfluenceKernel(Kernel):
@@ -60,7 +62,9 @@ class InfluenceKernel(Kernel):
     Notes
     -----
     Koh, Liang 2017, section 2.1 (influence function); Tsai, Yeh, Ravikumar 2023 (as a kernel). The matrix
-    decomposed is the smaller one: [n C, n C] by the Woodbury identity, or [P, P].
+    decomposed is the smaller one: [n C, n C] by the Woodbury identity, or [P, P]. Of a Gauss-Newton matrix that has
+    more than 6,000 rows, or does not fit into memory, up to 1,024 leading eigenpairs are computed, until the error is
+    1e-3; the others count as zero.
 
     Examples
     --------
@@ -108,9 +112,11 @@ class InfluenceKernel(Kernel):
     def certificate(self) -> dict[str, Any]:
         """How it was computed, as plain JSON.
 
-        route ("samples" or "parameters"), smallest and largest eigenvalue of the curvature, at_zero (F(0): T, or 1 /
-        damping), and error: by samples, how far the kernel misses J F(C) J^T on a few training examples, where the
-        decomposition gives it without subtraction; by parameters, the residual of the decomposition; both relative.
+        route ("samples" or "parameters"), smallest and largest eigenvalue of the curvature that were found, at_zero
+        (F(0): T, or 1 / damping), and error: by samples, how far the kernel misses J F(C) J^T on a few training
+        examples, where the decomposition gives it without subtraction; by parameters, the residual of the
+        decomposition; both relative. Where only leading eigenpairs were computed (their number is ``eigenpairs``), the
+        error is a bound on what the others change of k(x, x) on a few training examples, over the largest k(x, x).
         """
         self._refresh()
         return dict(self._certificate)
@@ -227,7 +233,10 @@ class InfluenceKernel(Kernel):
         if self._curvature == "hessian":
             needed.pop("samples")
         route = min(needed, key=lambda name: needed[name])
-        if needed[route] > (allowed := self._memory()):
+        allowed, rows = self._memory(), samples if route == "samples" else P
+        if self._curvature != "hessian" and (rows > _EXACT or needed[route] > allowed > 16 * _FIRST * samples):
+            return self._from_leading(own, min(_MOST, samples - 1, int(allowed / (16 * samples))))
+        if needed[route] > allowed:
             small = f"; {own.n} examples x {own.C} outputs" if "samples" in needed else ""
             fix = "Allow more memory=, select fewer parameters (params=)"
             raise refusal(
@@ -253,7 +262,7 @@ class InfluenceKernel(Kernel):
         if damping is not None and not lowest + damping > rounding:
             raise refusal(
                 "damping", got=f"{damping:g}, with a smallest eigenvalue of the Hessian of {lowest:.6g}",
-                expected=f"more than {(rounding - lowest) * (1 + 1e-5):.6g}, or Hessian + damping is not positive definite",
+                expected=f"more than {(rounding - lowest) * (1 + 1e-5):.6g}, or Hessian + damping is not definite",
                 fix='Use such a damping, time=..., or curvature="gauss-newton".',
             )  # fmt: skip
         filtered = self._filter.values(values)
@@ -284,6 +293,33 @@ class InfluenceKernel(Kernel):
         scale = float(exact.abs().max()) or 1.0
         self._report("samples", values, float((found - exact).abs().max()) / scale)
         return (roots @ vectors.view(n, C, n * C)).view(n * C, n * C) * weights
+
+    def _from_leading(self, own: OutputLoss, most: int) -> Tensor:
+        """The factor by samples from leading eigenpairs, as many as the error asks for; the others count as zero."""
+        n, C = own.n, own.C
+        roots, k, few = self._roots(own.curvature()), _FIRST, torch.linspace(0, n - 1, min(n, _CHECKED)).long().unique()
+        operator, x = self._tangent_full.operator(self._objective.x), take(self._objective.x, few)
+        cross = self._tangent_full(x, self._objective.x).transpose(1, 2).flatten(2).to(torch.float64)
+        own_values = self._tangent_full.diagonal(x).diagonal(dim1=1, dim2=2).to(torch.float64)
+
+        def product(v: Tensor) -> Tensor:
+            image = (operator @ (roots @ v.view(n, C, -1)).view(n * C, -1)).to(torch.float64)
+            return (roots.transpose(1, 2) @ image.view(n, C, -1)).view(n * C, -1) / n
+
+        while True:
+            values, vectors = leading_eigenpairs(product, n * C, min(k, most), self._full.like)
+            missing = self._filter.missing(values)
+            factor = (roots @ vectors.view(n, C, -1)).view(n * C, -1) * (missing / n).sqrt()
+            features = (cross @ factor).square()
+            rest = (own_values - (features / (missing * values)).sum(2)).clamp(min=0)  # what no leading pair sees
+            kept = float((self._filter.at_zero * own_values - features.sum(2)).max())
+            unseen = self._filter.at_zero - float(self._filter.values(values[:1]))
+            error = unseen * float(rest.max()) / kept
+            if error <= _ENOUGH or len(values) < k or k >= most:
+                self._report("samples", values, error)
+                self._certificate["eigenpairs"] = len(values)
+                return factor
+            k *= 2
 
     @staticmethod
     def _roots(blocks: Tensor) -> Tensor:
