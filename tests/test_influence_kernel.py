@@ -117,7 +117,7 @@ def test_the_error_of_leading_eigenpairs_is_bounded_by_the_one_reported(way, pai
     gap = (kernel(X) - exact)[own, own].diagonal(dim1=1, dim2=2)
     largest = float(kernel(X)[own, own].diagonal(dim1=1, dim2=2).max())
     assert kernel.certificate["eigenpairs"] == pairs
-    assert float(gap.min()) > -1e-9 * largest  # what is left out only ever lowers the kernel
+    assert float(gap.min()) > -1e-9 * largest  # what is left out only ever raises the kernel
     assert 0.02 * kernel.certificate["error"] < float(gap.max()) / largest < kernel.certificate["error"] + 1e-9
 
 

@@ -350,6 +350,16 @@ def test_scores_permute_with_the_data():
     assert_equal(alphas[1].values, alphas[0].values[order], 1e-9, "permuted, surrogate")
 
 
+def test_every_kernel_explains():
+    alpha = drawn(N, 3, seed=6)
+    model = network()
+    kernels = [ntkit.ConjugateKernel(model), ntkit.SketchedKernel(model, 64), ntkit.InfiniteKernel(model)]
+    for kernel in (*kernels, lambda a, b: (a @ b.T).exp()):
+        for output in (0, 2):
+            found = ntkit.explain(kernel, alpha, X, TEST, output).scores
+            assert_equal(found, by_hand(kernel, alpha, [output] * 5), 1e-12, type(kernel).__name__)
+
+
 def test_top_gives_the_largest_scores_and_those_against():
     scores = drawn(4, 6)
     found = ntkit.Explanation(scores)

@@ -101,6 +101,9 @@ class TrackingImportance:
     ----------
     n, outputs : training examples, and outputs of the model (all axes but the first together).
 
+    It cannot see the parameters: begin at the first step of a new optimizer, and let every parameter that the outputs
+    depend on have a gradient at each step. `tracking_importance` checks both.
+
     Notes
     -----
     Tsai, Yeh, Ravikumar 2023 (tracking representers), there for plain SGD. Memory: 8 n C bytes, twice that

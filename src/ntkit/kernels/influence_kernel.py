@@ -99,9 +99,10 @@ class InfluenceKernel(Kernel):
         self._curvature, self._loss = curvature, loss
         self._outputs: Outputs = outputs
         self._engine = Engine(model, outputs, params, memory)
-        self._full = Engine(model, "full", params, memory)
+        full = outputs == "full"
+        self._full = self._engine if full else Engine(model, "full", params, memory)
         self._tangent = TangentKernel(model, outputs, params, memory)
-        self._tangent_full = TangentKernel(model, "full", params, memory)
+        self._tangent_full = self._tangent if full else TangentKernel(model, "full", params, memory)
         self._objective, self._budget = Objective(data, loss), parse_memory(memory)
         self._factor: Tensor | None = None  # k = base Theta + sign G G^T, G = J(x) or K(x, X) times this factor
         self._certificate: dict[str, Any] = {}
@@ -177,8 +178,7 @@ class InfluenceKernel(Kernel):
         return values
 
     def _base(self) -> float:
-        """The factor of the tangent kernel itself."""
-        self._refresh()
+        """The factor of the tangent kernel itself; after `_refresh`."""
         return self._filter.at_zero if self._certificate["route"] == "samples" else 0.0
 
     def _sign(self) -> float:
