@@ -423,6 +423,17 @@ def _correlation(a, b):
     return float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a, b, strict=True)]).mean())
 
 
+def test_without_examples_that_change_nothing_the_measures_are_those_of_the_network():
+    x, y = vectors(13)
+    run = ntkit.train(mlp(), (x, y), nn.functional.cross_entropy, OPTIMIZERS["adamw"], steps=3, batch_size=4)
+    unseen = sorted(set(range(13)) - set(torch.cat([run.batch(step) for step in range(3)]).tolist()))
+    again = ntkit.Retrainings(run, *vectors(5, seed=2))
+    assert torch.allclose(again.without([unseen])[0], again.values, rtol=0, atol=1e-12)
+    assert float((again.without([[int(run.batch(0)[0])]])[0] - again.values).abs().min()) > 1e-9
+    assert torch.allclose(ntkit.influence(run, *vectors(5, seed=2)).values, again.values, rtol=0, atol=1e-12)
+    assert not ntkit.influence(run, *vectors(5, seed=2)).scores[:, unseen].any()
+
+
 def test_a_chaotic_run_is_said_to_be_so_first():
     data = ntkit.data.load("digits", train=100, seed=0)
     x, y = data.x_train.double().flatten(1), data.y_train

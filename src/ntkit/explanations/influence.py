@@ -101,8 +101,8 @@ class Influence:
         exact = "." if self.curvature == "hessian" else " (they follow the Hessian, not the Gauss-Newton matrix)."
         lines += [
             f"Influence of {n} training examples on the {self.measure} of {m} test points, at weight {self.at:g}.",
-            f"Metasmoothness {self.metasmoothness:.3f}. Finite differences of {len(self.check.examples)} examples, with "
-            f"weights changed by {self.check.step:g}, differ by {self.check.error:.1g} of their size{exact}",
+            f"Metasmoothness {self.metasmoothness:.3f}. Finite differences of {len(self.check.examples)} examples "
+            f"(weights changed by {self.check.step:g}) differ by {self.check.error:.1g} of their size{exact}",
         ]
         return "\n".join(lines)
 

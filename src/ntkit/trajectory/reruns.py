@@ -46,9 +46,9 @@ class Reruns:
 
     def __init__(self, replay: Replay, dtype: torch.dtype | None = None) -> None:
         self._replay, self._dtype = replay, dtype
-        state = replay.initial()
-        assign(replay.model, state, "step 0")
-        self.model = self._converted(copy.deepcopy(replay.model))
+        state, model = replay.initial(), copy.deepcopy(replay.model)
+        assign(model, state, "step 0")
+        self.model = self._converted(model)
         self._initial = {name: self._converted(state[name]) for name in replay.names}
         self._x, self._y = self._batch_converted(replay.x), replay.y
         if dtype is not None and self._y.is_floating_point():

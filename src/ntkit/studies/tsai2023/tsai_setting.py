@@ -32,8 +32,8 @@ TASKS = {
     "digits 3/8": Task("digits", (3, 8), text=False, lr=0.02),
     "MNIST 3/8": Task("mnist", (3, 8), text=False, lr=0.02),
     "CIFAR-10 airplane/automobile": Task("cifar10", ("airplane", "automobile"), text=False, lr=0.01),
-    "TREC description/entity": Task("trec", ("description", "entity"), text=True, lr=0.02),
-    "rt-polarity": Task("rt-polarity", ("negative", "positive"), text=True, lr=0.02),
+    "TREC description/entity": Task("trec", ("description", "entity"), text=True, lr=0.005),
+    "rt-polarity": Task("rt-polarity", ("negative", "positive"), text=True, lr=0.005),
 }
 MOMENTUM, BATCH = 0.9, 25
 CHECKPOINTS = 10  # of TracIn
@@ -93,12 +93,23 @@ def images_or_tokens(work: Work, task: Task, seed: int) -> Data:
     s = work.sizes
     data = load(task.data, work.folder_of(task.data), task.classes, s.train, s.test, seed)
     if task.text:
-        return data
+        return _own_words(data) if s.own_words else data
     x, x_test = data.x_train, data.x_test
     if x.shape[-1] > s.pixels:
         x, x_test = (F.adaptive_avg_pool2d(part, s.pixels) for part in (x, x_test))
     mean, deviation = x.mean(), x.std()
     return replace(data, x_train=(x - mean) / deviation, x_test=(x_test - mean) / deviation)
+
+
+def _own_words(data: Data) -> Data:
+    """The sentences with a vocabulary of the sample's own training words: the others would never be trained."""
+    words = data.vocabulary or ()
+    kept = torch.cat([torch.tensor([0, 1]), data.x_train.unique()]).unique()  # padding, the unknown word, and those
+    number = torch.ones(len(words), dtype=torch.int64)
+    number[kept] = torch.arange(len(kept))
+    x, x_test = number[data.x_train], number[data.x_test]
+    longest = int((x > 0).sum(1).max())
+    return replace(data, x_train=x[:, :longest], x_test=x_test[:, :longest], vocabulary=tuple(words[i] for i in kept))
 
 
 def network(work: Work, task: Task, data: Data, seed: int) -> nn.Module:

@@ -1,0 +1,63 @@
+"""What really happens without some examples, and which methods said so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ntkit.explanations.evaluation import case_deletion, datamodeling_score, leave_one_out
+from ntkit.explanations.retrainings import subsets
+from ntkit.studies.study import Result, StudyPart, Work
+from ntkit.studies.tsai2023.methods import METHODS, score_part
+from ntkit.studies.tsai2023.tsai_setting import file_of, retrainings, tasks, trained
+
+SHARES = (0.02, 0.05, 0.1)  # of the training set, removed for each test point
+FEW, HALF = 0.05, 0.5  # shares of random sets
+PREDICTIONS = ("leave-one-out", "5 % of the examples", "half of the examples", "half, fresh runs")
+
+
+def parts(work: Work) -> Iterator[StudyPart]:
+    """Retrainings: of random sets, then of each method's own."""
+    for task, seed in tasks(work):
+        yield StudyPart("predictions", task, f"{file_of(task, seed)}-predictions", _predictions, (task, seed))
+    for task, seed in tasks(work):
+        yield StudyPart("deletion", task, f"{file_of(task, seed)}-deletion", _deletion, (task, seed))
+
+
+def _predictions(work: Work, task: str, seed: int) -> Result:
+    """Rank correlations of each method's scores with what happens: by test point."""
+    scores, again, s = (
+        work.result(score_part(task, seed)).arrays,
+        retrainings(work, trained(work, task, seed)),
+        work.sizes,
+    )
+    left = subsets(again.n, s.left / again.n, 1, seed)[0].nonzero()[:, 0].tolist()  # examples left out one at a time
+    numbers: dict[str, Any] = {}
+    arrays = {}
+    for method in METHODS:
+        own = torch.from_numpy(scores[method])
+        found = dict(zip(PREDICTIONS, (
+            leave_one_out(own, again, left),
+            datamodeling_score(own, again, FEW, s.sets, seed=seed),
+            datamodeling_score(own, again, HALF, s.sets, seed=seed),
+            datamodeling_score(own, again, HALF, s.sets, s.fresh, seed=seed),
+        ), strict=True))  # fmt: skip
+        numbers[method] = {name: evaluation.record() for name, evaluation in found.items()}
+        arrays |= {f"{method}: {name}": evaluation.by_point.numpy() for name, evaluation in found.items()}
+    return Result(numbers, arrays)
+
+
+def _deletion(work: Work, task: str, seed: int) -> Result:
+    """Changes of each test point's own output without the examples that a method ranks highest, and lowest."""
+    scores, again = work.result(score_part(task, seed)).arrays, retrainings(work, trained(work, task, seed))
+    numbers: dict[str, Any] = {}
+    arrays = {}
+    for method in METHODS:
+        for against in (False, True):
+            found = case_deletion(torch.from_numpy(scores[method]), again, against, SHARES)
+            name = f"{method}: {'lowest' if against else 'highest'}"
+            arrays[name] = found.changes.numpy()
+            numbers[name] = {"area": found.area, "error": found.error, "protocol": found.protocol}
+    return Result(numbers, arrays)
