@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntkit.base.batch import Batch, leaves, take, with_leaves
+from ntkit.base.batch import Batch, call_with, leaves, take, with_leaves
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.workers import spread, workers
@@ -47,8 +47,10 @@ class Reruns:
     def __init__(self, replay: Replay, dtype: torch.dtype | None = None) -> None:
         self._replay, self._dtype = replay, dtype
         state = replay.initial()
-        assign(replay.model, state, "step 0")
-        self.model = self._converted(copy.deepcopy(replay.model))
+        self.model = copy.deepcopy(replay.model)
+        assign(self.model, state, "step 0")
+        if dtype is not None:
+            _convert(self.model, dtype)
         self._initial = {name: self._converted(state[name]) for name in replay.names}
         self._x, self._y = self._batch_converted(replay.x), replay.y
         if dtype is not None and self._y.is_floating_point():
@@ -127,12 +129,17 @@ class Reruns:
         runs, model = len(weights), copy.deepcopy(self.model)
         start = initial or {name: value.expand(runs, *value.shape) for name, value in self._initial.items()}
         params = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+        if runs == 1:  # the model's own parameters: a checkpoint calls it once more in the backward pass
+            for name, p in model.named_parameters():
+                if name in params:
+                    p.data = params[name].data[0]
         opt = build_optimizer(self._replay.optimizer, params)
         weights = weights.to(next(iter(params.values())))
         for step in range(steps):
             batch = self._replay.rows(step) if rows is None else rows(step)
             x, y, factors = take(self._x, batch), self._y[batch], _columns(weights, batch)
             opt.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 _weighted_backward(model, params, x, y, factors, self._replay)
             if self._replay.clip is not None:
@@ -149,6 +156,14 @@ class Reruns:
 
     def _batch_converted(self, x: Batch) -> Batch:
         return with_leaves(x, [self._converted(t) for t in leaves(x)])
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert what is real: ``model.to`` would leave out the imaginary parts of complex buffers."""
+    wide = torch.complex(torch.zeros((), dtype=dtype), torch.zeros((), dtype=dtype)).dtype
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor.data = tensor.data.to(wide if tensor.is_complex() else dtype)
 
 
 def _part(rows: Rows | None, part: slice) -> Rows | None:
@@ -174,9 +189,7 @@ def _weighted_backward(
     runs = len(weights)
     own_rows = y.dim() > replay.y.dim()
     if runs == 1:
-        args, kwargs = _arguments(take(x, 0) if own_rows else x)
-        one = {name: p[0] for name, p in params.items()}
-        outputs = torch.func.functional_call(model, one, args, kwargs)[None]
+        outputs = call_with(model, take(x, 0) if own_rows else x)[None]
     else:
 
         def network(own: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -191,6 +204,9 @@ def _weighted_backward(
     if runs == 1 and not replay.is_loop:
         correct_norms(total)
     total.backward()
+    for name, p in model.named_parameters() if runs == 1 else ():
+        if name in params and p.grad is not None:
+            params[name].grad = p.grad.to_dense()[None]
 
 
 @contextmanager
