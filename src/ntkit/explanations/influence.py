@@ -210,8 +210,11 @@ def influence(
         raise refusal("at", got=repr(at), expected="a weight > 0", fix=fix)
     x = checked(x, "x")
     run = Replay(trajectory, model, data, loss, clip, moments=True)
+    if not run.steps:
+        fix = "Train with a lower target, or a smaller learning rate."
+        raise refusal("trajectory", got="a run that ended before its first step", expected="at least one step", fix=fix)
     run.check()
-    weights = torch.full((run.n,), float(at))
+    weights = torch.full((run.n,), float(at), dtype=torch.float64)
     replay = run if at == 1 else Replay(trajectory, model, data, loss, clip, weights, moments=True)
     replay.check()
     assign(replay.model, replay.final(), "the end of the run")

@@ -147,7 +147,9 @@ class Retrainings:
         if isinstance(removed, Tensor):
             if removed.dtype != torch.bool or removed.dim() != 2 or removed.shape[1] != self.n:
                 fix = "Pass one row per set."
-                raise refusal("removed", got=f"{removed.dtype} {list(removed.shape)}", expected=f"bool [K, {self.n}]", fix=fix)
+                raise refusal(
+                    "removed", got=f"{removed.dtype} {list(removed.shape)}", expected=f"bool [K, {self.n}]", fix=fix
+                )
             masks = removed.cpu()
         else:
             masks = torch.zeros(len(removed), self.n, dtype=torch.bool)

@@ -16,6 +16,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.graph import correct_norms
+from ntkit.jacobian.model_calls import PlainWeightNorm
 from ntkit.trajectory.optimizer_updates import build_optimizer
 from ntkit.trajectory.recorded_run import assign
 from ntkit.trajectory.replay import Replay
@@ -195,7 +196,8 @@ def _weighted_backward(
         def network(own: Mapping[str, Tensor], batch: Batch) -> Tensor:
             return torch.func.functional_call(model, dict(own), *_arguments(batch))
 
-        outputs = torch.func.vmap(network, (0, 0 if own_rows else None))(dict(params), x)
+        with PlainWeightNorm():  # vmap has no rule for PyTorch's own
+            outputs = torch.func.vmap(network, (0, 0 if own_rows else None))(dict(params), x)
     factors = weights.view(*weights.shape, *[1] * (outputs.dim() - 2))
     outputs.register_hook(lambda slope: slope * factors)
     targets = y if own_rows else [y] * runs
