@@ -201,6 +201,27 @@ def test_a_complex_buffer_keeps_its_imaginary_part():
     assert ntkit.influence(run, vectors(2, 2)[0].float(), vectors(2, 2)[1]).check.error < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_transformer_with_masked_tokens_is_measured_as_it_was_trained():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+            self.words, self.blocks, self.last = nn.Embedding(7, 8), nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+
+        def forward(self, t: Tensor) -> Tensor:
+            return self.last(self.blocks(self.words(t), src_key_padding_mask=t == 0)).mean(1)
+
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 4, (11, 4), generator=torch.Generator().manual_seed(0)).sort(1, descending=True).values
+    run = ntkit.train(Masked().double(), (tokens, vectors(11)[1]), cross_entropy, sgd, steps=6, batch_size=4)
+    result = ntkit.influence(run, tokens[:3], vectors(3)[1])
+    assert result.check.error < 1e-7
+    again = Retrainings(run, tokens[:3], vectors(3)[1])
+    assert torch.allclose(again.values, result.values, rtol=0, atol=1e-12)
+    assert torch.allclose(again.without([[]])[0], result.values, rtol=0, atol=1e-12)
+
+
 def test_a_sparse_embedding():
     torch.manual_seed(0)
     function = lambda m, t: m.last(torch.tanh(m.first(t).mean(1)))

@@ -170,7 +170,7 @@ class Retrainings:
         return masks
 
     def _same(self, masks: Tensor) -> Tensor:
-        return self._reruns.run(1.0 - masks.double(), self._measured, self._x)[0]
+        return self._reruns.run(1.0 - masks.double(), self._measured, self._x, keep=0)[0]
 
     def _measured(self, outputs: Any, _: int) -> Tensor:
         return self._of.values(outputs)
@@ -191,7 +191,8 @@ class Retrainings:
             return torch.stack([k[o] for k, o in zip(kept, order, strict=True)])
 
         weights = torch.ones(len(masks), self.n)
-        return self._reruns.run(weights, self._measured, self._x, initial, rows, min(steps, self._replay.steps))[0]
+        steps = min(steps, self._replay.steps)
+        return self._reruns.run(weights, self._measured, self._x, initial, rows, steps, keep=0)[0]
 
     def _fresh_network(self) -> str:
         """Hash of the network of seed 0, so that networks of another `make` have other names in the folder."""

@@ -65,6 +65,7 @@ class Reruns:
         initial: Mapping[str, Tensor] | None = None,
         rows: Rows | None = None,
         steps: int | None = None,
+        keep: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Runs with K sets of weights, and what they lead to.
 
@@ -76,11 +77,12 @@ class Reruns:
         initial : parameters at the start by name, [K, ...] each; None = those of the recorded run.
         rows : batches, instead of those of the recorded run.
         steps : number of steps, instead of the recorded one; at most that.
+        keep : number of runs, the first ones, whose parameters are returned; None = all.
 
         Returns
         -------
         tuple
-            Measures [K, ...] in float64, and the parameters at the end by name, [K, ...] each.
+            Measures [K, ...] in float64, and the parameters at the end by name, [keep, ...] each.
 
         Raises
         ------
@@ -96,14 +98,20 @@ class Reruns:
         size = sum(p.numel() for p in self._initial.values()) * len(self._replay.rows(0))
         steps = self._replay.steps if steps is None else steps
 
-        def work(part: slice) -> dict[str, Tensor]:
+        def work(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
             start = {name: value[part] for name, value in initial.items()} if initial else None
-            return self._some(weights[part], start, _part(rows, part), steps)
+            model, params = self._some(weights[part], start, _part(rows, part), steps)
+            with torch.no_grad():
+                ends = [{name: p[k] for name, p in params.items()} for k in range(part.stop - part.start)]
+                outputs = (torch.func.functional_call(model, end, *_arguments(x)) for end in ends)
+                values = torch.stack([measure(output, part.start + k) for k, output in enumerate(outputs)])
+            kept = len(ends) if keep is None else min(max(keep - part.start, 0), len(ends))
+            return values.double().cpu(), {name: p[:kept].clone() for name, p in params.items()}
 
-        def all_runs(together: int) -> list[dict[str, Tensor]]:
+        def all_runs(together: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
             parts = [slice(k, min(k + together, len(weights))) for k in range(0, len(weights), together)]
-            context = _plain_attention() if together > 1 else nullcontext()
-            with task("training again", len(parts)) as progress, context:
+            context = sdpa_kernel(SDPBackend.MATH) if together > 1 else nullcontext()
+            with plain_attention(), task("training again", len(parts)) as progress, context:
                 return spread(work, parts, lambda _: progress.advance())
 
         together = min(_TOGETHER, -(-len(weights) // workers())) if size <= _SMALL else 1
@@ -113,19 +121,12 @@ class Reruns:
             if together == 1:
                 raise
             ended = all_runs(1)
-        final = {name: torch.cat([end[name] for end in ended]) for name in ended[0]}
-        with torch.no_grad():
-            values = [
-                measure(self._outputs({name: p[k] for name, p in final.items()}, x), k) for k in range(len(weights))
-            ]
-        return torch.stack(values).double().cpu(), final
-
-    def _outputs(self, params: Mapping[str, Tensor], x: Batch) -> Any:
-        return torch.func.functional_call(self.model, dict(params), *_arguments(x))
+        final = {name: torch.cat([end[name] for _, end in ended]) for name in ended[0][1]}
+        return torch.cat([values for values, _ in ended]), final
 
     def _some(
         self, weights: Tensor, initial: Mapping[str, Tensor] | None, rows: Rows | None, steps: int
-    ) -> dict[str, Tensor]:
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
         """Some runs, stacked; a single one of a larger network without a first axis."""
         runs, model = len(weights), copy.deepcopy(self.model)
         start = initial or {name: value.expand(runs, *value.shape) for name, value in self._initial.items()}
@@ -148,7 +149,7 @@ class Reruns:
             for group, rate in zip(opt.param_groups, self._replay.rates[step].tolist(), strict=True):
                 group["lr"] = rate
             opt.step()
-        return {name: p.detach() for name, p in params.items()}
+        return model, {name: p.detach() for name, p in params.items()}
 
     def _converted(self, value: Any) -> Any:
         if self._dtype is None or (isinstance(value, Tensor) and not value.is_floating_point()):
@@ -212,14 +213,17 @@ def _weighted_backward(
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention without fused operations: vmap has no rules for them, and hides that a gradient will be asked for."""
+def plain_attention() -> Iterator[None]:
+    """Attention as in training, without the faster path for inference.
+
+    That has other outputs where a mask leaves tokens out. It has no rules for vmap, too, which hides that a gradient
+    will be asked for.
+    """
     mha = torch.backends.mha
     before = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         mha.set_fastpath_enabled(before)
 
