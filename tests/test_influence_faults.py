@@ -16,6 +16,7 @@ from ntkit.explanations.evaluation import datamodeling_score, mislabeled
 from ntkit.explanations.retrainings import Retrainings
 
 F64 = torch.float64
+ONES = torch.eye(6)[0]
 cross_entropy = nn.functional.cross_entropy
 
 
@@ -255,6 +256,30 @@ def test_a_run_without_a_step_is_refused_by_name():
     assert run.stop["step"] == 0
     with pytest.raises(Refused, match="before its first step"):
         ntkit.influence(run, *vectors(2, 2))
+
+
+WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=WEIGHTS),
+        lambda f, y: nn.functional.binary_cross_entropy(f[:, 0].sigmoid(), y.float().clamp(max=1)),
+        lambda f, y: cross_entropy(f @ WEIGHTS.diag(), y),
+        lambda f, y: cross_entropy(f.float().to(torch.float32), y),
+    ],
+)
+@pytest.mark.parametrize("forward", [lambda m, x: m.last(m.first(x.float())), lambda m, x: m.last(m.first(x) + ONES)])
+def test_what_model_and_loss_bring_along_in_float32(loss, forward):
+    """The certificate runs in float64, where a float32 tensor of the user's own is an error of PyTorch."""
+    torch.manual_seed(0)
+    x, y = vectors(11)
+    model = Wrapped(forward, nn.Sequential(nn.Linear(5, 6), nn.Tanh()), nn.Linear(6, 3))
+    run = ntkit.train(model, (x.float(), y), loss, sgd, steps=9, batch_size=4)
+    point = vectors(2, 2)[0].float()
+    assert ntkit.influence(run, point, vectors(2, 2)[1], measure="loss").check.error < 1e-4
+    assert ntkit.influence(run, point, measure=lambda f: f @ WEIGHTS).check.error < 1e-4
 
 
 # ---------------------------------------------------------------------- evaluation

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ntkit.base.batch import Batch, call_with, leaves, take, with_leaves
 from ntkit.base.checks import refusal
@@ -101,7 +103,7 @@ class Reruns:
         def work(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
             start = {name: value[part] for name, value in initial.items()} if initial else None
             model, params = self._some(weights[part], start, _part(rows, part), steps)
-            with torch.no_grad():
+            with torch.no_grad(), self._precision():
                 ends = [{name: p[k] for name, p in params.items()} for k in range(part.stop - part.start)]
                 outputs = (torch.func.functional_call(model, end, *_arguments(x)) for end in ends)
                 values = torch.stack([measure(output, part.start + k) for k, output in enumerate(outputs)])
@@ -142,7 +144,7 @@ class Reruns:
             x, y, factors = take(self._x, batch), self._y[batch], _columns(weights, batch)
             opt.zero_grad(set_to_none=True)
             model.zero_grad(set_to_none=True)
-            with torch.enable_grad():
+            with torch.enable_grad(), self._precision():
                 _weighted_backward(model, params, x, y, factors, self._replay)
             if self._replay.clip is not None:
                 _clip(params, self._replay.clip)
@@ -151,6 +153,9 @@ class Reruns:
             opt.step()
         return model, {name: p.detach() for name, p in params.items()}
 
+    def _precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._dtype is None else _Promoted(self._dtype)
+
     def _converted(self, value: Any) -> Any:
         if self._dtype is None or (isinstance(value, Tensor) and not value.is_floating_point()):
             return value
@@ -158,6 +163,30 @@ class Reruns:
 
     def _batch_converted(self, x: Batch) -> Batch:
         return with_leaves(x, [self._converted(t) for t in leaves(x)])
+
+
+class _Promoted(TorchFunctionMode):
+    """In a network that was converted to `dtype`: what model, loss and measure bring along in another one is, too."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.float and args[0].dtype == self._dtype:
+            return args[0]
+        if func is Tensor.to and args[0].dtype == self._dtype and torch.float32 in [*args, *kwargs.values()]:
+            return args[0]
+        tensors, structure = tree_flatten((args, kwargs))
+        real = [i for i, t in enumerate(tensors) if isinstance(t, Tensor) and t.is_floating_point()]
+        name = getattr(func, "__name__", "")
+        changes = name.endswith("_") or "out" in kwargs  # also __setitem__: writes into a tensor of its own
+        if not changes and any(tensors[i].dtype == self._dtype for i in real):
+            for i in real:
+                tensors[i] = tensors[i].to(self._dtype)
+            args, kwargs = tree_unflatten(tensors, structure)
+        return func(*args, **kwargs)
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
