@@ -147,6 +147,22 @@ def test_fresh_networks_of_two_kinds_are_not_confused_in_a_folder(tmp_path):
     assert not torch.allclose(found[0], found[1], rtol=0, atol=1e-3)
 
 
+def test_a_fresh_run_on_fewer_examples_goes_through_the_whole_schedule():
+    x, y = vectors(12)
+    late = lambda step: float(step >= 6)  # of 12 steps
+    run = ntkit.train(mlp(), (x, y), cross_entropy, sgd, steps=12, batch_size=4, schedule=late)
+    again = Retrainings(run, vectors(2, 2)[0], measure=first_logit, make=lambda seed: mlp(3))
+    net = mlp(3)
+    opt = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.6)
+    for step in range(4):  # as many epochs, each of one batch
+        opt.zero_grad()
+        cross_entropy(net(x[:4]), y[:4]).backward()
+        opt.param_groups[0]["lr"] = 0.2 * (step >= 2)
+        opt.step()
+    found = again.without([list(range(4, 12))], fresh=1)[0, 0]
+    assert torch.allclose(found, net(vectors(2, 2)[0])[:, 0].detach(), rtol=0, atol=1e-12)
+
+
 def test_a_seed_is_one_that_numpy_takes():
     import numpy as np
 

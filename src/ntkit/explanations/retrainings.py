@@ -35,7 +35,8 @@ class Retrainings:
 
     Two kinds. The *same* run: from its start, in its batches, with the removed examples' loss counted as zero. *Fresh*
     runs: on the remaining examples alone, from a new initialization, in an order of their own, with the recorded
-    optimizer, batch size and number of epochs; the mean over seeds.
+    optimizer, batch size and number of epochs, and the schedule over these; the mean over seeds. Parameters and buffers
+    that are not trained keep their recorded values.
 
     Every subset is trained once, whoever asks: methods are compared on the same networks.
 

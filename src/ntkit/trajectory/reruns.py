@@ -78,7 +78,7 @@ class Reruns:
         x : samples on which the network is evaluated afterwards.
         initial : parameters at the start by name, [K, ...] each; None = those of the recorded run.
         rows : batches, instead of those of the recorded run.
-        steps : number of steps, instead of the recorded one; at most that.
+        steps : number of steps, instead of the recorded one; at most that. It goes through the whole schedule.
         keep : number of runs, the first ones, whose parameters are returned; None = all.
 
         Returns
@@ -148,7 +148,8 @@ class Reruns:
                 _weighted_backward(model, params, x, y, factors, self._replay)
             if self._replay.clip is not None:
                 _clip(params, self._replay.clip)
-            for group, rate in zip(opt.param_groups, self._replay.rates[step].tolist(), strict=True):
+            place = step * self._replay.steps // steps  # a shorter run goes through the whole schedule
+            for group, rate in zip(opt.param_groups, self._replay.rates[place].tolist(), strict=True):
                 group["lr"] = rate
             opt.step()
         return model, {name: p.detach() for name, p in params.items()}
