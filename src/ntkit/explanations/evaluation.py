@@ -82,7 +82,7 @@ def leave_one_out(scores: Tensor, again: Retrainings, examples: Sequence[int] | 
 def datamodeling_score(
     scores: Tensor, again: Retrainings, fraction: float = 0.5, sets: int = 50, fresh: int = 0, seed: int = 0
 ) -> Evaluation:
-    """Linear datamodeling score: does the sum of the remaining scores rank what happens without random sets?
+    """Linear datamodeling score: how well the sum of the remaining scores ranks what happens without random sets.
 
     Parameters
     ----------
@@ -97,17 +97,22 @@ def datamodeling_score(
     Notes
     -----
     Park, Georgiev, Ilyas, Leclerc, Madry 2023 (TRAK), section 2: the mean over test points of Spearman's correlation.
+    All test points share the sets. So the error has two parts, added in squares: that of the draw of test points, and
+    that of the draw of sets, by leaving out one set at a time (jackknife).
     """
     scores = _checked(scores, again)
     removed = subsets(again.n, fraction, sets, seed)
     outcome = again.without(removed, fresh)
     kind = f"mean of {fresh} fresh runs" if fresh else "the same run"
     protocol = f"{100 * fraction:g} % of the examples removed, {sets} random sets, {kind}; {again.m} test points"
-    result = _correlation((~removed).double() @ scores.T, outcome.mean(0) if fresh else outcome, protocol)
+    predicted, real = (~removed).double() @ scores.T, outcome.mean(0) if fresh else outcome
+    result = _correlation(predicted, real, protocol)
+    result.error = math.hypot(result.error, _error_of_rows(predicted, real))
     if fresh > 1:
         pairs = [_correlation(outcome[a], outcome[b], "").value for a in range(fresh) for b in range(a)]
         between = sum(pairs) / len(pairs)
-        result.ceiling = math.sqrt(max(0.0, fresh * between / (1 + (fresh - 1) * between)))
+        between = 0.0 if between < 0 else between  # NaN stays
+        result.ceiling = math.sqrt(fresh * between / (1 + (fresh - 1) * between))
     return result
 
 
@@ -223,6 +228,12 @@ def mislabeled(suspicion: Tensor, wrong: Tensor) -> Evaluation:
     """
     from scipy.stats import rankdata
 
+    for name, tensor in (("suspicion", suspicion), ("wrong", wrong)):
+        if not isinstance(tensor, Tensor):
+            raise refusal(name, got=type(tensor).__name__, expected="a tensor [n]", fix="Use torch.tensor.")
+    suspicion, wrong = suspicion.detach().double().cpu(), wrong.cpu()
+    if bool(suspicion.isnan().any()):
+        raise refusal("suspicion", got="NaN", expected="numbers that can be ranked", fix="Check how it was computed.")
     if wrong.dtype != torch.bool or wrong.shape != suspicion.shape or wrong.dim() != 1:
         got, expected = f"{wrong.dtype} {list(wrong.shape)}", f"bool {list(suspicion.shape)}"
         raise refusal("wrong", got=got, expected=expected, fix="One entry per training example.")
@@ -230,7 +241,7 @@ def mislabeled(suspicion: Tensor, wrong: Tensor) -> Evaluation:
     if not bad or not good:
         got, fix = f"{bad} wrong labels of {len(wrong)}", "Flip some labels, and not all."
         raise refusal("wrong", got=got, expected="both wrong and right labels", fix=fix)
-    ranks = torch.from_numpy(rankdata(suspicion.double().numpy()))
+    ranks = torch.from_numpy(rankdata(suspicion.numpy()))
     area = float((ranks[wrong].sum() - bad * (bad + 1) / 2) / (bad * good))
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
     variance = (area * (1 - area) + (bad - 1) * (q1 - area**2) + (good - 1) * (q2 - area**2)) / (bad * good)
@@ -258,6 +269,16 @@ def _correlation(predicted: Tensor, outcome: Tensor, protocol: str) -> Evaluatio
     a, b = a - a.mean(0), b - b.mean(0)
     size = (a.square().sum(0) * b.square().sum(0)).sqrt()
     return _mean((a * b).sum(0) / torch.where(size > 0, size, math.nan), protocol)
+
+
+def _error_of_rows(predicted: Tensor, outcome: Tensor) -> float:
+    """Standard error of the mean correlation by the draw of its rows, by leaving out one at a time."""
+    k = len(predicted)
+    if k < 3:
+        return math.inf
+    rest = [torch.arange(k) != row for row in range(k)]
+    values = torch.tensor([_correlation(predicted[keep], outcome[keep], "").value for keep in rest])
+    return math.sqrt((k - 1) * float(values.double().var(unbiased=False)))
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ntkit.base.batch import Batch, call_with, count
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.model_calls import required_arguments
 from ntkit.trajectory.objective import Loss
+from ntkit.trajectory.reruns import plain_attention
 
 MEASURES = ("margin", "loss", "logit")
 Measure = Literal["margin", "loss", "logit"] | Callable[..., Tensor]
@@ -77,7 +78,8 @@ class OutputMeasure:
     @torch.no_grad()
     def of_network(self, model: nn.Module, x: Batch) -> Tensor:
         """Measures of all test points by a network, [m] in float64, on the CPU."""
-        return self.values(call_with(model, x)).double().cpu()
+        with plain_attention():
+            return self.values(call_with(model, x)).double().cpu()
 
     def values(self, outputs: Any) -> Tensor:
         """Measures of all test points, [m]."""

@@ -19,6 +19,7 @@ from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import FolderLock
 from ntkit.base.tensors import read_tensors_and_metadata, tensor_hash, write_tensors
 from ntkit.explanations.measures_of_outputs import Measure, OutputMeasure
+from ntkit.jacobian.model_calls import check_module
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.batch_order import batch_indices
 from ntkit.trajectory.objective import Inputs, Loss
@@ -34,7 +35,8 @@ class Retrainings:
 
     Two kinds. The *same* run: from its start, in its batches, with the removed examples' loss counted as zero. *Fresh*
     runs: on the remaining examples alone, from a new initialization, in an order of their own, with the recorded
-    optimizer, batch size and number of epochs; the mean over seeds.
+    optimizer, batch size and number of epochs, and the schedule over these; the mean over seeds. Parameters and buffers
+    that are not trained keep their recorded values.
 
     Every subset is trained once, whoever asks: methods are compared on the same networks.
 
@@ -84,6 +86,7 @@ class Retrainings:
     ) -> None:
         self._x = checked(x, "x")
         self._replay = Replay(trajectory, model, data, loss, clip)
+        self._replay.check()
         assign(self._replay.model, self._replay.final(), "the end of the run")
         self._of = OutputMeasure(measure, self._replay.objective.loss, self._x, y, self._replay.model)
         self._reruns = Reruns(self._replay)
@@ -118,11 +121,12 @@ class Retrainings:
             For examples out of range, and for fresh runs without `make`.
         """
         masks = self._masks(removed)
-        if fresh and self._make is None:
-            fix = "Pass make=seed -> network to Retrainings."
-            raise refusal("make", got="None", expected="a function of a seed for fresh runs", fix=fix)
+        if not isinstance(fresh, int) or isinstance(fresh, bool) or fresh < 0:
+            fix = "0 = the same run."
+            raise refusal("fresh", got=repr(fresh), expected="a number of runs per set, >= 0", fix=fix)
+        of = self._fresh_network() if fresh else ""
         seeds = range(1, fresh + 1) if fresh else [0]
-        keys = {(s, k): _key(mask, s) for s in seeds for k, mask in enumerate(masks)}
+        keys = {(s, k): _key(mask, s) + of for s in seeds for k, mask in enumerate(masks)}
         missing = {key: place for place, key in keys.items() if key not in self._known}
         for seed in seeds:
             own = [(key, k) for key, (s, k) in missing.items() if s == seed]
@@ -139,15 +143,23 @@ class Retrainings:
         return torch.stack(values) if fresh else values[0]
 
     def _masks(self, removed: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        if isinstance(removed, Tensor) and removed.dtype == torch.bool:
-            if removed.dim() != 2 or removed.shape[1] != self.n:
+        if not len(removed):
+            raise refusal("removed", got="no set", expected="at least one set of examples", fix="Pass [[]] for none.")
+        if isinstance(removed, Tensor):
+            if removed.dtype != torch.bool or removed.dim() != 2 or removed.shape[1] != self.n:
                 fix = "Pass one row per set."
-                raise refusal("removed", got=list(removed.shape), expected=f"bool [K, {self.n}]", fix=fix)
+                raise refusal(
+                    "removed", got=f"{removed.dtype} {list(removed.shape)}", expected=f"bool [K, {self.n}]", fix=fix
+                )
             masks = removed.cpu()
         else:
             masks = torch.zeros(len(removed), self.n, dtype=torch.bool)
             for k, examples in enumerate(removed):
-                index = torch.as_tensor(examples, dtype=torch.int64)
+                index = torch.as_tensor(examples)
+                if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.dtype == torch.bool)):
+                    got, fix = f"{examples!r}", "Pass a list for each set, e.g. [[0], [1, 2]]."
+                    raise refusal(f"removed, set {k}", got=got, expected="numbers of training examples", fix=fix)
+                index = index.long()
                 if index.numel() and not bool(((index >= 0) & (index < self.n)).all()):
                     bad = int(index[(index < 0) | (index >= self.n)][0])
                     fix = "Training examples are numbered from 0."
@@ -159,7 +171,7 @@ class Retrainings:
         return masks
 
     def _same(self, masks: Tensor) -> Tensor:
-        return self._reruns.run(1.0 - masks.double(), self._measured, self._x)[0]
+        return self._reruns.run(1.0 - masks.double(), self._measured, self._x, keep=0)[0]
 
     def _measured(self, outputs: Any, _: int) -> Tensor:
         return self._of.values(outputs)
@@ -180,15 +192,32 @@ class Retrainings:
             return torch.stack([k[o] for k, o in zip(kept, order, strict=True)])
 
         weights = torch.ones(len(masks), self.n)
-        return self._reruns.run(weights, self._measured, self._x, initial, rows, min(steps, self._replay.steps))[0]
+        steps = min(steps, self._replay.steps)
+        return self._reruns.run(weights, self._measured, self._x, initial, rows, steps, keep=0)[0]
+
+    def _fresh_network(self) -> str:
+        """Hash of the network of seed 0, so that networks of another `make` have other names in the folder."""
+        if self._make is None:
+            fix = "Pass make=seed -> network to Retrainings."
+            raise refusal("make", got="None", expected="a function of a seed for fresh runs", fix=fix)
+        if self._replay.is_loop:
+            got, fix = "a recorded loop, whose batches have no rule", "Use fresh=0, or a run of ntkit.train."
+            raise refusal("fresh", got=got, expected="a run of ntkit.train", fix=fix)
+        made = dict(self._made(0).named_parameters())
+        return "-" + tensor_hash([made[name].detach() for name in self._replay.names])[:12]
 
     def _made(self, seed: int) -> nn.Module:
         assert self._make is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        devices = sorted({p.device for p in self._replay.model.parameters()}, key=str)
+        gpus = [device.index or 0 for device in devices if device.type == "cuda"]
+        with torch.random.fork_rng(devices=gpus):
+            for generator in [torch.default_generator, *(torch.cuda.default_generators[i] for i in gpus)]:
+                generator.manual_seed(seed)  # of no other device: the fork would not restore it
             model = self._make(seed)
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        own = {name: tuple(p.shape) for name, p in self._replay.model.named_parameters()}
+        check_module(model, "make", "Return the network.")
+        model = model.to(devices[0])
+        shapes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+        own = {name: (p.shape, p.dtype) for name, p in self._replay.model.named_parameters()}
         if shapes != own:
             fix = "Build the network as it was built for the run."
             raise refusal("make", got="a network with other parameters", expected="those of the run", fix=fix)
@@ -202,7 +231,7 @@ class Retrainings:
             return
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
         with FolderLock(self._folder):
-            tensors = dict(zip(keys, values, strict=True))
+            tensors = {**dict(zip(keys, values, strict=True)), "trained": self.values}
             write_tensors(self._folder / f"retrainings-{name}.safetensors", tensors, {"of": self._id})
 
     def _read(self, folder: Path) -> None:
@@ -212,7 +241,8 @@ class Retrainings:
             except Damaged as error:
                 warnings.warn(f"{error} Its networks are trained again.", stacklevel=4)
                 continue
-            if metadata.get("of") != self._id:
+            trained = tensors.pop("trained", self.values)  # another function as measure may have the same name
+            if metadata.get("of") != self._id or not torch.allclose(trained, self.values, rtol=1e-3, atol=1e-6):
                 got, expected = "retrainings of something else", "those of this run, these test points and this measure"
                 raise refusal(str(folder), got=got, expected=expected, fix="Name another folder.")
             self._known.update(tensors)
@@ -224,7 +254,7 @@ def _key(mask: Tensor, seed: int) -> str:
 
 
 def _seed(mask: Tensor, seed: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{_key(mask, seed)}".encode()).digest()[:6], "big")
+    return int.from_bytes(hashlib.sha256(f"{_key(mask, seed)}".encode()).digest()[:4], "big")
 
 
 def subsets(n: int, fraction: float, count: int, seed: int = 0) -> Tensor:

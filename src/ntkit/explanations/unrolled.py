@@ -32,7 +32,7 @@ from ntkit.base.batch import call_with
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.graph import correct_norms, nodes_behind, nodes_from, own_functions
-from ntkit.jacobian.model_calls import without_fused_rnn
+from ntkit.jacobian.model_calls import PlainWeightNorm, without_fused_rnn
 from ntkit.trajectory.optimizer_updates import Moments, Update
 from ntkit.trajectory.replay import Replay, ReplayStep
 
@@ -199,7 +199,8 @@ class StepGraph:
             for name, p in params.items():
                 p.copy_(step.before[name])
         with torch.enable_grad():
-            outputs = call_with(model, step.x)
+            with PlainWeightNorm():
+                outputs = call_with(model, step.x)
             values = outputs.detach().clone().requires_grad_() if gauss_newton else None
             at = outputs if values is None else values
             loss = replay.objective.loss(at.clone(), step.y)  # which may overwrite what it gets
@@ -262,6 +263,13 @@ class StepGraph:
         return found
 
 
+def _check_checkpoints(outputs: Tensor) -> None:
+    """Refuse a checkpoint whose parameters are not in the graph."""
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes_behind(outputs)):
+        got, expected = "torch.utils.checkpoint with use_reentrant=True", "a graph that holds all parameters"
+        raise refusal("the network", got=got, expected=expected, fix="Pass use_reentrant=False to checkpoint.")
+
+
 def _once(what: str) -> Refused:
     got = f"an operation that PyTorch can differentiate only once ({what})"
     fix = "Write that layer with operations that have a second derivative."
@@ -278,6 +286,8 @@ def derivatives_of_measures(
     for place, j in enumerate(points):
         with torch.enable_grad():
             value = measure(j)
+        if place == 0:
+            _check_checkpoints(value)
         grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
         for total, grad in zip(start.values(), grads, strict=True):
             if grad is not None:

@@ -20,6 +20,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.overrides import TorchFunctionMode
 
 from ntkit.base.batch import Batch, call_with, leaves, with_leaves
 from ntkit.base.caller_context import caller_context, own_context
@@ -97,6 +98,20 @@ def required_arguments(function: Callable[..., Any]) -> int:
     except ValueError:
         return 1
     return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in arguments)
+
+
+class PlainWeightNorm(TorchFunctionMode):
+    """Weight norms by their formula: the second derivative of PyTorch's own (2.13) takes the norm for a constant."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        return _weight_norm(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    others = [axis for axis in range(v.dim()) if dim == -1 or axis != dim]
+    return v * (g / v.square().sum(others, keepdim=dim != -1).sqrt())
 
 
 def check_module(model: Any, subject: str = "model", fix: str = "Wrap it in a module.") -> None:

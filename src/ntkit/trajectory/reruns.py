@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ntkit.base.batch import Batch, leaves, take, with_leaves
+from ntkit.base.batch import Batch, call_with, leaves, take, with_leaves
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.graph import correct_norms
+from ntkit.jacobian.model_calls import PlainWeightNorm
 from ntkit.trajectory.optimizer_updates import build_optimizer
 from ntkit.trajectory.recorded_run import assign
 from ntkit.trajectory.replay import Replay
@@ -46,9 +49,11 @@ class Reruns:
 
     def __init__(self, replay: Replay, dtype: torch.dtype | None = None) -> None:
         self._replay, self._dtype = replay, dtype
-        state, model = replay.initial(), copy.deepcopy(replay.model)
-        assign(model, state, "step 0")
-        self.model = self._converted(model)
+        state = replay.initial()
+        self.model = copy.deepcopy(replay.model)
+        assign(self.model, state, "step 0")
+        if dtype is not None:
+            _convert(self.model, dtype)
         self._initial = {name: self._converted(state[name]) for name in replay.names}
         self._x, self._y = self._batch_converted(replay.x), replay.y
         if dtype is not None and self._y.is_floating_point():
@@ -62,6 +67,7 @@ class Reruns:
         initial: Mapping[str, Tensor] | None = None,
         rows: Rows | None = None,
         steps: int | None = None,
+        keep: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Runs with K sets of weights, and what they lead to.
 
@@ -72,12 +78,13 @@ class Reruns:
         x : samples on which the network is evaluated afterwards.
         initial : parameters at the start by name, [K, ...] each; None = those of the recorded run.
         rows : batches, instead of those of the recorded run.
-        steps : number of steps, instead of the recorded one; at most that.
+        steps : number of steps, instead of the recorded one; at most that. It goes through the whole schedule.
+        keep : number of runs, the first ones, whose parameters are returned; None = all.
 
         Returns
         -------
         tuple
-            Measures [K, ...] in float64, and the parameters at the end by name, [K, ...] each.
+            Measures [K, ...] in float64, and the parameters at the end by name, [keep, ...] each.
 
         Raises
         ------
@@ -93,14 +100,20 @@ class Reruns:
         size = sum(p.numel() for p in self._initial.values()) * len(self._replay.rows(0))
         steps = self._replay.steps if steps is None else steps
 
-        def work(part: slice) -> dict[str, Tensor]:
+        def work(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
             start = {name: value[part] for name, value in initial.items()} if initial else None
-            return self._some(weights[part], start, _part(rows, part), steps)
+            model, params = self._some(weights[part], start, _part(rows, part), steps)
+            with torch.no_grad(), self._precision():
+                ends = [{name: p[k] for name, p in params.items()} for k in range(part.stop - part.start)]
+                outputs = (torch.func.functional_call(model, end, *_arguments(x)) for end in ends)
+                values = torch.stack([measure(output, part.start + k) for k, output in enumerate(outputs)])
+            kept = len(ends) if keep is None else min(max(keep - part.start, 0), len(ends))
+            return values.double().cpu(), {name: p[:kept].clone() for name, p in params.items()}
 
-        def all_runs(together: int) -> list[dict[str, Tensor]]:
+        def all_runs(together: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
             parts = [slice(k, min(k + together, len(weights))) for k in range(0, len(weights), together)]
-            context = _plain_attention() if together > 1 else nullcontext()
-            with task("training again", len(parts)) as progress, context:
+            context = sdpa_kernel(SDPBackend.MATH) if together > 1 else nullcontext()
+            with plain_attention(), task("training again", len(parts)) as progress, context:
                 return spread(work, parts, lambda _: progress.advance())
 
         together = max(1, min(_TOGETHER, _SIZE // size, -(-len(weights) // workers())))
@@ -110,37 +123,39 @@ class Reruns:
             if together == 1:
                 raise
             ended = all_runs(1)
-        final = {name: torch.cat([end[name] for end in ended]) for name in ended[0]}
-        with torch.no_grad():
-            values = [
-                measure(self._outputs({name: p[k] for name, p in final.items()}, x), k) for k in range(len(weights))
-            ]
-        return torch.stack(values).double().cpu(), final
-
-    def _outputs(self, params: Mapping[str, Tensor], x: Batch) -> Any:
-        return torch.func.functional_call(self.model, dict(params), *_arguments(x))
+        final = {name: torch.cat([end[name] for _, end in ended]) for name in ended[0][1]}
+        return torch.cat([values for values, _ in ended]), final
 
     def _some(
         self, weights: Tensor, initial: Mapping[str, Tensor] | None, rows: Rows | None, steps: int
-    ) -> dict[str, Tensor]:
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
         """Some runs, stacked; a single one of a larger network without a first axis."""
         runs, model = len(weights), copy.deepcopy(self.model)
         start = initial or {name: value.expand(runs, *value.shape) for name, value in self._initial.items()}
         params = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+        if runs == 1:  # the model's own parameters: a checkpoint calls it once more in the backward pass
+            for name, p in model.named_parameters():
+                if name in params:
+                    p.data = params[name].data[0]
         opt = build_optimizer(self._replay.optimizer, params)
         weights = weights.to(next(iter(params.values())))
         for step in range(steps):
             batch = self._replay.rows(step) if rows is None else rows(step)
             x, y, factors = take(self._x, batch), self._y[batch], _columns(weights, batch)
             opt.zero_grad(set_to_none=True)
-            with torch.enable_grad():
+            model.zero_grad(set_to_none=True)
+            with torch.enable_grad(), self._precision():
                 _weighted_backward(model, params, x, y, factors, self._replay)
             if self._replay.clip is not None:
                 _clip(params, self._replay.clip)
-            for group, rate in zip(opt.param_groups, self._replay.rates[step].tolist(), strict=True):
+            place = step * self._replay.steps // steps  # a shorter run goes through the whole schedule
+            for group, rate in zip(opt.param_groups, self._replay.rates[place].tolist(), strict=True):
                 group["lr"] = rate
             opt.step()
-        return {name: p.detach() for name, p in params.items()}
+        return model, {name: p.detach() for name, p in params.items()}
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._dtype is None else _Promoted(self._dtype)
 
     def _converted(self, value: Any) -> Any:
         if self._dtype is None or (isinstance(value, Tensor) and not value.is_floating_point()):
@@ -149,6 +164,38 @@ class Reruns:
 
     def _batch_converted(self, x: Batch) -> Batch:
         return with_leaves(x, [self._converted(t) for t in leaves(x)])
+
+
+class _Promoted(TorchFunctionMode):
+    """In a network that was converted to `dtype`: what model, loss and measure bring along in another one is, too."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.float and args[0].dtype == self._dtype:
+            return args[0]
+        if func is Tensor.to and args[0].dtype == self._dtype and torch.float32 in [*args, *kwargs.values()]:
+            return args[0]
+        tensors, structure = tree_flatten((args, kwargs))
+        real = [i for i, t in enumerate(tensors) if isinstance(t, Tensor) and t.is_floating_point()]
+        name = getattr(func, "__name__", "")
+        changes = name.endswith("_") or "out" in kwargs  # also __setitem__: writes into a tensor of its own
+        if not changes and any(tensors[i].dtype == self._dtype for i in real):
+            for i in real:
+                tensors[i] = tensors[i].to(self._dtype)
+            args, kwargs = tree_unflatten(tensors, structure)
+        return func(*args, **kwargs)
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert what is real: ``model.to`` would leave out the imaginary parts of complex buffers."""
+    wide = torch.complex(torch.zeros((), dtype=dtype), torch.zeros((), dtype=dtype)).dtype
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor.data = tensor.data.to(wide if tensor.is_complex() else dtype)
 
 
 def _part(rows: Rows | None, part: slice) -> Rows | None:
@@ -174,15 +221,14 @@ def _weighted_backward(
     runs = len(weights)
     own_rows = y.dim() > replay.y.dim()
     if runs == 1:
-        args, kwargs = _arguments(take(x, 0) if own_rows else x)
-        one = {name: p[0] for name, p in params.items()}
-        outputs = torch.func.functional_call(model, one, args, kwargs)[None]
+        outputs = call_with(model, take(x, 0) if own_rows else x)[None]
     else:
 
         def network(own: Mapping[str, Tensor], batch: Batch) -> Tensor:
             return torch.func.functional_call(model, dict(own), *_arguments(batch))
 
-        outputs = torch.func.vmap(network, (0, 0 if own_rows else None))(dict(params), x)
+        with PlainWeightNorm():  # vmap has no rule for PyTorch's own
+            outputs = torch.func.vmap(network, (0, 0 if own_rows else None))(dict(params), x)
     factors = weights.view(*weights.shape, *[1] * (outputs.dim() - 2))
     outputs.register_hook(lambda slope: slope * factors)
     targets = y if own_rows else [y] * runs
@@ -191,17 +237,23 @@ def _weighted_backward(
     if runs == 1 and not replay.is_loop:
         correct_norms(total)
     total.backward()
+    for name, p in model.named_parameters() if runs == 1 else ():
+        if name in params and p.grad is not None:
+            params[name].grad = p.grad.to_dense()[None]
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention without fused operations: vmap has no rules for them, and hides that a gradient will be asked for."""
+def plain_attention() -> Iterator[None]:
+    """Attention as in training, without the faster path for inference.
+
+    That has other outputs where a mask leaves tokens out. It has no rules for vmap, too, which hides that a gradient
+    will be asked for.
+    """
     mha = torch.backends.mha
     before = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         mha.set_fastpath_enabled(before)
 
