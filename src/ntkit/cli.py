@@ -81,14 +81,15 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
     ----------
     name
         jacot2018 (the kernel's limit at infinite width), kopitkov2019 (spectrum alignment), long2021 (the kernel after
-        training) or bell2023 (a trained network as an exact kernel machine).
+        training), bell2023 (a trained network as an exact kernel machine) or tsai2023 (explanations by training
+        examples, tested by deletion).
     scale
         quick (minutes) or paper (its own sizes: hours to days). A study that was stopped is resumed.
     out
         Run folder (runs/NAME-SCALE by default).
     data_dir
-        Folder with the official files of MNIST, or with folders mnist and cifar-10 of such files, for the experiments
-        that use them.
+        Folder with the official files of MNIST, or with folders mnist, cifar-10 and text of such files, for the
+        experiments that use them.
     """
     from ntkit.studies import study as run
 

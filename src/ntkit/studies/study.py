@@ -34,14 +34,14 @@ from ntkit.base.versions import versions
 from ntkit.studies.claim import Claim, as_markdown
 from ntkit.trajectory import Trajectory
 
-STUDIES = ("jacot2018", "kopitkov2019", "long2021", "bell2023")
+STUDIES = ("jacot2018", "kopitkov2019", "long2021", "bell2023", "tsai2023")
 SCALES = ("quick", "paper")
 FORMAT = 1
 Item = dict[str, Any]
 
 
 def study(
-    name: Literal["jacot2018", "kopitkov2019", "long2021", "bell2023"],
+    name: Literal["jacot2018", "kopitkov2019", "long2021", "bell2023", "tsai2023"],
     scale: Literal["quick", "paper"] = "quick",
     out: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -51,12 +51,13 @@ def study(
 
     Parameters
     ----------
-    name : "jacot2018", "kopitkov2019", "long2021" or "bell2023".
+    name : "jacot2018", "kopitkov2019", "long2021", "bell2023" or "tsai2023".
     scale : "quick" (minutes on two cores) or "paper" (the paper's own sizes: hours to days).
     out : run folder, runs/NAME-SCALE by default. A study that was stopped is resumed there.
     say : called with a line before each experiment.
     data_dir : folder with the official files of MNIST (or with a folder ``mnist`` of them); the study then includes its
-        experiments on MNIST. long2021 also takes CIFAR-10, there or in ``cifar-10``.
+        experiments on MNIST. long2021 and tsai2023 also take CIFAR-10, there or in ``cifar-10``; tsai2023 also text
+        sets, there or in ``text``.
 
     Returns
     -------

@@ -32,8 +32,8 @@ TASKS = {
     "digits 3/8": Task("digits", (3, 8), text=False, lr=0.02),
     "MNIST 3/8": Task("mnist", (3, 8), text=False, lr=0.02),
     "CIFAR-10 airplane/automobile": Task("cifar10", ("airplane", "automobile"), text=False, lr=0.01),
-    "TREC description/entity": Task("trec", ("description", "entity"), text=True, lr=0.005),
-    "rt-polarity": Task("rt-polarity", ("negative", "positive"), text=True, lr=0.005),
+    "TREC description/entity": Task("trec", ("description", "entity"), text=True, lr=0.01),
+    "rt-polarity": Task("rt-polarity", ("negative", "positive"), text=True, lr=0.01),
 }
 MOMENTUM, BATCH = 0.9, 25
 CHECKPOINTS = 10  # of TracIn
@@ -91,7 +91,8 @@ class Trained(NamedTuple):
 def images_or_tokens(work: Work, task: Task, seed: int) -> Data:
     """Training and test examples of a seed; images are averaged down to the study's pixels and standardized."""
     s = work.sizes
-    data = load(task.data, work.folder_of(task.data), task.classes, s.train, s.test, seed)
+    n = s.text_train if task.text else s.train
+    data = load(task.data, work.folder_of(task.data), task.classes, n, s.test, seed)
     if task.text:
         return _own_words(data) if s.own_words else data
     x, x_test = data.x_train, data.x_test
@@ -131,16 +132,11 @@ def network(work: Work, task: Task, data: Data, seed: int) -> nn.Module:
         )
 
 
-def steps_of(work: Work) -> int:
-    """Steps of a run."""
-    return work.sizes.epochs * steps_per_epoch(work.sizes.train, BATCH)
-
-
 def trained(work: Work, name: str, seed: int) -> Trained:
     """The recorded run of a task and a seed, trained if it is not there."""
     task = TASKS[name]
     data = images_or_tokens(work, task, seed)
-    model, steps = network(work, task, data, seed), steps_of(work)
+    model, steps = network(work, task, data, seed), work.sizes.epochs * steps_per_epoch(len(data.y_train), BATCH)
     sgd = partial(torch.optim.SGD, lr=task.lr, momentum=MOMENTUM)
     record = sorted({round(steps * k / CHECKPOINTS) for k in range(CHECKPOINTS + 1)})
     path = work.trajectory(file_of(name, seed))
