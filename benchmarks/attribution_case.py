@@ -206,34 +206,22 @@ def of_other_runs(case: Case) -> Tensor:
 def methods(case: Case) -> list[Method]:
     """Methods of the library, and formulas for comparison that are not in it as functions of a run."""
     run, x, y = case.run, case.x_test, case.y_test
-    random = torch.Generator().manual_seed(0)
-    damped = [
-        Method(
-            "formula",
-            "influence function",
-            f"damping {d:g}",
-            lambda d=d: inverse_curvature(case, lambda e: 1 / (e + d)),
-        )
-        for d in DAMPINGS
-    ]
-    return [
-        Method("ntkit", "influence", "", lambda: ntkit.influence(run, x, y).scores),
-        Method("ntkit", "influence, at=0.5", "", lambda: ntkit.influence(run, x, y, at=0.5).scores),
-        Method(
-            "ntkit", "influence, gauss-newton", "", lambda: ntkit.influence(run, x, y, curvature="gauss-newton").scores
-        ),
-        Method("ntkit", f"influence, mean of {OTHERS} other runs of half the steps", "", lambda: of_other_runs(case)),
-        Method(
-            "ntkit",
-            "path kernel",
-            "",
-            lambda: ntkit.PathKernel(run, outputs=margin).decompose(x, y).contributions[:, 0],
-        ),
-        Method("formula", "influence function, early-stopped", "", lambda: early_stopped(case)),
-        *damped,
-        Method("formula", "TracIn", f"{SNAPSHOTS} snapshots", lambda: tracin(case)),
-        Method("formula", "tracking importance, final kernel", "", lambda: tracking(case)),
-        Method(
-            "formula", "random scores", "", lambda: torch.randn(len(x), TRAIN, generator=random, dtype=torch.float64)
-        ),
-    ]
+    generator = torch.Generator().manual_seed(0)
+    found = []
+
+    def add(by: str, name: str, scores: Callable[[], Tensor], settings: str = "") -> None:
+        found.append(Method(by, name, settings, scores))
+
+    add("ntkit", "influence", lambda: ntkit.influence(run, x, y).scores)
+    add("ntkit", "influence, at=0.5", lambda: ntkit.influence(run, x, y, at=0.5).scores)
+    add("ntkit", "influence, gauss-newton", lambda: ntkit.influence(run, x, y, curvature="gauss-newton").scores)
+    add("ntkit", f"influence, mean of {OTHERS} other runs of half the steps", lambda: of_other_runs(case))
+    add("ntkit", "path kernel", lambda: ntkit.PathKernel(run, outputs=margin).decompose(x, y).contributions[:, 0])
+    add("formula", "influence function, early-stopped", lambda: early_stopped(case))
+    for d in DAMPINGS:
+        damped = lambda d=d: inverse_curvature(case, lambda e: 1 / (e + d))
+        add("formula", "influence function", damped, f"damping {d:g}")
+    add("formula", "TracIn", lambda: tracin(case), f"{SNAPSHOTS} snapshots")
+    add("formula", "tracking importance, final kernel", lambda: tracking(case))
+    add("formula", "random scores", lambda: torch.randn(len(x), TRAIN, generator=generator).double())
+    return found

@@ -12,10 +12,13 @@ What it takes to give the peers their best form:
   rise where an example lowers it. captum also runs on the loss, which it is usually given.
 - dattri wants functions of a batch for influence functions and of one sample for TRAK. Its Arnoldi gives NaN as it
   comes: a projection of 20 dimensions does not.
-- TRAK is noise where the projection has as many dimensions as there are examples and the ridge is 0: so 64 and 128.
-  It is meant for several networks: besides the run's end and its 10 snapshots it gets 10 other runs.
+- dattri's LiSSA turns labels to float; the loss turns them back.
+- TRAK is noise where the projection has as many dimensions as there are examples and the ridge is 0: so 64 dimensions,
+  or a ridge. The libraries scale projections in their own ways, so each has its own ridges.
+- TRAK is meant for several networks: besides the run's end it gets its 10 snapshots, and 10 other runs.
 - captum 0.9.0 keeps `ArnoldiInfluenceFunction` in a private module.
-- traker's first call in a process may fail (its projector has no matrix yet), the second does not. It scores only what lies in its folder: ``load_from_save_dir=False`` fails at scoring.
+- traker's first call in a process can fail (its projector has no matrix yet), the second does not. It scores only what
+  lies in its folder: ``load_from_save_dir=False`` fails at scoring.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ class MinusMargin(nn.Module):
     reduction = "sum"
 
     def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Sum over the samples."""
         return -margin(outputs, y).sum()
 
 
@@ -85,6 +89,7 @@ class Run:
         self.test = DataLoader(TensorDataset(self.x_test, self.y_test), batch_size=self.m, shuffle=False)
 
     def network(self, name: str) -> nn.Module:
+        """A network with the weights of that name."""
         state = self._states[name]
         hidden, inputs = state["0.weight"].shape
         model = nn.Sequential(nn.Linear(inputs, hidden), self._activation(), nn.Linear(hidden, len(state["2.bias"])))
@@ -103,7 +108,7 @@ def of_dattri(run: Run) -> Iterator[Method]:
     model = run.model
 
     def loss(params: Any, batch: Any) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(model, params, batch[0]), batch[1])
+        return F.cross_entropy(torch.func.functional_call(model, params, batch[0]), batch[1].long())
 
     def target(params: Any, batch: Any) -> Tensor:
         return -margin(torch.func.functional_call(model, params, batch[0]), batch[1]).mean()
@@ -158,7 +163,7 @@ def of_dattri(run: Run) -> Iterator[Method]:
 
         return work
 
-    for damping in (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0):
+    for damping in (1e-2, 3e-2, 1e-1, 3e-1):
         yield "IF explicit", f"{damping:g}", inverse(functions.IFAttributorExplicit, regularization=damping)
         yield (
             "IF CG",
@@ -182,7 +187,7 @@ def of_dattri(run: Run) -> Iterator[Method]:
     yield "Grad-Dot", "", tracin([model], 1.0, False)
     yield "Grad-Cos", "", tracin([model], 1.0, True)
     for what, networks in (("1 network", [model]), ("10 snapshots", run.snapshots), ("10 other runs", run.others)):
-        for dimensions, ridge in ((64, 0.0), (128, 0.0), (512, 1e-1), (512, 1.0), (512, 10.0)):
+        for dimensions, ridge in ((64, 0.0), (512, 0.01), (512, 0.03), (512, 0.1), (512, 0.3), (2048, 0.1)):
             yield f"TRAK, {what}", f"dimension {dimensions}, ridge {ridge:g}", trak(networks, dimensions, ridge)
     for l2 in (3e-4, 3e-3, 3e-2):
         yield "representer points", f"L2 {l2:g}", representers(l2)
@@ -272,7 +277,7 @@ def of_traker(run: Run) -> Iterator[Method]:
         return work
 
     for what, networks in (("1 network", [run.model]), ("10 snapshots", run.snapshots), ("10 other runs", run.others)):
-        for dimensions, ridge in ((64, 0.0), (128, 0.0), (512, 1e-1), (512, 1.0), (512, 10.0)):
+        for dimensions, ridge in ((64, 0.0), (512, 1.0), (512, 10.0), (512, 30.0), (512, 100.0), (2048, 30.0)):
             yield f"TRAK, {what}", f"dimension {dimensions}, ridge {ridge:g}", trak(networks, dimensions, ridge)
 
 

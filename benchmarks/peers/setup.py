@@ -1,4 +1,4 @@
-"""Make the peers' environments: ``python -m benchmarks.peers.setup [jax | torch | attribution ...]``; all by default."""
+"""Make the peers' environments: ``python -m benchmarks.peers.setup [jax | torch | attribution ...]``; else all."""
 
 from __future__ import annotations
 
