@@ -9,16 +9,17 @@ What it takes to give the peers their best form:
 - Methods with a damping, a ridge or a dimension run with several; the table names the best one of each.
 - What is explained is the margin wherever a library lets the test function differ from the loss: dattri's
   ``target_func`` and captum's ``test_loss_fn`` are minus the margin. Their scores then are about minus the margin, and
-  rise where an example lowers it. captum also runs on the loss, which it is usually given.
+  rise where an example lowers it. captum's influence functions ignore ``test_loss_fn`` (the scores are the same): they
+  explain the loss. Its TracIn runs on both.
 - dattri wants functions of a batch for influence functions and of one sample for TRAK. Its Arnoldi gives NaN as it
   comes: a projection of 20 dimensions does not.
 - dattri's LiSSA turns labels to float; the loss turns them back.
-- TRAK is noise where the projection has as many dimensions as there are examples and the ridge is 0: so 64 dimensions,
-  or a ridge. The libraries scale projections in their own ways, so each has its own ridges.
+- TRAK is noise where the projection has as many dimensions as there are examples and the ridge is 0: so 128
+  dimensions, or a ridge. The libraries scale projections in their own ways, so each has its own ridges.
 - TRAK is meant for several networks: besides the run's end it gets its 10 snapshots, and 10 other runs.
 - captum 0.9.0 keeps `ArnoldiInfluenceFunction` in a private module.
-- traker's first call in a process can fail (its projector has no matrix yet), the second does not. It scores only what
-  lies in its folder: ``load_from_save_dir=False`` fails at scoring.
+- traker scores only what lies in its folder: ``load_from_save_dir=False`` fails at scoring. With 64 dimensions and one
+  network its projector loses its matrix.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def of_dattri(run: Run) -> Iterator[Method]:
     yield "Grad-Dot", "", tracin([model], 1.0, False)
     yield "Grad-Cos", "", tracin([model], 1.0, True)
     for what, networks in (("1 network", [model]), ("10 snapshots", run.snapshots), ("10 other runs", run.others)):
-        for dimensions, ridge in ((64, 0.0), (512, 0.01), (512, 0.03), (512, 0.1), (512, 0.3), (2048, 0.1)):
+        for dimensions, ridge in ((128, 0.0), (512, 0.01), (512, 0.03), (512, 0.1), (512, 0.3), (2048, 0.1)):
             yield f"TRAK, {what}", f"dimension {dimensions}, ridge {ridge:g}", trak(networks, dimensions, ridge)
     for l2 in (3e-4, 3e-3, 3e-2):
         yield "representer points", f"L2 {l2:g}", representers(l2)
@@ -220,34 +221,24 @@ def of_captum(run: Run) -> Iterator[Method]:
 
         return work
 
+    each = {"sample_wise_grads_per_batch": True}
     for margins, what in ((False, "loss"), (True, "margin")):
-        each = {"sample_wise_grads_per_batch": True}
         yield "TracInCP", f"10 snapshots, {what}", influences(TracInCP, margins, names, **each)
         yield "TracInCPFast", f"10 snapshots, {what}", influences(TracInCPFast, margins, names)
-        for dimension in (30, 100):
-            yield (
-                "NaiveInfluenceFunction",
-                f"dimension {dimension}, {what}",
-                influences(
-                    NaiveInfluenceFunction, margins, names[-1], projection_dim=dimension, hessian_reg=1e-3, **each
-                ),
-            )
-        for damping in (1e-2, 1e-1, 1.0):
-            yield (
-                "NaiveInfluenceFunction",
-                f"{damping:g}, dimension 1000, {what}",
-                influences(
-                    NaiveInfluenceFunction, margins, names[-1], projection_dim=1000, hessian_reg=damping, **each
-                ),
-            )
-        for dimension in (20, 40):
-            yield (
-                "ArnoldiInfluenceFunction",
-                f"dimension {dimension}, {what}",
-                influences(
-                    ArnoldiInfluenceFunction, margins, names[-1], arnoldi_dim=100, projection_dim=dimension, **each
-                ),
-            )
+    for damping, dimension in ((1e-3, 60), (1e-3, 100), (1e-3, 200), (10.0, 1000), (30.0, 1000)):
+        yield (
+            "NaiveInfluenceFunction",
+            f"{damping:g}, dimension {dimension}",
+            influences(NaiveInfluenceFunction, False, names[-1], projection_dim=dimension, hessian_reg=damping, **each),
+        )
+    for dimension in (40, 80):
+        yield (
+            "ArnoldiInfluenceFunction",
+            f"dimension {dimension}",
+            influences(
+                ArnoldiInfluenceFunction, False, names[-1], arnoldi_dim=2 * dimension, projection_dim=dimension, **each
+            ),
+        )
 
 
 def of_traker(run: Run) -> Iterator[Method]:
@@ -277,7 +268,7 @@ def of_traker(run: Run) -> Iterator[Method]:
         return work
 
     for what, networks in (("1 network", [run.model]), ("10 snapshots", run.snapshots), ("10 other runs", run.others)):
-        for dimensions, ridge in ((64, 0.0), (512, 1.0), (512, 10.0), (512, 30.0), (512, 100.0), (2048, 30.0)):
+        for dimensions, ridge in ((128, 0.0), (512, 1.0), (512, 10.0), (512, 30.0), (512, 100.0), (2048, 30.0)):
             yield f"TRAK, {what}", f"dimension {dimensions}, ridge {ridge:g}", trak(networks, dimensions, ridge)
 
 

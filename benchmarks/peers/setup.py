@@ -21,7 +21,7 @@ PACKAGES = {
         ["torch==2.13.0", "nngeometry==0.4", "numpy", "tqdm"],
         ["--no-deps", "--ignore-requires-python", "explaind==0.0.2"],
     ],
-    "attribution": [["dattri==0.3.0", "captum==0.9.0", "traker==0.3.2", "safetensors", "scikit-learn"]],
+    "attribution": [["torch==2.13.0", "dattri==0.3.0", "captum==0.9.0", "traker==0.3.2", "safetensors"]],
 }  # fmt: skip
 
 
