@@ -490,3 +490,18 @@ def test_an_operation_that_can_be_differentiated_only_once_is_named():
     run = ntkit.train(Model().double(), vectors(6), nn.functional.cross_entropy, OPTIMIZERS["sgd"], steps=2)
     with pytest.raises(Refused, match="differentiate only once"):
         ntkit.influence(run, *vectors(2, seed=2))
+
+
+def test_finite_differences_take_smaller_steps_where_weights_move_units_over_their_kinks():
+    data = ntkit.data.load("digits", classes=(3, 8), train=100)
+    torch.manual_seed(0)
+    first = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*first, nn.Flatten(), nn.Linear(256, 2)).double()
+    sgd = lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)
+    loss, x = nn.functional.cross_entropy, data.x_train.double()
+    run = ntkit.train(model, (x, data.y_train), loss, sgd, steps=80, batch_size=25)
+    result = ntkit.influence(run, data.x_test[:3].double(), data.y_test[:3])
+    assert result.check.step < 1e-4
+    assert result.check.error < 1e-4
+    smooth = ntkit.influence(trained(), *vectors(3, seed=2))
+    assert smooth.check.step == 1e-4

@@ -17,12 +17,31 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.base.checks import Refused as Refused
     from ntkit.commands.analyze import analyze as analyze
     from ntkit.commands.settings import Settings as Settings
+    from ntkit.explanations.axioms import check_axioms as check_axioms
+    from ntkit.explanations.evaluation import Deletion as Deletion
+    from ntkit.explanations.evaluation import Evaluation as Evaluation
+    from ntkit.explanations.evaluation import case_deletion as case_deletion
+    from ntkit.explanations.evaluation import datamodeling_score as datamodeling_score
+    from ntkit.explanations.evaluation import leave_one_out as leave_one_out
+    from ntkit.explanations.evaluation import mislabeled as mislabeled
+    from ntkit.explanations.evaluation import query_loss_difference as query_loss_difference
+    from ntkit.explanations.importances import Importance as Importance
+    from ntkit.explanations.importances import TrackingImportance as TrackingImportance
+    from ntkit.explanations.importances import target_importance as target_importance
+    from ntkit.explanations.importances import tracking_importance as tracking_importance
     from ntkit.explanations.influence import Influence as Influence
     from ntkit.explanations.influence import influence as influence
+    from ntkit.explanations.representers import Explainer as Explainer
+    from ntkit.explanations.representers import Explanation as Explanation
+    from ntkit.explanations.representers import explain as explain
+    from ntkit.explanations.retrainings import Retrainings as Retrainings
+    from ntkit.explanations.surrogate import surrogate_importance as surrogate_importance
+    from ntkit.explanations.tracin import tracin as tracin
     from ntkit.gram.gram_matrix import Gram as Gram
     from ntkit.jacobian.structure import SelfCheckError as SelfCheckError
     from ntkit.kernels.conjugate import ConjugateKernel as ConjugateKernel
     from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel as InfiniteKernel
+    from ntkit.kernels.influence_kernel import InfluenceKernel as InfluenceKernel
     from ntkit.kernels.kernel import Kernel as Kernel
     from ntkit.kernels.kernel import KernelOperator as KernelOperator
     from ntkit.kernels.path.decomposition import PathDecomposition as PathDecomposition
@@ -69,6 +88,17 @@ _NAMES = {
     "ntkit.kernels.conjugate": ("ConjugateKernel",),
     "ntkit.kernels.sketch": ("SketchedKernel",),
     "ntkit.kernels.infinite.infinite_kernel": ("InfiniteKernel",),
+    "ntkit.kernels.influence_kernel": ("InfluenceKernel",),
+    "ntkit.explanations.importances": (
+        "Importance",
+        "TrackingImportance",
+        "target_importance",
+        "tracking_importance",
+    ),
+    "ntkit.explanations.surrogate": ("surrogate_importance",),
+    "ntkit.explanations.representers": ("Explainer", "Explanation", "explain"),
+    "ntkit.explanations.tracin": ("tracin",),
+    "ntkit.explanations.axioms": ("check_axioms",),
     "ntkit.networks.parametrization": ("to_ntk_parametrization",),
     "ntkit.networks.widening": ("widened",),
     "ntkit.measures.convergence": ("convergence", "monte_carlo"),
@@ -77,7 +107,17 @@ _NAMES = {
     "ntkit.kernels.path.path_kernel": ("PathKernel",),
     "ntkit.kernels.path.decomposition": ("PathDecomposition",),
     "ntkit.secant.secant_tensor": ("NoSecant",),
+    "ntkit.explanations.evaluation": (
+        "Deletion",
+        "Evaluation",
+        "case_deletion",
+        "datamodeling_score",
+        "leave_one_out",
+        "mislabeled",
+        "query_loss_difference",
+    ),
     "ntkit.explanations.influence": ("Influence", "influence"),
+    "ntkit.explanations.retrainings": ("Retrainings",),
     "ntkit.machines": ("GaussianProcess", "GradientFlow", "HardMarginSVM", "KernelRidge", "Posterior"),
     "ntkit.measures.spectra": ("Spectrum", "alignment", "effective_rank", "spectrum"),
     "ntkit.probes": ("invariance",),

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ntkit.base.checks import refusal
+from ntkit.trajectory.recorded_run import Trajectory
 
 
 def learning_rates(opt: Optimizer) -> list[float]:
@@ -54,3 +55,25 @@ class RateSchedule:
             fix = "Return a number for every step from 0 on."
             raise refusal("schedule", got=f"{value!r} at step {step}", expected="a finite factor", fix=fix)
         return factor
+
+
+def flow_time(trajectory: Trajectory) -> float:
+    """Length of gradient flow that a run of SGD amounts to: sum_s lr_s (1 - dampening) / (1 - momentum).
+
+    Raises
+    ------
+    Refused
+        When the run has not ended, its optimizer is not SGD, or its groups have different settings.
+    """
+    if trajectory.status == "running":
+        expected, fix = "a run that has ended", "Let it end, or continue it with resume=True; then open it again."
+        raise refusal(str(trajectory.path), got="a run that is running or was killed", expected=expected, fix=fix)
+    name, groups = (trajectory.settings["optimizer"][key] for key in ("class", "groups"))
+    settings = {(group.get("momentum"), group.get("dampening")) for group in groups}
+    rates = trajectory.learning_rates
+    if not name.endswith(".SGD") or len(settings) > 1 or not bool((rates == rates[:, :1]).all()):
+        got = name if not name.endswith(".SGD") else "groups of parameters with different settings"
+        fix = "Pass the time as a number, or use damping=."
+        raise refusal("time", got=got, expected="a run of torch.optim.SGD with one learning rate", fix=fix)
+    ((momentum, dampening),) = settings
+    return float(rates[:, 0].sum()) * ((1 - dampening) / (1 - momentum) if momentum else 1.0)

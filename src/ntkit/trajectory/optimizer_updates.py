@@ -138,7 +138,7 @@ def take_step(
         else:
             group, state = groups[id(p)], opt.state[p]
             if isinstance(opt, SGD):
-                updates[name] = _sgd_update(opt, group, state, factor, name in first)
+                updates[name] = sgd_update(group, factor, name in first)
             else:
                 updates[name] = _adam_update(opt, group, state, factor, name in first, moments)
     return updates
@@ -149,7 +149,8 @@ def _buffer(opt: Optimizer, p: Tensor) -> Tensor | None:
     return state.get("momentum_buffer", state.get("exp_avg"))
 
 
-def _sgd_update(opt: Optimizer, group: dict[str, Any], state: dict[str, Tensor], factor: float, first: bool) -> Update:
+def sgd_update(group: Mapping[str, Any], factor: float, first: bool) -> Update:
+    """The `Update` of a step of SGD with the settings of a group; `first`: before it there was no momentum buffer."""
     lr, momentum = float(group["lr"]), float(group["momentum"])
     gradient = -factor if group["maximize"] else factor
     decay = float(group["weight_decay"])

@@ -20,7 +20,7 @@ from ntkit.trajectory.optimizer_updates import build_optimizer
 from ntkit.trajectory.recorded_run import assign
 from ntkit.trajectory.replay import Replay
 
-_SMALL = 2**20  # parameters x examples of a batch: below it, runs gain from common operations
+_SIZE = 2**24  # runs x parameters x examples of a batch in common operations: beyond, they gain no more
 _TOGETHER = 64  # runs in common operations at a time, at most
 
 Rows = Callable[[int], Tensor]  # step -> rows of the training set, [B], or [K, B]: other ones for each run
@@ -103,7 +103,7 @@ class Reruns:
             with task("training again", len(parts)) as progress, context:
                 return spread(work, parts, lambda _: progress.advance())
 
-        together = min(_TOGETHER, -(-len(weights) // workers())) if size <= _SMALL else 1
+        together = max(1, min(_TOGETHER, _SIZE // size, -(-len(weights) // workers())))
         try:
             ended = all_runs(together)
         except (RuntimeError, NotImplementedError):  # an operation that cannot be done for several networks at once
