@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
-from torch.nn.functional import cross_entropy, one_hot
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
 
 import ntkit
 
 TRAIN, TEST, BATCH, STEPS, SNAPSHOTS, OTHERS = 300, 40, 50, 300, 10, 10
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 
 
 class Setting(NamedTuple):
@@ -123,9 +123,6 @@ def snapshots() -> range:
     return range(STEPS // SNAPSHOTS, STEPS + 1, STEPS // SNAPSHOTS)
 
 
-# ---------------------------------------------------------------- formulas that are compared
-
-
 class Derivatives:
     """Derivatives of a network of the case at one state, with the parameters in one vector of P numbers."""
 
@@ -146,32 +143,9 @@ class Derivatives:
         own = lambda state, x, y: cross_entropy(self._outputs(state, x), y)
         return _flat(vmap(grad(own), (None, 0, 0))(self._state, self._case.x, self._case.y), 1)
 
-    def outputs(self) -> Tensor:
-        """Of the outputs for the training examples, [n, C, P]."""
-        return _flat(vmap(jacrev(self._outputs), (None, 0))(self._state, self._case.x), 2)
-
-    def probabilities(self) -> Tensor:
-        """Of the classes, [n, C]."""
-        return torch.softmax(functional_call(self._case.model, self._state, (self._case.x,)), -1)
-
 
 def _flat(tree: dict[str, Tensor], kept: int) -> Tensor:
     return torch.cat([value.flatten(kept) for value in tree.values()], -1)
-
-
-def inverse_curvature(case: Case, factor: Callable[[Tensor], Tensor]) -> Tensor:
-    """Influence function: margins^T f(G) losses / n, f a function of the eigenvalues of the Gauss-Newton matrix G."""
-    end = Derivatives(case, STEPS)
-    p, J = end.probabilities(), end.outputs()
-    root = p.sqrt()[:, :, None] * (J - torch.einsum("nc,ncp->np", p, J)[:, None])  # diag(p) - p p^T = root^T root
-    values, vectors = torch.linalg.eigh(root.flatten(0, 1).T @ root.flatten(0, 1) / TRAIN)
-    return -((end.margins() @ vectors) * factor(values.clamp_min(0))) @ (end.losses() @ vectors).T / TRAIN
-
-
-def early_stopped(case: Case) -> Tensor:
-    """The influence function with (1 - exp(-t e)) / e for 1 / e, t the sum of the learning rates: Bae et al. 2024."""
-    time = case.setting.lr / (1 - case.setting.momentum) * STEPS
-    return inverse_curvature(case, lambda e: torch.where(e > 1e-12, -torch.expm1(-time * e) / e.clamp_min(1e-12), time))
 
 
 def tracin(case: Case) -> Tensor:
@@ -183,17 +157,6 @@ def tracin(case: Case) -> Tensor:
     return total
 
 
-def tracking(case: Case) -> Tensor:
-    """Summed negative slopes of the loss along the run, times the final kernel: Tsai, Yeh, Ravikumar 2023."""
-    importance = torch.zeros(TRAIN, 10, dtype=torch.float64)
-    for step in range(STEPS):
-        rows = case.run.batch(step)
-        p = torch.softmax(functional_call(case.model, case.run.state(step), (case.x[rows],)), -1)
-        importance[rows] -= case.setting.lr / (1 - case.setting.momentum) * (p - one_hot(case.y[rows], 10)) / len(rows)
-    end = Derivatives(case, STEPS)
-    return end.margins() @ torch.einsum("ncp,nc->np", end.outputs(), importance).T
-
-
 # ---------------------------------------------------------------- all of ours
 
 
@@ -203,8 +166,31 @@ def of_other_runs(case: Case) -> Tensor:
     return torch.stack(every).mean(0)
 
 
+def representers(case: Case, kernel: ntkit.Kernel, importance: ntkit.Importance) -> Tensor:
+    """The scores of `ntkit.explain` for each output, times the derivative of the margin by that output, summed up."""
+    outputs = case.model(case.x_test).detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(margin(outputs, case.y_test).sum(), outputs)
+    values = kernel(case.x_test, case.x)
+    if values.dim() == 2:
+        return values * (slopes @ importance.values.T)
+    return torch.einsum("jc,jicd,id->ji", slopes, values, importance.values)
+
+
+def influence_function(case: Case, **filtered: Any) -> Tensor:
+    """Influence kernel and target importance."""
+    kernel = ntkit.InfluenceKernel(case.model, (case.x, case.y), cross_entropy, **filtered)
+    return representers(case, kernel, ntkit.target_importance(case.model, case.x, case.y, cross_entropy)) / TRAIN
+
+
+def last_layer(case: Case, l2: float) -> Tensor:
+    """Last-layer kernel and surrogate importance: representer points."""
+    kernel = ntkit.ConjugateKernel(case.model)
+    outputs = case.model(case.x).detach()
+    return representers(case, kernel, ntkit.surrogate_importance(kernel(case.x), outputs, l2=l2))
+
+
 def methods(case: Case) -> list[Method]:
-    """Methods of the library, and formulas for comparison that are not in it as functions of a run."""
+    """Methods of the library, and two formulas for comparison."""
     run, x, y = case.run, case.x_test, case.y_test
     generator = torch.Generator().manual_seed(0)
     found = []
@@ -217,11 +203,13 @@ def methods(case: Case) -> list[Method]:
     add("ntkit", "influence, gauss-newton", lambda: ntkit.influence(run, x, y, curvature="gauss-newton").scores)
     add("ntkit", f"influence, mean of {OTHERS} other runs of half the steps", lambda: of_other_runs(case))
     add("ntkit", "path kernel", lambda: ntkit.PathKernel(run, outputs=margin).decompose(x, y).contributions[:, 0])
-    add("formula", "influence function, early-stopped", lambda: early_stopped(case))
+    add("ntkit", "influence kernel, early-stopped", lambda: influence_function(case, time=run))
     for d in DAMPINGS:
-        damped = lambda d=d: inverse_curvature(case, lambda e: 1 / (e + d))
-        add("formula", "influence function", damped, f"damping {d:g}")
+        add("ntkit", "influence kernel", lambda d=d: influence_function(case, damping=d), f"damping {d:g}")
+    tracked = lambda: representers(case, ntkit.TangentKernel(case.model), ntkit.tracking_importance(run))
+    add("ntkit", "tangent kernel, tracking importance", tracked)
+    for l2 in (3e-3, 3e-2):
+        add("ntkit", "last-layer kernel, surrogate importance", lambda l2=l2: last_layer(case, l2), f"L2 {l2:g}")
     add("formula", "TracIn", lambda: tracin(case), f"{SNAPSHOTS} snapshots")
-    add("formula", "tracking importance, final kernel", lambda: tracking(case))
     add("formula", "random scores", lambda: torch.randn(len(x), TRAIN, generator=generator).double())
     return found
