@@ -44,7 +44,7 @@ from torch.nn.functional import cross_entropy
 
 import ntkit
 from benchmarks.attribution_case import BATCH, SETTINGS, STEPS, TEST, Case, margin, methods, network
-from benchmarks.attribution_table import markdown, shown
+from benchmarks.attribution_table import best_settings, markdown
 from benchmarks.common import RESULTS, machine
 from benchmarks.peers import attribution as peers
 from ntkit.explanations.evaluation import case_deletion, datamodeling_score, leave_one_out
@@ -134,7 +134,7 @@ def measure(name: str, folder: Path | None) -> Row:
         if row["status"] == "ok":
             judge(row, again)
             print(name, row["by"], row["method"], row["settings"], row.get("mean"), flush=True)
-    for row in shown(rows):
+    for row in best_settings(rows):
         judge_deletion(row, of_few)
     for row in rows:
         row.pop("scores", None)

@@ -10,7 +10,7 @@ CORRELATIONS = ("one left out", "5 %", "50 %", "50 % fresh")
 DELETIONS = ("AUC-DEL+", "AUC-DEL-")
 
 
-def shown(rows: list[Row]) -> list[Row]:
+def best_settings(rows: list[Row]) -> list[Row]:
     """The best setting of every method, the best method first: by the mean of the four correlations."""
     best: dict[tuple[str, str], Row] = {}
     for row in sorted((row for row in rows if "mean" in row), key=lambda row: -row["mean"]):
@@ -53,7 +53,7 @@ def _sentences(rows: list[Row]) -> str:
 
 
 def _setting(name: str, part: Row) -> list[str]:
-    rows = shown(part["rows"])
+    rows = best_settings(part["rows"])
     of_machine = part["machine"]
     lines = [
         f"## {name}: {part['setting']}",
@@ -121,7 +121,14 @@ def _scale(part: Row) -> list[str]:
 
 def markdown(results: dict[str, Row]) -> str:
     """All tables."""
-    lines = ["# Attribution", "", "How it is measured: `python -m benchmarks.attribution --help`.", ""]
+    lines = [
+        "# Attribution",
+        "",
+        "Rank correlations of what a method predicts with what retrained networks do (mean over test points, standard "
+        "error), best method first; how it is measured: `python -m benchmarks.attribution --help`. Of a method with "
+        "several settings the best is shown, chosen with hindsight.",
+        "",
+    ]
     for name in SETTINGS:
         if name in results:
             lines += _setting(name, results[name])
