@@ -24,7 +24,8 @@ def _name(row: Row) -> str:
 
 
 def _number(entry: Row, digits: int = 3) -> str:
-    return f"{entry['value']:.{digits}f} ± {entry['error']:.{digits}f}"
+    error = "" if entry["error"] is None else f" ± {entry['error']:.{digits}f}"
+    return f"{entry['value']:.{digits}f}{error}"
 
 
 def _table(rows: list[Row]) -> list[str]:
