@@ -50,15 +50,19 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def save(name: str, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Write raw results with their machine, and print them as a table."""
-    machine = {
+def machine() -> dict[str, Any]:
+    """What a benchmark ran on."""
+    return {
         "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }  # fmt: skip
+
+
+def save(name: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write raw results with their machine, and print them as a table."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, **more, "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **more, "rows": rows}, indent=1) + "\n")
     print(f"\n{name}  {more or ''}")
     for row in rows:
         print("  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))

@@ -1,4 +1,4 @@
-"""Make the peers' environments: ``python -m benchmarks.peers.setup [jax | torch ...]``; both if none is named."""
+"""Make the peers' environments: ``python -m benchmarks.peers.setup [jax | torch | attribution ...]``; else all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENTS = {"jax": ROOT / ".venv-peers-jax", "torch": ROOT / ".venv-peers-torch"}
+ENVIRONMENTS = {name: ROOT / f".venv-peers-{name}" for name in ("jax", "torch", "attribution")}
 
 # One pip call each. neural-tangents 0.6.5 is archived: it needs a JAX of its time. Only its TensorFlow front end needs
 # TensorFlow: so it and tf2jax come without their dependencies, and that front end is switched off below.
@@ -21,6 +21,7 @@ PACKAGES = {
         ["torch==2.13.0", "nngeometry==0.4", "numpy", "tqdm"],
         ["--no-deps", "--ignore-requires-python", "explaind==0.0.2"],
     ],
+    "attribution": [["torch==2.13.0", "dattri==0.3.0", "captum==0.9.0", "traker==0.3.2", "safetensors"]],
 }  # fmt: skip
 
 
