@@ -90,7 +90,7 @@ class Retrainings:
         assign(self._replay.model, self._replay.final(), "the end of the run")
         self._of = OutputMeasure(measure, self._replay.objective.loss, self._x, y, self._replay.model)
         self.n, self.values = self._replay.n, self._of.of_network(self._replay.model, self._x)
-        self._reruns = Reruns(self._replay)  # sets the network to the start of the run
+        self._reruns = Reruns(self._replay)
         self._make, self._batch_size = make, trajectory.settings.get("batch_size")
         self.m, self.measure = len(self.values), self._of.name
         run = read_run(trajectory.path)

@@ -7,8 +7,8 @@ combination beside existing methods, and exact influence beside all of them, on 
 from __future__ import annotations
 
 from ntkit.studies.study import Results, Sizes, Study
-from ntkit.studies.tsai2023 import figures, methods, predictions
-from ntkit.studies.tsai2023.sentences import CLAIMS
+from ntkit.studies.tsai2023 import methods, predictions, tsai_figures
+from ntkit.studies.tsai2023.tsai_sentences import CLAIMS
 from ntkit.studies.tsai2023.tsai_setting import BATCH, MOMENTUM, TASKS
 
 SCALES = {
@@ -62,9 +62,9 @@ STUDY = Study(
         "reference": "NeurIPS 2023; arXiv 2310.18526",
     },
     scales=SCALES,
-    parts=[methods.parts, figures.parts, predictions.parts],
+    parts=[methods.parts, tsai_figures.parts, predictions.parts],
     claims=CLAIMS,
-    sections=[figures.sections],
+    sections=[tsai_figures.sections],
     about=about,
     departures=departures,
     terms=("tangent_kernel", "path_kernel"),

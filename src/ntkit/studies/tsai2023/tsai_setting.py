@@ -19,7 +19,7 @@ from ntkit.trajectory import Trajectory, train
 from ntkit.trajectory.batch_order import steps_per_epoch
 
 
-class Task(NamedTuple):
+class TwoClasses(NamedTuple):
     """Two classes of a data set, and how they are learned."""
 
     data: str
@@ -29,11 +29,11 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "digits 3/8": Task("digits", (3, 8), text=False, lr=0.02),
-    "MNIST 3/8": Task("mnist", (3, 8), text=False, lr=0.02),
-    "CIFAR-10 airplane/automobile": Task("cifar10", ("airplane", "automobile"), text=False, lr=0.01),
-    "TREC description/entity": Task("trec", ("description", "entity"), text=True, lr=0.01),
-    "rt-polarity": Task("rt-polarity", ("negative", "positive"), text=True, lr=0.01),
+    "digits 3/8": TwoClasses("digits", (3, 8), text=False, lr=0.02),
+    "MNIST 3/8": TwoClasses("mnist", (3, 8), text=False, lr=0.02),
+    "CIFAR-10 airplane/automobile": TwoClasses("cifar10", ("airplane", "automobile"), text=False, lr=0.01),
+    "TREC description/entity": TwoClasses("trec", ("description", "entity"), text=True, lr=0.01),
+    "rt-polarity": TwoClasses("rt-polarity", ("negative", "positive"), text=True, lr=0.01),
 }
 MOMENTUM, BATCH = 0.9, 25
 CHECKPOINTS = 10  # of TracIn
@@ -88,7 +88,7 @@ class Trained(NamedTuple):
         return self.data.y_train
 
 
-def images_or_tokens(work: Work, task: Task, seed: int) -> Data:
+def images_or_tokens(work: Work, task: TwoClasses, seed: int) -> Data:
     """Training and test examples of a seed; images are averaged down to the study's pixels and standardized."""
     s = work.sizes
     n = s.text_train if task.text else s.train
@@ -113,7 +113,7 @@ def _own_words(data: Data) -> Data:
     return replace(data, x_train=x[:, :longest], x_test=x_test[:, :longest], vocabulary=tuple(words[i] for i in kept))
 
 
-def network(work: Work, task: Task, data: Data, seed: int) -> nn.Module:
+def network(work: Work, task: TwoClasses, data: Data, seed: int) -> nn.Module:
     """Two convolutions for images, three for sentences; one output."""
     s = work.sizes
     with torch.random.fork_rng(devices=[]):

@@ -14,7 +14,7 @@ from ntkit.studies.claim import mean
 from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, lines, table
 from ntkit.studies.tsai2023.methods import EXACT, EXISTING, METHODS, NEW, score_part
 from ntkit.studies.tsai2023.predictions import PREDICTIONS, SHARES
-from ntkit.studies.tsai2023.sentences import area, correlation
+from ntkit.studies.tsai2023.tsai_sentences import area, correlation
 from ntkit.studies.tsai2023.tsai_setting import TASKS, file_of, images_or_tokens, tasks
 
 CURVES = (NEW, EXISTING[0], EXISTING[2], *EXACT, "random")
@@ -82,9 +82,9 @@ def sections(results: Results) -> Iterator[Section]:
         yield Section(
             task,
             task,
-            f"{len(runs)} networks of {size:,} parameters, {steps} steps each: training loss {facts['loss'].value:.3f}, "
-            f"training error {100 * facts['train_error'].value:.1f} %, error on the {points} test points "
-            f"{100 * facts['test_error'].value:.1f} %. Metasmoothness {smooth.value:.2f}"
+            f"{len(runs)} networks of {size:,} parameters, {steps} steps each: training loss "
+            f"{facts['loss'].value:.3f}, training error {100 * facts['train_error'].value:.1f} %, error on the "
+            f"{points} test points {100 * facts['test_error'].value:.1f} %. Metasmoothness {smooth.value:.2f}"
             + (": low, a derivative by weights says little here." if smooth.value < 0.5 else "."),
             [_methods(results, task), _curves(results, task), *_shown(results, task)],
             {

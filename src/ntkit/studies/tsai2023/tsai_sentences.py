@@ -66,7 +66,9 @@ def _comparison(results: Results, task: str, title: str, better: Sequence[str], 
             for other, gap in zip(others, gaps, strict=True)
         ]
         texts.append(f"{name}: " + ", ".join(pairs))
-        conditions.append(Condition(f"in {name} each difference is", sum(found.values(), []), CLEAR))
+        conditions.append(
+            Condition(f"in {name} each difference is", [gap for gaps in found.values() for gap in gaps], CLEAR)
+        )
     return Claim(f"{title}, {task}", "; ".join(texts), conditions, _protocol(results, task))
 
 
