@@ -31,13 +31,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ntkit.base.batch import call_with
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.workers import spread, workers
-from ntkit.jacobian.graph import correct_norms, nodes_behind, nodes_from, own_functions
+from ntkit.jacobian.graph import correct_norms, nodes_behind, nodes_from, own_functions, saved_numbers
 from ntkit.jacobian.model_calls import PlainWeightNorm, without_fused_rnn
 from ntkit.trajectory.optimizer_updates import Moments, Update
 from ntkit.trajectory.replay import Replay, ReplayStep
 
-_SMALL = 2**20  # parameters x examples of a batch: below it, a pass with many vectors at once is faster
-_AT_ONCE = 20  # test points that take part in such a pass
+_NUMBERS = 2**21  # that the graphs of test points in one pass may keep: more of them are not faster, and take memory
+_AT_ONCE = 20  # test points in one pass, at most
+_FEW = 4  # in one pass they are no faster than one by one
 
 
 class Unrolled:
@@ -111,7 +112,7 @@ class Unrolled:
         graph = StepGraph(self._models[place], step, self._replay, self._weights[step.rows], self._gauss_newton)
         if step.step == self._replay.steps - 1:
             graph.check()
-        at_once = _AT_ONCE if graph.small else 1
+        at_once = graph.at_once
         totals, layers = [], []
         for start in range(points.start, points.stop, at_once):
             some = slice(start, min(start + at_once, points.stop))
@@ -189,7 +190,7 @@ class StepGraph:
     Attributes
     ----------
     gradients : G by parameter, before clipping; without those that have none.
-    small : whether many vectors at once are faster than one after the other.
+    at_once : vectors that are sent back in one pass.
     """
 
     def __init__(self, model: nn.Module, step: ReplayStep, replay: Replay, weights: Tensor, gauss_newton: bool) -> None:
@@ -216,7 +217,8 @@ class StepGraph:
         self._graph = {name: g for name, g in zip(params, found, strict=True) if g is not None}
         self._params = params
         self.gradients = {name: g.detach() for name, g in self._graph.items()}
-        self.small = sum(p.numel() for p in params.values()) * len(step.rows) <= _SMALL
+        at_once = min(_AT_ONCE, _NUMBERS // (saved_numbers(outputs) + 1))
+        self.at_once = at_once if at_once >= _FEW else 1
 
     def products(self, vectors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """H C by parameter, [k, *shape], and d <C, G> / d w, [k, B], for k vectors C; for some parameters' G alone."""
@@ -246,13 +248,13 @@ class StepGraph:
     def _pulled(self, sources: list[Tensor], inputs: list[Tensor], vectors: list[Tensor], k: int) -> list[Tensor]:
         """Products of k vectors with the derivative of `sources` by `inputs`, [k, *shape] each; else zeros."""
         options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-        batched = self.small and k > 1
+        batched = self.at_once > 1 and k > 1
         rows: list[Any] = []
         if batched and sources:
             try:
                 rows = [torch.autograd.grad(sources, inputs, vectors, is_grads_batched=True, **options)]
             except RuntimeError:  # a node without a rule for many vectors
-                self.small = batched = False
+                self.at_once, batched = 1, False
         if not batched and sources:
             rows = [torch.autograd.grad(sources, inputs, [v[i] for v in vectors], **options) for i in range(k)]
         found = []

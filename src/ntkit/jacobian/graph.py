@@ -77,6 +77,21 @@ def nodes_from(start: Node) -> list[Node]:
     return list(seen)
 
 
+def saved_numbers(output: Tensor) -> int:
+    """Count the numbers that the graph behind `output` keeps for its backward pass, parameters included, each once.
+
+    >>> x = torch.ones(3, requires_grad=True)
+    >>> saved_numbers((x * x).exp())
+    6
+    """
+    sizes: dict[int, int] = {}
+    for node in nodes_behind(output):
+        for name in dir(node):
+            if name.startswith("_saved_") and isinstance(saved := getattr(node, name), Tensor):
+                sizes[saved.data_ptr()] = saved.numel()
+    return sum(sizes.values())
+
+
 def own_functions(nodes: list[Node]) -> list[str]:
     """Names of the user's own autograd functions among nodes."""
     own = {node: node.name().removesuffix("Backward") for node in nodes if _is_own(node)}

@@ -17,13 +17,14 @@ from ntkit.base.batch import Batch, call_with, leaves, take, with_leaves
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.workers import spread, workers
-from ntkit.jacobian.graph import correct_norms
+from ntkit.jacobian.graph import correct_norms, saved_numbers
 from ntkit.jacobian.model_calls import PlainWeightNorm
 from ntkit.trajectory.optimizer_updates import build_optimizer
 from ntkit.trajectory.recorded_run import assign
 from ntkit.trajectory.replay import Replay
 
 _SIZE = 2**24  # runs x parameters x examples of a batch in common operations: beyond, they gain no more
+_NUMBERS = 2**23  # that the graphs of such runs may keep
 _TOGETHER = 64  # runs in common operations at a time, at most
 
 Rows = Callable[[int], Tensor]  # step -> rows of the training set, [B], or [K, B]: other ones for each run
@@ -97,7 +98,6 @@ class Reruns:
                 "weights", got=list(weights.shape), expected=expected, fix="Pass torch.ones(1, n) for one run."
             )
         x = self._batch_converted(x)
-        size = sum(p.numel() for p in self._initial.values()) * len(self._replay.rows(0))
         steps = self._replay.steps if steps is None else steps
 
         def work(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -116,7 +116,7 @@ class Reruns:
             with plain_attention(), task("training again", len(parts)) as progress, context:
                 return spread(work, parts, lambda _: progress.advance())
 
-        together = max(1, min(_TOGETHER, _SIZE // size, -(-len(weights) // workers())))
+        together = min(self._together(), -(-len(weights) // workers()))
         try:
             ended = all_runs(together)
         except (RuntimeError, NotImplementedError):  # an operation that cannot be done for several networks at once
@@ -125,6 +125,15 @@ class Reruns:
             ended = all_runs(1)
         final = {name: torch.cat([end[name] for _, end in ended]) for name in ended[0][1]}
         return torch.cat([values for values, _ in ended]), final
+
+    def _together(self) -> int:
+        """Runs in common operations: as many as gain by it, and as memory holds."""
+        rows = self._replay.rows(0)
+        size = sum(p.numel() for p in self._initial.values()) * len(rows)
+        args, kwargs = _arguments(take(self._x, rows))
+        with torch.enable_grad(), self._precision():
+            kept = saved_numbers(self.model(*args, **kwargs))
+        return max(1, min(_TOGETHER, _SIZE // size, _NUMBERS // (kept + 1)))
 
     def _some(
         self, weights: Tensor, initial: Mapping[str, Tensor] | None, rows: Rows | None, steps: int
