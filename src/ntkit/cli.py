@@ -291,7 +291,7 @@ def _print_explanation(folder: Path) -> None:
             columns = "training examples that|by accounting|>share|by influence|>score"
             _print_table("", columns, text.pairs_of_rows(point))
             removed = text.removals(point, results["random_sets"])
-            _print_table("", "removed|>predicted by influence|>real change of the margin", removed)
+            _print_table("", "removed|>predicted change|>real change", removed)
         print(f"{text.agreement(results)}\n{text.checks(results)}")
     print(f"report: {folder / 'explain.html'}")
 

@@ -86,9 +86,9 @@ class Retrainings:
         self._replay = Replay(trajectory, model, data, loss, clip)
         assign(self._replay.model, self._replay.final(), "the end of the run")
         self._of = OutputMeasure(measure, self._replay.objective.loss, self._x, y, self._replay.model)
-        self._reruns = Reruns(self._replay)
-        self._make, self._batch_size = make, trajectory.settings.get("batch_size")
         self.n, self.values = self._replay.n, self._of.of_network(self._replay.model, self._x)
+        self._reruns = Reruns(self._replay)  # it takes the model back to step 0
+        self._make, self._batch_size = make, trajectory.settings.get("batch_size")
         self.m, self.measure = len(self.values), self._of.name
         run = read_run(trajectory.path)
         points = tensor_hash([*leaves(self._x), *([] if self._of.targets is None else [self._of.targets])])
