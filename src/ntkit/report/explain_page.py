@@ -97,11 +97,12 @@ def _cards(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     size = sum(abs(d["real"]) for d in told) / len(told)
     residual = max(abs(point["residual"]) for point in r["points"])
     smooth = "influence can be used" if r["influence"]["smooth"] else "low: do not trust the influence"
-    error = plain(r["influence"]["finite_differences"], 2)
+    error = explain_text.finite_differences(r)
+    beside = "relative; runs in float64" if error else "no check: the run jumps at kinks"
     return [
         ("after", "Metasmoothness of the run", f"{r['influence']['metasmoothness']:.2f}", smooth),
         ("init", "Accounting: largest residual of a margin", plain(residual, 2), "sum over all training examples"),
-        ("after", "Influence against finite differences", error, "relative; runs in float64"),
+        ("after", "Influence against finite differences", error or "–", beside),
         ("network", "Predicted change against the real one", plain(missed, 2), f"mean miss; changes: {plain(size, 2)}"),
     ]
 
@@ -121,15 +122,15 @@ def _points(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[dict[st
                         "image": thumbnail(arrays["train"][place[e["index"]]]) if arrays else "",
                         "same": e["label"] == told["predicted"],
                         "score": explain_text.signed(e["score"]),
-                        "there": f"no. {e['rank_there']:,} by {other}",
+                        "there": f"no. {e['rank_there']:,}",
                     }
                     for e in told[key][side]
                 ]
-                strips.append({"heading": heading, "examples": examples})
+                strips.append({"heading": heading, "there": f"no.: rank by {other}", "examples": examples})
             methods.append({"name": key, "role": role, "strips": strips})
         rows = list(explain_text.removals(told, r["random_sets"]))
         image = thumbnail(arrays["test"][j]) if arrays else ""
-        points.append({**told, "image": image, "methods": methods, "rows": rows, "answer": explain_text.answer(told)})
+        points.append({**told, "image": image, "methods": methods, "rows": rows, "sum": explain_text.margin_as_sum(told)})
     return points
 
 

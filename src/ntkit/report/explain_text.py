@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ntkit.report.words import plain
+from ntkit.report.words import plain, share
 
 METHODS = ("accounting", "influence", "random")
 _LABEL = 28  # characters of a sentence in the terminal
@@ -34,24 +34,47 @@ def trust(r: dict[str, Any]) -> str:
     )
 
 
+def finite_differences(r: dict[str, Any]) -> str | None:
+    """Error of the influence beside finite differences; None where these say nothing.
+
+    Their own error, times ten, is what the comparison allows. From 1 on it would allow any score: the run jumps, since
+    small changes of the weights cross kinks of the network.
+    """
+    found = r["influence"]
+    return plain(found["finite_differences"], 2) if 10 * found["own_error"] < 1 else None
+
+
 def checks(r: dict[str, Any]) -> str:
     """Certificates of both methods in one sentence each."""
-    sums = max(abs(point["residual"]) for point in r["points"])
     found, bits = r["influence"], "the recorded bits" if r["accounting"]["bitwise"] else "the recorded values to rounding"
-    return (
-        f"The replayed run has {bits}. Sums of the accounting miss the network’s margins by at most {plain(sums, 2)}. "
+    sums = max(abs(point["residual"]) for point in r["points"])
+    error = finite_differences(r)
+    beside = (
         f"Influence of the {found['checked']} strongest examples differs from finite differences, from runs in float64 "
         f"with slightly other weights, by {plain(found['finite_differences'], 2)} of its size."
+        if error is not None
+        else "Finite differences say nothing about the influence here: two formulas for them differ by "
+        f"{share(found['own_error'])}, since small changes of the weights cross kinks of the network (ReLU, max-pooling) "
+        "and the run jumps. The real changes are the check."
+    )
+    return (
+        f"The replayed run has {bits}. Sums of the accounting miss the network’s margins by at most {plain(sums, 2)}. "
+        + beside
     )
 
 
 def answer(point: dict[str, Any]) -> str:
     """What the network says of a test point, and what that is the sum of."""
     verdict = "right" if point["right"] else f"wrong: it is {point['label']}"
+    return f"The network says {point['predicted']}, which is {verdict}. {margin_as_sum(point)}"
+
+
+def margin_as_sum(point: dict[str, Any]) -> str:
+    """The parts of a margin, and how far their sum misses it."""
     decay = f", weight decay {signed(point['weight_decay'])}" if point["weight_decay"] else ""
     return (
-        f"The network says {point['predicted']}, which is {verdict}. Margin {signed(point['margin'])}: "
-        f"{signed(point['initial'])} before training, training examples {signed(point['examples'])}{decay}; "
+        f"Margin {signed(point['margin'])}: {signed(point['initial'])} before training, "
+        f"training examples {signed(point['examples'])}{decay}; "
         f"the sum misses it by {plain(abs(point['residual']), 2)}."
     )
 
