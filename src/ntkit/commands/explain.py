@@ -1,8 +1,8 @@
 """`ntkit explain`: what training examples did for some predictions of a run, and what happens without them.
 
-In ``RUN/explain``: ``explain.json`` (which run, which points; first), ``accounting/`` (the path kernel's decomposition),
-``influence.safetensors``, ``retrainings/``, then ``images.safetensors``, ``results.json`` and ``explain.html``. What is
-finished is kept, whatever stops the command.
+In ``RUN/explain``: ``explain.json`` (which run and which points; first), ``accounting/`` (the path kernel's
+decomposition), ``influence.safetensors``, ``retrainings/``, then ``images.safetensors``, ``results.json`` and
+``explain.html``. What is finished is kept, whatever stops the command.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,8 @@ def _explain(place: Path, opened: _Opened, points: list[Point], run: Path, say: 
         say(f"[1 of 4] replaying the training run: {opened.trajectory.stop['step']:,} steps")
         _check_replay(opened, run)
     say("[2 of 4] accounting: what each training example added, by the path kernel")
-    parts = PathKernel(opened.trajectory, margin, **opened.training).decompose(x, y, path=place / "accounting")
+    kernel = PathKernel(opened.trajectory, cast(Any, margin), **opened.training)
+    parts = kernel.decompose(x, y, path=place / "accounting")
     say("[3 of 4] influence: what each training example's weight would change")
     scores, certificate = _influence(place, opened, points, x, y, say)
     by_method = {"accounting": parts.contributions[:, 0], "influence": scores}
@@ -164,20 +165,21 @@ def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
     told = _told_by(run)
     settings = described(run / "run.json", told["settings"], Settings, "settings")
     folder, repeat = run / "trajectory", f"ntkit analyze --from {shlex.quote(str(run))}"
-    if settings.weights is not None:
-        got, fix = "a run of ntkit analyze without a training", "Explain a run without --weights."
-        raise refusal(str(run), got=got, expected="a run that was trained", fix=fix)
-    if not folder.is_dir() or (trajectory := Trajectory.open(folder)).status == "running":
-        got = "a run whose training has not ended"
-        raise refusal(str(run), got=got, expected="a trained network", fix=f"Let it end, or go on with: {repeat}")
     given = {"--model": s.model, "--data": s.data}
     with code_of_run(run, settings.named_code(), told["identity"], given, trust):
+        if settings.weights is not None:
+            got, fix = "a run of ntkit analyze without a training", "Explain a run without --weights."
+            raise refusal(str(run), got=got, expected="a run that was trained", fix=fix)
+        if not folder.is_dir() or (trajectory := Trajectory.open(folder)).status == "running":
+            got = "a run whose training has not ended"
+            raise refusal(str(run), got=got, expected="a trained network", fix=f"Let it end, or go on with: {repeat}")
         data = load(settings.data, settings.data_dir, settings.classes, settings.train, settings.test, settings.seed)
         outputs = 1 if len(data.classes) == 2 else len(data.classes)
         model = build(settings.model, data.input_shape, outputs, settings.seed, data.tokens)
     if data.hash != told["identity"].get("data"):
         got, expected = f"data with hash {data.hash}", f"those of the run, {told['identity'].get('data')}"
-        raise refusal(f"--data {settings.data}", got=got, expected=expected, fix="Restore the files, or repeat the run.")
+        fix = f"Restore the files, or repeat the run: {repeat} --out NEW"
+        raise refusal(f"--data {settings.data}", got=got, expected=expected, fix=fix)
     device = str(told["identity"].get("device", "cpu"))
     if device != "cpu" and not torch.cuda.is_available():
         fix = "Explain it on that device, or repeat the run here: " + repeat + " --out NEW"

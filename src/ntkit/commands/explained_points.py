@@ -119,7 +119,7 @@ def told_points(
     told = []
     for j, point in enumerate(points):
         label = data.classes[int(data.y_test[point.index])]
-        entry = {
+        entry: dict[str, Any] = {
             "test_index": point.index,
             "why": point.why,
             "label": label,
@@ -197,7 +197,10 @@ def write_pictures(file: Path, data: Data, told: Sequence[dict[str, Any]]) -> st
 
 def influence_in_numbers(result: Influence) -> dict[str, Any]:
     """The certificate of an influence, as plain JSON."""
-    return result.record() | {"smooth": result.smooth, "checked": len(result.check.examples), "own_error": result.check.own_error}
+    found = result.check
+    return result.record() | {
+        "smooth": result.smooth, "checked": len(found.examples), "own_error": found.own_error,
+    }  # fmt: skip
 
 
 def _shown(data: Data, x: Tensor) -> dict[str, str]:

@@ -51,7 +51,7 @@ class FileRecord(NamedTuple):
 
 
 def verify(run: str | Path) -> list[FileRecord]:
-    """List every file of the folder of a run, trajectory, tracking, decomposition, explanation or study, with its status.
+    """List every file of the folder of a run, a trajectory, a tracking, a decomposition, an explanation or a study.
 
     A file is ``"ok"``, ``"damaged"`` (changed, cut off, or of another run), ``"missing"``, ``"without checksum"``
     (written by an earlier version) or ``"not ntkit's"``. Nothing is changed, and no code of the run is loaded.

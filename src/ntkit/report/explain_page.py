@@ -130,7 +130,8 @@ def _points(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[dict[st
             methods.append({"name": key, "role": role, "strips": strips})
         rows = list(explain_text.removals(told, r["random_sets"]))
         image = thumbnail(arrays["test"][j]) if arrays else ""
-        points.append({**told, "image": image, "methods": methods, "rows": rows, "sum": explain_text.margin_as_sum(told)})
+        told = told | {"image": image, "methods": methods, "rows": rows, "sum": explain_text.margin_as_sum(told)}
+        points.append(told)
     return points
 
 

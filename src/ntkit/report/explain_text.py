@@ -25,12 +25,12 @@ def trust(r: dict[str, Any]) -> str:
     smooth = r["influence"]["metasmoothness"]
     if r["influence"]["smooth"]:
         return (
-            f"Influence can be used here: metasmoothness {smooth:.2f} (1: parameters move along a straight line when the "
-            "examples’ weights do; below 0.5 a derivative says little about real deletions)."
+            f"Influence can be used here: metasmoothness {smooth:.2f} (1: parameters move along a straight line when "
+            "the examples’ weights do; below 0.5 a derivative says little about real deletions)."
         )
     return (
-        f"Do not trust the influence in this run: its metasmoothness is low, {smooth:.2f} (below 0.5 training amplifies "
-        "small changes, and a derivative says little about real deletions). The accounting holds all the same."
+        f"Do not trust the influence in this run: its metasmoothness is low, {smooth:.2f} (below 0.5 training "
+        "amplifies small changes, and a derivative says little about real deletions). The accounting holds."
     )
 
 
@@ -46,7 +46,8 @@ def finite_differences(r: dict[str, Any]) -> str | None:
 
 def checks(r: dict[str, Any]) -> str:
     """Certificates of both methods in one sentence each."""
-    found, bits = r["influence"], "the recorded bits" if r["accounting"]["bitwise"] else "the recorded values to rounding"
+    found = r["influence"]
+    bits = "the recorded bits" if r["accounting"]["bitwise"] else "the recorded values to rounding"
     sums = max(abs(point["residual"]) for point in r["points"])
     error = finite_differences(r)
     beside = (
@@ -54,8 +55,8 @@ def checks(r: dict[str, Any]) -> str:
         f"with slightly other weights, by {plain(found['finite_differences'], 2)} of its size."
         if error is not None
         else "Finite differences say nothing about the influence here: two formulas for them differ by "
-        f"{share(found['own_error'])}, since small changes of the weights cross kinks of the network (ReLU, max-pooling) "
-        "and the run jumps. The real changes are the check."
+        f"{share(found['own_error'])}, since small changes of the weights cross kinks of the network (ReLU, "
+        "max-pooling) and the run jumps. The real changes are the check."
     )
     return (
         f"The replayed run has {bits}. Sums of the accounting miss the network’s margins by at most {plain(sums, 2)}. "
