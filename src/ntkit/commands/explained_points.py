@@ -72,7 +72,7 @@ def sizes(n: int) -> list[int]:
     """How many examples are removed: 5, 1 % and 5 %, of n.
 
     >>> sizes(200), sizes(1437), sizes(4)
-    ([2, 5, 10], [5, 14, 72], [1])
+    ([2, 5, 10], [5, 14, 72], [2])
     """
     counts = {min(SHOWN, n // 2), *(round(share * n) for share in SHARES)}
     return sorted(count for count in counts if 1 <= count < n) or [1]
