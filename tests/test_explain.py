@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import html
 import json
 import re
@@ -129,6 +130,36 @@ def test_influence_and_ranks(explained: Path, vectors: Path) -> None:
                     assert ranks[e["rank_there"] - 1] == e["index"]
                     assert e["label"] == str(e["index"] % 3)
     assert results["influence"]["finite_differences"] < 1e-4
+
+
+def test_scores_along_training(explained: Path, vectors: Path) -> None:
+    r, results = opened(vectors), read_json(explained / "results.json")
+    x, steps = r.task.data.x_test[[2, 7]], results["training"]["steps_shown"]
+    y = r.model(x).argmax(1)
+    whole = ntkit.PathKernel(r.trajectory, parts.margin, **r.training).decompose(x, y, steps=True)
+    found = ntkit.influence(r.trajectory, x, y, "margin", steps=True, **r.training)
+    assert (steps[0], steps[-1]) == (0, 24)
+    for j, point in enumerate(results["points"]):
+        for side in ("helped", "hurt"):
+            for e in point["accounting"][side]:
+                expected = [0.0, *whole.example_over_time(e["index"])[:, j, 0].tolist()]
+                np.testing.assert_allclose(e["along"], [expected[step] for step in steps], atol=1e-6)
+                assert e["along"][-1] == pytest.approx(e["score"], abs=1e-6)
+            for e in point["influence"][side]:
+                shares = np.zeros(25)
+                for step, rows, values in found.steps or ():
+                    shares[step + 1] = float(values[j][rows == e["index"]].sum())
+                np.testing.assert_allclose(e["along"], shares.cumsum()[steps], atol=1e-6)
+
+
+def test_text_of_examples() -> None:
+    vocabulary = ("<padding>", "<unknown>", "small", "words")
+    tokens = (torch.tensor([[2, 3, 0], [3, 1, 2]] * 5), torch.arange(10) % 2)
+    data = dataclasses.replace(ntkit.data.from_tensors(tokens), vocabulary=vocabulary)
+    assert parts._shown(data, torch.tensor([3, 2, 0])) == {"text": "words small"}
+    long = ntkit.data.from_tensors((torch.arange(140.0).view(10, 14), torch.arange(10) % 2))
+    text = parts._shown(long, torch.arange(14.0))["text"]
+    assert text == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, … (14 values)"
 
 
 def trained_without(run: Path, removed: list[int]) -> torch.nn.Module:
@@ -402,7 +433,7 @@ def hostile(explained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     results, place = read_json(explained / "results.json"), tmp_path_factory.mktemp("hostile")
     results["title"] = results["points"][0]["label"] = HOSTILE
     results["points"][0]["accounting"]["helped"][0] |= {"label": HOSTILE, "text": HOSTILE + " long" * 60 + "x" * 300}
-    results["points"][0]["influence"]["hurt"] = []
+    results["points"][0]["influence"] = {"helped": [], "hurt": []}
     results["influence"] |= {"metasmoothness": 0.2, "smooth": False, "own_error": 0.5}
     write_json(place / "results.json", results)
     return render(place)
@@ -502,7 +533,9 @@ def test_page_draws(chromium: Any, which: str, width: int, scheme: str, request:
     page.goto(path.as_uri())
     page.wait_for_selector("html[data-drawn]")
     count = "[...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.scatterlayer path').length)"
-    assert min(page.evaluate(count)) >= 10
+    drawn = page.evaluate(count)
+    assert len(drawn) == len(_plots(path))
+    assert max(drawn) >= 10
     assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
     assert page.evaluate("window.broken") is None
     broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"

@@ -113,17 +113,22 @@ def _explain(place: Path, opened: _Opened, points: list[Point], run: Path, say: 
         _check_replay(opened, run)
     say("[2 of 4] accounting: what each training example added, by the path kernel")
     kernel = PathKernel(opened.trajectory, cast(Any, margin), **opened.training)
-    parts = kernel.decompose(x, y, path=place / "accounting")
+    parts = kernel.decompose(x, y, steps=True, path=place / "accounting")
     say("[3 of 4] influence: what each training example's weight would change")
-    scores, certificate = _influence(place, opened, points, x, y, say)
+    scores, influence_along, certificate = _influence(place, opened, points, x, y, say)
     by_method = {"accounting": parts.contributions[:, 0], "influence": scores}
+    shares = [(share.step, share.rows, share.values[:, 0]) for share in parts.steps or ()]
+    steps = points_of.steps_shown(opened.trajectory.stop["step"])
+    own = {side: points_of.along_training(shares, examples, steps)
+           for side, examples in points_of.strongest(by_method["accounting"]).items()}  # fmt: skip
+    along = {"accounting": own, "influence": influence_along}
     sizes = points_of.sizes(len(data.x_train))
     sets = points_of.removed_sets(by_method, sizes)
     flat = [examples for own in sets.values() for examples in own]
     say(f"[4 of 4] training again: {len(flat)} networks, each without {' or '.join(map(str, sizes))} examples")
     again = Retrainings(opened.trajectory, x, y, margin, folder=place / "retrainings", **opened.training)
     outcomes = points_of.train_again(again, flat)
-    told = points_of.told_points(data, points, parts, by_method)
+    told = points_of.told_points(data, points, parts, by_method, along)
     for entry, deletions in zip(
         told, points_of.told_deletions(points, sets, outcomes, again.values, scores), strict=True
     ):
@@ -147,7 +152,7 @@ def _results(
         "data": {"name": data.name, "kind": data.kind, "classes": list(data.classes), "train": n,
                  "test": len(data.x_test)},
         "training": {"optimizer": opened.settings.describe_optimizer(), "steps": opened.trajectory.stop["step"],
-                     "loss": opened.task.name},
+                     "loss": opened.task.name, "steps_shown": points_of.steps_shown(opened.trajectory.stop["step"])},
         "accounting": parts.record(),
         "influence": certificate,
         "random_sets": points_of.RANDOM_SETS,
@@ -277,18 +282,23 @@ def _is_complete(place: Path, opened: _Opened) -> bool:
 
 def _influence(
     place: Path, opened: _Opened, points: list[Point], x: Tensor, y: Tensor, say: Callable[[str], None]
-) -> tuple[Tensor, dict[str, Any]]:
-    """Scores [m, n] and their certificate: from their file, or computed."""
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+    """Scores [m, n], sums along training of the strongest examples, certificate: from their file, or computed."""
     file = place / "influence.safetensors"
     own = fingerprint([opened.id, [point.index for point in points]])
     if file.exists():
         try:
             tensors, told = read_tensors_and_metadata(file)
             check_place(file, told, of=own)
-            return tensors["scores"], json.loads(told["certificate"])
+            along = {side: tensors[f"along.{side}"] for side in ("helped", "hurt")}
+            return tensors["scores"], along, json.loads(told["certificate"])
         except (Damaged, LookupError) as error:
             say(f"{error} It is computed again.")
-    result = influence(opened.trajectory, x, y, margin, **opened.training)
+    result = influence(opened.trajectory, x, y, margin, steps=True, **opened.training)
     certificate = points_of.influence_in_numbers(result)
-    write_tensors(file, {"scores": result.scores}, {"of": own, "certificate": json.dumps(certificate)})
-    return result.scores, certificate
+    shown = points_of.steps_shown(opened.trajectory.stop["step"])
+    along = {side: points_of.along_training(result.steps or (), examples, shown)
+             for side, examples in points_of.strongest(result.scores).items()}  # fmt: skip
+    tensors = {"scores": result.scores, **{f"along.{side}": values for side, values in along.items()}}
+    write_tensors(file, tensors, {"of": own, "certificate": json.dumps(certificate)})
+    return result.scores, along, certificate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,10 +111,50 @@ def train_again(again: Retrainings, sets: Sequence[list[int]]) -> Tensor:
     return torch.cat(done)
 
 
+def strongest(scores: Tensor) -> dict[str, Tensor]:
+    """The examples with the largest scores of each point, and with the smallest: int64 [m, k]."""
+    k = min(SHOWN, scores.shape[1])
+    return {
+        side: (sign * scores).argsort(dim=1, descending=True, stable=True)[:, :k]
+        for side, sign in (("helped", 1), ("hurt", -1))
+    }
+
+
+def steps_shown(steps: int) -> list[int]:
+    """Steps of a run at which scores along training are kept, 0 and the last among them.
+
+    >>> steps_shown(5), len(steps_shown(10**5)) <= 40
+    ([0, 1, 2, 3, 4, 5], True)
+    """
+    return sorted({0, steps, *(round(steps ** (i / 37)) for i in range(38))}) if steps else [0]
+
+
+def along_training(shares: Iterable[tuple[int, Tensor, Tensor]], examples: Tensor, steps: Sequence[int]) -> Tensor:
+    """Sums up to some steps: the shares of the examples [m, k] in all steps before, [m, k, len(steps)].
+
+    `shares` holds (step, rows [B], shares [m, B]) of each step, in order.
+    """
+    total = torch.zeros(examples.shape, dtype=torch.float64)
+    sums = {0: total}
+    for step, rows, values in shares:
+        own = (values.double()[:, None] * (rows == examples[:, :, None])).sum(2)
+        total = total + own
+        sums[step + 1] = total
+    return torch.stack([sums[step] for step in steps], 2)
+
+
 def told_points(
-    data: Data, points: Sequence[Point], parts: PathDecomposition, scores: dict[str, Tensor]
+    data: Data,
+    points: Sequence[Point],
+    parts: PathDecomposition,
+    scores: dict[str, Tensor],
+    along: dict[str, dict[str, Tensor]],
 ) -> list[dict[str, Any]]:
-    """What `results.json` says of each point: prediction, sum of the accounting, the examples on both sides."""
+    """What `results.json` says of each point: prediction, sum of the accounting, the examples on both sides.
+
+    `along` holds, for each method and side, the sums along training of the `strongest` examples.
+    """
+    best = {method: strongest(scores[method]) for method in METHODS}
     ranks = {method: (-scores[method]).argsort(dim=1, stable=True).argsort(dim=1) for method in METHODS}
     told = []
     for j, point in enumerate(points):
@@ -135,16 +175,16 @@ def told_points(
         for method, other in (METHODS, METHODS[::-1]):
             own = scores[method][j]
             for side, sign in (("helped", 1), ("hurt", -1)):
-                best = (sign * own).argsort(descending=True, stable=True)[:SHOWN].tolist()
                 entry.setdefault(method, {})[side] = [
                     {
                         "index": i,
                         "label": data.classes[int(data.y_train[i])],
                         "score": float(own[i]),
                         "rank_there": _rank(int(ranks[other][j, i]), len(own), sign),
+                        "along": along[method][side][j, place].tolist(),
                         **_shown(data, data.x_train[i]),
                     }
-                    for i in best
+                    for place, i in enumerate(best[method][side][j].tolist())
                     if sign * float(own[i]) > 0
                 ]
         told.append(entry)

@@ -73,10 +73,10 @@ def _pictures(folder: Path, results: dict[str, Any]) -> Mapping[str, np.ndarray]
 
 
 def _page(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    figure = _figure(r)
+    figure, along = _figure(r), [_along(r, point) for point in r["points"]]
     return page(
         "explained.html",
-        [figure],
+        [figure, *(curves for curves, _ in along)],
         title=f"Who taught it that? {r['title']}",
         source="results.json",
         lede=explain_text.trust(r),
@@ -86,6 +86,7 @@ def _page(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
         points=_points(r, arrays),
         checks=explain_text.checks(r),
         figure=figure,
+        along=along,
         agreement=explain_text.agreement(r),
     )
 
@@ -115,24 +116,47 @@ def _points(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[dict[st
         methods = []
         for key, role, other in (("accounting", "init", "influence"), ("influence", "after", "accounting")):
             strips = []
-            for side, heading in (("helped", "raised the margin most"), ("hurt", "lowered it most")):
+            for side, heading in (("helped", "raised the margin"), ("hurt", "lowered the margin")):
                 examples = [
                     {
                         **e,
                         "image": thumbnail(arrays["train"][place[e["index"]]]) if arrays else "",
                         "same": e["label"] == told["predicted"],
                         "score": explain_text.signed(e["score"]),
-                        "there": f"no. {e['rank_there']:,}",
+                        "there": f"#{e['rank_there']}",
                     }
                     for e in told[key][side]
                 ]
-                strips.append({"heading": heading, "there": f"no.: rank by {other}", "examples": examples})
+                strips.append({"heading": heading, "there": f"#: rank by {other}", "examples": examples})
             methods.append({"name": key, "role": role, "strips": strips})
         rows = list(explain_text.removals(told, r["random_sets"]))
         image = thumbnail(arrays["test"][j]) if arrays else ""
         told = told | {"image": image, "methods": methods, "rows": rows, "sum": explain_text.margin_as_sum(told)}
         points.append(told)
     return points
+
+
+def _along(r: dict[str, Any], point: dict[str, Any]) -> tuple[Figure, str]:
+    """Sums of the strongest examples' shares up to each step, by both methods; and what they say."""
+    steps, panels, texts = r["training"]["steps_shown"], [], []
+    for method in ("accounting", "influence"):
+        data = [
+            draw.line(steps, e["along"], draw.safe(f"training example {e['index']}, {e['label']}"), *look)
+            | {"line": {"color": look[0], "width": 1.8, "dash": dash}}
+            for side, look, dash in (("helped", ("var(--good)",), "solid"), ("hurt", ("var(--bad)",), "dash"))
+            for e in point[method][side]
+        ]
+        layout = draw.layout(draw.step_axis(steps[-1]), draw.axis("sum up to the step"))
+        panels.append(Panel(f"plot-along-{point['test_index']}-{method}", f"By {method}", data, layout))
+        for e in point[method]["helped"][:1]:
+            half = next(step for step, value in zip(steps, e["along"], strict=True) if value >= e["along"][-1] / 2)
+            texts.append(f"by {method}, training example {e['index']}, had half of it by step {half:,}")
+    reading = (
+        f"What the strongest examples had added up to each step. The strongest {' and the strongest '.join(texts)}."
+    )
+    legend = [("raised the margin", "var(--good)", "line"), ("lowered the margin", "var(--bad)", "dash")]
+    name, title = f"along-{point['test_index']}", "Along training"
+    return Figure(name, title, f"Curves against the step. {reading}", panels, legend, wide=True), reading
 
 
 def _figure(r: dict[str, Any]) -> Figure:
