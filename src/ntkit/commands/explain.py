@@ -258,7 +258,8 @@ def _begin(place: Path, opened: _Opened, points: list[Point], overwrite: bool) -
             if told == own:
                 return
             if not overwrite:
-                tests = told.get("test") if isinstance(told, dict) else None
+                told = told if isinstance(told, dict) else {}
+                tests = told.get("test")
                 named = f"test examples {', '.join(map(str, tests))}" if isinstance(tests, list) else "something else"
                 got = f"an explanation of {named}" + ("" if told.get("run") == opened.id else ", of another run")
                 fix = "Replace it (--overwrite), or name another folder (--out)."

@@ -151,9 +151,8 @@ def _along(r: dict[str, Any], point: dict[str, Any]) -> tuple[Figure, str]:
         for e in point[method]["helped"][:1]:
             half = next(step for step, value in zip(steps, e["along"], strict=True) if value >= e["along"][-1] / 2)
             texts.append(f"by {method}, training example {e['index']}, had half of it by step {half:,}")
-    reading = (
-        f"What the strongest examples had added up to each step. The strongest {' and the strongest '.join(texts)}."
-    )
+    reading = "What the strongest examples had added up to each step."
+    reading += f" The strongest {', the strongest '.join(texts)}." if texts else ""
     legend = [("raised the margin", "var(--good)", "line"), ("lowered the margin", "var(--bad)", "dash")]
     name, title = f"along-{point['test_index']}", "Along training"
     return Figure(name, title, f"Curves against the step. {reading}", panels, legend, wide=True), reading
