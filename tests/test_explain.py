@@ -399,6 +399,17 @@ def test_a_run_of_loaded_weights(tmp_path: Path) -> None:
     refused(ntkit.analyze(s, out=tmp_path / "run"), "got a run of ntkit analyze without a training")
 
 
+def test_a_run_with_dropout(tmp_path: Path) -> None:
+    net = (
+        "from torch import nn\ndef make(outputs):\n    layers = nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, outputs)\n"
+    )
+    (tmp_path / "net.py").write_text(net + "    return nn.Sequential(*layers)\n")
+    s = ntkit.Settings(classes=("3", "8"), train=8, test=4, model=f"{tmp_path}/net.py:make", epochs=1, **SMALL)
+    run = ntkit.analyze(s, out=tmp_path / "run")
+    refused(run, "random or batch-wise layers .layer '1' .Dropout.*Train without dropout")
+    assert not (run / "explain").exists()
+
+
 def test_two_processes(vectors: Path, tmp_path: Path) -> None:
     from ntkit.base.lock import FolderLock
 

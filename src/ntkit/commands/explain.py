@@ -33,6 +33,7 @@ from ntkit.commands.settings import ExplainSettings, Settings
 from ntkit.data import load
 from ntkit.explanations.influence import influence
 from ntkit.explanations.retrainings import Retrainings
+from ntkit.jacobian.model_calls import check_mode
 from ntkit.kernels.path.decomposition import PathDecomposition
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.networks.built_in import build
@@ -192,6 +193,13 @@ def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
     moved = {part: getattr(data, part).to(device) for part in ("x_train", "y_train", "x_test", "y_test")}
     data, model = type(data)(**{**vars(data), **moved}), model.to(device)
     task = TrainingTask(model, data)
+    try:
+        check_mode(model.train())  # as it was trained
+    except Refused as error:
+        got, expected = str(error).partition("; expected")[0], "a training that can be replayed from its snapshots"
+        fix = "Train without dropout, and with GroupNorm or LayerNorm."
+        raise refusal(str(run), got=f"a network with random or batch-wise layers ({got})", expected=expected,
+                      fix=fix) from error  # fmt: skip
     trajectory.load(model, trajectory.stop["step"])
     own = fingerprint([told["settings"], told["identity"]])
     return _Opened(own, settings, told["identity"], task, model.eval(), trajectory)
