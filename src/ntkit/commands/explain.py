@@ -196,9 +196,9 @@ def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
     try:
         check_mode(model.train())  # as it was trained
     except Refused as error:
-        got, expected = str(error).partition("; expected")[0], "a training that can be replayed from its snapshots"
+        got, expected = str(error).partition("; expected")[0], "layers that treat each sample alone, without chance"
         fix = "Train without dropout, and with GroupNorm or LayerNorm."
-        raise refusal(str(run), got=f"a network with random or batch-wise layers ({got})", expected=expected,
+        raise refusal(str(run), got=f"a network whose training cannot be replayed ({got})", expected=expected,
                       fix=fix) from error  # fmt: skip
     trajectory.load(model, trajectory.stop["step"])
     own = fingerprint([told["settings"], told["identity"]])
