@@ -19,6 +19,7 @@ import ntkit.cli
 from ntkit.base.factory import READ, find, read_code, source_hash
 from ntkit.base.files import read_json, write_json
 from ntkit.base.trust import record_folder
+from ntkit.commands.explain import explain_run
 from ntkit.commands.infinite_width import infinite
 from ntkit.commands.settings import InfiniteSettings, TrackSettings
 from ntkit.commands.track import track_run
@@ -73,6 +74,7 @@ def refused_by_all(run: Path, mark: Path, message: str) -> None:
     for call in (
         lambda: ntkit.analyze(resume=run),
         lambda: track_run(run, say=lambda line: None),
+        lambda: explain_run(run, say=lambda line: None),
     ):
         with pytest.raises(ntkit.Refused, match=message) as caught:
             call()

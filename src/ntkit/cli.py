@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 
 from ntkit import __version__
 from ntkit.base.checks import Refused
-from ntkit.commands.settings import InfiniteSettings, Settings, TrackSettings
+from ntkit.commands.settings import ExplainSettings, InfiniteSettings, Settings, TrackSettings
 
 app = App(
     name="ntkit",
@@ -74,6 +74,35 @@ def track(
 
 
 @app.command
+def explain(
+    run: Path,
+    settings: Annotated[ExplainSettings | None, Parameter(name="*")] = None,
+    *,
+    overwrite: bool = False,
+    trust: bool = False,
+) -> None:
+    """Explain predictions: which training examples made them, what would change without these, and what really does.
+
+    Accounting (the path kernel) and influence (the exact derivative by each example's weight), side by side; then the
+    network is trained again without the most helpful examples of each method, and without as many random ones.
+
+    Parameters
+    ----------
+    run
+        A run folder of ntkit analyze.
+    settings
+        Which predictions, and where.
+    overwrite
+        Replace an explanation of other test examples.
+    trust
+        Run the code that the folder names (--model, --data) even if you have never run it here.
+    """
+    from ntkit.commands.explain import explain_run
+
+    _print_explanation(explain_run(run, settings, overwrite=overwrite, trust=trust, say=_say))
+
+
+@app.command
 def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir: Path | None = None) -> None:
     """Reproduce a paper: run its experiments, test its claims, write a report.
 
@@ -121,7 +150,7 @@ def report(run: Path) -> None:
     Parameters
     ----------
     run
-        The folder of a run, a tracking or a study.
+        The folder of a run, a tracking, an explanation or a study.
     """
     from ntkit.report import render
 
@@ -135,7 +164,7 @@ def verify(run: Path) -> None:
     Parameters
     ----------
     run
-        The folder of a run, a trajectory, a tracking, a decomposition or a study.
+        The folder of a run, a trajectory, a tracking, a decomposition, an explanation or a study.
     """
     from ntkit.commands import verify as files
 
@@ -247,6 +276,25 @@ def _print_results(folder: Path, results: dict[str, Any]) -> None:
     passed = len(results["certificates"]) - len(failed)
     print(f"checks: {passed} passed" + (f", {len(failed)} FAILED: {'; '.join(failed)}" if failed else ""))
     print(f"report: {folder / 'report.html'}")
+
+
+def _print_explanation(folder: Path) -> None:
+    """Print, for each test point, the examples by both methods and what happened without them."""
+    from ntkit.base.files import read_json
+    from ntkit.base.run_files import understood
+    from ntkit.report import explain_text as text
+
+    results = read_json(folder / "results.json")
+    with understood(folder / "results.json"):
+        print(text.trust(results))
+        for point in results["points"]:
+            print(f"\ntest {point['test_index']} ({point['why']}). {text.answer(point)}")
+            columns = "training examples that|by accounting|>share|by influence|>score"
+            _print_table("", columns, text.pairs_of_rows(point))
+            removed = text.removals(point, results["random_sets"])
+            _print_table("", "removed|>predicted change|>real change", removed)
+        print(f"{text.agreement(results)}\n{text.checks(results)}")
+    print(f"report: {folder / 'explain.html'}")
 
 
 def _print_claims(folder: Path) -> None:

@@ -21,7 +21,8 @@ from ntkit.base.files import ASIDE, make_folder, unwritable_folder
 
 LOCK = ".ntkit-lock"
 _PARTS = ("", "snapshots", "log", "stages", "arrays", "work", "parts")  # folders that have no lock of their own
-_FOLDERS = ("trajectory", "track", "runs", ".replaced")  # those that have one, or hold others
+# folders that have one, or hold others
+_FOLDERS = ("trajectory", "track", "explain", "accounting", "retrainings", "runs", ".replaced")
 
 
 def _try_lock(descriptor: int) -> None:

@@ -266,7 +266,7 @@ class _Run:
     def _begin(self, identity: dict[str, Any]) -> None:
         """Write ``run.json``; a run that was in the folder is deleted once the new one has begun."""
         self.lock.acquire()
-        for inner in ("trajectory", "track"):
+        for inner in ("trajectory", "track", "explain"):
             FolderLock(self.folder / inner).check()
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         run = {"format": RESULTS_FORMAT, "status": "running", "settings": dataclasses.asdict(self.settings)}

@@ -227,7 +227,7 @@ def invariances(kernels: dict[str, Kernel], data: Data, samples: int) -> tuple[d
         for i in shown
     ]
     strips = torch.stack([images[shown], *(group[0](images[shown]) for group in probes.values())], 1)
-    pixels = _pixels(strips.flatten(0, 1))
+    pixels = as_pixels(strips.flatten(0, 1))
     arrays = {"images": pixels.reshape(len(shown), strips.shape[1], *pixels.shape[1:])}
     different_row = rows.pop(DIFFERENT)
     return {"samples": len(images), "rows": [*rows.values()], "different": different_row, "examples": examples}, arrays
@@ -274,7 +274,7 @@ def neighbors(
     if data.vocabulary is not None:
         for row in rows:
             row["text"] = data.sentence(data.x_test[row["test_index"]])
-    arrays = {"test": _pixels(data.x_test[examples])} if data.kind == "images" else {}
+    arrays = {"test": as_pixels(data.x_test[examples])} if data.kind == "images" else {}
     count = min(NEIGHBORS, len(data.x_train))
     for name, (K, own, train) in kernels.items():
         cosine = K.double() / (own.double().sqrt()[:, None] * train.double().sqrt()[None]).clamp_min(1e-300)
@@ -286,7 +286,7 @@ def neighbors(
                 for j, similarity in zip(indices, similarities, strict=True)
             ]
         if data.kind == "images":
-            pixels = _pixels(data.x_train[index.flatten().to(data.x_train.device)])
+            pixels = as_pixels(data.x_train[index.flatten().to(data.x_train.device)])
             arrays[name] = pixels.reshape(len(examples), count, *arrays["test"].shape[1:])
     return {"rows": rows, "kind": data.kind}, arrays
 
@@ -310,7 +310,7 @@ def kernels_of(models: dict[str, nn.Module], memory: int) -> dict[str, Callable[
     }
 
 
-def _pixels(x: Tensor) -> np.ndarray:
+def as_pixels(x: Tensor) -> np.ndarray:
     """Images [n, C, H, W] as bytes [n, H, W, 1 or 3]; standardized pixels are stretched to [0, 1]."""
     x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
     low, high = x.min(), x.max()

@@ -157,6 +157,20 @@ class TrackSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExplainSettings:
+    """Which predictions of a run to explain, and where."""
+
+    test: tuple[int, ...] | None = None
+    """Numbers of test examples, from 0. By default three: a confident right, a confident wrong and an uncertain one."""
+    model: str | None = None
+    """The run's --model again, if it is code that you have not run here."""
+    data: str | None = None
+    """The run's --data again, if it is code that you have not run here."""
+    out: Path | None = None
+    """Folder for the results (RUN/explain by default). An explanation that was stopped goes on there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InfiniteSettings:
     """Which network and data `ntkit infinite` compares in the limit, and how."""
 

@@ -25,7 +25,7 @@ from ntkit.base.lock import FolderLock
 from ntkit.base.regular_files import open_regular
 from ntkit.base.run_files import StageFile, described
 
-_OWN = ("run.json", "results.json", "report.html", "trajectory", "stages", "arrays", "work", "track")
+_OWN = ("run.json", "results.json", "report.html", "trajectory", "stages", "arrays", "work", "track", "explain")
 REPLACED = ".replaced"  # in a run's folder: the run before, until the new one has begun
 
 

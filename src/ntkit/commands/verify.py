@@ -36,8 +36,8 @@ from ntkit.trajectory.step_log import check_log
 
 Status = Literal["ok", "damaged", "missing", "without checksum", "not ntkit's"]
 _CHECKED = (".json", ".safetensors", ".html", ".md")
-_PLAIN = (r"(run|results|track)\.json|(report|track)\.html|claims\.md|"
-          r"(losses|checkpoint|images|figures|decomposition)\.safetensors")  # fmt: skip
+_PLAIN = (r"(run|results|track|explain)\.json|(report|track|explain)\.html|claims\.md|"
+          r"(losses|checkpoint|images|figures|decomposition|influence|retrainings-[0-9a-f]+)\.safetensors")  # fmt: skip
 _NAMES = (_PLAIN, r"(step-\d+|part-\d+)\.(json|safetensors)", r"(parts|stages|arrays)/[^/]+\.(json|safetensors)",
           r"(snapshots/step-\d+|log/\d+)\.safetensors", r"work/[^/]+\.npy")  # fmt: skip
 
@@ -51,7 +51,7 @@ class FileRecord(NamedTuple):
 
 
 def verify(run: str | Path) -> list[FileRecord]:
-    """List every file of the folder of a run, trajectory, tracking, decomposition or study, with its status.
+    """List every file of the folder of a run, a trajectory, a tracking, a decomposition, an explanation or a study.
 
     A file is ``"ok"``, ``"damaged"`` (changed, cut off, or of another run), ``"missing"``, ``"without checksum"``
     (written by an earlier version) or ``"not ntkit's"``. Nothing is changed, and no code of the run is loaded.
@@ -231,7 +231,14 @@ def _analysis(folder: Path, run: dict[str, Any]) -> Iterator[tuple[Path, Refused
         for name in (*places, "results.json", "report.html"):
             yield _checked(folder / name, lambda name=name: read_bytes(folder / name, "a file", "Write it again."))
         if (folder / "results.json").exists():
-            yield _checked(folder / "results.json", lambda: _results(folder, own))
+            yield _checked(folder / "results.json", lambda: _results(folder / "results.json", own))
+    explained = folder / "explain" / "results.json"
+    if explained.exists():
+        yield _checked(explained, lambda: _results(explained, own))
+        told = read_json(explained) if _checked(explained, lambda: read_json(explained))[1] is None else None
+        if isinstance(told, dict) and isinstance(digest := told.get("images"), str):
+            images = explained.with_name("images.safetensors")
+            yield _checked(images, lambda: _same_digest(images, digest))
 
 
 def _content(file: Path, kind: str) -> dict[str, Any] | None:
@@ -249,10 +256,10 @@ def _stage(file: Path, told: dict[str, Any], own: str) -> None:
     check_place(file, told, stage=file.stem, run=own)
 
 
-def _results(folder: Path, own: str) -> None:
-    told, checksum = read_json_and_checksum(folder / "results.json")
+def _results(path: Path, own: str) -> None:
+    told, checksum = read_json_and_checksum(path)
     told = told if isinstance(told, dict) else {}
-    check_place(folder / "results.json", told if checksum is None else told | {"sha256": checksum}, run=own)
+    check_place(path, told if checksum is None else told | {"sha256": checksum}, run=own)
 
 
 def _same_digest(path: Path, digest: str) -> None:

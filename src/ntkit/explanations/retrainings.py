@@ -107,7 +107,7 @@ class Retrainings:
 
         Parameters
         ----------
-        removed : K sets of training examples: lists of their numbers, or a bool tensor [K, n], True where removed.
+        removed : K sets of training examples: lists of their numbers, int64 [K, k], or bool [K, n], True where removed.
         fresh : 0 for the same run; else the number of fresh runs per set.
 
         Returns
@@ -145,12 +145,11 @@ class Retrainings:
     def _masks(self, removed: Tensor | Sequence[Sequence[int]]) -> Tensor:
         if not len(removed):
             raise refusal("removed", got="no set", expected="at least one set of examples", fix="Pass [[]] for none.")
-        if isinstance(removed, Tensor):
+        numbers = isinstance(removed, Tensor) and removed.dim() == 2 and removed.dtype == torch.int64
+        if isinstance(removed, Tensor) and not numbers:
             if removed.dtype != torch.bool or removed.dim() != 2 or removed.shape[1] != self.n:
-                fix = "Pass one row per set."
-                raise refusal(
-                    "removed", got=f"{removed.dtype} {list(removed.shape)}", expected=f"bool [K, {self.n}]", fix=fix
-                )
+                got, expected = f"{removed.dtype} {list(removed.shape)}", f"bool [K, {self.n}], or int64 [K, k]"
+                raise refusal("removed", got=got, expected=expected, fix="Pass one row per set.")
             masks = removed.cpu()
         else:
             masks = torch.zeros(len(removed), self.n, dtype=torch.bool)

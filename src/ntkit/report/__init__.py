@@ -12,10 +12,12 @@ from ntkit.base.results_file import AnalysisResults
 from ntkit.base.run_files import AnalysisRun, described, understood
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.report.analysis_page import analysis_page
+from ntkit.report.explain_page import KIND as EXPLANATION
+from ntkit.report.explain_page import render_explanation
 from ntkit.report.study_page import KIND, render_study
 from ntkit.report.track_page import render_tracked
 
-__all__ = ["render", "render_study", "render_tracked"]
+__all__ = ["render", "render_explanation", "render_study", "render_tracked"]
 
 
 def render(run: str | Path) -> Path:
@@ -24,11 +26,12 @@ def render(run: str | Path) -> Path:
     The file needs nothing else: scripts, styles and images are inside, and its Content-Security-Policy forbids any
     request. The same results give the same bytes.
 
-    A folder of a study is rendered by `render_study`, one of `ntkit.track` by `render_tracked`.
+    A folder of a study is rendered by `render_study`, one of `ntkit.track` by `render_tracked`, one of `ntkit explain`
+    by `render_explanation`.
 
     Parameters
     ----------
-    run : folder that `ntkit.analyze`, `ntkit.track` or a study wrote.
+    run : folder that `ntkit.analyze`, `ntkit.track`, `ntkit explain` or a study wrote.
 
     Returns
     -------
@@ -53,6 +56,8 @@ def render(run: str | Path) -> Path:
     results = read_json(run / "results.json")
     if isinstance(results, dict) and results.get("kind") == KIND:
         return render_study(run)
+    if isinstance(results, dict) and results.get("kind") == EXPLANATION:
+        return render_explanation(run)
     written = results.get("format") if isinstance(results, dict) else None
     earlier = written == RESULTS_FORMAT and "neighbors" not in results  # keys as they were before the first release
     if written != RESULTS_FORMAT or earlier:

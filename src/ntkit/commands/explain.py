@@ -1,0 +1,313 @@
+"""`ntkit explain`: what training examples did for some predictions of a run, and what happens without them.
+
+In ``RUN/explain``: ``explain.json`` (which run and which points; first), ``accounting/`` (the path kernel's
+decomposition), ``influence.safetensors``, ``retrainings/``, then ``images.safetensors``, ``results.json`` and
+``explain.html``. What is finished is kept, whatever stops the command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.base.checks import Damaged, Refused, refusal
+from ntkit.base.files import read_json, remove, write_json
+from ntkit.base.integrity import check_place, fingerprint
+from ntkit.base.lock import LOCK, FolderLock
+from ntkit.base.regular_files import check_folder
+from ntkit.base.run_files import AnalysisRun, described
+from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
+from ntkit.base.trust import code_of_run
+from ntkit.base.versions import versions
+from ntkit.commands import explained_points as points_of
+from ntkit.commands.explained_points import Point, margin
+from ntkit.commands.network_measures import TrainingTask
+from ntkit.commands.settings import ExplainSettings, Settings
+from ntkit.data import load
+from ntkit.explanations.influence import influence
+from ntkit.explanations.retrainings import Retrainings
+from ntkit.jacobian.model_calls import check_mode
+from ntkit.kernels.path.decomposition import PathDecomposition
+from ntkit.kernels.path.path_kernel import PathKernel
+from ntkit.networks.built_in import build
+from ntkit.report.explain_page import EXPLAIN_FORMAT, KIND, render_explanation
+from ntkit.trajectory import Trajectory
+from ntkit.trajectory.replay import Replay
+
+_OWN = ("explain.json", "accounting", "influence.safetensors", "retrainings", "images.safetensors", "results.json",
+        "explain.html")  # fmt: skip
+
+
+class _Opened(NamedTuple):
+    """A run of `ntkit analyze`: its id, what it says of itself, its network at the end of training, its trajectory."""
+
+    id: str
+    settings: Settings
+    identity: dict[str, Any]
+    task: TrainingTask
+    model: nn.Module
+    trajectory: Trajectory
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What a replay of the run needs."""
+        data = self.task.data
+        return {"model": self.model, "data": (data.x_train, data.y_train), "loss": self.task.loss}
+
+
+def explain_run(
+    run: Path,
+    settings: ExplainSettings | None = None,
+    overwrite: bool = False,
+    trust: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Explain predictions of a run of `ntkit analyze`; return the folder written.
+
+    Parameters
+    ----------
+    run : a run folder of `analyze`.
+    settings : which test examples; where.
+    overwrite : replace an explanation of other test examples, or of another run, in that folder.
+    trust : run the code that the run folder names even if it has never been run here.
+    say : called with each line.
+
+    Raises
+    ------
+    Refused
+        When the folder holds no such run, or one that cannot be replayed; for test examples out of range; when the
+        folder holds another explanation, or another process is writing there.
+    """
+    s, run = settings or ExplainSettings(), Path(run)
+    check_folder(s.out or run, "--out" if s.out else "run")
+    opened = _opened(run, s, trust)
+    points = points_of.chosen_points(opened.task, opened.model, _checked_indices(s.test, opened.task))
+    place = s.out or run / "explain"
+    try:
+        with FolderLock(place):
+            _begin(place, opened, points, overwrite)
+            if not _is_complete(place, opened):
+                _explain(place, opened, points, run, say)
+            say(f"report: {render_explanation(place)}")
+    except KeyboardInterrupt:
+        command = ["ntkit", "explain", str(run), *(["--out", str(s.out)] if s.out else [])]
+        command += ["--test", *map(str, s.test)] if s.test else []
+        say(f"Stopped. What is finished is kept. Go on with: {shlex.join(command)}")
+        raise
+    return place
+
+
+def _explain(place: Path, opened: _Opened, points: list[Point], run: Path, say: Callable[[str], None]) -> None:
+    """The three parts, and their results."""
+    data, device = opened.task.data, opened.task.data.x_test.device
+    x = data.x_test[[point.index for point in points]]
+    y = torch.tensor([point.predicted for point in points], device=device)
+    if not (place / "accounting" / "decomposition.safetensors").exists():
+        say(f"[1 of 4] replaying the training run: {opened.trajectory.stop['step']:,} steps")
+        _check_replay(opened, run)
+    say("[2 of 4] accounting: what each training example added, by the path kernel")
+    kernel = PathKernel(opened.trajectory, cast(Any, margin), **opened.training)
+    parts = kernel.decompose(x, y, steps=True, path=place / "accounting")
+    say("[3 of 4] influence: what each training example's weight would change")
+    scores, influence_along, certificate = _influence(place, opened, points, x, y, say)
+    by_method = {"accounting": parts.contributions[:, 0], "influence": scores}
+    shares = [(share.step, share.rows, share.values[:, 0]) for share in parts.steps or ()]
+    steps = points_of.steps_shown(opened.trajectory.stop["step"])
+    own = {side: points_of.along_training(shares, examples, steps)
+           for side, examples in points_of.strongest(by_method["accounting"]).items()}  # fmt: skip
+    along = {"accounting": own, "influence": influence_along}
+    sizes = points_of.sizes(len(data.x_train))
+    sets = points_of.removed_sets(by_method, sizes)
+    flat = [examples for own in sets.values() for examples in own]
+    say(f"[4 of 4] training again: {len(flat)} networks, each without {' or '.join(map(str, sizes))} examples")
+    again = Retrainings(opened.trajectory, x, y, margin, folder=place / "retrainings", **opened.training)
+    outcomes = points_of.train_again(again, flat)
+    told = points_of.told_points(data, points, parts, by_method, along)
+    for entry, deletions in zip(
+        told, points_of.told_deletions(points, sets, outcomes, again.values, scores), strict=True
+    ):
+        entry["deletions"] = deletions
+    results = _results(opened, parts, certificate, told, run)
+    if data.kind == "images":
+        results["images"] = points_of.write_pictures(place / "images.safetensors", data, told)
+    write_json(place / "results.json", results)
+
+
+def _results(
+    opened: _Opened, parts: PathDecomposition, certificate: dict[str, Any], told: list[dict[str, Any]], run: Path
+) -> dict[str, Any]:
+    """What `results.json` holds; no times and no dates."""
+    data, n = opened.task.data, len(opened.task.data.x_train)
+    return {
+        "format": EXPLAIN_FORMAT,
+        "kind": KIND,
+        "run": opened.id,
+        "title": f"{opened.settings.model} on {data.name}",
+        "data": {"name": data.name, "kind": data.kind, "classes": list(data.classes), "train": n,
+                 "test": len(data.x_test)},
+        "training": {"optimizer": opened.settings.describe_optimizer(), "steps": opened.trajectory.stop["step"],
+                     "loss": opened.task.name, "steps_shown": points_of.steps_shown(opened.trajectory.stop["step"])},
+        "accounting": parts.record(),
+        "influence": certificate,
+        "random_sets": points_of.RANDOM_SETS,
+        "points": told,
+        "command": "ntkit explain " + shlex.join([str(run), "--test", *(str(t["test_index"]) for t in told)]),
+        "versions": versions(),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------- the run
+
+
+def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
+    """Rebuild model, data and trajectory of a run."""
+    told = _told_by(run)
+    settings = described(run / "run.json", told["settings"], Settings, "settings")
+    folder, repeat = run / "trajectory", f"ntkit analyze --from {shlex.quote(str(run))}"
+    given = {"--model": s.model, "--data": s.data}
+    with code_of_run(run, settings.named_code(), told["identity"], given, trust):
+        if settings.weights is not None:
+            got, fix = "a run of ntkit analyze without a training", "Explain a run without --weights."
+            raise refusal(str(run), got=got, expected="a run that was trained", fix=fix)
+        if not folder.is_dir() or (trajectory := Trajectory.open(folder)).status == "running":
+            got = "a run whose training has not ended"
+            raise refusal(str(run), got=got, expected="a trained network", fix=f"Let it end, or go on with: {repeat}")
+        data = load(settings.data, settings.data_dir, settings.classes, settings.train, settings.test, settings.seed)
+        outputs = 1 if len(data.classes) == 2 else len(data.classes)
+        model = build(settings.model, data.input_shape, outputs, settings.seed, data.tokens)
+    if data.hash != told["identity"].get("data"):
+        got, expected = f"data with hash {data.hash}", f"those of the run, {told['identity'].get('data')}"
+        fix = f"Restore the files, or repeat the run: {repeat} --out NEW"
+        raise refusal(f"--data {settings.data}", got=got, expected=expected, fix=fix)
+    device = str(told["identity"].get("device", "cpu"))
+    if device != "cpu" and not torch.cuda.is_available():
+        fix = "Explain it on that device, or repeat the run here: " + repeat + " --out NEW"
+        raise refusal(str(run), got=f"a run that was trained on {device}", expected="a device of this machine", fix=fix)
+    moved = {part: getattr(data, part).to(device) for part in ("x_train", "y_train", "x_test", "y_test")}
+    data, model = type(data)(**{**vars(data), **moved}), model.to(device)
+    task = TrainingTask(model, data)
+    try:
+        check_mode(model.train())  # as it was trained
+    except Refused as error:
+        got, expected = str(error).partition("; expected")[0], "layers that treat each sample alone, without chance"
+        fix = "Train without dropout, and with GroupNorm or LayerNorm."
+        raise refusal(str(run), got=f"a network whose training cannot be replayed ({got})", expected=expected,
+                      fix=fix) from error  # fmt: skip
+    trajectory.load(model, trajectory.stop["step"])
+    own = fingerprint([told["settings"], told["identity"]])
+    return _Opened(own, settings, told["identity"], task, model.eval(), trajectory)
+
+
+def _told_by(run: Path) -> dict[str, Any]:
+    """The `run.json` of a run of `analyze`; refuses other folders, and says what they hold."""
+    expected, fix = "a run folder of ntkit analyze", "Name the folder that ntkit analyze wrote."
+    if not (run / "run.json").exists() and (run / "track.json").exists():
+        raise refusal(str(run), got="a tracking", expected=expected, fix="Name the run that it follows.")
+    told = read_json(run / "run.json")
+    told = told if isinstance(told, dict) else {}
+    if "identity" in told:
+        return described(run / "run.json", told, AnalysisRun)
+    kinds = {
+        "a study": told.get("kind") == "study",
+        "a recorded trajectory": told.get("format") == "ntkit-trajectory",
+        "a run of ntkit infinite": told.keys() == {"settings", "versions"},
+    }
+    got = next((kind for kind, is_it in kinds.items() if is_it), "a run.json of something else")
+    if got == "a recorded trajectory":
+        fix = "From Python: ntkit.influence, ntkit.PathKernel and ntkit.Retrainings take it. Else: " + fix
+    raise refusal(str(run), got=got, expected=expected, fix=fix)
+
+
+def _checked_indices(test: tuple[int, ...] | None, task: TrainingTask) -> list[int] | None:
+    if test is None:
+        return None
+    n = len(task.data.x_test)
+    bad = [i for i in test if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n]
+    if bad or not test:
+        fix = "Test examples are numbered from 0, as in the run's report."
+        raise refusal("--test", got=bad[0] if bad else "no number", expected=f"numbers from 0 to {n - 1}", fix=fix)
+    return list(dict.fromkeys(test))
+
+
+def _check_replay(opened: _Opened, run: Path) -> None:
+    """Refuse a run that cannot be replayed; says how to record it again."""
+    replay = Replay(opened.trajectory, **opened.training)
+    try:
+        replay.check()
+    except Damaged:
+        raise
+    except Refused as error:
+        now = {"threads": torch.get_num_threads(), **versions()}
+        changed = [f"{name} {opened.identity[name]} (now {value})" for name, value in now.items()
+                   if name in opened.identity and opened.identity[name] != value]  # fmt: skip
+        made = f" The run was made with {', '.join(changed)}." if changed else ""
+        again = f"ntkit analyze --from {shlex.quote(str(run))} --out NEW"
+        raise Refused(f"{error}{made} To record the run again here: {again}") from error
+
+
+# ---------------------------------------------------------------------- the folder
+
+
+def _begin(place: Path, opened: _Opened, points: list[Point], overwrite: bool) -> None:
+    """Write ``explain.json``, or compare the one that is there."""
+    own = {"run": opened.id, "test": [point.index for point in points], "why": [point.why for point in points],
+           "format": EXPLAIN_FORMAT}  # fmt: skip
+    file = place / "explain.json"
+    if file.exists():
+        with contextlib.suppress(Damaged):
+            told = read_json(file)
+            if told == own:
+                return
+            if not overwrite:
+                told = told if isinstance(told, dict) else {}
+                tests = told.get("test")
+                named = f"test examples {', '.join(map(str, tests))}" if isinstance(tests, list) else "something else"
+                got = f"an explanation of {named}" + ("" if told.get("run") == opened.id else ", of another run")
+                fix = "Replace it (--overwrite), or name another folder (--out)."
+                raise refusal(str(place), got=got, expected="the same test examples of this run", fix=fix)
+        for name in _OWN:
+            remove(place / name)
+    elif any(entry.name != LOCK for entry in place.iterdir()):
+        fix = "Name another folder (--out)."
+        raise refusal(str(place), got="other files", expected="a new or empty folder", fix=fix)
+    write_json(file, own)
+
+
+def _is_complete(place: Path, opened: _Opened) -> bool:
+    """Whether the results are there, and of this run."""
+    try:
+        told = read_json(place / "results.json") if (place / "results.json").exists() else None
+        return isinstance(told, dict) and told.get("kind") == KIND and told.get("run") == opened.id
+    except Damaged:
+        return False
+
+
+def _influence(
+    place: Path, opened: _Opened, points: list[Point], x: Tensor, y: Tensor, say: Callable[[str], None]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+    """Scores [m, n], sums along training of the strongest examples, certificate: from their file, or computed."""
+    file = place / "influence.safetensors"
+    own = fingerprint([opened.id, [point.index for point in points]])
+    if file.exists():
+        try:
+            tensors, told = read_tensors_and_metadata(file)
+            check_place(file, told, of=own)
+            along = {side: tensors[f"along.{side}"] for side in ("helped", "hurt")}
+            return tensors["scores"], along, json.loads(told["certificate"])
+        except (Damaged, LookupError) as error:
+            say(f"{error} It is computed again.")
+    result = influence(opened.trajectory, x, y, margin, steps=True, **opened.training)
+    certificate = points_of.influence_in_numbers(result)
+    shown = points_of.steps_shown(opened.trajectory.stop["step"])
+    along = {side: points_of.along_training(result.steps or (), examples, shown)
+             for side, examples in points_of.strongest(result.scores).items()}  # fmt: skip
+    tensors = {"scores": result.scores, **{f"along.{side}": values for side, values in along.items()}}
+    write_tensors(file, tensors, {"of": own, "certificate": json.dumps(certificate)})
+    return result.scores, along, certificate

@@ -1,0 +1,131 @@
+"""Explained predictions in words: sentences for the page of `ntkit explain` and for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ntkit.report.words import plain, share
+
+METHODS = ("accounting", "influence", "random")
+_LABEL = 28  # characters of a sentence in the terminal
+
+
+def signed(value: float) -> str:
+    """Number with its sign and two digits.
+
+    >>> signed(0.123), signed(-4.0), signed(0.0)
+    ('+0.12', '−4', '0')
+    """
+    return ("+" if value > 0 else "−" if value < 0 else "") + plain(abs(value), 2)
+
+
+def trust(r: dict[str, Any]) -> str:
+    """Whether influence can be trusted in this run; the first thing to say."""
+    smooth = r["influence"]["metasmoothness"]
+    if r["influence"]["smooth"]:
+        return (
+            f"Influence can be used here: metasmoothness {smooth:.2f} (1: parameters move along a straight line when "
+            "the examples’ weights do; below 0.5 a derivative says little about real deletions)."
+        )
+    return (
+        f"Do not trust the influence in this run: its metasmoothness is low, {smooth:.2f} (below 0.5 training "
+        "amplifies small changes, and a derivative says little about real deletions). The accounting holds."
+    )
+
+
+def finite_differences(r: dict[str, Any]) -> str | None:
+    """Error of the influence beside finite differences; None where these say nothing.
+
+    Their own error, times ten, is what the comparison allows. From 1 on it would allow any score: the run jumps, since
+    small changes of the weights cross kinks of the network.
+    """
+    found = r["influence"]
+    return plain(found["finite_differences"], 2) if 10 * found["own_error"] < 1 else None
+
+
+def checks(r: dict[str, Any]) -> str:
+    """Certificates of both methods in one sentence each."""
+    found = r["influence"]
+    bits = "the recorded bits" if r["accounting"]["bitwise"] else "the recorded values to rounding"
+    sums = max(abs(point["residual"]) for point in r["points"])
+    error = finite_differences(r)
+    beside = (
+        f"Influence of the {found['checked']} strongest examples differs from finite differences, from runs in float64 "
+        f"with slightly other weights, by {plain(found['finite_differences'], 2)} of its size."
+        if error is not None
+        else "Finite differences say nothing about the influence here: two formulas for them differ by "
+        f"{share(found['own_error'])}, since small changes of the weights cross kinks of the network (ReLU, "
+        "max-pooling) and the run jumps. The real changes are the check."
+    )
+    return (
+        f"The replayed run has {bits}. Sums of the accounting miss the network’s margins by at most {plain(sums, 2)}. "
+        + beside
+    )
+
+
+def answer(point: dict[str, Any]) -> str:
+    """What the network says of a test point, and what that is the sum of."""
+    verdict = "right" if point["right"] else f"wrong: it is {point['label']}"
+    return f"The network says {point['predicted']}, which is {verdict}. {margin_as_sum(point)}"
+
+
+def margin_as_sum(point: dict[str, Any]) -> str:
+    """The parts of a margin, and how far their sum misses it."""
+    decay = f", weight decay {signed(point['weight_decay'])}" if point["weight_decay"] else ""
+    return (
+        f"Margin {signed(point['margin'])}: {signed(point['initial'])} before training, "
+        f"training examples {signed(point['examples'])}{decay}; "
+        f"the sum misses it by {plain(abs(point['residual']), 2)}."
+    )
+
+
+def removal(d: dict[str, Any], sets: int) -> str:
+    """What was removed from the training set.
+
+    >>> removal({"method": "random", "size": 5}, 3), removal({"method": "influence", "size": 5}, 3)
+    ('5 at random, mean of 3 sets', '5 most helpful by influence')
+    """
+    if d["method"] == "random":
+        return f"{d['size']} at random, mean of {sets} sets"
+    return f"{d['size']} most helpful by {d['method']}"
+
+
+def removals(point: dict[str, Any], sets: int) -> Iterable[tuple[str, str, str]]:
+    """Rows of a table: what was removed, predicted change and real change of the margin; small removals first."""
+    for d in sorted(point["deletions"], key=lambda d: (d["size"], METHODS.index(d["method"]))):
+        yield removal(d, sets), signed(d["predicted"]), real_change(d)
+
+
+def real_change(d: dict[str, Any]) -> str:
+    """Real change of the margin, with the standard deviation over random sets."""
+    spread = "" if d["spread"] is None else f" (sd {plain(d['spread'], 2)})"
+    return signed(d["real"]) + spread
+
+
+def agreement(r: dict[str, Any]) -> str:
+    """How far the predicted changes were from the real ones."""
+    told = [d for point in r["points"] for d in point["deletions"]]
+    missed = sum(abs(d["predicted"] - d["real"]) for d in told) / len(told)
+    size = sum(abs(d["real"]) for d in told) / len(told)
+    means = {m: [d["real"] for d in told if d["method"] == m] for m in METHODS}
+    parts = ", ".join(f"{signed(sum(v) / len(v))} ({name})" for name, v in means.items() if v)
+    return (
+        f"Over {len(told)} removals, influence missed the real change of the margin by {plain(missed, 2)} on average; "
+        f"the changes were {plain(size, 2)} on average. Mean change by choice of examples: {parts}."
+    )
+
+
+def pairs_of_rows(point: dict[str, Any]) -> Iterable[tuple[str, str, str, str, str]]:
+    """Rows of the terminal's table: side, and example and score by both methods."""
+    for side, text in (("helped", "raised the margin"), ("hurt", "lowered it")):
+        both = [point[method][side] for method in ("accounting", "influence")]
+        for i in range(max(map(len, both))):
+            cells = [(_named(own[i]), signed(own[i]["score"])) if i < len(own) else ("-", "") for own in both]
+            yield (text if i == 0 else "", *cells[0], *cells[1])
+
+
+def _named(example: dict[str, Any]) -> str:
+    text = example.get("text", "")
+    cut = text if len(text) <= _LABEL else text[: _LABEL - 1] + "…"
+    return f"{example['index']} {example['label']}" + (f": {cut}" if cut else "")
