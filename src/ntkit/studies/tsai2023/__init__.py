@@ -7,7 +7,7 @@ combination beside existing methods, and exact influence beside all of them, on 
 from __future__ import annotations
 
 from ntkit.studies.study import Results, Sizes, Study
-from ntkit.studies.tsai2023 import methods, predictions, tsai_figures
+from ntkit.studies.tsai2023 import methods, predictions, tsai_figures, wrong_labels
 from ntkit.studies.tsai2023.tsai_sentences import CLAIMS
 from ntkit.studies.tsai2023.tsai_setting import BATCH, MOMENTUM, TASKS
 
@@ -62,9 +62,9 @@ STUDY = Study(
         "reference": "NeurIPS 2023; arXiv 2310.18526",
     },
     scales=SCALES,
-    parts=[methods.parts, tsai_figures.parts, predictions.parts],
-    claims=CLAIMS,
-    sections=[tsai_figures.sections],
+    parts=[methods.parts, tsai_figures.parts, predictions.parts, wrong_labels.parts],
+    claims=(*CLAIMS, wrong_labels.claims),
+    sections=[tsai_figures.sections, wrong_labels.sections],
     about=about,
     departures=departures,
     terms=("tangent_kernel", "path_kernel"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntkit.data import Data, load
-from ntkit.explanations.retrainings import Retrainings
+from ntkit.explanations.retrainings import Retrainings, subsets
 from ntkit.networks.text_network import TextNetwork
 from ntkit.studies.study import Work
 from ntkit.trajectory import Trajectory, train
@@ -132,14 +132,17 @@ def network(work: Work, task: TwoClasses, data: Data, seed: int) -> nn.Module:
         )
 
 
-def trained(work: Work, name: str, seed: int) -> Trained:
-    """The recorded run of a task and a seed, trained if it is not there."""
+def trained(work: Work, name: str, seed: int, flipped: float = 0.0) -> Trained:
+    """The recorded run of a task and a seed, trained if it is not there; with a share of the labels flipped."""
     task = TASKS[name]
     data = images_or_tokens(work, task, seed)
+    if flipped:
+        wrong = subsets(len(data.y_train), flipped, 1, seed)[0]
+        data = replace(data, y_train=torch.where(wrong, 1 - data.y_train, data.y_train))
     model, steps = network(work, task, data, seed), work.sizes.epochs * steps_per_epoch(len(data.y_train), BATCH)
     sgd = partial(torch.optim.SGD, lr=task.lr, momentum=MOMENTUM)
     record = sorted({round(steps * k / CHECKPOINTS) for k in range(CHECKPOINTS + 1)})
-    path = work.trajectory(file_of(name, seed))
+    path = work.trajectory(file_of(name, seed) + "-flipped" * bool(flipped))
     run = train(
         model, (data.x_train, data.y_train), logistic, sgd, steps, BATCH, record, seed, path, resume=path.exists()
     )
