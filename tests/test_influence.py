@@ -515,4 +515,29 @@ def test_finite_differences_take_smaller_steps_where_weights_move_units_over_the
     assert result.check.step < 1e-4
     assert result.check.error < 1e-4
     smooth = ntkit.influence(trained(), *vectors(3, seed=2))
-    assert smooth.check.step == 1e-4
+    assert smooth.check.step == 1e-6
+    weights, reruns = torch.ones(100, dtype=F64), Reruns(Replay(run), F64)
+    y = data.y_test[:3]
+    margin = lambda out, _: (2 * out.gather(1, y[:, None])[:, 0] - out.sum(1)).double()
+    one_sided = []
+    for step in (1e-4, -1e-4):
+        large = weights.clone()
+        large[result.check.examples[0]] += step
+        ends = reruns.run(torch.stack([weights, large]), margin, data.x_test[:3].double(), keep=0)[0]
+        one_sided.append((ends[1] - ends[0]) / step)
+    assert float((one_sided[0] - one_sided[1]).norm() / one_sided[0].norm()) > 1e-2  # a kink lies between
+
+
+def test_how_many_examples_are_compared_with_finite_differences():
+    run, (x, y) = trained(), vectors(4, seed=2)
+    three, one, all_of_them = (ntkit.influence(run, x, y, checked=k) for k in (3, 1, 99))
+    best = three.scores.norm(dim=0).argsort(descending=True)
+    for result, k in ((three, 3), (one, 1), (all_of_them, 13)):
+        assert result.check.examples.tolist() == best[:k].tolist()
+        assert result.check.values.shape == (4, k)
+        assert result.check.error < 1e-7
+    close(all_of_them.check.values[:, [0, 7]], differences(run, x, y, best[[0, 7]]), 1e-7)
+    assert "Finite differences of 1 examples" not in str(one)
+    for bad in (0, -1, True, 1.5):
+        with pytest.raises(Refused, match="checked.*at least 1"):
+            ntkit.influence(run, x, y, checked=bad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def _pictures(folder: Path, results: dict[str, Any]) -> Mapping[str, np.ndarray]
 
 
 def _page(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    figure, along = _figure(r), [_along(r, point) for point in r["points"]]
+    figure, along = _figure(r), curves_along(r["points"], r["training"]["steps_shown"])
     return page(
         "explained.html",
         [figure, *(curves for curves, _ in along)],
@@ -83,7 +83,7 @@ def _page(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
         r=r,
         kind={"images": "images", "tokens": "sequences"}.get(r["data"]["kind"], "examples"),
         cards=_cards(r),
-        points=_points(r, arrays),
+        points=points_shown(r, arrays),
         checks=explain_text.checks(r),
         figure=figure,
         along=along,
@@ -108,8 +108,8 @@ def _cards(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _points(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Test points with thumbnails, sentences and rows of their tables."""
+def points_shown(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Test points with thumbnails, sentences and rows of their tables, for the template."""
     place = {int(index): i for i, index in enumerate(arrays.get("train_index", ()))}
     points = []
     for j, told in enumerate(r["points"]):
@@ -136,9 +136,13 @@ def _points(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[dict[st
     return points
 
 
-def _along(r: dict[str, Any], point: dict[str, Any]) -> tuple[Figure, str]:
-    """Sums of the strongest examples' shares up to each step, by both methods; and what they say."""
-    steps, panels, texts = r["training"]["steps_shown"], [], []
+def curves_along(points: Sequence[dict[str, Any]], steps: Sequence[int]) -> list[tuple[Figure, str]]:
+    """For each point: sums of the strongest examples' shares up to each step, by both methods; and what they say."""
+    return [_along(point, steps) for point in points]
+
+
+def _along(point: dict[str, Any], steps: Sequence[int]) -> tuple[Figure, str]:
+    panels, texts = [], []
     for method in ("accounting", "influence"):
         data = [
             draw.line(steps, e["along"], draw.safe(f"training example {e['index']}, {e['label']}"), *look)

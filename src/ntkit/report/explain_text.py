@@ -51,7 +51,7 @@ def checks(r: dict[str, Any]) -> str:
     sums = max(abs(point["residual"]) for point in r["points"])
     error = finite_differences(r)
     beside = (
-        f"Influence of the {found['checked']} strongest examples differs from finite differences, from runs in float64 "
+        f"Influence of the {_strongest(found['checked'])} differs from finite differences, from runs in float64 "
         f"with slightly other weights, by {plain(found['finite_differences'], 2)} of its size."
         if error is not None
         else "Finite differences say nothing about the influence here: two formulas for them differ by "
@@ -62,6 +62,10 @@ def checks(r: dict[str, Any]) -> str:
         f"The replayed run has {bits}. Sums of the accounting miss the network’s margins by at most {plain(sums, 2)}. "
         + beside
     )
+
+
+def _strongest(count: int) -> str:
+    return "strongest example" if count == 1 else f"{count} strongest examples"
 
 
 def answer(point: dict[str, Any]) -> str:
