@@ -434,17 +434,42 @@ def test_without_examples_that_change_nothing_the_measures_are_those_of_the_netw
     assert not ntkit.influence(run, *vectors(5, seed=2)).scores[:, unseen].any()
 
 
-def test_a_chaotic_run_is_said_to_be_so_first():
-    data = ntkit.data.load("digits", train=100, seed=0)
+def deep(lr):
+    data = ntkit.data.load("digits", train=300, seed=0)
     x, y = data.x_train.double().flatten(1), data.y_train
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).double()
-    sgd = lambda p: torch.optim.SGD(p, lr=1.5, momentum=0.9)
-    run = ntkit.train(model, (x, y), nn.functional.cross_entropy, sgd, steps=150, batch_size=20)
-    result = ntkit.influence(run, data.x_test[:3].double().flatten(1), data.y_test[:3])
-    assert result.metasmoothness < 0.5
-    assert str(result).startswith("Low metasmoothness")
-    assert "InfluenceKernel" in str(result).split("\n")[0]
+    hidden = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.ReLU())]
+    model = nn.Sequential(*hidden, nn.Linear(64, 10)).double()
+    sgd = lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9)
+    run = ntkit.train(model, (x, y), nn.functional.cross_entropy, sgd, steps=200, batch_size=32)
+    return run, data.x_test[:5].double().flatten(1), data.y_test[:5]
+
+
+@pytest.mark.filterwarnings("ignore:The derivatives of")
+def test_a_chaotic_run_is_said_to_be_so_first():
+    result = ntkit.influence(*deep(0.05))
+    assert not result.smooth
+    assert result.miss > 0.5
+    first = str(result).split("\n")[0]
+    assert first.startswith("Do not trust these scores")
+    assert f"metasmoothness {result.metasmoothness:.2f}" in first
+    assert "InfluenceKernel" in first
+    calm = ntkit.influence(*deep(0.002))
+    assert calm.smooth
+    assert calm.miss < 0.2
+    assert str(calm).startswith("Influence of 300")
+
+
+def test_the_trial_is_the_change_of_the_measures_with_other_weights():
+    run = trained(optimizer="nesterov")
+    x, y = vectors(4, seed=2)
+    result = ntkit.influence(run, x, y, measure="logit")
+    change = 0.05 * torch.randn(13, generator=torch.Generator().manual_seed(0), dtype=F64)
+    outputs = Reruns(Replay(run)).run((1 + change)[None], lambda out, _: out.gather(1, y[:, None])[:, 0], x)[0][0]
+    real = outputs - result.values
+    expected = (result.scores @ change - real).norm() / real.norm()
+    assert abs(result.miss - float(expected)) < 1e-9
+    assert 1e-4 < result.miss < 0.5
 
 
 # ---------------------------------------------------------------------- refusals
@@ -539,5 +564,5 @@ def test_how_many_examples_are_compared_with_finite_differences():
     close(all_of_them.check.values[:, [0, 7]], differences(run, x, y, best[[0, 7]]), 1e-7)
     assert "Finite differences of 1 examples" not in str(one)
     for bad in (0, -1, True, 1.5):
-        with pytest.raises(Refused, match="checked.*at least 1"):
+        with pytest.raises(Refused, match=r"checked.*at least 1"):
             ntkit.influence(run, x, y, checked=bad)

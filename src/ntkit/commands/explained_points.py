@@ -270,7 +270,8 @@ def influence_in_numbers(result: Influence) -> dict[str, Any]:
     """The certificate of an influence, as plain JSON."""
     found = result.check
     return result.record() | {
-        "smooth": result.smooth, "checked": len(found.examples), "own_error": found.own_error,
+        "smooth": result.smooth, "trusted": result.trusted,
+        "checked": len(found.examples), "own_error": found.own_error,
     }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from ntkit.trajectory.replay import Replay
 from ntkit.trajectory.reruns import Reruns
 
 Curvature = Literal["hessian", "gauss-newton"]
+MISS = 0.5  # of the trial, above it scores are not to be trusted
 SMOOTH = 0.5  # metasmoothness below it: derivatives by weights say little about real deletions
 # Of the weights in finite differences: 1e-6 loses less to rounding, smaller ones cross fewer kinks (ReLU). Where
 # metasmoothness is low, kinks lie close, and larger steps would be runs for nothing.
@@ -70,6 +71,8 @@ class Influence:
     curvature, at : as passed.
     metasmoothness : from -1 to 1: how far the parameters move along a straight line when the weights do. Near 1 a
         derivative predicts real changes of the weights; below 0.5 it says little about them.
+    miss : of a trial in which all weights change at random by 5 %: the distance of the changes of the measures that the
+        scores predict from the real ones, over the size of these. Above 0.5 the scores are not to be trusted.
     check : the derivatives of a few examples beside finite differences.
     layers : parameter -> its part of the scores, [m, n]; they sum to `scores`. None by default.
     steps : (step, rows int64 [B], scores [m, B]) for each step, in order. None by default.
@@ -82,6 +85,7 @@ class Influence:
     curvature: Curvature
     at: float
     metasmoothness: float
+    miss: float
     check: FiniteDifferences
     layers: dict[str, Tensor] | None = None
     steps: list[tuple[int, Tensor, Tensor]] | None = field(default=None, repr=False)
@@ -92,14 +96,24 @@ class Influence:
         """Whether the metasmoothness is at least 0.5."""
         return self.metasmoothness >= SMOOTH
 
+    @property
+    def trusted(self) -> bool:
+        """Whether the scores missed the changes of the trial by at most half of their size."""
+        return self.miss <= MISS
+
     def __str__(self) -> str:
         m, n = self.scores.shape
         lines = []
-        if not self.smooth:
+        trial = f"in a trial with all weights changed at random by {_DIRECTION:.0%}, the scores missed the changes of "
+        trial += f"the {self.measure} by {self.miss:.2g} of their size"
+        if not self.trusted:
             lines.append(
-                f"Low metasmoothness ({self.metasmoothness:.2f}): training amplifies small changes, and these scores "
-                "predict real deletions badly. Use the early-stopped influence function, "
-                "ntkit.InfluenceKernel with time=..., or train with a smaller learning rate."
+                f"Do not trust these scores: {trial} (metasmoothness {self.metasmoothness:.2f}). Use the early-stopped "
+                "influence function, ntkit.InfluenceKernel with time=..., or train with a smaller learning rate."
+            )
+        elif not self.smooth:
+            lines.append(
+                f"Low metasmoothness ({self.metasmoothness:.2f}): training amplifies small changes. Yet {trial}."
             )
         exact = "." if self.curvature == "hessian" else " (they follow the Hessian, not the Gauss-Newton matrix)."
         k = len(self.check.examples)
@@ -108,6 +122,8 @@ class Influence:
             f"Metasmoothness {self.metasmoothness:.3f}. Finite differences of {k} example{'s' * (k != 1)} "
             f"(weights changed by {self.check.step:g}) differ by {self.check.error:.1g} of their size{exact}",
         ]
+        if self.trusted and self.smooth:
+            lines.append(f"{trial.capitalize()}.")
         return "\n".join(lines)
 
     def top(self, k: int, against: bool = False) -> Top:
@@ -128,6 +144,7 @@ class Influence:
             "curvature": self.curvature,
             "at": self.at,
             "metasmoothness": self.metasmoothness,
+            "miss": self.miss,
             "finite_differences": self.check.error,
             "bitwise": self.bitwise,
         }
@@ -184,7 +201,8 @@ def influence(
     -------
     Influence
         With its certificate: finite differences of a few examples, from runs in float64 with other weights, and the
-        metasmoothness of the run. ``print`` says them, and says first when the metasmoothness is low.
+        metasmoothness of the run, and a trial of the scores: what they miss when all weights change a little. ``print``
+        says them, and first what speaks against trusting the scores.
 
     Raises
     ------
@@ -195,8 +213,9 @@ def influence(
     Notes
     -----
     Time: one to two and a half gradients of a batch per step and test point; for the certificate two runs, and
-    1 + 2 `checked` runs in float64 (up to 1 + 6 `checked` where a step is no good). Memory: two to four times test points x parameters, never training examples x parameters; for the
-    certificate a few copies of the parameters in float64 for each run that is in work.
+    1 + 2 `checked` runs in float64 (up to 1 + 6 `checked` where a step is no good). Memory: two to four times test
+    points x parameters, never training examples x parameters; for the certificate a few copies of the parameters in
+    float64 for each run that is in work.
     ReLU and max-pool are differentiated as autograd does.
     The derivative through training: Maclaurin, Duvenaud, Adams 2015; Hara, Nitanda, Maehara 2019. Metasmoothness:
     Ilyas, Engstrom 2025 (arXiv 2503.13751, definition 2).
@@ -241,7 +260,7 @@ def influence(
         fix = "Look for a loss or an operation without a second derivative at these values (a norm or a root of 0)."
         raise refusal("scores", got="values that are not finite", expected="finite derivatives", fix=fix)
     values = torch.cat([values for values, _ in sweeps])
-    smooth = _metasmoothness(replay, weights, x, of)
+    smooth, miss = _trial(replay, weights.double(), scores, x, of)
     found = _certificate(Reruns(replay, torch.float64), weights, scores, x, of, checked, smooth)
     bound = max(torch.finfo(next(replay.model.parameters()).dtype).eps ** 0.25, 10 * found.own_error)
     if curvature == "hessian" and not found.error <= bound:
@@ -252,7 +271,7 @@ def influence(
             stacklevel=3,
         )
     return Influence(
-        scores, values, of.name, curvature, float(at), smooth, found,
+        scores, values, of.name, curvature, float(at), smooth, miss, found,
         _joined_layers([sweep.layers for _, sweep in sweeps]),
         _joined_steps([sweep.steps for _, sweep in sweeps]), run.bitwise,
     )  # fmt: skip
@@ -288,19 +307,26 @@ def _sweeps(
     return result
 
 
-def _metasmoothness(replay: Replay, weights: Tensor, x: Batch, of: OutputMeasure) -> float:
-    """From the end of the run, and of two more in the model's own precision, with weights along one direction."""
+def _trial(replay: Replay, weights: Tensor, scores: Tensor, x: Batch, of: OutputMeasure) -> tuple[float, float]:
+    """Metasmoothness, and the miss of the scores: from two more runs in the model's own precision.
+
+    All weights change along one random direction.
+    """
     direction = torch.randn(len(weights), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = torch.stack([weights + j * _DIRECTION * weights * direction for j in (1, 2)])
-    _, ends = Reruns(replay).run(rows, lambda outputs, _: of.values(outputs), x)
+    values, ends = Reruns(replay).run(rows, lambda outputs, _: of.values(outputs), x)
     start = replay.final()
+    assign(replay.model, start, "the end of the run")
+    real = values[0] - of.of_network(replay.model, x)
+    predicted = scores @ (rows[0] - weights)
+    miss = float((predicted - real).norm() / real.norm().clamp_min(1e-300))
     moved, whole = 0.0, 0.0
     for name, (middle, last) in ends.items():
         first = start[name].to(middle)
         change = (last - first).abs().double()
         moved += float((change * (middle - first).sign() * (last - middle).sign()).sum())
         whole += float(change.sum())
-    return moved / whole if whole else 1.0
+    return moved / whole if whole else 1.0, miss
 
 
 def _certificate(

@@ -97,11 +97,11 @@ def _cards(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     missed = sum(abs(d["predicted"] - d["real"]) for d in told) / len(told)
     size = sum(abs(d["real"]) for d in told) / len(told)
     residual = max(abs(point["residual"]) for point in r["points"])
-    smooth = "influence can be used" if r["influence"]["smooth"] else "low: do not trust the influence"
+    trusted = "of their size; influence can be used" if r["influence"]["trusted"] else "do not trust the influence"
     error = explain_text.finite_differences(r)
     beside = "relative; runs in float64" if error else "no check: the run jumps at kinks"
     return [
-        ("after", "Metasmoothness of the run", f"{r['influence']['metasmoothness']:.2f}", smooth),
+        ("after", "Changes missed in a trial, weights changed by 5 %", plain(r["influence"]["miss"], 2), trusted),
         ("init", "Accounting: largest residual of a margin", plain(residual, 2), "sum over all training examples"),
         ("after", "Influence against finite differences", error or "–", beside),
         ("network", "Predicted change against the real one", plain(missed, 2), f"mean miss; changes: {plain(size, 2)}"),

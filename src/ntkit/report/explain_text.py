@@ -22,16 +22,20 @@ def signed(value: float) -> str:
 
 def trust(r: dict[str, Any]) -> str:
     """Whether influence can be trusted in this run; the first thing to say."""
-    smooth = r["influence"]["metasmoothness"]
-    if r["influence"]["smooth"]:
-        return (
-            f"Influence can be used here: metasmoothness {smooth:.2f} (1: parameters move along a straight line when "
-            "the examples’ weights do; below 0.5 a derivative says little about real deletions)."
-        )
-    return (
-        f"Do not trust the influence in this run: its metasmoothness is low, {smooth:.2f} (below 0.5 training "
-        "amplifies small changes, and a derivative says little about real deletions). The accounting holds."
+    found = r["influence"]
+    trial = (
+        "in a trial with all weights changed at random by 5 %, it missed the changes of the margins by "
+        f"{share(found['miss'])} of their size"
     )
+    smooth = f"{found['metasmoothness']:.2f}"
+    if not found["trusted"]:
+        return f"Do not trust the influence in this run: {trial} (metasmoothness {smooth}). The accounting holds."
+    if not found["smooth"]:
+        return (
+            f"Training amplifies small changes in this run: its metasmoothness is low, {smooth}. Yet influence can be "
+            f"used: {trial}."
+        )
+    return f"Influence can be used here: {trial} (metasmoothness {smooth})."
 
 
 def finite_differences(r: dict[str, Any]) -> str | None:
