@@ -539,5 +539,5 @@ def test_how_many_examples_are_compared_with_finite_differences():
     close(all_of_them.check.values[:, [0, 7]], differences(run, x, y, best[[0, 7]]), 1e-7)
     assert "Finite differences of 1 examples" not in str(one)
     for bad in (0, -1, True, 1.5):
-        with pytest.raises(Refused, match="checked.*at least 1"):
+        with pytest.raises(Refused, match=r"checked.*at least 1"):
             ntkit.influence(run, x, y, checked=bad)

@@ -424,6 +424,17 @@ def test_three_predictions_explained(full: Path) -> None:
             assert drawn[f"training example {e['index']}, {e['label']}"]["y"] == e["along"]
 
 
+def test_sentences_instead_of_pictures(tmp_path: Path) -> None:
+    results = report_case.full()[0]
+    point = results["explained"]["points"][0]
+    point["text"] = point["accounting"]["helped"][2]["text"] = "a <small> film"
+    page = render(report_case.write(tmp_path, results))
+    section = _body(page).partition('<section id="explained">')[2].partition("</section>")[0]
+    assert section.count("a &lt;small&gt; film") == 2
+    assert section.count('class="near sentences pair"') == 2
+    assert "<img" not in section
+
+
 def test_predictions_that_cannot_be_explained(full: Path, minimal: Path, earlier: Path, tmp_path: Path) -> None:
     results, ends = report_case.full()[0], ("Why did it say that, and would it change?", "Can the numbers be trusted?")
     results["explained"] = {"unexplained": "layer 'x' <b> draws random numbers"}

@@ -195,8 +195,9 @@ def influence(
     Notes
     -----
     Time: one to two and a half gradients of a batch per step and test point; for the certificate two runs, and
-    1 + 2 `checked` runs in float64 (up to 1 + 6 `checked` where a step is no good). Memory: two to four times test points x parameters, never training examples x parameters; for the
-    certificate a few copies of the parameters in float64 for each run that is in work.
+    1 + 2 `checked` runs in float64 (up to 1 + 6 `checked` where a step is no good). Memory: two to four times test
+    points x parameters, never training examples x parameters; for the certificate a few copies of the parameters in
+    float64 for each run that is in work.
     ReLU and max-pool are differentiated as autograd does.
     The derivative through training: Maclaurin, Duvenaud, Adams 2015; Hara, Nitanda, Maehara 2019. Metasmoothness:
     Ilyas, Engstrom 2025 (arXiv 2503.13751, definition 2).
