@@ -61,7 +61,7 @@ def analyze(
     trust: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Train or load a network, measure its kernel before, along and after training, and write a report.
+    """Train or load a network, measure its kernel before, along and after training, explain three predictions, report.
 
     Parameters
     ----------

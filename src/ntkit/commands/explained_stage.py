@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +16,7 @@ from ntkit.commands.explained_points import Point, margin
 from ntkit.commands.network_measures import TrainingTask
 from ntkit.explanations.influence import influence
 from ntkit.explanations.retrainings import Retrainings
+from ntkit.jacobian.model_calls import check_mode
 from ntkit.jacobian.structure import SelfCheckError
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.probes import standard
@@ -38,6 +40,11 @@ def explained_stage(
     """
     if too_long(task, trajectory, along, samples):
         return {"unexplained": "training was long, and this would take longer than the rest of the report"}, {}
+    try:
+        check_mode(copy.deepcopy(model).train())  # as it was trained
+    except Refused as error:
+        why = "a training is replayed only if each layer treats each sample alone and without chance"
+        return {"unexplained": f"{why}, unlike {_fault(error)}"}, {}
     points = points_of.chosen_points(task, model, None)
     try:
         return _explained(task, model, trajectory, points)
@@ -46,8 +53,12 @@ def explained_stage(
     except (Refused, SelfCheckError) as error:
         if isinstance(error.__cause__, OSError):
             raise
-        what = str(error).partition("; expected ")[0].replace(": got ", ": ", 1)
-        return {"unexplained": f"the training of this run cannot be explained ({what})"}, {}
+        return {"unexplained": f"the training of this run cannot be explained ({_fault(error)})"}, {}
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong, without what was expected and the advice."""
+    return str(error).partition("; expected ")[0].replace(": got ", ": ", 1)
 
 
 def too_long(task: TrainingTask, trajectory: Trajectory, along: dict[str, Any], samples: int) -> bool:
@@ -73,7 +84,7 @@ def _explained(
         "accounting": added_along,
         "influence": points_of.strongest_along(found.steps or (), found.scores, steps),
     }
-    sets = points_of.removed_sets(scores, points_of.sizes(len(data.x_train))[:1], RANDOM_SETS)
+    sets = points_of.removed_sets(scores, [max(1, min(points_of.SHOWN, len(data.x_train) // 2))], RANDOM_SETS)
     again = Retrainings(trajectory, x, y, margin, **training)
     told = points_of.explained(data, points, parts, scores, along, again, sets)
     result = {
