@@ -211,7 +211,7 @@ def _d(step: ReplayStep, name: str, graph: StepGraph) -> Tensor:
 
 @torch.no_grad()
 def _slope(moments: Moments) -> Tensor:
-    """The derivative of theta' by Adam's q'; zero where q' is zero: the mean is then zero, too, and so is the update."""
+    """The derivative of theta' by Adam's q'; zero where q' is zero: then the mean is, too, and so is the update."""
     scaled = (moments.largest / moments.correction).sqrt()
     root = scaled + moments.eps
     return torch.where(scaled > 0, moments.rate * moments.mean / (2 * moments.correction * scaled * root**2), 0.0)
