@@ -71,7 +71,7 @@ def find_lookups(outputs: Tensor, params: Mapping[str, nn.Parameter]) -> dict[st
 
 def _by_row(node: Node) -> bool:
     """Whether a node adds the gradient at each position to the row that was looked up there."""
-    return node.name() == "EmbeddingBackward0" and not (node._saved_scale_grad_by_freq or node._saved_sparse)
+    return node.name() == "EmbeddingBackward0" and not node._saved_scale_grad_by_freq
 
 
 def _lookups(nodes: Sequence[Node], l: int) -> Lookups:  # noqa: E741
