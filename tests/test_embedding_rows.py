@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import ntkit
 from ntkit.explanations import step_graph
@@ -231,6 +232,17 @@ def test_sparse_gradients_of_an_embedding():
     found, expected = (
         ntkit.influence(trained(optimizer="sgd", make=partial(make, sparse)), *sentences(4, 2)).scores
         for sparse in (True, False)
+    )
+    close(found, expected)
+
+
+def test_an_embedding_in_a_checkpoint():
+    class Again(Padded):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return checkpoint(super().forward, tokens, use_reentrant=False)
+
+    found, expected = (
+        ntkit.influence(trained(optimizer="sgd", make=make), *sentences(4, 2)).scores for make in (Again, Padded)
     )
     close(found, expected)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from ntkit.base.batch import call_with
 from ntkit.base.checks import Refused, refusal
@@ -20,7 +19,7 @@ _NUMBERS = 2**21  # that the graphs of test points in one pass may keep: more of
 _AT_ONCE = 20  # test points in one pass, at most
 _FEW = 4  # in one pass they are no faster than one by one
 
-Input = Tensor | GradientEdge
+Input = Any  # Tensor | torch.autograd.graph.GradientEdge: of a derivative
 
 
 class StepGraph:
@@ -58,8 +57,8 @@ class StepGraph:
             self._lookups = find_lookups(outputs, params)
             self._inputs: dict[str, list[Input]] = {name: [p] for name, p in params.items()}
             self._inputs |= {name: [*lookups.edges] for name, lookups in self._lookups.items()}
-            every = [t for inputs in self._inputs.values() for t in inputs]
-            found = torch.autograd.grad(outputs, every, cotangent, create_graph=True, allow_unused=True)
+            self._every = [t for inputs in self._inputs.values() for t in inputs]
+            found = torch.autograd.grad(outputs, self._every, cotangent, create_graph=True, allow_unused=True)
         self._outputs, self._weights, self._cotangent = outputs, weights, cotangent
         self._graph = {name: own for name, own in self._by_name(found).items() if any(g is not None for g in own)}
         for name, own in self._graph.items():
@@ -75,20 +74,21 @@ class StepGraph:
         """H C by parameter, [k, *shape], and d <C, G> / d w, [k, B], for k vectors C; for some parameters' G alone."""
         k = len(next(iter(vectors.values())))
         sources, cotangents = [], []
-        for name, vector in vectors.items():
-            own = self._lookups[name].gathered(vector) if name in self._lookups else [vector]
-            for g, cotangent in zip(self._graph.get(name, []), own, strict=False):
+        for name, own in self._graph.items():
+            if name not in vectors:
+                continue
+            looked_up = self._lookups[name].gathered(vectors[name]) if name in self._lookups else [vectors[name]]
+            for g, cotangent in zip(own, looked_up, strict=True):
                 if g.requires_grad:
                     sources.append(g)
                     cotangents.append(cotangent)
-        every = [t for inputs in self._inputs.values() for t in inputs]
         try:
             if self._values is None:
-                *back, scores = self._pulled(sources, [*every, self._weights], cotangents, k)
+                *back, scores = self._pulled(sources, [*self._every, self._weights], cotangents, k)
             else:
                 (along,) = self._pulled(sources, [self._cotangent], cotangents, k)  # J C, [k, B, ...]
                 curved, scores = self._pulled([self._slope], [self._values, self._weights], [along], k)
-                back = self._pulled([self._outputs], every, [curved], k)
+                back = self._pulled([self._outputs], self._every, [curved], k)
         except RuntimeError as error:
             if "derivative for" not in str(error):
                 raise
@@ -132,7 +132,7 @@ class StepGraph:
 
 def _zeros(t: Input, *lead: int) -> Tensor:
     """Zeros [*lead, ...] of a tensor's shape, or of that of a value in the graph."""
-    like: Any = t if isinstance(t, Tensor) else t.node._input_metadata[t.output_nr]
+    like = t if isinstance(t, Tensor) else t.node._input_metadata[t.output_nr]
     return torch.zeros(*lead, *like.shape, dtype=like.dtype, device=like.device)
 
 
