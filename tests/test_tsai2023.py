@@ -36,6 +36,8 @@ def folder(tmp_path_factory):
         patch.setattr(tsai, "STUDY", replace(tsai.STUDY, scales={"quick": TOY}))
         with pytest.raises(KeyboardInterrupt):
             ntkit.study("tsai2023", out=place, say=stop)
+        early = json.loads((place / "results.json").read_text())  # written while the study runs
+        assert 0 < len(early["claims"]) < 8
         first = list(said)
         ntkit.study("tsai2023", out=place, say=said.append)
         assert said[len(first)] == first[-1]
