@@ -85,7 +85,9 @@ def questions(results: Results) -> Iterator[Claim]:
     end = KERNELS[2]
     for task in results["deletion"]:
         tracking, *others = (f"{importance} x {end}" for importance in reversed(IMPORTANCES))
-        yield _comparison(results, task, "With one kernel, tracking is the best importance", [tracking], tuple(others))
+        yield from _comparison(
+            results, task, "With one kernel, tracking is the best importance", [tracking], tuple(others)
+        )
     for task in results["deletion"]:
         better = [f"tracking x {kernel}" for kernel in KERNELS[2:]]
         title = "With one importance, the tangent kernel at the end and the influence kernel beat the last layer"
