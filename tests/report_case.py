@@ -289,7 +289,8 @@ def _explained() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     told = {
         "steps_shown": steps,
         "accounting": {"bitwise": True},
-        "influence": {"metasmoothness": 0.625, "smooth": True, "checked": 1, "own_error": 2e-8,
+        "influence": {"metasmoothness": 0.625, "smooth": True, "miss": 0.0625, "trusted": True, "checked": 1,
+                      "own_error": 2e-8,
                       "finite_differences": 4.7e-6},
         "random_sets": 3,
         "points": points,
