@@ -483,6 +483,7 @@ def test_the_first_sentence_follows_from_trial_and_metasmoothness(smooth: bool, 
     text = trust({"influence": found})
     assert text.startswith(first)
     assert "by 25\u00a0% of their size" in text
+    assert "by an undefined share of their size" in trust({"influence": found | {"miss": None}})
 
 
 def test_low_metasmoothness_is_said_first(hostile: Path, capsys: Any) -> None:

@@ -460,6 +460,19 @@ def test_a_chaotic_run_is_said_to_be_so_first():
     assert str(calm).startswith("Influence of 300")
 
 
+def test_a_trial_that_diverges_is_said():
+    model = nn.Linear(1, 1, bias=False)
+    x, y = torch.ones(1, 1), torch.zeros(1, 1)
+    loss = lambda f, t: ((f - t) ** 2).mean() / 2
+    run = ntkit.train(model, (x, y), loss, lambda p: torch.optim.SGD(p, lr=1.999), steps=1000)
+    result = ntkit.influence(run, x, measure="logit")
+    assert result.miss == math.inf
+    assert result.metasmoothness == -1
+    assert not result.trusted
+    assert result.record()["miss"] is None
+    assert str(result).startswith("Do not trust these scores")
+
+
 def test_the_trial_is_the_change_of_the_measures_with_other_weights():
     run = trained(optimizer="nesterov")
     x, y = vectors(4, seed=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -271,7 +272,7 @@ def influence_in_numbers(result: Influence) -> dict[str, Any]:
     found = result.check
     return result.record() | {
         "smooth": result.smooth, "trusted": result.trusted,
-        "checked": len(found.examples), "own_error": found.own_error,
+        "checked": len(found.examples), "own_error": found.own_error if math.isfinite(found.own_error) else None,
     }  # fmt: skip
 
 

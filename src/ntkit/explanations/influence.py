@@ -70,9 +70,11 @@ class Influence:
     measure : the name of the measure.
     curvature, at : as passed.
     metasmoothness : from -1 to 1: how far the parameters move along a straight line when the weights do. Near 1 a
-        derivative predicts real changes of the weights; below 0.5 it says little about them.
+        derivative predicts real changes of the weights; below 0.5 it says little about them. -1 where a run with
+        slightly other weights diverged.
     miss : of a trial in which all weights change at random by 5 %: the distance of the changes of the measures that the
-        scores predict from the real ones, over the size of these. Above 0.5 the scores are not to be trusted.
+        scores predict from the real ones, over the size of these. Above 0.5 the scores are not to be trusted; infinite
+        where that run diverged.
     check : the derivatives of a few examples beside finite differences.
     layers : parameter -> its part of the scores, [m, n]; they sum to `scores`. None by default.
     steps : (step, rows int64 [B], scores [m, B]) for each step, in order. None by default.
@@ -135,7 +137,7 @@ class Influence:
         return Top(examples, values)
 
     def record(self) -> dict[str, Any]:
-        """Numbers for a report, as plain JSON: sizes, certificate."""
+        """Numbers for a report, as plain JSON: sizes, certificate; None for what is not finite."""
         m, n = self.scores.shape
         return {
             "test_points": m,
@@ -144,8 +146,8 @@ class Influence:
             "curvature": self.curvature,
             "at": self.at,
             "metasmoothness": self.metasmoothness,
-            "miss": self.miss,
-            "finite_differences": self.check.error,
+            "miss": _finite(self.miss),
+            "finite_differences": _finite(self.check.error),
             "bitwise": self.bitwise,
         }
 
@@ -326,6 +328,8 @@ def _trial(replay: Replay, weights: Tensor, scores: Tensor, x: Batch, of: Output
         change = (last - first).abs().double()
         moved += float((change * (middle - first).sign() * (last - middle).sign()).sum())
         whole += float(change.sum())
+    if not math.isfinite(moved) or not math.isfinite(miss):
+        return -1.0, math.inf  # such a run diverged
     return moved / whole if whole else 1.0, miss
 
 
@@ -368,6 +372,10 @@ def _differences(
     central, one_sided = (values[::2] - values[1::2]) / (2 * sizes), (values[::2] - middle) / sizes
     error, own_error = _distance(scores[:, examples].T, central), _distance(one_sided, central)
     return FiniteDifferences(examples, central.T, error, own_error, step), middle
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

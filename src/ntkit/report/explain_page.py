@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ntkit.base.checks import refusal
-from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
+from ntkit.base.files import read_arrays_and_metadata, write_page
 from ntkit.base.integrity import damaged
-from ntkit.base.run_files import understood
+from ntkit.base.run_files import results_of_kind, understood
 from ntkit.report import draw, explain_text
 from ntkit.report.draw import Figure, Panel
 from ntkit.report.images import thumbnail
@@ -47,12 +46,7 @@ def render_explanation(folder: str | Path) -> Path:
     ntkit.Refused: no-such-run/results.json: got no such file; expected a JSON file. Check the folder's name.
     """
     folder = Path(folder)
-    results = read_json(folder / "results.json")
-    found = (results.get("kind"), results.get("format")) if isinstance(results, dict) else (None, None)
-    if found != (KIND, EXPLAIN_FORMAT):
-        fix = "Give a folder that ntkit explain wrote."
-        expected = f"an explanation, format {EXPLAIN_FORMAT}"
-        raise refusal(str(folder / "results.json"), got=f"{found[0]}, format {found[1]}", expected=expected, fix=fix)
+    results = results_of_kind(folder, KIND, EXPLAIN_FORMAT, "Name a folder that ntkit explain wrote.")
     with understood(folder / "results.json"):
         text = _page(results, _pictures(folder, results))
     write_page(folder / "explain.html", text)
@@ -97,11 +91,13 @@ def _cards(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     missed = sum(abs(d["predicted"] - d["real"]) for d in told) / len(told)
     size = sum(abs(d["real"]) for d in told) / len(told)
     residual = max(abs(point["residual"]) for point in r["points"])
+    miss = r["influence"]["miss"]
+    missed_in_trial = "–" if miss is None else plain(miss, 2)  # None: a run of the trial diverged
     trusted = "of their size; influence can be used" if r["influence"]["trusted"] else "do not trust the influence"
     error = explain_text.finite_differences(r)
     beside = "relative; runs in float64" if error else "no check: the run jumps at kinks"
     return [
-        ("after", "Changes missed in a trial, weights changed by 5 %", plain(r["influence"]["miss"], 2), trusted),
+        ("after", "Changes missed in a trial, weights changed by 5 %", missed_in_trial, trusted),
         ("init", "Accounting: largest residual of a margin", plain(residual, 2), "sum over all training examples"),
         ("after", "Influence against finite differences", error or "–", beside),
         ("network", "Predicted change against the real one", plain(missed, 2), f"mean miss; changes: {plain(size, 2)}"),

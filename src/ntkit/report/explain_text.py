@@ -45,7 +45,8 @@ def finite_differences(r: dict[str, Any]) -> str | None:
     small changes of the weights cross kinks of the network.
     """
     found = r["influence"]
-    return plain(found["finite_differences"], 2) if 10 * found["own_error"] < 1 else None
+    known = found["own_error"] is not None and found["finite_differences"] is not None
+    return plain(found["finite_differences"], 2) if known and 10 * found["own_error"] < 1 else None
 
 
 def checks(r: dict[str, Any]) -> str:
