@@ -23,7 +23,7 @@ from ntkit.base.files import ASIDE, write_atomically
 from ntkit.base.lock import LOCK, FolderLock
 from ntkit.base.progress import task
 from ntkit.base.versions import versions
-from ntkit.gram.arrays import BLOCK, as_tensor
+from ntkit.gram.arrays import BLOCK
 from ntkit.gram.gram_identity import identity, what_it_depends_on
 from ntkit.gram.gram_matrix import Gram, Index
 from ntkit.gram.tile_files import DESCRIPTION, DTYPES, BadTile, TileFiles, TileGrid, zarr
@@ -143,7 +143,7 @@ class GramStore(Gram):
         return cls(path)
 
     def verify(self) -> list[BadTile]:
-        """Read every tile and compare it with its checksum: those that are missing or damaged, ``(row, column, reason)``.
+        """Read every tile and compare it with its checksum: what is missing or damaged, as ``(row, column, reason)``.
 
         `create`, with the arguments that the store was made with, computes them again.
         """
@@ -164,10 +164,16 @@ class GramStore(Gram):
         grid = self._files.grid
         sides = tuple(grid.samples(i).stop - grid.samples(i).start for i in range(grid.count))
         chunks = (sides, sides, *((C,) for C in grid.tail))
-        return da.map_blocks(_mirrored_tile, self, chunks=chunks, dtype=np.dtype(grid.dtype), meta=np.empty((0,) * len(chunks), grid.dtype))
+        return da.map_blocks(
+            _mirrored_tile,
+            self,
+            chunks=chunks,
+            dtype=np.dtype(grid.dtype),
+            meta=np.empty((0,) * len(chunks), grid.dtype),
+        )
 
     def export(self, path: str | Path) -> None:
-        """Write all of K, both halves, as one ``.npy`` file in the dtype it is kept in, for ``numpy.load(mmap_mode="r")``.
+        """Write all of K, both halves, as one ``.npy`` file in the dtype it is kept in.
 
         Raises
         ------
@@ -231,7 +237,7 @@ class GramStore(Gram):
 
     def tile(self, rows: Index, columns: Index) -> Tensor:
         """``K[rows][:, columns]`` in float64, each index a slice or a list of places."""
-        places = self._places(rows), self._places(columns)
+        places = self._places(rows) % len(self), self._places(columns) % len(self)
         step = self.size * self.outputs
         result = torch.empty(len(places[0]), len(places[1]), dtype=torch.float64)
         across, down = ({int(b): (p // step == b).nonzero().ravel() for b in (p // step).unique()} for p in places)

@@ -194,7 +194,8 @@ class TileFiles:
 
 
 def _plan(said: dict[str, Any]) -> Plan:
-    return Plan(**{**said, "steps": tuple(Step(**step) for step in said["steps"])})
+    steps = tuple(Step(**step) for step in said["steps"])
+    return Plan(steps, **{name: int(size) for name, size in said.items() if name != "steps"})
 
 
 def _checksum(document: dict[str, Any]) -> str:

@@ -48,9 +48,7 @@ class Strip:
             self.multiply(result, left, right, rows.start, j, mirrored=same)
             right = None
 
-    def multiply(
-        self, result: Tensor, left: Tile, right: Tile, i: int = 0, j: int = 0, mirrored: bool = False
-    ) -> None:
+    def multiply(self, result: Tensor, left: Tile, right: Tile, i: int = 0, j: int = 0, mirrored: bool = False) -> None:
         """Write the kernel of two tiles at (i, j) of the result, block by block, each by a worker.
 
         Of a tile with itself, the upper half is computed and mirrored.
