@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.files import ASIDE, write_atomically
 from ntkit.base.lock import LOCK, FolderLock
+from ntkit.base.memory import parse_memory
 from ntkit.base.progress import task
 from ntkit.base.versions import versions
 from ntkit.gram.arrays import BLOCK
 from ntkit.gram.gram_identity import identity, what_it_depends_on
 from ntkit.gram.gram_matrix import Gram, Index
 from ntkit.gram.tile_files import DESCRIPTION, DTYPES, BadTile, TileFiles, TileGrid, zarr
-from ntkit.gram.tile_work import TileWork, as_samples, check_disk, grid_of
+from ntkit.gram.tile_work import TileWork, as_samples, budget, check_disk, grid_of
+from ntkit.gram.tile_workers import Sent, by_file_names, check_workers, compute
 from ntkit.kernels.kernel import Kernel
 
 _KEPT = 2**28  # bytes of tiles that a store keeps in memory once they are read
@@ -81,7 +83,15 @@ class GramStore(Gram):
     @classmethod
     @own_context()
     def create(
-        cls, path: str | Path, kernel: Kernel, x: Any, *, memory: int | str | None = None, tile: int | None = None
+        cls,
+        path: str | Path,
+        kernel: Kernel,
+        x: Any,
+        workers: int = 1,
+        scheduler: str | None = None,
+        memory: int | str | None = None,
+        *,
+        tile: int | None = None,
     ) -> GramStore:
         """Compute ``kernel(x)`` into a folder, or go on with one that is begun.
 
@@ -93,8 +103,12 @@ class GramStore(Gram):
         path : the folder, new or begun with the same kernel and data.
         kernel : with values [n, n] or [n, n, C, C], in float32 or float64. Leave its model unchanged meanwhile.
         x : n samples: a tensor, a tuple or dict of tensors, or numpy arrays in their place (a memmap stays on disk).
+        workers : processes of this machine, of one thread each; 1: this process, with its own threads. In a script,
+            more need ``if __name__ == "__main__":`` around the call, as all processes that Python starts.
+        scheduler : the address of a running Dask scheduler, such as "tcp://10.0.0.1:8786", whose workers compute in
+            place of this process. They see the folder under the same name, and have the same ntkit and torch.
         memory : bytes, or text such as "2 GB", for what several tiles have in common; a quarter of what is free if
-            None. Bits do not depend on it once the store is begun.
+            None. With a scheduler: of each worker. Bits do not depend on it once the store is begun.
         tile : samples along a side of a tile; None chooses tiles of at most 16 MiB.
 
         Raises
@@ -107,26 +121,34 @@ class GramStore(Gram):
         if not isinstance(kernel, Kernel):
             fix = "Pass e.g. ntkit.TangentKernel(model)."
             raise refusal("kernel", got=type(kernel).__name__, expected="a kernel of ntkit", fix=fix)
-        folder, x = Path(path).absolute(), as_samples(x)
+        check_workers(workers, scheduler)
+        folder, given, x = Path(path).absolute(), x, as_samples(x)
         first = kernel(take(x, slice(0, 1)))
         grid = grid_of(first, count(x), tile)
         depends_on = what_it_depends_on(kernel, x) | {"dtype": grid.dtype, "samples": f"{grid.n}"}
         depends_on |= {name: version for name, version in versions().items() if name in ("ntkit", "torch")}
-        begun = (folder / DESCRIPTION).exists()
-        if not begun:
+        if not (folder / DESCRIPTION).exists():
             _check_empty(folder)
             check_disk(folder, grid, len(grid.tiles))
         with FolderLock(folder):
-            begun = (folder / DESCRIPTION).exists()
-            files = _begun(folder, depends_on, grid, tile) if begun else None
-            work = TileWork(kernel, x, (files.grid if files else grid).size, memory, first.device)
+            files = _begun(folder, depends_on, grid, tile) if (folder / DESCRIPTION).exists() else None
+            share = budget(memory, first.device) // workers
+            work = TileWork(kernel, x, (files.grid if files else grid).size, share, first.device)
             if files is None:
                 work.make_plan()
                 which = identity((kernel, x), first.dtype)
                 files = TileFiles.create(folder, grid, which, depends_on, work.plan, work.factors_kept)
             else:
                 work.follow(files)
-            _fill(files, work)
+            missing = _missing(files)
+            check_disk(folder, files.grid, len(missing))
+            with task("kernel matrix", total=len(missing)) as progress:
+                if (workers == 1 and scheduler is None) or not missing:
+                    _fill(files, work, missing, progress.advance)
+                else:
+                    each = share if scheduler is None else parse_memory(memory)
+                    sent = Sent(folder, files.identity, kernel, by_file_names(given), each, first.device)
+                    compute(sent, work.bands(missing), workers, scheduler, progress.advance)
         return cls(folder)
 
     @classmethod
@@ -328,8 +350,8 @@ def _short(values: dict[str, str], name: str) -> str:
     return value if len(value) < 64 else value[:8]
 
 
-def _fill(files: TileFiles, work: TileWork) -> None:
-    """Compute the tiles that are not there, or not as they were written."""
+def _missing(files: TileFiles) -> list[tuple[int, int]]:
+    """Tiles that are not there; those that are not as they were written are deleted."""
     files.sweep()
     tiles = files.grid.tiles
     missing = [tile for tile in tiles if not files.file(*tile).exists()]
@@ -339,11 +361,16 @@ def _fill(files: TileFiles, work: TileWork) -> None:
             if bad is not None and bad.reason != "missing":
                 files.delete(bad.row, bad.column)
                 missing.append((bad.row, bad.column))
-    check_disk(files.folder, files.grid, len(missing))
-    with task("kernel matrix", total=len(missing)) as progress:
-        for i, j, values in work.values(missing):
-            files.write(i, j, values)
-            progress.advance()
+    return missing
+
+
+def _fill(files: TileFiles, work: TileWork, missing: list[tuple[int, int]], advance: Callable[[float], None]) -> None:
+    """Compute the tiles that are not there, in this process."""
+    for band in work.bands(missing):
+        rows = {i for i, _ in band}
+        for i, j in band:
+            files.write(i, j, work.value(i, j, rows))
+            advance(1)
 
 
 def _mirror(values: np.ndarray) -> np.ndarray:

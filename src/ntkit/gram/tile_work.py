@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ def _tensor(array: np.ndarray) -> Tensor:
         return shared(array)
     except TypeError as error:
         raise refusal("x", got=f"{array.dtype} values", expected="numbers", fix="Convert the array.") from error
+
+
+def budget(memory: int | str | None, device: torch.device) -> int:
+    """Bytes for factors that several tiles have in common; a quarter of what is free if None."""
+    return parse_memory(memory) or free_memory(device) // _SHARE
 
 
 def grid_of(first: Tensor, n: int, size: int | None) -> TileGrid:
@@ -79,15 +84,14 @@ class TileWork:
     Parameters
     ----------
     kernel, x, size : the kernel, the samples, samples along a side of a tile.
-    plan, factors_kept : of a store that is begun already; None makes them.
-    memory : bytes for factors that several tiles have in common; a quarter of what is free if None.
+    memory : see `budget`.
     device : where the kernel's values come out.
     """
 
     def __init__(self, kernel: Kernel, x: Batch, size: int, memory: int | str | None, device: torch.device) -> None:
         self._kernel: Any = kernel  # `tile` and `factors` are not of every kernel
         self._x, self._n, self._size = x, count(x), size
-        self._budget = parse_memory(memory) or free_memory(device) // _SHARE
+        self._budget = budget(memory, device)
         self._factors: dict[int, Any] = {}  # by row or column of tiles
         self.plan: Plan | None = None
         self.factors_kept = False
@@ -107,52 +111,52 @@ class TileWork:
         """Go on under the plan of a store that is begun."""
         self.plan, self.factors_kept = files.plan, files.factors_kept
 
-    def bands(self, tiles: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    def bands(self, tiles: Iterable[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """Tiles in an order in which few blocks go through the model: by bands of rows, column after column."""
-        rows = max(1, self._blocks_that_fit() - 1) if self.factors_kept else 1
+        rows = max(1, self._most_blocks() - 1) if self.factors_kept else 1
         by_band: dict[int, list[tuple[int, int]]] = {}
         for i, j in tiles:
             by_band.setdefault(i // rows, []).append((i, j))
-        for band in sorted(by_band):
-            yield sorted(by_band[band], key=lambda tile: (tile[1], tile[0]))
+        return [sorted(by_band[band], key=lambda tile: (tile[1], tile[0])) for band in sorted(by_band)]
 
-    def values(self, tiles: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
-        """Values of tiles, in the order of `bands`.
+    def value(self, i: int, j: int, rows: set[int]) -> Tensor:
+        """Values of a tile; `rows` are those of the band, which stay in memory.
 
         Raises
         ------
         Refused
             For a value that is not finite, by its samples.
         """
-        for band in self.bands(tiles):
-            rows = {i for i, _ in band}
-            for i, j in band:
-                self._forget(lambda block, j=j, rows=rows: block != j and block not in rows)
-                values = self._tile(i, j)
-                self._check_finite(values, i, j)
-                yield i, j, values
-            self._forget(lambda _: True)
+        values = self._tile(i, j, rows | {j})
+        self._check_finite(values, i, j)
+        return values
 
     def _blocks_that_fit(self) -> int:
         assert self.plan is not None
         per_block = self._size * sum(step.bytes_per_sample for step in self.plan.steps) + 1
         return self._budget // per_block
 
-    def _forget(self, which: Callable[[int], bool]) -> None:
-        for block in [block for block in self._factors if which(block)]:
-            del self._factors[block]
+    def _most_blocks(self) -> int:
+        return max(
+            2, self._blocks_that_fit()
+        )  # a store begun with more memory may ask for factors where two do not fit
 
     def _block(self, i: int) -> Batch:
         return take(self._x, slice(i * self._size, (i + 1) * self._size))
 
-    def _factors_of(self, i: int) -> Any:
+    def _factors_of(self, i: int, wanted: set[int]) -> Any:
+        """Factors of a block, kept; those that are not wanted again make room."""
         if i not in self._factors:
+            unwanted = [block for block in self._factors if block not in wanted]
+            while len(self._factors) >= self._most_blocks() and unwanted:
+                del self._factors[unwanted.pop(0)]
             self._factors[i] = self._kernel.factors(self._block(i), self.plan)
         return self._factors[i]
 
-    def _tile(self, i: int, j: int) -> Tensor:
+    def _tile(self, i: int, j: int, wanted: set[int]) -> Tensor:
         if self.factors_kept:
-            return self._kernel.product(self._factors_of(i), None if i == j else self._factors_of(j))
+            first = self._factors_of(i, wanted)
+            return self._kernel.product(first, None if i == j else self._factors_of(j, wanted))
         rows, columns = self._block(i), None if i == j else self._block(j)
         return self._kernel(rows, columns) if self.plan is None else self._kernel.tile(rows, columns, self.plan)
 
