@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from file_operations import FileOperations
 from torch import Tensor, nn
@@ -35,3 +36,24 @@ def killed(folder: Path, n: int, last: int | None, log: Path) -> None:
     operations = FileOperations(folder, last)
     create(folder, n)
     log.write_text(f"{operations.count}")
+
+
+def with_workers(folder: Path, n: int, log: Path) -> None:
+    """The same by three worker processes, from samples in a file."""
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
+    given = np.load(folder.with_name("samples.npy"), mmap_mode="r")
+    ntkit.GramStore.create(folder, kernel(), given, 3, tile=TILE, memory="50 MB")
+
+
+class Stubborn(nn.Module):
+    """A model that cannot take samples with a negative first number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x[:, 0] < -5).any()):
+            raise RuntimeError("these samples are too negative")
+        return self.inner(x)

@@ -7,6 +7,7 @@ unpickled from a file. Workers write the tiles themselves: the folder must be th
 from __future__ import annotations
 
 import mmap
+import random
 import sys
 import threading
 import traceback
@@ -200,10 +201,28 @@ def compute_strip(sent: Sent, tiles: list[Tile]) -> None:
             raise TilesFailed(reasons[0])
 
 
+def _keep_global_generator() -> None:
+    """Give Dask's modules in this worker a random generator of their own.
+
+    Its event loop draws waiting times from Python's global one while a network runs in another thread, and a network
+    during whose run that changes is refused as one that draws random numbers.
+    """
+    own, everyones = random.Random(), getattr(random.random, "__self__", None)
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] not in ("dask", "distributed", "tornado"):
+            continue
+        for entry, value in list(vars(module).items()):
+            if value is random:
+                vars(module)[entry] = own
+            elif everyones is not None and getattr(value, "__self__", None) is everyones:  # from random import randint
+                vars(module)[entry] = getattr(own, value.__name__)
+
+
 def _at_hand(sent: Sent) -> tuple[TileFiles, TileWork]:
     key = (str(sent.folder), sent.identity)
     if key not in _AT_HAND:
         _AT_HAND.clear()
+        _keep_global_generator()
         files = TileFiles(sent.folder)
         own = {name: files.depends_on.get(name) for name in ("ntkit", "torch")}
         here = {name: version for name, version in versions().items() if name in own}
