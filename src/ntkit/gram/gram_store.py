@@ -55,7 +55,7 @@ class GramStore(Gram):
 
     Examples
     --------
-    >>> import tempfile
+    >>> import tempfile, ntkit
     >>> kernel, x = ntkit.TangentKernel(torch.nn.Linear(3, 1), outputs="trace"), torch.rand(7, 3)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     K = GramStore.create(folder + "/kernel", kernel, x, tile=3)

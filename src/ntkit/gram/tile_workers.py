@@ -101,7 +101,7 @@ def compute(
     from distributed import as_completed
 
     with _client(workers, scheduler) as client:
-        number = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+        number = max(1, len(client.ncores()))
         total = sum(len(band) for band in bands)
         size = max(1, min(_LARGEST, total // (_TASKS * number)))
         strips = [band[i : i + size] for band in bands for i in range(0, len(band), size)]
