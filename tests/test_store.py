@@ -212,6 +212,17 @@ def test_a_store_that_is_there_is_not_computed_again(copy, monkeypatch):
     assert files_of(copy) == before
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_bytes_do_not_depend_on_threads_or_order(number, copy, whole, threads, monkeypatch):
+    for place in random.Random(number).sample(range(10), 7):
+        list(copy.glob("c/*/*"))[place % len(list(copy.glob("c/*/*")))].unlink()
+    order = tile_work.TileWork.bands
+    monkeypatch.setattr(tile_work.TileWork, "bands", lambda self, tiles: [b[::-1] for b in order(self, tiles)[::-1]])
+    threads(number)
+    create(copy)
+    assert files_of(copy) == files_of(whole)
+
+
 CHANGES = {
     "model": lambda folder: ntkit.GramStore.create(folder, kernel(seed=1), samples(), tile=TILE),
     "outputs": lambda folder: ntkit.GramStore.create(folder, kernel(outputs="sum"), samples(), tile=TILE),
@@ -258,6 +269,8 @@ def test_refusals(tmp_path, whole, monkeypatch):
         )
     with pytest.raises(Refused, match=r"zarr\.json"):
         ntkit.GramStore.open(tmp_path / "full")
+    with pytest.raises(Refused, match="got a file; expected a folder"):
+        create(tmp_path / "full" / "notes.txt")
     with FolderLock(tmp_path / "held"), pytest.raises(Refused, match="one writer at a time"):
         create(tmp_path / "held")
     assert not (tmp_path / "new").exists()

@@ -321,8 +321,8 @@ class GramStore(Gram):
 
 def _check_empty(folder: Path) -> None:
     """Refuse a folder that has other files."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise refusal(str(folder), got="a file or a link", expected="a folder", fix="Name another folder.")
+    if folder.exists() and not folder.is_dir():
+        raise refusal(str(folder), got="a file", expected="a folder", fix="Name another folder.")
     there = os.listdir(folder) if folder.is_dir() else []
     other = [name for name in there if name != LOCK and not name.endswith(ASIDE)]
     if other:
