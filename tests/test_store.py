@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -117,6 +118,23 @@ def test_blocks_go_through_the_model_as_often_as_memory_asks(blocks, passes, tmp
     store = ntkit.GramStore.create(tmp_path / "store", k, x, tile=3, memory=int(blocks * per_block))
     assert len(prepared) == passes
     torch.testing.assert_close(store.dense(), ntkit.Gram(k(x)).dense(), rtol=0, atol=1e-13 * store.largest)
+
+
+@pytest.mark.parametrize("outputs", ["trace", "diagonal", "full", "sum"])
+def test_factors_of_two_blocks_give_their_kernel(outputs):
+    """Also where one block turned out irregular and is planned otherwise than the other."""
+    k, x = ntkit.TangentKernel(convolutional(), outputs=outputs), images()
+    plan = k.plan_for_tiles(x, 6)
+    first, second = k.factors(x[:6], plan), k.factors(x[6:], plan)
+    changed = replace(plan, steps=tuple(replace(step, route="fallback", late=False) for step in plan.steps))
+    other = replace(second, job=replace(second.job, plan=changed))
+    K = ntkit.TangentKernel(convolutional(), outputs=outputs)(x)
+    for expected, value in [
+        (K[:6, 6:], k.product(first, second)),
+        (K[:6, 6:], k.product(first, other)),
+        (K[6:, 6:], k.product(second)),
+    ]:
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-13 * float(K.abs().max()))
 
 
 def _counted(function, calls):
