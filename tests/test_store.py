@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import pickle
 import random
 import shutil
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import ntkit
 from ntkit.base.checks import Damaged, Refused
 from ntkit.base.lock import FolderLock
-from ntkit.gram import gram_store, tile_work
+from ntkit.gram import gram_store, tile_files, tile_work
 from ntkit.gram.tile_files import TileFiles
 
 pytest.importorskip("zarr")
@@ -485,3 +486,25 @@ def test_damage_is_found_named_and_repaired(seed, copy, whole):
             read()
     create(copy)
     assert files_of(copy) == files_of(whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda array: array["codecs"].append({"name": "numcodecs.pickle"}),
+        lambda array: array.update(shape=[N, 3]),
+        lambda array: array.update(data_type="float64"),
+        lambda array: array["attributes"]["ntkit"].update(grid={"n": N}),
+        lambda array: array["attributes"]["ntkit"].update(plan={"steps": [{"run": "code"}]}),
+        lambda array: array.pop("codecs"),
+    ],
+)
+def test_a_description_by_someone_else_is_refused_before_zarr_reads_it(change, copy, monkeypatch):
+    """Also with a right checksum: codecs are code, found by name."""
+    array = json.loads((copy / "zarr.json").read_text())
+    del array["attributes"]["ntkit"]["checksum"]
+    change(array)
+    (copy / "zarr.json").write_bytes(tile_files._sealed(json.dumps(array).encode()))
+    monkeypatch.setattr("zarr.open_array", None)
+    with pytest.raises(Damaged, match=r"zarr\.json: got a damaged file: (an array of another kind|of another format)"):
+        ntkit.GramStore.open(copy)

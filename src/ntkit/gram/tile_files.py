@@ -98,9 +98,11 @@ class TileFiles:
         self.folder = folder
         fix = "Name a folder that GramStore.create has written."
         blob = read_bytes(folder / DESCRIPTION, "a kernel matrix on disk", fix, most=2**25)
-        said = _unsealed(folder / DESCRIPTION, blob)
+        document = _unsealed(folder / DESCRIPTION, blob)
         try:
+            said = document["attributes"]["ntkit"]
             self.grid = TileGrid(**said["grid"])
+            _check_array(folder / DESCRIPTION, document, self.grid)
             self.identity, self.depends_on = str(said["identity"]), dict(said["depends_on"])
             self.factors_kept = bool(said["factors_kept"])
             self.plan = None if said["plan"] is None else _plan(said["plan"])
@@ -211,7 +213,7 @@ def _sealed(blob: bytes) -> bytes:
 
 
 def _unsealed(file: Path, blob: bytes) -> dict[str, Any]:
-    """What is said of the matrix, after a comparison with the checksum."""
+    """What is said of the array, after a comparison with the checksum."""
     try:
         document = json.loads(blob)
         rest = copy.deepcopy(document)
@@ -220,4 +222,13 @@ def _unsealed(file: Path, blob: bytes) -> dict[str, Any]:
         raise damaged(file, f"no description of a kernel matrix ({type(error).__name__}: {error})") from error
     if checksum != _checksum(rest):
         raise damaged(file, "changed since it was written (its checksum differs)")
-    return rest["attributes"]["ntkit"]
+    return rest
+
+
+def _check_array(file: Path, document: dict[str, Any], grid: TileGrid) -> None:
+    """Refuse an array other than that of the grid: its codecs are code that Zarr finds by the names in the file."""
+    side, tile = [grid.n, grid.n, *grid.tail], [grid.size, grid.size, *grid.tail]
+    found = (document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"], document["data_type"])
+    codecs = [codec["name"] for codec in document["codecs"]]
+    if found != (side, tile, grid.dtype) or grid.dtype not in DTYPES or codecs != ["bytes", "crc32c"]:
+        raise damaged(file, "an array of another kind than GramStore writes")
