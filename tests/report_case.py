@@ -92,6 +92,7 @@ def full() -> tuple[dict[str, Any], Arrays]:
     different |= {"init": number(0.519, 0.02), "after": number(0.307, 0.02), "conjugate": number(0.402, 0.02)}
     different["centered"] = {key: number(-0.0052, 0.0001) for key, _ in KERNELS} | {"undefined": 2}
     neighbors, arrays = _neighbors()
+    explained, shown = _explained()
     examples, images = _examples(rows, arrays["test"])
     results = {
         "format": 1,
@@ -164,6 +165,7 @@ def full() -> tuple[dict[str, Any], Arrays]:
         },
         "invariances": {"samples": 200, "rows": invariances, "different": different, "examples": examples},
         "against_loss": _against_loss(rows),
+        "explained": explained,
         "neighbors": neighbors,
         "certificates": [
             {
@@ -187,7 +189,7 @@ def full() -> tuple[dict[str, Any], Arrays]:
             "memory": 2_000_000_000,
         },
     }  # fmt: skip
-    return results, {"neighbors": arrays, "invariances": {"images": images}}
+    return results, {"neighbors": arrays, "invariances": {"images": images}, "explained": shown}
 
 
 def minimal() -> dict[str, Any]:
@@ -197,7 +199,7 @@ def minimal() -> dict[str, Any]:
     results["data"].update(name="table.npz", kind="vectors", classes=["no", "yes"], train=90, test=31, input_shape=[7])
     results["model"].update(name="my-mlp", outputs=1, loss="logistic (one output)", weights="mlp.safetensors")
     results["model"].update(fallback={"scale": "an operation without a rule"}, parameters=211)
-    for key in ("training", "along", "invariances", "neighbors", "against_loss"):
+    for key in ("training", "along", "invariances", "neighbors", "against_loss", "explained"):
         results[key] = None
     results["network"] = {name: number(None) for name in results["network"]}
     results["network"]["test_error"] = number(0.25, None, "")
@@ -214,8 +216,9 @@ def minimal() -> dict[str, Any]:
 
 
 def earlier() -> tuple[dict[str, Any], Arrays]:
-    """As it was written before there were centered cosines, those of different images, examples and curves by loss."""
+    """As written before centered cosines, those of different images, examples, curves by loss and explanations."""
     results, arrays = full()
+    del results["explained"]
     del results["against_loss"], results["invariances"]["different"], results["invariances"]["examples"]
     for row in results["invariances"]["rows"]:
         del row["centered"]
@@ -254,6 +257,45 @@ def _against_loss(rows: list) -> dict[str, Any]:
             }
         )
     return {"points": 500, "tests": 360, "samples": 50, "snapshots": snapshots}
+
+
+def _explained() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Two test points, one right and one wrong; pixels are those of the examples' numbers, one pixel lit for each."""
+    steps, points = [0, 1, 8, 450], []
+    for j, (label, said) in enumerate((("3", "3"), ("8", "9"))):
+        entry: dict[str, Any] = {
+            "test_index": 40 + j, "why": ("confident and right", "confident and wrong")[j], "label": label,
+            "predicted": said, "right": label == said, "margin": 7.5 - 5 * j, "initial": -2.25, "weight_decay": 0.0,
+            "examples": 9.75 - 5 * j + 3e-6, "residual": 3e-6,
+        }  # fmt: skip
+        for start, method in enumerate(("accounting", "influence")):
+            entry[method] = {
+                side: [
+                    {"index": 10 * start + 5 * down + i + j, "label": str(i), "score": score, "rank_there": 30 + i,
+                     "along": [0.0, score / 4, score / 2, score]}
+                    for i in range(5)
+                    for score in [(-0.1 if down else 0.375) * (5 - i)]
+                ]
+                for down, side in enumerate(("helped", "hurt"))
+            }  # fmt: skip
+        entry["deletions"] = [
+            {"method": method, "size": 5, "predicted": -0.5 - k, "real": -0.25 - k, "spread": 0.125 if k == 2 else None}
+            for k, method in enumerate(("accounting", "influence", "random"))
+        ]
+        points.append(entry)
+    train = np.zeros((21, 8, 8, 1), np.uint8)
+    train.reshape(21, 64)[np.arange(21), np.arange(21)] = 255
+    test = np.full((2, 8, 8, 1), 100, np.uint8)
+    told = {
+        "steps_shown": steps,
+        "accounting": {"bitwise": True},
+        "influence": {"metasmoothness": 0.625, "smooth": True, "miss": 0.0625, "trusted": True, "checked": 1,
+                      "own_error": 2e-8,
+                      "finite_differences": 4.7e-6},
+        "random_sets": 3,
+        "points": points,
+    }  # fmt: skip
+    return told, {"test": test, "train": train, "train_index": np.arange(21)}
 
 
 def _examples(rows: list, test: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:

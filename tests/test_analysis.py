@@ -90,7 +90,8 @@ def test_a_run_is_a_whole_folder_and_a_short_table(whole):
     assert all(c["ok"] for c in found["certificates"]), found["certificates"]
     assert found["against_loss"] is None  # it would take more than a tenth of so small a run
     assert found["invariances"]["different"]["after"]["value"] < 1
-    assert found["files"].keys() == {"arrays/invariances.safetensors", "arrays/neighbors.safetensors"}
+    stages = ("explained", "invariances", "neighbors")
+    assert found["files"].keys() == {f"arrays/{stage}.safetensors" for stage in stages}
 
 
 def test_results_are_what_the_library_says(whole):
@@ -156,7 +157,9 @@ def test_killed_at_five_random_moments_the_run_ends_the_same(whole, tmp_path):
     same_runs(whole, run)
 
 
-@pytest.mark.parametrize("stage", ["network", "gram-after", "machine-init", "along", "neighbors", "oracle"])
+@pytest.mark.parametrize(
+    "stage", ["network", "gram-after", "machine-init", "along", "neighbors", "explained", "oracle"]
+)
 def test_stopped_between_any_two_files_the_run_ends_the_same(whole, tmp_path, stage, monkeypatch):
     """As if killed after a stage's arrays were written and before its numbers were."""
     import ntkit.commands.analyze as analysis

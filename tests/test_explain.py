@@ -29,6 +29,7 @@ from ntkit.commands.settings import ExplainSettings
 from ntkit.commands.track import TrackSettings, track_run
 from ntkit.commands.verify import verify
 from ntkit.report import render
+from ntkit.report.explain_text import trust
 
 HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
 NET = """
@@ -445,7 +446,7 @@ def hostile(explained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     results["title"] = results["points"][0]["label"] = HOSTILE
     results["points"][0]["accounting"]["helped"][0] |= {"label": HOSTILE, "text": HOSTILE + " long" * 60 + "x" * 300}
     results["points"][0]["influence"] = {"helped": [], "hurt": []}
-    results["influence"] |= {"metasmoothness": 0.2, "smooth": False, "own_error": 0.5}
+    results["influence"] |= {"metasmoothness": 0.2, "smooth": False, "miss": 1.5, "trusted": False, "own_error": 0.5}
     write_json(place / "results.json", results)
     return render(place)
 
@@ -468,11 +469,29 @@ def test_the_page_says_the_numbers(explained: Path) -> None:
     assert list(zip(drawn["x"], drawn["y"], strict=True)) == told
 
 
+@pytest.mark.parametrize(
+    ("smooth", "trusted", "first"),
+    [
+        (True, True, "Influence can be used here: in a trial"),
+        (False, True, "Training amplifies small changes in this run: its metasmoothness is low, 0.30. Yet influence"),
+        (False, False, "Do not trust the influence in this run: in a trial"),
+        (True, False, "Do not trust the influence in this run: in a trial"),
+    ],
+)
+def test_the_first_sentence_follows_from_trial_and_metasmoothness(smooth: bool, trusted: bool, first: str) -> None:
+    found = {"metasmoothness": 0.3, "smooth": smooth, "miss": 0.25, "trusted": trusted}
+    text = trust({"influence": found})
+    assert text.startswith(first)
+    assert "by 25\u00a0% of their size" in text
+    assert "by an undefined share of their size" in trust({"influence": found | {"miss": None}})
+
+
 def test_low_metasmoothness_is_said_first(hostile: Path, capsys: Any) -> None:
     words = _words(hostile)
     lede = re.search(r'<p class="lede">(.*?)</p>', _body(hostile), re.DOTALL)
     assert lede
-    assert lede[1].startswith("Do not trust the influence in this run: its metasmoothness is low, 0.20")
+    assert lede[1].startswith("Do not trust the influence in this run: in a trial")
+    assert "by 150\u00a0% of their size (metasmoothness 0.20)" in lede[1]
     assert "Finite differences say nothing about the influence here" in words
     ntkit.cli._print_explanation(hostile.parent)
     assert capsys.readouterr().out.startswith("Do not trust the influence in this run")

@@ -434,17 +434,55 @@ def test_without_examples_that_change_nothing_the_measures_are_those_of_the_netw
     assert not ntkit.influence(run, *vectors(5, seed=2)).scores[:, unseen].any()
 
 
-def test_a_chaotic_run_is_said_to_be_so_first():
-    data = ntkit.data.load("digits", train=100, seed=0)
+def deep(lr):
+    data = ntkit.data.load("digits", train=300, seed=0)
     x, y = data.x_train.double().flatten(1), data.y_train
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).double()
-    sgd = lambda p: torch.optim.SGD(p, lr=1.5, momentum=0.9)
-    run = ntkit.train(model, (x, y), nn.functional.cross_entropy, sgd, steps=150, batch_size=20)
-    result = ntkit.influence(run, data.x_test[:3].double().flatten(1), data.y_test[:3])
-    assert result.metasmoothness < 0.5
-    assert str(result).startswith("Low metasmoothness")
-    assert "InfluenceKernel" in str(result).split("\n")[0]
+    hidden = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.ReLU())]
+    model = nn.Sequential(*hidden, nn.Linear(64, 10)).double()
+    sgd = lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9)
+    run = ntkit.train(model, (x, y), nn.functional.cross_entropy, sgd, steps=200, batch_size=32)
+    return run, data.x_test[:5].double().flatten(1), data.y_test[:5]
+
+
+@pytest.mark.filterwarnings("ignore:The derivatives of")
+def test_a_chaotic_run_is_said_to_be_so_first():
+    result = ntkit.influence(*deep(0.05))
+    assert not result.smooth
+    assert result.miss > 0.5
+    first = str(result).split("\n")[0]
+    assert first.startswith("Do not trust these scores")
+    assert f"metasmoothness {result.metasmoothness:.2f}" in first
+    assert "InfluenceKernel" in first
+    calm = ntkit.influence(*deep(0.002))
+    assert calm.smooth
+    assert calm.miss < 0.2
+    assert str(calm).startswith("Influence of 300")
+
+
+def test_a_trial_that_diverges_is_said():
+    model = nn.Linear(1, 1, bias=False)
+    x, y = torch.ones(1, 1), torch.zeros(1, 1)
+    loss = lambda f, t: ((f - t) ** 2).mean() / 2
+    run = ntkit.train(model, (x, y), loss, lambda p: torch.optim.SGD(p, lr=1.999), steps=1000)
+    result = ntkit.influence(run, x, measure="logit")
+    assert result.miss == math.inf
+    assert result.metasmoothness == -1
+    assert not result.trusted
+    assert result.record()["miss"] is None
+    assert str(result).startswith("Do not trust these scores")
+
+
+def test_the_trial_is_the_change_of_the_measures_with_other_weights():
+    run = trained(optimizer="nesterov")
+    x, y = vectors(4, seed=2)
+    result = ntkit.influence(run, x, y, measure="logit")
+    change = 0.05 * torch.randn(13, generator=torch.Generator().manual_seed(0), dtype=F64)
+    outputs = Reruns(Replay(run)).run((1 + change)[None], lambda out, _: out.gather(1, y[:, None])[:, 0], x)[0][0]
+    real = outputs - result.values
+    expected = (result.scores @ change - real).norm() / real.norm()
+    assert abs(result.miss - float(expected)) < 1e-9
+    assert 1e-4 < result.miss < 0.5
 
 
 # ---------------------------------------------------------------------- refusals
@@ -515,4 +553,29 @@ def test_finite_differences_take_smaller_steps_where_weights_move_units_over_the
     assert result.check.step < 1e-4
     assert result.check.error < 1e-4
     smooth = ntkit.influence(trained(), *vectors(3, seed=2))
-    assert smooth.check.step == 1e-4
+    assert smooth.check.step == 1e-6
+    weights, reruns = torch.ones(100, dtype=F64), Reruns(Replay(run), F64)
+    y = data.y_test[:3]
+    margin = lambda out, _: (2 * out.gather(1, y[:, None])[:, 0] - out.sum(1)).double()
+    one_sided = []
+    for step in (1e-4, -1e-4):
+        large = weights.clone()
+        large[result.check.examples[0]] += step
+        ends = reruns.run(torch.stack([weights, large]), margin, data.x_test[:3].double(), keep=0)[0]
+        one_sided.append((ends[1] - ends[0]) / step)
+    assert float((one_sided[0] - one_sided[1]).norm() / one_sided[0].norm()) > 1e-2  # a kink lies between
+
+
+def test_how_many_examples_are_compared_with_finite_differences():
+    run, (x, y) = trained(), vectors(4, seed=2)
+    three, one, all_of_them = (ntkit.influence(run, x, y, checked=k) for k in (3, 1, 99))
+    best = three.scores.norm(dim=0).argsort(descending=True)
+    for result, k in ((three, 3), (one, 1), (all_of_them, 13)):
+        assert result.check.examples.tolist() == best[:k].tolist()
+        assert result.check.values.shape == (4, k)
+        assert result.check.error < 1e-7
+    close(all_of_them.check.values[:, [0, 7]], differences(run, x, y, best[[0, 7]]), 1e-7)
+    assert "Finite differences of 1 examples" not in str(one)
+    for bad in (0, -1, True, 1.5):
+        with pytest.raises(Refused, match=r"checked.*at least 1"):
+            ntkit.influence(run, x, y, checked=bad)

@@ -156,6 +156,12 @@ def test_no_damaged_file_gives_other_numbers(sample, copy, kind):
         assert len(refused) == len(files_of(folder)), "a file that no reader checks"
 
 
+def test_results_that_are_a_stage_of_the_same_run_are_noticed(sample, copy):
+    for stage in sorted((sample / "run" / "stages").glob("*.json")):
+        (copy / "run" / "results.json").write_bytes(stage.read_bytes())
+        assert {r.file: r.status for r in verify(copy / "run")}["results.json"] == "damaged"
+
+
 # --- computed again ------------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,17 @@ def folder(tmp_path_factory):
         ntkit.study("long2021", out=place, say=again.append)
         assert again == ["digits-3-8-mlp-0.01-seed-1-loss-0.3"]  # trained again for this part alone
         assert (place / "results.json").read_bytes() == before
+        (place / "results.json").unlink()  # parts of another machine were copied here
+        (place / "parts" / "digits-3-8-mlp-0.01-seed-1-loss-0.3.json").unlink()
+
+        def interrupt(line):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            ntkit.study("long2021", out=place, say=interrupt)
+        assert (place / "results.json").exists()  # of what was there
+        ntkit.study("long2021", out=place)
+        assert (place / "results.json").read_bytes() == before
     return place
 
 

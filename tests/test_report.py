@@ -50,7 +50,7 @@ def _poison(value: Any, key: str = "") -> Any:
         return {k: _poison(v, k) for k, v in value.items()}
     if isinstance(value, list):
         return [_poison(v, key) for v in value]
-    fixed = {"kind", "kernel", "status", "stop", "kernel_outputs"}
+    fixed = {"kind", "kernel", "status", "stop", "kernel_outputs", "method"}
     return HOSTILE + value if isinstance(value, str) and key not in fixed else value
 
 
@@ -108,7 +108,7 @@ def test_results_appear(full: Path) -> None:
 def test_every_figure_has_title_reading_and_text_alternative(full: Path) -> None:
     body, plots = _body(full), _plots(full)
     blocks = re.findall(r"<figure\b.*?</figure>", body, re.DOTALL)
-    assert len(blocks) == 11
+    assert len(blocks) == 13
     for block in blocks:
         assert re.search(r"<h3>[^<]+</h3>\s*<p class=\"reading\">[^<]{20,}</p>", block), block[:200]
     drawn = re.findall(r'class="plot" id="([\w-]+)" role="img" aria-label="([^"]{20,})"', body)
@@ -150,6 +150,7 @@ def test_thumbnails_are_the_arrays(full: Path) -> None:
     stages = report_case.full()[1]
     arrays = stages["neighbors"]
     body = _body(full)
+    body, _, explained = body.partition('<section id="explained">')
     body, cosines = body[body.index('id="neighbors"') :], body[: body.index('id="neighbors"')]
     found = re.findall(r'<img class="thumb" src="data:image/png;base64,([^"]+)" alt="([^"]+)"', body)
     assert len(found) == 6 * 11
@@ -161,6 +162,12 @@ def test_thumbnails_are_the_arrays(full: Path) -> None:
     assert [name for _, name in found[6:]] == ["test image", *(r["name"] for r in _rows("invariances"))]
     pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, _ in found]
     np.testing.assert_array_equal(pixels, stages["invariances"]["images"].reshape(12, 8, 8))
+    found = re.findall(r'<img class="thumb" src="data:image/png;base64,([^"]+)" alt="([^"]+)"', explained)
+    assert len(found) == 2 * 21
+    for data, name in found:
+        image, index = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), int(re.findall(r"\d+", name)[0])
+        array = stages["explained"]["test" if name.startswith("test") else "train"]
+        np.testing.assert_array_equal(image, array[index - 40 if name.startswith("test") else index, :, :, 0])
 
 
 def test_colour_thumbnails_keep_their_colours(tmp_path: Path) -> None:
@@ -393,6 +400,51 @@ def test_slopes_are_the_cosines_and_the_baseline_is_dashed(full: Path) -> None:
             assert drawn[row["name"]]["y"] == [entry["init"]["value"], entry["after"]["value"]]
             assert drawn[row["name"]]["error_y"]["array"] == [entry["init"]["error"], entry["after"]["error"]]
             assert (drawn[row["name"]]["line"]["dash"] == "dash") == (row is told["different"])
+
+
+def _section(path: Path, heading: str, following: str) -> str:
+    return _words(path).split(heading)[1].split(following)[0]
+
+
+def test_three_predictions_explained(full: Path) -> None:
+    told = report_case.full()[0]["explained"]
+    words = _section(full, "Why did it say that, and would it change?", "Can the numbers be trusted?")
+    assert "Influence can be used here: in a trial with all weights changed at random by 5 %, it missed" in words
+    assert "by 6 % of their size (metasmoothness 0.62)" in words
+    assert "Test 40: 3 (confident and right)" in words
+    assert "✗ network says 9 , it is 8 Margin +2.5: −2.2 before training, training examples +4.8" in words
+    assert "the sum misses it by 3e-6" in words
+    for row in ("5 most helpful by accounting −0.5 −0.25", "5 most helpful by influence −1.5 −1.2"):
+        assert words.count(row) == 2
+    assert words.count("5 at random, mean of 3 sets −2.5 −2.2 (sd 0.12)") == 2
+    assert "Influence of the strongest example differs from finite differences" in words
+    assert "missed the real change of the margin by 0.25 on average" in words
+    drawn = {trace["name"]: trace for trace in _plots(full)["plot-along-41-influence"]["data"]}
+    for side in ("helped", "hurt"):
+        for e in told["points"][1]["influence"][side]:
+            assert drawn[f"training example {e['index']}, {e['label']}"]["y"] == e["along"]
+
+
+def test_sentences_instead_of_pictures(tmp_path: Path) -> None:
+    results = report_case.full()[0]
+    point = results["explained"]["points"][0]
+    point["text"] = point["accounting"]["helped"][2]["text"] = "a <small> film"
+    page = render(report_case.write(tmp_path, results))
+    section = _body(page).partition('<section id="explained">')[2].partition("</section>")[0]
+    assert section.count("a &lt;small&gt; film") == 2
+    assert section.count('class="near sentences pair"') == 2
+    assert "<img" not in section
+
+
+def test_predictions_that_cannot_be_explained(full: Path, minimal: Path, earlier: Path, tmp_path: Path) -> None:
+    results, ends = report_case.full()[0], ("Why did it say that, and would it change?", "Can the numbers be trusted?")
+    results["explained"] = {"unexplained": "layer 'x' <b> draws random numbers"}
+    why = render(report_case.write(tmp_path, results))
+    assert _section(why, *ends).strip() == "Not here: layer 'x' <b> draws random numbers."
+    assert "weights were loaded, so there was no training to replay" in _section(minimal, *ends)
+    assert "no prediction was explained in this run" in _section(earlier, *ends)
+    assert "Metasmoothness" in _words(full)
+    assert "Metasmoothness" not in _words(why)
 
 
 def test_curves_against_the_loss(full: Path) -> None:

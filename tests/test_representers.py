@@ -514,7 +514,7 @@ def test_each_axiom_is_noticed_alone():
     good = alpha * K
     assert max(ntkit.check_axioms(good).values()) < 1e-12
     one_zero = good.clone()
-    one_zero[2, 2] = 0  # example 2 says nothing of itself, and something of others
+    one_zero[2, 2] = 0  # example 2 has a score of 0 for itself, and others for other examples
     assert ntkit.check_axioms(one_zero)["self-explanation"] > 0.01
     half = good.clone()
     half[1, 4] = 0

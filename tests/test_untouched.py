@@ -150,7 +150,42 @@ def limit(m, tmp):
 
 
 FLAT = X.flatten(1).numpy()
+
+
+def explained(m, tmp):
+    """On a copy that is trained first, and whose forward pass writes to no buffer: else it cannot be replayed."""
+    net = copy.deepcopy(plain(m))
+    sgd = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5)
+    run = ntkit.train(net, (X, Y), nn.functional.cross_entropy, sgd, 3, batch_size=4)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    modes = [module.training for module in net.modules()]
+    scores = ntkit.influence(run, X[:2], Y[:2]).scores
+    again = ntkit.Retrainings(run, X[:2], Y[:2])
+    ntkit.leave_one_out(scores, again, [0, 1, 2])
+    ntkit.datamodeling_score(scores, again, 0.5, 3)
+    ntkit.case_deletion(scores, again, shares=(0.2,))
+    ntkit.query_loss_difference(scores, again, 0.2, 2)
+    ntkit.mislabeled(scores[0], Y > 0)
+    tangent = ntkit.TangentKernel(net)
+    ntkit.explain(tangent, ntkit.tracking_importance(run), X, X[:2])
+    ntkit.explain(tangent, ntkit.target_importance(net, X, Y, nn.functional.cross_entropy), X, X[:2])
+    ntkit.surrogate_importance(tangent(X).double(), net(X).detach(), l2=1.0)
+    ntkit.check_axioms(ntkit.tracin(run, X).scores)
+    kernel_calls(ntkit.InfluenceKernel(net, (X, Y), nn.functional.cross_entropy, time=1.0))
+    ntkit.Explainer(lambda x, targets: ntkit.tracin(run, x), X).self_influence()
+    ntkit.TrackingImportance(6, 2).importance()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert modes == [module.training for module in net.modules()]
+
+
+EXPLANATIONS = (
+    "Deletion", "Evaluation", "Explainer", "Explanation", "Importance", "Influence", "InfluenceKernel", "Retrainings",
+    "TrackingImportance", "case_deletion", "check_axioms", "datamodeling_score", "explain", "influence",
+    "leave_one_out", "mislabeled", "query_loss_difference", "surrogate_importance", "target_importance", "tracin",
+    "tracking_importance",
+)  # fmt: skip
 CALLS = {
+    **dict.fromkeys(EXPLANATIONS, explained),
     "record": record,
     "track": track,
     "Tracked": track,

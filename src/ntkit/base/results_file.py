@@ -155,6 +155,17 @@ class LossResults(TypedDict):
     snapshots: list[SnapshotResults]
 
 
+class ExplainedResults(TypedDict):
+    """Some predictions of an analysis, explained; or, under ``unexplained``, why there are none."""
+
+    unexplained: NotRequired[str]
+    steps_shown: NotRequired[list[int]]
+    accounting: NotRequired[dict[str, Any]]
+    influence: NotRequired[dict[str, Any]]
+    random_sets: NotRequired[int]
+    points: NotRequired[list[dict[str, Any]]]
+
+
 class CertificateResults(TypedDict):
     """A check of an analysis."""
 
@@ -190,6 +201,7 @@ class AnalysisResults(TypedDict):
     along: AlongResults | None
     invariances: InvarianceResults | None
     against_loss: NotRequired[LossResults | None]  # absent in runs of earlier versions
+    explained: NotRequired[ExplainedResults | None]  # absent in runs of earlier versions
     neighbors: ProbeRows | None
     certificates: list[CertificateResults]
     reproduce: ReproduceResults

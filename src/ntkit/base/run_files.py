@@ -259,6 +259,16 @@ def _refused(path: str | Path, value: Any, within: str, text: str) -> Damaged:
     return Damaged(f"{subject}: got {got}; expected {expected}. Restore the file, or start a new run.")
 
 
+def results_of_kind(folder: Path, kind: str, version: int, fix: str) -> dict[str, Any]:
+    """Read ``results.json`` of a folder; refuse another kind of results, and another format."""
+    results = read_json(folder / "results.json")
+    found = (results.get("kind"), results.get("format")) if isinstance(results, dict) else (None, None)
+    if found != (kind, version):
+        got, expected = f"kind {found[0]}, format {found[1]}", f"kind {kind}, format {version}"
+        raise refusal(str(folder / "results.json"), got=got, expected=expected, fix=fix)
+    return results
+
+
 @contextmanager
 def understood(path: str | Path) -> Iterator[None]:
     """Turn an error about content that no description covers into a refusal that names the file.

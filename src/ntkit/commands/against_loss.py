@@ -103,14 +103,20 @@ def affordable(whole: Data, part: Data, along: dict[str, Any], samples: int, tra
 
     Counted, not timed, so that the same run gives the same results.
     """
-    n, tests, followed, few = len(whole.x_train), len(whole.x_test), along["points"], len(part.x_train)
-    rest = 2 * (_cost(n) + _cost(n, tests)) + len(along["steps"]) * FOLLOWING * _cost(followed)
+    few, tests = len(part.x_train), len(whole.x_test)
     own = _cost(few) + _cost(few, len(part.x_test))
     if transforms:
-        moved = 1 + sum(map(len, transforms.values()))
-        rest += 2 * _cost(moved * min(samples, tests))
-        own += _cost(moved * min(samples, tests, PROBED))
-    return min(SNAPSHOTS, int(SHARE * rest / own))
+        own += _cost((1 + sum(map(len, transforms.values()))) * min(samples, tests, PROBED))
+    return min(SNAPSHOTS, int(SHARE * cost_of_kernels(whole, along, samples, transforms) / own))
+
+
+def cost_of_kernels(whole: Data, along: dict[str, Any], samples: int, transforms: dict[str, Any]) -> float:
+    """Cost of the kernels of a run, before, along and after training, in gradients of a sample."""
+    n, tests, followed = len(whole.x_train), len(whole.x_test), along["points"]
+    cost = 2 * (_cost(n) + _cost(n, tests)) + len(along["steps"]) * FOLLOWING * _cost(followed)
+    if transforms:
+        cost += 2 * _cost((1 + sum(map(len, transforms.values()))) * min(samples, tests))
+    return cost
 
 
 def _cost(n: int, others: int | None = None) -> float:

@@ -36,6 +36,7 @@ from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
 from ntkit.commands.against_loss import against_loss
+from ntkit.commands.explained_stage import explained_stage
 from ntkit.commands.network_measures import LABELS
 from ntkit.commands.results import KERNELS, assemble, earlier_run, versions
 from ntkit.commands.settings import Settings
@@ -60,7 +61,7 @@ def analyze(
     trust: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Train or load a network, measure its kernel before, along and after training, and write a report.
+    """Train or load a network, measure its kernel before, along and after training, explain three predictions, report.
 
     Parameters
     ----------
@@ -183,6 +184,7 @@ class _Run:
             ("against-loss", "kernel against training loss", self._against_loss),
             ("invariances", "invariances", self._invariances),
             ("neighbors", "nearest training examples", self._neighbors),
+            ("explained", "three predictions explained, with training again", self._explained),
             ("oracle", "check against per-sample autograd in float64", self._oracle),
         ]  # fmt: skip
         for number, (name, text, work) in enumerate(stages, 2):
@@ -190,7 +192,7 @@ class _Run:
         results = assemble(
             self.settings, self.task, self.models["after"], self.trajectory, self.numbers, self.device, self.memory
         )
-        images = [f"arrays/{stage}.safetensors" for stage in ("neighbors", "invariances")]
+        images = [f"arrays/{stage}.safetensors" for stage in ("neighbors", "invariances", "explained")]
         results["files"] = {place: digest for place, digest in self.files.digests.items() if place in images}
         results["run"] = self.files.run
         write_json(self.folder / "results.json", results)
@@ -381,6 +383,12 @@ class _Run:
             K = self._read_gram(f"{key}-test")[examples.cpu()]
             kernels[key] = K, own, self._read_gram(f"{key}-train").diagonal()
         return measures.neighbors(self.data, examples, predicted, kernels)
+
+    def _explained(self) -> Stage:
+        along = self.numbers["along"]
+        if self.trajectory is None or "absent" in along:
+            return None, {}
+        return explained_stage(self.task, self.models["after"], self.trajectory, along, self.settings.probe_samples)
 
     def _oracle(self) -> Stage:
         x, after = self.data.x_test, self.models["after"]

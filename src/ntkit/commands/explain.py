@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import Damaged, Refused, refusal
-from ntkit.base.files import read_json, remove, write_json
+from ntkit.base.files import read_json, remove, write_arrays, write_json
 from ntkit.base.integrity import check_place, fingerprint
 from ntkit.base.lock import LOCK, FolderLock
 from ntkit.base.regular_files import check_folder
@@ -117,26 +117,18 @@ def _explain(place: Path, opened: _Opened, points: list[Point], run: Path, say: 
     parts = kernel.decompose(x, y, steps=True, path=place / "accounting")
     say("[3 of 4] influence: what each training example's weight would change")
     scores, influence_along, certificate = _influence(place, opened, points, x, y, say)
-    by_method = {"accounting": parts.contributions[:, 0], "influence": scores}
-    shares = [(share.step, share.rows, share.values[:, 0]) for share in parts.steps or ()]
-    steps = points_of.steps_shown(opened.trajectory.stop["step"])
-    own = {side: points_of.along_training(shares, examples, steps)
-           for side, examples in points_of.strongest(by_method["accounting"]).items()}  # fmt: skip
-    along = {"accounting": own, "influence": influence_along}
+    added, added_along = points_of.contributions(parts, points_of.steps_shown(opened.trajectory.stop["step"]))
+    by_method = {"accounting": added, "influence": scores}
+    along = {"accounting": added_along, "influence": influence_along}
     sizes = points_of.sizes(len(data.x_train))
     sets = points_of.removed_sets(by_method, sizes)
-    flat = [examples for own in sets.values() for examples in own]
-    say(f"[4 of 4] training again: {len(flat)} networks, each without {' or '.join(map(str, sizes))} examples")
+    count = sum(map(len, sets.values()))
+    say(f"[4 of 4] training again: {count} networks, each without {' or '.join(map(str, sizes))} examples")
     again = Retrainings(opened.trajectory, x, y, margin, folder=place / "retrainings", **opened.training)
-    outcomes = points_of.train_again(again, flat)
-    told = points_of.told_points(data, points, parts, by_method, along)
-    for entry, deletions in zip(
-        told, points_of.told_deletions(points, sets, outcomes, again.values, scores), strict=True
-    ):
-        entry["deletions"] = deletions
+    told = points_of.explained(data, points, parts, by_method, along, again, sets)
     results = _results(opened, parts, certificate, told, run)
-    if data.kind == "images":
-        results["images"] = points_of.write_pictures(place / "images.safetensors", data, told)
+    if pictures := points_of.pictures(data, told):
+        results["images"] = write_arrays(place / "images.safetensors", pictures)
     write_json(place / "results.json", results)
 
 
@@ -306,8 +298,7 @@ def _influence(
     result = influence(opened.trajectory, x, y, margin, steps=True, **opened.training)
     certificate = points_of.influence_in_numbers(result)
     shown = points_of.steps_shown(opened.trajectory.stop["step"])
-    along = {side: points_of.along_training(result.steps or (), examples, shown)
-             for side, examples in points_of.strongest(result.scores).items()}  # fmt: skip
+    along = points_of.strongest_along(result.steps or (), result.scores, shown)
     tensors = {"scores": result.scores, **{f"along.{side}": values for side, values in along.items()}}
     write_tensors(file, tensors, {"of": own, "certificate": json.dumps(certificate)})
     return result.scores, along, certificate

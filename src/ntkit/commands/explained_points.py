@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.files import write_arrays
 from ntkit.base.progress import task as shown_task
 from ntkit.commands.network_measures import TrainingTask, as_pixels, outputs_of
 from ntkit.data import Data
@@ -78,10 +77,12 @@ def sizes(n: int) -> list[int]:
     return sorted(count for count in counts if 1 <= count < n) or [1]
 
 
-def removed_sets(scores: dict[str, Tensor], sizes: Sequence[int]) -> dict[tuple[str, int, int], list[list[int]]]:
+def removed_sets(
+    scores: dict[str, Tensor], sizes: Sequence[int], random_sets: int = RANDOM_SETS
+) -> dict[tuple[str, int, int], list[list[int]]]:
     """What is removed: (method, test point, size) -> sets of examples; the random ones are those of every point (-1).
 
-    `scores` holds those of each method, [m, n].
+    `scores` holds those of each method, [m, n]; `random_sets` is how many random ones there are of each size.
     """
     m, n = scores[METHODS[0]].shape
     found: dict[tuple[str, int, int], list[list[int]]] = {}
@@ -89,7 +90,7 @@ def removed_sets(scores: dict[str, Tensor], sizes: Sequence[int]) -> dict[tuple[
         for method in METHODS:
             best = scores[method].argsort(dim=1, descending=True, stable=True)[:, :size]
             found |= {(method, j, size): [best[j].tolist()] for j in range(m)}
-        masks = subsets(n, size / n, RANDOM_SETS, seed=size)
+        masks = subsets(n, size / n, random_sets, seed=size)
         found["random", -1, size] = [mask.nonzero().flatten().tolist() for mask in masks]
     return found
 
@@ -141,6 +142,36 @@ def along_training(shares: Iterable[tuple[int, Tensor, Tensor]], examples: Tenso
         total = total + own
         sums[step + 1] = total
     return torch.stack([sums[step] for step in steps], 2)
+
+
+def strongest_along(
+    shares: Sequence[tuple[int, Tensor, Tensor]], scores: Tensor, steps: Sequence[int]
+) -> dict[str, Tensor]:
+    """Sums along training of the `strongest` examples, by side."""
+    return {side: along_training(shares, examples, steps) for side, examples in strongest(scores).items()}
+
+
+def contributions(parts: PathDecomposition, steps: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores of the accounting, [m, n], and those of the strongest examples along training, by side."""
+    scores = parts.contributions[:, 0]
+    shares = [(share.step, share.rows, share.values[:, 0]) for share in parts.steps or ()]
+    return scores, strongest_along(shares, scores, steps)
+
+
+def explained(
+    data: Data,
+    points: Sequence[Point],
+    parts: PathDecomposition,
+    scores: dict[str, Tensor],
+    along: dict[str, dict[str, Tensor]],
+    again: Retrainings,
+    sets: dict[tuple[str, int, int], list[list[int]]],
+) -> list[dict[str, Any]]:
+    """`told_points` with their deletions, for which networks are trained again without each of the sets."""
+    outcomes = train_again(again, [examples for own in sets.values() for examples in own])
+    told = told_points(data, points, parts, scores, along)
+    deletions = told_deletions(points, sets, outcomes, again.values, scores["influence"])
+    return [entry | {"deletions": own} for entry, own in zip(told, deletions, strict=True)]
 
 
 def told_points(
@@ -226,20 +257,22 @@ def told_deletions(
     return told
 
 
-def write_pictures(file: Path, data: Data, told: Sequence[dict[str, Any]]) -> str:
-    """Write the images that the page shows, those of training by their index; returns the file's checksum."""
+def pictures(data: Data, told: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The images that the page shows, those of training by their index; nothing for other data."""
+    if data.kind != "images":
+        return {}
     shown = sorted({e["index"] for t in told for method in METHODS for side in t[method].values() for e in side})
     tests = [t["test_index"] for t in told]
     both = as_pixels(torch.cat([data.x_test[tests], data.x_train[shown]]))
-    arrays = {"test": both[: len(tests)], "train": both[len(tests) :], "train_index": np.asarray(shown)}
-    return write_arrays(file, arrays)
+    return {"test": both[: len(tests)], "train": both[len(tests) :], "train_index": np.asarray(shown)}
 
 
 def influence_in_numbers(result: Influence) -> dict[str, Any]:
     """The certificate of an influence, as plain JSON."""
     found = result.check
     return result.record() | {
-        "smooth": result.smooth, "checked": len(found.examples), "own_error": found.own_error,
+        "smooth": result.smooth, "trusted": result.trusted,
+        "checked": len(found.examples), "own_error": found.own_error if math.isfinite(found.own_error) else None,
     }  # fmt: skip
 
 

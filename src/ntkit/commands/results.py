@@ -95,6 +95,7 @@ def assemble(
         "quality": [q for key in KERNELS if (q := stages[f"gram-{key}"]) is not None],
         **{name: stages[name] for name in ("similarity", "along", "invariances", "neighbors")},
         "against_loss": stages["against-loss"],
+        "explained": stages["explained"],
         "certificates": [*oracle["checks"], *_certificates(machines, stages["along"], absent)],
         "reproduce": {
             "command": "ntkit analyze " + " ".join(map(shlex.quote, s.arguments())),

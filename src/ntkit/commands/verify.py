@@ -260,6 +260,8 @@ def _results(path: Path, own: str) -> None:
     told, checksum = read_json_and_checksum(path)
     told = told if isinstance(told, dict) else {}
     check_place(path, told if checksum is None else told | {"sha256": checksum}, run=own)
+    if "stage" in told:
+        raise damaged(path, f"the file of the stage {told['stage']}, not results")
 
 
 def _same_digest(path: Path, digest: str) -> None:

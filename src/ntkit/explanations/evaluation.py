@@ -96,7 +96,7 @@ def datamodeling_score(
 
     Notes
     -----
-    Park, Georgiev, Ilyas, Leclerc, Madry 2023 (TRAK), section 2: the mean over test points of Spearman's correlation.
+    Park, Georgiev, Ilyas, Leclerc, Madry 2023 (TRAK): the mean over test points of Spearman's correlation.
     All test points share the sets. So the error has two parts, added in squares: that of the draw of test points, and
     that of the draw of sets, by leaving out one set at a time (jackknife).
     """
@@ -164,12 +164,13 @@ def case_deletion(
 
     Notes
     -----
-    Tsai, Yeh, Ravikumar 2023, section 5 (case deletion diagnostics).
+    Tsai, Yeh, Ravikumar 2023 (case deletion diagnostics).
     """
     scores = _checked(scores, again)
     counts = [max(1, round(share * again.n)) for share in shares]
-    if not counts or counts[-1] >= again.n:
-        raise refusal("shares", got=list(shares), expected="shares of the examples below 1", fix="Remove fewer.")
+    if not counts or min(shares) <= 0 or max(counts) >= again.n:
+        expected = "shares above 0 that leave an example"
+        raise refusal("shares", got=list(shares), expected=expected, fix="Use e.g. (0.02, 0.05, 0.1).")
     order = scores.argsort(dim=1, descending=not against, stable=True)
     removed = torch.zeros(again.m, len(counts), again.n, dtype=torch.bool)
     for place, count in enumerate(counts):

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, call_with, checked, count, take
+from ntkit.base.batch import Batch, call_with, count, take
+from ntkit.base.batch import checked as checked_batch
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.memory import free_memory, parse_memory
@@ -25,9 +26,11 @@ from ntkit.trajectory.replay import Replay
 from ntkit.trajectory.reruns import Reruns
 
 Curvature = Literal["hessian", "gauss-newton"]
+MISS = 0.5  # of the trial, above it scores are not to be trusted
 SMOOTH = 0.5  # metasmoothness below it: derivatives by weights say little about real deletions
-_EXAMPLES = 3  # whose derivatives are compared with finite differences
-_STEPS = (1e-4, 1e-6, 1e-7)  # of the weights in finite differences: smaller ones where kinks (ReLU) lie close
+# Of the weights in finite differences: 1e-6 loses less to rounding, smaller ones cross fewer kinks (ReLU). Where
+# metasmoothness is low, kinks lie close, and larger steps would be runs for nothing.
+_STEPS, _SMALL_STEPS = (1e-6, 1e-7, 1e-8), (1e-7, 1e-8, 1e-6)
 _AGREE = 1e-4  # own error of finite differences that are good enough
 _DIRECTION = 0.05  # of the weights in the measurement of metasmoothness
 
@@ -39,11 +42,12 @@ class FiniteDifferences:
     Attributes
     ----------
     examples : int64 [k], those with the largest scores.
-    values : [m, k], central differences of fourth order, (8 [m(w + h) - m(w - h)] - [m(w + 2h) - m(w - 2h)]) / 12 h.
+    values : [m, k], central differences, (m(w + h) - m(w - h)) / 2 h.
     error : largest over the examples of ||scores - values|| / ||values||.
-    own_error : the same of the central differences of second order: how far finite differences can be trusted.
-    step : h / w, the first of 1e-4, 1e-6, 1e-7 whose own error is at most 1e-4; else that with the smallest. Where a
-        step of 1e-4 is too large, weights move units of the network over their kinks.
+    own_error : the same of one-sided differences, (m(w + h) - m(w)) / h: how far finite differences can be trusted.
+    step : h / w, the first of 1e-6, 1e-7, 1e-8 whose own error is at most 1e-4; else that with the smallest. Where
+        1e-6 is too large, weights move units of the network over their kinks. Where the metasmoothness is below 0.5
+        that is likely, and 1e-6 comes last.
     """
 
     examples: Tensor
@@ -66,7 +70,11 @@ class Influence:
     measure : the name of the measure.
     curvature, at : as passed.
     metasmoothness : from -1 to 1: how far the parameters move along a straight line when the weights do. Near 1 a
-        derivative predicts real changes of the weights; below 0.5 it says little about them.
+        derivative predicts real changes of the weights; below 0.5 it says little about them. -1 where a run with
+        slightly other weights diverged.
+    miss : of a trial in which all weights change at random by 5 %: the distance of the changes of the measures that the
+        scores predict from the real ones, over the size of these. Above 0.5 the scores are not to be trusted; infinite
+        where that run diverged.
     check : the derivatives of a few examples beside finite differences.
     layers : parameter -> its part of the scores, [m, n]; they sum to `scores`. None by default.
     steps : (step, rows int64 [B], scores [m, B]) for each step, in order. None by default.
@@ -79,6 +87,7 @@ class Influence:
     curvature: Curvature
     at: float
     metasmoothness: float
+    miss: float
     check: FiniteDifferences
     layers: dict[str, Tensor] | None = None
     steps: list[tuple[int, Tensor, Tensor]] | None = field(default=None, repr=False)
@@ -89,21 +98,34 @@ class Influence:
         """Whether the metasmoothness is at least 0.5."""
         return self.metasmoothness >= SMOOTH
 
+    @property
+    def trusted(self) -> bool:
+        """Whether the scores missed the changes of the trial by at most half of their size."""
+        return self.miss <= MISS
+
     def __str__(self) -> str:
         m, n = self.scores.shape
         lines = []
-        if not self.smooth:
+        trial = f"in a trial with all weights changed at random by {_DIRECTION:.0%}, the scores missed the changes of "
+        trial += f"the {self.measure} by {self.miss:.2g} of their size"
+        if not self.trusted:
             lines.append(
-                f"Low metasmoothness ({self.metasmoothness:.2f}): training amplifies small changes, and these scores "
-                "predict real deletions badly. Use the early-stopped influence function, "
-                "ntkit.InfluenceKernel with time=..., or train with a smaller learning rate."
+                f"Do not trust these scores: {trial} (metasmoothness {self.metasmoothness:.2f}). Use the early-stopped "
+                "influence function, ntkit.InfluenceKernel with time=..., or train with a smaller learning rate."
+            )
+        elif not self.smooth:
+            lines.append(
+                f"Low metasmoothness ({self.metasmoothness:.2f}): training amplifies small changes. Yet {trial}."
             )
         exact = "." if self.curvature == "hessian" else " (they follow the Hessian, not the Gauss-Newton matrix)."
+        k = len(self.check.examples)
         lines += [
             f"Influence of {n} training examples on the {self.measure} of {m} test points, at weight {self.at:g}.",
-            f"Metasmoothness {self.metasmoothness:.3f}. Finite differences of {len(self.check.examples)} examples "
+            f"Metasmoothness {self.metasmoothness:.3f}. Finite differences of {k} example{'s' * (k != 1)} "
             f"(weights changed by {self.check.step:g}) differ by {self.check.error:.1g} of their size{exact}",
         ]
+        if self.trusted and self.smooth:
+            lines.append(f"{trial.capitalize()}.")
         return "\n".join(lines)
 
     def top(self, k: int, against: bool = False) -> Top:
@@ -115,7 +137,7 @@ class Influence:
         return Top(examples, values)
 
     def record(self) -> dict[str, Any]:
-        """Numbers for a report, as plain JSON: sizes, certificate."""
+        """Numbers for a report, as plain JSON: sizes, certificate; None for what is not finite."""
         m, n = self.scores.shape
         return {
             "test_points": m,
@@ -124,7 +146,8 @@ class Influence:
             "curvature": self.curvature,
             "at": self.at,
             "metasmoothness": self.metasmoothness,
-            "finite_differences": self.check.error,
+            "miss": _finite(self.miss),
+            "finite_differences": _finite(self.check.error),
             "bitwise": self.bitwise,
         }
 
@@ -144,6 +167,7 @@ def influence(
     data: tuple[Inputs, Tensor] | None = None,
     loss: Loss | None = None,
     clip: float | None = None,
+    checked: int = 3,
 ) -> Influence:
     r"""How the trained network's predictions change with the weight of each training example, exactly.
 
@@ -172,12 +196,15 @@ def influence(
     memory : bytes that may be taken (or text such as "2 GB"); half of what is free if None. Test points that do not fit
         together (points x parameters numbers) are done in parts, each a sweep over the run.
     model, data, loss, clip : of the run, where `trajectory` was opened from disk.
+    checked : number of examples, those with the largest scores, that are compared with finite differences, at least 1.
+        Each takes two to six runs.
 
     Returns
     -------
     Influence
         With its certificate: finite differences of a few examples, from runs in float64 with other weights, and the
-        metasmoothness of the run. ``print`` says them, and says first when the metasmoothness is low.
+        metasmoothness of the run, and a trial of the scores: what they miss when all weights change a little. ``print``
+        says them, and first what speaks against trusting the scores.
 
     Raises
     ------
@@ -187,9 +214,10 @@ def influence(
 
     Notes
     -----
-    Time: one to two and a half gradients of a batch per step and test point, and 15 runs in float64 for the
-    certificate. Memory: two to four times test points x parameters, never training examples x parameters; for the
-    certificate a few copies of the parameters in float64 for each run that is in work.
+    Time: one to two and a half gradients of a batch per step and test point; for the certificate two runs, and
+    1 + 2 `checked` runs in float64 (up to 1 + 6 `checked` where a step is no good). Memory: two to four times test
+    points x parameters, never training examples x parameters; for the certificate a few copies of the parameters in
+    float64 for each run that is in work.
     ReLU and max-pool are differentiated as autograd does.
     The derivative through training: Maclaurin, Duvenaud, Adams 2015; Hara, Nitanda, Maehara 2019. Metasmoothness:
     Ilyas, Engstrom 2025 (arXiv 2503.13751, definition 2).
@@ -214,7 +242,10 @@ def influence(
     if not isinstance(at, (int, float)) or isinstance(at, bool) or not 0 < at < math.inf:
         fix = "Use 1.0 for single examples, 0.5 for halves of the training set."
         raise refusal("at", got=repr(at), expected="a weight > 0", fix=fix)
-    x = checked(x, "x")
+    if not isinstance(checked, int) or isinstance(checked, bool) or checked < 1:
+        fix = "1 is the least: scores are never returned without a comparison."
+        raise refusal("checked", got=repr(checked), expected="a number of examples, at least 1", fix=fix)
+    x = checked_batch(x, "x")
     run = Replay(trajectory, model, data, loss, clip, moments=True)
     if not run.steps:
         fix = "Train with a lower target, or a smaller learning rate."
@@ -231,7 +262,8 @@ def influence(
         fix = "Look for a loss or an operation without a second derivative at these values (a norm or a root of 0)."
         raise refusal("scores", got="values that are not finite", expected="finite derivatives", fix=fix)
     values = torch.cat([values for values, _ in sweeps])
-    found, smooth = _certificate(Reruns(replay, torch.float64), weights.double(), scores, x, of)
+    smooth, miss = _trial(replay, weights.double(), scores, x, of)
+    found = _certificate(Reruns(replay, torch.float64), weights, scores, x, of, checked, smooth)
     bound = max(torch.finfo(next(replay.model.parameters()).dtype).eps ** 0.25, 10 * found.own_error)
     if curvature == "hessian" and not found.error <= bound:
         warnings.warn(
@@ -241,7 +273,7 @@ def influence(
             stacklevel=3,
         )
     return Influence(
-        scores, values, of.name, curvature, float(at), smooth, found,
+        scores, values, of.name, curvature, float(at), smooth, miss, found,
         _joined_layers([sweep.layers for _, sweep in sweeps]),
         _joined_steps([sweep.steps for _, sweep in sweeps]), run.bitwise,
     )  # fmt: skip
@@ -258,9 +290,6 @@ def _sweeps(
     end = replay.final()
     result = []
     weights = torch.ones(replay.n) if replay.weights is None else replay.weights
-
-    def measured(j: int) -> Tensor:
-        return of.value(call_with(replay.model, take(x, slice(j, j + 1))), j)
 
     with task("influence", total=replay.steps * -(-m // fit)) as progress:
         for start in range(0, m, fit):
@@ -280,44 +309,73 @@ def _sweeps(
     return result
 
 
-def _certificate(
-    reruns: Reruns, weights: Tensor, scores: Tensor, x: Batch, of: OutputMeasure
-) -> tuple[FiniteDifferences, float]:
-    """Finite differences of the examples with the largest scores, and metasmoothness, from runs in float64."""
-    n, k = len(weights), min(_EXAMPLES, len(weights))
-    examples = scores.norm(dim=0).topk(k).indices
-    direction = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows = [weights + j * _DIRECTION * weights * direction for j in range(3)]
-    _, ends = reruns.run(torch.stack(rows), lambda outputs, _: of.values(outputs), x)
+def _trial(replay: Replay, weights: Tensor, scores: Tensor, x: Batch, of: OutputMeasure) -> tuple[float, float]:
+    """Metasmoothness, and the miss of the scores: from two more runs in the model's own precision.
+
+    All weights change along one random direction.
+    """
+    direction = torch.randn(len(weights), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = torch.stack([weights + j * _DIRECTION * weights * direction for j in (1, 2)])
+    values, ends = Reruns(replay).run(rows, lambda outputs, _: of.values(outputs), x)
+    start = replay.final()
+    assign(replay.model, start, "the end of the run")
+    real = values[0] - of.of_network(replay.model, x)
+    predicted = scores @ (rows[0] - weights)
+    miss = float((predicted - real).norm() / real.norm().clamp_min(1e-300))
     moved, whole = 0.0, 0.0
-    for end in ends.values():
-        change = (end[2] - end[0]).abs()
-        moved += float((change * (end[1] - end[0]).sign() * (end[2] - end[1]).sign()).sum())
+    for name, (middle, last) in ends.items():
+        first = start[name].to(middle)
+        change = (last - first).abs().double()
+        moved += float((change * (middle - first).sign() * (last - middle).sign()).sum())
         whole += float(change.sum())
+    if not math.isfinite(moved) or not math.isfinite(miss):
+        return -1.0, math.inf  # such a run diverged
+    return moved / whole if whole else 1.0, miss
+
+
+def _certificate(
+    reruns: Reruns, weights: Tensor, scores: Tensor, x: Batch, of: OutputMeasure, checked: int, smooth: float
+) -> FiniteDifferences:
+    """Finite differences of the examples with the largest scores, from runs in float64."""
+    examples = scores.norm(dim=0).topk(min(checked, len(weights))).indices
     best: FiniteDifferences | None = None
-    for step in _STEPS:
-        found = _differences(reruns, weights, examples, step, scores, x, of)
+    middle: Tensor | None = None  # measures of the run itself, the same for all steps
+    for step in _STEPS if smooth >= SMOOTH else _SMALL_STEPS:
+        found, middle = _differences(reruns, weights, examples, step, middle, scores, x, of)
         best = found if best is None or found.own_error < best.own_error else best
         if found.own_error <= _AGREE:
             break
     assert best is not None
-    return best, moved / whole if whole else 1.0
+    return best
 
 
 def _differences(
-    reruns: Reruns, weights: Tensor, examples: Tensor, step: float, scores: Tensor, x: Batch, of: OutputMeasure
-) -> FiniteDifferences:
-    rows = []
+    reruns: Reruns,
+    weights: Tensor,
+    examples: Tensor,
+    step: float,
+    middle: Tensor | None,
+    scores: Tensor,
+    x: Batch,
+    of: OutputMeasure,
+) -> tuple[FiniteDifferences, Tensor]:
+    """Those of one step, and the measures of the run itself, which are computed if they are None."""
+    rows = [weights] if middle is None else []
     for i in examples:
-        for h in (1, -1, 2, -2):
+        for h in (1, -1):
             rows.append(weights.clone())
             rows[-1][i] *= 1 + h * step
     values, _ = reruns.run(torch.stack(rows), lambda outputs, _: of.values(outputs), x, keep=0)
-    near, far = (values[j::4] - values[j + 1 :: 4] for j in (0, 2))
+    if middle is None:
+        middle, values = values[0], values[1:]
     sizes = (step * weights[examples])[:, None]
-    second, fourth = near / (2 * sizes), (8 * near - far) / (12 * sizes)
-    error = _distance(scores[:, examples].T, fourth)
-    return FiniteDifferences(examples, fourth.T, error, _distance(second, fourth), step)
+    central, one_sided = (values[::2] - values[1::2]) / (2 * sizes), (values[::2] - middle) / sizes
+    error, own_error = _distance(scores[:, examples].T, central), _distance(one_sided, central)
+    return FiniteDifferences(examples, central.T, error, own_error, step), middle
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

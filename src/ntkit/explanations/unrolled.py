@@ -15,7 +15,8 @@ derivatives of a measure of the trained network by theta', b', q'. One step back
     V <- (1 - decoupled) V + coupled D + H C,  M <- carry M,  Q <- beta2 Q
 
 with H C = d <C, G> / d theta, so memory is (test points x parameters). Both <C, J_i^T slope_i> = d <C, G> / d w_i and
-H C come out of one backward pass through the graph of G.
+H C come out of one backward pass through the graph of G. Of an embedding G and H C are zero but in the rows of the
+batch's words, and C is needed in these rows alone: only what is elementwise goes over all rows.
 """
 
 from __future__ import annotations
@@ -28,17 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntkit.base.batch import call_with
-from ntkit.base.checks import Refused, refusal
+from ntkit.base.checks import refusal
 from ntkit.base.workers import spread, workers
-from ntkit.jacobian.graph import correct_norms, nodes_behind, nodes_from, own_functions, saved_numbers
-from ntkit.jacobian.model_calls import PlainWeightNorm, without_fused_rnn
+from ntkit.explanations.step_graph import StepGraph
+from ntkit.jacobian.graph import nodes_behind
+from ntkit.jacobian.model_calls import without_fused_rnn
 from ntkit.trajectory.optimizer_updates import Moments, Update
 from ntkit.trajectory.replay import Replay, ReplayStep
-
-_NUMBERS = 2**21  # that the graphs of test points in one pass may keep: more of them are not faster, and take memory
-_AT_ONCE = 20  # test points in one pass, at most
-_FEW = 4  # in one pass they are no faster than one by one
 
 
 class Unrolled:
@@ -73,6 +70,7 @@ class Unrolled:
         self._buffers: dict[str, Tensor] = {}  # M
         self._squares: dict[str, Tensor] = {}  # Q
         self._maxima: dict[str, Tensor] = {}  # of amsgrad: of the maximum of q
+        self._slopes: dict[str, Tensor] = {}  # of the step in work: d theta' / d q'
         first = next(iter(start.values()))
         self._m = len(first)
         options = {"dtype": torch.float64, "device": first.device}
@@ -86,6 +84,7 @@ class Unrolled:
         """Go back over one more step."""
         for name, u in step.updates.items():
             self._allocate(name, u)
+        self._slopes = {name: _slope(u.moments) for name, u in step.updates.items() if u.moments is not None}
         count = len(self._models)
         shares = [(k, slice(self._m * k // count, self._m * (k + 1) // count)) for k in range(count)]
         with sdpa_kernel(SDPBackend.MATH), without_fused_rnn(not self._fused):
@@ -119,7 +118,7 @@ class Unrolled:
             vectors = self._by_gradient(step, graph, some)
             back, scores = graph.products(vectors)
             for name, value in back.items():
-                self._effects[name][some].add_(value)
+                _add(self._effects[name][some], value, graph.rows.get(name))
             totals.append(scores.double())
             if self.layers:
                 layers.append({name: graph.products({name: vectors[name]})[1].double() for name in self.layers})
@@ -130,40 +129,42 @@ class Unrolled:
         """Go back through the optimizer: the derivatives by the batch's gradient, name -> [k, *shape]."""
         vectors: dict[str, Tensor] = {}
         for name, u in step.updates.items():
-            effects = self._effects[name][some]
+            effects, own = self._effects[name][some], graph.rows.get(name)
             if not u.gradient:  # no gradient: the parameter and its state keep their values
-                vectors[name] = torch.zeros_like(effects)
+                vectors[name] = torch.zeros_like(_at(effects, own))
                 continue
-            by_d = effects * -u.direct if u.direct else torch.zeros_like(effects)
+            rows = None if u.coupled else own  # with L2, every row of d depends on the parameters
+            by_d = _at(effects, rows) * -u.direct if u.direct else torch.zeros_like(_at(effects, rows))
             if (buffers := self._buffers.get(name)) is not None:
-                buffer = buffers[some].sub_(u.buffered * effects)
-                by_d.add_(buffer, alpha=u.entering)
+                buffer = buffers[some]
+                if isinstance(u.buffered, Tensor):
+                    buffer.addcmul_(effects, u.buffered, value=-1)
+                else:
+                    buffer.sub_(effects, alpha=u.buffered)
+                by_d.add_(_at(buffer, rows), alpha=u.entering)
                 buffer.mul_(u.carry)
             if u.moments is not None:
-                d = graph.gradients[name] * u.gradient
-                d = d.add(step.before[name], alpha=u.coupled) if u.coupled else d
-                by_d.addcmul_(self._by_square(name, u.moments, effects, some), d, value=2 * (1 - u.moments.beta2))
-            effects.mul_(1 - u.decoupled)
+                by_square = self._by_square(name, u.moments, effects, some, rows)
+                by_d.addcmul_(by_square, _d(step, name, graph), value=2 * (1 - u.moments.beta2))
+            if u.decoupled:
+                effects.mul_(1 - u.decoupled)
             if u.coupled:
                 effects.add_(by_d, alpha=u.coupled)
+                by_d = _at(by_d, own)
             vectors[name] = by_d.mul_(u.gradient)
         return self._unclipped(vectors, step, graph)
 
-    def _by_square(self, name: str, moments: Moments, effects: Tensor, some: slice) -> Tensor:
-        """Derivatives by Adam's second moment q'; goes back to q in place, and returns those by q'."""
-        scaled = (moments.largest / moments.correction).sqrt()
-        root = scaled + moments.eps
-        # where the moment is zero, so is the mean, and the update does not depend on it
-        slope = torch.where(scaled > 0, moments.rate * moments.mean / (2 * moments.correction * scaled * root**2), 0.0)
-        square = self._squares[name][some]
+    def _by_square(self, name: str, moments: Moments, effects: Tensor, some: slice, rows: Tensor | None) -> Tensor:
+        """Derivatives by Adam's second moment q'; goes back to q in place, and returns those by q' (in some rows)."""
+        square, slope = self._squares[name][some], self._slopes[name]
         if moments.largest is moments.square:
             square.addcmul_(effects, slope)
-            by_square = square.clone()
         else:
             maximum = self._maxima[name][some].addcmul_(effects, slope)
             newest = moments.largest == moments.square
-            by_square = square.add_(maximum * newest).clone()
+            square.add_(maximum * newest)
             maximum.mul_(~newest)
+        by_square = square.clone() if rows is None else _at(square, rows)
         square.mul_(moments.beta2)
         return by_square
 
@@ -184,85 +185,36 @@ class Unrolled:
         return vectors
 
 
-class StepGraph:
-    """The graph of a step's weighted gradient G(theta, w), for products with its derivatives.
+def _at(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Some rows of a parameter's vectors [k, l, ...], a copy; the vectors themselves for None: all rows."""
+    return values if rows is None else values.index_select(1, rows)
 
-    Attributes
-    ----------
-    gradients : G by parameter, before clipping; without those that have none.
-    at_once : vectors that are sent back in one pass.
-    """
 
-    def __init__(self, model: nn.Module, step: ReplayStep, replay: Replay, weights: Tensor, gauss_newton: bool) -> None:
-        own = dict(model.named_parameters())
-        params = {name: own[name] for name in replay.names}
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(step.before[name])
-        with torch.enable_grad():
-            with PlainWeightNorm():
-                outputs = call_with(model, step.x)
-            values = outputs.detach().clone().requires_grad_() if gauss_newton else None
-            at = outputs if values is None else values
-            loss = replay.objective.loss(at.clone(), step.y)  # which may overwrite what it gets
-            if not replay.is_loop:
-                correct_norms(outputs)
-            weights = weights.to(outputs).requires_grad_()
-            factors = weights.view(-1, *[1] * (outputs.dim() - 1))
-            (slope,) = torch.autograd.grad(loss, at, create_graph=True)
-            self._values, self._slope = values, slope * factors
-            cotangent = self._slope if values is None else self._slope.detach().clone().requires_grad_()
-            found = torch.autograd.grad(outputs, list(params.values()), cotangent, create_graph=True, allow_unused=True)
-        self._outputs, self._weights, self._cotangent = outputs, weights, cotangent
-        self._graph = {name: g for name, g in zip(params, found, strict=True) if g is not None}
-        self._params = params
-        self.gradients = {name: g.detach() for name, g in self._graph.items()}
-        at_once = min(_AT_ONCE, _NUMBERS // (saved_numbers(outputs) + 1))
-        self.at_once = at_once if at_once >= _FEW else 1
+def _add(total: Tensor, values: Tensor, rows: Tensor | None) -> None:
+    """Add vectors that have only some rows, or all."""
+    if rows is None:
+        total.add_(values)
+    else:
+        total.index_add_(1, rows, values)
 
-    def products(self, vectors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """H C by parameter, [k, *shape], and d <C, G> / d w, [k, B], for k vectors C; for some parameters' G alone."""
-        names = [name for name, g in self._graph.items() if name in vectors and g.requires_grad]
-        k = len(next(iter(vectors.values())))
-        sources, cotangents = [self._graph[name] for name in names], [vectors[name] for name in names]
-        params: list[Tensor] = list(self._params.values())
-        try:
-            if self._values is None:
-                *back, scores = self._pulled(sources, [*params, self._weights], cotangents, k)
-            else:
-                (along,) = self._pulled(sources, [self._cotangent], cotangents, k)  # J C, [k, B, ...]
-                curved, scores = self._pulled([self._slope], [self._values, self._weights], [along], k)
-                back = self._pulled([self._outputs], params, [curved], k)
-        except RuntimeError as error:
-            if "derivative for" not in str(error):
-                raise
-            raise _once(str(error).replace("\n", " ")) from error
-        return dict(zip(self._params, back, strict=True)), scores
 
-    def check(self) -> None:
-        """Refuse a function marked as differentiable only once: PyTorch leaves out what lies behind it, silently."""
-        starts = {g.grad_fn for g in self._graph.values() if g.grad_fn is not None}
-        if any(node.name() == "torch::autograd::Error" for start in starts for node in nodes_from(start)):
-            raise _once(", ".join(own_functions(nodes_behind(self._outputs))) or "a function of its own")
+def _d(step: ReplayStep, name: str, graph: StepGraph) -> Tensor:
+    """The gradient d that the optimizer takes: of all rows with L2, else of those with a gradient."""
+    u = step.updates[name]
+    d = graph.gradients[name] * u.gradient
+    if not u.coupled:
+        return d
+    decay = step.before[name] * u.coupled
+    _add(decay[None], d[None], graph.rows.get(name))
+    return decay
 
-    def _pulled(self, sources: list[Tensor], inputs: list[Tensor], vectors: list[Tensor], k: int) -> list[Tensor]:
-        """Products of k vectors with the derivative of `sources` by `inputs`, [k, *shape] each; else zeros."""
-        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-        batched = self.at_once > 1 and k > 1
-        rows: list[Any] = []
-        if batched and sources:
-            try:
-                rows = [torch.autograd.grad(sources, inputs, vectors, is_grads_batched=True, **options)]
-            except RuntimeError:  # a node without a rule for many vectors
-                self.at_once, batched = 1, False
-        if not batched and sources:
-            rows = [torch.autograd.grad(sources, inputs, [v[i] for v in vectors], **options) for i in range(k)]
-        found = []
-        for place, t in enumerate(inputs):
-            column = [row[place] for row in rows if row[place] is not None]
-            total = t.new_zeros(k, *t.shape) if not column else column[0] if batched else torch.stack(column)
-            found.append(total)
-        return found
+
+@torch.no_grad()
+def _slope(moments: Moments) -> Tensor:
+    """The derivative of theta' by Adam's q'; zero where q' is zero: then the mean is, too, and so is the update."""
+    scaled = (moments.largest / moments.correction).sqrt()
+    root = scaled + moments.eps
+    return torch.where(scaled > 0, moments.rate * moments.mean / (2 * moments.correction * scaled * root**2), 0.0)
 
 
 def _check_checkpoints(outputs: Tensor) -> None:
@@ -270,12 +222,6 @@ def _check_checkpoints(outputs: Tensor) -> None:
     if any(node.name() == "CheckpointFunctionBackward" for node in nodes_behind(outputs)):
         got, expected = "torch.utils.checkpoint with use_reentrant=True", "a graph that holds all parameters"
         raise refusal("the network", got=got, expected=expected, fix="Pass use_reentrant=False to checkpoint.")
-
-
-def _once(what: str) -> Refused:
-    got = f"an operation that PyTorch can differentiate only once ({what})"
-    fix = "Write that layer with operations that have a second derivative."
-    return refusal("the network", got=got, expected="operations that can be differentiated twice", fix=fix)
 
 
 def derivatives_of_measures(

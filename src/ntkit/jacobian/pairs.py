@@ -61,6 +61,11 @@ class Pair:
         """The other one."""
         return self.right if self.data_left else self.left
 
+    @property
+    def selects(self) -> bool:
+        """Whether all but some rows of the whole parameter have a gradient of zero: an embedding's, by its indices."""
+        return self.data_left and self.block is None and self.data.dtype == torch.int64
+
     def placed(self, place: Place) -> Pair:
         """The same gradient as a part of the parameter."""
         turned, block = place

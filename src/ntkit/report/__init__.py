@@ -79,7 +79,10 @@ def _images(run: Path, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
         told = described(start, read_json(start), AnalysisRun)
         if fingerprint([told["settings"], told["identity"]]) != results["run"]:
             raise damaged(run / "results.json", "the results of another run than run.json")
-    return {stage: _arrays(run, f"arrays/{stage}.safetensors", results) for stage in ("neighbors", "invariances")}
+    return {
+        stage: _arrays(run, f"arrays/{stage}.safetensors", results)
+        for stage in ("neighbors", "invariances", "explained")
+    }
 
 
 def _arrays(run: Path, name: str, results: dict[str, Any]) -> dict[str, Any]:

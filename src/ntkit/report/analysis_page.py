@@ -9,7 +9,7 @@ import numpy as np
 
 from ntkit.report import analysis_figures as figures
 from ntkit.report import analysis_text as text
-from ntkit.report import training_figures
+from ntkit.report import explain_page, explain_text, training_figures
 from ntkit.report.images import thumbnail
 from ntkit.report.page import page
 
@@ -23,9 +23,11 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
     pairs = {"machines": (figures.machines(results), text.machines(results))}
     if results["invariances"]:
         pairs["invariances"] = figures.invariances(results), text.invariances(results)
+    explained = _explained(results, arrays["explained"])
+    curves = explained["along"] if explained else []
     return page(
         "analysis.html",
-        [figure for figure, _ in (*along, *pairs.values())],
+        [figure for figure, _ in (*along, *pairs.values(), *curves)],
         title=results["title"],
         source="results.json",
         r=results,
@@ -41,7 +43,24 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
         shared_labels=text.neighbors(results) if results["neighbors"] else "",
         neighbors=_neighbors(results, arrays["neighbors"]),
         examples=_examples(results["invariances"] or {}, arrays["invariances"]),
+        explained=explained,
+        unexplained=text.unexplained(results),
     )
+
+
+def _explained(results: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:
+    """Predictions explained, with their figures and sentences; None where there are none."""
+    told = results.get("explained")
+    if not told or "points" not in told:
+        return None
+    return {
+        "points": explain_page.points_shown(told, arrays),
+        "along": explain_page.curves_along(told["points"], told["steps_shown"]),
+        "size": max(d["size"] for d in told["points"][0]["deletions"]),
+        "trust": explain_text.trust(told),
+        "agreement": explain_text.agreement(told),
+        "checks": explain_text.checks(told),
+    }
 
 
 def _neighbors(results: dict[str, Any], arrays: Arrays) -> list[dict[str, Any]]:

@@ -183,6 +183,14 @@ def neighbors(results: dict[str, Any]) -> str:
     )
 
 
+def unexplained(results: dict[str, Any]) -> str:
+    """Why no prediction is explained."""
+    if results["training"] is None:
+        return "Not here: the weights were loaded, so there was no training to replay."
+    why = (results.get("explained") or {}).get("unexplained")
+    return f"Not here: {why or 'no prediction was explained in this run'}."
+
+
 def certificates(results: dict[str, Any]) -> str:
     """Count the checks."""
     passed = [bool(c["ok"]) for c in results["certificates"]]

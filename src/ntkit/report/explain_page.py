@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ntkit.base.checks import refusal
-from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
+from ntkit.base.files import read_arrays_and_metadata, write_page
 from ntkit.base.integrity import damaged
-from ntkit.base.run_files import understood
+from ntkit.base.run_files import results_of_kind, understood
 from ntkit.report import draw, explain_text
 from ntkit.report.draw import Figure, Panel
 from ntkit.report.images import thumbnail
@@ -47,12 +46,7 @@ def render_explanation(folder: str | Path) -> Path:
     ntkit.Refused: no-such-run/results.json: got no such file; expected a JSON file. Check the folder's name.
     """
     folder = Path(folder)
-    results = read_json(folder / "results.json")
-    found = (results.get("kind"), results.get("format")) if isinstance(results, dict) else (None, None)
-    if found != (KIND, EXPLAIN_FORMAT):
-        fix = "Give a folder that ntkit explain wrote."
-        expected = f"an explanation, format {EXPLAIN_FORMAT}"
-        raise refusal(str(folder / "results.json"), got=f"{found[0]}, format {found[1]}", expected=expected, fix=fix)
+    results = results_of_kind(folder, KIND, EXPLAIN_FORMAT, "Name a folder that ntkit explain wrote.")
     with understood(folder / "results.json"):
         text = _page(results, _pictures(folder, results))
     write_page(folder / "explain.html", text)
@@ -73,7 +67,7 @@ def _pictures(folder: Path, results: dict[str, Any]) -> Mapping[str, np.ndarray]
 
 
 def _page(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    figure, along = _figure(r), [_along(r, point) for point in r["points"]]
+    figure, along = _figure(r), curves_along(r["points"], r["training"]["steps_shown"])
     return page(
         "explained.html",
         [figure, *(curves for curves, _ in along)],
@@ -83,7 +77,7 @@ def _page(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
         r=r,
         kind={"images": "images", "tokens": "sequences"}.get(r["data"]["kind"], "examples"),
         cards=_cards(r),
-        points=_points(r, arrays),
+        points=points_shown(r, arrays),
         checks=explain_text.checks(r),
         figure=figure,
         along=along,
@@ -97,19 +91,21 @@ def _cards(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     missed = sum(abs(d["predicted"] - d["real"]) for d in told) / len(told)
     size = sum(abs(d["real"]) for d in told) / len(told)
     residual = max(abs(point["residual"]) for point in r["points"])
-    smooth = "influence can be used" if r["influence"]["smooth"] else "low: do not trust the influence"
+    miss = r["influence"]["miss"]
+    missed_in_trial = "–" if miss is None else plain(miss, 2)  # None: a run of the trial diverged
+    trusted = "of their size; influence can be used" if r["influence"]["trusted"] else "do not trust the influence"
     error = explain_text.finite_differences(r)
     beside = "relative; runs in float64" if error else "no check: the run jumps at kinks"
     return [
-        ("after", "Metasmoothness of the run", f"{r['influence']['metasmoothness']:.2f}", smooth),
+        ("after", "Changes missed in a trial, weights changed by 5 %", missed_in_trial, trusted),
         ("init", "Accounting: largest residual of a margin", plain(residual, 2), "sum over all training examples"),
         ("after", "Influence against finite differences", error or "–", beside),
         ("network", "Predicted change against the real one", plain(missed, 2), f"mean miss; changes: {plain(size, 2)}"),
     ]
 
 
-def _points(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Test points with thumbnails, sentences and rows of their tables."""
+def points_shown(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Test points with thumbnails, sentences and rows of their tables, for the template."""
     place = {int(index): i for i, index in enumerate(arrays.get("train_index", ()))}
     points = []
     for j, told in enumerate(r["points"]):
@@ -136,9 +132,13 @@ def _points(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[dict[st
     return points
 
 
-def _along(r: dict[str, Any], point: dict[str, Any]) -> tuple[Figure, str]:
-    """Sums of the strongest examples' shares up to each step, by both methods; and what they say."""
-    steps, panels, texts = r["training"]["steps_shown"], [], []
+def curves_along(points: Sequence[dict[str, Any]], steps: Sequence[int]) -> list[tuple[Figure, str]]:
+    """For each point: sums of the strongest examples' shares up to each step, by both methods; and what they say."""
+    return [_along(point, steps) for point in points]
+
+
+def _along(point: dict[str, Any], steps: Sequence[int]) -> tuple[Figure, str]:
+    panels, texts = [], []
     for method in ("accounting", "influence"):
         data = [
             draw.line(steps, e["along"], draw.safe(f"training example {e['index']}, {e['label']}"), *look)

@@ -22,16 +22,20 @@ def signed(value: float) -> str:
 
 def trust(r: dict[str, Any]) -> str:
     """Whether influence can be trusted in this run; the first thing to say."""
-    smooth = r["influence"]["metasmoothness"]
-    if r["influence"]["smooth"]:
-        return (
-            f"Influence can be used here: metasmoothness {smooth:.2f} (1: parameters move along a straight line when "
-            "the examples’ weights do; below 0.5 a derivative says little about real deletions)."
-        )
-    return (
-        f"Do not trust the influence in this run: its metasmoothness is low, {smooth:.2f} (below 0.5 training "
-        "amplifies small changes, and a derivative says little about real deletions). The accounting holds."
+    found = r["influence"]
+    trial = (
+        "in a trial with all weights changed at random by 5 %, it missed the changes of the margins by "
+        f"{share(found['miss'])} of their size"
     )
+    smooth = f"{found['metasmoothness']:.2f}"
+    if not found["trusted"]:
+        return f"Do not trust the influence in this run: {trial} (metasmoothness {smooth}). The accounting holds."
+    if not found["smooth"]:
+        return (
+            f"Training amplifies small changes in this run: its metasmoothness is low, {smooth}. Yet influence can be "
+            f"used: {trial}."
+        )
+    return f"Influence can be used here: {trial} (metasmoothness {smooth})."
 
 
 def finite_differences(r: dict[str, Any]) -> str | None:
@@ -41,7 +45,8 @@ def finite_differences(r: dict[str, Any]) -> str | None:
     small changes of the weights cross kinks of the network.
     """
     found = r["influence"]
-    return plain(found["finite_differences"], 2) if 10 * found["own_error"] < 1 else None
+    known = found["own_error"] is not None and found["finite_differences"] is not None
+    return plain(found["finite_differences"], 2) if known and 10 * found["own_error"] < 1 else None
 
 
 def checks(r: dict[str, Any]) -> str:
@@ -51,7 +56,7 @@ def checks(r: dict[str, Any]) -> str:
     sums = max(abs(point["residual"]) for point in r["points"])
     error = finite_differences(r)
     beside = (
-        f"Influence of the {found['checked']} strongest examples differs from finite differences, from runs in float64 "
+        f"Influence of the {_strongest(found['checked'])} differs from finite differences, from runs in float64 "
         f"with slightly other weights, by {plain(found['finite_differences'], 2)} of its size."
         if error is not None
         else "Finite differences say nothing about the influence here: two formulas for them differ by "
@@ -62,6 +67,10 @@ def checks(r: dict[str, Any]) -> str:
         f"The replayed run has {bits}. Sums of the accounting miss the network’s margins by at most {plain(sums, 2)}. "
         + beside
     )
+
+
+def _strongest(count: int) -> str:
+    return "strongest example" if count == 1 else f"{count} strongest examples"
 
 
 def answer(point: dict[str, Any]) -> str:

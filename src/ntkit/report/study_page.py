@@ -12,7 +12,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
 from ntkit.base.integrity import damaged
 from ntkit.base.results_file import StudyResults
-from ntkit.base.run_files import described, read_steps, read_track_settings, understood
+from ntkit.base.run_files import described, read_steps, read_track_settings, results_of_kind, understood
 from ntkit.report.images import viewer
 from ntkit.report.page import page
 from ntkit.report.study_curves import curves
@@ -56,11 +56,7 @@ def render_study(folder: str | Path) -> Path:
     ntkit.Refused: no-such-study/results.json: got no such file; expected a JSON file. Check the folder's name.
     """
     folder = Path(folder)
-    results = read_json(folder / "results.json")
-    kind, version = (results.get("kind"), results.get("format")) if isinstance(results, dict) else (None, None)
-    if (kind, version) != (KIND, FORMAT):
-        got, fix = f"kind {kind}, format {version}", "Name a folder that a study wrote, with this version of ntkit."
-        raise refusal(str(folder / "results.json"), got=got, expected=f"kind {KIND}, format {FORMAT}", fix=fix)
+    results = results_of_kind(folder, KIND, FORMAT, "Name a folder that a study wrote, with this version of ntkit.")
     described(folder / "results.json", results, StudyResults)
     if (start := folder / "run.json").exists():
         told = read_json(start)

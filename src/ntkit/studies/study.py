@@ -346,10 +346,12 @@ class Study:
             with one_thread() if scale in self.single_thread else nullcontext():
                 changed = self.unfinished  # parts may have come from another machine
                 for part in self._parts(work):
-                    if changed and not work.finished(part):
+                    finished = work.finished(part)
+                    if changed and not finished:
                         self._write(self.results(work, finished=True), header)
-                    changed = self.unfinished and not work.finished(part)
+                        changed = False
                     work.result(part)
+                    changed = changed or (self.unfinished and not finished)
                 results = self.results(work)
             self._write(results, header)
             write_json(start, told | {"status": "complete", "parts": [part.name for part in self._parts(work)]})

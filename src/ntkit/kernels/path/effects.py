@@ -15,6 +15,7 @@ from torch import Tensor
 from ntkit.base.workers import spread
 from ntkit.jacobian.contraction import Scratch, Tile, multiply
 from ntkit.jacobian.pairs import Pairs, Rows, Whole
+from ntkit.kernels.path.row_gradients import RowGradient, along, row_gradient
 from ntkit.trajectory.optimizer_updates import Update
 
 _PIECE = 2**21  # bytes of effects in hand at a time: gradients and sums stay in a core's cache
@@ -68,6 +69,10 @@ def add_all(additions: Sequence[Addition], weight: float) -> None:
 def _add(a: Addition, weight: float) -> Tensor | None:
     """Do one addition; returns what decoupled weight decay does."""
     u, outer, decay = a.update, _outer(a.factor, a.theta.dtype), None
+    if a.buffer is not None and a.carry != 1.0:
+        a.buffer.mul_(a.carry)
+    if (selected := row_gradient(a.factor)) is not None:
+        return _add_rows(a, selected, weight)
     varied = isinstance(u.buffered, Tensor)
     rows = None
     if outer is None:
@@ -76,8 +81,6 @@ def _add(a: Addition, weight: float) -> Tensor | None:
         rows = (outer[0] * outer[1]).flatten(2)
     if u.decoupled and rows is not None:
         decay = (weight * u.decoupled) * (rows @ a.theta.to(rows)).double()
-    if a.buffer is not None and a.carry != 1.0:
-        a.buffer.mul_(a.carry)
     if isinstance(u.buffered, Tensor):
         assert rows is not None
         assert a.buffer is not None
@@ -87,6 +90,19 @@ def _add(a: Addition, weight: float) -> Tensor | None:
     if a.direct is not None:
         _accumulate(a.direct, outer, rows, weight)
     return decay
+
+
+def _add_rows(a: Addition, gradient: RowGradient, weight: float) -> Tensor | None:
+    """Do one addition to some rows of the sums only, after the carry; returns what decoupled weight decay does."""
+    u = a.update
+    if isinstance(u.buffered, Tensor):
+        assert a.buffer is not None
+        gradient.scaled(u.buffered).add_to(a.buffer, -weight)
+    elif a.buffer is not None and u.buffered:
+        gradient.add_to(a.buffer, -weight * u.buffered)
+    if a.direct is not None:
+        gradient.add_to(a.direct, weight)
+    return (weight * u.decoupled) * along(a.factor, a.theta).double() if u.decoupled else None
 
 
 def _outer(factor: Whole, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -108,17 +124,18 @@ def _accumulate(total: Tensor, outer: tuple[Tensor, Tensor] | None, rows: Tensor
         total.add_(rows, alpha=alpha)
 
 
-def times(deltas: Mapping[str, Delta | None], rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Products [b, m, C] of Delta with gradients [b, entries], by parameter; only for those that have a Delta."""
+def times(deltas: Mapping[str, Delta | None], gradients: Mapping[str, Whole]) -> dict[str, Tensor]:
+    """Products [b, m, C] of Delta with gradients of one output, by parameter; only for those that have a Delta."""
     cuts: list[tuple[Tensor, Tensor]] = []
     owners: list[str] = []
-    for name, entries in rows.items():
+    for name, gradient in gradients.items():
         if (delta := deltas[name]) is None:
             continue
+        entries, values = _matched(gradient, delta[1].flatten(0, 1))
         width = max(_ENTRIES, -(-entries.shape[1] // _CUTS))
         for start in range(0, entries.shape[1], width):
             columns = slice(start, start + width)
-            cuts.append((entries[:, columns], delta[1].flatten(0, 1)[:, columns]))
+            cuts.append((entries[:, columns], values[:, columns]))
             owners.append(name)
     sums: dict[str, Tensor] = {}
     for name, product in zip(owners, spread(lambda cut: (cut[0] @ cut[1].T).double(), cuts), strict=True):
@@ -128,6 +145,14 @@ def times(deltas: Mapping[str, Delta | None], rows: Mapping[str, Tensor]) -> dic
         factor, values = deltas[name] or (0.0, total)
         result[name] = (factor * total).view(-1, *values.shape[:2])
     return result
+
+
+def _matched(gradient: Whole, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients [b, entries] of one output and Delta [m C, entries]: of those rows alone that a gradient is in."""
+    if (selected := row_gradient(gradient)) is None:
+        return gradient.rows()[:, 0], delta
+    rows, entries = selected.gathered()
+    return entries[:, 0], delta.unflatten(1, selected.shape).index_select(1, rows).flatten(1)
 
 
 def multiplied(test: Tile, train: Tile, scratch: int) -> Tensor:

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count
 from ntkit.jacobian.contraction import Tile
 from ntkit.jacobian.engine import Engine, Job
+from ntkit.jacobian.pairs import Whole
 from ntkit.kernels.path.effects import Addition, Delta, add_all, has_buffer, multiplied, times
 from ntkit.kernels.path.integration import Segment
+from ntkit.kernels.path.row_gradients import along
 from ntkit.trajectory.replay import ReplayStep
 
 _SHARE = 0.15  # of the budget: for the gradients of the training examples in hand
@@ -191,12 +193,12 @@ class Sweep:
                 self.regularization += u.coupled * delta[0] * (delta[1] @ step.before[name].reshape(-1)).double()
         self._carry = {name: u.carry for name, u in step.updates.items()}
         contributions: dict[str, list[Tensor]] = {}
-        for rows in self._train_rows(step):
-            products = times(deltas, rows)
-            for name, entries in rows.items():
+        for examples, gradients in self._train_gradients(step):
+            products = times(deltas, gradients)
+            for name in gradients:
                 part = products.pop(name, None)
                 if part is None:
-                    part = self._total.new_zeros(len(entries), *self.regularization.shape)
+                    part = self._total.new_zeros(examples, *self.regularization.shape)
                 contributions.setdefault(name, []).append(part.mul_(step.updates[name].gradient))
         return {name: torch.cat(parts) for name, parts in contributions.items()}
 
@@ -222,12 +224,12 @@ class Sweep:
             carry = {}
         return direct
 
-    def _train_rows(self, step: ReplayStep) -> Iterator[dict[str, Tensor]]:
-        """Gradients of the training examples of a step, some examples at a time: name -> [b, entries]."""
+    def _train_gradients(self, step: ReplayStep) -> Iterator[tuple[int, dict[str, Whole]]]:
+        """Some training examples of a step at a time: how many, and their gradients of one output by parameter."""
         self._segment.set(self._train_at(step))
         x = prepended(step.slope, step.x, "ntkit_slope")
-        for _, factors in self._train.batches(x, _SHARE):
-            yield {name: factor.rows()[:, 0] for name, factor in factors.items()}
+        for part, factors in self._train.batches(x, _SHARE):
+            yield part.stop - part.start, factors
 
 
 def _along(tile: Tile, name: str, direction: Tensor) -> Tensor:
@@ -238,5 +240,5 @@ def _along(tile: Tile, name: str, direction: Tensor) -> Tensor:
         if rows.shape[2]:
             total = total + rows @ flat.to(rows)
     for pairs in own.pairs.values():
-        total = total + pairs.rows() @ flat.to(pairs.parts[0].cotangent)
+        total = total + along(pairs, flat)
     return total.double()

@@ -70,5 +70,6 @@ STUDY = Study(
     terms=("tangent_kernel", "path_kernel"),
     seeds=(0, 1, 2),
     official=tuple(dict.fromkeys(task.data for task in TASKS.values() if task.data != "digits")),
+    unfinished=True,
     single_thread=(),
 )
