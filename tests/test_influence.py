@@ -323,7 +323,8 @@ def test_layers_and_steps_sum_to_the_scores(curvature):
     assert [step for step, _, _ in result.steps] == list(range(17))
 
 
-def test_memory_and_workers_change_nothing_but_rounding():
+def test_memory_and_workers_change_nothing_but_rounding(monkeypatch):
+    monkeypatch.setattr("ntkit.explanations.unrolled._SHARE", 1)  # one test point is enough for a worker
     run = trained(optimizer="nesterov")
     x, y = vectors(7, seed=2)
     whole = ntkit.influence(run, x, y)

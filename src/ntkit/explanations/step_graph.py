@@ -33,6 +33,7 @@ class StepGraph:
     gradients : G by parameter, before clipping; without those that have none.
     rows : parameter -> the rows that take part, int64 [r]; only of such embeddings.
     at_once : vectors that are sent back in one pass.
+    numbers : that one vector's pass keeps or changes: the work, roughly.
     """
 
     def __init__(self, model: nn.Module, step: ReplayStep, replay: Replay, weights: Tensor, gauss_newton: bool) -> None:
@@ -67,7 +68,9 @@ class StepGraph:
             name: self._joined(name, [g.detach()[None] for g in own])[0] for name, own in self._graph.items()
         }
         self.rows = {name: lookups.rows for name, lookups in self._lookups.items()}
-        at_once = min(_AT_ONCE, _NUMBERS // (saved_numbers(outputs) + 1))
+        saved = saved_numbers(outputs)
+        self.numbers = saved + sum(p.numel() for p in params.values())
+        at_once = min(_AT_ONCE, _NUMBERS // (saved + 1))
         self.at_once = at_once if at_once >= _FEW else 1
 
     def products(self, vectors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:

@@ -37,6 +37,8 @@ from ntkit.jacobian.model_calls import without_fused_rnn
 from ntkit.trajectory.optimizer_updates import Moments, Update
 from ntkit.trajectory.replay import Replay, ReplayStep
 
+_SHARE = 2**17  # numbers that a step changes for a worker's test points: fewer of them cost more to share than they save
+
 
 class Unrolled:
     """Derivatives of measures of the trained network by the weights of the training examples, from the last step on.
@@ -78,6 +80,7 @@ class Unrolled:
         self.layers = {name: torch.zeros_like(self.scores) for name in start} if layers else {}
         self.steps: list[tuple[int, Tensor, Tensor]] | None = [] if steps else None
         self._models = [copy.deepcopy(replay.model) for _ in range(min(workers(), self._m))]
+        self._numbers = 0  # that a step changes for one test point: the last step, by one worker, tells
         self._fused = not any(isinstance(module, nn.RNNBase) for module in replay.model.modules())
 
     def step(self, step: ReplayStep) -> None:
@@ -85,7 +88,7 @@ class Unrolled:
         for name, u in step.updates.items():
             self._allocate(name, u)
         self._slopes = {name: _slope(u.moments) for name, u in step.updates.items() if u.moments is not None}
-        count = len(self._models)
+        count = max(1, min(len(self._models), self._m * self._numbers // _SHARE))
         shares = [(k, slice(self._m * k // count, self._m * (k + 1) // count)) for k in range(count)]
         with sdpa_kernel(SDPBackend.MATH), without_fused_rnn(not self._fused):
             results = spread(lambda share: self._share(step, *share), shares)
@@ -111,7 +114,7 @@ class Unrolled:
         graph = StepGraph(self._models[place], step, self._replay, self._weights[step.rows], self._gauss_newton)
         if step.step == self._replay.steps - 1:
             graph.check()
-        at_once = graph.at_once
+        self._numbers, at_once = graph.numbers, graph.at_once
         totals, layers = [], []
         for start in range(points.start, points.stop, at_once):
             some = slice(start, min(start + at_once, points.stop))
