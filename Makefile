@@ -33,7 +33,7 @@ smoke: $(VENV)/installed
 	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	$(PYTHON) -c 'import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; x = p["optional-dependencies"]; \
-	print(*(r.replace(">=", "==") for r in p["dependencies"] + x["hf"] + x["lightning"] + x["tensorboard"]), sep="\n"); \
+	print(*(r.replace(">=", "==") for r in p["dependencies"] + x["hf"] + x["lightning"] + x["scale"] + x["tensorboard"]), sep="\n"); \
 	print(*(r for r in x["dev"] if not re.match("torch=|ntkit|ruff|pyrefly", r)), sep="\n")' > .venv-lowest/requirements.txt
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-lowest/requirements.txt -e .
 	touch $@

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from file_operations import FileOperations
 from torch import Tensor, nn
 
 import ntkit
@@ -136,27 +136,6 @@ def prepare(kind: str, folder: Path, given: Path) -> None:
         shutil.copytree(given / "analyze", folder)
     elif kind == "analyze --overwrite":
         shutil.copytree(given / "older", folder)
-
-
-class FileOperations:
-    """Counts what this process does to files in a folder, and kills it before the operation with a given number."""
-
-    def __init__(self, folder: Path, last: int | None) -> None:
-        self.count, self._within, self._last = 0, f"{folder}/", last
-        sys.addaudithook(self._hook)
-
-    def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
-        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
-            return
-        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
-            return
-        path = str(arguments[0])
-        if event in ("os.remove", "os.rmdir") and isinstance(arguments[1], int) and arguments[1] >= 0:  # of a rmtree
-            path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
-        if f"{path}/".startswith(self._within):
-            if self.count == self._last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.count += 1
 
 
 def process(kind: str, folder: Path, often: bool, last: int | None, log: Path, ready: Connection) -> None:

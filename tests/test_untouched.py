@@ -18,6 +18,7 @@ import scipy.sparse.linalg
 import sklearn.datasets
 import sympy
 import torch
+import zarr
 from torch import nn
 
 import ntkit
@@ -26,7 +27,7 @@ from ntkit.studies import kopitkov2019
 from ntkit.studies.study import Sizes
 
 # Importing these adds warning filters and draws random numbers, once a process and by no doing of ours: done before.
-IMPORTED = (jinja2, plotly.offline, scipy.sparse.linalg, sklearn.datasets, sympy)
+IMPORTED = (jinja2, plotly.offline, scipy.sparse.linalg, sklearn.datasets, sympy, zarr)
 
 
 class Model(nn.Module):
@@ -178,6 +179,15 @@ def explained(m, tmp):
     assert modes == [module.training for module in net.modules()]
 
 
+def stored(m, tmp):
+    kernel = ntkit.TangentKernel(m, outputs="trace")
+    K = ntkit.GramStore.create(tmp / "kernel", kernel, X, tile=4)
+    K @ torch.ones(6), K.rows([1]), K.verify(), K.to_dask().compute(scheduler="synchronous")
+    K.export(tmp / "kernel.npy")
+    with pytest.raises(ntkit.Refused):
+        ntkit.GramStore.create(tmp / "kernel", kernel, X[:5])
+
+
 EXPLANATIONS = (
     "Deletion", "Evaluation", "Explainer", "Explanation", "Importance", "Influence", "InfluenceKernel", "Retrainings",
     "TrackingImportance", "case_deletion", "check_axioms", "datamodeling_score", "explain", "influence",
@@ -236,6 +246,7 @@ CALLS = {
     "Gram": lambda m, tmp: (
         ntkit.Gram(ntkit.TangentKernel(m, "trace")(X[:4]), ntkit.TangentKernel(m, "trace"), X[:4]).identity
     ),
+    "GramStore": stored,
     "testing": lambda m, tmp: ntkit.testing.check_kernel(ntkit.TangentKernel(m), X[:4], X[:3], 1e-3),
     "Settings": analysis,
     "analyze": analysis,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.explanations.surrogate import surrogate_importance as surrogate_importance
     from ntkit.explanations.tracin import tracin as tracin
     from ntkit.gram.gram_matrix import Gram as Gram
+    from ntkit.gram.gram_store import GramStore as GramStore
     from ntkit.jacobian.structure import SelfCheckError as SelfCheckError
     from ntkit.kernels.conjugate import ConjugateKernel as ConjugateKernel
     from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel as InfiniteKernel
@@ -84,6 +85,7 @@ _NAMES = {
     "ntkit.kernels.kernel": ("Kernel", "KernelOperator"),
     "ntkit.kernels.tangent": ("TangentKernel",),
     "ntkit.gram.gram_matrix": ("Gram",),
+    "ntkit.gram.gram_store": ("GramStore",),
     "ntkit.jacobian.structure": ("SelfCheckError",),
     "ntkit.kernels.conjugate": ("ConjugateKernel",),
     "ntkit.kernels.sketch": ("SketchedKernel",),

@@ -37,7 +37,7 @@ from ntkit.jacobian.model_calls import without_fused_rnn
 from ntkit.trajectory.optimizer_updates import Moments, Update
 from ntkit.trajectory.replay import Replay, ReplayStep
 
-_SHARE = 2**17  # numbers that a step changes for a worker's test points: sharing fewer of them saves no time
+_SHARE = 2**17  # numbers that a step changes for a worker's test points: fewer cost more to share than they save
 
 
 class Unrolled:

@@ -38,8 +38,12 @@ def as_tensor(value: Any, name: str) -> Tensor:
         got = type(value).__name__ if array.dtype.kind == "O" and array.ndim == 0 else got
         raise refusal(name, got=got, expected="real numbers", fix=fix)
     torch_has_it = array.dtype.kind == "f" and array.dtype.itemsize <= 8
-    dtype = array.dtype.newbyteorder("=") if torch_has_it else np.float64
-    array = np.asarray(array, dtype)
+    return shared(np.asarray(array, array.dtype if torch_has_it else np.float64))
+
+
+def shared(array: np.ndarray) -> Tensor:
+    """The array as a tensor over the same memory, read-only or on disk too; copied where torch has no such layout."""
+    array = np.asarray(array, array.dtype.newbyteorder("="))
     if any(s < 0 or s % array.itemsize for s in array.strides):  # torch has no such strides
         array = np.ascontiguousarray(array)
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_Readable(array)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ntkit
+from ntkit.base.batch import Batch
 from ntkit.base.tensors import tensor_hash
 from ntkit.kernels.kernel import Kernel
 from ntkit.trajectory.recorded_run import Trajectory, read_run
@@ -26,6 +27,19 @@ def identity(source: Any, dtype: torch.dtype) -> str:
     for part in _parts(source):
         digest.update(f"{part};".encode())
     return digest.hexdigest()
+
+
+def what_it_depends_on(kernel: Kernel, x: Batch) -> dict[str, str]:
+    """A hash of each thing that a kernel's values depend on, by name: its settings (the model among them), the data."""
+    found = {"kernel": f"{type(kernel).__module__}.{type(kernel).__qualname__}"}
+    for name, entry in kernel.settings().items():
+        if name != _MEMORY and _is_setting(entry):
+            found[name.strip("_")] = _digest(entry)
+    return {**found, "data": _digest(x)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(";".join(_parts(value)).encode()).hexdigest()
 
 
 def _parts(value: Any) -> Iterator[str]:

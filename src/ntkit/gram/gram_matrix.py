@@ -192,6 +192,11 @@ class Gram:
             raise refusal(
                 "vector", got=f"shape {list(block.shape)}", expected=f"[{len(self)}], or [{len(self)}, k]", fix=fix
             )
+        result = self._product(block)
+        return result if isinstance(v, Tensor) else result.cpu().numpy()
+
+    def _product(self, block: Tensor) -> Tensor:
+        """K times a float64 vector [N] or block [N, k]."""
         used = block.nonzero().ravel() if block.ndim == 1 else block.any(1).nonzero().ravel()
         result = torch.zeros_like(block)  # once: results of blocks kept beside their rows would fragment the heap
         if 2 * len(used) <= len(self):
@@ -200,7 +205,7 @@ class Gram:
         else:
             for index, rows in self.blocks():
                 result[index] = rows @ block
-        return result if isinstance(v, Tensor) else result.cpu().numpy()
+        return result
 
     def dense(self) -> Tensor:
         """All of K as a new float64 tensor, [N, N], for algorithms that factorize it; they may overwrite it."""

@@ -83,6 +83,11 @@ class Engine:
                 raise refusal("routes", got=got, expected=expected, fix=nearest(wrong, names))
 
     @property
+    def gradients(self) -> Gradients:
+        """The gradients of the model as it was at the last `refresh`."""
+        return self._gradients
+
+    @property
     def params(self) -> dict[str, nn.Parameter]:
         """The parameters that gradients are taken by."""
         return self._gradients.params

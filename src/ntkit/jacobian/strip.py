@@ -41,20 +41,25 @@ class Strip:
         else:
             left = self._tile(take(x1, rows), self.job.left)
         if same:
-            # leaves of a sixteenth: the squares on the diagonal, done whole, cost little of the half saved
-            pieces = list(triangle(0, left.n, plan.block, max(min(_LEAF, plan.strip), left.n // 16)))
-            self._multiply(result, left, left, pieces, rows.start, rows.start, mirrored=True)
+            self.multiply(result, left, left, rows.start, rows.start, mirrored=True)
         for j in range(rows.stop if same else 0, n2, plan.columns):
             if right is None:
                 right = self._tile(take(other, slice(j, j + plan.columns)), self.job.right)
-            pieces = list(blocks(left.n, right.n, plan.strip, plan.block))
-            self._multiply(result, left, right, pieces, rows.start, j, mirrored=same)
+            self.multiply(result, left, right, rows.start, j, mirrored=same)
             right = None
 
-    def _multiply(
-        self, result: Tensor, left: Tile, right: Tile, pieces: list[tuple[slice, slice]], i: int, j: int, mirrored: bool
-    ) -> None:
-        """Blocks of the kernel of two tiles, those at (i, j) of the result and after; each by a worker."""
+    def multiply(self, result: Tensor, left: Tile, right: Tile, i: int = 0, j: int = 0, mirrored: bool = False) -> None:
+        """Write the kernel of two tiles at (i, j) of the result, block by block, each by a worker.
+
+        Of a tile with itself, the upper half is computed and mirrored.
+        """
+        plan = self.job.plan
+        if left is right:
+            # leaves of a sixteenth: the squares on the diagonal, done whole, cost little of the half saved
+            pieces = list(triangle(0, left.n, plan.block, max(min(_LEAF, plan.strip), left.n // 16)))
+        else:
+            pieces = list(blocks(left.n, right.n, plan.strip, plan.block))
+        mirrored = mirrored or left is right
         scratches: dict[int, Scratch] = {}  # by thread
         pieces.sort(key=lambda piece: _size(piece), reverse=True)  # the largest first: none is left for the end
 

@@ -12,6 +12,7 @@ from ntkit.base.batch import Batch, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.engine import Engine
+from ntkit.jacobian.kept_factors import KeptFactors, factors_of, plan_for_tiles, product_of
 from ntkit.jacobian.model_calls import Outputs, Params, selected
 from ntkit.jacobian.plan import Plan, Route
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, refuse_operator_of_diagonal
@@ -90,6 +91,37 @@ class TangentKernel(Kernel):
         """
         x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
         return self._engine.refresh().gram(x1, x2, plan=plan)
+
+    @own_context()
+    def plan_for_tiles(self, x: Batch, size: int) -> Plan:
+        """How ``k(x)`` is computed in tiles of `size` x `size` samples, each from the `factors` of two blocks."""
+        return plan_for_tiles(self._engine.refresh(), self._checked(x, "x"), size)
+
+    @own_context()
+    def factors(self, x: Batch, plan: Plan) -> KeptFactors:
+        """What the products of these samples with any others need, to be kept for `product`.
+
+        Several tiles of a large kernel have a block of samples in common: it goes through the model once. Memory: the
+        sum of ``bytes_per_sample`` over the plan's steps, per sample.
+        """
+        return factors_of(self._engine.refresh(), self._checked(x, "x"), plan)
+
+    @own_context()
+    def product(self, first: KeptFactors, second: KeptFactors | None = None) -> Tensor:
+        """``k(x1, x2)`` from the factors of both, made under one plan; ``second=None``: ``k(x1)``.
+
+        The bits depend on the plan and the samples alone, as those of `tile`, from which they may differ by rounding.
+
+        Examples
+        --------
+        >>> model, x = torch.nn.Linear(3, 2), torch.arange(12.0).view(4, 3)
+        >>> kernel = TangentKernel(model, outputs="trace")
+        >>> plan = kernel.plan_for_tiles(x, 2)
+        >>> first, second = kernel.factors(x[:2], plan), kernel.factors(x[2:], plan)
+        >>> torch.allclose(kernel.product(first, second), kernel(x)[:2, 2:])
+        True
+        """
+        return product_of(self._engine.refresh(), first, second)
 
     @own_context()
     def layers(self, x1: Batch, x2: Batch | None = None) -> dict[str, Tensor]:

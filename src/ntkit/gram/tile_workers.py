@@ -1,0 +1,236 @@
+"""Tiles of a kernel matrix by other processes, through Dask: of this machine, or wherever a scheduler has workers.
+
+The kernel and the samples go to each worker once, pickled in memory between processes of one user; nothing is ever
+unpickled from a file. Workers write the tiles themselves: the folder must be the same for all of them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import random
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ntkit.base.batch import Batch, leaves, with_leaves
+from ntkit.base.checks import Refused, refusal
+from ntkit.base.versions import versions
+from ntkit.gram.tile_files import TileFiles
+from ntkit.gram.tile_work import TileWork, as_samples
+from ntkit.kernels.kernel import Kernel
+
+Tile = tuple[int, int]
+
+_RETRIES = 3
+_TASKS = 4  # per worker at least: the last to end leaves the others idle for a quarter of its time
+_LARGEST = 16  # tiles of a task: what a worker loses of its work at most when it dies, written tiles apart
+
+
+def check_workers(workers: int, scheduler: str | None) -> None:
+    """Refuse a number of workers that is none, and both a number and a scheduler, which has workers of its own."""
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise refusal("workers", got=repr(workers), expected="a positive integer", fix="Take the number of cores.")
+    if scheduler is not None and workers != 1:
+        fix = "Leave workers out: the scheduler has its own."
+        raise refusal("workers", got="a number and a scheduler", expected="one of them", fix=fix)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a worker needs, once for all of its tiles; `x` has arrays on disk by the names of their files."""
+
+    folder: Path
+    identity: str
+    kernel: Kernel
+    x: Any
+    memory: int | None
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _FileArray:
+    """An array on disk that workers open by themselves."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    order: str
+
+    def open(self) -> np.ndarray:
+        return np.memmap(self.name, self.dtype, "r", self.offset, self.shape, self.order)  # pyrefly: ignore
+
+
+def by_file_names(x: Batch) -> Any:
+    """The samples as given, with each ``numpy.memmap`` of a whole file by the name of the file."""
+
+    def named(leaf: Any) -> Any:
+        if not isinstance(leaf, np.memmap) or not isinstance(leaf.base, mmap.mmap) or leaf.filename is None:
+            return leaf
+        order = "C" if leaf.flags.c_contiguous else "F"
+        return _FileArray(str(leaf.filename), leaf.dtype.str, leaf.shape, leaf.offset, order)
+
+    return with_leaves(x, [named(leaf) for leaf in leaves(x)]) if isinstance(x, (tuple, list, dict)) else named(x)
+
+
+def _opened(x: Any) -> Batch:
+    def array(leaf: Any) -> Any:
+        return leaf.open() if isinstance(leaf, _FileArray) else leaf
+
+    return as_samples(with_leaves(x, [array(t) for t in leaves(x)]) if isinstance(x, (tuple, list, dict)) else array(x))
+
+
+def compute(
+    sent: Sent, bands: list[list[Tile]], workers: int, scheduler: str | None, advance: Callable[[float], None]
+) -> None:
+    """Have all tiles computed and written; a tile that fails again and again is set aside until the others are done.
+
+    Raises
+    ------
+    Refused
+        At the end, for tiles that failed: says which, and what the first ended with.
+    """
+    from distributed import as_completed
+
+    with _client(workers, scheduler) as client:
+        number = max(1, len(client.ncores()))
+        total = sum(len(band) for band in bands)
+        size = max(1, min(_LARGEST, total // (_TASKS * number)))
+        strips = [band[i : i + size] for band in bands for i in range(0, len(band), size)]
+        given = client.scatter(sent, broadcast=True, hash=False)
+        tasks = {client.submit(compute_strip, given, strip, pure=False, retries=_RETRIES): strip for strip in strips}
+        failed: dict[str, tuple[list[Tile], str]] = {}
+        # futures that are held would be computed again when the worker that has them dies
+        ended = as_completed(list(tasks))
+        for future in ended:
+            strip = tasks.pop(future)
+            if future.status == "finished":
+                advance(len(strip))
+            else:
+                failed[str(strip)] = (strip, _reason(future))
+            future.release()
+            del future
+    if failed:
+        raise _summary(sent.folder, list(failed.values()), total)
+
+
+def _reason(future: Any) -> str:
+    try:
+        error = future.exception()
+    except Exception as lost:  # a cancelled task
+        error = lost
+    return error.reason if isinstance(error, TilesFailed) else f"{type(error).__name__}: {error}"
+
+
+def _summary(folder: Path, failed: list[tuple[list[Tile], str]], total: int) -> Refused:
+    files = TileFiles(folder)
+    missing = [tile for strip, _ in failed for tile in strip if not files.file(*tile).exists()]
+    reason = next((why for strip, why in failed if any(not files.file(*tile).exists() for tile in strip)), failed[0][1])
+    print(reason, file=sys.stderr)
+    got = f"{len(missing)} of {total} tiles that failed {_RETRIES + 1} times, {missing[:5]} first, with {_last(reason)}"
+    fix = "The other tiles are in the store; the same call goes on with those that are missing."
+    return refusal(str(folder), got=got, expected="all tiles", fix=fix)
+
+
+def _last(reason: str) -> str:
+    return reason.strip().splitlines()[-1] if reason.strip() else "no message"
+
+
+@contextmanager
+def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
+    """Connect to a scheduler, or to worker processes of this machine that end with the work."""
+    try:
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        got, fix = "no distributed in this Python", "Run: pip install ntkit[scale]"
+        raise refusal("workers", got=got, expected="the package distributed", fix=fix) from error
+    if scheduler is None:
+        cluster = LocalCluster(
+            n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=None
+        )
+        with cluster, Client(cluster) as client:
+            yield client
+        return
+    try:
+        client = Client(scheduler, timeout=30)
+    except (OSError, ValueError) as error:
+        fix = "Start it with `dask scheduler`, and give the address that it prints."
+        expected = "the address of a running Dask scheduler"
+        raise refusal("scheduler", got=f"{scheduler} ({error})", expected=expected, fix=fix) from error
+    with client:
+        client.wait_for_workers(1, timeout=60)
+        yield client
+
+
+# ---------------------------------------------------------------------- in a worker
+
+
+class TilesFailed(Exception):
+    """Tiles that could not be computed; `reason` is the traceback of the first."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+_AT_HAND: dict[tuple[str, str], tuple[TileFiles, TileWork]] = {}  # by folder and identity: of the last store only
+_ONE = threading.Lock()  # a worker's threads take turns: the factors are kept once
+
+
+def compute_strip(sent: Sent, tiles: list[Tile]) -> None:
+    """Compute and write those tiles of a strip that are not there."""
+    with _ONE:
+        files, work = _at_hand(sent)
+        rows, reasons = {i for i, _ in tiles}, []
+        for i, j in tiles:
+            if files.file(i, j).exists():  # of an attempt that failed, or whose worker died, later
+                continue
+            try:
+                files.write(i, j, work.value(i, j, rows))
+            except Exception:  # whatever it is, it is told at the end; the other tiles are computed
+                reasons.append(f"tile ({i}, {j}):\n{traceback.format_exc()}")
+        if reasons:
+            raise TilesFailed(reasons[0])
+
+
+def _keep_global_generator() -> None:
+    """Give Dask's modules in this worker a random generator of their own.
+
+    Its event loop draws waiting times from Python's global one while a network runs in another thread, and a network
+    during whose run that changes is refused as one that draws random numbers.
+    """
+    own, everyones = random.Random(), getattr(random.random, "__self__", None)
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] not in ("dask", "distributed", "tornado"):
+            continue
+        for entry, value in list(vars(module).items()):
+            if value is random:
+                vars(module)[entry] = own
+            elif everyones is not None and getattr(value, "__self__", None) is everyones:  # from random import randint
+                vars(module)[entry] = getattr(own, value.__name__)
+
+
+def _at_hand(sent: Sent) -> tuple[TileFiles, TileWork]:
+    key = (str(sent.folder), sent.identity)
+    if key not in _AT_HAND:
+        _AT_HAND.clear()
+        _keep_global_generator()
+        files = TileFiles(sent.folder)
+        own = {name: files.depends_on.get(name) for name in ("ntkit", "torch")}
+        here = {name: version for name, version in versions().items() if name in own}
+        if files.identity != sent.identity or own != here:
+            got = f"{here} and the matrix {files.identity[:8]}"
+            expected = f"{own} and {sent.identity[:8]}, as the process that began"
+            raise refusal("worker", got=got, expected=expected, fix="Give all workers one folder and one environment.")
+        work = TileWork(sent.kernel, _opened(sent.x), files.grid.size, sent.memory, sent.device)
+        work.follow(files)
+        _AT_HAND[key] = files, work
+    return _AT_HAND[key]

@@ -1,0 +1,510 @@
+"""Kernel matrices on disk: the same numbers as in memory, the same bytes after any kill, and no damage unnoticed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import random
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import store_case
+import torch
+from processes import THERE, forked, script
+from store_case import TILE, N, create, kernel, samples
+from torch import Tensor, nn
+
+import ntkit
+from ntkit.base.checks import Damaged, Refused
+from ntkit.base.lock import FolderLock
+from ntkit.gram import gram_store, tile_files, tile_work
+from ntkit.gram.tile_files import TileFiles
+
+pytest.importorskip("zarr")
+pytestmark = pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An undisturbed store."""
+    return create(tmp_path_factory.mktemp("store") / "whole").path
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+def convolutional() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).double()
+
+
+def images(n: int = 11) -> Tensor:
+    return torch.randn(n, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def perceptron() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+
+
+KERNELS = {
+    "trace": lambda: ntkit.TangentKernel(convolutional(), outputs="trace"),
+    "full": lambda: ntkit.TangentKernel(convolutional(), outputs="full"),
+    "sum": lambda: ntkit.TangentKernel(convolutional(), outputs="sum"),
+    "callable": lambda: ntkit.TangentKernel(convolutional(), outputs=lambda y: y[:, 0] - y[:, 1]),
+    "conjugate": lambda: ntkit.ConjugateKernel(convolutional()),
+    "sketched": lambda: ntkit.SketchedKernel(convolutional(), 64),
+    "infinite": lambda: ntkit.InfiniteKernel(nn.Sequential(nn.Flatten(), *perceptron())),
+}
+
+
+@pytest.mark.parametrize("tile", [4, 11, None])
+@pytest.mark.parametrize("kind", KERNELS)
+def test_it_is_the_matrix_in_memory(kind, tile, tmp_path, monkeypatch):
+    monkeypatch.setattr(gram_store, "BLOCK", 50)
+    monkeypatch.setattr("ntkit.gram.gram_matrix.BLOCK", 50)
+    k, x = KERNELS[kind](), images()
+    K = ntkit.Gram(k(x), kernel=k, x=x)
+    store = ntkit.GramStore.create(tmp_path / "store", k, x, tile=tile)
+    scale = K.largest
+    close = {"rtol": 0, "atol": 1e-13 * scale}
+    assert (store.shape, store.outputs, store.dtype, store.exact) == (K.shape, K.outputs, K.dtype, True)
+    assert store.identity == K.identity
+    assert store.largest == pytest.approx(scale, rel=1e-14)
+    expected = K.dense()
+    torch.testing.assert_close(store.dense(), expected, **close)
+    torch.testing.assert_close(store.diagonal(), expected.diagonal(), **close)
+    assert torch.equal(store.dense(), store.dense().T)
+    for (here, a), (there, b) in zip(store.blocks(), K.blocks(), strict=True):
+        assert here == there
+        torch.testing.assert_close(a, b, **close)
+    index, other = [len(K) - 1, 0, 3, 3, -2], slice(1, len(K), 4)
+    torch.testing.assert_close(store.rows(index), expected[index], **close)
+    torch.testing.assert_close(store.tile(other, index), expected[other][:, index], **close)
+    for columns in (None, 1, 3):
+        v = torch.randn(len(K), *([columns] if columns else []), dtype=torch.float64)
+        torch.testing.assert_close(store @ v, expected @ v, rtol=0, atol=1e-12 * scale)
+        np.testing.assert_allclose(store @ v.numpy(), (expected @ v).numpy(), rtol=0, atol=1e-12 * scale)
+    sparse = torch.zeros(len(K), dtype=torch.float64)
+    sparse[5] = 1.0
+    torch.testing.assert_close(store @ sparse, expected[5], **close)
+    np.testing.assert_allclose(store.to_dask().compute(), k(x).numpy(), rtol=0, atol=1e-13 * scale)
+    store.export(tmp_path / "K.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "K.npy"), store.to_dask().compute())
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize(("blocks", "passes"), [(1.5, 0), (2.5, 8), (3.5, 5), (100, 4)])
+def test_blocks_go_through_the_model_as_often_as_memory_asks(blocks, passes, tmp_path, monkeypatch):
+    """Four rows of tiles: 4 + 3 + 1 passes with two blocks in memory, 4 + 1 with three, none below two."""
+    k, x, prepared = ntkit.TangentKernel(convolutional(), outputs="full"), images(), []
+    monkeypatch.setattr(ntkit.TangentKernel, "factors", _counted(ntkit.TangentKernel.factors, prepared))
+    per_block = 3 * sum(step.bytes_per_sample for step in k.plan_for_tiles(x, 3).steps)
+    store = ntkit.GramStore.create(tmp_path / "store", k, x, tile=3, memory=int(blocks * per_block))
+    assert len(prepared) == passes
+    torch.testing.assert_close(store.dense(), ntkit.Gram(k(x)).dense(), rtol=0, atol=1e-13 * store.largest)
+
+
+@pytest.mark.parametrize("outputs", ["trace", "diagonal", "full", "sum"])
+def test_factors_of_two_blocks_give_their_kernel(outputs):
+    """Also where one block turned out irregular and is planned otherwise than the other."""
+    k, x = ntkit.TangentKernel(convolutional(), outputs=outputs), images()
+    plan = k.plan_for_tiles(x, 6)
+    first, second = k.factors(x[:6], plan), k.factors(x[6:], plan)
+    changed = replace(plan, steps=tuple(replace(step, route="fallback", late=False) for step in plan.steps))
+    other = replace(second, job=replace(second.job, plan=changed))
+    K = ntkit.TangentKernel(convolutional(), outputs=outputs)(x)
+    for expected, value in [
+        (K[:6, 6:], k.product(first, second)),
+        (K[:6, 6:], k.product(first, other)),
+        (K[6:, 6:], k.product(second)),
+    ]:
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-13 * float(K.abs().max()))
+
+
+def _counted(function, calls):
+    def counted(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return counted
+
+
+def test_machines_and_measures_take_it(tmp_path):
+    k, x = ntkit.TangentKernel(convolutional(), outputs="trace"), images(24)
+    K = ntkit.Gram(k(x))
+    store = ntkit.GramStore.create(tmp_path / "store", k, x, tile=7)
+    y = torch.randn(24, dtype=torch.float64)
+    labels = (y > 0).long()
+    test = k(images(5), x)
+
+    def same(a: Tensor, b: Tensor) -> None:
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+    ridge = [ntkit.KernelRidge(1e-2).fit(G, y).predict(test) for G in (store, K)]
+    same(*ridge)
+    machines = [ntkit.HardMarginSVM().fit(G, labels) for G in (store, K)]
+    assert [m.status_ for m in machines] == ["optimal"] * 2
+    same(*(m.decision_function(test) for m in machines))
+    same(*(ntkit.GradientFlow().fit(G, y).predict(test, t=1e-3) for G in (store, K)))
+    same(*(ntkit.GaussianProcess(1e-2).fit(G, y).predict(test).mean for G in (store, K)))
+    for count in (None, 3):
+        same(*(torch.as_tensor(ntkit.spectrum(G, count).eigenvalues) for G in (store, K)))
+    for other in (y, K, store):
+        for centered in (False, True):
+            same(*(torch.tensor(ntkit.alignment(G, other, centered=centered)) for G in (store, K)))
+    same(*(torch.tensor(ntkit.effective_rank(G)) for G in (store, K)))
+
+
+def test_samples_of_any_form(tmp_path):
+    """Arrays, a memmap that may only be read, and dicts give the tensors' bytes."""
+    x = samples()
+    np.save(tmp_path / "x.npy", x.numpy())
+    expected = files_of(create(tmp_path / "tensor").path)
+    for name, given in {"array": x.numpy(), "memmap": np.load(tmp_path / "x.npy", mmap_mode="r")}.items():
+        ntkit.GramStore.create(tmp_path / name, kernel(), given, tile=TILE, memory="50 MB")
+        assert files_of(tmp_path / name) == expected
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = kernel()._engine.model
+
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            return self.inner(torch.cat([first, second], 1))
+
+    k = ntkit.TangentKernel(Named(), outputs="trace")
+    store = ntkit.GramStore.create(tmp_path / "dict", k, {"first": x[:, :2].numpy(), "second": x[:, 2:]}, tile=TILE)
+    torch.testing.assert_close(store.dense().float(), kernel()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_number_that_is_not_finite_is_refused(tmp_path):
+    model = nn.Linear(6, 1, bias=False)
+    x = samples()
+    x[13] *= 1e30  # its square overflows
+    with pytest.raises(Refused, match=r"kernel: got inf at index \[13, 13\]"):
+        ntkit.GramStore.create(tmp_path / "s", ntkit.TangentKernel(model, outputs="trace"), x, tile=TILE)
+
+
+# ---------------------------------------------------------------------- what is in the folder
+
+
+def test_one_chunk_is_one_tile_of_the_upper_triangle(whole):
+    import zarr
+
+    assert {name for name in files_of(whole) if name != "zarr.json"} == {
+        f"c/{i}/{j}" for i in range(4) for j in range(i, 4)
+    }
+    array = zarr.open_array(whole, mode="r")
+    assert array.metadata.zarr_format == 3
+    assert [type(codec).__name__ for codec in array.metadata.codecs] == ["BytesCodec", "Crc32cCodec"]
+    assert np.isnan(array[TILE:, :TILE]).all()
+    np.testing.assert_allclose(array[:TILE, TILE:], kernel()(samples())[:TILE, TILE:].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_another_process_and_another_open_read_the_same(whole):
+    store = ntkit.GramStore.open(whole)
+    assert torch.equal(pickle.loads(pickle.dumps(store)).dense(), store.dense())
+    assert "18 x 18" in repr(store)
+
+
+def test_a_store_that_is_there_is_not_computed_again(copy, monkeypatch):
+    before = files_of(copy)
+    monkeypatch.setattr(TileFiles, "write", None)
+    assert create(copy).verify() == []
+    assert files_of(copy) == before
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_bytes_do_not_depend_on_threads_or_order(number, copy, whole, threads, monkeypatch):
+    for place in random.Random(number).sample(range(10), 7):
+        list(copy.glob("c/*/*"))[place % len(list(copy.glob("c/*/*")))].unlink()
+    order = tile_work.TileWork.bands
+    monkeypatch.setattr(tile_work.TileWork, "bands", lambda self, tiles: [b[::-1] for b in order(self, tiles)[::-1]])
+    threads(number)
+    create(copy)
+    assert files_of(copy) == files_of(whole)
+
+
+CHANGES = {
+    "model": lambda folder: ntkit.GramStore.create(folder, kernel(seed=1), samples(), tile=TILE),
+    "outputs": lambda folder: ntkit.GramStore.create(folder, kernel(outputs="sum"), samples(), tile=TILE),
+    "data": lambda folder: ntkit.GramStore.create(folder, kernel(), samples() + 1e-6, tile=TILE),
+    "samples": lambda folder: ntkit.GramStore.create(folder, kernel(), samples(N + 1), tile=TILE),
+    "dtype": lambda folder: ntkit.GramStore.create(
+        folder, ntkit.TangentKernel(kernel()._engine.model.double(), outputs="trace"), samples().double(), tile=TILE
+    ),
+    "tile": lambda folder: ntkit.GramStore.create(folder, kernel(), samples(), tile=TILE + 1),
+    "kernel": lambda folder: ntkit.GramStore.create(
+        folder, ntkit.ConjugateKernel(kernel()._engine.model), samples(), tile=TILE
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_matrix_is_refused_by_what_differs(name, copy):
+    before = files_of(copy)
+    with pytest.raises(Refused, match=rf"a kernel matrix of another (.*, )?{name} \("):
+        CHANGES[name](copy)
+    assert files_of(copy) == before
+
+
+def test_another_version_is_refused(copy, monkeypatch):
+    monkeypatch.setattr(gram_store, "versions", lambda: {"ntkit": "9", "torch": torch.__version__})
+    with pytest.raises(Refused, match=r"another ntkit \(.*, not 9\)"):
+        create(copy)
+
+
+def test_refusals(tmp_path, whole, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(Refused, match=r"a folder with 'notes.txt'; expected an empty folder"):
+        create(tmp_path / "full")
+    with pytest.raises(Refused, match="kernel: got Tensor"):
+        ntkit.GramStore.create(tmp_path / "new", torch.eye(3), samples())  # pyrefly: ignore
+    with pytest.raises(Refused, match="kernel: got one matrix per output"):
+        ntkit.GramStore.create(tmp_path / "new", kernel(outputs="diagonal"), samples())
+    with pytest.raises(Refused, match="tile: got 0"):
+        ntkit.GramStore.create(tmp_path / "new", kernel(), samples(), tile=0)
+    with pytest.raises(Refused, match=r"values in torch\.float16"):
+        ntkit.GramStore.create(
+            tmp_path / "new", ntkit.TangentKernel(nn.Linear(6, 1).half(), outputs="trace"), samples().half()
+        )
+    with pytest.raises(Refused, match=r"zarr\.json"):
+        ntkit.GramStore.open(tmp_path / "full")
+    with pytest.raises(Refused, match="got a file; expected a folder"):
+        create(tmp_path / "full" / "notes.txt")
+    with FolderLock(tmp_path / "held"), pytest.raises(Refused, match="one writer at a time"):
+        create(tmp_path / "held")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    for call in (lambda: create(tmp_path / "new"), lambda: ntkit.GramStore.open(whole)):
+        with pytest.raises(Refused, match=r"no zarr in this Python.*pip install ntkit\[scale\]"):
+            call()
+
+
+# ---------------------------------------------------------------------- room on the disk
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    tile = TILE * TILE * 4 + 4
+    free = {"free": 7 * tile}  # 10 tiles are needed; 3 x 4 / 2 fit
+    monkeypatch.setattr(tile_work.shutil, "disk_usage", lambda place: type("Usage", (), free))
+    with pytest.raises(Refused, match=r"Take at most 15 samples, or a folder on a larger disk\.$"):
+        create(tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    free["free"] = 10 * tile
+    store = create(tmp_path / "s")
+    free["free"] = 18 * 18 * 4 - 1
+    with pytest.raises(Refused, match=r"K\.npy"):
+        store.export(tmp_path / "K.npy")
+    assert not (tmp_path / "K.npy").exists()
+    shutil.rmtree(store.path / "c" / "0")
+    free["free"] = 3 * tile
+    with pytest.raises(Refused, match="of tiles for 18 samples"):
+        create(store.path)
+    free["free"] = 4 * tile  # those that are there need no room
+    assert create(store.path).verify() == []
+
+
+@pytest.mark.parametrize("tiles", [0, 4])
+def test_a_disk_that_fills_up_leaves_whole_tiles(tiles, whole, tmp_path, monkeypatch):
+    written = []
+
+    def full(path, value, exclusive=False):
+        if len(written) == tiles:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{path}.1.partial").write_bytes(b"part")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.append(path)
+        return original(path, value, exclusive)
+
+    import zarr.storage._local as local
+
+    original = local._put
+    monkeypatch.setattr(local, "_put", full)
+    with pytest.raises(Refused, match="No space left on device while writing"):
+        create(tmp_path / "s")
+    monkeypatch.setattr(local, "_put", original)
+    assert len(ntkit.GramStore.open(tmp_path / "s").verify()) == 10 - tiles
+    create(tmp_path / "s")
+    assert files_of(tmp_path / "s") == files_of(whole)
+
+
+def at_most_eight_kilobytes() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+
+
+FILLED = """
+import sys, ntkit, torch
+k = ntkit.TangentKernel(torch.nn.Linear(6, 1), outputs="trace")
+try:
+    ntkit.GramStore.create(sys.argv[1], k, torch.rand(60, 6))
+except ntkit.Refused as refused:
+    print(refused)
+"""
+
+
+@pytest.mark.skipif(not THERE, reason="needs fork")
+def test_a_real_limit_on_the_size_of_a_file(tmp_path):
+    """Of the operating system: the description fits, the only tile (14 kB) does not."""
+    done = script(FILLED, tmp_path / "s", first=at_most_eight_kilobytes).done()
+    assert "c/0/0: got File too large while writing" in done.stdout, done
+    assert (tmp_path / "s" / "zarr.json").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+# ---------------------------------------------------------------------- kills
+
+
+def started(folder: Path, n: int = N, last: int | None = None) -> BaseProcess:
+    return forked(store_case.killed, folder, n, last, folder.with_suffix(".log"))
+
+
+def ended(child: BaseProcess, folder: Path) -> int | None:
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL), folder.with_suffix(".log").read_text()
+    return child.exitcode
+
+
+def check_resumed(folder: Path, whole: Path, monkeypatch, n: int = N) -> None:
+    """After a kill: what is there is whole; the rest, and nothing else, is computed; then all bytes are the same."""
+    there, tiles = 0, len(ntkit.GramStore.open(whole)._files.grid.tiles)
+    if (folder / "zarr.json").exists():
+        bad = ntkit.GramStore.open(folder).verify()
+        assert {b.reason for b in bad} <= {"missing"}
+        there = tiles - len(bad)
+    computed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(TileFiles, "write", _counted(TileFiles.write, computed))
+        create(folder, n)
+    assert len(computed) == tiles - there
+    assert files_of(folder) == files_of(whole)
+
+
+@pytest.mark.skipif(not THERE, reason="needs SIGKILL and fork")
+def test_killed_before_each_file_operation_it_ends_with_the_same_bytes(whole, tmp_path, monkeypatch):
+    assert ended(started(tmp_path / "once"), tmp_path / "once") == 0
+    assert files_of(tmp_path / "once") == files_of(whole)
+    operations = int((tmp_path / "once.log").read_text())
+    assert operations >= 20
+    for last in range(operations):
+        folder = tmp_path / f"{last}"
+        assert ended(started(folder, last=last), folder) == -signal.SIGKILL
+        check_resumed(folder, whole, monkeypatch)
+
+
+@pytest.mark.fuzz
+@pytest.mark.skipif(not THERE, reason="needs SIGKILL and fork")
+def test_killed_at_random_times_it_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    """Four times, each after some of 1,275 tiles more."""
+    n, draw = 250, random.Random(0)
+    whole, folder = create(tmp_path / "whole", n).path, tmp_path / "killed"
+    for _ in range(4):
+        there = len(list(folder.glob("c/*/*")))
+        child, wanted = started(folder, n), there + draw.randrange(1, 200)
+        while len(list(folder.glob("c/*/*"))) < wanted:
+            assert child.is_alive()
+        child.kill()
+        assert ended(child, folder) == -signal.SIGKILL
+        bad = ntkit.GramStore.open(folder).verify()
+        assert {b.reason for b in bad} == {"missing"}
+        assert len(bad) < 1275 - there
+    check_resumed(folder, whole, monkeypatch, n)
+
+
+# ---------------------------------------------------------------------- damage
+
+
+def damage(file: Path, draw: random.Random) -> str:
+    """Change a file at random, and say how."""
+    blob = bytearray(file.read_bytes())
+    how = draw.choice(["flip", "truncate", "append", "zeros", "delete", "empty", "swap"])
+    place = draw.randrange(len(blob))
+    if how == "flip":
+        blob[place] ^= 1 << draw.randrange(8)
+    elif how == "truncate":
+        del blob[place:]
+    elif how == "append":
+        blob += bytes([draw.randrange(1, 256)])
+    elif how == "zeros":
+        end = min(len(blob), place + draw.randrange(1, 64))
+        changed = any(blob[place:end])
+        blob[place:end] = bytes(end - place)
+        if not changed:
+            blob[place] = 1
+    elif how == "delete":
+        file.unlink()
+        return how
+    elif how == "empty":
+        blob.clear()
+    else:
+        other = (place + 1) % len(blob)
+        if blob[place] == blob[other]:
+            blob[place] ^= 255
+        else:
+            blob[place], blob[other] = blob[other], blob[place]
+    file.write_bytes(blob)
+    return how
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_damage_is_found_named_and_repaired(seed, copy, whole):
+    draw = random.Random(seed)
+    names = sorted(files_of(whole))
+    name = "zarr.json" if seed % 5 == 0 else draw.choice([n for n in names if n != "zarr.json"])
+    how = damage(copy / name, draw)
+    if name == "zarr.json":
+        with pytest.raises(Refused, match=r"zarr\.json") as refused:
+            ntkit.GramStore.open(copy)
+        assert isinstance(refused.value, Damaged) or how == "delete"
+        with pytest.raises(Refused):
+            create(copy)
+        return
+    i, j = (int(part) for part in name.split("/")[1:])
+    store = ntkit.GramStore.open(copy)
+    assert [bad[:2] for bad in store.verify()] == [(i, j)]
+    for read in (store.dense, lambda: store.rows([i * TILE]), lambda: store @ torch.ones(N)):
+        with pytest.raises(Damaged, match=rf"c/{i}/{j}: got tile \({i}, {j}\)"):
+            read()
+    create(copy)
+    assert files_of(copy) == files_of(whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda array: array["codecs"].append({"name": "numcodecs.pickle"}),
+        lambda array: array.update(shape=[N, 3]),
+        lambda array: array.update(data_type="float64"),
+        lambda array: array["attributes"]["ntkit"].update(grid={"n": N}),
+        lambda array: array["attributes"]["ntkit"].update(plan={"steps": [{"run": "code"}]}),
+        lambda array: array.pop("codecs"),
+    ],
+)
+def test_a_description_by_someone_else_is_refused_before_zarr_reads_it(change, copy, monkeypatch):
+    """Also with a right checksum: codecs are code, found by name."""
+    array = json.loads((copy / "zarr.json").read_text())
+    del array["attributes"]["ntkit"]["checksum"]
+    change(array)
+    (copy / "zarr.json").write_bytes(tile_files._sealed(json.dumps(array).encode()))
+    monkeypatch.setattr("zarr.open_array", None)
+    with pytest.raises(Damaged, match=r"zarr\.json: got a damaged file: (an array of another kind|of another format)"):
+        ntkit.GramStore.open(copy)
