@@ -172,12 +172,14 @@ def _of_array(array: np.ndarray, name: str) -> Tensor:
 def checked(x: Batch, name: str, infinite: bool = False) -> Batch:
     """Refuse what is not a batch of samples (no tensors, empty, ragged, not finite); return it without its graph.
 
-    `infinite` lets infinities through, as in a mask that is added to attention scores: for callers that check outputs.
+    `infinite` lets infinities through beside other tensors, as in a mask that is added to attention scores: for callers
+    that check the outputs. The only input is never infinite: the gradient of a layer that it enters would be, too.
     """
+    form = type(x).__name__
     x = as_batch(x, name)
     tensors = leaves(x)
     if not tensors or not all(t.dim() for t in tensors):
-        got = "a tensor without axes" if tensors else type(x).__name__ + " without tensors"
+        got = "a tensor without axes" if tensors else f"{form} without tensors"
         fix = "Stack samples with torch.stack; a tuple is passed as model(*x), a dict as model(**x)."
         raise refusal(name, got=got, expected=_EXPECTED, fix=fix)
     if any(unpack_dual(t).tangent is not None for t in tensors):
@@ -198,7 +200,7 @@ def checked(x: Batch, name: str, infinite: bool = False) -> Batch:
         # a finite sum means finite values; another sum may only have overflowed, so then each value is checked
         if not (tensor.is_floating_point() or tensor.is_complex()) or torch.isfinite(tensor.sum()):
             continue
-        bad = torch.isnan(tensor) if infinite else ~torch.isfinite(tensor)
+        bad = torch.isnan(tensor) if infinite and len(tensors) > 1 else ~torch.isfinite(tensor)
         if bad.any():
             index = tuple(int(i) for i in bad.nonzero()[0])
             got, fix = f"{tensor[index].item()} at index {index}", "Remove or repair that sample."
