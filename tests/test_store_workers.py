@@ -141,7 +141,7 @@ def test_arrays_on_disk_go_by_their_names(tmp_path):
     np.save(tmp_path / "f.npy", np.asfortranarray(x))
     for name in ("x", "f"):
         whole = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
-        sent = tile_workers.by_file_names({"a": whole, "b": whole[2:], "c": x})
+        sent = tile_workers.by_file_names({"a": whole, "b": whole[2:], "c": x}, {})
         assert not isinstance(sent["a"], np.ndarray)
         np.testing.assert_array_equal(sent["a"].open(), x)
         np.testing.assert_array_equal(sent["b"], x[2:])
