@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from file_operations import FileOperations
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import ntkit
 
@@ -57,3 +58,17 @@ class Stubborn(nn.Module):
         if bool((x[:, 0] < -5).any()):
             raise RuntimeError("these samples are too negative")
         return self.inner(x)
+
+
+class Rows(Dataset):
+    """Samples one by one, with labels; those from number `wrong` on are others at every reading."""
+
+    def __init__(self, n: int = N, wrong: int | None = None) -> None:
+        self.x, self.wrong, self.asked = samples(n), wrong, 0
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        self.asked += 1
+        return self.x[i] + (self.asked if self.wrong is not None and i >= self.wrong else 0), i

@@ -252,3 +252,36 @@ def _last(net, x):
     ]
     J = torch.stack(rows).view(len(x), -1)
     return J @ J.T
+
+
+def test_datasets_and_loaders_in_their_order():
+    from torch.utils.data import DataLoader, Subset, TensorDataset
+
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(3, 2).double(), torch.randn(10, 3).double(), torch.arange(10) % 2
+    kernel = ntkit.TangentKernel(net, "trace")
+    expected = kernel(x)
+    pairs = TensorDataset(x, y)
+    for source in (pairs, TensorDataset(x), DataLoader(pairs, batch_size=4), Subset(pairs, range(10))):
+        assert torch.equal(kernel(source), expected)
+        assert torch.equal(kernel.diagonal(source), kernel.diagonal(x))
+    assert torch.equal(kernel(DataLoader(pairs, 3), x[:4]), kernel(x, x[:4]))
+    with pytest.raises(ntkit.Refused, match="got a DataLoader with RandomSampler"):
+        kernel(DataLoader(pairs, batch_size=4, shuffle=True))
+    with pytest.raises(ntkit.Refused, match="got a DataLoader that drops samples"):
+        kernel(DataLoader(pairs, batch_size=4, drop_last=True))
+
+
+def test_as_the_kernel_of_scikit_learn():
+    from sklearn.svm import SVC
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    X = np.random.default_rng(0).normal(size=(30, 4))
+    y = (X[:, 0] > 0).astype(int)
+    kernel = ntkit.TangentKernel(net, "trace")
+    machine = SVC(kernel=kernel).fit(X, y)
+    other = SVC(kernel="precomputed").fit(kernel(X).numpy(), y)
+    np.testing.assert_allclose(
+        machine.decision_function(X[::2]), other.decision_function(kernel(X[::2], X).numpy()), atol=1e-10
+    )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import ntkit
 from ntkit.base.checks import Damaged, Refused
 from ntkit.base.lock import FolderLock
-from ntkit.gram import gram_store, tile_files, tile_work
+from ntkit.gram import gram_store, store_creation, tile_files, tile_work
 from ntkit.gram.tile_files import TileFiles
 
 pytest.importorskip("zarr")
@@ -265,7 +265,7 @@ def test_another_matrix_is_refused_by_what_differs(name, copy):
 
 
 def test_another_version_is_refused(copy, monkeypatch):
-    monkeypatch.setattr(gram_store, "versions", lambda: {"ntkit": "9", "torch": torch.__version__})
+    monkeypatch.setattr(store_creation, "versions", lambda: {"ntkit": "9", "torch": torch.__version__})
     with pytest.raises(Refused, match=r"another ntkit \(.*, not 9\)"):
         create(copy)
 
@@ -305,8 +305,13 @@ def test_a_disk_without_room_is_refused_before_anything_is_computed(tmp_path, mo
     tile = TILE * TILE * 4 + 4
     free = {"free": 7 * tile}  # 10 tiles are needed; 3 x 4 / 2 fit
     monkeypatch.setattr(tile_work.shutil, "disk_usage", lambda place: type("Usage", (), free))
-    with pytest.raises(Refused, match=r"Take at most 15 samples, or a folder on a larger disk\.$"):
+    with pytest.raises(Refused, match=r"Take at most 15 samples, or a folder on a larger disk\. All .*operator"):
         create(tmp_path / "s")
+    double = ntkit.TangentKernel(nn.Linear(6, 1).double(), outputs="trace")
+    for room, said in ((10 * tile, "it fits: "), (9 * tile, "it is half: ")):
+        free["free"] = room  # ten tiles of float64 need nearly twice that of float32
+        with pytest.raises(Refused, match=f"In float32 .*{said}"):
+            ntkit.GramStore.create(tmp_path / "s", double, samples().double(), tile=TILE)
     assert not (tmp_path / "s").exists()
     free["free"] = 10 * tile
     store = create(tmp_path / "s")

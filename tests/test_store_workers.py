@@ -117,6 +117,34 @@ def test_refusals(tmp_path):
         ntkit.GramStore.create(tmp_path / "s", kernel(), samples(), scheduler="nonsense://here", tile=TILE)
 
 
+def test_copies_that_do_not_fit_into_memory_are_refused(tmp_path, monkeypatch):
+    """Samples of 432 bytes and three tiles of 104; a memmap has no copies."""
+    x = samples(18).numpy()
+    np.save(tmp_path / "x.npy", x)
+    free = 5 * (x.nbytes + 3 * (TILE * TILE * 4 + 4)) - 1
+    monkeypatch.setattr("ntkit.gram.tile_work.free_memory", lambda device: free)
+    with pytest.raises(Refused, match=r"workers: got 5 x .*Take at most 4 workers\. Give samples as a numpy\.memmap"):
+        ntkit.GramStore.create(tmp_path / "s", kernel(), x, 5, tile=TILE, memory="50 MB")
+    assert not list((tmp_path / "s").glob("c/*/*"))
+    on_disk = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert tile_workers.copied_bytes(tile_workers.by_file_names(on_disk, samples(18))) == 0
+    assert tile_workers.copied_bytes(tile_workers.by_file_names(x, samples(18))) == x.nbytes
+
+
+def test_a_gpu_for_each_task_where_workers_say_which_have_one():
+    class Client:
+        def __init__(self, *resources):
+            self.workers = {str(i): {"resources": own} for i, own in enumerate(resources)}
+
+        def scheduler_info(self):
+            return {"workers": self.workers}
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert tile_workers._resources(Client({"GPU": 1}), cpu) is None
+    assert tile_workers._resources(Client({}, {"GPU": 1.0}), cuda) == {"GPU": 1}
+    assert tile_workers._resources(Client({}, {"memory": 3}), cuda) is None
+
+
 def test_dask_draws_from_a_generator_of_its_own(monkeypatch):
     """Its event loop would change the state by which a network that draws random numbers is known."""
     import types
@@ -141,7 +169,7 @@ def test_arrays_on_disk_go_by_their_names(tmp_path):
     np.save(tmp_path / "f.npy", np.asfortranarray(x))
     for name in ("x", "f"):
         whole = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
-        sent = tile_workers.by_file_names({"a": whole, "b": whole[2:], "c": x})
+        sent = tile_workers.by_file_names({"a": whole, "b": whole[2:], "c": x}, {})
         assert not isinstance(sent["a"], np.ndarray)
         np.testing.assert_array_equal(sent["a"].open(), x)
         np.testing.assert_array_equal(sent["b"], x[2:])

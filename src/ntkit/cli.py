@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 
 from ntkit import __version__
 from ntkit.base.checks import Refused
-from ntkit.commands.settings import ExplainSettings, InfiniteSettings, Settings, TrackSettings
+from ntkit.commands.settings import ExplainSettings, GramSettings, InfiniteSettings, Settings, TrackSettings
 
 app = App(
     name="ntkit",
@@ -144,6 +144,29 @@ def infinite(settings: Annotated[InfiniteSettings | None, Parameter(name="*")] =
 
 
 @app.command
+def gram(
+    model: str, data: str, settings: Annotated[GramSettings | None, Parameter(name="*")] = None, *, out: Path
+) -> None:
+    """Compute a network's tangent kernel on a data set into a folder, tile by tile; stopped, the same command goes on.
+
+    Parameters
+    ----------
+    model
+        linear, mlp, cnn, vgg, textcnn (text sets), package.module:factory or file.py:factory.
+    data
+        As --data of ntkit analyze: its training examples; or a .npy file of samples, which may be larger than memory.
+    settings
+        Which kernel, and who computes it.
+    out
+        The folder, new or begun by the same command.
+    """
+    from ntkit.commands.gram_on_disk import gram as run
+    from ntkit.commands.gram_on_disk import summary
+
+    print("\n".join(summary(run(model, data, settings, out=out, say=_say))))
+
+
+@app.command
 def report(run: Path) -> None:
     """Write the report of a run again from its results.
 
@@ -164,12 +187,13 @@ def verify(run: Path) -> None:
     Parameters
     ----------
     run
-        The folder of a run, a trajectory, a tracking, a decomposition, an explanation or a study.
+        The folder of a run, a trajectory, a tracking, a decomposition, an explanation or a study; or a kernel matrix of
+        ntkit gram, of whose tiles only those are listed that are damaged or missing.
     """
     from ntkit.commands import verify as files
 
     records = files.verify(run)
-    for record in records:
+    for record in files.without_whole_tiles(records):
         print(f"{record.status:<17} {record.file}" + (f": {record.why}" if record.why else ""))
     print(files.summary(records))
     if any(record.status in ("damaged", "missing") for record in records):

@@ -35,12 +35,12 @@ class Task:
         elif elapsed - self._last > _LINE_EVERY or (self.done >= self.total and self._last):
             self._last = elapsed
             left = elapsed * (self.total - self.done) / self.done if self.done else float("nan")
-            print(f"{self.label}: {self.done / self.total:.0%}, {_clock(left)} left", file=self._stream, flush=True)
+            print(f"{self.label}: {self.done / self.total:.0%}, {clock(left)} left", file=self._stream, flush=True)
 
     def expect(self, seconds: float) -> None:
         """Print how long the work will take, if it will take long."""
         if not self.silent and seconds > _LONG:
-            print(f"{self.label}: about {_clock(seconds)}", file=self._stream, flush=True)
+            print(f"{self.label}: about {clock(seconds)}", file=self._stream, flush=True)
 
     def _draw(self) -> None:
         if self._bar is None:
@@ -59,10 +59,13 @@ class Task:
             self._bar.stop()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Text such as "3 min 07 s" or "2 h 05 min"."""
     if seconds != seconds:
         return "?"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 

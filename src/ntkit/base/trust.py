@@ -78,6 +78,38 @@ def code_of_run(
         yield
 
 
+@contextmanager
+def code_of_sender(names: Mapping[str, str], hashes: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+    """Read the code that another process of this user has sent the names of, and let it run in this context.
+
+    Parameters
+    ----------
+    names : option to name.
+    hashes : what `code_hashes` gave there.
+
+    Raises
+    ------
+    Refused
+        When a file is not here, or is another one, before any of it is imported.
+    """
+    read = _read(names)
+    for (option, name), code in read.items():
+        here = () if code is None else tuple(code.files.values())
+        if hashes[option] != here:
+            got = f"{', '.join(here) or 'no code'} (SHA-256 of {', '.join(code.files) if code else 'nothing'})"
+            fix = "Let all workers see the same file under the same path, and have the same packages."
+            raise refusal(f"{option} {name}", got=got, expected=", ".join(hashes[option]), fix=fix)
+    with _only(read):
+        yield
+
+
+def code_hashes(names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Option to the SHA-256 of each file that its name would run, of what was read for this context; () for no code."""
+    read = READ.get() or {}
+    codes = {option: read.get((option, name)) for option, name in names.items()}
+    return {option: () if code is None else tuple(code.files.values()) for option, code in codes.items()}
+
+
 def _refused(run: Path, code: UserCode, old: str | None) -> Refused:
     files = ", ".join(f"{path} (SHA-256 {sha256 or 'none, part of Python'})" for path, sha256 in code.files.items())
     got = f"{code.option} {code.name}, which would run {files}"

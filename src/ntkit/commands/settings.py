@@ -10,6 +10,7 @@ from typing import Any
 from ntkit.base.checks import Refused, check_name, nearest, refusal
 
 _LARGEST = 3e38  # of float32
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +89,7 @@ class Settings:
             if self.weights is not None and value != getattr(Settings, name):
                 raise _bad(name, value, "no training settings with --weights", "Leave it out.")
         check_seed(self.seed)
-        for name, names in (("optimizer", ("sgd", "adam")), ("device", ("auto", "cpu", "cuda"))):
-            value = getattr(self, name)
-            if value not in names:
-                raise _bad(name, value, f"one of {', '.join(names)}", nearest(str(value), names))
+        _check_choices(self, optimizer=("sgd", "adam"), device=_DEVICES)
 
     def slug(self) -> str:
         """Short folder name, at most 60 characters: a name may have 255 bytes."""
@@ -195,6 +193,65 @@ class InfiniteSettings:
     """Seed of the weights, the choice of examples and the folds."""
     out: Path | None = None
     """Folder for run.json and results.json; without it no file is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GramSettings:
+    """Which kernel `ntkit gram` computes, and who computes it."""
+
+    weights: str | None = None
+    """A .safetensors file of the network's weights; without it, the initial ones of --seed."""
+    outputs: str = "trace"
+    """trace (n x n, the sum over outputs), sum (n x n, of the outputs' sum / sqrt(C)) or full (n x n x C x C)."""
+    dtype: str = "float32"
+    """float32 or float64: of the network, the data and the matrix."""
+    data_dir: str | None = None
+    """Folder with the official files of mnist, cifar10 or a text set."""
+    classes: tuple[str, ...] | None = None
+    """Classes to keep, e.g. --classes 3 8. With two classes the network gets one output."""
+    train: int | None = None
+    """Training examples to keep (all by default)."""
+    seed: int = 0
+    """Seed of the initial weights and of the choice of examples."""
+    tile: int | None = None
+    """Samples along a side of a tile (by default tiles have at most 16 MiB)."""
+    workers: int = 1
+    """Processes of this machine, of one thread each; 1: this process, with its own threads."""
+    scheduler: str | None = None
+    """Address of a running Dask scheduler, whose workers compute: tcp://10.0.0.1:8786."""
+    memory: str | None = None
+    """Memory for what tiles have in common, such as "2 GB" (a quarter of the free memory by default); with
+    --scheduler: of each worker."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        """Accept numbers and paths in place of text: classes=(3, 8), weights=Path(...)."""
+        if self.classes is not None:
+            object.__setattr__(self, "classes", tuple(str(name) for name in self.classes))
+        for name in ("data_dir", "weights"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, str(value))
+
+    def check(self) -> None:
+        """Refuse invalid values.
+
+        Raises
+        ------
+        Refused
+            Names the option as the command line spells it.
+        """
+        _check_choices(self, outputs=("trace", "sum", "full"), dtype=("float32", "float64"), device=_DEVICES)
+        if self.train is not None and self.train < 1:
+            raise _bad("train", self.train, "an integer of at least 1", "Give a larger number.")
+        check_seed(self.seed)
+
+
+def _check_choices(settings: Any, **choices: tuple[str, ...]) -> None:
+    for name, names in choices.items():
+        value = getattr(settings, name)
+        if value not in names:
+            raise _bad(name, value, f"one of {', '.join(names)}", nearest(str(value), names))
 
 
 def check_seed(seed: int) -> None:

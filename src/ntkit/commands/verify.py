@@ -12,6 +12,7 @@ from ntkit.base.checks import Damaged, Refused, refusal
 from ntkit.base.files import ASIDE, file_digest, read_arrays_and_metadata, read_bytes, read_json, read_json_and_checksum
 from ntkit.base.integrity import WithoutChecksum, check_place, damaged, fingerprint, stored_checksum
 from ntkit.base.lock import LOCK
+from ntkit.base.progress import task
 from ntkit.base.run_files import (
     AnalysisRun,
     PartFile,
@@ -23,6 +24,7 @@ from ntkit.base.run_files import (
     tracking_id,
 )
 from ntkit.commands.stage_files import REPLACED
+from ntkit.gram.tile_files import DESCRIPTION, TileFiles
 from ntkit.trajectory.recorded_run import (
     FORMAT,
     read_losses,
@@ -52,6 +54,9 @@ class FileRecord(NamedTuple):
 
 def verify(run: str | Path) -> list[FileRecord]:
     """List every file of the folder of a run, a trajectory, a tracking, a decomposition, an explanation or a study.
+
+    Of a kernel matrix on disk (`ntkit.GramStore`), its tiles, too: the record of one that was never computed is
+    ``"missing"``.
 
     A file is ``"ok"``, ``"damaged"`` (changed, cut off, or of another run), ``"missing"``, ``"without checksum"``
     (written by an earlier version) or ``"not ntkit's"``. Nothing is changed, and no code of the run is loaded.
@@ -85,8 +90,13 @@ def verify(run: str | Path) -> list[FileRecord]:
 
 def _listed(folder: Path) -> list[FileRecord]:
     found: dict[Path, FileRecord] = {}
-    for file in sorted(p for p in folder.rglob("*") if not p.is_dir() and p.name != LOCK):
-        found[file] = _by_itself(file, folder)
+    files = sorted(p for p in folder.rglob("*") if not p.is_dir() and p.name != LOCK)
+    for file in files:
+        if file.name == DESCRIPTION:
+            found |= _tiles(file.parent, folder)
+    for file in files:
+        if file not in found:
+            found[file] = _by_itself(file, folder)
     if all(record.status == "not ntkit's" for record in found.values()):
         raise refusal(str(folder), got="no file of ntkit", expected="the folder of a run", fix="Check its name.")
     starts = [f for f in found if f.name in ("run.json", "track.json") and REPLACED not in f.relative_to(folder).parts]
@@ -101,6 +111,27 @@ def _listed(folder: Path) -> list[FileRecord]:
     return sorted(found.values())
 
 
+def _tiles(store: Path, folder: Path) -> dict[Path, FileRecord]:
+    """The files of a kernel matrix on disk."""
+    start = store / DESCRIPTION
+
+    def record(file: Path, status: Status, why: str = "") -> FileRecord:
+        return FileRecord(file.relative_to(folder).as_posix(), status, why)
+
+    try:
+        files = TileFiles(store)
+    except Damaged as error:
+        return {start: record(start, "damaged", _why(error))}
+    found = {start: record(start, "ok")}
+    with task("checking tiles", total=len(files.grid.tiles)) as progress:
+        for (i, j), bad in zip(files.grid.tiles, files.bad(), strict=True):
+            file = files.file(i, j)
+            status = "ok" if bad is None else "missing" if bad.reason == "missing" else "damaged"
+            found[file] = record(file, status, "" if bad is None or status == "missing" else bad.reason)
+            progress.advance()
+    return found
+
+
 def summary(records: Iterable[FileRecord]) -> str:
     """Count files by status, in one line.
 
@@ -111,6 +142,13 @@ def summary(records: Iterable[FileRecord]) -> str:
     order: tuple[Status, ...] = ("ok", "damaged", "missing", "without checksum", "not ntkit's")
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in order if s in statuses)
     return f"{len(statuses)} file{'s' * (len(statuses) != 1)}: {counts}"
+
+
+def without_whole_tiles(records: Iterable[FileRecord]) -> list[FileRecord]:
+    """The records to list: a kernel matrix has too many tiles to list those that are whole."""
+    return [
+        record for record in records if record.status != "ok" or not fullmatch(r"(.*/)?c/\d+/\d+(/0/0)?", record.file)
+    ]
 
 
 def _why(error: Refused) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import ntkit
 from ntkit.base.batch import Batch
 from ntkit.base.tensors import tensor_hash
+from ntkit.data.streamed_samples import StreamedSamples
 from ntkit.kernels.kernel import Kernel
 from ntkit.trajectory.recorded_run import Trajectory, read_run
 
@@ -29,7 +30,7 @@ def identity(source: Any, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def what_it_depends_on(kernel: Kernel, x: Batch) -> dict[str, str]:
+def what_it_depends_on(kernel: Kernel, x: Batch | StreamedSamples) -> dict[str, str]:
     """A hash of each thing that a kernel's values depend on, by name: its settings (the model among them), the data."""
     found = {"kernel": f"{type(kernel).__module__}.{type(kernel).__qualname__}"}
     for name, entry in kernel.settings().items():
@@ -44,6 +45,9 @@ def _digest(value: Any) -> str:
 
 def _parts(value: Any) -> Iterator[str]:
     """Text that differs wherever two values do: settings by value, tensors by their bytes, modules by both."""
+    if isinstance(value, StreamedSamples):
+        yield from _parts_of_samples(value)
+        return
     yield f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, Tensor):
         yield tensor_hash({"": value})
@@ -74,6 +78,19 @@ def _parts(value: Any) -> Iterator[str]:
         yield from _parts([cell.cell_contents for cell in value.__closure__ or ()])
     elif isinstance(value, _PLAIN):
         yield repr(value)
+
+
+def _parts_of_samples(samples: StreamedSamples) -> Iterator[str]:
+    """The same text as of these samples in memory."""
+    first, hashes = samples.first, iter(samples.hashes)
+    if isinstance(first, Tensor):
+        yield from ("torch.Tensor", next(hashes))
+        return
+    yield f"builtins.{type(first).__name__}"
+    for key in first:
+        if isinstance(first, Mapping):
+            yield repr(key)
+        yield from ("torch.Tensor", next(hashes))
 
 
 def _is_setting(entry: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import threading
 from collections import OrderedDict
@@ -16,20 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.base.batch import count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
-from ntkit.base.files import ASIDE, write_atomically
-from ntkit.base.lock import LOCK, FolderLock
-from ntkit.base.memory import parse_memory
+from ntkit.base.files import write_atomically
 from ntkit.base.progress import task
-from ntkit.base.versions import versions
 from ntkit.gram.arrays import BLOCK
-from ntkit.gram.gram_identity import identity, what_it_depends_on
 from ntkit.gram.gram_matrix import Gram, Index
-from ntkit.gram.tile_files import DESCRIPTION, DTYPES, BadTile, TileFiles, TileGrid, zarr
-from ntkit.gram.tile_work import TileWork, as_samples, budget, check_disk, grid_of
-from ntkit.gram.tile_workers import Sent, by_file_names, check_workers, compute
+from ntkit.gram.named_kernel import NamedKernel
+from ntkit.gram.store_creation import create_store
+from ntkit.gram.tile_files import DTYPES, BadTile, TileFiles, zarr
 from ntkit.kernels.kernel import Kernel
 
 _KEPT = 2**28  # bytes of tiles that a store keeps in memory once they are read
@@ -85,13 +79,14 @@ class GramStore(Gram):
     def create(
         cls,
         path: str | Path,
-        kernel: Kernel,
+        kernel: Kernel | NamedKernel,
         x: Any,
         workers: int = 1,
         scheduler: str | None = None,
         memory: int | str | None = None,
         *,
         tile: int | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> GramStore:
         """Compute ``kernel(x)`` into a folder, or go on with one that is begun.
 
@@ -102,7 +97,9 @@ class GramStore(Gram):
         ----------
         path : the folder, new or begun with the same kernel and data.
         kernel : with values [n, n] or [n, n, C, C], in float32 or float64. Leave its model unchanged meanwhile.
-        x : n samples: a tensor, a tuple or dict of tensors, or numpy arrays in their place (a memmap stays on disk).
+        x : n samples: a tensor, a tuple or dict of tensors, or numpy arrays in their place (a memmap stays on disk); or
+            a map-style dataset of samples, or of pairs (sample, label), or a DataLoader of one that does not shuffle:
+            its samples are read block by block, and are the same whenever they are read.
         workers : processes of this machine, of one thread each; 1: this process, with its own threads. In a script,
             more need ``if __name__ == "__main__":`` around the call, as all processes that Python starts.
         scheduler : the address of a running Dask scheduler, such as "tcp://10.0.0.1:8786", whose workers compute in
@@ -110,46 +107,16 @@ class GramStore(Gram):
         memory : bytes, or text such as "2 GB", for what several tiles have in common; a quarter of what is free if
             None. With a scheduler: of each worker. Bits do not depend on it once the store is begun.
         tile : samples along a side of a tile; None chooses tiles of at most 16 MiB.
+        say : called with each line on what is to come: tiles, disk and memory; then, after a first tile, the time.
 
         Raises
         ------
         Refused
             For a folder with the matrix of another kernel, other data, another dtype or version (says which), or with
-            something else in it; a disk without room; a value that is not finite; a folder that another process writes.
+            something else in it; a disk without room; a value that is not finite; a folder that another process writes;
+            samples that are not what they were when they are read again.
         """
-        zarr()
-        if not isinstance(kernel, Kernel):
-            fix = "Pass e.g. ntkit.TangentKernel(model)."
-            raise refusal("kernel", got=type(kernel).__name__, expected="a kernel of ntkit", fix=fix)
-        check_workers(workers, scheduler)
-        folder, given, x = Path(path).absolute(), x, as_samples(x)
-        first = kernel(take(x, slice(0, 1)))
-        grid = grid_of(first, count(x), tile)
-        depends_on = what_it_depends_on(kernel, x) | {"dtype": grid.dtype, "samples": f"{grid.n}"}
-        depends_on |= {name: version for name, version in versions().items() if name in ("ntkit", "torch")}
-        if not (folder / DESCRIPTION).exists():
-            _check_empty(folder)
-            check_disk(folder, grid, len(grid.tiles))
-        with FolderLock(folder):
-            files = _begun(folder, depends_on, grid, tile) if (folder / DESCRIPTION).exists() else None
-            share = budget(memory, first.device) // workers
-            work = TileWork(kernel, x, (files.grid if files else grid).size, share, first.device)
-            if files is None:
-                work.make_plan()
-                which = identity((kernel, x), first.dtype)
-                files = TileFiles.create(folder, grid, which, depends_on, work.plan, work.factors_kept)
-            else:
-                work.follow(files)
-            missing = _missing(files)
-            check_disk(folder, files.grid, len(missing))
-            with task("kernel matrix", total=len(missing)) as progress:
-                if (workers == 1 and scheduler is None) or not missing:
-                    _fill(files, work, missing, progress.advance)
-                else:
-                    each = share if scheduler is None else parse_memory(memory)
-                    sent = Sent(folder, files.identity, kernel, by_file_names(given), each, first.device)
-                    compute(sent, work.bands(missing), workers, scheduler, progress.advance)
-        return cls(folder)
+        return cls(create_store(path, kernel, x, workers, scheduler, memory, tile, say))
 
     @classmethod
     def open(cls, path: str | Path) -> GramStore:
@@ -175,6 +142,17 @@ class GramStore(Gram):
                 found += [bad] if bad is not None else []
                 progress.advance()
         return found
+
+    @property
+    def checksum(self) -> str:
+        """One checksum of all tiles, from those that each tile has: stores of the same bytes have the same.
+
+        Raises
+        ------
+        Damaged
+            Where a tile is not there.
+        """
+        return self._files.checksum()
 
     def to_dask(self) -> Any:
         """All of K as a ``dask.array``, [n, n] or [n, n, C, C], in the dtype it is kept in; both halves have values."""
@@ -317,60 +295,6 @@ class GramStore(Gram):
 
     def __repr__(self) -> str:
         return f"GramStore({str(self.path)!r}): {super().__repr__()}"
-
-
-def _check_empty(folder: Path) -> None:
-    """Refuse a folder that has other files."""
-    if folder.exists() and not folder.is_dir():
-        raise refusal(str(folder), got="a file", expected="a folder", fix="Name another folder.")
-    there = os.listdir(folder) if folder.is_dir() else []
-    other = [name for name in there if name != LOCK and not name.endswith(ASIDE)]
-    if other:
-        fix = "Name another folder, or delete this one."
-        raise refusal(str(folder), got=f"a folder with {sorted(other)[0]!r}", expected="an empty folder", fix=fix)
-
-
-def _begun(folder: Path, depends_on: dict[str, str], grid: TileGrid, tile: int | None) -> TileFiles:
-    """The files of a store that is begun, if it is of this matrix."""
-    files = TileFiles(folder)
-    there = files.depends_on
-    other = [name for name in {**there, **depends_on} if there.get(name) != depends_on.get(name)]
-    if tile is not None and files.grid.size != grid.size:
-        other.append("tile")
-        there, depends_on = there | {"tile": f"{files.grid.size}"}, depends_on | {"tile": f"{grid.size}"}
-    if not other:
-        return files
-    said = [f"{name} ({_short(there, name)}, not {_short(depends_on, name)})" for name in other]
-    fix = "Name another folder, or delete this one."
-    raise refusal(str(folder), got=f"a kernel matrix of another {', '.join(said)}", expected="the same", fix=fix)
-
-
-def _short(values: dict[str, str], name: str) -> str:
-    value = values.get(name, "none")
-    return value if len(value) < 64 else value[:8]
-
-
-def _missing(files: TileFiles) -> list[tuple[int, int]]:
-    """Tiles that are not there; those that are not as they were written are deleted."""
-    files.sweep()
-    tiles = files.grid.tiles
-    missing = [tile for tile in tiles if not files.file(*tile).exists()]
-    with task("checking tiles", total=len(tiles)) as progress:
-        for bad in files.bad() if len(missing) < len(tiles) else ():
-            progress.advance()
-            if bad is not None and bad.reason != "missing":
-                files.delete(bad.row, bad.column)
-                missing.append((bad.row, bad.column))
-    return missing
-
-
-def _fill(files: TileFiles, work: TileWork, missing: list[tuple[int, int]], advance: Callable[[float], None]) -> None:
-    """Compute the tiles that are not there, in this process."""
-    for band in work.bands(missing):
-        rows = {i for i, _ in band}
-        for i, j in band:
-            files.write(i, j, work.value(i, j, rows))
-            advance(1)
 
 
 def _mirror(values: np.ndarray) -> np.ndarray:

@@ -10,7 +10,8 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ class TileFiles:
             _check_array(folder / DESCRIPTION, document, self.grid)
             self.identity, self.depends_on = str(said["identity"]), dict(said["depends_on"])
             self.factors_kept = bool(said["factors_kept"])
+            self.settings = dict(said.get("command", {}))  # of the command that made it, if one did
             self.plan = None if said["plan"] is None else _plan(said["plan"])
         except (KeyError, TypeError) as error:
             raise damaged(folder / DESCRIPTION, f"of another format ({error})") from error
@@ -118,6 +120,7 @@ class TileFiles:
         depends_on: dict[str, str],
         plan: Plan | None,
         factors_kept: bool,
+        settings: Mapping[str, Any] | None = None,
     ) -> TileFiles:
         """Write the description; the tiles are absent."""
         from zarr.codecs import BytesCodec, Crc32cCodec
@@ -125,6 +128,7 @@ class TileFiles:
 
         said = {"format": _FORMAT, "identity": identity, "depends_on": depends_on, "grid": asdict(grid)}
         said |= {"plan": None if plan is None else asdict(plan), "factors_kept": factors_kept}
+        said |= {"command": dict(settings)} if settings else {}
         made: dict[str, Any] = {}
         zarr().create_array(
             MemoryStore(made),
@@ -171,6 +175,18 @@ class TileFiles:
             self._array[self.grid.samples(i), self.grid.samples(j)] = values.detach().cpu().numpy()
         except OSError as error:
             raise unwritable(self.file(i, j), error) from error
+
+    def checksum(self) -> str:
+        """SHA-256 over the crc32c of all tiles, which are the last four bytes of their files; refuses a missing one."""
+        digest = hashlib.sha256(f"{self.grid}".encode())
+        for i, j in self.grid.tiles:
+            try:
+                with open(self.file(i, j), "rb") as handle:
+                    handle.seek(-4, os.SEEK_END)
+                    digest.update(handle.read())
+            except OSError as error:
+                raise self._damaged(i, j, "not there") from error
+        return digest.hexdigest()
 
     def delete(self, i: int, j: int) -> None:
         """Delete a tile that is to be computed again."""

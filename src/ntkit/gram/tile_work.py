@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ntkit.base.batch import Batch, checked, count, leaves, take, with_leaves
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
+from ntkit.data.streamed_samples import StreamedSamples
 from ntkit.gram.arrays import not_finite, shared
 from ntkit.gram.tile_files import DTYPES, TileFiles, TileGrid
 from ntkit.jacobian.plan import Plan
@@ -22,10 +26,17 @@ from ntkit.kernels.kernel import Kernel
 
 _TILE_BYTES = 2**24  # the largest tile by default: less costs more files, more takes more memory in every product
 _SHARE = 4  # of the free memory, one part for factors
+_TILES = 3  # in a process at a time: computed, checked, written
+
+Samples = Batch | StreamedSamples
 
 
-def as_samples(x: Any) -> Batch:
-    """Take samples as a kernel does, and numpy arrays and memmaps in place of tensors: over the same memory or disk."""
+def as_samples(x: Any) -> Samples:
+    """Take samples as a kernel does; numpy arrays in place of tensors, over the same memory or disk; and datasets."""
+    if isinstance(x, StreamedSamples):
+        return x
+    if isinstance(x, (Dataset, DataLoader)):
+        return StreamedSamples(x)
     if isinstance(x, np.ndarray):
         x = _tensor(x)
     elif isinstance(x, (tuple, list, dict)):
@@ -38,6 +49,16 @@ def _tensor(array: np.ndarray) -> Tensor:
         return shared(array)
     except TypeError as error:
         raise refusal("x", got=f"{array.dtype} values", expected="numbers", fix="Convert the array.") from error
+
+
+def number_of(x: Samples) -> int:
+    """Number of samples."""
+    return len(x) if isinstance(x, StreamedSamples) else count(x)
+
+
+def part_of(x: Samples, index: slice) -> Batch:
+    """Some samples, in memory."""
+    return x.block(index) if isinstance(x, StreamedSamples) else take(x, index)
 
 
 def budget(memory: int | str | None, device: torch.device) -> int:
@@ -62,18 +83,37 @@ def grid_of(first: Tensor, n: int, size: int | None) -> TileGrid:
     return TileGrid(n, min(size, n), first.shape[2] if first.dim() == 4 else 0, dtype)
 
 
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is, or would be."""
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(place).free
+
+
 def check_disk(folder: Path, grid: TileGrid, tiles: int) -> None:
     """Refuse what the disk has no room for, before anything is computed: with both sizes and what would fit."""
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free, needed = shutil.disk_usage(place).free, tiles * grid.bytes_per_tile
+    free, needed = free_disk(folder), tiles * grid.bytes_per_tile
     if needed <= free:
         return
     side = (math.isqrt(1 + 8 * (free // grid.bytes_per_tile)) - 1) // 2  # side (side + 1) / 2 tiles fit
     got = f"{needed / 1e9:.1f} GB of tiles for {grid.n:,} samples in {grid.dtype}"
     fix = f"Take at most {side * grid.size:,} samples, or a folder on a larger disk."
     if grid.dtype == "float64":
-        fix += " In float32 (model.float(), x.float()) it is half."
+        fits = "it fits" if needed / 2 <= free else "it is half"
+        fix += f" In float32 (--dtype float32; model.float(), x.float()) {fits}: {needed / 2e9:.1f} GB."
+    fix += " All samples without a matrix: kernel.operator(x), or ntkit.SketchedKernel."
     raise refusal(str(folder), got=got, expected=f"at most {free / 1e9:.1f} GB, which are free there", fix=fix)
+
+
+def check_memory(grid: TileGrid, copied: int, workers: int) -> None:
+    """Refuse processes of this machine whose tiles, and the bytes of samples `copied` to each, do not fit into it."""
+    each, free = _TILES * grid.bytes_per_tile + copied, free_memory(torch.device("cpu"))
+    if workers * each <= free:
+        return
+    got = f"{workers} x {each / 1e9:.1f} GB for samples and tiles"
+    fix = "Give samples as a numpy.memmap, which all processes share, and smaller tiles: tile=..."
+    if each <= free:
+        fix = f"Take at most {free // each} workers. {fix}"
+    raise refusal("workers", got=got, expected=f"at most {free / 1e9:.1f} GB, the free memory", fix=fix)
 
 
 class TileWork:
@@ -86,26 +126,32 @@ class TileWork:
     kernel, x, size : the kernel, the samples, samples along a side of a tile.
     memory : see `budget`.
     device : where the kernel's values come out.
+
+    Attributes
+    ----------
+    seconds : that each block took to go through the model, and each product of two.
     """
 
-    def __init__(self, kernel: Kernel, x: Batch, size: int, memory: int | str | None, device: torch.device) -> None:
+    def __init__(self, kernel: Kernel, x: Samples, size: int, memory: int | str | None, device: torch.device) -> None:
         self._kernel: Any = kernel  # `tile` and `factors` are not of every kernel
-        self._x, self._n, self._size = x, count(x), size
+        self._x, self._n, self._size = x, number_of(x), size
         self._budget = budget(memory, device)
         self._factors: dict[int, Any] = {}  # by row or column of tiles
         self.plan: Plan | None = None
         self.factors_kept = False
+        self.seconds: tuple[list[float], list[float]] = ([], [])
 
     def make_plan(self) -> None:
         """Plan the kernel, and choose whether factors are kept: two blocks of them have to fit into the memory."""
         if not hasattr(self._kernel, "plan_for_tiles"):
             return
-        self.plan = self._kernel.plan_for_tiles(self._x, self._size)
+        some = self._block(0) if isinstance(self._x, StreamedSamples) else self._x
+        self.plan = self._kernel.plan_for_tiles(some, self._size, self._n)
         self.factors_kept = self._blocks_that_fit() >= 2
         if not self.factors_kept and self._n > self._size:
             self.plan = self._kernel.plan(self._block(0), self._block(1))
         elif not self.factors_kept:
-            self.plan = self._kernel.plan(self._x)
+            self.plan = self._kernel.plan(self._block(0))
 
     def follow(self, files: TileFiles) -> None:
         """Go on under the plan of a store that is begun."""
@@ -118,6 +164,17 @@ class TileWork:
         for i, j in tiles:
             by_band.setdefault(i // rows, []).append((i, j))
         return [sorted(by_band[band], key=lambda tile: (tile[1], tile[0])) for band in sorted(by_band)]
+
+    def seconds_for(self, tiles: Iterable[tuple[int, int]]) -> float:
+        """Time that tiles will take in this process, by the last block and the last product measured."""
+        once, product = (spent[-1] if spent else 0.0 for spent in self.seconds)
+        bands = self.bands(tiles)
+        passes = sum(len({block for tile in band for block in tile}) for band in bands)
+        return passes * once + sum(map(len, bands)) * product
+
+    def release(self) -> None:
+        """Release the factors that are kept."""
+        self._factors.clear()
 
     def value(self, i: int, j: int, rows: set[int]) -> Tensor:
         """Values of a tile; `rows` are those of the band, which stay in memory.
@@ -142,7 +199,7 @@ class TileWork:
         )  # a store begun with more memory may ask for factors where two do not fit
 
     def _block(self, i: int) -> Batch:
-        return take(self._x, slice(i * self._size, (i + 1) * self._size))
+        return part_of(self._x, slice(i * self._size, min((i + 1) * self._size, self._n)))
 
     def _factors_of(self, i: int, wanted: set[int]) -> Any:
         """Factors of a block, kept; those that are not wanted again make room."""
@@ -150,15 +207,19 @@ class TileWork:
             unwanted = [block for block in self._factors if block not in wanted]
             while len(self._factors) >= self._most_blocks() and unwanted:
                 del self._factors[unwanted.pop(0)]
-            self._factors[i] = self._kernel.factors(self._block(i), self.plan)
+            with _timed(self.seconds[0]):
+                self._factors[i] = self._kernel.factors(self._block(i), self.plan)
         return self._factors[i]
 
     def _tile(self, i: int, j: int, wanted: set[int]) -> Tensor:
         if self.factors_kept:
             first = self._factors_of(i, wanted)
-            return self._kernel.product(first, None if i == j else self._factors_of(j, wanted))
+            second = None if i == j else self._factors_of(j, wanted)
+            with _timed(self.seconds[1]):
+                return self._kernel.product(first, second)
         rows, columns = self._block(i), None if i == j else self._block(j)
-        return self._kernel(rows, columns) if self.plan is None else self._kernel.tile(rows, columns, self.plan)
+        with _timed(self.seconds[1]):
+            return self._kernel(rows, columns) if self.plan is None else self._kernel.tile(rows, columns, self.plan)
 
     def _check_finite(self, values: Tensor, i: int, j: int) -> None:
         low, high = values.aminmax()  # NaN and infinities of either sign come out here
@@ -169,3 +230,12 @@ class TileWork:
             row, column, *rest = bad[0].tolist()
             at = [i * self._size + row, j * self._size + column, *rest]
             raise not_finite("kernel", float(values[tuple(bad[0].tolist())]), at)
+
+
+@contextmanager
+def _timed(spent: list[float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    spent.append(time.perf_counter() - start)

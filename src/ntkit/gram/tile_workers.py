@@ -1,30 +1,36 @@
 """Tiles of a kernel matrix by other processes, through Dask: of this machine, or wherever a scheduler has workers.
 
-The kernel and the samples go to each worker once, pickled in memory between processes of one user; nothing is ever
-unpickled from a file. Workers write the tiles themselves: the folder must be the same for all of them.
+The kernel and the samples go to each worker once, in memory between processes of one user: a `NamedKernel` as its
+factory's name and safetensors, another one as a pickle; nothing is ever unpickled from a file. Workers write the tiles
+themselves: the folder must be the same for all of them.
 """
 
 from __future__ import annotations
 
+import logging
 import mmap
 import random
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ntkit.base.batch import Batch, leaves, with_leaves
+from ntkit.base.batch import leaves, with_leaves
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.versions import versions
+from ntkit.data.streamed_samples import StreamedSamples
+from ntkit.gram.named_kernel import NamedKernel
 from ntkit.gram.tile_files import TileFiles
-from ntkit.gram.tile_work import TileWork, as_samples
+from ntkit.gram.tile_work import Samples, TileWork, as_samples
 from ntkit.kernels.kernel import Kernel
 
 Tile = tuple[int, int]
@@ -49,7 +55,7 @@ class Sent:
 
     folder: Path
     identity: str
-    kernel: Kernel
+    kernel: Kernel | NamedKernel
     x: Any
     memory: int | None
     device: torch.device
@@ -69,8 +75,10 @@ class _FileArray:
         return np.memmap(self.name, self.dtype, "r", self.offset, self.shape, self.order)  # pyrefly: ignore
 
 
-def by_file_names(x: Batch) -> Any:
-    """The samples as given, with each ``numpy.memmap`` of a whole file by the name of the file."""
+def by_file_names(given: Any, x: Samples) -> Any:
+    """The samples `x` as they were given, each ``numpy.memmap`` of a whole file by the name of the file."""
+    if isinstance(x, StreamedSamples):
+        return x
 
     def named(leaf: Any) -> Any:
         if not isinstance(leaf, np.memmap) or not isinstance(leaf.base, mmap.mmap) or leaf.filename is None:
@@ -78,10 +86,23 @@ def by_file_names(x: Batch) -> Any:
         order = "C" if leaf.flags.c_contiguous else "F"
         return _FileArray(str(leaf.filename), leaf.dtype.str, leaf.shape, leaf.offset, order)
 
-    return with_leaves(x, [named(leaf) for leaf in leaves(x)]) if isinstance(x, (tuple, list, dict)) else named(x)
+    if isinstance(given, (tuple, list, dict)):
+        return with_leaves(given, [named(leaf) for leaf in leaves(given)])
+    return named(given)
 
 
-def _opened(x: Any) -> Batch:
+def copied_bytes(sent: Any) -> int:
+    """Bytes of the samples that each worker has a copy of, of what `by_file_names` returned."""
+    if isinstance(sent, StreamedSamples):
+        return 0
+    parts = leaves(sent) if isinstance(sent, (tuple, list, dict)) else [sent]
+    return sum(part.nbytes for part in parts if not isinstance(part, _FileArray))
+
+
+def _opened(x: Any) -> Samples:
+    if isinstance(x, StreamedSamples):
+        return x
+
     def array(leaf: Any) -> Any:
         return leaf.open() if isinstance(leaf, _FileArray) else leaf
 
@@ -89,7 +110,12 @@ def _opened(x: Any) -> Batch:
 
 
 def compute(
-    sent: Sent, bands: list[list[Tile]], workers: int, scheduler: str | None, advance: Callable[[float], None]
+    sent: Sent,
+    bands: list[list[Tile]],
+    workers: int,
+    scheduler: str | None,
+    advance: Callable[[float], None],
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Have all tiles computed and written; a tile that fails again and again is set aside until the others are done.
 
@@ -102,11 +128,15 @@ def compute(
 
     with _client(workers, scheduler) as client:
         number = max(1, len(client.ncores()))
+        if say is not None:
+            page = f"; Dask shows what they do: {client.dashboard_link}" if find_spec("bokeh") else ""
+            say(f"{number} worker{'s' * (number != 1)}{page}")
         total = sum(len(band) for band in bands)
         size = max(1, min(_LARGEST, total // (_TASKS * number)))
         strips = [band[i : i + size] for band in bands for i in range(0, len(band), size)]
         given = client.scatter(sent, broadcast=True, hash=False)
-        tasks = {client.submit(compute_strip, given, strip, pure=False, retries=_RETRIES): strip for strip in strips}
+        how = {"pure": False, "retries": _RETRIES, "resources": _resources(client, sent.device)}
+        tasks = {client.submit(compute_strip, given, strip, **how): strip for strip in strips}
         failed: dict[str, tuple[list[Tile], str]] = {}
         # futures that are held would be computed again when the worker that has them dies
         ended = as_completed(list(tasks))
@@ -120,6 +150,14 @@ def compute(
             del future
     if failed:
         raise _summary(sent.folder, list(failed.values()), total)
+
+
+def _resources(client: Any, device: torch.device) -> dict[str, float] | None:
+    """One GPU for each task of a kernel on GPUs, where the scheduler's workers say which have one."""
+    if device.type == "cpu":
+        return None
+    own = [worker.get("resources", {}) for worker in client.scheduler_info()["workers"].values()]
+    return {"GPU": 1} if any("GPU" in resources for resources in own) else None
 
 
 def _reason(future: Any) -> str:
@@ -153,10 +191,10 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
         got, fix = "no distributed in this Python", "Run: pip install ntkit[scale]"
         raise refusal("workers", got=got, expected="the package distributed", fix=fix) from error
     if scheduler is None:
-        cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=None
-        )
+        how = {"dashboard_address": ":0", "memory_limit": None, "silence_logs": logging.ERROR}
+        cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **how)
         with cluster, Client(cluster) as client:
+            client.register_plugin(_without_interrupts())
             yield client
         return
     try:
@@ -171,6 +209,19 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
 
 
 # ---------------------------------------------------------------------- in a worker
+
+
+def _without_interrupts() -> Any:
+    """Ctrl-C reaches all processes of a terminal: that of the call ends the workers, which need not answer it."""
+    from distributed import WorkerPlugin
+
+    class WithoutInterrupts(WorkerPlugin):
+        def setup(self, worker: Any) -> None:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            logging.getLogger("distributed").setLevel(logging.ERROR)
+
+    return WithoutInterrupts()
 
 
 class TilesFailed(Exception):
@@ -230,7 +281,8 @@ def _at_hand(sent: Sent) -> tuple[TileFiles, TileWork]:
             got = f"{here} and the matrix {files.identity[:8]}"
             expected = f"{own} and {sent.identity[:8]}, as the process that began"
             raise refusal("worker", got=got, expected=expected, fix="Give all workers one folder and one environment.")
-        work = TileWork(sent.kernel, _opened(sent.x), files.grid.size, sent.memory, sent.device)
+        kernel = sent.kernel.kernel if isinstance(sent.kernel, NamedKernel) else sent.kernel
+        work = TileWork(kernel, _opened(sent.x), files.grid.size, sent.memory, sent.device)
         work.follow(files)
         _AT_HAND[key] = files, work
     return _AT_HAND[key]

@@ -132,9 +132,9 @@ class Engine:
         irregular: dict[str, str] = {}
         return self._retry(lambda: structure_of(self._gradients, x, irregular, unseen), irregular.update)
 
-    def plan(self, x1: Batch, x2: Batch | None = None) -> Plan:
-        """How the kernel of these samples is computed; it may serve other samples of the same shapes, too."""
-        return self._job(x1, x2).plan
+    def plan(self, x1: Batch, x2: Batch | None = None, n: int | None = None) -> Plan:
+        """How the kernel of these samples is computed, or of `n` like them; it may serve others of the same shapes."""
+        return self._job(x1, x2, n=n).plan
 
     def run(
         self,
@@ -199,6 +199,7 @@ class Engine:
         aligned: bool = False,
         other: Engine | None = None,
         plan: Plan | None = None,
+        n: int | None = None,
     ) -> Job:
         left = right = self.structure(x1, unseen=True)
         if x2 is not None:
@@ -210,7 +211,7 @@ class Engine:
             raise refusal("x2", got=got, expected=expected, fix="Use inputs of one shape.")
         if plan is not None:
             return Job(left, right, plan.fitted(left if right is left else joined(left, right)))
-        n1, n2, same = count(x1), count(x1 if x2 is None else x2), x2 is None
+        n1, n2, same = n or count(x1), n or count(x1 if x2 is None else x2), x2 is None
         budget = self.memory()
         fallback, together = (len(left.fallback), len(right.fallback)), (left.together, right.together)
         key = (left, right, fallback, together, n1, n2, same, aligned, budget, workers())

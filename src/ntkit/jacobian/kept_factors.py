@@ -25,9 +25,9 @@ class KeptFactors:
     tile: Tile
 
 
-def plan_for_tiles(engine: Engine, x: Batch, size: int) -> Plan:
-    """Plan the kernel of all of `x` in tiles of `size` x `size` samples, each shared out among the workers."""
-    plan = engine.plan(x)
+def plan_for_tiles(engine: Engine, x: Batch, size: int, n: int | None = None) -> Plan:
+    """Plan the kernel of `x`, or of `n` samples like `x`, in square tiles, each shared out among the workers."""
+    plan = engine.plan(x, n=n)
     return replace(plan, tile=size, columns=size, strip=max(1, min(plan.strip, -(-size // (2 * workers())))))
 
 

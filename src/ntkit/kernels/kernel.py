@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.numbers import check_dense
+from ntkit.data.streamed_samples import StreamedSamples
 
 
 class Kernel(ABC):
@@ -27,8 +29,10 @@ class Kernel(ABC):
 
         Parameters
         ----------
-        x1, x2 : samples along the first axis (a tensor, or a tuple or dict of tensors). ``x2=None`` means the same set:
-            then the symmetric half is computed once and the result is exactly symmetric.
+        x1, x2 : samples along the first axis: a tensor or numpy array; a tuple or any mapping of such, passed as
+            model(*x), model(**x), with None, flags, numbers and texts passed on as they are; or a torch dataset or
+            DataLoader in the order of its samples, which is read into memory. ``x2=None`` means the same set: then the
+            symmetric half is computed once and the result is exactly symmetric.
         out : a tensor or numpy array (a memmap, too) of the result's shape and dtype, on any device: the values are
             written into it, tile by tile where the kernel has tiles.
 
@@ -59,7 +63,10 @@ class Kernel(ABC):
             raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix=fix)
         return self._pairs(x1, x2)
 
-    def _checked(self, x: Batch, name: str) -> Batch:
+    def _checked(self, x: Any, name: str) -> Batch:
+        if isinstance(x, (DataLoader, Dataset)):
+            samples = StreamedSamples(x)
+            x = samples.block(slice(len(samples)))
         return checked(x, name, self._infinite)
 
     def settings(self) -> dict[str, Any]:

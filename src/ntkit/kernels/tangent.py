@@ -93,9 +93,12 @@ class TangentKernel(Kernel):
         return self._engine.refresh().gram(x1, x2, plan=plan)
 
     @own_context()
-    def plan_for_tiles(self, x: Batch, size: int) -> Plan:
-        """How ``k(x)`` is computed in tiles of `size` x `size` samples, each from the `factors` of two blocks."""
-        return plan_for_tiles(self._engine.refresh(), self._checked(x, "x"), size)
+    def plan_for_tiles(self, x: Batch, size: int, n: int | None = None) -> Plan:
+        """How ``k(x)``, or the kernel of `n` samples like `x`, is computed in tiles of `size` x `size` samples.
+
+        Each tile comes from the `factors` of two blocks.
+        """
+        return plan_for_tiles(self._engine.refresh(), self._checked(x, "x"), size, n)
 
     @own_context()
     def factors(self, x: Batch, plan: Plan) -> KeptFactors:

@@ -1,0 +1,308 @@
+"""`ntkit gram` and `ntkit verify`: a user's module to a matrix on disk, whoever computes and whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import pickletools
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from processes import THERE, Running, command
+from safetensors.torch import save_file
+from test_store import files_of
+
+import ntkit
+from ntkit.base.checks import Refused
+from ntkit.base.trust import code_of_user
+from ntkit.commands.gram_on_disk import gram
+from ntkit.commands.settings import GramSettings
+from ntkit.commands.verify import summary, verify, without_whole_tiles
+from ntkit.gram.named_kernel import NamedKernel
+from ntkit.gram.tile_files import TileFiles
+from ntkit.networks.built_in import build
+
+pytest.importorskip("distributed")
+pytestmark = pytest.mark.skipif(not THERE, reason="needs SIGKILL and fork")
+
+NETWORK = '''
+"""A user's own convolutional network, and a part of it in a file beside."""
+import os, time
+from torch import nn
+from scaled import Scaled
+
+class Net(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.first = nn.Conv2d(1, 6, 3)
+        self.rest = nn.Sequential(nn.GELU(), nn.Conv2d(6, 8, 3, stride=2), nn.GELU(), nn.Flatten(), Scaled(32, outputs))
+
+    def forward(self, x):
+        time.sleep(float(os.environ.get("PAUSE", 0)))
+        return self.rest(self.first(x))
+
+def make(outputs):
+    return Net(outputs)
+'''
+BESIDE = """
+from torch import nn
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+"""
+TILE, N = 20, 300  # 120 tiles
+WORDS = ["digits", "--train", N, "--tile", TILE, "--memory", "50 MB"]  # a plan that does not depend on free memory
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with the user's files."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "net.py").write_text(NETWORK)
+    (folder / "scaled.py").write_text(BESIDE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> Path:
+    """The store of an undisturbed command in one process."""
+    done = command("gram", "net.py:make", *WORDS, "--out", "whole", cwd=place).done()
+    assert done.returncode == 0, done.stderr
+    return place / "whole"
+
+
+def begun(place: Path, out: Path, tiles: int, *more: object) -> Running:
+    """The command, slow enough to be disturbed, when it has computed some tiles."""
+    words = ["gram", "net.py:make", *WORDS, "--out", out, *more]
+    running = command(*words, cwd=place, env={"PAUSE": "0.1", "PYTHONWARNINGS": "ignore"})
+    assert running.until(lambda: len(list(out.glob("c/*/*"))) >= tiles), running.stderr
+    return running
+
+
+def workers_of(running: Running) -> list[psutil.Process]:
+    below = psutil.Process(running.pid).children(recursive=True)
+    return [p for p in below if "spawn_main" in " ".join(p.cmdline())]
+
+
+def test_three_workers_one_killed_then_the_whole_run_then_resumed(place, whole, tmp_path):
+    out = tmp_path / "store"
+    running = begun(place, out, 20, "--workers", 3)
+    workers = workers_of(running)
+    assert len(workers) == 3
+    os.kill(random.Random(0).choice(workers).pid, signal.SIGKILL)
+    assert running.until(lambda: len(list(out.glob("c/*/*"))) >= 60)
+    below = workers_of(running)
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    psutil.wait_procs(below, timeout=30)
+    there = len(list(out.glob("c/*/*")))
+    assert 60 <= there < 120
+    done = command("gram", "net.py:make", *WORDS, "--out", out, "--workers", 3, cwd=place).done()
+    assert done.returncode == 0, done.stderr
+    assert f"of which {there} are there" in done.stderr
+    assert files_of(out) == files_of(whole)
+
+
+def test_interrupted_it_says_how_far_it_is_and_goes_on(place, whole, tmp_path):
+    out = tmp_path / "store"
+    running = begun(place, out, 10)
+    running.send_signal(signal.SIGINT)
+    assert running.wait() == 130
+    there = len(list(out.glob("c/*/*")))
+    assert f"stopped with {there} of 120 tiles; the same call goes on" in running.stderr
+    assert "Traceback" not in running.stderr
+    done = command("gram", "net.py:make", *WORDS, "--out", out, cwd=place).done()
+    assert done.returncode == 0, done.stderr
+    assert files_of(out) == files_of(whole)
+
+
+@pytest.fixture
+def by_hand(tmp_path) -> Iterator[str]:
+    """The address of a scheduler with two workers, each started as in a terminal and a folder of its own."""
+    dask, file = Path(sys.executable).with_name("dask"), tmp_path / "scheduler.json"
+    words = [["scheduler", "--port", "0", "--scheduler-file", file, "--no-dashboard"]]
+    words += [["worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard"]] * 2
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DASK_LOGGING__DISTRIBUTED": "error"}
+    started = []
+    for number, arguments in enumerate(words):
+        (own := tmp_path / f"terminal {number}").mkdir()
+        started.append(subprocess.Popen([dask, *map(str, arguments)], cwd=own, env=environment, stderr=subprocess.PIPE))
+    while not file.exists():
+        assert started[0].poll() is None, started[0].stderr.read()
+        time.sleep(0.05)
+    yield json.loads(file.read_text())["address"]
+    for process in reversed(started):
+        process.terminate()
+    for process in started:
+        process.communicate(timeout=30)
+
+
+def test_a_scheduler_and_workers_started_by_hand(place, whole, by_hand, tmp_path):
+    words = ["gram", "net.py:make", *WORDS, "--out", tmp_path / "store", "--scheduler", by_hand]
+    done = command(*words, cwd=place).done()
+    assert done.returncode == 0, done.stderr
+    assert "120 tiles computed" in done.stderr
+    assert files_of(tmp_path / "store") == files_of(whole)
+
+
+# ---------------------------------------------------------------------- what it says
+
+
+def test_what_it_says(place, whole, tmp_path):
+    done = command("gram", "net.py:make", *WORDS, "--out", whole, cwd=place).done()
+    assert "of which 120 are there: 0.0 MB on the disk" in done.stderr
+    K = ntkit.GramStore.open(whole)
+    assert f"{N} x {N} in float32" in done.stdout
+    assert K.checksum[:16] in done.stdout
+    assert eval(done.stdout.strip().rpartition("K = ")[2]).shape == (N, N)
+    lines: list[str] = []
+    gram(f"{place}/net.py:make", "digits", GramSettings(train=100, tile=10), out=tmp_path / "s", say=lines.append)
+    assert lines[0].startswith("100 samples, 55 tiles of 10 x 10 in float32: 0.0 MB on the disk, which has ")
+    assert lines[1].startswith("about ")
+    assert lines[2].startswith("55 tiles computed in ")
+
+
+def test_the_time_is_that_of_the_work(place, tmp_path, monkeypatch):
+    """From two tiles; the same process that estimates computes the rest."""
+    seconds = []
+    work = ntkit.gram.tile_work.TileWork
+    original = work.seconds_for
+    monkeypatch.setattr(work, "seconds_for", lambda self, t: seconds.append(original(self, t)) or seconds[-1])
+    monkeypatch.setenv("PAUSE", "0.05")
+    start = time.monotonic()
+    times = []
+    say = lambda line: times.append(time.monotonic() - start)
+    gram(f"{place}/net.py:make", "digits", GramSettings(train=400, tile=20), out=tmp_path / "s", say=say)
+    assert 0.5 < (times[2] - times[1]) / seconds[0] < 2
+
+
+@pytest.mark.parametrize("outputs", ["trace", "sum", "full"])
+def test_weights_dtype_and_outputs(outputs, place, tmp_path):
+    network = named(place).kernel.settings()["model"]
+    tensors = {name: 0.1 * torch.randn_like(p) for name, p in network.state_dict().items()}
+    save_file(tensors, tmp_path / "w.safetensors")
+    settings = GramSettings(train=12, weights=tmp_path / "w.safetensors", dtype="float64", outputs=outputs, tile=5)
+    K = gram(f"{place}/net.py:make", "digits", settings, out=tmp_path / "s")
+    network.load_state_dict(tensors)
+    x = ntkit.data.load("digits", train=12).x_train
+    expected = ntkit.Gram(ntkit.TangentKernel(network.double(), outputs=outputs)(x.double()))
+    assert K.dtype == torch.float64
+    torch.testing.assert_close(K.dense(), expected.dense())
+
+
+def named(place: Path) -> NamedKernel:
+    name = f"{place}/net.py:make"
+    with code_of_user({"--model": name}):
+        network = build(name, (1, 8, 8), 10, 0)
+        return NamedKernel.of(
+            network, name, shape=(1, 8, 8), classes=10, seed=0, vocabulary=None, outputs="trace", dtype="float32",
+            device="cpu", memory="50 MB",
+        )  # fmt: skip
+
+
+def test_a_npy_file_stays_on_disk(place, tmp_path, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(30, 1, 8, 8)).astype("f4")
+    np.save(tmp_path / "x.npy", x)
+    K = gram(f"{place}/net.py:make", f"{tmp_path}/x.npy", GramSettings(tile=8), out=tmp_path / "s")
+    assert K.shape == (30, 30)
+    for array, message in ((x.astype("f8"), "float64 of shape"), (x[:, 0, 0, 0], r"of shape \[30\]"), (x == 0, "bool")):
+        np.save(tmp_path / "x.npy", array)
+        with pytest.raises(Refused, match=message):
+            gram(f"{place}/net.py:make", f"{tmp_path}/x.npy", GramSettings(), out=tmp_path / "other")
+    with pytest.raises(Refused, match=r"--train: got a \.npy file"):
+        gram(f"{place}/net.py:make", f"{tmp_path}/x.npy", GramSettings(train=3), out=tmp_path / "other")
+
+
+# ---------------------------------------------------------------------- the user's code
+
+
+def test_other_code_is_another_matrix(place, whole, tmp_path):
+    """A changed `forward` has the same parameters: the hash of the file tells."""
+    for name in ("net.py", "scaled.py"):
+        shutil.copy(place / name, tmp_path)
+    settings = GramSettings(train=40, tile=20)
+    out = tmp_path / "s"
+    gram(f"{tmp_path}/net.py:make", "digits", settings, out=out)
+    gram(f"{place}/net.py:make", "digits", settings, out=out)  # the same file elsewhere
+    (tmp_path / "net.py").write_text(NETWORK.replace("self.rest(", "3 * self.rest("))
+    with pytest.raises(Refused, match="a kernel matrix of another code"):
+        gram(f"{tmp_path}/net.py:make", "digits", settings, out=out)
+
+
+def test_a_worker_refuses_code_that_is_not_the_senders(place, tmp_path):
+    for name in ("net.py", "scaled.py"):
+        shutil.copy(place / name, tmp_path)
+    sent = named(tmp_path)
+    (tmp_path / "net.py").write_text("raise SystemExit('this must not run')")
+    with pytest.raises(Refused, match=r"--model .*net.py:make: got [0-9a-f]{64} .*Let all workers see the same file"):
+        _ = sent.kernel
+    (tmp_path / "net.py").unlink()
+    with pytest.raises(Refused, match=r"net\.py"):
+        _ = sent.kernel
+
+
+def test_no_code_travels(place, tmp_path):
+    """The pickle of a kernel by name holds numbers and names; its module is not needed to read it."""
+    sent = named(place)
+    assert isinstance(sent.kernel, ntkit.TangentKernel)
+    names = [argument for _, argument, _ in pickletools.genops(pickle.dumps(sent)) if isinstance(argument, str)]
+    assert not [name for name in names if "ntkit_user" in name or "torch" in name]
+
+
+def test_refusals(tmp_path):
+    for settings, message in (
+        (GramSettings(outputs="diagonal"), "--outputs: got 'diagonal'"),
+        (GramSettings(dtype="float16"), "--dtype: got 'float16'"),
+        (GramSettings(device="tpu"), "--device: got 'tpu'"),
+        (GramSettings(train=0), "--train: got 0"),
+        (GramSettings(workers=0), "workers: got 0"),
+        (GramSettings(workers=2, scheduler="tcp://127.0.0.1:1"), "a number and a scheduler"),
+        (GramSettings(weights="none.safetensors"), "none.safetensors"),
+        (GramSettings(memory="much"), "memory: got 'much'"),
+    ):
+        with pytest.raises(Refused, match=message):
+            gram("linear", "digits", settings, out=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+# ---------------------------------------------------------------------- verify
+
+
+def test_verify_lists_what_is_wrong(whole, tmp_path, capsys):
+    copy = shutil.copytree(whole, tmp_path / "run" / "kernel")
+    assert {record.status for record in verify(copy)} == {"ok"}
+    assert summary(verify(copy)) == "121 files: 121 ok"
+    (copy / "c" / "0" / "1").unlink()
+    blob = bytearray((copy / "c" / "2" / "3").read_bytes())
+    blob[77] ^= 1
+    (copy / "c" / "2" / "3").write_bytes(blob)
+    (copy / "mine.txt").touch()
+    for folder, prefix in ((copy, ""), (tmp_path / "run", "kernel/")):
+        listed = {record.file: record.status for record in without_whole_tiles(verify(folder))}
+        bad = {"c/0/1": "missing", "c/2/3": "damaged", "mine.txt": "not ntkit's", "zarr.json": "ok"}
+        assert listed == {prefix + name: status for name, status in bad.items()}
+    done = command("verify", copy).done()
+    assert done.returncode == 1
+    assert "122 files: 119 ok, 1 damaged, 1 missing, 1 not ntkit's" in done.stdout
+    description = copy / "zarr.json"
+    description.write_text(description.read_text().replace("trace", "Trace"))
+    assert {r.file: r.status for r in verify(copy) if r.status == "damaged"} == {"zarr.json": "damaged"}
+
+
+def test_the_description_says_what_was_asked(whole):
+    said = TileFiles(whole).settings
+    assert said["model"] == "net.py:make"
+    assert said["train"] == N
+    assert set(said["identity"]) == {"model file"}
