@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TextIO, cast
 
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
 
 from ntkit import __version__
+from ntkit.base import progress
 from ntkit.base.checks import Refused
 from ntkit.commands.settings import ExplainSettings, GramSettings, InfiniteSettings, Settings, TrackSettings
 
@@ -21,6 +24,36 @@ app = App(
     version=__version__,
     default_parameter=Parameter(consume_multiple=True, negative=()),
 )
+
+
+app.register_install_completion_command()
+app.meta.group_parameters = Group("Options of every command")
+_form = {"quiet": False, "json": False}
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    quiet: bool = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
+    config: Path | None = None,
+) -> None:
+    """See a PyTorch network through its tangent kernel: before, along and after training.
+
+    Parameters
+    ----------
+    quiet
+        No notes and no progress; warnings, refusals and the result are printed.
+    json_
+        The result as one JSON document on standard output, in place of tables.
+    config
+        A file of options, key = value: .toml, or the run.json of an earlier run. Options of the command line win.
+    """
+    from ntkit.commands.option_file import with_options_of
+
+    _form.update(quiet=quiet, json=json_)
+    progress.show(not quiet)
+    app(tokens if config is None else with_options_of(config, tokens))
 
 
 @app.command
@@ -50,7 +83,7 @@ def analyze(
     from ntkit.commands.analyze import analyze as run
 
     folder = run(settings, out=out, resume=from_, overwrite=overwrite, trust=trust, say=_say)
-    _print_summary(folder)
+    _answer(lambda: _results_of(folder), lambda: _print_summary(folder))
 
 
 @app.command
@@ -70,7 +103,9 @@ def track(
     """
     from ntkit.commands.track import track_run
 
-    track_run(run, settings, say=lambda line: print(line, flush=True), trust=trust)
+    say = _say if _form["json"] else lambda line: print(line, flush=True)
+    folder = track_run(run, settings, say=say, trust=trust)
+    _answer(lambda: _tracking_of(folder), lambda: None)
 
 
 @app.command
@@ -99,7 +134,8 @@ def explain(
     """
     from ntkit.commands.explain import explain_run
 
-    _print_explanation(explain_run(run, settings, overwrite=overwrite, trust=trust, say=_say))
+    folder = explain_run(run, settings, overwrite=overwrite, trust=trust, say=_say)
+    _answer(lambda: _results_of(folder), lambda: _print_explanation(folder))
 
 
 @app.command
@@ -123,7 +159,7 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
     from ntkit.studies import study as run
 
     folder = run(cast(Any, name), cast(Any, scale), out, say=_say, data_dir=data_dir)
-    _print_claims(folder)
+    _answer(lambda: _results_of(folder), lambda: _print_claims(folder))
 
 
 @app.command
@@ -140,7 +176,8 @@ def infinite(settings: Annotated[InfiniteSettings | None, Parameter(name="*")] =
     """
     from ntkit.commands.infinite_width import infinite as run
 
-    _print_accuracies(run(settings, say=_say))
+    results = run(settings, say=_say)
+    _answer(lambda: results, lambda: _print_accuracies(results))
 
 
 @app.command
@@ -163,7 +200,9 @@ def gram(
     from ntkit.commands.gram_on_disk import gram as run
     from ntkit.commands.gram_on_disk import summary
 
-    print("\n".join(summary(run(model, data, settings, out=out, say=_say))))
+    store = run(model, data, settings, out=out, say=_say)
+    numbers = {"folder": str(store.path), "shape": list(store.shape), "checksum": store.checksum}
+    _answer(lambda: numbers, lambda: print("\n".join(summary(store))))
 
 
 @app.command
@@ -177,7 +216,8 @@ def report(run: Path) -> None:
     """
     from ntkit.report import render
 
-    print(render(run))
+    page = render(run)
+    _answer(lambda: {"report": str(page)}, lambda: print(page))
 
 
 @app.command
@@ -193,9 +233,10 @@ def verify(run: Path) -> None:
     from ntkit.commands import verify as files
 
     records = files.verify(run)
-    for record in files.without_whole_tiles(records):
-        print(f"{record.status:<17} {record.file}" + (f": {record.why}" if record.why else ""))
-    print(files.summary(records))
+    shown = files.without_whole_tiles(records)
+    lines = [f"{r.status:<17} {r.file}" + (f": {r.why}" if r.why else "") for r in shown]
+    document = {"files": [r._asdict() for r in shown], "summary": files.summary(records)}
+    _answer(lambda: document, lambda: print("\n".join([*lines, files.summary(records)])))
     if any(record.status in ("damaged", "missing") for record in records):
         sys.exit(1)
 
@@ -206,7 +247,7 @@ def main() -> None:
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8
-        app()
+        app.meta()
     except Refused as refused:
         print(f"ntkit: {refused}", file=sys.stderr)
         sys.exit(2)
@@ -243,7 +284,32 @@ def _warn(
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    logging.getLogger("ntkit").info(line)
+    if not _form["quiet"]:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _answer(document: Callable[[], Any], show: Callable[[], None]) -> None:
+    """Print a command's result: as JSON, or in the form for readers."""
+    if _form["json"]:
+        print(json.dumps(document(), indent=1, allow_nan=False))
+    else:
+        show()
+
+
+def _results_of(folder: Path) -> dict[str, Any]:
+    """What a folder's results say, and where they are."""
+    from ntkit.base.files import read_json
+
+    return {"folder": str(folder), **read_json(folder / "results.json")}
+
+
+def _tracking_of(folder: Path) -> dict[str, Any]:
+    """The numbers of each snapshot."""
+    from ntkit.base.run_files import read_steps, read_track_settings
+
+    settings = read_track_settings(folder)
+    return {"folder": str(folder), "settings": settings, "snapshots": read_steps(folder, settings)}
 
 
 def _print_table(title: str, columns: str, rows: Iterable[Iterable[str]]) -> None:

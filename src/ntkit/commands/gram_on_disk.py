@@ -62,7 +62,7 @@ def gram(
         x, shape, classes, vocabulary = _samples(data, s)
         network = build(model, shape, classes, s.seed, vocabulary)
         if s.weights is not None:
-            load_weights(network, s.weights)
+            say(load_weights(network, s.weights))
         dtype, device = getattr(torch, s.dtype), _device(s)
         network = network.to(device=device, dtype=dtype)
         if isinstance(x, Tensor):
