@@ -66,7 +66,7 @@ def gram(
         dtype, device = getattr(torch, s.dtype), _device(s)
         network = network.to(device=device, dtype=dtype)
         if isinstance(x, Tensor):
-            x = x.to(device=device, dtype=dtype if x.is_floating_point() else x.dtype)
+            x = x.to(dtype=dtype if x.is_floating_point() else x.dtype)
         kernel = NamedKernel.of(
             network, model, shape=shape, classes=classes, seed=s.seed, vocabulary=vocabulary, outputs=s.outputs,
             dtype=s.dtype, device=str(device), memory=s.memory, settings=_recorded(model, data, s),

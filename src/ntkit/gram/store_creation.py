@@ -25,15 +25,15 @@ from ntkit.gram.tile_work import (
     budget,
     check_disk,
     check_memory,
+    device_of,
     free_disk,
     grid_of,
     number_of,
     part_of,
 )
-from ntkit.gram.tile_workers import Sent, by_file_names, check_workers, compute, copied_bytes
+from ntkit.gram.tile_workers import Say, Sent, by_file_names, check_workers, compute, copied_bytes
 from ntkit.kernels.kernel import Kernel
 
-Say = Callable[[str], None]
 _MEASURED = 2  # tiles, one of them off the diagonal where there are two blocks
 
 
@@ -55,7 +55,7 @@ def create_store(
         raise refusal("kernel", got=type(kernel).__name__, expected="a kernel of ntkit", fix=fix)
     check_workers(workers, scheduler)
     folder, given, x = Path(path).absolute(), x, as_samples(x)
-    first = kernel(part_of(x, slice(0, 1)))
+    first = kernel(part_of(x, slice(0, 1), device_of(kernel)))
     grid = grid_of(first, number_of(x), tile)
     depends_on = what_it_depends_on(kernel, x) | {"dtype": grid.dtype, "samples": f"{grid.n}"}
     depends_on |= {name: version for name, version in versions().items() if name in ("ntkit", "torch")}

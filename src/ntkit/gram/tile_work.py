@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ntkit.base.batch import Batch, checked, count, leaves, take, with_leaves
@@ -56,9 +56,17 @@ def number_of(x: Samples) -> int:
     return len(x) if isinstance(x, StreamedSamples) else count(x)
 
 
-def part_of(x: Samples, index: slice) -> Batch:
-    """Some samples, in memory."""
-    return x.block(index) if isinstance(x, StreamedSamples) else take(x, index)
+def part_of(x: Samples, index: slice, device: torch.device | None) -> Batch:
+    """Some samples, in the memory of a device."""
+    part = x.block(index) if isinstance(x, StreamedSamples) else take(x, index)
+    return part if device is None else with_leaves(part, [t.to(device) for t in leaves(part)])
+
+
+def device_of(kernel: Kernel) -> torch.device | None:
+    """Where the kernel's network is; samples on a disk go there block by block."""
+    model = kernel.settings().get("model")
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return None if parameter is None else parameter.device
 
 
 def budget(memory: int | str | None, device: torch.device) -> int:
@@ -135,7 +143,7 @@ class TileWork:
     def __init__(self, kernel: Kernel, x: Samples, size: int, memory: int | str | None, device: torch.device) -> None:
         self._kernel: Any = kernel  # `tile` and `factors` are not of every kernel
         self._x, self._n, self._size = x, number_of(x), size
-        self._budget = budget(memory, device)
+        self._budget, self._to = budget(memory, device), device_of(kernel)
         self._factors: dict[int, Any] = {}  # by row or column of tiles
         self.plan: Plan | None = None
         self.factors_kept = False
@@ -145,7 +153,8 @@ class TileWork:
         """Plan the kernel, and choose whether factors are kept: two blocks of them have to fit into the memory."""
         if not hasattr(self._kernel, "plan_for_tiles"):
             return
-        some = self._block(0) if isinstance(self._x, StreamedSamples) else self._x
+        there = not isinstance(self._x, StreamedSamples) and self._to in (None, leaves(self._x)[0].device)
+        some = self._x if there else self._block(0)
         self.plan = self._kernel.plan_for_tiles(some, self._size, self._n)
         self.factors_kept = self._blocks_that_fit() >= 2
         if not self.factors_kept and self._n > self._size:
@@ -199,7 +208,7 @@ class TileWork:
         )  # a store begun with more memory may ask for factors where two do not fit
 
     def _block(self, i: int) -> Batch:
-        return part_of(self._x, slice(i * self._size, min((i + 1) * self._size, self._n)))
+        return part_of(self._x, slice(i * self._size, min((i + 1) * self._size, self._n)), self._to)
 
     def _factors_of(self, i: int, wanted: set[int]) -> Any:
         """Factors of a block, kept; those that are not wanted again make room."""
