@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ntkit.base.batch import Batch
 from ntkit.base.checks import refusal
+from ntkit.base.memory import free_memory
 from ntkit.gram.arrays import BLOCK, Matrix, as_floats, as_tensor, not_finite
 from ntkit.gram.gram_identity import identity
 from ntkit.kernels.kernel import Kernel
@@ -192,6 +193,11 @@ class Gram:
             raise refusal(
                 "vector", got=f"shape {list(block.shape)}", expected=f"[{len(self)}], or [{len(self)}, k]", fix=fix
             )
+        result = self._product(block)
+        return result if isinstance(v, Tensor) else result.cpu().numpy()
+
+    def _product(self, block: Tensor) -> Tensor:
+        """K times a float64 vector [N] or block [N, k]."""
         used = block.nonzero().ravel() if block.ndim == 1 else block.any(1).nonzero().ravel()
         result = torch.zeros_like(block)  # once: results of blocks kept beside their rows would fragment the heap
         if 2 * len(used) <= len(self):
@@ -200,7 +206,7 @@ class Gram:
         else:
             for index, rows in self.blocks():
                 result[index] = rows @ block
-        return result if isinstance(v, Tensor) else result.cpu().numpy()
+        return result
 
     def dense(self) -> Tensor:
         """All of K as a new float64 tensor, [N, N], for algorithms that factorize it; they may overwrite it."""
@@ -236,6 +242,11 @@ def _tiles(n: int, step: int) -> Iterator[tuple[int, int]]:
             for i in range(top, min(top + far, n), step):
                 for j in range(max(i, left), min(left + far, n), step):
                     yield i, j
+
+
+def fits_dense(K: Gram, copies: int) -> bool:
+    """Whether `copies` float64 matrices of K's size fit into the free memory of its device."""
+    return copies * 8 * len(K) ** 2 <= free_memory(K.device)
 
 
 def as_gram(K: Gram | Matrix, name: str = "K") -> Gram:
