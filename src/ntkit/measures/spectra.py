@@ -149,8 +149,8 @@ def spectrum(K: Gram | Matrix | Operator, k: int | None = None) -> Spectrum:
 
     All of them by a dense float64 eigendecomposition of (K + K^T)/2. The top `k` by block Krylov iteration
     (fixed start), and a second one outside that subspace, which looks for copies of repeated eigenvalues: no residual
-    shows those that the start missed. Each step reads K once, for 16 vectors (32 for k >= 64); memory 4 N k numbers
-    and some blocks of vectors. Where the dense matrices exceed the free memory, an iteration that does not converge
+    shows those that the start missed. Each step reads K once, for 16 vectors (32 for k >= 64); memory about
+    10 N (k + 50) numbers. Where the dense matrices exceed the free memory, an iteration that does not converge
     says so in `status`.
 
     Parameters
