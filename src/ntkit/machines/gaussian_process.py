@@ -239,3 +239,30 @@ def as_prior(value: Gram | Matrix, m: int, name: str) -> Tensor:
     if isinstance(values, Tensor) and values.ndim == 1:
         return check_finite(values, name).to(torch.float64)
     return as_gram(values, name).dense()
+
+
+def trained_covariance(
+    nngp_train: Gram | Matrix, nngp_test_train: Matrix, nngp_test_test: Gram | Matrix, weights: Tensor
+) -> Tensor:
+    """S - A S_Xx - S_xX A^T + A S_XX A^T for A = `weights`, [m, n]; or its diagonal, where S is given by that.
+
+    Raises
+    ------
+    Refused
+        For kernels of other points than those of A.
+    """
+    m, n = weights.shape
+    own = training_gram(nngp_train, "nngp_train")
+    if len(own) != n:
+        fix = "Use the points of fit."
+        raise refusal("nngp_train", got=f"shape {list(own.shape)}", expected=f"[{n}, {n}]", fix=fix)
+    cross = as_test_matrix(nngp_test_train, n, weights, "nngp_test_train")
+    prior = as_prior(nngp_test_test, m, "nngp_test_test").to(weights.device)
+    if len(cross) != m:
+        got, expected = f"{len(cross)} rows", f"{m}, as T_test"
+        raise refusal("nngp_test_train", got=got, expected=expected, fix="Use the test points of T_test.")
+    half = (own @ weights.T).T.to(weights.device) / 2 - cross
+    if prior.ndim == 1:
+        return prior + 2 * (half * weights).sum(1)
+    moved = half @ weights.T
+    return prior + (moved + moved.T)
