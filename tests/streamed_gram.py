@@ -17,11 +17,12 @@ class StreamedGram(Gram):
 
     def __init__(self, K: Tensor) -> None:
         super().__init__(K)
-        self.products = self.rows_read = self.most_rows = self.widest = 0
+        self.products = self.rows_read = self.entries_read = self.most_rows = self.widest = 0
 
     def tile(self, rows: Any, columns: Any) -> Tensor:
         result = super().tile(rows, columns)
         self.rows_read += len(result)
+        self.entries_read += result.numel()
         self.most_rows = max(self.most_rows, len(result))
         return result
 

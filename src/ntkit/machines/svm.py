@@ -11,9 +11,9 @@ from torch import Tensor
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
-from ntkit.gram.arrays import BLOCK, AnyMatrix, Matrix, as_array, as_tensor, float64_product, same_kind
+from ntkit.gram.arrays import BLOCK, AnyMatrix, Matrix, as_array, as_tensor, same_kind
 from ntkit.gram.gram_matrix import Gram
-from ntkit.machines.machine_input import Machine, as_targets, as_test_matrix, check_length, training_gram, unfitted
+from ntkit.machines.machine_input import Machine, as_targets, check_length, test_product, training_gram, unfitted
 from ntkit.machines.working_set import DualSolution, solve_duals
 
 
@@ -152,7 +152,7 @@ class HardMarginSVM(Machine):
     def _decide(self, K_test: Gram | Matrix) -> Tensor:
         if self._weights is None:
             raise unfitted(self)
-        values = float64_product(as_test_matrix(K_test, len(self._weights), self._weights), self._weights)
+        values = test_product(K_test, self._weights)
         return values[:, 0] if values.shape[1] == 1 else values
 
 
