@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks import after_kernel, busy, engine, infinite, memory, path, routes, spectrum, start, svm
+from benchmarks import after_kernel, busy, engine, infinite, memory, path, routes, solvers, spectrum, start, svm
 
-for benchmark in (start, engine, busy, routes, memory, svm, spectrum, infinite, path):
+for benchmark in (start, engine, busy, routes, memory, svm, solvers, spectrum, infinite, path):
     benchmark.main()
 after_kernel.main([])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ntkit.gram.gram_matrix import Gram
 
+_HUGE = 1e300
 _DEGREE = 8  # products with K; the bounds are of use up to a time of about this many over the largest rate left
 
 Filter = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rates [n], times [T] -> r, phi, each [T, n]
@@ -114,9 +115,6 @@ class Tail:
             best[better, : d + 1] = weights[better]
             bound = torch.where(better, error, bound)
         return best, bound
-
-
-_HUGE = 1e300
 
 
 def _finite(values: Tensor) -> Tensor:
