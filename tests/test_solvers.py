@@ -314,6 +314,17 @@ def test_ridge_of_sketched_features_is_that_of_their_matrix():
     assert float((machine.alpha_ - exact).norm()) <= machine.residual_ * float(y.norm()) / 0.1 + 1e-9
 
 
+def test_svm_of_an_operator_is_that_of_its_matrix():
+    x = draw(90, 4)
+    y = x[:, 0] * x[:, 1] > 0
+    kernel = ntkit.TangentKernel(network(torch.float64), outputs="trace")
+    K = kernel(x) + 0.0
+    exact, machine = ntkit.HardMarginSVM().fit(K, y), ntkit.HardMarginSVM().fit(kernel.operator(x), y)
+    assert machine.status_ == exact.status_ == "optimal"
+    assert torch.equal(machine.support_, exact.support_)
+    assert torch.allclose(machine.decision_function(K), exact.decision_function(K), atol=1e-5)
+
+
 def test_rows_and_tiles_of_an_operator():
     from ntkit.gram.operator_gram import OperatorGram
 

@@ -35,7 +35,7 @@ def pivoted_cholesky(K: Gram, rank: int, enough: float) -> tuple[Tensor, float]:
     smallest = max(K.precision, _EPS) * left
     F, count = torch.empty(rank, len(K), dtype=torch.float64, device=K.device), 0
     while count < rank and float(left.sum()) > max(enough, K.precision * size):
-        draws = torch.rand(at_once, 2, dtype=torch.float64, generator=generator).to(K.device)
+        draws = torch.rand(at_once, 2, dtype=torch.float64, generator=generator, device="cpu").to(K.device)
         sums = left.cumsum(0)
         drawn = torch.searchsorted(sums, draws[:, 0] * sums[-1], right=True).clamp(max=len(K) - 1)
         points = torch.tensor(list(dict.fromkeys(drawn.tolist())), device=K.device)

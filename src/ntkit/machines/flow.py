@@ -186,7 +186,7 @@ class GradientFlow(Machine):
             if modes.trace is not None:
                 phases = lambda rates, times: filters(rates, times, self._lr, 0.0)
                 self._tail = Tail(gram, vectors, modes.values, modes.defect, modes.trace, gap, phases, self._lr)
-        self.eigenvalues_, self.eigenvectors_ = same_kind(values, K), same_kind(vectors, K)
+        self.eigenvalues_, self.eigenvectors_ = same_kind(values, gram), same_kind(vectors, gram)
         return self
 
     def predict(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ntkit.gram.gram_matrix import Gram
 
-_HUGE = 1e300
 _DEGREE = 8  # products with K; the bounds are of use up to a time of about this many over the largest rate left
 
 Filter = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rates [n], times [T] -> r, phi, each [T, n]
@@ -78,18 +77,15 @@ class Tail:
 
     def left_error(self, times: Tensor) -> Tensor:
         """Bound of the error of f_t over the training points, in the 2-norm, [T, C]: of `left`, and of the pairs."""
-        horizon = self._horizon(times)[:, None]
-        moved = (horizon * self._defect).clamp(max=1).where(horizon > 0, 0.0) if self._defect else 0.0 * horizon
-        return self._weights(times, 0)[1][:, None] * self._size + moved * self._gap
+        moved = (self._horizon(times) * max(self._defect, 1e-300)).clamp(max=1)
+        return self._weights(times, 0)[1][:, None] * self._size + moved[:, None] * self._gap
 
     def done_error(self, times: Tensor, rows: Tensor) -> Tensor:
         """Bound of the error of f_t at test points, [T, m, C], from their rows of the kernel, [m, n]."""
-        n, horizon = rows.shape[1], self._horizon(times)
-        rest = self.outside(rows.T.to(torch.float64)).norm(dim=0)
-        moved = horizon.square() * self._defect / 2 if self._defect else torch.zeros_like(horizon)
-        error = torch.einsum("t,m,c->tmc", _finite(self._weights(times, 1)[1]), rest, self._size)
-        error += torch.einsum("t,m,c->tmc", _finite(moved), torch.linalg.vector_norm(rows.double(), dim=1), self._gap)
-        return (error / n).where(error < _HUGE, torch.inf)
+        rows = rows.to(torch.float64)
+        moved = self._horizon(times).square() * max(self._defect, 1e-300) / 2
+        error = _outer(self._weights(times, 1)[1], self.outside(rows.T).norm(dim=0), self._size)
+        return (error + _outer(moved, rows.norm(dim=1), self._gap)) / rows.shape[1]
 
     def _horizon(self, times: Tensor) -> Tensor:
         return times if self._lr is None else self._lr * times
@@ -117,6 +113,7 @@ class Tail:
         return best, bound
 
 
-def _finite(values: Tensor) -> Tensor:
-    """Infinities as numbers so large that no product with zero is undefined."""
-    return values.clamp(max=_HUGE)
+def _outer(bounds: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Products of all entries, [T, m, C]; 0 where a size is 0, also where the bound is infinite."""
+    sizes = torch.outer(rows, columns)
+    return torch.where(sizes > 0, bounds[:, None, None] * sizes, 0.0)
