@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ntkit.base.batch import Batch
 from ntkit.base.checks import refusal
+from ntkit.base.memory import free_memory
 from ntkit.gram.arrays import BLOCK, Matrix, as_floats, as_tensor, not_finite
 from ntkit.gram.gram_identity import identity
 from ntkit.kernels.kernel import Kernel
@@ -241,6 +242,11 @@ def _tiles(n: int, step: int) -> Iterator[tuple[int, int]]:
             for i in range(top, min(top + far, n), step):
                 for j in range(max(i, left), min(left + far, n), step):
                     yield i, j
+
+
+def fits_dense(K: Gram, copies: int) -> bool:
+    """Whether `copies` float64 matrices of K's size fit into the free memory of its device."""
+    return copies * 8 * len(K) ** 2 <= free_memory(K.device)
 
 
 def as_gram(K: Gram | Matrix, name: str = "K") -> Gram:
