@@ -106,7 +106,8 @@ def conjugate_gradients(
     if bool((sizes <= goals).all()):
         return Iterated(alpha, rest, residual, passes, "solved", "")
     reached = float((sizes / y.norm(dim=0).clamp(min=1e-300)).max())
-    why = f"K has an eigenvalue below -{shift:g}" if indefinite else f"K in {K.dtype} allows no smaller residual"
+    why = f"K in {K.dtype} allows no smaller residual"
+    why = f"K + {shift:g} I is not positive definite to working precision" if indefinite else why
     why = f"{passes} products with K were not enough" if passes >= _PASSES else why
     advice = f"The relative residual is {reached:.1e}: {why}. Use a larger {name}, or K in float64."
     return Iterated(alpha, rest, residual, passes, "inaccurate", advice)
@@ -115,7 +116,7 @@ def conjugate_gradients(
 def _steps(
     K: Gram, shift: float, y: Tensor, goals: Tensor, precondition: Preconditioner, most: int, progress: Task
 ) -> tuple[Tensor, int, bool]:
-    """Block conjugate gradients from zero: the solution, products, and whether K + shift I proved not positive."""
+    """Block conjugate gradients from zero: the solution, products, and whether K + shift I is not positive definite."""
     alpha, rest, first = torch.zeros_like(y), y.clone(), y.norm(dim=0)
     directions, best, since = _orthonormal(precondition(rest)), torch.inf, 0
     for passes in range(1, most + 1):

@@ -118,7 +118,8 @@ class GaussianProcess(Machine):
 
     Where two float64 matrices of K's size exceed the free memory, and for ``kernel.operator(x)``, by conjugate
     gradients instead, as `KernelRidge`: the mean to a relative residual of 1e-8, variances to 1e-8 of the prior ones,
-    test points solved in strips. K is then read at every prediction of a variance: leave it unchanged.
+    test points solved in strips (`Posterior.variance_error` says what was reached). K is then read at every prediction
+    of a variance: leave it unchanged.
 
     Parameters
     ----------
