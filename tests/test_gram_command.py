@@ -129,6 +129,30 @@ def test_interrupted_it_says_how_far_it_is_and_goes_on(place, whole, tmp_path):
     assert files_of(out) == files_of(whole)
 
 
+def test_interrupted_in_a_terminal_the_workers_say_nothing(place, whole, tmp_path):
+    """Ctrl-C there reaches the command and all of its workers at once."""
+    out, log = tmp_path / "store", tmp_path / "log"
+    code = "from ntkit.cli import main\nif __name__ == '__main__':\n    main()\n"
+    (tmp_path / "started.py").write_text(code)
+    words = [sys.executable, tmp_path / "started.py", "gram", "net.py:make", *WORDS, "--out", out, "--workers", 2]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "PAUSE": "0.1", "PYTHONWARNINGS": "ignore"}
+    with open(log, "w") as stream:
+        how = {"cwd": place, "env": environment, "stderr": stream, "start_new_session": True}
+        process = subprocess.Popen([str(word) for word in words], **how)
+    while len(list(out.glob("c/*/*"))) < 20:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    lines = log.read_text().splitlines()
+    assert re.fullmatch(r"stopped with \d+ of 120 tiles; the same call goes on", lines[-1])
+    assert len(lines) == 4, lines  # size, time, workers, this
+    done = command("gram", "net.py:make", *WORDS, "--out", out, cwd=place).done()
+    assert done.returncode == 0, done.stderr
+    assert files_of(out) == files_of(whole)
+
+
 class Terminals:
     """A scheduler with two workers, each started as in a terminal and a folder of its own."""
 
