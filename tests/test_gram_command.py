@@ -231,7 +231,7 @@ def test_the_time_is_that_of_the_work(place, tmp_path, monkeypatch):
     seconds = []
     work = ntkit.gram.tile_work.TileWork
     original = work.seconds_for
-    monkeypatch.setattr(work, "seconds_for", lambda self, t: seconds.append(original(self, t)) or seconds[-1])
+    monkeypatch.setattr(work, "seconds_for", lambda self, *a: seconds.append(original(self, *a)) or seconds[-1])
     monkeypatch.setenv("PAUSE", "0.05")
     start = time.monotonic()
     times = []

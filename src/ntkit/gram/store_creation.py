@@ -100,14 +100,22 @@ def _compute_missing(
     with task("kernel matrix", total=len(missing)) as progress, _counted(files, len(missing), say):
         if say is not None and here and len(missing) > 2 * _MEASURED:
             measured = work.bands(missing)[0][:_MEASURED]
-            _fill(files, work, [measured], progress.advance)
+            each = [_seconds(files, work, tile, progress.advance) for tile in measured][-1]
             missing = [tile for tile in missing if tile not in measured]
-            say(_time(work.seconds_for(missing), workers))
-            work.release()
+            say(_time(work.seconds_for(missing, each), workers))
+            if workers > 1:
+                work.release()
         if not missing or (workers == 1 and here):
             _fill(files, work, work.bands(missing), progress.advance)
         else:
             compute(sent, work.bands(missing), workers, scheduler, progress.advance, say)
+
+
+def _seconds(files: TileFiles, work: TileWork, tile: tuple[int, int], advance: Callable[[float], None]) -> float:
+    """Compute and write a tile: the time that it took, that of the model not counted."""
+    start, before = time.perf_counter(), sum(work.seconds)
+    _fill(files, work, [[tile]], advance)
+    return time.perf_counter() - start - (sum(work.seconds) - before)
 
 
 def _size(files: TileFiles, missing: int, memory: int | None) -> str:

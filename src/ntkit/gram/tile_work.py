@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ class TileWork:
 
     Attributes
     ----------
-    seconds : that each block took to go through the model, and each product of two.
+    seconds : that each block took to go through the model, whose factors are kept.
     """
 
     def __init__(self, kernel: Kernel, x: Samples, size: int, memory: int | str | None, device: torch.device) -> None:
@@ -147,7 +146,7 @@ class TileWork:
         self._factors: dict[int, Any] = {}  # by row or column of tiles
         self.plan: Plan | None = None
         self.factors_kept = False
-        self.seconds: tuple[list[float], list[float]] = ([], [])
+        self.seconds: list[float] = []
 
     def make_plan(self) -> None:
         """Plan the kernel, and choose whether factors are kept: two blocks of them have to fit into the memory."""
@@ -174,12 +173,11 @@ class TileWork:
             by_band.setdefault(i // rows, []).append((i, j))
         return [sorted(by_band[band], key=lambda tile: (tile[1], tile[0])) for band in sorted(by_band)]
 
-    def seconds_for(self, tiles: Iterable[tuple[int, int]]) -> float:
-        """Time that tiles will take in this process, by the last block and the last product measured."""
-        once, product = (spent[-1] if spent else 0.0 for spent in self.seconds)
+    def seconds_for(self, tiles: Iterable[tuple[int, int]], each: float) -> float:
+        """Time that tiles will take in this process: `each` of them, and the model as long as it took last."""
         bands = self.bands(tiles)
         passes = sum(len({block for tile in band for block in tile}) for band in bands)
-        return passes * once + sum(map(len, bands)) * product
+        return passes * (self.seconds[-1] if self.seconds else 0.0) + sum(map(len, bands)) * each
 
     def release(self) -> None:
         """Release the factors that are kept."""
@@ -216,19 +214,19 @@ class TileWork:
             unwanted = [block for block in self._factors if block not in wanted]
             while len(self._factors) >= self._most_blocks() and unwanted:
                 del self._factors[unwanted.pop(0)]
-            with _timed(self.seconds[0]):
-                self._factors[i] = self._kernel.factors(self._block(i), self.plan)
+            start = time.perf_counter()
+            self._factors[i] = self._kernel.factors(self._block(i), self.plan)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - start)
         return self._factors[i]
 
     def _tile(self, i: int, j: int, wanted: set[int]) -> Tensor:
         if self.factors_kept:
             first = self._factors_of(i, wanted)
-            second = None if i == j else self._factors_of(j, wanted)
-            with _timed(self.seconds[1]):
-                return self._kernel.product(first, second)
+            return self._kernel.product(first, None if i == j else self._factors_of(j, wanted))
         rows, columns = self._block(i), None if i == j else self._block(j)
-        with _timed(self.seconds[1]):
-            return self._kernel(rows, columns) if self.plan is None else self._kernel.tile(rows, columns, self.plan)
+        return self._kernel(rows, columns) if self.plan is None else self._kernel.tile(rows, columns, self.plan)
 
     def _check_finite(self, values: Tensor, i: int, j: int) -> None:
         low, high = values.aminmax()  # NaN and infinities of either sign come out here
@@ -239,12 +237,3 @@ class TileWork:
             row, column, *rest = bad[0].tolist()
             at = [i * self._size + row, j * self._size + column, *rest]
             raise not_finite("kernel", float(values[tuple(bad[0].tolist())]), at)
-
-
-@contextmanager
-def _timed(spent: list[float]) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    spent.append(time.perf_counter() - start)
