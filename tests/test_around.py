@@ -83,6 +83,12 @@ VALUES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "paired": tangent("trace", lambda k: k.paired(X, X.flip(0))),
     "layers": tangent("trace", lambda k: list(k.layers(X).values())),
     "operator": tangent("trace", lambda k: k.operator(X) @ VECTORS),
+    "KernelRidge of an operator": tangent(
+        "trace", lambda k: ntkit.KernelRidge(0.1).fit(k.operator(X), TARGETS).predict(k(Z, X))
+    ),
+    "GaussianProcess of an operator": tangent(
+        "trace", lambda k: ntkit.GaussianProcess(1.0).fit(k.operator(X), TARGETS).predict(k(Z, X), k(Z)).covariance
+    ),
     "vjp": tangent("full", lambda k: list(k.vjp(X, VECTORS).values())),
     "jvp": tangent("full", lambda k: k.jvp(X, {"head.bias": VECTORS[0]})),
     "SketchedKernel": (ntkit.SketchedKernel(network(), dim=32, outputs="trace"), lambda k: [k(X), k.standard_error(X)]),

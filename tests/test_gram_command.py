@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -128,33 +129,84 @@ def test_interrupted_it_says_how_far_it_is_and_goes_on(place, whole, tmp_path):
     assert files_of(out) == files_of(whole)
 
 
+def test_interrupted_in_a_terminal_the_workers_say_nothing(place, whole, tmp_path):
+    """Ctrl-C there reaches the command and all of its workers at once."""
+    out, log = tmp_path / "store", tmp_path / "log"
+    code = "from ntkit.cli import main\nif __name__ == '__main__':\n    main()\n"
+    (tmp_path / "started.py").write_text(code)
+    words = [sys.executable, tmp_path / "started.py", "gram", "net.py:make", *WORDS, "--out", out, "--workers", 2]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "PAUSE": "0.1", "PYTHONWARNINGS": "ignore"}
+    with open(log, "w") as stream:
+        how = {"cwd": place, "env": environment, "stderr": stream, "start_new_session": True}
+        process = subprocess.Popen([str(word) for word in words], **how)
+    while len(list(out.glob("c/*/*"))) < 20:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    lines = log.read_text().splitlines()
+    assert re.fullmatch(r"stopped with \d+ of 120 tiles; the same call goes on", lines[-1])
+    assert len(lines) == 4, lines  # size, time, workers, this
+    done = command("gram", "net.py:make", *WORDS, "--out", out, cwd=place).done()
+    assert done.returncode == 0, done.stderr
+    assert files_of(out) == files_of(whole)
+
+
+class Terminals:
+    """A scheduler with two workers, each started as in a terminal and a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        dask, file = Path(sys.executable).with_name("dask"), folder / "scheduler.json"
+        words = [["scheduler", "--port", "0", "--scheduler-file", file, "--no-dashboard"]]
+        words += [["worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard"]] * 2
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        environment = {**os.environ, "PYTHONPATH": path, "PAUSE": "0.1", "OMP_NUM_THREADS": "1"}
+        self.processes = []
+        for number, arguments in enumerate(words):
+            (own := folder / f"terminal {number}").mkdir()
+            with open(own / "log", "w") as log:
+                command = [str(word) for word in (dask, *arguments)]
+                self.processes.append(subprocess.Popen(command, cwd=own, env=environment, stderr=log))
+        while not file.exists():
+            assert self.processes[0].poll() is None, (folder / "terminal 0" / "log").read_text()
+            time.sleep(0.05)
+        self.address = json.loads(file.read_text())["address"]
+
+    def close(self) -> None:
+        for process in reversed(self.processes):
+            process.terminate()
+        for process in self.processes:
+            process.wait(timeout=60)
+
+
 @pytest.fixture
-def by_hand(tmp_path) -> Iterator[str]:
-    """The address of a scheduler with two workers, each started as in a terminal and a folder of its own."""
-    dask, file = Path(sys.executable).with_name("dask"), tmp_path / "scheduler.json"
-    words = [["scheduler", "--port", "0", "--scheduler-file", file, "--no-dashboard"]]
-    words += [["worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard"]] * 2
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DASK_LOGGING__DISTRIBUTED": "error"}
-    started = []
-    for number, arguments in enumerate(words):
-        (own := tmp_path / f"terminal {number}").mkdir()
-        started.append(subprocess.Popen([dask, *map(str, arguments)], cwd=own, env=environment, stderr=subprocess.PIPE))
-    while not file.exists():
-        assert started[0].poll() is None, started[0].stderr.read()
-        time.sleep(0.05)
-    yield json.loads(file.read_text())["address"]
-    for process in reversed(started):
-        process.terminate()
-    for process in started:
-        process.communicate(timeout=30)
+def terminals(tmp_path) -> Iterator[Terminals]:
+    there = Terminals(tmp_path)
+    yield there
+    there.close()
 
 
-def test_a_scheduler_and_workers_started_by_hand(place, whole, by_hand, tmp_path):
-    words = ["gram", "net.py:make", *WORDS, "--out", tmp_path / "store", "--scheduler", by_hand]
+def test_a_scheduler_and_workers_started_by_hand(place, whole, terminals, tmp_path):
+    words = ["gram", "net.py:make", *WORDS, "--out", tmp_path / "store", "--scheduler", terminals.address]
     done = command(*words, cwd=place).done()
     assert done.returncode == 0, done.stderr
+    assert re.search(r"^[12] workers?$", done.stderr, re.M)
     assert "120 tiles computed" in done.stderr
     assert files_of(tmp_path / "store") == files_of(whole)
+
+
+def test_the_scheduler_killed_midway(place, whole, terminals, tmp_path):
+    out = tmp_path / "store"
+    running = begun(place, out, 10, "--scheduler", terminals.address)
+    terminals.processes[0].kill()
+    assert running.wait() == 2
+    assert "scheduler: got one that is gone" in running.stderr
+    assert "Traceback" not in running.stderr
+    terminals.close()
+    done = command("gram", "net.py:make", *WORDS, "--out", out, cwd=place).done()
+    assert done.returncode == 0, done.stderr
+    assert files_of(out) == files_of(whole)
 
 
 # ---------------------------------------------------------------------- what it says
@@ -179,7 +231,7 @@ def test_the_time_is_that_of_the_work(place, tmp_path, monkeypatch):
     seconds = []
     work = ntkit.gram.tile_work.TileWork
     original = work.seconds_for
-    monkeypatch.setattr(work, "seconds_for", lambda self, t: seconds.append(original(self, t)) or seconds[-1])
+    monkeypatch.setattr(work, "seconds_for", lambda self, *a: seconds.append(original(self, *a)) or seconds[-1])
     monkeypatch.setenv("PAUSE", "0.05")
     start = time.monotonic()
     times = []

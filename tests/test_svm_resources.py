@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from streamed_gram import LargestTensor, StreamedGram
 
 from ntkit.base.operation_threads import limited
 from ntkit.gram.gram_matrix import Gram
@@ -88,3 +89,32 @@ def test_values_do_not_depend_on_the_number_of_workers(threads):
         found.append(HardMarginSVM().fit(phi @ phi.T, torch.arange(700) % 4).alpha_)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+class RowsRead(StreamedGram):
+    """Products are those of any Gram, from rows, which are counted; nothing else is there."""
+
+    _product = Gram._product
+
+
+def test_it_reads_rows_which_all_classes_share():
+    n = 2003
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = (x[:, 0].sign() + x[:, 1].sign()).long()  # three classes
+    K = torch.exp(-torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square() / 6).float()
+
+    def fitted(labels):
+        gram = RowsRead(K)
+        with LargestTensor(K) as largest:
+            machine = HardMarginSVM().fit(gram, labels)
+        assert machine.status_ == "optimal"
+        assert largest.numbers <= 2**18 < n * n / 15  # one block of rows
+        assert gram.most_rows <= 2**18 // n
+        return gram.entries_read / n**2, machine
+
+    alone = [fitted(y == c)[0] for c in y.unique()]
+    together, machine = fitted(y)
+    support = {int(i) for one in machine.support_ for i in one}
+    assert len(support) / n <= together <= 0.9 * sum(alone)
+    assert max(alone) <= together <= 2.5  # passes over the matrix, for the whole fit
+    assert torch.equal(machine.predict(RowsRead(K)), y)  # its own points, in strips

@@ -200,7 +200,7 @@ def test_machines_are_cloned_copied_and_pickled(name):
 
 def test_a_flow_with_a_loss_is_cloned():
     flow = clone(ntkit.GradientFlow(loss=LOSS))
-    assert flow.get_params() == {"lr": None, "momentum": 0.0, "loss": LOSS}
+    assert flow.get_params() == {"lr": None, "momentum": 0.0, "loss": LOSS, "k": None}
 
 
 # ------------------------------------------------------------------ arrays

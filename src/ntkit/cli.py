@@ -16,7 +16,16 @@ from cyclopts import App, Group, Parameter
 from ntkit import __version__
 from ntkit.base import progress
 from ntkit.base.checks import Refused
-from ntkit.commands.settings import ExplainSettings, GramSettings, InfiniteSettings, Settings, TrackSettings
+from ntkit.commands.settings import (
+    ExplainSettings,
+    GramSettings,
+    InfiniteSettings,
+    Settings,
+    SolveSettings,
+    TrackSettings,
+)
+
+_SHOWN = 20  # eigenvalues in the terminal, at most
 
 app = App(
     name="ntkit",
@@ -206,6 +215,33 @@ def gram(
 
 
 @app.command
+def solve(
+    store: Path, settings: Annotated[SolveSettings | None, Parameter(name="*")] = None, *, trust: bool = False
+) -> None:
+    """Compute a spectrum, or a classifier and its test error, from a kernel matrix of ntkit gram, and write it there.
+
+    Parameters
+    ----------
+    store
+        A folder of ntkit gram, or of GramStore.create.
+    settings
+        What to compute: at least one of --spectrum, --ridge and --svm.
+    trust
+        Run the code that the store names (MODEL, DATA) even if you have never run it here.
+    """
+    from ntkit.commands.solve_store import SOLVED
+    from ntkit.commands.solve_store import solve as run
+
+    results = run(store, settings or SolveSettings(), trust=trust, say=_say)
+
+    def show() -> None:
+        _print_solved(results)
+        print(f"numbers: {store / SOLVED}")
+
+    _answer(lambda: results, show)
+
+
+@app.command
 def report(run: Path) -> None:
     """Write the report of a run again from its results.
 
@@ -366,6 +402,34 @@ def _print_results(folder: Path, results: dict[str, Any]) -> None:
     passed = len(results["certificates"]) - len(failed)
     print(f"checks: {passed} passed" + (f", {len(failed)} FAILED: {'; '.join(failed)}" if failed else ""))
     print(f"report: {folder / 'report.html'}")
+
+
+def _print_solved(results: dict[str, Any]) -> None:
+    """Print the leading eigenvalues with their residuals, and the errors of machines with their certificates."""
+    if (found := results.get("spectrum")) is not None:
+        shares = [value / found["trace"] for value in found["eigenvalues"]]
+        sums = [sum(shares[: i + 1]) for i in range(len(shares))]
+        pairs = zip(found["eigenvalues"], sums, found["residuals"], strict=True)
+        rows = [(f"{i}", f"{v:.6g}", _percent(s, 2), f"{r:.0e}") for i, (v, s, r) in enumerate(pairs, 1)]
+        shown = rows if len(rows) <= _SHOWN else [*rows[: _SHOWN - 1], rows[-1]]
+        title = f"spectrum of {results['samples']:,} samples, {found['status']}"
+        _print_table(title, ">number|>eigenvalue|>of the trace so far, %|>residual", shown)
+    rows = []
+    for name in ("ridge", "svm"):
+        if (found := results.get(name)) is None:
+            continue
+        if name == "svm":
+            label, certificate = "hard-margin SVM", f"{found['status']}, gap {found['gap']:.0e}"
+        else:
+            passes = f", {found['passes']} passes" if found["passes"] else ""
+            label = f"ridge, {found['relative ridge']:g} of mean diagonal"
+            certificate = f"{found['status']}, residual {found['residual']:.0e}{passes}"
+        test = found["test error"] or {"value": None, "standard error": None}
+        errors = (found["training error"], test["value"], test["standard error"])
+        rows.append((label, *(_percent(value, 2) for value in errors), certificate))
+    if rows:
+        title = f"classifiers from {results['samples']:,} samples"
+        _print_table(title, "machine|>training error, %|>test error, %|>± s.e.|certificate", rows)
 
 
 def _print_explanation(folder: Path) -> None:

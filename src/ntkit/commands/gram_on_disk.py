@@ -18,11 +18,13 @@ from ntkit.base.factory import is_code
 from ntkit.base.regular_files import check_folder
 from ntkit.base.trust import code_hashes, code_of_user
 from ntkit.commands.settings import GramSettings
-from ntkit.data import load
+from ntkit.data import Data, load
 from ntkit.gram.gram_store import GramStore
 from ntkit.gram.named_kernel import NamedKernel
 from ntkit.networks.built_in import build
 from ntkit.trajectory import load_weights
+
+RECORDED = ("data_dir", "classes", "train", "weights", "outputs", "dtype", "seed")  # settings that a store knows
 
 
 def gram(
@@ -57,21 +59,37 @@ def gram(
     for option, name in (("MODEL", model), ("DATA", data)):
         check_name(option, name, "Rename it.")
     check_folder(out, "--out")
-    names = {"--model": model, "--data": data}
-    with code_of_user(names):
-        x, shape, classes, vocabulary = _samples(data, s)
-        network = build(model, shape, classes, s.seed, vocabulary)
-        if s.weights is not None:
-            say(load_weights(network, s.weights))
-        dtype, device = getattr(torch, s.dtype), _device(s)
-        network = network.to(device=device, dtype=dtype)
-        if isinstance(x, Tensor):
-            x = x.to(device=device, dtype=dtype if x.is_floating_point() else x.dtype)
-        kernel = NamedKernel.of(
-            network, model, shape=shape, classes=classes, seed=s.seed, vocabulary=vocabulary, outputs=s.outputs,
-            dtype=s.dtype, device=str(device), memory=s.memory, settings=_recorded(model, data, s),
-        )  # fmt: skip
+    with code_of_user({"--model": model, "--data": data}):
+        kernel, x, _ = kernel_and_samples(model, data, s)
     return GramStore.create(out, kernel, x, s.workers, s.scheduler, s.memory, tile=s.tile, say=say)
+
+
+def kernel_and_samples(model: str, data: str, s: GramSettings) -> tuple[NamedKernel, Any, Data | None]:
+    """The kernel, the samples and the data set that names and settings say; None for a file without labels."""
+    sets = None
+    if data.endswith(".npy") and not is_code("--data", data):
+        x = _without_labels(data, s)
+        shape, classes, vocabulary = x.shape[1:], 1, None
+    else:
+        sets = load(data, s.data_dir, s.classes, s.train, None, s.seed)
+        x = in_dtype(sets.x_train, s.dtype)
+        classes = 1 if len(sets.classes) == 2 else len(sets.classes)
+        shape, vocabulary = sets.input_shape, sets.tokens
+    network = build(model, shape, classes, s.seed, vocabulary)
+    if s.weights is not None:
+        load_weights(network, s.weights)
+    device = _device(s)
+    network = network.to(device=device, dtype=getattr(torch, s.dtype))
+    kernel = NamedKernel.of(
+        network, model, shape=shape, classes=classes, seed=s.seed, vocabulary=vocabulary, outputs=s.outputs,
+        dtype=s.dtype, device=str(device), memory=s.memory, settings=_recorded(model, data, s),
+    )  # fmt: skip
+    return kernel, x, sets
+
+
+def in_dtype(x: Tensor, dtype: str) -> Tensor:
+    """Samples in the dtype of the network; token numbers as they are."""
+    return x.to(getattr(torch, dtype)) if x.is_floating_point() else x
 
 
 def summary(store: GramStore) -> list[str]:
@@ -85,12 +103,8 @@ def summary(store: GramStore) -> list[str]:
     ]
 
 
-def _samples(data: str, s: GramSettings) -> tuple[Any, tuple[int, ...], int, int | None]:
-    """Samples, the shape of one, the network's outputs, and the number of tokens."""
-    if not data.endswith(".npy") or is_code("--data", data):
-        sets = load(data, s.data_dir, s.classes, s.train, None, s.seed)
-        outputs = 1 if len(sets.classes) == 2 else len(sets.classes)
-        return sets.x_train, sets.input_shape, outputs, sets.tokens
+def _without_labels(data: str, s: GramSettings) -> np.ndarray:
+    """The samples of a .npy file, on disk."""
     for option in ("classes", "train"):
         if getattr(s, option) is not None:
             fix = "Leave it out, or give an .npz file with labels."
@@ -104,7 +118,7 @@ def _samples(data: str, s: GramSettings) -> tuple[Any, tuple[int, ...], int, int
         fix = f"Save them so, once: numpy.save(file, x.astype({s.dtype!r}))."
         expected = f"samples along the first axis, in {s.dtype} (or integers, for token numbers)"
         raise refusal(data, got=f"{x.dtype} of shape {list(x.shape)}", expected=expected, fix=fix)
-    return x, x.shape[1:], 1, None
+    return x
 
 
 def _device(s: GramSettings) -> torch.device:
@@ -116,7 +130,6 @@ def _device(s: GramSettings) -> torch.device:
 
 def _recorded(model: str, data: str, s: GramSettings) -> dict[str, Any]:
     """What another command needs to find the labels and the network again; the hash of the code among it."""
-    names = ("data_dir", "classes", "train", "weights", "outputs", "dtype", "seed")
     hashes = code_hashes({"--model": model, "--data": data})
     files = {f"{option[2:]} file": found[-1][:16] for option, found in hashes.items() if found}
-    return {"model": model, "data": data, **{name: asdict(s)[name] for name in names}, "identity": files}
+    return {"model": model, "data": data, **{name: asdict(s)[name] for name in RECORDED}, "identity": files}

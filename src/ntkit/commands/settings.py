@@ -247,6 +247,38 @@ class GramSettings:
         check_seed(self.seed)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SolveSettings:
+    """What `ntkit solve` computes from a kernel matrix on disk."""
+
+    spectrum: int | None = None
+    """Number of leading eigenvalues."""
+    ridge: float | None = None
+    """Kernel ridge regression of the classes, with this many times the mean of the matrix's diagonal as ridge."""
+    svm: bool = False
+    """The hard-margin support vector machine, one class against the rest."""
+    labels: Path | None = None
+    """A .npy file of a label for each sample; by default those of the data set that ntkit gram took."""
+    model: str | None = None
+    """The MODEL of ntkit gram again, if it is code that you have not run here."""
+    data: str | None = None
+    """The DATA of ntkit gram again, if it is code that you have not run here."""
+
+    def check(self) -> None:
+        """Refuse invalid values.
+
+        Raises
+        ------
+        Refused
+            Names the option as the command line spells it.
+        """
+        if self.spectrum is None and self.ridge is None and not self.svm:
+            fix = "Give at least one of them."
+            raise refusal("solve", got="nothing to do", expected="--spectrum K, --ridge R or --svm", fix=fix)
+        if self.ridge is not None and not 0 <= self.ridge <= _LARGEST:
+            raise _bad("ridge", self.ridge, f"a number from 0 to {_LARGEST:g}", "Give such a number.")
+
+
 def _check_choices(settings: Any, **choices: tuple[str, ...]) -> None:
     for name, names in choices.items():
         value = getattr(settings, name)

@@ -25,15 +25,15 @@ from ntkit.gram.tile_work import (
     budget,
     check_disk,
     check_memory,
+    device_of,
     free_disk,
     grid_of,
     number_of,
     part_of,
 )
-from ntkit.gram.tile_workers import Sent, by_file_names, check_workers, compute, copied_bytes
+from ntkit.gram.tile_workers import Say, Sent, by_file_names, check_workers, compute, copied_bytes
 from ntkit.kernels.kernel import Kernel
 
-Say = Callable[[str], None]
 _MEASURED = 2  # tiles, one of them off the diagonal where there are two blocks
 
 
@@ -55,7 +55,7 @@ def create_store(
         raise refusal("kernel", got=type(kernel).__name__, expected="a kernel of ntkit", fix=fix)
     check_workers(workers, scheduler)
     folder, given, x = Path(path).absolute(), x, as_samples(x)
-    first = kernel(part_of(x, slice(0, 1)))
+    first = kernel(part_of(x, slice(0, 1), device_of(kernel)))
     grid = grid_of(first, number_of(x), tile)
     depends_on = what_it_depends_on(kernel, x) | {"dtype": grid.dtype, "samples": f"{grid.n}"}
     depends_on |= {name: version for name, version in versions().items() if name in ("ntkit", "torch")}
@@ -100,14 +100,22 @@ def _compute_missing(
     with task("kernel matrix", total=len(missing)) as progress, _counted(files, len(missing), say):
         if say is not None and here and len(missing) > 2 * _MEASURED:
             measured = work.bands(missing)[0][:_MEASURED]
-            _fill(files, work, [measured], progress.advance)
+            each = [_seconds(files, work, tile, progress.advance) for tile in measured][-1]
             missing = [tile for tile in missing if tile not in measured]
-            say(_time(work.seconds_for(missing), workers))
-            work.release()
+            say(_time(work.seconds_for(missing, each), workers))
+            if workers > 1:
+                work.release()
         if not missing or (workers == 1 and here):
             _fill(files, work, work.bands(missing), progress.advance)
         else:
             compute(sent, work.bands(missing), workers, scheduler, progress.advance, say)
+
+
+def _seconds(files: TileFiles, work: TileWork, tile: tuple[int, int], advance: Callable[[float], None]) -> float:
+    """Compute and write a tile: the time that it took, that of the model not counted."""
+    start, before = time.perf_counter(), sum(work.seconds)
+    _fill(files, work, [[tile]], advance)
+    return time.perf_counter() - start - (sum(work.seconds) - before)
 
 
 def _size(files: TileFiles, missing: int, memory: int | None) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ntkit.base.batch import Batch, checked, count, leaves, take, with_leaves
@@ -56,9 +55,17 @@ def number_of(x: Samples) -> int:
     return len(x) if isinstance(x, StreamedSamples) else count(x)
 
 
-def part_of(x: Samples, index: slice) -> Batch:
-    """Some samples, in memory."""
-    return x.block(index) if isinstance(x, StreamedSamples) else take(x, index)
+def part_of(x: Samples, index: slice, device: torch.device | None) -> Batch:
+    """Some samples, in the memory of a device."""
+    part = x.block(index) if isinstance(x, StreamedSamples) else take(x, index)
+    return part if device is None else with_leaves(part, [t.to(device) for t in leaves(part)])
+
+
+def device_of(kernel: Kernel) -> torch.device | None:
+    """Where the kernel's network is; samples on a disk go there block by block."""
+    model = kernel.settings().get("model")
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return None if parameter is None else parameter.device
 
 
 def budget(memory: int | str | None, device: torch.device) -> int:
@@ -129,23 +136,24 @@ class TileWork:
 
     Attributes
     ----------
-    seconds : that each block took to go through the model, and each product of two.
+    seconds : that each block took to go through the model, whose factors are kept.
     """
 
     def __init__(self, kernel: Kernel, x: Samples, size: int, memory: int | str | None, device: torch.device) -> None:
         self._kernel: Any = kernel  # `tile` and `factors` are not of every kernel
         self._x, self._n, self._size = x, number_of(x), size
-        self._budget = budget(memory, device)
+        self._budget, self._to = budget(memory, device), device_of(kernel)
         self._factors: dict[int, Any] = {}  # by row or column of tiles
         self.plan: Plan | None = None
         self.factors_kept = False
-        self.seconds: tuple[list[float], list[float]] = ([], [])
+        self.seconds: list[float] = []
 
     def make_plan(self) -> None:
         """Plan the kernel, and choose whether factors are kept: two blocks of them have to fit into the memory."""
         if not hasattr(self._kernel, "plan_for_tiles"):
             return
-        some = self._block(0) if isinstance(self._x, StreamedSamples) else self._x
+        there = not isinstance(self._x, StreamedSamples) and self._to in (None, leaves(self._x)[0].device)
+        some = self._x if there else self._block(0)
         self.plan = self._kernel.plan_for_tiles(some, self._size, self._n)
         self.factors_kept = self._blocks_that_fit() >= 2
         if not self.factors_kept and self._n > self._size:
@@ -165,12 +173,11 @@ class TileWork:
             by_band.setdefault(i // rows, []).append((i, j))
         return [sorted(by_band[band], key=lambda tile: (tile[1], tile[0])) for band in sorted(by_band)]
 
-    def seconds_for(self, tiles: Iterable[tuple[int, int]]) -> float:
-        """Time that tiles will take in this process, by the last block and the last product measured."""
-        once, product = (spent[-1] if spent else 0.0 for spent in self.seconds)
+    def seconds_for(self, tiles: Iterable[tuple[int, int]], each: float) -> float:
+        """Time that tiles will take in this process: `each` of them, and the model as long as it took last."""
         bands = self.bands(tiles)
         passes = sum(len({block for tile in band for block in tile}) for band in bands)
-        return passes * once + sum(map(len, bands)) * product
+        return passes * (self.seconds[-1] if self.seconds else 0.0) + sum(map(len, bands)) * each
 
     def release(self) -> None:
         """Release the factors that are kept."""
@@ -199,7 +206,7 @@ class TileWork:
         )  # a store begun with more memory may ask for factors where two do not fit
 
     def _block(self, i: int) -> Batch:
-        return part_of(self._x, slice(i * self._size, min((i + 1) * self._size, self._n)))
+        return part_of(self._x, slice(i * self._size, min((i + 1) * self._size, self._n)), self._to)
 
     def _factors_of(self, i: int, wanted: set[int]) -> Any:
         """Factors of a block, kept; those that are not wanted again make room."""
@@ -207,19 +214,19 @@ class TileWork:
             unwanted = [block for block in self._factors if block not in wanted]
             while len(self._factors) >= self._most_blocks() and unwanted:
                 del self._factors[unwanted.pop(0)]
-            with _timed(self.seconds[0]):
-                self._factors[i] = self._kernel.factors(self._block(i), self.plan)
+            start = time.perf_counter()
+            self._factors[i] = self._kernel.factors(self._block(i), self.plan)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - start)
         return self._factors[i]
 
     def _tile(self, i: int, j: int, wanted: set[int]) -> Tensor:
         if self.factors_kept:
             first = self._factors_of(i, wanted)
-            second = None if i == j else self._factors_of(j, wanted)
-            with _timed(self.seconds[1]):
-                return self._kernel.product(first, second)
+            return self._kernel.product(first, None if i == j else self._factors_of(j, wanted))
         rows, columns = self._block(i), None if i == j else self._block(j)
-        with _timed(self.seconds[1]):
-            return self._kernel(rows, columns) if self.plan is None else self._kernel.tile(rows, columns, self.plan)
+        return self._kernel(rows, columns) if self.plan is None else self._kernel.tile(rows, columns, self.plan)
 
     def _check_finite(self, values: Tensor, i: int, j: int) -> None:
         low, high = values.aminmax()  # NaN and infinities of either sign come out here
@@ -230,12 +237,3 @@ class TileWork:
             row, column, *rest = bad[0].tolist()
             at = [i * self._size + row, j * self._size + column, *rest]
             raise not_finite("kernel", float(values[tuple(bad[0].tolist())]), at)
-
-
-@contextmanager
-def _timed(spent: list[float]) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    spent.append(time.perf_counter() - start)

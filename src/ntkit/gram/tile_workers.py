@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,8 +34,10 @@ from ntkit.gram.tile_work import Samples, TileWork, as_samples
 from ntkit.kernels.kernel import Kernel
 
 Tile = tuple[int, int]
+Say = Callable[[str], None]
 
 _RETRIES = 3
+_PATIENCE = 60.0  # seconds without a worker, before it is told and waited on
 _TASKS = 4  # per worker at least: the last to end leaves the others idle for a quarter of its time
 _LARGEST = 16  # tiles of a task: what a worker loses of its work at most when it dies, written tiles apart
 
@@ -115,7 +117,7 @@ def compute(
     workers: int,
     scheduler: str | None,
     advance: Callable[[float], None],
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
 ) -> None:
     """Have all tiles computed and written; a tile that fails again and again is set aside until the others are done.
 
@@ -126,7 +128,7 @@ def compute(
     """
     from distributed import as_completed
 
-    with _client(workers, scheduler) as client:
+    with _client(workers, scheduler, say) as client:
         number = max(1, len(client.ncores()))
         if say is not None:
             page = f"; Dask shows what they do: {client.dashboard_link}" if find_spec("bokeh") else ""
@@ -144,6 +146,9 @@ def compute(
             strip = tasks.pop(future)
             if future.status == "finished":
                 advance(len(strip))
+            elif future.status in ("cancelled", "lost"):
+                fix = "Start it again; the tiles that are written are kept, and the same call goes on."
+                raise refusal("scheduler", got="one that is gone", expected="a running Dask scheduler", fix=fix)
             else:
                 failed[str(strip)] = (strip, _reason(future))
             future.release()
@@ -161,10 +166,7 @@ def _resources(client: Any, device: torch.device) -> dict[str, float] | None:
 
 
 def _reason(future: Any) -> str:
-    try:
-        error = future.exception()
-    except Exception as lost:  # a cancelled task
-        error = lost
+    error = future.exception()
     return error.reason if isinstance(error, TilesFailed) else f"{type(error).__name__}: {error}"
 
 
@@ -183,7 +185,7 @@ def _last(reason: str) -> str:
 
 
 @contextmanager
-def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
+def _client(workers: int, scheduler: str | None, say: Say | None) -> Iterator[Any]:
     """Connect to a scheduler, or to worker processes of this machine that end with the work."""
     try:
         from distributed import Client, LocalCluster
@@ -203,9 +205,29 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
         fix = "Start it with `dask scheduler`, and give the address that it prints."
         expected = "the address of a running Dask scheduler"
         raise refusal("scheduler", got=f"{scheduler} ({error})", expected=expected, fix=fix) from error
-    with client:
-        client.wait_for_workers(1, timeout=60)
+    with _quiet(), client:
+        while not client.ncores():  # a cluster's queue may take hours
+            with suppress(TimeoutError):
+                client.wait_for_workers(1, timeout=_PATIENCE)
+                break
+            (say or _print)(f"waiting for a worker of {scheduler}; start one with: dask worker {scheduler}")
         yield client
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Dask logs of a connection that breaks: the end of the call says it."""
+    logger = logging.getLogger("distributed.client")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------- in a worker

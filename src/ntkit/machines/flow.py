@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -12,10 +14,20 @@ from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.gram.arrays import AnyMatrix, Matrix, as_tensor, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram
+from ntkit.kernels.kernel import KernelOperator
 from ntkit.machines.descent import Loss, descend, gradient
-from ntkit.machines.gaussian_process import Posterior, as_prior
-from ntkit.machines.machine_input import Machine, as_targets, as_test_matrix, check_length, training_gram, unfitted
-from ntkit.machines.modes import BestTime, filters, search
+from ntkit.machines.gaussian_process import Posterior, trained_covariance
+from ntkit.machines.machine_input import (
+    Machine,
+    as_targets,
+    as_test_matrix,
+    check_length,
+    test_product,
+    training_gram,
+    unfitted,
+)
+from ntkit.machines.modes import BestTime, as_times, decomposed, filters, search
+from ntkit.machines.tail import Tail
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -40,16 +52,23 @@ class GradientFlow(Machine):
         torch operations: df/dt = -K dL/df is then integrated numerically, in continuous time, for finite t, at a price
         of some hundred gradients, 2 t lambda_max for long t; ``0.5 * MSELoss`` on [n] targets is the cost above.
 
+    k : None for all eigenvectors, by a dense decomposition. Else the top `k`, from products with K alone (`spectrum`),
+        for kernel matrices larger than memory and ``kernel.operator(x)``; training outside them by a polynomial in K of
+        degree 8, with a bound (`error_bound`): small up to about t = 5 N / lambda_k, so for early stopping; infinite at
+        test points for t = inf. Memory: n (k + 9 C) numbers, and those of `spectrum`.
+
     Attributes
     ----------
-    eigenvalues_, eigenvectors_ : of K/N (the rates of learning), [n] descending, and [n, n] orthonormal columns.
+    eigenvalues_, eigenvectors_ : of K/N (the rates of learning), [n] descending, and [n, n] orthonormal columns; with
+        `k`, [k] and [n, k].
     noise_ : eigenvalues up to this size (the rounding of K in its dtype, or 4 times the most negative one) cannot be
         told from 0 and count as 0: their modes are not learned, and t = inf is the ridgeless regression of least norm.
     max_learning_rate_ : 2 (1 + momentum) / lambda_max; gradient descent converges below it. Infinite for K = 0.
     residual_ : |K V - V L| / |K| (Frobenius) of the eigendecomposition. With `loss`: of the last prediction, the
         largest relative defect of L(f_0) - L(f_t) = int_0^t (dL/df)^T K (dL/df) ds.
     status_ : "solved" | "indefinite" (an eigenvalue is negative by more than rounding) | "unstable" (`lr` is not below
-        `max_learning_rate_`: predictions grow without bound, NaN at t = inf) | with `loss`, of the last prediction:
+        `max_learning_rate_`: predictions grow without bound, NaN at t = inf) | "inaccurate" (the top `k` did not
+        converge) | with `loss`, of the last prediction:
         "failed" (NaN at the times not reached) | "inaccurate" (`residual_` above 1e-6).
     advice_ : what to do when the status is not "solved", else "".
 
@@ -82,7 +101,7 @@ class GradientFlow(Machine):
     max_learning_rate_: float
     residual_: float
 
-    def __init__(self, lr: float | None = None, momentum: float = 0.0, loss: Loss | None = None):
+    def __init__(self, lr: float | None = None, momentum: float = 0.0, loss: Loss | None = None, k: int | None = None):
         rate = None
         if lr is not None:
             expected = "a learning rate > 0, or None"
@@ -96,12 +115,19 @@ class GradientFlow(Machine):
             raise refusal(
                 "loss", got=got, expected="a function of outputs and y, in continuous time", fix="Leave out lr=."
             )
-        self.lr, self.momentum, self.loss_fn = lr, momentum, loss
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1):
+            raise refusal("k", got=repr(k), expected="None, or an integer from 1", fix="None takes all eigenvectors.")
+        if k is not None and (heavy or loss is not None):
+            got = "momentum" if heavy else "a loss"
+            raise refusal("k", got=got, expected="the quadratic cost without momentum", fix=f"Leave out k= or {got}.")
+        self.lr, self.momentum, self.loss_fn, self.k = lr, momentum, loss, k
         self._lr, self._momentum = rate, heavy
         self._start: Tensor | None = None
 
-    def fit(self, K: Gram | Matrix, y: Any, initial: Matrix | None = None) -> GradientFlow:
+    def fit(self, K: Gram | Matrix | KernelOperator, y: Any, initial: Matrix | None = None) -> GradientFlow:
         """Fit on K, [n, n] symmetric, targets y, [n] or [n, C], and the outputs at t = 0 (of y's shape; 0 if None).
+
+        With `k`, K may be ``kernel.operator(x)``.
 
         With `loss`, y may be anything with n entries that the loss takes (class indices); `initial` then says what
         shape the outputs have, [n] or [n, C].
@@ -124,17 +150,14 @@ class GradientFlow(Machine):
             expected = shape if self.loss_fn is None else None
             start = as_targets(initial, "initial", n, "Pass the outputs on the training points.", expected)
         start = start.to(gram.device)
-        matrix = gram.dense()
-        size = torch.linalg.matrix_norm(matrix).item()
-        values, vectors = torch.linalg.eigh(matrix.div_(n))
-        values, vectors = values.flip(0), vectors.flip(1)
+        modes = decomposed(K, gram, self.k)
+        vectors, values = modes.vectors, modes.values / n
         top, lowest = max(values[0].item(), 0.0), values[-1].item()
-        defect = torch.linalg.matrix_norm(gram @ vectors - vectors * (n * values)).item()
         rounding = max(n * _EPS, gram.precision) * top
-        self.noise_ = max(rounding, -4 * lowest)  # rounding is of either sign, and not of one size
-        self.residual_ = defect / (size or 1.0)
+        self.noise_ = rounding if self.k else max(rounding, -4 * lowest)  # rounding is of either sign, not of one size
+        self.residual_ = modes.defect / (modes.size or 1.0)
         self.max_learning_rate_ = 2 * (1 + self._momentum) / top if top > 0 else float("inf")
-        self.status_, self.advice_ = "solved", ""
+        self.status_, self.advice_ = "inaccurate" if modes.advice else "solved", modes.advice
         if lowest < -rounding:
             self.status_ = "indefinite"
             self.advice_ = (
@@ -156,9 +179,14 @@ class GradientFlow(Machine):
         self._vectors = vectors
         # a mode that counts as 0 still moves test points a little; beyond this time only its rounding would grow
         self._longest = (self.noise_ * top) ** -0.5 if top > 0 else 0.0
+        self._tail = None
         if self.loss_fn is None:
-            self._gap = vectors.T @ self._columns(start - y_)
-        self.eigenvalues_, self.eigenvectors_ = same_kind(values, K), same_kind(vectors, K)
+            gap = self._columns(start - y_)
+            self._gap = vectors.T @ gap
+            if modes.trace is not None:
+                phases = lambda rates, times: filters(rates, times, self._lr, 0.0)
+                self._tail = Tail(gram, vectors, modes.values, modes.defect, modes.trace, gap, phases, self._lr)
+        self.eigenvalues_, self.eigenvectors_ = same_kind(values, gram), same_kind(vectors, gram)
         return self
 
     def predict(
@@ -178,13 +206,14 @@ class GradientFlow(Machine):
             Before fit; when K_test, t or `initial` are not of the form said.
         """
         start = self._fitted()
-        matrix = as_test_matrix(K_test, len(start), start)
         times, single = self._times(t)
-        outputs = float64_product(matrix, self._dual(times))
+        dual = self._dual(times)
+        flat = test_product(K_test, dual.transpose(0, 1).reshape(len(start), -1))  # [m, T C]
+        outputs = flat.reshape(len(flat), *dual.shape[::2]).transpose(0, 1)
         if initial is not None:
-            shape = [len(matrix), *start.shape[1:]]
-            at0 = as_targets(initial, "initial", len(matrix), "Pass the outputs on the test points.", shape)
-            outputs = outputs + self._columns(at0.to(matrix.device))
+            shape = [len(flat), *start.shape[1:]]
+            at0 = as_targets(initial, "initial", len(flat), "Pass the outputs on the test points.", shape)
+            outputs = outputs + self._columns(at0.to(flat.device))
         return self._shaped(outputs, single, K_test)
 
     def predict_train(self, t: ArrayLike | Tensor) -> Matrix:
@@ -195,6 +224,7 @@ class GradientFlow(Machine):
             outputs = self._columns(start) + self._matrix @ self._dual(times)
         else:
             outputs = self._columns(self._y) + self._vectors @ self._left(times)
+            outputs = outputs if self._tail is None else outputs + self._tail.left(times)
         return self._shaped(outputs, single, self.eigenvalues_)
 
     def modes(self, t: ArrayLike | Tensor) -> Matrix:
@@ -213,7 +243,9 @@ class GradientFlow(Machine):
         start = self._fitted()
         times, single = self._times(t)
         if self.loss_fn is None or self._matrix is None:
-            costs = self._left(times).square().sum((1, 2)) / (2 * len(start))
+            left = self._left(times).square().sum((1, 2))
+            left = left if self._tail is None else left + self._tail.left(times).square().sum((1, 2))
+            costs = left / (2 * len(start))
         else:
             outputs = self._columns(start) + self._matrix @ self._dual(times)
             costs = torch.stack([gradient(self.loss_fn, f.reshape(start.shape), self._y)[0] for f in outputs])
@@ -245,13 +277,38 @@ class GradientFlow(Machine):
             fix = "Pass their outputs at t = 0."
             target = target - as_targets(initial_val, "initial_val", len(matrix), fix, shape)
         rest, seen = self._columns(target.to(matrix.device)), float64_product(matrix, self._vectors) / len(start)
+        tail, at = self._tail, lambda t: torch.tensor([t], dtype=torch.float64, device=rest.device)
+        others = None if tail is None else float64_product(matrix, tail.blocks) / len(start)
+
+        def off(t: Tensor) -> Tensor:
+            _, phi = self._filters(t)
+            moved = rest + seen @ (phi[0, :, None] * self._gap)
+            return moved if tail is None else moved + torch.einsum("d,dmc->mc", tail.done(t)[0], others)
 
         def error(t: float) -> float:
-            _, phi = self._filters(torch.tensor([t], dtype=torch.float64, device=rest.device))
-            value = (rest + seen @ (phi[0, :, None] * self._gap)).square().sum().item() / (2 * len(rest))
-            return value if value == value else float("inf")
+            value = off(at(t)).square().sum().item()
+            return value / (2 * len(rest)) if value == value else float("inf")
 
-        return search(error, self._rates, self._lr, self._momentum)
+        best = search(error, self._rates, self._lr, self._momentum)
+        if tail is None:
+            return best
+        bound = tail.done_error(at(best.t), matrix).norm().item()
+        return replace(best, bound=(2 * off(at(best.t)).norm().item() * bound + bound**2) / (2 * len(rest)))
+
+    def error_bound(self, K_test: AnyMatrix | None, t: ArrayLike | Tensor = float("inf")) -> Any:
+        """Bound how far `predict` with the top `k` may be from `predict` with all eigenvectors, in the same shape.
+
+        It holds for a positive semi-definite K, and is 0 where all were computed. K_test = None: one row, [1] or
+        [1, C], which bounds the error of `predict_train` in the 2-norm over the training points. Raises as `predict`.
+        """
+        start, tail = self._fitted(), self._tail
+        times, single = self._times(t)
+        like = self.eigenvalues_ if K_test is None else K_test
+        matrix = start.new_zeros(1, len(start)) if K_test is None else as_test_matrix(K_test, len(start), start)
+        if tail is None:
+            return self._shaped(start.new_zeros(len(times), len(matrix), self._gap.shape[1]), single, like)
+        bound = tail.left_error(times)[:, None] if K_test is None else tail.done_error(times, matrix)
+        return self._shaped(bound, single, like)
 
     def ensemble(
         self,
@@ -292,30 +349,17 @@ class GradientFlow(Machine):
         """
         start = self._fitted()
         self._quadratic("ensemble")
+        if self._tail is not None:
+            fix = "Leave out k=."
+            raise refusal("ensemble", got=f"the top {self.k} eigenvectors", expected="all of them", fix=fix)
         times, single = self._times(t)
         if not single or not self._zero_mean:
             got, fix = ("initial outputs", "Fit without initial=.") if single else ("several times", "Pass one time.")
             raise refusal("ensemble", got=got, expected="one time, and random initial outputs", fix=fix)
-        n = len(start)
-        matrix = as_test_matrix(T_test, n, start, "T_test")
-        own = training_gram(nngp_train, "nngp_train")
-        if len(own) != n:
-            fix = "Use the points of fit."
-            raise refusal("nngp_train", got=f"shape {list(own.shape)}", expected=f"[{n}, {n}]", fix=fix)
-        cross = as_test_matrix(nngp_test_train, n, start, "nngp_test_train")
-        prior = as_prior(nngp_test_test, len(matrix), "nngp_test_test").to(start.device)
-        if len(cross) != len(matrix):
-            got, expected = f"{len(cross)} rows", f"{len(matrix)}, as T_test"
-            raise refusal("nngp_test_train", got=got, expected=expected, fix="Use the test points of T_test.")
+        matrix = as_test_matrix(T_test, len(start), start, "T_test")
         _, phi = self._filters(times)
-        weights = (float64_product(matrix, self._vectors) * phi[0] / n) @ self._vectors.T
-        # S - A S_Xx - S_xX A^T + A S_XX A^T = S + half A^T + A half^T
-        half = (own @ weights.T).T.to(start.device) / 2 - cross
-        if prior.ndim == 1:
-            covariance = prior + 2 * (half * weights).sum(1)
-        else:
-            moved = half @ weights.T
-            covariance = prior + (moved + moved.T)
+        weights = (float64_product(matrix, self._vectors) * phi[0] / len(start)) @ self._vectors.T
+        covariance = trained_covariance(nngp_train, nngp_test_train, nngp_test_test, weights)
         mean = self._shaped((weights @ self._columns(self._y))[None], True, T_test)
         return Posterior(mean, same_kind(covariance, T_test))
 
@@ -334,29 +378,19 @@ class GradientFlow(Machine):
         """a_t with f_t(x) = f_0(x) + k(x, X) a_t, [T, n, C]."""
         start = self._fitted()
         if self.loss_fn is None or self._matrix is None:
-            return self._vectors @ (self._filters(times)[1][:, :, None] * self._gap) / -len(start)
+            moved = self._vectors @ (self._filters(times)[1][:, :, None] * self._gap)
+            if self._tail is not None:
+                moved += torch.einsum("td,dnc->tnc", self._tail.done(times), self._tail.blocks)
+            return moved / -len(start)
         descent = descend(self._matrix, self.loss_fn, self._y, start, times)
         self.residual_, self.status_, self.advice_ = descent.residual, descent.status, descent.advice
         return descent.dual.reshape(len(times), len(start), -1)
 
-    # ------------------------------------------------------------------ times
+    # ------------------------------------------------------------------ times and shapes
 
     def _times(self, t: ArrayLike | Tensor) -> tuple[Tensor, bool]:
         """The times, [T], on the machine's device, and whether it was a single number."""
-        times = as_tensor(t, "t").to(torch.float64)
-        ok = times.ndim <= 1 and times.numel() > 0 and bool((times >= 0).all())
-        if ok and self._lr is not None:
-            ok = bool(((times == times.floor()) & ((times < 2.0**53) | times.isinf())).all())
-        if ok and self.loss_fn is not None:
-            ok = bool(torch.isfinite(times).all())
-        if not ok:
-            kind = "whole steps >= 0" if self._lr is not None else "times >= 0"
-            kind += " (finite ones: a loss has no closed form)" if self.loss_fn is not None else ", or inf"
-            got = t if times.numel() < 9 else f"shape {list(times.shape)}"
-            raise refusal("t", got=got, expected=f"{kind}; one, or a 1-D array", fix="Check its values.")
-        return times.reshape(-1).to(self._fitted().device), times.ndim == 0
-
-    # ------------------------------------------------------------------ shapes
+        return as_times(t, self._lr is not None, self.loss_fn is not None, self._fitted().device)
 
     def _fitted(self) -> Tensor:
         if self._start is None:

@@ -15,7 +15,18 @@ from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.gram.arrays import AnyMatrix, Matrix, as_floats, as_tensor, check_finite, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram, as_gram
-from ntkit.machines.machine_input import Machine, as_targets, as_test_matrix, solve, training_gram, unfitted
+from ntkit.kernels.kernel import KernelOperator
+from ntkit.machines.conjugate_gradients import Solver
+from ntkit.machines.machine_input import (
+    Machine,
+    as_targets,
+    as_test_matrix,
+    factorizes,
+    solve,
+    test_product,
+    training_gram,
+    unfitted,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +38,8 @@ class Posterior(Generic[AnyMatrix]):
     mean : [m], or [m, C].
     covariance : [m, m]; [m] where only variances were asked for; None where only the mean was. Never clipped: a
         variance that should be zero is zero to rounding, of either sign.
+    variance_error : [m] where the variances come from conjugate gradients: each lies above the exact one by at most
+        that much (K positive semi-definite; inf without noise). None where they are exact to rounding.
 
     Examples
     --------
@@ -37,6 +50,7 @@ class Posterior(Generic[AnyMatrix]):
 
     mean: AnyMatrix
     covariance: AnyMatrix | None = None
+    variance_error: AnyMatrix | None = None
 
     @property
     def std(self) -> AnyMatrix:
@@ -102,6 +116,11 @@ class GaussianProcess(Machine):
 
     of the function itself (its observations have variance s more).
 
+    Where two float64 matrices of K's size exceed the free memory, and for ``kernel.operator(x)``, by conjugate
+    gradients instead, as `KernelRidge`: the mean to a relative residual of 1e-8, variances to 1e-8 of the prior ones,
+    test points solved in strips (`Posterior.variance_error` says what was reached). K is then read at every prediction
+    of a variance: leave it unchanged.
+
     Parameters
     ----------
     noise : the VARIANCE s of the observations' noise, added to the diagonal of K as it is: absolute, in the units of K.
@@ -110,10 +129,14 @@ class GaussianProcess(Machine):
     Attributes
     ----------
     alpha_ : [n], or [n, C]: (K + s I)^-1 y; NaN where singular, and so is everything predicted.
-    log_marginal_likelihood_ : log N(y; 0, K + s I) in nats, summed over the outputs.
+    log_marginal_likelihood_ : log N(y; 0, K + s I) in nats, summed over the outputs. NaN with conjugate gradients,
+        which do not give the determinant.
     residual_ : relative residual of the solve, |(K + s I) alpha - y| / |y| (Frobenius).
-    status_ : "solved" | "singular" (K + s I has no Cholesky factor to working precision).
-    advice_ : what to do when singular, else "".
+    method_ : "Cholesky" | "conjugate gradients".
+    passes_ : products with K that conjugate gradients have taken, in fit and all predictions; 0 for Cholesky.
+    status_ : "solved" | "singular" (K + s I has no Cholesky factor to working precision) | "inaccurate" (conjugate
+        gradients did not reach the residual of 1e-8 in fit).
+    advice_ : what to do when the status is not "solved", else "".
 
     Raises
     ------
@@ -137,6 +160,8 @@ class GaussianProcess(Machine):
     alpha_: Matrix
     log_marginal_likelihood_: float
     residual_: float
+    method_: str
+    passes_: int
 
     def __init__(self, noise: float = 0.0):
         fix = "It is added to the diagonal."
@@ -144,8 +169,8 @@ class GaussianProcess(Machine):
         self.noise = noise
         self._alpha: Tensor | None = None
 
-    def fit(self, K: Gram | Matrix, y: Matrix) -> GaussianProcess:
-        """Fit on K, [n, n] symmetric, and real targets y, [n] or [n, C].
+    def fit(self, K: Gram | Matrix | KernelOperator, y: Matrix) -> GaussianProcess:
+        """Fit on K, [n, n] symmetric, or ``kernel.operator(x)``, and real targets y, [n] or [n, C].
 
         Raises
         ------
@@ -155,12 +180,19 @@ class GaussianProcess(Machine):
         gram = training_gram(K)
         values = as_targets(y, "y", len(gram), "Pass [n] or [n, C] targets.").to(gram.device)
         columns = values.reshape(len(gram), -1)
-        solution = solve(gram, self._noise, columns, "noise")
-        self.status_, self.advice_, self.residual_ = solution.status, solution.advice, solution.residual
-        volume = 2 * solution.lower.diagonal().log().sum().item() + len(gram) * math.log(2 * math.pi)
+        self.passes_, self._lower, self._solver = 0, None, None
+        if factorizes(gram):
+            self.method_, solution = "Cholesky", solve(gram, self._noise, columns, "noise")
+            self.residual_, self._lower = solution.residual, solution.lower
+            volume = 2 * solution.lower.diagonal().log().sum().item() + len(gram) * math.log(2 * math.pi)
+        else:
+            self.method_, self._solver = "conjugate gradients", Solver(gram, self._noise, "noise")
+            solution = self._solver.solve(columns)
+            self.residual_, self.passes_, volume = solution.residual, solution.passes, math.nan
+        self.status_, self.advice_ = solution.status, solution.advice
         self.log_marginal_likelihood_ = -0.5 * ((columns * solution.alpha).sum().item() + columns.shape[1] * volume)
-        self._lower, self._alpha = solution.lower, solution.alpha.reshape(values.shape)
-        self.alpha_ = same_kind(self._alpha, K)
+        self._alpha = solution.alpha.reshape(values.shape)
+        self.alpha_ = same_kind(self._alpha, gram)
         return self
 
     def predict(self, K_test: AnyMatrix, K_test_test: Gram | Matrix | None = None) -> Posterior[AnyMatrix]:
@@ -170,7 +202,7 @@ class GaussianProcess(Machine):
         ----------
         K_test : k(x_test, x_train), [m, n].
         K_test_test : k(x_test, x_test), [m, m], for the covariance; its diagonal, [m], for the variances alone (memory
-            m n instead of m^2); None for the mean alone.
+            m n instead of m^2); None for the mean alone: K_test is then read in strips of rows.
 
         Raises
         ------
@@ -179,11 +211,15 @@ class GaussianProcess(Machine):
         """
         if self._alpha is None:
             raise unfitted(self)
+        if K_test_test is None:
+            return Posterior(same_kind(test_product(K_test, self._alpha), K_test))
         matrix = as_test_matrix(K_test, len(self._alpha), self._alpha)
         mean = same_kind(float64_product(matrix, self._alpha), K_test)
-        if K_test_test is None:
-            return Posterior(mean)
         prior = as_prior(K_test_test, len(matrix), "K_test_test").to(matrix.device)
+        if self._solver is not None:
+            removed, error, passes = self._solver.explained(matrix, prior)
+            self.passes_ += passes
+            return Posterior(mean, same_kind(prior - removed, K_test), same_kind(error, K_test))
         whitened = torch.linalg.solve_triangular(self._lower, matrix.T.to(torch.float64), upper=False)
         removed = whitened.square().sum(0) if prior.ndim == 1 else whitened.T @ whitened
         return Posterior(mean, same_kind(prior - removed, K_test))
@@ -204,3 +240,30 @@ def as_prior(value: Gram | Matrix, m: int, name: str) -> Tensor:
     if isinstance(values, Tensor) and values.ndim == 1:
         return check_finite(values, name).to(torch.float64)
     return as_gram(values, name).dense()
+
+
+def trained_covariance(
+    nngp_train: Gram | Matrix, nngp_test_train: Matrix, nngp_test_test: Gram | Matrix, weights: Tensor
+) -> Tensor:
+    """S - A S_Xx - S_xX A^T + A S_XX A^T for A = `weights`, [m, n]; or its diagonal, where S is given by that.
+
+    Raises
+    ------
+    Refused
+        For kernels of other points than those of A.
+    """
+    m, n = weights.shape
+    own = training_gram(nngp_train, "nngp_train")
+    if len(own) != n:
+        fix = "Use the points of fit."
+        raise refusal("nngp_train", got=f"shape {list(own.shape)}", expected=f"[{n}, {n}]", fix=fix)
+    cross = as_test_matrix(nngp_test_train, n, weights, "nngp_test_train")
+    prior = as_prior(nngp_test_test, m, "nngp_test_test").to(weights.device)
+    if len(cross) != m:
+        got, expected = f"{len(cross)} rows", f"{m}, as T_test"
+        raise refusal("nngp_test_train", got=got, expected=expected, fix="Use the test points of T_test.")
+    half = (own @ weights.T).T.to(weights.device) / 2 - cross
+    if prior.ndim == 1:
+        return prior + 2 * (half * weights).sum(1)
+    moved = half @ weights.T
+    return prior + (moved + moved.T)

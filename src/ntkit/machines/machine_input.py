@@ -1,4 +1,4 @@
-"""What all machines share: input checks, the Cholesky solve, and how they print."""
+"""What all machines share: input checks, the solve of a linear system, and how they print."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import Refused, nearest, refusal
-from ntkit.gram.arrays import Matrix, as_floats, as_matrix, check_finite
-from ntkit.gram.gram_matrix import Gram, as_gram
+from ntkit.gram.arrays import Matrix, as_floats, as_matrix, check_finite, float64_product
+from ntkit.gram.gram_matrix import Gram, as_gram, fits_dense
+from ntkit.gram.operator_gram import OperatorGram
+from ntkit.kernels.kernel import KernelOperator
 
 _EPS = torch.finfo(torch.float64).eps
 _ONE_OUTPUT = 'A kernel with outputs="full" has one block per pair of outputs: choose "trace" or "sum".'
@@ -50,15 +52,17 @@ class Machine:
         return f"{type(self).__name__}({text}): {vars(self).get('status_', 'not fitted')}"
 
 
-def training_gram(K: Gram | Matrix, name: str = "K") -> Gram:
+def training_gram(K: Gram | Matrix | KernelOperator, name: str = "K") -> Gram:
     """Take the kernel of the training set, with one value per pair and no negative value on the diagonal.
+
+    ``kernel.operator(x)`` becomes a Gram whose rows are products.
 
     Raises
     ------
     Refused
         As `Gram`; also for a kernel with outputs, and for a negative diagonal.
     """
-    gram = as_gram(K, name)
+    gram = OperatorGram(K) if isinstance(K, KernelOperator) else as_gram(K, name)
     if gram.outputs > 1:
         n, C = len(gram) // gram.outputs, gram.outputs
         raise refusal(name, got=f"shape {[n, n, C, C]}", expected="one value per pair, [n, n]", fix=_ONE_OUTPUT)
@@ -79,11 +83,23 @@ def as_test_matrix(K_test: Gram | Matrix, n: int, like: Tensor, name: str = "K_t
     Refused
         As `as_matrix`; also for another number of columns.
     """
-    matrix = K_test.dense() if isinstance(K_test, Gram) else as_matrix(K_test, name, _ONE_OUTPUT)
+    matrix = K_test if isinstance(K_test, Gram) else as_matrix(K_test, name, _ONE_OUTPUT)
     if matrix.shape[1] != n:
         got, expected = f"shape {list(matrix.shape)}", f"[m, {n}]: one column per training point"
         raise refusal(name, got=got, expected=expected, fix="Pass k(x_test, x_train), test points along the rows.")
-    return matrix.to(like.device)
+    return (matrix.dense() if isinstance(matrix, Gram) else matrix).to(like.device)
+
+
+def test_product(K_test: Gram | Matrix, weights: Tensor) -> Tensor:
+    """K_test @ weights, [m, ...], for weights [n] or [n, k]; K_test is read in strips. Raises as `as_test_matrix`."""
+    if isinstance(K_test, Gram) and len(K_test) == len(weights):
+        return (K_test @ weights).to(weights.device)
+    return float64_product(as_test_matrix(K_test, len(weights), weights), weights)
+
+
+def factorizes(K: Gram, copies: int = 2) -> bool:
+    """Whether an algorithm may hold `copies` dense float64 matrices of K's size: K has entries, and there is room."""
+    return not isinstance(K, OperatorGram) and fits_dense(K, copies)
 
 
 def as_targets(value: Any, name: str, n: int, fix: str, shape: list[int] | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training by eigenvectors: the share of each one's error that remains after time t, and when to stop."""
+"""Training by eigenvectors: these, the share of each one's error that remains after time t, and when to stop."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from ntkit.base.checks import refusal
+from ntkit.gram.arrays import Matrix, as_tensor
+from ntkit.gram.gram_matrix import Gram
+from ntkit.kernels.kernel import KernelOperator
+from ntkit.machines.machine_input import factorizes
+from ntkit.measures.spectra import spectrum
+
+_COPIES = 4  # of a matrix, that its dense decomposition takes
 _GRID = 241  # times at which the error is evaluated first
 
 
@@ -22,11 +31,93 @@ class BestTime:
     t : the time (with a learning rate: the number of steps); 0 and inf are possible.
     error : 1/(2m) sum_i |f_t(x_i) - y_i|^2 over the m validation points at that time.
     at_end : whether t is 0 (best not to train at all) or inf (best to train to the end).
+    bound : how far `error` may be from that of all eigenvectors at the same t; 0 where all were used.
     """
 
     t: float
     error: float
     at_end: bool
+    bound: float = 0.0
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Eigenpairs of K, largest first, and how exact they are.
+
+    Attributes
+    ----------
+    values, vectors : [k], and [n, k] orthonormal columns.
+    defect : |K V - V diag(values)| (Frobenius).
+    size : |K| (Frobenius), or a lower bound of it.
+    trace : what the values leave of the trace of K; None where all were computed.
+    advice : what to do where the iteration did not converge, else "".
+    """
+
+    values: Tensor
+    vectors: Tensor
+    defect: float
+    size: float
+    trace: float | None = None
+    advice: str = ""
+
+
+def all_modes(K: Gram) -> Modes:
+    """All eigenpairs, by a dense decomposition."""
+    matrix = K.dense()
+    size = torch.linalg.matrix_norm(matrix).item()
+    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = values.flip(0), vectors.flip(1)
+    return Modes(values, vectors, torch.linalg.matrix_norm(K @ vectors - vectors * values).item(), size)
+
+
+def top_modes(K: Gram | KernelOperator, k: int, device: torch.device) -> Modes:
+    """The `k` largest eigenpairs, from products with K."""
+    top = spectrum(K, k)
+    values, vectors = top.eigenvalues.to(device), top.eigenvectors.to(device)
+    defect = float((top.residuals * values.abs().max()).norm())
+    rest = math.inf if top.tail is None else max(top.tail, 0.0)
+    advice = "" if top.status == "converged" else f"The top {k} eigenpairs: {top.status}. Use fewer."
+    return Modes(values, vectors, defect, float(values.norm()), rest, advice)
+
+
+def decomposed(K: Gram | Matrix | KernelOperator, gram: Gram, k: int | None) -> Modes:
+    """All eigenpairs of `gram`, or the top `k`; K is what it was made of.
+
+    Raises
+    ------
+    Refused
+        Where all are wanted of an operator, or of a matrix whose decomposition exceeds the free memory.
+    """
+    if k is not None:
+        if k > len(gram):
+            raise refusal("k", got=k, expected=f"at most {len(gram)}, the rows of K", fix="None takes all.")
+        return top_modes(K if isinstance(K, KernelOperator) else gram, k, gram.device)
+    if not factorizes(gram, _COPIES):
+        got, expected = f"all eigenvectors of {len(gram):,} points", "the top ones, where K is not formed or too large"
+        raise refusal("GradientFlow", got=got, expected=expected, fix="Use GradientFlow(k=100).")
+    return all_modes(gram)
+
+
+def as_times(t: ArrayLike | Tensor, steps: bool, finite: bool, device: torch.device) -> tuple[Tensor, bool]:
+    """Take times, [T], and say whether it was a single number; whole ones with `steps`.
+
+    Raises
+    ------
+    Refused
+        For negative times, steps that are not whole, and infinite ones where they must be `finite`.
+    """
+    times = as_tensor(t, "t").to(torch.float64)
+    ok = times.ndim <= 1 and times.numel() > 0 and bool((times >= 0).all())
+    if ok and steps:
+        ok = bool(((times == times.floor()) & ((times < 2.0**53) | times.isinf())).all())
+    if ok and finite:
+        ok = bool(torch.isfinite(times).all())
+    if not ok:
+        kind = "whole steps >= 0" if steps else "times >= 0"
+        kind += " (finite ones: a loss has no closed form)" if finite else ", or inf"
+        got = t if times.numel() < 9 else f"shape {list(times.shape)}"
+        raise refusal("t", got=got, expected=f"{kind}; one, or a 1-D array", fix="Check its values.")
+    return times.reshape(-1).to(device), times.ndim == 0
 
 
 def filters(rates: Tensor, times: Tensor, lr: float | None, momentum: float) -> tuple[Tensor, Tensor]:

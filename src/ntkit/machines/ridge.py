@@ -8,15 +8,27 @@ import torch
 from torch import Tensor
 
 from ntkit.base.numbers import as_number
-from ntkit.gram.arrays import AnyMatrix, Matrix, float64_product, same_kind
+from ntkit.gram.arrays import AnyMatrix, Matrix, same_kind
 from ntkit.gram.gram_matrix import Gram
-from ntkit.machines.machine_input import Machine, as_targets, as_test_matrix, solve, training_gram, unfitted
+from ntkit.kernels.kernel import KernelOperator
+from ntkit.machines.conjugate_gradients import Solver
+from ntkit.machines.machine_input import (
+    Machine,
+    as_targets,
+    factorizes,
+    solve,
+    test_product,
+    training_gram,
+    unfitted,
+)
 
 
 class KernelRidge(Machine):
     """Kernel ridge regression: alpha = (K + ridge I)^-1 y, prediction K_test alpha, no bias, in float64.
 
-    One Cholesky factorization serves all targets.
+    One Cholesky factorization serves all targets. Where two float64 matrices of K's size exceed the free memory, and
+    for ``kernel.operator(x)``, conjugate gradients instead: from products with K alone, each for all targets at once,
+    to a relative residual of 1e-8 per target. Memory: 20 n sqrt(n) numbers at most, beside what a product reads.
 
     Parameters
     ----------
@@ -27,10 +39,14 @@ class KernelRidge(Machine):
     ----------
     alpha_ : [n], or [n, C]: the dual coefficients; NaN where singular, and so are the predictions.
     residual_ : relative residual of the solve, |(K + ridge I) alpha - y| / |y| (Frobenius).
+        It bounds the error of alpha: |error| <= residual_ |y| / ridge where K is positive semi-definite.
     loo_ : [n], or [n, C]: y_i minus the prediction for x_i of the machine fitted without point i,
-        alpha_i / [(K + ridge I)^-1]_ii.
-    status_ : "solved" | "singular" (K + ridge I has no Cholesky factor to working precision).
-    advice_ : what to do when singular, else "".
+        alpha_i / [(K + ridge I)^-1]_ii. NaN with conjugate gradients, which do not give the inverse.
+    method_ : "Cholesky" | "conjugate gradients".
+    passes_ : products with K that conjugate gradients took, each one pass over the matrix; 0 for Cholesky.
+    status_ : "solved" | "singular" (K + ridge I has no Cholesky factor to working precision) | "inaccurate" (conjugate
+        gradients did not reach the residual of 1e-8; `residual_` says how far they got).
+    advice_ : what to do when the status is not "solved", else "".
 
     Raises
     ------
@@ -39,7 +55,9 @@ class KernelRidge(Machine):
 
     Notes
     -----
-    Leave-one-out: Rasmussen and Williams (2006), "Gaussian Processes for Machine Learning", section 5.4.2.
+    Leave-one-out: Rasmussen and Williams (2006), "Gaussian Processes for Machine Learning", section 5.4.2. Conjugate
+    gradients with a randomly pivoted Cholesky preconditioner: Diaz, Epperly, Frangella, Tropp, Webber (2023), "Robust,
+    randomized preconditioning for kernel ridge regression".
 
     Examples
     --------
@@ -51,6 +69,8 @@ class KernelRidge(Machine):
     alpha_: Matrix
     residual_: float
     loo_: Matrix
+    method_: str
+    passes_: int
 
     def __init__(self, ridge: float):
         fix = "It is added to the diagonal of K."
@@ -58,8 +78,8 @@ class KernelRidge(Machine):
         self.ridge = ridge
         self._alpha: Tensor | None = None
 
-    def fit(self, K: Gram | Matrix, y: Matrix) -> KernelRidge:
-        """Fit on K, [n, n] symmetric, and real targets y, [n] or [n, C].
+    def fit(self, K: Gram | Matrix | KernelOperator, y: Matrix) -> KernelRidge:
+        """Fit on K, [n, n] symmetric, or ``kernel.operator(x)``, and real targets y, [n] or [n, C].
 
         Raises
         ------
@@ -68,17 +88,27 @@ class KernelRidge(Machine):
         """
         gram = training_gram(K)
         values = as_targets(y, "y", len(gram), "Pass [n] or [n, C] targets.").to(gram.device)
-        solution = solve(gram, self._ridge, values.reshape(len(gram), -1), "ridge")
-        self.status_, self.advice_, self.residual_ = solution.status, solution.advice, solution.residual
-        solved = solution.status == "solved"
-        loo = solution.alpha / torch.cholesky_inverse(solution.lower).diagonal()[:, None] if solved else solution.alpha
-        self._alpha = solution.alpha.reshape(values.shape)
-        self.alpha_ = same_kind(self._alpha, K)
-        self.loo_ = same_kind(loo.reshape(values.shape), K)
+        columns = values.reshape(len(gram), -1)
+        self.passes_ = 0
+        if factorizes(gram):
+            self.method_, solution = "Cholesky", solve(gram, self._ridge, columns, "ridge")
+            alpha, self.residual_ = solution.alpha, solution.residual
+            solved = solution.status == "solved"
+            loo = alpha / torch.cholesky_inverse(solution.lower).diagonal()[:, None] if solved else alpha
+        else:
+            self.method_, solution = "conjugate gradients", Solver(gram, self._ridge, "ridge").solve(columns)
+            alpha, self.passes_, self.residual_ = solution.alpha, solution.passes, solution.residual
+            loo = torch.full_like(alpha, torch.nan)
+        self.status_, self.advice_ = solution.status, solution.advice
+        self._alpha = alpha.reshape(values.shape)
+        self.alpha_ = same_kind(self._alpha, gram)
+        self.loo_ = same_kind(loo.reshape(values.shape), gram)
         return self
 
     def predict(self, K_test: AnyMatrix) -> AnyMatrix:
         """Return the predictions for test points, [m] or [m, C], from K_test = k(x_test, x_train), [m, n].
+
+        K_test is read in strips of rows; one on disk (``numpy.memmap``) stays there.
 
         Raises
         ------
@@ -87,4 +117,4 @@ class KernelRidge(Machine):
         """
         if self._alpha is None:
             raise unfitted(self)
-        return same_kind(float64_product(as_test_matrix(K_test, len(self._alpha), self._alpha), self._alpha), K_test)
+        return same_kind(test_product(K_test, self._alpha), K_test)

@@ -11,9 +11,10 @@ from torch import Tensor
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
-from ntkit.gram.arrays import BLOCK, AnyMatrix, Matrix, as_array, as_tensor, float64_product, same_kind
+from ntkit.gram.arrays import BLOCK, AnyMatrix, Matrix, as_array, as_tensor, same_kind
 from ntkit.gram.gram_matrix import Gram
-from ntkit.machines.machine_input import Machine, as_targets, as_test_matrix, check_length, training_gram, unfitted
+from ntkit.kernels.kernel import KernelOperator
+from ntkit.machines.machine_input import Machine, as_targets, check_length, test_product, training_gram, unfitted
 from ntkit.machines.working_set import DualSolution, solve_duals
 
 
@@ -87,8 +88,10 @@ class HardMarginSVM(Machine):
         self._weights: Tensor | None = None
 
     @own_context()  # its many small operations in one thread each; problems are shared out among workers
-    def fit(self, K: Gram | Matrix, y: Any, start: HardMarginSVM | Matrix | None = None) -> HardMarginSVM:
-        """Fit on K, [n, n] symmetric, and labels y, [n] with at least two distinct values.
+    def fit(
+        self, K: Gram | Matrix | KernelOperator, y: Any, start: HardMarginSVM | Matrix | None = None
+    ) -> HardMarginSVM:
+        """Fit on K, [n, n] symmetric, or ``kernel.operator(x)``, and labels y, [n] with at least two distinct values.
 
         `start` is where to start from: a machine fitted on as many points and classes (on the kernel of an earlier
         step of training, say), or dual variables as in `alpha_`. The answer is as exact without, and found later.
@@ -108,11 +111,11 @@ class HardMarginSVM(Machine):
 
         alpha = torch.stack([one.alpha for one in solutions], dim=1)
         margin = torch.stack([one.margin for one in solutions])
-        supports = [same_kind(torch.nonzero(one.alpha).ravel(), K) for one in solutions]
+        supports = [same_kind(torch.nonzero(one.alpha).ravel(), gram) for one in solutions]
         self._weights = alpha * torch.stack(signs, dim=1)
         binary = len(solutions) == 1
-        self.alpha_ = same_kind(alpha[:, 0] if binary else alpha, K)
-        self.margin_ = margin.item() if binary else same_kind(margin, K)
+        self.alpha_ = same_kind(alpha[:, 0] if binary else alpha, gram)
+        self.margin_ = margin.item() if binary else same_kind(margin, gram)
         self.support_ = supports[0] if binary else supports
         self.gap_ = max(one.gap for one in solutions)
         self.kkt_ = max(one.kkt for one in solutions)
@@ -152,7 +155,7 @@ class HardMarginSVM(Machine):
     def _decide(self, K_test: Gram | Matrix) -> Tensor:
         if self._weights is None:
             raise unfitted(self)
-        values = float64_product(as_test_matrix(K_test, len(self._weights), self._weights), self._weights)
+        values = test_product(K_test, self._weights)
         return values[:, 0] if values.shape[1] == 1 else values
 
 

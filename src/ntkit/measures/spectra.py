@@ -13,9 +13,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ntkit.base.checks import refusal, undefined
+from ntkit.base.memory import free_memory
 from ntkit.gram.arrays import Matrix, as_floats, check_finite
-from ntkit.gram.gram_matrix import Gram, as_gram
+from ntkit.gram.gram_matrix import Gram, as_gram, fits_dense
 from ntkit.gram.krylov import Product, leading
+
+_COPIES = 3  # of a matrix, that its dense decomposition takes
 
 
 class Operator(Protocol):
@@ -146,14 +149,17 @@ def spectrum(K: Gram | Matrix | Operator, k: int | None = None) -> Spectrum:
 
     All of them by a dense float64 eigendecomposition of (K + K^T)/2. The top `k` by block Krylov iteration
     (fixed start), and a second one outside that subspace, which looks for copies of repeated eigenvalues: no residual
-    shows those that the start missed.
+    shows those that the start missed. Each step reads K once, for 16 vectors (32 for k >= 64); memory about
+    10 N (k + 50) numbers. Where the dense matrices exceed the free memory, an iteration that does not converge
+    says so in `status`.
 
     Parameters
     ----------
     K : [n, n] symmetric (torch or numpy, any real dtype); [n, n, C, C], taken as the n C x n C matrix with row i C + c;
         or an operator with ``.shape``, ``@`` and ``.to_scipy()``, such as ``kernel.operator(x)``, which is never formed
         unless k > N/3.
-    k : how many, 1 to N; None = all. Needed for an operator. For k > N/3 the dense route, then faster, is taken.
+    k : how many, 1 to N; None = all. Needed for an operator. For k > N/3 the dense route, then faster, is taken where
+        there is memory for it.
 
     Returns
     -------
@@ -164,7 +170,7 @@ def spectrum(K: Gram | Matrix | Operator, k: int | None = None) -> Spectrum:
     ------
     Refused
         When K is not square, symmetric and finite, as `Gram` says (for an operator symmetry is not checked: see the
-        residuals), or zero; when k is out of range.
+        residuals), or zero; when k is out of range, or all eigenpairs exceed the free memory.
 
     References
     ----------
@@ -189,9 +195,14 @@ def spectrum(K: Gram | Matrix | Operator, k: int | None = None) -> Spectrum:
         raise refusal("k", got=repr(k), expected=f"an integer from 1 to {N}", fix="Use k = None for all of them.")
     k, status = int(k or N), "converged"
     pairs = None
-    if 3 * k <= N:
+    dense = gram is None or fits_dense(gram, _COPIES)
+    if not dense and k == N:
+        got = f"all {N:,} eigenpairs, {_COPIES * 8e-9 * N**2:.1f} GB of matrices"
+        fix = "Ask for the top ones: spectrum(K, k=50)."
+        raise refusal("spectrum", got=got, expected=f"{free_memory(device) / 1e9:.1f} GB, the free memory", fix=fix)
+    if 3 * k <= N or not dense:
         *pairs, status = leading(product, N, k, 1e-12 if eps < 1e-15 or gram is not None else 8 * eps)
-    if pairs is None or (status != "converged" and gram is not None):
+    if pairs is None or (status != "converged" and gram is not None and dense):
         matrix = _formed(product, N) if gram is None else gram.dense()
         values, vectors = torch.linalg.eigh(matrix)
         values, vectors, status = values.flip(0)[:k], vectors.flip(1)[:, :k], "converged"
