@@ -253,7 +253,7 @@ def test_machines_print_their_settings_and_status():
     assert repr(KernelRidge(0.5).fit(positive(), Y)) == "KernelRidge(ridge=0.5): solved"
     assert repr(HardMarginSVM().fit(positive(), Y)) == "HardMarginSVM(tol=1e-06): optimal"
     assert repr(GaussianProcess(0.0).fit(torch.ones(N, N), Y)) == "GaussianProcess(noise=0.0): singular"
-    assert repr(GradientFlow(lr=0.1)) == "GradientFlow(lr=0.1, momentum=0.0, loss=None): not fitted"
+    assert repr(GradientFlow(lr=0.1)) == "GradientFlow(lr=0.1, momentum=0.0, loss=None, k=None): not fitted"
     loss = torch.nn.functional.mse_loss
     assert repr(GradientFlow(loss=loss)) == "GradientFlow(lr=None, momentum=0.0, loss=mse_loss): not fitted"
 
