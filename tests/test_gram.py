@@ -255,7 +255,7 @@ def test_machines_print_their_settings_and_status():
     assert repr(GaussianProcess(0.0).fit(torch.ones(N, N), Y)) == "GaussianProcess(noise=0.0): singular"
     assert repr(GradientFlow(lr=0.1)) == "GradientFlow(lr=0.1, momentum=0.0, loss=None, k=None): not fitted"
     loss = torch.nn.functional.mse_loss
-    assert repr(GradientFlow(loss=loss)) == "GradientFlow(lr=None, momentum=0.0, loss=mse_loss): not fitted"
+    assert repr(GradientFlow(loss=loss)) == "GradientFlow(lr=None, momentum=0.0, loss=mse_loss, k=None): not fitted"
 
 
 # ---------------------------------------------------------------------- identity
