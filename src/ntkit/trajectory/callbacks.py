@@ -171,7 +171,7 @@ class _TransformersCallback(_Callback):
 class _Order(Sampler[int]):
     """A loader's sampler that keeps what it gave out, to tell which rows are in a batch; batches may be read ahead."""
 
-    def __init__(self, sampler: Sampler[int], batch_size: int) -> None:
+    def __init__(self, sampler: Any, batch_size: int) -> None:
         self._sampler, self._size = sampler, batch_size
         self._given: list[list[int]] = []  # of each pass over the data
         self._place = (0, 0)  # pass, and rows of it that are used
@@ -194,7 +194,7 @@ class _Order(Sampler[int]):
             yield row
 
     def __len__(self) -> int:
-        return len(self._sampler)  # type: ignore[arg-type]
+        return len(self._sampler)
 
     def rows(self, batches: int) -> Tensor:
         """Rows of the next batches."""
