@@ -175,8 +175,15 @@ class TileWork:
 
     def seconds_for(self, tiles: Iterable[tuple[int, int]], each: float) -> float:
         """Time that tiles will take in this process: `each` of them, and the model as long as it took last."""
-        bands = self.bands(tiles)
-        passes = sum(len({block for tile in band for block in tile}) for band in bands)
+        bands, passes, kept = self.bands(tiles), 0, dict.fromkeys(self._factors)
+        for band in bands if self.factors_kept else []:
+            rows = {i for i, _ in band}
+            for i, j in band:
+                for block in (i, j):
+                    if block not in kept:
+                        self._make_room(kept, rows | {j})
+                        kept[block] = None
+                        passes += 1
         return passes * (self.seconds[-1] if self.seconds else 0.0) + sum(map(len, bands)) * each
 
     def release(self) -> None:
@@ -211,15 +218,18 @@ class TileWork:
     def _factors_of(self, i: int, wanted: set[int]) -> Any:
         """Factors of a block, kept; those that are not wanted again make room."""
         if i not in self._factors:
-            unwanted = [block for block in self._factors if block not in wanted]
-            while len(self._factors) >= self._most_blocks() and unwanted:
-                del self._factors[unwanted.pop(0)]
+            self._make_room(self._factors, wanted)
             start = time.perf_counter()
             self._factors[i] = self._kernel.factors(self._block(i), self.plan)
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - start)
         return self._factors[i]
+
+    def _make_room(self, kept: dict[int, Any], wanted: set[int]) -> None:
+        unwanted = [block for block in kept if block not in wanted]
+        while len(kept) >= self._most_blocks() and unwanted:
+            del kept[unwanted.pop(0)]
 
     def _tile(self, i: int, j: int, wanted: set[int]) -> Tensor:
         if self.factors_kept:
