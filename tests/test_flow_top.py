@@ -69,7 +69,7 @@ def test_the_bound_of_the_polynomials_is_that_of_the_worst_eigenvalue():
     K, one = torch.diag(rates * n), torch.ones(n, 1, dtype=torch.float64)
     vectors = torch.eye(n, dtype=torch.float64)[:, :2]
     phases = lambda r, t: filters(r, t, None, 0.0)
-    tail = Tail(ntkit.Gram(K), vectors, n * torch.tensor([5.0, 2.0]).double(), 0.0, 1e9, one, phases, None)
+    tail = Tail(ntkit.Gram(K), vectors, n * torch.tensor([5.0, 2.0]).double(), 0.0, 1e9, 0.0, one, phases, None)
     assert tail.rate == pytest.approx(2.0)
     times = torch.tensor([0.0, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 40.0]).double()
     left, done = phases(rates[2:], times)
@@ -125,6 +125,15 @@ def test_the_end_of_training_has_no_bound_at_test_points(no_room):
     assert bool(at_end.isfinite().all())
     left = flow.predict_train(float("inf")) - y  # all eigenvectors leave nothing
     assert bool((left.norm(dim=0) <= at_end[0] + 1e-9).all())
+
+
+def test_of_a_matrix_of_low_rank_nothing_is_left(no_room):
+    phi, phi_test, y = draw(60, 4), draw(9, 4, seed=1), draw(60, 2, seed=2)
+    flow = GradientFlow(k=6).fit(phi @ phi.T, y)
+    least = phi_test @ torch.linalg.pinv(phi) @ y  # ridgeless regression
+    assert torch.allclose(flow.predict(phi_test @ phi.T), least, atol=1e-10)
+    assert float(flow.error_bound(phi_test @ phi.T, 5.0).max()) < 1e-9
+    assert torch.allclose(flow.predict_train(float("inf")), phi @ torch.linalg.pinv(phi) @ y, atol=1e-10)
 
 
 def test_of_an_operator(no_room):

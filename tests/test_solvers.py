@@ -114,9 +114,10 @@ def test_ridge_by_products_is_the_dense_solution(no_room, dtype, ridge):
     machine = ntkit.KernelRidge(ridge).fit(StreamedGram(K), Y)
     assert (machine.method_, machine.status_, machine.advice_) == ("conjugate gradients", "solved", "")
     defect = A @ machine.alpha_ - Y
-    assert machine.residual_ == pytest.approx(float(defect.norm() / Y.norm()), rel=1e-2, abs=1e-13)
-    assert bool((defect.norm(dim=0) <= 1.001e-8 * Y.norm(dim=0)).all())
-    assert float((machine.alpha_ - exact).norm()) <= machine.residual_ * float(Y.norm()) / ridge
+    rounding = 2.0**-52 * N**0.5 * float(torch.linalg.matrix_norm(A, 2) * machine.alpha_.norm())  # of either product
+    assert machine.residual_ * float(Y.norm()) == pytest.approx(float(defect.norm()), rel=1e-6, abs=rounding)
+    assert bool((defect.norm(dim=0) <= 1e-8 * Y.norm(dim=0) + rounding).all())
+    assert float((machine.alpha_ - exact).norm()) <= (machine.residual_ * float(Y.norm()) + 2 * rounding) / ridge
     predicted, wanted = machine.predict(K_test), K_test.double() @ exact
     assert float((predicted - wanted).norm() / wanted.norm()) < 1e-6
     assert bool(machine.loo_.isnan().all())
@@ -137,7 +138,7 @@ def test_all_outputs_take_the_passes_of_the_hardest(no_room):
     together = ntkit.KernelRidge(1e-4).fit(gram, Y)
     assert together.status_ == "solved"
     assert together.passes_ == gram.products <= max(alone)
-    assert gram.widest <= 5
+    assert gram.widest <= 64
     exact = torch.linalg.solve(K + 1e-4 * torch.eye(N, dtype=torch.float64), Y)
     assert torch.allclose(together.alpha_, exact, atol=1e-8 * float(Y.norm()) / 1e-4)
     assert not together.alpha_[:, 4].any()

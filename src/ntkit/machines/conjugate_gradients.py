@@ -19,6 +19,7 @@ _RANK = 20  # rows of the preconditioner, times sqrt(n)
 _FLOOR = (
     1e-12  # smallest shift in the preconditioner, relative to the trace of K's part: below it only rounding is left
 )
+_WIDTH = 64  # columns multiplied at a time, where an entry of K is read once for all: random ones fill up
 _DEPENDENT = 1e-8  # singular value of a block of directions, relative to the largest
 _STRIP = 128  # right-hand sides of test points solved at a time
 _RESIDUAL = 1e-8  # of the solve for given targets, relative to them
@@ -75,9 +76,11 @@ def conjugate_gradients(
 ) -> Iterated:
     """Solve (K + shift I) alpha = y, [n, C], until the norm of each column's residual is at most its goal, [C].
 
-    In blocks: every product serves all columns, and each column is improved in the directions of all. The residual that
-    the steps carry along drifts from the true one: this is computed afresh once the steps say that it is small enough,
-    and the steps go on from there if it is not. `name` is what the user calls the shift.
+    In blocks: every product serves all columns, and each column is improved in the directions of all. Where K has
+    entries, of which most time goes into reading, random columns are added: each pass then finds more directions, and
+    fewer are needed. The residual that the steps carry along drifts from the true one: this is computed afresh once the
+    steps say that it is small enough, and the steps go on from there if it is not. `name` is what the user calls the
+    shift.
 
     Notes
     -----
@@ -117,7 +120,9 @@ def _steps(
     K: Gram, shift: float, y: Tensor, goals: Tensor, precondition: Preconditioner, most: int, progress: Task
 ) -> tuple[Tensor, int, bool]:
     """Block conjugate gradients from zero: the solution, products, and whether K + shift I is not positive definite."""
-    alpha, rest, first = torch.zeros_like(y), y.clone(), y.norm(dim=0)
+    wanted, first = y.shape[1], y.norm(dim=0)
+    alpha, rest = torch.zeros_like(y), torch.cat([y, _random_columns(K, wanted)], dim=1)
+    others = torch.arange(wanted, rest.shape[1], device=y.device)
     directions, best, since = _orthonormal(precondition(rest)), torch.inf, 0
     for passes in range(1, most + 1):
         images = K @ directions + shift * directions
@@ -126,8 +131,8 @@ def _steps(
         if failed:
             return alpha, passes, True
         steps = torch.cholesky_solve(directions.T @ rest, lower)
-        alpha, rest = alpha + directions @ steps, rest - images @ steps
-        sizes = rest.norm(dim=0)
+        alpha, rest = alpha + directions @ steps[:, :wanted], rest - images @ steps
+        sizes = rest[:, :wanted].norm(dim=0)
         going = (sizes > goals).nonzero().ravel()
         share = (first / sizes.clamp(min=1e-300)).log() / (first / goals.clamp(min=1e-300)).log()
         progress.advance(max(0.0, float(share.min().clamp(max=0.99)) - progress.done))
@@ -135,9 +140,17 @@ def _steps(
         best, since = (worst, 0) if worst <= best / 2 else (best, since + 1)
         if not len(going) or since >= _PATIENCE:
             break
-        towards = precondition(rest[:, going])
+        towards = precondition(rest[:, torch.cat([going, others])])
         directions = _orthonormal(towards - directions @ torch.cholesky_solve(images.T @ towards, lower))
     return alpha, passes, False
+
+
+def _random_columns(K: Gram, wanted: int) -> Tensor:
+    """Columns that fill up a block, [n, count]: none where each would cost a product of its own."""
+    count = 0 if isinstance(K, OperatorGram) else max(0, min(_WIDTH, len(K) // 8) - wanted)
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(len(K), count, dtype=torch.float64, generator=generator, device="cpu")
+    return columns.to(K.device)
 
 
 def _orthonormal(block: Tensor) -> Tensor:

@@ -185,7 +185,9 @@ class GradientFlow(Machine):
             self._gap = vectors.T @ gap
             if modes.trace is not None:
                 phases = lambda rates, times: filters(rates, times, self._lr, 0.0)
-                self._tail = Tail(gram, vectors, modes.values, modes.defect, modes.trace, gap, phases, self._lr)
+                self._tail = Tail(
+                    gram, vectors, modes.values, modes.defect, modes.trace, self.noise_, gap, phases, self._lr
+                )
         self.eigenvalues_, self.eigenvectors_ = same_kind(values, gram), same_kind(vectors, gram)
         return self
 

@@ -31,6 +31,7 @@ class Tail:
     vectors, values : leading eigenpairs of K, [n, k] and [k].
     defect : |K V - V diag(values)| (Frobenius): the pairs are exact for a matrix that differs from K by that much.
     trace : of A; it bounds A's largest eigenvalue, and so does the least of `values`.
+    noise : eigenvalues of K/n up to this count as 0: what has no others is not learned.
     gap : f_0 - y, [n, C].
     filters : r and phi of rates and times.
     lr : None for continuous time.
@@ -48,13 +49,15 @@ class Tail:
         values: Tensor,
         defect: float,
         trace: float,
+        noise: float,
         gap: Tensor,
         filters: Filter,
         lr: float | None,
     ) -> None:
         n = len(K)
         self._vectors, self._filters, self._lr = vectors, filters, lr
-        self.rate = max(0.0, min(float(values[-1]) + defect, trace)) / n
+        rate = min(float(values[-1]) + defect, trace) / n
+        self.rate = rate if rate > noise else 0.0
         self._defect, self._gap = defect / n, gap.norm(dim=0)
         blocks = [self.outside(gap)]
         self._size = blocks[0].norm(dim=0)
@@ -96,6 +99,8 @@ class Tail:
         horizon = self._horizon(times)
         best, bound = times.new_zeros(len(times), count), torch.full_like(times, torch.inf)
         most = torch.ones_like(times) if which == 0 else horizon
+        if self.rate == 0:
+            return best + (which == 0), torch.zeros_like(times)
         for d in range(count):
             angles = (torch.arange(d + 1, dtype=torch.float64, device=times.device) + 0.5) * (math.pi / (d + 1))
             values = self._filters(self.rate * (1 + angles.cos()) / 2, times)[which]
