@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import UserDict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.families import _missing as repaired  # makes a torchvision importable that was built for another torch
 
+import ntkit
 from ntkit.base.checks import Refused
 from ntkit.trajectory import Trajectory
 
@@ -193,7 +195,9 @@ def hugging_face(tmp_path, callback, **options):
 
     torch.manual_seed(0)
     sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=30)
-    config = transformers.BertConfig(**sizes, max_position_embeddings=8, num_labels=2)
+    config = transformers.BertConfig(
+        **sizes, max_position_embeddings=8, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     model = transformers.BertForSequenceClassification(config)
     data = [{"input_ids": torch.randint(0, 30, (6,)), "labels": i % 2} for i in range(20)]
     settings = dict(
@@ -201,9 +205,12 @@ def hugging_face(tmp_path, callback, **options):
         per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2, learning_rate=1e-2,
     )  # fmt: skip
     spy = Spy()
+    spy.data, spy.seen = data, []
+    handle = model.register_forward_pre_hook(lambda m, a, k: spy.seen.append(k["input_ids"].clone()), with_kwargs=True)
     arguments = transformers.TrainingArguments(**(settings | options))
     trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback, spy])
     trainer.train()
+    handle.remove()
     return model, spy
 
 
@@ -226,6 +233,44 @@ def test_transformers(tmp_path):
     assert len({tuple(rates) for rates in spy.rates}) == 10  # the Trainer lets them fall
     assert len(set(spy.losses)) > 5
     assert traj.losses.tolist() == spy.losses
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_transformers_rows(tmp_path, workers):
+    """Rows of batches, read ahead or not, with a last batch that is smaller."""
+    callback = transformers_callback(tmp_path / "run", record="all")
+    options = dict(per_device_train_batch_size=3, dataloader_num_workers=workers)
+    _, spy = hugging_face(tmp_path, callback, logging_steps=1, **options)
+    traj = Trajectory.open(tmp_path / "run")
+    ids = torch.stack([sample["input_ids"] for sample in spy.data])
+    rows = [traj.batch(step) for step in range(len(traj.losses))]
+    assert torch.equal(ids[torch.cat(rows)], torch.cat(spy.seen))
+    assert sorted({len(part) for part in rows}) == [2, 6]  # of 20: three steps of two batches, one of a batch of 2
+    assert sorted(torch.cat(rows[: len(rows) // 2]).tolist()) == list(range(20))
+
+
+def test_transformers_from_recording_to_kernels_and_the_path(tmp_path):
+    """`track` and `PathKernel` read what the callback records: a model that returns an object, a tokenizer's batch."""
+    callback = transformers_callback(tmp_path / "run", record="all")
+    model, spy = hugging_face(tmp_path, callback, logging_steps=1, optim="sgd", gradient_accumulation_steps=1)
+    ids = torch.stack([sample["input_ids"] for sample in spy.data])
+    batch, y = UserDict(input_ids=ids, attention_mask=torch.ones_like(ids)), torch.arange(20) % 2
+    run = Trajectory.open(tmp_path / "run")
+    model.eval()
+    tracked = ntkit.track(run, batch, y, model=model, k=3)
+    assert list(tracked.steps) == list(range(21))
+    expected = ntkit.TangentKernel(model, "trace")(batch)
+    top = torch.linalg.eigvalsh(expected.double())[-1]
+    assert abs(float(tracked.series["eigenvalues"][-1][0]) / float(top) - 1) < 1e-4  # float32
+    path = ntkit.PathKernel(run, model=model, data=(batch, y), loss=nn.functional.cross_entropy, clip=1.0)
+    test = UserDict(input_ids=ids[:4].roll(1, 1), attention_mask=torch.ones_like(ids[:4]))
+    result = path.decompose(test)
+    assert result.contributions.shape == (4, 2, 20)
+    assert result.error < 1e-4  # in float32
+    with torch.no_grad():
+        outputs = model(**test).logits
+    total = result.initial + result.contributions.sum(-1) + result.regularization
+    assert float((total - outputs).abs().max()) < 1e-4 * float(outputs.abs().max())
 
 
 def test_transformers_options_and_what_goes_wrong(tmp_path):

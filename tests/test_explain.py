@@ -19,6 +19,7 @@ import torch
 
 import ntkit
 import ntkit.cli
+import ntkit.commands.tables
 from ntkit.base.checks import Refused
 from ntkit.base.files import read_arrays, read_json, write_arrays, write_json
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
@@ -493,7 +494,7 @@ def test_low_metasmoothness_is_said_first(hostile: Path, capsys: Any) -> None:
     assert lede[1].startswith("Do not trust the influence in this run: in a trial")
     assert "by 150\u00a0% of their size (metasmoothness 0.20)" in lede[1]
     assert "Finite differences say nothing about the influence here" in words
-    ntkit.cli._print_explanation(hostile.parent)
+    ntkit.commands.tables.print_explanation(hostile.parent)
     assert capsys.readouterr().out.startswith("Do not trust the influence in this run")
 
 

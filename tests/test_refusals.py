@@ -85,7 +85,10 @@ def test_samples_that_mix_or_chance(how, message):
         ),
         (torch.where(torch.arange(20).view(4, 5) == 5, torch.inf, X), r"got inf at index \(1, 0\)"),
         (torch.where(torch.arange(20).view(4, 5) == 11, torch.nan, X).cfloat(), r"x1: got .*nan.* at index \(2, 1\)"),
-        ([[1.0, 2.0]], r"x1: got list; expected a tensor with samples along its first axis.*torch\.as_tensor"),
+        (
+            [[1.0, 2.0]],
+            r"x1\[0\]: got a list of float; expected a tensor or array with samples .*torch\.as_tensor",
+        ),
         ((X, X[:3]), r"tensors with \[3, 4\] samples; expected one number of samples"),
         (
             torch.randn(4, 6).double(),
@@ -110,7 +113,7 @@ def test_output():
             return self.how(self.layer(x))
 
     for how, message in (
-        (lambda y: {"logits": y}, r"the model's output: got dict; expected a tensor. Pass outputs=lambda"),
+        (lambda y: {"scores": y}, r"the model's output: got dict; expected a tensor. Pick a tensor with select=lambda"),
         (lambda y: y.mean(), r"got shape \(\) for \d samples"),
         (lambda y: y.T, r"got shape \(2, \d\) for \d samples; expected \(\d, \.\.\.\)"),
         (lambda y: torch.complex(y, y), r"got torch.complex128; expected real floating point.*view_as_real"),

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TextIO, cast
 
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
 
 from ntkit import __version__
+from ntkit.base import progress
 from ntkit.base.checks import Refused
+from ntkit.commands import tables
 from ntkit.commands.settings import (
     ExplainSettings,
     GramSettings,
@@ -22,14 +26,42 @@ from ntkit.commands.settings import (
     TrackSettings,
 )
 
-_SHOWN = 20  # eigenvalues in the terminal, at most
-
 app = App(
     name="ntkit",
     help="See a PyTorch network through its tangent kernel: before, along and after training.",
     version=__version__,
     default_parameter=Parameter(consume_multiple=True, negative=()),
 )
+
+
+app.register_install_completion_command()
+app.meta.group_parameters = Group("Options of every command")
+_form = {"quiet": False, "json": False}
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    quiet: bool = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
+    config: Path | None = None,
+) -> None:
+    """See a PyTorch network through its tangent kernel: before, along and after training.
+
+    Parameters
+    ----------
+    quiet
+        No notes and no progress; warnings, refusals and the result are printed.
+    json_
+        The result as one JSON document on standard output, in place of tables.
+    config
+        A file of options, key = value: .toml, or the run.json of an earlier run. Options of the command line win.
+    """
+    from ntkit.commands.option_file import with_options_of
+
+    _form.update(quiet=quiet, json=json_)
+    progress.show(not quiet)
+    app(tokens if config is None else with_options_of(config, tokens))
 
 
 @app.command
@@ -59,7 +91,7 @@ def analyze(
     from ntkit.commands.analyze import analyze as run
 
     folder = run(settings, out=out, resume=from_, overwrite=overwrite, trust=trust, say=_say)
-    _print_summary(folder)
+    _answer(lambda: _results_of(folder), lambda: tables.print_summary(folder))
 
 
 @app.command
@@ -79,7 +111,9 @@ def track(
     """
     from ntkit.commands.track import track_run
 
-    track_run(run, settings, say=lambda line: print(line, flush=True), trust=trust)
+    say = _say if _form["json"] else lambda line: print(line, flush=True)
+    folder = track_run(run, settings, say=say, trust=trust)
+    _answer(lambda: _tracking_of(folder), lambda: None)
 
 
 @app.command
@@ -108,7 +142,8 @@ def explain(
     """
     from ntkit.commands.explain import explain_run
 
-    _print_explanation(explain_run(run, settings, overwrite=overwrite, trust=trust, say=_say))
+    folder = explain_run(run, settings, overwrite=overwrite, trust=trust, say=_say)
+    _answer(lambda: _results_of(folder), lambda: tables.print_explanation(folder))
 
 
 @app.command
@@ -132,7 +167,7 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
     from ntkit.studies import study as run
 
     folder = run(cast(Any, name), cast(Any, scale), out, say=_say, data_dir=data_dir)
-    _print_claims(folder)
+    _answer(lambda: _results_of(folder), lambda: tables.print_claims(folder))
 
 
 @app.command
@@ -149,7 +184,8 @@ def infinite(settings: Annotated[InfiniteSettings | None, Parameter(name="*")] =
     """
     from ntkit.commands.infinite_width import infinite as run
 
-    _print_accuracies(run(settings, say=_say))
+    results = run(settings, say=_say)
+    _answer(lambda: results, lambda: tables.print_accuracies(results))
 
 
 @app.command
@@ -172,7 +208,9 @@ def gram(
     from ntkit.commands.gram_on_disk import gram as run
     from ntkit.commands.gram_on_disk import summary
 
-    print("\n".join(summary(run(model, data, settings, out=out, say=_say))))
+    store = run(model, data, settings, out=out, say=_say)
+    numbers = {"folder": str(store.path), "shape": list(store.shape), "checksum": store.checksum}
+    _answer(lambda: numbers, lambda: print("\n".join(summary(store))))
 
 
 @app.command
@@ -193,8 +231,13 @@ def solve(
     from ntkit.commands.solve_store import SOLVED
     from ntkit.commands.solve_store import solve as run
 
-    _print_solved(run(store, settings or SolveSettings(), trust=trust, say=_say))
-    print(f"numbers: {store / SOLVED}")
+    results = run(store, settings or SolveSettings(), trust=trust, say=_say)
+
+    def show() -> None:
+        tables.print_solved(results)
+        print(f"numbers: {store / SOLVED}")
+
+    _answer(lambda: results, show)
 
 
 @app.command
@@ -208,7 +251,8 @@ def report(run: Path) -> None:
     """
     from ntkit.report import render
 
-    print(render(run))
+    page = render(run)
+    _answer(lambda: {"report": str(page)}, lambda: print(page))
 
 
 @app.command
@@ -224,9 +268,10 @@ def verify(run: Path) -> None:
     from ntkit.commands import verify as files
 
     records = files.verify(run)
-    for record in files.without_whole_tiles(records):
-        print(f"{record.status:<17} {record.file}" + (f": {record.why}" if record.why else ""))
-    print(files.summary(records))
+    shown = files.without_whole_tiles(records)
+    lines = [f"{r.status:<17} {r.file}" + (f": {r.why}" if r.why else "") for r in shown]
+    document = {"files": [r._asdict() for r in shown], "summary": files.summary(records)}
+    _answer(lambda: document, lambda: print("\n".join([*lines, files.summary(records)])))
     if any(record.status in ("damaged", "missing") for record in records):
         sys.exit(1)
 
@@ -237,7 +282,7 @@ def main() -> None:
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8
-        app()
+        app.meta()
     except Refused as refused:
         print(f"ntkit: {refused}", file=sys.stderr)
         sys.exit(2)
@@ -274,124 +319,32 @@ def _warn(
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    logging.getLogger("ntkit").info(line)
+    if not _form["quiet"]:
+        print(line, file=sys.stderr, flush=True)
 
 
-def _print_table(title: str, columns: str, rows: Iterable[Iterable[str]]) -> None:
-    """Print a table; `columns` names them, separated by "|", and ">" before a name aligns its column right."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in columns.split("|"):
-        table.add_column(column.lstrip(">"), justify="right" if column[0] == ">" else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+def _answer(document: Callable[[], Any], show: Callable[[], None]) -> None:
+    """Print a command's result: as JSON, or in the form for readers."""
+    if _form["json"]:
+        print(json.dumps(document(), indent=1, allow_nan=False))
+    else:
+        show()
 
 
-def _percent(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{100 * value:.{digits}f}"
-
-
-def _print_accuracies(results: dict) -> None:
-    """Print the table of an infinite network, and how far the module is from it."""
-    s = results["settings"]
-    rows = [(r["name"], *(_percent(r[key], 1) for key in ("mean", "error", "test"))) for r in results["accuracies"]]
-    title = f"{s['model']} at infinite width on {s['data']}, {s['train']:,} examples"
-    _print_table(title, f"accuracy of|>{s['folds']} folds, %|>± s.e.|>test set, %", rows)
-    if results["distance"] is not None:
-        print(f"The module's own tangent kernel, at its weights, is {results['distance']:.1%} from the limit.")
-    if results["error"]:
-        print(f"An activation was computed by quadrature, with a relative error of {results['error']:.0e}.")
-
-
-def _print_summary(folder: Path) -> None:
-    """Print test errors with their standard errors and certificates, the checks, and the report's path."""
-    from ntkit.base.files import read_json
-    from ntkit.base.run_files import understood
-
-    results = read_json(folder / "results.json")
-    with understood(folder / "results.json"):
-        _print_results(folder, results)
-
-
-def _print_results(folder: Path, results: dict[str, Any]) -> None:
-    errors = [("the network", results["network"]["test_error"], "")]
-    for m in results["machines"]:
-        gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
-        errors.append((f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}"))
-    # without a single error among the test examples the binomial standard error is 0 and no estimate
-    rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), text) for name, e, text in errors]
-    _print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
-    alignments = {q["kernel"]: q["alignment_centered"] for q in results["quality"]}
-    first, last = (f"{a:.3f}" if (a := alignments.get(key)) is not None else "-" for key in ("init", "after"))
-    print(f"alignment with the targets (centered): {first} at initialization, {last} after training")
-    failed = [c["what"] for c in results["certificates"] if not c["ok"]]
-    passed = len(results["certificates"]) - len(failed)
-    print(f"checks: {passed} passed" + (f", {len(failed)} FAILED: {'; '.join(failed)}" if failed else ""))
-    print(f"report: {folder / 'report.html'}")
-
-
-def _print_solved(results: dict[str, Any]) -> None:
-    """Print the leading eigenvalues with their residuals, and the errors of machines with their certificates."""
-    if (found := results.get("spectrum")) is not None:
-        shares = [value / found["trace"] for value in found["eigenvalues"]]
-        sums = [sum(shares[: i + 1]) for i in range(len(shares))]
-        pairs = zip(found["eigenvalues"], sums, found["residuals"], strict=True)
-        rows = [(f"{i}", f"{v:.6g}", _percent(s, 2), f"{r:.0e}") for i, (v, s, r) in enumerate(pairs, 1)]
-        shown = rows if len(rows) <= _SHOWN else [*rows[: _SHOWN - 1], rows[-1]]
-        title = f"spectrum of {results['samples']:,} samples, {found['status']}"
-        _print_table(title, ">number|>eigenvalue|>of the trace so far, %|>residual", shown)
-    rows = []
-    for name in ("ridge", "svm"):
-        if (found := results.get(name)) is None:
-            continue
-        if name == "svm":
-            label, certificate = "hard-margin SVM", f"{found['status']}, gap {found['gap']:.0e}"
-        else:
-            passes = f", {found['passes']} passes" if found["passes"] else ""
-            label = f"ridge, {found['relative ridge']:g} of mean diagonal"
-            certificate = f"{found['status']}, residual {found['residual']:.0e}{passes}"
-        test = found["test error"] or {"value": None, "standard error": None}
-        errors = (found["training error"], test["value"], test["standard error"])
-        rows.append((label, *(_percent(value, 2) for value in errors), certificate))
-    if rows:
-        title = f"classifiers from {results['samples']:,} samples"
-        _print_table(title, "machine|>training error, %|>test error, %|>± s.e.|certificate", rows)
-
-
-def _print_explanation(folder: Path) -> None:
-    """Print, for each test point, the examples by both methods and what happened without them."""
-    from ntkit.base.files import read_json
-    from ntkit.base.run_files import understood
-    from ntkit.report import explain_text as text
-
-    results = read_json(folder / "results.json")
-    with understood(folder / "results.json"):
-        print(text.trust(results))
-        for point in results["points"]:
-            print(f"\ntest {point['test_index']} ({point['why']}). {text.answer(point)}")
-            columns = "training examples that|by accounting|>share|by influence|>score"
-            _print_table("", columns, text.pairs_of_rows(point))
-            removed = text.removals(point, results["random_sets"])
-            _print_table("", "removed|>predicted change|>real change", removed)
-        print(f"{text.agreement(results)}\n{text.checks(results)}")
-    print(f"report: {folder / 'explain.html'}")
-
-
-def _print_claims(folder: Path) -> None:
-    """Print a study's table: claim, number, whether it holds."""
+def _results_of(folder: Path) -> dict[str, Any]:
+    """What a folder's results say, and where they are."""
     from ntkit.base.files import read_json
 
-    results = read_json(folder / "results.json")
-    paper = results["paper"]
-    if certificate := results.get("certificate"):
-        print(certificate["text"])
-    verdicts = {True: "holds", False: "does NOT", None: "-"}
-    rows = [(claim["claim"], claim["number"], verdicts[claim["holds"]]) for claim in results["claims"]]
-    _print_table(f"{paper['authors']} {paper['year']}: {paper['title']}", "claim|measured|holds", rows)
-    print(f"report: {folder / 'report.html'}")
+    return {"folder": str(folder), **read_json(folder / "results.json")}
+
+
+def _tracking_of(folder: Path) -> dict[str, Any]:
+    """The numbers of each snapshot."""
+    from ntkit.base.run_files import read_steps, read_track_settings
+
+    settings = read_track_settings(folder)
+    return {"folder": str(folder), "settings": settings, "snapshots": read_steps(folder, settings)}
 
 
 if __name__ == "__main__":

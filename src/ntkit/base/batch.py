@@ -1,10 +1,17 @@
-"""Batches of samples: a tensor, a tuple of tensors (``model(*x)``) or a dict of tensors (``model(**x)``)."""
+"""Batches of samples: the arguments of a model's call.
+
+A tensor (``model(x)``), a tuple (``model(*x)``) or a dict (``model(**x)``). Their entries are tensors with samples
+along the first axis, lists, tuples or dicts of such tensors, or constants (None, True, False, a number, a text): the
+same for all samples, and passed on as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
@@ -12,26 +19,89 @@ from torch.autograd.forward_ad import unpack_dual
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import check_dense
 
-Batch = Any  # Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+Batch = Any  # Tensor | tuple[Any, ...] | dict[str, Any]
+
+_CONSTANT = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_NESTED = (Tensor, np.ndarray, Mapping, list, tuple, type(None))
+_NESTED = (Tensor, np.ndarray, Mapping, list, tuple, type(None))
+_EXPECTED = "a tensor or array with samples along its first axis, or a tuple or dict of such"
 
 
 def leaves(x: Batch) -> list[Tensor]:
     """Tensors of a batch."""
     if isinstance(x, Tensor):
         return [x]
-    return list(x.values()) if isinstance(x, dict) else list(x)
+    return [tensor for _, tensor in _walk(x, "") if isinstance(tensor, Tensor)]
+
+
+def named_leaves(x: Batch) -> dict[str, Any]:
+    """Tensors and constants by place: "0", "1" ... of a tuple, names of a dict, "past.0" inside of an entry."""
+    return {"0": x} if isinstance(x, Tensor) else dict(_walk(x, ""))
+
+
+def _walk(x: Any, place: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(x, (tuple, list, dict)):
+        for name, entry in x.items() if isinstance(x, dict) else enumerate(x):
+            yield from _walk(entry, f"{place}.{name}" if place else str(name))
+    else:
+        yield place, x
 
 
 def with_leaves(x: Batch, tensors: list[Tensor]) -> Batch:
     """Batch like `x` with other tensors."""
     if isinstance(x, Tensor):
         return tensors[0]
-    return dict(zip(x, tensors, strict=True)) if isinstance(x, dict) else tuple(tensors)
+    following = iter(tensors)
+    result = _mapped(x, lambda entry: next(following) if isinstance(entry, Tensor) else entry)
+    if next(following, None) is not None:
+        raise ValueError("more tensors than places")
+    return result
+
+
+def _mapped(x: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(x, dict):
+        return {name: _mapped(entry, function) for name, entry in x.items()}
+    if isinstance(x, (tuple, list)):
+        return type(x)([_mapped(entry, function) for entry in x])
+    return function(x)
 
 
 def call_with(function: Callable[..., Any], x: Batch) -> Any:
-    """Call a function (a model) with the tensors of a batch: as arguments, or of a dict as keywords."""
-    return function(**x) if isinstance(x, dict) else function(*leaves(x))
+    """Call a function (a model) with a batch: its entries as arguments, or of a dict as keywords."""
+    if isinstance(x, Tensor):
+        return function(x)
+    return function(**x) if isinstance(x, dict) else function(*x)
+
+
+def main_output(raw: Any) -> Any:
+    """The tensor of a model's output: the output itself, or its "logits" (of a Hugging Face `ModelOutput`, a dict)."""
+    if isinstance(raw, Tensor):
+        return raw
+    logits = raw.get("logits") if isinstance(raw, Mapping) else getattr(raw, "logits", None)
+    return logits if isinstance(logits, Tensor) else raw
+
+
+def outputs_of(model: Callable[..., Any], x: Batch) -> Any:
+    """A model's output on a batch, as a tensor where it has logits."""
+    return main_output(call_with(model, x))
+
+
+def kind(x: Batch) -> tuple[Any, ...]:
+    """What the graph of a model may depend on, beside the number of samples: places, shapes, dtypes, constants."""
+    return tuple((place, _kind(value)) for place, value in named_leaves(x).items())
+
+
+def tensors_to_hash(x: Batch) -> dict[str, Tensor]:
+    """Tensors by place, and the constants as the bytes of their text."""
+    return {
+        place: value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode()), dtype=torch.uint8)
+        for place, value in named_leaves(x).items()
+    }
+
+
+def arguments(x: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of that call."""
+    return call_with(lambda *args, **kwargs: (args, kwargs), x)
 
 
 def take(x: Batch, index: Any) -> Batch:
@@ -40,17 +110,21 @@ def take(x: Batch, index: Any) -> Batch:
 
 
 def alike(x1: Batch, x2: Batch) -> bool:
-    """Whether two batches can be concatenated."""
-    if type(x1) is not type(x2) or (isinstance(x1, dict) and x1.keys() != x2.keys()):
+    """Whether two batches can be concatenated: the same places, shapes, dtypes and devices, the same constants."""
+    if type(x1) is not type(x2):
         return False
-    first, second = ([(t.shape[1:], t.dtype, t.device) for t in leaves(x)] for x in (x1, x2))
-    return first == second
+    return sorted(kind(x1), key=str) == sorted(kind(x2), key=str)
+
+
+def _kind(value: Any) -> Any:
+    return (value.shape[1:], value.dtype, value.device) if isinstance(value, Tensor) else (type(value), value)
 
 
 def join(x1: Batch, x2: Batch) -> Batch:
     """Concatenate two batches."""
-    second = {name: x2[name] for name in x1} if isinstance(x1, dict) else x2
-    return with_leaves(x1, [torch.cat(pair) for pair in zip(leaves(x1), leaves(second), strict=True)])
+    second = named_leaves(x2)
+    pairs = [(t, second[place]) for place, t in named_leaves(x1).items() if isinstance(t, Tensor)]
+    return with_leaves(x1, [torch.cat(pair) for pair in pairs])
 
 
 def count(x: Batch) -> int:
@@ -58,13 +132,56 @@ def count(x: Batch) -> int:
     return leaves(x)[0].shape[0]
 
 
-def checked(x: Batch, name: str) -> Batch:
-    """Refuse what is not a batch of samples (no tensors, empty, ragged, not finite); return it without its graph."""
-    tensors = leaves(x) if isinstance(x, (Tensor, tuple, list, dict)) else []
-    if not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
-        expected = "a tensor with samples along its first axis, or a tuple or dict of such tensors"
-        fix = "Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x)."
-        raise refusal(name, got=type(x).__name__, expected=expected, fix=fix)
+def as_batch(x: Any, name: str = "x") -> Batch:
+    """Take what users have as a batch: numpy arrays (memory-mapped ones, too), any mapping, a list for a tuple."""
+    if isinstance(x, Mapping):
+        return {str(key): _entry(value, f"{name}[{key!r}]") for key, value in x.items()}
+    if type(x) is list or isinstance(x, tuple):
+        return tuple(_entry(value, f"{name}[{i}]") for i, value in enumerate(x))
+    return _entry(x, name)
+
+
+def _entry(value: Any, name: str) -> Any:
+    """One argument: a tensor, a constant, or tensors in lists, tuples or dicts."""
+    if isinstance(value, Tensor) or type(value) in _CONSTANT or isinstance(value, (torch.dtype, torch.device)):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiubc" and value.dtype.isnative:
+        return _of_array(value, name)
+    if isinstance(value, Mapping):
+        return {key: _entry(entry, f"{name}[{key!r}]") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        if odd := [entry for entry in value if not isinstance(entry, _NESTED)]:
+            got = f"a {type(value).__name__} of {type(odd[0]).__name__}"
+            fix = "Convert it with torch.as_tensor (pad first what has different lengths)."
+            raise refusal(name, got=got, expected=_EXPECTED, fix=fix)
+        return type(value)([_entry(entry, f"{name}[{i}]") for i, entry in enumerate(value)])
+    got = type(value).__name__
+    if isinstance(value, np.ndarray):
+        got = f"an array of {value.dtype}"
+    fix = "Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x)."
+    raise refusal(name, got=got, expected=_EXPECTED, fix=fix)
+
+
+def _of_array(array: np.ndarray, name: str) -> Tensor:
+    """A tensor over an array's memory; read-only arrays are only read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array if all(stride >= 0 for stride in array.strides) else array.copy())
+
+
+def checked(x: Batch, name: str, infinite: bool = False) -> Batch:
+    """Refuse what is not a batch of samples (no tensors, empty, ragged, not finite); return it without its graph.
+
+    `infinite` lets infinities through beside other tensors, as in a mask that is added to attention scores: for callers
+    that check the outputs. The only input is never infinite: the gradient of a layer that it enters would be, too.
+    """
+    form = type(x).__name__
+    x = as_batch(x, name)
+    tensors = leaves(x)
+    if not tensors or not all(t.dim() for t in tensors):
+        got = "a tensor without axes" if tensors else f"{form} without tensors"
+        fix = "Stack samples with torch.stack; a tuple is passed as model(*x), a dict as model(**x)."
+        raise refusal(name, got=got, expected=_EXPECTED, fix=fix)
     if any(unpack_dual(t).tangent is not None for t in tensors):
         got, fix = (
             "a dual tensor of forward-mode differentiation",
@@ -83,8 +200,9 @@ def checked(x: Batch, name: str) -> Batch:
         # a finite sum means finite values; another sum may only have overflowed, so then each value is checked
         if not (tensor.is_floating_point() or tensor.is_complex()) or torch.isfinite(tensor.sum()):
             continue
-        if not (finite := torch.isfinite(tensor)).all():
-            index = tuple(int(i) for i in (~finite).nonzero()[0])
+        bad = torch.isnan(tensor) if infinite and len(tensors) > 1 else ~torch.isfinite(tensor)
+        if bad.any():
+            index = tuple(int(i) for i in bad.nonzero()[0])
             got, fix = f"{tensor[index].item()} at index {index}", "Remove or repair that sample."
             raise refusal(name, got=got, expected="finite values", fix=fix)
     with torch.inference_mode(False):

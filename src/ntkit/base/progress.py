@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -70,6 +71,15 @@ def clock(seconds: float) -> str:
 
 
 _active: list[Task] = []
+_shown = True
+_log = logging.getLogger("ntkit")
+_log.addHandler(logging.NullHandler())  # a library prints no records unless its user asks
+
+
+def show(wanted: bool) -> None:
+    """Show the progress of all further work, or none of it. The logger "ntkit" gets its records in any case."""
+    global _shown
+    _shown = wanted
 
 
 @contextmanager
@@ -85,10 +95,13 @@ def task(label: str, total: float) -> Iterator[Task]:
     3.0
     """
     work = Task(label, total, sys.stderr)
-    work.silent = bool(_active)
+    work.silent = bool(_active) or not _shown
     _active.append(work)
     try:
         yield work
     finally:
         _active.remove(work)
         work._close()
+        seconds = time.monotonic() - work._start
+        if not _active and seconds >= _SILENT:
+            _log.info("%s: %.0f of %.0f in %s", label, work.done, total, clock(seconds))

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import refusal
-from ntkit.base.files import parsed, read_bytes, write_bytes
-from ntkit.base.integrity import metadata_to_seal, sealed_tensors, stored_checksum
+from ntkit.base.files import parsed, write_bytes
+from ntkit.base.integrity import metadata_to_seal, sealed_tensors
 
 
 def tensor_hash(
@@ -65,24 +64,3 @@ def read_tensors_and_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict
     from safetensors.torch import load
 
     return parsed(Path(path), load)
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of the user's own safetensors file; refuse any other file. A checksum of ours is checked."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    path = Path(path)
-    blob = read_bytes(path, "a .safetensors file", "Check the name.")
-    if blob and path.suffix == ".safetensors":
-        stored_checksum(path, blob)
-    try:
-        return dict(sorted(load(blob).items()))
-    except SafetensorError as error:
-        raise refusal(
-            str(path),
-            got=f"a file that is not a complete safetensors file ({error})",
-            expected="a .safetensors file",
-            fix="If you trust its source, convert it: "
-            "safetensors.torch.save_file(torch.load(file, weights_only=True), 'weights.safetensors').",
-        ) from error

@@ -236,7 +236,7 @@ class _Run:
         model = model.to(self.device)
         self.models = {"init": model, "after": copy.deepcopy(model)}
         if s.weights is not None:
-            load_weights(self.models["after"], s.weights)
+            self.say(load_weights(self.models["after"], s.weights))
         self.task = measures.TrainingTask(model, self.data)
         self._check_size()
         # The kernel checks model and data here, before any training.

@@ -30,6 +30,7 @@ from ntkit.trajectory import train as train_network
 
 _RIDGES = [10.0**k for k in range(-7, 2)]  # relative to the mean diagonal of the kernel
 _C, _GAMMA = [1.0, 10.0, 100.0], [0.1, 0.3, 1.0, 3.0]  # of the RBF machine; gamma in units of 1 / (d Var x)
+_TUNING = 3  # folds in which the RBF machine is tuned
 _BATCH, _LR, _MOMENTUM = 32, 0.01, 0.9
 _COMPARED = 100  # samples for the distance between the module's own tangent kernel and the limit
 
@@ -127,6 +128,10 @@ def _check_size(sets: Data, folds: int) -> tuple[int, int]:
         expected = "at least one example per class in every fold"
         got = f"{folds} folds, and a class with {smallest} examples"
         raise refusal("--folds", got=got, expected=expected, fix="Use fewer folds.")
+    if (rest := smallest - math.ceil(smallest / folds)) < _TUNING:
+        expected = f"{_TUNING}, since the support vector machine is tuned in {_TUNING} folds of these"
+        got = f"a class with {rest} examples outside of a fold"
+        raise refusal("--train", got=got, expected=expected, fix="Use more training examples.")
     return n, m
 
 
@@ -176,7 +181,7 @@ def _rbf(sets: Data) -> Classifier:
 
     def predict(fit: np.ndarray, rows: np.ndarray, of_test: bool) -> np.ndarray:
         unit = 1 / (x.shape[1] * x[fit].var())
-        search = GridSearchCV(SVC(kernel="rbf"), {"C": _C, "gamma": [g * unit for g in _GAMMA]}, cv=3)
+        search = GridSearchCV(SVC(kernel="rbf"), {"C": _C, "gamma": [g * unit for g in _GAMMA]}, cv=_TUNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a class with fewer examples than folds
             search.fit(x[fit], y[fit])

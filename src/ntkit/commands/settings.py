@@ -31,7 +31,8 @@ class Settings:
     model: str = "cnn"
     """linear, mlp, cnn, vgg, textcnn (text sets), package.module:factory or file.py:factory."""
     weights: str | None = None
-    """A .safetensors file: analyze these weights instead of training. Excludes all options of training."""
+    """A file of weights (.safetensors, .pt, .pth, .ckpt) or a folder of Hugging Face: analyze these weights instead of
+    training. Excludes all options of training."""
     epochs: int = 10
     """Passes over the training set."""
     batch_size: int | None = 32

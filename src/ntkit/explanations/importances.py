@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ def target_importance(model: nn.Module, x: Inputs, y: Tensor, loss: Loss) -> Imp
     [-4.0, -10.0]
     """
     inputs: Any = x
-    batch = checked(dict(inputs) if isinstance(inputs, Mapping) else inputs, "x")
+    batch = checked(inputs, "x", infinite=True)
     own = OutputLoss(loss, model_outputs(model, batch), checked(y, "y"))
     return Importance(-own.slopes.cpu(), "target", {"examples": float(own.n), "loss_is_mean": float(own.of_mean)})
 

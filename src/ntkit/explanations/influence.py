@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, call_with, count, take
+from ntkit.base.batch import Batch, count, outputs_of, take
 from ntkit.base.batch import checked as checked_batch
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import nearest, refusal
@@ -298,7 +298,7 @@ def _sweeps(
             values, by_parameters = derivatives_of_measures(
                 replay.model,
                 replay.names,
-                lambda j: of.value(call_with(replay.model, take(x, slice(j, j + 1))), j),
+                lambda j: of.value(outputs_of(replay.model, take(x, slice(j, j + 1))), j),
                 part,
             )
             sweep = Unrolled(replay, by_parameters, weights, gauss_newton, layers, steps)

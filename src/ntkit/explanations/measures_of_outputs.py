@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, call_with, count
+from ntkit.base.batch import Batch, count, outputs_of
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.model_calls import required_arguments
 from ntkit.trajectory.objective import Loss
@@ -43,7 +43,7 @@ class OutputMeasure:
             got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise refusal("y", got=got, expected=f"one target per test point, {self._m}", fix="Pass a tensor [m, ...].")
         with torch.no_grad():
-            outputs = call_with(model, x)
+            outputs = outputs_of(model, x)
         self.targets, self.name = y, measure if isinstance(measure, str) else getattr(measure, "__name__", "measure")
         if measure == "loss":
             if y is None:
@@ -79,7 +79,7 @@ class OutputMeasure:
     def of_network(self, model: nn.Module, x: Batch) -> Tensor:
         """Measures of all test points by a network, [m] in float64, on the CPU."""
         with plain_attention():
-            return self.values(call_with(model, x)).double().cpu()
+            return self.values(outputs_of(model, x)).double().cpu()
 
     def values(self, outputs: Any) -> Tensor:
         """Measures of all test points, [m]."""

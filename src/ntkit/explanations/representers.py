@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,7 +148,7 @@ def explain(
         fix = "Pass e.g. ntkit.TangentKernel(model)."
         raise refusal("kernel", got=f"a {type(kernel).__name__}", expected="a kernel, or a function k(x1, x2)", fix=fix)
     weights = importance if isinstance(importance, Importance) else Importance(torch.as_tensor(importance), "given")
-    train, test = (checked(as_batch(x), name) for x, name in ((x_train, "x_train"), (x_test, "x_test")))
+    train, test = (checked(x, name, infinite=True) for x, name in ((x_train, "x_train"), (x_test, "x_test")))
     m, (n, C) = count(test), weights.values.shape
     if count(train) != n:
         fix = "Pass the training examples that the importance belongs to, in its order."
@@ -171,13 +171,6 @@ def explain(
         target = target.gather(1, outputs[:, None])[:, 0]
     name = f"{weights.name} x {getattr(kernel, '__name__', type(kernel).__name__)}"
     return Explanation(scores, name, outputs, target, dict(weights.certificate))
-
-
-def as_batch(x: Any) -> Batch:
-    """A mapping or sequence of tensors as a dict or tuple."""
-    if isinstance(x, Tensor):
-        return x
-    return dict(x) if isinstance(x, Mapping) else tuple(x) if isinstance(x, (list, tuple)) else x
 
 
 def checked_outputs(output: int | Tensor, m: int, C: int) -> Tensor:
@@ -263,14 +256,14 @@ class Explainer:
             fix = "Pass e.g. lambda x, targets: ntkit.explain(kernel, importance, x_train, x, targets)."
             raise refusal("scores", got=f"a {type(scores).__name__}", expected="a function of test points", fix=fix)
         self._scores, self._batch = scores, batch
-        self._train, self._targets = checked(as_batch(x_train), "x_train"), y_train
+        self._train, self._targets = checked(x_train, "x_train"), y_train
         if y_train is not None and len(y_train) != count(self._train):
             fix = "Give one per training example."
             raise refusal("y_train", got=f"{len(y_train)} values", expected=f"{count(self._train)}", fix=fix)
 
     def explain(self, test_data: Inputs, targets: Any = None) -> Tensor:
         """Scores float64 [m, n] of the training examples for test points and the outputs explained."""
-        test = checked(as_batch(test_data), "test_data")
+        test = checked(test_data, "test_data")
         m, n = count(test), count(self._train)
         goal = None if targets is None else torch.as_tensor(targets)
         if goal is not None and (goal.ndim != 1 or len(goal) != m):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, leaves
+from ntkit.base.batch import Batch, checked, tensors_to_hash
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import Damaged, refusal
 from ntkit.base.files import ensure_folder
@@ -84,7 +84,7 @@ class Retrainings:
         loss: Loss | None = None,
         clip: float | None = None,
     ) -> None:
-        self._x = checked(x, "x")
+        self._x = checked(x, "x", infinite=True)
         self._replay = Replay(trajectory, model, data, loss, clip)
         self._replay.check()
         assign(self._replay.model, self._replay.final(), "the end of the run")
@@ -94,7 +94,9 @@ class Retrainings:
         self._make, self._batch_size = make, trajectory.settings.get("batch_size")
         self.m, self.measure = len(self.values), self._of.name
         run = read_run(trajectory.path)
-        points = tensor_hash([*leaves(self._x), *([] if self._of.targets is None else [self._of.targets])])
+        points = tensor_hash(
+            [*tensors_to_hash(self._x).values(), *([] if self._of.targets is None else [self._of.targets])]
+        )
         self._id = fingerprint([run["initial"], run["settings"], points, self._of.name])
         self._known: dict[str, Tensor] = {}
         self._folder = None if folder is None else Path(folder)

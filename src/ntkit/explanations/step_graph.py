@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import call_with
+from ntkit.base.batch import outputs_of
 from ntkit.base.checks import Refused, refusal
 from ntkit.explanations.embedding_lookups import find_lookups
 from ntkit.jacobian.graph import correct_norms, nodes_behind, nodes_from, own_functions, saved_numbers
@@ -44,7 +44,7 @@ class StepGraph:
                 p.copy_(step.before[name])
         with torch.enable_grad():
             with PlainWeightNorm():
-                outputs = call_with(model, step.x)
+                outputs = outputs_of(model, step.x)
             values = outputs.detach().clone().requires_grad_() if gauss_newton else None
             at = outputs if values is None else values
             loss = replay.objective.loss(at.clone(), step.y)  # which may overwrite what it gets

@@ -13,7 +13,7 @@ from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.explanations.importances import target_importance
-from ntkit.explanations.representers import Explanation, as_batch, checked_outputs, explain
+from ntkit.explanations.representers import Explanation, checked_outputs, explain
 from ntkit.jacobian.model_calls import Params
 from ntkit.kernels.output_loss import model_outputs
 from ntkit.kernels.tangent import TangentKernel
@@ -86,7 +86,7 @@ def tracin(
             fix = "Pass model=, data=(x, y) and loss=: a list of checkpoints does not have them."
             raise refusal("model, data, loss", got="not all of them", expected="all three", fix=fix)
     objective = Objective(data, loss)
-    network, test = copy.deepcopy(model).eval(), checked(as_batch(x_test), "x_test")
+    network, test = copy.deepcopy(model).eval(), checked(x_test, "x_test", infinite=True)
     _load(network, checkpoints[-1][0])
     last = model_outputs(network, test).flatten(1)
     chosen = last.argmax(1).cpu() if output is None else checked_outputs(output, *last.shape)

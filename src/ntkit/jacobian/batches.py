@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, leaves, take
+from ntkit.base.batch import Batch, count, take
+from ntkit.base.batch import kind as kind_of
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.lockstep import known, runs_together, three_sets
@@ -105,7 +106,7 @@ def _together(gradients: Gradients, structure: Structure, x: Batch) -> bool:
             grads = torch.autograd.grad([out], params, [weights], allow_unused=True)
             return [out, *(g.to_dense() for g in grads if g is not None)]
 
-        kind = (tuple((t.dtype, t.shape[1:]) for t in leaves(x)), gradients.outputs, tuple(gradients.params))
+        kind = (kind_of(x), gradients.outputs, tuple(gradients.params))
 
         def look() -> bool:
             start = time.perf_counter()

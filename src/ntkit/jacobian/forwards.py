@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, leaves, take
+from ntkit.base.batch import Batch, count, kind, main_output, take
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.lockstep import known, runs_together, three_sets
 from ntkit.jacobian.model_calls import call, untouched
@@ -44,13 +44,13 @@ def _together(model: nn.Module, x: Batch) -> bool:
         return False
 
     def look() -> bool:
-        floats = isinstance(out := call(model, samples[0]), Tensor) and out.is_floating_point()
-        return floats and runs_together(model, lambda own, x: [call(own, x)], samples)
+        floats = isinstance(out := main_output(call(model, samples[0])), Tensor) and out.is_floating_point()
+        return floats and runs_together(model, lambda own, x: [main_output(call(own, x))], samples)
 
-    return known(model, tuple((t.dtype, t.shape[1:]) for t in leaves(x)), look)
+    return known(model, kind(x), look)
 
 
 def raw_outputs(model: nn.Module, x: Batch, batch: int = 128) -> Tensor:
     """Outputs of the model as they are, [n, ...], in batches, without gradients; the model is left as it was."""
     with untouched(model, {}), torch.no_grad():
-        return torch.cat(each_forward(model, x, batch, lambda modules, part: call(modules[model], part)))
+        return torch.cat(each_forward(model, x, batch, lambda modules, part: main_output(call(modules[model], part))))

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, leaves, take
+from ntkit.base.batch import Batch, count, leaves, take, with_leaves
 from ntkit.jacobian.graph import correct_norms
 from ntkit.jacobian.model_calls import Outputs, Params, call, reduce_outputs, select_parameters, untouched
 
@@ -81,7 +81,4 @@ def _cast(x: Batch, dtype: torch.dtype) -> Batch:
     def to(t: Tensor) -> Tensor:
         return t.to(dtype) if t.is_floating_point() else t
 
-    if isinstance(x, Tensor):
-        return to(x)
-    assert leaves(x)
-    return {k: to(v) for k, v in x.items()} if isinstance(x, dict) else tuple(to(v) for v in x)
+    return with_leaves(x, [to(t) for t in leaves(x)])

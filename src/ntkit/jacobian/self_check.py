@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take
+from ntkit.base.batch import kind as kind_of
 from ntkit.base.checks import refusal
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.graph import (
@@ -55,7 +56,7 @@ def structure_of(gradients: Gradients, x: Batch, irregular: Mapping[str, str], u
     Irregular
         When more parameters than `irregular` have no regular rows.
     """
-    kind = tuple((t.dtype, t.shape[1:]) for t in leaves(x))
+    kind = kind_of(x)
     structure = gradients.by_shape.get(kind)
     if unseen and structure is not None and structure.expected is not None and structure.covers(count(x)):
         return structure

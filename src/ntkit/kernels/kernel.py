@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.numbers import check_dense
+from ntkit.data.streamed_samples import StreamedSamples
 
 
 class Kernel(ABC):
     """A kernel k(x, x'). Subclasses implement `_gram`, `_pairs` and `operator`; input is checked here, once."""
+
+    _infinite = False  # whether infinite input may lead to finite values (masks); the kernel then checks the outputs
 
     @own_context()
     def __call__(self, x1: Batch, x2: Batch | None = None, out: Any = None) -> Tensor:
@@ -25,8 +29,10 @@ class Kernel(ABC):
 
         Parameters
         ----------
-        x1, x2 : samples along the first axis (a tensor, or a tuple or dict of tensors). ``x2=None`` means the same set:
-            then the symmetric half is computed once and the result is exactly symmetric.
+        x1, x2 : samples along the first axis: a tensor or numpy array; a tuple or any mapping of such, passed as
+            model(*x), model(**x), with None, flags, numbers and texts passed on as they are; or a torch dataset or
+            DataLoader in the order of its samples, which is read into memory. ``x2=None`` means the same set: then the
+            symmetric half is computed once and the result is exactly symmetric.
         out : a tensor or numpy array (a memmap, too) of the result's shape and dtype, on any device: the values are
             written into it, tile by tile where the kernel has tiles.
 
@@ -41,21 +47,27 @@ class Kernel(ABC):
             For empty, ragged or non-finite input, an `out` that does not fit, and a model whose samples are not
             independent.
         """
-        return self._gram(checked(x1, "x1"), None if x2 is None else checked(x2, "x2"), _writable(out))
+        return self._gram(self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2"), _writable(out))
 
     @own_context()
     def diagonal(self, x: Batch) -> Tensor:
         """k(x_i, x_i) for every i: what ``k(x)[i, i]`` is, at the cost of n values."""
-        return self._pairs(checked(x, "x"), None)
+        return self._pairs(self._checked(x, "x"), None)
 
     @own_context()
     def paired(self, x1: Batch, x2: Batch) -> Tensor:
         """k(x1_i, x2_i) for every i, at the cost of n values; both sets have n samples."""
-        x1, x2 = checked(x1, "x1"), checked(x2, "x2")
+        x1, x2 = self._checked(x1, "x1"), self._checked(x2, "x2")
         if count(x1) != count(x2):
             fix = "Give both sets the same number of samples."
             raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix=fix)
         return self._pairs(x1, x2)
+
+    def _checked(self, x: Any, name: str) -> Batch:
+        if isinstance(x, (DataLoader, Dataset)):
+            samples = StreamedSamples(x)
+            x = samples.block(slice(len(samples)))
+        return checked(x, name, self._infinite)
 
     def settings(self) -> dict[str, Any]:
         """What the values depend on beside the samples: modules, plain values, functions; for `Gram.identity`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count
+from ntkit.base.batch import Batch, count, main_output
 from ntkit.base.checks import refusal
 from ntkit.jacobian.forwards import each_forward
 from ntkit.jacobian.model_calls import call, check_mode, check_module, reduce_outputs, untouched
@@ -26,7 +26,7 @@ def model_outputs(model: nn.Module, x: Batch) -> Tensor:
     check_mode(model)
 
     def outputs(modules: dict[nn.Module, nn.Module], part: Batch) -> Tensor:
-        raw = call(modules[model], part)
+        raw = main_output(call(modules[model], part))
         reduce_outputs(raw, "full", count(part))  # refuses what is no tensor [n, ...]
         return raw.detach()
 

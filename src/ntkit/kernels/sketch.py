@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count, take
+from ntkit.base.batch import Batch, count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.workers import product, workers
 from ntkit.jacobian.engine import Engine, Job
-from ntkit.jacobian.model_calls import Outputs, Params
+from ntkit.jacobian.model_calls import Outputs, Params, selected
 from ntkit.jacobian.pairs import Whole
 from ntkit.jacobian.structure import SelfCheckError, Structure
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, refuse_operator_of_diagonal, written
@@ -35,8 +36,8 @@ class SketchedKernel(Kernel):
 
     Parameters
     ----------
-    model, outputs, params, memory : as for `TangentKernel`. `memory` bounds the scratch of a batch; the features of all
-        samples, n x C x dim numbers, come on top.
+    model, outputs, params, memory, select : as for `TangentKernel`. `memory` bounds the scratch of a batch; the
+        features of all samples, n x C x dim numbers, come on top.
     dim : length of a feature vector. Errors shrink with 1 / sqrt(dim).
     seed : of the signs and shifts. These depend on it and on the parameter's name only: not on the data, the batch, the
         device, or which other parameters are chosen.
@@ -84,6 +85,8 @@ class SketchedKernel(Kernel):
             [2., 2.]])
     """
 
+    _infinite = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -92,12 +95,13 @@ class SketchedKernel(Kernel):
         outputs: Outputs = "full",
         params: Params = None,
         memory: int | str | None = None,
+        select: Callable[[Any], Any] | None = None,
     ) -> None:
         if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
             raise refusal("dim", got=repr(dim), expected="a positive integer", fix="Errors decrease as 1 / sqrt(dim).")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise refusal("seed", got=repr(seed), expected="an integer", fix="Each seed is another random projection.")
-        self._engine = Engine(model, outputs, params, memory)
+        self._engine = Engine(selected(model, select), outputs, params, memory)
         self._mode, self._dim, self._seed = self._engine.mode, dim, seed
         self._trusted: list[Structure] = []  # graphs on which the self-check has passed
 
@@ -106,7 +110,7 @@ class SketchedKernel(Kernel):
     @own_context()
     def features(self, x: Batch) -> Tensor:
         """phi(x), [n, C, dim]: entry (i, j, c, d) of the full kernel is phi(x1)[i, c] . phi(x2)[j, d]."""
-        return self._features(checked(x, "x"))
+        return self._features(self._checked(x, "x"))
 
     @own_context()
     def standard_error(self, x1: Batch, x2: Batch | None = None) -> Tensor:
@@ -117,7 +121,7 @@ class SketchedKernel(Kernel):
         few blocks hold most of a gradient. It is for one entry: the errors of all entries come from one S, and are
         correlated.
         """
-        phi1, phi2 = self._both(checked(x1, "x1"), None if x2 is None else checked(x2, "x2"))
+        phi1, phi2 = self._both(self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2"))
         own1, own2 = phi1 @ phi1.transpose(1, 2), phi2 @ phi2.transpose(1, 2)  # [n, C, C]
         if self._mode == "trace":
             square = own1.flatten(1) @ own2.flatten(1).T

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count
+from ntkit.base.batch import Batch, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.kept_factors import KeptFactors, factors_of, plan_for_tiles, product_of
-from ntkit.jacobian.model_calls import Outputs, Params
+from ntkit.jacobian.model_calls import Outputs, Params, selected
 from ntkit.jacobian.plan import Plan, Route
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, refuse_operator_of_diagonal
 
@@ -29,6 +29,8 @@ class TangentKernel(Kernel):
         entries c = c'. "trace": [n1, n2], their **sum** over outputs (neural-tangents' default is the mean). "sum":
         [n1, n2], the kernel of sum_c f_c / sqrt(C) (pseudo-NTK). Or a callable from the model's outputs on a batch to
         one scalar per sample [n]: the kernel of that scalar, [n1, n2].
+    select : the part of the model's output whose kernel is wanted, a function such as ``lambda out: out[0]``, where the
+        model returns something else than a tensor. Without it: the output, or its ``logits`` if it has any.
     params : parameter names, a predicate on names (or on name and parameter), or None for all that require grad.
     memory : bytes of scratch memory (or text such as "2 GB"), beside inputs and result; half of what is free if None.
     routes : parameter name -> "outer", "tokens", "nested" or "rows" (see ``print(kernel.plan(x))``), where the choice
@@ -57,6 +59,8 @@ class TangentKernel(Kernel):
             [2., 2.]])
     """
 
+    _infinite = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -64,8 +68,9 @@ class TangentKernel(Kernel):
         params: Params = None,
         memory: int | str | None = None,
         routes: Mapping[str, Route] | None = None,
+        select: Callable[[Any], Any] | None = None,
     ) -> None:
-        self._engine = Engine(model, outputs, params, memory, routes)
+        self._engine = Engine(selected(model, select), outputs, params, memory, routes)
 
     # ------------------------------------------------------------------ values
 
@@ -84,7 +89,7 @@ class TangentKernel(Kernel):
         >>> torch.equal(kernel.tile(x[:2], x[2:], plan), kernel(x)[:2, 2:])
         True
         """
-        x1, x2 = checked(x1, "x1"), None if x2 is None else checked(x2, "x2")
+        x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
         return self._engine.refresh().gram(x1, x2, plan=plan)
 
     @own_context()
@@ -93,7 +98,7 @@ class TangentKernel(Kernel):
 
         Each tile comes from the `factors` of two blocks.
         """
-        return plan_for_tiles(self._engine.refresh(), checked(x, "x"), size, n)
+        return plan_for_tiles(self._engine.refresh(), self._checked(x, "x"), size, n)
 
     @own_context()
     def factors(self, x: Batch, plan: Plan) -> KeptFactors:
@@ -102,7 +107,7 @@ class TangentKernel(Kernel):
         Several tiles of a large kernel have a block of samples in common: it goes through the model once. Memory: the
         sum of ``bytes_per_sample`` over the plan's steps, per sample.
         """
-        return factors_of(self._engine.refresh(), checked(x, "x"), plan)
+        return factors_of(self._engine.refresh(), self._checked(x, "x"), plan)
 
     @own_context()
     def product(self, first: KeptFactors, second: KeptFactors | None = None) -> Tensor:
@@ -127,19 +132,19 @@ class TangentKernel(Kernel):
 
         A parameter used at several places (tied weights) is one parameter: its share holds the cross terms.
         """
-        x1, x2 = checked(x1, "x1"), None if x2 is None else checked(x2, "x2")
+        x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
         engine = self._engine.refresh()
         return dict(zip(engine.params, engine.gram(x1, x2, by_parameter=True), strict=True))
 
     @own_context()
     def plan(self, x1: Batch, x2: Batch | None = None) -> Plan:
         """How ``k(x1, x2)`` is computed: route and cost per parameter, samples per tile and forward pass."""
-        return self._engine.refresh().plan(checked(x1, "x1"), None if x2 is None else checked(x2, "x2"))
+        return self._engine.refresh().plan(self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2"))
 
     @own_context()
     def fallback(self, x: Batch) -> dict[str, str]:
         """Parameters computed by plain autograd, sample by sample, on inputs like `x`, and why; empty at best."""
-        return dict(self._engine.refresh().structure(checked(x, "x")).fallback)
+        return dict(self._engine.refresh().structure(self._checked(x, "x")).fallback)
 
     @own_context()
     def jvp(self, x: Batch, direction: Mapping[str, Tensor]) -> Tensor:
@@ -156,7 +161,7 @@ class TangentKernel(Kernel):
         >>> TangentKernel(model).jvp(torch.tensor([[3.0, 4.0]]), {"weight": torch.tensor([[1.0, 10.0]])})
         tensor([[43.]])
         """
-        x = checked(x, "x")
+        x = self._checked(x, "x")
         engine = self._engine.refresh()
         params = engine.params
         for name, change in direction.items():
@@ -183,7 +188,7 @@ class TangentKernel(Kernel):
         >>> TangentKernel(model).vjp(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]]))["weight"]
         tensor([[6., 8.]])
         """
-        x = checked(x, "x")
+        x = self._checked(x, "x")
         engine = self._engine.refresh()
         _expect(cotangent, (count(x), engine.structure(x).outputs), "cotangent")
         pulled = engine.vjp(x, cotangent.to(engine.like)[:, :, None])
@@ -196,7 +201,7 @@ class TangentKernel(Kernel):
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): two passes over the data per product, memory O(P) and one batch's graph."""
-        x = checked(x, "x")
+        x = self._checked(x, "x")
         engine = self._engine.refresh()
         n, outputs, full = count(x), engine.structure(x).outputs, engine.mode == "full"
         if engine.mode == "diagonal":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import functional as F
 
-from ntkit.base.batch import Batch, checked, count, leaves
+from ntkit.base.batch import Batch, checked, count, tensors_to_hash
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Damaged, refusal
 from ntkit.base.lock import FolderLock
@@ -26,7 +26,7 @@ from ntkit.base.run_files import TRACK_FORMAT, tracking_id
 from ntkit.base.tensors import tensor_hash
 from ntkit.gram.krylov import leading
 from ntkit.jacobian.forwards import raw_outputs
-from ntkit.jacobian.model_calls import Outputs
+from ntkit.jacobian.model_calls import Outputs, selected
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.tracking.losses import cross_entropy, derivatives, half_squared, logistic
 from ntkit.tracking.series import Tracked, assembled, close_folder, open_folder, read_snapshot, write_snapshot
@@ -49,6 +49,7 @@ def track(
     memory: int | str | None = None,
     path: str | Path | None = None,
     on_snapshot: Callable[[dict[str, Any]], None] | None = None,
+    select: Callable[[Any], Any] | None = None,
 ) -> Tracked:
     """Measure the tangent kernel on `x` at every snapshot of a run (Kopitkov & Indelman 2020).
 
@@ -69,6 +70,7 @@ def track(
     path : folder for the numbers, one file per snapshot: an interrupted call continues there. A damaged file is
         measured again, with a warning.
     on_snapshot : called with the numbers of each new snapshot.
+    select : the part of the model's output that is looked at, as for `ntkit.TangentKernel`.
 
     Raises
     ------
@@ -88,7 +90,8 @@ def track(
     >>> [round(d, 12) for d in tracked.series["distance"]], round(tracked.series["first_order"][0]["cosine"], 12)
     ([0.0, 0.0, 0.0, 0.0, 0.0], 1.0)
     """
-    tracker = _Tracker(trajectory, x, y, model, loss, k, outputs, memory)
+    tracker = _Tracker(trajectory, x, y, selected(model, select), loss, k, outputs, memory)
+    tracker.settings |= {} if select is None else {"select": _fingerprint(select)}
     selection = sorted(set(trajectory.steps if steps is None else steps))
     folder = None if path is None else Path(path)
     with nullcontext() if folder is None else FolderLock(folder):
@@ -141,7 +144,7 @@ class _Tracker:
         memory: int | str | None,
     ) -> None:
         self.trajectory, self.model, self.k = trajectory, model, k
-        self.x = checked(x, "x")
+        self.x = checked(x, "x", infinite=True)
         self.n = count(self.x)
         budget = parse_memory(memory) or free_memory(next(model.parameters()).device) // 2
         with _restored(model):
@@ -176,7 +179,7 @@ class _Tracker:
             "model": hashlib.sha256(repr(model).encode()).hexdigest()[:16],
             "trained": [name for name, p in model.named_parameters() if p.requires_grad],
             "run": hashlib.sha256(json.dumps(trajectory.settings, sort_keys=True).encode()).hexdigest()[:16],
-            "data": tensor_hash([*leaves(self.x), *([] if self.y is None else [self.y])]),
+            "data": tensor_hash([*tensors_to_hash(self.x).values(), *([] if self.y is None else [self.y])]),
             "initial": tensor_hash(trajectory.state(trajectory.steps[0]).values()),
         }
 

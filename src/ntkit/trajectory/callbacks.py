@@ -6,7 +6,7 @@ Each derives from its framework's callback and is created on first use, so that 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, Sampler
 
 from ntkit.base.checks import refusal
 from ntkit.trajectory.record import Recorder
@@ -112,8 +113,9 @@ class _TransformersCallback(_Callback):
 
     A step is a step of the optimizer (``state.global_step``). Its loss is the one that the Trainer logs if it logs
     every step (``logging_steps=1``); a mean over several steps is not recorded. Set ``logging_nan_inf_filter=False``:
-    else the Trainer reports an earlier mean for a loss that is not finite. The Trainer passes neither the rows of a
-    batch nor an exception to a callback: an interrupted run stays ``"running"``.
+    else the Trainer reports an earlier mean for a loss that is not finite. The rows of each batch are recorded from the
+    loader's sampler: not of a training that is resumed, of several processes, or of a dataset without places. The
+    Trainer passes no exception to a callback: an interrupted run stays ``"running"``.
 
     Parameters
     ----------
@@ -137,6 +139,8 @@ class _TransformersCallback(_Callback):
             fix = "Remove that argument and load the best checkpoint after training."
             raise refusal("TransformersCallback", got="load_best_model_at_end=True", expected=expected, fix=fix)
         self._loss, self._logged = None, state.global_step
+        self._order = _Order.of(kwargs.get("train_dataloader")) if state.global_step == 0 else None
+        self._batches, self._rows = 0, None
         self._start(kwargs["model"], kwargs["optimizer"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -147,14 +151,62 @@ class _TransformersCallback(_Callback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._record_step()  # the step before: its loss is logged only after its end
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._batches += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._rows = None if self._order is None else self._order.rows(self._batches + 1)
+        self._batches = 0
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._record_step()
         self._end()
 
     def _record_step(self) -> None:
         if self.recorder is not None:
-            self.recorder.step(loss=self._loss)
+            self.recorder.step(self._rows, self._loss)
             self._loss = None
+
+
+class _Order(Sampler[int]):
+    """A loader's sampler that keeps what it gave out, to tell which rows are in a batch; batches may be read ahead."""
+
+    def __init__(self, sampler: Sampler[int], batch_size: int) -> None:
+        self._sampler, self._size = sampler, batch_size
+        self._given: list[list[int]] = []  # of each pass over the data
+        self._place = (0, 0)  # pass, and rows of it that are used
+
+    @classmethod
+    def of(cls, loader: Any) -> _Order | None:
+        """Put one into a loader; None where batches are not consecutive rows of a sampler."""
+        batches = getattr(loader, "batch_sampler", None)
+        if type(batches) is not BatchSampler:
+            return None
+        order = cls(batches.sampler, batches.batch_size)
+        batches.sampler = order
+        return order
+
+    def __iter__(self) -> Iterator[int]:
+        given: list[int] = []
+        self._given.append(given)
+        for row in self._sampler:
+            given.append(row)
+            yield row
+
+    def __len__(self) -> int:
+        return len(self._sampler)  # type: ignore[arg-type]
+
+    def rows(self, batches: int) -> Tensor:
+        """Rows of the next batches."""
+        rows: list[int] = []
+        for _ in range(batches):
+            epoch, used = self._place
+            if used == len(self._given[epoch]):
+                epoch, used = epoch + 1, 0
+            own = self._given[epoch][used : used + self._size]
+            self._place = (epoch, used + len(own))
+            rows += own
+        return torch.tensor(rows)
 
 
 # public name: package to install, its modules, base class, our class

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, call_with, checked, count, leaves, take
+from ntkit.base.batch import Batch, checked, count, outputs_of, take, tensors_to_hash
 from ntkit.base.checks import refusal
 from ntkit.base.tensors import tensor_hash
 
@@ -29,8 +29,7 @@ class Objective:
         if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], Tensor):
             raise refusal("data", got=type(data).__name__, expected="(x, y) tensors", fix="Pass data=(x, y).")
         x, y = data
-        x = dict(x) if isinstance(x, Mapping) else tuple(x) if isinstance(x, Sequence) else x
-        self.x: Batch = checked(x, "x")
+        self.x: Batch = checked(x, "x", infinite=True)
         self.y: Tensor = checked(y, "y")
         self.n, self.loss = len(y), loss
         if count(self.x) != self.n:
@@ -39,8 +38,8 @@ class Objective:
 
     def data_hash(self) -> str:
         """Hash of all examples, in their order."""
-        inputs = self.x.items() if isinstance(self.x, dict) else enumerate(leaves(self.x))
-        return tensor_hash({**{f"x.{name}": value for name, value in inputs}, "y": self.y})
+        inputs = tensors_to_hash(self.x)
+        return tensor_hash({**{f"x.{name}": value for name, value in inputs.items()}, "y": self.y})
 
     def batch(self, rows: Tensor | slice | None) -> tuple[Batch, Tensor]:
         """Inputs and targets of these rows; None = all."""
@@ -49,7 +48,7 @@ class Objective:
     def value(self, model: nn.Module, rows: Tensor | slice | None) -> Tensor:
         """Value of the loss on these rows."""
         x, y = self.batch(rows)
-        return self.loss(call_with(model, x), y)
+        return self.loss(outputs_of(model, x), y)
 
     def mean(self, model: nn.Module, batch_size: int) -> float:
         """Mean loss over all rows, in eval mode and in batches; the model is in train mode afterwards."""

@@ -17,7 +17,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.files import read_json
 from ntkit.base.integrity import check_place, damaged, fingerprint
 from ntkit.base.run_files import EndedRun, LoopSettings, TrainSettings, described
-from ntkit.base.tensors import read_tensors_and_metadata, read_weights
+from ntkit.base.tensors import read_tensors_and_metadata
 from ntkit.trajectory.batch_order import batch_indices
 from ntkit.trajectory.objective import Inputs, Loss
 from ntkit.trajectory.step_log import read_indices, read_log
@@ -171,30 +171,6 @@ class Trajectory:
             When names, shapes or dtypes do not fit; the model is then unchanged.
         """
         assign(model, self.state(step), f"step {step} of {self.path.name}")
-
-
-def load_weights(model: nn.Module, file: str | Path) -> None:
-    """Load a ``.safetensors`` file into `model`, in place: everything or nothing.
-
-    Parameters
-    ----------
-    model : any module; of tied tensors one name in the file is enough.
-    file : the file. Pickled files (``.pt``, ``.bin``) are refused: unpickling runs code.
-
-    Raises
-    ------
-    Refused
-        When the file is absent or not safetensors; when names or shapes differ, or a dtype would lose digits.
-
-    Examples
-    --------
-    >>> import tempfile, torch, safetensors.torch
-    >>> model = torch.nn.Linear(2, 1)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     safetensors.torch.save_file(model.state_dict(), folder + "/w.safetensors")
-    ...     load_weights(model, folder + "/w.safetensors")
-    """
-    assign(model, read_weights(file), Path(file).name)
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, call_with
+from ntkit.base.batch import Batch, outputs_of
 from ntkit.base.caller_context import threads
 from ntkit.base.checks import refusal
 from ntkit.base.integrity import damaged
@@ -288,7 +288,7 @@ class Replay:
         """Compute the gradients of the step's loss in place; return its gradient by the outputs."""
         x, y = self.batch(step)
         self.model.zero_grad(set_to_none=True)
-        outputs = replay_checks.checked_outputs(call_with(self.model, x), len(y))
+        outputs = replay_checks.checked_outputs(outputs_of(self.model, x), len(y))
         slopes: list[Tensor] = []
         factors = None if self.weights is None else self.weights[self.rows(step)].to(outputs)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkit.base.batch import main_output
 from ntkit.base.checks import refusal
 from ntkit.jacobian.model_calls import check_mode, check_module
 from ntkit.trajectory.objective import Inputs, Loss, Objective, loss_name
@@ -56,7 +57,7 @@ def checked_clip(settings: dict[str, Any], objective: Objective, clip: float | N
 
 
 def replay_model(model: nn.Module, settings: dict[str, Any], in_train_mode: bool) -> nn.Module:
-    """Copy of the network, in eval mode, after a check that the run can be replayed with it."""
+    """Copy of the network that returns a tensor where it has logits, in eval mode; checked for this run."""
     try:
         model = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
@@ -74,6 +75,7 @@ def replay_model(model: nn.Module, settings: dict[str, Any], in_train_mode: bool
     check_mode(model.eval())
     for name, p in model.named_parameters():
         p.requires_grad_(name in settings["trainable"])
+    model.register_forward_hook(lambda module, arguments, output: main_output(output))
     return model
 
 

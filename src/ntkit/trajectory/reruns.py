@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ntkit.base.batch import Batch, call_with, leaves, take, with_leaves
+from ntkit.base.batch import Batch, arguments, leaves, main_output, outputs_of, take, with_leaves
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.workers import spread, workers
@@ -105,7 +105,7 @@ class Reruns:
             model, params = self._some(weights[part], start, _part(rows, part), steps)
             with torch.no_grad(), self._precision():
                 ends = [{name: p[k] for name, p in params.items()} for k in range(part.stop - part.start)]
-                outputs = (torch.func.functional_call(model, end, *_arguments(x)) for end in ends)
+                outputs = (main_output(torch.func.functional_call(model, end, *arguments(x))) for end in ends)
                 values = torch.stack([measure(output, part.start + k) for k, output in enumerate(outputs)])
             kept = len(ends) if keep is None else min(max(keep - part.start, 0), len(ends))
             return values.double().cpu(), {name: p[:kept].clone() for name, p in params.items()}
@@ -130,9 +130,9 @@ class Reruns:
         """Runs in common operations: as many as gain by it, and as memory holds."""
         rows = self._replay.rows(0)
         size = sum(p.numel() for p in self._initial.values()) * len(rows)
-        args, kwargs = _arguments(take(self._x, rows))
+        args, kwargs = arguments(take(self._x, rows))
         with torch.enable_grad(), self._precision():
-            kept = saved_numbers(self.model(*args, **kwargs))
+            kept = saved_numbers(main_output(self.model(*args, **kwargs)))
         return max(1, min(_TOGETHER, _SIZE // size, _NUMBERS // (kept + 1)))
 
     def _some(
@@ -230,14 +230,14 @@ def _weighted_backward(
     runs = len(weights)
     own_rows = y.dim() > replay.y.dim()
     if runs == 1:
-        outputs = call_with(model, take(x, 0) if own_rows else x)[None]
+        outputs = outputs_of(model, take(x, 0) if own_rows else x)[None]
     else:
 
-        def network(own: Mapping[str, Tensor], batch: Batch) -> Tensor:
-            return torch.func.functional_call(model, dict(own), *_arguments(batch))
+        def network(own: Mapping[str, Tensor], tensors: list[Tensor]) -> Tensor:
+            return main_output(torch.func.functional_call(model, dict(own), *arguments(with_leaves(x, tensors))))
 
         with PlainWeightNorm():  # vmap has no rule for PyTorch's own
-            outputs = torch.func.vmap(network, (0, 0 if own_rows else None))(dict(params), x)
+            outputs = torch.func.vmap(network, (0, 0 if own_rows else None))(dict(params), leaves(x))
     factors = weights.view(*weights.shape, *[1] * (outputs.dim() - 2))
     outputs.register_hook(lambda slope: slope * factors)
     targets = y if own_rows else [y] * runs
@@ -265,10 +265,6 @@ def plain_attention() -> Iterator[None]:
         yield
     finally:
         mha.set_fastpath_enabled(before)
-
-
-def _arguments(x: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return ((), dict(x)) if isinstance(x, dict) else (tuple(leaves(x)), {})
 
 
 def _clip(params: Mapping[str, Tensor], clip: float) -> None:

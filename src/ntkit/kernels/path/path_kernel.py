@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count, take
+from ntkit.base.batch import Batch, checked, count, take, tensors_to_hash
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
@@ -91,6 +91,8 @@ class PathKernel(Kernel):
     (torch.Size([2, 2, 6]), True)
     """
 
+    _infinite = True
+
     def __init__(
         self,
         trajectory: Trajectory,
@@ -155,7 +157,7 @@ class PathKernel(Kernel):
         SelfCheckError
             When the traced operations do not give the outputs of the network.
         """
-        x = self._with_targets(checked(x, "x"), y)
+        x = self._with_targets(checked(x, "x", infinite=True), y)
         with DecompositionFiles(path, self._identity(x, layers, steps) if path is not None else {}) as files:
             return self._decomposed(x, layers, steps, files)
 
@@ -223,12 +225,11 @@ class PathKernel(Kernel):
     def _identity(self, x: Batch, layers: bool, steps: bool) -> dict[str, Any]:
         """All that the numbers of a decomposition depend on."""
         run = read_run(self._trajectory.path)
-        named = dict(x) if isinstance(x, dict) else {str(i): t for i, t in enumerate(x)}
         outputs: Any = self._outputs
         name = outputs if isinstance(outputs, str) else getattr(outputs, "__qualname__", type(outputs).__qualname__)
         return {
             "run": {name: run[name] for name in ("initial", "stop", "settings")},
-            "x": tensor_hash(named),
+            "x": tensor_hash(tensors_to_hash(x)),
             "outputs": name,
             "integration": list(self._how),
             "layers": layers,
@@ -255,7 +256,7 @@ class PathKernel(Kernel):
             )  # fmt: skip
         if y is None:
             return x if isinstance(x, (tuple, dict)) else (x,)
-        return checked(prepended(torch.as_tensor(y), x, "ntkit_targets"), "x and y")
+        return checked(prepended(torch.as_tensor(y), x, "ntkit_targets"), "x and y", infinite=True)
 
     def _memory(self) -> int:
         return self._budget if self._budget is not None else free_memory(self._like().device) // 2
@@ -273,7 +274,7 @@ class PathKernel(Kernel):
 
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): every product replays the whole run."""
-        x = checked(x, "x")
+        x = checked(x, "x", infinite=True)
         operators = TangentKernel(self._network, self._mode(), list(self._params)).operator(x)
 
         def apply(v: Tensor) -> Tensor:

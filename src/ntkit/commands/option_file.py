@@ -1,0 +1,72 @@
+"""Options from a file: TOML, or the ``run.json`` of an earlier run. It imports no torch."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ntkit.base.checks import refusal
+from ntkit.base.files import read_bytes
+
+
+def with_options_of(file: Path, tokens: Iterable[str]) -> list[str]:
+    r"""The words of a command line, and behind them the options of a file that they do not name.
+
+    Parameters
+    ----------
+    file : a TOML file of ``key = value``, or a JSON file of such keys or with them under "settings". A key is an
+        option's name, with "-" or "_". True stands for the option alone, a list for several values; false and null are
+        left out.
+    tokens : the words of the command line; an option among them wins.
+
+    Raises
+    ------
+    Refused
+        When the file is neither, or a value is a table.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "mine.toml")
+    ...     _ = file.write_text('batch_size = 8\nclasses = [3, 8]\nlr = 0.1')
+    ...     with_options_of(file, ["analyze", "--lr", "0.5"])
+    ['analyze', '--lr', '0.5', '--batch-size', '8', '--classes', '3', '8']
+    """
+    words = list(tokens)
+    given = {word.partition("=")[0] for word in words}
+    for key, value in _read(file).items():
+        option = "--" + key.replace("_", "-")
+        if option not in given:
+            words += _words(file, option, value)
+    return words
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    kind = "TOML" if file.suffix == ".toml" else "JSON"
+    blob = read_bytes(file, f"a {kind} file of options", "Check the name.")
+    try:
+        told = tomllib.loads(blob.decode()) if kind == "TOML" else json.loads(blob)
+    except (ValueError, RecursionError) as error:
+        raise refusal(str(file), got=f"no {kind}: {error}", expected="options by name", fix="Correct it.") from error
+    settings = told.get("settings", told) if isinstance(told, dict) else told
+    if not isinstance(settings, dict):
+        fix = "Write a .toml file of key = value, or name a run.json."
+        raise refusal(str(file), got=type(told).__name__, expected="options by name", fix=fix)
+    return settings
+
+
+def _words(file: Path, option: str, value: Any) -> Iterator[str]:
+    if value is None or value is False:
+        return
+    yield option
+    if value is True:
+        return
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, (dict, list)) or one is None:
+            fix = "Write it as on the command line: a number, a text, or a list of them."
+            raise refusal(f"{file}, {option}", got=repr(one)[:80], expected="a number or a text", fix=fix)
+        yield str(one)

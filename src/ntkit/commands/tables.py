@@ -1,0 +1,126 @@
+"""The results of commands as tables on a terminal. It imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_SHOWN = 20  # eigenvalues in the terminal, at most
+
+
+def print_table(title: str, columns: str, rows: Iterable[Iterable[str]]) -> None:
+    """Print a table; `columns` names them, separated by "|", and ">" before a name aligns its column right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns.split("|"):
+        table.add_column(column.lstrip(">"), justify="right" if column[0] == ">" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def print_accuracies(results: dict) -> None:
+    """Print the table of an infinite network, and how far the module is from it."""
+    s = results["settings"]
+    rows = [(r["name"], *(_percent(r[key], 1) for key in ("mean", "error", "test"))) for r in results["accuracies"]]
+    title = f"{s['model']} at infinite width on {s['data']}, {s['train']:,} examples"
+    print_table(title, f"accuracy of|>{s['folds']} folds, %|>± s.e.|>test set, %", rows)
+    if results["distance"] is not None:
+        print(f"The module's own tangent kernel, at its weights, is {results['distance']:.1%} from the limit.")
+    if results["error"]:
+        print(f"An activation was computed by quadrature, with a relative error of {results['error']:.0e}.")
+
+
+def print_summary(folder: Path) -> None:
+    """Print test errors with their standard errors and certificates, the checks, and the report's path."""
+    from ntkit.base.files import read_json
+    from ntkit.base.run_files import understood
+
+    results = read_json(folder / "results.json")
+    with understood(folder / "results.json"):
+        _print_results(folder, results)
+
+
+def _print_results(folder: Path, results: dict[str, Any]) -> None:
+    errors = [("the network", results["network"]["test_error"], "")]
+    for m in results["machines"]:
+        gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
+        errors.append((f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}"))
+    # without a single error among the test examples the binomial standard error is 0 and no estimate
+    rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), text) for name, e, text in errors]
+    print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
+    alignments = {q["kernel"]: q["alignment_centered"] for q in results["quality"]}
+    first, last = (f"{a:.3f}" if (a := alignments.get(key)) is not None else "-" for key in ("init", "after"))
+    print(f"alignment with the targets (centered): {first} at initialization, {last} after training")
+    failed = [c["what"] for c in results["certificates"] if not c["ok"]]
+    passed = len(results["certificates"]) - len(failed)
+    print(f"checks: {passed} passed" + (f", {len(failed)} FAILED: {'; '.join(failed)}" if failed else ""))
+    print(f"report: {folder / 'report.html'}")
+
+
+def print_solved(results: dict[str, Any]) -> None:
+    """Print the leading eigenvalues with their residuals, and the errors of machines with their certificates."""
+    if (found := results.get("spectrum")) is not None:
+        shares = [value / found["trace"] for value in found["eigenvalues"]]
+        sums = [sum(shares[: i + 1]) for i in range(len(shares))]
+        pairs = zip(found["eigenvalues"], sums, found["residuals"], strict=True)
+        rows = [(f"{i}", f"{v:.6g}", _percent(s, 2), f"{r:.0e}") for i, (v, s, r) in enumerate(pairs, 1)]
+        shown = rows if len(rows) <= _SHOWN else [*rows[: _SHOWN - 1], rows[-1]]
+        title = f"spectrum of {results['samples']:,} samples, {found['status']}"
+        print_table(title, ">number|>eigenvalue|>of the trace so far, %|>residual", shown)
+    rows = []
+    for name in ("ridge", "svm"):
+        if (found := results.get(name)) is None:
+            continue
+        if name == "svm":
+            label, certificate = "hard-margin SVM", f"{found['status']}, gap {found['gap']:.0e}"
+        else:
+            passes = f", {found['passes']} passes" if found["passes"] else ""
+            label = f"ridge, {found['relative ridge']:g} of mean diagonal"
+            certificate = f"{found['status']}, residual {found['residual']:.0e}{passes}"
+        test = found["test error"] or {"value": None, "standard error": None}
+        errors = (found["training error"], test["value"], test["standard error"])
+        rows.append((label, *(_percent(value, 2) for value in errors), certificate))
+    if rows:
+        title = f"classifiers from {results['samples']:,} samples"
+        print_table(title, "machine|>training error, %|>test error, %|>± s.e.|certificate", rows)
+
+
+def print_explanation(folder: Path) -> None:
+    """Print, for each test point, the examples by both methods and what happened without them."""
+    from ntkit.base.files import read_json
+    from ntkit.base.run_files import understood
+    from ntkit.report import explain_text as text
+
+    results = read_json(folder / "results.json")
+    with understood(folder / "results.json"):
+        print(text.trust(results))
+        for point in results["points"]:
+            print(f"\ntest {point['test_index']} ({point['why']}). {text.answer(point)}")
+            columns = "training examples that|by accounting|>share|by influence|>score"
+            print_table("", columns, text.pairs_of_rows(point))
+            removed = text.removals(point, results["random_sets"])
+            print_table("", "removed|>predicted change|>real change", removed)
+        print(f"{text.agreement(results)}\n{text.checks(results)}")
+    print(f"report: {folder / 'explain.html'}")
+
+
+def print_claims(folder: Path) -> None:
+    """Print a study's table: claim, number, whether it holds."""
+    from ntkit.base.files import read_json
+
+    results = read_json(folder / "results.json")
+    paper = results["paper"]
+    if certificate := results.get("certificate"):
+        print(certificate["text"])
+    verdicts = {True: "holds", False: "does NOT", None: "-"}
+    rows = [(claim["claim"], claim["number"], verdicts[claim["holds"]]) for claim in results["claims"]]
+    print_table(f"{paper['authors']} {paper['year']}: {paper['title']}", "claim|measured|holds", rows)
+    print(f"report: {folder / 'report.html'}")

@@ -1,0 +1,174 @@
+"""Weights from files that others wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import ntkit
+
+
+def net(seed: int = 0, tied: bool = False) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    if tied:
+        model.append(nn.Linear(3, 4))
+        model[3].weight = model[0].weight
+    return model
+
+
+SOURCE = net(1)
+STATE = SOURCE.state_dict()
+PREFIXED = {"model." + name: value for name, value in STATE.items()}
+
+FORMS = {
+    "bare": (STATE, ""),
+    "state_dict": ({"state_dict": STATE, "epoch": 3, "lr_schedulers": []}, "state_dict"),
+    "model_state_dict": ({"model_state_dict": STATE, "optimizer_state_dict": {"state": {}}}, "model_state_dict"),
+    "model": ({"model": STATE, "args": {"lr": 0.1}}, "model"),
+    "nested": ({"model": {"state_dict": STATE}}, "model.state_dict"),
+    "Lightning": (
+        {"state_dict": {**PREFIXED, "loss.weight": torch.ones(3)}, "pytorch-lightning_version": "2.5"},
+        'state_dict; without the prefix "model."; left out: loss.weight',
+    ),
+    "data parallel": ({f"module.{name}": value for name, value in STATE.items()}, 'without the prefix "module."'),
+    "compiled in Lightning": (
+        {"state_dict": {f"model._orig_mod.{name}": value for name, value in STATE.items()}},
+        'without the prefix "model._orig_mod."',
+    ),
+    "a name of one's own": ({f"encoder.{name}": value for name, value in STATE.items()}, 'prefix "encoder."'),
+    "beside numbers": ({**STATE, "epoch": 3}, ""),
+    "half precision": ({name: v.half() if v.is_floating_point() else v for name, v in STATE.items()}, ""),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin"])
+@pytest.mark.parametrize("form", FORMS)
+def test_checkpoints_of_pytorch(tmp_path, form, suffix):
+    content, said = FORMS[form]
+    torch.save(content, tmp_path / f"last{suffix}")
+    model = net()
+    text = ntkit.load_weights(model, tmp_path / f"last{suffix}")
+    assert text.startswith(f"last{suffix}")
+    assert said in text
+    for name, value in model.state_dict().items():
+        given = STATE[name].half().to(value.dtype) if form == "half precision" and value.is_floating_point() else None
+        assert torch.equal(value, STATE[name] if given is None else given)
+
+
+def test_safetensors_with_a_prefix(tmp_path):
+    save_file(PREFIXED, tmp_path / "w.safetensors")
+    model = net()
+    assert 'without the prefix "model."' in ntkit.load_weights(model, tmp_path / "w.safetensors")
+    assert torch.equal(model[2].weight, STATE["2.weight"])
+
+
+def test_a_model_whose_names_begin_with_model(tmp_path):
+    """Only a prefix that the model does not have is left out."""
+    torch.save(PREFIXED, tmp_path / "w.pt")
+    outer = nn.Module()
+    outer.model = net()
+    assert ntkit.load_weights(outer, tmp_path / "w.pt") == "w.pt"
+    assert torch.equal(outer.model[2].weight, STATE["2.weight"])
+
+
+def test_tied_weights_under_one_name(tmp_path):
+    source = net(1, tied=True)
+    state = {f"module.{name}": value for name, value in source.state_dict().items() if name != "3.weight"}
+    torch.save(state, tmp_path / "w.pt")
+    model = net(tied=True)
+    ntkit.load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model[3].weight, source[0].weight)
+
+
+def test_folders_of_hugging_face(tmp_path):
+    save_file(STATE, tmp_path / "model.safetensors")
+    model = net()
+    ntkit.load_weights(model, tmp_path)
+    assert torch.equal(model[2].weight, STATE["2.weight"])
+    (tmp_path / "pieces").mkdir()
+    first, second = dict(list(STATE.items())[:3]), dict(list(STATE.items())[3:])
+    save_file(first, tmp_path / "pieces/model-1.safetensors")
+    save_file(second, tmp_path / "pieces/model-2.safetensors")
+    index = {name: f"model-{1 + (name in second)}.safetensors" for name in STATE}
+    (tmp_path / "pieces/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    model = net()
+    ntkit.load_weights(model, tmp_path / "pieces")
+    assert torch.equal(model[2].weight, STATE["2.weight"])
+    index["2.bias"] = "../model.safetensors"
+    (tmp_path / "pieces/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(ntkit.Refused, match="names of files in this folder"):
+        ntkit.load_weights(net(), tmp_path / "pieces")
+
+
+class Dangerous:
+    def __init__(self, place):
+        self.place = str(place)
+
+    def __reduce__(self):
+        return os.mkdir, (self.place,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_nothing_in_a_file_is_run(tmp_path, legacy):
+    torch.save(
+        {"state_dict": STATE, "callbacks": Dangerous(tmp_path / "made")},
+        tmp_path / "w.ckpt",
+        _use_new_zipfile_serialization=not legacy,
+    )
+    with pytest.raises(ntkit.Refused, match=r"got a pickle with \w+\.mkdir, .* would run code"):
+        ntkit.load_weights(net(), tmp_path / "w.ckpt")
+    assert not (tmp_path / "made").exists()
+
+
+REFUSED = {
+    "another network": (OrderedDict(a=torch.ones(2)), r"missing: 0\.weight.*1 unexpected: a"),
+    "a near name": (
+        {name.replace("2.weight", "2.wieght"): value for name, value in STATE.items()},
+        r"missing: 2\.weight; 1 unexpected: 2\.wieght.*The nearest names: 2\.weight ~ 2\.wieght",
+    ),
+    "another shape": ({**STATE, "2.bias": torch.ones(5)}, r"1 of another shape: 2\.bias \[5\] \(model: \[3\]\)"),
+    "lost digits": ({**STATE, "2.bias": torch.ones(3).double()}, "a dtype that would lose digits: 2.bias"),
+    "a whole list": ([1, 2], "got a checkpoint with list"),
+    "no tensors": ({"epoch": 3}, "got a checkpoint with 'epoch'"),
+    "nothing": ({}, "got nothing"),
+    "a namespace": ({"args": SimpleNamespace(lr=1.0), "state_dict": STATE}, r"a pickle with types\.SimpleNamespace"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(tmp_path, name):
+    content, message = REFUSED[name]
+    torch.save(content, tmp_path / "w.pt")
+    model = net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ntkit.Refused, match=message):
+        ntkit.load_weights(model, tmp_path / "w.pt")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing was loaded
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.ckpt").write_text("weights")
+    (tmp_path / "list.pt").write_bytes(pickle.dumps([1, 2]))
+    torch.save(STATE, tmp_path / "short.pt")
+    (tmp_path / "short.pt").write_bytes((tmp_path / "short.pt").read_bytes()[:-300])
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("empty.pt", r"empty\.pt: got"),
+        ("text.ckpt", r"text\.ckpt: got"),
+        ("list.pt", "list.pt: got"),
+        ("short.pt", "that torch.load cannot read"),
+        ("absent.pt", r"absent\.pt: got no such file"),
+        ("folder", "got a folder without weights"),
+    ):
+        with pytest.raises(ntkit.Refused, match=message):
+            ntkit.load_weights(net(), tmp_path / name)
