@@ -171,7 +171,7 @@ class _TransformersCallback(_Callback):
 class _Order(Sampler[int]):
     """A loader's sampler that keeps what it gave out, to tell which rows are in a batch; batches may be read ahead."""
 
-    def __init__(self, sampler: Sampler[int], batch_size: int) -> None:
+    def __init__(self, sampler: Any, batch_size: int) -> None:
         self._sampler, self._size = sampler, batch_size
         self._given: list[list[int]] = []  # of each pass over the data
         self._place = (0, 0)  # pass, and rows of it that are used
