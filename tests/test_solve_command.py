@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from processes import command
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import ntkit
@@ -150,7 +150,7 @@ def test_another_network_or_code_is_refused(case, tmp_path, monkeypatch):
     gram(f"{place}/net.py:make", "digits", settings, out=place / "store")
     svm = SolveSettings(svm=True)
     solve(place / "store", svm)
-    tensors = {name: 3 * t for name, t in ntkit.base.tensors.read_weights(weights).items()}
+    tensors = {name: 3 * t for name, t in load_file(weights).items()}
     save_file(tensors, weights)
     with pytest.raises(Refused, match="another model than when the store was made"):
         solve(place / "store", svm)
