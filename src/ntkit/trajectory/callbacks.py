@@ -194,7 +194,7 @@ class _Order(Sampler[int]):
             yield row
 
     def __len__(self) -> int:
-        return len(self._sampler)  # type: ignore[arg-type]
+        return len(self._sampler)
 
     def rows(self, batches: int) -> Tensor:
         """Rows of the next batches."""
