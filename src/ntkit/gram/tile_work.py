@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -18,7 +17,7 @@ from ntkit.base.batch import Batch, checked, count, leaves, take, with_leaves
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.data.streamed_samples import StreamedSamples
-from ntkit.gram.arrays import not_finite, shared
+from ntkit.gram.arrays import not_finite
 from ntkit.gram.tile_files import DTYPES, TileFiles, TileGrid
 from ntkit.jacobian.plan import Plan
 from ntkit.kernels.kernel import Kernel
@@ -36,18 +35,7 @@ def as_samples(x: Any) -> Samples:
         return x
     if isinstance(x, (Dataset, DataLoader)):
         return StreamedSamples(x)
-    if isinstance(x, np.ndarray):
-        x = _tensor(x)
-    elif isinstance(x, (tuple, list, dict)):
-        x = with_leaves(x, [_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves(x)])
     return checked(x, "x")
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    try:
-        return shared(array)
-    except TypeError as error:
-        raise refusal("x", got=f"{array.dtype} values", expected="numbers", fix="Convert the array.") from error
 
 
 def number_of(x: Samples) -> int:
