@@ -145,7 +145,7 @@ def test_interrupted_in_a_terminal_the_workers_say_nothing(place, whole, tmp_pat
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    lines = log.read_text().splitlines()
+    lines = [line for line in log.read_text().splitlines() if not line.startswith("kernel matrix: ")]
     assert re.fullmatch(r"stopped with \d+ of 120 tiles; the same call goes on", lines[-1])
     assert len(lines) == 4, lines  # size, time, workers, this
     done = command("gram", "net.py:make", *WORDS, "--out", out, cwd=place).done()
@@ -222,22 +222,8 @@ def test_what_it_says(place, whole, tmp_path):
     lines: list[str] = []
     gram(f"{place}/net.py:make", "digits", GramSettings(train=100, tile=10), out=tmp_path / "s", say=lines.append)
     assert lines[0].startswith("100 samples, 55 tiles of 10 x 10 in float32: 0.0 MB on the disk, which has ")
-    assert lines[1].startswith("about ")
+    assert re.fullmatch(r"about \d+ s, by the first tiles", lines[1])
     assert lines[2].startswith("55 tiles computed in ")
-
-
-def test_the_time_is_that_of_the_work(place, tmp_path, monkeypatch):
-    """From two tiles; the same process that estimates computes the rest."""
-    seconds = []
-    work = ntkit.gram.tile_work.TileWork
-    original = work.seconds_for
-    monkeypatch.setattr(work, "seconds_for", lambda self, *a: seconds.append(original(self, *a)) or seconds[-1])
-    monkeypatch.setenv("PAUSE", "0.05")
-    start = time.monotonic()
-    times = []
-    say = lambda line: times.append(time.monotonic() - start)
-    gram(f"{place}/net.py:make", "digits", GramSettings(train=400, tile=20), out=tmp_path / "s", say=say)
-    assert 0.5 < (times[2] - times[1]) / seconds[0] < 2
 
 
 @pytest.mark.parametrize("outputs", ["trace", "sum", "full"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from processes import command
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import ntkit
@@ -93,7 +93,7 @@ def test_strips_of_the_test_set_change_nothing(case, monkeypatch):
     assert solve(case[0] / "store", ALL) == before
 
 
-def test_what_was_solved_stays_in_the_folder(case, tmp_path):
+def test_what_was_solved_stays_in_the_folder(case, tmp_path, monkeypatch):
     store = copied(case, tmp_path)
     (store / "solved.json").unlink(missing_ok=True)
     first = solve(store, SolveSettings(spectrum=3))
@@ -106,6 +106,11 @@ def test_what_was_solved_stays_in_the_folder(case, tmp_path):
     text = (store / "solved.json").read_text()
     (store / "solved.json").write_text(text.replace('"optimal"', '"Optimal"'))
     assert {r.file for r in verify(store) if r.status == "damaged"} == {"solved.json"}
+    monkeypatch.setattr("ntkit.commands.solve_store._svm", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # what was finished before is kept, in place of the damaged file
+        solve(store, SolveSettings(spectrum=3, svm=True))
+    assert json.loads((store / "solved.json").read_text())["spectrum"] == first["spectrum"]
+    assert {record.status for record in verify(store)} == {"ok"}
 
 
 def test_labels_from_a_file(case, tmp_path):
@@ -150,7 +155,7 @@ def test_another_network_or_code_is_refused(case, tmp_path, monkeypatch):
     gram(f"{place}/net.py:make", "digits", settings, out=place / "store")
     svm = SolveSettings(svm=True)
     solve(place / "store", svm)
-    tensors = {name: 3 * t for name, t in ntkit.base.tensors.read_weights(weights).items()}
+    tensors = {name: 3 * t for name, t in load_file(weights).items()}
     save_file(tensors, weights)
     with pytest.raises(Refused, match="another model than when the store was made"):
         solve(place / "store", svm)

@@ -117,6 +117,10 @@ def test_blocks_go_through_the_model_as_often_as_memory_asks(blocks, passes, tmp
     per_block = 3 * sum(step.bytes_per_sample for step in k.plan_for_tiles(x, 3).steps)
     store = ntkit.GramStore.create(tmp_path / "store", k, x, tile=3, memory=int(blocks * per_block))
     assert len(prepared) == passes
+    work = tile_work.TileWork(k, x, 3, int(blocks * per_block), torch.device("cpu"))
+    work.follow(store._files)
+    work.seconds = [99.0, 10.0]  # of a block's way through the model: the first is slower
+    assert work.seconds_for(store._files.grid.tiles, 0.5) == pytest.approx(10.0 * passes + 0.5 * 10)
     torch.testing.assert_close(store.dense(), ntkit.Gram(k(x)).dense(), rtol=0, atol=1e-13 * store.largest)
 
 

@@ -129,6 +129,8 @@ def test_copies_that_do_not_fit_into_memory_are_refused(tmp_path, monkeypatch):
     on_disk = np.load(tmp_path / "x.npy", mmap_mode="r")
     assert tile_workers.copied_bytes(tile_workers.by_file_names(on_disk, samples(18))) == 0
     assert tile_workers.copied_bytes(tile_workers.by_file_names(x, samples(18))) == x.nbytes
+    several = {"a": on_disk, "b": (x, torch.from_numpy(x)), "c": None, "d": 3}
+    assert tile_workers.copied_bytes(tile_workers.by_file_names(several, samples(18))) == 2 * x.nbytes
 
 
 def test_a_gpu_for_each_task_where_workers_say_which_have_one():

@@ -52,17 +52,18 @@ def with_leaves(x: Batch, tensors: list[Tensor]) -> Batch:
     if isinstance(x, Tensor):
         return tensors[0]
     following = iter(tensors)
-    result = _mapped(x, lambda entry: next(following) if isinstance(entry, Tensor) else entry)
+    result = mapped(x, lambda entry: next(following) if isinstance(entry, Tensor) else entry)
     if next(following, None) is not None:
         raise ValueError("more tensors than places")
     return result
 
 
-def _mapped(x: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(x, dict):
-        return {name: _mapped(entry, function) for name, entry in x.items()}
+def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
+    """The same tuples, lists and dicts (of any mapping) with the function's values of their entries."""
+    if isinstance(x, Mapping):
+        return {name: mapped(entry, function) for name, entry in x.items()}
     if isinstance(x, (tuple, list)):
-        return type(x)([_mapped(entry, function) for entry in x])
+        return type(x)([mapped(entry, function) for entry in x])
     return function(x)
 
 

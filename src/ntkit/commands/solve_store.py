@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ntkit.base.checks import refusal
+from ntkit.base.checks import Damaged, refusal
 from ntkit.base.files import read_json, write_json
 from ntkit.base.lock import FolderLock
 from ntkit.base.progress import task
@@ -37,7 +37,7 @@ def solve(
     trust: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Compute what the settings ask for from a store; return it, and write it into ``STORE/solved.json``.
+    """Compute what the settings ask for from a store; return it, and write each part into ``STORE/solved.json``.
 
     Labels, and for the test error the test set, are those of the data set that `ntkit gram` took. The kernel between
     test and training examples is computed in strips, and not kept.
@@ -57,26 +57,33 @@ def solve(
     """
     settings.check()
     K, files = GramStore.open(store), TileFiles(Path(store))
-    checksum = K.checksum
-    results: dict[str, Any] = {"tiles": checksum, "samples": files.grid.n, "dtype": files.grid.dtype}
+    results: dict[str, Any] = {"tiles": K.checksum, "samples": files.grid.n, "dtype": files.grid.dtype}
     labels, test = None, None
     if settings.ridge is not None or settings.svm:
         labels, test = _labels(files, settings, trust)
-    if settings.spectrum is not None:
-        say(f"the top {settings.spectrum} of the spectrum")
-        results["spectrum"] = _spectrum(K, settings.spectrum)
-    if settings.ridge is not None and labels is not None:
-        say("kernel ridge regression")
-        results["ridge"] = _ridge(K, settings.ridge, labels, test)
+    parts: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
+    if (k := settings.spectrum) is not None:
+        parts.append(("spectrum", f"the top {k} of the spectrum", lambda: _spectrum(K, k)))
+    if (ridge := settings.ridge) is not None and labels is not None:
+        parts.append(("ridge", "kernel ridge regression", lambda: _ridge(K, ridge, labels, test)))
     if settings.svm and labels is not None:
-        say("hard-margin SVM")
-        results["svm"] = _svm(K, labels, test)
-    with FolderLock(store):
-        place = Path(store) / SOLVED
-        earlier = read_json(place) if place.exists() else {}
-        same = isinstance(earlier, dict) and earlier.get("tiles") == checksum
-        write_json(place, (earlier if same else {}) | results)
+        parts.append(("svm", "hard-margin SVM", lambda: _svm(K, labels, test)))
+    for name, line, work in parts:
+        say(line)
+        results[name] = work()
+        _keep(Path(store), results)
     return results
+
+
+def _keep(store: Path, results: dict[str, Any]) -> None:
+    """Write what there is now, beside what was computed before from the same tiles."""
+    with FolderLock(store):
+        try:
+            earlier = read_json(store / SOLVED) if (store / SOLVED).exists() else {}
+        except Damaged:
+            earlier = {}
+        same = isinstance(earlier, dict) and earlier.get("tiles") == results["tiles"]
+        write_json(store / SOLVED, (earlier if same else {}) | results)
 
 
 class _Test:

@@ -97,6 +97,7 @@ class GramStore(Gram):
         ----------
         path : the folder, new or begun with the same kernel and data.
         kernel : with values [n, n] or [n, n, C, C], in float32 or float64. Leave its model unchanged meanwhile.
+            (`ntkit gram` passes one by the name of its network's factory.)
         x : n samples: a tensor, a tuple or dict of tensors, or numpy arrays in their place (a memmap stays on disk); or
             a map-style dataset of samples, or of pairs (sample, label), or a DataLoader of one that does not shuffle:
             its samples are read block by block, and are the same whenever they are read.

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -18,7 +17,7 @@ from ntkit.base.batch import Batch, checked, count, leaves, take, with_leaves
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.data.streamed_samples import StreamedSamples
-from ntkit.gram.arrays import not_finite, shared
+from ntkit.gram.arrays import not_finite
 from ntkit.gram.tile_files import DTYPES, TileFiles, TileGrid
 from ntkit.jacobian.plan import Plan
 from ntkit.kernels.kernel import Kernel
@@ -36,18 +35,7 @@ def as_samples(x: Any) -> Samples:
         return x
     if isinstance(x, (Dataset, DataLoader)):
         return StreamedSamples(x)
-    if isinstance(x, np.ndarray):
-        x = _tensor(x)
-    elif isinstance(x, (tuple, list, dict)):
-        x = with_leaves(x, [_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves(x)])
     return checked(x, "x")
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    try:
-        return shared(array)
-    except TypeError as error:
-        raise refusal("x", got=f"{array.dtype} values", expected="numbers", fix="Convert the array.") from error
 
 
 def number_of(x: Samples) -> int:
@@ -175,8 +163,15 @@ class TileWork:
 
     def seconds_for(self, tiles: Iterable[tuple[int, int]], each: float) -> float:
         """Time that tiles will take in this process: `each` of them, and the model as long as it took last."""
-        bands = self.bands(tiles)
-        passes = sum(len({block for tile in band for block in tile}) for band in bands)
+        bands, passes, kept = self.bands(tiles), 0, dict.fromkeys(self._factors)
+        for band in bands if self.factors_kept else []:
+            rows = {i for i, _ in band}
+            for i, j in band:
+                for block in (i, j):
+                    if block not in kept:
+                        self._make_room(kept, rows | {j})
+                        kept[block] = None
+                        passes += 1
         return passes * (self.seconds[-1] if self.seconds else 0.0) + sum(map(len, bands)) * each
 
     def release(self) -> None:
@@ -211,15 +206,18 @@ class TileWork:
     def _factors_of(self, i: int, wanted: set[int]) -> Any:
         """Factors of a block, kept; those that are not wanted again make room."""
         if i not in self._factors:
-            unwanted = [block for block in self._factors if block not in wanted]
-            while len(self._factors) >= self._most_blocks() and unwanted:
-                del self._factors[unwanted.pop(0)]
+            self._make_room(self._factors, wanted)
             start = time.perf_counter()
             self._factors[i] = self._kernel.factors(self._block(i), self.plan)
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - start)
         return self._factors[i]
+
+    def _make_room(self, kept: dict[int, Any], wanted: set[int]) -> None:
+        unwanted = [block for block in kept if block not in wanted]
+        while len(kept) >= self._most_blocks() and unwanted:
+            del kept[unwanted.pop(0)]
 
     def _tile(self, i: int, j: int, wanted: set[int]) -> Tensor:
         if self.factors_kept:

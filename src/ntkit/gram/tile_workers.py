@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ntkit.base.batch import leaves, with_leaves
+from ntkit.base.batch import mapped
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.versions import versions
 from ntkit.data.streamed_samples import StreamedSamples
@@ -88,27 +88,28 @@ def by_file_names(given: Any, x: Samples) -> Any:
         order = "C" if leaf.flags.c_contiguous else "F"
         return _FileArray(str(leaf.filename), leaf.dtype.str, leaf.shape, leaf.offset, order)
 
-    if isinstance(given, (tuple, list, dict)):
-        return with_leaves(given, [named(leaf) for leaf in leaves(given)])
-    return named(given)
+    return mapped(given, named)
 
 
 def copied_bytes(sent: Any) -> int:
     """Bytes of the samples that each worker has a copy of, of what `by_file_names` returned."""
     if isinstance(sent, StreamedSamples):
         return 0
-    parts = leaves(sent) if isinstance(sent, (tuple, list, dict)) else [sent]
-    return sum(part.nbytes for part in parts if not isinstance(part, _FileArray))
+    found = 0
+
+    def add(part: Any) -> None:
+        nonlocal found
+        found += getattr(part, "nbytes", 0)  # of tensors and arrays
+
+    mapped(sent, add)
+    return found
 
 
 def _opened(x: Any) -> Samples:
     if isinstance(x, StreamedSamples):
         return x
 
-    def array(leaf: Any) -> Any:
-        return leaf.open() if isinstance(leaf, _FileArray) else leaf
-
-    return as_samples(with_leaves(x, [array(t) for t in leaves(x)]) if isinstance(x, (tuple, list, dict)) else array(x))
+    return as_samples(mapped(x, lambda leaf: leaf.open() if isinstance(leaf, _FileArray) else leaf))
 
 
 def compute(
