@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import check_dense
+from ntkit.base.shown import Shown
 from ntkit.explanations.retrainings import Retrainings, subsets
 
 
-@dataclass
-class Evaluation:
+@dataclass(repr=False)
+class Evaluation(Shown):
     """How well scores predict what happens to the network, as one number with its error.
 
     Attributes
@@ -116,8 +117,8 @@ def datamodeling_score(
     return result
 
 
-@dataclass
-class Deletion:
+@dataclass(repr=False)
+class Deletion(Shown):
     """What happens to each test point without the examples that an explanation ranks highest, or lowest.
 
     Attributes

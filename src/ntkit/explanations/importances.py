@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from ntkit.base.batch import checked, count
 from ntkit.base.caller_context import no_context, own_context
 from ntkit.base.checks import refusal
+from ntkit.base.shown import Shown
 from ntkit.gram.arrays import as_floats, check_finite
 from ntkit.kernels.output_loss import OutputLoss, model_outputs
 from ntkit.trajectory import Trajectory
@@ -24,8 +25,8 @@ _IDLE = Update(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # of a parameter that never h
 _OTHER_WAYS = "Use ntkit.PathKernel(run).decompose(x), which is exact for it, or target_importance."
 
 
-@dataclass
-class Importance:
+@dataclass(repr=False)
+class Importance(Shown):
     """One number per training example and output, the same for every test point: alpha in alpha_i K(x_i, x).
 
     Attributes

@@ -16,6 +16,7 @@ from ntkit.base.caller_context import no_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
+from ntkit.base.shown import Shown
 from ntkit.explanations.measures_of_outputs import Measure, OutputMeasure
 from ntkit.explanations.unrolled import Unrolled, derivatives_of_measures
 from ntkit.kernels.path.decomposition import Top
@@ -35,8 +36,8 @@ _AGREE = 1e-4  # own error of finite differences that are good enough
 _DIRECTION = 0.05  # of the weights in the measurement of metasmoothness
 
 
-@dataclass
-class FiniteDifferences:
+@dataclass(repr=False)
+class FiniteDifferences(Shown):
     """Derivatives by the weights of a few examples, once more: from runs with slightly other weights, in float64.
 
     Attributes
@@ -57,8 +58,8 @@ class FiniteDifferences:
     step: float
 
 
-@dataclass
-class Influence:
+@dataclass(repr=False)
+class Influence(Shown):
     """d measure_j / d weight of training example i: leaving i out changes measure_j by about ``-scores[j, i]``.
 
     The result of `ntkit.influence`, for m test points and n training examples; all tensors are on the CPU.

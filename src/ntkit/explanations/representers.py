@@ -14,6 +14,7 @@ from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
+from ntkit.base.shown import Shown
 from ntkit.explanations.importances import Importance
 from ntkit.gram.arrays import Matrix, as_floats, as_matrix, check_finite
 from ntkit.kernels.kernel import Kernel
@@ -23,8 +24,8 @@ from ntkit.trajectory.objective import Inputs
 AnyKernel = Kernel | Callable[[Any, Any], Any]
 
 
-@dataclass
-class Explanation:
+@dataclass(repr=False)
+class Explanation(Shown):
     """Scores of n training examples for m test points: what each did for the output that is explained.
 
     Any scores become an Explanation: ``Explanation(scores)``; those of a path kernel by `Explanation.of_path`.

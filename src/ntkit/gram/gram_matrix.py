@@ -12,6 +12,8 @@ from torch import Tensor
 from ntkit.base.batch import Batch
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory
+from ntkit.base.notebook_figures import matrix
+from ntkit.base.shown import as_table
 from ntkit.gram.arrays import BLOCK, Matrix, as_floats, as_tensor, not_finite
 from ntkit.gram.gram_identity import identity
 from ntkit.kernels.kernel import Kernel
@@ -24,6 +26,7 @@ from ntkit.kernels.kernel import Kernel
 # A mistake (points in two orders, two sets of points, an entry overwritten) is of order 1e-2 and more.
 SYMMETRY = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 _TILE = 256  # rows and columns compared at once: three tiles stay in cache
+_DRAWN = 500  # samples of an image
 _FAR = 16  # tiles side by side before the next row of tiles: of a file, whole pages are read, and each once
 Index = slice | Tensor | np.ndarray | list[int]
 
@@ -230,6 +233,31 @@ class Gram:
         if self._identity is None:
             self._identity = identity(self._values, self.dtype)
         return self._identity
+
+    def plot(self, y: Tensor | None = None) -> Any:
+        """The matrix as an image, in a plotly figure: at most 500 samples, evenly chosen.
+
+        Parameters
+        ----------
+        y : labels [n]: samples are sorted by them, with lines between classes.
+        """
+        labels = torch.zeros(len(self)) if y is None else torch.as_tensor(y).cpu()
+        if labels.shape != (len(self),):
+            fix = "Give one label per sample."
+            raise refusal("y", got=f"shape {list(labels.shape)}", expected=f"[{len(self)}]", fix=fix)
+        order = labels.argsort(stable=True)
+        chosen = order[torch.linspace(0, len(self) - 1, min(len(self), _DRAWN)).long()]
+        own = labels[chosen]
+        bounds = (own[1:] != own[:-1]).nonzero().ravel().add(1).tolist()
+        values = self.tile(chosen, chosen)
+        if values.dim() == 4:
+            values = values.diagonal(dim1=2, dim2=3).sum(-1)
+        kind = "" if len(chosen) == len(self) else f" of {len(self):,}"
+        return matrix(f"Kernel on {len(chosen)}{kind} samples", values.cpu().numpy(), "sample", bounds)
+
+    def _repr_html_(self) -> str:
+        shape = f"{self.shape[0]:,} x {self.shape[1]:,}"
+        return as_table(type(self).__name__, {"size": shape, "outputs": str(self.outputs), "dtype": str(self.dtype)})
 
     def __repr__(self) -> str:
         kind = f", {self.outputs} outputs" if self.outputs > 1 else ""

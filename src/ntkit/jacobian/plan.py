@@ -59,7 +59,7 @@ class Step:
     late: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """How a kernel is computed: one `Step` per parameter, and sizes in samples. ``print(plan)`` shows a table.
 
@@ -115,6 +115,9 @@ class Plan:
     def seconds(self) -> float:
         """Time of all products on one core, by the machine's rates; the model's own passes not counted."""
         return sum(step.seconds for step in self.steps)
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self.steps)} parameters, {self.flops / 1e9:.3g} GFLOP, tiles of {self.tile} samples)"
 
     def __str__(self) -> str:
         """Table of routes and costs, the most expensive first."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
+from ntkit.base.shown import of_model
 from ntkit.base.workers import product
 from ntkit.jacobian.forwards import each_forward
 from ntkit.jacobian.graph import find_uses, nodes_behind
@@ -59,6 +60,9 @@ class ConjugateKernel(Kernel):
                 fix = nearest(str(layer)[:80], modules)
                 raise refusal("layer", got=repr(layer)[:80], expected="a submodule's name", fix=fix)
             self._layer = modules[layer]
+
+    def __repr__(self) -> str:
+        return of_model(type(self), self._model)
 
     @own_context()
     def features(self, x: Batch) -> Tensor:

@@ -11,6 +11,7 @@ from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
+from ntkit.base.shown import of_model
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.model_calls import Outputs, Params, call, reduce_outputs, untouched
@@ -107,6 +108,10 @@ class InfluenceKernel(Kernel):
         self._factor: Tensor | None = None  # k = base Theta + sign G G^T, G = J(x) or K(x, X) times this factor
         self._certificate: dict[str, Any] = {}
         self._computed_at = ""
+
+    def __repr__(self) -> str:
+        engine = self._engine
+        return of_model(type(self), engine.model, engine.params, curvature=self._curvature, outputs=engine.outputs)
 
     @property
     @own_context()

@@ -145,6 +145,9 @@ class KernelOperator:
         self._apply, self._diagonal = apply, diagonal
         self.dtype, self.device = like.dtype, like.device
 
+    def __repr__(self) -> str:
+        return f"KernelOperator({self.shape[0]} x {self.shape[1]}, {self.dtype}, {self.device})"
+
     @own_context()
     def __matmul__(self, v: Tensor) -> Tensor:
         """K v."""

@@ -15,6 +15,7 @@ from ntkit.base.batch import Batch, count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
+from ntkit.base.shown import of_model
 from ntkit.base.workers import product, workers
 from ntkit.jacobian.engine import Engine, Job
 from ntkit.jacobian.model_calls import Outputs, Params, selected
@@ -104,6 +105,10 @@ class SketchedKernel(Kernel):
         self._engine = Engine(selected(model, select), outputs, params, memory)
         self._mode, self._dim, self._seed = self._engine.mode, dim, seed
         self._trusted: list[Structure] = []  # graphs on which the self-check has passed
+
+    def __repr__(self) -> str:
+        engine = self._engine
+        return of_model(type(self), engine.model, engine.params, dim=self._dim, outputs=engine.outputs)
 
     # ------------------------------------------------------------------ values
 

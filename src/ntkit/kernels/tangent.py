@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
+from ntkit.base.shown import of_model
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.kept_factors import KeptFactors, factors_of, plan_for_tiles, product_of
 from ntkit.jacobian.model_calls import Outputs, Params, selected
@@ -71,6 +72,10 @@ class TangentKernel(Kernel):
         select: Callable[[Any], Any] | None = None,
     ) -> None:
         self._engine = Engine(selected(model, select), outputs, params, memory, routes)
+
+    def __repr__(self) -> str:
+        engine = self._engine
+        return of_model(type(self), engine.model, engine.params, outputs=engine.outputs)
 
     # ------------------------------------------------------------------ values
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
+from ntkit.base.shown import Shown
 from ntkit.gram.arrays import AnyMatrix, Matrix, as_floats, as_tensor, check_finite, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram, as_gram
 from ntkit.kernels.kernel import KernelOperator
@@ -29,8 +30,8 @@ from ntkit.machines.machine_input import (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Posterior(Generic[AnyMatrix]):
+@dataclass(frozen=True, eq=False, repr=False)
+class Posterior(Shown, Generic[AnyMatrix]):
     """A Gaussian over the values at m test points: N(mean, covariance), the same covariance for each of C outputs.
 
     Attributes

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import checked
 from ntkit.base.checks import refusal, undefined
 from ntkit.base.progress import task
+from ntkit.base.shown import Shown
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.jacobian.model_calls import check_module, reduce_outputs
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
@@ -39,8 +40,8 @@ class MonteCarlo(NamedTuple):
     standard_error: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Convergence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Convergence(Shown):
     """Kernels of random networks of growing width, against their limit.
 
     Attributes

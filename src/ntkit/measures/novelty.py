@@ -11,6 +11,7 @@ from torch import Tensor
 from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
+from ntkit.base.shown import Shown
 from ntkit.gram.gram_matrix import as_gram
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import spectrum
@@ -19,8 +20,8 @@ RIDGE = 1e-4  # of the mean diagonal of the training Gram matrix
 _FLOOR_SAMPLES = 64  # training samples whose own score gives the floor
 
 
-@dataclass(frozen=True, eq=False)
-class Novelty:
+@dataclass(frozen=True, eq=False, repr=False)
+class Novelty(Shown):
     """Scores of m samples against n training samples, larger for more novel, with their certificate. See `novelty`.
 
     Attributes

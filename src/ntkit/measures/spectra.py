@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ntkit.base.checks import refusal, undefined
 from ntkit.base.memory import free_memory
+from ntkit.base.notebook_figures import curves
+from ntkit.base.shown import Shown
 from ntkit.gram.arrays import Matrix, as_floats, check_finite
 from ntkit.gram.gram_matrix import Gram, as_gram, fits_dense
 from ntkit.gram.krylov import Product, leading
@@ -30,8 +32,8 @@ class Operator(Protocol):
         """A ``scipy.sparse.linalg.LinearOperator``."""
 
 
-@dataclass(frozen=True, eq=False)
-class Spectrum:
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectrum(Shown):
     """Leading eigenpairs of a Gram matrix, largest eigenvalue first, with their certificate.
 
     Attributes
@@ -58,6 +60,12 @@ class Spectrum:
     def tail(self) -> float | None:
         """The rest of the trace, ``trace - sum(eigenvalues)`` over the eigenvalues computed; None without a trace."""
         return None if self.trace is None else self.trace - float(self.eigenvalues.sum())
+
+    def plot(self) -> Any:
+        """The eigenvalues against their number, both on logarithmic axes, as a plotly figure; those above `noise`."""
+        positive = [(i, float(v)) for i, v in enumerate(self.eigenvalues, 1) if v > max(self.noise, 0.0)]
+        series = {"eigenvalues": ([i for i, _ in positive], [v for _, v in positive])}
+        return curves("Spectrum", "number", "eigenvalue", series, log_x=True, log_y=True)
 
     def energy(self, v: ArrayLike | Tensor) -> Tensor:
         """Cumulative relative energy of `v` in the leading eigenvectors (Kopitkov & Indelman 2020).

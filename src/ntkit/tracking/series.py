@@ -12,13 +12,16 @@ import numpy as np
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_arrays_and_metadata, write_arrays, write_json
 from ntkit.base.integrity import check_place, damaged
+from ntkit.base.notebook_figures import curves
 from ntkit.base.run_files import read_step, read_steps, read_track_settings, tracking_id
+from ntkit.base.shown import Shown
 
+_PLOTTED = ("loss", "trace", "alignment_centered", "distance")
 _TRENDS = ("trace", "sharpness", "alignment_centered")
 
 
-@dataclass(frozen=True, eq=False)
-class Tracked:
+@dataclass(frozen=True, eq=False, repr=False)
+class Tracked(Shown):
     """Result of `track`: one entry per snapshot in every series.
 
     Attributes
@@ -70,6 +73,35 @@ class Tracked:
         vectors = {r["step"]: read_vectors(path, r["step"], tracking)["eigenvectors"] for r in records}
         settings = {name: value for name, value in settings.items() if name not in ("steps", "images")}
         return assembled(settings, records, vectors, path)
+
+    def _shown(self) -> dict[str, Any]:
+        told = {name: self.settings[name] for name in ("points", "outputs", "kernel") if name in self.settings}
+        return {**told, "snapshots": f"{len(self.steps)}, steps {self.steps[0]} to {self.steps[-1]}",
+                "series": ", ".join(self.series), "path": self.path}  # fmt: skip
+
+    def plot(self, *names: str) -> Any:
+        """Series of one number per snapshot against the step, as a plotly figure.
+
+        Parameters
+        ----------
+        names : of `series`; by default trace, alignment (centered), distance and loss, each over its largest value.
+
+        Raises
+        ------
+        Refused
+            For a name that is none of `series`, or whose entries are not single numbers.
+        """
+        chosen = names or tuple(name for name in _PLOTTED if name in self.series)
+        drawn = {}
+        for name in chosen:
+            values = self.series.get(name)
+            if values is None or not all(v is None or isinstance(v, (int, float)) for v in values):
+                fix = "See .series for the names."
+                raise refusal("names", got=repr(name), expected="a series of single numbers", fix=fix)
+            largest = 1.0 if names else max((abs(v) for v in values if v is not None), default=1.0) or 1.0
+            drawn[name] = (self.steps, [None if v is None else v / largest for v in values])
+        title = "value" if names else "over the largest value"
+        return curves("Kernel along training", "step", title, drawn)
 
     def eigenvectors(self, step: int) -> np.ndarray:
         """Top eigenvectors at a snapshot, [N, k] (outputs="diagonal": [C, n, k])."""

@@ -18,6 +18,7 @@ from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.base.progress import task
+from ntkit.base.shown import of_model
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
@@ -145,6 +146,9 @@ class InfiniteKernel(Kernel):
         like = torch.empty(0, dtype=self._read(x)[2], device=x.device)
         values = lru_cache(1)(lambda: self(x))
         return KernelOperator(count(x), lambda v: values() @ v, lambda: self.diagonal(x), like)
+
+    def __repr__(self) -> str:
+        return of_model(type(self), self._model)
 
     # ------------------------------------------------------------------ values
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import refusal
+from ntkit.base.notebook_figures import bars
+from ntkit.base.shown import Shown
 
 
 class Top(NamedTuple):
@@ -26,8 +28,8 @@ class StepShare(NamedTuple):
     values: Tensor
 
 
-@dataclass
-class PathDecomposition:
+@dataclass(repr=False)
+class PathDecomposition(Shown):
     """f_S(x) = initial + sum_i contributions_i + regularization, up to the residual: per test point and output.
 
     The result of `ntkit.PathKernel.decompose`, for m test points, C outputs and n training examples; all tensors are in
@@ -87,6 +89,24 @@ class PathDecomposition:
         if not bool(((index >= -outputs) & (index < outputs)).all()):
             raise refusal("output", got=output, expected=f"outputs below {outputs}", fix="Outputs are numbered from 0.")
         return self.contributions[torch.arange(m), index]
+
+    def plot(self, point: int = 0, k: int = 10, output: int | None = None) -> Any:
+        """The k training examples with the largest contributions to one prediction, by size, as a plotly figure.
+
+        Parameters
+        ----------
+        point : the test point.
+        k : examples.
+        output : which output; None for the largest (predicted) one.
+        """
+        m, n = len(self.prediction), self.contributions.shape[2]
+        if not 0 <= point < m:
+            raise refusal("point", got=point, expected=f"0 to {m - 1}", fix="Test points are numbered from 0.")
+        own = self.of(output)[point]
+        order = own.abs().topk(min(k, n)).indices
+        title = f"Contributions to the output of test point {point}"
+        names = [f"example {int(i)}" for i in order]
+        return bars(title, "contribution", "training example", names, own[order].tolist())
 
     def by_class(self, labels: Tensor) -> Tensor:
         """Sum of the contributions of each class's examples: [m, C, classes]; labels int64 [n]."""

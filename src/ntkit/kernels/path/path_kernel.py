@@ -15,6 +15,7 @@ from ntkit.base.caller_context import no_context
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
+from ntkit.base.shown import of_model
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.model_calls import Outputs, check_mode, reduce_outputs, required_arguments
 from ntkit.jacobian.structure import SelfCheckError
@@ -122,6 +123,9 @@ class PathKernel(Kernel):
         self._params = {name: p for name, p in self._network.named_parameters() if name in self._replay.names}
         self._readout = _Readout(self._network, "full" if outputs == "trace" else outputs)
         self._segment(self._readout)  # checks the settings
+
+    def __repr__(self) -> str:
+        return of_model(type(self), self._network, self._params, steps=self._replay.steps, integration=self._how[0])
 
     # ------------------------------------------------------------------ the decomposition
 
