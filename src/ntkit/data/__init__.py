@@ -3,4 +3,4 @@
 from ntkit.data.dataset import Data as Data
 from ntkit.data.dataset import from_dataset as from_dataset
 from ntkit.data.dataset import from_tensors as from_tensors
-from ntkit.data.dataset import load as load
+from ntkit.data.loading import load as load
