@@ -568,9 +568,9 @@ def test_an_unreadable_file_and_folder_are_refused(tmp_path, monkeypatch):
 
 
 def test_other_paths_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("1,2")
-    with pytest.raises(Refused, match=r"a.csv: got another kind of file"):
-        load(tmp_path / "a.csv")
+    (tmp_path / "a.xlsx").write_text("1,2")
+    with pytest.raises(Refused, match=r"a.xlsx: got another kind of file"):
+        load(tmp_path / "a.xlsx")
     with pytest.raises(Refused, match=r"none.npz: got no such file"):
         load(tmp_path / "none.npz")
     with pytest.raises(Refused, match=r"neither the name of a data set nor a file"):
@@ -642,6 +642,44 @@ def test_broken_images_are_named(tmp_path, what, message):
     with pytest.raises(Refused, match=f"3.png: got .*{message}|3.png: {message}") as caught:
         load(tmp_path)
     assert str(tmp_path / "bee" / "3.png") in str(caught.value)
+
+
+def test_images_of_mixed_sizes_are_resized_and_their_centers_cut_out(tmp_path):
+    """Pillow alone gives the pixels: the shorter side to 4 pixels, bilinear and antialiased, then the center."""
+    from PIL import Image
+
+    sizes = {"a": [(8, 8), (9, 4), (4, 10)], "b": [(16, 12), (5, 7), (2, 3)]}
+    expected = []
+    for name, own in sizes.items():
+        (tmp_path / name).mkdir()
+        for i, (width, height) in enumerate(own):
+            pixels = numbers(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+            short = min(width, height)
+            size = round(4 * width / short), round(4 * height / short)
+            resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+            top, left = (resized.shape[0] - 4) // 2, (resized.shape[1] - 4) // 2
+            expected.append(resized[top : top + 4, left : left + 4].transpose(2, 0, 1))
+    with pytest.raises(Refused, match=r"1.png: got 9 x 4 RGB; expected 8 x 8 RGB, as 0.png. Resize them: --resize 4 "):
+        load(tmp_path)
+    data = load(tmp_path, resize=4)
+    assert data.input_shape == (3, 4, 4)
+    assert data.classes == ("a", "b")
+    assert "shorter side resized to 4 pixels (Pillow, bilinear, antialiased), then the center cut out" in data.source
+    found = torch.cat([data.x_train, data.x_test]).mul(255).round().flatten(1).tolist()
+    assert sorted(found) == sorted(image.flatten().tolist() for image in expected)
+
+
+def test_resizing_an_image_of_the_size_asked_for_changes_nothing(tmp_path):
+    write_images(tmp_path, size=(6, 6))
+    assert load(tmp_path, resize=6).hash == load(tmp_path).hash
+
+
+@pytest.mark.parametrize("size", [0, -3, True, 2.5, 5000])
+def test_refused_sizes(tmp_path, size):
+    write_images(tmp_path)
+    with pytest.raises(Refused, match=r"resize .--resize.: got .*; expected a number of pixels from 1 to 4,096"):
+        load(tmp_path, resize=size)
 
 
 def test_odd_folders_are_refused(tmp_path):

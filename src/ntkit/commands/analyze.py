@@ -41,7 +41,7 @@ from ntkit.commands.network_measures import LABELS
 from ntkit.commands.results import KERNELS, assemble, earlier_run, versions
 from ntkit.commands.settings import Settings
 from ntkit.commands.stage_files import REPLACED, StageFiles, put_aside, put_back, recover
-from ntkit.data import Data, load
+from ntkit.data import Data
 from ntkit.gram.gram_matrix import Gram
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.spectra import alignment
@@ -228,9 +228,8 @@ class _Run:
 
     def _open(self) -> None:
         s = self.settings
-        self.data = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
-        outputs = 1 if len(self.data.classes) == 2 else len(self.data.classes)
-        model = build(s.model, self.data.input_shape, outputs, s.seed, self.data.tokens)
+        self.data = s.load_data(s.seed)
+        model = build(s.model, self.data.input_shape, self.data.outputs, s.seed, self.data.tokens)
         parts = ("x_train", "y_train", "x_test", "y_test")
         self.data = dataclasses.replace(self.data, **{p: getattr(self.data, p).to(self.device) for p in parts})
         model = model.to(self.device)
@@ -321,7 +320,7 @@ class _Run:
                 steps=steps,
                 batch_size=batch,
                 seed=s.seed,
-                target=s.target,
+                target=s.target_loss,
                 path=self.folder / "trajectory",
                 resume=(self.folder / "trajectory" / "run.json").exists(),
                 on_step=lambda step, loss: progress.advance(step + 1 - progress.done),

@@ -30,7 +30,6 @@ from ntkit.commands import explained_points as points_of
 from ntkit.commands.explained_points import Point, margin
 from ntkit.commands.network_measures import TrainingTask
 from ntkit.commands.settings import ExplainSettings, Settings
-from ntkit.data import load
 from ntkit.explanations.influence import influence
 from ntkit.explanations.retrainings import Retrainings
 from ntkit.jacobian.model_calls import check_mode
@@ -171,9 +170,8 @@ def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
         if not folder.is_dir() or (trajectory := Trajectory.open(folder)).status == "running":
             got = "a run whose training has not ended"
             raise refusal(str(run), got=got, expected="a trained network", fix=f"Let it end, or go on with: {repeat}")
-        data = load(settings.data, settings.data_dir, settings.classes, settings.train, settings.test, settings.seed)
-        outputs = 1 if len(data.classes) == 2 else len(data.classes)
-        model = build(settings.model, data.input_shape, outputs, settings.seed, data.tokens)
+        data = settings.load_data(settings.seed)
+        model = build(settings.model, data.input_shape, data.outputs, settings.seed, data.tokens)
     if data.hash != told["identity"].get("data"):
         got, expected = f"data with hash {data.hash}", f"those of the run, {told['identity'].get('data')}"
         fix = f"Restore the files, or repeat the run: {repeat} --out NEW"

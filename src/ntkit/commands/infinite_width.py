@@ -21,7 +21,7 @@ from ntkit.base.regular_files import check_folder
 from ntkit.base.trust import code_of_user
 from ntkit.base.versions import versions
 from ntkit.commands.settings import InfiniteSettings, check_seed
-from ntkit.data import Data, load
+from ntkit.data import Data
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines import KernelRidge
@@ -69,15 +69,18 @@ def infinite(
         got, fix = f"{s.folds}, {s.epochs}", "Give larger numbers."
         raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
     check_seed(s.seed)
+    s.check_data()
     if s.w_std == 0:
         raise refusal("--w-std", got=0, expected="more than 0", fix="With weights of 0 all samples are the same.")
     with code_of_user({"--model": s.model, "--data": s.data}):
-        sets = load(s.data, s.data_dir, train=s.train, seed=s.seed)
+        sets = s.load_data(s.seed)
         network = build(s.model, sets.input_shape, len(sets.classes), s.seed, sets.tokens)
     n, m = _check_size(sets, s.folds)
     names = ("model", "data", "train", "test", "folds", "epochs", "w_std", "b_std", "seed")
     values = asdict(s) | {"train": n, "test": m}
     record = {name: values[name] for name in names}
+    chosen = {name: values[name] for name in ("classes", "class_names", "task", "target", "resize")}
+    record |= {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items() if v is not None}
     if s.out is not None:
         start = s.out / "run.json"
         old = read_json(start) if start.exists() else {"settings": record}

@@ -212,6 +212,7 @@ def build(
     """Check, split, select classes, sample; only then convert pixels to floats and standardize."""
     source = files.source
     training_set, test_set = f"{subject}, training set", f"{subject}, test set"
+    float_dtype = float_dtype if files.numeric is None else torch.float64  # until it is standardized
     x, y, kind = examples(files.train, subject if files.test is None else training_set, float_dtype)
     if files.test is None:
         (target,), names = read_targets({subject: y}, files.classes, task)
@@ -279,6 +280,22 @@ def _scaled(files: Files, inputs: list[Tensor], kind: Kind, subject: str) -> tup
         check_room(subject, 4 * sum(x.numel() for x in inputs))
         inputs = [x.to(torch.float32, memory_format=torch.contiguous_format).div_(files.scale) for x in inputs]
         return inputs, f"pixels / {files.scale:.0f}, no centering"
+    if files.numeric is not None:
+        return _standardized_columns(inputs, torch.tensor(files.numeric))
     if files.vocabulary is not None:
         return inputs, f"words as numbers, {len(files.vocabulary):,} with padding (0) and unknown words (1)"
     return inputs, "token ids as given" if kind == "tokens" else "values as given, no scaling or centering"
+
+
+def _standardized_columns(inputs: list[Tensor], numeric: Tensor) -> tuple[list[Tensor], str]:
+    """Columns of numbers minus their mean on the training set, over their standard deviation there; as float32."""
+    mean, deviation = inputs[0].mean(0), inputs[0].std(0, correction=0)
+    constant = numeric & (deviation <= 1e-12 * mean.abs())
+    mean = torch.where(numeric, mean, 0.0)
+    deviation = torch.where(numeric & ~constant, deviation, 1.0)
+    inputs = [((x - mean) / deviation).float() for x in inputs]
+    count, fixed, indicators = int(numeric.sum()), int(constant.sum()), int((~numeric).sum())
+    text = f"{count} column{'s' if count > 1 else ''} of numbers standardized on the training set" if count else ""
+    text += f" ({fixed} constant there, only centered)" if fixed else ""
+    parts = [text, f"{indicators} indicators of text as 0 and 1"] if indicators else [text]
+    return inputs, "; ".join(part for part in parts if part)

@@ -18,8 +18,11 @@ from ntkit.data.dataset import Data, build, from_dataset, from_tensors
 from ntkit.data.image_reader import read_image_folder
 from ntkit.data.npz_reader import read_npz
 from ntkit.data.readers import MNIST_EXPECTED, NO_DOWNLOAD, Files, read_digits, read_mnist
+from ntkit.data.table_reader import TABLES, read_table
 from ntkit.data.targets import Task
 from ntkit.data.text_reader import TEXT_SETS, read_text, text_expected
+
+_OFFICIAL = ("digits", "mnist", "cifar10", *TEXT_SETS)
 
 
 def load(
@@ -32,6 +35,8 @@ def load(
     *,
     class_names: Sequence[str] | None = None,
     task: Task | None = None,
+    target: str | Sequence[str] | None = None,
+    resize: int | None = None,
 ) -> Data:
     """Load a data set by name or from files. Nothing is ever downloaded, and no pickle runs code.
 
@@ -39,14 +44,15 @@ def load(
     ----------
     name_or_path : ``"digits"`` (embedded in scikit-learn, 8 x 8 pixels / 16; a fixed stratified split, 1,437 / 360),
         ``"mnist"`` or ``"cifar10"`` (official files in `data_dir`); ``"trec"``, ``"sst2"``, ``"rt-polarity"`` or
-        ``"subj"``: sentences as token numbers, see `Data.sentence`; or a path: an ``.npz`` file, or a folder of PNG or
-        JPEG images in ``train/CLASS/`` and ``test/CLASS/``, or in ``CLASS/`` (pixels as stored: EXIF orientation does
-        not turn them). Data without a test set is split 80/20, stratified, always in the same way. In an ``.npz``:
-        uint8 of rank 3 or 4 is images (/ 255), floats become float32 unscaled, int16/32/64 of rank 2 is tokens. Or
-        ``file.py:factory`` or ``package.module:factory``: a function without arguments that returns tensors ``(x, y)``
-        or ``(x_train, y_train, x_test, y_test)``, a torch dataset or loader, a pair of any of these (training, test),
-        or a `Data`. Labels are integers, text, booleans or one-hot rows; floats are the targets of a regression and
-        are standardized.
+        ``"subj"``: sentences as token numbers, see `Data.sentence`; or a path: an ``.npz`` file, a table (``.csv``,
+        ``.tsv``, ``.parquet``: columns of numbers are standardized on the training set, columns of text become
+        indicators), or a folder of PNG or JPEG images in ``train/CLASS/`` and ``test/CLASS/``, or in ``CLASS/`` (pixels
+        as stored: EXIF orientation does not turn them). Data without a test set is split 80/20, stratified, always in
+        the same way. In an ``.npz`` (``x`` or ``X``, and ``y``; or ``x_train``, ``y_train``, ...): uint8 of rank 3 or 4
+        is images (/ 255), floats become float32 unscaled, int16/32/64 of rank 2 is tokens. Or ``file.py:factory`` or
+        ``package.module:factory``: a function without arguments that returns tensors ``(x, y)`` or ``(x_train, y_train,
+        x_test, y_test)``, a torch dataset or loader, a pair of any of these (training, test), or a `Data`. Labels are
+        integers, text, booleans or one-hot rows; floats are the targets of a regression and are standardized.
     data_dir : folder of the official MNIST or CIFAR-10 files, or of the text sets' files (or with a folder ``text`` of
         them): lines of a label, a blank and words. Their vocabulary is that of the whole training set. Short sentences
         are padded with 0; those longer than the longest of the training set, or than 128 words, are cut there.
@@ -54,7 +60,11 @@ def load(
     train, test : sizes of stratified samples, in the data's order; None = all examples.
     seed : of these samples.
     class_names : names of labels 0, 1, ..., or one per different label, in ascending order; None = the labels.
-    task : ``"classification"`` or ``"regression"``; None = a regression where the targets are floats.
+    task : ``"classification"`` or ``"regression"``; None = a regression where the targets are floats (of a table: more
+        than 20 different numbers, or fractions).
+    target : of a table: the column to predict, or several columns of numbers.
+    resize : of a folder of images: the shorter side of each is resized to this many pixels (Pillow's bilinear filter,
+        antialiased), and the square in its center is cut out.
 
     Raises
     ------
@@ -68,14 +78,29 @@ def load(
     >>> data.classes, data.x_train.shape, data.y_train.bincount().tolist()
     (('3', '8'), torch.Size([20, 1, 8, 8]), [10, 10])
     """
-    files, name, subject = _read(name_or_path, data_dir, task)
+    files, name, subject = _read(name_or_path, data_dir, task, target, resize)
     if class_names is not None:
         files = _renamed(files, class_names)
     return build(files, name, subject, torch.float32, classes, (train, test), seed, task)
 
 
-def _read(name_or_path: str | Path, data_dir: str | Path | None, task: Task | None) -> tuple[Files, str, str]:
+def _read(
+    name_or_path: str | Path,
+    data_dir: str | Path | None,
+    task: Task | None,
+    target: str | Sequence[str] | None,
+    resize: int | None,
+) -> tuple[Files, str, str]:
     """The content of the files, the name of the data set, and its subject in errors."""
+    path = Path(os.path.expanduser(name_or_path))
+    named = isinstance(name_or_path, str) and (name_or_path in _OFFICIAL or is_code("--data", name_or_path))
+    is_table = not named and path.suffix in TABLES and not os.path.isdir(path)
+    if target is not None and not is_table:
+        got, expected = f"{target!r} for data that are no table", f"none, or a table ({', '.join(TABLES)})"
+        raise refusal("target (--target)", got=got, expected=expected, fix="Leave it out.")
+    if resize is not None and (named or not os.path.isdir(path)):
+        got, expected = f"{resize} for data that are no folder of images", "none, or a folder of images"
+        raise refusal("resize (--resize)", got=got, expected=expected, fix="Leave it out.")
     if name_or_path == "digits":
         return read_digits(), "digits", "digits"
     official: dict[str, tuple[Callable[[Path], Files], str]] = {
@@ -92,16 +117,19 @@ def _read(name_or_path: str | Path, data_dir: str | Path | None, task: Task | No
         return read(folder), name_or_path, str(folder)
     if is_code("--data", str(name_or_path)):
         return _from_factory(str(name_or_path), task)
-    path = Path(os.path.expanduser(name_or_path))
     name = os.path.basename(os.path.abspath(path))
     if os.path.isdir(path):
         check_name("data", name, "Rename the folder.")
-        return read_image_folder(path), name, str(path)
+        return read_image_folder(path, resize), name, str(path)
     if path.suffix == ".npz":
         check_name("data", name, "Rename the file.")
         return read_npz(path), path.stem, str(path)
+    if is_table and os.path.lexists(path):
+        check_name("data", name, "Rename the file.")
+        return read_table(path, (target,) if isinstance(target, str) else target), path.stem, str(path)
     names = ", ".join(["digits", *official])
-    expected = f"{names}, the path of an .npz file or of a folder of images, or file.py:factory"
+    paths = f"the path of an .npz file, of a table ({', '.join(TABLES)}) or of a folder of images"
+    expected = f"{names}, {paths}, or file.py:factory"
     if os.path.lexists(path):
         raise refusal(str(path), got="another kind of file", expected=expected, fix="Save arrays with numpy.savez.")
     got = f"{str(name_or_path)!r}, neither the name of a data set nor a file"
