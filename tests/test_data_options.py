@@ -69,10 +69,9 @@ def test_the_limit_takes_classes_and_a_test_sample(tmp_path):
 
 
 def test_names_of_classes_are_in_the_results(tmp_path):
-    settings = Settings(
-        classes=("three", "eight"), class_names=tuple(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]),
-        train=20, test=10, epochs=1, model="linear", track_points=5,
-    )  # fmt: skip
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    small = {"train": 20, "test": 10, "epochs": 1, "model": "linear", "track_points": 5}
+    settings = Settings(classes=("three", "eight"), class_names=names, **small)
     run = ntkit.analyze(settings, out=tmp_path / "run")
     results = read_json(run / "results.json")
     assert results["data"]["classes"] == ["three", "eight"]

@@ -262,13 +262,7 @@ def _print_summary(folder: Path) -> None:
 
 
 def _print_results(folder: Path, results: dict[str, Any]) -> None:
-    errors = [("the network", results["network"]["test_error"], "")]
-    for m in results["machines"]:
-        gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
-        errors.append((f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}"))
-    # without a single error among the test examples the binomial standard error is 0 and no estimate
-    rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), text) for name, e, text in errors]
-    _print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
+    (_print_regression if "targets" in results["data"] else _print_errors)(results)
     alignments = {q["kernel"]: q["alignment_centered"] for q in results["quality"]}
     first, last = (f"{a:.3f}" if (a := alignments.get(key)) is not None else "-" for key in ("init", "after"))
     print(f"alignment with the targets (centered): {first} at initialization, {last} after training")
@@ -276,6 +270,29 @@ def _print_results(folder: Path, results: dict[str, Any]) -> None:
     passed = len(results["certificates"]) - len(failed)
     print(f"checks: {passed} passed" + (f", {len(failed)} FAILED: {'; '.join(failed)}" if failed else ""))
     print(f"report: {folder / 'report.html'}")
+
+
+def _print_regression(results: dict[str, Any]) -> None:
+    from ntkit.report import regression_text as text
+
+    parts = text.Parts(results)
+    rows = [("the network", results["network"]["test"], "")]
+    rows += [(f"ridge, {m['label']}", m["test"], str(m["ridge"] or "-")) for m in results["machines"]]
+    cells = [(name, *(text.joined(*parts.pair(e, key)) for key in ("r2", "rmse")), ridge) for name, e, ridge in rows]
+    columns = f"test errors of|>R² (95 %)|>root mean squared error in {parts.unit} (95 %)|>ridge"
+    _print_table(results["title"], columns, cells)
+    for warning in text.warnings(results):
+        print(warning)
+
+
+def _print_errors(results: dict[str, Any]) -> None:
+    errors = [("the network", results["network"]["test_error"], "")]
+    for m in results["machines"]:
+        gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
+        errors.append((f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}"))
+    # without a single error among the test examples the binomial standard error is 0 and no estimate
+    rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), text) for name, e, text in errors]
+    _print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
 
 
 def _print_explanation(folder: Path) -> None:

@@ -171,6 +171,9 @@ def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
             got = "a run whose training has not ended"
             raise refusal(str(run), got=got, expected="a trained network", fix=f"Let it end, or go on with: {repeat}")
         data = settings.load_data(settings.seed)
+        if data.targets is not None:
+            fix = "From Python: ntkit.PathKernel, ntkit.influence and ntkit.Retrainings take it."
+            raise refusal(str(run), got="a regression", expected="a run with classes", fix=fix)
         model = build(settings.model, data.input_shape, data.outputs, settings.seed, data.tokens)
     if data.hash != told["identity"].get("data"):
         got, expected = f"data with hash {data.hash}", f"those of the run, {told['identity'].get('data')}"

@@ -74,8 +74,10 @@ class Data:
 
     @property
     def hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the four arrays' dtypes, shapes and bytes."""
-        arrays = (self.x_train, self.y_train, self.x_test, self.y_test)
+        """First 16 hex digits of the SHA-256 of the four arrays' dtypes, shapes and bytes, and of targets' units."""
+        arrays = [self.x_train, self.y_train, self.x_test, self.y_test]
+        if self.targets is not None:
+            arrays.append(torch.tensor([self.targets.mean, self.targets.deviation], dtype=torch.float64))
         return tensor_hash(arrays, lambda array: f"{array.dtype} {tuple(array.shape)} ")[:16]
 
     @property
@@ -109,6 +111,21 @@ class Data:
             expected = f"one row of token numbers below {size:,}"
             raise refusal("tokens", got=got, expected=expected, fix="Give one row of x_train or x_test.")
         return " ".join(self.vocabulary[token] for token in row.tolist() if token != PADDING)
+
+    def shown(self, y: Tensor) -> str:
+        """A label [] as the name of its class, or standardized targets [outputs] as numbers in their own units.
+
+        >>> data = from_tensors((torch.arange(9.0)[:, None], torch.arange(9) % 2), classes=["even", "odd"])
+        >>> data.shown(data.y_train[0])
+        'even'
+        >>> data = from_tensors((torch.arange(9.0)[:, None], 12345.6 * torch.arange(9.0)))
+        >>> data.shown(data.y_train[1])
+        '12,350'
+        """
+        if self.targets is None:
+            return self.classes[int(y)]
+        values = self.targets.in_units(y.cpu()).tolist()
+        return ", ".join(f"{float(f'{v:.4g}'):,.0f}" if 1000 <= abs(v) < 1e12 else f"{v:.4g}" for v in values)
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.input_shape))

@@ -41,8 +41,8 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
         warnings=text.warnings(results),
         checks=text.certificates(results),
         shared_labels=text.neighbors(results) if results["neighbors"] else "",
-        neighbors=_neighbors(results, arrays["neighbors"]),
-        examples=_examples(results["invariances"] or {}, arrays["invariances"]),
+        neighbors=neighbor_rows(results, arrays["neighbors"]),
+        examples=image_cases(results["invariances"] or {}, arrays["invariances"]),
         explained=explained,
         unexplained=text.unexplained(results),
     )
@@ -63,7 +63,7 @@ def _explained(results: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None
     }
 
 
-def _neighbors(results: dict[str, Any], arrays: Arrays) -> list[dict[str, Any]]:
+def neighbor_rows(results: dict[str, Any], arrays: Arrays) -> list[dict[str, Any]]:
     """Rows of the neighbor table with their thumbnails as data URIs ("" where the run kept no images)."""
 
     def image(key: str, *place: int) -> str:
@@ -82,7 +82,7 @@ def _neighbors(results: dict[str, Any], arrays: Arrays) -> list[dict[str, Any]]:
     return rows
 
 
-def _examples(told: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:
+def image_cases(told: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:
     """Test images with their transforms and cosines; None where the run kept no images."""
     if "images" not in arrays or "examples" not in told:
         return None
