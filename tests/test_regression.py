@@ -14,7 +14,8 @@ from ntkit.base.checks import Refused
 from ntkit.base.files import read_json
 from ntkit.commands import regression_measures as regression
 from ntkit.commands.explain import explain_run
-from ntkit.commands.settings import Settings, TrackSettings
+from ntkit.commands.infinite_width import infinite
+from ntkit.commands.settings import InfiniteSettings, Settings, TrackSettings
 from ntkit.commands.track import track_run
 from ntkit.data import from_tensors
 from ntkit.networks.built_in import build
@@ -184,6 +185,41 @@ def test_the_run_is_repeated_resumed_and_tracked(run, code, tmp_path):
     assert first["loss"] == pytest.approx(float((residual**2).mean()) / 2, rel=1e-6)
     with pytest.raises(Refused, match="got a regression; expected a run with classes"):
         explain_run(run, say=lambda line: None)
+
+
+def test_the_path_kernel_takes_the_targets(run, code):
+    data = ntkit.data.load(f"{code}:one")
+    model = build(f"{code}:net", (3,), 1, seed=0)
+    trajectory = ntkit.Trajectory.open(run / "trajectory")
+    task = regression.RegressionTask(model, data)
+    kernel = ntkit.PathKernel(trajectory, model=model, data=(data.x_train, data.y_train), loss=task.loss)
+    parts = kernel.decompose(data.x_test[:4])
+    trajectory.load(model, trajectory.steps[-1])
+    with torch.no_grad():
+        assert np.allclose(parts.prediction, model(data.x_test[:4]).double(), atol=1e-6)
+    sums = parts.initial + parts.contributions.sum(-1) + parts.regularization
+    assert np.allclose(sums, parts.prediction, atol=1e-9)
+
+
+@pytest.mark.parametrize(("shuffled", "low", "high"), [(False, 0.99, 1.0), (True, -2.0, 0.3)])
+def test_the_limit_predicts_targets(tmp_path, shuffled, low, high):
+    """A linear target is predicted by every machine, and a shuffled one by none."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(90, 3))
+    y = np.stack([50 * x[:, 0] + 7, x[:, 1] - x[:, 2]], 1)
+    np.savez(tmp_path / "a.npz", x=x, y=draw.permutation(y) if shuffled else y)
+    said = []
+    found = infinite(
+        InfiniteSettings(data=str(tmp_path / "a.npz"), model="linear", folds=3, epochs=30), say=said.append
+    )
+    assert "accuracies" not in found
+    assert [entry["name"] for entry in found["r2"]][2] == "kernel ridge, RBF"
+    scores = {entry["name"]: (entry["mean"], entry["test"]) for entry in found["r2"]}
+    for name, values in scores.items():
+        assert all((low if "RBF" not in name else low - 0.1) <= value <= high for value in values), scores
+    assert any("fold 1 of 3: R2" in line for line in said)
+    with pytest.raises(Refused, match="got 60 folds, and 72 examples; expected at least two examples in every fold"):
+        infinite(InfiniteSettings(data=str(tmp_path / "a.npz"), model="linear", folds=60))
 
 
 def test_several_targets_have_a_row_each(code, tmp_path):

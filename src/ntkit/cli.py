@@ -242,9 +242,14 @@ def _percent(value: float | None, digits: int) -> str:
 def _print_accuracies(results: dict) -> None:
     """Print the table of an infinite network, and how far the module is from it."""
     s = results["settings"]
-    rows = [(r["name"], *(_percent(r[key], 1) for key in ("mean", "error", "test"))) for r in results["accuracies"]]
+    scores, keys = results.get("r2", results.get("accuracies")), ("mean", "error", "test")
+    of, unit = ("R²", "") if "r2" in results else ("accuracy", ", %")
+    rows = [
+        (r["name"], *(f"{r[key]:.3f}" if of == "R²" and r[key] is not None else _percent(r[key], 1) for key in keys))
+        for r in scores
+    ]
     title = f"{s['model']} at infinite width on {s['data']}, {s['train']:,} examples"
-    _print_table(title, f"accuracy of|>{s['folds']} folds, %|>± s.e.|>test set, %", rows)
+    _print_table(title, f"{of} of|>{s['folds']} folds{unit}|>± s.e.|>test set{unit}", rows)
     if results["distance"] is not None:
         print(f"The module's own tangent kernel, at its weights, is {results['distance']:.1%} from the limit.")
     if results["error"]:
