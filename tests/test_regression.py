@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from ntkit.base.checks import Refused
 from ntkit.base.files import read_json
 from ntkit.commands import regression_measures as regression
 from ntkit.commands.explain import explain_run
+from ntkit.commands.explained_points import chosen_points
 from ntkit.commands.infinite_width import infinite
-from ntkit.commands.settings import InfiniteSettings, Settings, TrackSettings
+from ntkit.commands.settings import ExplainSettings, InfiniteSettings, Settings, TrackSettings
 from ntkit.commands.track import track_run
 from ntkit.data import from_tensors
 from ntkit.networks.built_in import build
@@ -164,7 +166,6 @@ def test_the_run_holds_what_the_library_says(run, results, code):
     assert results["quality"][1]["alignment"] == pytest.approx(ntkit.alignment(K, data.y_train), rel=1e-5)
     assert results["along"]["stable_lr"][0] == pytest.approx(2 * 30 / results["along"]["eigenvalues"][0][0])
     assert all(c["ok"] for c in results["certificates"]), results["certificates"]
-    assert results["explained"].keys() == {"unexplained"}
     shown = {row["label"] for row in results["neighbors"]["rows"]}
     assert shown <= {data.shown(y) for y in data.y_test}
 
@@ -183,8 +184,6 @@ def test_the_run_is_repeated_resumed_and_tracked(run, code, tmp_path):
     with torch.no_grad():
         residual = build(f"{code}:net", (3,), 1, seed=0)(data.x_train[rows]) - data.y_train[rows]
     assert first["loss"] == pytest.approx(float((residual**2).mean()) / 2, rel=1e-6)
-    with pytest.raises(Refused, match="got a regression; expected a run with classes"):
-        explain_run(run, say=lambda line: None)
 
 
 def test_the_path_kernel_takes_the_targets(run, code):
@@ -199,6 +198,57 @@ def test_the_path_kernel_takes_the_targets(run, code):
         assert np.allclose(parts.prediction, model(data.x_test[:4]).double(), atol=1e-6)
     sums = parts.initial + parts.contributions.sum(-1) + parts.regularization
     assert np.allclose(sums, parts.prediction, atol=1e-9)
+
+
+def test_predictions_are_explained_in_the_units_of_the_target(run, code, tmp_path):
+    """Accounting sums to the prediction; without an example the network trained again is what `train` gives."""
+    data = ntkit.data.load(f"{code}:one")
+    place = explain_run(run, ExplainSettings(test=(2,), out=tmp_path / "explain"), say=lambda line: None)
+    told = read_json(place / "results.json")
+    point = told["points"][0]
+    model = build(f"{code}:net", (3,), 1, seed=0)
+    trajectory = ntkit.Trajectory.open(run / "trajectory")
+
+    def prediction(at):
+        trajectory.load(model, at)
+        with torch.no_grad():
+            return float(data.targets.in_units(model(data.x_test[2:3]))[0, 0])
+
+    assert point["margin"] == pytest.approx(prediction(trajectory.steps[-1]), rel=1e-6)
+    assert point["initial"] == pytest.approx(prediction(0), rel=1e-6)
+    assert point["initial"] + point["examples"] == pytest.approx(point["margin"], rel=1e-6)
+    assert (point["label"], point["target"]) == (data.shown(data.y_test[2]), "y")
+    again = build(f"{code}:net", (3,), 1, seed=0)
+    task, deletion = regression.RegressionTask(again, data), point["deletions"][0]
+    removed = torch.tensor([entry["index"] for entry in point["accounting"]["helped"]][: deletion["size"]])
+    weights = torch.ones(len(data.x_train))
+    weights[removed] = 0
+    for _ in range(trajectory.stop["step"]):  # full-batch gradient descent, as the run
+        each = task.loss(again(data.x_train), data.y_train, reduction="none")
+        slopes = torch.autograd.grad((weights * each).sum() / len(each), list(again.parameters()))
+        with torch.no_grad():
+            for parameter, slope in zip(again.parameters(), slopes, strict=True):
+                parameter -= 0.1 * slope
+    trajectory.load(model, trajectory.steps[-1])
+    with torch.no_grad():
+        both = [float(data.targets.in_units(net(data.x_test[2:3]))[0, 0]) for net in (again, model)]
+    assert deletion["method"] == "accounting"
+    assert deletion["real"] == pytest.approx(both[0] - both[1], rel=1e-3)
+    page = (place / "explain.html").read_text()
+    assert f"network says {point['predicted']}, it is {point['label']}" in page
+    assert "raised the prediction" in page
+    assert "margin" not in re.sub(r"<(style|script).*?</\1>", "", page, flags=re.S).replace("margin:", "")
+
+
+def test_the_points_of_the_report_are_the_largest_the_smallest_and_the_median_error(run, results, code):
+    data, model = ntkit.data.load(f"{code}:one"), build(f"{code}:net", (3,), 1, seed=0)
+    trajectory = ntkit.Trajectory.open(run / "trajectory")
+    trajectory.load(model, trajectory.steps[-1])
+    with torch.no_grad():
+        order = (model(data.x_test) - data.y_test)[:, 0].abs().argsort().tolist()
+    task = regression.RegressionTask(model, data)
+    points = {point.why: point.index for point in chosen_points(task, model, None)}
+    assert points == {"largest error": order[-1], "smallest error": order[0], "median error": order[len(order) // 2]}
 
 
 @pytest.mark.parametrize(("shuffled", "low", "high"), [(False, 0.99, 1.0), (True, -2.0, 0.3)])

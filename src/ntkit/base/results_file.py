@@ -173,6 +173,7 @@ class ExplainedResults(TypedDict):
     influence: NotRequired[dict[str, Any]]
     random_sets: NotRequired[int]
     points: NotRequired[list[dict[str, Any]]]
+    quantity: NotRequired[str]  # what is explained, if not the margin
 
 
 class CertificateResults(TypedDict):

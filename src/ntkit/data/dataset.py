@@ -17,7 +17,7 @@ from ntkit.base.tensors import tensor_hash
 from ntkit.data.examples import Kind, examples, restored_random_states, stack
 from ntkit.data.readers import Files
 from ntkit.data.splits import class_indices, draw, held_out
-from ntkit.data.targets import Targets, Task, read_targets, standardized
+from ntkit.data.targets import Targets, Task, in_digits, read_targets, standardized
 from ntkit.data.text_reader import PADDING, TEXT_SETS
 
 Pair = tuple[Tensor | ArrayLike, Tensor | ArrayLike]  # x and labels
@@ -124,8 +124,7 @@ class Data:
         """
         if self.targets is None:
             return self.classes[int(y)]
-        values = self.targets.in_units(y.cpu()).tolist()
-        return ", ".join(f"{float(f'{v:.4g}'):,.0f}" if 1000 <= abs(v) < 1e12 else f"{v:.4g}" for v in values)
+        return ", ".join(map(in_digits, self.targets.in_units(y.cpu()).tolist()))
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.input_shape))

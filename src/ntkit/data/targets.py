@@ -201,3 +201,12 @@ def standardized(
             raise refusal(f"{subject}, targets y", got=got, expected="targets that vary", fix="Choose other examples.")
     scaled = [((y - mean) / deviation).to(dtype) for y in sets]
     return scaled, Targets(names, tuple(mean.tolist()), tuple(deviation.tolist()))
+
+
+def in_digits(value: float) -> str:
+    """A number with four significant digits, a large one with separators.
+
+    >>> in_digits(253503.7), in_digits(-0.0123456)
+    ('253,500', '-0.01235')
+    """
+    return f"{float(f'{value:.4g}'):,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.4g}"

@@ -23,7 +23,7 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
     pairs = {"machines": (figures.machines(results), text.machines(results))}
     if results["invariances"]:
         pairs["invariances"] = figures.invariances(results), text.invariances(results)
-    explained = _explained(results, arrays["explained"])
+    explained = explained_part(results, arrays["explained"])
     curves = explained["along"] if explained else []
     return page(
         "analysis.html",
@@ -48,7 +48,7 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
     )
 
 
-def _explained(results: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:
+def explained_part(results: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:
     """Predictions explained, with their figures and sentences; None where there are none."""
     told = results.get("explained")
     if not told or "points" not in told:
@@ -57,6 +57,7 @@ def _explained(results: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None
         "points": explain_page.points_shown(told, arrays),
         "along": explain_page.curves_along(told["points"], told["steps_shown"]),
         "size": max(d["size"] for d in told["points"][0]["deletions"]),
+        "what": explain_text.quantity(told),
         "trust": explain_text.trust(told),
         "agreement": explain_text.agreement(told),
         "checks": explain_text.checks(told),

@@ -8,7 +8,7 @@ from typing import Any
 from ntkit.report import analysis_figures, analysis_text, training_figures
 from ntkit.report import regression_figures as figures
 from ntkit.report import regression_text as text
-from ntkit.report.analysis_page import Arrays, image_cases, neighbor_rows
+from ntkit.report.analysis_page import Arrays, explained_part, image_cases, neighbor_rows
 from ntkit.report.page import page
 from ntkit.report.words import measure
 
@@ -38,9 +38,11 @@ def regression_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> st
         for _, entry in predictions
         for own in [entry["test"]["targets"][place]]
     ]
+    explained = explained_part(results, arrays["explained"])
+    curves = explained["along"] if explained else []
     return page(
         "regression.html",
-        [figure for figure, _ in (*along, *pairs.values())],
+        [figure for figure, _ in (*along, *pairs.values(), *curves)],
         title=results["title"],
         source="results.json",
         r=results,
@@ -57,7 +59,7 @@ def regression_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> st
         shared_labels=text.neighbors(results) if results["neighbors"] else "",
         neighbors=neighbor_rows(results, arrays["neighbors"]),
         examples=image_cases(results["invariances"] or {}, arrays["invariances"]),
-        explained=None,
+        explained=explained,
         unexplained=analysis_text.unexplained(results),
         parts=text.Parts(results),
         predictions=predictions,

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ntkit.report import training_figures as training
-from ntkit.report.words import listed, plain
+from ntkit.report.words import digits, listed, plain
 
 HARDLY = 0.1
 """Training R2 below which a network is said to have hardly learned."""
@@ -31,20 +31,6 @@ _LEADS = {
         "unknown": "The after kernel cannot be compared with its network.",
     },
 }
-
-
-def digits(value: float | None) -> str:
-    """A number with three significant digits, large ones with separators.
-
-    >>> digits(253503.7), digits(0.01234), digits(-1234.5), digits(None)
-    ('254,000', '0.0123', '−1,230', '–')
-    """
-    if value is None:
-        return "–"
-    if abs(value) < 1000 or abs(value) >= 1e12:
-        return plain(value).replace("-", "−")
-    rounded = round(value, 2 - math.floor(math.log10(abs(value))))
-    return f"{rounded:,.0f}".replace("-", "−")
 
 
 def interval(entry: dict[str, Any]) -> str:
