@@ -34,6 +34,11 @@ def two():
     return x, torch.stack([y, x[:, 2].sin()], 1)
 def net(shape, outputs):
     return torch.nn.Sequential(torch.nn.Linear(shape[0], 24), torch.nn.Tanh(), torch.nn.Linear(24, outputs))
+def dead(shape, outputs):
+    first = torch.nn.Linear(shape[0], 16)
+    with torch.no_grad():
+        first.bias.fill_(-100.0)
+    return torch.nn.Sequential(first, torch.nn.ReLU(), torch.nn.Linear(16, outputs, bias=False))
 def wrong(shape):
     return torch.nn.Linear(shape[0], 5)
 """
@@ -289,6 +294,25 @@ def test_the_command_line_prints_r2(code, tmp_path):
     assert "ridge, after kernel" in " ".join(done.stdout.split())
     assert "R² (95 %)" in done.stdout
     assert "SVM" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("lr", "first"), [(50.0, "The network hardly"), (1e30, "Training diverged"), (1e-3, "The network hardly")]
+)
+def test_a_run_without_a_trained_network_has_a_report(code, tmp_path, lr, first):
+    run = ntkit.analyze(settings(code, lr=lr, epochs=4), out=tmp_path / "run")
+    results = read_json(run / "results.json")
+    assert text.warnings(results)[0].startswith(first)
+    assert first in (run / "report.html").read_text()
+    assert results["machines"][0]["test"]["r2"]["value"] is not None  # the kernel at initialization is measured
+
+
+def test_a_dead_network_has_a_report(code, tmp_path):
+    run = ntkit.analyze(Settings(data=f"{code}:one", model=f"{code}:dead", epochs=1), out=tmp_path / "run")
+    results = read_json(run / "results.json")
+    assert text.warnings(results)[0].startswith("The network hardly learned: its R² on the training set is ")
+    assert results["comparisons"]["compared"] == []
+    assert "undefined" in text.in_short(results)[0][1]
 
 
 def test_a_network_with_other_outputs_is_refused(code, tmp_path):

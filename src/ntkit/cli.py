@@ -286,7 +286,7 @@ def _print_regression(results: dict[str, Any]) -> None:
     cells = [(name, *(text.joined(*parts.pair(e, key)) for key in ("r2", "rmse")), ridge) for name, e, ridge in rows]
     columns = f"test errors of|>R² (95 %)|>root mean squared error in {parts.unit} (95 %)|>ridge"
     _print_table(results["title"], columns, cells)
-    for warning in text.warnings(results):
+    for warning in text.cautions(results):
         print(warning)
 
 

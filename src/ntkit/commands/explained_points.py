@@ -52,15 +52,18 @@ def margin(out: Tensor, y: Tensor) -> Tensor:
 
 
 def measure_of(data: Data) -> Callable[[Tensor, Tensor], Tensor]:
-    """What is explained, [n], of outputs [n, C] and y [n]: the margin of class y, or the prediction of target y."""
+    """What is explained, [n], of outputs [n, C] and y [n]: the margin of class y, or the prediction of target y.
+
+    A prediction is in the target's units, without the target's mean on the training set: beside a large mean, small
+    changes would be lost to rounding.
+    """
     if data.targets is None:
         return margin
-    mean, deviation = data.targets.mean, data.targets.deviation
+    deviation = data.targets.deviation
 
     def prediction(out: Tensor, y: Tensor) -> Tensor:
         out = out.reshape(len(y), -1)
-        own = out.gather(1, y[:, None])[:, 0]
-        return own * out.new_tensor(deviation)[y] + out.new_tensor(mean)[y]
+        return out.gather(1, y[:, None])[:, 0] * out.new_tensor(deviation)[y]
 
     return prediction
 
@@ -216,13 +219,14 @@ def told_points(
     told = []
     for j, point in enumerate(points):
         label = data.shown(data.y_test[point.index])
+        mean = 0.0 if data.targets is None else data.targets.mean[point.predicted]
         entry: dict[str, Any] = {
             "test_index": point.index,
             "why": point.why,
             "label": label,
-            **_answer(data, point, float(parts.prediction[j, 0])),
-            "margin": float(parts.prediction[j, 0]),
-            "initial": float(parts.initial[j, 0]),
+            **_answer(data, point, float(parts.prediction[j, 0]) + mean),
+            "margin": float(parts.prediction[j, 0]) + mean,
+            "initial": float(parts.initial[j, 0]) + mean,
             "examples": float(parts.contributions[j, 0].sum()),
             "weight_decay": float(parts.regularization[j, 0]),
             "residual": float(parts.residual[j, 0]),

@@ -179,7 +179,8 @@ def _scatter(predicted: dict[str, np.ndarray], data: Data) -> dict[str, Any]:
     return {
         "test_index": rows.tolist(),
         "targets": [
-            {"name": name, "true": true[:, c].tolist(), **{key: v[:, c].tolist() for key, v in shown.items()}}
+            {"name": name, "true": true[:, c].tolist()}
+            | {key: [finite(value) for value in v[:, c].tolist()] for key, v in shown.items()}
             for c, name in enumerate(data.targets.names)
         ],
     }

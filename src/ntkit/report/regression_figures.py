@@ -56,7 +56,8 @@ def scatter(results: dict[str, Any]) -> Figure:
             }]  # fmt: skip
             for role in roles:
                 name, color, symbol = ROLES[role]
-                values = [p - (t if what == "residual" else 0) for p, t in zip(target[role], true, strict=True)]
+                pairs = zip(target[role], true, strict=True)
+                values = [None if p is None else p - (t if what == "residual" else 0) for p, t in pairs]
                 data.append({
                     "type": "scatter", "mode": "markers", "x": true, "y": values, "name": name, "opacity": 0.65,
                     "marker": {"color": color, "symbol": symbol, "size": 5}, "customdata": told["test_index"],

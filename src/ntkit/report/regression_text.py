@@ -54,12 +54,14 @@ def joined(value: str, between: str) -> str:
 def separate(entry: dict[str, Any]) -> tuple[str, str]:
     """A number, and its interval; "" where there is none.
 
-    >>> separate({"value": 0.873, "low": 0.841, "high": 0.9})
-    ('0.873', '0.841 to 0.900')
+    >>> separate({"value": 0.873, "low": 0.841, "high": 0.9}), separate({"value": -5.7e24, "low": -1e25, "high": -2e24})
+    (('0.873', '0.841 to 0.900'), ('−5.7e24', '−1e25 to −2e24'))
     """
     value, low, high = entry["value"], entry["low"], entry["high"]
     if value is None or low is None or not low < high:
         return "undefined" if value is None else digits(value), ""
+    if max(abs(low), abs(high)) >= 1e12:
+        return digits(value), f"{digits(low)} to {digits(high)}"
     places = min(12, 1 - math.floor(math.log10(high - low)))
     texts = [f"{round(v, places) + 0:,.{max(0, places)}f}".replace("-", "−") for v in (value, low, high)]
     return texts[0], f"{texts[1]} to {texts[2]}"
@@ -107,6 +109,13 @@ def answer(results: dict[str, Any]) -> str:
 
 def warnings(results: dict[str, Any]) -> list[str]:
     """List what the reader must know before believing the numbers."""
+    failed = [c["what"] for c in results["certificates"] if not c["ok"]]
+    text = f"{len(failed)} check{'' if len(failed) == 1 else 's'} failed: {'; '.join(failed)}."
+    return [*cautions(results), *([text] if failed else [])]
+
+
+def cautions(results: dict[str, Any]) -> list[str]:
+    """What is to be known beside failed checks: of the network first, then of the machines."""
     texts = []
     learned = results["network"]["train"]["r2"]["value"]
     if results["training"] is not None and results["training"]["stop"] == "diverged":
@@ -116,9 +125,6 @@ def warnings(results: dict[str, Any]) -> list[str]:
             f"The network hardly learned: its R² on the training set is {digits(learned)}, below {HARDLY:g}. Its "
             "after kernel is that of such a network."
         )
-    failed = [c["what"] for c in results["certificates"] if not c["ok"]]
-    if failed:
-        texts.append(f"{len(failed)} check{'' if len(failed) == 1 else 's'} failed: {'; '.join(failed)}.")
     for machine in results["machines"]:
         if machine["status"] != "solved":
             texts.append(
