@@ -284,7 +284,7 @@ def test_several_targets_have_a_row_each(code, tmp_path):
     assert results["along"]["stable_lr"] is None
     page = (run / "report.html").read_text()
     assert "Each target, in its own units" in page
-    assert "mine.py:net on two, targets y0 and y1" in page
+    assert "mine.py:net on two, targets y0, y1" in page
 
 
 def test_the_command_line_prints_r2(code, tmp_path):

@@ -102,6 +102,11 @@ def changed(line, old, new):
         (changed(1, "area", "city"), {"target": "price"}, "got two columns city"),
         (changed(4, "44,", '"44,'), {"target": "price"}, r"got line \d+ that cannot be read"),
         (LINES[:1], {"target": "price"}, "got no rows"),
+        (
+            [line.replace(",", ";").replace(".5", ",5").replace(".0", ",0") for line in LINES],
+            {"target": "price"},
+            "got '0,0' in line 2, column price; expected numbers without commas",
+        ),
         (["y", "0.1", "0.2", "0.4"], {"target": "y"}, "got no column beside the target"),
         (["a,y", *(f"text {i},{i / 3}" for i in range(51))], {"target": "y"}, "51 different texts in column a, such"),
         (LINES, {"target": "price", "classes": ("a", "b")}, "got classes of a regression"),

@@ -104,7 +104,7 @@ def _title(s: Settings, data: Data) -> str:
     """Network and data, and the classes that were chosen or the targets."""
     title = f"{s.model} on {data.name}"
     if data.targets is not None:
-        return f"{title}, target{'s' if data.outputs > 1 else ''} {' and '.join(data.targets.names)}"
+        return f"{title}, target{'s' if data.outputs > 1 else ''} {', '.join(data.targets.names)}"
     return title + (f", classes {' and '.join(data.classes)}" if s.classes else "")
 
 

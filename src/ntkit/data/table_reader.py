@@ -177,6 +177,13 @@ def _numbers(path: Path, column: _Column) -> np.ndarray | None:
     values = [_number(cell) for cell in column.cells]
     known = [value for value in values if value is not None]
     if 2 * len(known) < len(values):
+        commas = [
+            row for row, cell in enumerate(column.cells) if "," in cell and _number(cell.replace(",", ".")) is not None
+        ]
+        if 2 * len(commas) > len(values):
+            got = f"{column.cells[commas[0]]!r} in {column.place(commas[0])}, column {column.name}"
+            fix = "Write 1.5 and 1234, not 1,5 or 1,234."
+            raise refusal(str(path), got=got, expected="numbers without commas", fix=fix)
         return None
     for row, value in enumerate(values):
         if value is None or not math.isfinite(value):

@@ -6,7 +6,7 @@ from typing import Any
 
 from ntkit.report import draw
 from ntkit.report.draw import ROLES, Figure, Panel
-from ntkit.report.regression_text import interval, predictions, separate
+from ntkit.report.regression_text import R2, interval, predictions, separate
 
 _MOST = 3  # targets whose predictions are drawn
 
@@ -23,8 +23,8 @@ def machines(results: dict[str, Any]) -> Figure:
         trace: dict[str, Any] = {
             "type": "scatter", "mode": "markers+text", "x": [entry["value"]], "y": [len(rows) - 1 - place],
             "name": draw.safe(label), "marker": {"color": color, "symbol": symbol, "size": 10},
-            "text": [separate(entry)[0]], "textposition": "top center", "cliponaxis": False,
-            "hovertemplate": f"{draw.safe(label)}<br>{interval(entry)}<extra></extra>",
+            "text": [separate(entry, R2)[0]], "textposition": "top center", "cliponaxis": False,
+            "hovertemplate": f"{draw.safe(label)}<br>{interval(entry, R2)}<extra></extra>",
         }  # fmt: skip
         if entry["low"] is not None:
             trace["error_x"] = {
@@ -34,7 +34,7 @@ def machines(results: dict[str, Any]) -> Figure:
         data.append(trace)
     names = draw.rows_axis([ROLES[role][0] for role, _, _ in rows])
     layout = draw.layout(draw.axis("test R²", nticks=8), names, height=80 + 48 * len(rows))
-    texts = "; ".join(f"{label} {interval(entry)}" for _, label, entry in rows)
+    texts = "; ".join(f"{label} {interval(entry, R2)}" for _, label, entry in rows)
     panels = [Panel("plot-machines", "", data, layout)]
     title = "Test R² of the network and of ridge regression"
     return Figure("machines", title, f"Dot plot of test R²: {texts}.", panels, wide=True)

@@ -33,7 +33,13 @@ def regression_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> st
     predictions += [(m["kernel"], m | {"label": f"ridge, {m['label']}"}) for m in results["machines"]]
     names = results["data"]["targets"]["names"]
     by_target = [
-        (target, entry["label"], text.interval(own["r2"]), text.interval(own["rmse"]), text.interval(own["mae"]))
+        (
+            target,
+            entry["label"],
+            text.interval(own["r2"], text.R2),
+            text.interval(own["rmse"]),
+            text.interval(own["mae"]),
+        )
         for place, target in enumerate(names)
         for _, entry in predictions
         for own in [entry["test"]["targets"][place]]

@@ -10,6 +10,8 @@ from ntkit.report.words import digits, listed, plain
 
 HARDLY = 0.1
 """Training R2 below which a network is said to have hardly learned."""
+R2 = 2
+"""Decimals of R2, at least."""
 _NAMES = {"init": "the kernel at initialization", "conjugate": "the conjugate kernel", "network": "the network itself"}
 _ERROR = {
     "below": "lower than",
@@ -33,17 +35,19 @@ _LEADS = {
 }
 
 
-def interval(entry: dict[str, Any]) -> str:
-    """A number with its interval, both to two digits of the interval's width.
+def interval(entry: dict[str, Any], least: int = 0) -> str:
+    """A number with its interval, both to two digits of the interval's width, and to `least` decimals at least.
 
     >>> interval({"value": 18911.0, "low": 16731.0, "high": 20914.0})
     '18,900 (16,700 to 20,900)'
     >>> interval({"value": -6e-4, "low": -4e-3, "high": 0.003})
     '−0.0006 (−0.0040 to 0.0030)'
+    >>> interval({"value": -0.44, "low": -16.0, "high": 0.1}, R2)
+    '−0.44 (−16.00 to 0.10)'
     >>> interval({"value": None, "low": None, "high": None})
     'undefined'
     """
-    return joined(*separate(entry))
+    return joined(*separate(entry, least))
 
 
 def joined(value: str, between: str) -> str:
@@ -51,7 +55,7 @@ def joined(value: str, between: str) -> str:
     return f"{value} ({between})" if between else value
 
 
-def separate(entry: dict[str, Any]) -> tuple[str, str]:
+def separate(entry: dict[str, Any], least: int = 0) -> tuple[str, str]:
     """A number, and its interval; "" where there is none.
 
     >>> separate({"value": 0.873, "low": 0.841, "high": 0.9}), separate({"value": -5.7e24, "low": -1e25, "high": -2e24})
@@ -62,7 +66,7 @@ def separate(entry: dict[str, Any]) -> tuple[str, str]:
         return "undefined" if value is None else digits(value), ""
     if max(abs(low), abs(high)) >= 1e12:
         return digits(value), f"{digits(low)} to {digits(high)}"
-    places = min(12, 1 - math.floor(math.log10(high - low)))
+    places = max(least, min(12, 1 - math.floor(math.log10(high - low))))
     texts = [f"{round(v, places) + 0:,.{max(0, places)}f}".replace("-", "−") for v in (value, low, high)]
     return texts[0], f"{texts[1]} to {texts[2]}"
 
@@ -79,7 +83,7 @@ class Parts:
 
     def pair(self, errors: dict[str, Any], name: str) -> tuple[str, str]:
         """R2 (``r2``), root mean squared (``rmse``) or mean absolute error (``mae``), and its interval."""
-        return separate((errors["targets"][0] if self.single else errors)[name])
+        return separate((errors["targets"][0] if self.single else errors)[name], R2 if name == "r2" else 0)
 
     def amount(self, errors: dict[str, Any]) -> str:
         """What stands below R2 on a card: its interval, and the root mean squared error."""
@@ -140,9 +144,9 @@ def cautions(results: dict[str, Any]) -> list[str]:
 
 def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Findings, each a lead and a sentence."""
-    shown = {m["kernel"]: interval(m["test"]["r2"]) for m in results["machines"]}
+    shown = {m["kernel"]: interval(m["test"]["r2"], R2) for m in results["machines"]}
     init, after, conjugate = (shown.get(kernel, "undefined") for kernel in ("init", "after", "conjugate"))
-    network = interval(results["network"]["test"]["r2"])
+    network = interval(results["network"]["test"]["r2"], R2)
     texts = {
         "init": f"Test R² of ridge regression: kernel at initialization {init}, after kernel {after}.",
         "network": f"Test R²: network {network}; ridge regression on the after kernel {after}, on the conjugate kernel "
