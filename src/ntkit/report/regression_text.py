@@ -66,7 +66,8 @@ def separate(entry: dict[str, Any], least: int = 0) -> tuple[str, str]:
         return "undefined" if value is None else digits(value), ""
     if max(abs(low), abs(high)) >= 1e12:
         return digits(value), f"{digits(low)} to {digits(high)}"
-    places = max(least, min(12, 1 - math.floor(math.log10(high - low))))
+    places = min(12, 1 - math.floor(math.log10(high - low)))
+    places = max(places, least) if least else places
     texts = [f"{round(v, places) + 0:,.{max(0, places)}f}".replace("-", "−") for v in (value, low, high)]
     return texts[0], f"{texts[1]} to {texts[2]}"
 
