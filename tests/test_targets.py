@@ -114,6 +114,10 @@ def test_ids_in_place_of_labels_are_refused():
 def test_sets_with_different_kinds_or_numbers_of_targets_are_refused():
     with pytest.raises(Refused, match="test set, targets y: got 2 targets; expected 1, as in the training set"):
         from_tensors((X, X[:, 0]), (X, X))
+    with pytest.raises(Refused, match="test set, labels y: got rows of 4; expected rows of 3, as in the training set"):
+        from_tensors((X, np.eye(3)[CLASS]), (X, np.eye(4)[CLASS]))
+    with pytest.raises(Refused, match="test set, labels y: got text; expected numbers, as in the training set"):
+        from_tensors((X, CLASS), (X, np.array(["a", "b", "c"])[CLASS]))
 
 
 def test_targets_of_a_regression_are_standardized_on_the_training_set():

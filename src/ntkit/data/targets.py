@@ -87,8 +87,12 @@ def read_targets(
             raise refusal("classes", got=got, expected="none for a regression", fix=fix)
         return _numbers(given, task), ()
     labels = {f"{subject}, labels y": _labels(y, f"{subject}, labels y", hot) for subject, y in given.items()}
-    columns = max(y.shape[1] for y in given.values()) if hot else None
-    return _indices(labels, names, columns)
+    columns = {subject: y.shape[1] for subject, y in given.items()} if hot else {}
+    if len(set(columns.values())) > 1:
+        (_, first), (subject, other) = columns.items()
+        got, expected = f"rows of {other}", f"rows of {first}, as in the training set"
+        raise refusal(f"{subject}, labels y", got=got, expected=expected, fix="Prepare both sets the same way.")
+    return _indices(labels, names, next(iter(columns.values()), None))
 
 
 def _is_one_hot(y: np.ndarray) -> bool:
@@ -114,9 +118,9 @@ def _numbers(given: dict[str, np.ndarray], task: Task | None) -> list[Tensor]:
         if values.shape[1] != first.shape[1]:
             got, expected = f"{values.shape[1]} targets", f"{first.shape[1]}, as in the training set"
             raise refusal(f"{other}, targets y", got=got, expected=expected, fix="Prepare both sets the same way.")
-    whole = [values for values in first.unique().tolist()] if first.shape[1] == 1 else []
-    if task is None and len(whole) == 2:
-        got = f"floats with two values only, {whole[0]:g} and {whole[1]:g}"
+    distinct = first.unique().tolist()
+    if task is None and first.shape[1] == 1 and len(distinct) == 2:
+        got = f"floats with two values only, {distinct[0]:g} and {distinct[1]:g}"
         fix = "Give the labels as integers or text; or say task (--task): classification or regression."
         raise refusal(f"{subject}, y", got=got, expected="labels of classes, or numbers of a regression", fix=fix)
     return sets
