@@ -25,6 +25,8 @@ def table(folder, lines=LINES, name="homes.csv", **more):
 def test_columns_are_standardized_on_the_training_set_and_texts_are_indicators(tmp_path):
     data = table(tmp_path, target="price", train=15)
     assert (data.input_shape, data.targets.names, data.kind) == ((5,), ("price",), "vectors")
+    shown = {f"area {30 + 7 * i}, rooms {i % 4}, city {('Rome', 'Oslo', 'Bern')[i % 3]}" for i in range(25)}
+    assert {data.columns.shown(x) for x in torch.cat([data.x_train, data.x_test])} <= shown
     assert data.x_train.dtype == data.y_train.dtype == torch.float32
     rows = np.round((data.targets.in_units(data.y_train)[:, 0] / 1000.5).numpy()).astype(int)
     expected = np.array([[30 + 7 * i, i % 4] for i in rows], dtype=float)

@@ -320,6 +320,8 @@ def _shown(data: Data, x: Tensor) -> dict[str, str]:
         return {}
     if data.vocabulary is not None:
         return {"text": data.sentence(x)}
+    if data.columns is not None:
+        return {"text": data.columns.shown(x)}
     values = x.flatten().tolist()
     text = ", ".join(f"{value:.3g}" for value in values[:_VALUES])
     return {"text": text + (f", … ({len(values):,} values)" if len(values) > _VALUES else "")}

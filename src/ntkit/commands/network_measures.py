@@ -271,9 +271,10 @@ def neighbors(
         {"test_index": i, "label": data.shown(data.y_test[i]), "predicted": data.shown(predicted[i])}
         for i in examples.tolist()
     ]
-    if data.vocabulary is not None:
+    words = data.sentence if data.vocabulary is not None else None if data.columns is None else data.columns.shown
+    if words is not None:
         for row in rows:
-            row["text"] = data.sentence(data.x_test[row["test_index"]])
+            row["text"] = words(data.x_test[row["test_index"]])
     arrays = {"test": as_pixels(data.x_test[examples])} if data.kind == "images" else {}
     count = min(NEIGHBORS, len(data.x_train))
     for name, (K, own, train) in kernels.items():
@@ -282,7 +283,7 @@ def neighbors(
         for row, similarities, indices in zip(rows, top.tolist(), index.tolist(), strict=True):
             row[name] = [
                 {"index": j, "label": data.shown(data.y_train[j]), "similarity": similarity}
-                | ({} if data.vocabulary is None else {"text": data.sentence(data.x_train[j])})
+                | ({} if words is None else {"text": words(data.x_train[j])})
                 for j, similarity in zip(indices, similarities, strict=True)
             ]
         if data.kind == "images":

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ntkit.base.checks import refusal
 from ntkit.base.memory import check_room
 from ntkit.base.tensors import tensor_hash
+from ntkit.data.columns import Columns, standardized_columns
 from ntkit.data.examples import Kind, examples, restored_random_states, stack
 from ntkit.data.readers import Files
 from ntkit.data.splits import class_indices, draw, held_out
@@ -40,6 +41,7 @@ class Data:
     kind : ``"images"``, ``"vectors"`` or ``"tokens"``: the content of x.
     vocabulary : the word of each token number of a text set, those of padding (0) and of unknown words (1) first.
     targets : of a regression: names, means and deviations of the targets (`Targets`); None for classes.
+    columns : of a table: names, means and deviations of the columns of x (`Columns`); None for other data.
 
     Examples
     --------
@@ -59,6 +61,7 @@ class Data:
     kind: Kind
     vocabulary: tuple[str, ...] | None = None
     targets: Targets | None = None
+    columns: Columns | None = None
 
     @property
     def outputs(self) -> int:
@@ -259,14 +262,25 @@ def build(
             source += f"; {count:,} of {len(labels[part]):,} {where} examples, {how}seed {seed}"
             rows[part], labels[part] = rows[part][sample], labels[part][sample]
     inputs = [x if len(index) == len(x) else x[index] for (x, _), index in zip(sets, rows, strict=True)]
-    inputs, normalisation = _scaled(files, inputs, kind, subject)
+    inputs, normalisation, columns = _scaled(files, inputs, kind, subject)
     targets = None
     if not names:
         dtype = inputs[0].dtype if inputs[0].is_floating_point() else torch.float32
         labels, targets = standardized(labels, files.targets, subject, dtype)
     y_train, y_test = (y.to(x.device) for y in labels)
     return Data(
-        inputs[0], y_train, inputs[1], y_test, names, name, normalisation, source, kind, files.vocabulary, targets
+        inputs[0],
+        y_train,
+        inputs[1],
+        y_test,
+        names,
+        name,
+        normalisation,
+        source,
+        kind,
+        files.vocabulary,
+        targets,
+        columns,
     )
 
 
@@ -290,28 +304,14 @@ def _of_classes(
     return *kept, tuple(names[index] for index in indices)
 
 
-def _scaled(files: Files, inputs: list[Tensor], kind: Kind, subject: str) -> tuple[list[Tensor], str]:
-    """Inputs with pixels as floats, and what was done to the values, as a sentence."""
+def _scaled(files: Files, inputs: list[Tensor], kind: Kind, subject: str) -> tuple[list[Tensor], str, Columns | None]:
+    """Inputs with pixels as floats or standardized columns; what was done to the values, as a sentence; the columns."""
     if inputs[0].dtype == torch.uint8:
         check_room(subject, 4 * sum(x.numel() for x in inputs))
         inputs = [x.to(torch.float32, memory_format=torch.contiguous_format).div_(files.scale) for x in inputs]
-        return inputs, f"pixels / {files.scale:.0f}, no centering"
+        return inputs, f"pixels / {files.scale:.0f}, no centering", None
     if files.numeric is not None:
-        return _standardized_columns(inputs, torch.tensor(files.numeric))
+        return standardized_columns(inputs, tuple(files.columns or ()), tuple(files.numeric))
     if files.vocabulary is not None:
-        return inputs, f"words as numbers, {len(files.vocabulary):,} with padding (0) and unknown words (1)"
-    return inputs, "token ids as given" if kind == "tokens" else "values as given, no scaling or centering"
-
-
-def _standardized_columns(inputs: list[Tensor], numeric: Tensor) -> tuple[list[Tensor], str]:
-    """Columns of numbers minus their mean on the training set, over their standard deviation there; as float32."""
-    mean, deviation = inputs[0].mean(0), inputs[0].std(0, correction=0)
-    constant = numeric & (deviation <= 1e-12 * mean.abs())
-    mean = torch.where(numeric, mean, 0.0)
-    deviation = torch.where(numeric & ~constant, deviation, 1.0)
-    inputs = [((x - mean) / deviation).float() for x in inputs]
-    count, fixed, indicators = int(numeric.sum()), int(constant.sum()), int((~numeric).sum())
-    text = f"{count} column{'s' if count > 1 else ''} of numbers standardized on the training set" if count else ""
-    text += f" ({fixed} constant there, only centered)" if fixed else ""
-    parts = [text, f"{indicators} indicators of text as 0 and 1"] if indicators else [text]
-    return inputs, "; ".join(part for part in parts if part)
+        return inputs, f"words as numbers, {len(files.vocabulary):,} with padding (0) and unknown words (1)", None
+    return inputs, "token ids as given" if kind == "tokens" else "values as given, no scaling or centering", None

@@ -57,14 +57,19 @@ def read_table(path: Path, target: Sequence[str] | None) -> Files:
     y, targets = _predicted(path, [by_name[name] for name in chosen])
     numbers: list[np.ndarray] = []
     indicators: list[np.ndarray] = []
+    names_of_x: list[str] = []
+    names_of_texts: list[str] = []
     texts = 0
     for column in columns:
         if column.name in chosen:
             continue
         if (values := _numbers(path, column)) is not None:
             numbers.append(values)
+            names_of_x.append(column.name)
         else:
-            indicators += _indicators(path, column)
+            found = _indicators(path, column)
+            indicators += found.values()
+            names_of_texts += [f"{column.name} {value}" for value in found]
             texts += 1
     if not numbers and not indicators:
         fix = "Add a column, or predict fewer."
@@ -74,7 +79,7 @@ def read_table(path: Path, target: Sequence[str] | None) -> Files:
     source = f"table {path.name}: {', '.join(chosen)} from {len(names) - len(chosen)} columns"
     if texts:
         source += f", {texts} of them text as {len(indicators)} indicators"
-    return Files((x, y), None, None, source, targets=targets, numeric=numeric)
+    return Files((x, y), None, None, source, targets=targets, numeric=numeric, columns=[*names_of_x, *names_of_texts])
 
 
 def _targets(path: Path, names: list[str], target: Sequence[str] | None) -> list[str]:
@@ -193,14 +198,14 @@ def _numbers(path: Path, column: _Column) -> np.ndarray | None:
     return np.array(known)
 
 
-def _indicators(path: Path, column: _Column) -> list[np.ndarray]:
+def _indicators(path: Path, column: _Column) -> dict[str, np.ndarray]:
     cells = np.array(column.cells)
     values = np.unique(cells)
     if len(values) > _VALUES:
         got = f"{len(values):,} different texts in column {column.name}, such as {str(values[0])!r}"
         fix = "Remove the column, or group its values."
         raise refusal(str(path), got=got, expected=f"numbers, or at most {_VALUES} different texts", fix=fix)
-    return [(cells == value).astype(np.float64) for value in values]
+    return {str(value): (cells == value).astype(np.float64) for value in values}
 
 
 def _predicted(path: Path, columns: list[_Column]) -> tuple[np.ndarray, list[str] | None]:
