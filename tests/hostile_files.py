@@ -193,7 +193,7 @@ def npz_table_of_contents_is_huge(rng, tmp):
 
 @refused
 def npz_without_its_arrays(rng, tmp):
-    names = rng.choice([("x.npy",), ("x", "y"), ("../x.npy", "y.npy"), ("X.npy", "y.npy"), ("a\nb\x1b[2J.npy",), ()])
+    names = rng.choice([("x.npy",), ("x", "y"), ("../x.npy", "y.npy"), ("Z.npy", "y.npy"), ("a\nb\x1b[2J.npy",), ()])
     return opened(tmp, zipped({name: array_bytes(X) for name in names}))
 
 
@@ -202,9 +202,11 @@ def npz_values(rng, tmp):
     n = len(Y)
     wrong = rng.choice([
         {"x": X + np.inf, "y": Y}, {"x": X * np.nan, "y": Y}, {"x": X[:0], "y": Y[:0]}, {"x": X, "y": Y * 1.0},
-        {"x": X, "y": -Y}, {"x": X, "y": Y[:-1]}, {"x": X > 0, "y": Y}, {"x": X + 0j, "y": Y}, {"x": X, "y": Y > 0},
+        {"x": X, "y": Y + 0j}, {"x": X, "y": Y[:-1]}, {"x": X > 0, "y": Y}, {"x": X + 0j, "y": Y},
+        {"x": X, "y": np.full(n, "a\x1b[2J")}, {"x": X, "y": np.array(["a", ""])[Y]},
         {"x": np.array(1.0), "y": Y}, {"x": X, "y": np.array(1)}, {"x": X.astype("U5"), "y": Y},
-        {"x": X, "y": Y.astype("S3")}, {"x": np.zeros(n, [("a", float)]), "y": Y}, {"x": X, "y": Y * 10**15},
+        {"x": X, "y": np.array([b"a", b"\xff"])[Y]}, {"x": np.zeros(n, [("a", float)]), "y": Y},
+        {"x": X, "y": np.where(Y, np.nan, X[:, 0])}, {"x": X, "y": np.ones((n, 3), int)},
         {"x": X, "y": Y.astype(np.uint64) + 2**63}, {"x": X[:1], "y": Y[:1]}, {"x": X, "y": np.arange(n)},
         {"x_train": X, "y_train": Y, "x_test": X[:, :2], "y_test": Y}, {"x": X.astype("M8[s]"), "y": Y},
         {"x_train": X, "y_train": Y, "x_test": X.astype(np.uint8), "y_test": Y}, {"x": X.astype(np.uint16), "y": Y},
@@ -216,6 +218,32 @@ def npz_values(rng, tmp):
 @either
 def npz_flipped(rng, tmp):
     return opened(tmp, flipped(rng, npz(rng.random() < 0.5, x=X, y=Y)))
+
+
+# --- CSV ---
+
+ROWS = b"a,b,c\n" + b"".join(b"%d,%s,%f\n" % (i, b"xyz"[i % 3 : i % 3 + 1], i / 7) for i in range(20))
+
+
+def table(tmp: Path, content: bytes) -> Callable[[], object]:
+    path = write(tmp / "a.csv", content)
+    return lambda: load(path, target="c")
+
+
+@refused
+def csv_values(rng, tmp):
+    return table(tmp, rng.choice([
+        b"", b"\0" * 999, b"a,b,c\n", b"a,b,c\n1,2\n" * 9, ROWS.replace(b"a,", b"a\x1b[2J,"), ROWS + b'1,x,"2\n',
+        ROWS.replace(b"3,", b",", 1), ROWS + b"1e999,x,2\n", ROWS + b"1,x,nan\n", ROWS + b"1,\xff,2\n",
+        b"c,c\n1,2\n3,4.5\n", b"c\n1.5\n2.5\n3\n", ROWS + b"1,x,2\n".replace(b"x", b"y" * 200_000),
+        b"a,c\n" + b"".join(b"t%d,%f\n" % (i, i / 7) for i in range(99)), ROWS.replace(b"\n", b"\n,", 3),
+        b"<!doctype html>" + ROWS, ROWS.decode().encode("utf-16"), ROWS + b"1,x\x1b[2J,--\n",
+    ]))  # fmt: skip
+
+
+@either
+def csv_flipped(rng, tmp):
+    return table(tmp, flipped(rng, ROWS))
 
 
 # --- idx, gzip ---

@@ -522,11 +522,12 @@ NAN = np.where(np.arange(12).reshape(6, 2) == 7, np.nan, 1.0)
         (b"", "an empty file"),
         (npz(x=NAN, y=LABELS), "x: got nan in row 3 .1 such rows.; expected finite"),
         (npz(x=ONES * 1e300, y=LABELS), "x: got inf in row 0 .6 such rows."),
-        (npz(x=ONES, y=LABELS + 0.0), "labels y: got torch.float64 of shape .6.; expected integers"),
-        (npz(x=ONES, y=LABELS > 0), "labels y: got torch.bool"),
-        (npz(x=ONES, y=LABELS[:, None]), "labels y: got torch.int64 of shape .6, 1."),
-        (npz(x=ONES, y=LABELS - 1), "labels y: got label -1 in row 0; expected 0 to"),
-        (npz(x=ONES, y=LABELS * 5000), "labels y: got label 5000 in row 1; expected 0 to 999"),
+        (npz(x=ONES, y=LABELS + 0.0), "y: got floats with two values only, 0 and 1"),
+        (npz(x=ONES, y=ONES.astype(int)), "labels y: got int64 of shape .6, 2."),
+        (npz(x=ONES, y=LABELS + 0j), "labels y: got complex128 of shape .6."),
+        (npz(x=ONES, y=NAN), "targets y: got nan in row 3 .1 such rows.; expected finite"),
+        (npz(x=ONES, y=ONES[:, 0]), "targets y: got y, which is 1 in every training example"),
+        (npz(x=ONES, y=np.array(["a", "b", " ", "a", "b", "a"])), "labels y: got an empty label in row 2"),
         (npz(x=ONES, y=LABELS[:5]), "got 6 examples and 5 labels"),
         (npz(x=ONES[:0], y=LABELS[:0]), "empty set"),
         (npz(x=ONES[:, 0], y=LABELS), r"x: got shape \[6\]; expected \[n, ...\]"),
@@ -535,10 +536,11 @@ NAN = np.where(np.arange(12).reshape(6, 2) == 7, np.nan, 1.0)
         (npz(x=ONES + 0j, y=LABELS), "got torch.complex128"),
         (npz(x=np.ones((6, 5, 7, 4), np.uint8), y=LABELS), "expected 1 or 3 channels"),
         (npz(x=ONES[:2], y=LABELS[:2]), "2 examples, no class with two"),
+        (npz(x=ONES[:1], y=ONES[:1, 0]), "got 1 example; expected enough for a test set"),
         (npz(x_train=ONES, y_train=LABELS, x_test=ONES[:, :1], y_test=LABELS), r"got examples \[1\] .*expected \[2\]"),
         (
-            npz(x_train=ONES, y_train=LABELS, x_test=ONES, y_test=LABELS - 1),
-            "test set, labels y: got label -1 in row 0",
+            npz(x_train=ONES, y_train=LABELS, x_test=ONES, y_test=LABELS.astype(str)),
+            "test set, labels y: got text; expected numbers, as in the training set",
         ),
         (npz(x_train=ONES, y_train=LABELS, x_test=NAN, y_test=LABELS), "test set, x: got nan in row 3"),
     ],
@@ -566,9 +568,9 @@ def test_an_unreadable_file_and_folder_are_refused(tmp_path, monkeypatch):
 
 
 def test_other_paths_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("1,2")
-    with pytest.raises(Refused, match=r"a.csv: got another kind of file"):
-        load(tmp_path / "a.csv")
+    (tmp_path / "a.xlsx").write_text("1,2")
+    with pytest.raises(Refused, match=r"a.xlsx: got another kind of file"):
+        load(tmp_path / "a.xlsx")
     with pytest.raises(Refused, match=r"none.npz: got no such file"):
         load(tmp_path / "none.npz")
     with pytest.raises(Refused, match=r"neither the name of a data set nor a file"):
@@ -642,6 +644,44 @@ def test_broken_images_are_named(tmp_path, what, message):
     assert str(tmp_path / "bee" / "3.png") in str(caught.value)
 
 
+def test_images_of_mixed_sizes_are_resized_and_their_centers_cut_out(tmp_path):
+    """Pillow alone gives the pixels: the shorter side to 4 pixels, bilinear and antialiased, then the center."""
+    from PIL import Image
+
+    sizes = {"a": [(8, 8), (9, 4), (4, 10)], "b": [(16, 12), (5, 7), (2, 3)]}
+    expected = []
+    for name, own in sizes.items():
+        (tmp_path / name).mkdir()
+        for i, (width, height) in enumerate(own):
+            pixels = numbers(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+            short = min(width, height)
+            size = round(4 * width / short), round(4 * height / short)
+            resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+            top, left = (resized.shape[0] - 4) // 2, (resized.shape[1] - 4) // 2
+            expected.append(resized[top : top + 4, left : left + 4].transpose(2, 0, 1))
+    with pytest.raises(Refused, match=r"1.png: got 9 x 4 RGB; expected 8 x 8 RGB, as 0.png. Resize them: --resize 4 "):
+        load(tmp_path)
+    data = load(tmp_path, resize=4)
+    assert data.input_shape == (3, 4, 4)
+    assert data.classes == ("a", "b")
+    assert "shorter side resized to 4 pixels (Pillow, bilinear, antialiased), then the center cut out" in data.source
+    found = torch.cat([data.x_train, data.x_test]).mul(255).round().flatten(1).tolist()
+    assert sorted(found) == sorted(image.flatten().tolist() for image in expected)
+
+
+def test_resizing_an_image_of_the_size_asked_for_changes_nothing(tmp_path):
+    write_images(tmp_path, size=(6, 6))
+    assert load(tmp_path, resize=6).hash == load(tmp_path).hash
+
+
+@pytest.mark.parametrize("size", [0, -3, True, 2.5, 5000])
+def test_refused_sizes(tmp_path, size):
+    write_images(tmp_path)
+    with pytest.raises(Refused, match=r"resize .--resize.: got .*; expected a number of pixels from 1 to 4,096"):
+        load(tmp_path, resize=size)
+
+
 def test_odd_folders_are_refused(tmp_path):
     with pytest.raises(Refused, match="no class folders"):
         load(tmp_path)
@@ -677,7 +717,8 @@ def test_from_tensors_keeps_dtype_and_names():
         ((ONES, LABELS), ["a"], "labels y: got label 1 in row 1; expected 0 to 0"),
         ((ONES, LABELS), ["a", "a"], "classes: got a, a; expected different names"),
         (ONES, None, r"got a ndarray; expected a pair \(x, y\)"),
-        ((ONES, "abc"), None, "not a numeric array"),
+        ((ONES, "abc"), None, r"labels y: got <U3 of shape \[\]; expected integers, text"),
+        (("abc", LABELS), None, "not a numeric array"),
         (([[1.0], [2.0, 3.0]], [0, 1]), None, "not a numeric array"),
         ((torch.ones(2, 0), [0, 1]), None, "empty set"),
     ],
@@ -754,8 +795,11 @@ class Stream(torch.utils.data.IterableDataset):
         (Pairs([(torch.ones(2), 0), torch.ones(3)]), r"index 1: got a Tensor; expected a pair"),
         (Pairs([(torch.ones(2), 0), (torch.ones(3), 0)]), r"index 1: got \[3\] torch.float32; expected \[2\]"),
         (Pairs([(torch.ones(2), 0), (torch.ones(2).double(), 0)]), r"index 1: got \[2\] torch.float64"),
-        (Pairs([(torch.ones(2), 0.5)]), r"index 0: got label 0.5; expected an integer"),
-        (Pairs([(torch.ones(2), True)]), r"index 0: got label True"),
+        (
+            Pairs([(torch.ones(2), 0), (torch.ones(2), 0.5)]),
+            r"index 1: got label 0.5; expected one like that at index 0",
+        ),
+        (Pairs([(torch.ones(2), None)]), r"index 0: got label None; expected a label"),
         (Pairs([(torch.ones(2), 7)] * 3), r"label 7 in row 0; expected 0 to 1"),
         (Pairs([(torch.full((2,), torch.inf), 1)] * 3), r"inf in row 0 \(3 such rows\)"),
         (Pairs([("text", 1)]), r"index 0: got str that is not a numeric array"),
@@ -793,6 +837,9 @@ def pair(): return x, y
 def pairs(): return (x, y), (x[:6], y[:6])
 def dataset(): return torch.utils.data.TensorDataset(x, y)
 def datasets(): return dataset(), dataset()
+def four(): return x, y, x[:6], y[:6]
+def loader(): return torch.utils.data.DataLoader(dataset(), batch_size=7)
+def loaders(): return loader(), loader()
 def data(): return ntkit.data.from_tensors((x, y), classes=["even", "odd"])
 def nonsense(): return 7
 """
@@ -800,7 +847,16 @@ def nonsense(): return 7
 
 @pytest.mark.parametrize(
     ("maker", "train", "test"),
-    [("pair", 16, 4), ("pairs", 20, 6), ("dataset", 16, 4), ("datasets", 20, 20), ("data", 16, 4)],
+    [
+        ("pair", 16, 4),
+        ("pairs", 20, 6),
+        ("dataset", 16, 4),
+        ("datasets", 20, 20),
+        ("four", 20, 6),
+        ("loader", 16, 4),
+        ("loaders", 20, 20),
+        ("data", 16, 4),
+    ],
 )
 def test_the_users_own_data_by_name(maker, train, test, tmp_path):
     (tmp_path / "mine.py").write_text(MAKERS)
@@ -816,5 +872,5 @@ def test_the_users_own_data_refused_by_name(tmp_path):
     (tmp_path / "mine.py").write_text(MAKERS)
     with pytest.raises(Refused, match=r"--data .*mine\.py:dta: got no factory 'dta'.*Did you mean data"):
         load(f"{tmp_path / 'mine.py'}:dta")
-    with pytest.raises(Refused, match="got a factory that returned a int; expected a torch dataset or a pair"):
+    with pytest.raises(Refused, match=r"got a factory that returned a int; expected tensors \(x, y\)"):
         load(f"{tmp_path / 'mine.py'}:nonsense")

@@ -85,6 +85,15 @@ class DataResults(TypedDict):
     normalization: str
     source: str
     hash: str
+    targets: NotRequired[TargetsResults]  # of a regression
+
+
+class TargetsResults(TypedDict):
+    """The targets of a regression; their means and deviations are those of the training set."""
+
+    names: list[str]
+    mean: list[float]
+    deviation: list[float]
 
 
 class ModelResults(TypedDict):
@@ -164,6 +173,7 @@ class ExplainedResults(TypedDict):
     influence: NotRequired[dict[str, Any]]
     random_sets: NotRequired[int]
     points: NotRequired[list[dict[str, Any]]]
+    quantity: NotRequired[str]  # what is explained, if not the margin
 
 
 class CertificateResults(TypedDict):
@@ -186,16 +196,58 @@ class ReproduceResults(TypedDict):
     memory: int | None
 
 
-class AnalysisResults(TypedDict):
-    """``results.json`` of `ntkit analyze`."""
+class RegressionErrors(TypedDict):
+    """Errors of a prediction of numbers, over all targets and of each."""
+
+    r2: dict[str, Any]
+    rmse: dict[str, Any]
+    mae: dict[str, Any]
+    targets: list[dict[str, Any]]
+
+
+class RidgeResults(TypedDict):
+    """Ridge regression on a kernel."""
+
+    kernel: str
+    label: str
+    status: str
+    advice: str
+    ridge: Number
+    edge: bool
+    loo: Number
+    residual: Number
+    certificate: str
+    n: int
+    train: RegressionErrors
+    test: RegressionErrors
+
+
+class RegressionNetwork(TypedDict):
+    """The network's own errors in a regression."""
+
+    train_loss: EstimateResults
+    test_loss: EstimateResults
+    train: RegressionErrors
+    test: RegressionErrors
+
+
+class ComparisonResults(TypedDict):
+    """Differences of squared errors on the same test examples, and predictions beside true values."""
+
+    compared: list[dict[str, Any]]
+    scatter: dict[str, Any]
+    draws: int
+    ridges: list[float]
+
+
+class AnyAnalysis(TypedDict):
+    """What ``results.json`` of `ntkit analyze` always holds."""
 
     format: int
     title: str
     data: DataResults
     model: ModelResults
     training: TrainingResults | None
-    network: dict[str, EstimateResults] | None
-    machines: list[MachineResults]
     quality: list[QualityResults]
     similarity: dict[str, Number] | None
     along: AlongResults | None
@@ -207,3 +259,18 @@ class AnalysisResults(TypedDict):
     reproduce: ReproduceResults
     files: NotRequired[dict[str, str]]
     run: NotRequired[str]
+
+
+class AnalysisResults(AnyAnalysis):
+    """``results.json`` of `ntkit analyze` on data with classes."""
+
+    network: dict[str, EstimateResults] | None
+    machines: list[MachineResults]
+
+
+class RegressionResults(AnyAnalysis):
+    """``results.json`` of `ntkit analyze` on data with targets."""
+
+    network: RegressionNetwork
+    machines: list[RidgeResults]
+    comparisons: ComparisonResults | None

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import Damaged, Refused, defined, refusal
+from ntkit.base.checks import Damaged, Refused, refusal
 from ntkit.base.factory import source_hash
-from ntkit.base.files import read_json, remove, unwritable, write_json
+from ntkit.base.files import read_arrays, read_json, remove, unwritable, write_json
 from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import LOCK, FolderLock
-from ntkit.base.memory import free_memory, parse_memory
+from ntkit.base.memory import parse_memory
 from ntkit.base.progress import task
 from ntkit.base.regular_files import check_folder
 from ntkit.base.run_files import described
@@ -35,16 +35,15 @@ from ntkit.base.tensors import tensor_hash
 from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
+from ntkit.commands import regression_measures as regression
 from ntkit.commands.against_loss import against_loss
 from ntkit.commands.explained_stage import explained_stage
 from ntkit.commands.network_measures import LABELS
 from ntkit.commands.results import KERNELS, assemble, earlier_run, versions
 from ntkit.commands.settings import Settings
 from ntkit.commands.stage_files import REPLACED, StageFiles, put_aside, put_back, recover
-from ntkit.data import Data, load
-from ntkit.gram.gram_matrix import Gram
+from ntkit.data import Data
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.measures.spectra import alignment
 from ntkit.networks.built_in import build
 from ntkit.report import render
 from ntkit.trajectory import Trajectory, load_weights, train
@@ -174,12 +173,14 @@ class _Run:
 
     def _work(self) -> Path:
         self._train()
+        is_regression = self.data.targets is not None
+        solver = "ridge regression" if is_regression else "hard-margin SVM"
         stages: list[tuple[str, str, Callable[[], Stage]]] = [
-            ("network", "the network's own error", lambda: (measures.network(self.task, self.models["after"]), {})),
+            ("network", "the network's own error", self._network),
             *[(f"gram-{key}", f"Gram matrices: {LABELS[key]}", lambda key=key: self._gram(key)) for key in KERNELS],
             ("similarity", "alignment between the kernels", self._similarity),
-            *[(f"machine-{key}", f"hard-margin SVM: {LABELS[key]}", lambda key=key: self._machine(key))
-              for key in KERNELS],
+            *[(f"machine-{key}", f"{solver}: {LABELS[key]}", lambda key=key: self._machine(key)) for key in KERNELS],
+            *([("comparisons", "comparisons", self._comparisons)] if is_regression else []),
             ("along", "kernel along training", self._along),
             ("against-loss", "kernel against training loss", self._against_loss),
             ("invariances", "invariances", self._invariances),
@@ -228,17 +229,16 @@ class _Run:
 
     def _open(self) -> None:
         s = self.settings
-        self.data = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
-        outputs = 1 if len(self.data.classes) == 2 else len(self.data.classes)
-        model = build(s.model, self.data.input_shape, outputs, s.seed, self.data.tokens)
+        self.data = s.load_data(s.seed)
+        model = build(s.model, self.data.input_shape, self.data.outputs, s.seed, self.data.tokens)
         parts = ("x_train", "y_train", "x_test", "y_test")
         self.data = dataclasses.replace(self.data, **{p: getattr(self.data, p).to(self.device) for p in parts})
         model = model.to(self.device)
         self.models = {"init": model, "after": copy.deepcopy(model)}
         if s.weights is not None:
             self.say(load_weights(self.models["after"], s.weights))
-        self.task = measures.TrainingTask(model, self.data)
-        self._check_size()
+        self.task = regression.task_of(model, self.data)
+        measures.check_size(len(self.data.x_train))
         # The kernel checks model and data here, before any training.
         TangentKernel(model, outputs="trace").plan(self.data.x_train[:3])
         identity = {
@@ -283,15 +283,6 @@ class _Run:
             raise
         remove(self.folder / REPLACED)
 
-    def _check_size(self) -> None:
-        """Refuse what does not fit: a Gram matrix in float32, and two in float64 while a machine is solved."""
-        n, free = len(self.data.x_train), free_memory(torch.device("cpu"))
-        if 20 * n**2 > free:
-            got = f"kernel matrices of about {20 * n**2 / 1e9:.0f} GB while they are solved"
-            expected = f"at most {free / 1e9:.0f} GB, the free memory"
-            fix = f"Use fewer, e.g. --train {int((free / 40) ** 0.5) // 100 * 100}."
-            raise refusal(f"{n:,} training examples", got=got, expected=expected, fix=fix)
-
     def _train(self) -> None:
         s = self.settings
         self.trajectory: Trajectory | None = None
@@ -321,7 +312,7 @@ class _Run:
                 steps=steps,
                 batch_size=batch,
                 seed=s.seed,
-                target=s.target,
+                target=s.target_loss,
                 path=self.folder / "trajectory",
                 resume=(self.folder / "trajectory" / "run.json").exists(),
                 on_step=lambda step, loss: progress.advance(step + 1 - progress.done),
@@ -339,19 +330,24 @@ class _Run:
         return {"kernel": key, "label": LABELS[key], **quality}, {}
 
     def _similarity(self) -> Stage:
-        result: dict[str, float | None] = {}
-        for a, b in (("init", "after"), ("after", "conjugate"), ("init", "conjugate")):
-            result |= {f"{a}_{b}": None, f"{a}_{b}_centered": None}
-            if self._has_gram(a) and self._has_gram(b):
-                K1, K2 = (Gram(self._read_gram(f"{key}-train")) for key in (a, b))
-                result[f"{a}_{b}"] = defined(alignment, K1, K2)
-                result[f"{a}_{b}_centered"] = defined(alignment, K1, K2, centered=True)
-        return result, {}
+        return measures.similarity(lambda key: self._read_gram(f"{key}-train") if self._has_gram(key) else None), {}
+
+    def _network(self) -> Stage:
+        if self.data.targets is not None:
+            return regression.network(self.task, self.models["after"])
+        return measures.network(self.task, self.models["after"]), {}
 
     def _machine(self, key: str) -> Stage:
         data = dataclasses.replace(self.data, y_train=self.data.y_train.cpu(), y_test=self.data.y_test.cpu())
-        result, arrays = measures.machine(self._read_gram(f"{key}-train"), self._read_gram(f"{key}-test"), data)
+        solve = measures.machine if data.targets is None else regression.machine
+        result, arrays = solve(self._read_gram(f"{key}-train"), self._read_gram(f"{key}-test"), data)
         return {"kernel": key, "label": LABELS[key], **result}, arrays
+
+    def _comparisons(self) -> Stage:
+        places = {"network": "network", **{key: f"machine-{key}" for key in KERNELS}}
+        files = {key: self.folder / "arrays" / f"{stage}.safetensors" for key, stage in places.items()}
+        predicted = {key: read_arrays(file)["predicted"] for key, file in files.items() if file.exists()}
+        return regression.comparisons(predicted, self.data), {}
 
     def _along(self) -> Stage:
         if self.trajectory is None:
@@ -363,7 +359,7 @@ class _Run:
 
     def _against_loss(self) -> Stage:
         along = self.numbers["along"]
-        if self.trajectory is None or "absent" in along:
+        if self.trajectory is None or "absent" in along or self.data.targets is not None:
             return None, {}
         model, samples = copy.deepcopy(self.models["init"]), self.settings.probe_samples
         return against_loss(self.task, model, self.trajectory, along, samples, self.memory), {}
@@ -376,13 +372,17 @@ class _Run:
         return measures.invariances(kernels, self.data, self.settings.probe_samples)
 
     def _neighbors(self) -> Stage:
-        examples, predicted = measures.select_examples(self.task, self.models["after"])
+        select = measures.select_examples if self.data.targets is None else regression.select_examples
+        examples, predicted = select(self.task, self.models["after"])
         kernels = {}
         for key in ("init", "after"):
             own = measures.kernels_of(self.models, self.memory)[key]().diagonal(self.data.x_test[examples]).cpu()
             K = self._read_gram(f"{key}-test")[examples.cpu()]
             kernels[key] = K, own, self._read_gram(f"{key}-train").diagonal()
-        return measures.neighbors(self.data, examples, predicted, kernels)
+        found, arrays = measures.neighbors(self.data, examples, predicted, kernels)
+        if self.data.targets is not None:
+            found["distance"] = regression.distances_of_targets(found, self.data)
+        return found, arrays
 
     def _explained(self) -> Stage:
         along = self.numbers["along"]

@@ -27,10 +27,10 @@ from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
 from ntkit.base.trust import code_of_run
 from ntkit.base.versions import versions
 from ntkit.commands import explained_points as points_of
-from ntkit.commands.explained_points import Point, margin
+from ntkit.commands.explained_points import Point
 from ntkit.commands.network_measures import TrainingTask
+from ntkit.commands.regression_measures import task_of
 from ntkit.commands.settings import ExplainSettings, Settings
-from ntkit.data import load
 from ntkit.explanations.influence import influence
 from ntkit.explanations.retrainings import Retrainings
 from ntkit.jacobian.model_calls import check_mode
@@ -113,7 +113,7 @@ def _explain(place: Path, opened: _Opened, points: list[Point], run: Path, say: 
         say(f"[1 of 4] replaying the training run: {opened.trajectory.stop['step']:,} steps")
         _check_replay(opened, run)
     say("[2 of 4] accounting: what each training example added, by the path kernel")
-    kernel = PathKernel(opened.trajectory, cast(Any, margin), **opened.training)
+    kernel = PathKernel(opened.trajectory, cast(Any, points_of.measure_of(data)), **opened.training)
     parts = kernel.decompose(x, y, steps=True, path=place / "accounting")
     say("[3 of 4] influence: what each training example's weight would change")
     scores, influence_along, certificate = _influence(place, opened, points, x, y, say)
@@ -124,7 +124,9 @@ def _explain(place: Path, opened: _Opened, points: list[Point], run: Path, say: 
     sets = points_of.removed_sets(by_method, sizes)
     count = sum(map(len, sets.values()))
     say(f"[4 of 4] training again: {count} networks, each without {' or '.join(map(str, sizes))} examples")
-    again = Retrainings(opened.trajectory, x, y, margin, folder=place / "retrainings", **opened.training)
+    again = Retrainings(
+        opened.trajectory, x, y, points_of.measure_of(data), folder=place / "retrainings", **opened.training
+    )
     told = points_of.explained(data, points, parts, by_method, along, again, sets)
     results = _results(opened, parts, certificate, told, run)
     if pictures := points_of.pictures(data, told):
@@ -141,7 +143,9 @@ def _results(
         "format": EXPLAIN_FORMAT,
         "kind": KIND,
         "run": opened.id,
-        "title": f"{opened.settings.model} on {data.name}",
+        "title": f"{opened.settings.model} on {data.name}"
+        + ("" if data.targets is None else f", target {data.targets.names[0]}"),
+        **({} if data.targets is None else {"quantity": "prediction"}),
         "data": {"name": data.name, "kind": data.kind, "classes": list(data.classes), "train": n,
                  "test": len(data.x_test)},
         "training": {"optimizer": opened.settings.describe_optimizer(), "steps": opened.trajectory.stop["step"],
@@ -171,9 +175,8 @@ def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
         if not folder.is_dir() or (trajectory := Trajectory.open(folder)).status == "running":
             got = "a run whose training has not ended"
             raise refusal(str(run), got=got, expected="a trained network", fix=f"Let it end, or go on with: {repeat}")
-        data = load(settings.data, settings.data_dir, settings.classes, settings.train, settings.test, settings.seed)
-        outputs = 1 if len(data.classes) == 2 else len(data.classes)
-        model = build(settings.model, data.input_shape, outputs, settings.seed, data.tokens)
+        data = settings.load_data(settings.seed)
+        model = build(settings.model, data.input_shape, data.outputs, settings.seed, data.tokens)
     if data.hash != told["identity"].get("data"):
         got, expected = f"data with hash {data.hash}", f"those of the run, {told['identity'].get('data')}"
         fix = f"Restore the files, or repeat the run: {repeat} --out NEW"
@@ -184,7 +187,7 @@ def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
         raise refusal(str(run), got=f"a run that was trained on {device}", expected="a device of this machine", fix=fix)
     moved = {part: getattr(data, part).to(device) for part in ("x_train", "y_train", "x_test", "y_test")}
     data, model = type(data)(**{**vars(data), **moved}), model.to(device)
-    task = TrainingTask(model, data)
+    task = task_of(model, data)
     try:
         check_mode(model.train())  # as it was trained
     except Refused as error:
@@ -295,7 +298,7 @@ def _influence(
             return tensors["scores"], along, json.loads(told["certificate"])
         except (Damaged, LookupError) as error:
             say(f"{error} It is computed again.")
-    result = influence(opened.trajectory, x, y, margin, steps=True, **opened.training)
+    result = influence(opened.trajectory, x, y, points_of.measure_of(opened.task.data), steps=True, **opened.training)
     certificate = points_of.influence_in_numbers(result)
     shown = points_of.steps_shown(opened.trajectory.stop["step"])
     along = points_of.strongest_along(result.steps or (), result.scores, shown)

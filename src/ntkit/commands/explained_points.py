@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ntkit.base.progress import task as shown_task
 from ntkit.commands.network_measures import TrainingTask, as_pixels, outputs_of
 from ntkit.data import Data
+from ntkit.data.targets import in_digits
 from ntkit.explanations.influence import Influence
 from ntkit.explanations.retrainings import Retrainings, subsets
 from ntkit.kernels.path.decomposition import PathDecomposition
@@ -50,9 +51,28 @@ def margin(out: Tensor, y: Tensor) -> Tensor:
     return out.gather(1, y[:, None])[:, 0] - out.gather(1, others).logsumexp(1)
 
 
+def measure_of(data: Data) -> Callable[[Tensor, Tensor], Tensor]:
+    """What is explained, [n], of outputs [n, C] and y [n]: the margin of class y, or the prediction of target y.
+
+    A prediction is in the target's units, without the target's mean on the training set: beside a large mean, small
+    changes would be lost to rounding.
+    """
+    if data.targets is None:
+        return margin
+    deviation = data.targets.deviation
+
+    def prediction(out: Tensor, y: Tensor) -> Tensor:
+        out = out.reshape(len(y), -1)
+        return out.gather(1, y[:, None])[:, 0] * out.new_tensor(deviation)[y]
+
+    return prediction
+
+
 def chosen_points(task: TrainingTask, model: nn.Module, indices: Sequence[int] | None) -> list[Point]:
     """The points asked for; or a confident right one, a confident wrong one and an uncertain one."""
     out = outputs_of(model, task.data.x_test)
+    if task.data.targets is not None:
+        return _by_error(out[:, 0] - task.data.y_test[:, 0], indices)
     predicted = task.predict(out)
     if indices is not None:
         return [Point(i, "asked for", int(predicted[i])) for i in indices]
@@ -65,6 +85,15 @@ def chosen_points(task: TrainingTask, model: nn.Module, indices: Sequence[int] |
             index = (max if most else min)(free, key=lambda i: float(margins[i]))
             found.append(Point(index, why, int(predicted[index])))
     return found
+
+
+def _by_error(error: Tensor, indices: Sequence[int] | None) -> list[Point]:
+    """Points of a regression, of which the first target is explained: by the size of its error [m]."""
+    if indices is not None:
+        return [Point(i, "asked for", 0) for i in indices]
+    order = error.double().abs().cpu().argsort(stable=True).tolist()
+    ranked = {"largest error": order[-1], "smallest error": order[0], "median error": order[len(order) // 2]}
+    return [Point(i, why, 0) for i, why in {i: why for why, i in reversed(ranked.items())}.items()][::-1]
 
 
 def sizes(n: int) -> list[int]:
@@ -189,15 +218,15 @@ def told_points(
     ranks = {method: (-scores[method]).argsort(dim=1, stable=True).argsort(dim=1) for method in METHODS}
     told = []
     for j, point in enumerate(points):
-        label = data.classes[int(data.y_test[point.index])]
+        label = data.shown(data.y_test[point.index])
+        mean = 0.0 if data.targets is None else data.targets.mean[point.predicted]
         entry: dict[str, Any] = {
             "test_index": point.index,
             "why": point.why,
             "label": label,
-            "predicted": data.classes[point.predicted],
-            "right": point.predicted == int(data.y_test[point.index]),
-            "margin": float(parts.prediction[j, 0]),
-            "initial": float(parts.initial[j, 0]),
+            **_answer(data, point, float(parts.prediction[j, 0]) + mean),
+            "margin": float(parts.prediction[j, 0]) + mean,
+            "initial": float(parts.initial[j, 0]) + mean,
             "examples": float(parts.contributions[j, 0].sum()),
             "weight_decay": float(parts.regularization[j, 0]),
             "residual": float(parts.residual[j, 0]),
@@ -209,7 +238,7 @@ def told_points(
                 entry.setdefault(method, {})[side] = [
                     {
                         "index": i,
-                        "label": data.classes[int(data.y_train[i])],
+                        "label": data.shown(data.y_train[i]),
                         "score": float(own[i]),
                         "rank_there": _rank(int(ranks[other][j, i]), len(own), sign),
                         "along": along[method][side][j, place].tolist(),
@@ -220,6 +249,15 @@ def told_points(
                 ]
         told.append(entry)
     return told
+
+
+def _answer(data: Data, point: Point, prediction: float) -> dict[str, Any]:
+    """What the network says: a class, and whether that is right; or a number, which is the prediction of a target."""
+    if data.targets is None:
+        said = data.classes[point.predicted]
+        return {"predicted": said, "right": point.predicted == int(data.y_test[point.index])}
+    name = data.targets.names[point.predicted]
+    return {"predicted": in_digits(prediction), "right": None, "quantity": "prediction", "target": name}
 
 
 def _rank(place: int, n: int, sign: int) -> int:
@@ -282,6 +320,8 @@ def _shown(data: Data, x: Tensor) -> dict[str, str]:
         return {}
     if data.vocabulary is not None:
         return {"text": data.sentence(x)}
+    if data.columns is not None:
+        return {"text": data.columns.shown(x)}
     values = x.flatten().tolist()
     text = ", ".join(f"{value:.3g}" for value in values[:_VALUES])
     return {"text": text + (f", … ({len(values):,} values)" if len(values) > _VALUES else "")}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ntkit.base.checks import Damaged, Refused
 from ntkit.commands import explained_points as points_of
 from ntkit.commands.against_loss import cost_of_kernels
-from ntkit.commands.explained_points import Point, margin
+from ntkit.commands.explained_points import Point
 from ntkit.commands.network_measures import TrainingTask
 from ntkit.explanations.influence import influence
 from ntkit.explanations.retrainings import Retrainings
@@ -74,18 +74,19 @@ def _explained(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     data, steps = task.data, points_of.steps_shown(trajectory.stop["step"])
     training: dict[str, Any] = {"model": model, "data": (data.x_train, data.y_train), "loss": task.loss}
+    measure = points_of.measure_of(data)
     x = data.x_test[[point.index for point in points]]
     y = torch.tensor([point.predicted for point in points], device=x.device)
-    parts = PathKernel(trajectory, cast(Any, margin), **training).decompose(x, y, steps=True)
+    parts = PathKernel(trajectory, cast(Any, measure), **training).decompose(x, y, steps=True)
     added, added_along = points_of.contributions(parts, steps)
-    found = influence(trajectory, x, y, margin, steps=True, checked=CHECKED, **training)
+    found = influence(trajectory, x, y, measure, steps=True, checked=CHECKED, **training)
     scores: dict[str, Tensor] = {"accounting": added, "influence": found.scores}
     along = {
         "accounting": added_along,
         "influence": points_of.strongest_along(found.steps or (), found.scores, steps),
     }
     sets = points_of.removed_sets(scores, [max(1, min(points_of.SHOWN, len(data.x_train) // 2))], RANDOM_SETS)
-    again = Retrainings(trajectory, x, y, margin, **training)
+    again = Retrainings(trajectory, x, y, measure, **training)
     told = points_of.explained(data, points, parts, scores, along, again, sets)
     result = {
         "steps_shown": steps,
@@ -93,5 +94,6 @@ def _explained(
         "influence": points_of.influence_in_numbers(found),
         "random_sets": RANDOM_SETS,
         "points": told,
+        **({} if data.targets is None else {"quantity": "prediction"}),
     }
     return result, points_of.pictures(data, told)

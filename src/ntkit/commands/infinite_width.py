@@ -1,4 +1,4 @@
-"""`ntkit infinite`: how well a network's infinite-width limit classifies, beside an RBF SVM and the trained network."""
+"""`ntkit infinite`: how well an infinitely wide network predicts, beside an RBF machine and the trained network."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from ntkit.base.regular_files import check_folder
 from ntkit.base.trust import code_of_user
 from ntkit.base.versions import versions
 from ntkit.commands.settings import InfiniteSettings, check_seed
-from ntkit.data import Data, load
+from ntkit.data import Data
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines import KernelRidge
 from ntkit.networks.built_in import build
+from ntkit.tracking.losses import half_squared
 from ntkit.trajectory import train as train_network
 
 _RIDGES = [10.0**k for k in range(-7, 2)]  # relative to the mean diagonal of the kernel
 _C, _GAMMA = [1.0, 10.0, 100.0], [0.1, 0.3, 1.0, 3.0]  # of the RBF machine; gamma in units of 1 / (d Var x)
 _TUNING = 3  # folds in which the RBF machine is tuned
+_ALPHA = [0.001, 0.01, 0.1, 1.0]  # of the RBF machine of a regression
 _BATCH, _LR, _MOMENTUM = 32, 0.01, 0.9
 _COMPARED = 100  # samples for the distance between the module's own tangent kernel and the limit
 
-Classifier = Callable[[np.ndarray, np.ndarray, bool], np.ndarray]  # (rows to fit, rows to predict, in the test set?)
+Predictor = Callable[[np.ndarray, np.ndarray, bool], np.ndarray]  # (rows to fit, rows to predict, in the test set?)
 
 
 def infinite(
@@ -45,7 +47,8 @@ def infinite(
     Kernel ridge regression has centered one-hot targets and the ridge of least leave-one-out error; scikit-learn's
     ``SVC(kernel="rbf")`` has the C and gamma of least error in three folds; the network is trained by SGD with momentum
     on the cross-entropy. All see only the examples they are fitted on: for each fold the other folds, for the test set
-    all training examples.
+    all training examples. Of a regression the numbers are R2 (over several targets their mean), the RBF machine is
+    kernel ridge regression, and the network's loss is the squared error.
 
     Parameters
     ----------
@@ -55,8 +58,9 @@ def infinite(
     Returns
     -------
     dict
-        ``accuracies`` (per classifier: mean over folds, its standard error, on the test set), ``layers``, ``settings``,
-        ``error`` of the kernel, ``distance`` of the module's own tangent kernel from the limit.
+        ``accuracies`` (per machine: mean over folds, its standard error, on the test set; of a regression ``r2``),
+        ``layers``, ``settings``, ``error`` of the kernel, ``distance`` of the module's own tangent kernel from the
+        limit.
 
     Raises
     ------
@@ -70,15 +74,19 @@ def infinite(
         got, fix = f"{s.folds}, {s.epochs}", "Give larger numbers."
         raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
     check_seed(s.seed)
+    s.check_data()
     if s.w_std == 0:
         raise refusal("--w-std", got=0, expected="more than 0", fix="With weights of 0 all samples are the same.")
     with code_of_user({"--model": s.model, "--data": s.data}):
-        sets = load(s.data, s.data_dir, train=s.train, seed=s.seed)
-        network = build(s.model, sets.input_shape, len(sets.classes), s.seed, sets.tokens)
+        sets = s.load_data(s.seed)
+        outputs = len(sets.classes) or sets.outputs
+        network = build(s.model, sets.input_shape, outputs, s.seed, sets.tokens)
     n, m = _check_size(sets, s.folds)
     names = ("model", "data", "train", "test", "folds", "epochs", "w_std", "b_std", "seed")
     values = asdict(s) | {"train": n, "test": m}
     record = {name: values[name] for name in names}
+    chosen = {name: values[name] for name in ("classes", "class_names", "task", "target", "resize")}
+    record |= {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items() if v is not None}
     if s.out is not None:
         start = s.out / "run.json"
         old = read_json(start) if start.exists() else {"settings": record}
@@ -95,14 +103,17 @@ def infinite(
     for kind, kernel in kernels.items():
         say(f"{kind}: {n:,} x {n:,} and {m:,} x {n:,} values")
         grams[kind] = kernel(x), kernel(x_test, x)
-    classifiers: dict[str, Classifier] = {
+    is_regression = sets.targets is not None
+    predictors: dict[str, Predictor] = {
         "NTK, kernel ridge": _ridge(*grams["ntk"], sets),
         "NNGP, kernel ridge": _ridge(*grams["nngp"], sets),
-        "SVM, RBF": _rbf(sets),
+        "kernel ridge, RBF" if is_regression else "SVM, RBF": _rbf(sets),
         "the network, trained": _network(network, sets, s.epochs, s.seed),
     }
     results = {
-        "accuracies": [_accuracy(name, c, sets, s.folds, s.seed, say) for name, c in classifiers.items()],
+        "r2" if is_regression else "accuracies": [
+            _scores(name, predictor, sets, s.folds, s.seed, say) for name, predictor in predictors.items()
+        ],
         "layers": layers,
         "error": kernels["ntk"].error,
         "distance": None if s.w_std is not None else _distance(network, kernels["ntk"], x[:_COMPARED]),
@@ -116,7 +127,7 @@ def infinite(
 def _check_size(sets: Data, folds: int) -> tuple[int, int]:
     """Numbers of training and test examples; refuse sets too large for the memory or too small for the folds."""
     n, m = len(sets.x_train), len(sets.x_test)
-    if len(sets.classes) < 2:
+    if len(sets.classes) == 1:
         got, fix = f"one class, {sets.classes[0]}", "Add examples of another class."
         raise refusal("--data", got=got, expected="at least two classes", fix=fix)
     needed, free = 3 * 8 * n * (n + m), free_memory(torch.device("cpu"))
@@ -124,39 +135,50 @@ def _check_size(sets: Data, folds: int) -> tuple[int, int]:
         most = int(math.sqrt(free / 2 / 48))
         expected = f"at most about {most:,} for this memory"
         raise refusal("--train", got=f"{n:,} examples", expected=expected, fix=f"Give --train {most}.")
-    if (smallest := int(sets.y_train.bincount().min())) < folds:
-        expected = "at least one example per class in every fold"
-        got = f"{folds} folds, and a class with {smallest} examples"
-        raise refusal("--folds", got=got, expected=expected, fix="Use fewer folds.")
-    if (rest := smallest - math.ceil(smallest / folds)) < _TUNING:
+    smallest = int(sets.y_train.bincount().min()) if sets.targets is None else n // 2
+    if smallest < folds:
+        what = f"a class with {smallest} examples" if sets.targets is None else f"{n} examples"
+        expected = "at least one example per class" if sets.targets is None else "at least two examples"
+        got, fix = f"{folds} folds, and {what}", "Use fewer folds."
+        raise refusal("--folds", got=got, expected=f"{expected} in every fold", fix=fix)
+    if sets.targets is None and (rest := smallest - math.ceil(smallest / folds)) < _TUNING:
         expected = f"{_TUNING}, since the support vector machine is tuned in {_TUNING} folds of these"
         got = f"a class with {rest} examples outside of a fold"
         raise refusal("--train", got=got, expected=expected, fix="Use more training examples.")
     return n, m
 
 
-def _accuracy(
-    name: str, classifier: Classifier, sets: Data, folds: int, seed: int, say: Callable[[str], None]
+def _scores(
+    name: str, predictor: Predictor, sets: Data, folds: int, seed: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Mean accuracy over the folds with its standard error, and accuracy on the test set (None without one)."""
+    """Mean accuracy (or R2) over the folds with its standard error, and that on the test set (None without one)."""
     with same_random_numbers():
-        from sklearn.model_selection import StratifiedKFold
+        from sklearn.model_selection import KFold, StratifiedKFold
 
     y, y_test, scores = sets.y_train.numpy(), sets.y_test.numpy(), []
-    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    splitter = (StratifiedKFold if sets.targets is None else KFold)(folds, shuffle=True, random_state=seed)
     for i, (fit, rest) in enumerate(splitter.split(np.zeros(len(y)), y)):
-        scores.append(float((classifier(fit, rest, False) == y[rest]).mean()))
-        say(f"{name}, fold {i + 1} of {folds}: {scores[-1]:.1%}")
+        scores.append(_score(predictor(fit, rest, False), y[rest]))
+        shown = f"{scores[-1]:.1%}" if sets.targets is None else f"R2 {scores[-1]:.3f}"
+        say(f"{name}, fold {i + 1} of {folds}: {shown}")
     error = float(np.std(scores, ddof=1) / math.sqrt(folds))
     every = np.arange(len(y))
-    on_test = float((classifier(every, np.arange(len(y_test)), True) == y_test).mean()) if len(y_test) else None
+    on_test = _score(predictor(every, np.arange(len(y_test)), True), y_test) if len(y_test) else None
     return {"name": name, "mean": float(np.mean(scores)), "error": error, "test": on_test}
 
 
-def _ridge(K: Tensor, K_test: Tensor, sets: Data) -> Classifier:
-    """Kernel ridge on centered one-hot targets, with the ridge of least leave-one-out error."""
-    scale = K.diagonal().mean()
-    targets = F.one_hot(sets.y_train, len(sets.classes)).double()
+def _score(predicted: np.ndarray, y: np.ndarray) -> float:
+    """Share of labels [n] that are right; of targets [n, C] the mean of R2 over them."""
+    if y.ndim == 1:
+        return float((predicted == y).mean())
+    residual, total = ((predicted - y) ** 2).sum(0), ((y - y.mean(0)) ** 2).sum(0)
+    return float((1 - residual / total).mean())
+
+
+def _ridge(K: Tensor, K_test: Tensor, sets: Data) -> Predictor:
+    """Kernel ridge on centered targets (one-hot for classes), with the ridge of least leave-one-out error."""
+    scale, regression = K.diagonal().mean(), sets.targets is not None
+    targets = sets.y_train.double() if regression else F.one_hot(sets.y_train, len(sets.classes)).double()
 
     def predict(fit: np.ndarray, rows: np.ndarray, of_test: bool) -> np.ndarray:
         inner = K[fit][:, fit] / scale
@@ -165,14 +187,16 @@ def _ridge(K: Tensor, K_test: Tensor, sets: Data) -> Classifier:
         solved = [m for m in machines if m.status_ == "solved"]
         best = min(solved, key=lambda m: float((m.loo_**2).mean()))
         outer = (K_test if of_test else K)[rows][:, fit] / scale
-        return (best.predict(outer) + mean).argmax(1).numpy()
+        predicted = best.predict(outer) + mean
+        return (predicted if regression else predicted.argmax(1)).numpy()
 
     return predict
 
 
-def _rbf(sets: Data) -> Classifier:
-    """scikit-learn's SVC with an RBF kernel, tuned by cross-validation within the rows to fit."""
+def _rbf(sets: Data) -> Predictor:
+    """scikit-learn's SVC, or ridge regression, with an RBF kernel, tuned by cross-validation within the rows to fit."""
     with same_random_numbers():
+        from sklearn.kernel_ridge import KernelRidge as PlainRidge
         from sklearn.model_selection import GridSearchCV
         from sklearn.svm import SVC
 
@@ -181,17 +205,25 @@ def _rbf(sets: Data) -> Classifier:
 
     def predict(fit: np.ndarray, rows: np.ndarray, of_test: bool) -> np.ndarray:
         unit = 1 / (x.shape[1] * x[fit].var())
-        search = GridSearchCV(SVC(kernel="rbf"), {"C": _C, "gamma": [g * unit for g in _GAMMA]}, cv=_TUNING)
+        gammas = {"gamma": [g * unit for g in _GAMMA]}
+        search = GridSearchCV(SVC(kernel="rbf"), {"C": _C} | gammas, cv=_TUNING)
+        mean = 0
+        if sets.targets is not None:
+            search, mean = (
+                GridSearchCV(PlainRidge(kernel="rbf"), {"alpha": _ALPHA} | gammas, cv=_TUNING),
+                y[fit].mean(0),
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a class with fewer examples than folds
-            search.fit(x[fit], y[fit])
-        return search.predict((x_test if of_test else x)[rows])
+            search.fit(x[fit], y[fit] - mean)
+        return search.predict((x_test if of_test else x)[rows]) + mean
 
     return predict
 
 
-def _network(network: nn.Module, sets: Data, epochs: int, seed: int) -> Classifier:
-    """The module trained from its own weights, by SGD with momentum on the cross-entropy."""
+def _network(network: nn.Module, sets: Data, epochs: int, seed: int) -> Predictor:
+    """The module trained from its own weights, by SGD with momentum on the cross-entropy, or on the squared error."""
+    loss = F.cross_entropy if sets.targets is None else half_squared
     start = {name: t.clone() for name, t in network.state_dict().items()}
 
     def predict(fit: np.ndarray, rows: np.ndarray, of_test: bool) -> np.ndarray:
@@ -200,14 +232,14 @@ def _network(network: nn.Module, sets: Data, epochs: int, seed: int) -> Classifi
         steps = epochs * math.ceil(len(fit) / _BATCH)
         data = (sets.x_train[index].float(), sets.y_train[index])
         train_network(
-            network, data, F.cross_entropy, lambda p: torch.optim.SGD(p, lr=_LR, momentum=_MOMENTUM), steps,
+            network, data, loss, lambda p: torch.optim.SGD(p, lr=_LR, momentum=_MOMENTUM), steps,
             batch_size=min(_BATCH, len(fit)), seed=seed,
         )  # fmt: skip
         x = (sets.x_test if of_test else sets.x_train)[torch.from_numpy(rows)].float()
         with torch.no_grad():
-            predicted = torch.cat([network(part).argmax(1) for part in x.split(512)]).numpy()
+            out = torch.cat([network(part) for part in x.split(512)])
         network.load_state_dict(start)
-        return predicted
+        return (out.argmax(1) if sets.targets is None else out).numpy()
 
     return predict
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ntkit.base import progress
 from ntkit.base.checks import defined, refusal
+from ntkit.base.memory import free_memory
 from ntkit.data import Data
 from ntkit.gram.gram_matrix import Gram
 from ntkit.jacobian.forwards import raw_outputs
@@ -177,7 +178,7 @@ def along(
         "residual": max((r for r in series["residual"] if r is not None), default=0.0),
         # 2 n / lambda_1 bounds stable steps of plain gradient descent for squared loss and one output: a landmark
         # beside the learning rate where the steps are plain ones (`lr` given), and nothing otherwise
-        "stable_lr": [row[0] and 2 * n / row[0] for row in series["eigenvalues"]] if task.binary and lr else None,
+        "stable_lr": [row[0] and 2 * n / row[0] for row in series["eigenvalues"]] if task.outputs == 1 and lr else None,
         "lr": lr,
     }
     arrays = {
@@ -220,7 +221,7 @@ def invariances(kernels: dict[str, Kernel], data: Data, samples: int) -> tuple[d
     examples = [
         {
             "test_index": int(tests[i]),
-            "label": data.classes[int(data.y_test[tests[i]])],
+            "label": data.shown(data.y_test[tests[i]]),
             "cosines": [{"name": name, **_of_image(found, name, i)} for name in probes],
             "different": _of_image(found, DIFFERENT, i),
         }
@@ -266,14 +267,14 @@ def neighbors(
     predicted : the network's prediction for each test example.
     kernels : kernel -> (k(examples, train) [R, n], diagonal on the examples [R], diagonal on train [n]).
     """
-    classes = data.classes
     rows: list[dict[str, Any]] = [
-        {"test_index": i, "label": classes[data.y_test[i]], "predicted": classes[predicted[i]]}
+        {"test_index": i, "label": data.shown(data.y_test[i]), "predicted": data.shown(predicted[i])}
         for i in examples.tolist()
     ]
-    if data.vocabulary is not None:
+    words = data.sentence if data.vocabulary is not None else None if data.columns is None else data.columns.shown
+    if words is not None:
         for row in rows:
-            row["text"] = data.sentence(data.x_test[row["test_index"]])
+            row["text"] = words(data.x_test[row["test_index"]])
     arrays = {"test": as_pixels(data.x_test[examples])} if data.kind == "images" else {}
     count = min(NEIGHBORS, len(data.x_train))
     for name, (K, own, train) in kernels.items():
@@ -281,8 +282,8 @@ def neighbors(
         top, index = cosine.topk(count, dim=1)
         for row, similarities, indices in zip(rows, top.tolist(), index.tolist(), strict=True):
             row[name] = [
-                {"index": j, "label": classes[data.y_train[j]], "similarity": similarity}
-                | ({} if data.vocabulary is None else {"text": data.sentence(data.x_train[j])})
+                {"index": j, "label": data.shown(data.y_train[j]), "similarity": similarity}
+                | ({} if words is None else {"text": words(data.x_train[j])})
                 for j, similarity in zip(indices, similarities, strict=True)
             ]
         if data.kind == "images":
@@ -299,6 +300,29 @@ def against_oracle(model: nn.Module, x: Tensor, when: str) -> dict[str, Any]:
     precision = few.dtype if few.is_floating_point() else "model dtype"
     what = f"tangent kernel {when} ({precision}) against per-sample autograd in float64, {len(few)} samples"
     return {"what": what.replace("torch.", ""), "value": finite(error), "tolerance": 1e-4, "ok": error <= 1e-4}
+
+
+def similarity(grams: Callable[[str], Tensor | None]) -> dict[str, float | None]:
+    """Alignment between the train x train kernels, which `grams` gives by name, or None where there is none."""
+    result: dict[str, float | None] = {}
+    for a, b in (("init", "after"), ("after", "conjugate"), ("init", "conjugate")):
+        result |= {f"{a}_{b}": None, f"{a}_{b}_centered": None}
+        first, second = grams(a), grams(b)
+        if first is not None and second is not None:
+            K1, K2 = Gram(first), Gram(second)
+            result[f"{a}_{b}"] = defined(alignment, K1, K2)
+            result[f"{a}_{b}_centered"] = defined(alignment, K1, K2, centered=True)
+    return result
+
+
+def check_size(n: int) -> None:
+    """Refuse what does not fit: a Gram matrix in float32, and two in float64 while a machine is solved."""
+    free = free_memory(torch.device("cpu"))
+    if 20 * n**2 > free:
+        got = f"kernel matrices of about {20 * n**2 / 1e9:.0f} GB while they are solved"
+        expected = f"at most {free / 1e9:.0f} GB, the free memory"
+        fix = f"Use fewer, e.g. --train {int((free / 40) ** 0.5) // 100 * 100}."
+        raise refusal(f"{n:,} training examples", got=got, expected=expected, fix=fix)
 
 
 def kernels_of(models: dict[str, nn.Module], memory: int) -> dict[str, Callable[[], Kernel]]:

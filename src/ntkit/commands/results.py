@@ -16,6 +16,7 @@ from ntkit.base.run_files import AnalysisRun, described
 from ntkit.base.versions import RESULTS_FORMAT, versions
 from ntkit.commands.network_measures import TrainingTask
 from ntkit.commands.settings import Settings
+from ntkit.data import Data
 from ntkit.trajectory import Trajectory
 
 KERNELS = ("init", "after", "conjugate")
@@ -58,18 +59,8 @@ def assemble(
     oracle = stages["oracle"] or {"checks": [], "fallback": {}, "text": ""}
     return {
         "format": RESULTS_FORMAT,
-        "title": f"{s.model} on {data.name}" + (f", classes {' and '.join(data.classes)}" if s.classes else ""),
-        "data": {
-            "name": data.name,
-            "kind": data.kind,
-            "classes": list(data.classes),
-            "train": len(data.x_train),
-            "test": len(data.x_test),
-            "input_shape": list(data.input_shape),
-            "normalization": data.normalisation,
-            "source": data.source,
-            "hash": data.hash,
-        },
+        "title": _title(s, data),
+        "data": _data(data),
         "model": {
             "name": s.model,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -95,6 +86,7 @@ def assemble(
         "quality": [q for key in KERNELS if (q := stages[f"gram-{key}"]) is not None],
         **{name: stages[name] for name in ("similarity", "along", "invariances", "neighbors")},
         "against_loss": stages["against-loss"],
+        **({"comparisons": stages["comparisons"]} if data.targets else {}),
         "explained": stages["explained"],
         "certificates": [*oracle["checks"], *_certificates(machines, stages["along"], absent)],
         "reproduce": {
@@ -108,10 +100,36 @@ def assemble(
     }
 
 
+def _title(s: Settings, data: Data) -> str:
+    """Network and data, and the classes that were chosen or the targets."""
+    title = f"{s.model} on {data.name}"
+    if data.targets is not None:
+        return f"{title}, target{'s' if data.outputs > 1 else ''} {', '.join(data.targets.names)}"
+    return title + (f", classes {' and '.join(data.classes)}" if s.classes else "")
+
+
+def _data(data: Data) -> dict[str, Any]:
+    """What is said of the data."""
+    return {
+        "name": data.name,
+        "kind": data.kind,
+        "classes": list(data.classes),
+        "train": len(data.x_train),
+        "test": len(data.x_test),
+        "input_shape": list(data.input_shape),
+        "normalization": data.normalisation,
+        "source": data.source,
+        "hash": data.hash,
+        **({} if data.targets is None else {"targets": data.targets._asdict()}),
+    }
+
+
 def _certificates(machines: list, along: dict[str, Any] | None, absent: dict[str, str]) -> list[dict[str, Any]]:
     """What certifies the machines and the eigenpairs; and, as failures, the stages without numbers."""
     rows: list[tuple[str, float | None, float | None, bool]] = [
         (f"hard-margin SVM on the {m['label']}: relative duality gap", m["gap"], 1e-6, m["status"] == "optimal")
+        if "gap" in m
+        else (f"ridge regression on the {m['label']}: relative residual", m["residual"], 1e-8, m["status"] == "solved")
         for m in machines
     ]
     if along is not None:

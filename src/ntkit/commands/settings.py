@@ -5,29 +5,75 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ntkit.base.checks import Refused, check_name, nearest, refusal
 
 _LARGEST = 3e38  # of float32
 _DEVICES = ("auto", "cpu", "cuda")
+TASKS = ("classification", "regression")  # as in `ntkit.data`, which imports torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What to analyze, and how."""
+class DataSettings:
+    """Which data, for every command."""
 
-    data: str = "digits"
-    """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a folder of class-named image
-    folders, or file.py:factory."""
+    data: str | None = "digits"
+    """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a table (.csv, .tsv, .parquet;
+    then give --target), a folder of class-named image folders, or file.py:factory."""
     data_dir: str | None = None
     """Folder with the official files of mnist, cifar10 or a text set. Nothing is downloaded."""
     classes: tuple[str, ...] | None = None
     """Classes to keep, e.g. --classes 3 8. With two classes the network gets one output."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes for reports, in the order of their labels."""
+    task: str | None = None
+    """classification or regression, where the targets do not say it: floats are a regression, all else classes."""
+    target: tuple[str, ...] | None = None
+    """Of a table: the column to predict, or several columns of numbers."""
+    resize: int | None = None
+    """Of a folder of images: pixels of each side after resizing the shorter side and cutting out the center."""
     train: int | None = None
     """Training examples to keep (all by default)."""
     test: int | None = None
     """Test examples to keep (all by default)."""
+
+    def __post_init__(self) -> None:
+        """Accept numbers, paths and single names in place of text: classes=(3, 8), data=Path(...), target="price"."""
+        for name in ("classes", "class_names", "target"):
+            if (value := getattr(self, name)) is not None:
+                values = (value,) if isinstance(value, str) else value
+                object.__setattr__(self, name, tuple(str(item) for item in values))
+        for name in ("data", "data_dir", "model", "weights"):
+            if (value := getattr(self, name, None)) is not None:
+                object.__setattr__(self, name, str(value))
+
+    def check_data(self) -> None:
+        """Refuse invalid values of these settings, by the option's name."""
+        for name in ("data", "data_dir"):
+            check_name("--" + name.replace("_", "-"), getattr(self, name) or "", "Rename it: reports name it.")
+        for name in ("train", "test", "resize"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise _bad(name, value, "an integer of at least 1", "Give a larger number.")
+        if self.task is not None and self.task not in TASKS:
+            raise _bad("task", self.task, " or ".join(TASKS), nearest(str(self.task), TASKS))
+
+    def load_data(self, seed: int) -> Any:
+        """The `Data` of these settings."""
+        from ntkit.data import load
+
+        return load(
+            self.data or "digits", self.data_dir, self.classes, self.train, self.test, seed,
+            class_names=self.class_names, task=cast(Any, self.task), target=self.target, resize=self.resize,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DataSettings):
+    """What to analyze, and how."""
+
+    data: str = "digits"
     model: str = "cnn"
     """linear, mlp, cnn, vgg, textcnn (text sets), package.module:factory or file.py:factory."""
     weights: str | None = None
@@ -45,7 +91,7 @@ class Settings:
     """Momentum of sgd; adam ignores it."""
     weight_decay: float = 0.0
     """L2 penalty that the optimizer adds to the gradients."""
-    target: float | None = None
+    target_loss: float | None = None
     """Stop training when the training loss is at most this."""
     seed: int = 0
     """Seed of initial weights, batches and subsets."""
@@ -58,14 +104,6 @@ class Settings:
     device: str = "auto"
     """auto, cpu or cuda."""
 
-    def __post_init__(self) -> None:
-        """Accept numbers and paths in place of text: classes=(3, 8), data=Path(...)."""
-        if self.classes is not None:
-            object.__setattr__(self, "classes", tuple(str(name) for name in self.classes))
-        for name in ("data", "data_dir", "model", "weights"):
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, str(value))
-
     def check(self) -> None:
         """Refuse invalid values.
 
@@ -74,17 +112,18 @@ class Settings:
         Refused
             Names the option as the command line spells it.
         """
-        for name in ("data", "data_dir", "model", "weights"):
-            check_name("--" + name.replace("_", "-"), getattr(self, name) or "", "Rename it: reports name it.")
-        for name in ("train", "test", "epochs", "batch_size", "track_points", "probe_samples"):
+        self.check_data()
+        for name in ("model", "weights"):
+            check_name("--" + name, getattr(self, name) or "", "Rename it: reports name it.")
+        for name in ("epochs", "batch_size", "track_points", "probe_samples"):
             value, low = getattr(self, name), 2 if name == "probe_samples" else 1
             if value is not None and (not isinstance(value, int) or value < low):
                 raise _bad(name, value, f"an integer of at least {low}", "Give a larger number.")
-        for name in ("lr", "momentum", "weight_decay", "target"):
+        for name in ("lr", "momentum", "weight_decay", "target_loss"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= _LARGEST:
                 raise _bad(name, value, f"a number from 0 to {_LARGEST:g}", "Give such a number.")
-        for name in ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "target"):
+        for name in ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "target_loss"):
             value = getattr(self, name)
             if self.weights is not None and value != getattr(Settings, name):
                 raise _bad(name, value, "no training settings with --weights", "Leave it out.")
@@ -130,15 +169,12 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackSettings:
+class TrackSettings(DataSettings):
     """What to follow along a run, and how."""
 
     model: str | None = None
     """As in ntkit analyze."""
     data: str | None = None
-    """As in ntkit analyze."""
-    data_dir: str | None = None
-    """Folder with the official files of mnist, cifar10 or a text set."""
     points: int = 500
     """Training examples to follow, spread evenly."""
     k: int = 20
@@ -170,17 +206,12 @@ class ExplainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfiniteSettings:
+class InfiniteSettings(DataSettings):
     """Which network and data `ntkit infinite` compares in the limit, and how."""
 
     model: str = "mlp"
     """linear, mlp, package.module:factory or file.py:factory. Max pooling and BatchNorm have no limit."""
     data: str = "digits"
-    """As in ntkit analyze."""
-    data_dir: str | None = None
-    """Folder with the official files of mnist, cifar10 or a text set."""
-    train: int | None = None
-    """Training examples to keep (all by default)."""
     folds: int = 5
     """Number of folds of the cross-validation, stratified by class."""
     epochs: int = 20

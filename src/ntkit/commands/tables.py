@@ -29,9 +29,14 @@ def _percent(value: float | None, digits: int) -> str:
 def print_accuracies(results: dict) -> None:
     """Print the table of an infinite network, and how far the module is from it."""
     s = results["settings"]
-    rows = [(r["name"], *(_percent(r[key], 1) for key in ("mean", "error", "test"))) for r in results["accuracies"]]
+    scores, keys = results.get("r2", results.get("accuracies")), ("mean", "error", "test")
+    of, unit = ("R²", "") if "r2" in results else ("accuracy", ", %")
+    rows = [
+        (r["name"], *(f"{r[key]:.3f}" if of == "R²" and r[key] is not None else _percent(r[key], 1) for key in keys))
+        for r in scores
+    ]
     title = f"{s['model']} at infinite width on {s['data']}, {s['train']:,} examples"
-    print_table(title, f"accuracy of|>{s['folds']} folds, %|>± s.e.|>test set, %", rows)
+    print_table(title, f"{of} of|>{s['folds']} folds{unit}|>± s.e.|>test set{unit}", rows)
     if results["distance"] is not None:
         print(f"The module's own tangent kernel, at its weights, is {results['distance']:.1%} from the limit.")
     if results["error"]:
@@ -49,13 +54,7 @@ def print_summary(folder: Path) -> None:
 
 
 def _print_results(folder: Path, results: dict[str, Any]) -> None:
-    errors = [("the network", results["network"]["test_error"], "")]
-    for m in results["machines"]:
-        gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
-        errors.append((f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}"))
-    # without a single error among the test examples the binomial standard error is 0 and no estimate
-    rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), text) for name, e, text in errors]
-    print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
+    (_print_regression if "targets" in results["data"] else _print_errors)(results)
     alignments = {q["kernel"]: q["alignment_centered"] for q in results["quality"]}
     first, last = (f"{a:.3f}" if (a := alignments.get(key)) is not None else "-" for key in ("init", "after"))
     print(f"alignment with the targets (centered): {first} at initialization, {last} after training")
@@ -63,6 +62,29 @@ def _print_results(folder: Path, results: dict[str, Any]) -> None:
     passed = len(results["certificates"]) - len(failed)
     print(f"checks: {passed} passed" + (f", {len(failed)} FAILED: {'; '.join(failed)}" if failed else ""))
     print(f"report: {folder / 'report.html'}")
+
+
+def _print_regression(results: dict[str, Any]) -> None:
+    from ntkit.report import regression_text as text
+
+    parts = text.Parts(results)
+    rows = [("the network", results["network"]["test"], "")]
+    rows += [(f"ridge, {m['label']}", m["test"], str(m["ridge"] or "-")) for m in results["machines"]]
+    cells = [(name, *(text.joined(*parts.pair(e, key)) for key in ("r2", "rmse")), ridge) for name, e, ridge in rows]
+    columns = f"test errors of|>R² (95 %)|>root mean squared error in {parts.unit} (95 %)|>ridge"
+    print_table(results["title"], columns, cells)
+    for warning in text.cautions(results):
+        print(warning)
+
+
+def _print_errors(results: dict[str, Any]) -> None:
+    errors = [("the network", results["network"]["test_error"], "")]
+    for m in results["machines"]:
+        gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
+        errors.append((f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}"))
+    # without a single error among the test examples the binomial standard error is 0 and no estimate
+    rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), text) for name, e, text in errors]
+    print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
 
 
 def print_solved(results: dict[str, Any]) -> None:

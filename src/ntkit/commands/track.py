@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +18,14 @@ from ntkit.base.lock import FolderLock
 from ntkit.base.regular_files import check_folder
 from ntkit.base.run_files import AnalysisRun, described
 from ntkit.base.trust import code_of_run, code_of_user
-from ntkit.commands.settings import Settings, TrackSettings
-from ntkit.data import load
+from ntkit.commands.settings import DataSettings, Settings, TrackSettings
 from ntkit.measures.eigenfunctions import bandwidth, patterns
 from ntkit.networks.built_in import build
 from ntkit.tracking import Tracked, scalars, track, write_images
 from ntkit.trajectory import Trajectory
 
 _DRAWN = 6  # eigenvectors that the page shows as images
+_OF_DATA = [field.name for field in fields(DataSettings) if field.name != "data"]  # of a recorded trajectory
 _PAUSE = 2.0  # seconds between looks at a run that is still training
 
 _COLUMNS = (
@@ -64,6 +65,7 @@ def track_run(
     s = settings or TrackSettings()
     if s.points < 1:
         raise refusal("--points", got=s.points, expected="at least 1", fix="Give a larger number.")
+    s.check_data()
     check_folder(s.out or run, "--out" if s.out else "run")
     folder, network, x, y = _run_to_follow(run, s, trust)
     place = s.out or run / "track"
@@ -116,6 +118,9 @@ def _run_to_follow(run: Path, settings: TrackSettings, trust: bool) -> tuple[Pat
         described(run / "run.json", told, AnalysisRun)
         s, folder = described(run / "run.json", told["settings"], Settings, "settings"), run / "trajectory"
         given = {"--model": settings.model, "--data": settings.data}
+        if extra := [name for name in _OF_DATA if getattr(settings, name) is not None]:
+            got, expected = f"--{extra[0].replace('_', '-')} for a run of ntkit analyze", "none: its data are the run's"
+            raise refusal(str(run), got=got, expected=expected, fix="Leave it out.")
         code = code_of_run(run, s.named_code(), told["identity"], given, trust)
     elif isinstance(told, dict) and "identity" in told:
         fix = "Track a run that was trained: ntkit analyze without --weights."
@@ -125,12 +130,12 @@ def _run_to_follow(run: Path, settings: TrackSettings, trust: bool) -> tuple[Pat
         fix = "Name the factory of its architecture and the data to follow: --model net.py:make --data set.npz."
         raise refusal(str(run), got=got, expected=expected, fix=fix)
     else:
-        s, folder = Settings(model=settings.model, data=settings.data, data_dir=settings.data_dir), run
+        chosen = {name: getattr(settings, name) for name in _OF_DATA}
+        s, folder = Settings(model=settings.model, data=settings.data, **chosen), run
         code = code_of_user(s.named_code())
     with code:
-        sets = load(s.data, s.data_dir, s.classes, s.train, s.test, s.seed)
-        outputs = 1 if len(sets.classes) == 2 else len(sets.classes)
-        network = build(s.model, sets.input_shape, outputs, s.seed, sets.tokens)
+        sets = s.load_data(s.seed)
+        network = build(s.model, sets.input_shape, sets.outputs, s.seed, sets.tokens)
     rows = torch.linspace(0, len(sets.x_train) - 1, min(settings.points, len(sets.x_train))).long()
     return folder, network, sets.x_train[rows], sets.y_train[rows]
 

@@ -1,4 +1,4 @@
-"""Examples and labels as tensors: from arrays and torch datasets, converted and checked."""
+"""Examples as tensors, with their targets: from arrays, torch datasets and loaders, converted and checked."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ntkit.base.checks import refusal
+from ntkit.data.targets import target_array
 
 Kind = Literal["images", "vectors", "tokens"]
 
 
-def examples(pair: tuple[Any, Any], subject: str, float_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Kind]:
-    """Tensors x, y and the kind of x, of one pair (x, y) in the layout of `load`; refuses other input."""
+def examples(pair: tuple[Any, Any], subject: str, float_dtype: torch.dtype | None) -> tuple[Tensor, np.ndarray, Kind]:
+    """Tensor x, targets y as an array, and the kind of x, of one pair (x, y) as `load` takes it."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         got = f"a {type(pair).__name__}"
         raise refusal(subject, got=got, expected="a pair (x, y)", fix="Put examples and labels in one tuple.")
-    x, y = (_tensor(value, f"{subject}, {part}") for value, part in zip(pair, "xy", strict=True))
+    x = _tensor(pair[0], f"{subject}, x")
     if x.ndim < 2 or x.numel() == 0:
         got = f"an empty set, shape {list(x.shape)}" if x.numel() == 0 else f"shape {list(x.shape)}"
         raise refusal(f"{subject}, x", got=got, expected="[n, ...] with n >= 1", fix="Put one example in each row.")
-    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        got = f"{y.dtype} of shape {list(y.shape)}"
-        fix = "Give class indices 0, 1, ... as one integer array (y.ravel(), y.long())."
-        raise refusal(f"{subject}, labels y", got=got, expected="integers of shape [n]", fix=fix)
+    y = target_array(pair[1], subject)
     if len(x) != len(y):
         got = f"{len(x):,} examples and {len(y):,} labels"
         raise refusal(subject, got=got, expected="one label per example", fix="Check how x and y were built.")
@@ -40,11 +39,11 @@ def examples(pair: tuple[Any, Any], subject: str, float_dtype: torch.dtype | Non
             value = x[row].flatten()[~torch.isfinite(x[row]).flatten()][0].item()
             got = f"{value} in row {row:,} ({len(bad):,} such rows)"
             raise refusal(f"{subject}, x", got=got, expected="finite values", fix="Repair or remove these rows.")
-        return x, y.to("cpu", torch.int64), "images" if x.ndim == 4 else "vectors"
+        return x, y, "images" if x.ndim == 4 else "vectors"
     if x.dtype == torch.uint8 and x.ndim in (3, 4):
-        return _images(x, subject), y.to("cpu", torch.int64), "images"
+        return _images(x, subject), y, "images"
     if x.dtype in (torch.int16, torch.int32, torch.int64) and x.ndim == 2:
-        return x.to(torch.int64), y.to("cpu", torch.int64), "tokens"
+        return x.to(torch.int64), y, "tokens"
     expected = "floats, uint8 images [n, h, w] or [n, c, h, w] or [n, h, w, c], or integer tokens [n, t]"
     fix = "Convert x to float32 and scale it as intended."
     raise refusal(f"{subject}, x", got=f"{x.dtype} of shape {list(x.shape)}", expected=expected, fix=fix)
@@ -75,21 +74,21 @@ def _images(x: Tensor, subject: str) -> Tensor:
     raise refusal(f"{subject}, x", got=got, expected="1 or 3 channels, in the second or last place", fix=fix)
 
 
-def stack(dataset: Any, subject: str) -> tuple[Tensor, Tensor]:
-    """Stack the items of a map-style dataset of pairs (x, label)."""
+def stack(dataset: Any, subject: str) -> tuple[Tensor, np.ndarray]:
+    """Stack the items of a map-style dataset of pairs (x, target), or the batches of a DataLoader, in their order."""
+    if isinstance(dataset, DataLoader):
+        return _concatenated(dataset, subject)
     try:
         size = len(dataset)
     except (TypeError, NotImplementedError) as error:
         fix = "Collect a streaming dataset into tensors and use from_tensors."
         got = f"{type(dataset).__name__}, without a length"
         raise refusal(subject, got=got, expected="a map-style dataset", fix=fix) from error
-    x, y = torch.empty(0, 0), torch.empty(size, dtype=torch.int64)
+    x, targets = torch.empty(0, 0), []
     for index in range(size):
         item = dataset[index]
         where = f"{subject}, index {index}"
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            got = f"a {type(item).__name__}"
-            raise refusal(where, got=got, expected="a pair (x, label)", fix="Wrap it in a dataset of pairs.")
+        _check_pair(item, where)
         value = _example(item[0], where)
         if index == 0:
             x = torch.empty((size, *value.shape), dtype=value.dtype)
@@ -97,11 +96,56 @@ def stack(dataset: Any, subject: str) -> tuple[Tensor, Tensor]:
             expected = f"{list(x.shape[1:])} {x.dtype}, as at index 0"
             got = f"{list(value.shape)} {value.dtype}"
             raise refusal(where, got=got, expected=expected, fix="Resize or pad all examples to one shape.")
-        label = np.asarray(item[1].cpu() if isinstance(item[1], Tensor) else item[1])
-        if label.ndim or label.dtype.kind not in "iu":
-            raise refusal(where, got=f"label {item[1]!r}", expected="an integer", fix="Give class indices 0, 1, ...")
-        x[index], y[index] = value, int(label)
-    return x, y
+        x[index] = value
+        targets.append(_target(item[1], targets[0] if targets else None, where))
+    return x, np.stack(targets) if targets else np.empty(0, np.int64)
+
+
+def _check_pair(item: Any, where: str) -> None:
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        got = f"a {type(item).__name__}"
+        raise refusal(where, got=got, expected="a pair (x, label)", fix="Wrap it in a dataset of pairs.")
+
+
+def _target(value: Any, first: np.ndarray | None, where: str) -> np.ndarray:
+    """The target of one item: a number, text, or a vector of numbers, of the kind of the first one."""
+    target = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    kind = "".join(kinds for kinds in ("b", "iu", "f", "U") if target.dtype.kind in kinds)
+    if not kind or target.ndim > 1:
+        expected = "a label (an integer, text) or numbers"
+        raise refusal(where, got=f"label {value!r}", expected=expected, fix="Give one label per example.")
+    if first is not None and (first.shape != target.shape or first.dtype.kind not in kind):
+        got, expected = f"label {value!r}", f"one like that at index 0 ({first.tolist()!r})"
+        raise refusal(where, got=got, expected=expected, fix="Give labels of one kind.")
+    return target
+
+
+def _concatenated(loader: DataLoader, subject: str) -> tuple[Tensor, np.ndarray]:
+    """The batches of a loader, one after the other; one that shuffles is refused: its order is another each time."""
+    if isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler):
+        fix = "Build it with shuffle=False; training draws batches of its own."
+        raise refusal(subject, got="a DataLoader that shuffles", expected="one with a fixed order", fix=fix)
+    inputs: list[Tensor] = []
+    targets: list[np.ndarray] = []
+    for index, batch in enumerate(loader):
+        where = f"{subject}, batch {index}"
+        _check_pair(batch, where)
+        x, y = _tensor(batch[0], where), target_array(batch[1], where)
+        if inputs and (x.shape[1:] != inputs[0].shape[1:] or x.dtype != inputs[0].dtype):
+            got, expected = f"{list(x.shape[1:])} {x.dtype}", f"{list(inputs[0].shape[1:])} {inputs[0].dtype}"
+            raise refusal(where, got=got, expected=expected, fix="Resize or pad all examples to one shape.")
+        if len(x) != len(y):
+            got = f"{len(x)} examples and {len(y)} labels"
+            raise refusal(where, got=got, expected="one label per example", fix="Check the loader's collate_fn.")
+        if targets and (y.shape[1:] != targets[0].shape[1:] or y.dtype.kind != targets[0].dtype.kind):
+            got = f"labels {y.dtype} {list(y.shape[1:])}"
+            expected = f"{targets[0].dtype} {list(targets[0].shape[1:])}, as in batch 0"
+            raise refusal(where, got=got, expected=expected, fix="Give labels of one kind.")
+        inputs.append(x.cpu())
+        targets.append(y)
+    if not inputs:
+        return torch.empty(0, 0), np.empty(0, np.int64)
+    return torch.cat(inputs), np.concatenate(targets)
 
 
 def _example(value: Any, subject: str) -> Tensor:

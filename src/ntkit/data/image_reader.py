@@ -1,4 +1,4 @@
-"""Folders of images, one folder per class: PNG and JPEG, all of one size and mode."""
+"""Folders of images, one folder per class: PNG and JPEG, all of one mode, and of one size unless they are resized."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ from ntkit.data.readers import Files, open_data
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _LARGEST = 2**28  # bytes of one image file
+_SIDE = 4096  # pixels of a side after resizing, at most
 
 
-def read_image_folder(folder: Path) -> Files:
+def read_image_folder(folder: Path, resize: int | None = None) -> Files:
     """Read FOLDER/train/CLASS/* and FOLDER/test/CLASS/*, or FOLDER/CLASS/*: PNG and JPEG, one size, gray or RGB.
 
-    Pixels are as stored: an orientation noted in a photograph's EXIF data does not turn it.
+    Pixels are as stored: an orientation noted in a photograph's EXIF data does not turn it. With `resize` the shorter
+    side of each image is resized to that many pixels, and the square in its center is cut out.
     """
+    if resize is not None and (isinstance(resize, bool) or not isinstance(resize, int) or not 1 <= resize <= _SIDE):
+        expected = f"a number of pixels from 1 to {_SIDE:,}"
+        raise refusal("resize (--resize)", got=repr(resize), expected=expected, fix="For example 32.")
     split = os.path.isdir(folder / "train") and os.path.isdir(folder / "test")
     roots = [folder / "train", folder / "test"] if split else [folder]
     folders = [_class_folders(root) for root in roots]
@@ -36,12 +41,15 @@ def read_image_folder(folder: Path) -> Files:
     for name in classes:  # they become the names of the classes, in tables and reports
         check_name(f"class folder in {folder.name}", name, "Rename the folder.")
     labels = [[label for label, path in enumerate(group) for _ in _visible(path)] for group in folders]
-    pixels = _read_images([path for group in folders for inner in group for path in _visible(inner)])
+    pixels = _read_images([path for group in folders for inner in group for path in _visible(inner)], resize)
     n = len(labels[0])
     train = (pixels[:n], np.array(labels[0]))
     test = (pixels[n:], np.array(labels[1])) if split else None
     layout = "train/CLASS and test/CLASS" if split else "CLASS"
-    return Files(train, test, classes, f"images in {folder.name}/, {layout}: {', '.join(classes)}")
+    source = f"images in {folder.name}/, {layout}: {', '.join(classes)}"
+    if resize is not None:
+        source += f"; shorter side resized to {resize} pixels (Pillow, bilinear, antialiased), then the center cut out"
+    return Files(train, test, classes, source)
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -63,7 +71,7 @@ def _class_folders(root: Path) -> list[Path]:
     return folders
 
 
-def _read_images(paths: list[Path]) -> np.ndarray:
+def _read_images(paths: list[Path], resize: int | None) -> np.ndarray:
     pixels = np.empty(0, np.uint8)
     first = ""
     for row, path in enumerate(paths):
@@ -80,19 +88,34 @@ def _read_images(paths: list[Path]) -> np.ndarray:
             if (frames := getattr(image, "n_frames", 1)) != 1:
                 got = f"an image of {frames} frames"
                 raise refusal(str(path), got=got, expected="one picture", fix="Save one of them.")
-            shape = shape if image.mode == "L" else (*shape, 3)
+            size = shape if resize is None else (resize, resize)
+            shape = size if image.mode == "L" else (*size, 3)
             if row == 0:
-                size = len(paths) * int(np.prod(shape, dtype=object))
-                check_room(str(path.parent.parent), size, sum(map(_size, paths)))
+                room = len(paths) * int(np.prod(shape, dtype=object))
+                check_room(str(path.parent.parent), room, None if resize else sum(map(_size, paths)))
                 pixels, first = np.empty((len(paths), *shape), np.uint8), f"{what}, as {path.name}"
             elif shape != pixels.shape[1:]:
                 fix = "Bring all images to one size and mode."
+                if resize is None and len(shape) == pixels.ndim - 1:
+                    side = min(*shape[:2], *pixels.shape[1:3])
+                    fix = f"Resize them: --resize {side} (resize={side})."
                 raise refusal(str(path), got=what, expected=first, fix=fix)
             try:
-                pixels[row] = np.asarray(image)
+                pixels[row] = np.asarray(image if resize is None else _square(image, resize))
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, ... on damaged files
                 raise _unreadable(path, error) from error
     return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+
+
+def _square(image: Any, side: int) -> Any:
+    """The image with its shorter side resized, and the square in its center; halves of a pixel go to the right."""
+    from PIL import Image
+
+    scale = side / min(image.size)
+    width, height = (max(side, round(scale * length)) for length in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + side, top + side))
 
 
 def _size(path: Path) -> int:

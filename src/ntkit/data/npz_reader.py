@@ -16,7 +16,7 @@ from ntkit.base.checks import Refused, refusal
 from ntkit.base.memory import check_room
 from ntkit.data.readers import Files, open_data
 
-_KEYS = ("x_train", "y_train", "x_test", "y_test"), ("x", "y")
+_KEYS = tuple(keys for x in ("x", "X") for keys in ((f"{x}_train", "y_train", f"{x}_test", "y_test"), (x, "y")))
 _DIRECTORY = 2**22  # bytes of a zip file's table of contents that are read: 50,000 arrays
 _HEADER = 10_000  # characters of an array's header
 _PIECE = 2**18  # bytes unpacked at a time
@@ -35,7 +35,7 @@ class _Archive(io.BufferedReader):
 
 
 def read_npz(path: Path) -> Files:
-    """Read the arrays of an ``.npz`` file: x_train, y_train, x_test, y_test, or x and y. Never unpickles."""
+    """Read the arrays of an ``.npz`` file: x and y, or x_train, y_train, x_test, y_test (or X). Never unpickles."""
     handle, stored = open_data(path, "an .npz file")
     key = "its table of contents"
     with handle:
@@ -75,7 +75,7 @@ def _keys(path: Path, archive: zipfile.ZipFile) -> Sequence[str]:
             return keys
     listed = sorted(found)
     got = f"keys {', '.join(listed[:20]) or '(none)'}{', ...' if len(listed) > 20 else ''}"
-    expected = "x_train, y_train, x_test, y_test, or x and y"
+    expected = "x_train, y_train, x_test, y_test, or x and y (or with a capital X)"
     raise refusal(str(path), got=got, expected=expected, fix="Use these names in numpy.savez.")
 
 
@@ -94,7 +94,7 @@ def _open(archive: zipfile.ZipFile, key: str) -> tuple[Any, int, Any]:
     shape, by_columns, dtype = read(stream, max_header_size=_HEADER)
     if dtype.hasobject:
         raise ValueError("Object arrays cannot be loaded")
-    if dtype.kind not in "biufc":
+    if dtype.kind not in ("biufcSU" if key.startswith("y") else "biufc"):
         raise ValueError(f"it is not a numeric array, but of type {dtype}")
     if any(type(extent) is not int or extent < 0 for extent in shape) or len(shape) > 32:
         raise ValueError("its shape is none")

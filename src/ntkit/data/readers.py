@@ -37,6 +37,9 @@ class Files(NamedTuple):
     source: str
     scale: float = 255.0  # the uint8 pixel value that becomes 1
     vocabulary: tuple[str, ...] | None = None  # the word of each token number
+    targets: Sequence[str] | None = None  # names of the targets of a regression
+    numeric: Sequence[bool] | None = None  # of a table: the columns of x that are numbers, to be standardized
+    columns: Sequence[str] | None = None  # of a table: names of the columns of x
 
 
 def open_data(path: Path, expected: str) -> tuple[io.BufferedReader, int]:

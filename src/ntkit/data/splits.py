@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import check_name, nearest, refusal
+from ntkit.base.checks import nearest, refusal
 
 _SPLIT_SEED = 0  # of every train/test split here: the same split for every `seed` of the sample
 
@@ -32,7 +32,8 @@ def held_out(y: Tensor, subject: str) -> tuple[Tensor, Tensor, str]:
     in_training = torch.ones(len(y), dtype=torch.bool)
     in_training[test] = False
     train = in_training.nonzero().squeeze(1)
-    how = f"; fixed stratified split, {len(train):,} train / {len(test):,} test, independent of seed"
+    kind = "stratified split" if int(y.max()) else "split"
+    how = f"; fixed {kind}, {len(train):,} train / {len(test):,} test, independent of seed"
     return train, test, how
 
 
@@ -42,7 +43,7 @@ def _held_out_quotas(y: Tensor, subject: str) -> Tensor:
     most = (sizes - 1).clamp(min=0)
     total = min(-(-len(y) // 5), int(most.sum()))
     if total == 0:
-        got = f"{len(y)} examples, no class with two"
+        got = f"{len(y)} example{'s, no class with two' if len(y) > 1 else ''}"
         raise refusal(subject, got=got, expected="enough for a test set", fix="Pass a test set.")
     return _quotas(sizes, total, most)
 
@@ -71,26 +72,6 @@ def stratified(y: Tensor, quotas: Tensor, seed: int | list[int]) -> Tensor:
     starts = np.concatenate([[0], np.cumsum(y.bincount().numpy())])
     parts = [by_class[start : start + int(quota)] for start, quota in zip(starts, quotas, strict=False)]
     return torch.from_numpy(np.sort(np.concatenate(parts)))
-
-
-def class_names(names: Sequence[str] | None, sets: dict[str, Tensor]) -> tuple[str, ...]:
-    """Names of the classes of these labels by subject; without `names`, the numbers up to the largest label."""
-    # Targets or ids in place of labels would give a huge number of classes.
-    limit = max(1000, *map(len, sets.values())) if names is None else len(names)
-    for subject, y in sets.items():
-        bad = ((y < 0) | (y >= limit)).nonzero()
-        if len(bad):
-            row = int(bad[0])
-            got = f"label {int(y[row])} in row {row:,}"
-            fix = "Number the classes from 0, or give all their names."
-            raise refusal(f"{subject}, labels y", got=got, expected=f"0 to {limit - 1}", fix=fix)
-    largest = max(int(y.max()) for y in sets.values())
-    result = tuple(map(str, range(largest + 1) if names is None else names))
-    for name in result:
-        check_name("classes", name, "Rename the class.")
-    if len(set(result)) < len(result):
-        raise refusal("classes", got=", ".join(result[:20]), expected="different names", fix="Rename one.")
-    return result
 
 
 def class_indices(classes: Sequence[str | int], names: tuple[str, ...]) -> list[int]:

@@ -8,12 +8,13 @@ from typing import Any
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
 from ntkit.base.integrity import damaged, fingerprint
-from ntkit.base.results_file import AnalysisResults
+from ntkit.base.results_file import AnalysisResults, RegressionResults
 from ntkit.base.run_files import AnalysisRun, described, understood
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.report.analysis_page import analysis_page
 from ntkit.report.explain_page import KIND as EXPLANATION
 from ntkit.report.explain_page import render_explanation
+from ntkit.report.regression_page import regression_page
 from ntkit.report.study_page import KIND, render_study
 from ntkit.report.track_page import render_tracked
 
@@ -64,11 +65,12 @@ def render(run: str | Path) -> Path:
         got = "keys of an earlier version" if earlier else f"format {written}"
         fix = "Use the version of ntkit that wrote it, or repeat the run: ntkit analyze --from RUN --out NEW."
         raise refusal(str(run / "results.json"), got=got, expected=f"format {RESULTS_FORMAT}", fix=fix)
-    described(run / "results.json", results, AnalysisResults)
+    is_regression = isinstance(results.get("data"), dict) and "targets" in results["data"]
+    described(run / "results.json", results, RegressionResults if is_regression else AnalysisResults)
     arrays = _images(run, results)
     path = run / "report.html"
     with understood(run / "results.json"):
-        text = analysis_page(results, arrays)
+        text = (regression_page if is_regression else analysis_page)(results, arrays)
     write_page(path, text)
     return path
 

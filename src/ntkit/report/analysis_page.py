@@ -23,7 +23,7 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
     pairs = {"machines": (figures.machines(results), text.machines(results))}
     if results["invariances"]:
         pairs["invariances"] = figures.invariances(results), text.invariances(results)
-    explained = _explained(results, arrays["explained"])
+    explained = explained_part(results, arrays["explained"])
     curves = explained["along"] if explained else []
     return page(
         "analysis.html",
@@ -41,14 +41,14 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
         warnings=text.warnings(results),
         checks=text.certificates(results),
         shared_labels=text.neighbors(results) if results["neighbors"] else "",
-        neighbors=_neighbors(results, arrays["neighbors"]),
-        examples=_examples(results["invariances"] or {}, arrays["invariances"]),
+        neighbors=neighbor_rows(results, arrays["neighbors"]),
+        examples=image_cases(results["invariances"] or {}, arrays["invariances"]),
         explained=explained,
         unexplained=text.unexplained(results),
     )
 
 
-def _explained(results: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:
+def explained_part(results: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:
     """Predictions explained, with their figures and sentences; None where there are none."""
     told = results.get("explained")
     if not told or "points" not in told:
@@ -57,13 +57,14 @@ def _explained(results: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None
         "points": explain_page.points_shown(told, arrays),
         "along": explain_page.curves_along(told["points"], told["steps_shown"]),
         "size": max(d["size"] for d in told["points"][0]["deletions"]),
+        "what": explain_text.quantity(told),
         "trust": explain_text.trust(told),
         "agreement": explain_text.agreement(told),
         "checks": explain_text.checks(told),
     }
 
 
-def _neighbors(results: dict[str, Any], arrays: Arrays) -> list[dict[str, Any]]:
+def neighbor_rows(results: dict[str, Any], arrays: Arrays) -> list[dict[str, Any]]:
     """Rows of the neighbor table with their thumbnails as data URIs ("" where the run kept no images)."""
 
     def image(key: str, *place: int) -> str:
@@ -82,7 +83,7 @@ def _neighbors(results: dict[str, Any], arrays: Arrays) -> list[dict[str, Any]]:
     return rows
 
 
-def _examples(told: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:
+def image_cases(told: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:
     """Test images with their transforms and cosines; None where the run kept no images."""
     if "images" not in arrays or "examples" not in told:
         return None

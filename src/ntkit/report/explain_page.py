@@ -78,6 +78,7 @@ def _page(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
         kind={"images": "images", "tokens": "sequences"}.get(r["data"]["kind"], "examples"),
         cards=_cards(r),
         points=points_shown(r, arrays),
+        what=explain_text.quantity(r),
         checks=explain_text.checks(r),
         figure=figure,
         along=along,
@@ -88,8 +89,8 @@ def _page(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
 def _cards(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The numbers to see first: (role of the color, name, value, small print)."""
     told = [d for point in r["points"] for d in point["deletions"]]
-    missed = sum(abs(d["predicted"] - d["real"]) for d in told) / len(told)
-    size = sum(abs(d["real"]) for d in told) / len(told)
+    missed = explain_text.amount(sum(abs(d["predicted"] - d["real"]) for d in told) / len(told))
+    size = explain_text.amount(sum(abs(d["real"]) for d in told) / len(told))
     residual = max(abs(point["residual"]) for point in r["points"])
     miss = r["influence"]["miss"]
     missed_in_trial = "–" if miss is None else plain(miss, 2)  # None: a run of the trial diverged
@@ -98,9 +99,14 @@ def _cards(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     beside = "relative; runs in float64" if error else "no check: the run jumps at kinks"
     return [
         ("after", "Changes missed in a trial, weights changed by 5 %", missed_in_trial, trusted),
-        ("init", "Accounting: largest residual of a margin", plain(residual, 2), "sum over all training examples"),
+        (
+            "init",
+            f"Accounting: largest residual of a {explain_text.quantity(r)}",
+            plain(residual, 2),
+            "sum over all training examples",
+        ),
         ("after", "Influence against finite differences", error or "–", beside),
-        ("network", "Predicted change against the real one", plain(missed, 2), f"mean miss; changes: {plain(size, 2)}"),
+        ("network", "Predicted change against the real one", missed, f"mean miss; changes: {size}"),
     ]
 
 
@@ -109,15 +115,15 @@ def points_shown(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[di
     place = {int(index): i for i, index in enumerate(arrays.get("train_index", ()))}
     points = []
     for j, told in enumerate(r["points"]):
-        methods = []
+        methods, what = [], explain_text.quantity(told)
         for key, role, other in (("accounting", "init", "influence"), ("influence", "after", "accounting")):
             strips = []
-            for side, heading in (("helped", "raised the margin"), ("hurt", "lowered the margin")):
+            for side, heading in (("helped", f"raised the {what}"), ("hurt", f"lowered the {what}")):
                 examples = [
                     {
                         **e,
                         "image": thumbnail(arrays["train"][place[e["index"]]]) if arrays else "",
-                        "same": e["label"] == told["predicted"],
+                        "same": what == "prediction" or e["label"] == told["predicted"],
                         "score": explain_text.signed(e["score"]),
                         "there": f"#{e['rank_there']}",
                     }
@@ -127,7 +133,13 @@ def points_shown(r: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> list[di
             methods.append({"name": key, "role": role, "strips": strips})
         rows = list(explain_text.removals(told, r["random_sets"]))
         image = thumbnail(arrays["test"][j]) if arrays else ""
-        told = told | {"image": image, "methods": methods, "rows": rows, "sum": explain_text.margin_as_sum(told)}
+        told = told | {
+            "image": image,
+            "what": what,
+            "methods": methods,
+            "rows": rows,
+            "sum": explain_text.margin_as_sum(told),
+        }
         points.append(told)
     return points
 
@@ -153,13 +165,15 @@ def _along(point: dict[str, Any], steps: Sequence[int]) -> tuple[Figure, str]:
             texts.append(f"by {method}, training example {e['index']}, had half of it by step {half:,}")
     reading = "What the strongest examples had added up to each step."
     reading += f" The strongest {', the strongest '.join(texts)}." if texts else ""
-    legend = [("raised the margin", "var(--good)", "line"), ("lowered the margin", "var(--bad)", "dash")]
+    what = explain_text.quantity(point)
+    legend = [(f"raised the {what}", "var(--good)", "line"), (f"lowered the {what}", "var(--bad)", "dash")]
     name, title = f"along-{point['test_index']}", "Along training"
     return Figure(name, title, f"Curves against the step. {reading}", panels, legend, wide=True), reading
 
 
 def _figure(r: dict[str, Any]) -> Figure:
-    """Change of the margin that influence predicts against the real one, for every removal."""
+    """Change of what is explained that influence predicts against the real one, for every removal."""
+    what = explain_text.quantity(r)
     told = [(point, d) for point in r["points"] for d in point["deletions"]]
     values = [d[key] for _, d in told for key in ("predicted", "real")] + [0.0]
     low, high = min(values), max(values)
@@ -179,11 +193,11 @@ def _figure(r: dict[str, Any]) -> Figure:
             "hovertemplate": "%{customdata}<br>predicted %{x:.3g}, real %{y:.3g}<extra></extra>",
         })  # fmt: skip
     layout = draw.layout(
-        draw.axis("change of the margin that influence predicts", range=ends), draw.axis("real change", range=ends),
+        draw.axis(f"change of the {what} that influence predicts", range=ends), draw.axis("real change", range=ends),
         height=380,
     )  # fmt: skip
     legend = [(name, color, symbol) for name, color, symbol in _MARKS.values()]
     legend.append(("prediction equal to the real change", "var(--faint)", "dash"))
     label = f"Scatter plot of real changes against predicted ones. {explain_text.agreement(r)}"
     panels = [Panel("plot-removals", "", data, layout)]
-    return Figure("removals", "Predicted and real change of the margin", label, panels, legend, wide=True)
+    return Figure("removals", f"Predicted and real change of the {what}", label, panels, legend, wide=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ntkit.report.words import plain, share
+from ntkit.report.words import digits, plain, share
 
 METHODS = ("accounting", "influence", "random")
 _LABEL = 28  # characters of a sentence in the terminal
@@ -14,17 +14,28 @@ _LABEL = 28  # characters of a sentence in the terminal
 def signed(value: float) -> str:
     """Number with its sign and two digits.
 
-    >>> signed(0.123), signed(-4.0), signed(0.0)
-    ('+0.12', '−4', '0')
+    >>> signed(0.123), signed(-4.0), signed(0.0), signed(-12345.6)
+    ('+0.12', '−4', '0', '−12,300')
     """
-    return ("+" if value > 0 else "−" if value < 0 else "") + plain(abs(value), 2)
+    text = plain(abs(value), 2) if abs(value) < 1000 else digits(abs(value))
+    return ("+" if value > 0 else "−" if value < 0 else "") + text
+
+
+def amount(value: float) -> str:
+    """A number that is not negative, with as many digits as those with signs."""
+    return signed(value).removeprefix("+")
+
+
+def quantity(told: dict[str, Any]) -> str:
+    """What is explained in results, or of a point: the margin of a class, or the prediction of a number."""
+    return told.get("quantity", "margin")
 
 
 def trust(r: dict[str, Any]) -> str:
     """Whether influence can be trusted in this run; the first thing to say."""
     found = r["influence"]
     trial = (
-        "in a trial with all weights changed at random by 5 %, it missed the changes of the margins by "
+        f"in a trial with all weights changed at random by 5 %, it missed the changes of the {quantity(r)}s by "
         f"{share(found['miss'])} of their size"
     )
     smooth = f"{found['metasmoothness']:.2f}"
@@ -64,8 +75,8 @@ def checks(r: dict[str, Any]) -> str:
         "max-pooling) and the run jumps. The real changes are the check."
     )
     return (
-        f"The replayed run has {bits}. Sums of the accounting miss the network’s margins by at most {plain(sums, 2)}. "
-        + beside
+        f"The replayed run has {bits}. Sums of the accounting miss the network’s {quantity(r)}s by at most "
+        f"{plain(sums, 2)}. " + beside
     )
 
 
@@ -75,21 +86,26 @@ def _strongest(count: int) -> str:
 
 def answer(point: dict[str, Any]) -> str:
     """What the network says of a test point, and what that is the sum of."""
+    if quantity(point) == "prediction":
+        return f"The network says {point['predicted']}; it is {point['label']}. {margin_as_sum(point)}"
     verdict = "right" if point["right"] else f"wrong: it is {point['label']}"
     return f"The network says {point['predicted']}, which is {verdict}. {margin_as_sum(point)}"
 
 
 def margin_as_sum(point: dict[str, Any]) -> str:
-    """The parts of a margin, and how far their sum misses it."""
+    """The parts of a margin, or of a predicted number, and how far their sum misses it."""
     decay = f", weight decay {signed(point['weight_decay'])}" if point["weight_decay"] else ""
+    name, whole = "Margin", signed
+    if quantity(point) == "prediction":
+        name, whole = f"Prediction of {point['target']}", digits
     return (
-        f"Margin {signed(point['margin'])}: {signed(point['initial'])} before training, "
+        f"{name} {whole(point['margin'])}: {whole(point['initial'])} before training, "
         f"training examples {signed(point['examples'])}{decay}; "
         f"the sum misses it by {plain(abs(point['residual']), 2)}."
     )
 
 
-def removal(d: dict[str, Any], sets: int) -> str:
+def removal(d: dict[str, Any], sets: int, helpful: str = "most helpful") -> str:
     """What was removed from the training set.
 
     >>> removal({"method": "random", "size": 5}, 3), removal({"method": "influence", "size": 5}, 3)
@@ -97,18 +113,23 @@ def removal(d: dict[str, Any], sets: int) -> str:
     """
     if d["method"] == "random":
         return f"{d['size']} at random, mean of {sets} sets"
-    return f"{d['size']} most helpful by {d['method']}"
+    return f"{d['size']} {helpful} by {d['method']}"
+
+
+def strongest(told: dict[str, Any]) -> str:
+    """The name of the examples that are removed: those that raised most what is explained."""
+    return "most helpful" if quantity(told) == "margin" else "that raised it most,"
 
 
 def removals(point: dict[str, Any], sets: int) -> Iterable[tuple[str, str, str]]:
-    """Rows of a table: what was removed, predicted change and real change of the margin; small removals first."""
+    """Rows of a table: what was removed, predicted change and real change; small removals first."""
     for d in sorted(point["deletions"], key=lambda d: (d["size"], METHODS.index(d["method"]))):
-        yield removal(d, sets), signed(d["predicted"]), real_change(d)
+        yield removal(d, sets, strongest(point)), signed(d["predicted"]), real_change(d)
 
 
 def real_change(d: dict[str, Any]) -> str:
     """Real change of the margin, with the standard deviation over random sets."""
-    spread = "" if d["spread"] is None else f" (sd {plain(d['spread'], 2)})"
+    spread = "" if d["spread"] is None else f" (sd {amount(d['spread'])})"
     return signed(d["real"]) + spread
 
 
@@ -120,14 +141,14 @@ def agreement(r: dict[str, Any]) -> str:
     means = {m: [d["real"] for d in told if d["method"] == m] for m in METHODS}
     parts = ", ".join(f"{signed(sum(v) / len(v))} ({name})" for name, v in means.items() if v)
     return (
-        f"Over {len(told)} removals, influence missed the real change of the margin by {plain(missed, 2)} on average; "
-        f"the changes were {plain(size, 2)} on average. Mean change by choice of examples: {parts}."
+        f"Over {len(told)} removals, influence missed the real change of the {quantity(r)} by {amount(missed)} on "
+        f"average; the changes were {amount(size)} on average. Mean change by choice of examples: {parts}."
     )
 
 
 def pairs_of_rows(point: dict[str, Any]) -> Iterable[tuple[str, str, str, str, str]]:
     """Rows of the terminal's table: side, and example and score by both methods."""
-    for side, text in (("helped", "raised the margin"), ("hurt", "lowered it")):
+    for side, text in (("helped", f"raised the {quantity(point)}"), ("hurt", "lowered it")):
         both = [point[method][side] for method in ("accounting", "influence")]
         for i in range(max(map(len, both))):
             cells = [(_named(own[i]), signed(own[i]["score"])) if i < len(own) else ("-", "") for own in both]

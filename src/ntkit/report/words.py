@@ -49,6 +49,20 @@ def plain(value: float | None, digits: int = 3) -> str:
     return f"{value:.0f}" if "e" in text or abs(value) >= 10**digits else text
 
 
+def digits(value: float | None) -> str:
+    """A number with three significant digits, large ones with separators.
+
+    >>> digits(253503.7), digits(0.01234), digits(-1234.5), digits(None)
+    ('254,000', '0.0123', '−1,230', '–')
+    """
+    if value is None:
+        return "–"
+    if abs(value) < 1000 or abs(value) >= 1e12:
+        return plain(value).replace("-", "−")
+    rounded = round(value, 2 - math.floor(math.log10(abs(value))))
+    return f"{rounded:,.0f}".replace("-", "−")
+
+
 def spread(value: float | list[float] | None) -> str:
     """Write one value, or the range of several (one per class of one-vs-rest machines)."""
     if isinstance(value, list):

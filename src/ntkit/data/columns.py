@@ -1,0 +1,55 @@
+"""The columns of a table: standardized on the training set, and shown as they were in the file."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Columns(NamedTuple):
+    """Names of the columns of x; their means and standard deviations on the training set; which are numbers.
+
+    The others are indicators of a text: 0 or 1, and left as they are.
+    """
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    numeric: tuple[bool, ...]
+
+    def shown(self, x: Tensor) -> str:
+        """One example [d] as text: numbers as in the file, and the texts that it has.
+
+        >>> Columns(("area", "city Bern", "city Oslo"), (100.0, 0, 0), (20.0, 1, 1), (True, False, False)).shown(
+        ...     torch.tensor([-0.5, 0, 1])
+        ... )
+        'area 90, city Oslo'
+        """
+        deviation = torch.tensor(self.deviation, dtype=torch.float64)
+        values = x.double().cpu() * deviation + torch.tensor(self.mean, dtype=torch.float64)
+        values[values.abs() < 1e-6 * deviation] = 0  # x is float32
+        each = zip(self.names, values.tolist(), self.numeric, strict=True)
+        return ", ".join(f"{name} {v:.6g}" if numeric else name for name, v, numeric in each if numeric or v > 0.5)
+
+
+def standardized_columns(
+    inputs: list[Tensor], names: tuple[str, ...], numeric: tuple[bool, ...]
+) -> tuple[list[Tensor], str, Columns]:
+    """Columns of numbers minus their mean on the first set, over their standard deviation there, as float32; in words.
+
+    A column that is constant there is only centered.
+    """
+    mask = torch.tensor(numeric)
+    mean, deviation = inputs[0].mean(0), inputs[0].std(0, correction=0)
+    constant = mask & (deviation <= 1e-12 * mean.abs())
+    mean = torch.where(mask, mean, 0.0)
+    deviation = torch.where(mask & ~constant, deviation, 1.0)
+    inputs = [((x - mean) / deviation).float() for x in inputs]
+    count, fixed, indicators = int(mask.sum()), int(constant.sum()), int((~mask).sum())
+    text = f"{count} column{'s' if count > 1 else ''} of numbers standardized on the training set" if count else ""
+    text += f" ({fixed} constant there, only centered)" if fixed else ""
+    parts = [text, f"{indicators} indicators of text as 0 and 1"] if indicators else [text]
+    told = Columns(names, tuple(mean.tolist()), tuple(deviation.tolist()), numeric)
+    return inputs, "; ".join(part for part in parts if part), told

@@ -1,0 +1,224 @@
+"""Tables: CSV files, and Parquet files where pyarrow is installed; one column is predicted from the others."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ntkit.base.checks import check_name, nearest, refusal
+from ntkit.base.memory import check_room
+from ntkit.data.readers import Files, open_data, read_whole
+
+TABLES = (".csv", ".tsv", ".parquet")
+_DELIMITERS = ",;\t"
+_MISSING = {"", "na", "n/a", "nan", "null", "?"}
+_VALUES = 50  # different texts of a column that become indicators
+_LABELS = 20  # different whole numbers of a target that are labels; more are numbers to predict
+_PER_BYTE = 40  # bytes of memory for each byte of a CSV file, while its cells are text
+
+
+class _Column(NamedTuple):
+    """A column: its name, its cells as text, and where a row is in the file."""
+
+    name: str
+    cells: list[str]
+    place: Callable[[int], str]
+
+
+def read_table(path: Path, target: Sequence[str] | None) -> Files:
+    """Read a table with named columns; `target` are the columns to predict, the others are x.
+
+    Columns of numbers come first and are marked as such (`Files.numeric`); a column of text becomes one indicator, 0
+    or 1, per different value, in alphabetical order. A single target of text or of at most 20 different whole numbers
+    is labels; other targets are floats.
+
+    Raises
+    ------
+    Refused
+        With line and column: missing values, rows of another length, text among numbers; columns of more than 50
+        different texts; a target that is no column.
+    """
+    columns = _parquet(path) if path.suffix == ".parquet" else _csv(path)
+    names = [column.name for column in columns]
+    for name in names:
+        check_name(f"column of {path.name}", name, "Rename the column.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise refusal(str(path), got=f"two columns {twice}", expected="different names", fix="Rename one.")
+    chosen = _targets(path, names, target)
+    by_name = dict(zip(names, columns, strict=True))
+    y, targets = _predicted(path, [by_name[name] for name in chosen])
+    numbers: list[np.ndarray] = []
+    indicators: list[np.ndarray] = []
+    names_of_x: list[str] = []
+    names_of_texts: list[str] = []
+    texts = 0
+    for column in columns:
+        if column.name in chosen:
+            continue
+        if (values := _numbers(path, column)) is not None:
+            numbers.append(values)
+            names_of_x.append(column.name)
+        else:
+            found = _indicators(path, column)
+            indicators += found.values()
+            names_of_texts += [f"{column.name} {value}" for value in found]
+            texts += 1
+    if not numbers and not indicators:
+        fix = "Add a column, or predict fewer."
+        raise refusal(str(path), got="no column beside the target", expected="columns to predict from", fix=fix)
+    numeric = [True] * len(numbers) + [False] * len(indicators)
+    x = np.stack([*numbers, *indicators], 1)
+    source = f"table {path.name}: {', '.join(chosen)} from {len(names) - len(chosen)} columns"
+    if texts:
+        source += f", {texts} of them text as {len(indicators)} indicators"
+    return Files((x, y), None, None, source, targets=targets, numeric=numeric, columns=[*names_of_x, *names_of_texts])
+
+
+def _targets(path: Path, names: list[str], target: Sequence[str] | None) -> list[str]:
+    if target is None:
+        got, expected = "none", f"the column of {path.name} to predict: {', '.join(names[:30])}"
+        raise refusal("target (--target)", got=got, expected=expected, fix="Name it, e.g. --target " + names[-1] + ".")
+    for name in target:
+        if name not in names:
+            expected = f"a column of {path.name}"
+            raise refusal("target (--target)", got=repr(name), expected=expected, fix=nearest(name, names))
+    return list(dict.fromkeys(target))
+
+
+def _csv(path: Path) -> list[_Column]:
+    """The columns of a CSV file; the delimiter is the comma, semicolon or tab that its first line has most of."""
+    expected = "a table in UTF-8 with a first line of names"
+    raw = read_whole(path, expected)
+    check_room(str(path), _PER_BYTE * len(raw))
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        got = f"bytes that are no UTF-8 in line {raw[: error.start].count(10) + 1:,}"
+        raise refusal(str(path), got=got, expected=expected, fix="Save it as UTF-8.") from error
+    first = text.partition("\n")[0]
+    delimiter = max(_DELIMITERS, key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, lines = [], []
+    try:
+        for row in reader:
+            if row:
+                rows.append(row)
+                lines.append(reader.line_num)
+    except csv.Error as error:
+        got = f"line {reader.line_num:,} that cannot be read ({error})"
+        raise refusal(str(path), got=got, expected=expected, fix="Correct the line.") from error
+    if len(rows) < 2:
+        raise refusal(str(path), got="no rows", expected=expected, fix="Name a table with a first line of names.")
+    names = [name.strip() for name in rows[0]]
+    if "" in names:
+        got = f"column {names.index('') + 1} without a name"
+        fix = "Name the column, or remove it; pandas leaves out its row numbers with index=False."
+        raise refusal(str(path), got=got, expected=expected, fix=fix)
+    for row, line in zip(rows[1:], lines[1:], strict=True):
+        if len(row) != len(names):
+            got = f"{len(row)} cells in line {line:,}"
+            raise refusal(str(path), got=got, expected=f"{len(names)}, as in line 1", fix="Correct the line.")
+
+    def place(row: int) -> str:
+        return f"line {lines[row + 1]:,}"
+
+    return [_Column(name, [row[i].strip() for row in rows[1:]], place) for i, name in enumerate(names)]
+
+
+def _parquet(path: Path) -> list[_Column]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        got, fix = "a Parquet file, without the package pyarrow", "pip install pyarrow, or save the table as CSV."
+        raise refusal(str(path), got=got, expected="pyarrow, which reads it", fix=fix) from error
+    handle, stored = open_data(path, "a Parquet file")
+    with handle:
+        try:
+            file: Any = parquet.ParquetFile(handle)
+            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+            check_room(str(path), max(size, 64 * file.metadata.num_rows * file.metadata.num_columns), stored)
+            table = file.read()
+        except (OSError, ValueError, ArithmeticError, NotImplementedError) as error:
+            got, fix = f"a file that cannot be read ({error})", "Write it again."
+            raise refusal(str(path), got=got, expected="a Parquet file", fix=fix) from error
+    if not table.num_rows:
+        raise refusal(str(path), got="no rows", expected="a table", fix="Name a table with rows.")
+    columns = []
+    for name in table.column_names:
+        values = table.column(name).to_pylist()
+        odd = next((v for v in values if v is not None and not isinstance(v, (bool, int, float, str))), None)
+        if odd is not None:
+            got, fix = f"column {name} of {type(odd).__name__}s", "Convert it, or remove it."
+            raise refusal(str(path), got=got, expected="columns of numbers, text or booleans", fix=fix)
+        cells = ["" if v is None else repr(v) if isinstance(v, float) else str(v) for v in values]
+        columns.append(_Column(name, cells, lambda row: f"row {row:,}"))
+    return columns
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return None if "_" in cell else float(cell)
+    except ValueError:
+        return None
+
+
+def _numbers(path: Path, column: _Column) -> np.ndarray | None:
+    """The cells as numbers; None for a column of text. Missing values, and text among numbers, are refused."""
+    for row, cell in enumerate(column.cells):
+        if cell.lower() in _MISSING:
+            got = (
+                f"{f'the missing value {cell!r}' if cell else 'no value'} in {column.place(row)}, column {column.name}"
+            )
+            fix = "Fill it in, or remove the row or the column."
+            raise refusal(str(path), got=got, expected="a value in each cell", fix=fix)
+    values = [_number(cell) for cell in column.cells]
+    known = [value for value in values if value is not None]
+    if 2 * len(known) < len(values):
+        commas = [
+            row for row, cell in enumerate(column.cells) if "," in cell and _number(cell.replace(",", ".")) is not None
+        ]
+        if 2 * len(commas) > len(values):
+            got = f"{column.cells[commas[0]]!r} in {column.place(commas[0])}, column {column.name}"
+            fix = "Write 1.5 and 1234, not 1,5 or 1,234."
+            raise refusal(str(path), got=got, expected="numbers without commas", fix=fix)
+        return None
+    for row, value in enumerate(values):
+        if value is None or not math.isfinite(value):
+            got = f"{column.cells[row]!r} in {column.place(row)}, column {column.name}"
+            expected = "a finite number, as in most rows of the column"
+            raise refusal(str(path), got=got, expected=expected, fix="Correct it, or remove the row.")
+    return np.array(known)
+
+
+def _indicators(path: Path, column: _Column) -> dict[str, np.ndarray]:
+    cells = np.array(column.cells)
+    values = np.unique(cells)
+    if len(values) > _VALUES:
+        got = f"{len(values):,} different texts in column {column.name}, such as {str(values[0])!r}"
+        fix = "Remove the column, or group its values."
+        raise refusal(str(path), got=got, expected=f"numbers, or at most {_VALUES} different texts", fix=fix)
+    return {str(value): (cells == value).astype(np.float64) for value in values}
+
+
+def _predicted(path: Path, columns: list[_Column]) -> tuple[np.ndarray, list[str] | None]:
+    """Labels [n] of one column, or numbers [n, outputs]; with their names."""
+    values = [_numbers(path, column) for column in columns]
+    names = [column.name for column in columns]
+    if len(columns) == 1 and values[0] is None:
+        return np.array(columns[0].cells), names
+    for column, numbers in zip(columns, values, strict=True):
+        if numbers is None:
+            got = f"text in column {column.name}"
+            raise refusal("target (--target)", got=got, expected="numbers in all targets", fix="Name one target.")
+    y = np.stack([numbers for numbers in values if numbers is not None], 1)
+    if len(columns) == 1 and (y == np.round(y)).all() and len(np.unique(y)) <= _LABELS:
+        return y[:, 0].astype(np.int64), names
+    return y, names

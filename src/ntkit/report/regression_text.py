@@ -1,0 +1,202 @@
+"""What the report of a regression says in words: pure functions of the results, never more than the numbers allow."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ntkit.report import training_figures as training
+from ntkit.report.words import digits, listed, plain
+
+HARDLY = 0.1
+"""Training R2 below which a network is said to have hardly learned."""
+R2 = 2
+"""Decimals of R2, at least."""
+_NAMES = {"init": "the kernel at initialization", "conjugate": "the conjugate kernel", "network": "the network itself"}
+_ERROR = {
+    "below": "lower than",
+    "above": "higher than",
+    "same": "no different, beyond noise, from",
+    "unknown": "not comparable with",
+}
+_LEADS = {
+    "init": {
+        "below": "Training made a better kernel.",
+        "above": "Training made a worse kernel.",
+        "same": "No difference beyond noise between the kernels before and after training.",
+        "unknown": "The kernels before and after training cannot be compared.",
+    },
+    "network": {
+        "below": "The after kernel does better than its network.",
+        "above": "The network does better than its after kernel.",
+        "same": "No difference beyond noise between the network and its after kernel.",
+        "unknown": "The after kernel cannot be compared with its network.",
+    },
+}
+
+
+def interval(entry: dict[str, Any], least: int = 0) -> str:
+    """A number with its interval, both to two digits of the interval's width, and to `least` decimals at least.
+
+    >>> interval({"value": 18911.0, "low": 16731.0, "high": 20914.0})
+    '18,900 (16,700 to 20,900)'
+    >>> interval({"value": -6e-4, "low": -4e-3, "high": 0.003})
+    '−0.0006 (−0.0040 to 0.0030)'
+    >>> interval({"value": -0.44, "low": -16.0, "high": 0.1}, R2)
+    '−0.44 (−16.00 to 0.10)'
+    >>> interval({"value": None, "low": None, "high": None})
+    'undefined'
+    """
+    return joined(*separate(entry, least))
+
+
+def joined(value: str, between: str) -> str:
+    """A number with its interval, of which both are text."""
+    return f"{value} ({between})" if between else value
+
+
+def separate(entry: dict[str, Any], least: int = 0) -> tuple[str, str]:
+    """A number, and its interval; "" where there is none.
+
+    >>> separate({"value": 0.873, "low": 0.841, "high": 0.9}), separate({"value": -5.7e24, "low": -1e25, "high": -2e24})
+    (('0.873', '0.841 to 0.900'), ('−5.7e24', '−1e25 to −2e24'))
+    """
+    value, low, high = entry["value"], entry["low"], entry["high"]
+    if value is None or low is None or not low < high:
+        return "undefined" if value is None else digits(value), ""
+    if max(abs(low), abs(high)) >= 1e12:
+        return digits(value), f"{digits(low)} to {digits(high)}"
+    places = min(12, 1 - math.floor(math.log10(high - low)))
+    places = max(places, least) if least else places
+    texts = [f"{round(v, places) + 0:,.{max(0, places)}f}".replace("-", "−") for v in (value, low, high)]
+    return texts[0], f"{texts[1]} to {texts[2]}"
+
+
+class Parts:
+    """How the errors of one run are written: of a single target in its own units, of several in deviations."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        names = results["data"]["targets"]["names"]
+        self.single = names[0] if len(names) == 1 else None
+        self.unit = f"units of {self.single}" if self.single else "standard deviations"
+
+    digits = staticmethod(digits)
+
+    def pair(self, errors: dict[str, Any], name: str) -> tuple[str, str]:
+        """R2 (``r2``), root mean squared (``rmse``) or mean absolute error (``mae``), and its interval."""
+        return separate((errors["targets"][0] if self.single else errors)[name], R2 if name == "r2" else 0)
+
+    def amount(self, errors: dict[str, Any]) -> str:
+        """What stands below R2 on a card: its interval, and the root mean squared error."""
+        between, error = self.pair(errors, "r2")[1], interval((errors["targets"][0] if self.single else errors)["rmse"])
+        return f"{between}{'; ' if between else ''}root mean squared error {error}, in {self.unit}"
+
+
+def verdict(results: dict[str, Any], other: str) -> str:
+    """Whether the after kernel's error is "below" or "above" another's, the "same" within noise, or "unknown"."""
+    found = next((c for c in (results["comparisons"] or {"compared": []})["compared"] if c["with"] == other), None)
+    if found is None or found["low"] is None:
+        return "unknown"
+    return "below" if found["high"] < 0 else "above" if found["low"] > 0 else "same"
+
+
+def answer(results: dict[str, Any]) -> str:
+    """Say in two sentences what was done and what came out."""
+    model, data, run = results["model"], results["data"], results["training"]
+    how = "whose weights were loaded" if run is None else f"trained for {run['steps']:,} steps"
+    return (
+        f"The network {model['name']} ({model['parameters']:,} parameters), {how}, on {data['train']:,} training "
+        f"examples of {data['name']} to predict {listed(data['targets']['names'])}, seen through its tangent kernel. "
+        f"The test error of ridge regression on the trained network’s kernel is {_ERROR[verdict(results, 'init')]} "
+        "that on the kernel at initialization."
+    )
+
+
+def warnings(results: dict[str, Any]) -> list[str]:
+    """List what the reader must know before believing the numbers."""
+    failed = [c["what"] for c in results["certificates"] if not c["ok"]]
+    text = f"{len(failed)} check{'' if len(failed) == 1 else 's'} failed: {'; '.join(failed)}."
+    return [*cautions(results), *([text] if failed else [])]
+
+
+def cautions(results: dict[str, Any]) -> list[str]:
+    """What is to be known beside failed checks: of the network first, then of the machines."""
+    texts = []
+    learned = results["network"]["train"]["r2"]["value"]
+    if results["training"] is not None and results["training"]["stop"] == "diverged":
+        texts.append("Training diverged: the after kernel is that of a network that did not learn.")
+    elif learned is None or learned < HARDLY:
+        texts.append(
+            f"The network hardly learned: its R² on the training set is {digits(learned)}, below {HARDLY:g}. Its "
+            "after kernel is that of such a network."
+        )
+    for machine in results["machines"]:
+        if machine["status"] != "solved":
+            texts.append(
+                f"Ridge regression on the {machine['label']}: {machine['status']}. {machine['advice']}".strip()
+            )
+        elif machine["edge"]:
+            texts.append(
+                f"Ridge regression on the {machine['label']}: the ridge of least leave-one-out error, "
+                f"{plain(machine['ridge'])} of the mean diagonal, is at the end of the range that was tried."
+            )
+    return texts
+
+
+def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Findings, each a lead and a sentence."""
+    shown = {m["kernel"]: interval(m["test"]["r2"], R2) for m in results["machines"]}
+    init, after, conjugate = (shown.get(kernel, "undefined") for kernel in ("init", "after", "conjugate"))
+    network = interval(results["network"]["test"]["r2"], R2)
+    texts = {
+        "init": f"Test R² of ridge regression: kernel at initialization {init}, after kernel {after}.",
+        "network": f"Test R²: network {network}; ridge regression on the after kernel {after}, on the conjugate kernel "
+        f"{conjugate}.",
+    }
+    findings = [(_LEADS[other][verdict(results, other)], text) for other, text in texts.items()]
+    rows = {row["kernel"]: row for row in results["quality"]}
+    values = [
+        [rows.get(k, {}).get(name) for k in ("init", "after")] for name in ("alignment_centered", "effective_rank")
+    ]
+    aligned, ranks = (" → ".join(plain(v) for v in pair) for pair in values)
+    findings.append(("Alignment with the targets, before → after.", f"Centered: {aligned}. Effective rank: {ranks}."))
+    if results["along"]:
+        leads = {None: "The kernel vanished along training.", False: "The kernel hardly changed shape.",
+                 True: "The kernel changed along training."}  # fmt: skip
+        text = training.summary(results["along"])
+        findings.append((leads[training.moved(results["along"])], f"{text[0].upper()}{text[1:]}."))
+    return findings
+
+
+def machines(results: dict[str, Any]) -> str:
+    """Read the figure of errors."""
+    by_verdict: dict[str, list[str]] = {}
+    for other, name in _NAMES.items():
+        by_verdict.setdefault(verdict(results, other), []).append(name)
+    parts = [f"{_ERROR[found]} that of {listed(names)}" for found, names in by_verdict.items()]
+    return f"The squared test error of ridge regression on the after kernel is {'; '.join(parts)}."
+
+
+def predictions(results: dict[str, Any]) -> str:
+    """Read the figure of predictions."""
+    count = len(results["comparisons"]["scatter"]["test_index"])
+    return f"{count:,} test examples, in units of the targets; on the line predictions are right."
+
+
+def neighbors(results: dict[str, Any]) -> str:
+    """How far the targets of neighbors are apart, without calling it significant: these are a few examples."""
+    apart = results["neighbors"]["distance"]
+    return (
+        "Mean distance between the target of a test example and those of its neighbors, in standard deviations: "
+        f"{plain(apart['init'], 2)} before training, {plain(apart['after'], 2)} after; of any training examples "
+        f"{plain(apart['any'], 2)}. A few examples to look at, not a measurement."
+    )
+
+
+def compared(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of the table of differences: with what, difference, verdict."""
+    words = {"below": "lower", "above": "higher", "same": "no", "unknown": "undefined"}
+    return [
+        (_NAMES[c["with"]], interval(c), words[verdict(results, c["with"])])
+        for c in (results["comparisons"] or {"compared": []})["compared"]
+    ]
