@@ -18,13 +18,14 @@ from ntkit.base.factory import is_code
 from ntkit.base.regular_files import check_folder
 from ntkit.base.trust import code_hashes, code_of_user
 from ntkit.commands.settings import GramSettings
-from ntkit.data import Data, load
+from ntkit.data import Data
 from ntkit.gram.gram_store import GramStore
 from ntkit.gram.named_kernel import NamedKernel
 from ntkit.networks.built_in import build
 from ntkit.trajectory import load_weights
 
-RECORDED = ("data_dir", "classes", "train", "weights", "outputs", "dtype", "seed")  # settings that a store knows
+_OF_DATA = ("classes", "class_names", "task", "target", "resize", "train", "test")
+RECORDED = ("data_dir", *_OF_DATA, "weights", "outputs", "dtype", "seed")  # settings that a store knows
 
 
 def gram(
@@ -71,9 +72,9 @@ def kernel_and_samples(model: str, data: str, s: GramSettings) -> tuple[NamedKer
         x = _without_labels(data, s)
         shape, classes, vocabulary = x.shape[1:], 1, None
     else:
-        sets = load(data, s.data_dir, s.classes, s.train, None, s.seed)
+        sets = s.load_named(data, s.seed)
         x = in_dtype(sets.x_train, s.dtype)
-        classes = 1 if len(sets.classes) == 2 else len(sets.classes)
+        classes = sets.outputs
         shape, vocabulary = sets.input_shape, sets.tokens
     network = build(model, shape, classes, s.seed, vocabulary)
     if s.weights is not None:
@@ -105,10 +106,12 @@ def summary(store: GramStore) -> list[str]:
 
 def _without_labels(data: str, s: GramSettings) -> np.ndarray:
     """The samples of a .npy file, on disk."""
-    for option in ("classes", "train"):
+    for option in _OF_DATA:
         if getattr(s, option) is not None:
             fix = "Leave it out, or give an .npz file with labels."
-            raise refusal(f"--{option}", got="a .npy file, without labels", expected="a data set", fix=fix)
+            raise refusal(
+                "--" + option.replace("_", "-"), got="a .npy file, without labels", expected="a data set", fix=fix
+            )
     try:
         x = np.load(os.path.expanduser(data), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

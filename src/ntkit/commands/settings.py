@@ -15,12 +15,9 @@ TASKS = ("classification", "regression")  # as in `ntkit.data`, which imports to
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Which data, for every command."""
+class PartOfData:
+    """Which part of the data, and how it is read, for every command."""
 
-    data: str | None = "digits"
-    """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a table (.csv, .tsv, .parquet;
-    then give --target), a folder of class-named image folders, or file.py:factory."""
     data_dir: str | None = None
     """Folder with the official files of mnist, cifar10 or a text set. Nothing is downloaded."""
     classes: tuple[str, ...] | None = None
@@ -51,7 +48,8 @@ class DataSettings:
     def check_data(self) -> None:
         """Refuse invalid values of these settings, by the option's name."""
         for name in ("data", "data_dir"):
-            check_name("--" + name.replace("_", "-"), getattr(self, name) or "", "Rename it: reports name it.")
+            value = getattr(self, name, None)
+            check_name("--" + name.replace("_", "-"), value or "", "Rename it: reports name it.")
         for name in ("train", "test", "resize"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -59,14 +57,27 @@ class DataSettings:
         if self.task is not None and self.task not in TASKS:
             raise _bad("task", self.task, " or ".join(TASKS), nearest(str(self.task), TASKS))
 
-    def load_data(self, seed: int) -> Any:
-        """The `Data` of these settings."""
+    def load_named(self, data: str, seed: int) -> Any:
+        """The `Data` of these settings, of the data set of this name."""
         from ntkit.data import load
 
         return load(
-            self.data or "digits", self.data_dir, self.classes, self.train, self.test, seed,
+            data, self.data_dir, self.classes, self.train, self.test, seed,
             class_names=self.class_names, task=cast(Any, self.task), target=self.target, resize=self.resize,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(PartOfData):
+    """Which data, for every command that names it by an option."""
+
+    data: str | None = "digits"
+    """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a table (.csv, .tsv, .parquet;
+    then give --target), a folder of class-named image folders, or file.py:factory."""
+
+    def load_data(self, seed: int) -> Any:
+        """The `Data` of these settings."""
+        return self.load_named(self.data or "digits", seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +238,7 @@ class InfiniteSettings(DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GramSettings:
+class GramSettings(PartOfData):
     """Which kernel `ntkit gram` computes, and who computes it."""
 
     weights: str | None = None
@@ -236,12 +247,6 @@ class GramSettings:
     """trace (n x n, the sum over outputs), sum (n x n, of the outputs' sum / sqrt(C)) or full (n x n x C x C)."""
     dtype: str = "float32"
     """float32 or float64: of the network, the data and the matrix."""
-    data_dir: str | None = None
-    """Folder with the official files of mnist, cifar10 or a text set."""
-    classes: tuple[str, ...] | None = None
-    """Classes to keep, e.g. --classes 3 8. With two classes the network gets one output."""
-    train: int | None = None
-    """Training examples to keep (all by default)."""
     seed: int = 0
     """Seed of the initial weights and of the choice of examples."""
     tile: int | None = None
@@ -256,14 +261,6 @@ class GramSettings:
     device: str = "auto"
     """auto, cpu or cuda."""
 
-    def __post_init__(self) -> None:
-        """Accept numbers and paths in place of text: classes=(3, 8), weights=Path(...)."""
-        if self.classes is not None:
-            object.__setattr__(self, "classes", tuple(str(name) for name in self.classes))
-        for name in ("data_dir", "weights"):
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, str(value))
-
     def check(self) -> None:
         """Refuse invalid values.
 
@@ -273,8 +270,7 @@ class GramSettings:
             Names the option as the command line spells it.
         """
         _check_choices(self, outputs=("trace", "sum", "full"), dtype=("float32", "float64"), device=_DEVICES)
-        if self.train is not None and self.train < 1:
-            raise _bad("train", self.train, "an integer of at least 1", "Give a larger number.")
+        self.check_data()
         check_seed(self.seed)
 
 

@@ -116,7 +116,7 @@ def _labels(files: TileFiles, settings: SolveSettings, trust: bool) -> tuple[Ten
         fix = "Give the labels: --labels y.npy"
         expected = "labels, or a store of ntkit gram, which knows its data set"
         raise refusal(str(files.folder), got="a store made in Python", expected=expected, fix=fix)
-    s = GramSettings(**{name: said[name] for name in RECORDED})
+    s = GramSettings(**{name: said.get(name, getattr(GramSettings, name)) for name in RECORDED})
     names = {"--model": said["model"], "--data": said["data"]}
     given = {"--model": settings.model, "--data": settings.data}
     with code_of_run(files.folder / DESCRIPTION, names, said["identity"], given, trust):
@@ -124,6 +124,9 @@ def _labels(files: TileFiles, settings: SolveSettings, trust: bool) -> tuple[Ten
     if sets is None:
         fix = "Give the labels: --labels y.npy"
         raise refusal(said["data"], got="samples without labels", expected="a data set", fix=fix)
+    if sets.targets is not None:
+        fix = "Ask for --spectrum, or fit ntkit.KernelRidge to the store in Python."
+        raise refusal("--ridge, --svm", got="the targets of a regression", expected="classes", fix=fix)
     now = what_it_depends_on(named.kernel, x) | ({"code": named.code} if named.code else {})
     other = [name for name, value in now.items() if files.depends_on.get(name) != value]
     if other:
