@@ -21,7 +21,8 @@ def check_dense(tensor: Tensor, name: str) -> None:
     if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
         kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
         convert = {"nested": "to_padded_tensor(0.0)", "quantized": "dequantize()", "sparse": "to_dense()"}[kind]
-        raise refusal(name, got=f"a {kind} tensor", expected="a dense one", fix=f"Pass {name}.{convert}.")
+        mask = ", and a mask of what is padding where the model takes one" if kind == "nested" else ""
+        raise refusal(name, got=f"a {kind} tensor", expected="a dense one", fix=f"Pass {name}.{convert}{mask}.")
 
 
 def as_number(value: Any, name: str, good: Callable[[float], bool], expected: str, fix: str) -> float:
