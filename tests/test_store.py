@@ -517,3 +517,26 @@ def test_a_description_by_someone_else_is_refused_before_zarr_reads_it(change, c
     monkeypatch.setattr("zarr.open_array", None)
     with pytest.raises(Damaged, match=r"zarr\.json: got a damaged file: (an array of another kind|of another format)"):
         ntkit.GramStore.open(copy)
+
+
+def test_masks_with_infinities(tmp_path):
+    """As the kernel itself: taken where the outputs are finite, refused where they are not."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.out = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, x, mask):
+            return self.out((torch.softmax(self.query(x) @ x.transpose(1, 2) + mask[:, None], -1) @ x).mean(1))
+
+    torch.manual_seed(0)
+    kernel, x, mask = ntkit.TangentKernel(Attention(), "trace"), torch.randn(9, 3, 4), torch.zeros(9, 3)
+    mask[4:, 2] = -torch.inf
+    K = ntkit.GramStore.create(tmp_path / "K", kernel, (x, mask), tile=4)
+    torch.testing.assert_close(K.dense().float(), kernel((x, mask)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(Refused, match="not finite"):
+        ntkit.GramStore.create(tmp_path / "L", kernel, (x, torch.full((9, 3), -torch.inf)), tile=4)
+    limit = ntkit.InfiniteKernel(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)))
+    with pytest.raises(Refused, match="finite"):
+        ntkit.GramStore.create(tmp_path / "M", limit, torch.full((9, 4), torch.inf), tile=4)

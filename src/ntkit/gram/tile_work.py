@@ -35,7 +35,7 @@ def as_samples(x: Any) -> Samples:
         return x
     if isinstance(x, (Dataset, DataLoader)):
         return StreamedSamples(x)
-    return checked(x, "x")
+    return checked(x, "x", infinite=True)  # tiles that may not be infinite are refused by the kernel
 
 
 def number_of(x: Samples) -> int:
