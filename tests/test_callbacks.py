@@ -235,6 +235,17 @@ def test_transformers(tmp_path):
     assert traj.losses.tolist() == spy.losses
 
 
+def test_transformers_rows_where_the_rest_is_dropped(tmp_path):
+    callback = transformers_callback(tmp_path / "run", record="all")
+    options = dict(per_device_train_batch_size=3, dataloader_drop_last=True, gradient_accumulation_steps=1)
+    _, spy = hugging_face(tmp_path, callback, logging_steps=1, **options)
+    traj = Trajectory.open(tmp_path / "run")
+    ids = torch.stack([sample["input_ids"] for sample in spy.data])
+    rows = [traj.batch(step) for step in range(len(traj.losses))]
+    assert [len(part) for part in rows] == [3] * 12
+    assert torch.equal(ids[torch.cat(rows)], torch.cat(spy.seen))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_transformers_rows(tmp_path, workers):
     """Rows of batches, read ahead or not, with a last batch that is smaller."""

@@ -172,3 +172,40 @@ def test_other_files_are_refused(tmp_path):
     ):
         with pytest.raises(ntkit.Refused, match=message):
             ntkit.load_weights(net(), tmp_path / name)
+
+
+def test_several_networks_in_one_file_are_told_apart(tmp_path):
+    both = {f"{k}.{name}": value for k in ("student", "ema") for name, value in STATE.items()}
+    torch.save(both, tmp_path / "two.pt")
+    with pytest.raises(ntkit.Refused, match=r"several networks of these names, under ema\., student\."):
+        ntkit.load_weights(net(), tmp_path / "two.pt")
+    other = net(2).state_dict()
+    torch.save({"model": STATE, "model_ema": other}, tmp_path / "ema.pt")
+    model = net()
+    assert "not model_ema" in ntkit.load_weights(model, tmp_path / "ema.pt")
+    assert torch.equal(model[2].weight, STATE["2.weight"])
+    torch.save(
+        {f"model.{n}": v for n, v in STATE.items()} | {f"ema.{n}": v for n, v in other.items()}, tmp_path / "c.pt"
+    )
+    model = net()
+    assert 'without the prefix "model."; left out: ema.' in ntkit.load_weights(model, tmp_path / "c.pt")
+    assert torch.equal(model[2].weight, STATE["2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.to_sparse(), "'2.weight': got a sparse tensor"),
+        (lambda v: v.to("meta"), "'2.weight': got a tensor on device"),
+        (lambda v: v.to(torch.int8), "a dtype that would lose digits: 2.weight torch.int8"),
+        (lambda v: v > 0, "a dtype that would lose digits: 2.weight torch.bool"),
+        (lambda v: v.to(torch.float8_e4m3fn), "a dtype that would lose digits: 2.weight torch.float8"),
+    ],
+)
+def test_values_that_are_no_weights_change_nothing(tmp_path, change, message):
+    torch.save({**STATE, "2.weight": change(STATE["2.weight"])}, tmp_path / "w.pt")
+    model = net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ntkit.Refused, match=message):
+        ntkit.load_weights(model, tmp_path / "w.pt")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import UserDict
+import math
+from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
 
@@ -285,3 +286,94 @@ def test_as_the_kernel_of_scikit_learn():
     np.testing.assert_allclose(
         machine.decision_function(X[::2]), other.decision_function(kernel(X[::2], X).numpy()), atol=1e-10
     )
+
+
+class Switched(nn.Module):
+    """Its outermost module has a mode and a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.number = nn.Linear(3, 2), 1.0
+
+    def forward(self, x):
+        y = self.layer(x) * self.number
+        return (y if self.training else 10 * y), None
+
+
+def test_select_sees_the_model_as_it_is_now():
+    torch.manual_seed(0)
+    net, x = Switched().double().train(), torch.randn(4, 3).double()
+    kernel = ntkit.TangentKernel(net, "trace", select=lambda out: out[0])
+    first = kernel(x)
+    net.eval()
+    close(kernel(x), 100 * first)
+    net.number = 3.0
+    close(kernel(x), 900 * first)
+    handle = net.register_forward_hook(lambda module, args, out: (2 * out[0], None))
+    close(kernel(x), 3600 * first)
+    handle.remove()
+    close(kernel(x), 900 * first)
+    net.layer = nn.utils.parametrizations.weight_norm(net.layer)
+    assert torch.isfinite(kernel(x)).all()
+    for select, message in (
+        (lambda out: out[1], "select: got a function that returned None"),
+        (lambda out: out.absent, r"select: got a function that failed on the model's output, tuple"),
+        (lambda out: out[7], r"select: got a function that failed"),
+    ):
+        with pytest.raises(ntkit.Refused, match=message):
+            ntkit.TangentKernel(net, "trace", select=select)(x)
+        with pytest.raises(ntkit.Refused, match=message):
+            ntkit.SketchedKernel(net, 8, select=select)(x)
+    one, other = (ntkit.TangentKernel(net, select=lambda out, i=i: out[i]) for i in range(2))
+    assert one.settings().keys() == {"model", "outputs", "parameters", "select"}
+    assert ntkit.Gram(first, one, x).identity != ntkit.Gram(first, other, x).identity
+
+
+class Tells(nn.Module):
+    """Tells a list from a tuple, and an empty one from none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x, extra=None, scale=1.0):
+        factor = 2.0 if extra is None else 1.0 if isinstance(extra, list) else 3.0
+        return torch.tanh(self.layer(x)) * factor * math.copysign(1.0, scale)
+
+
+def test_forms_and_constants_of_two_sets_are_kept_apart():
+    torch.manual_seed(0)
+    net, x = Tells().double(), torch.randn(5, 3).double()
+    kernel = ntkit.TangentKernel(net, "trace")
+    base = ntkit.TangentKernel(net, "trace")({"x": x, "extra": []})
+    close(kernel({"x": x}, {"x": x, "extra": []}), 2 * base)
+    close(kernel({"x": x, "extra": []}, {"x": x}), 2 * base)
+    close(kernel({"x": x, "extra": [x]}, {"x": x, "extra": (x,)}), 3 * base)
+    close(kernel({"x": x, "extra": [], "scale": 0.0}, {"x": x, "extra": [], "scale": -0.0}), -base)
+    Pair = namedtuple("Pair", "first second")
+    close(kernel({"x": x, "extra": Pair(x, x)}), 9 * base)
+    with pytest.raises(ntkit.Refused, match=r"x1: got the key 1; expected texts as keys"):
+        kernel({1: x, "1": x})
+    with pytest.raises(ntkit.Refused, match="a masked array, whose mask would be lost"):
+        kernel(np.ma.masked_array(x.numpy(), mask=x.numpy() > 0))
+    with pytest.raises(ntkit.Refused, match=r"got float64 of numpy; .* Convert it with float"):
+        kernel({"x": x, "scale": np.float64(2)})
+
+
+def test_infinite_input_whose_gradient_is_not_finite_is_refused():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, a, b):
+            return torch.tanh(self.one(a)) + torch.tanh(self.two(b))
+
+    torch.manual_seed(0)
+    kernel = ntkit.TangentKernel(Sum().double(), "trace")
+    a, b = torch.randn(50, 2).double(), torch.randn(50, 2).double()
+    assert torch.isfinite(kernel((a, b))).all()
+    b[7, 0] = torch.inf
+    for call in (lambda: kernel((a, b)), lambda: kernel.diagonal((a, b)), lambda: kernel.paired((a, b), (a, b))):
+        with pytest.raises(ntkit.Refused, match="an infinite input, on which the outputs are finite"):
+            call()

@@ -21,7 +21,8 @@ from benchmarks.families import FAMILIES
 
 import ntkit
 from ntkit.base.batch import count
-from ntkit.jacobian.model_calls import call, reduce_outputs
+from ntkit.jacobian.model_calls import call
+from ntkit.jacobian.model_outputs import reduce_outputs
 from ntkit.secant import secant_tensor as module
 from ntkit.secant.secant_jacobian import Secant, SecantMode
 from ntkit.secant.secant_tensor import DISPATCH_KEYS, SECANT_RULES, NoSecant, SecantTensor, aten

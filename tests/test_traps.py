@@ -476,6 +476,7 @@ def test_every_option_changes_something():
             ]
             == ["rows", "outer"]
         ),
+        "select": lambda: values(select=lambda out: out[:, :1]).shape != plain.shape,
     }
     assert set(inspect.signature(ntkit.TangentKernel).parameters) == {"model", *changes}
     for name, changed in changes.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -36,7 +37,7 @@ app = App(
 
 app.register_install_completion_command()
 app.meta.group_parameters = Group("Options of every command")
-_form = {"quiet": False, "json": False}
+_form: dict[str, Any] = {"quiet": False, "json": False}
 
 
 @app.meta.default
@@ -59,9 +60,14 @@ def launch(
     """
     from ntkit.commands.option_file import with_options_of
 
-    _form.update(quiet=quiet, json=json_)
+    _form.update(quiet=quiet, json=json_, out=sys.stdout)
     progress.show(not quiet)
-    app(tokens if config is None else with_options_of(config, tokens))
+    words = tokens if config is None else with_options_of(config, tokens)
+    if not json_:
+        app(words)
+        return
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's own code prints is no part of the document
+        app(words)
 
 
 @app.command
@@ -327,7 +333,7 @@ def _say(line: str) -> None:
 def _answer(document: Callable[[], Any], show: Callable[[], None]) -> None:
     """Print a command's result: as JSON, or in the form for readers."""
     if _form["json"]:
-        print(json.dumps(document(), indent=1, allow_nan=False))
+        print(json.dumps(document(), indent=1, allow_nan=False), file=_form["out"])
     else:
         show()
 

@@ -23,7 +23,6 @@ Batch = Any  # Tensor | tuple[Any, ...] | dict[str, Any]
 
 _CONSTANT = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _NESTED = (Tensor, np.ndarray, Mapping, list, tuple, type(None))
-_NESTED = (Tensor, np.ndarray, Mapping, list, tuple, type(None))
 _EXPECTED = "a tensor or array with samples along its first axis, or a tuple or dict of such"
 
 
@@ -35,14 +34,16 @@ def leaves(x: Batch) -> list[Tensor]:
 
 
 def named_leaves(x: Batch) -> dict[str, Any]:
-    """Tensors and constants by place: "0", "1" ... of a tuple, names of a dict, "past.0" inside of an entry."""
+    """Tensors, constants and forms by place: "0", "1" ... of a tuple, names of a dict, "past[0]" inside of an entry."""
     return {"0": x} if isinstance(x, Tensor) else dict(_walk(x, ""))
 
 
 def _walk(x: Any, place: str) -> Iterator[tuple[str, Any]]:
     if isinstance(x, (tuple, list, dict)):
+        if place:  # a form of its own: a model may tell a list from a tuple, and an empty one from none
+            yield f"{place}[]", f"{type(x).__name__} of {len(x)}"
         for name, entry in x.items() if isinstance(x, dict) else enumerate(x):
-            yield from _walk(entry, f"{place}.{name}" if place else str(name))
+            yield from _walk(entry, f"{place}[{name!r}]" if place else str(name))
     else:
         yield place, x
 
@@ -63,7 +64,8 @@ def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(x, Mapping):
         return {name: mapped(entry, function) for name, entry in x.items()}
     if isinstance(x, (tuple, list)):
-        return type(x)([mapped(entry, function) for entry in x])
+        entries = [mapped(entry, function) for entry in x]
+        return type(x)(*entries) if hasattr(x, "_fields") else type(x)(entries)
     return function(x)
 
 
@@ -85,6 +87,12 @@ def main_output(raw: Any) -> Any:
 def outputs_of(model: Callable[..., Any], x: Batch) -> Any:
     """A model's output on a batch, as a tensor where it has logits."""
     return main_output(call_with(model, x))
+
+
+def has_infinity(x: Batch) -> bool:
+    """Whether a batch has an infinite number."""
+    floats = [t for t in leaves(x) if t.is_floating_point() or t.is_complex()]
+    return any(not torch.isfinite(t.sum()) and bool(torch.isinf(t).any()) for t in floats)
 
 
 def kind(x: Batch) -> tuple[Any, ...]:
@@ -118,7 +126,7 @@ def alike(x1: Batch, x2: Batch) -> bool:
 
 
 def _kind(value: Any) -> Any:
-    return (value.shape[1:], value.dtype, value.device) if isinstance(value, Tensor) else (type(value), value)
+    return (value.shape[1:], value.dtype, value.device) if isinstance(value, Tensor) else (type(value), repr(value))
 
 
 def join(x1: Batch, x2: Batch) -> Batch:
@@ -136,7 +144,10 @@ def count(x: Batch) -> int:
 def as_batch(x: Any, name: str = "x") -> Batch:
     """Take what users have as a batch: numpy arrays (memory-mapped ones, too), any mapping, a list for a tuple."""
     if isinstance(x, Mapping):
-        return {str(key): _entry(value, f"{name}[{key!r}]") for key, value in x.items()}
+        if odd := [key for key in x if not isinstance(key, str)]:
+            fix = "A mapping is passed as model(**x)."
+            raise refusal(name, got=f"the key {odd[0]!r}", expected="texts as keys", fix=fix)
+        return {key: _entry(value, f"{name}[{key!r}]") for key, value in x.items()}
     if type(x) is list or isinstance(x, tuple):
         return tuple(_entry(value, f"{name}[{i}]") for i, value in enumerate(x))
     return _entry(x, name)
@@ -146,6 +157,9 @@ def _entry(value: Any, name: str) -> Any:
     """One argument: a tensor, a constant, or tensors in lists, tuples or dicts."""
     if isinstance(value, Tensor) or type(value) in _CONSTANT or isinstance(value, (torch.dtype, torch.device)):
         return value
+    if isinstance(value, np.ma.MaskedArray):
+        fix = "Fill it (x.filled(0.0)), and pass the mask where the model takes one."
+        raise refusal(name, got="a masked array, whose mask would be lost", expected="an array of values", fix=fix)
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiubc" and value.dtype.isnative:
         return _of_array(value, name)
     if isinstance(value, Mapping):
@@ -155,11 +169,14 @@ def _entry(value: Any, name: str) -> Any:
             got = f"a {type(value).__name__} of {type(odd[0]).__name__}"
             fix = "Convert it with torch.as_tensor (pad first what has different lengths)."
             raise refusal(name, got=got, expected=_EXPECTED, fix=fix)
-        return type(value)([_entry(entry, f"{name}[{i}]") for i, entry in enumerate(value)])
+        entries = [_entry(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
     got = type(value).__name__
     if isinstance(value, np.ndarray):
         got = f"an array of {value.dtype}"
     fix = "Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x)."
+    if isinstance(value, np.generic):
+        got, fix = f"{got} of numpy", f"Convert it with {type(value.item()).__name__}(...)."
     raise refusal(name, got=got, expected=_EXPECTED, fix=fix)
 
 

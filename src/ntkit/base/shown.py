@@ -66,7 +66,10 @@ def _of_array(value: Any) -> str:
     shape = list(value.shape)
     if not value.size if isinstance(value, np.ndarray) else not value.numel():
         return f"{shape}"
-    low, high = float(value.min()), float(value.max())
+    try:
+        low, high = float(value.min()), float(value.max())
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # without an order, or without values
+        return f"{shape} {value.dtype}"
     if not shape:
         return f"{low:.4g}"
     if math.isnan(low) or math.isnan(high):

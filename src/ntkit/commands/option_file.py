@@ -37,7 +37,7 @@ def with_options_of(file: Path, tokens: Iterable[str]) -> list[str]:
     ['analyze', '--lr', '0.5', '--batch-size', '8', '--classes', '3', '8']
     """
     words = list(tokens)
-    given = {word.partition("=")[0] for word in words}
+    given = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     for key, value in _read(file).items():
         option = "--" + key.replace("_", "-")
         if option not in given:
@@ -46,13 +46,16 @@ def with_options_of(file: Path, tokens: Iterable[str]) -> list[str]:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    kind = "TOML" if file.suffix == ".toml" else "JSON"
+    kind = "TOML" if file.suffix.lower() == ".toml" else "JSON"
     blob = read_bytes(file, f"a {kind} file of options", "Check the name.")
     try:
         told = tomllib.loads(blob.decode()) if kind == "TOML" else json.loads(blob)
     except (ValueError, RecursionError) as error:
         raise refusal(str(file), got=f"no {kind}: {error}", expected="options by name", fix="Correct it.") from error
     settings = told.get("settings", told) if isinstance(told, dict) else told
+    if kind == "TOML" and settings is not told and len(told) > 1:
+        fix = "Write all options in one place."
+        raise refusal(str(file), got="options beside a table [settings]", expected="one of both", fix=fix)
     if not isinstance(settings, dict):
         fix = "Write a .toml file of key = value, or name a run.json."
         raise refusal(str(file), got=type(told).__name__, expected="options by name", fix=fix)
@@ -62,6 +65,9 @@ def _read(file: Path) -> Mapping[str, Any]:
 def _words(file: Path, option: str, value: Any) -> Iterator[str]:
     if value is None or value is False:
         return
+    if isinstance(value, str) and value.startswith("-"):
+        yield f"{option}={value}"
+        return
     yield option
     if value is True:
         return
@@ -69,4 +75,7 @@ def _words(file: Path, option: str, value: Any) -> Iterator[str]:
         if isinstance(one, (dict, list)) or one is None:
             fix = "Write it as on the command line: a number, a text, or a list of them."
             raise refusal(f"{file}, {option}", got=repr(one)[:80], expected="a number or a text", fix=fix)
+        if isinstance(one, str) and one.startswith("-"):
+            fix = "Rename it."
+            raise refusal(f"{file}, {option}", got=repr(one), expected="texts without a dash before them", fix=fix)
         yield str(one)

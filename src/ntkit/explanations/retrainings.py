@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, tensors_to_hash
+from ntkit.base.batch import Batch, checked
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import Damaged, refusal
 from ntkit.base.files import ensure_folder
 from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import FolderLock
-from ntkit.base.tensors import read_tensors_and_metadata, tensor_hash, write_tensors
+from ntkit.base.tensors import points_hash, read_tensors_and_metadata, tensor_hash, write_tensors
 from ntkit.explanations.measures_of_outputs import Measure, OutputMeasure
 from ntkit.jacobian.model_calls import check_module
 from ntkit.trajectory import Trajectory
@@ -94,9 +94,7 @@ class Retrainings:
         self._make, self._batch_size = make, trajectory.settings.get("batch_size")
         self.m, self.measure = len(self.values), self._of.name
         run = read_run(trajectory.path)
-        points = tensor_hash(
-            [*tensors_to_hash(self._x).values(), *([] if self._of.targets is None else [self._of.targets])]
-        )
+        points = points_hash(self._x, self._of.targets)
         self._id = fingerprint([run["initial"], run["settings"], points, self._of.name])
         self._known: dict[str, Tensor] = {}
         self._folder = None if folder is None else Path(folder)

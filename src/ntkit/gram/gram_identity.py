@@ -76,21 +76,32 @@ def _parts(value: Any) -> Iterator[str]:
         yield f"{value.__module__}.{value.__qualname__} {code.co_code.hex()} {code.co_names}"
         yield from _parts([c for c in code.co_consts if isinstance(c, _PLAIN)])
         yield from _parts([cell.cell_contents for cell in value.__closure__ or ()])
+        if value.__defaults__:
+            yield from _parts(list(value.__defaults__))
     elif isinstance(value, _PLAIN):
         yield repr(value)
 
 
 def _parts_of_samples(samples: StreamedSamples) -> Iterator[str]:
     """The same text as of these samples in memory."""
-    first, hashes = samples.first, iter(samples.hashes)
-    if isinstance(first, Tensor):
+    yield from _parts_of_part(samples.first, iter(samples.hashes))
+
+
+def _parts_of_part(part: Any, hashes: Iterator[str]) -> Iterator[str]:
+    """As `_parts`, with these hashes in place of those of the tensors, in their order."""
+    if isinstance(part, Tensor):
         yield from ("torch.Tensor", next(hashes))
-        return
-    yield f"builtins.{type(first).__name__}"
-    for key in first:
-        if isinstance(first, Mapping):
+    elif isinstance(part, Mapping):
+        yield f"builtins.{type(part).__name__}"
+        for key, entry in part.items():
             yield repr(key)
-        yield from ("torch.Tensor", next(hashes))
+            yield from _parts_of_part(entry, hashes)
+    elif isinstance(part, (tuple, list)):
+        yield f"{type(part).__module__}.{type(part).__qualname__}"
+        for entry in part:
+            yield from _parts_of_part(entry, hashes)
+    else:
+        yield from _parts(part)
 
 
 def _is_setting(entry: Any) -> bool:

@@ -106,7 +106,7 @@ def _together(gradients: Gradients, structure: Structure, x: Batch) -> bool:
             grads = torch.autograd.grad([out], params, [weights], allow_unused=True)
             return [out, *(g.to_dense() for g in grads if g is not None)]
 
-        kind = (kind_of(x), gradients.outputs, tuple(gradients.params))
+        kind = (kind_of(x), gradients.outputs, gradients.select, tuple(gradients.params))
 
         def look() -> bool:
             start = time.perf_counter()

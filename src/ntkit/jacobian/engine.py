@@ -28,6 +28,7 @@ from ntkit.jacobian.contraction import (
 )
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.model_calls import MODES, Outputs, Params, check_mode, check_module, select_parameters
+from ntkit.jacobian.model_outputs import check_select
 from ntkit.jacobian.pairs import Whole
 from ntkit.jacobian.plan import ROUTES, Job, Plan, Route, make_plan
 from ntkit.jacobian.product_checks import compare_products
@@ -64,16 +65,18 @@ class Engine:
         routes: Mapping[str, Route] | None = None,
         *,
         selected: Mapping[str, nn.Parameter] | None = None,
+        select: Callable[[Any], Any] | None = None,
     ) -> None:
         check_module(model, fix="Wrap the function in a module.")
+        check_select(select)
         if not callable(outputs) and outputs not in MODES:
             fix = nearest(str(outputs), MODES)
             raise refusal("outputs", got=repr(outputs), expected="a mode or a callable", fix=fix)
-        self.model, self.outputs = model, outputs
+        self.model, self.outputs, self.select = model, outputs, select
         self.mode = outputs if outputs in ("full", "diagonal") else "trace"
         self._budget = parse_memory(memory)
         self._selection, self._selected = params, selected
-        self._gradients = Gradients(model, self._parameters(), outputs)
+        self._gradients = Gradients(model, self._parameters(), outputs, select)
         self._routes = dict(routes or {})
         self._plans: dict[tuple, Plan] = {}
         for name, route in self._routes.items():
@@ -104,7 +107,8 @@ class Engine:
 
     def settings(self) -> dict[str, Any]:
         """What the gradients depend on beside the samples."""
-        return {"model": self.model, "outputs": self.outputs, "parameters": list(self.params)}
+        own = {"model": self.model, "outputs": self.outputs, "parameters": list(self.params)}
+        return own if self.select is None else {**own, "select": self.select}
 
     def memory(self) -> int:
         """Bytes of scratch memory allowed now."""
@@ -119,7 +123,7 @@ class Engine:
         check_mode(self.model)
         params = self._parameters()
         if not self._gradients.current(params):
-            self._gradients = Gradients(self.model, params, self.outputs)
+            self._gradients = Gradients(self.model, params, self.outputs, self.select)
         return self
 
     def _parameters(self) -> dict[str, nn.Parameter]:

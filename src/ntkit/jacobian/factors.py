@@ -30,7 +30,8 @@ from ntkit.jacobian.graph import (
     sizes_of,
     with_keys,
 )
-from ntkit.jacobian.model_calls import Outputs, call, drew, random_forward, reduce_outputs, untouched, without_fused_rnn
+from ntkit.jacobian.model_calls import Outputs, call, drew, random_forward, untouched, without_fused_rnn
+from ntkit.jacobian.model_outputs import picked, reduce_outputs
 from ntkit.jacobian.ownership import Code, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable, widened
 from ntkit.jacobian.rules import RULES
@@ -47,10 +48,11 @@ class Gradients:
     model : any module; used as it is, never changed.
     params : parameter by name.
     outputs : "full", "diagonal", "trace", "sum" or a callable (see `ntkit.TangentKernel`).
+    select : a function that picks a part of the model's output, or None.
     """
 
-    def __init__(self, model: nn.Module, params: dict[str, nn.Parameter], outputs: Outputs) -> None:
-        self.model, self.params, self.outputs = model, params, outputs
+    def __init__(self, model: nn.Module, params: dict[str, nn.Parameter], outputs: Outputs, select: Any = None) -> None:
+        self.model, self.params, self.outputs, self.select = model, params, outputs, select
         # what `jacobian.self_check` established, by the signature of the graph
         self.structures: dict[tuple, Structure] = {}
         self.by_shape: dict[tuple, Structure] = {}  # the last one used, by the shapes of the samples
@@ -82,7 +84,7 @@ class Gradients:
             When an output is not finite, none depends on the parameters, or the forward drew random numbers.
         """
         with without_fused_rnn(plain_rnn):
-            out = reduce_outputs(call(self.model, x), self.outputs, count(x))
+            out = reduce_outputs(picked(call(self.model, x), self.select), self.outputs, count(x))
         if watch and drew():
             raise random_forward(self.model)
         if not (finite := torch.isfinite(out)).all():

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, leaves, take, with_leaves
 from ntkit.jacobian.graph import correct_norms
-from ntkit.jacobian.model_calls import Outputs, Params, call, reduce_outputs, select_parameters, untouched
+from ntkit.jacobian.model_calls import Outputs, Params, call, select_parameters, untouched
+from ntkit.jacobian.model_outputs import reduce_outputs
 
 
 def jacobian(

@@ -38,6 +38,10 @@ class _GPyTorchKernel:
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any) -> Tensor:
         """k(x1, x2), [n1, n2]; with `diag` k(x1_i, x2_i), [n]."""
+        if torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad):
+            fix = "Detach the inputs, or call within torch.no_grad()."
+            got = "inputs that require grad, while the values of this kernel are constants"
+            raise refusal("x", got=got, expected="inputs without gradients", fix=fix)
         same = x1 is x2 or (x1.shape == x2.shape and torch.equal(x1, x2))
         first = self._samples(x1)
         if diag:

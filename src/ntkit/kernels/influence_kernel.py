@@ -14,7 +14,8 @@ from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.shown import of_model
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.engine import Engine
-from ntkit.jacobian.model_calls import Outputs, Params, call, reduce_outputs, untouched
+from ntkit.jacobian.model_calls import Outputs, Params, call, untouched
+from ntkit.jacobian.model_outputs import reduce_outputs
 from ntkit.kernels.curvature import SpectralFilter, gauss_newton, hessian, jacobian_rows, leading_eigenpairs
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 from ntkit.kernels.output_loss import OutputLoss, model_outputs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ntkit.base.batch import Batch, checked, count
+from ntkit.base.batch import Batch, checked, count, has_infinity
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.numbers import check_dense
@@ -47,12 +47,14 @@ class Kernel(ABC):
             For empty, ragged or non-finite input, an `out` that does not fit, and a model whose samples are not
             independent.
         """
-        return self._gram(self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2"), _writable(out))
+        x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
+        return self._finite(self._gram(x1, x2, _writable(out)), x1, x2)
 
     @own_context()
     def diagonal(self, x: Batch) -> Tensor:
         """k(x_i, x_i) for every i: what ``k(x)[i, i]`` is, at the cost of n values."""
-        return self._pairs(self._checked(x, "x"), None)
+        x = self._checked(x, "x")
+        return self._finite(self._pairs(x, None), x, None)
 
     @own_context()
     def paired(self, x1: Batch, x2: Batch) -> Tensor:
@@ -61,7 +63,16 @@ class Kernel(ABC):
         if count(x1) != count(x2):
             fix = "Give both sets the same number of samples."
             raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix=fix)
-        return self._pairs(x1, x2)
+        return self._finite(self._pairs(x1, x2), x1, x2)
+
+    def _finite(self, values: Tensor, x1: Batch, x2: Batch | None) -> Tensor:
+        """Refuse infinite input that made values infinite or undefined, though the outputs are finite: tanh(inf)."""
+        infinite = self._infinite and (has_infinity(x1) or (x2 is not None and has_infinity(x2)))
+        if infinite and not torch.isfinite(values).all():
+            got = "an infinite input, on which the outputs are finite and gradients are not"
+            fix = "Remove that sample, or pass a large number in place of infinity."
+            raise refusal("x", got=got, expected="finite gradients", fix=fix)
+        return values
 
     def _checked(self, x: Any, name: str) -> Batch:
         if isinstance(x, (DataLoader, Dataset)):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count, main_output
 from ntkit.base.checks import refusal
 from ntkit.jacobian.forwards import each_forward
-from ntkit.jacobian.model_calls import call, check_mode, check_module, reduce_outputs, untouched
+from ntkit.jacobian.model_calls import call, check_mode, check_module, untouched
+from ntkit.jacobian.model_outputs import reduce_outputs
 from ntkit.trajectory.objective import Loss
 
 _BATCH = 128

@@ -18,7 +18,7 @@ from ntkit.base.progress import task
 from ntkit.base.shown import of_model
 from ntkit.base.workers import product, workers
 from ntkit.jacobian.engine import Engine, Job
-from ntkit.jacobian.model_calls import Outputs, Params, selected
+from ntkit.jacobian.model_calls import Outputs, Params
 from ntkit.jacobian.pairs import Whole
 from ntkit.jacobian.structure import SelfCheckError, Structure
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, refuse_operator_of_diagonal, written
@@ -102,7 +102,7 @@ class SketchedKernel(Kernel):
             raise refusal("dim", got=repr(dim), expected="a positive integer", fix="Errors decrease as 1 / sqrt(dim).")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise refusal("seed", got=repr(seed), expected="an integer", fix="Each seed is another random projection.")
-        self._engine = Engine(selected(model, select), outputs, params, memory)
+        self._engine = Engine(model, outputs, params, memory, select=select)
         self._mode, self._dim, self._seed = self._engine.mode, dim, seed
         self._trusted: list[Structure] = []  # graphs on which the self-check has passed
 

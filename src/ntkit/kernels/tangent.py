@@ -14,7 +14,7 @@ from ntkit.base.checks import nearest, refusal
 from ntkit.base.shown import of_model
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.kept_factors import KeptFactors, factors_of, plan_for_tiles, product_of
-from ntkit.jacobian.model_calls import Outputs, Params, selected
+from ntkit.jacobian.model_calls import Outputs, Params
 from ntkit.jacobian.plan import Plan, Route
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, refuse_operator_of_diagonal
 
@@ -71,7 +71,7 @@ class TangentKernel(Kernel):
         routes: Mapping[str, Route] | None = None,
         select: Callable[[Any], Any] | None = None,
     ) -> None:
-        self._engine = Engine(selected(model, select), outputs, params, memory, routes)
+        self._engine = Engine(model, outputs, params, memory, routes, select=select)
 
     def __repr__(self) -> str:
         engine = self._engine

@@ -15,7 +15,8 @@ from ntkit.base.checks import refusal, undefined
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.jacobian.forwards import raw_outputs
-from ntkit.jacobian.model_calls import check_module, reduce_outputs
+from ntkit.jacobian.model_calls import check_module
+from ntkit.jacobian.model_outputs import reduce_outputs
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.parametrization import (

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntkit.base.batch import count
 from ntkit.base.checks import Refused, refusal
-from ntkit.jacobian.model_calls import Outputs, reduce_outputs, without_fused_rnn
+from ntkit.jacobian.model_calls import Outputs, without_fused_rnn
+from ntkit.jacobian.model_outputs import reduce_outputs
 from ntkit.secant import averaged, composed, secant_rules  # noqa: F401 (enters their rules into SECANT_RULES)
 from ntkit.secant.secant_tensor import DISPATCH_KEYS, NoSecant, SecantTensor, aten, lift, map_structure, no_rule
 

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import functional as F
 
-from ntkit.base.batch import Batch, checked, count, tensors_to_hash
+from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Damaged, refusal
 from ntkit.base.lock import FolderLock
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import Task, task
 from ntkit.base.run_files import TRACK_FORMAT, tracking_id
-from ntkit.base.tensors import tensor_hash
+from ntkit.base.tensors import points_hash, tensor_hash
 from ntkit.gram.krylov import leading
 from ntkit.jacobian.forwards import raw_outputs
-from ntkit.jacobian.model_calls import Outputs, selected
+from ntkit.jacobian.model_calls import Outputs
+from ntkit.jacobian.model_outputs import selected
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.tracking.losses import cross_entropy, derivatives, half_squared, logistic
 from ntkit.tracking.series import Tracked, assembled, close_folder, open_folder, read_snapshot, write_snapshot
@@ -179,7 +180,7 @@ class _Tracker:
             "model": hashlib.sha256(repr(model).encode()).hexdigest()[:16],
             "trained": [name for name, p in model.named_parameters() if p.requires_grad],
             "run": hashlib.sha256(json.dumps(trajectory.settings, sort_keys=True).encode()).hexdigest()[:16],
-            "data": tensor_hash([*tensors_to_hash(self.x).values(), *([] if self.y is None else [self.y])]),
+            "data": points_hash(self.x, self.y),
             "initial": tensor_hash(trajectory.state(trajectory.steps[0]).values()),
         }
 
@@ -365,5 +366,7 @@ def _fingerprint(function: Any) -> str:
         own = getattr(function, "__dict__", {}).items()
         settings = {k: v for k, v in own if isinstance(v, (bool, int, float, str)) or v is None}
         return f"{type(function).__name__} {settings}"
-    parts = (code.co_code, code.co_consts, code.co_names, function.__defaults__)
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    own = [c if isinstance(c, (bool, int, float, str, tuple)) or c is None else type(c).__qualname__ for c in cells]
+    parts = (code.co_code, code.co_consts, code.co_names, function.__defaults__, *([own] if own else []))
     return f"{function.__qualname__} {hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"

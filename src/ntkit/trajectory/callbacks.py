@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import BatchSampler, Sampler
+from torch.utils.data import BatchSampler, IterableDataset, Sampler
 
 from ntkit.base.checks import refusal
 from ntkit.trajectory.record import Recorder
@@ -151,6 +151,10 @@ class _TransformersCallback(_Callback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._record_step()  # the step before: its loss is logged only after its end
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.recorder is not None and self._order is not None:
+            self._order.begin()
+
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._batches += 1
 
@@ -173,14 +177,14 @@ class _Order(Sampler[int]):
 
     def __init__(self, sampler: Any, batch_size: int) -> None:
         self._sampler, self._size = sampler, batch_size
-        self._given: list[list[int]] = []  # of each pass over the data
-        self._place = (0, 0)  # pass, and rows of it that are used
+        self._given: list[list[int]] = []  # of each pass over the data, whoever reads it
+        self._place = (0, 0)  # the pass that trains, and rows of it that are used
 
     @classmethod
     def of(cls, loader: Any) -> _Order | None:
         """Put one into a loader; None where batches are not consecutive rows of a sampler."""
         batches = getattr(loader, "batch_sampler", None)
-        if type(batches) is not BatchSampler:
+        if type(batches) is not BatchSampler or isinstance(loader.dataset, IterableDataset):
             return None
         order = cls(batches.sampler, batches.batch_size)
         batches.sampler = order
@@ -196,13 +200,15 @@ class _Order(Sampler[int]):
     def __len__(self) -> int:
         return len(self._sampler)
 
+    def begin(self) -> None:
+        """The next pass that begins is one of the training."""
+        self._place = (len(self._given), 0)
+
     def rows(self, batches: int) -> Tensor:
-        """Rows of the next batches."""
+        """Rows of the next batches of this pass."""
         rows: list[int] = []
         for _ in range(batches):
             epoch, used = self._place
-            if used == len(self._given[epoch]):
-                epoch, used = epoch + 1, 0
             own = self._given[epoch][used : used + self._size]
             self._place = (epoch, used + len(own))
             rows += own

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.files import read_bytes
 from ntkit.base.integrity import stored_checksum
+from ntkit.base.numbers import check_dense
 from ntkit.trajectory.recorded_run import assign, tied_names
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
@@ -64,9 +65,12 @@ def load_weights(model: nn.Module, file: str | Path) -> str:
     """
     file = Path(file)
     content, notes = _contents(file), []
-    tensors, place = _tensors(content, file)
+    tensors, place, beside = _tensors(content, file)
     if place:
         notes.append(place)
+    if beside:
+        notes.append(f"not {_listed(beside)}")
+    _check_values(tensors, file)
     tensors, prefix, others = _without_prefix(tensors, model)
     if prefix:
         notes.append(f'without the prefix "{prefix}"')
@@ -155,16 +159,18 @@ def _unpickled(path: Path, blob: bytes) -> Any:
         raise refusal(str(path), got=got, expected=_EXPECTED, fix="Save or copy it again.") from error
 
 
-def _tensors(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
-    """Weights by name, and the key under which they lay."""
+def _tensors(content: Any, path: Path) -> tuple[dict[str, Tensor], str, list[str]]:
+    """Weights by name, the key under which they lay, and keys of other tensors beside it."""
     place: list[str] = []
+    beside: list[Any] = []
     while isinstance(content, Mapping):
         inner = next((key for key in _INSIDE if isinstance(content.get(key), Mapping)), None)
+        beside += [key for key in content if key != inner and _holds_tensors(content[key])] if inner is not None else []
         if inner is None:
             own = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
             if not own:
                 break
-            return own, ".".join(place)
+            return own, ".".join(place), [str(key) for key in beside]
         place.append(inner)
         content = content[inner]
     keys = _listed([repr(key) for key in content]) if isinstance(content, Mapping) else type(content).__name__
@@ -188,12 +194,33 @@ def _without_prefix(tensors: dict[str, Tensor], model: nn.Module) -> tuple[dict[
     if complete(set(tensors)):
         return tensors, "", []
     firsts = {name.partition(".")[0] + "." for name in tensors if "." in name}
-    candidates = [a + b for a in ("", *_PREFIXES, *sorted(firsts)) for b in ("", *_PREFIXES, *sorted(firsts))]
-    for prefix in dict.fromkeys(candidate for candidate in candidates if candidate):
-        under = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        if groups and complete(set(under)):
+    known = [a + b for a in ("", *_PREFIXES) for b in ("", *_PREFIXES)]
+    others = [a + b for a in sorted(firsts) for b in ("", *_PREFIXES, *sorted(firsts))]
+    for candidates in (known, others):
+        fitting = {}
+        for prefix in dict.fromkeys(candidate for candidate in candidates if candidate):
+            under = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            if groups and complete(set(under)):
+                fitting[prefix] = under
+        if len(fitting) > 1:
+            fix = "Save the state dict of the one that you want."
+            got = f"several networks of these names, under {_listed(list(fitting))}"
+            raise refusal("weights", got=got, expected="one", fix=fix)
+        for prefix, under in fitting.items():
             return under, prefix, sorted(name for name in tensors if not name.startswith(prefix))
     return tensors, "", []
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
+
+
+def _check_values(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that cannot be copied as they are, before anything is."""
+    for name, tensor in tensors.items():
+        check_dense(tensor, f"{path.name}, '{name}'")
 
 
 def _nearest(tensors: Mapping[str, Tensor], model: nn.Module) -> str:

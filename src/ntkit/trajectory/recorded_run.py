@@ -192,7 +192,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
         tensor, target = tensors[name], targets[canonical[name]]
         if tensor.shape != target.shape:
             errors["of another shape"].append(f"{name} {list(tensor.shape)} (model: {list(target.shape)})")
-        elif torch.promote_types(tensor.dtype, target.dtype) != target.dtype:
+        elif not _keeps_digits(tensor.dtype, target.dtype):
             errors["of a dtype that would lose digits"].append(f"{name} {tensor.dtype} (model: {target.dtype})")
         elif (first := new.setdefault(canonical[name], tensor)) is not tensor and not torch.equal(first, tensor):
             errors["tied in the model, different here"].append(name)
@@ -204,6 +204,16 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
     with torch.no_grad():
         for name, tensor in new.items():
             targets[name].copy_(tensor)
+
+
+def _keeps_digits(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether all values of a dtype are values of the other, and of its kind: integers are no weights."""
+    if source.is_floating_point != target.is_floating_point:
+        return False
+    try:
+        return torch.promote_types(source, target) == target
+    except RuntimeError:  # eight-bit floats
+        return source == target
 
 
 def tied_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:

@@ -17,7 +17,8 @@ from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
 from ntkit.base.shown import of_model
 from ntkit.base.tensors import tensor_hash
-from ntkit.jacobian.model_calls import Outputs, check_mode, reduce_outputs, required_arguments
+from ntkit.jacobian.model_calls import Outputs, check_mode, required_arguments
+from ntkit.jacobian.model_outputs import reduce_outputs
 from ntkit.jacobian.structure import SelfCheckError
 from ntkit.kernels.kernel import Kernel, KernelOperator, written
 from ntkit.kernels.path.decomposition import PathDecomposition, StepShare
