@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -627,3 +629,32 @@ def test_on_a_gpu(optimizer):
     model, x, y, test = model.cuda(), x.cuda(), y.cuda(), test.cuda()
     run = ntkit.train(model, (x, y), F.cross_entropy, OPTIMIZERS[optimizer], steps=6, batch_size=4, record="all")
     assert ntkit.PathKernel(run).decompose(test).error <= 1e-12
+
+
+def test_a_folder_of_other_outputs_is_refused(tmp_path):
+    """Functions of one name, told apart by their code and by what they enclose."""
+    x, y = torch.randn(6, 3).double(), torch.tensor([0, 1, 0, 1, 1, 0])
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    run = ntkit.train(net, (x, y), nn.functional.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1), steps=3)
+
+    def picks(c):
+        return lambda out: out[:, c]
+
+    first = ntkit.PathKernel(run, picks(0)).decompose(x[:2], path=tmp_path / "d")
+    again = ntkit.PathKernel(run, picks(0)).decompose(x[:2], path=tmp_path / "d")
+    assert torch.equal(first.contributions, again.contributions)
+    with pytest.raises(ntkit.Refused):
+        ntkit.PathKernel(run, picks(1)).decompose(x[:2], path=tmp_path / "d")
+
+
+def test_the_identity_of_a_function_is_the_same_in_every_process():
+    code = (
+        "from ntkit.base.function_identity import function_identity\n"
+        "def outer(c):\n"
+        "    return lambda out: sum([(lambda v: v * c)(v) for v in out])\n"
+        "print(function_identity(outer(1)), function_identity(outer(2)))\n"
+    )
+    texts = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)]
+    assert texts[0] == texts[1]
+    one, other = texts[0].split("outer.<locals>.<lambda> ")[1:]
+    assert one.strip() != other.strip()

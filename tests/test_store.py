@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -540,3 +541,43 @@ def test_masks_with_infinities(tmp_path):
     limit = ntkit.InfiniteKernel(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)))
     with pytest.raises(Refused, match="finite"):
         ntkit.GramStore.create(tmp_path / "M", limit, torch.full((9, 4), torch.inf), tile=4)
+
+
+def test_another_dataset_of_nested_samples_is_refused(tmp_path):
+    """Every tensor of a sample counts, and what is the same for all."""
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x, past, twice=False):
+            return self.layer(x * past["k"] + past["z"]) * (2 if twice else 1)
+
+    class Samples(torch.utils.data.Dataset):
+        def __init__(self, factor: float, **more: Any) -> None:
+            torch.manual_seed(0)
+            self.k, self.z, self.x, self.more = torch.randn(6, 3), torch.randn(6, 3), factor * torch.randn(6, 3), more
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return {"past": {"k": self.k[i], "z": self.z[i]}, "x": self.x[i]}
+
+        def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+            return torch.utils.data.default_collate(items) | self.more
+
+    def loader(samples: Samples) -> Any:
+        return torch.utils.data.DataLoader(samples, batch_size=2, collate_fn=samples.collate)
+
+    torch.manual_seed(1)
+    kernel = ntkit.TangentKernel(Nested(), "trace")
+    K = ntkit.GramStore.create(tmp_path / "K", kernel, Samples(1.0), tile=4)
+    torch.testing.assert_close(K.dense().float(), kernel(Samples(1.0)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(Refused, match="another"):
+        ntkit.GramStore.create(tmp_path / "K", kernel, Samples(2.0), tile=4)
+    L = ntkit.GramStore.create(tmp_path / "L", kernel, loader(Samples(1.0, twice=True)), tile=4)
+    torch.testing.assert_close(L.dense(), 4 * K.dense(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(Refused):
+        ntkit.GramStore.create(tmp_path / "L", kernel, loader(Samples(1.0, twice=False)), tile=4)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Damaged, refusal
+from ntkit.base.function_identity import function_identity
 from ntkit.base.lock import FolderLock
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import Task, task
@@ -92,7 +93,7 @@ def track(
     ([0.0, 0.0, 0.0, 0.0, 0.0], 1.0)
     """
     tracker = _Tracker(trajectory, x, y, selected(model, select), loss, k, outputs, memory)
-    tracker.settings |= {} if select is None else {"select": _fingerprint(select)}
+    tracker.settings |= {} if select is None else {"select": function_identity(select)}
     selection = sorted(set(trajectory.steps if steps is None else steps))
     folder = None if path is None else Path(path)
     with nullcontext() if folder is None else FolderLock(folder):
@@ -175,8 +176,8 @@ class _Tracker:
             "outputs": "callable" if callable(outputs) else self.mode,
             "outputs_of_model": self.outputs,
             "kernel": "dense" if self.dense else "matrix-free",
-            "loss": _fingerprint(self.loss) if self.loss else None,
-            "output": _fingerprint(outputs) if callable(outputs) else None,
+            "loss": function_identity(self.loss) if self.loss else None,
+            "output": function_identity(outputs) if callable(outputs) else None,
             "model": hashlib.sha256(repr(model).encode()).hexdigest()[:16],
             "trained": [name for name, p in model.named_parameters() if p.requires_grad],
             "run": hashlib.sha256(json.dumps(trajectory.settings, sort_keys=True).encode()).hexdigest()[:16],
@@ -357,16 +358,3 @@ def _restored(model: nn.Module) -> Iterator[None]:
                     tensor.copy_(value)
             for module, mode in modes:
                 module.training = mode
-
-
-def _fingerprint(function: Any) -> str:
-    """Name and code of a function, or type and plain settings of a callable object: its identity in track.json."""
-    code = getattr(function, "__code__", None)
-    if code is None:
-        own = getattr(function, "__dict__", {}).items()
-        settings = {k: v for k, v in own if isinstance(v, (bool, int, float, str)) or v is None}
-        return f"{type(function).__name__} {settings}"
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    own = [c if isinstance(c, (bool, int, float, str, tuple)) or c is None else type(c).__qualname__ for c in cells]
-    parts = (code.co_code, code.co_consts, code.co_names, function.__defaults__, *([own] if own else []))
-    return f"{function.__qualname__} {hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"

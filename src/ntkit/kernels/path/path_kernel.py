@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, checked, count, take, tensors_to_hash
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import refusal
+from ntkit.base.function_identity import function_identity
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
 from ntkit.base.shown import of_model
@@ -231,7 +232,7 @@ class PathKernel(Kernel):
         """All that the numbers of a decomposition depend on."""
         run = read_run(self._trajectory.path)
         outputs: Any = self._outputs
-        name = outputs if isinstance(outputs, str) else getattr(outputs, "__qualname__", type(outputs).__qualname__)
+        name = outputs if isinstance(outputs, str) else function_identity(outputs)
         return {
             "run": {name: run[name] for name in ("initial", "stop", "settings")},
             "x": tensor_hash(tensors_to_hash(x)),
