@@ -31,6 +31,8 @@ from ntkit.jacobian.replicas import StateOfModules, refers_past_copies, replica
 _PATIENCE = 2.0  # seconds beside ten passes until a thread that waits takes the model for one with locks of its own
 _MOST = 20_000  # turns: what comes later in a very long pass is not looked at
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(__file__)
+_OWN = (_HERE + os.sep, os.path.join(os.path.dirname(_HERE), "base") + os.sep)  # this package, and base
 Pass = Callable[[nn.Module, Batch], list[Tensor]]
 Found = list[Tensor] | None  # of a pass; None: it failed
 
@@ -221,7 +223,7 @@ def _traced(turns: _Turns | _Counter | _Within, number: int, model: nn.Module, r
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         if event == "call":
-            if frame.f_code.co_filename.startswith(_TORCH):
+            if frame.f_code.co_filename.startswith((_TORCH, *_OWN)):  # the model's own instructions alone count
                 return None
             frame.f_trace_opcodes = turns.by_instruction
         elif event == ("opcode" if turns.by_instruction else "line"):
