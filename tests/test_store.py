@@ -475,12 +475,24 @@ def damage(file: Path, draw: random.Random) -> str:
     return how
 
 
+def says(blob: bytes) -> Any:
+    """What a JSON file says; another value each time where it is none."""
+    try:
+        return json.loads(blob)
+    except ValueError:
+        return object()
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_damage_is_found_named_and_repaired(seed, copy, whole):
     draw = random.Random(seed)
     names = sorted(files_of(whole))
     name = "zarr.json" if seed % 5 == 0 else draw.choice([n for n in names if n != "zarr.json"])
+    before = (copy / name).read_bytes()
     how = damage(copy / name, draw)
+    if name == "zarr.json" and how != "delete" and says((copy / name).read_bytes()) == says(before):
+        assert ntkit.GramStore.open(copy).checksum == ntkit.GramStore.open(whole).checksum  # white space alone
+        return
     if name == "zarr.json":
         with pytest.raises(Refused, match=r"zarr\.json") as refused:
             ntkit.GramStore.open(copy)
