@@ -4,8 +4,8 @@ python -m benchmarks.mnist_gram --data-dir FOLDER [--n 60000] [--workers 2] [--s
 
 The kernel: an MLP 784-512-512-1 at initialization, float32, one output, upper triangle in tiles of 2,000 samples,
 by worker processes of one thread each. "floor": the matrix products that such a tile needs, alone, in as many processes
-at the same time, times the number of tiles. "peak": the largest resident memory of a process, and of all together as
-the sum of the largest of each. A store that was begun goes on; the seconds are then those of the last call.
+at the same time, times the number of tiles. "peak": the largest resident memory of this process, and
+of its largest worker. A store that was begun goes on; the seconds are then those of the last call.
 """
 
 from __future__ import annotations

@@ -21,9 +21,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +29,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import ntkit
-from benchmarks.common import gemm_rate, save
+from benchmarks.common import gemm_rate, median_seconds, save
 
 
 @dataclass(frozen=True)
@@ -134,17 +131,6 @@ def small() -> tuple[nn.Module, Network]:
     return net, Network("CNN", sum(p.numel() for p in net.parameters()), operations, 3 * 32 * 32)
 
 
-def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
-    """Median wall time after one call."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def measured() -> tuple[Device, list[dict[str, Any]]]:
     """Rates of this machine, and what the model says beside what a kernel takes."""
     model, net = small()
@@ -154,12 +140,12 @@ def measured() -> tuple[Device, list[dict[str, Any]]]:
         out = model(x)
         cross_entropy(torch.cat([out, -out], 1), y).backward()
 
-    rates = Device(gemm=gemm_rate(), passes=3 * len(x) * net.forward / seconds(passes), memory=1e9)
+    rates = Device(gemm=gemm_rate(), passes=3 * len(x) * net.forward / median_seconds(passes, 3), memory=1e9)
     rows = []
     for n in (250, 500, 1000):
         kernel = ntkit.TangentKernel(model, "trace", memory="1 GB")
         samples = torch.randn(n, 3, 32, 32)
-        took = seconds(lambda kernel=kernel, samples=samples: kernel(samples), 1)
+        took = median_seconds(lambda kernel=kernel, samples=samples: kernel(samples), 1)
         said = exact(net, n, 1, replace(rates, disk=math.inf, network=math.inf))["total, s"]
         rows.append({"n": n, "measured, s": took, "model, s": said, "ratio": took / said})
     return rates, rows

@@ -89,7 +89,7 @@ def test_names_of_classes(y, names, labels):
         (np.array(["a", "b\n", "c"])[CLASS], {}, "with the character"),
         (np.ones((12, 3), int), {}, r"got int64 of shape \[12, 3\]; expected integers of shape \[n\], or one-hot rows"),
         (np.ones((12, 3, 2)), {}, r"got float64 of shape \[12, 3, 2\]; expected integers, text"),
-        (CLASS * 0.5, {"task": "classification"}, "got 0.5 in row 1; expected whole numbers for classes"),
+        (CLASS * 0.5, {"task": "classification"}, "got 0.5 in row 1; expected integers for classes"),
         (CLASS, {"task": "ordinal"}, "task: got 'ordinal'; expected classification or regression"),
         (X, {"classes": ["a", "b"]}, "classes: got names of classes for targets that are floats"),
         (np.array(["a", "b", "c"])[CLASS], {"task": "regression"}, "targets y: got text; expected numbers"),

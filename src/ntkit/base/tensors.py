@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkit.base.batch import named_leaves, tensors_to_hash
+from ntkit.base.batch import tensors_to_hash
 from ntkit.base.files import parsed, write_bytes
 from ntkit.base.integrity import metadata_to_seal, sealed_tensors
 
@@ -29,14 +29,9 @@ def tensor_hash(
 
 
 def points_hash(x: Any, y: Tensor | None) -> str:
-    """Hash of points and their targets, if they have some."""
-    own = [x] if isinstance(x, Tensor) else []
-    named = {} if own else tensors_to_hash(x)
-    plain = all(isinstance(value, Tensor) for value in named_leaves(x).values())
-    targets = [] if y is None else [y]
-    if own or plain:  # as it was before batches had constants
-        return tensor_hash([*(own or named.values()), *targets])
-    return tensor_hash({**{f"x.{name}": value for name, value in named.items()}, **({"y": y} if y is not None else {})})
+    """Hash of a batch, with the places of its tensors and its constants, and of its targets, if it has some."""
+    named = {f"x.{place}": tensor for place, tensor in tensors_to_hash(x).items()}
+    return tensor_hash(named if y is None else {**named, "y": y})
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, Any] | None = None) -> bytes:

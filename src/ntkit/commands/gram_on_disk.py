@@ -61,11 +61,13 @@ def gram(
         check_name(option, name, "Rename it.")
     check_folder(out, "--out")
     with code_of_user({"--model": model, "--data": data}):
-        kernel, x, _ = kernel_and_samples(model, data, s)
+        kernel, x, _ = kernel_and_samples(model, data, s, say)
     return GramStore.create(out, kernel, x, s.workers, s.scheduler, s.memory, tile=s.tile, say=say)
 
 
-def kernel_and_samples(model: str, data: str, s: GramSettings) -> tuple[NamedKernel, Any, Data | None]:
+def kernel_and_samples(
+    model: str, data: str, s: GramSettings, say: Callable[[str], None] = lambda line: None
+) -> tuple[NamedKernel, Any, Data | None]:
     """The kernel, the samples and the data set that names and settings say; None for a file without labels."""
     sets = None
     if data.endswith(".npy") and not is_code("--data", data):
@@ -78,7 +80,7 @@ def kernel_and_samples(model: str, data: str, s: GramSettings) -> tuple[NamedKer
         shape, vocabulary = sets.input_shape, sets.tokens
     network = build(model, shape, classes, s.seed, vocabulary)
     if s.weights is not None:
-        load_weights(network, s.weights)
+        say(load_weights(network, s.weights))
     device = _device(s)
     network = network.to(device=device, dtype=getattr(torch, s.dtype))
     kernel = NamedKernel.of(

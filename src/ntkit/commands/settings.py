@@ -242,7 +242,7 @@ class GramSettings(PartOfData):
     """Which kernel `ntkit gram` computes, and who computes it."""
 
     weights: str | None = None
-    """A .safetensors file of the network's weights; without it, the initial ones of --seed."""
+    """A file of the network's weights, as in ntkit analyze; without it, the initial ones of --seed."""
     outputs: str = "trace"
     """trace (n x n, the sum over outputs), sum (n x n, of the outputs' sum / sqrt(C)) or full (n x n x C x C)."""
     dtype: str = "float32"

@@ -20,7 +20,7 @@ TABLES = (".csv", ".tsv", ".parquet")
 _DELIMITERS = ",;\t"
 _MISSING = {"", "na", "n/a", "nan", "null", "?"}
 _VALUES = 50  # different texts of a column that become indicators
-_LABELS = 20  # different whole numbers of a target that are labels; more are numbers to predict
+_LABELS = 20  # distinct integers of a target that are labels; more are numbers to predict
 _PER_BYTE = 40  # bytes of memory for each byte of a CSV file, while its cells are text
 
 
@@ -36,7 +36,7 @@ def read_table(path: Path, target: Sequence[str] | None) -> Files:
     """Read a table with named columns; `target` are the columns to predict, the others are x.
 
     Columns of numbers come first and are marked as such (`Files.numeric`); a column of text becomes one indicator, 0
-    or 1, per different value, in alphabetical order. A single target of text or of at most 20 different whole numbers
+    or 1, per different value, in alphabetical order. A single target of text or of at most 20 distinct integers
     is labels; other targets are floats.
 
     Raises

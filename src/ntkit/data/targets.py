@@ -139,7 +139,7 @@ def _labels(y: np.ndarray, subject: str, hot: bool) -> np.ndarray:
             bad = np.flatnonzero(~(np.isfinite(y) & (y == np.round(y)) & (abs(y) < 2**53)))
         if len(bad):
             got = f"{y[bad[0]]:g} in row {bad[0]:,}"
-            raise refusal(subject, got=got, expected="whole numbers for classes", fix="Round them.")
+            raise refusal(subject, got=got, expected="integers for classes", fix="Round them.")
     if y.dtype.kind == "U" and len(empty := np.flatnonzero(np.char.strip(y) == "")):
         got, fix = f"an empty label in row {empty[0]:,}", "Name the class, or remove the row."
         raise refusal(subject, got=got, expected="a label for each example", fix=fix)

@@ -1,4 +1,4 @@
-"""How a kernel matrix on disk is begun or gone on with: what is checked, what is told, who computes its tiles."""
+"""Creation of a kernel matrix on disk, or its continuation: checks, messages, and who computes the tiles."""
 
 from __future__ import annotations
 

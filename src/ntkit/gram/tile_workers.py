@@ -37,7 +37,7 @@ Tile = tuple[int, int]
 Say = Callable[[str], None]
 
 _RETRIES = 3
-_PATIENCE = 60.0  # seconds without a worker, before it is told and waited on
+_PATIENCE = 60.0  # seconds without a worker, before a message says so and it is waited for
 _TASKS = 4  # per worker at least: the last to end leaves the others idle for a quarter of its time
 _LARGEST = 16  # tiles of a task: what a worker loses of its work at most when it dies, written tiles apart
 
@@ -269,7 +269,7 @@ def compute_strip(sent: Sent, tiles: list[Tile]) -> None:
                 continue
             try:
                 files.write(i, j, work.value(i, j, rows))
-            except Exception:  # whatever it is, it is told at the end; the other tiles are computed
+            except Exception:  # reported at the end; the other tiles are computed
                 reasons.append(f"tile ({i}, {j}):\n{traceback.format_exc()}")
         if reasons:
             raise TilesFailed(reasons[0])

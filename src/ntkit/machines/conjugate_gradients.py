@@ -19,7 +19,7 @@ _RANK = 20  # rows of the preconditioner, times sqrt(n)
 _FLOOR = (
     1e-12  # smallest shift in the preconditioner, relative to the trace of K's part: below it only rounding is left
 )
-_WIDTH = 80  # columns multiplied at a time, where an entry of K is read once for all: random ones fill up
+_WIDTH = 64  # columns multiplied at a time, where an entry of K is read once for all: random ones fill up
 _DEPENDENT = 1e-8  # singular value of a block of directions, relative to the largest
 _STRIP = 128  # right-hand sides of test points solved at a time
 _RESIDUAL = 1e-8  # of the solve for given targets, relative to them
@@ -92,9 +92,7 @@ def conjugate_gradients(
     with task("conjugate gradients", total=1.0) as progress:
         while len(open_ := (sizes > goals).nonzero().ravel()) and passes < _PASSES and not indefinite:
             left = _PASSES - passes
-            change, used, indefinite = _steps(
-                K, shift, rest[:, open_], 0.9 * goals[open_], precondition, left, progress
-            )
+            change, used, indefinite = _steps(K, shift, rest[:, open_], goals[open_] / 2, precondition, left, progress)
             trial = alpha.clone()
             trial[:, open_] += change
             fresh = y - K @ trial - shift * trial

@@ -28,7 +28,7 @@ _GLOBALITY = {
     "same": "no more and no less global for",
     "unknown": "not comparable for",
 }
-_LEADS = {
+LEADS = {
     "init": {
         "below": "Training made a better kernel.",
         "above": "Training made a worse kernel.",
@@ -207,7 +207,7 @@ def _error_findings(results: dict[str, Any]) -> list[tuple[str, str]]:
         "init": f"Test error of a hard-margin SVM: kernel at initialization {init}, after kernel {after}.",
         "network": f"Test error: network {network}, after kernel {after}, conjugate kernel {conjugate}.",
     }
-    return [(_LEADS[other][_against(results, other)], text) for other, text in texts.items()]
+    return [(LEADS[other][_against(results, other)], text) for other, text in texts.items()]
 
 
 def _task_finding(results: dict[str, Any]) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ntkit.report import training_figures as training
+from ntkit.report.analysis_text import LEADS
 from ntkit.report.words import digits, listed, plain
 
 HARDLY = 0.1
@@ -20,17 +21,10 @@ _ERROR = {
     "unknown": "not comparable with",
 }
 _LEADS = {
-    "init": {
-        "below": "Training made a better kernel.",
-        "above": "Training made a worse kernel.",
-        "same": "No difference beyond noise between the kernels before and after training.",
-        "unknown": "The kernels before and after training cannot be compared.",
-    },
+    "init": LEADS["init"],
     "network": {
-        "below": "The after kernel does better than its network.",
-        "above": "The network does better than its after kernel.",
+        **LEADS["network"],
         "same": "No difference beyond noise between the network and its after kernel.",
-        "unknown": "The after kernel cannot be compared with its network.",
     },
 }
 

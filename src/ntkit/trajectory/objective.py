@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count, outputs_of, take, tensors_to_hash
+from ntkit.base.batch import Batch, checked, count, outputs_of, take
 from ntkit.base.checks import refusal
-from ntkit.base.tensors import tensor_hash
+from ntkit.base.tensors import points_hash
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Loss = Callable[[Any, Tensor], Tensor]  # (model(x), y) -> scalar; a model may return anything
@@ -38,8 +38,7 @@ class Objective:
 
     def data_hash(self) -> str:
         """Hash of all examples, in their order."""
-        inputs = tensors_to_hash(self.x)
-        return tensor_hash({**{f"x.{name}": value for name, value in inputs.items()}, "y": self.y})
+        return points_hash(self.x, self.y)
 
     def batch(self, rows: Tensor | slice | None) -> tuple[Batch, Tensor]:
         """Inputs and targets of these rows; None = all."""
