@@ -54,6 +54,10 @@ def full() -> tuple[dict[str, Any], Arrays]:
             "test_error": rate(errors[kernel][0], 360, "test"),
             "train_error": rate(errors[kernel][1], 1437, "train"),
             "ridge_test_error": rate(errors[kernel][0] + 1, 360, "test"),
+            "ridge_train_error": rate(0, 1437, "train"),
+            "ridge_status": "solved",
+            "ridge_residual": 3e-15,
+            "confusion": confusion(errors[kernel][0]),
             "gap": 3.1e-10 * (i + 1),
             "kkt": 2.7e-9 / (i + 1),
             "margin": [round(0.02 * (i + 1) * (1 + 0.13 * c), 5) for c in range(10)],
@@ -65,7 +69,10 @@ def full() -> tuple[dict[str, Any], Arrays]:
     alignments = {"init": (0.318, 0.189, 2.6, 8520.0, 5.93), "after": (0.604, 0.781, 5.4, 159200.0, 110.8)}
     alignments["conjugate"] = (0.455, 0.716, 4.1, 908.3, 0.632)
     names = ("alignment", "alignment_centered", "effective_rank", "trace", "scale")
-    quality = [{"kernel": k, "label": s, **dict(zip(names, alignments[k], strict=True))} for k, s in KERNELS]
+    quality = [
+        {"kernel": k, "label": s, "pictured": [2] * 10, **dict(zip(names, alignments[k], strict=True))}
+        for k, s in KERNELS
+    ]
     rows = [
         ("shift", "1 pixel right, 1 pixel down", (0.612, 0.011), (0.668, 0.014), (0.815, 0.009)),
         ("rotation", "by 0.25 rad, both ways", (0.735, 0.009), (0.797, 0.012), (0.886, 0.007)),
@@ -87,9 +94,13 @@ def full() -> tuple[dict[str, Any], Arrays]:
         for name, parameters, before, after, conjugate in rows
     ]
     for row in invariances:
+        row["change"] = number(row["after"]["value"] - row["init"]["value"], 0.01, cosine)
+        row["beyond"] = number(row["change"]["value"] + 0.212, 0.012, cosine)
         row["centered"] = {key: number(row[key]["value"] - 0.4, 0.02, cosine) for key, _ in KERNELS} | {"undefined": 1}
+        row["centered"] |= {name: row[name] for name in ("change", "beyond")}
     different = {"name": "two different images", "parameters": "mean over all pairs", "undefined": 0}
     different |= {"init": number(0.519, 0.02), "after": number(0.307, 0.02), "conjugate": number(0.402, 0.02)}
+    different["change"] = number(-0.212, 0.015)
     different["centered"] = {key: number(-0.0052, 0.0001) for key, _ in KERNELS} | {"undefined": 2}
     neighbors, arrays = _neighbors()
     explained, shown = _explained()
@@ -134,9 +145,17 @@ def full() -> tuple[dict[str, Any], Arrays]:
             "test_error": rate(9, 360, "test"),
             "train_loss": number(0.0213, 0.0018, "standard error of the mean"),
             "test_loss": number(0.0941, 0.0173, "standard error of the mean"),
+            "fit": number(0.991, None, "1 minus the training loss over that of the best constant prediction"),
+            "confusion": confusion(9),
         },
         "machines": machines,
         "quality": quality,
+        "comparisons": {
+            "compared": [
+                paired("init", "svm", 2, 18, 360), paired("conjugate", "svm", 3, 4, 360),
+                paired("network", "svm", 4, 5, 360),
+            ]
+        },
         "similarity": {
             "init_after": 0.671,
             "after_conjugate": 0.926,
@@ -160,8 +179,10 @@ def full() -> tuple[dict[str, Any], Arrays]:
             "energy_output": outputs.tolist(),
             "energy_residual": residual.tolist(),
             "residual": 3.4e-13,
-            "stable_lr": (1000 / eigenvalues[:, 0]).tolist(),
-            "lr": 0.05,
+            "sharpness": (eigenvalues[:, 0] / 500).tolist(),
+            "sharpness_bound": [40.0] * len(steps),
+            "test_loss": [float(2.3 * math.exp(-s / 65) + 0.09) for s in steps],
+            "test_error": [rate(round(9 + 300 * math.exp(-s / 20)), 360, "test") for s in steps],
         },
         "invariances": {"samples": 200, "rows": invariances, "different": different, "examples": examples},
         "against_loss": _against_loss(rows),
@@ -189,7 +210,33 @@ def full() -> tuple[dict[str, Any], Arrays]:
             "memory": 2_000_000_000,
         },
     }  # fmt: skip
-    return results, {"neighbors": arrays, "invariances": {"images": images}, "explained": shown}
+    grams = {f"gram-{key}": _gram(eigenvalues[-1 if key == "after" else 0]) for key, _ in KERNELS}
+    return results, {"neighbors": arrays, "invariances": {"images": images}, "explained": shown, **grams}
+
+
+def confusion(wrong: int, n: int = 360) -> list[list[int]]:
+    """All wrong answers take 8 for 3."""
+    counts = np.diag([n // 10] * 10)
+    counts[8, 3], counts[8, 8] = wrong, n // 10 - wrong
+    return counts.tolist()
+
+
+def paired(other: str, machine: str, only_after: int, only_other: int, n: int) -> dict[str, Any]:
+    """Two error rates on the same examples, as `ntkit.commands.kernel_measures.paired` has them."""
+    from scipy.stats import binomtest
+
+    value, differ = (only_after - only_other) / n, only_after + only_other
+    return {
+        "with": other, "machine": machine, "examples": n, "only_after": only_after, "only_other": only_other,
+        **number(value, math.sqrt((differ / n - value**2) / n), f"pairs of {n} test examples"),
+        "p": float(binomtest(only_after, differ).pvalue) if differ else 1.0,
+    }  # fmt: skip
+
+
+def _gram(eigenvalues: np.ndarray) -> dict[str, np.ndarray]:
+    labels = np.repeat(np.arange(10), 2)
+    picture = (0.5 + 0.4 * (labels[:, None] == labels) + 0.1 * np.eye(20)).astype(np.float32)
+    return {"eigenvalues": eigenvalues, "picture": picture, "pictured": np.arange(20)}
 
 
 def minimal() -> dict[str, Any]:
@@ -199,12 +246,15 @@ def minimal() -> dict[str, Any]:
     results["data"].update(name="table.npz", kind="vectors", classes=["no", "yes"], train=90, test=31, input_shape=[7])
     results["model"].update(name="my-mlp", outputs=1, loss="logistic (one output)", weights="mlp.safetensors")
     results["model"].update(fallback={"scale": "an operation without a rule"}, parameters=211)
-    for key in ("training", "along", "invariances", "neighbors", "against_loss", "explained"):
+    for key in ("training", "along", "invariances", "neighbors", "against_loss", "explained", "comparisons"):
         results[key] = None
-    results["network"] = {name: number(None) for name in results["network"]}
+    results["network"] = {name: number(None) for name in results["network"] if name != "confusion"}
     results["network"]["test_error"] = number(0.25, None, "")
     for machine in results["machines"]:
         machine.update(margin=0.125, n=90)
+        del machine["confusion"]
+    for row in results["quality"]:
+        del row["pictured"]
     results["machines"][0].update(status="not separable", advice="Use a soft margin.", gap=None, kkt=None, margin=0.0)
     results["machines"][0].update(test_error=number(None), train_error=number(None))
     results["machines"][1].update(status="inaccurate", advice="Compute the kernel in float64.", gap=2e-3)
@@ -216,12 +266,19 @@ def minimal() -> dict[str, Any]:
 
 
 def earlier() -> tuple[dict[str, Any], Arrays]:
-    """As written before centered cosines, those of different images, examples, curves by loss and explanations."""
+    """As written before centered cosines, those of different images, examples, curves by loss, explanations, pairs."""
     results, arrays = full()
-    del results["explained"]
+    del results["explained"], results["comparisons"], results["network"]["fit"], results["network"]["confusion"]
+    for row in results["quality"]:
+        del row["pictured"]
+    for machine in results["machines"]:
+        for name in ("ridge_train_error", "ridge_status", "ridge_residual", "confusion"):
+            del machine[name]
+    for name in ("sharpness", "sharpness_bound", "test_loss", "test_error"):
+        del results["along"][name]
     del results["against_loss"], results["invariances"]["different"], results["invariances"]["examples"]
     for row in results["invariances"]["rows"]:
-        del row["centered"]
+        del row["centered"], row["change"], row["beyond"]
     return results, {"neighbors": arrays["neighbors"]}
 
 
@@ -252,11 +309,12 @@ def _against_loss(rows: list) -> dict[str, Any]:
                 "network_error": rate(300 if not i else 22 - 3 * i, 360, "test"),
                 "status": "optimal" if i else "not separable",
                 "kernel_error": error,
+                "ridge_error": rate(21 - 3 * i, 360, "test"),
                 "cosines": cosines,
                 "different": {"raw": number(0.52 - 0.04 * i, 0.02), "centered": number(-0.02, 0.001)},
             }
         )
-    return {"points": 500, "tests": 360, "samples": 50, "snapshots": snapshots}
+    return {"points": 500, "tests": 360, "samples": 50, "machine": "ridge", "snapshots": snapshots}
 
 
 def _explained() -> tuple[dict[str, Any], dict[str, np.ndarray]]:

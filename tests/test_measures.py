@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import ntkit
 from ntkit.commands import against_loss as against
+from ntkit.commands import kernel_measures
 from ntkit.commands import network_measures as measures
 from ntkit.data import Data
 from ntkit.jacobian.oracle import tangent_kernel
@@ -34,7 +36,7 @@ def case(classes: tuple[str, ...], outputs: int, steps: int = 12, **sgd: float):
 @pytest.mark.parametrize(("classes", "outputs"), [(("3", "8"), 1), (("3", "8"), 2), (("0", "1", "2"), 3)])
 def test_along_training(classes, outputs):
     data, task, model, trajectory = case(classes, outputs)
-    found, arrays = measures.along(task, model, trajectory, points=100, memory=10**8, lr=0.2)
+    found, arrays = measures.along(task, model, trajectory, points=100, memory=10**8)
     assert found["points"] == 24
     assert found["steps"] == list(range(13))
     at = 7
@@ -47,10 +49,8 @@ def test_along_training(classes, outputs):
     assert found["effective_rank"][at] == pytest.approx(np.trace(K) / values[0], rel=1e-5)
     if outputs == 1:
         targets = np.where(data.y_train.numpy() == 1, 1.0, -1.0)[:, None]
-        assert found["stable_lr"][at] == pytest.approx(2 * 24 / values[0], rel=1e-4)
     else:
         targets = np.eye(outputs)[data.y_train.numpy()]
-        assert found["stable_lr"] is None
     wanted = targets @ targets.T
     assert found["alignment"][at] == pytest.approx(
         (K * wanted).sum() / np.linalg.norm(K) / np.linalg.norm(wanted), rel=1e-5
@@ -81,7 +81,7 @@ def test_eigenvalues_that_are_rounding_are_not_reported():
     model = nn.Linear(3, 1)
     task = measures.TrainingTask(model, data)
     trajectory = ntkit.train(model, (x, y), task.loss, lambda p: torch.optim.SGD(p, lr=0.1), 2)
-    found, _ = measures.along(task, model, trajectory, points=24, memory=10**8, lr=0.1)
+    found, _ = measures.along(task, model, trajectory, points=24, memory=10**8)
     assert [value is not None for value in found["eigenvalues"][-1]] == [True] * 4 + [False] * 16
     assert found["energy_target"][-1][found["energy_ks"].index(5)] is None
 
@@ -92,18 +92,18 @@ def test_a_dead_network_has_a_zero_kernel_and_no_other_numbers():
     nn.init.constant_(model[1].bias, -1e4)
     task = measures.TrainingTask(model, data)
     trajectory = ntkit.train(model, (data.x_train, data.y_train), task.loss, lambda p: torch.optim.SGD(p, lr=0.1), 2)
-    found, _ = measures.along(task, model, trajectory, points=24, memory=10**8, lr=0.1)
+    found, _ = measures.along(task, model, trajectory, points=24, memory=10**8)
     assert found["trace"] == [0.0, 0.0, 0.0]
     assert found["alignment"] == [None] * 3
     assert found["eigenvalues"][0] == [None] * 20
     with pytest.raises(ntkit.Refused, match="zero"):
-        measures.quality(torch.zeros(4, 4), torch.ones(4))
+        kernel_measures.quality(torch.zeros(4, 4), torch.ones(4), torch.ones(4))
 
 
 @pytest.mark.parametrize(("classes", "outputs"), [(("3", "8"), 1), (("0", "1", "2"), 3)])
 def test_the_network_and_its_errors(classes, outputs):
     data, task, model, _ = case(classes, outputs)
-    found = measures.network(task, model)
+    found, arrays = measures.network(task, model)
     out = model(data.x_test).detach()
     if outputs == 1:
         losses = F.softplus(-(2.0 * data.y_test - 1) * out[:, 0])
@@ -116,6 +116,13 @@ def test_the_network_and_its_errors(classes, outputs):
     assert found["test_error"]["error"] == pytest.approx((p * (1 - p) / 15) ** 0.5)
     assert found["test_loss"]["value"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert found["test_loss"]["error"] == pytest.approx(float(losses.double().std()) / 15**0.5, rel=1e-4)
+    assert (arrays["wrong"] == wrong.numpy()).all()
+    table = np.array(found["confusion"])
+    assert table.sum(1).tolist() == [int((data.y_test == c).sum()) for c in range(len(classes))]
+    assert table.trace() == int((~wrong).sum())
+    shares = np.bincount(data.y_train.numpy()) / 24
+    constant = -(shares * np.log(shares)).sum()  # logits of the frequencies give this loss
+    assert found["fit"]["value"] == pytest.approx(1 - found["train_loss"]["value"] / constant, rel=1e-6)
 
 
 def kernels_with_three_classes() -> tuple[torch.Tensor, torch.Tensor, Data]:
@@ -126,7 +133,7 @@ def kernels_with_three_classes() -> tuple[torch.Tensor, torch.Tensor, Data]:
 
 def test_machines():
     K, K_test, data = kernels_with_three_classes()
-    found, arrays = measures.machine(K, K_test, data)
+    found, arrays = kernel_measures.machine(K, K_test, data)
     wide, test = K.double().numpy(), K_test.double().numpy()
     targets = np.eye(3)[data.y_train.numpy()]
     mean = targets.mean(0)
@@ -135,7 +142,7 @@ def test_machines():
     assert found["ridge_test_error"]["value"] == pytest.approx((predicted != data.y_test.numpy()).mean())
     assert found["status"] == "optimal"
     assert found["test_error"]["value"] == pytest.approx((arrays["decision"].argmax(1) != data.y_test.numpy()).mean())
-    scaled, _ = measures.machine(4 * K, 4 * K_test, data)
+    scaled, _ = kernel_measures.machine(4 * K, 4 * K_test, data)
     assert np.allclose(scaled["margin"], found["margin"], rtol=1e-6)  # a kernel's scale does not matter
     assert scaled["support"] == found["support"]
 
@@ -145,10 +152,73 @@ def test_a_machine_that_does_not_exist_has_no_error():
     data = ntkit.data.from_tensors(
         (torch.arange(4.0)[:, None], torch.tensor([0, 1, 0, 1])), (torch.arange(2.0)[:, None], torch.tensor([0, 1]))
     )
-    found, _ = measures.machine(K, torch.ones(2, 4), data)
+    found, arrays = kernel_measures.machine(K, torch.ones(2, 4), data)
     assert found["status"] == "not separable"
+    assert "wrong" not in arrays
+    assert arrays["ridge_wrong"].shape == (2,)
+    assert found["ridge_status"] == "solved"
     assert found["test_error"]["value"] is None
     assert "KernelRidge" in found["advice"]
+
+
+def test_errors_are_compared_on_the_same_examples():
+    rng = np.random.default_rng(3)
+    truth = rng.random((4, 200)) < np.array([0.1, 0.2, 0.1, 0.3])[:, None]
+    wrong = {
+        "network": {"wrong": truth[0]}, "init": {"wrong": truth[1], "ridge_wrong": truth[2]},
+        "after": {"wrong": truth[3], "ridge_wrong": truth[0]}, "conjugate": {"ridge_wrong": truth[1]},
+    }  # fmt: skip
+    found = {c["with"]: c for c in kernel_measures.comparisons(wrong)["compared"]}
+    assert {name: c["machine"] for name, c in found.items()} == {"init": "svm", "conjugate": "ridge", "network": "svm"}
+    for name, (a, b) in {"init": (3, 1), "conjugate": (0, 1), "network": (3, 0)}.items():
+        pair, difference = found[name], truth[a].astype(float) - truth[b]
+        assert pair["value"] == pytest.approx(difference.mean())
+        assert pair["error"] == pytest.approx(difference.std() / 200**0.5)
+        assert [pair["only_after"], pair["only_other"]] == [(difference > 0).sum(), (difference < 0).sum()]
+        table = [[0, pair["only_after"]], [pair["only_other"], 0]]
+        assert pair["p"] == pytest.approx(scipy.stats.binomtest(table[0][1], table[0][1] + table[1][0]).pvalue)
+        coins = rng.integers(0, 2, (20_000, int(np.abs(difference).sum()))).sum(1)
+        middle = np.abs(difference).sum() / 2
+        assert pair["p"] == pytest.approx((np.abs(coins - middle) >= abs(pair["only_after"] - middle)).mean(), abs=0.02)
+    assert "after" not in kernel_measures.comparisons({"init": wrong["init"]})["compared"]
+
+
+def test_changes_of_cosines_are_paired_over_images():
+    data = ntkit.data.load("digits", classes=("3", "8"), train=24, test=12)
+    models = [build("cnn", data.input_shape, 1, seed=s) for s in (0, 1)]
+    kernels = {key: ntkit.TangentKernel(m) for key, m in zip(("init", "after"), models, strict=True)}
+    told, _ = measures.invariances(kernels, data, 12)
+    both = [ntkit.probes.cosines(k, data.x_test) for k in kernels.values()]
+    for row in told["rows"]:
+        for entry, form in ((row, "raw"), (row["centered"], "centered")):
+            before, after = (getattr(found[row["name"]], form).per_sample for found, _ in both)
+            assert entry["change"]["value"] == pytest.approx(float((after - before).mean()), rel=1e-5, abs=1e-7)
+            assert entry["change"]["error"] == pytest.approx(float((after - before).std()) / 12**0.5, rel=1e-4)
+    first, second = (different.raw.per_sample for _, different in both)
+    assert told["different"]["change"]["value"] == pytest.approx(float((second - first).mean()), rel=1e-5, abs=1e-7)
+    # jackknife over images of: mean change of a transform minus mean change over pairs of different images
+    one, pair = told["rows"][0], []
+    before, after = (found[one["name"]].raw.per_sample for found, _ in both)
+    K = [k(data.x_test).double() for k in kernels.values()]
+    cosine = [k / k.diagonal().sqrt().outer(k.diagonal().sqrt()) for k in K]
+    for out in range(12):
+        keep = [i for i in range(12) if i != out]
+        change = (cosine[1] - cosine[0])[keep][:, keep]
+        different = (change.sum() - change.trace()) / (11 * 10)
+        pair.append(float((after - before)[keep].mean() - different))
+    error = (11 / 12 * ((np.array(pair) - np.mean(pair)) ** 2).sum()) ** 0.5
+    assert one["beyond"]["error"] == pytest.approx(error, rel=0.1)  # the two differ by terms of order 1 / images
+
+
+def test_the_picture_of_a_kernel_is_sorted_by_class():
+    K, _, data = kernels_with_three_classes()
+    found, arrays = kernel_measures.quality(K, F.one_hot(data.y_train, 3).double(), data.y_train)
+    order = arrays["pictured"]
+    assert (np.diff(data.y_train.numpy()[order]) >= 0).all()
+    assert found["pictured"] == np.bincount(data.y_train.numpy()[order]).tolist()
+    root = np.sqrt(np.diag(K.double().numpy()))
+    assert np.allclose(arrays["picture"], (K.double().numpy() / np.outer(root, root))[np.ix_(order, order)], atol=1e-6)
+    assert np.allclose(arrays["eigenvalues"], np.linalg.eigvalsh(K.double().numpy())[::-1], atol=1e-4)
 
 
 def test_neighbors_are_the_largest_cosines():
@@ -205,7 +275,7 @@ def test_invariances_agree_with_the_kernel():
 @pytest.mark.parametrize("classes", [("3", "8"), ("0", "1", "2")])
 def test_against_loss_agrees_with_kernel_and_machine(classes, monkeypatch):
     data, task, model, trajectory = case(classes, len(classes) - (len(classes) == 2), momentum=0.9)
-    tracked, _ = measures.along(task, model, trajectory, points=20, memory=10**8, lr=None)
+    tracked, _ = measures.along(task, model, trajectory, points=20, memory=10**8)
     monkeypatch.setattr(against, "affordable", lambda *sizes: 4)
     found = against.against_loss(task, model, trajectory, tracked, 9, 10**8)
     steps = [s["step"] for s in found["snapshots"]]

@@ -169,7 +169,11 @@ def test_the_run_holds_what_the_library_says(run, results, code):
     assert results["data"]["targets"]["deviation"] == [pytest.approx(deviation)]
     K = ntkit.TangentKernel(model, outputs="trace")(data.x_train)
     assert results["quality"][1]["alignment"] == pytest.approx(ntkit.alignment(K, data.y_train), rel=1e-5)
-    assert results["along"]["stable_lr"][0] == pytest.approx(2 * 30 / results["along"]["eigenvalues"][0][0])
+    along = results["along"]  # half the squared error of one output: sharpness is lambda_1 / n
+    assert along["sharpness"][0] == pytest.approx(along["eigenvalues"][0][0] / 30, rel=1e-4)
+    assert along["sharpness_bound"] == [pytest.approx(2 / 0.1)] * len(along["steps"])
+    assert "test_error" not in along
+    assert along["test_loss"][-1] == pytest.approx(results["network"]["test_loss"]["value"], rel=1e-5)
     assert all(c["ok"] for c in results["certificates"]), results["certificates"]
     shown = {row["label"] for row in results["neighbors"]["rows"]}
     assert shown <= {data.shown(y) for y in data.y_test}
@@ -281,7 +285,6 @@ def test_several_targets_have_a_row_each(code, tmp_path):
     run = ntkit.analyze(settings(code, "two", epochs=1), out=tmp_path / "run")
     results = read_json(run / "results.json")
     assert results["data"]["targets"]["names"] == ["y0", "y1"]
-    assert results["along"]["stable_lr"] is None
     page = (run / "report.html").read_text()
     assert "Each target, in its own units" in page
     assert "mine.py:net on two, targets y0, y1" in page

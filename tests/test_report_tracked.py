@@ -58,7 +58,7 @@ def records(depth: int = 4) -> list[dict[str, Any]]:
             "layer_alignment": {f"layers.{d}": 0.1 + 0.6 * t**1.3 + 0.05 * d for d in range(depth)},
             "distance": 0.4 * t**2, "change": 8 * t, "cka": 1 - 0.6 * t**2,
             "velocity": None if i == 0 else 1e-2 / (1 + step), "change_error": 0.0,
-            "sharpness": sharp, "stable_learning_rate": 2 / sharp,
+            "sharpness": sharp, "stable_learning_rate": 2 / sharp, "sharpness_bound": 40.0,
             "first_order": {"cosine": 1 - 1e-3 * t, "relative_error": 1e-3 + 4e-2 * t, "norm_ratio": 1 + 1e-2 * t},
         })  # fmt: skip
     return found
@@ -248,7 +248,7 @@ def test_curves_are_the_records(full: Path) -> None:
 def test_what_it_says(full: Path) -> None:
     words = _words(full)
     sharp = records()[-1]["sharpness"]
-    assert f"ends at {sharp / 40:.2g} times 2 / learning rate; it was never above" in words
+    assert f"ends at {sharp / 40:.2g} times the bound of stability; it was never above" in words
     assert "followed at 15 steps, 0 to 10,000: its largest eigenvalue grew 23-fold, from 900 to 20700;" in words
     assert "first → last step: more than 44 → 11 for the targets" in words  # the others are rounding at first
     assert "largest residual 3e-13 of λ" in words

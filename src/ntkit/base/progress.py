@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere, no output for short work."""
+"""Progress of long work: a bar on a terminal and in a notebook, plain lines elsewhere, no output for short work."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ntkit.base.imports import same_random_numbers
 _SILENT = 2.0  # seconds before the first output: short calls print nothing
 _LONG = 20.0  # expected seconds from which the duration is printed beforehand
 _LINE_EVERY = 20.0  # seconds between plain lines, where no terminal redraws a bar
+_BAR, _BAR_EVERY = 30, 0.2  # of a notebook's bar: characters, and seconds between drawings
 
 
 class Task:
@@ -31,11 +32,17 @@ class Task:
         elapsed = time.monotonic() - self._start
         if self.silent or elapsed < _SILENT:
             return
+        left = elapsed * (self.total - self.done) / self.done if self.done else float("nan")
         if self._stream.isatty():
             self._draw()
+        elif in_notebook(self._stream):
+            if elapsed - self._last > _BAR_EVERY or self.done >= self.total:
+                self._last = elapsed
+                full = round(_BAR * self.done / self.total) if self.total else _BAR
+                bar = "█" * full + "░" * (_BAR - full)
+                print(f"\r{self.label} {bar} {clock(left)} left ", end="", file=self._stream, flush=True)
         elif elapsed - self._last > _LINE_EVERY or (self.done >= self.total and self._last):
             self._last = elapsed
-            left = elapsed * (self.total - self.done) / self.done if self.done else float("nan")
             print(f"{self.label}: {self.done / self.total:.0%}, {clock(left)} left", file=self._stream, flush=True)
 
     def expect(self, seconds: float) -> None:
@@ -58,6 +65,13 @@ class Task:
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+        elif self._last and in_notebook(self._stream):
+            print(file=self._stream)
+
+
+def in_notebook(stream: TextIO) -> bool:
+    """Whether a stream is that of a Jupyter kernel, which overwrites a line after a carriage return."""
+    return type(stream).__module__.startswith("ipykernel.")
 
 
 def clock(seconds: float) -> str:

@@ -6,6 +6,9 @@ from typing import Any, NotRequired, TypedDict
 
 from ntkit.base.run_files import Number, Numbers
 
+DRAWN = ("neighbors", "invariances", "explained", "gram-init", "gram-after", "gram-conjugate")
+"""Stages of an analysis whose arrays its report draws."""
+
 
 class ClaimResults(TypedDict):
     """A claim of a study."""
@@ -54,6 +57,10 @@ class MachineResults(TypedDict):
     train_error: EstimateResults
     test_error: EstimateResults
     ridge_test_error: EstimateResults
+    ridge_train_error: NotRequired[EstimateResults]  # this and the next two: absent in runs of earlier versions
+    ridge_status: NotRequired[str]
+    ridge_residual: NotRequired[Number]
+    confusion: NotRequired[list[list[int]]]
     gap: Number
     kkt: Number
     margin: Number | Numbers  # one per class
@@ -71,6 +78,7 @@ class QualityResults(TypedDict):
     effective_rank: Number
     trace: Number
     scale: Number
+    pictured: NotRequired[list[int]]  # examples of each class in the picture of the matrix
 
 
 class DataResults(TypedDict):
@@ -127,6 +135,8 @@ class AlongResults(TypedDict):
     loss: Numbers
     eigenvalues: list[Numbers]
     residual: Number
+    test_loss: NotRequired[Numbers]  # this and the next: absent in runs of earlier versions
+    test_error: NotRequired[list[EstimateResults]]
 
 
 class ProbeRows(TypedDict):
@@ -151,6 +161,7 @@ class SnapshotResults(TypedDict):
     network_error: EstimateResults
     status: str
     kernel_error: EstimateResults
+    ridge_error: NotRequired[EstimateResults]  # absent in runs of earlier versions
     cosines: list[dict[str, Any]]
     different: dict[str, EstimateResults] | None  # None, like no cosines: the examples are no images
 
@@ -161,6 +172,7 @@ class LossResults(TypedDict):
     points: int
     tests: int
     samples: int
+    machine: NotRequired[str]  # whose error is drawn: "svm" or "ridge"; absent in runs of earlier versions
     snapshots: list[SnapshotResults]
 
 
@@ -194,6 +206,23 @@ class ReproduceResults(TypedDict):
     device: str
     dtype: str
     memory: int | None
+
+
+class NetworkResults(TypedDict):
+    """The network's own numbers in an analysis of data with classes."""
+
+    train_error: EstimateResults
+    test_error: EstimateResults
+    train_loss: EstimateResults
+    test_loss: EstimateResults
+    fit: NotRequired[EstimateResults]  # this and the next: absent in runs of earlier versions
+    confusion: NotRequired[list[list[int]]]
+
+
+class PairedResults(TypedDict):
+    """Errors of the after kernel's machine beside those of others, on the same test examples."""
+
+    compared: list[dict[str, Any]]
 
 
 class RegressionErrors(TypedDict):
@@ -264,8 +293,9 @@ class AnyAnalysis(TypedDict):
 class AnalysisResults(AnyAnalysis):
     """``results.json`` of `ntkit analyze` on data with classes."""
 
-    network: dict[str, EstimateResults] | None
+    network: NetworkResults | None
     machines: list[MachineResults]
+    comparisons: NotRequired[PairedResults | None]  # absent in runs of earlier versions
 
 
 class RegressionResults(AnyAnalysis):

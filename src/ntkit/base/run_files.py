@@ -150,6 +150,7 @@ class StepRecord(SpectralNumbers):
     change_error: NotRequired[Number]
     sharpness: NotRequired[Number]
     stable_learning_rate: NotRequired[Number]
+    sharpness_bound: NotRequired[Number]
     first_order: NotRequired[dict[str, Number] | None]
     per_output: NotRequired[list[SpectralNumbers] | None]
 

@@ -11,10 +11,10 @@ import numpy as np
 from torch import nn
 
 from ntkit.base import progress
+from ntkit.commands.kernel_measures import machine
 from ntkit.commands.network_measures import (
     TrainingTask,
     finite,
-    machine,
     mean_cosine,
     outputs_of,
     rate,
@@ -64,6 +64,7 @@ def against_loss(
                 "network_error": rate(wrong, "test examples"),
                 "status": told["status"],
                 "kernel_error": told["test_error"],
+                "ridge_error": told["ridge_test_error"],
                 "cosines": [],
                 "different": None,
             }
@@ -77,6 +78,7 @@ def against_loss(
         "points": len(data.x_train),
         "tests": len(data.x_test),
         "samples": len(images) if transforms else 0,
+        "machine": "ridge" if any(entry["status"] == "not separable" for entry in entries) else "svm",
         "snapshots": entries,
     }
 

@@ -23,23 +23,24 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import Damaged, Refused, refusal
-from ntkit.base.factory import source_hash
 from ntkit.base.files import read_arrays, read_json, remove, unwritable, write_json
 from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import LOCK, FolderLock
 from ntkit.base.memory import parse_memory
 from ntkit.base.progress import task
 from ntkit.base.regular_files import check_folder
+from ntkit.base.results_file import DRAWN
 from ntkit.base.run_files import described
-from ntkit.base.tensors import tensor_hash
 from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.base.versions import RESULTS_FORMAT
+from ntkit.commands import kernel_measures
 from ntkit.commands import network_measures as measures
 from ntkit.commands import regression_measures as regression
 from ntkit.commands.against_loss import against_loss
+from ntkit.commands.estimate import estimate
 from ntkit.commands.explained_stage import explained_stage
 from ntkit.commands.network_measures import LABELS
-from ntkit.commands.results import KERNELS, assemble, earlier_run, versions
+from ntkit.commands.results import KERNELS, assemble, earlier_run, identity_of_run
 from ntkit.commands.settings import Settings
 from ntkit.commands.stage_files import REPLACED, StageFiles, put_aside, put_back, recover
 from ntkit.data import Data
@@ -180,7 +181,7 @@ class _Run:
             *[(f"gram-{key}", f"Gram matrices: {LABELS[key]}", lambda key=key: self._gram(key)) for key in KERNELS],
             ("similarity", "alignment between the kernels", self._similarity),
             *[(f"machine-{key}", f"{solver}: {LABELS[key]}", lambda key=key: self._machine(key)) for key in KERNELS],
-            *([("comparisons", "comparisons", self._comparisons)] if is_regression else []),
+            ("comparisons", "comparisons on the same test examples", self._comparisons),
             ("along", "kernel along training", self._along),
             ("against-loss", "kernel against training loss", self._against_loss),
             ("invariances", "invariances", self._invariances),
@@ -193,7 +194,7 @@ class _Run:
         results = assemble(
             self.settings, self.task, self.models["after"], self.trajectory, self.numbers, self.device, self.memory
         )
-        images = [f"arrays/{stage}.safetensors" for stage in ("neighbors", "invariances", "explained")]
+        images = [f"arrays/{stage}.safetensors" for stage in DRAWN]
         results["files"] = {place: digest for place, digest in self.files.digests.items() if place in images}
         results["run"] = self.files.run
         write_json(self.folder / "results.json", results)
@@ -241,15 +242,7 @@ class _Run:
         measures.check_size(len(self.data.x_train))
         # The kernel checks model and data here, before any training.
         TangentKernel(model, outputs="trace").plan(self.data.x_train[:3])
-        identity = {
-            "data": self.data.hash,
-            "initial parameters": tensor_hash(model.state_dict()),
-            "weights": s.weights and tensor_hash(self.models["after"].state_dict()),
-            **{f"{option[2:]} file": source_hash(option, name) for option, name in s.named_code().items()},
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            **versions(),
-        }
+        identity = identity_of_run(s, self.data.hash, model, self.models["after"], self.device)
         old = {} if self.earlier is None else self.earlier["identity"]
         changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old and old.get(k) != v]
         self.files.run = fingerprint([dataclasses.asdict(s), identity])
@@ -286,11 +279,13 @@ class _Run:
     def _train(self) -> None:
         s = self.settings
         self.trajectory: Trajectory | None = None
-        if s.weights is not None:
-            return
         n = len(self.data.x_train)
         batch = None if s.batch_size is None or s.batch_size >= n else s.batch_size
         steps = s.epochs * -(-n // (batch or n))
+        if not self.resumed and (line := estimate(self.task, self.models["init"], s, steps, batch)) is not None:
+            self.say(line)
+        if s.weights is not None:
+            return
         self.say(f"[1] training {s.model}: {steps:,} steps ({s.epochs} epochs)")
         try:
             self.trajectory = self._trained(steps, batch)
@@ -324,38 +319,40 @@ class _Run:
         kernel = measures.kernels_of(self.models, self.memory)[key]()
         K = kernel(self.data.x_train)
         K_test = kernel(self.data.x_test, self.data.x_train)
-        quality = measures.quality(K.cpu(), self.task.targets(self.data.y_train.cpu()))
+        y = self.data.y_train.cpu()
+        quality, arrays = kernel_measures.quality(K.cpu(), self.task.targets(y), y)
         self.files.write_gram(f"{key}-train", K)
         self.files.write_gram(f"{key}-test", K_test)
-        return {"kernel": key, "label": LABELS[key], **quality}, {}
+        return {"kernel": key, "label": LABELS[key], **quality}, arrays
 
     def _similarity(self) -> Stage:
-        return measures.similarity(lambda key: self._read_gram(f"{key}-train") if self._has_gram(key) else None), {}
+        grams = {key: self._read_gram(f"{key}-train") if self._has_gram(key) else None for key in KERNELS}
+        return kernel_measures.similarity(grams), {}
 
     def _network(self) -> Stage:
         if self.data.targets is not None:
             return regression.network(self.task, self.models["after"])
-        return measures.network(self.task, self.models["after"]), {}
+        return measures.network(self.task, self.models["after"])
 
     def _machine(self, key: str) -> Stage:
         data = dataclasses.replace(self.data, y_train=self.data.y_train.cpu(), y_test=self.data.y_test.cpu())
-        solve = measures.machine if data.targets is None else regression.machine
+        solve = kernel_measures.machine if data.targets is None else regression.machine
         result, arrays = solve(self._read_gram(f"{key}-train"), self._read_gram(f"{key}-test"), data)
         return {"kernel": key, "label": LABELS[key], **result}, arrays
 
     def _comparisons(self) -> Stage:
         places = {"network": "network", **{key: f"machine-{key}" for key in KERNELS}}
         files = {key: self.folder / "arrays" / f"{stage}.safetensors" for key, stage in places.items()}
-        predicted = {key: read_arrays(file)["predicted"] for key, file in files.items() if file.exists()}
-        return regression.comparisons(predicted, self.data), {}
+        arrays = {key: read_arrays(file) for key, file in files.items() if file.exists()}
+        if self.data.targets is None:
+            return kernel_measures.comparisons(arrays), {}
+        return regression.comparisons({key: a["predicted"] for key, a in arrays.items()}, self.data), {}
 
     def _along(self) -> Stage:
         if self.trajectory is None:
             return None, {}
-        s = self.settings
-        model = copy.deepcopy(self.models["init"])
-        lr = s.lr if s.optimizer == "sgd" and s.momentum == 0 else None
-        return measures.along(self.task, model, self.trajectory, s.track_points, self.memory, lr)
+        model, points = copy.deepcopy(self.models["init"]), self.settings.track_points
+        return measures.along(self.task, model, self.trajectory, points, self.memory)
 
     def _against_loss(self) -> Stage:
         along = self.numbers["along"]

@@ -11,17 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntkit.base import progress
-from ntkit.base.checks import defined, refusal
+from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory
 from ntkit.data import Data
-from ntkit.gram.gram_matrix import Gram
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.jacobian.oracle import tangent_kernel
 from ntkit.kernels.conjugate import ConjugateKernel
 from ntkit.kernels.kernel import Kernel
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.machines import HardMarginSVM, KernelRidge
-from ntkit.measures.spectra import alignment, effective_rank
 from ntkit.probes import Cosines, Invariance, cosines, standard
 from ntkit.tracking import track
 from ntkit.trajectory import Trajectory
@@ -29,7 +26,6 @@ from ntkit.trajectory import Trajectory
 TOP = 20  # eigenvalues followed along training
 ENERGY_KS = (1, 2, 5, 10, 20)
 ENERGIES = ("energy_target", "energy_output", "energy_residual")
-RIDGE = 1e-4  # of kernel ridge regression, relative to the kernel's mean diagonal
 NEIGHBORS, EXAMPLES = 5, 8  # neighbors per test example, and test examples with neighbors
 SHOWN = 4  # test images that are shown with their transforms
 DIFFERENT = "two different images"
@@ -89,76 +85,39 @@ def outputs_of(model: nn.Module, x: Any) -> Tensor:
     return raw_outputs(model, x).reshape(len(x), -1)
 
 
-def network(task: TrainingTask, model: nn.Module) -> dict[str, Any]:
-    """Loss and error of the network itself on both sets."""
+def network(task: TrainingTask, model: nn.Module) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Loss and error of the network itself on both sets, how well it fits its training set; and its wrong answers.
+
+    ``fit`` is 1 - training loss / loss of the best constant prediction, which is the entropy of the class frequencies.
+    """
     result, data = {}, task.data
+    wrong = torch.zeros(0, dtype=torch.bool)
     for part, x, y in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
         out = outputs_of(model, x)
-        result[f"{part}_error"] = rate(task.predict(out) != y, f"{part} examples")
+        predicted = task.predict(out)
+        wrong = predicted != y
+        result[f"{part}_error"] = rate(wrong, f"{part} examples")
         loss = task.loss(out, y, reduction="none").double()
         error = float(loss.std() / len(y) ** 0.5) if len(y) > 1 else None
         result[f"{part}_loss"] = number(float(loss.mean()), error, f"standard error over {len(y):,} examples")
-    return result
+        if part == "test":
+            result["confusion"] = confusion(predicted, y, task.classes)
+    shares = torch.bincount(data.y_train.cpu(), minlength=task.classes).double() / len(data.y_train)
+    constant = float(-(shares * shares.clamp_min(1e-300).log()).sum())
+    loss = result["train_loss"]["value"]
+    fit = 1 - loss / constant if constant and loss is not None else None
+    result["fit"] = number(fit, None, "1 minus the training loss over that of the best constant prediction")
+    return result, {"wrong": wrong.cpu().numpy()}
 
 
-def quality(K: Tensor, targets: Tensor) -> dict[str, Any]:
-    """Numbers of one train x train kernel."""
-    gram = Gram(K)
-    trace = float(gram.diagonal().sum())
-    return {
-        "alignment": defined(alignment, gram, targets),
-        "alignment_centered": defined(alignment, gram, targets, centered=True),
-        "effective_rank": defined(effective_rank, gram),
-        "trace": trace,
-        "scale": trace / len(K),
-    }
-
-
-def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Hard-margin SVM, and ridge regression beside it, on one kernel: numbers with their certificates, and arrays."""
-    gram = Gram(K)
-    svm = HardMarginSVM().fit(gram, data.y_train)
-    gap = finite(float(svm.gap_))
-    certificate = f"SVM {svm.status_}, relative gap {gap:.1e}" if gap is not None else f"SVM {svm.status_}"
-    errors = {}
-    for part, values, y in (("train", K, data.y_train), ("test", K_test, data.y_test)):
-        entry = rate(torch.as_tensor(svm.predict(values)).to(y) != y, f"{part} examples")
-        if svm.status_ == "not separable":  # then there is no separator whose error could be reported
-            entry |= {"value": None, "error": None}
-        entry["certificate"] = f"{certificate}; {entry['certificate']}"
-        errors[f"{part}_error"] = entry
-    alpha = np.asarray(svm.alpha_, dtype=np.float64)
-    # In units of the features' root mean square norm: a kernel times four has twice the margin and is no better.
-    margin = np.asarray(svm.margin_, dtype=np.float64) / float(gram.diagonal().mean()) ** 0.5
-    result = {
-        "status": svm.status_,
-        "advice": svm.advice_,
-        **errors,
-        "ridge_test_error": _ridge_error(gram, K_test, data),
-        "gap": gap,
-        "kkt": finite(float(svm.kkt_)),
-        "margin": [finite(m) for m in margin.tolist()] if margin.ndim else finite(float(margin)),
-        "support": int((alpha.reshape(len(alpha), -1) > 0).any(1).sum()),
-        "n": len(K),
-    }
-    return result, {"alpha": alpha, "decision": np.asarray(svm.decision_function(K_test), dtype=np.float64)}
-
-
-def _ridge_error(gram: Gram, K_test: Tensor, data: Data) -> dict[str, Any]:
-    """Test error of kernel ridge regression on one-hot targets minus their mean; the largest output is the class."""
-    ridge = RIDGE * float(gram.diagonal().mean())
-    targets = F.one_hot(data.y_train, len(data.classes)).double()
-    machine = KernelRidge(ridge).fit(gram, targets - targets.mean(0))
-    predicted = (torch.as_tensor(machine.predict(K_test)) + targets.mean(0)).argmax(1)
-    entry = rate(predicted.to(data.y_test) != data.y_test, "test examples")
-    entry["certificate"] = f"{machine.status_}, residual {float(machine.residual_):.0e}"
-    if machine.status_ != "solved":
-        entry |= {"value": None, "error": None}
-    return entry
+def confusion(predicted: Tensor, y: Tensor, classes: int) -> list[list[int]]:
+    """How many examples of each class (rows) were said to be of each class (columns)."""
+    places = y.cpu() * classes + predicted.cpu()
+    return torch.bincount(places, minlength=classes**2).reshape(classes, classes).tolist()
 
 
 def along(
-    task: TrainingTask, model: nn.Module, trajectory: Trajectory, points: int, memory: int, lr: float | None
+    task: TrainingTask, model: nn.Module, trajectory: Trajectory, points: int, memory: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The kernel on the same training points at every snapshot (Kopitkov & Indelman 2020; trace kernel)."""
     rows = spread(len(task.data.x_train), points)
@@ -167,19 +126,18 @@ def along(
     ks = [j for j in ENERGY_KS if j <= k]
     tracked = track(trajectory, x, y, model=model, loss=task.loss, k=k, outputs="trace", memory=memory)
     series = tracked.series
-    same = ("loss", "eigenvalues", "trace", "alignment", "alignment_centered", "effective_rank", "distance")
+    errors = _test_errors(task, model, trajectory, tracked.steps)
+    same = ("loss", "eigenvalues", "trace", "alignment", "alignment_centered", "effective_rank", "distance",
+            "sharpness", "sharpness_bound")  # fmt: skip
     energies = {name: [[row[j - 1] for j in ks] for row in series[name]] for name in ENERGIES}
     result = {
         "points": n,
         "steps": tracked.steps,
-        **{name: series[name] for name in same},
+        **{name: series.get(name, [None] * len(tracked.steps)) for name in same},
         **energies,
+        **errors,
         "energy_ks": ks,
         "residual": max((r for r in series["residual"] if r is not None), default=0.0),
-        # 2 n / lambda_1 bounds stable steps of plain gradient descent for squared loss and one output: a landmark
-        # beside the learning rate where the steps are plain ones (`lr` given), and nothing otherwise
-        "stable_lr": [row[0] and 2 * n / row[0] for row in series["eigenvalues"]] if task.outputs == 1 and lr else None,
-        "lr": lr,
     }
     arrays = {
         "eigenvalues": np.asarray(series["eigenvalues"], dtype=np.float64),
@@ -187,6 +145,21 @@ def along(
         "points": rows.numpy(),
     }
     return result, arrays
+
+
+def _test_errors(task: TrainingTask, model: nn.Module, trajectory: Trajectory, steps: list[int]) -> dict[str, Any]:
+    """The network's own loss on the test examples at each snapshot and, with classes, its error."""
+    x, y = task.data.x_test, task.data.y_test
+    found: dict[str, Any] = {"test_loss": []} | ({"test_error": []} if task.classes else {})
+    for step in steps:
+        trajectory.load(model, step)
+        out = outputs_of(model, x)
+        found["test_loss"].append(finite(float(task.loss(out, y).double())))
+        if task.classes:
+            bad = not bool(out.isfinite().all())
+            found["test_error"].append(number(None, None, "outputs that are not finite") if bad else
+                                       rate(task.predict(out) != y, "test examples"))  # fmt: skip
+    return found
 
 
 def spread(n: int, count: int) -> Tensor:
@@ -217,6 +190,8 @@ def invariances(kernels: dict[str, Kernel], data: Data, samples: int) -> tuple[d
                     entry[key] = mean_cosine(cosine)
                     entry["undefined"] = max(entry["undefined"], cosine.undefined)
             bar.advance()
+    if "init" in found and "after" in found:
+        _add_changes(rows, found["init"], found["after"])
     shown = spread(len(images), SHOWN).tolist()
     examples = [
         {
@@ -232,6 +207,34 @@ def invariances(kernels: dict[str, Kernel], data: Data, samples: int) -> tuple[d
     arrays = {"images": pixels.reshape(len(shown), strips.shape[1], *pixels.shape[1:])}
     different_row = rows.pop(DIFFERENT)
     return {"samples": len(images), "rows": [*rows.values()], "different": different_row, "examples": examples}, arrays
+
+
+def _add_changes(rows: dict[str, dict[str, Any]], before: dict[str, Cosines], after: dict[str, Cosines]) -> None:
+    """Mean change of each cosine, image by image, and how much more it is than that of two different images.
+
+    The standard error of the latter takes into account that a pair of images counts for both: it is the deviation of
+    (change of the transform's cosine) - 2 (change of the mean cosine with the other images), over sqrt(images).
+    """
+    for name, row in rows.items():
+        for entry, form in ((row, "raw"), (row["centered"], "centered")):
+            change, different = (
+                getattr(after[n], form).per_sample - getattr(before[n], form).per_sample for n in (name, DIFFERENT)
+            )
+            if name == DIFFERENT:
+                entry["change"] = _mean(change, 2 * change)
+            else:
+                entry["change"] = _mean(change, change)
+                entry["beyond"] = _mean(change - different, change - 2 * different)
+
+
+def _mean(values: Tensor, spread_of: Tensor) -> dict[str, Any]:
+    """Mean of the defined values; its standard error is the deviation of `spread_of` over the root of their number."""
+    known = values.isfinite()
+    count = int(known.sum())
+    if count < 2:
+        return number(None, None, "fewer than two images")
+    error = float(spread_of[known].std()) / count**0.5
+    return number(float(values[known].mean()), error, f"standard error over {count} images, before and after training")
 
 
 def mean_cosine(cosine: Invariance) -> dict[str, Any]:
@@ -300,19 +303,6 @@ def against_oracle(model: nn.Module, x: Tensor, when: str) -> dict[str, Any]:
     precision = few.dtype if few.is_floating_point() else "model dtype"
     what = f"tangent kernel {when} ({precision}) against per-sample autograd in float64, {len(few)} samples"
     return {"what": what.replace("torch.", ""), "value": finite(error), "tolerance": 1e-4, "ok": error <= 1e-4}
-
-
-def similarity(grams: Callable[[str], Tensor | None]) -> dict[str, float | None]:
-    """Alignment between the train x train kernels, which `grams` gives by name, or None where there is none."""
-    result: dict[str, float | None] = {}
-    for a, b in (("init", "after"), ("after", "conjugate"), ("init", "conjugate")):
-        result |= {f"{a}_{b}": None, f"{a}_{b}_centered": None}
-        first, second = grams(a), grams(b)
-        if first is not None and second is not None:
-            K1, K2 = Gram(first), Gram(second)
-            result[f"{a}_{b}"] = defined(alignment, K1, K2)
-            result[f"{a}_{b}_centered"] = defined(alignment, K1, K2, centered=True)
-    return result
 
 
 def check_size(n: int) -> None:

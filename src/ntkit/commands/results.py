@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from ntkit.base.checks import refusal
+from ntkit.base.factory import source_hash
 from ntkit.base.files import read_json
 from ntkit.base.run_files import AnalysisRun, described
+from ntkit.base.tensors import tensor_hash
 from ntkit.base.versions import RESULTS_FORMAT, versions
 from ntkit.commands.network_measures import TrainingTask
 from ntkit.commands.settings import Settings
@@ -37,6 +39,21 @@ def earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
         expected, fix = "none: they come from the run", "Leave them out, or start a new run without --from."
         raise refusal(f"--from {folder}", got="further settings", expected=expected, fix=fix)
     return run
+
+
+def identity_of_run(
+    settings: Settings, data: str, before: nn.Module, after: nn.Module, device: torch.device
+) -> dict[str, Any]:
+    """Hashes and versions by which a run is known again; `data` is the hash of the data set."""
+    return {
+        "data": data,
+        "initial parameters": tensor_hash(before.state_dict()),
+        "weights": settings.weights and tensor_hash(after.state_dict()),
+        **{f"{option[2:]} file": source_hash(option, name) for option, name in settings.named_code().items()},
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        **versions(),
+    }
 
 
 def assemble(
@@ -86,7 +103,7 @@ def assemble(
         "quality": [q for key in KERNELS if (q := stages[f"gram-{key}"]) is not None],
         **{name: stages[name] for name in ("similarity", "along", "invariances", "neighbors")},
         "against_loss": stages["against-loss"],
-        **({"comparisons": stages["comparisons"]} if data.targets else {}),
+        "comparisons": stages["comparisons"],
         "explained": stages["explained"],
         "certificates": [*oracle["checks"], *_certificates(machines, stages["along"], absent)],
         "reproduce": {
@@ -126,14 +143,20 @@ def _data(data: Data) -> dict[str, Any]:
 
 def _certificates(machines: list, along: dict[str, Any] | None, absent: dict[str, str]) -> list[dict[str, Any]]:
     """What certifies the machines and the eigenpairs; and, as failures, the stages without numbers."""
-    rows: list[tuple[str, float | None, float | None, bool]] = [
-        (f"hard-margin SVM on the {m['label']}: relative duality gap", m["gap"], 1e-6, m["status"] == "optimal")
-        if "gap" in m
-        else (f"ridge regression on the {m['label']}: relative residual", m["residual"], 1e-8, m["status"] == "solved")
-        for m in machines
-    ]
+    rows: list[tuple[str, float | None, float | None, bool]] = [_certificate(m) for m in machines]
     if along is not None:
         what = "eigenpairs along training: largest |K v - lambda v| / lambda_1 (of K as computed)"
         rows.append((what, along["residual"], 1e-8, along["residual"] <= 1e-8))
     rows += [(f"{stage}: not measured. {reason}", None, None, False) for stage, reason in absent.items()]
     return [dict(zip(("what", "value", "tolerance", "ok"), row, strict=True)) for row in rows]
+
+
+def _certificate(m: dict[str, Any]) -> tuple[str, float | None, float | None, bool]:
+    """Check of a machine; where the kernel does not separate the classes, of ridge regression in its place."""
+    ridge = f"ridge regression on the {m['label']}: relative residual"
+    if "gap" not in m:
+        return ridge, m["residual"], 1e-8, m["status"] == "solved"
+    if m["status"] == "not separable":
+        residual = m["ridge_residual"]
+        return ridge, residual, 1e-8, m["ridge_status"] == "solved" and residual is not None and residual <= 1e-8
+    return f"hard-margin SVM on the {m['label']}: relative duality gap", m["gap"], 1e-6, m["status"] == "optimal"

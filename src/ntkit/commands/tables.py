@@ -78,13 +78,23 @@ def _print_regression(results: dict[str, Any]) -> None:
 
 
 def _print_errors(results: dict[str, Any]) -> None:
+    from ntkit.report import analysis_text as text
+
     errors = [("the network", results["network"]["test_error"], "")]
     for m in results["machines"]:
+        error, machine = text.shown_error(m)
+        if machine == "ridge":
+            errors.append((f"ridge, {m['label']}", error, "not separable, so ridge regression in the SVM's place"))
+            continue
         gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
-        errors.append((f"SVM, {m['label']}", m["test_error"], f"{m['status']}, gap {gap}"))
+        errors.append((f"SVM, {m['label']}", error, f"{m['status']}, gap {gap}"))
     # without a single error among the test examples the binomial standard error is 0 and no estimate
-    rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), text) for name, e, text in errors]
+    rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), how) for name, e, how in errors]
     print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
+    for warning in text.cautions(results):
+        print(warning)
+    for lead, sentence in text.in_short(results)[: 2 + any("ridge," in row[0] for row in rows)]:
+        print(f"{lead} {sentence}".replace("\u00a0", " "))
 
 
 def print_solved(results: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.explanations.measures_of_outputs import Measure, OutputMeasure
+from ntkit.explanations.trust_limits import MISS, SMOOTH
 from ntkit.explanations.unrolled import Unrolled, derivatives_of_measures
 from ntkit.kernels.path.decomposition import Top
 from ntkit.trajectory import Trajectory
@@ -27,8 +28,6 @@ from ntkit.trajectory.replay import Replay
 from ntkit.trajectory.reruns import Reruns
 
 Curvature = Literal["hessian", "gauss-newton"]
-MISS = 0.5  # of the trial, above it scores are not to be trusted
-SMOOTH = 0.5  # metasmoothness below it: derivatives by weights say little about real deletions
 # Of the weights in finite differences: 1e-6 loses less to rounding, smaller ones cross fewer kinks (ReLU). Where
 # metasmoothness is low, kinks lie close, and larger steps would be runs for nothing.
 _STEPS, _SMALL_STEPS = (1e-6, 1e-7, 1e-8), (1e-7, 1e-8, 1e-6)

@@ -8,7 +8,7 @@ from typing import Any
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
 from ntkit.base.integrity import damaged, fingerprint
-from ntkit.base.results_file import AnalysisResults, RegressionResults
+from ntkit.base.results_file import DRAWN, AnalysisResults, RegressionResults
 from ntkit.base.run_files import AnalysisRun, described, understood
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.report.analysis_page import analysis_page
@@ -81,10 +81,7 @@ def _images(run: Path, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
         told = described(start, read_json(start), AnalysisRun)
         if fingerprint([told["settings"], told["identity"]]) != results["run"]:
             raise damaged(run / "results.json", "the results of another run than run.json")
-    return {
-        stage: _arrays(run, f"arrays/{stage}.safetensors", results)
-        for stage in ("neighbors", "invariances", "explained")
-    }
+    return {stage: _arrays(run, f"arrays/{stage}.safetensors", results) for stage in DRAWN}
 
 
 def _arrays(run: Path, name: str, results: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ntkit.report import draw
-from ntkit.report.analysis_text import against_loss_cosines, against_loss_errors
+from ntkit.report.analysis_text import against_loss_cosines, against_loss_errors, kernel_errors, shown_error
 from ntkit.report.draw import ROLES, Figure, Panel
 from ntkit.report.study_curves import tone
 from ntkit.report.words import percent
@@ -16,7 +16,7 @@ _DIFFERENT = ("var(--network)", "dash")  # color and dash of the baseline: two d
 
 
 def machines(results: dict[str, Any]) -> Figure:
-    """Test error of the network and of the SVM on each kernel, with standard errors.
+    """Test error of the network and of the machine on each kernel, with standard errors.
 
     Examples
     --------
@@ -25,7 +25,9 @@ def machines(results: dict[str, Any]) -> Figure:
     [2.5]
     """
     rows = [("network", "network", results["network"]["test_error"])]
-    rows += [(m["kernel"], m["label"], m["test_error"]) for m in results["machines"]]
+    shown = [(m, *shown_error(m)) for m in results["machines"]]
+    rows += [(m["kernel"], m["label"] + " (ridge)" * (by == "ridge"), error) for m, error, by in shown]
+    ridge = {m["kernel"] for m, _, by in shown if by == "ridge"}
     data = []
     for place, (kernel, label, error) in enumerate(rows):
         if error["value"] is None:
@@ -34,7 +36,9 @@ def machines(results: dict[str, Any]) -> Figure:
         dot |= {"mode": "markers+text", "text": [percent(error, False)], "textposition": "top center"}
         data.append(dot | {"hovertemplate": f"{draw.safe(label)}<br>{percent(error)}<extra></extra>"})
         data[-1]["cliponaxis"] = False
-    names = draw.rows_axis([ROLES.get(kernel, (label,))[0] for kernel, label, _ in rows])
+    names = draw.rows_axis(
+        [ROLES.get(kernel, (label,))[0] + " (ridge)" * (kernel in ridge) for kernel, label, _ in rows]
+    )
     layout = draw.layout(draw.axis("test error, %", rangemode="tozero"), names, height=80 + 48 * len(rows))
     errors = "; ".join(f"{label} {percent(error)}" for _, label, error in rows)
     panels = [Panel("plot-machines", "", data, layout)]
@@ -104,7 +108,8 @@ def against_loss(results: dict[str, Any]) -> list[tuple[Figure, str]]:
         return []
     snapshots = told["snapshots"]
     losses = [draw.positive(s["loss"]) for s in snapshots]
-    roles = {"kernel_error": ("SVM on the tangent kernel", *ROLES["after"][1:]), "network_error": ROLES["network"]}
+    machine, of = kernel_errors(told)
+    roles = {machine: (of, *ROLES["after"][1:]), "network_error": ROLES["network"]}
     data = []
     for key, (name, color, symbol) in roles.items():
         values = [{part: draw.times(s[key][part], 100) for part in ("value", "error")} for s in snapshots]

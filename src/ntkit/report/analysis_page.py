@@ -9,9 +9,10 @@ import numpy as np
 
 from ntkit.report import analysis_figures as figures
 from ntkit.report import analysis_text as text
-from ntkit.report import explain_page, explain_text, training_figures
+from ntkit.report import explain_page, explain_text, judgments, kernel_figures, training_figures
 from ntkit.report.images import thumbnail
 from ntkit.report.page import page
+from ntkit.report.words import percent
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -21,6 +22,9 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
     along = training_figures.of_run(results["along"], results["training"]) if results["along"] else []
     along += figures.against_loss(results)
     pairs = {"machines": (figures.machines(results), text.machines(results))}
+    pairs |= of_kernels(results, arrays)
+    if (confused := kernel_figures.confusion(results)) is not None:
+        pairs["confusion"] = confused
     if results["invariances"]:
         pairs["invariances"] = figures.invariances(results), text.invariances(results)
     explained = explained_part(results, arrays["explained"])
@@ -32,7 +36,20 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
         source="results.json",
         r=results,
         kind={"images": "images", "tokens": "sequences"}.get(results["data"]["kind"], "examples"),
-        by_kernel={m["kernel"]: m for m in results["machines"]},
+        cards=[
+            (
+                key,
+                f"{'Ridge' if by == 'ridge' else 'SVM'} on the {name} kernel, test error",
+                percent(error),
+                "the kernel does not separate the classes" if by == "ridge" else f"solved: {m['status']}",
+            )
+            for key, name in (("after", "after"), ("init", "initial"))
+            for m in results["machines"]
+            if m["kernel"] == key
+            for error, by in [text.shown_error(m)]
+        ],
+        compared=text.compared(results),
+        rules=judgments.rules(False, results["data"]["kind"] == "images"),
         qualities={q["kernel"]: q for q in results["quality"]},
         pairs=pairs,
         along=along,
@@ -46,6 +63,12 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
         explained=explained,
         unexplained=text.unexplained(results),
     )
+
+
+def of_kernels(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> dict[str, tuple[Any, str]]:
+    """Figures of the kernel matrices with their readings, those that the run kept arrays for."""
+    found = {"gram": kernel_figures.gram_pictures(results, arrays), "spectrum": kernel_figures.spectra(results, arrays)}
+    return {name: pair for name, pair in found.items() if pair is not None}
 
 
 def explained_part(results: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:

@@ -3,63 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeGuard
+from typing import Any
 
+from ntkit.report import judgments
 from ntkit.report import training_figures as training
-from ntkit.report.words import compare, listed, measure, percent, plain
+from ntkit.report.words import listed, measure, percent, plain, share
 
 DISRUPTIVE = ("quadrant swap", "patch shuffle")
 """Transformations that keep local statistics and break the layout: a low cosine means a global kernel."""
-_ERROR = {
-    "below": "lower than",
-    "above": "higher than",
-    "same": "no different, beyond noise, from",
-    "unknown": "not comparable with",
-}
-_INVARIANCE = {
-    "above": "more invariant to",
-    "below": "less invariant to",
-    "same": "no different beyond noise for",
-    "unknown": "not comparable for",
-}
-_GLOBALITY = {
-    "below": "more global for",
-    "above": "less global for",
-    "same": "no more and no less global for",
-    "unknown": "not comparable for",
-}
-LEADS = {
-    "init": {
-        "below": "Training made a better kernel.",
-        "above": "Training made a worse kernel.",
-        "same": "No difference beyond noise between the kernels before and after training.",
-        "unknown": "The kernels before and after training cannot be compared.",
-    },
-    "network": {
-        "below": "The after kernel does better than its network.",
-        "above": "The network does better than its after kernel.",
-        "same": "The after kernel does as well as its network, within noise.",
-        "unknown": "The after kernel cannot be compared with its network.",
-    },
-}
+SVM = {"svm": "a hard-margin SVM", "ridge": "ridge regression"}
+"""What compares two kernels."""
 
 
 def answer(results: dict[str, Any]) -> str:
     """Say in two sentences what was done and what came out."""
     model, data, run = results["model"], results["data"], results["training"]
     how = "whose weights were loaded" if run is None else f"trained for {run['steps']:,} steps"
+    found = comparison(results, "init")
     return (
         f"The network {model['name']} ({model['parameters']:,} parameters), {how}, on {data['train']:,} training "
-        f"examples of {data['name']}, seen through its tangent kernel. The test error of a support vector machine on "
-        f"the trained network’s kernel is {_ERROR[_against(results, 'init')]} that on the kernel at initialization."
+        f"examples of {data['name']}, seen through its tangent kernel. The test error of {SVM[found['machine']]} on "
+        f"the trained network’s kernel is {judgments.ERROR.say(found['p'], found['value'])} that on the kernel at "
+        "initialization."
     )
 
 
 def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Three to five findings, each a lead and a sentence."""
-    findings = [*_error_findings(results), _task_finding(results)]
+    """Findings, each a lead and a sentence."""
+    findings = [*_separable_findings(results), *_error_findings(results), _task_finding(results)]
     if results["along"]:
-        findings.append(_along_finding(results["along"]))
+        findings.append(along_finding(results["along"]))
     if results["invariances"]:
         findings.append((_invariance_lead(results["invariances"]), _raw_cosines(results["invariances"])))
     return findings
@@ -67,25 +40,83 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 def warnings(results: dict[str, Any]) -> list[str]:
     """List what the reader must know before believing the numbers."""
-    texts = []
+    return [*cautions(results), *failed_checks(results)]
+
+
+def failed_checks(results: dict[str, Any]) -> list[str]:
+    """One sentence on all checks that failed; none without any."""
     failed = [c["what"] for c in results["certificates"] if not c["ok"]]
-    if failed:
-        texts.append(f"{len(failed)} check{'' if len(failed) == 1 else 's'} failed: {'; '.join(failed)}.")
+    return [f"{len(failed)} check{'' if len(failed) == 1 else 's'} failed: {'; '.join(failed)}."] if failed else []
+
+
+def cautions(results: dict[str, Any]) -> list[str]:
+    """What is to be known beside failed checks: of the network first, then of the machines."""
+    learned = (results["network"] or {}).get("fit", {"value": 1.0})["value"]
+    below = f"Its training loss is {share(learned)} below that of the best constant prediction"
+    if learned is not None and learned < 0:
+        below = "Its training loss is above that of the best constant prediction"
+    texts = fit_warnings(learned, results["training"], f"{below}; less than {share(judgments.LITTLE)} is little.")
     for machine in results["machines"]:
-        if machine["status"] != "optimal":
+        if judgments.separable(machine["status"]) == "inaccurate":
             texts.append(f"SVM on the {machine['label']}: {machine['status']}. {machine['advice']}".strip())
-    if results["training"] is not None and results["training"]["stop"] == "diverged":
-        texts.append("Training diverged: the after kernel is that of a network that did not learn.")
     return texts
+
+
+def fit_warnings(learned: float | None, run: dict[str, Any] | None, measured: str) -> list[str]:
+    """What is to be known of the network: that its training diverged, or that it hardly fits its training set."""
+    if run is not None and run["stop"] == "diverged":
+        return ["Training diverged: the after kernel is that of a network that did not learn."]
+    text = judgments.FIT.say(learned)
+    return [text if learned is None else f"{text} {measured}"] if text else []
 
 
 def machines(results: dict[str, Any]) -> str:
     """Read the figure of test errors."""
-    init, conjugate, network = (_ERROR[_against(results, other)] for other in ("init", "conjugate", "network"))
+    parts = []
+    for other, name in (("init", "the kernel at initialization"), ("conjugate", "the conjugate kernel")):
+        found = comparison(results, other)
+        by = " by ridge regression" if found["machine"] == "ridge" else ""
+        parts.append(f"{judgments.ERROR.say(found['p'], found['value'])} that of {name}{by}")
+    found = comparison(results, "network")
     return (
-        f"The after kernel’s test error is {init} that of the kernel at initialization, {conjugate} that of the "
-        f"conjugate kernel, and {network} the network’s own."
+        f"The after kernel’s test error is {parts[0]}, {parts[1]}, and "
+        f"{judgments.ERROR.say(found['p'], found['value'])} that of the network itself."
     )
+
+
+def compared(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Rows of the table of paired comparisons: with what, machine, counts, difference, verdict."""
+    names = {"init": "kernel at initialization", "conjugate": "conjugate kernel", "network": "network itself"}
+    words = {"below": "lower", "above": "higher", "same": "no", "unknown": "undefined"}
+    return [
+        (
+            names[c["with"]],
+            {"svm": "hard-margin SVM", "ridge": "ridge regression"}[c["machine"]],
+            f"{c['only_after']}, {c['only_other']}",
+            percent(c),
+            f"{words[judgments.different_errors(c['p'], c['value'])]}, p = {plain(c['p'], 2)}",
+        )
+        for c in (results.get("comparisons") or {"compared": []})["compared"]
+    ]
+
+
+def comparison(results: dict[str, Any], other: str) -> dict[str, Any]:
+    """The after kernel's machine beside that of another kernel, or the network, on the same test examples."""
+    told = (results.get("comparisons") or {"compared": []})["compared"]
+    nothing: dict[str, Any] = {"with": other, "machine": "svm", "p": None, "value": None}
+    found = next((c for c in told if c["with"] == other), nothing)
+    kernels = ("after",) if other == "network" else ("after", other)
+    statuses = [judgments.separable(m["status"]) for m in results["machines"] if m["kernel"] in kernels]
+    if found["machine"] == "svm" and "inaccurate" in statuses:  # only an optimal machine is evidence
+        return nothing
+    return found
+
+
+def shown_error(machine: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Test error of a kernel's machine, and which it is: the SVM or, where the kernel does not separate, ridge."""
+    if judgments.separable(machine["status"]) == "not separable":
+        return machine["ridge_test_error"], "ridge"
+    return machine["test_error"], "svm"
 
 
 def invariances(results: dict[str, Any]) -> str:
@@ -111,15 +142,30 @@ def _raw_cosines(told: dict[str, Any]) -> str:
 
 
 def _verdicts_in_words(rows: list[dict[str, Any]]) -> str:
-    parts = []
-    for words, names in zip((_INVARIANCE, _GLOBALITY), _invariance_verdicts(rows), strict=True):
-        parts += [f"{text} {listed(names[verdict])}" for verdict, text in words.items() if verdict in names]
-    return "; ".join(parts) or "not measured"
+    groups: dict[str, list[str]] = {}  # what is said -> transformations, those that keep the layout first
+    for broken in (False, True):
+        judgment = judgments.LAYOUT if broken else judgments.INVARIANCE
+        own = [row for row in rows if (row["name"] in DISRUPTIVE) is broken]
+        for verdict in judgment.sentences:
+            names = [row["name"] for row in own if judgment.verdict(change_of(row)) == verdict]
+            if names:
+                groups.setdefault(judgment.sentences[verdict], []).extend(names)
+    return "; ".join(f"{text} {listed(names)}" for text, names in groups.items()) or "not measured"
+
+
+def change_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Change of a cosine from before to after training: over the same images or, in earlier runs, of the means."""
+    if "change" in row:
+        return row["change"]
+    before, after = row["init"], row["after"]
+    if None in (before["value"], after["value"], before["error"], after["error"]):
+        return {"value": None, "error": None}
+    return {"value": after["value"] - before["value"], "error": math.hypot(before["error"], after["error"])}
 
 
 def _changed(told: dict[str, Any]) -> list[dict[str, Any]]:
     """Transformations whose raw cosine changed beyond noise."""
-    return [row for row in told["rows"] if compare(row["after"], row["init"]) in ("above", "below")]
+    return [row for row in told["rows"] if judgments.more_invariant(change_of(row)) in ("above", "below")]
 
 
 def _no_larger(told: dict[str, Any]) -> list[str]:
@@ -127,30 +173,40 @@ def _no_larger(told: dict[str, Any]) -> list[str]:
 
     Only changes in the same direction are compared: one in the other direction is not the baseline's.
     """
-    size, baseline = _change(told["different"])
-    changes = [(row["name"], *_change(row)) for row in _changed(told)]
-    return [name for name, one, change in changes if baseline * change > 0 and compare(one, size) != "above"]
+    baseline = change_of(told["different"])
+    names = []
+    for row in _changed(told):
+        change = change_of(row)
+        if not baseline["value"] or baseline["value"] * change["value"] <= 0:
+            continue
+        sign = 1.0 if change["value"] > 0 else -1.0
+        error = math.hypot(change["error"] or 0.0, baseline["error"] or 0.0)
+        beyond = row.get("beyond") or {"value": change["value"] - baseline["value"], "error": error}
+        if beyond["value"] is None or judgments.BEYOND.say(beyond | {"value": sign * beyond["value"]}) != "beyond":
+            names.append(row["name"])
+    return names
 
 
-def _change(row: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """Size of a change from before to after training, with its standard error; and the change (0 if undefined)."""
-    before, after = row["init"], row["after"]
-    if None in (before["value"], after["value"], before["error"], after["error"]):
-        return {"value": None, "error": None}, 0.0
-    change = after["value"] - before["value"]
-    return {"value": abs(change), "error": math.hypot(before["error"], after["error"])}, change
+def kernel_errors(told: dict[str, Any]) -> tuple[str, str]:
+    """Key and name of the machine whose errors are drawn against the loss: one for all snapshots."""
+    if told.get("machine") == "ridge":
+        return "ridge_error", "ridge regression on the tangent kernel"
+    return "kernel_error", "SVM on the tangent kernel"
 
 
 def against_loss_errors(told: dict[str, Any]) -> str:
     """Read the test errors against the training loss."""
-    snapshots = [s for s in told["snapshots"] if s["kernel_error"]["value"] is not None and s["loss"] is not None]
-    text = f"An SVM on each kernel: {told['points']:,} of the followed points, {told['tests']:,} test examples."
+    key, name = kernel_errors(told)
+    snapshots = [s for s in told["snapshots"] if s[key]["value"] is not None and s["loss"] is not None]
+    text = f"{name[0].upper()}{name[1:]}: {told['points']:,} of the followed points, {told['tests']:,} test examples."
+    if told.get("machine") == "ridge":
+        text += " Not every kernel separates the points, so there is no SVM to compare."
     if len(snapshots) < 2:
-        return f"{text} Too few kernels separate the points."
+        return f"{text} There are too few errors for a curve."
     first, last = snapshots[0], snapshots[-1]
-    best = min(snapshots, key=lambda s: s["kernel_error"]["value"])
-    ends = " → ".join(f"{percent(s['kernel_error'])} (loss {plain(s['loss'])})" for s in (first, last))
-    lowest = f"{percent(best['kernel_error'])} at loss {plain(best['loss'])}"
+    best = min(snapshots, key=lambda s: s[key]["value"])
+    ends = " → ".join(f"{percent(s[key])} (loss {plain(s['loss'])})" for s in (first, last))
+    lowest = f"{percent(best[key])} at loss {plain(best['loss'])}"
     return f"{text} From {ends}; lowest {lowest}. Training goes from right to left."
 
 
@@ -199,39 +255,77 @@ def certificates(results: dict[str, Any]) -> str:
     return f"All {len(passed)} checks hold." if all(passed) else f"{sum(passed)} of {len(passed)} checks hold."
 
 
+def _separable_findings(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Kernels that do not separate the classes: a finding, with ridge regression in the SVM's place."""
+    found = [m for m in results["machines"] if judgments.separable(m["status"]) == "not separable"]
+    if not found:
+        return []
+    names = [m["label"] for m in found]
+    lead = f"The {listed(names)} {'does' if len(names) == 1 else 'do'} not separate the training classes."
+    errors = listed([percent(m["ridge_test_error"]) for m in found])
+    return [(lead, f"No hard-margin SVM exists there; ridge regression stands in its place: test error {errors}.")]
+
+
 def _error_findings(results: dict[str, Any]) -> list[tuple[str, str]]:
-    errors = {m["kernel"]: percent(m["test_error"]) for m in results["machines"]}
-    init, after, conjugate = (errors.get(kernel, "undefined") for kernel in ("init", "after", "conjugate"))
+    told = {m["kernel"]: m for m in results["machines"]}
     network = percent(results["network"]["test_error"])
-    texts = {
-        "init": f"Test error of a hard-margin SVM: kernel at initialization {init}, after kernel {after}.",
-        "network": f"Test error: network {network}, after kernel {after}, conjugate kernel {conjugate}.",
-    }
-    return [(LEADS[other][_against(results, other)], text) for other, text in texts.items()]
+    findings = []
+    for other, judgment in judgments.BETTER.items():
+        found = comparison(results, other)
+        key = "test_error" if found["machine"] == "svm" else "ridge_test_error"
+        init, after, conjugate = (
+            percent(told[k][key]) if k in told else "undefined" for k in ("init", "after", "conjugate")
+        )
+        by = SVM[found["machine"]]
+        text = (
+            f"Test error of {by}: kernel at initialization {init}, after kernel {after}."
+            if other == "init"
+            else f"Test error: network {network}; {by}: after kernel {after}, conjugate kernel {conjugate}."
+        )
+        findings.append((judgment.say(found["p"], found["value"]), text + _counts(found)))
+    return findings
+
+
+def _counts(found: dict[str, Any]) -> str:
+    """The numbers of McNemar's test."""
+    if found["p"] is None:
+        return ""
+    other = "the network" if found["with"] == "network" else "the kernel at initialization"
+    return (
+        f" Of {found['examples']:,} test examples {found['only_after']:,} are wrong by the after kernel alone and "
+        f"{found['only_other']:,} by {other} alone (p = {plain(found['p'], 2)})."
+    )
 
 
 def _task_finding(results: dict[str, Any]) -> tuple[str, str]:
-    qualities = {row["kernel"]: row for row in results["quality"]}
-    init, after = qualities.get("init", {}), qualities.get("after", {})
-    first, last = init.get("alignment_centered"), after.get("alignment_centered")
+    rows = {row["kernel"]: row for row in results["quality"]}
+    (first, last), ranks = (
+        [rows.get(kernel, {}).get(name) for kernel in ("init", "after")]
+        for name in ("alignment_centered", "effective_rank")
+    )
     if first is None or last is None:
-        return "Alignment with the task is undefined.", "Centering leaves nothing of one of the kernels."
-    lead = f"The kernel turned {'towards' if last > first else 'away from'} the task."
-    if abs(last - first) < 0.01:
-        lead = "Alignment with the task hardly changed."
-    ranks = f"{plain(init.get('effective_rank'))} to {plain(after.get('effective_rank'))}"
-    went = f"from {plain(first)} to {plain(last)}"
-    return lead, f"Its centered alignment with the targets went {went}, its effective rank from {ranks}."
+        return judgments.TURN.sentences["undefined"], "Centering leaves nothing of one of the kernels."
+    return turn_finding(first, last, ranks, results["along"])
 
 
-def _along_finding(a: dict[str, Any]) -> tuple[str, str]:
-    leads = {
-        None: "The kernel vanished along training.",
-        False: "The kernel hardly changed shape.",
-        True: "The kernel changed along training.",
-    }
+def turn_finding(
+    first: float | None, last: float | None, ranks: list[float | None], along: dict[str, Any] | None
+) -> tuple[str, str]:
+    """What became of the alignment with the targets, judged by its curve along training."""
+    found = judgments.ends_of(along["alignment_centered"]) if along else None
+    lead = judgments.TURN.say(*(found or (first, last, None)))
+    text = f"Its centered alignment with the targets went from {plain(first)} to {plain(last)}, its effective rank "
+    text += f"from {plain(ranks[0])} to {plain(ranks[1])}."
+    if found and along:
+        text += f" On the {along['points']:,} points followed along training the alignment went from "
+        text += f"{plain(found[0])} to {plain(found[1])}; its largest move the other way was {plain(found[2], 2)}."
+    return lead, text
+
+
+def along_finding(a: dict[str, Any]) -> tuple[str, str]:
+    """What became of the kernel along training."""
     text = training.summary(a)
-    return leads[training.moved(a)], f"{text[0].upper()}{text[1:]}."
+    return judgments.SHAPE.say(a["distance"][-1]), f"{text[0].upper()}{text[1:]}."
 
 
 def _invariance_lead(told: dict[str, Any]) -> str:
@@ -241,31 +335,3 @@ def _invariance_lead(told: dict[str, Any]) -> str:
     if "different" in told and changed == len(_no_larger(told)):
         return "Cosines changed no more than those of two different images."
     return "Training changed what the kernel ignores."
-
-
-def _invariance_verdicts(rows: list[dict[str, Any]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Verdict -> transformations, of those that keep the layout and of those that break it."""
-    gentle: dict[str, list[str]] = {}
-    broken: dict[str, list[str]] = {}
-    for row in rows:
-        group = broken if row["name"] in DISRUPTIVE else gentle
-        group.setdefault(compare(row["after"], row["init"]), []).append(row["name"])
-    return gentle, broken
-
-
-def _machine(results: dict[str, Any], kernel: str) -> dict[str, Any] | None:
-    return next((m for m in results["machines"] if m["kernel"] == kernel), None)
-
-
-def _against(results: dict[str, Any], other: str) -> str:
-    """How the after kernel's test error compares with that of another kernel, or with the network's."""
-    after = _machine(results, "after")
-    rival = results["network"] if other == "network" else _machine(results, other)
-    if not _solved(after) or rival is None or not (other == "network" or _solved(rival)):
-        return "unknown"
-    return compare(after["test_error"], rival["test_error"], 1 / max(1, results["data"]["test"]))
-
-
-def _solved(machine: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
-    """Only a machine with an optimal certificate is evidence; the errors of others are printed without a verdict."""
-    return machine is not None and machine["status"] == "optimal"

@@ -128,6 +128,23 @@ def _power(m: float, e: int) -> str:
     return f"10{exponent}" if m == 1 else f"{m}·10{exponent}"
 
 
+def heat(values: Any, colors: str, hover: str) -> dict[str, Any]:
+    """A matrix as colors from light to dark ("ramp"), or on both sides of zero ("signed"); NaN is left empty.
+
+    `hover` is what the hover text says of ``%{x}``, ``%{y}`` and ``%{z}``.
+    """
+    name, count = ("map", 5) if colors == "signed" else ("ramp", RAMP)
+    tones = [f"var(--{name}-{i + 1})" for i in range(count)]
+    rows = [[None if v != v else float(f"{v:.5g}") for v in row] for row in values]
+    largest = max((abs(v) for row in rows for v in row if v is not None), default=0.0) or 1.0
+    trace: dict[str, Any] = {
+        "type": "heatmap", "z": rows, "showscale": True, "hovertemplate": f"{hover}<extra></extra>",
+        "colorscale": [[i / (len(tones) - 1), color] for i, color in enumerate(tones)],
+        "colorbar": {"thickness": 9, "len": 0.9, "outlinewidth": 0, "tickfont": {"size": 11}, "nticks": 5},
+    }  # fmt: skip
+    return trace | ({"zmin": -largest, "zmax": largest} if colors == "signed" else {})
+
+
 def rows_axis(names: Sequence[str]) -> dict[str, Any]:
     """Names from top to bottom, one per unit."""
     places, texts = list(range(len(names) - 1, -1, -1)), [safe(name) for name in names]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ntkit.report import analysis_figures, analysis_text, training_figures
+from ntkit.report import analysis_figures, analysis_text, judgments, training_figures
 from ntkit.report import regression_figures as figures
 from ntkit.report import regression_text as text
-from ntkit.report.analysis_page import Arrays, explained_part, image_cases, neighbor_rows
+from ntkit.report.analysis_page import Arrays, explained_part, image_cases, neighbor_rows, of_kernels
 from ntkit.report.page import page
 from ntkit.report.words import measure
 
@@ -21,6 +21,7 @@ def regression_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> st
     """Build the HTML text from ``results.json`` and images by stage (empty where the run kept none)."""
     along = training_figures.of_run(results["along"], results["training"]) if results["along"] else []
     pairs = {"machines": (figures.machines(results), text.machines(results))}
+    pairs |= of_kernels(results, arrays)
     if results["comparisons"]:
         pairs["predictions"] = figures.scatter(results), text.predictions(results)
     if results["invariances"]:
@@ -72,6 +73,7 @@ def regression_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> st
         columns=_COLUMNS,
         by_target=by_target if len(names) > 1 else [],
         compared=text.compared(results),
+        rules=judgments.rules(True, results["data"]["kind"] == "images"),
         draws=f"{results['comparisons']['draws']:,}" if results["comparisons"] else "",
         ridges=results["comparisons"]["ridges"] if results["comparisons"] else [],
     )

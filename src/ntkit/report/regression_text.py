@@ -5,28 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ntkit.report import training_figures as training
-from ntkit.report.analysis_text import LEADS
+from ntkit.report import judgments
+from ntkit.report.analysis_text import along_finding, failed_checks, fit_warnings, turn_finding
 from ntkit.report.words import digits, listed, plain
 
-HARDLY = 0.1
-"""Training R2 below which a network is said to have hardly learned."""
 R2 = 2
 """Decimals of R2, at least."""
 _NAMES = {"init": "the kernel at initialization", "conjugate": "the conjugate kernel", "network": "the network itself"}
-_ERROR = {
-    "below": "lower than",
-    "above": "higher than",
-    "same": "no different, beyond noise, from",
-    "unknown": "not comparable with",
-}
-_LEADS = {
-    "init": LEADS["init"],
-    "network": {
-        **LEADS["network"],
-        "same": "No difference beyond noise between the network and its after kernel.",
-    },
-}
 
 
 def interval(entry: dict[str, Any], least: int = 0) -> str:
@@ -86,12 +71,10 @@ class Parts:
         return f"{between}{'; ' if between else ''}root mean squared error {error}, in {self.unit}"
 
 
-def verdict(results: dict[str, Any], other: str) -> str:
-    """Whether the after kernel's error is "below" or "above" another's, the "same" within noise, or "unknown"."""
+def difference(results: dict[str, Any], other: str) -> tuple[float | None, float | None]:
+    """Interval of the after kernel's squared error minus another's."""
     found = next((c for c in (results["comparisons"] or {"compared": []})["compared"] if c["with"] == other), None)
-    if found is None or found["low"] is None:
-        return "unknown"
-    return "below" if found["high"] < 0 else "above" if found["low"] > 0 else "same"
+    return (None, None) if found is None else (found["low"], found["high"])
 
 
 def answer(results: dict[str, Any]) -> str:
@@ -101,29 +84,22 @@ def answer(results: dict[str, Any]) -> str:
     return (
         f"The network {model['name']} ({model['parameters']:,} parameters), {how}, on {data['train']:,} training "
         f"examples of {data['name']} to predict {listed(data['targets']['names'])}, seen through its tangent kernel. "
-        f"The test error of ridge regression on the trained network’s kernel is {_ERROR[verdict(results, 'init')]} "
+        f"The test error of ridge regression on the trained network’s kernel is "
+        f"{judgments.SQUARED_ERROR.say(*difference(results, 'init'))} "
         "that on the kernel at initialization."
     )
 
 
 def warnings(results: dict[str, Any]) -> list[str]:
     """List what the reader must know before believing the numbers."""
-    failed = [c["what"] for c in results["certificates"] if not c["ok"]]
-    text = f"{len(failed)} check{'' if len(failed) == 1 else 's'} failed: {'; '.join(failed)}."
-    return [*cautions(results), *([text] if failed else [])]
+    return [*cautions(results), *failed_checks(results)]
 
 
 def cautions(results: dict[str, Any]) -> list[str]:
     """What is to be known beside failed checks: of the network first, then of the machines."""
-    texts = []
     learned = results["network"]["train"]["r2"]["value"]
-    if results["training"] is not None and results["training"]["stop"] == "diverged":
-        texts.append("Training diverged: the after kernel is that of a network that did not learn.")
-    elif learned is None or learned < HARDLY:
-        texts.append(
-            f"The network hardly learned: its R² on the training set is {digits(learned)}, below {HARDLY:g}. Its "
-            "after kernel is that of such a network."
-        )
+    measured = f"Its R² on the training set is {digits(learned)}; less than {judgments.LITTLE:g} is little."
+    texts = fit_warnings(learned, results["training"], measured)
     for machine in results["machines"]:
         if machine["status"] != "solved":
             texts.append(
@@ -147,27 +123,26 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
         "network": f"Test R²: network {network}; ridge regression on the after kernel {after}, on the conjugate kernel "
         f"{conjugate}.",
     }
-    findings = [(_LEADS[other][verdict(results, other)], text) for other, text in texts.items()]
-    rows = {row["kernel"]: row for row in results["quality"]}
-    values = [
-        [rows.get(k, {}).get(name) for k in ("init", "after")] for name in ("alignment_centered", "effective_rank")
+    findings = [
+        (judgment.say(*difference(results, other)), texts[other])
+        for other, judgment in judgments.LESS_SQUARED_ERROR.items()
     ]
-    aligned, ranks = (" → ".join(plain(v) for v in pair) for pair in values)
-    findings.append(("Alignment with the targets, before → after.", f"Centered: {aligned}. Effective rank: {ranks}."))
+    rows = {row["kernel"]: row for row in results["quality"]}
+    (first, last), ranks = (
+        [rows.get(k, {}).get(name) for k in ("init", "after")] for name in ("alignment_centered", "effective_rank")
+    )
+    findings.append(turn_finding(first, last, ranks, results["along"]))
     if results["along"]:
-        leads = {None: "The kernel vanished along training.", False: "The kernel hardly changed shape.",
-                 True: "The kernel changed along training."}  # fmt: skip
-        text = training.summary(results["along"])
-        findings.append((leads[training.moved(results["along"])], f"{text[0].upper()}{text[1:]}."))
+        findings.append(along_finding(results["along"]))
     return findings
 
 
 def machines(results: dict[str, Any]) -> str:
     """Read the figure of errors."""
-    by_verdict: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for other, name in _NAMES.items():
-        by_verdict.setdefault(verdict(results, other), []).append(name)
-    parts = [f"{_ERROR[found]} that of {listed(names)}" for found, names in by_verdict.items()]
+        groups.setdefault(judgments.SQUARED_ERROR.say(*difference(results, other)), []).append(name)
+    parts = [f"{text} that of {listed(names)}" for text, names in groups.items()]
     return f"The squared test error of ridge regression on the after kernel is {'; '.join(parts)}."
 
 
@@ -191,6 +166,6 @@ def compared(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Rows of the table of differences: with what, difference, verdict."""
     words = {"below": "lower", "above": "higher", "same": "no", "unknown": "undefined"}
     return [
-        (_NAMES[c["with"]], interval(c), words[verdict(results, c["with"])])
+        (_NAMES[c["with"]], interval(c), words[judgments.different_squares(c["low"], c["high"])])
         for c in (results["comparisons"] or {"compared": []})["compared"]
     ]

@@ -34,10 +34,6 @@ Arrays = Mapping[str, np.ndarray]
 _FEW = 40  # points of a curve that are marked
 _DIGITS = 5  # significant digits of what is drawn from arrays
 _MAP = 280  # pixels
-_SCALES = {
-    "ramp": [f"var(--ramp-{i})" for i in range(1, draw.RAMP + 1)],
-    "signed": [f"var(--map-{i})" for i in range(1, 6)],
-}
 
 
 def sections(entries: Sequence[Item], arrays: Arrays) -> list[dict[str, Any]]:
@@ -173,19 +169,14 @@ def _class_tone(c: int) -> tuple[str, str]:
 def _heat(values: np.ndarray, extent: Sequence[float], colors: str, classes: int) -> dict[str, Any]:
     low, high = extent
     places = _rounded(low + (high - low) * (np.arange(len(values)) + 0.5) / len(values))
-    trace: dict[str, Any] = {
-        "type": "heatmap", "x": places, "y": places, "z": [_rounded(row) for row in values], "showscale": False,
-        "hovertemplate": "%{x:.2f}, %{y:.2f}: %{z:.3g}<extra></extra>",
+    hover = "%{x:.2f}, %{y:.2f}: %{z:.3g}"
+    if colors != "classes":
+        return draw.heat(values, colors, hover) | {"x": places, "y": places}
+    scale = [[(c + end) / classes, _class_tone(c)[0]] for c in range(classes) for end in (0, 1)]
+    return draw.heat(values, "ramp", hover) | {
+        "x": places, "y": places, "colorscale": scale, "zmin": -0.5, "zmax": classes - 0.5, "opacity": 0.32,
+        "hoverinfo": "skip", "showscale": False,
     }  # fmt: skip
-    if colors == "classes":
-        scale = [[(c + end) / classes, _class_tone(c)[0]] for c in range(classes) for end in (0, 1)]
-        return trace | {"colorscale": scale, "zmin": -0.5, "zmax": classes - 0.5, "opacity": 0.32, "hoverinfo": "skip"}
-    tones = _SCALES[colors]
-    scale = [[i / (len(tones) - 1), color] for i, color in enumerate(tones)]
-    bar = {"thickness": 9, "len": 0.9, "outlinewidth": 0, "tickfont": {"size": 11}, "nticks": 5}
-    largest = float(np.abs(values).max()) or 1.0
-    ends = {"zmin": -largest, "zmax": largest} if colors == "signed" else {}
-    return trace | {"colorscale": scale, "showscale": True, "colorbar": bar} | ends
 
 
 def _points(points: np.ndarray, c: int) -> dict[str, Any]:

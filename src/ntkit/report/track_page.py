@@ -17,7 +17,8 @@ _KS = (1, 2, 5, 10, 20, 50, 100)
 _CLASSES = 10
 _NUMBERS = (
     "loss", "learning_rate", "trace", "effective_rank", "condition", "alignment", "alignment_centered", "distance",
-    "cka", "velocity", "sharpness", "residual",
+    "cka", "velocity", "sharpness",
+    "sharpness_bound", "residual",
 )  # fmt: skip
 
 
@@ -154,8 +155,8 @@ def _cards(a: dict[str, Any]) -> list[tuple[str, str, str]]:
         cards.append((f"Share of the targets in the top {k} eigenvectors", energies, "1: all of them"))
     if "alignment_centered" in a:
         cards.append(("Alignment with the targets", ends(a["alignment_centered"], 2), "centered; 1 is perfect"))
-    if "sharpness" in a and "learning_rate" in a:
-        sharp, rate = a["sharpness"][-1], a["learning_rate"][-1]
-        value = words.plain(sharp * rate / 2 if sharp is not None and rate is not None else None, 2)
-        cards.append(("Sharpness / (2 / learning rate) at the last step", value, "1: the limit of stability"))
+    if "sharpness" in a and "sharpness_bound" in a:
+        sharp, bound = a["sharpness"][-1], a["sharpness_bound"][-1]
+        value = words.plain(sharp / bound if sharp is not None and bound is not None else None, 2)
+        cards.append(("Sharpness beside the bound of stability, last step", value, "1: the bound, with full batches"))
     return cards

@@ -12,7 +12,8 @@ from typing import Any
 
 from ntkit.report import draw
 from ntkit.report.draw import Figure, Panel
-from ntkit.report.words import change, listed, middle, plain, share
+from ntkit.report.judgments import CHANGED, ends_of, moved
+from ntkit.report.words import change, listed, middle, percent, plain, share
 
 Series = Mapping[str, Any]
 Values = Sequence[float | None]
@@ -21,7 +22,6 @@ FigureAndReading = tuple[Figure, str]
 ENERGIES = (("target", "targets"), ("output", "outputs"), ("residual", "residual"))
 _LEGEND = 12  # names that a legend can hold
 _SHARE = 0.9
-_STILL = 0.01  # distance below which a kernel is said to have kept its shape
 _SCALES = {"zero": {"rangemode": "tozero", "exponentformat": "power"}, "unit": {"range": [-0.02, 1.02]}, "fit": {}}
 _ENDS = ((0, "init", "first step"), (-1, "after", "last step"))
 _LEGEND_OF_ENDS = [(when, *draw.ROLES[role][1:]) for _, role, when in _ENDS]
@@ -34,7 +34,10 @@ _PARTS = {
 
 def of_run(a: Series, training: dict[str, Any] | None) -> list[FigureAndReading]:
     """All figures of a run of `analyze`; the first snapshot is drawn in the initial kernel's color."""
-    return [losses(a, training), eigenvalues(a), alignment(a), distance(a), energies(a), size(a), spectra(a)]
+    measured = any(value is not None for value in a.get("sharpness", []))
+    first = [losses(a, training), *([errors(a)] if a.get("test_error") else []), eigenvalues(a)]
+    first += [sharpness(a)] if measured else []
+    return draw.filled([*first, alignment(a), distance(a), energies(a), size(a), spectra(a)])
 
 
 def of_tracking(a: Series) -> dict[str, list[FigureAndReading]]:
@@ -65,12 +68,6 @@ def summary(a: Series) -> str:
     return "; ".join(parts)
 
 
-def moved(a: Series) -> bool | None:
-    """Say whether the kernel changed its shape; None where one of the kernels is zero."""
-    last = a["distance"][-1]
-    return None if last is None else last >= _STILL
-
-
 def losses(a: Series, training: dict[str, Any] | None = None) -> FigureAndReading:
     """Loss against step: of the points followed and, where it was recorded, of each step's own batch."""
     data = [draw.line(a["steps"], a["loss"], f"{a['points']} points", "var(--after)", ends=True)]
@@ -87,8 +84,24 @@ def losses(a: Series, training: dict[str, Any] | None = None) -> FigureAndReadin
     return _single("loss", "Loss", text, data, last, draw.log_axis("loss", _values(data)), legend)
 
 
+def errors(a: Series) -> FigureAndReading:
+    """The network's own test error against step, with standard errors."""
+    told = a["test_error"]
+    values = [draw.times(entry["value"], 100) for entry in told]
+    trace = draw.line(a["steps"], values, "test error", "var(--network)", ends=True)
+    spread = [draw.times(entry["error"], 100) or 0.0 for entry in told]
+    trace["error_y"] = {"type": "data", "array": spread, "color": "var(--network)", "thickness": 1.2, "width": 3}
+    known = [(entry, step) for entry, step in zip(told, a["steps"], strict=True) if entry["value"] is not None]
+    text = "Undefined: the outputs are not finite."
+    if known:
+        lowest, step = min(known, key=lambda pair: pair[0]["value"])
+        text = f"From {percent(told[0])} to {percent(told[-1])}; lowest {percent(lowest)}, at step {step:,}."
+    y = draw.axis("test error, %", rangemode="tozero")
+    return _single("errors", "The network’s test error", text, [trace], a["steps"][-1], y, [])
+
+
 def eigenvalues(a: Series) -> FigureAndReading:
-    """Largest eigenvalues against step, with 2 n / learning rate where ``lr`` and ``stable_lr`` are there."""
+    """Largest eigenvalues against step."""
     count, top = len(a["eigenvalues"][0]), [row[0] for row in a["eigenvalues"]]
     data = []
     for i in reversed(range(count)):
@@ -100,44 +113,21 @@ def eigenvalues(a: Series) -> FigureAndReading:
     if count > 1:
         legend.append((f"the next {count - 1}", "var(--after)", "thin"))
     text = f"The largest eigenvalue {change(top[0], top[-1])}"
-    if a.get("lr") and a.get("stable_lr"):
-        bound = 2 * a["points"] / a["lr"]
-        data.append({
-            "type": "scatter", "mode": "lines", "x": [draw.place(a["steps"][i]) for i in (0, -1)], "y": [bound, bound],
-            "name": "2n / learning rate", "line": {"color": "var(--network)", "width": 1.6, "dash": "dash"},
-            "hovertemplate": f"2n / learning rate = {bound:.4g}<extra></extra>",
-        })  # fmt: skip
-        legend.append((f"2n / learning rate = {plain(bound)}", "var(--network)", "dash"))
-        text += f", {_against_bound(a['steps'], top, bound)} ({plain(bound)}). That line bounds stable full-batch "
-        text += "gradient descent on squared loss; with other losses, minibatches or momentum it is only a landmark"
     y = draw.log_axis("eigenvalue", _values(data))
     return _single("eigenvalues", "Largest eigenvalues", f"{text}.", data, a["steps"][-1], y, legend)
 
 
-def _against_bound(steps: Sequence[int], top: Values, bound: float) -> str:
-    """Say when the largest eigenvalue was above the bound.
-
-    >>> _against_bound([0, 1, 2], [1.0, 5.0, 6.0], 4.0), _against_bound([0, 1, 2], [1.0, 5.0, 1.0], 4.0)
-    ('above 2n / learning rate from step 1 on', 'above 2n / learning rate at times')
-    """
-    above = [value is not None and value > bound for value in top]
-    if not any(above):
-        return "always below 2n / learning rate"
-    first = above.index(True)
-    return f"above 2n / learning rate {f'from step {steps[first]} on' if all(above[first:]) else 'at times'}"
-
-
 def sharpness(a: Series) -> FigureAndReading:
-    """Sharpness against step, and 2 / learning rate where the learning rate was recorded."""
+    """Sharpness against step, and the bound of stability where the optimizer has one."""
     steps, values = a["steps"], a["sharpness"]
-    bound = [2 / rate if rate else None for rate in a.get("learning_rate", [None] * len(steps))]
+    bound = a.get("sharpness_bound", [None] * len(steps))
     data = [draw.line(steps, [draw.positive(v) for v in values], "sharpness", "var(--after)", ends=True)]
     legend = [("sharpness", "var(--after)", "line")]
     if any(b is not None for b in bound):
-        data.append(draw.line(steps, bound, "2 / learning rate", "var(--network)", dash="dash", width=1.6))
+        data.append(draw.line(steps, bound, "stable below", "var(--network)", dash="dash", width=1.6))
         data[-1]["line"]["shape"] = "hv"
-        legend.append(("2 / learning rate", "var(--network)", "dash"))
-    text, title = _read_sharpness(values, bound), "Sharpness against 2 / learning rate"
+        legend.append(("stable below, with full batches", "var(--network)", "dash"))
+    text, title = _read_sharpness(values, bound), "Sharpness"
     return _single("sharpness", title, text, data, steps[-1], draw.log_axis("sharpness", _values(data)), legend)
 
 
@@ -145,15 +135,19 @@ def _read_sharpness(values: Values, bound: Values) -> str:
     """Say where sharpness ended, relative to the bound.
 
     >>> _read_sharpness([1.0, 19.0], [20.0, 20.0])
-    'Sharpness grew 19-fold, from 1 to 19, and ends at 0.95 times 2 / learning rate; it was never above.'
+    'Sharpness grew 19-fold, from 1 to 19, and ends at 0.95 times the bound of stability; it was never above.'
+    >>> _read_sharpness([1.0, 19.0], [None, None])
+    'Sharpness grew 19-fold, from 1 to 19. No bound of stability is known for this optimizer.'
     """
     text = f"Sharpness {change(values[0], values[-1])}"
     pairs = [(s, b) for s, b in zip(values, bound, strict=True) if s is not None and b is not None]
+    if all(b is None for b in bound):
+        return f"{text}. No bound of stability is known for this optimizer."
     if not pairs or values[-1] is None or bound[-1] is None:
-        return f"{text}; its relation to 2 / learning rate at the end is not known."
+        return f"{text}; where it ends beside the bound of stability is not known."
     above = sum(s > b for s, b in pairs)
     times = f"it was above at {above} of {len(pairs)} snapshots" if above else "it was never above"
-    return f"{text}, and ends at {plain(values[-1] / bound[-1], 2)} times 2 / learning rate; {times}."
+    return f"{text}, and ends at {plain(values[-1] / bound[-1], 2)} times the bound of stability; {times}."
 
 
 def alignment(a: Series) -> FigureAndReading:
@@ -163,7 +157,9 @@ def alignment(a: Series) -> FigureAndReading:
         draw.line(a["steps"], a["alignment"], "not centered", "var(--after)", dash="dot", width=1.6),
     ]
     first, last = a["alignment_centered"][0], a["alignment_centered"][-1]
-    text = f"Centered alignment goes from {plain(first)} to {plain(last)} (1: the kernel is the targets’ own)."
+    found = ends_of(a["alignment_centered"])
+    text = f"Centered alignment goes from {plain(first)} to {plain(last)} (1: the kernel is the targets’ own)"
+    text += f"; the largest move the other way: {plain(found[2], 2)}." if found else "."
     y = draw.axis("alignment", **_SCALES["unit"])
     legend = [("centered", "var(--after)", "line"), ("not centered", "var(--after)", "dot")]
     return _single("alignment", "Alignment with the targets", text, data, a["steps"][-1], y, legend)
@@ -177,10 +173,12 @@ def distance(a: Series) -> FigureAndReading:
     ))  # fmt: skip
     last = plain(a["distance"][-1])
     text = {
-        None: "Undefined: one of the kernels is zero.",
-        False: f"It ends at {last}: up to scale the kernel hardly moved, as in the infinite-width limit.",
-        True: f"It ends at {last}: not the constant kernel of the infinite-width limit (0), whatever its scale.",
-    }[moved(a)]
+        "vanished": "Undefined: one of the kernels is zero.",
+        "hardly": f"It ends at {last}, below {CHANGED:g}: up to scale the kernel hardly moved, as in the limit of "
+        "infinite width.",
+        "changed": f"It ends at {last}, at least {CHANGED:g}: not the constant kernel of the infinite-width limit (0), "
+        "whatever its scale.",
+    }[moved(a["distance"][-1])]
     return _row("distance", "Distance to the initial kernel", text, panels)
 
 

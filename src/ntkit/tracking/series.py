@@ -43,7 +43,8 @@ class Tracked(Shown):
           |K - K_0|^2 where it is estimated from random vectors (matrix-free), 0 where it is exact;
         - ``sharpness``: lambda_max of (1/n) H^1/2 K H^1/2, H the loss's second derivative by the outputs (the
           Gauss-Newton matrix); ``stable_learning_rate`` 2 / sharpness: largest for plain gradient descent. For the
-          loss |f - y|^2 / (2 n) that is 2 n / lambda_1;
+          loss |f - y|^2 / (2 n) that is 2 n / lambda_1; ``sharpness_bound``: largest sharpness at which the run's own
+          optimizer is stable with full batches, None if it is not SGD (`trajectory.learning_rates.sharpness_bound`);
         - ``first_order`` {cosine, relative_error, norm_ratio}: the change of all outputs in a gradient descent step on
           these points against its first-order prediction -lr K dL/df;
         - ``per_output`` [{...}]: with outputs="diagonal", the spectral numbers of the kernel of each output.

@@ -34,6 +34,7 @@ from ntkit.tracking.losses import cross_entropy, derivatives, half_squared, logi
 from ntkit.tracking.series import Tracked, assembled, close_folder, open_folder, read_snapshot, write_snapshot
 from ntkit.tracking.snapshot_numbers import KernelMatrix, KernelProducts, finite, kernel_change
 from ntkit.trajectory import Trajectory
+from ntkit.trajectory.learning_rates import sharpness_bound
 from ntkit.trajectory.objective import Loss
 
 
@@ -264,6 +265,8 @@ class _Tracker:
         record |= self._changes(kernel, step, earlier)
         if slope is not None and curvature is not None:
             record |= self._sharpness(kernel, curvature)
+            optimizer = self.trajectory.settings["optimizer"]
+            record["sharpness_bound"] = sharpness_bound(optimizer, rates[0]) if rates else None
             record["first_order"] = self._first_order(rates, slope)
         return record, {"eigenvectors": vectors}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -55,6 +56,38 @@ class RateSchedule:
             fix = "Return a number for every step from 0 on."
             raise refusal("schedule", got=f"{value!r} at step {step}", expected="a finite factor", fix=fix)
         return factor
+
+
+def sharpness_bound(optimizer: dict[str, Any], rate: float) -> float | None:
+    """Largest sharpness at which an optimizer with full batches is stable on a quadratic; None where none is known.
+
+    2 / rate for plain gradient descent, 2 (1 + b) / rate with momentum b, 2 (1 + b) / ((1 + 2 b) rate) by Nesterov,
+    less the weight decay. For Adam and others no number of the loss alone decides.
+
+    Source: Cohen et al. 2021, Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability, section 2.
+
+    Parameters
+    ----------
+    optimizer : of the settings of a recorded run: "class" and "groups".
+    rate : learning rate of the first group.
+
+    Examples
+    --------
+    >>> group = {"momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 0, "maximize": False}
+    >>> round(sharpness_bound({"class": "torch.optim.sgd.SGD", "groups": [group]}, 0.1), 9)
+    38.0
+    >>> sharpness_bound({"class": "torch.optim.adamw.AdamW", "groups": [{"betas": [0.9, 0.999]}]}, 0.1)
+    """
+    names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
+    settings = {tuple(group.get(name) for name in (*names, "lr")) for group in optimizer["groups"]}
+    if not optimizer["class"].endswith(".SGD") or len(settings) != 1 or not rate > 0:
+        return None
+    momentum, dampening, nesterov, decay, maximize = next(iter(settings))[:-1]
+    if maximize or dampening == 1:
+        return None
+    b = momentum or 0.0
+    free = 2 * (1 + b) / rate / (1 + 2 * b if nesterov else 1 - (dampening or 0.0) if b else 1.0)
+    return free - (decay or 0.0)
 
 
 def flow_time(trajectory: Trajectory) -> float:

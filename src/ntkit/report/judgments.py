@@ -1,0 +1,274 @@
+"""Every sentence of a report that judges: the numbers it needs, the rule that chooses it, and the threshold it prints.
+
+A report also lists numbers, which need no rule. Where it says more than its numbers (better, towards, hardly, beyond
+noise), the sentence comes from a `Judgment` here. `RULES` are printed at the end of each report of `ntkit analyze`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ntkit.report.words import NOISE, Number, compare
+
+LEVEL = 0.05
+"""McNemar's p value below which two errors on the same examples are different beyond noise."""
+LITTLE = 0.2
+"""Share of the training targets explained, below which a network hardly fits its training set."""
+CHANGED = 0.01
+"""Change of the centered alignment, or distance of a kernel from the first one, below which there is hardly any."""
+FEWEST = 4
+"""Snapshots below which a curve has no wander to compare its change with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judgment:
+    """What a report may say of some numbers.
+
+    Attributes
+    ----------
+    rule : the rule in words, with its threshold; it is printed.
+    verdict : the rule itself, from numbers to a key of `sentences`.
+    sentences : verdict -> what is said; "" where nothing is.
+    """
+
+    rule: str
+    verdict: Callable[..., str]
+    sentences: Mapping[str, str]
+
+    def say(self, *numbers: object) -> str:
+        """The sentence for some numbers."""
+        return self.sentences[self.verdict(*numbers)]
+
+
+def different_errors(p: float | None, difference: float | None) -> str:
+    """Verdict on two error rates on the same examples, by McNemar's p value: the first is "below" the other, or so.
+
+    >>> different_errors(0.049, -0.1), different_errors(0.05, -0.1), different_errors(0.01, 0.1)
+    ('below', 'same', 'above')
+    """
+    if p is None or difference is None:
+        return "unknown"
+    return "same" if p >= LEVEL or difference == 0 else "below" if difference < 0 else "above"
+
+
+def different_squares(low: float | None, high: float | None) -> str:
+    """Verdict on the difference of two squared errors on the same examples, by its interval.
+
+    >>> different_squares(-2.0, -0.1), different_squares(-2.0, 0.0), different_squares(0.1, 2.0)
+    ('below', 'same', 'above')
+    """
+    if low is None or high is None:
+        return "unknown"
+    return "below" if high < 0 else "above" if low > 0 else "same"
+
+
+def fits(share: float | None) -> str:
+    """Verdict on how much of the training targets a network explains.
+
+    >>> fits(0.19), fits(0.2), fits(None)
+    ('hardly', 'fits', 'unknown')
+    """
+    return "unknown" if share is None else "hardly" if share < LITTLE else "fits"
+
+
+def ends_of(values: Sequence[float | None]) -> tuple[float, float, float] | None:
+    """First and last value of a curve, and its wander: the largest move against the direction from first to last.
+
+    None where one end is undefined, or where fewer than `FEWEST` values are there to see a wander.
+
+    >>> ends_of([0.1, 0.3, 0.2, 0.4])
+    (0.1, 0.4, 0.09999999999999998)
+    >>> ends_of([0.4, 0.1, 0.2, 0.3]), ends_of([0.1, 0.4])
+    ((0.4, 0.3, 0.19999999999999998), None)
+    """
+    if not values or values[0] is None or values[-1] is None:
+        return None
+    known = [value for value in values if value is not None]
+    if len(known) < FEWEST:
+        return None
+    sign = 1.0 if known[-1] >= known[0] else -1.0
+    highest, wander = sign * known[0], 0.0
+    for value in known:
+        highest = max(highest, sign * value)
+        wander = max(wander, highest - sign * value)
+    return known[0], known[-1], wander
+
+
+def turned(first: float | None, last: float | None, wander: float | None) -> str:
+    """Verdict on a change of the alignment with the targets, beside the wander of its curve.
+
+    >>> turned(0.1, 0.5, 0.1), turned(0.5, 0.1, 0.1), turned(0.106, 0.116, 0.06), turned(0.1, 0.105, 0.0)
+    ('towards', 'away', 'wanders', 'hardly')
+    """
+    if first is None or last is None:
+        return "undefined"
+    if abs(last - first) < CHANGED:
+        return "hardly"
+    if wander is None:
+        return "unknown"
+    return "wanders" if abs(last - first) <= wander else "towards" if last > first else "away"
+
+
+def moved(distance: float | None) -> str:
+    """Verdict on the distance of the last kernel from the first: 1 - their cosine.
+
+    >>> moved(0.0099), moved(0.01), moved(None)
+    ('hardly', 'changed', 'vanished')
+    """
+    return "vanished" if distance is None else "hardly" if distance < CHANGED else "changed"
+
+
+def more_invariant(change: Number) -> str:
+    """Verdict on the change of a cosine from before to after training, over the same images.
+
+    >>> more_invariant({"value": 0.03, "error": 0.01}), more_invariant({"value": 0.03, "error": 0.02})
+    ('above', 'same')
+    """
+    return compare(change, {"value": 0.0, "error": 0.0})
+
+
+def separable(status: str) -> str:
+    """Verdict on a hard-margin SVM by its status."""
+    return status if status in ("optimal", "not separable") else "inaccurate"
+
+
+_PAIRED = (
+    "The two machines answer the same test examples, and only those count that one alone gets wrong. If neither is "
+    "better, each of these is as likely to be the one’s as the other’s: beyond noise where that has "
+    f"p < {LEVEL:g} (McNemar’s exact test, two-sided)."
+)
+_SQUARES = (
+    "Of the difference of squared errors on the same test examples: beyond noise where the interval that holds 95 % of "
+    "its resamples leaves out 0."
+)
+_ERRORS = {
+    "below": "lower than",
+    "above": "higher than",
+    "same": "no different, beyond noise, from",
+    "unknown": "not comparable with",
+}
+_BEFORE = {
+    "below": "Training made a better kernel.",
+    "above": "Training made a worse kernel.",
+    "same": "No difference beyond noise between the kernels before and after training.",
+    "unknown": "The kernels before and after training cannot be compared.",
+}
+_NETWORK = {
+    "below": "The after kernel does better than its network.",
+    "above": "The network does better than its after kernel.",
+    "same": "No difference beyond noise between the network and its after kernel.",
+    "unknown": "The after kernel cannot be compared with its network.",
+}
+
+BETTER = {
+    "init": Judgment(_PAIRED, different_errors, _BEFORE),
+    "network": Judgment(_PAIRED, different_errors, _NETWORK),
+}
+"""Two leads on test errors of machines."""
+LESS_SQUARED_ERROR = {
+    "init": Judgment(_SQUARES, different_squares, _BEFORE),
+    "network": Judgment(_SQUARES, different_squares, _NETWORK),
+}
+"""The same of a regression."""
+ERROR = Judgment(_PAIRED, different_errors, _ERRORS)
+"""How one test error is beside another, within a sentence."""
+SQUARED_ERROR = Judgment(_SQUARES, different_squares, _ERRORS)
+"""The same of a regression."""
+FIT = Judgment(
+    f"A network hardly fits its training set where it explains less than {100 * LITTLE:.0f} % of it: 1 minus its "
+    "training loss over that of the best constant prediction or, for numbers, R².",
+    fits,
+    {
+        "hardly": "The network hardly fits its training set: all that follows is about such a network.",
+        "fits": "",
+        "unknown": "How well the network fits its training set is unknown: its training loss is undefined.",
+    },
+)
+"""Said before anything else."""
+TURN = Judgment(
+    f"The kernel turned where the change of its centered alignment, first to last snapshot, is at least {CHANGED:g} "
+    "and larger than the largest move of the curve the other way.",
+    turned,
+    {
+        "towards": "The kernel turned towards the task.",
+        "away": "The kernel turned away from the task.",
+        "wanders": "Alignment with the task changed no more than it wanders along training.",
+        "hardly": "Alignment with the task hardly changed.",
+        "unknown": "Alignment with the task, before and after training.",
+        "undefined": "Alignment with the task is undefined.",
+    },
+)
+"""Lead on the alignment."""
+SHAPE = Judgment(
+    f"The kernel changed its shape where 1 minus its cosine with the first kernel is at least {CHANGED:g}.",
+    moved,
+    {
+        "vanished": "The kernel vanished along training.",
+        "hardly": "The kernel hardly changed shape.",
+        "changed": "The kernel changed along training.",
+    },
+)
+"""Lead on the kernel along training."""
+_COSINES = (
+    f"A cosine changed beyond noise where its mean change over the same images exceeds {NOISE:g} standard errors."
+)
+INVARIANCE = Judgment(
+    _COSINES,
+    more_invariant,
+    {
+        "above": "more invariant to",
+        "below": "less invariant to",
+        "same": "no different beyond noise for",
+        "unknown": "not comparable for",
+    },
+)
+"""Of transformations that keep the layout of an image."""
+LAYOUT = Judgment(
+    _COSINES,
+    more_invariant,
+    {
+        "below": "more global for",
+        "above": "less global for",
+        "same": "no more and no less global for",
+        "unknown": "not comparable for",
+    },
+)
+"""Of transformations that break the layout and keep local statistics: a low cosine means a global kernel."""
+BEYOND = Judgment(
+    "A change of a cosine says something of its transformation only where it exceeds the change for two different "
+    f"images by more than {NOISE:g} standard errors of the difference, over the same images.",
+    more_invariant,
+    {"above": "beyond", "below": "below", "same": "no larger", "unknown": "unknown"},
+)
+"""Of raw cosines that change in the direction in which those of two different images do."""
+SEPARABLE = Judgment(
+    "A hard-margin SVM exists only on a kernel that separates the training classes. Where one of two kernels does not, "
+    "ridge regression is compared on both.",
+    separable,
+    {
+        "optimal": "",
+        "not separable": "does not separate the classes",
+        "inaccurate": "was not solved to the required gap",
+    },
+)
+"""Of a machine."""
+
+RULES: dict[str, Sequence[Judgment]] = {
+    "Errors on the same test examples": (ERROR, *BETTER.values()),
+    "Squared errors": (SQUARED_ERROR, *LESS_SQUARED_ERROR.values()),
+    "Fit": (FIT,),
+    "Separable": (SEPARABLE,),
+    "Turned towards the task": (TURN,),
+    "Changed shape": (SHAPE,),
+    "Invariant, global": (INVARIANCE, LAYOUT),
+    "Beside two different images": (BEYOND,),
+}
+"""By what is judged; a report prints the rules that it uses."""
+
+
+def rules(regression: bool, images: bool) -> list[tuple[str, str]]:
+    """What is judged and the rule in words, of those that a report of `ntkit analyze` uses."""
+    left_out = {"Errors on the same test examples", "Separable"} if regression else {"Squared errors"}
+    left_out |= set() if images else {"Invariant, global", "Beside two different images"}
+    return [(name, judgments[0].rule) for name, judgments in RULES.items() if name not in left_out]
