@@ -186,7 +186,7 @@ def test_errors_are_compared_on_the_same_examples():
 def test_changes_of_cosines_are_paired_over_images():
     data = ntkit.data.load("digits", classes=("3", "8"), train=24, test=12)
     models = [build("cnn", data.input_shape, 1, seed=s) for s in (0, 1)]
-    kernels = {key: ntkit.TangentKernel(m) for key, m in zip(("init", "after"), models, strict=True)}
+    kernels = {key: ntkit.TangentKernel(m, outputs="trace") for key, m in zip(("init", "after"), models, strict=True)}
     told, _ = measures.invariances(kernels, data, 12)
     both = [ntkit.probes.cosines(k, data.x_test) for k in kernels.values()]
     for row in told["rows"]:

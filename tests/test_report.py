@@ -49,7 +49,7 @@ def _poison(value: Any, key: str = "") -> Any:
         return {k: _poison(v, k) for k, v in value.items()}
     if isinstance(value, list):
         return [_poison(v, key) for v in value]
-    fixed = {"kind", "kernel", "status", "stop", "kernel_outputs", "method"}
+    fixed = {"kind", "kernel", "status", "stop", "kernel_outputs", "method", "with", "machine"}
     return HOSTILE + value if isinstance(value, str) and key not in fixed else value
 
 
@@ -235,13 +235,13 @@ def test_nulls_become_sentences(minimal: Path) -> None:
     words, plots = _words(minimal), _plots(minimal)
     assert list(plots) == ["plot-machines"]
     assert plots["plot-machines"]["data"][0]["x"] == [25.0]
-    assert len(plots["plot-machines"]["data"]) == 3
+    assert len(plots["plot-machines"]["data"]) == 4  # ridge where the kernel does not separate
     assert "error_x" not in plots["plot-machines"]["data"][0]
     assert "the weights were loaded, so there was no training to follow" in words
     assert "defined for images, and these data are vectors" in words
     assert "there is nothing to show for vectors" in words
-    assert "✗ not separable" in words
-    assert "Use a soft margin." in words
+    assert "not separable no SVM exists; see ridge" in words
+    assert "✗ inaccurate Compute the kernel in float64." in words
     assert "1 check failed: symmetry." in words
     assert "✗ no" in words
     assert "an operation without a rule" in words
@@ -264,7 +264,9 @@ def test_undefined_values_along_training(tmp_path: Path) -> None:
     results["training"]["losses"] = [2.3, None, None]
     along = results["along"]
     for key, value in along.items():
-        if key not in ("steps", "energy_ks") and isinstance(value, list):
+        if key == "test_error":
+            along[key] = [report_case.number(None)] * len(value)
+        elif key not in ("steps", "energy_ks") and isinstance(value, list):
             along[key] = [[None] * len(row) if isinstance(row, list) else None for row in value]
     words = _words(render(report_case.write(tmp_path, results)))
     assert "Training diverged" in words
@@ -554,7 +556,8 @@ def test_page_draws(chromium: Any, full: Path, width: int, height: int, scheme: 
     assert (visit.luminance() > 128) == (scheme == "light")
     paths = visit.page.evaluate(
         "Object.fromEntries([...document.querySelectorAll('div.plot')].map(plot => "
-        "[plot.id, plot.querySelectorAll('svg .scatterlayer path').length]))"
+        "[plot.id, plot.querySelectorAll('svg .scatterlayer path').length"
+        " + 2 * plot.querySelectorAll('svg .heatmaplayer image').length]))"
     )
     assert set(paths) == set(_plots(full))
     assert min(paths.values()) >= 2
@@ -599,6 +602,46 @@ def test_copy_print_and_policy(chromium: Any, full: Path) -> None:
         " setTimeout(() => done(''), 2000); })"
     )
     assert blocked == "img-src"
+
+
+@pytest.mark.browser
+def test_figures_and_tables_are_saved(chromium: Any, full: Path) -> None:
+    visit, results = Visit(chromium, full, 1280, 900, "light"), report_case.full()[0]
+
+    def saved(place: str, text: str) -> tuple[str, str]:
+        with visit.page.expect_download() as waiting:
+            visit.page.click(f"{place} >> text='{text}'")
+        return waiting.value.suggested_filename, waiting.value.path().read_text(encoding="utf-8")
+
+    name, drawn = saved("#figure-machines .save", "SVG")
+    assert name == "test-error-of-the-machines.svg"
+    assert drawn.startswith("<svg")
+    assert "var(--" not in drawn
+    assert "±" in drawn
+    assert "after kernel" in drawn
+    name, text = saved("#figure-alignment .save", "CSV")
+    rows = [line.split(",") for line in text.splitlines()]
+    assert rows[0] == ["panel", "curve", "x", "y", "error", "value"]
+    curve = [row for row in rows if row[1] == "centered"]
+    assert [int(row[2]) for row in curve] == results["along"]["steps"]  # the step, not its place on the axis
+    assert [float(row[3]) for row in curve] == pytest.approx(results["along"]["alignment_centered"])
+    name, text = saved("#figure-gram .save", "CSV")
+    assert len(text.splitlines()) == 1 + 2 * 20**2
+    table = visit.page.locator("table", has_text="The kernels on the training set")
+    buttons = table.locator("xpath=ancestor::div[1]/following-sibling::p[1]")
+    for kind, wanted in (("LaTeX", "after kernel & 0.604 & 0.781 & 5.4 & 159200 & 111 \\\\"),
+                         ("CSV", "after kernel,0.604,0.781,5.4,159200,111")):  # fmt: skip
+        with visit.page.expect_download() as waiting:
+            buttons.get_by_text(kind).click()
+        assert wanted in waiting.value.path().read_text(encoding="utf-8")
+    table = visit.page.locator("table", has_text="Machines and their certificates")
+    with visit.page.expect_download() as waiting:
+        table.locator("xpath=ancestor::div[1]/following-sibling::p[1]").get_by_text("LaTeX").click()
+    text = waiting.value.path().read_text(encoding="utf-8")
+    assert "6.7 $\\pm$ 1.3 \\%" in text
+    assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 1
+    assert len({line.count("&") for line in text.split("\n") if "&" in line}) == 1
+    assert not visit.complaints
 
 
 @pytest.mark.browser

@@ -58,7 +58,7 @@ def records(depth: int = 4) -> list[dict[str, Any]]:
             "layer_alignment": {f"layers.{d}": 0.1 + 0.6 * t**1.3 + 0.05 * d for d in range(depth)},
             "distance": 0.4 * t**2, "change": 8 * t, "cka": 1 - 0.6 * t**2,
             "velocity": None if i == 0 else 1e-2 / (1 + step), "change_error": 0.0,
-            "sharpness": sharp, "stable_learning_rate": 2 / sharp, "sharpness_bound": 40.0,
+            "sharpness": sharp, "stable_learning_rate": 2 / sharp, "sharpness_bound": 2 / rate,
             "first_order": {"cosine": 1 - 1e-3 * t, "relative_error": 1e-3 + 4e-2 * t, "norm_ratio": 1 + 1e-2 * t},
         })  # fmt: skip
     return found
@@ -230,7 +230,7 @@ def test_curves_are_the_records(full: Path) -> None:
     sharp, bound = plots["plot-sharpness"]["data"]
     assert sharp["y"] == [r["sharpness"] for r in found]
     assert sharp["x"] == [0.5, *STEPS[1:]]
-    assert bound["y"] == [2 / r["learning_rate"] for r in found]
+    assert bound["y"] == [r["sharpness_bound"] for r in found]
     assert (bound["line"]["dash"], bound["line"]["shape"]) == ("dash", "hv")
     for name, record in (("target", "energy_target"), ("output", "energy_output"), ("residual", "energy_residual")):
         drawn = {trace["name"]: trace["y"] for trace in plots[f"plot-energy-{name}"]["data"]}

@@ -93,7 +93,7 @@ def compared(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
             names[c["with"]],
             {"svm": "hard-margin SVM", "ridge": "ridge regression"}[c["machine"]],
             f"{c['only_after']}, {c['only_other']}",
-            percent(c),
+            percent(c).replace("-", "−"),
             f"{words[judgments.different_errors(c['p'], c['value'])]}, p = {plain(c['p'], 2)}",
         )
         for c in (results.get("comparisons") or {"compared": []})["compared"]

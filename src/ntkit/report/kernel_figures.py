@@ -123,6 +123,7 @@ def confusion(results: dict[str, Any]) -> FigureAndReading | None:
         table = np.asarray(counts)
         rows = table / np.maximum(table.sum(1, keepdims=True), 1)
         heat = draw.heat(100 * rows, "ramp", "%{customdata}<extra></extra>") | {"zmin": 0, "zmax": 100}
+        heat["colorscale"][0] = [0, "var(--card)"]  # a class never taken for another has no color
         heat["customdata"] = [
             [f"{draw.safe(a)} taken for {draw.safe(b)}: {table[i, j]}" for j, b in enumerate(classes)]
             for i, a in enumerate(classes)

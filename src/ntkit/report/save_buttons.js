@@ -68,7 +68,7 @@
       + "r".repeat(Math.max(0, head.length - 1)) + "}\n  \\toprule\n" + lines.join("\n") + "\n  \\bottomrule\n  \\end{tabular}\n"
       + "\\end{table}\n";
   }
-  function button(place, text, title, work) {
+  function saver(place, text, title, work) {
     var made = document.createElement("button");
     made.type = "button"; made.textContent = text; made.title = title;
     made.setAttribute("aria-label", title);
@@ -80,7 +80,7 @@
     if (!title || !figure.querySelector(".plot")) { return; }
     var name = slug(title.textContent), place = document.createElement("span");
     place.className = "save";
-    button(place, "SVG", "Save this figure as SVG", function () {
+    saver(place, "SVG", "Save this figure as SVG", function () {
       Array.prototype.forEach.call(figure.querySelectorAll(".plot"), function (panel, i, all) {
         Plotly.toImage(panel, { format: "svg", width: panel.clientWidth, height: panel.clientHeight }).then(function (uri) {
           var text = decodeURIComponent(uri.slice(uri.indexOf(",") + 1));
@@ -88,7 +88,7 @@
         });
       });
     });
-    button(place, "CSV", "Save the numbers of this figure as CSV", function () {
+    saver(place, "CSV", "Save the numbers of this figure as CSV", function () {
       save(name + ".csv", "text/csv", numbers(figure));
     });
     title.insertAdjacentElement("afterend", place);
@@ -100,10 +100,10 @@
       : region ? region.getAttribute("aria-label") : document.title;
     var place = document.createElement("p");
     place.className = "save";
-    button(place, "LaTeX", "Save the table “" + title + "” as LaTeX", function () {
+    saver(place, "LaTeX", "Save the table “" + title + "” as LaTeX", function () {
       save(slug(title) + ".tex", "text/x-tex", latex(table, title));
     });
-    button(place, "CSV", "Save the table “" + title + "” as CSV", function () {
+    saver(place, "CSV", "Save the table “" + title + "” as CSV", function () {
       save(slug(title) + ".csv", "text/csv", csv(cells(table)));
     });
     (table.closest(".scroll") || table).insertAdjacentElement("afterend", place);
