@@ -730,6 +730,6 @@ def test_matrices_spectra_and_confusions_are_those_of_the_results(full: Path) ->
     assert spectrum["after kernel"]["x"] == list(range(1, 21))
     np.testing.assert_allclose(spectrum["after kernel"]["y"], 100 * values / values.sum(), rtol=1e-3)
     assert plots["plot-confusion-network"]["data"][0]["text"] == report_case.confusion(9)
-    assert "network: most often 8 for 3 (9 of 36)" in words
+    assert "network: most often 8 taken for 3 (9 of 36)" in words
     errors = plots["plot-errors"]["data"][0]
     assert errors["y"] == [100 * e["value"] for e in report_case.full()[0]["along"]["test_error"]]

@@ -159,7 +159,7 @@ def similarity(grams: dict[str, Tensor | None]) -> dict[str, float | None]:
     """Alignment between the train x train kernels, None where one of them is absent."""
     result: dict[str, float | None] = {}
     for a, b in (("init", "after"), ("after", "conjugate"), ("init", "conjugate")):
-        first, second = (None if grams[key] is None else Gram(grams[key]) for key in (a, b))
+        first, second = (None if (K := grams[key]) is None else Gram(K) for key in (a, b))
         both = first is not None and second is not None
         result[f"{a}_{b}"] = defined(alignment, first, second) if both else None
         result[f"{a}_{b}_centered"] = defined(alignment, first, second, centered=True) if both else None

@@ -16,7 +16,7 @@ from ntkit.base.files import read_json
 from ntkit.base.run_files import AnalysisRun, described
 from ntkit.base.tensors import tensor_hash
 from ntkit.base.versions import RESULTS_FORMAT, versions
-from ntkit.commands.network_measures import TrainingTask
+from ntkit.commands.network_measures import LABELS, TrainingTask
 from ntkit.commands.settings import Settings
 from ntkit.data import Data
 from ntkit.trajectory import Trajectory
@@ -147,7 +147,13 @@ def _certificates(machines: list, along: dict[str, Any] | None, absent: dict[str
     if along is not None:
         what = "eigenpairs along training: largest |K v - lambda v| / lambda_1 (of K as computed)"
         rows.append((what, along["residual"], 1e-8, along["residual"] <= 1e-8))
-    rows += [(f"{stage}: not measured. {reason}", None, None, False) for stage, reason in absent.items()]
+    for stage, reason in absent.items():
+        kind, _, key = stage.partition("-")
+        if kind == "machine" and f"gram-{key}" in absent:
+            continue  # said once, of the kernel
+        of = {"gram": "kernel matrix", "machine": "machine"}
+        name = f"{of[kind]} of the {LABELS[key]}" if kind in of else stage
+        rows.append((f"{name}: not measured. {reason}", None, None, False))
     return [dict(zip(("what", "value", "tolerance", "ok"), row, strict=True)) for row in rows]
 
 

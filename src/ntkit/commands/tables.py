@@ -72,9 +72,9 @@ def _print_regression(results: dict[str, Any]) -> None:
     rows += [(f"ridge, {m['label']}", m["test"], str(m["ridge"] or "-")) for m in results["machines"]]
     cells = [(name, *(text.joined(*parts.pair(e, key)) for key in ("r2", "rmse")), ridge) for name, e, ridge in rows]
     columns = f"test errors of|>R² (95 %)|>root mean squared error in {parts.unit} (95 %)|>ridge"
-    print_table(results["title"], columns, cells)
     for warning in text.cautions(results):
-        print(warning)
+        print(warning.replace("\u00a0", " "))
+    print_table(results["title"], columns, cells)
 
 
 def _print_errors(results: dict[str, Any]) -> None:
@@ -84,15 +84,15 @@ def _print_errors(results: dict[str, Any]) -> None:
     for m in results["machines"]:
         error, machine = text.shown_error(m)
         if machine == "ridge":
-            errors.append((f"ridge, {m['label']}", error, "not separable, so ridge regression in the SVM's place"))
+            errors.append((f"ridge, {m['label']}", error, "not separable: ridge instead"))
             continue
         gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
         errors.append((f"SVM, {m['label']}", error, f"{m['status']}, gap {gap}"))
     # without a single error among the test examples the binomial standard error is 0 and no estimate
     rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), how) for name, e, how in errors]
-    print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
     for warning in text.cautions(results):
-        print(warning)
+        print(warning.replace("\u00a0", " "))
+    print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
     for lead, sentence in text.in_short(results)[: 2 + any("ridge," in row[0] for row in rows)]:
         print(f"{lead} {sentence}".replace("\u00a0", " "))
 

@@ -45,7 +45,7 @@ def warnings(results: dict[str, Any]) -> list[str]:
 
 def failed_checks(results: dict[str, Any]) -> list[str]:
     """One sentence on all checks that failed; none without any."""
-    failed = [c["what"] for c in results["certificates"] if not c["ok"]]
+    failed = [c["what"].removesuffix(".") for c in results["certificates"] if not c["ok"]]
     return [f"{len(failed)} check{'' if len(failed) == 1 else 's'} failed: {'; '.join(failed)}."] if failed else []
 
 
@@ -68,6 +68,18 @@ def fit_warnings(learned: float | None, run: dict[str, Any] | None, measured: st
         return ["Training diverged: the after kernel is that of a network that did not learn."]
     text = judgments.FIT.say(learned)
     return [text if learned is None else f"{text} {measured}"] if text else []
+
+
+def lead_on_network(judgment: judgments.Judgment, numbers: tuple[Any, ...], learned: float | None) -> str:
+    """The lead on the network beside its kernel; where one is better and the network hardly fits, that belongs into it.
+
+    >>> lead_on_network(judgments.BETTER["network"], (0.01, -0.1), 0.07)
+    'The after kernel does better than its network, which hardly fits its training set.'
+    """
+    lead = judgment.say(*numbers)
+    if judgment.verdict(*numbers) in ("below", "above") and judgments.fits(learned) == "hardly":
+        return f"{lead[:-1]}, which hardly fits its training set."
+    return lead
 
 
 def machines(results: dict[str, Any]) -> str:
@@ -260,8 +272,8 @@ def _separable_findings(results: dict[str, Any]) -> list[tuple[str, str]]:
     found = [m for m in results["machines"] if judgments.separable(m["status"]) == "not separable"]
     if not found:
         return []
-    names = [m["label"] for m in found]
-    lead = f"The {listed(names)} {'does' if len(names) == 1 else 'do'} not separate the training classes."
+    names = listed([f"the {m['label']}" for m in found])
+    lead = f"T{names[1:]} {'does' if len(found) == 1 else 'do'} not separate the training classes."
     errors = listed([percent(m["ridge_test_error"]) for m in found])
     return [(lead, f"No hard-margin SVM exists there; ridge regression stands in its place: test error {errors}.")]
 
@@ -282,7 +294,10 @@ def _error_findings(results: dict[str, Any]) -> list[tuple[str, str]]:
             if other == "init"
             else f"Test error: network {network}; {by}: after kernel {after}, conjugate kernel {conjugate}."
         )
-        findings.append((judgment.say(found["p"], found["value"]), text + _counts(found)))
+        numbers = found["p"], found["value"]
+        learned = (results["network"].get("fit") or {"value": None})["value"]
+        lead = lead_on_network(judgment, numbers, learned) if other == "network" else judgment.say(*numbers)
+        findings.append((lead, text + _counts(found)))
     return findings
 
 

@@ -156,8 +156,8 @@ _BEFORE = {
 }
 _NETWORK = {
     "below": "The after kernel does better than its network.",
-    "above": "The network does better than its after kernel.",
-    "same": "No difference beyond noise between the network and its after kernel.",
+    "above": "The after kernel does worse than its network.",
+    "same": "No difference beyond noise between the after kernel and its network.",
     "unknown": "The after kernel cannot be compared with its network.",
 }
 

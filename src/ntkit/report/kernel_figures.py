@@ -138,7 +138,7 @@ def confusion(results: dict[str, Any]) -> FigureAndReading | None:
         panels.append(Panel(f"plot-confusion-{who}", name, [heat], draw.layout(x, y, height=340)))
         wrong = table - np.diag(np.diag(table))
         i, j = np.unravel_index(int(wrong.argmax()), wrong.shape)
-        most = f"most often {classes[i]} for {classes[j]} ({wrong[i, j]} of {table[i].sum()})"
+        most = f"most often {classes[i]} taken for {classes[j]} ({wrong[i, j]} of {table[i].sum()})"
         texts.append(f"{name}: {most if wrong.any() else 'none'}")
     if not panels:
         return None

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ntkit.report import judgments
-from ntkit.report.analysis_text import along_finding, failed_checks, fit_warnings, turn_finding
+from ntkit.report.analysis_text import along_finding, failed_checks, fit_warnings, lead_on_network, turn_finding
 from ntkit.report.words import digits, listed, plain
 
 R2 = 2
@@ -123,10 +123,10 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
         "network": f"Test R²: network {network}; ridge regression on the after kernel {after}, on the conjugate kernel "
         f"{conjugate}.",
     }
-    findings = [
-        (judgment.say(*difference(results, other)), texts[other])
-        for other, judgment in judgments.LESS_SQUARED_ERROR.items()
-    ]
+    leads = {o: j.say(*difference(results, o)) for o, j in judgments.LESS_SQUARED_ERROR.items()}
+    judgment, learned = judgments.LESS_SQUARED_ERROR["network"], results["network"]["train"]["r2"]["value"]
+    leads["network"] = lead_on_network(judgment, difference(results, "network"), learned)
+    findings = [(leads[other], texts[other]) for other in leads]
     rows = {row["kernel"]: row for row in results["quality"]}
     (first, last), ranks = (
         [rows.get(k, {}).get(name) for k in ("init", "after")] for name in ("alignment_centered", "effective_rank")

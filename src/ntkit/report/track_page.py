@@ -149,8 +149,8 @@ def _cards(a: dict[str, Any]) -> list[tuple[str, str, str]]:
     if "eigenvalues" in a:
         top = ends([row[0] for row in a["eigenvalues"]], 3)
         cards.append(("Largest eigenvalue, first → last step", top, "of the Gram matrix"))
-    if "energy_target" in a:
-        place, k = words.middle(a["energy_ks"])
+    if (found := training_figures.quoted(a, "target")) is not None:
+        place, k = found
         energies = ends([row[place] for row in a["energy_target"]], 2)
         cards.append((f"Share of the targets in the top {k} eigenvectors", energies, "1: all of them"))
     if "alignment_centered" in a:

@@ -61,11 +61,23 @@ def summary(a: Series) -> str:
     parts = []
     if "eigenvalues" in a:
         parts.append(f"its largest eigenvalue {change(a['eigenvalues'][0][0], a['eigenvalues'][-1][0])}")
-    if "energy_target" in a:
-        place, k = middle(a["energy_ks"])
+    if (found := quoted(a, "target")) is not None:
+        place, k = found
         first, last = (share(a["energy_target"][row][place]) for row in (0, -1))
         parts.append(f"the top {k} eigenvectors hold {last} of the targets at the end and {first} at the start")
     return "; ".join(parts)
+
+
+def quoted(a: Series, name: str) -> tuple[int, int] | None:
+    """Place and value of the k whose energy sentences quote: the nearest to 10 that is defined first and last."""
+    rows = a.get(f"energy_{name}")
+    if not rows:
+        return None
+    known = [i for i in range(len(a["energy_ks"])) if rows[0][i] is not None and rows[-1][i] is not None]
+    if not known:
+        return None
+    place, k = middle([a["energy_ks"][i] for i in known])
+    return known[place], k
 
 
 def losses(a: Series, training: dict[str, Any] | None = None) -> FigureAndReading:
@@ -185,7 +197,7 @@ def distance(a: Series) -> FigureAndReading:
 def energies(a: Series) -> FigureAndReading:
     """Energy of targets, outputs and residual (those that `a` has) in the top k eigenvectors against step."""
     ks, panels, legend, parts = a["energy_ks"], [], [], []
-    place, k = middle(ks)
+    place, k = quoted(a, "target") or middle(ks)
     for name, noun in ENERGIES:
         rows = a.get(f"energy_{name}")
         if rows is None:
