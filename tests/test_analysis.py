@@ -383,7 +383,9 @@ def test_a_model_without_last_hidden_features_still_gets_its_report(tmp_path):
     ntkit.analyze(small(model=f"{tmp_path / 'seq.py'}:Net"), out=tmp_path / "run")
     found = results(tmp_path / "run")
     assert [m["kernel"] for m in found["machines"]] == ["init", "after"]
-    reasons = [c["what"] for c in found["certificates"] if "conjugate kernel (last hidden layer): not measured" in c["what"]]
+    reasons = [
+        c["what"] for c in found["certificates"] if "conjugate kernel (last hidden layer): not measured" in c["what"]
+    ]
     assert "Name a layer" in reasons[0]
     assert found["similarity"]["after_conjugate"] is None
 

@@ -493,14 +493,24 @@ def test_sharpness_stands_beside_a_bound_only_where_there_is_one(full: Path, tmp
 
 
 def test_ticks_cover_any_range() -> None:
-    for values in ([1e-12, 1e9], [3.0, 3.0], [None, 0.0], [0.02, 0.9], [5e-7, 6e-7]):
+    for values in (
+        [1e-12, 1e9],
+        [3.0, 3.0],
+        [None, 0.0],
+        [0.02, 0.9],
+        [5e-7, 6e-7],
+        [1.0, 1.00001],
+        [0.642, 0.694],
+        [3, 80],
+    ):
         axis = draw.log_axis("", values)
         low, high = axis["range"]
         assert low < high
         assert all(10 ** (low - 1e-9) <= tick <= 10 ** (high + 1e-9) for tick in axis["tickvals"])
-        assert len(axis["tickvals"]) == len(set(axis["ticktext"])) <= 14
+        assert 3 <= len(axis["tickvals"]) == len(set(axis["ticktext"])) <= 14
     assert draw.log_axis("", [109, 325])["ticktext"] == ["150", "200", "300"]
-    assert draw.log_axis("", [109, 140])["ticktext"] == ["109", "140"]
+    assert draw.log_axis("", [109, 140])["ticktext"] == ["110", "120", "130", "140"]
+    assert draw.log_axis("", [0.642, 0.694])["ticktext"] == ["0.64", "0.65", "0.66", "0.67", "0.68", "0.69"]
     assert draw.log_axis("", [1e-9, 1e-2])["ticktext"][0] == "10⁻⁹"
 
 

@@ -116,9 +116,23 @@ def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
     if len(ticks) < 3 and high - low < 1:
         ticks = inside((1, 1.5, 2, 3, 4, 5, 7))
     labels = {m * 10.0**e: _power(m, e) for m, e in ticks}
-    if len(labels) < 2:  # too narrow for round numbers: its ends
-        labels = {value: text for text, value in {plain(v): v for v in (min(finite), max(finite))}.items()}
+    if len(labels) < 3:  # too narrow for those
+        labels = _even_ticks(10 ** (low - pad), 10 ** (high + pad))
     return axis(title, type="log", range=[low - pad, high + pad], tickvals=list(labels), ticktext=list(labels.values()))
+
+
+def _even_ticks(low: float, high: float) -> dict[float, str]:
+    """Round numbers with equal steps between two numbers, at least three, and their texts.
+
+    >>> _even_ticks(107.0, 142.0)
+    {110.0: '110', 120.0: '120', 130.0: '130', 140.0: '140'}
+    """
+    third = (high - low) / 3
+    power = 10.0 ** math.floor(math.log10(third))
+    step = max(m * power for m in (1, 2, 5) if m * power <= third)
+    digits = 2 + max(0, math.ceil(math.log10(high / step)))
+    values = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return {value: plain(value, digits) for value in values}
 
 
 def _power(m: float, e: int) -> str:
