@@ -18,7 +18,7 @@ SCALES = {
         epochs=20, seeds=2, left=60, sets=30, fresh=2,  # examples left out alone; random sets; fresh runs
     ),
     "paper": Sizes(
-        train=500, text_train=1_000, test=40, pixels=32, width=16, features=160, channels=128, own_words=False,
+        train=500, text_train=500, test=40, pixels=32, width=16, features=160, channels=128, own_words=False,
         epochs=20, seeds=3, left=500, sets=50, fresh=5,
     ),
 }  # fmt: skip
