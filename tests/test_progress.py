@@ -34,3 +34,29 @@ def test_long_work_says_how_far_and_how_long_in_plain_lines(monkeypatch):
 
 def test_only_the_outer_task_speaks(monkeypatch):
     assert "inner" not in run(monkeypatch, 15.0, nested=True)
+
+
+def test_a_notebook_shows_a_bar_on_one_line(monkeypatch):
+    written = []
+
+    class OutStream:  # of a Jupyter kernel
+        def isatty(self):
+            return False
+
+        def write(self, text):
+            written.append(text)
+
+        def flush(self):
+            pass
+
+    OutStream.__module__ = "ipykernel.iostream"
+    for name, value in (("_SILENT", 0.0), ("_BAR_EVERY", 0.0)):
+        monkeypatch.setattr(progress, name, value)
+    monkeypatch.setattr(progress.sys, "stderr", OutStream())
+    with progress.task("counting", total=4) as work:
+        for _ in range(4):
+            work.advance()
+    lines = "".join(written).split("\r")
+    assert len(lines) == 5
+    assert lines[2].startswith("counting " + "█" * 15 + "░" * 15)
+    assert lines[4] == "counting " + "█" * 30 + " 0 s left \n"

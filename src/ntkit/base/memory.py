@@ -52,3 +52,12 @@ def check_room(subject: str, needed: int, stored: int | None = None) -> None:
     if needed > (free := free_memory(torch.device("cpu"))):
         expected = f"at most {free / 1e9:.1f} GB, the free memory"
         raise refusal(subject, got=f"{needed / 1e9:.1f} GB of data", expected=expected, fix="Keep fewer examples.")
+
+
+def bytes_in_words(number: float) -> str:
+    """Bytes as text.
+
+    >>> bytes_in_words(2.34e9), bytes_in_words(4.2e6)
+    ('2.3 GB', '4.2 MB')
+    """
+    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"

@@ -8,6 +8,7 @@ import time
 import torch
 from torch import nn
 
+from ntkit.base.memory import bytes_in_words
 from ntkit.base.progress import clock
 from ntkit.commands.against_loss import cost_of_kernels
 from ntkit.commands.network_measures import TrainingTask, spread
@@ -41,8 +42,8 @@ def estimate(task: TrainingTask, model: nn.Module, settings: Settings, steps: in
     memory = 20 * n**2 + 4 * 4 * parameters
     disk = 3 * 4 * n * (n + tests) + 4 * parameters * snapshots
     return (
-        f"This will take about {clock(seconds)} on this machine, {memory / 1e9:.1f} GB of memory beside the "
-        f"{settings.memory} that --memory allows, and {disk / 1e9:.2f} GB on disk until it is complete. Ctrl-C keeps "
+        f"This will take about {clock(seconds)} on this machine, {bytes_in_words(memory)} of memory beside the "
+        f"{settings.memory} that --memory allows, and {bytes_in_words(disk)} on disk until it is complete. Ctrl-C keeps "
         "what is finished."
     )
 

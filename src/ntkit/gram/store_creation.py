@@ -13,7 +13,7 @@ from ntkit.base.caller_context import threads
 from ntkit.base.checks import refusal
 from ntkit.base.files import ASIDE
 from ntkit.base.lock import LOCK, FolderLock
-from ntkit.base.memory import parse_memory
+from ntkit.base.memory import bytes_in_words, parse_memory
 from ntkit.base.progress import clock, task
 from ntkit.base.versions import versions
 from ntkit.gram.gram_identity import identity, what_it_depends_on
@@ -94,7 +94,7 @@ def _compute_missing(
 ) -> None:
     """Compute and write the tiles that are not there, here or by workers, and tell what it takes."""
     here = scheduler is None
-    check_memory(files.grid, copied_bytes(sent.x) if workers > 1 else 0, workers)
+    check_memory(files.grid, copiedbytes_in_words(sent.x) if workers > 1 else 0, workers)
     if say is not None:
         say(_size(files, len(missing), sent.memory))
     with task("kernel matrix", total=len(missing)) as progress, _counted(files, len(missing), say):
@@ -124,8 +124,10 @@ def _size(files: TileFiles, missing: int, memory: int | None) -> str:
     begun = f", of which {there:,} are there" if there else ""
     tiles = _tiles(len(grid.tiles))
     text = f"{grid.n:,} samples, {tiles} of {grid.size:,} x {grid.size:,} in {grid.dtype}{begun}: "
-    text += f"{_bytes(missing * grid.bytes_per_tile)} on the disk, which has {_bytes(free_disk(files.folder))} free"
-    return text + ("" if memory is None else f"; memory per process, beside model and samples: {_bytes(memory)}")
+    text += f"{bytes_in_words(missing * grid.bytes_per_tile)} on the disk, which has {bytes_in_words(free_disk(files.folder))} free"
+    return text + (
+        "" if memory is None else f"; memory per process, beside model and samples: {bytes_in_words(memory)}"
+    )
 
 
 def _time(seconds: float, workers: int) -> str:
@@ -138,10 +140,6 @@ def _time(seconds: float, workers: int) -> str:
 
 def _tiles(number: int) -> str:
     return f"{number:,} tile{'s' * (number != 1)}"
-
-
-def _bytes(number: float) -> str:
-    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
 
 
 @contextmanager
