@@ -43,8 +43,8 @@ def estimate(task: TrainingTask, model: nn.Module, settings: Settings, steps: in
     disk = 3 * 4 * n * (n + tests) + 4 * parameters * snapshots
     return (
         f"This will take about {clock(seconds)} on this machine, {bytes_in_words(memory)} of memory beside the "
-        f"{settings.memory} that --memory allows, and {bytes_in_words(disk)} on disk until it is complete. Ctrl-C keeps "
-        "what is finished."
+        f"{settings.memory} that --memory allows, and {bytes_in_words(disk)} on disk until it is complete. Ctrl-C "
+        "keeps what is finished."
     )
 
 

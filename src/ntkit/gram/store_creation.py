@@ -94,7 +94,7 @@ def _compute_missing(
 ) -> None:
     """Compute and write the tiles that are not there, here or by workers, and tell what it takes."""
     here = scheduler is None
-    check_memory(files.grid, copiedbytes_in_words(sent.x) if workers > 1 else 0, workers)
+    check_memory(files.grid, copied_bytes(sent.x) if workers > 1 else 0, workers)
     if say is not None:
         say(_size(files, len(missing), sent.memory))
     with task("kernel matrix", total=len(missing)) as progress, _counted(files, len(missing), say):
@@ -124,10 +124,10 @@ def _size(files: TileFiles, missing: int, memory: int | None) -> str:
     begun = f", of which {there:,} are there" if there else ""
     tiles = _tiles(len(grid.tiles))
     text = f"{grid.n:,} samples, {tiles} of {grid.size:,} x {grid.size:,} in {grid.dtype}{begun}: "
-    text += f"{bytes_in_words(missing * grid.bytes_per_tile)} on the disk, which has {bytes_in_words(free_disk(files.folder))} free"
-    return text + (
-        "" if memory is None else f"; memory per process, beside model and samples: {bytes_in_words(memory)}"
-    )
+    needed, free = bytes_in_words(missing * grid.bytes_per_tile), bytes_in_words(free_disk(files.folder))
+    text += f"{needed} on the disk, which has {free} free"
+    extra = "" if memory is None else f"; memory per process, beside model and samples: {bytes_in_words(memory)}"
+    return text + extra
 
 
 def _time(seconds: float, workers: int) -> str:
