@@ -471,20 +471,27 @@ def test_the_page_says_the_numbers(explained: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("smooth", "trusted", "first"),
+    ("smooth", "miss", "first"),
     [
-        (True, True, "Influence can be used here: in a trial"),
-        (False, True, "Training amplifies small changes in this run: its metasmoothness is low, 0.30. Yet influence"),
-        (False, False, "Do not trust the influence in this run: in a trial"),
-        (True, False, "Do not trust the influence in this run: in a trial"),
+        (0.5, 0.5, "Influence can be used here: in a trial"),
+        (
+            0.49,
+            0.5,
+            "Training amplifies small changes in this run: its metasmoothness is 0.49, below 0.5. Yet",
+        ),
+        (0.3, 0.51, "Do not trust the influence in this run: in a trial"),
+        (0.9, 0.51, "Do not trust the influence in this run: in a trial"),
+        (0.9, None, "Do not trust the influence in this run: in a trial"),
     ],
 )
-def test_the_first_sentence_follows_from_trial_and_metasmoothness(smooth: bool, trusted: bool, first: str) -> None:
-    found = {"metasmoothness": 0.3, "smooth": smooth, "miss": 0.25, "trusted": trusted}
-    text = trust({"influence": found})
+def test_the_first_sentence_follows_from_trial_and_metasmoothness(
+    smooth: float, miss: float | None, first: str
+) -> None:
+    text = trust({"influence": {"metasmoothness": smooth, "miss": miss}})
     assert text.startswith(first)
-    assert "by 25\u00a0% of their size" in text
-    assert "by an undefined share of their size" in trust({"influence": found | {"miss": None}})
+    share = "an undefined share" if miss is None else f"{100 * miss:.0f}\u00a0%"
+    assert f"by {share} of their size" in text
+    assert "50\u00a0% is allowed" in text
 
 
 def test_low_metasmoothness_is_said_first(hostile: Path, capsys: Any) -> None:
@@ -492,7 +499,7 @@ def test_low_metasmoothness_is_said_first(hostile: Path, capsys: Any) -> None:
     lede = re.search(r'<p class="lede">(.*?)</p>', _body(hostile), re.DOTALL)
     assert lede
     assert lede[1].startswith("Do not trust the influence in this run: in a trial")
-    assert "by 150\u00a0% of their size (metasmoothness 0.20)" in lede[1]
+    assert "by 150\u00a0% of their size (at most 50\u00a0% is allowed; metasmoothness 0.20)" in lede[1]
     assert "Finite differences say nothing about the influence here" in words
     ntkit.commands.tables.print_explanation(hostile.parent)
     assert capsys.readouterr().out.startswith("Do not trust the influence in this run")

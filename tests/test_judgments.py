@@ -29,6 +29,10 @@ CASES = {
     ],
     judgments.SHAPE: [((0.00999,), "hardly"), ((0.01,), "changed"), ((None,), "vanished")],
     judgments.INVARIANCE: CHANGES, judgments.LAYOUT: CHANGES, judgments.BEYOND: CHANGES,
+    judgments.TRUST: [
+        ((0.5, 0.5), "usable"), ((0.501, 0.9), "untrusted"), ((0.5, 0.499), "amplifies"), ((None, 0.9), "untrusted"),
+        ((0.9, 0.1), "untrusted"),
+    ],
     judgments.SEPARABLE: [
         (("optimal",), "optimal"), (("not separable",), "not separable"), (("inaccurate",), "inaccurate"),
         (("anything else",), "inaccurate"),
@@ -60,6 +64,8 @@ def test_rules_print_their_thresholds() -> None:
     assert "at least 0.01" in printed["Changed shape"]
     assert "2 standard errors" in printed["Invariant, global"]
     assert "2 standard errors" in printed["Beside two different images"]
+    assert "more than 50 %" in printed["Influence"]
+    assert "metasmoothness of 0.5" in printed["Influence"]
     assert "Invariant, global" not in dict(judgments.rules(False, images=False))
 
 

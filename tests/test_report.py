@@ -416,7 +416,7 @@ def test_three_predictions_explained(full: Path) -> None:
     told = report_case.full()[0]["explained"]
     words = _section(full, "Why did it say that, and would it change?", "Can the numbers be trusted?")
     assert "Influence can be used here: in a trial with all weights changed at random by 5 %, it missed" in words
-    assert "by 6 % of their size (metasmoothness 0.62)" in words
+    assert "by 6 % of their size (at most 50 % is allowed; metasmoothness 0.62)" in words
     assert "Test 40: 3 (confident and right)" in words
     assert "✗ network says 9 , it is 8 Margin +2.5: −2.2 before training, training examples +4.8" in words
     assert "the sum misses it by 3e-6" in words

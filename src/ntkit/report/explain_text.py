@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ntkit.explanations.trust_limits import MISS, SMOOTH
+from ntkit.report import judgments
 from ntkit.report.words import digits, plain, share
 
 METHODS = ("accounting", "influence", "random")
@@ -39,14 +41,14 @@ def trust(r: dict[str, Any]) -> str:
         f"{share(found['miss'])} of their size"
     )
     smooth = f"{found['metasmoothness']:.2f}"
-    if not found["trusted"]:
-        return f"Do not trust the influence in this run: {trial} (metasmoothness {smooth}). The accounting holds."
-    if not found["smooth"]:
-        return (
-            f"Training amplifies small changes in this run: its metasmoothness is low, {smooth}. Yet influence can be "
-            f"used: {trial}."
-        )
-    return f"Influence can be used here: {trial} (metasmoothness {smooth})."
+    verdict = judgments.trusted(found["miss"], found["metasmoothness"])
+    limit = f"(at most {share(MISS)} is allowed; metasmoothness {smooth})"
+    return {
+        "untrusted": f"{judgments.TRUST.sentences['untrusted']}: {trial} {limit}. The accounting holds.",
+        "amplifies": f"{judgments.TRUST.sentences['amplifies']}: its metasmoothness is {smooth}, below {SMOOTH:g}. Yet "
+        f"influence can be used: {trial}, of which {share(MISS)} is allowed.",
+        "usable": f"{judgments.TRUST.sentences['usable']}: {trial} {limit}.",
+    }[verdict]
 
 
 def finite_differences(r: dict[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ntkit.explanations.trust_limits import MISS, SMOOTH
 from ntkit.report.words import NOISE, Number, compare
 
 LEVEL = 0.05
@@ -126,6 +127,17 @@ def more_invariant(change: Number) -> str:
     ('above', 'same')
     """
     return compare(change, {"value": 0.0, "error": 0.0})
+
+
+def trusted(miss: float | None, metasmoothness: float) -> str:
+    """Verdict on an influence by its trial and by the run's metasmoothness.
+
+    >>> trusted(0.5, 0.5), trusted(0.51, 0.9), trusted(0.5, 0.49), trusted(None, 0.9)
+    ('usable', 'untrusted', 'amplifies', 'untrusted')
+    """
+    if miss is None or miss > MISS:
+        return "untrusted"
+    return "usable" if metasmoothness >= SMOOTH else "amplifies"
 
 
 def separable(status: str) -> str:
@@ -254,6 +266,18 @@ SEPARABLE = Judgment(
 )
 """Of a machine."""
 
+TRUST = Judgment(
+    f"Influence is not to be trusted where it misses more than {100 * MISS:.0f} % of the real changes in a trial with "
+    f"all weights changed at random by 5 %. Below a metasmoothness of {SMOOTH:g} training amplifies small changes.",
+    trusted,
+    {
+        "untrusted": "Do not trust the influence in this run",
+        "amplifies": "Training amplifies small changes in this run",
+        "usable": "Influence can be used here",
+    },
+)
+"""First thing said of explained predictions; numbers follow."""
+
 RULES: dict[str, Sequence[Judgment]] = {
     "Errors on the same test examples": (ERROR, *BETTER.values()),
     "Squared errors": (SQUARED_ERROR, *LESS_SQUARED_ERROR.values()),
@@ -263,6 +287,7 @@ RULES: dict[str, Sequence[Judgment]] = {
     "Changed shape": (SHAPE,),
     "Invariant, global": (INVARIANCE, LAYOUT),
     "Beside two different images": (BEYOND,),
+    "Influence": (TRUST,),
 }
 """By what is judged; a report prints the rules that it uses."""
 
