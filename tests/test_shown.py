@@ -105,6 +105,8 @@ def test_figures_hold_the_numbers(objects):
     assert list(bars.y) == [f"example {int(i)}" for i in order]
     with pytest.raises(ntkit.Refused, match="point: got 4; expected 0 to 3"):
         decomposition.plot(4)
+    with pytest.raises(ntkit.Refused, match="expected a whole number of examples, at least 1"):
+        decomposition.plot(1, k=-1)
     K = shown["gram"]
     order = y.argsort(stable=True)
     figure = K.plot(y)
@@ -113,6 +115,12 @@ def test_figures_hold_the_numbers(objects):
     assert figure.layout.shapes[0].y0 == float((y == 0).sum()) - 0.5
     with pytest.raises(ntkit.Refused, match="y: got shape"):
         K.plot(y[:3])
+    wide = torch.rand(4, 2, 7, generator=torch.Generator().manual_seed(0)).double()  # 4 samples of 2 outputs
+    full = torch.einsum("icp,jdp->ijcd", wide, wide)
+    drawn = ntkit.Gram(full).plot(torch.tensor([1, 0, 1, 0])).data[0].z
+    order = [2, 3, 6, 7, 0, 1, 4, 5]
+    flat = full.permute(0, 2, 1, 3).reshape(8, 8)
+    assert np.allclose(drawn, flat[order][:, order].numpy())
     large = ntkit.Gram(torch.eye(700).double()).plot()
     assert np.asarray(large.data[0].z).shape == (500, 500)
     assert large.layout.title.text == "Kernel on 500 of 700 samples"

@@ -239,12 +239,15 @@ class Gram:
 
         Parameters
         ----------
-        y : labels [n]: samples are sorted by them, with lines between classes.
+        y : labels [n]: samples are sorted by them, with lines between classes. A kernel with C outputs has C rows for
+            each sample, next to each other.
         """
-        labels = torch.zeros(len(self)) if y is None else torch.as_tensor(y).cpu()
-        if labels.shape != (len(self),):
+        n = len(self) // self.outputs
+        labels = torch.zeros(n) if y is None else torch.as_tensor(y).cpu()
+        if labels.shape != (n,):
             fix = "Give one label per sample."
-            raise refusal("y", got=f"shape {list(labels.shape)}", expected=f"[{len(self)}]", fix=fix)
+            raise refusal("y", got=f"shape {list(labels.shape)}", expected=f"[{n}]", fix=fix)
+        labels = labels.repeat_interleave(self.outputs)
         order = labels.argsort(stable=True)
         chosen = order[torch.linspace(0, len(self) - 1, min(len(self), _DRAWN)).long()]
         own = labels[chosen]
@@ -253,7 +256,8 @@ class Gram:
         if values.dim() == 4:
             values = values.diagonal(dim1=2, dim2=3).sum(-1)
         kind = "" if len(chosen) == len(self) else f" of {len(self):,}"
-        return matrix(f"Kernel on {len(chosen)}{kind} samples", values.cpu().numpy(), "sample", bounds)
+        what = "samples" if self.outputs == 1 else "outputs of samples"
+        return matrix(f"Kernel on {len(chosen)}{kind} {what}", values.cpu().numpy(), what.removesuffix("s"), bounds)
 
     def _repr_html_(self) -> str:
         shape = f"{self.shape[0]:,} x {self.shape[1]:,}"

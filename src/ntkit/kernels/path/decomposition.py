@@ -102,6 +102,8 @@ class PathDecomposition(Shown):
         m, n = len(self.prediction), self.contributions.shape[2]
         if not 0 <= point < m:
             raise refusal("point", got=point, expected=f"0 to {m - 1}", fix="Test points are numbered from 0.")
+        if not isinstance(k, int) or k < 1:
+            raise refusal("k", got=repr(k), expected="a whole number of examples, at least 1", fix="Use k=10.")
         own = self.of(output)[point]
         order = own.abs().topk(min(k, n)).indices
         title = f"Contributions to the output of test point {point}"
