@@ -81,7 +81,7 @@ def quoted(a: Series, name: str) -> tuple[int, int] | None:
 
 
 def losses(a: Series, training: dict[str, Any] | None = None) -> FigureAndReading:
-    """Loss against step: of the points followed and, where it was recorded, of each step's own batch."""
+    """Loss against step: of the points followed and, where recorded, of test examples and each step's own batch."""
     data = [draw.line(a["steps"], a["loss"], f"{a['points']} points", "var(--after)", ends=True)]
     legend, last, end = [(f"all {a['points']} followed points", "var(--after)", "line")], a["steps"][-1], ""
     if training is not None:
@@ -92,7 +92,12 @@ def losses(a: Series, training: dict[str, Any] | None = None) -> FigureAndReadin
         last = max(last, len(batches))
         ends = {"diverged": "; training diverged", "target": "; training stopped when it reached its target"}
         end = ends.get(training["stop"], "")
-    text = f"From {plain(a['loss'][0])} to {plain(a['loss'][-1])} on the {a['points']:,} followed points{end}."
+    text = f"From {plain(a['loss'][0])} to {plain(a['loss'][-1])} on the {a['points']:,} followed points"
+    if (tests := a.get("test_loss")) is not None:
+        data.append(draw.line(a["steps"], tests, "test examples", "var(--network)", dash="dash", width=1.6))
+        legend.append(("test examples", "var(--network)", "dash"))
+        text += f", from {plain(tests[0])} to {plain(tests[-1])} on the test examples"
+    text += f"{end}."
     return _single("loss", "Loss", text, data, last, draw.log_axis("loss", _values(data)), legend)
 
 
