@@ -19,6 +19,7 @@ from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.explanations.measures_of_outputs import Measure, OutputMeasure
 from ntkit.explanations.unrolled import Unrolled, derivatives_of_measures
+from ntkit.jacobian.model_outputs import Select
 from ntkit.kernels.path.decomposition import Top
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.objective import Inputs, Loss
@@ -169,6 +170,7 @@ def influence(
     loss: Loss | None = None,
     clip: float | None = None,
     checked: int = 3,
+    select: Select | None = None,
 ) -> Influence:
     r"""How the trained network's predictions change with the weight of each training example, exactly.
 
@@ -199,6 +201,7 @@ def influence(
     model, data, loss, clip : of the run, where `trajectory` was opened from disk.
     checked : number of examples, those with the largest scores, that are compared with finite differences, at least 1.
         Each takes two to six runs.
+    select : the part of the model's output that the loss and the measure take, as for `ntkit.TangentKernel`.
 
     Returns
     -------
@@ -247,13 +250,13 @@ def influence(
         fix = "1 is the least: scores are never returned without a comparison."
         raise refusal("checked", got=repr(checked), expected="a number of examples, at least 1", fix=fix)
     x = checked_batch(x, "x")
-    run = Replay(trajectory, model, data, loss, clip, moments=True)
+    run = Replay(trajectory, model, data, loss, clip, moments=True, select=select)
     if not run.steps:
         fix = "Train with a lower target, or a smaller learning rate."
         raise refusal("trajectory", got="a run that ended before its first step", expected="at least one step", fix=fix)
     run.check()
     weights = torch.full((run.n,), float(at), dtype=torch.float64)
-    replay = run if at == 1 else Replay(trajectory, model, data, loss, clip, weights, moments=True)
+    replay = run if at == 1 else Replay(trajectory, model, data, loss, clip, weights, True, select)
     replay.check()
     assign(replay.model, replay.final(), "the end of the run")
     of = OutputMeasure(measure, replay.objective.loss, x, y, replay.model)

@@ -15,6 +15,7 @@ from ntkit.base.workers import product
 from ntkit.jacobian.forwards import each_forward
 from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched
+from ntkit.jacobian.model_outputs import Select, check_select, part_of
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 
 _BATCH = 128
@@ -36,6 +37,8 @@ class ConjugateKernel(Kernel):
     ----------
     model : any module in eval mode.
     layer : name of a submodule whose *output* is phi instead (see ``model.named_modules()``).
+    select : the part of the model's output behind which the last weight layer is looked for, as for
+        `ntkit.TangentKernel`; of a `layer`, the part of that layer's output that is phi.
 
     Notes
     -----
@@ -50,9 +53,10 @@ class ConjugateKernel(Kernel):
             [0., 1.]])
     """
 
-    def __init__(self, model: nn.Module, layer: str | None = None) -> None:
+    def __init__(self, model: nn.Module, layer: str | None = None, select: Select | None = None) -> None:
         check_module(model)
-        self._model = model
+        check_select(select)
+        self._model, self._select = model, select
         self._layer: nn.Module | None = None
         if layer is not None:
             modules = dict(model.named_modules())
@@ -72,7 +76,13 @@ class ConjugateKernel(Kernel):
         params = select_parameters(self._model, lambda name: True)  # a frozen layer counts, too
 
         with untouched(self._model, params):
-            parts = each_forward(self._model, x, _BATCH, lambda modules, part: self._features(part, modules, params))
+            parts = each_forward(
+                self._model,
+                x,
+                _BATCH,
+                lambda modules, part: self._features(part, modules, params),
+                self._select if self._layer is None else None,
+            )
             phi = torch.cat(parts)
         dtype = next(self._model.parameters()).dtype
         return phi.to(torch.promote_types(phi.dtype, dtype))
@@ -98,7 +108,7 @@ class ConjugateKernel(Kernel):
         if self._layer is not None:
             phi = self._output_of(modules[self._layer], model, x)
         else:
-            out = call(model, x)
+            out = part_of(call(model, x), self._select)
             phi = self._last_hidden(out, params) if isinstance(out, Tensor) else None
         if phi is None:
             got = "no dense or convolution layer with a trainable weight behind its output"
@@ -111,15 +121,15 @@ class ConjugateKernel(Kernel):
             raise refusal("the features", got=got, expected=f"({n}, ...)", fix=fix)
         return phi.reshape(n, -1)
 
-    @staticmethod
-    def _output_of(layer: nn.Module, model: nn.Module, x: Batch) -> Any:
+    def _output_of(self, layer: nn.Module, model: nn.Module, x: Batch) -> Any:
         caught: list[Any] = []
         handle = layer.register_forward_hook(lambda module, args, output: caught.append(output))
         try:
             call(model, x)
         finally:
             handle.remove()
-        return caught[-1].detach() if caught and isinstance(caught[-1], Tensor) else None
+        phi = part_of(caught[-1], self._select) if caught else None
+        return phi.detach() if isinstance(phi, Tensor) else None
 
     @staticmethod
     def _last_hidden(out: Tensor, params: dict[str, nn.Parameter]) -> Tensor | None:
