@@ -15,6 +15,7 @@ from ntkit.base.batch import Batch, checked
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import Damaged, refusal
 from ntkit.base.files import ensure_folder
+from ntkit.base.function_identity import function_identity
 from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import FolderLock
 from ntkit.base.tensors import points_hash, read_tensors_and_metadata, tensor_hash, write_tensors
@@ -98,7 +99,10 @@ class Retrainings:
         self.m, self.measure = len(self.values), self._of.name
         run = read_run(trajectory.path)
         points = points_hash(self._x, self._of.targets)
-        self._id = fingerprint([run["initial"], run["settings"], points, self._of.name])
+        loss_counts = measure == "loss"  # as the measure; in training, the replay has compared it
+        functions = (measure, self._replay.objective.loss if loss_counts else None, self._replay.select)
+        told = [function_identity(function) for function in functions if callable(function)]
+        self._id = fingerprint([run["initial"], run["settings"], points, self._of.name, *told])
         self._known: dict[str, Tensor] = {}
         self._folder = None if folder is None else Path(folder)
         if self._folder is not None:

@@ -20,6 +20,7 @@ from ntkit.kernels.output_loss import model_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.objective import Inputs, Loss, Objective
+from ntkit.trajectory.recorded_run import assign
 from ntkit.trajectory.replay_checks import checked_clip, checked_rates, replayable_steps, training_arguments
 
 Checkpoint = tuple[Mapping[str, Tensor], float]
@@ -90,13 +91,13 @@ def tracin(
             raise refusal("model, data, loss", got="not all of them", expected="all three", fix=fix)
     objective = Objective(data, loss)
     network, test = copy.deepcopy(model).eval(), checked(x_test, "x_test", infinite=True)
-    _load(network, checkpoints[-1][0])
+    assign(network, checkpoints[-1][0], "the last checkpoint")
     last = model_outputs(network, test, select).flatten(1)
     chosen = last.argmax(1).cpu() if output is None else checked_outputs(output, *last.shape)
     kernel = TangentKernel(network, "full", params, select=select)
     scores: Any = 0.0
     for state, eta in checkpoints:
-        _load(network, state)
+        assign(network, state, "a checkpoint")
         alpha = target_importance(network, objective.x, objective.y, loss, select)
         scores = scores + eta * explain(kernel, alpha, objective.x, test, chosen, memory=memory).scores
     return Explanation(scores, "TracIn", chosen, certificate={"checkpoints": float(len(checkpoints))})
@@ -128,11 +129,3 @@ def _given(run: Any, steps: Any) -> list[Checkpoint]:
         (state, as_number(eta, "eta", lambda v: v == v and abs(v) != float("inf"), "a finite number", fix))
         for state, eta in pairs
     ]
-
-
-def _load(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    try:
-        network.load_state_dict(dict(state))
-    except RuntimeError as error:
-        fix = "Build the model as it was built for that checkpoint."
-        raise refusal("model", got=str(error)[:300], expected="parameters that fit", fix=fix) from error
