@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import main_output
@@ -69,6 +70,22 @@ def selected(model: nn.Module, select: Select | None) -> nn.Module:
     own._forward_hooks = model._forward_hooks.copy()  # or the hook would be the model's, too
     own.register_forward_hook(PartHook(select))
     return own
+
+
+def check_finite_outputs(model: nn.Module, out: Tensor) -> None:
+    """Refuse outputs [n, ...] that are infinite or undefined."""
+    if not (finite := torch.isfinite(out)).all():
+        sample = int((~finite).nonzero()[0, 0])
+        got = f"an output that is not finite (sample {sample} of a batch of {len(out)})"
+        fix = "Look for overflow or a division by zero on that input; a diverged network has no kernel."
+        raise refusal(f"model {type(model).__name__}", got=got, expected="finite outputs", fix=fix)
+
+
+def refuse_infinite_input(what: str = "gradients") -> Refused:
+    """The refusal of infinite input that makes something infinite or undefined, though the outputs are finite."""
+    got = f"an infinite input, on which the outputs are finite and {what} are not"
+    fix = "Remove that sample, or pass a large number in place of infinity."
+    return refusal("x", got=got, expected=f"finite {what}", fix=fix)
 
 
 def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:

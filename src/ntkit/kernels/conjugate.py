@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count
+from ntkit.base.batch import Batch, count, has_infinity
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.shown import of_model
@@ -15,7 +15,7 @@ from ntkit.base.workers import product
 from ntkit.jacobian.forwards import each_forward
 from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched
-from ntkit.jacobian.model_outputs import Select, check_select, part_of
+from ntkit.jacobian.model_outputs import Select, check_finite_outputs, check_select, part_of
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 
 _BATCH = 128
@@ -53,6 +53,9 @@ class ConjugateKernel(Kernel):
             [0., 1.]])
     """
 
+    _infinite = True
+    _computed = "features"
+
     def __init__(self, model: nn.Module, layer: str | None = None, select: Select | None = None) -> None:
         check_module(model)
         check_select(select)
@@ -72,7 +75,7 @@ class ConjugateKernel(Kernel):
     def features(self, x: Batch) -> Tensor:
         """phi(x), [n, d]; under autocast, where features come in half precision, in the precision of the weights."""
         check_mode(self._model)
-        x = checked(x, "x")
+        x = self._checked(x, "x")
         params = select_parameters(self._model, lambda name: True)  # a frozen layer counts, too
 
         with untouched(self._model, params):
@@ -85,7 +88,7 @@ class ConjugateKernel(Kernel):
             )
             phi = torch.cat(parts)
         dtype = next(self._model.parameters()).dtype
-        return phi.to(torch.promote_types(phi.dtype, dtype))
+        return self._finite(phi.to(torch.promote_types(phi.dtype, dtype)), x)
 
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:
@@ -109,6 +112,8 @@ class ConjugateKernel(Kernel):
             phi = self._output_of(modules[self._layer], model, x)
         else:
             out = part_of(call(model, x), self._select)
+            if isinstance(out, Tensor) and has_infinity(x):
+                check_finite_outputs(self._model, out)
             phi = self._last_hidden(out, params) if isinstance(out, Tensor) else None
         if phi is None:
             got = "no dense or convolution layer with a trainable weight behind its output"

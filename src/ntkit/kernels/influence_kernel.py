@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count, take
+from ntkit.base.batch import Batch, count, has_infinity, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
@@ -16,7 +16,7 @@ from ntkit.base.shown import of_model
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.model_calls import Outputs, Params, call, untouched
-from ntkit.jacobian.model_outputs import Select, part_of, picked, reduce_outputs
+from ntkit.jacobian.model_outputs import Select, part_of, picked, reduce_outputs, refuse_infinite_input
 from ntkit.kernels.curvature import SpectralFilter, gauss_newton, hessian, jacobian_rows, leading_eigenpairs
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 from ntkit.kernels.output_loss import OutputLoss, model_outputs
@@ -80,6 +80,8 @@ class InfluenceKernel(Kernel):
     >>> InfluenceKernel(model, (x, 0 * x), half_square, damping=1.0)(x)
     tensor([[[[0.5000]]]], dtype=torch.float64)
     """
+
+    _infinite = True
 
     def __init__(
         self,
@@ -146,8 +148,8 @@ class InfluenceKernel(Kernel):
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): products with the features of the curvature, and with the tangent kernel."""
-        x = checked(x, "x")
-        features = self._features(x)
+        x = self._checked(x, "x")
+        features = self._finite(self._features(x), x)
         flat, base, sign = features.flatten(0, -2), self._base(), self._sign()
         tangent = self._tangent.operator(x) if base else None
 
@@ -269,6 +271,8 @@ class InfluenceKernel(Kernel):
         else:
             matrix = gauss_newton(self._full, x, own.curvature())
             self._roots(own.curvature())  # refuses a loss that is not convex
+        if has_infinity(x) and not bool(torch.isfinite(matrix).all()):
+            raise refuse_infinite_input()
         return self._in_parameter_space(matrix)
 
     def _in_parameter_space(self, matrix: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count
+from ntkit.base.batch import Batch, count, has_infinity
 from ntkit.base.checks import refusal
 from ntkit.jacobian.forwards import each_forward
 from ntkit.jacobian.model_calls import call, check_mode, check_module, untouched
-from ntkit.jacobian.model_outputs import Select, check_select, part_of, real_rows
+from ntkit.jacobian.model_outputs import Select, check_finite_outputs, check_select, part_of, real_rows
 from ntkit.trajectory.objective import Loss
 
 _BATCH = 128
@@ -33,7 +33,10 @@ def model_outputs(model: nn.Module, x: Batch, select: Select | None = None) -> T
 
     def outputs(modules: dict[nn.Module, nn.Module], part: Batch) -> Tensor:
         raw = part_of(call(modules[model], part), select)
-        return real_rows(raw, count(part)).detach()
+        rows = real_rows(raw, count(part)).detach()
+        if has_infinity(part):
+            check_finite_outputs(model, rows)
+        return rows
 
     with untouched(model, {}), torch.no_grad():
         return torch.cat(each_forward(model, x, _BATCH, outputs, select))
