@@ -240,6 +240,7 @@ class PathKernel(Kernel):
             "run": {name: run[name] for name in ("initial", "stop", "settings")},
             "x": tensor_hash(tensors_to_hash(x)),
             "outputs": name,
+            "loss": function_identity(self._replay.objective.loss),
             "integration": list(self._how),
             "layers": layers,
             "steps": steps,
