@@ -15,7 +15,7 @@ from ntkit.base.workers import product
 from ntkit.jacobian.forwards import each_forward
 from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched
-from ntkit.jacobian.model_outputs import Select, check_finite_outputs, check_select, part_of
+from ntkit.jacobian.model_outputs import Select, check_finite_outputs, check_select, part_of, real_rows
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 
 _BATCH = 128
@@ -109,12 +109,12 @@ class ConjugateKernel(Kernel):
     def _features(self, x: Batch, modules: dict[nn.Module, nn.Module], params: dict[str, nn.Parameter]) -> Tensor:
         n, model = count(x), modules[self._model]
         if self._layer is not None:
-            phi = self._output_of(modules[self._layer], model, x)
+            phi = self._output_of(modules[self._layer], model, x, n)
         else:
-            out = part_of(call(model, x), self._select)
-            if isinstance(out, Tensor) and has_infinity(x):
+            out = self._tensor(call(model, x), n)
+            if has_infinity(x):
                 check_finite_outputs(self._model, out)
-            phi = self._last_hidden(out, params) if isinstance(out, Tensor) else None
+            phi = self._last_hidden(out, params)
         if phi is None:
             got = "no dense or convolution layer with a trainable weight behind its output"
             expected = "a weight layer, whose input is the feature map of the conjugate kernel"
@@ -126,15 +126,19 @@ class ConjugateKernel(Kernel):
             raise refusal("the features", got=got, expected=f"({n}, ...)", fix=fix)
         return phi.reshape(n, -1)
 
-    def _output_of(self, layer: nn.Module, model: nn.Module, x: Batch) -> Any:
+    def _tensor(self, output: Any, n: int) -> Tensor:
+        """The part of an output that is looked at; refuses what is no tensor."""
+        part = part_of(output, self._select)
+        return part if isinstance(part, Tensor) else real_rows(part, n)
+
+    def _output_of(self, layer: nn.Module, model: nn.Module, x: Batch, n: int) -> Tensor | None:
         caught: list[Any] = []
         handle = layer.register_forward_hook(lambda module, args, output: caught.append(output))
         try:
             call(model, x)
         finally:
             handle.remove()
-        phi = part_of(caught[-1], self._select) if caught else None
-        return phi.detach() if isinstance(phi, Tensor) else None
+        return self._tensor(caught[-1], n).detach() if caught else None
 
     @staticmethod
     def _last_hidden(out: Tensor, params: dict[str, nn.Parameter]) -> Tensor | None:

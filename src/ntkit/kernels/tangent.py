@@ -31,7 +31,8 @@ class TangentKernel(Kernel):
         [n1, n2], the kernel of sum_c f_c / sqrt(C) (pseudo-NTK). Or a callable from the model's outputs on a batch to
         one scalar per sample [n]: the kernel of that scalar, [n1, n2].
     select : the part of the model's output whose kernel is wanted, a function such as ``lambda out: out[0]``, where the
-        model returns something else than a tensor. Without it: the output, or its ``logits`` if it has any.
+        model returns something else than a tensor. Without it: the output, or its ``logits`` if it has any (a callable
+        as `outputs` may be written for the object or for its logits).
     params : parameter names, a predicate on names (or on name and parameter), or None for all that require grad.
     memory : bytes of scratch memory (or text such as "2 GB"), beside inputs and result; half of what is free if None.
     routes : parameter name -> "outer", "tokens", "nested" or "rows" (see ``print(kernel.plan(x))``), where the choice
