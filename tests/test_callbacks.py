@@ -284,6 +284,41 @@ def test_transformers_from_recording_to_kernels_and_the_path(tmp_path):
     assert float((total - outputs).abs().max()) < 1e-4 * float(outputs.abs().max())
 
 
+def test_what_the_trainer_recorded_is_explained(tmp_path):
+    """Influence, retrainings and importances read it: by default of the logits, with select= of what it picks."""
+    callback = transformers_callback(tmp_path / "run", record="all")
+    sgd = dict(optim="sgd", gradient_accumulation_steps=1, num_train_epochs=1)
+    model, spy = hugging_face(tmp_path, callback, logging_steps=1, **sgd)
+    ids, y = torch.stack([sample["input_ids"] for sample in spy.data]), torch.arange(20) % 2
+    batch, loss = UserDict(input_ids=ids, attention_mask=torch.ones_like(ids)), nn.functional.cross_entropy
+    test, labels = UserDict(input_ids=ids[:2].roll(1, 1), attention_mask=torch.ones_like(ids[:2])), y[:2]
+    run, of = Trajectory.open(tmp_path / "run"), {"model": model.eval(), "data": (batch, y), "loss": loss}
+    logits, twice = (lambda out: out["logits"]), (lambda out: 2.0 * out.logits)
+
+    def numbers(**select):
+        again = ntkit.Retrainings(run, test, labels, clip=1.0, **of, **select)
+        values = again.without([[], [0, 1]])
+        assert float((values[0] - again.values).abs().max()) < 1e-5  # without none: the run itself
+        influence = ntkit.influence(run, test, labels, checked=1, clip=1.0, **of, **select)
+        assert influence.check.error < 1e-2  # finite differences of runs in float64
+        return {
+            "influence": influence.scores,
+            "without": values,
+            "tracking": ntkit.tracking_importance(run, clip=1.0, **of, **select).values,
+            "tracin": ntkit.tracin(run, test, 0, steps=[0, 10], **of, **select).scores,
+            "target": ntkit.target_importance(model, batch, y, loss, **select).values,
+        }
+
+    found, same = numbers(), numbers(select=logits)
+    for name, value in found.items():
+        assert torch.equal(value, same[name]), name
+        assert float(value.abs().max()) > 0, name
+    other = ntkit.target_importance(model, batch, y, lambda out, y: loss(out / 2, y), select=twice).values
+    assert torch.allclose(other, found["target"] / 2, rtol=1e-5)
+    with pytest.raises(Refused, match="different from its replay"):  # the run took the loss of the logits themselves
+        ntkit.influence(run, test, labels, clip=1.0, **of, select=twice)
+
+
 def test_transformers_options_and_what_goes_wrong(tmp_path):
     size = 40_000
     callback = transformers_callback(tmp_path / "a", record=3, budget=4 * size)

@@ -109,6 +109,34 @@ def test_folders_of_hugging_face(tmp_path):
         ntkit.load_weights(net(), tmp_path / "pieces")
 
 
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_pieces_of_a_folder_that_overlap_are_refused(tmp_path, kind):
+    """Neither of two values of one name may win, not even where they are equal: the folder is not as it was saved."""
+    save = save_file if kind.endswith("safetensors") else torch.save
+    first, second = f"0-{kind}", f"1-{kind}"
+    place = {name: first if name.startswith("0") else second for name in STATE}
+    pieces = {piece: {name: STATE[name] for name in STATE if place[name] == piece} for piece in (first, second)}
+    (tmp_path / f"{kind}.index.json").write_text(json.dumps({"weight_map": place}))
+    for piece, tensors in pieces.items():
+        save(tensors, tmp_path / piece)
+    model = net()
+    ntkit.load_weights(model, tmp_path)
+    assert all(torch.equal(value, STATE[name]) for name, value in model.state_dict().items())
+    for value in (STATE["0.bias"], STATE["0.bias"] + 1):
+        save(pieces[second] | {"0.bias": value.clone()}, tmp_path / second)
+        model = net()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(
+            ntkit.Refused, match=rf"'0.bias' in {first} and in {second}; expected each tensor in one file"
+        ):
+            ntkit.load_weights(model, tmp_path)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    if kind.endswith("bin"):
+        torch.save([1.0], tmp_path / second)
+        with pytest.raises(ntkit.Refused, match="got a list; expected tensors by name"):
+            ntkit.load_weights(net(), tmp_path)
+
+
 class Dangerous:
     def __init__(self, place):
         self.place = str(place)

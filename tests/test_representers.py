@@ -454,7 +454,7 @@ def test_refusals_of_tracin():
         (([], TEST), "run: got no checkpoint"),
         ((3, TEST), "run: got a int"),
         (([(model.state_dict(), "0.1")], TEST), "eta: got '0.1'"),
-        (([(linear().state_dict(), 0.1)], TEST), "expected parameters that fit"),
+        (([(linear().state_dict(), 0.1)], TEST), "expected the model's parameters and buffers by name"),
         ((run, TEST, None, [7]), "step 7: got a step that was not recorded"),
         ((run, TEST, None, []), "run: got no checkpoint"),
         ((run, TEST, 5), "output: got 5"),

@@ -2,27 +2,103 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
-from collections.abc import Iterator
-from types import CodeType
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkit.base.tensors import tensor_hash
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_BY_VALUE = (*_PLAIN, Tensor, np.ndarray, list, tuple)
 
 
 def function_identity(function: Any) -> str:
-    """Name and code of a function, or type and plain settings of a callable object: what it computes, in files.
+    """Name and code of a function, or type and settings of a callable object: what it computes, in files.
 
-    Of what a function encloses only plain values count: two that differ by an enclosed tensor are taken for one.
+    What a function encloses, its defaults and what it reads from its module count by their values: plain ones, tensors,
+    arrays, functions, and lists, tuples and dicts of them. A module's tensors count where none of them is trained:
+    those of a network in training are other ones at each call. Of everything else the type counts.
+
+    Examples
+    --------
+    >>> def weighted(w):
+    ...     return lambda out: out @ w
+    >>> function_identity(weighted(torch.ones(2))) == function_identity(weighted(torch.ones(2)))
+    True
+    >>> function_identity(weighted(torch.ones(2))) == function_identity(weighted(torch.zeros(2)))
+    False
     """
-    code = getattr(function, "__code__", None)
-    if code is None:
-        own = getattr(function, "__dict__", {}).items()
-        settings = {k: v for k, v in own if isinstance(v, (bool, int, float, str)) or v is None}
-        return f"{type(function).__name__} {settings}"
-    cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
-    parts = [*_of_code(code), *_plain(function.__defaults__ or ()), *_plain(cells)]
-    return f"{function.__qualname__} {hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
+    seen = {id(function)}
+    if getattr(function, "__code__", None) is not None:
+        return f"{function.__qualname__} {_short(_of_function(function, seen))}"
+    own = getattr(function, "__dict__", {})
+    settings = {k: v for k, v in own.items() if isinstance(v, (bool, int, float, str)) or v is None}
+    name, rest = f"{type(function).__name__} {settings}", list(_of_object(function, seen))
+    return f"{name} {_short(iter(rest))}" if rest else name
+
+
+def _short(parts: Iterator[Any]) -> str:
+    return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:8]
+
+
+def _of_function(function: Any, seen: set[int]) -> Iterator[Any]:
+    """Code, and the values that it works with."""
+    code = function.__code__
+    yield from _of_code(code)
+    yield from _told(function.__defaults__ or (), seen)
+    yield from _told(function.__kwdefaults__ or (), seen)
+    for cell in function.__closure__ or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # its variable is not bound yet
+            continue
+        yield from _of_value(value, seen)
+    owner = getattr(function, "__self__", None)  # of a method
+    if owner is not None and id(owner) not in seen:
+        yield from _of_instance(owner, seen | {id(owner)})
+    module = getattr(function, "__globals__", {})
+    for name in sorted(_names_in_module(code)):
+        value = module.get(name)
+        if name in module and (isinstance(value, _BY_VALUE) or getattr(value, "__globals__", None) is module):
+            yield name
+            yield from _of_value(value, seen)
+
+
+def _of_instance(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Type and settings of an object."""
+    yield type(value).__qualname__
+    own = getattr(value, "__dict__", {}).items()
+    yield {k: v for k, v in own if isinstance(v, _PLAIN) and k != "training"}  # the mode of a network in training
+    yield from _of_object(value, seen)
+
+
+def _of_object(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Of an object what its type and its plain settings do not tell."""
+    if isinstance(value, partial):
+        yield from _told((value.func, value.args, value.keywords), seen)
+    elif isinstance(value, nn.Module):
+        named = dict([*value.named_parameters(), *value.named_buffers()])
+        if list(value.children()):
+            yield repr(value)
+        if named and not any(tensor.requires_grad for tensor in named.values()):
+            yield from _told(named, seen)
+    elif type(value).__module__ in ("operator", "_operator"):  # itemgetter(0): its arguments are in its text alone
+        yield repr(value)
+    else:
+        if isinstance(
+            name := getattr(value, "__qualname__", None), str
+        ):  # of a built-in function, or a tensor's method
+            yield name
+            yield from _of_value(getattr(value, "__self__", None), seen)
+        rest = {k: v for k, v in getattr(value, "__dict__", {}).items() if not isinstance(v, _PLAIN)}
+        yield from _told(rest, seen) if rest else ()
 
 
 def _of_code(code: CodeType) -> Iterator[Any]:
@@ -38,10 +114,40 @@ def _of_code(code: CodeType) -> Iterator[Any]:
             yield repr(constant)
 
 
-def _plain(values: Any) -> Iterator[str]:
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield type(value).__name__
-            yield from _plain(value)
-        else:
-            yield repr(value) if isinstance(value, _PLAIN) else type(value).__qualname__
+def _names_in_module(code: CodeType) -> set[str]:
+    """Names that a function, or one within it, reads from its module."""
+    names = {str(i.argval) for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*(_names_in_module(c) for c in code.co_consts if isinstance(c, CodeType)))
+
+
+def _told(values: Any, seen: set[int]) -> Iterator[str]:
+    """Each of several values."""
+    for value in values.items() if isinstance(values, Mapping) else values:
+        yield from _of_value(value, seen)
+
+
+def _of_value(value: Any, seen: set[int]) -> Iterator[str]:
+    """A value, or where only its type counts, that."""
+    if isinstance(value, _PLAIN):
+        yield repr(value)
+        return
+    yield type(value).__qualname__
+    inner = seen | {id(value)}
+    if isinstance(value, Tensor):
+        yield _of_tensor(value)
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        yield f"{value.dtype} {value.shape} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+    elif id(value) in seen:  # a list that holds itself, a function that calls itself
+        return
+    elif isinstance(value, (tuple, list, Mapping)):
+        yield from _told(value, inner)
+    elif isinstance(value, (FunctionType, MethodType)):
+        yield from map(str, _of_function(value, inner))
+    elif callable(value) and not isinstance(value, type):
+        yield from map(str, _of_instance(value, inner))
+
+
+def _of_tensor(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return f"{tensor.dtype} {tuple(tensor.shape)}"
+    return tensor_hash([tensor.detach().resolve_conj().resolve_neg()])

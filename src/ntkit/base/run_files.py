@@ -72,6 +72,7 @@ class TrainSettings(RunSettings):
     loss: NotRequired[str]
     n: int
     data: NotRequired[str]
+    select: NotRequired[str]
 
 
 class LoopSettings(RunSettings):

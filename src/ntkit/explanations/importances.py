@@ -15,6 +15,7 @@ from ntkit.base.caller_context import no_context, own_context
 from ntkit.base.checks import refusal
 from ntkit.base.shown import Shown
 from ntkit.gram.arrays import as_floats, check_finite
+from ntkit.jacobian.model_outputs import Select
 from ntkit.kernels.output_loss import OutputLoss, model_outputs
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.objective import Inputs, Loss
@@ -50,7 +51,7 @@ class Importance(Shown):
 
 
 @own_context()
-def target_importance(model: nn.Module, x: Inputs, y: Tensor, loss: Loss) -> Importance:
+def target_importance(model: nn.Module, x: Inputs, y: Tensor, loss: Loss, select: Select | None = None) -> Importance:
     """alpha_i = - d loss_i / d f(x_i) at the model as it is: the target derivative.
 
     Parameters
@@ -59,6 +60,7 @@ def target_importance(model: nn.Module, x: Inputs, y: Tensor, loss: Loss) -> Imp
     x, y : the n training examples.
     loss : ``loss(model(x), y)`` -> scalar, the mean or the sum of one loss per example. Values are those of one
         example's own loss, ``loss`` of a batch of one: they do not depend on n.
+    select : the part of the model's output that f and the loss are of, as for `ntkit.TangentKernel`.
 
     Returns
     -------
@@ -82,7 +84,7 @@ def target_importance(model: nn.Module, x: Inputs, y: Tensor, loss: Loss) -> Imp
     """
     inputs: Any = x
     batch = checked(inputs, "x", infinite=True)
-    own = OutputLoss(loss, model_outputs(model, batch), checked(y, "y"))
+    own = OutputLoss(loss, model_outputs(model, batch, select), checked(y, "y"))
     return Importance(-own.slopes.cpu(), "target", {"examples": float(own.n), "loss_is_mean": float(own.of_mean)})
 
 
@@ -207,13 +209,15 @@ def tracking_importance(
     data: tuple[Inputs, Tensor] | None = None,
     loss: Callable[[Any, Tensor], Tensor] | None = None,
     clip: float | None = None,
+    select: Select | None = None,
 ) -> Importance:
     """Importance along a recorded run, from its replay: what `TrackingImportance` sums up in the loop itself.
 
     Parameters
     ----------
     trajectory : a run of SGD that has ended.
-    model, data, loss, clip : of the run, where `trajectory` was opened from disk; what `train` returned has them.
+    model, data, loss, clip, select : of the run, where `trajectory` was opened from disk; what `train` returned has
+        them.
 
     Returns
     -------
@@ -247,7 +251,7 @@ def tracking_importance(
     if not (name := trajectory.settings["optimizer"]["class"]).endswith(".SGD"):
         got = f"{name}, whose rates differ from parameter to parameter"
         raise refusal("optimizer", got=got, expected="torch.optim.SGD, or no such coefficient exists", fix=_OTHER_WAYS)
-    replay = Replay(trajectory, model, data, loss, clip)
+    replay = Replay(trajectory, model, data, loss, clip, select=select)
     steps, idle = [], set(replay.names)
     for step in replay.backwards():
         steps.append((step.rows, step.slope, step.updates))

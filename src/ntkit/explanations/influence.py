@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, outputs_of, take
+from ntkit.base.batch import Batch, count, has_infinity, outputs_of, take
 from ntkit.base.batch import checked as checked_batch
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import nearest, refusal
@@ -20,6 +20,7 @@ from ntkit.base.shown import Shown
 from ntkit.explanations.measures_of_outputs import Measure, OutputMeasure
 from ntkit.explanations.trust_limits import MISS, SMOOTH
 from ntkit.explanations.unrolled import Unrolled, derivatives_of_measures
+from ntkit.jacobian.model_outputs import Select, refuse_infinite_input
 from ntkit.kernels.path.decomposition import Top
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.objective import Inputs, Loss
@@ -168,6 +169,7 @@ def influence(
     loss: Loss | None = None,
     clip: float | None = None,
     checked: int = 3,
+    select: Select | None = None,
 ) -> Influence:
     r"""How the trained network's predictions change with the weight of each training example, exactly.
 
@@ -198,6 +200,7 @@ def influence(
     model, data, loss, clip : of the run, where `trajectory` was opened from disk.
     checked : number of examples, those with the largest scores, that are compared with finite differences, at least 1.
         Each takes two to six runs.
+    select : the part of the model's output that the loss and the measure take, as for `ntkit.TangentKernel`.
 
     Returns
     -------
@@ -245,20 +248,22 @@ def influence(
     if not isinstance(checked, int) or isinstance(checked, bool) or checked < 1:
         fix = "1 is the least: scores are never returned without a comparison."
         raise refusal("checked", got=repr(checked), expected="a number of examples, at least 1", fix=fix)
-    x = checked_batch(x, "x")
-    run = Replay(trajectory, model, data, loss, clip, moments=True)
+    x = checked_batch(x, "x", infinite=True)
+    run = Replay(trajectory, model, data, loss, clip, moments=True, select=select)
     if not run.steps:
         fix = "Train with a lower target, or a smaller learning rate."
         raise refusal("trajectory", got="a run that ended before its first step", expected="at least one step", fix=fix)
     run.check()
     weights = torch.full((run.n,), float(at), dtype=torch.float64)
-    replay = run if at == 1 else Replay(trajectory, model, data, loss, clip, weights, moments=True)
+    replay = run if at == 1 else Replay(trajectory, model, data, loss, clip, weights, True, select)
     replay.check()
     assign(replay.model, replay.final(), "the end of the run")
     of = OutputMeasure(measure, replay.objective.loss, x, y, replay.model)
     sweeps = _sweeps(replay, x, of, curvature == "gauss-newton", layers, steps, parse_memory(memory))
     scores = torch.cat([sweep.scores for _, sweep in sweeps]).cpu()
     if not bool(torch.isfinite(scores).all()):
+        if has_infinity(x) or has_infinity(replay.x):
+            raise refuse_infinite_input()
         fix = "Look for a loss or an operation without a second derivative at these values (a norm or a root of 0)."
         raise refusal("scores", got="values that are not finite", expected="finite derivatives", fix=fix)
     values = torch.cat([values for values, _ in sweeps])

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, outputs_of
+from ntkit.base.batch import Batch, count, has_infinity, outputs_of
 from ntkit.base.checks import nearest, refusal
 from ntkit.jacobian.model_calls import required_arguments
+from ntkit.jacobian.model_outputs import check_finite_outputs
 from ntkit.trajectory.objective import Loss
 from ntkit.trajectory.reruns import plain_attention
 
@@ -44,6 +45,8 @@ class OutputMeasure:
             raise refusal("y", got=got, expected=f"one target per test point, {self._m}", fix="Pass a tensor [m, ...].")
         with torch.no_grad():
             outputs = outputs_of(model, x)
+        if isinstance(outputs, Tensor) and has_infinity(x):
+            check_finite_outputs(model, outputs)
         self.targets, self.name = y, measure if isinstance(measure, str) else getattr(measure, "__name__", "measure")
         if measure == "loss":
             if y is None:

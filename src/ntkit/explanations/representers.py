@@ -257,14 +257,14 @@ class Explainer:
             fix = "Pass e.g. lambda x, targets: ntkit.explain(kernel, importance, x_train, x, targets)."
             raise refusal("scores", got=f"a {type(scores).__name__}", expected="a function of test points", fix=fix)
         self._scores, self._batch = scores, batch
-        self._train, self._targets = checked(x_train, "x_train"), y_train
+        self._train, self._targets = checked(x_train, "x_train", infinite=True), y_train
         if y_train is not None and len(y_train) != count(self._train):
             fix = "Give one per training example."
             raise refusal("y_train", got=f"{len(y_train)} values", expected=f"{count(self._train)}", fix=fix)
 
     def explain(self, test_data: Inputs, targets: Any = None) -> Tensor:
         """Scores float64 [m, n] of the training examples for test points and the outputs explained."""
-        test = checked(test_data, "test_data")
+        test = checked(test_data, "test_data", infinite=True)
         m, n = count(test), count(self._train)
         goal = None if targets is None else torch.as_tensor(targets)
         if goal is not None and (goal.ndim != 1 or len(goal) != m):

@@ -15,11 +15,13 @@ from ntkit.base.batch import Batch, checked
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import Damaged, refusal
 from ntkit.base.files import ensure_folder
+from ntkit.base.function_identity import function_identity
 from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import FolderLock
 from ntkit.base.tensors import points_hash, read_tensors_and_metadata, tensor_hash, write_tensors
 from ntkit.explanations.measures_of_outputs import Measure, OutputMeasure
 from ntkit.jacobian.model_calls import check_module
+from ntkit.jacobian.model_outputs import Select
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.batch_order import batch_indices
 from ntkit.trajectory.objective import Inputs, Loss
@@ -47,6 +49,7 @@ class Retrainings:
     folder : results are kept there, and a later call with the same run and test points goes on from them.
     make : seed -> a new network; needed for fresh runs.
     model, data, loss, clip : of the run, where `trajectory` was opened from disk.
+    select : the part of the model's output that the loss and the measure take, as for `ntkit.TangentKernel`.
 
     Attributes
     ----------
@@ -83,9 +86,10 @@ class Retrainings:
         data: tuple[Inputs, Tensor] | None = None,
         loss: Loss | None = None,
         clip: float | None = None,
+        select: Select | None = None,
     ) -> None:
         self._x = checked(x, "x", infinite=True)
-        self._replay = Replay(trajectory, model, data, loss, clip)
+        self._replay = Replay(trajectory, model, data, loss, clip, select=select)
         self._replay.check()
         assign(self._replay.model, self._replay.final(), "the end of the run")
         self._of = OutputMeasure(measure, self._replay.objective.loss, self._x, y, self._replay.model)
@@ -95,7 +99,10 @@ class Retrainings:
         self.m, self.measure = len(self.values), self._of.name
         run = read_run(trajectory.path)
         points = points_hash(self._x, self._of.targets)
-        self._id = fingerprint([run["initial"], run["settings"], points, self._of.name])
+        loss_counts = measure == "loss"  # as the measure; in training, the replay has compared it
+        functions = (measure, self._replay.objective.loss if loss_counts else None, self._replay.select)
+        told = [function_identity(function) for function in functions if callable(function)]
+        self._id = fingerprint([run["initial"], run["settings"], points, self._of.name, *told])
         self._known: dict[str, Tensor] = {}
         self._folder = None if folder is None else Path(folder)
         if self._folder is not None:

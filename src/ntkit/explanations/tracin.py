@@ -15,10 +15,12 @@ from ntkit.base.numbers import as_number
 from ntkit.explanations.importances import target_importance
 from ntkit.explanations.representers import Explanation, checked_outputs, explain
 from ntkit.jacobian.model_calls import Params
+from ntkit.jacobian.model_outputs import Select
 from ntkit.kernels.output_loss import model_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.objective import Inputs, Loss, Objective
+from ntkit.trajectory.recorded_run import assign
 from ntkit.trajectory.replay_checks import checked_clip, checked_rates, replayable_steps, training_arguments
 
 Checkpoint = tuple[Mapping[str, Tensor], float]
@@ -35,6 +37,7 @@ def tracin(
     loss: Loss | None = None,
     params: Params = None,
     memory: int | str | None = None,
+    select: Select | None = None,
 ) -> Explanation:
     r"""Scores :math:`\sum_t \eta_t \sum_{c'} \Theta_t(x_j, x_i)_{c c'} \alpha^t_{i c'}` over checkpoints t.
 
@@ -51,6 +54,7 @@ def tracin(
         (of the last step, for the end of the run).
     model, data, loss : as for training; optional for the trajectory that `ntkit.train` returned.
     params, memory : as for `ntkit.TangentKernel` and `explain`.
+    select : the part of the model's output that is explained and that the loss is of; as in training.
 
     Returns
     -------
@@ -77,7 +81,7 @@ def tracin(
     torch.Size([2, 6])
     """
     if isinstance(run, Trajectory):
-        model, data, loss = training_arguments(run, model, data, loss)
+        model, data, loss, select = training_arguments(run, model, data, loss, select)
         checked_clip(run.settings, Objective(data, loss), None)
         checkpoints = _recorded(run, steps)
     else:
@@ -87,14 +91,14 @@ def tracin(
             raise refusal("model, data, loss", got="not all of them", expected="all three", fix=fix)
     objective = Objective(data, loss)
     network, test = copy.deepcopy(model).eval(), checked(x_test, "x_test", infinite=True)
-    _load(network, checkpoints[-1][0])
-    last = model_outputs(network, test).flatten(1)
+    assign(network, checkpoints[-1][0], "the last checkpoint")
+    last = model_outputs(network, test, select).flatten(1)
     chosen = last.argmax(1).cpu() if output is None else checked_outputs(output, *last.shape)
-    kernel = TangentKernel(network, "full", params)
+    kernel = TangentKernel(network, "full", params, select=select)
     scores: Any = 0.0
     for state, eta in checkpoints:
-        _load(network, state)
-        alpha = target_importance(network, objective.x, objective.y, loss)
+        assign(network, state, "a checkpoint")
+        alpha = target_importance(network, objective.x, objective.y, loss, select)
         scores = scores + eta * explain(kernel, alpha, objective.x, test, chosen, memory=memory).scores
     return Explanation(scores, "TracIn", chosen, certificate={"checkpoints": float(len(checkpoints))})
 
@@ -125,11 +129,3 @@ def _given(run: Any, steps: Any) -> list[Checkpoint]:
         (state, as_number(eta, "eta", lambda v: v == v and abs(v) != float("inf"), "a finite number", fix))
         for state, eta in pairs
     ]
-
-
-def _load(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    try:
-        network.load_state_dict(dict(state))
-    except RuntimeError as error:
-        fix = "Build the model as it was built for that checkpoint."
-        raise refusal("model", got=str(error)[:300], expected="parameters that fit", fix=fix) from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ntkit
 from ntkit.base.batch import Batch
+from ntkit.base.function_identity import function_identity
 from ntkit.base.tensors import tensor_hash
 from ntkit.data.streamed_samples import StreamedSamples
 from ntkit.kernels.kernel import Kernel
@@ -80,6 +81,8 @@ def _parts(value: Any) -> Iterator[str]:
             yield from _parts(list(value.__defaults__))
     elif isinstance(value, _PLAIN):
         yield repr(value)
+    elif callable(value) and not isinstance(value, type):  # a partial function, a method, an object of the user's
+        yield function_identity(value)
 
 
 def _parts_of_samples(samples: StreamedSamples) -> Iterator[str]:
@@ -109,4 +112,4 @@ def _is_setting(entry: Any) -> bool:
     if isinstance(entry, (tuple, list, dict)):
         entries = entry.values() if isinstance(entry, dict) else entry
         return len(entry) > 0 and all(isinstance(one, _PLAIN) for one in entries)
-    return entry is not None and isinstance(entry, _SETTINGS)
+    return entry is not None and (isinstance(entry, _SETTINGS) or (callable(entry) and not isinstance(entry, type)))

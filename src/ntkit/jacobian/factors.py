@@ -31,7 +31,7 @@ from ntkit.jacobian.graph import (
     with_keys,
 )
 from ntkit.jacobian.model_calls import Outputs, call, drew, random_forward, untouched, without_fused_rnn
-from ntkit.jacobian.model_outputs import picked, reduce_outputs
+from ntkit.jacobian.model_outputs import check_finite_outputs, picked, reduce_outputs
 from ntkit.jacobian.ownership import Code, Owner
 from ntkit.jacobian.pairs import Convolved, Factor, Pair, Pairs, Rows, Whole, comparable, widened
 from ntkit.jacobian.rules import RULES
@@ -87,11 +87,7 @@ class Gradients:
             out = reduce_outputs(picked(call(self.model, x), self.select), self.outputs, count(x))
         if watch and drew():
             raise random_forward(self.model)
-        if not (finite := torch.isfinite(out)).all():
-            sample = int((~finite).nonzero()[0, 0])
-            got = f"an output that is not finite (sample {sample} of a batch of {len(out)})"
-            fix = "Look for overflow or a division by zero on that input; a diverged network has no kernel."
-            raise refusal(f"model {type(self.model).__name__}", got=got, expected="finite outputs", fix=fix)
+        check_finite_outputs(self.model, out)
         if not out.requires_grad:
             raise refusal(
                 f"model {type(self.model).__name__}",

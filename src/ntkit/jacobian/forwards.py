@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, kind, main_output, take
+from ntkit.base.batch import Batch, count, kind, take
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.lockstep import known, runs_together, three_sets
 from ntkit.jacobian.model_calls import call, untouched
+from ntkit.jacobian.model_outputs import Select, part_of, real_rows, reduce_outputs
 from ntkit.jacobian.replicas import in_one_thread, replicas
 
 Modules = dict[nn.Module, nn.Module]
 
 
-def each_forward(model: nn.Module, x: Batch, batch: int, work: Callable[[Modules, Batch], Tensor]) -> list[Tensor]:
+def each_forward(
+    model: nn.Module, x: Batch, batch: int, work: Callable[[Modules, Batch], Tensor], select: Select | None = None
+) -> list[Tensor]:
     """``work(modules, part)`` for every `batch` samples; ``modules[module]`` is the one to call in that thread.
 
-    Call it inside `model_calls.untouched`.
+    ``select``: the part of the model's output that `work` looks at. Call it inside `model_calls.untouched`.
     """
     parts = [take(x, slice(begin, begin + batch)) for begin in range(0, count(x), batch)]
     themselves = {module: module for module in model.modules()}
-    if len(parts) == 1 or workers() == 1 or not _together(model, x):
+    if len(parts) == 1 or workers() == 1 or not _together(model, x, select):
         return [work(themselves, part) for part in parts]
     owners: dict[int, Modules] = {}
 
@@ -37,20 +41,28 @@ def each_forward(model: nn.Module, x: Batch, batch: int, work: Callable[[Modules
     return spread(own, parts)
 
 
-def _together(model: nn.Module, x: Batch) -> bool:
+def _together(model: nn.Module, x: Batch, select: Select | None) -> bool:
     """Whether several threads may run the model at once."""
     device, samples = next((p.device.type for p in model.parameters()), "cpu"), three_sets(x)
     if device != "cpu" or in_one_thread(model) or samples is None:
         return False
 
     def look() -> bool:
-        floats = isinstance(out := main_output(call(model, samples[0])), Tensor) and out.is_floating_point()
-        return floats and runs_together(model, lambda own, x: [main_output(call(own, x))], samples)
+        floats = isinstance(out := part_of(call(model, samples[0]), select), Tensor) and out.is_floating_point()
+        return floats and runs_together(model, lambda own, x: [part_of(call(own, x), select)], samples)
 
-    return known(model, kind(x), look)
+    return known(model, (kind(x), select), look)
 
 
-def raw_outputs(model: nn.Module, x: Batch, batch: int = 128) -> Tensor:
-    """Outputs of the model as they are, [n, ...], in batches, without gradients; the model is left as it was."""
+def raw_outputs(model: nn.Module, x: Batch, batch: int = 128, scalar: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """Outputs of the model as they are, [n, ...], in batches, without gradients; the model is left as it was.
+
+    ``scalar``: a callable from the outputs to one number per sample, whose values [n, 1] are wanted instead.
+    """
+
+    def outputs(modules: Modules, part: Batch) -> Tensor:
+        raw = call(modules[model], part)
+        return real_rows(raw, count(part)) if scalar is None else reduce_outputs(raw, scalar, count(part))
+
     with untouched(model, {}), torch.no_grad():
-        return torch.cat(each_forward(model, x, batch, lambda modules, part: main_output(call(modules[model], part))))
+        return torch.cat(each_forward(model, x, batch, outputs))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import main_output
 from ntkit.base.caller_context import caller_context
-from ntkit.base.checks import refusal
+from ntkit.base.checks import Refused, refusal
 from ntkit.jacobian.model_calls import Outputs, check_module
+
+Select = Callable[[Any], Any]  # from a model's output to the part that is looked at
+_ERRORS = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)  # of a user's function
 
 
 def check_select(select: Any) -> None:
@@ -21,14 +26,16 @@ def check_select(select: Any) -> None:
         raise refusal("select", got=repr(select), expected="a function of the model's output", fix=fix)
 
 
-def picked(output: Any, select: Callable[[Any], Any] | None) -> Any:
+def picked(output: Any, select: Select | None) -> Any:
     """The part of a model's output that the user's function picks; None: all of it."""
     if select is None:
         return output
     try:
         with caller_context():
             part = select(output)
-    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except Refused:  # of an operation that the path kernel has no rule for
+        raise
+    except _ERRORS as error:
         got = f"a function that failed on the model's output, {type(output).__name__} ({error})"
         raise refusal("select", got=got, expected="one that picks a tensor", fix="Look at the output.") from error
     if part is None:
@@ -37,7 +44,23 @@ def picked(output: Any, select: Callable[[Any], Any] | None) -> Any:
     return part
 
 
-def selected(model: nn.Module, select: Callable[[Any], Any] | None) -> nn.Module:
+def part_of(output: Any, select: Select | None = None) -> Any:
+    """The part of a model's output that is looked at: what the user's function picks, or the logits if it has any."""
+    return main_output(picked(output, select))
+
+
+class PartHook:
+    """A forward hook that puts the part that is looked at in place of a model's whole output."""
+
+    def __init__(self, select: Select | None) -> None:
+        self._select = select
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        """The part."""
+        return part_of(output, self._select)
+
+
+def selected(model: nn.Module, select: Select | None) -> nn.Module:
     """The model with a part of its output in place of the whole: its parameters and layers, under the same names."""
     check_module(model)
     check_select(select)
@@ -45,8 +68,24 @@ def selected(model: nn.Module, select: Callable[[Any], Any] | None) -> nn.Module
         return model
     own = copy.copy(model)
     own._forward_hooks = model._forward_hooks.copy()  # or the hook would be the model's, too
-    own.register_forward_hook(lambda module, arguments, output: picked(output, select))
+    own.register_forward_hook(PartHook(select))
     return own
+
+
+def check_finite_outputs(model: nn.Module, out: Tensor) -> None:
+    """Refuse outputs [n, ...] that are infinite or undefined."""
+    if not (finite := torch.isfinite(out)).all():
+        sample = int((~finite).nonzero()[0, 0])
+        got = f"an output that is not finite (sample {sample} of a batch of {len(out)})"
+        fix = "Look for overflow or a division by zero on that input; a diverged network has no kernel."
+        raise refusal(f"model {type(model).__name__}", got=got, expected="finite outputs", fix=fix)
+
+
+def refuse_infinite_input(what: str = "gradients") -> Refused:
+    """The refusal of infinite input that makes something infinite or undefined, though the outputs are finite."""
+    got = f"an infinite input, on which the outputs are finite and {what} are not"
+    fix = "Remove that sample, or pass a large number in place of infinity."
+    return refusal("x", got=got, expected=f"finite {what}", fix=fix)
 
 
 def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
@@ -59,6 +98,12 @@ def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
             fix = "It is called on the outputs of a whole batch; reduce every axis but the first."
             raise refusal("outputs", got=got, expected=f"one scalar per sample, shape ({n},)", fix=fix)
         return _real(scalar[:, None])
+    flat = real_rows(raw, n).reshape(n, -1)
+    return flat.sum(1, keepdim=True) / flat.shape[1] ** 0.5 if outputs == "sum" else flat
+
+
+def real_rows(raw: Any, n: int) -> Tensor:
+    """The outputs of n samples, [n, ...], real: the tensor itself, or the logits of an object that has some."""
     raw = main_output(raw)
     if not isinstance(raw, Tensor):
         raise refusal(
@@ -74,16 +119,19 @@ def reduce_outputs(raw: Any, outputs: Outputs, n: int) -> Tensor:
     if raw.numel() == 0:
         fix = "Check the model's last layer."
         raise refusal("the model's output", got=f"shape {tuple(raw.shape)}", expected="at least one output", fix=fix)
-    flat = _real(raw.reshape(n, -1))
-    return flat.sum(1, keepdim=True) / flat.shape[1] ** 0.5 if outputs == "sum" else flat
+    return _real(raw)
 
 
 def _scalar(outputs: Callable[[Any], Tensor], raw: Any, n: int) -> Any:
     """What the user's callable returns; an error of it says what it was called on."""
+    main = main_output(raw)
     try:
         with caller_context():
-            return outputs(raw)
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
+            if main is not raw:  # an object with logits: a callable may ask for its fields, or take it for a tensor
+                with suppress(*_ERRORS):
+                    return outputs(raw)
+            return outputs(main)
+    except _ERRORS as error:
         raise refusal(
             "outputs",
             got=f"a callable that failed on the outputs of {n} samples ({error})",

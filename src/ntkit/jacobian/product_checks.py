@@ -8,9 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ntkit.base.batch import Batch, count, take
+from ntkit.base.batch import Batch, count, has_infinity, take
 from ntkit.jacobian.contraction import Scratch, multiply, multiply_aligned, prepare
 from ntkit.jacobian.factors import Gradients
+from ntkit.jacobian.model_outputs import refuse_infinite_input
 from ntkit.jacobian.pairs import Whole, widened
 from ntkit.jacobian.plan import Plan
 from ntkit.jacobian.structure import SelfCheckError, Structure
@@ -40,6 +41,8 @@ def compare_products(
     else:
         fast = multiply(tile, tile, mode, Scratch(plan.scratch)).double()
     products = torch.stack(recorder.products).sum(0)
+    if not bool(products.isfinite().all()) and has_infinity(few):
+        raise refuse_infinite_input()
     norms = products.diagonal().sqrt()
     exact, bound = (_reduced(matrix.view(n, k, n, k), mode, aligned) for matrix in (products, norms[:, None] * norms))
     eps = _rounding(gradients)

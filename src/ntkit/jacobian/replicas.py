@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
+from ntkit.jacobian.model_outputs import PartHook
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EVERYWHERE = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
@@ -95,7 +97,9 @@ def _held(value: Any) -> list[Any]:
 
 
 def _users(hook: Any) -> bool:
-    """Whether a hook is not one of PyTorch's own, which keep nothing."""
+    """Whether a hook is not one of PyTorch's own or ours, which keep nothing."""
+    if isinstance(hook, PartHook):
+        return False
     owner = getattr(hook, "__func__", hook)
     where = getattr(owner, "__module__", None) or type(owner).__module__
     return not where.startswith("torch.")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, leaves, take
+from ntkit.base.batch import Batch, count, has_infinity, leaves, take
 from ntkit.base.batch import kind as kind_of
 from ntkit.base.checks import refusal
 from ntkit.jacobian.factors import Gradients
@@ -24,6 +25,7 @@ from ntkit.jacobian.graph import (
     with_keys,
 )
 from ntkit.jacobian.model_calls import hooks, untouched, without_fused_rnn
+from ntkit.jacobian.model_outputs import refuse_infinite_input
 from ntkit.jacobian.ownership import establish
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
 from ntkit.jacobian.rules import RULES
@@ -309,6 +311,8 @@ def _compare(
         mixed = draw[0, s] - 0.6 * draw[1, s]
         reference = gradients.plain(probe, out, s, names, torch.stack([*draw[:, s], mixed]))
         whole = float(torch.stack([g[:2].norm().to(out) for g in reference.values()]).norm())
+        if not math.isfinite(whole) and has_infinity(probe):
+            raise refuse_infinite_input()
         for name, (first, second, both) in reference.items():
             own = float(reference[name].norm())
             if not agree(name, both - (first - 0.6 * second), own, whole):

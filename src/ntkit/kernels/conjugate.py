@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count
+from ntkit.base.batch import Batch, count, has_infinity
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.shown import of_model
@@ -15,6 +15,7 @@ from ntkit.base.workers import product
 from ntkit.jacobian.forwards import each_forward
 from ntkit.jacobian.graph import find_uses, nodes_behind
 from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched
+from ntkit.jacobian.model_outputs import Select, check_finite_outputs, check_select, part_of, real_rows
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 
 _BATCH = 128
@@ -36,6 +37,8 @@ class ConjugateKernel(Kernel):
     ----------
     model : any module in eval mode.
     layer : name of a submodule whose *output* is phi instead (see ``model.named_modules()``).
+    select : the part of the model's output behind which the last weight layer is looked for, as for
+        `ntkit.TangentKernel`; of a `layer`, the part of that layer's output that is phi.
 
     Notes
     -----
@@ -50,9 +53,13 @@ class ConjugateKernel(Kernel):
             [0., 1.]])
     """
 
-    def __init__(self, model: nn.Module, layer: str | None = None) -> None:
+    _infinite = True
+    _computed = "features"
+
+    def __init__(self, model: nn.Module, layer: str | None = None, select: Select | None = None) -> None:
         check_module(model)
-        self._model = model
+        check_select(select)
+        self._model, self._select = model, select
         self._layer: nn.Module | None = None
         if layer is not None:
             modules = dict(model.named_modules())
@@ -68,14 +75,20 @@ class ConjugateKernel(Kernel):
     def features(self, x: Batch) -> Tensor:
         """phi(x), [n, d]; under autocast, where features come in half precision, in the precision of the weights."""
         check_mode(self._model)
-        x = checked(x, "x")
+        x = self._checked(x, "x")
         params = select_parameters(self._model, lambda name: True)  # a frozen layer counts, too
 
         with untouched(self._model, params):
-            parts = each_forward(self._model, x, _BATCH, lambda modules, part: self._features(part, modules, params))
+            parts = each_forward(
+                self._model,
+                x,
+                _BATCH,
+                lambda modules, part: self._features(part, modules, params),
+                self._select if self._layer is None else None,
+            )
             phi = torch.cat(parts)
         dtype = next(self._model.parameters()).dtype
-        return phi.to(torch.promote_types(phi.dtype, dtype))
+        return self._finite(phi.to(torch.promote_types(phi.dtype, dtype)), x)
 
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:
@@ -96,10 +109,12 @@ class ConjugateKernel(Kernel):
     def _features(self, x: Batch, modules: dict[nn.Module, nn.Module], params: dict[str, nn.Parameter]) -> Tensor:
         n, model = count(x), modules[self._model]
         if self._layer is not None:
-            phi = self._output_of(modules[self._layer], model, x)
+            phi = self._output_of(modules[self._layer], model, x, n)
         else:
-            out = call(model, x)
-            phi = self._last_hidden(out, params) if isinstance(out, Tensor) else None
+            out = self._tensor(call(model, x), n)
+            if has_infinity(x):
+                check_finite_outputs(self._model, out)
+            phi = self._last_hidden(out, params)
         if phi is None:
             got = "no dense or convolution layer with a trainable weight behind its output"
             expected = "a weight layer, whose input is the feature map of the conjugate kernel"
@@ -111,15 +126,19 @@ class ConjugateKernel(Kernel):
             raise refusal("the features", got=got, expected=f"({n}, ...)", fix=fix)
         return phi.reshape(n, -1)
 
-    @staticmethod
-    def _output_of(layer: nn.Module, model: nn.Module, x: Batch) -> Any:
+    def _tensor(self, output: Any, n: int) -> Tensor:
+        """The part of an output that is looked at; refuses what is no tensor."""
+        part = part_of(output, self._select)
+        return part if isinstance(part, Tensor) else real_rows(part, n)
+
+    def _output_of(self, layer: nn.Module, model: nn.Module, x: Batch, n: int) -> Tensor | None:
         caught: list[Any] = []
         handle = layer.register_forward_hook(lambda module, args, output: caught.append(output))
         try:
             call(model, x)
         finally:
             handle.remove()
-        return caught[-1].detach() if caught and isinstance(caught[-1], Tensor) else None
+        return self._tensor(caught[-1], n).detach() if caught else None
 
     @staticmethod
     def _last_hidden(out: Tensor, params: dict[str, nn.Parameter]) -> Tensor | None:

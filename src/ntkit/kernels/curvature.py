@@ -16,6 +16,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.model_calls import call, untouched
+from ntkit.jacobian.model_outputs import Select, part_of
 from ntkit.trajectory.objective import Loss
 
 _TERMS = 20  # of the series: 1 / 22! is below the rounding of float64
@@ -87,7 +88,13 @@ def gauss_newton(engine: Engine, x: Batch, blocks: Tensor) -> Tensor:
 
 
 def hessian(
-    model: nn.Module, params: dict[str, nn.Parameter], x: Batch, y: Tensor, loss: Loss, of_mean: bool
+    model: nn.Module,
+    params: dict[str, nn.Parameter],
+    x: Batch,
+    y: Tensor,
+    loss: Loss,
+    of_mean: bool,
+    select: Select | None = None,
 ) -> Tensor:
     """Second derivative of the mean training loss by the parameters, float64 [P, P]; P backward passes."""
     n, size = count(x), sum(p.numel() for p in params.values())
@@ -97,7 +104,8 @@ def hessian(
     with untouched(model, params), sdpa_kernel(SDPBackend.MATH):
         for start in range(0, n, _BATCH):
             rows = slice(start, min(start + _BATCH, n))
-            value = loss(call(model, take(x, rows)), y[rows]) * ((rows.stop - rows.start) / n if of_mean else 1 / n)
+            value = loss(part_of(call(model, take(x, rows)), select), y[rows])
+            value = value * ((rows.stop - rows.start) / n if of_mean else 1 / n)
             slopes = torch.autograd.grad(value, own, create_graph=True, **again)
             flat = torch.cat([slope.reshape(-1) for slope in slopes])
             if not flat.requires_grad:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count, take
+from ntkit.base.batch import Batch, count, has_infinity, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
@@ -15,7 +16,7 @@ from ntkit.base.shown import of_model
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.model_calls import Outputs, Params, call, untouched
-from ntkit.jacobian.model_outputs import reduce_outputs
+from ntkit.jacobian.model_outputs import Select, part_of, picked, reduce_outputs, refuse_infinite_input
 from ntkit.kernels.curvature import SpectralFilter, gauss_newton, hessian, jacobian_rows, leading_eigenpairs
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 from ntkit.kernels.output_loss import OutputLoss, model_outputs
@@ -53,6 +54,7 @@ class InfluenceKernel(Kernel):
     outputs : "full", or a callable from the outputs on a batch to one scalar per sample [n].
     params : parameter names, a predicate, or None for all that require grad.
     memory : bytes of scratch memory (or text such as "2 GB"); half of what is free if None.
+    select : the part of the model's output that f and the loss are of, as for `ntkit.TangentKernel`.
 
     Raises
     ------
@@ -79,6 +81,8 @@ class InfluenceKernel(Kernel):
     tensor([[[[0.5000]]]], dtype=torch.float64)
     """
 
+    _infinite = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -90,6 +94,7 @@ class InfluenceKernel(Kernel):
         outputs: Outputs = "full",
         params: Params = None,
         memory: int | str | None = None,
+        select: Select | None = None,
     ) -> None:
         if curvature not in ("gauss-newton", "hessian"):
             fix = "Choose one of the two."
@@ -100,11 +105,11 @@ class InfluenceKernel(Kernel):
         self._filter = SpectralFilter(damping, flow_time(time) if isinstance(time, Trajectory) else time)
         self._curvature, self._loss = curvature, loss
         self._outputs: Outputs = outputs
-        self._engine = Engine(model, outputs, params, memory)
+        self._engine = Engine(model, outputs, params, memory, select=select)
         full = outputs == "full"
-        self._full = self._engine if full else Engine(model, "full", params, memory)
-        self._tangent = TangentKernel(model, outputs, params, memory)
-        self._tangent_full = self._tangent if full else TangentKernel(model, "full", params, memory)
+        self._full = self._engine if full else Engine(model, "full", params, memory, select=select)
+        self._tangent = TangentKernel(model, outputs, params, memory, select=select)
+        self._tangent_full = self._tangent if full else TangentKernel(model, "full", params, memory, select=select)
         self._objective, self._budget = Objective(data, loss), parse_memory(memory)
         self._factor: Tensor | None = None  # k = base Theta + sign G G^T, G = J(x) or K(x, X) times this factor
         self._certificate: dict[str, Any] = {}
@@ -143,8 +148,8 @@ class InfluenceKernel(Kernel):
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): products with the features of the curvature, and with the tangent kernel."""
-        x = checked(x, "x")
-        features = self._features(x)
+        x = self._checked(x, "x")
+        features = self._finite(self._features(x), x)
         flat, base, sign = features.flatten(0, -2), self._base(), self._sign()
         tangent = self._tangent.operator(x) if base else None
 
@@ -213,10 +218,18 @@ class InfluenceKernel(Kernel):
 
     def _slopes_of_outputs(self, x: Batch) -> Tensor:
         """D outputs(f(x)) / d f(x), [m, C], for outputs given by a callable."""
-        with untouched(self._engine.model, {}):
-            out = call(self._engine.model, x).detach().requires_grad_()
-            scalar = reduce_outputs(out, self._outputs, count(x))
-            (slope,) = torch.autograd.grad(scalar.sum(), out)
+        engine = self._full
+        with untouched(engine.model, engine.params):
+            raw = picked(call(engine.model, x), engine.select)
+            if isinstance(raw, Tensor):
+                raw = raw.detach().requires_grad_()
+            f, params = part_of(raw), [*engine.params.values()]
+            scalar = reduce_outputs(raw, self._outputs, count(x)).sum()
+            again = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+            (slope,) = torch.autograd.grad(scalar, f, **again)
+            if raw is not f:  # an object: a callable may look at more than its logits
+                whole, through = (torch.autograd.grad(*of, **again) for of in ((scalar, params), (f, params, slope)))
+                _refuse_other_parts(whole, through)
         return slope.flatten(1)
 
     # ------------------------------------------------------------------ the curvature
@@ -233,7 +246,7 @@ class InfluenceKernel(Kernel):
 
     def _decompose(self) -> Tensor:
         x, y = self._objective.x, self._objective.y
-        own = OutputLoss(self._loss, model_outputs(self._engine.model, x), y)
+        own = OutputLoss(self._loss, model_outputs(self._engine.model, x, self._engine.select), y)
         samples, P = own.n * own.C, sum(p.numel() for p in self._full.params.values())
         needed = {"samples": 40 * samples**2, "parameters": 32 * P**2}  # copies of a float64 matrix, and of its parts
         if self._curvature == "hessian":
@@ -253,10 +266,13 @@ class InfluenceKernel(Kernel):
         if route == "samples":
             return self._in_sample_space(own)
         if self._curvature == "hessian":
-            matrix = hessian(self._full.model, self._full.params, x, y, self._loss, own.of_mean)
+            full = self._full
+            matrix = hessian(full.model, full.params, x, y, self._loss, own.of_mean, full.select)
         else:
             matrix = gauss_newton(self._full, x, own.curvature())
             self._roots(own.curvature())  # refuses a loss that is not convex
+        if has_infinity(x) and not bool(torch.isfinite(matrix).all()):
+            raise refuse_infinite_input()
         return self._in_parameter_space(matrix)
 
     def _in_parameter_space(self, matrix: Tensor) -> Tensor:
@@ -350,3 +366,12 @@ class InfluenceKernel(Kernel):
 
     def _memory(self) -> int:
         return self._budget if self._budget is not None else free_memory(self._engine.like.device) // 2
+
+
+def _refuse_other_parts(whole: Sequence[Tensor], through: Sequence[Tensor]) -> None:
+    """Refuse a callable whose gradient does not come through the outputs of the loss alone."""
+    size = max(float(g.abs().max()) for g in whole)
+    gap = max(float((a - b).abs().max()) for a, b in zip(whole, through, strict=True))
+    if not gap <= torch.finfo(whole[0].dtype).eps ** 0.5 * size:
+        got, fix = "a callable that looks at more than the logits", "Use parts of the logits, or select= another part."
+        raise refusal("outputs", got=got, expected="a function of the outputs that the loss is of", fix=fix)

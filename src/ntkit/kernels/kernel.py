@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +16,16 @@ from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.numbers import check_dense
 from ntkit.data.streamed_samples import StreamedSamples
+from ntkit.jacobian.model_outputs import refuse_infinite_input
+
+Values = TypeVar("Values", Tensor, dict[str, Tensor])
 
 
 class Kernel(ABC):
     """A kernel k(x, x'). Subclasses implement `_gram`, `_pairs` and `operator`; input is checked here, once."""
 
     _infinite = False  # whether infinite input may lead to finite values (masks); the kernel then checks the outputs
+    _computed = "gradients"  # what must be finite, too
 
     @own_context()
     def __call__(self, x1: Batch, x2: Batch | None = None, out: Any = None) -> Tensor:
@@ -54,7 +58,7 @@ class Kernel(ABC):
     def diagonal(self, x: Batch) -> Tensor:
         """k(x_i, x_i) for every i: what ``k(x)[i, i]`` is, at the cost of n values."""
         x = self._checked(x, "x")
-        return self._finite(self._pairs(x, None), x, None)
+        return self._finite(self._pairs(x, None), x)
 
     @own_context()
     def paired(self, x1: Batch, x2: Batch) -> Tensor:
@@ -65,13 +69,15 @@ class Kernel(ABC):
             raise refusal("x2", got=f"{count(x2)} samples", expected=f"{count(x1)}, as x1", fix=fix)
         return self._finite(self._pairs(x1, x2), x1, x2)
 
-    def _finite(self, values: Tensor, x1: Batch, x2: Batch | None) -> Tensor:
-        """Refuse infinite input that made values infinite or undefined, though the outputs are finite: tanh(inf)."""
+    def _finite(self, values: Values, x1: Batch, x2: Batch | None = None, given: Iterable[Tensor] = ()) -> Values:
+        """Refuse infinite input that made values infinite or undefined, though the outputs are finite: tanh(inf).
+
+        `given` are vectors of the caller's, which may be so themselves.
+        """
         infinite = self._infinite and (has_infinity(x1) or (x2 is not None and has_infinity(x2)))
-        if infinite and not torch.isfinite(values).all():
-            got = "an infinite input, on which the outputs are finite and gradients are not"
-            fix = "Remove that sample, or pass a large number in place of infinity."
-            raise refusal("x", got=got, expected="finite gradients", fix=fix)
+        results = values.values() if isinstance(values, dict) else [values]
+        if infinite and not _all_finite(results) and _all_finite(given):
+            raise refuse_infinite_input(self._computed)
         return values
 
     def _checked(self, x: Any, name: str) -> Batch:
@@ -93,6 +99,10 @@ class Kernel(ABC):
 
     @abstractmethod
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor: ...
+
+
+def _all_finite(values: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in values)
 
 
 def _writable(out: Any) -> Tensor | None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, main_output
+from ntkit.base.batch import Batch, count, has_infinity
 from ntkit.base.checks import refusal
 from ntkit.jacobian.forwards import each_forward
 from ntkit.jacobian.model_calls import call, check_mode, check_module, untouched
-from ntkit.jacobian.model_outputs import reduce_outputs
+from ntkit.jacobian.model_outputs import Select, check_finite_outputs, check_select, part_of, real_rows
 from ntkit.trajectory.objective import Loss
 
 _BATCH = 128
 
 
-def model_outputs(model: nn.Module, x: Batch) -> Tensor:
+def model_outputs(model: nn.Module, x: Batch, select: Select | None = None) -> Tensor:
     """The outputs of a model for samples that are already checked, [n, *outputs], without a graph.
+
+    Parameters
+    ----------
+    select : the part of the output that is wanted; None: all of it, or its logits if it has any.
 
     Raises
     ------
@@ -24,15 +28,18 @@ def model_outputs(model: nn.Module, x: Batch) -> Tensor:
         For a model in train mode where that matters, and outputs that are not one tensor with samples first.
     """
     check_module(model)
+    check_select(select)
     check_mode(model)
 
     def outputs(modules: dict[nn.Module, nn.Module], part: Batch) -> Tensor:
-        raw = main_output(call(modules[model], part))
-        reduce_outputs(raw, "full", count(part))  # refuses what is no tensor [n, ...]
-        return raw.detach()
+        raw = part_of(call(modules[model], part), select)
+        rows = real_rows(raw, count(part)).detach()
+        if has_infinity(part):
+            check_finite_outputs(model, rows)
+        return rows
 
     with untouched(model, {}), torch.no_grad():
-        return torch.cat(each_forward(model, x, _BATCH, outputs))
+        return torch.cat(each_forward(model, x, _BATCH, outputs, select))
 
 
 class OutputLoss:

@@ -115,7 +115,8 @@ class SketchedKernel(Kernel):
     @own_context()
     def features(self, x: Batch) -> Tensor:
         """phi(x), [n, C, dim]: entry (i, j, c, d) of the full kernel is phi(x1)[i, c] . phi(x2)[j, d]."""
-        return self._features(self._checked(x, "x"))
+        x = self._checked(x, "x")
+        return self._finite(self._features(x), x)
 
     @own_context()
     def standard_error(self, x1: Batch, x2: Batch | None = None) -> Tensor:
@@ -126,7 +127,8 @@ class SketchedKernel(Kernel):
         few blocks hold most of a gradient. It is for one entry: the errors of all entries come from one S, and are
         correlated.
         """
-        phi1, phi2 = self._both(self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2"))
+        x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
+        phi1, phi2 = self._both(x1, x2)
         own1, own2 = phi1 @ phi1.transpose(1, 2), phi2 @ phi2.transpose(1, 2)  # [n, C, C]
         if self._mode == "trace":
             square = own1.flatten(1) @ own2.flatten(1).T
@@ -141,7 +143,7 @@ class SketchedKernel(Kernel):
             norm1, norm2 = own1.diagonal(dim1=1, dim2=2), own2.diagonal(dim1=1, dim2=2)  # [n, C]
             full = self._mode == "full"
             square += norm1[:, None, :, None] * norm2[None, :, None] if full else norm1[:, None] * norm2
-        return (square.clamp(min=0) / self._dim).sqrt()
+        return self._finite((square.clamp(min=0) / self._dim).sqrt(), x1, x2)
 
     def settings(self) -> dict[str, Any]:
         """Those of the tangent kernel, and the random projection."""

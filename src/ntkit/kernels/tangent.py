@@ -31,7 +31,8 @@ class TangentKernel(Kernel):
         [n1, n2], the kernel of sum_c f_c / sqrt(C) (pseudo-NTK). Or a callable from the model's outputs on a batch to
         one scalar per sample [n]: the kernel of that scalar, [n1, n2].
     select : the part of the model's output whose kernel is wanted, a function such as ``lambda out: out[0]``, where the
-        model returns something else than a tensor. Without it: the output, or its ``logits`` if it has any.
+        model returns something else than a tensor. Without it: the output, or its ``logits`` if it has any (a callable
+        as `outputs` may be written for the object or for its logits).
     params : parameter names, a predicate on names (or on name and parameter), or None for all that require grad.
     memory : bytes of scratch memory (or text such as "2 GB"), beside inputs and result; half of what is free if None.
     routes : parameter name -> "outer", "tokens", "nested" or "rows" (see ``print(kernel.plan(x))``), where the choice
@@ -95,7 +96,7 @@ class TangentKernel(Kernel):
         True
         """
         x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
-        return self._engine.refresh().gram(x1, x2, plan=plan)
+        return self._finite(self._engine.refresh().gram(x1, x2, plan=plan), x1, x2)
 
     @own_context()
     def plan_for_tiles(self, x: Batch, size: int, n: int | None = None) -> Plan:
@@ -139,7 +140,8 @@ class TangentKernel(Kernel):
         """
         x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
         engine = self._engine.refresh()
-        return dict(zip(engine.params, engine.gram(x1, x2, by_parameter=True), strict=True))
+        shares = engine.gram(x1, x2, by_parameter=True)
+        return dict(zip(engine.params, self._finite(shares, x1, x2), strict=True))
 
     @own_context()
     def plan(self, x1: Batch, x2: Batch | None = None) -> Plan:
@@ -176,7 +178,7 @@ class TangentKernel(Kernel):
         block = [
             direction[name].to(p)[None] if name in direction else p.new_zeros(1, *p.shape) for name, p in params.items()
         ]
-        return engine.jvp(x, block)[:, :, 0]
+        return self._finite(engine.jvp(x, block)[:, :, 0], x, None, block)
 
     @own_context()
     def vjp(self, x: Batch, cotangent: Tensor) -> dict[str, Tensor]:
@@ -197,7 +199,8 @@ class TangentKernel(Kernel):
         engine = self._engine.refresh()
         _expect(cotangent, (count(x), engine.structure(x).outputs), "cotangent")
         pulled = engine.vjp(x, cotangent.to(engine.like)[:, :, None])
-        return {name: p[0] for name, p in zip(engine.params, pulled, strict=True)}
+        result = {name: p[0] for name, p in zip(engine.params, pulled, strict=True)}
+        return self._finite(result, x, None, [cotangent])
 
     def settings(self) -> dict[str, Any]:
         """Model, outputs and the names of the parameters."""
@@ -214,7 +217,7 @@ class TangentKernel(Kernel):
         batch = engine.vector_batch(x)
 
         def once(v: Tensor) -> Tensor:
-            return engine.jvp(x, engine.vjp(x, v, batch), batch)
+            return self._finite(engine.jvp(x, engine.vjp(x, v, batch), batch), x, None, [v])
 
         def apply(v: Tensor) -> Tensor:
             if full:

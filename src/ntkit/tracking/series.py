@@ -211,7 +211,8 @@ def open_folder(path: Path, settings: dict[str, Any]) -> None:
         write_json(path / "track.json", settings)
         return
     stored, new = read_track_settings(path), json.loads(json.dumps(settings))
-    if changed := [name for name in new if stored.get(name) != new[name]]:
+    names = dict.fromkeys([*new, *(stored.keys() - {"steps", "images"})])  # an option that is left out now is another
+    if changed := [name for name in names if stored.get(name) != new.get(name)]:
         got = f"a tracking with another {', '.join(changed)}"
         raise refusal(str(path), got=got, expected="the same run, points and options", fix="Name another folder.")
 

@@ -257,7 +257,7 @@ class _Tracker:
             vectors = np.stack([v for _, v in parts])
         else:
             if callable(self.mode):  # one scalar of the outputs: only its values can be compared with the kernel
-                values = {"output": self.mode(raw).detach().double().reshape(self.n, 1)}
+                values = {"output": raw_outputs(self.model, self.x, scalar=self.mode).double()}
             numbers, vectors = kernel.spectral(self.k, values, self.outputs if self.mode == "full" else 1)
             record |= numbers
         if isinstance(kernel, KernelMatrix):

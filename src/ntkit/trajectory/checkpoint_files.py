@@ -108,11 +108,23 @@ def _pieces(folder: Path, index: Path) -> dict[str, Tensor]:
         got, fix = f"no list of files ({type(error).__name__})", "Copy the folder again."
         raise refusal(str(index), got=got, expected='JSON with "weight_map"', fix=fix) from error
     pieces: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             fix = "Copy the folder again, from a source that you trust."
             raise refusal(str(index), got=f"the file {name!r}", expected="names of files in this folder", fix=fix)
-        pieces |= _content(folder / name)
+        piece = _content(folder / name)
+        if not isinstance(piece, Mapping):
+            fix = "Copy the folder again."
+            raise refusal(str(folder / name), got=f"a {type(piece).__name__}", expected="tensors by name", fix=fix)
+        if twice := [key for key in piece if key in places]:
+            got, fix = (
+                f"'{twice[0]}' in {places[twice[0]]} and in {name}",
+                "Copy the folder again, or save it as one file.",
+            )
+            raise refusal(str(index), got=got, expected="each tensor in one file", fix=fix)
+        places |= dict.fromkeys(piece, name)
+        pieces |= piece
     return pieces
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count, outputs_of, take
+from ntkit.base.batch import Batch, call_with, checked, count, take
 from ntkit.base.checks import refusal
 from ntkit.base.tensors import points_hash
+from ntkit.jacobian.model_outputs import Select, check_select, part_of
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Loss = Callable[[Any, Tensor], Tensor]  # (model(x), y) -> scalar; a model may return anything
@@ -23,15 +24,17 @@ class Objective:
     ----------
     x, y, n : inputs (a tensor, a tuple or a dict of tensors), targets, number of examples.
     loss : ``loss(model(x), y)`` -> scalar.
+    select : the part of the model's output that the loss takes; None: all of it, or its logits if it has any.
     """
 
-    def __init__(self, data: tuple[Inputs, Tensor], loss: Loss) -> None:
+    def __init__(self, data: tuple[Inputs, Tensor], loss: Loss, select: Select | None = None) -> None:
+        check_select(select)
         if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], Tensor):
             raise refusal("data", got=type(data).__name__, expected="(x, y) tensors", fix="Pass data=(x, y).")
         x, y = data
         self.x: Batch = checked(x, "x", infinite=True)
         self.y: Tensor = checked(y, "y")
-        self.n, self.loss = len(y), loss
+        self.n, self.loss, self.select = len(y), loss, select
         if count(self.x) != self.n:
             fix = "Give one target per example."
             raise refusal("x", got=f"{count(self.x)} rows", expected=f"{self.n}, as y has", fix=fix)
@@ -47,7 +50,7 @@ class Objective:
     def value(self, model: nn.Module, rows: Tensor | slice | None) -> Tensor:
         """Value of the loss on these rows."""
         x, y = self.batch(rows)
-        return self.loss(outputs_of(model, x), y)
+        return self.loss(part_of(call_with(model, x), self.select), y)
 
     def mean(self, model: nn.Module, batch_size: int) -> float:
         """Mean loss over all rows, in eval mode and in batches; the model is in train mode afterwards."""

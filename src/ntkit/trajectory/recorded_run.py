@@ -18,6 +18,7 @@ from ntkit.base.files import read_json
 from ntkit.base.integrity import check_place, damaged, fingerprint
 from ntkit.base.run_files import EndedRun, LoopSettings, TrainSettings, described
 from ntkit.base.tensors import read_tensors_and_metadata
+from ntkit.jacobian.model_outputs import Select
 from ntkit.trajectory.batch_order import batch_indices
 from ntkit.trajectory.objective import Inputs, Loss
 from ntkit.trajectory.step_log import read_indices, read_log
@@ -45,6 +46,7 @@ class Trajectory:
         ``diverged_at`` and ``diverged_loss``. Empty while running.
     steps : the recorded steps, ascending.
     origin : the arguments (model, (x, y), loss) of `train`, on the Trajectory it returns; None after `open`.
+    select : of `train`, likewise.
 
     Examples
     --------
@@ -72,6 +74,7 @@ class Trajectory:
         self._listed = "snapshots" in run  # which snapshots a run has that has ended
         self.steps: list[int] = run["snapshots"] if self._listed else snapshots_in(self.path)
         self.origin: tuple[nn.Module, tuple[Inputs, Tensor], Loss] | None = None
+        self.select: Select | None = None
         if temporary is not None:
             finalize(self, temporary.cleanup)
 

@@ -20,6 +20,7 @@ from ntkit.base.progress import task
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.graph import correct_norms
 from ntkit.jacobian.model_calls import select_parameters
+from ntkit.jacobian.model_outputs import Select
 from ntkit.trajectory import optimizer_updates, replay_checks
 from ntkit.trajectory.objective import Inputs, Loss, Objective
 from ntkit.trajectory.optimizer_updates import Update
@@ -102,6 +103,7 @@ class Replay:
     weights : [n], factors on the gradient that comes through each example's outputs. Then another run is computed, with
         the same start, batches, learning rates and optimizer; the snapshots after step 0 have no part in it.
     moments : whether the updates of Adam carry their moments (`optimizer_updates.Moments`).
+    select : the part of the model's output that the loss takes, as for `ntkit.TangentKernel`: the model's outputs here.
 
     Attributes
     ----------
@@ -145,9 +147,10 @@ class Replay:
         clip: float | None = None,
         weights: Tensor | None = None,
         moments: bool = False,
+        select: Select | None = None,
     ) -> None:
-        settings = trajectory.settings
-        model, data, loss = replay_checks.training_arguments(trajectory, model, data, loss)
+        settings, arguments = trajectory.settings, (model, data, loss, select)
+        model, data, loss, self.select = replay_checks.training_arguments(trajectory, *arguments)
         optimizer_updates.optimizer_class(settings["optimizer"]["class"])  # refused before anything slow
         self._trajectory = trajectory
         self.objective = Objective(data, loss)
@@ -158,7 +161,7 @@ class Replay:
         self._end: dict[str, Tensor] = {}  # of a run with weights: it has no snapshot
         self.rates = replay_checks.checked_rates(trajectory, self.steps)
         self.is_loop = loop = settings.get("kind") == "recorded"
-        self.model = replay_checks.replay_model(model, settings, in_train_mode=not loop)
+        self.model = replay_checks.replay_model(model, settings, not loop, self.select)
         self.optimizer: dict[str, Any] = settings["optimizer"]
         self._opt = optimizer_updates.build_optimizer(self.optimizer, dict(self.model.named_parameters()))
         self._params = optimizer_updates.updated_parameters(self.model, self._opt)
@@ -347,7 +350,7 @@ class Replay:
         """Compare the parameters with the recorded ones, and load these. Returns whether all bits are equal."""
         recorded = self._read(step)
         for name, tensor in self._constants.items():
-            if not _same_bits(tensor, recorded[name]):
+            if not replay_checks.same_bits(tensor, recorded[name]):
                 got = "another value than at step 0: the forward pass changes it"
                 expected = "a run that changes only the parameters of the optimizer"
                 fix = "Train with constant statistics (eval mode), or with GroupNorm or LayerNorm."
@@ -355,8 +358,10 @@ class Replay:
         differences = []
         for name, p in self._params.items():
             value = p.detach()
-            if not _same_bits(value, recorded[name]):
-                size, update, theta = map(_norm, (recorded[name] - value, value - before[name], recorded[name]))
+            if not replay_checks.same_bits(value, recorded[name]):
+                size, update, theta = map(
+                    replay_checks.norm, (recorded[name] - value, value - before[name], recorded[name])
+                )
                 eps = torch.finfo(value.dtype).eps
                 rounding = step - 1 in self._recorded and size <= math.sqrt(eps) * update + 4 * eps * theta
                 differences.append((not rounding, size / update if update else math.inf, name))
@@ -410,11 +415,3 @@ def _copy_of(state: Any) -> dict[Tensor, dict[str, Any]]:
         p: {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
         for p, values in state.items()
     }
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(*(t.detach().reshape(-1).view(torch.uint8) for t in (a, b)))
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

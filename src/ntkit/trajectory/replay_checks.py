@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import main_output
 from ntkit.base.checks import refusal
 from ntkit.jacobian.model_calls import check_mode, check_module
+from ntkit.jacobian.model_outputs import PartHook, Select, check_select
 from ntkit.trajectory.objective import Inputs, Loss, Objective, loss_name
 from ntkit.trajectory.optimizer_updates import check_clip
 from ntkit.trajectory.recorded_run import Trajectory, snapshots_in, tied_names
@@ -19,9 +19,13 @@ from ntkit.trajectory.snapshots import snapshot_rule
 
 
 def training_arguments(
-    trajectory: Trajectory, model: nn.Module | None, data: tuple[Inputs, Tensor] | None, loss: Loss | None
-) -> tuple[nn.Module, tuple[Inputs, Tensor], Loss]:
-    """Model, data and loss; those that are None are taken from the trajectory's origin."""
+    trajectory: Trajectory,
+    model: nn.Module | None,
+    data: tuple[Inputs, Tensor] | None,
+    loss: Loss | None,
+    select: Select | None,
+) -> tuple[nn.Module, tuple[Inputs, Tensor], Loss, Select | None]:
+    """Model, data, loss and select; those that are None are taken from the trajectory that `train` returned."""
     values: dict[str, Any] = {"model": model, "data": data, "loss": loss}
     for name, value in zip(values, trajectory.origin or (), strict=False):
         values[name] = value if values[name] is None else values[name]
@@ -34,7 +38,11 @@ def training_arguments(
     if not callable(values["loss"]):
         got, fix = f"a {type(values['loss']).__name__}", "Pass the loss that the run was trained with."
         raise refusal("loss", got=got, expected="a function of model(x) and y", fix=fix)
-    return values["model"], values["data"], values["loss"]
+    check_select(select)
+    if select is None and (select := trajectory.select) is None and trajectory.settings.get("select") is not None:
+        got, expected = "nothing, and the trajectory was opened from disk", "the function that the run was trained with"
+        raise refusal("select", got=got, expected=expected, fix="Pass select=.")
+    return values["model"], values["data"], values["loss"], select
 
 
 def checked_clip(settings: dict[str, Any], objective: Objective, clip: float | None) -> float | None:
@@ -56,8 +64,10 @@ def checked_clip(settings: dict[str, Any], objective: Objective, clip: float | N
     return settings.get("clip")
 
 
-def replay_model(model: nn.Module, settings: dict[str, Any], in_train_mode: bool) -> nn.Module:
-    """Copy of the network that returns a tensor where it has logits, in eval mode; checked for this run."""
+def replay_model(
+    model: nn.Module, settings: dict[str, Any], in_train_mode: bool, select: Select | None = None
+) -> nn.Module:
+    """Copy of the network that returns the part of its output that is looked at, in eval mode; checked for this run."""
     try:
         model = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
@@ -75,7 +85,7 @@ def replay_model(model: nn.Module, settings: dict[str, Any], in_train_mode: bool
     check_mode(model.eval())
     for name, p in model.named_parameters():
         p.requires_grad_(name in settings["trainable"])
-    model.register_forward_hook(lambda module, arguments, output: main_output(output))
+    model.register_forward_hook(PartHook(select))
     return model
 
 
@@ -127,5 +137,15 @@ def checked_outputs(outputs: Any, rows: int) -> Tensor:
     if isinstance(outputs, Tensor):
         got = f"shape {list(outputs.shape)}{'' if outputs.requires_grad else ', without a gradient'}"
     expected = f"one tensor of shape [{rows}, ...] that depends on the parameters"
-    fix = "Wrap the model, also in training, so that it returns one tensor with examples along its first axis."
+    fix = "Pick one with select=, the part that the loss takes, with examples along its first axis."
     raise refusal("the model's output", got=got, expected=expected, fix=fix)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype have the same bytes."""
+    return torch.equal(*(t.detach().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def norm(tensor: Tensor) -> float:
+    """Euclidean norm, summed up in float64."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ntkit.base.checks import refusal
+from ntkit.base.function_identity import function_identity
 from ntkit.jacobian.graph import correct_norms, has_norms
 from ntkit.jacobian.model_calls import check_module
+from ntkit.jacobian.model_outputs import Select
 from ntkit.trajectory.batch_order import batch_indices, derived_seed, steps_per_epoch
 from ntkit.trajectory.learning_rates import RateSchedule
 from ntkit.trajectory.objective import Inputs, Loss, Objective, loss_name
@@ -44,6 +46,7 @@ def train(
     on_step: Callable[[int, float], None] | None = None,
     schedule: Callable[[int], float] | None = None,
     clip: float | None = None,
+    select: Select | None = None,
 ) -> Trajectory:
     """Train `model` in place and record the run: theta_{s+1} = theta_s + update(grad of the loss on batch(s)).
 
@@ -78,6 +81,8 @@ def train(
         None = constant rates.
     clip : largest norm of the gradient over all parameters that the optimizer updates; a longer gradient is scaled down
         before the update (`torch.nn.utils.clip_grad_norm_`). None = no clipping.
+    select : the part of the model's output that the loss takes, a function such as ``lambda out: out[0]``. None: all of
+        it, or its ``logits`` if it has any.
 
     Returns
     -------
@@ -108,7 +113,7 @@ def train(
     ('target', 2.0)
     """
     check_module(model, fix="Pass the network to train.")
-    objective = Objective(data, loss)
+    objective = Objective(data, loss, select)
     _check_numbers(steps, seed, target, clip, batch_size, objective.n)
     recorded = snapshot_steps(record, steps)
     opt = _new_optimizer(optimizer, model)
@@ -124,6 +129,7 @@ def train(
         "loss": loss_name(loss),
         "n": objective.n,
         "data": objective.data_hash(),
+        **({} if select is None else {"select": function_identity(select)}),
         **network_and_optimizer(model, opt),
     }
     if path is None and resume:
@@ -139,7 +145,7 @@ def train(
                         run.start(resume, recorded)
                         _run_steps(run, objective, recorded, devices, interrupted, rates, on_step)
         trajectory = Trajectory(run.folder, temporary=temporary)
-        trajectory.origin = (model, (data[0], data[1]), loss)
+        trajectory.origin, trajectory.select = (model, (data[0], data[1]), loss), select
         return trajectory
     except BaseException:
         if temporary is not None:

@@ -104,7 +104,8 @@ class DecompositionFiles:
             return None
         if rest.get("identity") != self._identity:
             theirs = rest.get("identity") or {}
-            differs = [key for key, value in self._identity.items() if theirs.get(key) != value]
+            keys = dict.fromkeys([*self._identity, *theirs])
+            differs = [key for key in keys if theirs.get(key) != self._identity.get(key)]
             got, fix = f"another decomposition ({', '.join(differs) or 'unknown'} differ)", "Give another folder."
             raise refusal(str(self._folder), got=got, expected="one of the same run, test points and settings", fix=fix)
         return tensors, rest

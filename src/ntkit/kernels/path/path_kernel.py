@@ -19,7 +19,7 @@ from ntkit.base.progress import task
 from ntkit.base.shown import of_model
 from ntkit.base.tensors import tensor_hash
 from ntkit.jacobian.model_calls import Outputs, check_mode, required_arguments
-from ntkit.jacobian.model_outputs import reduce_outputs
+from ntkit.jacobian.model_outputs import Select, reduce_outputs
 from ntkit.jacobian.structure import SelfCheckError
 from ntkit.kernels.kernel import Kernel, KernelOperator, written
 from ntkit.kernels.path.decomposition import PathDecomposition, StepShare
@@ -68,6 +68,7 @@ class PathKernel(Kernel):
         together (points x outputs x parameters numbers) are done in parts, each a sweep over the run.
     model, data, loss, clip : of the run, where `trajectory` was opened from disk (see
         `ntkit.trajectory.replay.Replay`); the trajectory that `train` returned has them.
+    select : the part of the model's output that the loss and `outputs` take, as for `ntkit.TangentKernel`.
 
     Raises
     ------
@@ -109,6 +110,7 @@ class PathKernel(Kernel):
         data: tuple[Any, Tensor] | None = None,
         loss: Callable[[Any, Tensor], Tensor] | None = None,
         clip: float | None = None,
+        select: Select | None = None,
     ) -> None:
         if not isinstance(trajectory, Trajectory):
             fix = "Pass what ntkit.train returned, or ntkit.Trajectory.open(folder)."
@@ -116,7 +118,8 @@ class PathKernel(Kernel):
         if not callable(outputs) and outputs not in ("full", "trace"):
             modes = '"full", "trace" (as a kernel only) or a callable'
             raise refusal("outputs", got=repr(outputs), expected=modes, fix="Pick a scalar by a callable.")
-        self._replay = Replay(trajectory, model, data, loss, clip)
+        self._replay = Replay(trajectory, model, data, loss, clip, select=select)
+        self._select = self._replay.select
         check_mode(self._replay.model)
         self._trajectory, self._outputs = trajectory, outputs
         self._budget = parse_memory(memory)
@@ -237,9 +240,11 @@ class PathKernel(Kernel):
             "run": {name: run[name] for name in ("initial", "stop", "settings")},
             "x": tensor_hash(tensors_to_hash(x)),
             "outputs": name,
+            "loss": function_identity(self._replay.objective.loss),
             "integration": list(self._how),
             "layers": layers,
             "steps": steps,
+            **({} if self._select is None else {"select": function_identity(self._select)}),
         }
 
     def _rule_in_words(self, segment: Segment) -> str:
