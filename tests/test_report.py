@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -616,7 +617,7 @@ def test_copy_print_and_policy(chromium: Any, full: Path) -> None:
 
 @pytest.mark.browser
 def test_figures_and_tables_are_saved(chromium: Any, full: Path) -> None:
-    visit, results = Visit(chromium, full, 1280, 900, "light"), report_case.full()[0]
+    visit, results = Visit(chromium, full, 1280, 900, "dark"), report_case.full()[0]
 
     def saved(place: str, text: str) -> tuple[str, str]:
         with visit.page.expect_download() as waiting:
@@ -627,6 +628,11 @@ def test_figures_and_tables_are_saved(chromium: Any, full: Path) -> None:
     assert name == "test-error-of-the-machines.svg"
     assert drawn.startswith("<svg")
     assert "var(--" not in drawn
+    soft = re.search(r"--soft: (#\w+)", resources.files("ntkit.report").joinpath("style.css").read_text())
+    assert soft
+    ink = ", ".join(str(int(soft[1][i : i + 2], 16)) for i in (1, 3, 5))
+    assert f"rgb({ink})" in drawn  # the colors of the light page, for paper
+    assert visit.luminance() < 128
     assert "±" in drawn
     assert "after kernel" in drawn
     name, text = saved("#figure-alignment .save", "CSV")

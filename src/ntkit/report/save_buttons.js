@@ -81,8 +81,14 @@
     var name = slug(title.textContent), place = document.createElement("span");
     place.className = "save";
     saver(place, "SVG", "Save this figure as SVG", function () {
+      var theme = root.dataset.theme, light = {};  // as for print, whatever the page shows
+      root.dataset.theme = "light";
+      Array.prototype.forEach.call(figure.querySelectorAll(".plot"), function (panel) {
+        light[panel.id] = resolve(plots[panel.id], getComputedStyle(root));
+      });
+      root.dataset.theme = theme;
       Array.prototype.forEach.call(figure.querySelectorAll(".plot"), function (panel, i, all) {
-        Plotly.toImage(panel, { format: "svg", width: panel.clientWidth, height: panel.clientHeight }).then(function (uri) {
+        Plotly.toImage(light[panel.id], { format: "svg", width: panel.clientWidth, height: panel.clientHeight }).then(function (uri) {
           var text = decodeURIComponent(uri.slice(uri.indexOf(",") + 1));
           save(name + (all.length > 1 ? "-" + (i + 1) : "") + ".svg", "image/svg+xml", text);
         });
