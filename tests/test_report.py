@@ -723,11 +723,11 @@ def test_a_network_that_hardly_trained_is_said_first() -> None:
 
 def test_a_change_within_the_wander_of_its_curve_is_no_turn() -> None:
     results = report_case.full()[0]
-    curve = [0.106, 0.12, 0.06, 0.08, 0.09, 0.1, 0.1, 0.11, 0.11, 0.115, 0.118]
+    curve = [0.106, 0.12, 0.06, 0.08, 0.09, 0.1, 0.1, 0.11, 0.11, 0.12, 0.136]
     results["along"]["alignment_centered"] = curve
     leads = dict(readings.in_short(results))
     text = leads["Alignment with the task changed no more than it wanders along training."]
-    assert "from 0.106 to 0.118; its largest move the other way was 0.06." in text
+    assert "from 0.106 to 0.136; its largest move the other way was 0.06." in text
     results["along"]["alignment_centered"] = [v + 0.1 * i for i, v in enumerate(curve)]
     assert "The kernel turned towards the task." in dict(readings.in_short(results))
     results["along"] = None  # weights were loaded: no curve, no judgment

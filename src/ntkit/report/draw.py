@@ -233,8 +233,13 @@ def family(
 
 
 def filled(figures: Sequence[tuple[Figure, str]]) -> list[tuple[Figure, str]]:
-    """The same figures for rows of two: the last one is made wide if half of its row would be empty."""
-    if not figures or sum(not figure.wide for figure, _ in figures) % 2 == 0:
-        return list(figures)
-    figure, reading = figures[-1]
-    return [*figures[:-1], (replace(figure, wide=True), reading)]
+    """The same figures for rows of two: one is made wide where half of its row would be empty."""
+    result, alone = [], False  # whether the last figure has a row of two to itself so far
+    for figure, reading in figures:
+        if figure.wide and alone:
+            result[-1] = replace(result[-1][0], wide=True), result[-1][1]
+        alone = not figure.wide and not alone
+        result.append((figure, reading))
+    if alone:
+        result[-1] = replace(result[-1][0], wide=True), result[-1][1]
+    return result

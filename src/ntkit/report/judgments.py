@@ -16,8 +16,10 @@ LEVEL = 0.05
 """McNemar's p value below which two errors on the same examples are different beyond noise."""
 LITTLE = 0.2
 """Share of the training targets explained, below which a network hardly fits its training set."""
+TURNED = 0.02
+"""Change of the centered alignment below which there is hardly any."""
 CHANGED = 0.01
-"""Change of the centered alignment, or distance of a kernel from the first one, below which there is hardly any."""
+"""Distance of a kernel from the first one, 1 - cosine, below which its shape hardly changed."""
 FEWEST = 4
 """Snapshots below which a curve has no wander to compare its change with."""
 
@@ -99,12 +101,12 @@ def ends_of(values: Sequence[float | None]) -> tuple[float, float, float] | None
 def turned(first: float | None, last: float | None, wander: float | None) -> str:
     """Verdict on a change of the alignment with the targets, beside the wander of its curve.
 
-    >>> turned(0.1, 0.5, 0.1), turned(0.5, 0.1, 0.1), turned(0.106, 0.116, 0.06), turned(0.1, 0.105, 0.0)
+    >>> turned(0.1, 0.5, 0.1), turned(0.5, 0.1, 0.1), turned(0.106, 0.136, 0.06), turned(0.1, 0.119, 0.0)
     ('towards', 'away', 'wanders', 'hardly')
     """
     if first is None or last is None:
         return "undefined"
-    if abs(last - first) < CHANGED:
+    if abs(last - first) < TURNED:
         return "hardly"
     if wander is None:
         return "unknown"
@@ -199,7 +201,7 @@ FIT = Judgment(
 )
 """Said before anything else."""
 TURN = Judgment(
-    f"The kernel turned where the change of its centered alignment, first to last snapshot, is at least {CHANGED:g} "
+    f"The kernel turned where the change of its centered alignment, first to last snapshot, is at least {TURNED:g} "
     "and larger than the largest move of the curve the other way.",
     turned,
     {
