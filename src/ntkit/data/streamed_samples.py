@@ -7,14 +7,39 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
-from ntkit.base.batch import Batch, checked, count, leaves
+from ntkit.base.batch import Batch, as_batch, checked, count, leaves
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.progress import task
 from ntkit.data.examples import restored_random_states
 
 _AT_A_TIME = 256  # samples of the first reading
+
+
+def in_memory(x: Any) -> Any:
+    """All samples of a Dataset or a DataLoader, without labels; anything else as it is.
+
+    >>> in_memory(torch.utils.data.TensorDataset(torch.arange(3.0), torch.arange(3)))
+    tensor([0., 1., 2.])
+    """
+    return with_labels(x, None)[0] if isinstance(x, (Dataset, DataLoader)) else x
+
+
+def with_labels(x: Any, y: Any = None) -> tuple[Any, Any]:
+    """Samples and labels: without `y`, those of a dataset of pairs; arrays of labels as tensors; the rest as it is.
+
+    >>> x, y = with_labels(torch.utils.data.TensorDataset(torch.arange(3.0), torch.arange(3)))
+    >>> y
+    tensor([0, 1, 2])
+    """
+    if isinstance(x, (Dataset, DataLoader)):
+        samples = StreamedSamples(x)
+        x, y = samples.block(slice(len(samples))), samples.labels if y is None else y
+    return x, as_batch(y, "y") if isinstance(y, np.ndarray) else y
+
+
 _NUMPY = "write the samples to a .npy file once and pass numpy.load(file, mmap_mode='r')"
 
 
@@ -32,6 +57,7 @@ class StreamedSamples:
     ----------
     first : the first sample, as a batch of one.
     hashes : of all samples, one per tensor of a batch: that of `tensor_hash` of the same samples in memory.
+    labels : [n, ...], those of a dataset of pairs; None where they are no tensors, or there are none.
 
     Raises
     ------
@@ -57,17 +83,20 @@ class StreamedSamples:
         self._n = _length(self._dataset)
         self.first = self._read(0, 1)
         self._digests = np.empty(self._n, "u8")
-        whole = [hashlib.sha256() for _ in leaves(self.first)]
+        whole, labels = [hashlib.sha256() for _ in leaves(self.first)], []
         for digest, leaf in zip(whole, leaves(self.first), strict=True):
             digest.update(f" {leaf.dtype} {[self._n, *leaf.shape[1:]]};".encode())
         with task("reading samples", total=self._n) as progress:
             for start in range(0, self._n, _AT_A_TIME):
-                rows = _bytes_of(block := self._read(start, min(start + _AT_A_TIME, self._n)))
+                block, own = self._read_pairs(start, min(start + _AT_A_TIME, self._n))
+                rows = _bytes_of(block)
+                labels.append(own)
                 for digest, leaf in zip(whole, rows, strict=True):
                     digest.update(leaf.data)
                 self._digests[start : start + count(block)] = _digests(rows)
                 progress.advance(count(block))
         self.hashes = [digest.hexdigest() for digest in whole]
+        self.labels = torch.cat(labels) if all(isinstance(own, Tensor) and own.dim() for own in labels) else None
 
     def __len__(self) -> int:
         return self._n
@@ -90,6 +119,11 @@ class StreamedSamples:
         return block
 
     def _read(self, start: int, stop: int) -> Batch:
+        return self._read_pairs(start, stop)[0]
+
+    def _read_pairs(self, start: int, stop: int) -> tuple[Batch, Any]:
+        """Some samples, and their labels where there are any."""
+        label = None
         with restored_random_states():
             items = [self._dataset[i] for i in range(start, stop)]
         where = f"x, samples {start} to {stop - 1}"
@@ -98,8 +132,8 @@ class StreamedSamples:
         except (TypeError, RuntimeError) as error:
             fix = "Make tensors of one shape of them, in the dataset or its transform."
             raise refusal(where, got=str(error), expected="samples that can be put together", fix=fix) from error
-        if isinstance(block, (tuple, list)) and len(block) <= 2:  # without the label, if there is one
-            block = block[0]
+        if isinstance(block, (tuple, list)) and len(block) <= 2:  # samples, or pairs
+            block, label = block[0], block[1] if len(block) == 2 else None
             block = tuple(block) if isinstance(block, list) else block
         elif isinstance(block, (tuple, list)):
             fix = "Return ((a, b, ...), label), which is passed as model(a, b, ...)."
@@ -113,7 +147,7 @@ class StreamedSamples:
             expected = f"{stop - start} samples like the first, {[list(shape) for _, shape in kinds[0]]}"
             got = f"{count(block)} of {[list(shape) for _, shape in kinds[1]]}"
             raise refusal(where, got=got, expected=expected, fix="Pad or resize all samples to one shape.")
-        return block
+        return block, label
 
 
 def _length(dataset: Any) -> int:

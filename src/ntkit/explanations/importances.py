@@ -14,6 +14,7 @@ from ntkit.base.batch import checked, count
 from ntkit.base.caller_context import no_context, own_context
 from ntkit.base.checks import refusal
 from ntkit.base.shown import Shown
+from ntkit.data.streamed_samples import with_labels
 from ntkit.gram.arrays import as_floats, check_finite
 from ntkit.jacobian.model_outputs import Select
 from ntkit.kernels.output_loss import OutputLoss, model_outputs
@@ -82,7 +83,7 @@ def target_importance(model: nn.Module, x: Inputs, y: Tensor, loss: Loss, select
     >>> target_importance(model, x, torch.zeros(2, 1), torch.nn.functional.mse_loss).values.ravel().tolist()
     [-4.0, -10.0]
     """
-    inputs: Any = x
+    inputs, y = with_labels(x, y)
     batch = checked(inputs, "x", infinite=True)
     own = OutputLoss(loss, model_outputs(model, batch, select), checked(y, "y"))
     return Importance(-own.slopes.cpu(), "target", {"examples": float(own.n), "loss_is_mean": float(own.of_mean)})

@@ -17,6 +17,7 @@ from ntkit.base.checks import nearest, refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
+from ntkit.data.streamed_samples import with_labels
 from ntkit.explanations.measures_of_outputs import Measure, OutputMeasure
 from ntkit.explanations.trust_limits import MISS, SMOOTH
 from ntkit.explanations.unrolled import Unrolled, derivatives_of_measures
@@ -248,6 +249,7 @@ def influence(
     if not isinstance(checked, int) or isinstance(checked, bool) or checked < 1:
         fix = "1 is the least: scores are never returned without a comparison."
         raise refusal("checked", got=repr(checked), expected="a number of examples, at least 1", fix=fix)
+    x, y = with_labels(x, y)
     x = checked_batch(x, "x", infinite=True)
     run = Replay(trajectory, model, data, loss, clip, moments=True, select=select)
     if not run.steps:

@@ -15,6 +15,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
+from ntkit.data.streamed_samples import in_memory, with_labels
 from ntkit.explanations.importances import Importance
 from ntkit.gram.arrays import Matrix, as_floats, as_matrix, check_finite
 from ntkit.kernels.kernel import Kernel
@@ -149,7 +150,7 @@ def explain(
         fix = "Pass e.g. ntkit.TangentKernel(model)."
         raise refusal("kernel", got=f"a {type(kernel).__name__}", expected="a kernel, or a function k(x1, x2)", fix=fix)
     weights = importance if isinstance(importance, Importance) else Importance(torch.as_tensor(importance), "given")
-    train, test = (checked(x, name, infinite=True) for x, name in ((x_train, "x_train"), (x_test, "x_test")))
+    train, test = (checked(in_memory(x), name, infinite=True) for x, name in ((x_train, "x_train"), (x_test, "x_test")))
     m, (n, C) = count(test), weights.values.shape
     if count(train) != n:
         fix = "Pass the training examples that the importance belongs to, in its order."
@@ -257,6 +258,7 @@ class Explainer:
             fix = "Pass e.g. lambda x, targets: ntkit.explain(kernel, importance, x_train, x, targets)."
             raise refusal("scores", got=f"a {type(scores).__name__}", expected="a function of test points", fix=fix)
         self._scores, self._batch = scores, batch
+        x_train, y_train = with_labels(x_train, y_train)
         self._train, self._targets = checked(x_train, "x_train", infinite=True), y_train
         if y_train is not None and len(y_train) != count(self._train):
             fix = "Give one per training example."
@@ -264,7 +266,7 @@ class Explainer:
 
     def explain(self, test_data: Inputs, targets: Any = None) -> Tensor:
         """Scores float64 [m, n] of the training examples for test points and the outputs explained."""
-        test = checked(test_data, "test_data", infinite=True)
+        test = checked(in_memory(test_data), "test_data", infinite=True)
         m, n = count(test), count(self._train)
         goal = None if targets is None else torch.as_tensor(targets)
         if goal is not None and (goal.ndim != 1 or len(goal) != m):

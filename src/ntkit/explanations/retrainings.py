@@ -19,6 +19,7 @@ from ntkit.base.function_identity import function_identity
 from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import FolderLock
 from ntkit.base.tensors import points_hash, read_tensors_and_metadata, tensor_hash, write_tensors
+from ntkit.data.streamed_samples import with_labels
 from ntkit.explanations.measures_of_outputs import Measure, OutputMeasure
 from ntkit.jacobian.model_calls import check_module
 from ntkit.jacobian.model_outputs import Select
@@ -88,6 +89,7 @@ class Retrainings:
         clip: float | None = None,
         select: Select | None = None,
     ) -> None:
+        x, y = with_labels(x, y)
         self._x = checked(x, "x", infinite=True)
         self._replay = Replay(trajectory, model, data, loss, clip, select=select)
         self._replay.check()

@@ -12,6 +12,7 @@ from ntkit.base.batch import checked
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
+from ntkit.data.streamed_samples import in_memory
 from ntkit.explanations.importances import target_importance
 from ntkit.explanations.representers import Explanation, checked_outputs, explain
 from ntkit.jacobian.model_calls import Params
@@ -90,7 +91,7 @@ def tracin(
             fix = "Pass model=, data=(x, y) and loss=: a list of checkpoints does not have them."
             raise refusal("model, data, loss", got="not all of them", expected="all three", fix=fix)
     objective = Objective(data, loss)
-    network, test = copy.deepcopy(model).eval(), checked(x_test, "x_test", infinite=True)
+    network, test = copy.deepcopy(model).eval(), checked(in_memory(x_test), "x_test", infinite=True)
     assign(network, checkpoints[-1][0], "the last checkpoint")
     last = model_outputs(network, test, select).flatten(1)
     chosen = last.argmax(1).cpu() if output is None else checked_outputs(output, *last.shape)

@@ -9,13 +9,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ntkit.base.batch import Batch, checked, count, has_infinity
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.numbers import check_dense
-from ntkit.data.streamed_samples import StreamedSamples
+from ntkit.data.streamed_samples import in_memory
 from ntkit.jacobian.model_outputs import refuse_infinite_input
 
 Values = TypeVar("Values", Tensor, dict[str, Tensor])
@@ -81,10 +80,7 @@ class Kernel(ABC):
         return values
 
     def _checked(self, x: Any, name: str) -> Batch:
-        if isinstance(x, (DataLoader, Dataset)):
-            samples = StreamedSamples(x)
-            x = samples.block(slice(len(samples)))
-        return checked(x, name, self._infinite)
+        return checked(in_memory(x), name, self._infinite)
 
     def settings(self) -> dict[str, Any]:
         """What the values depend on beside the samples: modules, plain values, functions; for `Gram.identity`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal, undefined
 from ntkit.base.numbers import as_number
+from ntkit.data.streamed_samples import in_memory
 from ntkit.gram.arrays import Matrix, as_floats
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import Spectrum
@@ -72,7 +73,7 @@ def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, 
             raise refusal(name, got=type(value).__name__, expected=f"an ntkit {kind.__name__}", fix=fix)
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise refusal("batch", got=repr(batch)[:80], expected="an integer >= 1", fix="It is the points at a time.")
-    points = checked(points, "points")
+    points = checked(in_memory(points), "points")
     parts = [
         spectrum.extend(kernel(take(points, slice(start, start + batch)), x))
         for start in range(0, count(points), batch)

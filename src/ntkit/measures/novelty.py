@@ -12,6 +12,7 @@ from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.base.shown import Shown
+from ntkit.data.streamed_samples import in_memory
 from ntkit.gram.gram_matrix import as_gram
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import spectrum
@@ -107,7 +108,7 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None
         raise refusal(
             "batch", got=repr(batch), expected="an integer >= 1", fix="It is the number of samples in memory at a time."
         )
-    x_train, x = checked(x_train, "x_train"), checked(x, "x")
+    x_train, x = checked(in_memory(x_train), "x_train"), checked(in_memory(x), "x")
     K = kernel(x_train)
     if K.dim() != 2:
         got = f"values of shape {tuple(K.shape)}"

@@ -25,6 +25,7 @@ from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.progress import Task, task
 from ntkit.base.run_files import TRACK_FORMAT, tracking_id
 from ntkit.base.tensors import points_hash, tensor_hash
+from ntkit.data.streamed_samples import with_labels
 from ntkit.gram.krylov import leading
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.jacobian.model_calls import Outputs
@@ -93,6 +94,7 @@ def track(
     >>> [round(d, 12) for d in tracked.series["distance"]], round(tracked.series["first_order"][0]["cosine"], 12)
     ([0.0, 0.0, 0.0, 0.0, 0.0], 1.0)
     """
+    x, y = with_labels(x, y)
     tracker = _Tracker(trajectory, x, y, selected(model, select), loss, k, outputs, memory)
     tracker.settings |= {} if select is None else {"select": function_identity(select)}
     selection = sorted(set(trajectory.steps if steps is None else steps))

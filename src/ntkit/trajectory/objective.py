@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, call_with, checked, count, take
 from ntkit.base.checks import refusal
 from ntkit.base.tensors import points_hash
+from ntkit.data.streamed_samples import with_labels
 from ntkit.jacobian.model_outputs import Select, check_select, part_of
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -27,11 +28,13 @@ class Objective:
     select : the part of the model's output that the loss takes; None: all of it, or its logits if it has any.
     """
 
-    def __init__(self, data: tuple[Inputs, Tensor], loss: Loss, select: Select | None = None) -> None:
+    def __init__(self, data: Any, loss: Loss, select: Select | None = None) -> None:
         check_select(select)
-        if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], Tensor):
-            raise refusal("data", got=type(data).__name__, expected="(x, y) tensors", fix="Pass data=(x, y).")
-        x, y = data
+        pair = data if isinstance(data, (tuple, list)) else with_labels(data)
+        if len(pair) != 2 or not isinstance((pair := with_labels(*pair))[1], Tensor):
+            got, expected = type(data).__name__, "(x, y) tensors, or a dataset of such pairs"
+            raise refusal("data", got=got, expected=expected, fix="Pass data=(x, y).")
+        x, y = pair
         self.x: Batch = checked(x, "x", infinite=True)
         self.y: Tensor = checked(y, "y")
         self.n, self.loss, self.select = len(y), loss, select

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
 
 from ntkit.base.checks import refusal
 from ntkit.base.function_identity import function_identity
@@ -33,7 +34,7 @@ from ntkit.trajectory.training_run import TrainingRun
 
 def train(
     model: nn.Module,
-    data: tuple[Inputs, Tensor],
+    data: tuple[Inputs, Tensor] | Dataset[Any] | DataLoader[Any],
     loss: Loss,
     optimizer: Callable[[list[nn.Parameter]], Optimizer],
     steps: int,
@@ -60,7 +61,8 @@ def train(
     ----------
     model : any module; its parameters with ``requires_grad`` are trained, in train mode.
     data : (x, y) tensors with examples along dimension 0. x may be a tuple or a dict of tensors, passed to the model as
-        arguments or keywords.
+        arguments or keywords. Or a dataset of such pairs, or a DataLoader of one that does not shuffle (`seed` and
+        `batch_size` do), which is read into memory.
     loss : ``loss(model(x), y)`` -> scalar, the mean over the batch.
     optimizer : parameters -> any torch optimizer without a closure.
     steps : number of optimization steps.
@@ -145,7 +147,8 @@ def train(
                         run.start(resume, recorded)
                         _run_steps(run, objective, recorded, devices, interrupted, rates, on_step)
         trajectory = Trajectory(run.folder, temporary=temporary)
-        trajectory.origin, trajectory.select = (model, (data[0], data[1]), loss), select
+        examples = (data[0], data[1]) if isinstance(data, (tuple, list)) else (objective.x, objective.y)
+        trajectory.origin, trajectory.select = (model, examples, loss), select
         return trajectory
     except BaseException:
         if temporary is not None:

@@ -166,7 +166,7 @@ class PathKernel(Kernel):
         SelfCheckError
             When the traced operations do not give the outputs of the network.
         """
-        x = self._with_targets(checked(x, "x", infinite=True), y)
+        x = self._with_targets(self._checked(x, "x"), y)
         with DecompositionFiles(path, self._identity(x, layers, steps) if path is not None else {}) as files:
             return self._decomposed(x, layers, steps, files)
 
@@ -285,7 +285,7 @@ class PathKernel(Kernel):
 
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): every product replays the whole run."""
-        x = checked(x, "x", infinite=True)
+        x = self._checked(x, "x")
         operators = TangentKernel(self._network, self._mode(), list(self._params)).operator(x)
 
         def apply(v: Tensor) -> Tensor:
