@@ -94,8 +94,10 @@ def _read(
     """The content of the files, the name of the data set, and its subject in errors."""
     path = Path(os.path.expanduser(name_or_path))
     named = isinstance(name_or_path, str) and (name_or_path in _OFFICIAL or is_code("--data", name_or_path))
-    is_table = not named and path.suffix in TABLES and not os.path.isdir(path)
-    if target is not None and not is_table:
+    suffix = "" if named or os.path.isdir(path) else path.suffix.lower()
+    is_table = suffix in TABLES
+    is_other = suffix not in ("", ".npz", *TABLES) and os.path.lexists(path)  # refused below
+    if target is not None and not is_table and not is_other:
         got, expected = f"{target!r} for data that are no table", f"none, or a table ({', '.join(TABLES)})"
         raise refusal("target (--target)", got=got, expected=expected, fix="Leave it out.")
     if resize is not None and (named or not os.path.isdir(path)):
@@ -121,7 +123,7 @@ def _read(
     if os.path.isdir(path):
         check_name("data", name, "Rename the folder.")
         return read_image_folder(path, resize), name, str(path)
-    if path.suffix == ".npz":
+    if suffix == ".npz":
         check_name("data", name, "Rename the file.")
         return read_npz(path), path.stem, str(path)
     if is_table and os.path.lexists(path):
@@ -131,7 +133,8 @@ def _read(
     paths = f"the path of an .npz file, of a table ({', '.join(TABLES)}) or of a folder of images"
     expected = f"{names}, {paths}, or file.py:factory"
     if os.path.lexists(path):
-        raise refusal(str(path), got="another kind of file", expected=expected, fix="Save arrays with numpy.savez.")
+        fix = "Save arrays with numpy.savez, and a table as CSV."
+        raise refusal(str(path), got="another kind of file", expected=expected, fix=fix)
     got = f"{str(name_or_path)!r}, neither the name of a data set nor a file"
     raise refusal("data", got=got, expected=expected, fix=nearest(str(name_or_path), ["digits", *official]))
 
