@@ -46,8 +46,8 @@ def load(
         ``"mnist"`` or ``"cifar10"`` (official files in `data_dir`); ``"trec"``, ``"sst2"``, ``"rt-polarity"`` or
         ``"subj"``: sentences as token numbers, see `Data.sentence`; or a path: an ``.npz`` file, a table (``.csv``,
         ``.tsv``, ``.parquet``: columns of numbers are standardized on the training set, columns of text become
-        indicators), or a folder of PNG or JPEG images in ``train/CLASS/`` and ``test/CLASS/``, or in ``CLASS/`` (pixels
-        as stored: EXIF orientation does not turn them). Data without a test set is split 80/20, stratified, always in
+        indicators), or a folder of PNG or JPEG images in ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``), or in
+        ``CLASS/`` (pixels as stored: EXIF orientation does not turn them). Data without a test set is split 80/20, stratified, always in
         the same way. In an ``.npz`` (``x`` or ``X``, and ``y``; or ``x_train``, ``y_train``, ...): uint8 of rank 3 or 4
         is images (/ 255), floats become float32 unscaled, int16/32/64 of rank 2 is tokens. Or ``file.py:factory`` or
         ``package.module:factory``: a function without arguments that returns tensors ``(x, y)`` or ``(x_train, y_train,
