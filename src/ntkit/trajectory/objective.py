@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, checked, count, outputs_of, take
-from ntkit.base.checks import refusal
+from ntkit.base.batch import Batch, as_batch, checked, count, outputs_of, take
+from ntkit.base.checks import Refused, refusal
 from ntkit.base.tensors import points_hash
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -26,9 +28,15 @@ class Objective:
     """
 
     def __init__(self, data: tuple[Inputs, Tensor], loss: Loss) -> None:
-        if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], Tensor):
+        if not isinstance(data, (tuple, list)) or len(data) != 2:
             raise refusal("data", got=type(data).__name__, expected="(x, y) tensors", fix="Pass data=(x, y).")
-        x, y = data
+        if not callable(loss):
+            fix = "Pass e.g. torch.nn.functional.cross_entropy."
+            raise refusal("loss", got=repr(loss), expected="a function of outputs and targets", fix=fix)
+        x, y = data[0], as_batch(data[1], "y")
+        if not isinstance(y, Tensor):
+            fix = "Pass data=(x, y), y a tensor or an array of numbers."
+            raise refusal("y", got=type(y).__name__, expected="a tensor", fix=fix)
         self.x: Batch = checked(x, "x", infinite=True)
         self.y: Tensor = checked(y, "y")
         self.n, self.loss = len(y), loss
@@ -63,7 +71,12 @@ class Objective:
     def check(self, model: nn.Module, rows: int) -> None:
         """Evaluate the loss once, in eval mode, so that a wrong one is refused before anything is written."""
         model.eval()
-        out = self.value(model, slice(0, rows))
+        x, y = self.batch(slice(0, rows))
+        outputs = outputs_of(model, x)
+        with _failing(outputs, y), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Using a target size")  # `_check_pairs` says more
+            out = self.loss(outputs, y)
+            _check_pairs(self.loss, outputs, y)
         model.train()
         if not isinstance(out, Tensor) or out.ndim != 0:
             got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
@@ -72,6 +85,56 @@ class Objective:
             expected = "a differentiable function of model(x)"
             fix = "Do not detach, round or argmax the outputs, and do not use torch.no_grad in the model."
             raise refusal("loss", got="a value that does not depend on the parameters", expected=expected, fix=fix)
+
+
+@contextmanager
+def _failing(outputs: Any, y: Tensor) -> Iterator[None]:
+    """Turn an error of the user's loss into a refusal that says what it was called on."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        shape = f"{_form(outputs)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        values = f", {y.min().item():g} to {y.max().item():g}" if y.numel() and not y.is_complex() else ""
+        got = f"a function that failed on outputs {shape} and targets {_form(y)}{values} ({error})"
+        fix = "Change the shape, the dtype or the numbers of the targets, or pass e.g. lambda out, y: loss(out[:, 0], y)."
+        raise refusal("loss", got=got, expected="a loss of these outputs and targets", fix=fix) from error
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _check_pairs(loss: Loss, outputs: Any, y: Tensor) -> None:
+    """Refuse a loss that compares each output with each target, because [n, 1] and [n] broadcast to [n, n].
+
+    That is: one example's target changes the gradients of the others, and no longer does in another shape.
+    """
+    floats = isinstance(outputs, Tensor) and outputs.is_floating_point() and y.is_floating_point()
+    if not floats or not len(y) == y.numel() == outputs.numel() > 1:
+        return
+    with torch.random.fork_rng(devices=[]):
+        if not _mixes(loss, outputs, y):
+            return
+        for other in (y.reshape(-1), y.reshape(-1, 1)):
+            if _mixes(loss, outputs, other) is False:
+                got = f"outputs {list(outputs.shape)} and targets {list(y.shape)}, which it compares each with each"
+                fix = f"Give it targets of shape {list(other.shape)}: y.reshape({', '.join(['-1', '1'][: other.ndim])})."
+                expected = "a loss that compares each output with its own target"
+                raise refusal("loss", got=got, expected=expected, fix=fix)
+
+
+def _mixes(loss: Loss, outputs: Tensor, y: Tensor) -> bool | None:
+    """Whether the first target changes the gradients of other examples' outputs; None where there is no loss."""
+    other = y.clone()
+    other[0] += 1
+    out = outputs.detach().requires_grad_()
+    try:
+        one, two = (torch.autograd.grad(loss(out.clone(), target), out)[0] for target in (y, other))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return None
+    return not torch.equal(one[1:], two[1:])
 
 
 def loss_name(loss: Loss) -> str:
