@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ntkit.base.batch import Batch, as_batch, checked, count, outputs_of, take
 from ntkit.base.checks import Refused, refusal
@@ -75,8 +76,10 @@ class Objective:
         outputs = outputs_of(model, x)
         with _failing(outputs, y), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Using a target size")  # `_check_pairs` says more
-            out = self.loss(outputs, y)
-            _check_pairs(self.loss, outputs, y)
+            with _Shapes() as shapes:
+                out = self.loss(outputs, y)
+            if shapes.met(len(y)):
+                _check_pairs(self.loss, outputs, y)
         model.train()
         if not isinstance(out, Tensor) or out.ndim != 0:
             got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
@@ -106,13 +109,29 @@ def _form(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
+class _Shapes(TorchFunctionMode):
+    """The shapes of the tensors that functions of torch are called with together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: set[frozenset[torch.Size]] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._calls.add(frozenset(value.shape for value in args if isinstance(value, Tensor)))
+        return func(*args, **(kwargs or {}))
+
+    def met(self, n: int) -> bool:
+        """Whether one function has been called with [n] and [n, 1], which broadcast to [n, n]."""
+        return n > 1 and any({torch.Size([n]), torch.Size([n, 1])} <= shapes for shapes in self._calls)
+
+
 def _check_pairs(loss: Loss, outputs: Any, y: Tensor) -> None:
     """Refuse a loss that compares each output with each target, because [n, 1] and [n] broadcast to [n, n].
 
     That is: one example's target changes the gradients of the others, and no longer does in another shape.
     """
     floats = isinstance(outputs, Tensor) and outputs.is_floating_point() and y.is_floating_point()
-    if not floats or not len(y) == y.numel() == outputs.numel() > 1:
+    if not floats or not len(y) == y.numel() == outputs.numel():
         return
     with torch.random.fork_rng(devices=[]):
         if not _mixes(loss, outputs, y):
@@ -127,11 +146,12 @@ def _check_pairs(loss: Loss, outputs: Any, y: Tensor) -> None:
 
 def _mixes(loss: Loss, outputs: Tensor, y: Tensor) -> bool | None:
     """Whether the first target changes the gradients of other examples' outputs; None where there is no loss."""
-    other = y.clone()
-    other[0] += 1
     out = outputs.detach().requires_grad_()
+    both = torch.cat([out.detach().flatten(), y.flatten().to(out.dtype)])
+    targets = [y.clone(), y.clone()]
+    targets[0][0], targets[1][0] = both.min() - 1, both.max() + 1  # on either side of all outputs
     try:
-        one, two = (torch.autograd.grad(loss(out.clone(), target), out)[0] for target in (y, other))
+        one, two = (torch.autograd.grad(loss(out.clone(), target), out)[0] for target in targets)
     except (RuntimeError, ValueError, TypeError, IndexError):
         return None
     return not torch.equal(one[1:], two[1:])
