@@ -41,7 +41,7 @@ def read_table(path: Path, target: Sequence[str] | None) -> Files:
 
     Columns of numbers come first and are marked as such (`Files.numeric`); a column of text becomes one indicator, 0
     or 1, per different value, in alphabetical order. A single target of text or of at most 20 distinct integers
-    is labels; other targets are floats.
+    that recur is labels; other targets are floats.
 
     Raises
     ------
@@ -263,6 +263,7 @@ def _predicted(path: Path, columns: list[_Column]) -> tuple[np.ndarray, list[str
             got = f"text in column {column.name}"
             raise refusal("target (--target)", got=got, expected="numbers in all targets", fix="Name one target.")
     y = np.stack([numbers for numbers in values if numbers is not None], 1)
-    if len(columns) == 1 and (y == np.round(y)).all() and len(np.unique(y)) <= _LABELS:
+    few = min(_LABELS, len(y) / 2)  # numbers that do not recur are no labels
+    if len(columns) == 1 and (y == np.round(y)).all() and len(np.unique(y)) <= few:
         return y[:, 0].astype(np.int64), names
     return y, names

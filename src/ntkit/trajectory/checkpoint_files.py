@@ -217,7 +217,7 @@ def _full(name: str) -> str:
 def _no_weights(path: Path, error: pickle.UnpicklingError) -> Refused:
     """The refusal of a pickle in which code would have to run."""
     start = (text := str(error)).find("GLOBAL ")
-    if start < 0 and "TorchScript" not in text and not re.search(r"Can only|reduce|Trying", text):
+    if start < 0 and not re.search(r"Can only|reduce|Trying|persistent", text):
         got = f"a file that torch.load cannot read ({text.partition(chr(10))[0][:100]})"
         return refusal(str(path), got=got, expected=_EXPECTED, fix="Save or copy it again.")
     what = text[start + 7 :].split()[0] if start >= 0 else "an object"
