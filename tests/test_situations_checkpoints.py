@@ -249,7 +249,7 @@ def a_whole_module(folder):
     ntkit.load_weights(net(), folder / "w.pt")
 
 
-@SITUATIONS.of("Acly/comfyui-inpaint-nodes#116", r"got a TorchScript program; .*torch\.jit\.load\(file\)\.state_dict\(\)")
+@SITUATIONS.of("Acly/comfyui-inpaint-nodes#116", r"got a TorchScript program; .*torch\.jit\.load\(file\)\.state")
 def a_torchscript_program(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

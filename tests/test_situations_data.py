@@ -93,7 +93,8 @@ def pipes_and_old_line_ends(folder):
 
 @SITUATIONS.of("SheetJS/sheetjs#2239")
 def commas_inside_of_quoted_names(folder):
-    (folder / "t.csv").write_text(lines(";", ('"a, in m, wide"', '"b, c"', "y"), rows=[("1", "2", f"{i}.5") for i in range(9)]))
+    rows = [("1", "2", f"{i}.5") for i in range(9)]
+    (folder / "t.csv").write_text(lines(";", ('"a, in m, wide"', '"b, c"', "y"), rows=rows))
     assert load(folder / "t.csv", target="y").columns.names == ("a, in m, wide", "b, c")
 
 
@@ -252,7 +253,7 @@ def negative_integers_are_no_tokens(folder):
     from_tensors(((X - 3).astype(int), CLASS))
 
 
-@SITUATIONS.of("kentsommer/pytorch-value-iteration-networks#9", "got keys arr_0, arr_1; .*Use these names in numpy.savez")
+@SITUATIONS.of("kentsommer/pytorch-value-iteration-networks#9", "got keys arr_0, arr_1; .*Use these names in numpy.s")
 def arrays_without_names(folder):
     np.savez(folder / "a.npz", X, CLASS)
     load(folder / "a.npz")
@@ -360,7 +361,8 @@ PAIRS = Named(torch.tensor(X), torch.arange(12) % 2)
 
 @SITUATIONS.of("pytorch/pytorch#149272")
 def parts_and_joins_keep_the_names_of_classes(folder):
-    for dataset in (Subset(PAIRS, range(10)), Subset(Subset(PAIRS, range(11)), range(10)), ConcatDataset([PAIRS, PAIRS])):
+    part = Subset(PAIRS, range(11))
+    for dataset in (part, Subset(part, range(10)), ConcatDataset([PAIRS, part])):
         assert from_dataset(dataset).classes == ("cat", "dog")
     assert from_dataset(Subset(PAIRS, range(0, 12, 2))).classes == ("cat", "dog")  # no example of a dog
 
@@ -368,7 +370,9 @@ def parts_and_joins_keep_the_names_of_classes(folder):
 LOADERS = {
     "pytorch/pytorch#9171": lambda: DataLoader(PAIRS, 4, sampler=WeightedRandomSampler([1.0] * 12, 12)),
     "kevinzakka/recurrent-visual-attention#18": lambda: DataLoader(PAIRS, 4, sampler=SubsetRandomSampler(range(8))),
-    "OML-Team/open-metric-learning#140": lambda: DataLoader(PAIRS, batch_sampler=BatchSampler(RandomSampler(PAIRS), 4, False)),
+    "OML-Team/open-metric-learning#140": lambda: DataLoader(
+        PAIRS, batch_sampler=BatchSampler(RandomSampler(PAIRS), 4, False)
+    ),
     "NVlabs/VILA#123": lambda: DataLoader(PAIRS, 5, drop_last=True),
 }
 

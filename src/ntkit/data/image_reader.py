@@ -26,9 +26,10 @@ _ORIENTATION = 274  # the EXIF tag; 1: as stored
 def read_image_folder(folder: Path, resize: int | None = None) -> Files:
     """Read FOLDER/train/CLASS/* and FOLDER/test/CLASS/*, or FOLDER/CLASS/*: PNG and JPEG, one size, gray or RGB.
 
-    Without test/ a folder val/, valid/ or validation/ is the test set; beside it, it is left out, and the source says so.
-    Pixels are as stored: an orientation noted in a photograph's EXIF data does not turn it, and is counted. With `resize` the shorter
-    side of each image is resized to that many pixels, and the square in its center is cut out.
+    Without test/ a folder val/, valid/ or validation/ is the test set; beside test/ it is left out, and the source says
+    so. Pixels are as stored: an orientation noted in a photograph's EXIF data does not turn it; the source counts
+    them. With `resize` the shorter side of each image is resized to that many pixels, and the square in its center
+    is cut out.
     """
     if resize is not None and (isinstance(resize, bool) or not isinstance(resize, int) or not 1 <= resize <= _SIDE):
         expected = f"a number of pixels from 1 to {_SIDE:,}"

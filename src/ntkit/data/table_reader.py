@@ -40,8 +40,8 @@ def read_table(path: Path, target: Sequence[str] | None) -> Files:
     """Read a table with named columns; `target` are the columns to predict, the others are x.
 
     Columns of numbers come first and are marked as such (`Files.numeric`); a column of text becomes one indicator, 0
-    or 1, per different value, in alphabetical order. A single target of text or of at most 20 distinct integers
-    that recur is labels; other targets are floats.
+    or 1, per different value, in alphabetical order. A single target of text, or of at most 20 distinct integers that
+    occur twice on average, is labels; other targets are floats.
 
     Raises
     ------
@@ -168,7 +168,7 @@ def _check_rows(path: Path, rows: list[list[str]], lines: list[int]) -> None:
 
 
 def _numbers_in_place_of_names(names: list[str]) -> list[str]:
-    """Names that are numbers, unless they ascend as positions, years or wavelengths do: then a row is in their place."""
+    """Names that are numbers, where a row is in the place of names: those of years or wavelengths ascend."""
     found = [(name, value) for name in names if (value := _number(name)) is not None and math.isfinite(value)]
     values = [value for _, value in found]
     ascending = all(a < b for a, b in zip(values, values[1:], strict=False))

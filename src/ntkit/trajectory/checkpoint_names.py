@@ -138,7 +138,7 @@ def _upgraded(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tens
 
     `load_state_dict` of its modules adds what they lacked then, and renames.
     """
-    empty = {}
+    empty: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         blank = torch.empty_like(tensor, device="meta")
         empty[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank

@@ -101,7 +101,7 @@ def _failing(outputs: Any, y: Tensor) -> Iterator[None]:
         shape = f"{_form(outputs)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         values = f", {y.min().item():g} to {y.max().item():g}" if y.numel() and not y.is_complex() else ""
         got = f"a function that failed on outputs {shape} and targets {_form(y)}{values} ({error})"
-        fix = "Change the shape, the dtype or the numbers of the targets, or pass e.g. lambda out, y: loss(out[:, 0], y)."
+        fix = "Change the shape, dtype or numbers of the targets, or pass e.g. lambda out, y: loss(out[:, 0], y)."
         raise refusal("loss", got=got, expected="a loss of these outputs and targets", fix=fix) from error
 
 
@@ -139,7 +139,8 @@ def _check_pairs(loss: Loss, outputs: Any, y: Tensor) -> None:
         for other in (y.reshape(-1), y.reshape(-1, 1)):
             if _mixes(loss, outputs, other) is False:
                 got = f"outputs {list(outputs.shape)} and targets {list(y.shape)}, which it compares each with each"
-                fix = f"Give it targets of shape {list(other.shape)}: y.reshape({', '.join(['-1', '1'][: other.ndim])})."
+                form = ", ".join(["-1", "1"][: other.ndim])
+                fix = f"Give it targets of shape {list(other.shape)}: y.reshape({form})."
                 expected = "a loss that compares each output with its own target"
                 raise refusal("loss", got=got, expected=expected, fix=fix)
 
