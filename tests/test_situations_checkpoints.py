@@ -205,6 +205,38 @@ def the_only_key_with_the_names_of_the_model(folder):
     load(folder, {"g_state": STATE, "d_state": CRITIC, "args": {"lr": 0.1}}, "g_state; not d_state")
 
 
+@SITUATIONS.of("VITA-Group/GAN-Slimming#7")
+def a_critic_of_the_same_names_and_other_shapes(folder):
+    critic = named(lambda name: name, nn.Sequential(nn.Linear(9, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).state_dict())
+    load(folder, {"D": critic, "G": STATE}, "G; not D")
+
+
+@SITUATIONS.of("open-mmlab/mmpretrain#18", r"several networks of these names, under 0\., 2\.;")
+def a_layer_in_the_file_of_a_network_of_such_layers(folder):
+    load(folder, nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).state_dict(), model=nn.Linear(3, 4))
+
+
+@SITUATIONS.of(
+    "microsoft/voxelpose-pytorch#59", "The names are those of the model's part 'encoder': load the file into"
+)
+def the_file_of_a_part(folder):
+    model = nn.Module()
+    model.encoder, model.head = net(), nn.Linear(3, 2)
+    load(folder, STATE, model=model)
+
+
+@SITUATIONS.of(
+    "galilai-group/stable-pretraining#189", r"'weight': got no values yet \(a lazy layer\); .*Call the model"
+)
+def a_lazy_model(folder):
+    load(folder, STATE, model=nn.LazyLinear(2))
+
+
+@SITUATIONS.of("verl-project/verl#447", r"'weight': got no values \(device meta\); expected a tensor with values")
+def a_model_without_memory(folder):
+    load(folder, STATE, model=nn.Linear(3, 2, device="meta"))
+
+
 @SITUATIONS.of("facebookresearch/moco#84", r"several networks of these names, under module\.encoder_k\., module\.enc")
 def an_encoder_and_its_momentum_encoder(folder):
     both = named(lambda name: f"module.encoder_q.{name}") | named(lambda name: f"module.encoder_k.{name}", OTHER)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ntkit.base.checks import Refused, refusal
@@ -25,7 +26,7 @@ from ntkit.base.files import read_bytes
 from ntkit.base.integrity import stored_checksum
 from ntkit.base.numbers import check_dense
 from ntkit.base.regular_files import check_start
-from ntkit.trajectory.checkpoint_names import Named, listed, nearest_names, under_model_names
+from ntkit.trajectory.checkpoint_names import Named, listed, nearest_names, same_shapes, under_model_names
 from ntkit.trajectory.recorded_run import assign
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
@@ -69,6 +70,7 @@ def load_weights(model: nn.Module, file: str | Path) -> str:
     'last.ckpt: state_dict; without the prefix "model."'
     """
     file = Path(file)
+    _check_model(model)
     content, unread = _contents(file)
     place, named, beside = _weights(content, file, model, unread)
     notes = ([place] if place else []) + ([f"not {listed(beside)}"] if beside else []) + named.notes
@@ -79,6 +81,17 @@ def load_weights(model: nn.Module, file: str | Path) -> str:
     except Refused as error:
         raise Refused(str(error) + nearest_names(named.tensors, model)) from None
     return f"{file.name}: {'; '.join(notes)}" if notes else file.name
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse a model whose parameters hold no values: nothing can be copied into them."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        got, fix = "no values (device meta)", "Build the model on another device."
+        if is_lazy(tensor):
+            got, fix = "no values yet (a lazy layer)", "Call the model once on a batch, which gives it its shape."
+        elif not tensor.is_meta:
+            continue
+        raise refusal(f"'{name}'", got=got, expected="a tensor with values", fix=fix)
 
 
 # ---------------------------------------------------------------------- files
@@ -242,6 +255,8 @@ def _weights(content: Any, path: Path, model: nn.Module, unread: list[str]) -> t
             for place, tensors in places.items()
             if place != usual and (other := under_model_names(tensors, model)).complete
         }
+        if len(fitting) > 1:  # as of a generator and its critic
+            fitting = {place: other for place, other in fitting.items() if same_shapes(other.tensors, model)} or fitting
         if len(fitting) > 1:
             got = f"several networks of these names, under {listed(['.'.join(place) for place in fitting])}"
             fix = "Save the state dict of the one that you want."

@@ -66,18 +66,14 @@ class _View:
         groups = tied_names(model)
         needed = set(model.state_dict()) | {name for name, _ in model.named_parameters()}
         self.groups = [set(names) for names, _ in groups if needed & set(names)]
-        self.shapes = {name: tensor.shape for names, tensor in groups for name in names}
-        self.own = {_without(name, segments): name for name in self.shapes}
-        self.ambiguous = len(self.own) < len(self.shapes)
+        every = [name for names, _ in groups for name in names]
+        self.own = {_without(name, segments): name for name in every}
+        self.ambiguous = len(self.own) < len(every)
 
     def complete(self, names: Iterable[str]) -> bool:
         """Whether the file has each tensor of the model, of tied ones under one of their names."""
         names = set(names)
         return bool(self.groups) and all(group & names for group in self.groups)
-
-    def same_shapes(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether tensors of the model's names have its shapes."""
-        return all(tensor.shape == self.shapes.get(name, tensor.shape) for name, tensor in tensors.items())
 
     def under(self, given: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with a prefix, without it."""
@@ -107,7 +103,7 @@ def _without_prefix(given: Mapping[str, Tensor], view: _View) -> tuple[Named, in
             if view.complete(tensors):
                 fitting[prefix] = tensors
         if fitting:
-            prefix = _only(fitting, view)
+            prefix = _only(fitting)
             notes = _notes(given, prefix) + (["names of an older release of PyTorch"] if upgrade else [])
             return Named(fitting[prefix], notes, True), matches[prefix]
     prefix = likely[0] if likely else ""
@@ -120,13 +116,12 @@ def _notes(given: Mapping[str, Tensor], prefix: str) -> list[str]:
     return notes + ([f"left out: {listed(others)}"] if others else [])
 
 
-def _only(fitting: Mapping[str, Mapping[str, Tensor]], view: _View) -> str:
-    """The prefix to leave out: none, or the only one whose tensors have the model's shapes, or a usual one."""
+def _only(fitting: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """The prefix to leave out: none, or the only one, or the only usual one."""
     if "" in fitting:
         return ""
-    prefixes = [prefix for prefix, tensors in fitting.items() if view.same_shapes(tensors)] or list(fitting)
-    usual = [prefix for prefix in prefixes if set(prefix[:-1].split(".")) <= {*_KNOWN, *_WRAPPERS}]
-    if len(found := usual or prefixes) == 1:
+    usual = [prefix for prefix in fitting if set(prefix[:-1].split(".")) <= {*_KNOWN, *_WRAPPERS}]
+    if len(found := usual or list(fitting)) == 1:
         return found[0]
     fix = "Save the state dict of the one that you want."
     got = f"several networks of these names, under {listed(sorted(found))}"
@@ -159,9 +154,24 @@ def _same_values(old: Mapping[str, Tensor], filled: Mapping[str, Tensor]) -> boo
     return all(value.data_ptr() in addresses for value in old.values())
 
 
+def same_shapes(tensors: Mapping[str, Tensor], model: nn.Module) -> bool:
+    """Whether tensors of the model's names have its shapes."""
+    shapes = {name: tensor.shape for names, tensor in tied_names(model) for name in names}
+    return all(tensor.shape == shapes.get(name) for name, tensor in tensors.items())
+
+
 def nearest_names(tensors: Mapping[str, Tensor], model: nn.Module) -> str:
-    """For a missing name the nearest one in the file."""
+    """The part of the model that the file fits, if any; or for a missing name the nearest in the file."""
     own = [name for names, _ in tied_names(model) for name in names]
+    parts = Counter(
+        name.removesuffix(f".{inner}")
+        for name in own
+        for inner in (".".join(name.split(".")[i:]) for i in range(1, name.count(".") + 1))
+        if inner in tensors
+    )
+    for part, count in parts.most_common(1):
+        if count == len(tensors):
+            return f" The names are those of the model's part '{part}': load the file into that."
     missing = [name for name in own if name not in tensors]
     unexpected = [name for name in tensors if name not in own]
     pairs = [(name, near[0]) for name in missing[:50] if (near := get_close_matches(name, unexpected, 1, 0.6))]
