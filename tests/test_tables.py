@@ -107,7 +107,7 @@ def changed(line, old, new):
         (
             [line.replace(",", ";").replace(".5", ",5").replace(".0", ",0") for line in LINES],
             {"target": "price"},
-            "got '0,0' in line 2, column price; expected numbers without commas",
+            "got '0,0' in line 2, column price; expected plain numbers",
         ),
         (["y", "0.1", "0.2", "0.4"], {"target": "y"}, "got no column beside the target"),
         (["a,y", *(f"text {i},{i / 3}" for i in range(51))], {"target": "y"}, "51 different texts in column a, such"),

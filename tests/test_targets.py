@@ -210,7 +210,7 @@ def test_datasets_and_loaders_have_the_targets_of_arrays(y):
 
 def test_refused_loaders():
     pairs = TensorDataset(torch.tensor(X), torch.tensor(CLASS))
-    with pytest.raises(Refused, match="got a DataLoader that shuffles; expected one with a fixed order"):
+    with pytest.raises(Refused, match="got a DataLoader with RandomSampler; expected the samples in the order"):
         from_dataset(DataLoader(pairs, batch_size=4, shuffle=True))
     with pytest.raises(Refused, match="batch 0: got a Tensor; expected a pair"):
         from_dataset(DataLoader(torch.ones(4, 2)))

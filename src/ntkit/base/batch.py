@@ -21,6 +21,7 @@ from ntkit.base.numbers import check_dense
 
 Batch = Any  # Tensor | tuple[Any, ...] | dict[str, Any]
 
+_LONG = "gG"  # codes of numpy's long double and its complex form, which torch does not have
 _CONSTANT = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _NESTED = (Tensor, np.ndarray, Mapping, list, tuple, type(None))
 _EXPECTED = "a tensor or array with samples along its first axis, or a tuple or dict of such"
@@ -160,8 +161,8 @@ def _entry(value: Any, name: str) -> Any:
     if isinstance(value, np.ma.MaskedArray):
         fix = "Fill it (x.filled(0.0)), and pass the mask where the model takes one."
         raise refusal(name, got="a masked array, whose mask would be lost", expected="an array of values", fix=fix)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiubc" and value.dtype.isnative:
-        return _of_array(value, name)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiubc" and value.dtype.char not in _LONG:
+        return _of_array(value)
     if isinstance(value, Mapping):
         return {key: _entry(entry, f"{name}[{key!r}]") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -171,20 +172,46 @@ def _entry(value: Any, name: str) -> Any:
             raise refusal(name, got=got, expected=_EXPECTED, fix=fix)
         entries = [_entry(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
-    got = type(value).__name__
+    raise refusal(name, got=_kind_of(value), expected=_EXPECTED, fix=_way_in(value))
+
+
+def _kind_of(value: Any) -> str:
     if isinstance(value, np.ndarray):
-        got = f"an array of {value.dtype}"
-    fix = "Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x)."
+        return f"an array of {value.dtype}"
+    return f"{type(value).__name__} of numpy" if isinstance(value, np.generic) else type(value).__name__
+
+
+def _way_in(value: Any) -> str:
+    """How something that is not taken becomes a tensor."""
     if isinstance(value, np.generic):
-        got, fix = f"{got} of numpy", f"Convert it with {type(value.item()).__name__}(...)."
-    raise refusal(name, got=got, expected=_EXPECTED, fix=fix)
+        return f"Convert it with {type(value.item()).__name__}(...)."
+    if isinstance(value, np.ndarray):
+        return "Give numbers, e.g. array.astype('float64')."
+    if hasattr(value, "toarray"):  # scipy's sparse matrices
+        return "Pass x.toarray()."
+    if hasattr(value, "to_numpy"):  # tables of pandas and polars
+        return "Pass x.to_numpy(), of its columns of numbers."
+    if hasattr(value, "__array__"):
+        return "Pass numpy.asarray(x)."
+    if isinstance(value, Iterator):
+        return "Collect it: torch.stack(list(x)) of samples, torch.cat(list(x)) of batches."
+    return "Convert it with torch.as_tensor; a tuple is passed as model(*x), a dict as model(**x)."
 
 
-def _of_array(array: np.ndarray, name: str) -> Tensor:
-    """A tensor over an array's memory; read-only arrays are only read."""
+def _of_array(array: np.ndarray) -> Tensor:
+    """A tensor over an array's memory; read-only arrays are only read, another order of bytes is turned in a copy."""
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array if all(stride >= 0 for stride in array.strides) else array.copy())
+
+
+def _places(x: Batch, wanted: Callable[[Tensor], bool]) -> list[str]:
+    """Places of some of the tensors of a tuple or dict."""
+    if isinstance(x, Tensor):
+        return []
+    return [place for place, value in named_leaves(x).items() if isinstance(value, Tensor) and wanted(value)]
 
 
 def checked(x: Batch, name: str, infinite: bool = False) -> Batch:
@@ -199,6 +226,8 @@ def checked(x: Batch, name: str, infinite: bool = False) -> Batch:
     if not tensors or not all(t.dim() for t in tensors):
         got = "a tensor without axes" if tensors else f"{form} without tensors"
         fix = "Stack samples with torch.stack; a tuple is passed as model(*x), a dict as model(**x)."
+        if place := _places(x, lambda t: not t.dim()):
+            fix = f"It is {name}[{place[0]!r}]; pass an option of the model as a number: t.item()."
         raise refusal(name, got=got, expected=_EXPECTED, fix=fix)
     if any(unpack_dual(t).tangent is not None for t in tensors):
         got, fix = (
@@ -211,6 +240,8 @@ def checked(x: Batch, name: str, infinite: bool = False) -> Batch:
     sizes = {t.shape[0] for t in tensors}
     if len(sizes) > 1:
         fix = "Give all tensors the same number of samples."
+        if place := _places(x, lambda t: t.shape[0] == 1):
+            fix += f" One that is the same for all ({name}[{place[0]!r}]): t.expand(n, ...)."
         raise refusal(name, got=f"tensors with {sorted(sizes)} samples", expected="one number of samples", fix=fix)
     if sizes == {0}:
         raise refusal(name, got="an empty set", expected="at least one sample", fix="Check the selection of samples.")

@@ -70,6 +70,21 @@ def check_regular(path: str | Path, expected: str, fix: str = "Check its name an
         return os.fstat(handle.fileno()).st_size
 
 
+def check_start(path: str | Path, start: bytes, expected: str, fix: str = "Download it again.") -> None:
+    """Refuse what often lies in the place of a large file, by its first bytes: a web page, a pointer of Git LFS.
+
+    >>> check_start("w.pt", b"version https://git-lfs.github.com/spec/v1", "weights")
+    Traceback (most recent call last):
+    ...
+    ntkit.Refused: w.pt: got a pointer of Git LFS, not the file itself; expected weights. Fetch it: git lfs pull.
+    """
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):  # the page of a proxy or login
+        raise refusal(str(path), got="an HTML page (a web page saved as data)", expected=expected, fix=fix)
+    if start.startswith(b"version https://git-lfs"):
+        got = "a pointer of Git LFS, not the file itself"
+        raise refusal(str(path), got=got, expected=expected, fix="Fetch it: git lfs pull.")
+
+
 def check_folder(path: str | Path | None, option: str) -> None:
     """Refuse a name for a folder of results that no file system, library or terminal takes; it need not exist yet."""
     if path is None:

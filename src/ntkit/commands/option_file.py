@@ -49,9 +49,12 @@ def _read(file: Path) -> Mapping[str, Any]:
     kind = "TOML" if file.suffix.lower() == ".toml" else "JSON"
     blob = read_bytes(file, f"a {kind} file of options", "Check the name.")
     try:
-        told = tomllib.loads(blob.decode()) if kind == "TOML" else json.loads(blob)
+        told = tomllib.loads(blob.decode("utf-8-sig")) if kind == "TOML" else json.loads(blob)
     except (ValueError, RecursionError) as error:
-        raise refusal(str(file), got=f"no {kind}: {error}", expected="options by name", fix="Correct it.") from error
+        got, fix = f"no {kind}: {error}", "Correct it."
+        if file.suffix.lower() not in (".toml", ".json"):
+            got, fix = f"a file that is no {kind}", "Write a .toml file of key = value, or name a run.json."
+        raise refusal(str(file), got=got, expected="options by name", fix=fix) from error
     settings = told.get("settings", told) if isinstance(told, dict) else told
     if kind == "TOML" and settings is not told and len(told) > 1:
         fix = "Write all options in one place."

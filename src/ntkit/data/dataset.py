@@ -15,7 +15,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.memory import check_room
 from ntkit.base.tensors import tensor_hash
 from ntkit.data.columns import Columns, standardized_columns
-from ntkit.data.examples import Kind, examples, restored_random_states, stack
+from ntkit.data.examples import Kind, class_names, examples, restored_random_states, stack
 from ntkit.data.readers import Files
 from ntkit.data.splits import class_indices, draw, held_out
 from ntkit.data.targets import Targets, Task, in_digits, read_targets, standardized
@@ -190,15 +190,15 @@ def from_dataset(
     Parameters
     ----------
     dataset, test : the training and test sets; without a test set, split 80/20, stratified, always in the same way.
-    classes : class names; None = ``dataset.classes`` if it exists.
+    classes : class names; None = ``dataset.classes`` if it exists, of a Subset those of the whole.
     name : short name; None = the dataset's type.
     task : as in `from_tensors`.
 
     Raises
     ------
     Refused
-        For an item that is not such a pair or differs in shape or dtype (with its index), a loader that shuffles, and
-        as `from_tensors`.
+        For an item that is not such a pair or differs in shape or dtype (with its index), a loader that shuffles, draws
+        by weights or drops samples, and as `from_tensors`.
 
     Examples
     --------
@@ -210,8 +210,7 @@ def from_dataset(
     kind = type(whole).__name__
     name = name or kind
     if classes is None and task != "regression":
-        own = getattr(whole, "classes", None)
-        classes = [str(item) for item in own] if isinstance(own, list | tuple) else None
+        classes = class_names(whole)
     with restored_random_states():
         train_pair = stack(dataset, name)
         test_pair = None if test is None else stack(test, f"{name} (test)")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, SequentialSampler, Subset
 
 from ntkit.base.checks import refusal
 from ntkit.data.targets import target_array
@@ -43,6 +43,9 @@ def examples(pair: tuple[Any, Any], subject: str, float_dtype: torch.dtype | Non
     if x.dtype == torch.uint8 and x.ndim in (3, 4):
         return _images(x, subject), y, "images"
     if x.dtype in (torch.int16, torch.int32, torch.int64) and x.ndim == 2:
+        if len(rows := (x < 0).any(1).nonzero()):
+            got, fix = f"a token number below 0 in row {int(rows[0]):,}", "Numbers that are no tokens: give floats."
+            raise refusal(f"{subject}, x", got=got, expected="token numbers from 0", fix=fix)
         return x.to(torch.int64), y, "tokens"
     expected = "floats, uint8 images [n, h, w] or [n, c, h, w] or [n, h, w, c], or integer tokens [n, t]"
     fix = "Convert x to float32 and scale it as intended."
@@ -80,10 +83,12 @@ def stack(dataset: Any, subject: str) -> tuple[Tensor, np.ndarray]:
         return _concatenated(dataset, subject)
     try:
         size = len(dataset)
-    except (TypeError, NotImplementedError) as error:
-        fix = "Collect a streaming dataset into tensors and use from_tensors."
-        got = f"{type(dataset).__name__}, without a length"
-        raise refusal(subject, got=got, expected="a map-style dataset", fix=fix) from error
+    except (TypeError, NotImplementedError):
+        size = -1
+    if size < 0 or isinstance(dataset, IterableDataset):
+        fix = "Pass a DataLoader of it, or collect it into tensors and use from_tensors."
+        got = f"{type(dataset).__name__}, {'a stream' if size >= 0 else 'without a length'}"
+        raise refusal(subject, got=got, expected="a map-style dataset", fix=fix)
     x, targets = torch.empty(0, 0), []
     for index in range(size):
         item = dataset[index]
@@ -121,10 +126,8 @@ def _target(value: Any, first: np.ndarray | None, where: str) -> np.ndarray:
 
 
 def _concatenated(loader: DataLoader, subject: str) -> tuple[Tensor, np.ndarray]:
-    """The batches of a loader, one after the other; one that shuffles is refused: its order is another each time."""
-    if isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler):
-        fix = "Build it with shuffle=False; training draws batches of its own."
-        raise refusal(subject, got="a DataLoader that shuffles", expected="one with a fixed order", fix=fix)
+    """The batches of a loader, one after the other."""
+    check_order(loader, subject)
     inputs: list[Tensor] = []
     targets: list[np.ndarray] = []
     for index, batch in enumerate(loader):
@@ -146,6 +149,34 @@ def _concatenated(loader: DataLoader, subject: str) -> tuple[Tensor, np.ndarray]
     if not inputs:
         return torch.empty(0, 0), np.empty(0, np.int64)
     return torch.cat(inputs), np.concatenate(targets)
+
+
+def check_order(loader: DataLoader[Any], subject: str) -> None:
+    """Refuse a loader whose samples are not those of its dataset, in their order: all of them, each once.
+
+    The order of a stream is its own, and is not checked.
+    """
+    if isinstance(loader.dataset, IterableDataset):
+        return
+    sampler = loader.sampler if loader.batch_size is not None else loader.batch_sampler
+    if not isinstance(sampler, SequentialSampler):
+        got = f"a DataLoader with {type(sampler).__name__}" if sampler else "a DataLoader without batches"
+        fix = "Make it with shuffle=False and a batch_size, without a sampler; or pass its dataset."
+        raise refusal(subject, got=got, expected="the samples in the order of the dataset", fix=fix)
+    if loader.drop_last and loader.batch_size and len(loader.dataset) % loader.batch_size:  # type: ignore[arg-type]
+        fix = "Make it with drop_last=False, or pass a torch.utils.data.Subset."
+        raise refusal(subject, got="a DataLoader that drops samples", expected="all samples", fix=fix)
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """The names of the classes that a dataset has, or the one that it is a part of, or all of those it joins."""
+    if isinstance(dataset, Subset):
+        return class_names(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        names = [class_names(part) for part in dataset.datasets]
+        return names[0] if all(name == names[0] for name in names) else None
+    own = getattr(dataset, "classes", None)
+    return [str(item) for item in own] if isinstance(own, list | tuple) else None
 
 
 def _example(value: Any, subject: str) -> Tensor:

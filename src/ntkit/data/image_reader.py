@@ -18,43 +18,63 @@ from ntkit.data.readers import Files, open_data
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _LARGEST = 2**28  # bytes of one image file
 _SIDE = 4096  # pixels of a side after resizing, at most
+_SYSTEM = ("thumbs.db", "desktop.ini", "__macosx")  # what Windows and macOS put into folders, in lower case
+_TRAIN, _TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # folders of a split
+_ORIENTATION = 274  # the EXIF tag; 1: as stored
 
 
 def read_image_folder(folder: Path, resize: int | None = None) -> Files:
     """Read FOLDER/train/CLASS/* and FOLDER/test/CLASS/*, or FOLDER/CLASS/*: PNG and JPEG, one size, gray or RGB.
 
-    Pixels are as stored: an orientation noted in a photograph's EXIF data does not turn it. With `resize` the shorter
-    side of each image is resized to that many pixels, and the square in its center is cut out.
+    Without test/ a folder val/, valid/ or validation/ is the test set; beside test/ it is left out, and the source says
+    so. Pixels are as stored: an orientation noted in a photograph's EXIF data does not turn it; the source counts
+    them. With `resize` the shorter side of each image is resized to that many pixels, and the square in its center
+    is cut out.
     """
     if resize is not None and (isinstance(resize, bool) or not isinstance(resize, int) or not 1 <= resize <= _SIDE):
         expected = f"a number of pixels from 1 to {_SIDE:,}"
         raise refusal("resize (--resize)", got=repr(resize), expected=expected, fix="For example 32.")
-    split = os.path.isdir(folder / "train") and os.path.isdir(folder / "test")
-    roots = [folder / "train", folder / "test"] if split else [folder]
+    roots, unused = _split(folder)
+    split = len(roots) == 2
     folders = [_class_folders(root) for root in roots]
     classes = tuple(path.name for path in folders[0])
     for other in folders[1:]:
         odd = sorted(set(classes) ^ {path.name for path in other})
         if odd:
-            got = f"class {odd[0]!r} in only one of train and test"
+            got = f"class {odd[0]!r} in only one of {roots[0].name} and {roots[1].name}"
             raise refusal(str(folder), got=got, expected="the same class folders in both", fix="Add or remove it.")
     for name in classes:  # they become the names of the classes, in tables and reports
         check_name(f"class folder in {folder.name}", name, "Rename the folder.")
     labels = [[label for label, path in enumerate(group) for _ in _visible(path)] for group in folders]
-    pixels = _read_images([path for group in folders for inner in group for path in _visible(inner)], resize)
+    pixels, turned = _read_images([path for group in folders for inner in group for path in _visible(inner)], resize)
     n = len(labels[0])
     train = (pixels[:n], np.array(labels[0]))
     test = (pixels[n:], np.array(labels[1])) if split else None
-    layout = "train/CLASS and test/CLASS" if split else "CLASS"
+    layout = f"{roots[0].name}/CLASS and {roots[1].name}/CLASS" if split else "CLASS"
     source = f"images in {folder.name}/, {layout}: {', '.join(classes)}"
+    if unused:
+        source += f"; {', '.join(unused)} left out"
+    if turned:
+        source += f"; {turned} with an EXIF orientation, which is not applied"
     if resize is not None:
         source += f"; shorter side resized to {resize} pixels (Pillow, bilinear, antialiased), then the center cut out"
     return Files(train, test, classes, source)
 
 
+def _split(folder: Path) -> tuple[list[Path], list[str]]:
+    """The folders of the training and the test set, or the folder itself; and folders of other sets beside them."""
+    held = {path.name.lower(): path for path in _visible(folder) if os.path.isdir(path)}
+    train = [held[name] for name in _TRAIN if name in held]
+    test = [held[name] for name in _TEST if name in held]
+    if not train or not test or not all(any(map(os.path.isdir, _visible(path))) for path in (train[0], test[0])):
+        return [folder], []  # or these are the names of classes
+    return [train[0], test[0]], [path.name for path in (*train[1:], *test[1:])]
+
+
 def _visible(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        found = (path for path in folder.iterdir() if not path.name.startswith("."))
+        return sorted(path for path in found if path.name.lower() not in _SYSTEM)
     except OSError as error:
         fix = "Check its permissions."
         raise refusal(str(folder), got=error.strerror or error, expected="a readable folder", fix=fix) from error
@@ -71,14 +91,18 @@ def _class_folders(root: Path) -> list[Path]:
     return folders
 
 
-def _read_images(paths: list[Path], resize: int | None) -> np.ndarray:
-    pixels = np.empty(0, np.uint8)
+def _read_images(paths: list[Path], resize: int | None) -> tuple[np.ndarray, int]:
+    """Pixels of all images, and how many have an orientation of their own."""
+    pixels, turned = np.empty(0, np.uint8), 0
     first = ""
     for row, path in enumerate(paths):
         if path.suffix.lower() not in _SUFFIXES:
-            got = f"{'a folder' if os.path.isdir(path) else 'a file'} that is not {', '.join(_SUFFIXES)}"
+            got, fix = f"a file that is not {', '.join(_SUFFIXES)}", "Move it elsewhere."
+            if os.path.isdir(path):
+                got = "a folder in a class folder"
+                fix = "Name the folder that holds CLASS/, or train/CLASS/ and test/CLASS/."
             expected = "only PNG and JPEG images in a class folder"
-            raise refusal(str(path), got=got, expected=expected, fix="Move it elsewhere.")
+            raise refusal(str(path), got=got, expected=expected, fix=fix)
         with _open(path) as image:
             # the header has been read, the pixels have not
             what, shape = f"{image.width} x {image.height} {image.mode}", (image.height, image.width)
@@ -102,9 +126,10 @@ def _read_images(paths: list[Path], resize: int | None) -> np.ndarray:
                 raise refusal(str(path), got=what, expected=first, fix=fix)
             try:
                 pixels[row] = np.asarray(image if resize is None else _square(image, resize))
+                turned += image.format == "JPEG" and image.getexif().get(_ORIENTATION, 1) != 1
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, ... on damaged files
                 raise _unreadable(path, error) from error
-    return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2), turned
 
 
 def _square(image: Any, side: int) -> Any:
@@ -147,5 +172,9 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> Exception:
-    got = f"an image that cannot be read ({error})"
-    return refusal(str(path), got=got, expected="an intact PNG or JPEG image", fix="Replace it.")
+    from PIL import UnidentifiedImageError
+
+    got, fix = f"an image that cannot be read ({error})", "Replace it."
+    if isinstance(error, UnidentifiedImageError):  # its text is the object that was read from
+        got, fix = "a file that cannot be read as PNG or JPEG, whatever its name", "Convert or replace it."
+    return refusal(str(path), got=got, expected="an intact PNG or JPEG image", fix=fix)

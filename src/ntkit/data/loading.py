@@ -46,13 +46,14 @@ def load(
         ``"mnist"`` or ``"cifar10"`` (official files in `data_dir`); ``"trec"``, ``"sst2"``, ``"rt-polarity"`` or
         ``"subj"``: sentences as token numbers, see `Data.sentence`; or a path: an ``.npz`` file, a table (``.csv``,
         ``.tsv``, ``.parquet``: columns of numbers are standardized on the training set, columns of text become
-        indicators), or a folder of PNG or JPEG images in ``train/CLASS/`` and ``test/CLASS/``, or in ``CLASS/`` (pixels
-        as stored: EXIF orientation does not turn them). Data without a test set is split 80/20, stratified, always in
-        the same way. In an ``.npz`` (``x`` or ``X``, and ``y``; or ``x_train``, ``y_train``, ...): uint8 of rank 3 or 4
-        is images (/ 255), floats become float32 unscaled, int16/32/64 of rank 2 is tokens. Or ``file.py:factory`` or
-        ``package.module:factory``: a function without arguments that returns tensors ``(x, y)`` or ``(x_train, y_train,
-        x_test, y_test)``, a torch dataset or loader, a pair of any of these (training, test), or a `Data`. Labels are
-        integers, text, booleans or one-hot rows; floats are the targets of a regression and are standardized.
+        indicators), or a folder of PNG or JPEG images in ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``), or
+        in ``CLASS/`` (pixels as stored: EXIF orientation does not turn them). Data without a test set is split 80/20,
+        stratified, always in the same way. In an ``.npz`` (``x`` or ``X``, and ``y``; or ``x_train``, ``y_train``,
+        ...): uint8 of rank 3 or 4 is images (/ 255), floats become float32 unscaled, int16/32/64 of rank 2 is tokens.
+        Or ``file.py:factory`` or ``package.module:factory``: a function without arguments that returns tensors
+        ``(x, y)`` or ``(x_train, y_train, x_test, y_test)``, a torch dataset or loader, a pair of any of these
+        (training, test), or a `Data`. Labels are integers, text, booleans or one-hot rows; floats are the targets of a
+        regression and are standardized; floats that may be labels are refused without `task`.
     data_dir : folder of the official MNIST or CIFAR-10 files, or of the text sets' files (or with a folder ``text`` of
         them): lines of a label, a blank and words. Their vocabulary is that of the whole training set. Short sentences
         are padded with 0; those longer than the longest of the training set, or than 128 words, are cut there.
@@ -61,7 +62,7 @@ def load(
     seed : of these samples.
     class_names : names of labels 0, 1, ..., or one per different label, in ascending order; None = the labels.
     task : ``"classification"`` or ``"regression"``; None = a regression where the targets are floats (of a table: more
-        than 20 different numbers, or fractions).
+        than 20 different numbers, numbers that hardly recur, or fractions).
     target : of a table: the column to predict, or several columns of numbers.
     resize : of a folder of images: the shorter side of each is resized to this many pixels (Pillow's bilinear filter,
         antialiased), and the square in its center is cut out.
@@ -94,8 +95,10 @@ def _read(
     """The content of the files, the name of the data set, and its subject in errors."""
     path = Path(os.path.expanduser(name_or_path))
     named = isinstance(name_or_path, str) and (name_or_path in _OFFICIAL or is_code("--data", name_or_path))
-    is_table = not named and path.suffix in TABLES and not os.path.isdir(path)
-    if target is not None and not is_table:
+    suffix = "" if named or os.path.isdir(path) else path.suffix.lower()
+    is_table = suffix in TABLES
+    is_other = suffix not in ("", ".npz", *TABLES) and os.path.lexists(path)  # refused below
+    if target is not None and not is_table and not is_other:
         got, expected = f"{target!r} for data that are no table", f"none, or a table ({', '.join(TABLES)})"
         raise refusal("target (--target)", got=got, expected=expected, fix="Leave it out.")
     if resize is not None and (named or not os.path.isdir(path)):
@@ -121,7 +124,7 @@ def _read(
     if os.path.isdir(path):
         check_name("data", name, "Rename the folder.")
         return read_image_folder(path, resize), name, str(path)
-    if path.suffix == ".npz":
+    if suffix == ".npz":
         check_name("data", name, "Rename the file.")
         return read_npz(path), path.stem, str(path)
     if is_table and os.path.lexists(path):
@@ -131,7 +134,8 @@ def _read(
     paths = f"the path of an .npz file, of a table ({', '.join(TABLES)}) or of a folder of images"
     expected = f"{names}, {paths}, or file.py:factory"
     if os.path.lexists(path):
-        raise refusal(str(path), got="another kind of file", expected=expected, fix="Save arrays with numpy.savez.")
+        fix = "Save arrays with numpy.savez, and a table as CSV."
+        raise refusal(str(path), got="another kind of file", expected=expected, fix=fix)
     got = f"{str(name_or_path)!r}, neither the name of a data set nor a file"
     raise refusal("data", got=got, expected=expected, fix=nearest(str(name_or_path), ["digits", *official]))
 

@@ -17,7 +17,7 @@ import numpy as np
 from ntkit.base.checks import refusal
 from ntkit.base.imports import same_random_numbers
 from ntkit.base.memory import check_room
-from ntkit.base.regular_files import open_regular
+from ntkit.base.regular_files import check_start, open_regular
 
 _MNIST_FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 MNIST_EXPECTED = f"the four MNIST files {', '.join(_MNIST_FILES)}, each with or without .gz"
@@ -43,16 +43,14 @@ class Files(NamedTuple):
 
 
 def open_data(path: Path, expected: str) -> tuple[io.BufferedReader, int]:
-    """Open a data file, neither empty nor a web page, and return it with its size in bytes."""
+    """Open a data file, neither empty nor a web page nor a pointer, and return it with its size in bytes."""
     handle = open_regular(path, expected)
     try:
         start, size = handle.read(512), os.fstat(handle.fileno()).st_size
         handle.seek(0)
         if not start:
             raise refusal(str(path), got="an empty file (0 bytes)", expected=expected, fix=AGAIN)
-        # Often the "corrupt download" is the web page of a proxy or login.
-        if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-            raise refusal(str(path), got="an HTML page (a web page saved as data)", expected=expected, fix=AGAIN)
+        check_start(path, start, expected, AGAIN)
     except OSError as error:
         handle.close()
         fix = "Check its name and permissions."

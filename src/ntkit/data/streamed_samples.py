@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ntkit.base.batch import Batch, as_batch, checked, count, leaves
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.progress import task
-from ntkit.data.examples import restored_random_states
+from ntkit.data.examples import check_order, restored_random_states
 
 _AT_A_TIME = 256  # samples of the first reading
 
@@ -79,7 +79,7 @@ class StreamedSamples:
         self._collate: Any = default_collate
         if isinstance(source, DataLoader):
             self._dataset, self._collate = source.dataset, source.collate_fn
-            _check_order(source)
+            check_order(source, "x")
         self._n = _length(self._dataset)
         self.first = self._read(0, 1)
         self._digests = np.empty(self._n, "u8")
@@ -159,20 +159,6 @@ def _length(dataset: Any) -> int:
         got = "an empty dataset" if n == 0 else f"{type(dataset).__name__}, a stream without places"
         raise refusal("x", got=got, expected="a dataset with dataset[i] and a length", fix=f"Else {_NUMPY}.")
     return n
-
-
-def _check_order(loader: DataLoader[Any]) -> None:
-    """Refuse a loader whose samples are not those of its dataset, in their order."""
-    if isinstance(loader.dataset, IterableDataset):
-        return  # refused as a dataset
-    sampler = loader.sampler if loader.batch_size is not None else loader.batch_sampler
-    if not isinstance(sampler, SequentialSampler):
-        got = f"a DataLoader with {type(sampler).__name__}"
-        fix = "Make it with shuffle=False and a batch_size, without a sampler; or pass its dataset."
-        raise refusal("x", got=got, expected="the samples in the order of the dataset", fix=fix)
-    if loader.drop_last and loader.batch_size and _length(loader.dataset) % loader.batch_size:
-        fix = "Make it with drop_last=False, or pass a torch.utils.data.Subset."
-        raise refusal("x", got="a DataLoader that drops samples", expected="all samples", fix=fix)
 
 
 def _bytes_of(block: Batch) -> list[np.ndarray]:

@@ -6,20 +6,24 @@ import csv
 import importlib
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ntkit.base.checks import check_name, nearest, refusal
+from ntkit.base.checks import check_name, nearest, printable, refusal
 from ntkit.base.memory import check_room
 from ntkit.data.readers import Files, open_data, read_whole
 
 TABLES = (".csv", ".tsv", ".parquet")
-_DELIMITERS = ",;\t"
-_MISSING = {"", "na", "n/a", "nan", "null", "?"}
+_DELIMITERS = ",;\t|"
+_MISSING = {"", "na", "n/a", "nan", "-nan", "null", "?", "#n/a", "#na", "<na>", "#n/a n/a", "1.#qnan", "-1.#ind"}
+# numbers as people write them: with a currency, grouped by thousands, with a decimal comma, in percent, (1) for -1
+_WRITTEN = re.compile(r"[-+(]?\s?[$€£¥]?\s?\d{1,3}(?:[ ,.'\u2019\u00a0\u202f]?\d{3})*(?:[.,]\d+)?\s?[%$€£¥]?\)?")
 _VALUES = 50  # different texts of a column that become indicators
+_FEW = 5  # different texts that need not recur
 _LABELS = 20  # distinct integers of a target that are labels; more are numbers to predict
 _PER_BYTE = 40  # bytes of memory for each byte of a CSV file, while its cells are text
 
@@ -36,19 +40,23 @@ def read_table(path: Path, target: Sequence[str] | None) -> Files:
     """Read a table with named columns; `target` are the columns to predict, the others are x.
 
     Columns of numbers come first and are marked as such (`Files.numeric`); a column of text becomes one indicator, 0
-    or 1, per different value, in alphabetical order. A single target of text or of at most 20 distinct integers
-    is labels; other targets are floats.
+    or 1, per different value, in alphabetical order. A single target of text, or of at most 20 distinct integers that
+    occur twice on average, is labels; other targets are floats.
 
     Raises
     ------
     Refused
-        With line and column: missing values, rows of another length, text among numbers; columns of more than 50
-        different texts; a target that is no column.
+        With line and column: missing values, rows of another length, text among numbers, numbers that are not written
+        plainly; columns of more than 50 different texts, or of others in most rows; row numbers of pandas; a first line
+        of numbers; a target that is no column.
     """
-    columns = _parquet(path) if path.suffix == ".parquet" else _csv(path)
+    columns = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
     names = [column.name for column in columns]
     for name in names:
         check_name(f"column of {path.name}", name, "Rename the column.")
+        if re.fullmatch(r"Unnamed: \d+(\.\d+)*", name):
+            fix = "Remove the column; pandas leaves it out with to_csv(..., index=False)."
+            raise refusal(str(path), got=f"column {name!r}", expected="no row numbers of pandas", fix=fix)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise refusal(str(path), got=f"two columns {twice}", expected="different names", fix="Rename one.")
@@ -69,7 +77,7 @@ def read_table(path: Path, target: Sequence[str] | None) -> Files:
         else:
             found = _indicators(path, column)
             indicators += found.values()
-            names_of_texts += [f"{column.name} {value}" for value in found]
+            names_of_texts += [f"{column.name} {printable(value)}" for value in found]
             texts += 1
     if not numbers and not indicators:
         fix = "Add a column, or predict fewer."
@@ -103,34 +111,70 @@ def _csv(path: Path) -> list[_Column]:
     except UnicodeDecodeError as error:
         got = f"bytes that are no UTF-8 in line {raw[: error.start].count(10) + 1:,}"
         raise refusal(str(path), got=got, expected=expected, fix="Save it as UTF-8.") from error
-    first = text.partition("\n")[0]
-    delimiter = max(_DELIMITERS, key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    skipped, delimiter = _delimiter(text)
+    lines_of = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     rows, lines = [], []
     try:
-        for row in reader:
-            if row:
-                rows.append(row)
-                lines.append(reader.line_num)
+        for row in lines_of:
+            if row and lines_of.line_num > skipped:
+                rows.append([cell.strip() for cell in row])
+                lines.append(lines_of.line_num)
     except csv.Error as error:
-        got = f"line {reader.line_num:,} that cannot be read ({error})"
+        got = f"line {lines_of.line_num:,} that cannot be read ({error})"
         raise refusal(str(path), got=got, expected=expected, fix="Correct the line.") from error
     if len(rows) < 2:
         raise refusal(str(path), got="no rows", expected=expected, fix="Name a table with a first line of names.")
-    names = [name.strip() for name in rows[0]]
-    if "" in names:
-        got = f"column {names.index('') + 1} without a name"
-        fix = "Name the column, or remove it; pandas leaves out its row numbers with index=False."
-        raise refusal(str(path), got=got, expected=expected, fix=fix)
-    for row, line in zip(rows[1:], lines[1:], strict=True):
-        if len(row) != len(names):
-            got = f"{len(row)} cells in line {line:,}"
-            raise refusal(str(path), got=got, expected=f"{len(names)}, as in line 1", fix="Correct the line.")
+    while len(rows[0]) > 1 and not any(row[-1] for row in rows) and len({len(row) for row in rows}) == 1:
+        rows = [row[:-1] for row in rows]  # each line ends in a delimiter
+    _check_rows(path, rows, lines)
 
     def place(row: int) -> str:
         return f"line {lines[row + 1]:,}"
 
-    return [_Column(name, [row[i].strip() for row in rows[1:]], place) for i, name in enumerate(names)]
+    return [_Column(name, [row[i] for row in rows[1:]], place) for i, name in enumerate(rows[0])]
+
+
+def _delimiter(text: str) -> tuple[int, str]:
+    """Number of lines before the names (a line sep=; as spreadsheets write it), and the delimiter.
+
+    That is the character of these that the line of names has most of, outside of quotes.
+    """
+    if told := re.match(r"\"?sep=([^\w\s\"]|\t)\"?[,;\t|]*(?=[\r\n])", text):
+        return 1, told[1]
+    first = re.search(r"[^\r\n]+", text)
+    names = re.sub(r"\"[^\"]*\"", "", first[0] if first else "")
+    return 0, max(_DELIMITERS, key=names.count)
+
+
+def _check_rows(path: Path, rows: list[list[str]], lines: list[int]) -> None:
+    """Refuse names that are none, and rows of another length."""
+    names, expected = rows[0], "a table in UTF-8 with a first line of names"
+    if names[0].startswith("#") and len(names) != len(rows[-1]):
+        fix = "Remove the lines before the names."
+        raise refusal(str(path), got=f"a comment in line {lines[0]:,}", expected=expected, fix=fix)
+    if "" in names:
+        got = f"column {names.index('') + 1} without a name"
+        fix = "Name the column, or remove it; pandas leaves out its row numbers with index=False."
+        raise refusal(str(path), got=got, expected=expected, fix=fix)
+    if numbers := _numbers_in_place_of_names(names):
+        got = f"numbers in line {lines[0]:,}, such as {numbers[0]}"
+        raise refusal(str(path), got=got, expected=expected, fix="Put a line of names first.")
+    for row, line in zip(rows[1:], lines[1:], strict=True):
+        if len(row) != len(names):
+            got, fix = f"{len(row)} cells in line {line:,}", "Correct the line."
+            if len(names) == 1:
+                fix = f"Separate cells by one of these: {' '.join(map(repr, _DELIMITERS))}."
+            raise refusal(str(path), got=got, expected=f"{len(names)}, as in line {lines[0]:,}", fix=fix)
+
+
+def _numbers_in_place_of_names(names: list[str]) -> list[str]:
+    """Names that are numbers, where a row is in the place of names: those of years or wavelengths ascend."""
+    found = [(name, value) for name in names if (value := _number(name)) is not None and math.isfinite(value)]
+    values = [value for _, value in found]
+    ascending = all(a < b for a, b in zip(values, values[1:], strict=False))
+    if len(found) == 1:
+        ascending = values[0].is_integer()
+    return [] if ascending else [name for name, _ in found]
 
 
 def _parquet(path: Path) -> list[_Column]:
@@ -182,13 +226,11 @@ def _numbers(path: Path, column: _Column) -> np.ndarray | None:
     values = [_number(cell) for cell in column.cells]
     known = [value for value in values if value is not None]
     if 2 * len(known) < len(values):
-        commas = [
-            row for row, cell in enumerate(column.cells) if "," in cell and _number(cell.replace(",", ".")) is not None
-        ]
-        if 2 * len(commas) > len(values):
-            got = f"{column.cells[commas[0]]!r} in {column.place(commas[0])}, column {column.name}"
-            fix = "Write 1.5 and 1234, not 1,5 or 1,234."
-            raise refusal(str(path), got=got, expected="numbers without commas", fix=fix)
+        written = [row for row, cell in enumerate(column.cells) if _number(cell) is None and _WRITTEN.fullmatch(cell)]
+        if written and 2 * (len(known) + len(written)) > len(values):
+            got = f"{column.cells[written[0]]!r} in {column.place(written[0])}, column {column.name}"
+            fix = "Write 1.5 and 1234 and -3, not 1,5 or 1,234 or (3), without units."
+            raise refusal(str(path), got=got, expected="plain numbers", fix=fix)
         return None
     for row, value in enumerate(values):
         if value is None or not math.isfinite(value):
@@ -201,10 +243,12 @@ def _numbers(path: Path, column: _Column) -> np.ndarray | None:
 def _indicators(path: Path, column: _Column) -> dict[str, np.ndarray]:
     cells = np.array(column.cells)
     values = np.unique(cells)
-    if len(values) > _VALUES:
+    if len(values) > _VALUES or (len(values) > _FEW and 2 * len(values) > len(cells)):
         got = f"{len(values):,} different texts in column {column.name}, such as {str(values[0])!r}"
-        fix = "Remove the column, or group its values."
-        raise refusal(str(path), got=got, expected=f"numbers, or at most {_VALUES} different texts", fix=fix)
+        got += f", in {len(cells):,} rows"
+        fix = "Remove the column, or group its values; write dates as numbers."
+        expected = f"numbers, or texts that recur, at most {_VALUES} different ones"
+        raise refusal(str(path), got=got, expected=expected, fix=fix)
     return {str(value): (cells == value).astype(np.float64) for value in values}
 
 
@@ -219,6 +263,7 @@ def _predicted(path: Path, columns: list[_Column]) -> tuple[np.ndarray, list[str
             got = f"text in column {column.name}"
             raise refusal("target (--target)", got=got, expected="numbers in all targets", fix="Name one target.")
     y = np.stack([numbers for numbers in values if numbers is not None], 1)
-    if len(columns) == 1 and (y == np.round(y)).all() and len(np.unique(y)) <= _LABELS:
+    few = min(_LABELS, len(y) / 2)  # numbers that do not recur are no labels
+    if len(columns) == 1 and (y == np.round(y)).all() and len(np.unique(y)) <= few:
         return y[:, 0].astype(np.int64), names
     return y, names

@@ -13,7 +13,9 @@ from ntkit.base.checks import check_name, refusal
 
 Task = Literal["classification", "regression"]
 TASKS = ("classification", "regression")
+_FEW = 20  # different whole numbers as floats, each several times, that may be labels
 _MOST = 1000  # classes without names: more are numbers or ids in place of labels
+_MISSING = ("nan", "<na>", "nat", "#n/a")  # what becomes of a missing value when pandas makes text of it
 _EXPECTED = "integers, text, booleans or floats of shape [n], one-hot rows [n, C] or floats [n, outputs]"
 
 
@@ -42,6 +44,9 @@ def target_array(y: Any, subject: str) -> np.ndarray:
         array = np.asarray(y)
         if array.dtype.kind == "S":
             array = np.char.decode(array, "utf-8")
+    except UnicodeDecodeError as error:
+        got = "bytes that are not UTF-8"
+        raise refusal(f"{subject}, labels y", got=got, expected=_EXPECTED, fix="Decode the labels.") from error
     except (TypeError, ValueError, RuntimeError) as error:
         got = f"{type(y).__name__} that is not an array ({error})"
         raise refusal(f"{subject}, labels y", got=got, expected=_EXPECTED, fix="Convert it first.") from error
@@ -75,7 +80,7 @@ def read_targets(
     ----------
     given : arrays of `target_array`, by subject in errors: the training set's first.
     names : of the classes: of labels 0, 1, ..., or one per label, in ascending order; None: the labels themselves.
-    task : None: a regression if there are floats that are no one-hot rows.
+    task : None: a regression if there are floats that are no one-hot rows; refused where they may be labels.
     """
     if task is not None and task not in TASKS:
         raise refusal("task", got=repr(task), expected=" or ".join(TASKS), fix="Leave it out, or name one.")
@@ -118,12 +123,22 @@ def _numbers(given: dict[str, np.ndarray], task: Task | None) -> list[Tensor]:
         if values.shape[1] != first.shape[1]:
             got, expected = f"{values.shape[1]} targets", f"{first.shape[1]}, as in the training set"
             raise refusal(f"{other}, targets y", got=got, expected=expected, fix="Prepare both sets the same way.")
-    distinct = first.unique().tolist()
-    if task is None and first.shape[1] == 1 and len(distinct) == 2:
-        got = f"floats with two values only, {distinct[0]:g} and {distinct[1]:g}"
+    if task is None and (got := _may_be_labels(first)):
         fix = "Give the labels as integers or text; or say task (--task): classification or regression."
         raise refusal(f"{subject}, y", got=got, expected="labels of classes, or numbers of a regression", fix=fix)
     return sets
+
+
+def _may_be_labels(y: Tensor) -> str:
+    """What floats [n, outputs] are that may be labels as well; empty if they are none."""
+    distinct = y.unique().tolist()
+    if y.shape[1] > 1:
+        return "rows of 0 and 1, of which some have several 1 or none" if set(distinct) <= {0, 1} else ""
+    if len(distinct) == 2:
+        return f"floats with two values only, {distinct[0]:g} and {distinct[1]:g}"
+    if 2 < len(distinct) <= _FEW and 2 * len(distinct) <= len(y) and all(value == round(value) for value in distinct):
+        return f"floats that are {len(distinct)} different whole numbers, {distinct[0]:g} to {distinct[-1]:g}"
+    return ""
 
 
 def _labels(y: np.ndarray, subject: str, hot: bool) -> np.ndarray:
@@ -139,13 +154,29 @@ def _labels(y: np.ndarray, subject: str, hot: bool) -> np.ndarray:
             bad = np.flatnonzero(~(np.isfinite(y) & (y == np.round(y)) & (abs(y) < 2**53)))
         if len(bad):
             got = f"{y[bad[0]]:g} in row {bad[0]:,}"
-            raise refusal(subject, got=got, expected="integers for classes", fix="Round them.")
-    if y.dtype.kind == "U" and len(empty := np.flatnonzero(np.char.strip(y) == "")):
-        got, fix = f"an empty label in row {empty[0]:,}", "Name the class, or remove the row."
-        raise refusal(subject, got=got, expected="a label for each example", fix=fix)
+            fix = "Round them." if np.isfinite(y[bad[0]]) else "Repair or remove these rows."
+            raise refusal(subject, got=got, expected="integers for classes", fix=fix)
+    if y.dtype.kind == "U":
+        _check_texts(y, subject)
     if y.dtype.kind == "u" and len(y) and y.max() >= 2**63:
         raise refusal(subject, got=f"label {y.max()}", expected="labels below 2^63", fix="Number the classes.")
     return y if y.dtype.kind in "bU" else y.astype(np.int64)
+
+
+def _check_texts(y: np.ndarray, subject: str) -> None:
+    """Refuse missing labels, as text too (of pandas), and labels that differ in blanks around them alone."""
+    bare = np.char.strip(y)
+    missing = (bare == "") | np.isin(np.char.lower(bare), _MISSING)
+    if len(rows := np.flatnonzero(missing)):
+        label = bare[rows[0]]
+        got = f"the missing label {str(label)!r} in row {rows[0]:,}" if label else f"an empty label in row {rows[0]:,}"
+        fix = "Name the class, or remove the row."
+        raise refusal(subject, got=got, expected="a label for each example", fix=fix)
+    names, which = np.unique(y), np.unique(bare)
+    if len(which) < len(names):
+        twice = next(name for name in names if str(name) != str(name).strip())
+        got, fix = f"label {str(twice)!r} beside {str(twice).strip()!r}", "Strip the labels."
+        raise refusal(subject, got=got, expected="labels that differ in more than blanks", fix=fix)
 
 
 def _indices(

@@ -43,6 +43,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_lock)
 
 MODES = ("full", "diagonal", "trace", "sum")
+_CALLS = "; a list or tuple is passed as model(*x), a dict as model(**x)."
 
 
 def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Parameter]:
@@ -333,10 +334,12 @@ def refused_input(model: nn.Module, x: Batch) -> Iterator[None]:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in leaves(x))
+        fix = "Check channels, sizes and dtype against the model's first layer"
+        if isinstance(error, TypeError) and "argument" in str(error):
+            fix = "Give the arguments that its forward takes"
         raise refusal(
             f"model {type(model).__name__}",
             got=f"input {shapes}, on which its forward failed ({error})",
             expected="input that the model accepts",
-            fix="Check channels, sizes and dtype against the model's first layer"
-            + ("." if isinstance(x, Tensor) else "; a list or tuple is passed as model(*x), a dict as model(**x)."),
+            fix=fix + ("." if isinstance(x, Tensor) and fix.startswith("Check") else _CALLS),
         ) from error

@@ -115,6 +115,8 @@ def real_rows(raw: Any, n: int) -> Tensor:
     if raw.dim() == 0 or raw.shape[0] != n:
         got = f"shape {tuple(raw.shape)} for {n} samples"
         fix = "Samples must lie along the first axis of input and output; wrap the model if they do not."
+        if n == 1:
+            fix += " One sample loses that axis in squeeze(): write squeeze(-1) or flatten(1)."
         raise refusal("the model's output", got=got, expected=f"({n}, ...)", fix=fix)
     if raw.numel() == 0:
         fix = "Check the model's last layer."

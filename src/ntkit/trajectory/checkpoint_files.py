@@ -1,7 +1,7 @@
 """Weights from files that others wrote: safetensors, PyTorch and Lightning checkpoints, Hugging Face folders.
 
 Nothing in a file is executed: pickles are read by ``torch.load(weights_only=True)``, which knows tensors and plain
-containers alone.
+containers alone. Of other objects, such as the settings beside the weights, only the names are read.
 """
 
 from __future__ import annotations
@@ -9,26 +9,31 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import warnings
 import zipfile
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.files import read_bytes
 from ntkit.base.integrity import stored_checksum
 from ntkit.base.numbers import check_dense
-from ntkit.trajectory.recorded_run import assign, tied_names
+from ntkit.base.regular_files import check_start
+from ntkit.trajectory.checkpoint_names import Named, listed, nearest_names, same_shapes, under_model_names
+from ntkit.trajectory.recorded_run import assign
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 _INSIDE = ("state_dict", "model_state_dict", "model", "module", "weights", "params", "net")  # keys of a checkpoint
-_PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "base_model.model.")
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face; `.index.json` beside it where it is cut
+_BESIDE = ("optimizer", "scheduler", "scaler", "training_args", "rng_state")  # begin names of a training's other files
+_DEPTH = 4  # of mappings in a checkpoint
 _EXPECTED = "a file of weights (.safetensors, .pt, .pth, .ckpt, .bin) or a folder of Hugging Face"
 
 
@@ -39,20 +44,21 @@ def load_weights(model: nn.Module, file: str | Path) -> str:
     ----------
     model : any module; of tied tensors one name in the file is enough.
     file : a ``.safetensors`` file; a checkpoint of PyTorch or Lightning (``.pt``, ``.pth``, ``.ckpt``, ``.bin``), whose
-        weights may lie under "state_dict", "model_state_dict" or "model"; or a folder of Hugging Face's
-        ``save_pretrained``. A prefix that all of the model's names have in the file, such as ``module.`` or ``model.``,
-        is left out. No code in a file is run.
+        weights may lie under "state_dict", "model_state_dict" or "model", or else under the only key whose tensors have
+        the model's names; or a folder of Hugging Face's ``save_pretrained``, or with one such file. A prefix that all
+        of the model's names have in the file, such as ``module.`` or ``model.``, is left out, as are the names of
+        wrappers (``_orig_mod.`` of torch.compile) in the file or in the model. No code in a file is run.
 
     Returns
     -------
     str
-        What was taken: where the weights lay, the prefix, and entries beside it that are not the model's.
+        What was taken: where the weights lay, the prefix, and what beside them is not the model's or was not read.
 
     Raises
     ------
     Refused
-        When the file is absent or none of these; when names or shapes differ, or a dtype would lose digits: with the
-        names that are missing and unexpected, and the nearest ones.
+        When the file is absent or none of these; when it holds several networks that fit; when names or shapes differ,
+        or a dtype would lose digits: with the names that are missing and unexpected, and the nearest ones.
 
     Examples
     --------
@@ -64,29 +70,41 @@ def load_weights(model: nn.Module, file: str | Path) -> str:
     'last.ckpt: state_dict; without the prefix "model."'
     """
     file = Path(file)
-    content, notes = _contents(file), []
-    tensors, place, beside = _tensors(content, file)
-    if place:
-        notes.append(place)
-    if beside:
-        notes.append(f"not {_listed(beside)}")
-    _check_values(tensors, file)
-    tensors, prefix, others = _without_prefix(tensors, model)
-    if prefix:
-        notes.append(f'without the prefix "{prefix}"')
-    if others:
-        notes.append(f"left out: {_listed(others)}")
+    _check_model(model)
+    content, unread = _contents(file)
+    place, named, beside = _weights(content, file, model, unread)
+    notes = ([place] if place else []) + ([f"not {listed(beside)}"] if beside else []) + named.notes
+    if unread:
+        notes.append(f"not read: {listed(unread)}")
     try:
-        assign(model, tensors, file.name)
+        assign(model, named.tensors, file.name)
     except Refused as error:
-        raise Refused(str(error) + _nearest(tensors, model)) from None
+        raise Refused(str(error) + nearest_names(named.tensors, model)) from None
     return f"{file.name}: {'; '.join(notes)}" if notes else file.name
 
 
-# ---------------------------------------------------------------------- reading
+def _check_model(model: nn.Module) -> None:
+    """Refuse a model whose parameters hold no values: nothing can be copied into them."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        got, fix = "no values (device meta)", "Build the model on another device."
+        if is_lazy(tensor):
+            got, fix = "no values yet (a lazy layer)", "Call the model once on a batch, which gives it its shape."
+        elif not tensor.is_meta:
+            continue
+        raise refusal(f"'{name}'", got=got, expected="a tensor with values", fix=fix)
 
 
-def _contents(path: Path) -> Any:
+# ---------------------------------------------------------------------- files
+
+
+class _Content(NamedTuple):
+    """What is in a file, and the names of the objects in it that were not read."""
+
+    value: Any
+    unread: list[str]
+
+
+def _contents(path: Path) -> _Content:
     """What is in a file, or in the files of a folder."""
     if not path.is_dir():
         return _content(path)
@@ -94,9 +112,16 @@ def _contents(path: Path) -> Any:
         if (path / name).is_file():
             return _content(path / name)
         if (index := path / f"{name}.index.json").is_file():
-            return _pieces(path, index)
+            return _Content(_pieces(path, index), [])
+    suffixes = (".safetensors", *_PICKLES)
+    found = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes and not f.name.startswith((".", *_BESIDE)))
+    if len(found) == 1:
+        return _content(found[0])
+    inner = sorted(folder.name for folder in path.iterdir() if any((folder / name).is_file() for name in _IN_FOLDER))
+    got = f"a folder with {listed([f.name for f in found])}" if found else "a folder without weights"
+    got += f"; there are some in {listed(inner)}" if inner else ""
     fix = f"Name the file itself, or a folder with {' or '.join(_IN_FOLDER)}."
-    raise refusal(str(path), got="a folder without weights", expected=_EXPECTED, fix=fix)
+    raise refusal(str(path), got=got, expected=_EXPECTED, fix=fix)
 
 
 def _pieces(folder: Path, index: Path) -> dict[str, Tensor]:
@@ -113,7 +138,7 @@ def _pieces(folder: Path, index: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or Path(name).name != name:
             fix = "Copy the folder again, from a source that you trust."
             raise refusal(str(index), got=f"the file {name!r}", expected="names of files in this folder", fix=fix)
-        piece = _content(folder / name)
+        piece = _content(folder / name).value
         if not isinstance(piece, Mapping):
             fix = "Copy the folder again."
             raise refusal(str(folder / name), got=f"a {type(piece).__name__}", expected="tensors by name", fix=fix)
@@ -128,11 +153,20 @@ def _pieces(folder: Path, index: Path) -> dict[str, Tensor]:
     return pieces
 
 
-def _content(path: Path) -> Any:
+def _content(path: Path) -> _Content:
+    """Read a file as what its first bytes say that it is."""
     blob = read_bytes(path, "a file of weights", "Check the name.")
-    if path.suffix in _PICKLES or zipfile.is_zipfile(io.BytesIO(blob)):
+    check_start(path, blob, _EXPECTED)
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors" and not blob.startswith(b"PK"):
+        stored_checksum(path, blob)
+        return _Content(_safe(path, blob), [])
+    if blob[8:9] == b"{":  # after the length of its header
+        return _Content(_safe(path, blob), [])
+    if blob.startswith((b"PK", b"\x80")) or suffix in _PICKLES:
         return _unpickled(path, blob)
-    return _safe(path, blob)
+    got = "a file that neither safetensors nor torch.save wrote"
+    raise refusal(str(path), got=got, expected=_EXPECTED, fix="Save the weights with torch.save(model.state_dict()).")
 
 
 def _safe(path: Path, blob: bytes) -> dict[str, Tensor]:
@@ -140,8 +174,6 @@ def _safe(path: Path, blob: bytes) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    if blob and path.suffix == ".safetensors":
-        stored_checksum(path, blob)
     try:
         return dict(sorted(load(blob).items()))
     except SafetensorError as error:
@@ -149,100 +181,155 @@ def _safe(path: Path, blob: bytes) -> dict[str, Tensor]:
         raise refusal(str(path), got=got, expected=_EXPECTED, fix=fix) from error
 
 
-def _unpickled(path: Path, blob: bytes) -> Any:
-    """What torch.save wrote, if it is tensors in plain containers."""
+# ---------------------------------------------------------------------- pickles
+
+
+class _NotRead:
+    """Stands for an object of the file: its class is not imported, its arguments and its state are dropped."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _NotRead:
+        """An object without anything of the file."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _unpickled(path: Path, blob: bytes) -> _Content:
+    """What torch.save wrote: tensors in plain containers; other objects become `_NotRead`."""
+    unread: list[str] = []
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+            warnings.filterwarnings("ignore", message="Detected pickle protocol|.*TorchScript archive")
+            if zipfile.is_zipfile(io.BytesIO(blob)):
+                unread = sorted(get_unsafe_globals_in_checkpoint(io.BytesIO(blob)))
+            while True:  # a file of the older format names its objects one by one
+                try:
+                    with safe_globals([_stand_in(name) for name in unread]):
+                        return _Content(torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True), unread)
+                except pickle.UnpicklingError as error:
+                    name = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+                    if name is None or _full(name[1]) in unread:
+                        raise
+                    unread.append(_full(name[1]))
     except pickle.UnpicklingError as error:
-        text = str(error)
-        start = text.find("GLOBAL ")
-        what = text[start + 7 :].split()[0] if start >= 0 else "an object"
-        got = f"a pickle with {what}, more than tensors and plain containers: to read it would run code"
-        fix = (
-            "Where you trust it, save its weights alone: "
-            "safetensors.torch.save_file(torch.load(file, weights_only=False)['state_dict'], 'weights.safetensors')."
-        )
-        raise refusal(str(path), got=got, expected="tensors", fix=fix) from None
+        raise _no_weights(path, error) from None
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
-        first = str(error).partition("\n")[0][:200]
-        got = f"a file that torch.load cannot read ({type(error).__name__}: {first})"
-        raise refusal(str(path), got=got, expected=_EXPECTED, fix="Save or copy it again.") from error
+        text = str(error)
+        if "torchscript" in text.lower():
+            got, fix = "a TorchScript program", "torch.save(torch.jit.load(file).state_dict(), 'weights.pt')."
+            raise refusal(str(path), got=got, expected=_EXPECTED, fix=f"Save its weights alone: {fix}") from None
+        got = f"a file that torch.load cannot read ({type(error).__name__}: {text.partition(chr(10))[0][:200]})"
+        fix = "Save or copy it again."
+        if path.suffix.lower() == ".npz":
+            got, fix = "NumPy's arrays", "Save them as tensors, with torch.save."
+        raise refusal(str(path), got=got, expected=_EXPECTED, fix=fix) from error
 
 
-def _tensors(content: Any, path: Path) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Weights by name, the key under which they lay, and keys of other tensors beside it."""
+def _stand_in(name: str) -> type:
+    """A class that the unpickler takes for the one of this name."""
+    module, _, own = name.rpartition(".")
+    return type(own, (_NotRead,), {"__module__": module, "__qualname__": own})
+
+
+def _full(name: str) -> str:
+    return name if "." in name else f"builtins.{name}"
+
+
+def _no_weights(path: Path, error: pickle.UnpicklingError) -> Refused:
+    """The refusal of a pickle in which code would have to run."""
+    start = (text := str(error)).find("GLOBAL ")
+    if start < 0 and not re.search(r"Can only|reduce|Trying|persistent", text):
+        got = f"a file that torch.load cannot read ({text.partition(chr(10))[0][:100]})"
+        return refusal(str(path), got=got, expected=_EXPECTED, fix="Save or copy it again.")
+    what = text[start + 7 :].split()[0] if start >= 0 else "an object"
+    got = f"a pickle with {what}, more than tensors and plain containers: to read it would run code"
+    fix = "Where you trust it: torch.save(torch.load(file, weights_only=False)['state_dict'], 'weights.pt')."
+    return refusal(str(path), got=got, expected="tensors", fix=fix)
+
+
+# ---------------------------------------------------------------------- places
+
+
+def _weights(content: Any, path: Path, model: nn.Module, unread: list[str]) -> tuple[str, Named, list[str]]:
+    """The key under which the weights lay, the weights under the model's names, and keys of other tensors beside it."""
+    places = dict(_places(content))
+    usual = _usual_place(content)
+    if usual not in places and len(places) == 1:
+        usual = next(iter(places))
+    named = under_model_names(places[usual], model) if usual in places else None
+    if named is None or not named.complete:
+        fitting = {
+            place: other
+            for place, tensors in places.items()
+            if place != usual and (other := under_model_names(tensors, model)).complete
+        }
+        if len(fitting) > 1:  # as of a generator and its critic
+            fitting = {place: other for place, other in fitting.items() if same_shapes(other.tensors, model)} or fitting
+        if len(fitting) > 1:
+            got = f"several networks of these names, under {listed(['.'.join(place) for place in fitting])}"
+            fix = "Save the state dict of the one that you want."
+            raise refusal(str(path), got=got, expected="one", fix=fix)
+        for place, other in fitting.items():
+            usual, named = place, other
+    if named is None:
+        raise _no_place(content, path, bool(places), unread)
+    for name, tensor in named.tensors.items():  # refuse what cannot be copied as it is, before anything is
+        check_dense(tensor, f"{path.name}, '{name}'")
+    return ".".join(usual), named, _beside(content, usual)
+
+
+def _no_place(content: Any, path: Path, has_tensors: bool, unread: list[str]) -> Refused:
+    """The refusal of a checkpoint in which no tensors are the model's."""
+    if isinstance(content, _NotRead):
+        got = f"a whole {type(content).__module__}.{type(content).__name__}, which to read would run code"
+        fix = "Where you trust it: torch.save(torch.load(file, weights_only=False).state_dict(), 'weights.pt')."
+        return refusal(str(path), got=got, expected="tensors", fix=fix)
+    keys = listed([repr(key) for key in content]) if isinstance(content, Mapping) else type(content).__name__
+    expected = f"tensors by name, or these under one of {', '.join(_INSIDE)}"
+    if has_tensors:
+        expected = "tensors of the model's names under one of its keys"
+    got = f"a checkpoint with {keys}" if keys else "nothing"
+    others = f"; not read: {listed(unread)}" if unread else ""
+    return refusal(str(path), got=got + others, expected=expected, fix="Save model.state_dict() alone.")
+
+
+def _usual_place(content: Any) -> tuple[str, ...]:
+    """Keys that usually hold the weights, one within another."""
     place: list[str] = []
-    beside: list[Any] = []
-    while isinstance(content, Mapping):
+    while isinstance(content, Mapping) and len(place) < _DEPTH:
         inner = next((key for key in _INSIDE if isinstance(content.get(key), Mapping)), None)
-        beside += [key for key in content if key != inner and _holds_tensors(content[key])] if inner is not None else []
         if inner is None:
-            own = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-            if not own:
-                break
-            return own, ".".join(place), [str(key) for key in beside]
+            break
         place.append(inner)
         content = content[inner]
-    keys = _listed([repr(key) for key in content]) if isinstance(content, Mapping) else type(content).__name__
-    fix = "Save model.state_dict() alone."
-    expected = f"tensors by name, or these under one of {', '.join(_INSIDE)}"
-    raise refusal(str(path), got=f"a checkpoint with {keys}" if keys else "nothing", expected=expected, fix=fix)
+    return tuple(place)
 
 
-# ---------------------------------------------------------------------- names
+def _places(content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Tensors by name, wherever a mapping holds some; each with its keys."""
+    if not isinstance(content, Mapping) or len(place) > _DEPTH:
+        return
+    if own := {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}:
+        yield place, own
+    for key, value in content.items():
+        if isinstance(key, str):
+            yield from _places(value, (*place, key))
 
 
-def _without_prefix(tensors: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Names as the model has them: without a prefix that all of its names have in the file, if they have one."""
-    groups = [set(names) for names, _ in tied_names(model)]
-    needed = set(model.state_dict()) | {name for name, _ in model.named_parameters()}
-    groups = [names for names in groups if names & needed]
-
-    def complete(names: set[str]) -> bool:
-        return all(group & names for group in groups)
-
-    if complete(set(tensors)):
-        return tensors, "", []
-    firsts = {name.partition(".")[0] + "." for name in tensors if "." in name}
-    known = [a + b for a in ("", *_PREFIXES) for b in ("", *_PREFIXES)]
-    others = [a + b for a in sorted(firsts) for b in ("", *_PREFIXES, *sorted(firsts))]
-    for candidates in (known, others):
-        fitting = {}
-        for prefix in dict.fromkeys(candidate for candidate in candidates if candidate):
-            under = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            if groups and complete(set(under)):
-                fitting[prefix] = under
-        if len(fitting) > 1:
-            fix = "Save the state dict of the one that you want."
-            got = f"several networks of these names, under {_listed(list(fitting))}"
-            raise refusal("weights", got=got, expected="one", fix=fix)
-        for prefix, under in fitting.items():
-            return under, prefix, sorted(name for name in tensors if not name.startswith(prefix))
-    return tensors, "", []
+def _beside(content: Any, place: tuple[str, ...]) -> list[str]:
+    """Keys of other tensors on the way to the weights."""
+    beside: list[str] = []
+    for step in place:
+        beside += [str(key) for key in content if key != step and _holds_tensors(content[key])]
+        content = content[step]
+    return beside
 
 
 def _holds_tensors(value: Any) -> bool:
     if isinstance(value, Tensor):
         return True
     return isinstance(value, Mapping) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
-
-
-def _check_values(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse tensors that cannot be copied as they are, before anything is."""
-    for name, tensor in tensors.items():
-        check_dense(tensor, f"{path.name}, '{name}'")
-
-
-def _nearest(tensors: Mapping[str, Tensor], model: nn.Module) -> str:
-    """For a missing name the nearest one in the file."""
-    own = [name for names, _ in tied_names(model) for name in names]
-    missing = [name for name in own if name not in tensors]
-    unexpected = [name for name in tensors if name not in own]
-    pairs = [(name, near[0]) for name in missing[:50] if (near := get_close_matches(name, unexpected, 1, 0.6))]
-    return f" The nearest names: {_listed([f'{a} ~ {b}' for a, b in pairs])}." if pairs else ""
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ntkit.base.batch import Batch, call_with, checked, count, take
-from ntkit.base.checks import refusal
+from ntkit.base.batch import Batch, as_batch, call_with, checked, count, take
+from ntkit.base.checks import Refused, refusal
 from ntkit.base.tensors import points_hash
 from ntkit.data.streamed_samples import with_labels
 from ntkit.jacobian.model_outputs import Select, check_select, part_of
@@ -31,10 +34,17 @@ class Objective:
     def __init__(self, data: Any, loss: Loss, select: Select | None = None) -> None:
         check_select(select)
         pair = data if isinstance(data, (tuple, list)) else with_labels(data)
-        if len(pair) != 2 or not isinstance((pair := with_labels(*pair))[1], Tensor):
+        if len(pair) != 2 or pair[1] is None:
             got, expected = type(data).__name__, "(x, y) tensors, or a dataset of such pairs"
             raise refusal("data", got=got, expected=expected, fix="Pass data=(x, y).")
-        x, y = pair
+        if not callable(loss):
+            fix = "Pass e.g. torch.nn.functional.cross_entropy."
+            raise refusal("loss", got=repr(loss), expected="a function of outputs and targets", fix=fix)
+        x, y = with_labels(*pair)
+        y = as_batch(y, "y")
+        if not isinstance(y, Tensor):
+            fix = "Pass data=(x, y), y a tensor or an array of numbers."
+            raise refusal("y", got=type(y).__name__, expected="a tensor", fix=fix)
         self.x: Batch = checked(x, "x", infinite=True)
         self.y: Tensor = checked(y, "y")
         self.n, self.loss, self.select = len(y), loss, select
@@ -69,7 +79,14 @@ class Objective:
     def check(self, model: nn.Module, rows: int) -> None:
         """Evaluate the loss once, in eval mode, so that a wrong one is refused before anything is written."""
         model.eval()
-        out = self.value(model, slice(0, rows))
+        x, y = self.batch(slice(0, rows))
+        outputs = part_of(call_with(model, x), self.select)
+        with _failing(outputs, y), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Using a target size")  # `_check_pairs` says more
+            with _Shapes() as shapes:
+                out = self.loss(outputs, y)
+            if shapes.met(len(y)):
+                _check_pairs(self.loss, outputs, y)
         model.train()
         if not isinstance(out, Tensor) or out.ndim != 0:
             got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
@@ -78,6 +95,74 @@ class Objective:
             expected = "a differentiable function of model(x)"
             fix = "Do not detach, round or argmax the outputs, and do not use torch.no_grad in the model."
             raise refusal("loss", got="a value that does not depend on the parameters", expected=expected, fix=fix)
+
+
+@contextmanager
+def _failing(outputs: Any, y: Tensor) -> Iterator[None]:
+    """Turn an error of the user's loss into a refusal that says what it was called on."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        shape = f"{_form(outputs)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        values = f", {y.min().item():g} to {y.max().item():g}" if y.numel() and not y.is_complex() else ""
+        got = f"a function that failed on outputs {shape} and targets {_form(y)}{values} ({error})"
+        fix = "Change the shape, dtype or numbers of the targets, or pass e.g. lambda out, y: loss(out[:, 0], y)."
+        raise refusal("loss", got=got, expected="a loss of these outputs and targets", fix=fix) from error
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+class _Shapes(TorchFunctionMode):
+    """The shapes of the tensors that functions of torch are called with together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: set[frozenset[torch.Size]] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._calls.add(frozenset(value.shape for value in args if isinstance(value, Tensor)))
+        return func(*args, **(kwargs or {}))
+
+    def met(self, n: int) -> bool:
+        """Whether one function has been called with [n] and [n, 1], which broadcast to [n, n]."""
+        return n > 1 and any({torch.Size([n]), torch.Size([n, 1])} <= shapes for shapes in self._calls)
+
+
+def _check_pairs(loss: Loss, outputs: Any, y: Tensor) -> None:
+    """Refuse a loss that compares each output with each target, because [n, 1] and [n] broadcast to [n, n].
+
+    That is: one example's target changes the gradients of the others, and no longer does in another shape.
+    """
+    floats = isinstance(outputs, Tensor) and outputs.is_floating_point() and y.is_floating_point()
+    if not floats or not len(y) == y.numel() == outputs.numel():
+        return
+    with torch.random.fork_rng(devices=[]):
+        if not _mixes(loss, outputs, y):
+            return
+        for other in (y.reshape(-1), y.reshape(-1, 1)):
+            if _mixes(loss, outputs, other) is False:
+                got = f"outputs {list(outputs.shape)} and targets {list(y.shape)}, which it compares each with each"
+                form = ", ".join(["-1", "1"][: other.ndim])
+                fix = f"Give it targets of shape {list(other.shape)}: y.reshape({form})."
+                expected = "a loss that compares each output with its own target"
+                raise refusal("loss", got=got, expected=expected, fix=fix)
+
+
+def _mixes(loss: Loss, outputs: Tensor, y: Tensor) -> bool | None:
+    """Whether the first target changes the gradients of other examples' outputs; None where there is no loss."""
+    out = outputs.detach().requires_grad_()
+    both = torch.cat([out.detach().flatten(), y.flatten().to(out.dtype)])
+    targets = [y.clone(), y.clone()]
+    targets[0][0], targets[1][0] = both.min() - 1, both.max() + 1  # on either side of all outputs
+    try:
+        one, two = (torch.autograd.grad(loss(out.clone(), target), out)[0] for target in targets)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return None
+    return not torch.equal(one[1:], two[1:])
 
 
 def loss_name(loss: Loss) -> str:
