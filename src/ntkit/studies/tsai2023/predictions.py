@@ -33,7 +33,9 @@ def _predictions(work: Work, task: str, seed: int) -> Result:
         retrainings(work, trained(work, task, seed)),
         work.sizes,
     )
-    left = subsets(again.n, s.left / again.n, 1, seed)[0].nonzero()[:, 0].tolist()  # examples left out one at a time
+    left = list(range(again.n))  # examples left out one at a time
+    if s.left < again.n:
+        left = subsets(again.n, s.left / again.n, 1, seed)[0].nonzero()[:, 0].tolist()
     numbers: dict[str, Any] = {}
     arrays = {}
     for method in METHODS:
