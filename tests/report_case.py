@@ -322,7 +322,7 @@ def _explained() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     steps, points = [0, 1, 8, 450], []
     for j, (label, said) in enumerate((("3", "3"), ("8", "9"))):
         entry: dict[str, Any] = {
-            "test_index": 40 + j, "why": ("confident and right", "confident and wrong")[j], "label": label,
+            "test_index": 40 + j, "why": ("right, most confident", "wrong, most confident")[j], "label": label,
             "predicted": said, "right": label == said, "margin": 7.5 - 5 * j, "initial": -2.25, "weight_decay": 0.0,
             "examples": 9.75 - 5 * j + 3e-6, "residual": 3e-6,
         }  # fmt: skip

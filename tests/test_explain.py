@@ -222,11 +222,11 @@ def test_the_default_points(pictured: Path, images: Path) -> None:
     right = (out > 0).long() == r.task.data.y_test
     by_why = {p["why"]: p["test_index"] for p in points}
     best = torch.where(right, out.abs(), -1.0)
-    assert by_why["confident and right"] == int(best.argmax())
+    assert by_why["right, most confident"] == int(best.argmax())
     if bool((~right).any()):
-        assert by_why["confident and wrong"] == int(torch.where(right, -1.0, out.abs()).argmax())
-    assert by_why["uncertain"] == min(
-        set(range(12)) - {*by_why.values()} | {by_why["uncertain"]}, key=lambda i: out[i].abs()
+        assert by_why["wrong, most confident"] == int(torch.where(right, -1.0, out.abs()).argmax())
+    assert by_why["least certain"] == min(
+        set(range(12)) - {*by_why.values()} | {by_why["least certain"]}, key=lambda i: out[i].abs()
     )
     assert [p["right"] for p in points] == [bool(right[p["test_index"]]) for p in points]
 

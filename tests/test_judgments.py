@@ -11,24 +11,35 @@ from ntkit.report import judgments
 from ntkit.report.judgments import BETTER, ERROR, LESS_SQUARED_ERROR, SQUARED_ERROR
 from ntkit.trajectory.learning_rates import sharpness_bound
 
+
+def _change(value: float | None, p: float | None) -> dict:
+    return number(value, None if value is None else 0.1) | {"p": p}
+
+
 PAIRED = [((0.0499, -0.1), "below"), ((0.0499, 0.1), "above"), ((0.0501, -0.1), "same"), ((0.0501, 0.1), "same"),
           ((1.0, 0.0), "same"), ((None, None), "unknown")]  # fmt: skip
-SQUARES = [((-2.0, -1e-9), "below"), ((-2.0, 1e-9), "same"), ((-1e-9, 2.0), "same"), ((1e-9, 2.0), "above"),
-           ((None, None), "unknown")]  # fmt: skip
-CHANGES = [((number(0.0201, 0.01),), "above"), ((number(0.0199, 0.01),), "same"), ((number(-0.0199, 0.01),), "same"),
-           ((number(-0.0201, 0.01),), "below"), ((number(None, None),), "unknown"),
+SQUARES = [((-2.0, -1e-9, -1.0, 9.0), "below"), ((-2.0, 1e-9, -1.0, 9.0), "same"), ((-1e-9, 2.0, 1.0, 9.0), "same"),
+           ((1e-9, 2.0, 1.0, 9.0), "above"), ((0.5, 1.5, 1.0, 101.0), "same"), ((0.5, 1.5, 1.0, 99.0), "above"),
+           ((None, None, 1.0, 9.0), "unknown"), ((0.5, 1.5, 1.0, None), "unknown")]  # fmt: skip
+CHANGES = [((_change(0.02, 0.049),), "above"), ((_change(0.02, 0.051),), "same"), ((_change(0.0099, 0.0),), "same"),
+           ((_change(0.0101, 0.0),), "above"), ((_change(-0.0101, 0.049),), "below"),
+           ((_change(-0.0099, 0.0),), "same"),
+           ((_change(None, None),), "unknown"), ((number(0.0201, 0.01),), "above"), ((number(0.0199, 0.01),), "same"),
            ((number(0.5, None),), "unknown")]  # fmt: skip
 CASES = {
-    ERROR: PAIRED, BETTER["init"]: PAIRED, BETTER["network"]: PAIRED,
-    SQUARED_ERROR: SQUARES, LESS_SQUARED_ERROR["init"]: SQUARES, LESS_SQUARED_ERROR["network"]: SQUARES,
-    judgments.FIT: [((0.1999,), "hardly"), ((-3.0,), "hardly"), ((0.2,), "fits"), ((None,), "unknown")],
+    ERROR: PAIRED, **dict.fromkeys(BETTER.values(), PAIRED),
+    SQUARED_ERROR: SQUARES, **dict.fromkeys(LESS_SQUARED_ERROR.values(), SQUARES),
+    judgments.FIT: [((0.1999,), "hardly"), ((-3.0,), "hardly"), ((0.2,), "fits"), ((None,), "unknown"),
+                    ((-1e-9, 0.5), "overconfident"), ((-1e-9, 0.499), "hardly"), ((0.01, 0.9), "hardly")],
     judgments.TURN: [
         ((0.10, 0.1199, 0.0), "hardly"), ((0.12, 0.1001, 0.0), "hardly"), ((0.1, 0.1201, 0.02), "towards"),
         ((0.1, 0.1201, 0.0202), "wanders"), ((0.5, 0.4, 0.09), "away"), ((0.5, 0.4, 0.11), "wanders"),
         ((0.106, 0.116, 0.06), "hardly"),
         ((0.1, 0.5, None), "unknown"), ((None, 0.5, None), "undefined"), ((0.5, None, None), "undefined"),
     ],
-    judgments.SHAPE: [((0.00999,), "hardly"), ((0.01,), "changed"), ((None,), "vanished")],
+    judgments.SHAPE: [((0.00999,), "hardly"), ((0.01,), "changed"), ((None,), "undefined"),
+                      ((0.001, 0.00999), "hardly"),
+                      ((0.001, 0.01), "changed"), ((0.01, 0.001), "changed")],
     judgments.INVARIANCE: CHANGES, judgments.LAYOUT: CHANGES, judgments.BEYOND: CHANGES,
     judgments.TRUST: [
         ((0.5, 0.5), "usable"), ((0.501, 0.9), "untrusted"), ((0.5, 0.499), "amplifies"), ((None, 0.9), "untrusted"),
@@ -63,8 +74,10 @@ def test_rules_print_their_thresholds() -> None:
     assert "less than 20 %" in printed["Fit"]
     assert "at least 0.02" in printed["Turned towards the task"]
     assert "at least 0.01" in printed["Changed shape"]
-    assert "2 standard errors" in printed["Invariant, global"]
-    assert "2 standard errors" in printed["Beside two different images"]
+    for name in ("Invariant, global", "Beside two different images"):
+        assert "at least 0.01" in printed[name]
+        assert "p < 0.05" in printed[name]
+    assert "at least 1 %" in printed["Squared errors"]
     assert "more than 50 %" in printed["Influence"]
     assert "metasmoothness of 0.5" in printed["Influence"]
     assert "Invariant, global" not in dict(judgments.rules(False, images=False))

@@ -19,7 +19,7 @@ import report_case
 
 from ntkit.base.checks import Refused
 from ntkit.report import analysis_text as readings
-from ntkit.report import draw, render
+from ntkit.report import draw, invariance_text, render
 
 HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
 
@@ -314,7 +314,10 @@ def _paired(**pairs: tuple[int, int]) -> dict[str, Any]:
 def test_findings_follow_the_paired_test(pair: tuple[int, int], lead: str) -> None:
     results = _paired(init=pair)
     assert readings.in_short(results)[0][0] == lead
-    assert f"{pair[0]} are wrong by the after kernel alone and {pair[1]} by" in readings.in_short(results)[0][1]
+    assert (
+        f"by the after kernel alone: {pair[0]}; by the kernel at initialization alone: {pair[1]} ("
+        in (readings.in_short(results)[0][1])
+    )
     beyond = "beyond noise" in readings.answer(results)
     assert beyond == lead.startswith("No difference")
 
@@ -332,7 +335,7 @@ def test_nothing_is_claimed_without_a_paired_test() -> None:
     [
         ("shift", 0.9, "more invariant to shift"),
         ("shift", 0.3, "less invariant to shift"),
-        ("shift", 0.62, "no different beyond noise for shift"),
+        ("shift", 0.62, "no different, beyond noise, for shift"),
         ("quadrant swap", 0.3, "more global for quadrant swap"),
         ("patch shuffle", 0.9, "less global for patch shuffle"),
     ],
@@ -340,7 +343,7 @@ def test_nothing_is_claimed_without_a_paired_test() -> None:
 def test_invariance_directions(name: str, after: float, said: str) -> None:
     row = {"name": name, "init": report_case.number(0.6, 0.1), "after": report_case.number(after, 0.1)}
     row["change"] = report_case.number(after - 0.6, 0.012)
-    assert said in readings.invariances({"invariances": {"rows": [row]}})
+    assert said in invariance_text.invariances({"invariances": {"rows": [row]}})
 
 
 def _cosine_case(baseline: tuple[float, float], **after: float) -> dict[str, Any]:
@@ -357,23 +360,27 @@ def _cosine_case(baseline: tuple[float, float], **after: float) -> dict[str, Any
 @pytest.mark.parametrize(
     ("baseline", "after", "said"),
     [
-        ((0.8, 0.5), {"shift": 0.4, "zoom": 0.7}, "The change for shift is no larger than that one"),
-        ((0.8, 0.5), {"shift": 0.32}, "The change for shift is no larger than that one"),  # 0.28, beyond noise smaller
+        ((0.8, 0.5), {"shift": 0.4, "zoom": 0.7}, "The change for shift is not larger, beyond noise, than that one"),
+        (
+            (0.8, 0.5),
+            {"shift": 0.32},
+            "The change for shift is not larger, beyond noise, than that one",
+        ),  # 0.28, beyond noise smaller
         ((0.8, 0.78), {"shift": 0.4}, "The changes beyond noise are larger than that one, or go the other way."),
         ((0.5, 0.8), {"shift": 0.4}, "The changes beyond noise are larger than that one, or go the other way."),
-        ((0.3, 0.5), {"shift": 0.7, "quadrant_swap": 0.7}, "The change for shift and quadrant swap is no larger"),
+        ((0.3, 0.5), {"shift": 0.7, "quadrant_swap": 0.7}, "The change for shift and quadrant swap is not larger"),
     ],
 )
 def test_a_change_no_larger_than_that_of_different_images_is_said(baseline, after, said) -> None:
-    text = readings.invariances(_cosine_case(baseline, **after))
+    text = invariance_text.invariances(_cosine_case(baseline, **after))
     assert said in text
     assert f"{baseline[0]:.3f} ± 0.010 → {baseline[1]:.3f} ± 0.010" in text
     assert "By centered cosines it is" in text
 
 
 def test_where_nothing_changed_nothing_is_compared() -> None:
-    text = readings.invariances(_cosine_case((0.8, 0.5), shift=0.61))
-    assert "no different beyond noise for shift" in text
+    text = invariance_text.invariances(_cosine_case((0.8, 0.5), shift=0.61))
+    assert "no different, beyond noise, for shift" in text
     assert "change for" not in text
     assert "The changes" not in text
 
@@ -382,7 +389,9 @@ def test_the_lead_does_not_count_what_different_images_do_as_well() -> None:
     results = report_case.full()[0]
     results["invariances"]["rows"] = _cosine_case((0, 0), shift=0.4, zoom=0.5)["invariances"]["rows"]
     leads = [lead for lead, _ in readings.in_short(results)]
-    assert leads[-1] == "Cosines changed no more than those of two different images."  # they fell by 0.21
+    assert (
+        leads[-1] == "Cosines changed no more, beyond noise, than those of two different images."
+    )  # they fell by 0.21
     results["invariances"]["rows"] = _cosine_case((0, 0), shift=0.4, zoom=0.7)["invariances"]["rows"]
     assert readings.in_short(results)[-1][0] == "Training changed what the kernel ignores."
 
@@ -391,7 +400,7 @@ def test_runs_of_earlier_versions_have_their_report(earlier: Path) -> None:
     words, plots = _words(earlier), _plots(earlier)
     assert "plot-slopes-raw" in plots
     assert not [name for name in plots if "loss-" in name or "centered" in name]
-    assert "After training the kernel is more invariant to shift and rotation" in words
+    assert "The kernel after training is more invariant to shift and rotation" in words
     section = words.split("What is it invariant to?")[1].split("What does it think is alike?")[0]
     assert "two different images" not in section.lower()
     assert not re.search(r"\b(None|nan|NaN)\b", words)
@@ -418,7 +427,7 @@ def test_three_predictions_explained(full: Path) -> None:
     words = _section(full, "Why did it say that, and would it change?", "Can the numbers be trusted?")
     assert "Influence can be used here: in a trial with all weights changed at random by 5 %, it missed" in words
     assert "by 6 % of their size (at most 50 % is allowed; metasmoothness 0.62)" in words
-    assert "Test 40: 3 (confident and right)" in words
+    assert "Test 40: 3 (right, most confident)" in words
     assert "✗ network says 9 , it is 8 Margin +2.5: −2.2 before training, training examples +4.8" in words
     assert "the sum misses it by 3e-6" in words
     for row in ("5 most helpful by accounting −0.5 −0.25", "5 most helpful by influence −1.5 −1.2"):
@@ -637,7 +646,7 @@ def test_figures_and_tables_are_saved(chromium: Any, full: Path) -> None:
     assert "after kernel" in drawn
     name, text = saved("#figure-alignment .save", "CSV")
     rows = [line.split(",") for line in text.splitlines()]
-    assert rows[0] == ["panel", "curve", "x", "y", "error", "value"]
+    assert rows[0] == ["panel", "curve", "x", "y", "error above", "error below", "value"]
     curve = [row for row in rows if row[1] == "centered"]
     assert [int(row[2]) for row in curve] == results["along"]["steps"]  # the step, not its place on the axis
     assert [float(row[3]) for row in curve] == pytest.approx(results["along"]["alignment_centered"])
@@ -657,6 +666,19 @@ def test_figures_and_tables_are_saved(chromium: Any, full: Path) -> None:
     assert "6.7 $\\pm$ 1.3 \\%" in text
     assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 1
     assert len({line.count("&") for line in text.split("\n") if "&" in line}) == 1
+    table = visit.page.locator("table", has_text="Different images").or_(
+        visit.page.get_by_role("region", name="Numbers against the training loss").locator("table")
+    )
+    visit.page.get_by_text("The numbers against the training loss").click()
+    with visit.page.expect_download() as waiting:
+        table.first.locator("xpath=ancestor::div[1]/following-sibling::p[1]").get_by_text("CSV").click()
+    text = waiting.value.path().read_text(encoding="utf-8")
+    assert "0.612 ± 0.010; 0.20 ± 0.02" in text  # raw and centered, apart
+    assert "shift (raw, centered)" in text
+    name, text = saved("#figure-confusion .save", "CSV")
+    assert "8 taken for 3: 9" in text
+    name, drawn = saved("#figure-loss-errors .save", "SVG")
+    assert "SVM on the tangent kernel" in drawn or "ridge regression on the tangent kernel" in drawn  # its legend
     assert not visit.complaints
 
 
@@ -696,9 +718,7 @@ def test_a_kernel_that_does_not_separate_is_a_finding_with_ridge_in_its_place(tm
     lead = "The tangent kernel at initialization does not separate the training classes."
     assert "ridge regression stands in its place: test error 6.9" in found[lead]
     assert "Test error of ridge regression: kernel at initialization 6.9" in found["Training made a better kernel."]
-    assert "The test error of ridge regression on the trained network’s kernel is lower than" in readings.answer(
-        results
-    )
+    assert "The test error of ridge regression on its kernel is lower than" in readings.answer(results)
     path = render(report_case.write(tmp_path, results, arrays))
     words, plots = _words(path), _plots(path)
     assert "Ridge on the initial kernel, test error 6.9" in words
@@ -713,7 +733,7 @@ def test_a_network_that_hardly_trained_is_said_first() -> None:
     results["certificates"][0]["ok"] = False
     first, second = readings.warnings(results)
     assert first.startswith("The network hardly fits its training set: all that follows is about such a network.")
-    assert "7\u00a0% below that of the best constant prediction; less than 20\u00a0% is little." in first
+    assert "7.4\u00a0% below that of the best constant prediction; less than 20\u00a0% is little." in first
     assert "failed" in second
     results["network"]["fit"]["value"] = 0.21
     assert len(readings.warnings(results)) == 1
@@ -746,6 +766,6 @@ def test_matrices_spectra_and_confusions_are_those_of_the_results(full: Path) ->
     assert spectrum["after kernel"]["x"] == list(range(1, 21))
     np.testing.assert_allclose(spectrum["after kernel"]["y"], 100 * values / values.sum(), rtol=1e-3)
     assert plots["plot-confusion-network"]["data"][0]["text"] == report_case.confusion(9)
-    assert "network: most often 8 taken for 3 (9 of 36)" in words
+    assert "network: 9, most often 8 taken for 3 (9 of 36)" in words
     errors = plots["plot-errors"]["data"][0]
     assert errors["y"] == [100 * e["value"] for e in report_case.full()[0]["along"]["test_error"]]

@@ -215,7 +215,8 @@ class NetworkResults(TypedDict):
     test_error: EstimateResults
     train_loss: EstimateResults
     test_loss: EstimateResults
-    fit: NotRequired[EstimateResults]  # this and the next: absent in runs of earlier versions
+    fit: NotRequired[EstimateResults]  # this and the next two: absent in runs of earlier versions
+    right: NotRequired[EstimateResults]
     confusion: NotRequired[list[list[int]]]
 
 

@@ -69,7 +69,7 @@ def measure_of(data: Data) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def chosen_points(task: TrainingTask, model: nn.Module, indices: Sequence[int] | None) -> list[Point]:
-    """The points asked for; or a confident right one, a confident wrong one and an uncertain one."""
+    """The points asked for; or the most confident right one, the most confident wrong one and the least certain one."""
     out = outputs_of(model, task.data.x_test)
     if task.data.targets is not None:
         return _by_error(out[:, 0] - task.data.y_test[:, 0], indices)
@@ -78,8 +78,8 @@ def chosen_points(task: TrainingTask, model: nn.Module, indices: Sequence[int] |
         return [Point(i, "asked for", int(predicted[i])) for i in indices]
     margins, right = margin(out, predicted).double().cpu(), (predicted == task.data.y_test).cpu()
     found: list[Point] = []
-    for why, allowed, most in (("confident and right", right, True), ("confident and wrong", ~right, True),
-                               ("uncertain", torch.ones_like(right), False)):  # fmt: skip
+    for why, allowed, most in (("right, most confident", right, True), ("wrong, most confident", ~right, True),
+                               ("least certain", torch.ones_like(right), False)):  # fmt: skip
         free = [i for i in allowed.nonzero().flatten().tolist() if i not in {point.index for point in found}]
         if free:
             index = (max if most else min)(free, key=lambda i: float(margins[i]))

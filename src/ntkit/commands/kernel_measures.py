@@ -66,7 +66,8 @@ def machine(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], dict
             confused = confusion(torch.as_tensor(svm.predict(values)), y, len(data.classes))
         entry["certificate"] = f"{certificate}; {entry['certificate']}"
         errors[f"{part}_error"] = entry
-    ridge, arrays["ridge_wrong"], confused_by_ridge = _ridge_errors(gram, K, K_test, data)
+    ridge, ridge_wrong, confused_by_ridge = _ridge_errors(gram, K, K_test, data)
+    arrays |= {"ridge_wrong": ridge_wrong} if ridge["ridge_status"] == "solved" else {}  # else its answers mean nothing
     alpha = np.asarray(svm.alpha_, dtype=np.float64)
     # In units of the features' root mean square norm: a kernel times four has twice the margin and is no better.
     margin = np.asarray(svm.margin_, dtype=np.float64) / float(gram.diagonal().mean()) ** 0.5
@@ -130,6 +131,8 @@ def comparisons(wrong: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
         machine = "svm" if all("wrong" in wrong[key] for key in ("after", other)) else "ridge"
         key = "wrong" if machine == "svm" else "ridge_wrong"
         keys = {"after": key, other: "wrong" if other == "network" else key}
+        if any(of not in wrong[who] for who, of in keys.items()):
+            continue
         ours, theirs = (wrong[who][of].astype(bool) for who, of in keys.items())
         compared.append({"with": other, "machine": machine, **paired(ours, theirs)})
     return {"compared": compared}

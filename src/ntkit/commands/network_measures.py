@@ -88,7 +88,8 @@ def outputs_of(model: nn.Module, x: Any) -> Tensor:
 def network(task: TrainingTask, model: nn.Module) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Loss and error of the network itself on both sets, how well it fits its training set; and its wrong answers.
 
-    ``fit`` is 1 - training loss / loss of the best constant prediction, which is the entropy of the class frequencies.
+    ``fit`` is 1 - training loss / loss of the best constant prediction, which is the entropy of the class frequencies;
+    ``right`` the same of errors.
     """
     result, data = {}, task.data
     wrong = torch.zeros(0, dtype=torch.bool)
@@ -107,6 +108,9 @@ def network(task: TrainingTask, model: nn.Module) -> tuple[dict[str, Any], dict[
     loss = result["train_loss"]["value"]
     fit = 1 - loss / constant if constant and loss is not None else None
     result["fit"] = number(fit, None, "1 minus the training loss over that of the best constant prediction")
+    wrong_constant, wrong_now = 1 - float(shares.max()), result["train_error"]["value"]
+    right = 1 - wrong_now / wrong_constant if wrong_constant else None
+    result["right"] = number(right, None, "1 minus the training error over that of the most frequent class")
     return result, {"wrong": wrong.cpu().numpy()}
 
 
@@ -128,7 +132,7 @@ def along(
     series = tracked.series
     errors = _test_errors(task, model, trajectory, tracked.steps)
     same = ("loss", "eigenvalues", "trace", "alignment", "alignment_centered", "effective_rank", "distance",
-            "sharpness", "sharpness_bound")  # fmt: skip
+            "cka", "sharpness", "sharpness_bound")  # fmt: skip
     energies = {name: [[row[j - 1] for j in ks] for row in series[name]] for name in ENERGIES}
     result = {
         "points": n,
@@ -228,13 +232,19 @@ def _add_changes(rows: dict[str, dict[str, Any]], before: dict[str, Cosines], af
 
 
 def _mean(values: Tensor, spread_of: Tensor) -> dict[str, Any]:
-    """Mean of the defined values; its standard error is the deviation of `spread_of` over the root of their number."""
+    """Mean of the defined values, and p of Student's t test that it is 0.
+
+    The standard error is the deviation of `spread_of` over the root of their number.
+    """
+    from scipy.stats import t
+
     known = values.isfinite()
-    count = int(known.sum())
+    count, mean = int(known.sum()), float(values[known].mean())
     if count < 2:
-        return number(None, None, "fewer than two images")
+        return number(None, None, "fewer than two images") | {"p": None}
     error = float(spread_of[known].std()) / count**0.5
-    return number(float(values[known].mean()), error, f"standard error over {count} images, before and after training")
+    p = 2 * float(t.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)
+    return number(mean, error, f"standard error over {count} images, before and after training") | {"p": p}
 
 
 def mean_cosine(cosine: Invariance) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _resampled(residuals: np.ndarray, values: np.ndarray, what: str) -> dict[str
 def estimate(value: float, draws: np.ndarray, what: str) -> dict[str, Any]:
     """A number with the standard deviation of its resamples, and the interval that holds 95 % of them."""
     known = draws[np.isfinite(draws)]
-    usable = np.isfinite(value) and len(known) > 0.9 * len(draws)
+    usable = np.isfinite(value) and len(known) > 0.9 * len(draws) and known.min() < known.max()
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if usable else (None, None)
     error = float(known.std()) if usable else None
     entry = number(float(value), error, f"interval from {len(draws):,} resamples of {what}")
@@ -154,7 +154,9 @@ def estimate(value: float, draws: np.ndarray, what: str) -> dict[str, Any]:
 
 
 def comparisons(predicted: dict[str, np.ndarray], data: Data) -> dict[str, Any]:
-    """Mean squared test error of the after kernel's machine minus that of each other, on the same resamples.
+    """Mean squared test error of the after kernel's machine minus that of each other, on the same test examples.
+
+    ``of`` is the other's.
 
     `predicted` holds standardized test predictions [m, C] by "network" and kernel. ``scatter`` are true and predicted
     values of some test examples.
@@ -164,10 +166,20 @@ def comparisons(predicted: dict[str, np.ndarray], data: Data) -> dict[str, Any]:
     compared = []
     for other in ("init", "conjugate", "network"):
         if other in squares and "after" in squares:
-            draws = _sums((squares["after"] - squares[other])[:, None])[:, 0] / len(values)
-            found = estimate(draws[0], draws[1:], f"{len(values):,} test examples, in pairs")
-            compared.append({"with": other, **found})
+            found = _paired(squares["after"] - squares[other])
+            compared.append({"with": other, "of": finite(float(squares[other].mean())), **found})
     return {"compared": compared, "scatter": _scatter(predicted, data), "draws": DRAWS, "ridges": list(RIDGES)}
+
+
+def _paired(differences: np.ndarray) -> dict[str, Any]:
+    """Mean of differences on the same examples, with Student's interval of 95 %; none of fewer than two."""
+    from scipy.stats import t
+
+    n, mean = len(differences), float(differences.mean())
+    error = float(differences.std(ddof=1)) / n**0.5 if n > 1 else np.nan
+    half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * error if n > 1 else np.nan
+    entry = number(mean, error, f"Student's interval over {n:,} test examples, in pairs")
+    return entry | {"low": finite(mean - half), "high": finite(mean + half)}
 
 
 def _scatter(predicted: dict[str, np.ndarray], data: Data) -> dict[str, Any]:

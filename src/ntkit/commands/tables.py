@@ -82,9 +82,10 @@ def _print_errors(results: dict[str, Any]) -> None:
 
     errors = [("the network", results["network"]["test_error"], "")]
     for m in results["machines"]:
-        error, machine = text.shown_error(m)
+        error, machine = text.shown_error(results, m)
         if machine == "ridge":
-            errors.append((f"ridge, {m['label']}", error, "not separable: ridge instead"))
+            separable = "separable" if m["status"] != "not separable" else "not separable"
+            errors.append((f"ridge, {m['label']}", error, f"{separable}; {error['certificate']}"))
             continue
         gap = "-" if m["gap"] is None else f"{m['gap']:.1e}"
         errors.append((f"SVM, {m['label']}", error, f"{m['status']}, gap {gap}"))

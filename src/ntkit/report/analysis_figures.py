@@ -25,7 +25,7 @@ def machines(results: dict[str, Any]) -> Figure:
     [2.5]
     """
     rows = [("network", "network", results["network"]["test_error"])]
-    shown = [(m, *shown_error(m)) for m in results["machines"]]
+    shown = [(m, *shown_error(results, m)) for m in results["machines"]]
     rows += [(m["kernel"], m["label"] + " (ridge)" * (by == "ridge"), error) for m, error, by in shown]
     ridge = {m["kernel"] for m, _, by in shown if by == "ridge"}
     data = []

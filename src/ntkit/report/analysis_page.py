@@ -9,7 +9,7 @@ import numpy as np
 
 from ntkit.report import analysis_figures as figures
 from ntkit.report import analysis_text as text
-from ntkit.report import explain_page, explain_text, judgments, kernel_figures, training_figures
+from ntkit.report import explain_page, explain_text, invariance_text, judgments, kernel_figures, training_figures
 from ntkit.report.images import thumbnail
 from ntkit.report.page import page
 from ntkit.report.words import percent
@@ -26,7 +26,7 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
     if (confused := kernel_figures.confusion(results)) is not None:
         pairs["confusion"] = confused
     if results["invariances"]:
-        pairs["invariances"] = figures.invariances(results), text.invariances(results)
+        pairs["invariances"] = figures.invariances(results), invariance_text.invariances(results)
     explained = explained_part(results, arrays["explained"])
     curves = explained["along"] if explained else []
     return page(
@@ -41,12 +41,12 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
                 key,
                 f"{'Ridge' if by == 'ridge' else 'SVM'} on the {name} kernel, test error",
                 percent(error),
-                "the kernel does not separate the classes" if by == "ridge" else f"solved: {m['status']}",
+                "no SVM: not every kernel separates the classes" if by == "ridge" else f"status: {m['status']}",
             )
             for key, name in (("after", "after"), ("init", "initial"))
             for m in results["machines"]
             if m["kernel"] == key
-            for error, by in [text.shown_error(m)]
+            for error, by in [text.shown_error(results, m)]
         ],
         compared=text.compared(results),
         rules=judgments.rules(False, results["data"]["kind"] == "images"),

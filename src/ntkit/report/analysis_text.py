@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ntkit.report import judgments
 from ntkit.report import training_figures as training
-from ntkit.report.words import listed, measure, percent, plain, share
+from ntkit.report.invariance_text import invariance_finding
+from ntkit.report.words import beside, counted, listed, p_value, percent, plain, share
 
-DISRUPTIVE = ("quadrant swap", "patch shuffle")
-"""Transformations that keep local statistics and break the layout: a low cosine means a global kernel."""
 SVM = {"svm": "a hard-margin SVM", "ridge": "ridge regression"}
 """What compares two kernels."""
 
@@ -18,13 +16,14 @@ SVM = {"svm": "a hard-margin SVM", "ridge": "ridge regression"}
 def answer(results: dict[str, Any]) -> str:
     """Say in two sentences what was done and what came out."""
     model, data, run = results["model"], results["data"], results["training"]
-    how = "whose weights were loaded" if run is None else f"trained for {run['steps']:,} steps"
-    found = comparison(results, "init")
+    how = "whose weights were loaded" if run is None else f"trained for {counted(run['steps'], 'step')}"
+    found, verdict = comparison(results, "init"), judgments.fits(*fit_of(results))
+    first = judgments.FIT.sentences[verdict].split(":")[0].rstrip(".") + ". " if verdict != "fits" else ""
+    name = f"{first}The network {model['name']} ({model['parameters']:,} parameters)"
     return (
-        f"The network {model['name']} ({model['parameters']:,} parameters), {how}, on {data['train']:,} training "
+        f"{name}, {how}, on {data['train']:,} training "
         f"examples of {data['name']}, seen through its tangent kernel. The test error of {SVM[found['machine']]} on "
-        f"the trained network’s kernel is {judgments.ERROR.say(found['p'], found['value'])} that on the kernel at "
-        "initialization."
+        f"its kernel is {judgments.ERROR.say(found['p'], found['value'])} that on the kernel at initialization."
     )
 
 
@@ -34,7 +33,7 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
     if results["along"]:
         findings.append(along_finding(results["along"]))
     if results["invariances"]:
-        findings.append((_invariance_lead(results["invariances"]), _raw_cosines(results["invariances"])))
+        findings.append(invariance_finding(results["invariances"], results["training"] is None))
     return findings
 
 
@@ -51,33 +50,48 @@ def failed_checks(results: dict[str, Any]) -> list[str]:
 
 def cautions(results: dict[str, Any]) -> list[str]:
     """What is to be known beside failed checks: of the network first, then of the machines."""
-    learned = (results["network"] or {}).get("fit", {"value": 1.0})["value"]
-    below = f"Its training loss is {share(learned)} below that of the best constant prediction"
-    if learned is not None and learned < 0:
-        below = "Its training loss is above that of the best constant prediction"
-    texts = fit_warnings(learned, results["training"], f"{below}; less than {share(judgments.LITTLE)} is little.")
+    learned, right = fit_of(results)
+    below = "Its training loss is above that of the best constant prediction"
+    if learned is not None and learned >= 0:
+        below = f"Its training loss is {_percent_beside(learned)} below that of the best constant prediction"
+    measured = f"{below}; less than {share(judgments.LITTLE)} is little."
+    texts = fit_warnings(learned, results["training"], measured, right)
     for machine in results["machines"]:
         if judgments.separable(machine["status"]) == "inaccurate":
             texts.append(f"SVM on the {machine['label']}: {machine['status']}. {machine['advice']}".strip())
     return texts
 
 
-def fit_warnings(learned: float | None, run: dict[str, Any] | None, measured: str) -> list[str]:
+def fit_of(results: dict[str, Any]) -> tuple[float | None, float]:
+    """Share of the training loss that is explained, and of the best constant answer's training errors avoided."""
+    network = results["network"] or {}
+    if "fit" not in network:  # of an earlier version: nothing is said
+        return 1.0, 1.0
+    return network["fit"]["value"], (network.get("right") or {"value": 0.0})["value"] or 0.0
+
+
+def _percent_beside(value: float) -> str:
+    return f"{beside(100 * value, 100 * judgments.LITTLE)}\u00a0%"
+
+
+def fit_warnings(learned: float | None, run: dict[str, Any] | None, measured: str, right: float = 0.0) -> list[str]:
     """What is to be known of the network: that its training diverged, or that it hardly fits its training set."""
     if run is not None and run["stop"] == "diverged":
         return ["Training diverged: the after kernel is that of a network that did not learn."]
-    text = judgments.FIT.say(learned)
+    text = judgments.FIT.say(learned, right)
     return [text if learned is None else f"{text} {measured}"] if text else []
 
 
-def lead_on_network(judgment: judgments.Judgment, numbers: tuple[Any, ...], learned: float | None) -> str:
+def lead_on_network(
+    judgment: judgments.Judgment, numbers: tuple[Any, ...], learned: float | None, right: float = 0.0
+) -> str:
     """The lead on the network beside its kernel; where one is better and the network hardly fits, that belongs into it.
 
     >>> lead_on_network(judgments.BETTER["network"], (0.01, -0.1), 0.07)
     'The after kernel does better than its network, which hardly fits its training set.'
     """
     lead = judgment.say(*numbers)
-    if judgment.verdict(*numbers) in ("below", "above") and judgments.fits(learned) == "hardly":
+    if judgment.verdict(*numbers) in ("below", "above") and judgments.fits(learned, right) == "hardly":
         return f"{lead[:-1]}, which hardly fits its training set."
     return lead
 
@@ -99,17 +113,20 @@ def machines(results: dict[str, Any]) -> str:
 def compared(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Rows of the table of paired comparisons: with what, machine, counts, difference, verdict."""
     names = {"init": "kernel at initialization", "conjugate": "conjugate kernel", "network": "network itself"}
-    words = {"below": "lower", "above": "higher", "same": "no", "unknown": "undefined"}
-    return [
-        (
-            names[c["with"]],
-            {"svm": "hard-margin SVM", "ridge": "ridge regression"}[c["machine"]],
-            f"{c['only_after']}, {c['only_other']}",
-            percent(c).replace("-", "−"),
-            f"{words[judgments.different_errors(c['p'], c['value'])]}, p = {plain(c['p'], 2)}",
-        )
-        for c in (results.get("comparisons") or {"compared": []})["compared"]
-    ]
+    words = {"below": "lower", "above": "higher", "same": "no"}
+    rows = []
+    for other, name in names.items():
+        found = comparison(results, other)
+        if found["p"] is None:
+            continue
+        rows.append((
+            name,
+            {"svm": "hard-margin SVM", "ridge": "ridge regression"}[found["machine"]],
+            f"{found['only_after']:,}, {found['only_other']:,}",
+            percent(found, False).replace("-", "−"),
+            f"{words[judgments.different_errors(found['p'], found['value'])]}, {p_value(found['p'])}",
+        ))  # fmt: skip
+    return rows
 
 
 def comparison(results: dict[str, Any], other: str) -> dict[str, Any]:
@@ -124,79 +141,11 @@ def comparison(results: dict[str, Any], other: str) -> dict[str, Any]:
     return found
 
 
-def shown_error(machine: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Test error of a kernel's machine, and which it is: the SVM or, where the kernel does not separate, ridge."""
-    if judgments.separable(machine["status"]) == "not separable":
+def shown_error(results: dict[str, Any], machine: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Test error of a kernel's machine, and which it is: one for all kernels, the SVM if all separate, or ridge."""
+    if any(judgments.separable(m["status"]) == "not separable" for m in results["machines"]):
         return machine["ridge_test_error"], "ridge"
     return machine["test_error"], "svm"
-
-
-def invariances(results: dict[str, Any]) -> str:
-    """Read the cosines, transformation by transformation: raw, beside those of two different images, and centered."""
-    told = results["invariances"]
-    if "different" not in told:
-        return _raw_cosines(told)
-    centered = _verdicts_in_words([row["centered"] | {"name": row["name"]} for row in told["rows"]])
-    return f"{_raw_cosines(told)} By centered cosines it is {centered}."
-
-
-def _raw_cosines(told: dict[str, Any]) -> str:
-    raw = _verdicts_in_words(told["rows"])
-    if "different" not in told:
-        return f"After training the kernel is {raw}."
-    baseline = " → ".join(measure(told["different"][kernel]) for kernel in ("init", "after"))
-    text = f"By raw cosines the kernel after training is {raw}. Two different images have a cosine, too: {baseline}."
-    if small := _no_larger(told):
-        text += f" The change for {listed(small)} is no larger than that one, so it says little of the transformation."
-    elif _changed(told):
-        text += " The changes beyond noise are larger than that one, or go the other way."
-    return text
-
-
-def _verdicts_in_words(rows: list[dict[str, Any]]) -> str:
-    groups: dict[str, list[str]] = {}  # what is said -> transformations, those that keep the layout first
-    for broken in (False, True):
-        judgment = judgments.LAYOUT if broken else judgments.INVARIANCE
-        own = [row for row in rows if (row["name"] in DISRUPTIVE) is broken]
-        for verdict in judgment.sentences:
-            names = [row["name"] for row in own if judgment.verdict(change_of(row)) == verdict]
-            if names:
-                groups.setdefault(judgment.sentences[verdict], []).extend(names)
-    return "; ".join(f"{text} {listed(names)}" for text, names in groups.items()) or "not measured"
-
-
-def change_of(row: dict[str, Any]) -> dict[str, Any]:
-    """Change of a cosine from before to after training: over the same images or, in earlier runs, of the means."""
-    if "change" in row:
-        return row["change"]
-    before, after = row["init"], row["after"]
-    if None in (before["value"], after["value"], before["error"], after["error"]):
-        return {"value": None, "error": None}
-    return {"value": after["value"] - before["value"], "error": math.hypot(before["error"], after["error"])}
-
-
-def _changed(told: dict[str, Any]) -> list[dict[str, Any]]:
-    """Transformations whose raw cosine changed beyond noise."""
-    return [row for row in told["rows"] if judgments.more_invariant(change_of(row)) in ("above", "below")]
-
-
-def _no_larger(told: dict[str, Any]) -> list[str]:
-    """Names of those whose raw cosine changed beyond noise, but not more than that of two different images.
-
-    Only changes in the same direction are compared: one in the other direction is not the baseline's.
-    """
-    baseline = change_of(told["different"])
-    names = []
-    for row in _changed(told):
-        change = change_of(row)
-        if not baseline["value"] or baseline["value"] * change["value"] <= 0:
-            continue
-        sign = 1.0 if change["value"] > 0 else -1.0
-        error = math.hypot(change["error"] or 0.0, baseline["error"] or 0.0)
-        beyond = row.get("beyond") or {"value": change["value"] - baseline["value"], "error": error}
-        if beyond["value"] is None or judgments.BEYOND.say(beyond | {"value": sign * beyond["value"]}) != "beyond":
-            names.append(row["name"])
-    return names
 
 
 def kernel_errors(told: dict[str, Any]) -> tuple[str, str]:
@@ -282,7 +231,8 @@ def _error_findings(results: dict[str, Any]) -> list[tuple[str, str]]:
     told = {m["kernel"]: m for m in results["machines"]}
     network = percent(results["network"]["test_error"])
     findings = []
-    for other, judgment in judgments.BETTER.items():
+    for other in ("init", "network"):
+        judgment = judgments.BETTER[other]
         found = comparison(results, other)
         key = "test_error" if found["machine"] == "svm" else "ridge_test_error"
         init, after, conjugate = (
@@ -295,8 +245,10 @@ def _error_findings(results: dict[str, Any]) -> list[tuple[str, str]]:
             else f"Test error: network {network}; {by}: after kernel {after}, conjugate kernel {conjugate}."
         )
         numbers = found["p"], found["value"]
-        learned = (results["network"].get("fit") or {"value": None})["value"]
-        lead = lead_on_network(judgment, numbers, learned) if other == "network" else judgment.say(*numbers)
+        if other == "network":
+            lead = lead_on_network(judgment, numbers, *fit_of(results))
+        else:
+            lead = judgments.BETTER["loaded" if results["training"] is None else other].say(*numbers)
         findings.append((lead, text + _counts(found)))
     return findings
 
@@ -307,8 +259,8 @@ def _counts(found: dict[str, Any]) -> str:
         return ""
     other = "the network" if found["with"] == "network" else "the kernel at initialization"
     return (
-        f" Of {found['examples']:,} test examples {found['only_after']:,} are wrong by the after kernel alone and "
-        f"{found['only_other']:,} by {other} alone (p = {plain(found['p'], 2)})."
+        f" Of {counted(found['examples'], 'test example')}, wrong by the after kernel alone: {found['only_after']:,}; "
+        f"by {other} alone: {found['only_other']:,} ({p_value(found['p'])})."
     )
 
 
@@ -318,8 +270,6 @@ def _task_finding(results: dict[str, Any]) -> tuple[str, str]:
         [rows.get(kernel, {}).get(name) for kernel in ("init", "after")]
         for name in ("alignment_centered", "effective_rank")
     )
-    if first is None or last is None:
-        return judgments.TURN.sentences["undefined"], "Centering leaves nothing of one of the kernels."
     return turn_finding(first, last, ranks, results["along"])
 
 
@@ -329,24 +279,21 @@ def turn_finding(
     """What became of the alignment with the targets, judged by its curve along training."""
     found = judgments.ends_of(along["alignment_centered"]) if along else None
     lead = judgments.TURN.say(*(found or (first, last, None)))
-    text = f"Its centered alignment with the targets went from {plain(first)} to {plain(last)}, its effective rank "
-    text += f"from {plain(ranks[0])} to {plain(ranks[1])}."
+    text = "On all training points"
     if found and along:
-        text += f" On the {along['points']:,} points followed along training the alignment went from "
-        text += f"{plain(found[0])} to {plain(found[1])}; its largest move the other way was {plain(found[2], 2)}."
-    return lead, text
+        text = (
+            f"Centered alignment with the targets of the {along['points']:,} points followed: from {plain(found[0])} "
+            f"to {plain(found[1])}; its largest move the other way was {plain(found[2], 2)}. On all training points"
+        )
+    text += (
+        f" it went from {plain(first)} to {plain(last)}"
+        if found
+        else f": from {plain(first)} to {plain(last)}, centered"
+    )
+    return lead, f"{text}; the effective rank from {plain(ranks[0])} to {plain(ranks[1])}."
 
 
 def along_finding(a: dict[str, Any]) -> tuple[str, str]:
     """What became of the kernel along training."""
     text = training.summary(a)
-    return judgments.SHAPE.say(a["distance"][-1]), f"{text[0].upper()}{text[1:]}."
-
-
-def _invariance_lead(told: dict[str, Any]) -> str:
-    changed = len(_changed(told))
-    if not changed:
-        return "No invariance changed beyond noise."
-    if "different" in told and changed == len(_no_larger(told)):
-        return "Cosines changed no more than those of two different images."
-    return "Training changed what the kernel ignores."
+    return judgments.SHAPE.say(*training.distances(a)), f"{text[0].upper()}{text[1:]}."

@@ -7,7 +7,7 @@ from typing import Any
 
 from ntkit.explanations.trust_limits import MISS, SMOOTH
 from ntkit.report import judgments
-from ntkit.report.words import digits, plain, share
+from ntkit.report.words import beside, digits, plain, share
 
 METHODS = ("accounting", "influence", "random")
 _LABEL = 28  # characters of a sentence in the terminal
@@ -38,9 +38,10 @@ def trust(r: dict[str, Any]) -> str:
     found = r["influence"]
     trial = (
         f"in a trial with all weights changed at random by 5 %, it missed the changes of the {quantity(r)}s by "
-        f"{share(found['miss'])} of their size"
+        f"{_share_beside(found['miss'])} of their size"
     )
     smooth = f"{found['metasmoothness']:.2f}"
+    smooth = smooth if float(smooth) != SMOOTH else beside(found["metasmoothness"], SMOOTH)
     verdict = judgments.trusted(found["miss"], found["metasmoothness"])
     limit = f"(at most {share(MISS)} is allowed; metasmoothness {smooth})"
     return {
@@ -49,6 +50,11 @@ def trust(r: dict[str, Any]) -> str:
         f"influence can be used: {trial}, of which {share(MISS)} is allowed.",
         "usable": f"{judgments.TRUST.sentences['usable']}: {trial} {limit}.",
     }[verdict]
+
+
+def _share_beside(miss: float | None) -> str:
+    """A share in percent, with the digits that tell it from the limit."""
+    return share(miss) if miss is None or share(miss) != share(MISS) else f"{beside(100 * miss, 100 * MISS)}\u00a0%"
 
 
 def finite_differences(r: dict[str, Any]) -> str | None:

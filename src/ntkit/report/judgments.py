@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ntkit.explanations.trust_limits import MISS, SMOOTH
-from ntkit.report.words import NOISE, Number, compare
+from ntkit.report.words import NOISE, Number
 
 LEVEL = 0.05
 """McNemar's p value below which two errors on the same examples are different beyond noise."""
@@ -20,6 +20,10 @@ TURNED = 0.02
 """Change of the centered alignment below which there is hardly any."""
 CHANGED = 0.01
 """Distance of a kernel from the first one, 1 - cosine, below which its shape hardly changed."""
+COSINE = 0.01
+"""Change of a mean cosine below which nothing is said of it."""
+SMALLEST = 0.01
+"""Difference of two squared errors, as a share of the second one, below which neither is called better."""
 FEWEST = 4
 """Snapshots below which a curve has no wander to compare its change with."""
 
@@ -55,24 +59,34 @@ def different_errors(p: float | None, difference: float | None) -> str:
     return "same" if p >= LEVEL or difference == 0 else "below" if difference < 0 else "above"
 
 
-def different_squares(low: float | None, high: float | None) -> str:
-    """Verdict on the difference of two squared errors on the same examples, by its interval.
+def different_squares(low: float | None, high: float | None, value: float | None, other: float | None) -> str:
+    """Verdict on the difference of two squared errors on the same examples, by its interval and beside the other error.
 
-    >>> different_squares(-2.0, -0.1), different_squares(-2.0, 0.0), different_squares(0.1, 2.0)
-    ('below', 'same', 'above')
+    >>> different_squares(-2.0, -0.1, -1.0, 9.0), different_squares(-2.0, 0.0, -1.0, 9.0)
+    ('below', 'same')
+    >>> different_squares(0.1, 2.0, 1.0, 9.0), different_squares(0.1, 2.0, 1.0, 101.0)
+    ('above', 'same')
     """
-    if low is None or high is None:
+    if low is None or high is None or value is None or other is None:
         return "unknown"
+    if abs(value) < SMALLEST * other:
+        return "same"
     return "below" if high < 0 else "above" if low > 0 else "same"
 
 
-def fits(share: float | None) -> str:
+def fits(share: float | None, right: float = 0.0) -> str:
     """Verdict on how much of the training targets a network explains.
 
-    >>> fits(0.19), fits(0.2), fits(None)
-    ('hardly', 'fits', 'unknown')
+    `right`: share of the errors of the best constant answer that the network does not make.
+
+    >>> fits(0.19), fits(0.2), fits(None), fits(-1.0, 0.9)
+    ('hardly', 'fits', 'unknown', 'overconfident')
     """
-    return "unknown" if share is None else "hardly" if share < LITTLE else "fits"
+    if share is None:
+        return "unknown"
+    if share < 0 and right >= 0.5:
+        return "overconfident"
+    return "hardly" if share < LITTLE else "fits"
 
 
 def ends_of(values: Sequence[float | None]) -> tuple[float, float, float] | None:
@@ -113,22 +127,31 @@ def turned(first: float | None, last: float | None, wander: float | None) -> str
     return "wanders" if abs(last - first) <= wander else "towards" if last > first else "away"
 
 
-def moved(distance: float | None) -> str:
-    """Verdict on the distance of the last kernel from the first: 1 - their cosine.
+def moved(distance: float | None, centered: float | None = None) -> str:
+    """Verdict on the distance of the last kernel from the first, 1 - their cosine, not centered and centered.
 
-    >>> moved(0.0099), moved(0.01), moved(None)
-    ('hardly', 'changed', 'vanished')
+    >>> moved(0.0099), moved(0.01), moved(0.001, 0.02), moved(None)
+    ('hardly', 'changed', 'changed', 'undefined')
     """
-    return "vanished" if distance is None else "hardly" if distance < CHANGED else "changed"
+    if distance is None:
+        return "undefined"
+    return "hardly" if max(distance, centered or 0.0) < CHANGED else "changed"
 
 
 def more_invariant(change: Number) -> str:
     """Verdict on the change of a cosine from before to after training, over the same images.
 
-    >>> more_invariant({"value": 0.03, "error": 0.01}), more_invariant({"value": 0.03, "error": 0.02})
-    ('above', 'same')
+    Two standard errors take the place of the p value where a run of an earlier version has none.
+
+    >>> cases = ((0.03, 0.04), (0.03, 0.06), (0.009, 0.0))
+    >>> [more_invariant({"value": value, "error": 0.01, "p": p}) for value, p in cases]
+    ['above', 'same', 'same']
     """
-    return compare(change, {"value": 0.0, "error": 0.0})
+    value, p = change["value"], change.get("p")
+    if value is None or (p is None and change["error"] is None):
+        return "unknown"
+    noise = p >= LEVEL if p is not None else abs(value) <= NOISE * change["error"]
+    return "same" if noise or abs(value) < COSINE else "above" if value > 0 else "below"
 
 
 def trusted(miss: float | None, metasmoothness: float) -> str:
@@ -153,8 +176,8 @@ _PAIRED = (
     f"p < {LEVEL:g} (McNemar’s exact test, two-sided)."
 )
 _SQUARES = (
-    "Of the difference of squared errors on the same test examples: beyond noise where the interval that holds 95 % of "
-    "its resamples leaves out 0."
+    "Of the difference of mean squared errors on the same test examples: beyond noise where its interval (95 %, "
+    f"Student’s) leaves out 0 and it is at least {100 * SMALLEST:g} % of the other’s error."
 )
 _ERRORS = {
     "below": "lower than",
@@ -175,14 +198,23 @@ _NETWORK = {
     "unknown": "The after kernel cannot be compared with its network.",
 }
 
+_LOADED = {
+    "below": "The kernel of the loaded weights does better than that of fresh random weights.",
+    "above": "The kernel of the loaded weights does worse than that of fresh random weights.",
+    "same": "No difference beyond noise between the kernels of the loaded weights and of fresh random ones.",
+    "unknown": "The kernels of the loaded weights and of fresh random ones cannot be compared.",
+}
+
 BETTER = {
     "init": Judgment(_PAIRED, different_errors, _BEFORE),
     "network": Judgment(_PAIRED, different_errors, _NETWORK),
+    "loaded": Judgment(_PAIRED, different_errors, _LOADED),
 }
-"""Two leads on test errors of machines."""
+"""Leads on test errors of machines: before and after training, beside the network, of loaded weights."""
 LESS_SQUARED_ERROR = {
     "init": Judgment(_SQUARES, different_squares, _BEFORE),
     "network": Judgment(_SQUARES, different_squares, _NETWORK),
+    "loaded": Judgment(_SQUARES, different_squares, _LOADED),
 }
 """The same of a regression."""
 ERROR = Judgment(_PAIRED, different_errors, _ERRORS)
@@ -191,12 +223,14 @@ SQUARED_ERROR = Judgment(_SQUARES, different_squares, _ERRORS)
 """The same of a regression."""
 FIT = Judgment(
     f"A network hardly fits its training set where it explains less than {100 * LITTLE:.0f} % of it: 1 minus its "
-    "training loss over that of the best constant prediction or, for numbers, R².",
+    "training loss over that of the best constant prediction or, for numbers, R². A network with a loss above the "
+    "constant’s and at most half of its errors is too sure of itself instead.",
     fits,
     {
         "hardly": "The network hardly fits its training set: all that follows is about such a network.",
+        "overconfident": "The network gets most of its training set right but is too sure of its errors.",
         "fits": "",
-        "unknown": "How well the network fits its training set is unknown: its training loss is undefined.",
+        "unknown": "How well the network fits its training set is unknown.",
     },
 )
 """Said before anything else."""
@@ -215,17 +249,19 @@ TURN = Judgment(
 )
 """Lead on the alignment."""
 SHAPE = Judgment(
-    f"The kernel changed its shape where 1 minus its cosine with the first kernel is at least {CHANGED:g}.",
+    "The kernel changed its shape where 1 minus its cosine with the first kernel, centered or not, is at least "
+    f"{CHANGED:g}.",
     moved,
     {
-        "vanished": "The kernel vanished along training.",
+        "undefined": "How far the kernel changed is undefined.",
         "hardly": "The kernel hardly changed shape.",
         "changed": "The kernel changed along training.",
     },
 )
 """Lead on the kernel along training."""
 _COSINES = (
-    f"A cosine changed beyond noise where its mean change over the same images exceeds {NOISE:g} standard errors."
+    f"A cosine changed beyond noise where its mean change over the same images is at least {COSINE:g} and has "
+    f"p < {LEVEL:g} (Student’s t test). Each transformation is judged by itself."
 )
 INVARIANCE = Judgment(
     _COSINES,
@@ -233,7 +269,7 @@ INVARIANCE = Judgment(
     {
         "above": "more invariant to",
         "below": "less invariant to",
-        "same": "no different beyond noise for",
+        "same": "no different, beyond noise, for",
         "unknown": "not comparable for",
     },
 )
@@ -244,16 +280,16 @@ LAYOUT = Judgment(
     {
         "below": "more global for",
         "above": "less global for",
-        "same": "no more and no less global for",
+        "same": "no more and no less global, beyond noise, for",
         "unknown": "not comparable for",
     },
 )
 """Of transformations that break the layout and keep local statistics: a low cosine means a global kernel."""
 BEYOND = Judgment(
     "A change of a cosine says something of its transformation only where it exceeds the change for two different "
-    f"images by more than {NOISE:g} standard errors of the difference, over the same images.",
+    f"images: over the same images, by at least {COSINE:g} and with p < {LEVEL:g}.",
     more_invariant,
-    {"above": "beyond", "below": "below", "same": "no larger", "unknown": "unknown"},
+    {"above": "beyond", "below": "below", "same": "not larger beyond noise", "unknown": "unknown"},
 )
 """Of raw cosines that change in the direction in which those of two different images do."""
 SEPARABLE = Judgment(

@@ -43,7 +43,8 @@ def gram_pictures(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> Figu
     reading = f"Cosines of {n} training examples, in the order of {order}; each matrix has its own scale of colors."
     if texts:
         within, between = (" → ".join(t[i] for t in texts) for i in (0, 1))
-        reading += f" Mean cosine of two examples of one class, before → after: {within}; of two classes: {between}."
+        when = "before → after" if len(texts) > 1 else _KERNELS[kernels[0]]
+        reading += f" Mean cosine of two examples of one class, {when}: {within}; of two classes: {between}."
     figure = Figure("gram", "The kernel matrix", f"Pictures of kernel matrices. {reading}", panels, wide=True)
     return figure, reading
 
@@ -100,7 +101,8 @@ def spectra(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> FigureAndR
     if not data:
         return None
     reading = (
-        f"All {n:,} eigenvalues on the training set, those below rounding left out. Eigenvalues that hold "
+        f"Eigenvalues on the training set: {max(len(t['x']) for t in data):,} of {n:,} are drawn, none below rounding. "
+        "Eigenvalues that hold "
         f"{share(0.9)} of the trace: {listed(texts)}."
     )
     y = draw.log_axis("% of the trace", [v for trace in data for v in trace["y"]])
@@ -108,6 +110,22 @@ def spectra(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> FigureAndR
     figure = Figure("full-spectrum", "Spectrum", f"Eigenvalues against index. {reading}",
                     [Panel("plot-full-spectrum", "", data, layout)], legend, wide=True)  # fmt: skip
     return figure, reading
+
+
+def _most_often(table: np.ndarray, classes: Sequence[str]) -> str:
+    """How many answers are wrong, and the pair of classes with most of them, if there is one.
+
+    >>> _most_often(np.array([[5, 2], [1, 4]]), ["a", "b"]), _most_often(np.array([[5, 1], [1, 4]]), ["a", "b"])
+    ('3, most often a taken for b (2 of 7)', '2, at most 1 of one pair of classes')
+    """
+    wrong = table - np.diag(np.diag(table))
+    most = int(wrong.max())
+    if most == 0:
+        return "none"
+    if (wrong == most).sum() > 1:
+        return f"{wrong.sum():,}, at most {most:,} of one pair of classes"
+    i, j = divmod(int(wrong.argmax()), wrong.shape[1])
+    return f"{wrong.sum():,}, most often {classes[i]} taken for {classes[j]} ({most:,} of {table[i].sum():,})"
 
 
 def confusion(results: dict[str, Any]) -> FigureAndReading | None:
@@ -136,10 +154,7 @@ def confusion(results: dict[str, Any]) -> FigureAndReading | None:
         x = draw.axis("answer", tickvals=ticks, ticktext=names, showgrid=False, constrain="domain")
         y = draw.axis("class", tickvals=ticks, ticktext=names, showgrid=False, scaleanchor="x", autorange="reversed")
         panels.append(Panel(f"plot-confusion-{who}", name, [heat], draw.layout(x, y, height=340)))
-        wrong = table - np.diag(np.diag(table))
-        i, j = np.unravel_index(int(wrong.argmax()), wrong.shape)
-        most = f"most often {classes[i]} taken for {classes[j]} ({wrong[i, j]} of {table[i].sum()})"
-        texts.append(f"{name}: {most if wrong.any() else 'none'}")
+        texts.append(f"{name}: {_most_often(table, classes)}")
     if not panels:
         return None
     reading = f"Test examples, wrong answers: {'; '.join(texts)}. Colors are shares of a class, in percent."

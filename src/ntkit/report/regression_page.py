@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ntkit.report import analysis_figures, analysis_text, judgments, training_figures
+from ntkit.report import analysis_figures, analysis_text, invariance_text, judgments, training_figures
 from ntkit.report import regression_figures as figures
 from ntkit.report import regression_text as text
 from ntkit.report.analysis_page import Arrays, explained_part, image_cases, neighbor_rows, of_kernels
@@ -25,7 +25,7 @@ def regression_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> st
     if results["comparisons"]:
         pairs["predictions"] = figures.scatter(results), text.predictions(results)
     if results["invariances"]:
-        pairs["invariances"] = analysis_figures.invariances(results), analysis_text.invariances(results)
+        pairs["invariances"] = analysis_figures.invariances(results), invariance_text.invariances(results)
     qualities = {q["kernel"]: q for q in results["quality"]}
     aligned = [qualities.get(kernel, {}).get("alignment_centered") for kernel in ("init", "after")]
     losses = [measure(results["network"][f"{part}_loss"]) for part in ("test", "train")]
@@ -75,5 +75,5 @@ def regression_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> st
         compared=text.compared(results),
         rules=judgments.rules(True, results["data"]["kind"] == "images"),
         draws=f"{results['comparisons']['draws']:,}" if results["comparisons"] else "",
-        ridges=results["comparisons"]["ridges"] if results["comparisons"] else [],
+        ridges=results["comparisons"]["ridges"] if results["comparisons"] else None,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from ntkit.report import judgments
 from ntkit.report.analysis_text import along_finding, failed_checks, fit_warnings, lead_on_network, turn_finding
-from ntkit.report.words import digits, listed, plain
+from ntkit.report.words import beside, counted, digits, listed, plain
 
 R2 = 2
 """Decimals of R2, at least."""
@@ -71,22 +71,30 @@ class Parts:
         return f"{between}{'; ' if between else ''}root mean squared error {error}, in {self.unit}"
 
 
-def difference(results: dict[str, Any], other: str) -> tuple[float | None, float | None]:
-    """Interval of the after kernel's squared error minus another's."""
+Four = tuple[float | None, float | None, float | None, float | None]
+
+
+def difference(results: dict[str, Any], other: str) -> Four:
+    """The after kernel's mean squared error minus another's: interval and value; and the other's."""
     found = next((c for c in (results["comparisons"] or {"compared": []})["compared"] if c["with"] == other), None)
-    return (None, None) if found is None else (found["low"], found["high"])
+    return (None,) * 4 if found is None else _numbers(found)
+
+
+def _numbers(found: dict[str, Any]) -> Four:
+    return found["low"], found["high"], found["value"], found.get("of")
 
 
 def answer(results: dict[str, Any]) -> str:
     """Say in two sentences what was done and what came out."""
     model, data, run = results["model"], results["data"], results["training"]
-    how = "whose weights were loaded" if run is None else f"trained for {run['steps']:,} steps"
+    how = "whose weights were loaded" if run is None else f"trained for {counted(run['steps'], 'step')}"
+    hardly = judgments.fits(results["network"]["train"]["r2"]["value"]) == "hardly"
     return (
+        f"{'The network hardly fits its training set. ' if hardly else ''}"
         f"The network {model['name']} ({model['parameters']:,} parameters), {how}, on {data['train']:,} training "
         f"examples of {data['name']} to predict {listed(data['targets']['names'])}, seen through its tangent kernel. "
-        f"The test error of ridge regression on the trained network’s kernel is "
-        f"{judgments.SQUARED_ERROR.say(*difference(results, 'init'))} "
-        "that on the kernel at initialization."
+        f"The test error of ridge regression on its kernel is "
+        f"{judgments.SQUARED_ERROR.say(*difference(results, 'init'))} that on the kernel at initialization."
     )
 
 
@@ -98,7 +106,8 @@ def warnings(results: dict[str, Any]) -> list[str]:
 def cautions(results: dict[str, Any]) -> list[str]:
     """What is to be known beside failed checks: of the network first, then of the machines."""
     learned = results["network"]["train"]["r2"]["value"]
-    measured = f"Its R² on the training set is {digits(learned)}; less than {judgments.LITTLE:g} is little."
+    shown = "undefined" if learned is None else beside(learned, judgments.LITTLE, 3).replace("-", "−")
+    measured = f"Its R² on the training set is {shown}; less than {judgments.LITTLE:g} is little."
     texts = fit_warnings(learned, results["training"], measured)
     for machine in results["machines"]:
         if machine["status"] != "solved":
@@ -115,15 +124,20 @@ def cautions(results: dict[str, Any]) -> list[str]:
 
 def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Findings, each a lead and a sentence."""
-    shown = {m["kernel"]: interval(m["test"]["r2"], R2) for m in results["machines"]}
+    # with one target R2 says what is judged; over several the mean of R2 may go the other way than the squared error
+    single = len(results["data"]["targets"]["names"]) == 1
+    name, least = ("r2", R2) if single else ("rmse", 0)
+    what = "R²" if single else "root mean squared error, in standard deviations,"
+    shown = {m["kernel"]: interval(m["test"][name], least) for m in results["machines"]}
     init, after, conjugate = (shown.get(kernel, "undefined") for kernel in ("init", "after", "conjugate"))
-    network = interval(results["network"]["test"]["r2"], R2)
+    network = interval(results["network"]["test"][name], least)
     texts = {
-        "init": f"Test R² of ridge regression: kernel at initialization {init}, after kernel {after}.",
-        "network": f"Test R²: network {network}; ridge regression on the after kernel {after}, on the conjugate kernel "
-        f"{conjugate}.",
+        "init": f"Test {what} of ridge regression: kernel at initialization {init}, after kernel {after}.",
+        "network": f"Test {what} of the network {network}; of ridge regression on the after kernel {after}, on the "
+        f"conjugate kernel {conjugate}.",
     }
-    leads = {o: j.say(*difference(results, o)) for o, j in judgments.LESS_SQUARED_ERROR.items()}
+    first_lead = judgments.LESS_SQUARED_ERROR["loaded" if results["training"] is None else "init"]
+    leads = {"init": first_lead.say(*difference(results, "init"))}
     judgment, learned = judgments.LESS_SQUARED_ERROR["network"], results["network"]["train"]["r2"]["value"]
     leads["network"] = lead_on_network(judgment, difference(results, "network"), learned)
     findings = [(leads[other], texts[other]) for other in leads]
@@ -166,6 +180,6 @@ def compared(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Rows of the table of differences: with what, difference, verdict."""
     words = {"below": "lower", "above": "higher", "same": "no", "unknown": "undefined"}
     return [
-        (_NAMES[c["with"]], interval(c), words[judgments.different_squares(c["low"], c["high"])])
+        (_NAMES[c["with"]], interval(c), words[judgments.different_squares(*_numbers(c))])
         for c in (results["comparisons"] or {"compared": []})["compared"]
     ]

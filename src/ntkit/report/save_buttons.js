@@ -21,33 +21,40 @@
     return new DOMParser().parseFromString(markup || "", "text/html").body.textContent;
   }
   function numbers(figure) {  // one row per point of a curve, or per entry of a matrix
-    var rows = [["panel", "curve", "x", "y", "error", "value"]];
+    var rows = [["panel", "curve", "x", "y", "error above", "error below", "value"]];
     Array.prototype.forEach.call(figure.querySelectorAll(".plot"), function (panel) {
       var head = panel.parentNode.querySelector("h4"), name = head ? head.textContent : "";
       plots[panel.id].data.forEach(function (trace) {
         if (trace.type === "heatmap") {
           trace.z.forEach(function (row, i) {
             row.forEach(function (value, j) {
-              rows.push([name, "", trace.x ? trace.x[j] : j, trace.y ? trace.y[i] : i, "", value]);
+              var said = Array.isArray(trace.customdata) ? words(trace.customdata[i][j]) : "";
+              rows.push([name, said, trace.x ? trace.x[j] : j, trace.y ? trace.y[i] : i, "", "", value]);
             });
           });
           return;
         }
         if (trace.hoverinfo === "skip") { return; }  // labels and guide lines
         var error = trace.error_y || trace.error_x;
-        var own = trace.customdata && trace.customdata.length === trace.x.length && typeof trace.customdata[0] === "number";
         trace.x.forEach(function (x, i) {
-          rows.push([name, words(trace.name), own ? trace.customdata[i] : x, trace.y[i], error ? error.array[i] : "", ""]);
+          var step = x === 0.5 && trace.customdata && trace.customdata[i] === 0 ? 0 : x;  // step 0 is drawn at 0.5
+          var above = error ? error.array[i] : "", below = error && error.arrayminus ? error.arrayminus[i] : above;
+          rows.push([name, words(trace.name), step, trace.y[i], above, below, ""]);
         });
       });
     });
     return csv(rows);
   }
-  function cells(table) {  // the small print of a cell is left out
+  function cells(table) {  // small print stands in parentheses, but for that of a row's name
     return Array.prototype.map.call(table.querySelectorAll("tr"), function (row) {
       return Array.prototype.map.call(row.children, function (cell) {
         var copy = cell.cloneNode(true);
-        Array.prototype.forEach.call(copy.querySelectorAll(".under, .mark"), function (part) { part.remove(); });
+        Array.prototype.forEach.call(copy.querySelectorAll(".mark"), function (part) { part.remove(); });
+        Array.prototype.forEach.call(copy.querySelectorAll("br"), function (part) { part.replaceWith("; "); });
+        Array.prototype.forEach.call(copy.querySelectorAll(".under"), function (part) {
+          var text = part.textContent.trim();
+          if (text && cell.getAttribute("scope") !== "row") { part.replaceWith(" (" + text + ")"); } else { part.remove(); }
+        });
         return copy.textContent.replace(/\u2060/g, "").replace(/\s+/g, " ").trim();
       });
     });
@@ -84,7 +91,11 @@
       var theme = root.dataset.theme, light = {};  // as for print, whatever the page shows
       root.dataset.theme = "light";
       Array.prototype.forEach.call(figure.querySelectorAll(".plot"), function (panel) {
-        light[panel.id] = resolve(plots[panel.id], getComputedStyle(root));
+        var plot = light[panel.id] = resolve(plots[panel.id], getComputedStyle(root));
+        plot.data.forEach(function (trace) { trace.showlegend = Boolean(trace.name) && trace.hoverinfo !== "skip"; });
+        plot.layout.showlegend = figure.querySelector(".legend") !== null;  // the page writes it beside the plot
+        plot.layout.legend = { orientation: "h", y: 1.02, yanchor: "bottom" };
+        plot.layout.margin = Object.assign({}, plot.layout.margin, plot.layout.showlegend ? { t: 60 } : {});
       });
       root.dataset.theme = theme;
       Array.prototype.forEach.call(figure.querySelectorAll(".plot"), function (panel, i, all) {

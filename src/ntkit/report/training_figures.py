@@ -64,7 +64,8 @@ def summary(a: Series) -> str:
     if (found := quoted(a, "target")) is not None:
         place, k = found
         first, last = (share(a["energy_target"][row][place]) for row in (0, -1))
-        parts.append(f"the top {k} eigenvectors hold {last} of the targets at the end and {first} at the start")
+        top = "top eigenvector holds" if k == 1 else f"top {k} eigenvectors hold"
+        parts.append(f"the {top} {last} of the targets at the end and {first} at the start")
     return "; ".join(parts)
 
 
@@ -78,6 +79,12 @@ def quoted(a: Series, name: str) -> tuple[int, int] | None:
         return None
     place, k = middle([a["energy_ks"][i] for i in known])
     return known[place], k
+
+
+def distances(a: Series) -> tuple[float | None, float | None]:
+    """1 - cosine of the last kernel with the first, not centered and centered."""
+    cka = (a.get("cka") or [None])[-1]
+    return a["distance"][-1], None if cka is None else 1 - cka
 
 
 def losses(a: Series, training: dict[str, Any] | None = None) -> FigureAndReading:
@@ -152,7 +159,7 @@ def _read_sharpness(values: Values, bound: Values) -> str:
     """Say where sharpness ended, relative to the bound.
 
     >>> _read_sharpness([1.0, 19.0], [20.0, 20.0])
-    'Sharpness grew 19-fold, from 1 to 19, and ends at 0.95 times the bound of stability; it was never above.'
+    'Sharpness grew 19-fold, from 1 to 19, and ends at 0.95 times the bound of stability; above at none of 2 snapshots.'
     >>> _read_sharpness([1.0, 19.0], [None, None])
     'Sharpness grew 19-fold, from 1 to 19. No bound of stability is known for this optimizer.'
     """
@@ -163,7 +170,7 @@ def _read_sharpness(values: Values, bound: Values) -> str:
     if not pairs or values[-1] is None or bound[-1] is None:
         return f"{text}; where it ends beside the bound of stability is not known."
     above = sum(s > b for s, b in pairs)
-    times = f"it was above at {above} of {len(pairs)} snapshots" if above else "it was never above"
+    times = f"above at {above or 'none'} of {len(pairs)} snapshots"
     return f"{text}, and ends at {plain(values[-1] / bound[-1], 2)} times the bound of stability; {times}."
 
 
@@ -188,14 +195,15 @@ def distance(a: Series) -> FigureAndReading:
         ("distance", "1 − cosine to the first", "zero"), ("cka", "centered cosine to the first", "unit"),
         ("velocity", "velocity, per step", "log"),
     ))  # fmt: skip
-    last = plain(a["distance"][-1])
+    last, apart = plain(a["distance"][-1]), distances(a)[1]
+    centered = "" if apart is None else f", centered {plain(apart)}"
     text = {
-        "vanished": "Undefined: one of the kernels is zero.",
-        "hardly": f"It ends at {last}, below {CHANGED:g}: up to scale the kernel hardly moved, as in the limit of "
-        "infinite width.",
-        "changed": f"It ends at {last}, at least {CHANGED:g}: not the constant kernel of the infinite-width limit (0), "
-        "whatever its scale.",
-    }[moved(a["distance"][-1])]
+        "undefined": "Undefined.",
+        "hardly": f"It ends at {last}{centered}, below {CHANGED:g}: up to scale the kernel hardly moved, as in the "
+        "limit of infinite width.",
+        "changed": f"It ends at {last}{centered}, at least {CHANGED:g}: not the constant kernel of the infinite-width "
+        "limit (0), whatever its scale.",
+    }[moved(*distances(a))]
     return _row("distance", "Distance to the initial kernel", text, panels)
 
 

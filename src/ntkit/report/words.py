@@ -113,16 +113,50 @@ def compare(a: Number, b: Number, floor: float = 0.0) -> str:
 def change(first: float | None, last: float | None) -> str:
     """Say how a positive number changed.
 
-    >>> change(2.0, 7.0), change(1.0, 1.01)
-    ('grew 3.5-fold, from 2 to 7', 'stays near 1.01')
+    >>> change(2.0, 7.0), change(1.0, 1.07)
+    ('grew 3.5-fold, from 2 to 7', 'grew 1.07-fold, from 1 to 1.07')
+    >>> change(1.0, 1.01).replace("\u00a0", " ")
+    'changed by less than 5 %, to 1.01'
     """
     if first is None or last is None or first <= 0 or last <= 0:
         return f"goes from {plain(first)} to {plain(last)}"
     ratio = last / first
     if 0.95 < ratio < 1.05:
-        return f"stays near {plain(last)}"
-    verb = "grew" if ratio > 1 else "shrank"
-    return f"{verb} {plain(max(ratio, 1 / ratio), 2)}-fold, from {plain(first)} to {plain(last)}"
+        return f"changed by less than 5\u00a0%, to {plain(last)}"
+    verb, times = "grew" if ratio > 1 else "shrank", max(ratio, 1 / ratio)
+    return f"{verb} {plain(times, 2 if times >= 2 else 3)}-fold, from {plain(first)} to {plain(last)}"
+
+
+def beside(value: float, limit: float, digits: int = 2) -> str:
+    """A number in as many digits as tell it from a limit that it is judged by.
+
+    >>> beside(0.04996, 0.05), beside(0.25, 0.05), beside(0.05, 0.05), beside(0.0, 0.05)
+    ('0.04996', '0.25', '0.05', 'below 1e-300')
+    """
+    if value == 0:
+        return "below 1e-300"
+    while digits < 12 and value != limit and plain(value, digits) == plain(limit, digits):
+        digits += 1
+    return plain(value, digits)
+
+
+def p_value(value: float) -> str:
+    """A p value beside the level of the judgments.
+
+    >>> p_value(0.25), p_value(0.0)
+    ('p = 0.25', 'p below 1e-300')
+    """
+    text = beside(value, 0.05)
+    return f"p {text}" if text.startswith("below") else f"p = {text}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "step"), counted(2000, "step")
+    ('1 step', '2,000 steps')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def unbroken(text: str) -> str:

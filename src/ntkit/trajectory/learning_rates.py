@@ -83,9 +83,9 @@ def sharpness_bound(optimizer: dict[str, Any], rate: float) -> float | None:
     if not optimizer["class"].endswith(".SGD") or len(settings) != 1 or not rate > 0:
         return None
     momentum, dampening, nesterov, decay, maximize = next(iter(settings))[:-1]
-    if maximize or dampening == 1:
-        return None
     b = momentum or 0.0
+    if maximize or (b and dampening == 1):
+        return None
     free = 2 * (1 + b) / rate / (1 + 2 * b if nesterov else 1 - (dampening or 0.0) if b else 1.0)
     return free - (decay or 0.0)
 
