@@ -361,7 +361,9 @@ def changed(results, **more):
     ],
 )
 def test_no_verdict_without_an_interval_that_leaves_out_zero(results, low, high, lead, reading):
-    told = changed(results, comparisons__compared=[{"with": "init", "value": 0.0, "low": low, "high": high}])
+    value = None if low is None else (low + high) / 2
+    found = {"with": "init", "value": value, "low": low, "high": high, "of": 1.0}
+    told = changed(results, comparisons__compared=[found])
     assert text.in_short(told)[0][0].startswith(lead)
     assert reading in text.answer(told)
     assert text.in_short(told)[1][0] == "The after kernel cannot be compared with its network."
@@ -387,3 +389,34 @@ def test_machines_that_say_less_are_named(results, status, edge, words):
     warnings = text.warnings(told)
     assert len(warnings) == (words is not None)
     assert words is None or words in warnings[0]
+
+
+def test_differences_have_the_interval_of_student():
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 8):  # of a symmetric distribution around 0, so that 5 % of the intervals leave it out
+        found = [regression._paired(rng.normal(size=n)) for _ in range(2000)]
+        out = np.mean([f["low"] > 0 or f["high"] < 0 for f in found])
+        assert abs(out - 0.05) < 0.02
+    alone = regression._paired(np.array([0.3]))
+    assert alone["low"] is None
+    assert text.judgments.different_squares(alone["low"], alone["high"], alone["value"], 1.0) == "unknown"
+
+
+def test_one_test_example_has_no_interval():
+    data = from_tensors((torch.randn(20, 2), torch.randn(20)), (torch.randn(1, 2), torch.randn(1)))
+    found = regression.errors(torch.zeros(1, 1), data.y_test, data, "test")
+    assert found["rmse"]["low"] is None
+    assert found["r2"]["value"] is None
+
+
+def test_several_targets_are_quoted_by_what_is_judged(results):
+    told = changed(results, data__targets__names=["a", "b"])
+    assert "Test root mean squared error, in standard deviations, of ridge" in text.in_short(told)[0][1]
+    assert "Test R² of ridge" in text.in_short(results)[0][1]
+
+
+def test_loaded_weights_are_not_called_training(results):
+    told = changed(results, training=None)
+    lead = text.in_short(told)[0][0]
+    assert "raining" not in lead
+    assert "fresh random" in lead
