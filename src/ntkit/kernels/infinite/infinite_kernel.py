@@ -22,6 +22,7 @@ from ntkit.base.shown import of_model
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
+from ntkit.kernels.infinite.piecewise import Piecewise
 from ntkit.kernels.infinite.planes import Planes, Side, prepare, splits
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.tape import record
@@ -35,7 +36,7 @@ _PLANE_ELEMENTS_ELSEWHERE = 1 << 24
 _TILE_PAIRS = 1 << 10  # pairs of samples with positions in a tile: 32 x 32, so that each side is prepared for many
 _BATCH, _BATCH_OF_GRIDS = 512, 64
 _CACHE_BYTES = 256e6  # of prepared sides, kept for the next tiles
-_INEXACT = 1e-6  # relative error of an activation's table above which a warning is given
+_INEXACT = 1e-6  # relative error of an activation above which a warning is given
 
 
 class InfiniteKernel(Kernel):
@@ -59,7 +60,8 @@ class InfiniteKernel(Kernel):
 
     Attributes
     ----------
-    error : largest relative error of an activation computed by quadrature so far; 0 while all were in closed form.
+    error : largest relative error of an activation so far: of a table computed by quadrature, or of rounding between
+        the pieces of a function with kinks elsewhere than at 0; 0 for all other closed forms.
 
     Returns (of a call)
     -------------------
@@ -76,7 +78,8 @@ class InfiniteKernel(Kernel):
     Warns
     -----
     UserWarning
-        When the relative error of an activation's quadrature exceeds 1e-6 (kinks elsewhere than at 0: ReLU6, hardtanh).
+        When the relative error of an activation exceeds 1e-6: kinks elsewhere than at 0 between pieces that are no
+        polynomials. (Those between polynomials, as of ReLU6, hardtanh or hardswish, are exact.)
 
     Notes
     -----
@@ -122,8 +125,8 @@ class InfiniteKernel(Kernel):
 
     @property
     def error(self) -> float:
-        """Largest relative error of an activation computed by quadrature so far."""
-        return max((a.error for graph in self._graphs.values() for _, a in _tables(graph)), default=0.0)
+        """Largest relative error of an activation so far."""
+        return max((a.error for graph in self._graphs.values() for _, a in _inexact(graph)), default=0.0)
 
     def describe(self, x: Batch) -> str:
         """List the layers as read, one per line: what each is, and how its variances are known.
@@ -307,14 +310,14 @@ def _side(graph: Graph, data: dict[int, Tensor], samples: slice) -> Side:
     return prepare(graph, part, _plane_elements(next(iter(part.values()))))
 
 
-def _tables(graph: Graph) -> list[tuple[Pointwise, Tabulated]]:
-    """The activations computed by quadrature, with their layers."""
+def _inexact(graph: Graph) -> list[tuple[Pointwise, Tabulated | Piecewise]]:
+    """The activations with an error, with their layers."""
     pairs = [(k, a) for k in graph.layers if isinstance(k, Pointwise) for a in (k.activation, k.weighted)]
-    return [(k, a) for k, a in pairs if isinstance(a, Tabulated)]
+    return [(k, a) for k, a in pairs if isinstance(a, (Tabulated, Piecewise))]
 
 
 def _versions(graph: Graph) -> list[int]:
-    return [a.version for _, a in _tables(graph)]
+    return [a.version for _, a in _inexact(graph) if isinstance(a, Tabulated)]
 
 
 def _covered(graph: Graph, data1: dict[int, Tensor], data2: dict[int, Tensor]) -> list[int]:
@@ -331,11 +334,11 @@ def _covered(graph: Graph, data1: dict[int, Tensor], data2: dict[int, Tensor]) -
 
 
 def _warn(graph: Graph) -> None:
-    for layer, a in _tables(graph):
+    for layer, a in _inexact(graph):
         if a.error > _INEXACT:
             warnings.warn(
-                f"{layer.name}: its kernel is computed by quadrature with a relative error of {a.error:.0e}. Its "
-                "slope jumps elsewhere than at 0, or the sizes of its inputs are very different.",
+                f"{layer.name}: its kernel is computed with a relative error of {a.error:.0e}. Its slope jumps "
+                "elsewhere than at 0, or the sizes of its inputs are very different.",
                 stacklevel=4,
             )
 

@@ -10,6 +10,7 @@ from torch import nn
 from ntkit.base.checks import Refused, refusal
 from ntkit.kernels.infinite.activations import Activation, Function, Rectifier, closed_form, times_slope
 from ntkit.kernels.infinite.layers import Flatten, GlobalPool, Graph, Input, Layer, Norm, Pointwise, Pool, Sum, sources
+from ntkit.kernels.infinite.piecewise import piecewise
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.tape import Op, Ref, Tape
 from ntkit.kernels.infinite.tape_calls import grid
@@ -105,7 +106,7 @@ class Reader:
             fix = "Put a weight layer before the activation, or the activation before nn.Flatten."
             raise refusal(value.name, got=got, expected=expected, fix=fix)
         weighted = self._weighted(value.name, function, grid_source)
-        activation = activation or Tabulated(function, value.name)
+        activation = activation or piecewise(function) or Tabulated(function, value.name)
         layer = self.add(Pointwise(grid_source.size, value.name, grid_source, activation, weighted), [grid_source])
         return layer if grid_source is source else self.add(Flatten((1, 1), value.name, layer), [layer])
 
@@ -118,7 +119,7 @@ class Reader:
             fix = "Create the norm without affine weights, or freeze its weight."
             raise refusal(name, got=got, expected="the activation directly after such a norm", fix=fix)
         function = times_slope(function)
-        return closed_form(function) or Tabulated(function, name)
+        return closed_form(function) or piecewise(function) or Tabulated(function, name)
 
     def add(self, layer: Layer, of: list[Layer], own: int | None = None) -> Layer:
         """Append a layer, with the weights in which it is linear (`own`, or those of its sources) and all it uses."""
