@@ -23,8 +23,9 @@ from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
 from ntkit.kernels.infinite.piecewise import Piecewise
-from ntkit.kernels.infinite.planes import Planes, Side, prepare, splits
+from ntkit.kernels.infinite.planes import Planes, prepare, splits
 from ntkit.kernels.infinite.quadrature import Tabulated
+from ntkit.kernels.infinite.sample_sides import Side
 from ntkit.kernels.infinite.tape import record
 from ntkit.kernels.infinite.tape_to_layers import read
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out
@@ -42,11 +43,12 @@ _INEXACT = 1e-6  # relative error of an activation above which a warning is give
 class InfiniteKernel(Kernel):
     """Tangent kernel ("ntk") or covariance of the outputs ("nngp") of a module as its hidden widths tend to infinity.
 
-    The layers are read from a run of the module: dense layers and convolutions (stride, zero padding, dilation, groups
-    of hidden channels), any elementwise activation, sums of branches, factors, average and global pools, flattening,
-    LayerNorm and GroupNorm before an activation, dropout in eval mode. The module's own widths have no influence,
-    except through `w_std=None`. All outputs have the same kernel and are independent: entry (i, c, j, d) of the
-    full kernel is ``k(x1, x2)[i, j]`` for c = d, else 0.
+    The layers are read from a run of the module: dense layers and convolutions, transposed ones too (stride, padding of
+    any mode, dilation, groups), any elementwise activation, sums, products and concatenations of branches, factors,
+    average and global pools, linear maps of positions (slices, flips, padding, interpolation, means over one axis),
+    flattening, LayerNorm and GroupNorm before an activation, dropout in eval mode. The module's own widths have no
+    influence, except through `w_std=None` and as shares of the channels in a concatenation. All outputs have the same
+    kernel and are independent: entry (i, c, j, d) of the full kernel is ``k(x1, x2)[i, j]`` for c = d, else 0.
 
     Parameters
     ----------
@@ -73,7 +75,7 @@ class InfiniteKernel(Kernel):
     ------
     Refused
         By the layer's name, for a layer without such a limit: max-pools, BatchNorm, softmax, attention and other
-        mixtures of channels, products of branches, weights used twice, sums of branches that depend on each other.
+        mixtures of channels, weights used twice, sums and products of branches that depend on each other.
 
     Warns
     -----
@@ -87,6 +89,7 @@ class InfiniteKernel(Kernel):
     S -> E[s(u) s(v)], T -> T E[s'(u) s'(v)] for (u, v) of covariance S; dense layers and convolutions
     T -> w^2 T + w^2 S + b^2, S -> w^2 S + b^2, averaged over the kernel's window. Kernels of images need all pairs of
     positions: they are computed one offset at a time (see `planes`), in memory that does not grow with the image.
+    Products of branches K1 K2, T1 K2 + K1 T2; concatenations of channels: the mean of their kernels by their shares.
     The slope of a PReLU is a constant and not trained: one number for all channels has no deterministic limit.
 
     Examples
@@ -399,5 +402,6 @@ def _line(layer: Layer) -> str:
         )
     if isinstance(layer, Pointwise):
         return f"{layer.name}: {layer.activation.name}"
-    kind = {"GlobalPool": "global pool"}.get(type(layer).__name__, type(layer).__name__.lower())
+    kinds = {"GlobalPool": "global pool", "PositionMap": "sums over positions", "Concat": "branches side by side"}
+    kind = kinds.get(type(layer).__name__, type(layer).__name__.lower())
     return f"{layer.name}: {kind}, {positions}"

@@ -27,6 +27,23 @@ def chunks(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def mapped_from(matrix: Tensor, offset: int) -> list[tuple[int, Tensor]]:
+    """Along one axis: offsets of the source that a linear map takes to an offset of its result, each with its matrix.
+
+    The covariance of results o and o + offset is the sum over sources i and j of matrix[o, i] matrix[o + offset, j]
+    times theirs; i and j = i + d have offset d. The matrix of d is [o, i], of those whose partner is on the grid.
+    """
+    n, m = matrix.shape
+    one, two = matrix[max(0, -offset) : n - max(0, offset)], matrix[max(0, offset) : n - max(0, -offset)]
+    found = []
+    for d in range(1 - m, m):
+        first, second = max(0, -d), max(0, d)
+        weights = one[:, first : m - second] * two[:, second : m - first]
+        if weights.any():
+            found.append((d, weights))
+    return found
+
+
 def overlap(start: int, count: int, inner_start: int, inner_count: int, stride: int, shift: int) -> tuple[slice, slice]:
     """Outputs o whose position stride * o + shift is on an inner plane: their indices on both planes."""
     low = max(start, -(-(inner_start - shift) // stride))
