@@ -356,6 +356,13 @@ def test_outputs_of_several_branches_are_refused():
         InfiniteKernel(model, "ntk", W, B)(V1)
 
 
+def test_a_map_as_the_output_equals_the_oracle():
+    model = nn.Sequential(*start(), conv(8, 1), Move(lambda z: z.flip(2)), Move(lambda z: z[:, :, 0, 1])).double()
+    K, T = ClosedOracle(W, B)(model, X1)
+    assert worst(InfiniteKernel(model, "nngp", W, B)(X1), K) < 1e-11
+    assert worst(InfiniteKernel(model, "ntk", W, B)(X1), T) < 1e-11
+
+
 def test_describe_names_them():
     text = InfiniteKernel(NETWORKS["U-net"](8).double(), "ntk", W, B).describe(X1)
     assert "branches side by side" in text

@@ -92,11 +92,13 @@ class PositionMap(Layer):
 
     maps : matrices [positions, positions of the source] along height and width: out = rows @ in @ columns^T.
     exchanged : height and width of the result are exchanged.
+    by_offset : for an axis and an offset of the result, the offsets of the source with their matrices, once computed.
     """
 
     source: Layer
     maps: tuple[Tensor, Tensor]
     exchanged: bool = False
+    by_offset: dict[tuple[int, int], list[tuple[int, Tensor]]] = field(default_factory=dict)
 
 
 @dataclass

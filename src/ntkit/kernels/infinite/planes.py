@@ -260,8 +260,8 @@ def _product(planes: Planes, layer: Product, offset: Offset) -> Tensor:
 def _position_map(planes: Planes, layer: PositionMap, offset: Offset) -> Tensor:
     height, width = offset[::-1] if layer.exchanged else offset
     total: Tensor | None = None
-    for dh, rows in mapped_from(layer.maps[0], height):
-        for dw, columns in mapped_from(layer.maps[1], width):
+    for dh, rows in mapped_from(layer, 0, height):
+        for dw, columns in mapped_from(layer, 1, width):
             x = planes(layer.source, (dh, dw))
             x = torch.einsum("oh,thwpq->towpq", rows.to(x), x)
             x = torch.einsum("ow,thwpq->thopq", columns.to(x), x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ntkit.kernels.infinite.layers import Size
+from ntkit.kernels.infinite.layers import PositionMap, Size
 
 Offset = tuple[int, int]
 
@@ -27,12 +27,15 @@ def chunks(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def mapped_from(matrix: Tensor, offset: int) -> list[tuple[int, Tensor]]:
-    """Along one axis: offsets of the source that a linear map takes to an offset of its result, each with its matrix.
+def mapped_from(layer: PositionMap, axis: int, offset: int) -> list[tuple[int, Tensor]]:
+    """Along an axis: offsets of the source that a linear map takes to an offset of its result, each with its matrix.
 
     The covariance of results o and o + offset is the sum over sources i and j of matrix[o, i] matrix[o + offset, j]
     times theirs; i and j = i + d have offset d. The matrix of d is [o, i], of those whose partner is on the grid.
     """
+    if (axis, offset) in layer.by_offset:
+        return layer.by_offset[axis, offset]
+    matrix = layer.maps[axis]
     n, m = matrix.shape
     one, two = matrix[max(0, -offset) : n - max(0, offset)], matrix[max(0, offset) : n - max(0, -offset)]
     found = []
@@ -41,6 +44,7 @@ def mapped_from(matrix: Tensor, offset: int) -> list[tuple[int, Tensor]]:
         weights = one[:, first : m - second] * two[:, second : m - first]
         if weights.any():
             found.append((d, weights))
+    layer.by_offset[axis, offset] = found
     return found
 
 

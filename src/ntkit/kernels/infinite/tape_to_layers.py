@@ -44,7 +44,7 @@ def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) 
         else:
             reader.values[index] = _value(reader, op)
     graph, output = reader.graph, _output(reader)
-    graph.output = graph.layers.index(output)
+    graph.output = next(i for i, layer in enumerate(graph.layers) if layer is output)
     graph.last_index = max((layer.index for layer in graph.layers if isinstance(layer, Input)), default=0)
     return graph
 
