@@ -350,6 +350,16 @@ def test_an_activation_of_a_depthwise_convolution_is_refused():
         InfiniteKernel(model, "ntk", W, B)(X1)
 
 
+def test_a_product_of_flattened_positions_is_refused_and_one_of_the_grids_is_not():
+    branch = lambda: nn.Sequential(*start(), conv(8, 8, padding=1), nn.Flatten())
+    model = nn.Sequential(Mul(branch(), branch()), nn.Linear(160, 1)).double()
+    with pytest.raises(Refused, match="product of values of several branches or flattened positions"):
+        InfiniteKernel(model, "ntk", W, B)(X1)
+    grids = nn.Sequential(Mul(*(b[:-1] for b in model[0].branches)), nn.Flatten(), model[1])
+    _, T = ClosedOracle(W, B)(grids, X1)
+    assert worst(InfiniteKernel(grids, "ntk", W, B)(X1), T) < 1e-11
+
+
 def test_outputs_of_several_branches_are_refused():
     model = nn.Sequential(nn.Linear(6, 8), R(), Cat(nn.Linear(8, 1), nn.Linear(8, 1))).double()
     with pytest.raises(Refused, match="several branches"):

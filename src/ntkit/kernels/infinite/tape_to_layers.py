@@ -159,6 +159,9 @@ def _product(reader: Reader, op: Op) -> Layer:
     shapes = {tuple(reader.tape.ops[r.index].out.shape) for r in op.refs}
     if len(shapes) > 1:
         raise reader.refusal(op, f"shapes {sorted(shapes)}", "Multiply values of one shape.")
+    if has_several_kernels(one) and has_several_kernels(two):  # the mean of products is not that of the means
+        got = "a product of values of several branches or flattened positions"
+        raise reader.refusal(op, got, "Multiply before the concatenation, or before nn.Flatten.")
     reader.check_uncorrelated(op, one, two, "product")
     return reader.add(Product(one.size, reader.where(op), one, two), [one, two])
 
