@@ -360,6 +360,16 @@ def test_a_product_of_flattened_positions_is_refused_and_one_of_the_grids_is_not
     assert worst(InfiniteKernel(grids, "ntk", W, B)(X1), T) < 1e-11
 
 
+def test_products_in_which_one_channel_meets_itself_are_refused():
+    """A depthwise convolution keeps to its channel, and so does a product: E[z z' h h'] is not E[z z'] E[h h']."""
+    depthwise = Mul(nn.Identity(), conv(8, 8, padding=1, groups=8))
+    gates = Mul(nn.Identity(), Mul(nn.Identity(), conv(8, 8, padding=1)))
+    for product in (depthwise, gates):
+        model = nn.Sequential(*start(), product, conv(8, 8), R(), *pooled()).double()
+        with pytest.raises(Refused, match="product of branches that depend on each other"):
+            InfiniteKernel(model, "ntk", W, B)(X1)
+
+
 def test_outputs_of_several_branches_are_refused():
     model = nn.Sequential(nn.Linear(6, 8), R(), Cat(nn.Linear(8, 1), nn.Linear(8, 1))).double()
     with pytest.raises(Refused, match="several branches"):

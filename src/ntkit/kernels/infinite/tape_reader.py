@@ -204,12 +204,21 @@ class Reader:
             got = f"a value of shape {tuple(op.out.shape)}, whose first axis it takes for channels"
             raise self.refusal(op, got, f"Pass [n, channels] followed by {axes} axes of positions.")
 
-    def check_uncorrelated(self, op: Op, one: Layer, two: Layer, what: str = "sum") -> None:
+    def check_independent(self, op: Op, one: Layer, two: Layer) -> None:
+        """One of two factors must be Gaussian given the other, with a covariance that is the same for all channels."""
+        for a, b in ((one, two), (two, one)):
+            linear, uses = self._weights[id(a)][0], self._weights[id(b)][1]
+            if id(a.source if isinstance(a, Flatten) else a) in self.gaussian and linear and not linear & uses:
+                return
+        got = "a product of branches that depend on each other, or of none that is directly behind a weight layer"
+        raise self.refusal(op, got, "End one branch with a weight layer of its own that mixes channels.")
+
+    def check_uncorrelated(self, op: Op, one: Layer, two: Layer) -> None:
         """One of the two must be linear in weights that the other does not use: then their product has mean 0."""
         (linear1, uses1), (linear2, uses2) = (self._weights[id(v)] for v in (one, two))
         if not (linear1 and not linear1 & uses2) and not (linear2 and not linear2 & uses1):
             fix = "End one branch with a weight layer of its own."
-            raise self.refusal(op, f"a {what} of branches that depend on each other", fix)
+            raise self.refusal(op, "a sum of branches that depend on each other", fix)
 
     def scaled(self, op: Op, value: Layer | Curve, factor: float) -> Curve:
         """A value times a number."""

@@ -162,7 +162,7 @@ def _product(reader: Reader, op: Op) -> Layer:
     if has_several_kernels(one) and has_several_kernels(two):  # the mean of products is not that of the means
         got = "a product of values of several branches or flattened positions"
         raise reader.refusal(op, got, "Multiply before the concatenation, or before nn.Flatten.")
-    reader.check_uncorrelated(op, one, two, "product")
+    reader.check_independent(op, one, two)
     return reader.add(Product(one.size, reader.where(op), one, two), [one, two])
 
 
