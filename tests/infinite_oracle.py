@@ -23,6 +23,35 @@ class Add(nn.Module):
         return sum(b(x) for b in self.branches[1:]) + self.branches[0](x)
 
 
+class Mul(Add):
+    """Branches multiplied."""
+
+    def forward(self, x):
+        return self.branches[0](x) * self.branches[1](x)
+
+
+class Cat(Add):
+    """Branches side by side; of channels, with their shares."""
+
+    def __init__(self, *branches, axis=1, shares=None):
+        super().__init__(*branches)
+        self.axis, self.shares = axis, shares or [1 / len(branches)] * len(branches)
+
+    def forward(self, x):
+        return torch.cat([b(x) for b in self.branches], self.axis)
+
+
+class Move(nn.Module):
+    """A function that moves or adds up positions."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 class Act(nn.Module):
     """A function as a module."""
 
@@ -97,6 +126,19 @@ class Oracle:
             for child in m:
                 s = self.go(child, s)
             return s
+        if isinstance(m, Mul):
+            (K1, T1, _), (K2, T2, _) = (joined(self.go(b, s)) for b in m.branches)
+            return K1 * K2, K1 * T2 + T1 * K2, torch.zeros_like(K1)
+        if isinstance(m, Cat):
+            branches = [joined(self.go(b, s)) for b in m.branches]
+            if m.axis == 1:
+                return tuple(sum(w * t for w, t in zip(m.shares, p, strict=True)) for p in zip(*branches, strict=True))
+            return tuple(blocks(parts, m.axis) for parts in zip(*branches, strict=True))
+        if isinstance(m, Move):
+            return tuple(moved(t, [matrix_of(m.function, t)]) for t in joined(s))
+        if isinstance(m, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
+            taps = [matrix_of(one, s[0]) for one in single_taps(m)]
+            return self.weights(tuple(moved(t, taps) / len(taps) for t in joined(s)))
         if isinstance(m, Add):
             branches = [self.go(b, s) for b in m.branches]
             return tuple(sum(parts) for parts in zip(*branches, strict=True))
@@ -113,6 +155,11 @@ class Oracle:
                 pad = [(p, p) for p in m.padding]
             pad = [(0, 0), *pad] if isinstance(m, nn.Conv1d) else pad
             size = two[0][0] * two[0][1]
+            if m.padding_mode != "zeros":
+                around = m._reversed_padding_repeated_twice
+                pad = lambda z: nn.functional.pad(z, around, mode=m.padding_mode)
+                s = tuple(moved(t, [matrix_of(pad, t, isinstance(m, nn.Conv1d))]) for t in joined(s))
+                return self.weights(tuple(self.windows(t, two[0], two[1], [(0, 0)] * 2, two[2]) / size for t in s))
             return self.weights(tuple(self.windows(t, two[0], two[1], pad, two[2]) / size for t in joined(s)))
         if isinstance(m, (nn.AvgPool1d, nn.AvgPool2d)):
 
@@ -171,6 +218,46 @@ class Oracle:
         for dim, size, step in ((2, k[0], stride[0]), (3, k[1], stride[1]), (4, k[0], stride[0]), (5, k[1], stride[1])):
             t = t.unfold(dim, size, step).sum(-1)
         return t
+
+
+def matrix_of(function, t: Tensor, sequence: bool | None = None):
+    """A linear map of positions as one matrix [positions, positions before], and its new grid."""
+    h, w = t.shape[2:4]
+    basis = torch.eye(h * w, dtype=t.dtype).reshape(
+        h * w, 1, *((w,) if sequence or (sequence is None and h == 1) else (h, w))
+    )
+    out = function(basis)
+    size = (1,) * (4 - out.dim()) + tuple(out.shape[2:])
+    return out.reshape(h * w, -1).T, size
+
+
+def moved(t: Tensor, matrices):
+    """Sum over matrices A of A t A^T, for both positions of a kernel."""
+    flat = t.reshape(*t.shape[:2], t.shape[2] * t.shape[3], -1)
+    size = matrices[0][1]
+    return sum(A @ flat @ A.T for A, _ in matrices).reshape(*t.shape[:2], *size, *size)
+
+
+def single_taps(m):
+    """The transposed convolutions of single weights of one."""
+    transposed = nn.functional.conv_transpose1d if isinstance(m, nn.ConvTranspose1d) else nn.functional.conv_transpose2d
+    settings = (m.stride, m.padding, m.output_padding, 1, m.dilation)
+    count = math.prod(m.kernel_size)
+    for one in torch.eye(count, dtype=torch.float64):
+        yield lambda z, one=one: transposed(z, one.reshape(1, 1, *m.kernel_size).to(z), None, *settings)
+
+
+def blocks(parts, axis: int) -> Tensor:
+    """Kernels on the diagonal of a kernel of all their positions, joined along height (2) or width (3)."""
+    h, w = parts[0].shape[2:4]
+    size = [h, w]
+    size[axis - 2] = sum(p.shape[axis] for p in parts)
+    out, start = parts[0].new_zeros(*parts[0].shape[:2], *size, *size), 0
+    for p in parts:
+        count = p.shape[axis]
+        out.narrow(axis, start, count).narrow(axis + 2, start, count).copy_(p)
+        start += count
+    return out
 
 
 def slope_of(function, z: Tensor) -> Tensor:

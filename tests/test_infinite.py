@@ -382,10 +382,10 @@ def test_what_only_looks_like_a_closed_form_is_not_taken_for_it():
     assert closed_form(Straight.apply) is None
 
 
-def test_kinks_elsewhere_are_computed_with_a_warning_that_says_how_well():
-    model = mlp(nn.Hardtanh()).double()
+def test_kinks_between_other_than_polynomials_are_computed_with_a_warning_that_says_how_well():
+    model = mlp(Act(lambda z: torch.tanh(z).clamp(max=0.5))).double()
     kernel = InfiniteKernel(model, "ntk", W, B)
-    with pytest.warns(UserWarning, match=r"layer '1' \(Hardtanh\).*relative error of"):
+    with pytest.warns(UserWarning, match=r"layer '1' \(Act\).*relative error of"):
         got = kernel(V1, V2)
     assert kernel.error > 1e-6
     _, T = Oracle(W, B)(model, torch.cat([V1, V2]))  # also inexact at kinks, but in another way
@@ -707,7 +707,6 @@ REFUSED = {
         "depend on each other",
     ),
     "product": (Raw(lambda m, x: m.a(x) * m.b(torch.relu(m.a(x)))), V1, "second time|product"),
-    "two in one product": (Raw(lambda m, x: (h := m.a(x)) * m.b(torch.relu(h))), V1, "product"),
     "input added": (nn.Sequential(Add(nn.Identity(), nn.Linear(6, 6)), R(), nn.Linear(6, 1)), V1, "input itself"),
     "norm behind": (
         nn.Sequential(nn.Linear(6, 8), R(), nn.LayerNorm(8), nn.Linear(8, 1)),
@@ -734,11 +733,6 @@ REFUSED = {
         X1,
         r"layer '3' \(ReLU\).*freeze its weight",
     ),
-    "depthwise": (
-        nn.Sequential(conv(2, 8), R(), conv(8, 8, 1, groups=8), *head()),
-        X1,
-        r"layer '2' \(Conv2d\).*groups=8",
-    ),
     "data decide": (
         Raw(lambda m, x: m.b(m.a(x)) if m.a(x).sum() > 0 else m.a(x)),
         V1,
@@ -755,15 +749,9 @@ REFUSED = {
         X1,
         r"layer '0' \(Linear\).*Flatten",
     ),
-    "padding by reflection": (
-        nn.Sequential(conv(2, 8), R(), conv(8, 8, padding=1, padding_mode="reflect"), *head()),
-        X1,
-        r"layer '2' \(Conv2d\)",
-    ),
     "channel slopes": (mlp(Act(lambda z: z * torch.linspace(0, 1, 8, dtype=z.dtype))), V1, "numbers per channel"),
     "no weights": (nn.Flatten(), X1, "without random weights"),
     "two outputs": (Raw(lambda m, x: m.a(x)), {"x": V1}, "one tensor"),
-    "transposed": (nn.Sequential(nn.ConvTranspose2d(2, 8, 3), R(), *head()), X1, r"layer '0' \(ConvTranspose2d\)"),
     "pool over channels, 1d": (
         nn.Sequential(nn.Linear(6, 8), nn.AvgPool1d(2), nn.Linear(4, 1)),
         V1,
@@ -778,11 +766,6 @@ REFUSED = {
         nn.Sequential(nn.Conv1d(2, 8, 3), nn.AvgPool2d((1, 7)), nn.Flatten(), nn.Linear(8, 1)),
         S1,
         r"layer '1' \(AvgPool2d\).*for channels",
-    ),
-    "axes exchanged": (
-        nn.Sequential(nn.Conv1d(2, 8, 3), R(), nn.Unflatten(2, (7, 1)), conv(8, 8, (3, 1)), *head()),
-        S1,
-        r"layer '2' \(Unflatten\)",
     ),
     "axis dropped": (
         nn.Sequential(conv(2, 8, (3, 4)), R(), nn.Flatten(2), nn.Conv1d(8, 8, 3), nn.Flatten(), nn.Linear(8, 1)),

@@ -22,8 +22,10 @@ from ntkit.base.shown import of_model
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
-from ntkit.kernels.infinite.planes import Planes, Side, prepare, splits
+from ntkit.kernels.infinite.piecewise import Piecewise
+from ntkit.kernels.infinite.planes import Planes, prepare, splits
 from ntkit.kernels.infinite.quadrature import Tabulated
+from ntkit.kernels.infinite.sample_sides import Side
 from ntkit.kernels.infinite.tape import record
 from ntkit.kernels.infinite.tape_to_layers import read
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out
@@ -35,17 +37,18 @@ _PLANE_ELEMENTS_ELSEWHERE = 1 << 24
 _TILE_PAIRS = 1 << 10  # pairs of samples with positions in a tile: 32 x 32, so that each side is prepared for many
 _BATCH, _BATCH_OF_GRIDS = 512, 64
 _CACHE_BYTES = 256e6  # of prepared sides, kept for the next tiles
-_INEXACT = 1e-6  # relative error of an activation's table above which a warning is given
+_INEXACT = 1e-6  # relative error of an activation above which a warning is given
 
 
 class InfiniteKernel(Kernel):
     """Tangent kernel ("ntk") or covariance of the outputs ("nngp") of a module as its hidden widths tend to infinity.
 
-    The layers are read from a run of the module: dense layers and convolutions (stride, zero padding, dilation, groups
-    of hidden channels), any elementwise activation, sums of branches, factors, average and global pools, flattening,
-    LayerNorm and GroupNorm before an activation, dropout in eval mode. The module's own widths have no influence,
-    except through `w_std=None`. All outputs have the same kernel and are independent: entry (i, c, j, d) of the
-    full kernel is ``k(x1, x2)[i, j]`` for c = d, else 0.
+    The layers are read from a run of the module: dense layers and convolutions, transposed ones too (stride, padding of
+    any mode, dilation, groups), any elementwise activation, sums, products and concatenations of branches, factors,
+    average and global pools, linear maps of positions (slices, flips, padding, interpolation, means over one axis),
+    flattening, LayerNorm and GroupNorm before an activation, dropout in eval mode. The module's own widths have no
+    influence, except through `w_std=None` and as shares of the channels in a concatenation. All outputs have the same
+    kernel and are independent: entry (i, c, j, d) of the full kernel is ``k(x1, x2)[i, j]`` for c = d, else 0.
 
     Parameters
     ----------
@@ -59,7 +62,8 @@ class InfiniteKernel(Kernel):
 
     Attributes
     ----------
-    error : largest relative error of an activation computed by quadrature so far; 0 while all were in closed form.
+    error : largest relative error of an activation so far: of a table computed by quadrature, or of rounding between
+        the pieces of a function with kinks elsewhere than at 0; 0 for all other closed forms.
 
     Returns (of a call)
     -------------------
@@ -71,12 +75,13 @@ class InfiniteKernel(Kernel):
     ------
     Refused
         By the layer's name, for a layer without such a limit: max-pools, BatchNorm, softmax, attention and other
-        mixtures of channels, products of branches, weights used twice, sums of branches that depend on each other.
+        mixtures of channels, weights used twice, sums and products of branches that depend on each other.
 
     Warns
     -----
     UserWarning
-        When the relative error of an activation's quadrature exceeds 1e-6 (kinks elsewhere than at 0: ReLU6, hardtanh).
+        When the relative error of an activation exceeds 1e-6: kinks elsewhere than at 0 between pieces that are no
+        polynomials. (Those between polynomials, as of ReLU6, hardtanh or hardswish, are exact.)
 
     Notes
     -----
@@ -84,6 +89,7 @@ class InfiniteKernel(Kernel):
     S -> E[s(u) s(v)], T -> T E[s'(u) s'(v)] for (u, v) of covariance S; dense layers and convolutions
     T -> w^2 T + w^2 S + b^2, S -> w^2 S + b^2, averaged over the kernel's window. Kernels of images need all pairs of
     positions: they are computed one offset at a time (see `planes`), in memory that does not grow with the image.
+    Products of branches K1 K2, T1 K2 + K1 T2; concatenations of channels: the mean of their kernels by their shares.
     The slope of a PReLU is a constant and not trained: one number for all channels has no deterministic limit.
 
     Examples
@@ -122,8 +128,8 @@ class InfiniteKernel(Kernel):
 
     @property
     def error(self) -> float:
-        """Largest relative error of an activation computed by quadrature so far."""
-        return max((a.error for graph in self._graphs.values() for _, a in _tables(graph)), default=0.0)
+        """Largest relative error of an activation so far."""
+        return max((a.error for graph in self._graphs.values() for _, a in _inexact(graph)), default=0.0)
 
     def describe(self, x: Batch) -> str:
         """List the layers as read, one per line: what each is, and how its variances are known.
@@ -307,14 +313,14 @@ def _side(graph: Graph, data: dict[int, Tensor], samples: slice) -> Side:
     return prepare(graph, part, _plane_elements(next(iter(part.values()))))
 
 
-def _tables(graph: Graph) -> list[tuple[Pointwise, Tabulated]]:
-    """The activations computed by quadrature, with their layers."""
+def _inexact(graph: Graph) -> list[tuple[Pointwise, Tabulated | Piecewise]]:
+    """The activations with an error, with their layers."""
     pairs = [(k, a) for k in graph.layers if isinstance(k, Pointwise) for a in (k.activation, k.weighted)]
-    return [(k, a) for k, a in pairs if isinstance(a, Tabulated)]
+    return [(k, a) for k, a in pairs if isinstance(a, (Tabulated, Piecewise))]
 
 
 def _versions(graph: Graph) -> list[int]:
-    return [a.version for _, a in _tables(graph)]
+    return [a.version for _, a in _inexact(graph) if isinstance(a, Tabulated)]
 
 
 def _covered(graph: Graph, data1: dict[int, Tensor], data2: dict[int, Tensor]) -> list[int]:
@@ -331,11 +337,11 @@ def _covered(graph: Graph, data1: dict[int, Tensor], data2: dict[int, Tensor]) -
 
 
 def _warn(graph: Graph) -> None:
-    for layer, a in _tables(graph):
+    for layer, a in _inexact(graph):
         if a.error > _INEXACT:
             warnings.warn(
-                f"{layer.name}: its kernel is computed by quadrature with a relative error of {a.error:.0e}. Its "
-                "slope jumps elsewhere than at 0, or the sizes of its inputs are very different.",
+                f"{layer.name}: its kernel is computed with a relative error of {a.error:.0e}. Its slope jumps "
+                "elsewhere than at 0, or the sizes of its inputs are very different.",
                 stacklevel=4,
             )
 
@@ -396,5 +402,6 @@ def _line(layer: Layer) -> str:
         )
     if isinstance(layer, Pointwise):
         return f"{layer.name}: {layer.activation.name}"
-    kind = {"GlobalPool": "global pool"}.get(type(layer).__name__, type(layer).__name__.lower())
+    kinds = {"GlobalPool": "global pool", "PositionMap": "sums over positions", "Concat": "branches side by side"}
+    kind = kinds.get(type(layer).__name__, type(layer).__name__.lower())
     return f"{layer.name}: {kind}, {positions}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ntkit.kernels.infinite.activations import Activation
 
 Size = tuple[int, int]
@@ -23,6 +25,7 @@ class Input(Layer):
 
     index: int
     channels: int
+    first: int = 0  # of the call's channels, where it is some of them only
 
 
 @dataclass
@@ -84,6 +87,36 @@ class GlobalPool(Layer):
 
 
 @dataclass
+class PositionMap(Layer):
+    """Sums over positions, the same for all channels: slices, flips, padding of any mode, resizing, uneven pools.
+
+    maps : matrices [positions, positions of the source] along height and width: out = rows @ in @ columns^T.
+    exchanged : height and width of the result are exchanged.
+    by_offset : for an axis and an offset of the result, the offsets of the source with their matrices, once computed.
+    """
+
+    source: Layer
+    maps: tuple[Tensor, Tensor]
+    exchanged: bool = False
+    by_offset: dict[tuple[int, int], list[tuple[int, Tensor]]] = field(default_factory=dict)
+
+
+@dataclass
+class Concat(Layer):
+    """Channels of several branches side by side, each with its share of the channels."""
+
+    parts: list[tuple[float, Layer]]
+
+
+@dataclass
+class Product(Layer):
+    """The product of two branches that do not depend on each other."""
+
+    one: Layer
+    two: Layer
+
+
+@dataclass
 class Flatten(Layer):
     """All positions as features: the next layer has separate weights for each."""
 
@@ -120,4 +153,8 @@ def sources(layer: Layer) -> list[Layer]:
     """The layers it depends on directly."""
     if isinstance(layer, Input):
         return []
-    return [t for _, t in layer.terms] if isinstance(layer, Sum) else [layer.source]  # pyrefly: ignore
+    if isinstance(layer, Product):
+        return [layer.one, layer.two]
+    if isinstance(layer, (Sum, Concat)):
+        return [t for _, t in (layer.terms if isinstance(layer, Sum) else layer.parts)]
+    return [layer.source]  # pyrefly: ignore

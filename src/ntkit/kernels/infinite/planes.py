@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
 from typing import Any
 
@@ -25,6 +25,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.workers import spread
 from ntkit.kernels.infinite.layers import (
     Affine,
+    Concat,
     Flatten,
     GlobalPool,
     Graph,
@@ -33,41 +34,14 @@ from ntkit.kernels.infinite.layers import (
     Norm,
     Pointwise,
     Pool,
+    PositionMap,
+    Product,
     Size,
     Sum,
     sources,
 )
-from ntkit.kernels.infinite.positions import Offset, chunks, extent, overlap, sum_of_slices, window
-
-State = tuple[Tensor, ...]
-
-
-@dataclass
-class Side:
-    """Samples of one side.
-
-    data : values of the input layers, [H, W, n, C] each, by index on the tape.
-    states : what activations and norms need of this side, [..., H, W, n].
-    diagonal : of activations, E[s(u)^2] and E[s'(u)^2].
-    """
-
-    data: dict[int, Tensor]
-    states: dict[int, State] = field(default_factory=dict)
-    diagonal: dict[int, State] = field(default_factory=dict)
-
-    def subset(self, samples: slice) -> Side:
-        """Some of the samples."""
-        data = {k: t[:, :, samples] for k, t in self.data.items()}
-        states, diagonal = (
-            {k: tuple(t[..., samples] for t in s) for k, s in by_layer.items()}
-            for by_layer in (self.states, self.diagonal)
-        )
-        return Side(data, states, diagonal)
-
-    @property
-    def count(self) -> int:
-        """Number of samples."""
-        return next(iter(self.data.values())).shape[2]
+from ntkit.kernels.infinite.positions import Offset, chunks, extent, mapped_from, overlap, sum_of_slices, window
+from ntkit.kernels.infinite.sample_sides import Side, State
 
 
 @dataclass
@@ -95,7 +69,7 @@ class Planes:
     def __post_init__(self) -> None:
         self.uses = Counter(id(source) for layer in self.graph.layers for source in sources(layer))
         for layer in self.graph.layers:
-            if isinstance(layer, Pool):
+            if isinstance(layer, (Pool, PositionMap)):
                 self.uses[id(layer.source)] = 2  # neighboring offsets use some of the same planes
         self.cache: dict[tuple[int, Offset], Tensor] = {}
 
@@ -132,6 +106,7 @@ class Planes:
                 low = needed[id(user)]
                 low = low * user.stride[0] if isinstance(user, (Affine, Pool)) else low
                 low = low - user.kernel_size[0] + 1 if isinstance(user, Pool) else low
+                low = -user.source.size[0] if isinstance(user, PositionMap) else low  # it may use any offset
                 for source in sources(user):
                     needed[id(source)] = min(low, needed.get(id(source), low))
         for key in [k for k in self.cache if k[1][0] < needed.get(k[0], height)]:
@@ -152,6 +127,9 @@ class Planes:
 def _input(planes: Planes, layer: Input, offset: Offset) -> Tensor:
     first, second = window(offset, layer.size)
     a, b = planes.one.data[layer.index][first], planes.two.data[layer.index][second]
+    if layer.channels < a.shape[-1]:  # some of the channels; the data are divided by the root of the number of all
+        share = math.sqrt(a.shape[-1] / layer.channels)
+        a, b = (t[..., layer.first : layer.first + layer.channels] * share for t in (a, b))
     K = torch.einsum("hwpc,hwpc->hwp", a, b)[..., None] if planes.paired else a @ b.transpose(2, 3)
     return K[None]
 
@@ -261,6 +239,40 @@ def _sum(planes: Planes, layer: Sum, offset: Offset) -> Tensor:
     return total
 
 
+def _concat(planes: Planes, layer: Concat, offset: Offset) -> Tensor:
+    # the mean over channels: the next layer has weights of its own for each
+    terms = [(math.sqrt(share), part) for share, part in layer.parts]
+    return _sum(planes, Sum(layer.size, layer.name, terms), offset)
+
+
+def _product(planes: Planes, layer: Product, offset: Offset) -> Tensor:
+    one, two = planes(layer.one, offset), planes(layer.two, offset)
+    K = one[0] * two[0]
+    if not planes.tangent:
+        return K[None]
+    T = torch.zeros_like(K)
+    for a, b in ((one, two), (two, one)):
+        if len(a) > 1:
+            T.addcmul_(a[1], b[0])
+    return torch.stack([K, T])
+
+
+def _position_map(planes: Planes, layer: PositionMap, offset: Offset) -> Tensor:
+    height, width = offset[::-1] if layer.exchanged else offset
+    total: Tensor | None = None
+    for dh, rows in mapped_from(layer, 0, height):
+        for dw, columns in mapped_from(layer, 1, width):
+            x = planes(layer.source, (dh, dw))
+            x = torch.einsum("oh,thwpq->towpq", rows.to(x), x)
+            x = torch.einsum("ow,thwpq->thopq", columns.to(x), x)
+            total = x if total is None else total.add_(x)
+    if total is None:  # nothing but padding
+        size = extent((height, width), layer.size[::-1] if layer.exchanged else layer.size)
+        pairs = (planes.one.count, 1 if planes.paired else planes.two.count)
+        total = next(iter(planes.one.data.values())).new_zeros(1 + planes.tangent, *size, *pairs)
+    return total.transpose(1, 2).contiguous() if layer.exchanged else total
+
+
 def _norm(planes: Planes, layer: Norm, offset: Offset) -> Tensor:
     out = planes(layer.source, offset)
     one, two = planes.states_at((0, 0), (1, 1), planes.one.states[id(layer)], planes.two.states[id(layer)])
@@ -307,8 +319,9 @@ def _global_pool(planes: Planes, layer: GlobalPool, offset: Offset) -> Tensor:
     height, width = layer.source.size
     p, q = planes.one.count, 1 if planes.paired else planes.two.count
     # elements, per pair of samples, of the planes that are kept for the next offsets
-    cached = sum(math.prod(k.source.size) for k in planes.graph.layers if isinstance(k, Pool))
-    parts = chunks(p, max(1, _CACHED // (6 * width * cached * q)) if cached else p)
+    of_kind = [(type(k), math.prod(k.source.size)) for k in planes.graph.layers if isinstance(k, (Pool, PositionMap))]
+    cached = sum(n * (6 * width if kind is Pool else 4 * n) for kind, n in of_kind)  # of a map, all offsets
+    parts = chunks(p, max(1, _CACHED // (cached * q)) if cached else p)
     # of one set with itself, K_-d(i, j) = K_d(j, i): half of the offsets, and the transpose
     half = planes.symmetric and len(parts) == 1
     heights = range(0 if half else 1 - height, height)
@@ -356,7 +369,7 @@ def _row_of_offsets(planes: Planes, layer: GlobalPool, half: bool, cached: bool,
 def splits(graph: Graph) -> bool:
     """Whether a tile's pairs of positions are spread among workers: where no plane is kept for the next offsets."""
     kinds = {type(layer) for layer in graph.layers}
-    return GlobalPool in kinds and Pool not in kinds
+    return GlobalPool in kinds and not kinds & {Pool, PositionMap}
 
 
 _CACHED = 1 << 23  # elements of the planes that are kept for the next offsets
@@ -370,6 +383,9 @@ _RULES: dict[type[Layer], Callable[[Planes, Any, Offset], Tensor]] = {
     Flatten: _flatten,
     Pool: _pool,
     GlobalPool: _global_pool,
+    PositionMap: _position_map,
+    Concat: _concat,
+    Product: _product,
 }
 
 

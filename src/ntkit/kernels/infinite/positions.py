@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ntkit.kernels.infinite.layers import Size
+from ntkit.kernels.infinite.layers import PositionMap, Size
 
 Offset = tuple[int, int]
 
@@ -25,6 +25,27 @@ def extent(offset: Offset, size: Size) -> Size:
 def chunks(count: int, size: int) -> list[slice]:
     """Consecutive ranges of at most `size`."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def mapped_from(layer: PositionMap, axis: int, offset: int) -> list[tuple[int, Tensor]]:
+    """Along an axis: offsets of the source that a linear map takes to an offset of its result, each with its matrix.
+
+    The covariance of results o and o + offset is the sum over sources i and j of matrix[o, i] matrix[o + offset, j]
+    times theirs; i and j = i + d have offset d. The matrix of d is [o, i], of those whose partner is on the grid.
+    """
+    if (axis, offset) in layer.by_offset:
+        return layer.by_offset[axis, offset]
+    matrix = layer.maps[axis]
+    n, m = matrix.shape
+    one, two = matrix[max(0, -offset) : n - max(0, offset)], matrix[max(0, offset) : n - max(0, -offset)]
+    found = []
+    for d in range(1 - m, m):
+        first, second = max(0, -d), max(0, d)
+        weights = one[:, first : m - second] * two[:, second : m - first]
+        if weights.any():
+            found.append((d, weights))
+    layer.by_offset[axis, offset] = found
+    return found
 
 
 def overlap(start: int, count: int, inner_start: int, inner_count: int, stride: int, shift: int) -> tuple[slice, slice]:

@@ -98,7 +98,8 @@ class Tabulated(Activation):
 
     `error` is the largest difference, relative to the root of the two diagonal values, between the interpolated table
     and finer quadrature at random variances and angles, in the range of variances so far. Kinks at 0 (ELU, SELU) are
-    as exact as smooth functions. For kinks elsewhere (hardtanh, ReLU6) the error tells how exact the table is.
+    as exact as smooth functions. For kinks elsewhere, between pieces that are no polynomials (see `piecewise`), the
+    error tells how exact the table is.
     """
 
     def __init__(self, function: Function, name: str) -> None:

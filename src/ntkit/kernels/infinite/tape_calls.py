@@ -14,6 +14,8 @@ from ntkit.kernels.infinite.tape import Op, Ref
 
 T = torch.Tensor
 AFFINE = {F.linear, F.conv1d, F.conv2d, torch.conv1d, torch.conv2d}
+TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, torch.conv_transpose1d, torch.conv_transpose2d}
+CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
 NORMS = {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm}
 DIFFERENCES = {torch.sub, torch.subtract, T.sub, T.sub_, T.__sub__, T.__isub__, T.subtract}
 SUMS = {torch.add, T.add, T.add_, T.__add__, T.__iadd__, T.__radd__, T.__rsub__} | DIFFERENCES
@@ -29,7 +31,8 @@ ADAPTIVE_POOLS = {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_a
 REDUCTIONS = {torch.mean, T.mean, torch.sum, T.sum}
 
 SUPPORTED = (
-    "Supported are dense and convolution layers, sums, average pools, norms over channels, and elementwise functions."
+    "Supported are dense and convolution layers, sums, products and concatenations of branches, linear maps of "
+    "positions (slices, padding, resizing, average pools), norms over channels, and elementwise functions."
 )
 POOLING = "Use average pooling: the maximum over positions of a Gaussian field has no kernel in closed form."
 ADVICE = {

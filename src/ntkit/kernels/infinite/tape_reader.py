@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ntkit.base.checks import Refused, refusal
 from ntkit.kernels.infinite.activations import Activation, Function, Rectifier, closed_form, times_slope
-from ntkit.kernels.infinite.layers import Flatten, GlobalPool, Graph, Input, Layer, Norm, Pointwise, Pool, Sum, sources
+from ntkit.kernels.infinite.layers import (
+    Affine,
+    Concat,
+    Flatten,
+    GlobalPool,
+    Graph,
+    Input,
+    Layer,
+    Norm,
+    Pointwise,
+    Pool,
+    PositionMap,
+    Product,
+    Sum,
+    sources,
+)
+from ntkit.kernels.infinite.piecewise import piecewise
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.tape import Op, Ref, Tape
 from ntkit.kernels.infinite.tape_calls import grid
@@ -58,7 +74,7 @@ class Reader:
         self.values: dict[int, Any] = {0: None}
         self.graph = Graph()
         self._uses: dict[int, str] = {}  # by parameter, the layer that uses it
-        self._inputs: dict[int, Input] = {}
+        self._inputs: dict[tuple[int, int, int | None], Input] = {}  # by index, first channel and number of channels
         # by layer: the weights in which it is linear, and all weights on which it depends
         self._weights: dict[int, tuple[set[int], set[int]]] = {}
         self._after_trained_norm: set[int] = set()  # norms with a trained weight, and linear maps of their outputs
@@ -99,13 +115,17 @@ class Reader:
             return self.add(Sum(source.size, value.name, [(activation.slope, source)]), [source])
         # Each position has its own variance. Flattening after the activation gives the same values.
         grid_source = source.source if isinstance(source, Flatten) else source
+        if isinstance(grid_source, Concat):  # channels of several kinds, each with its own kernel
+            parts = [(share, self._activation(replace(value, source=p), function)) for share, p in grid_source.parts]
+            layer = self.add(Concat(grid_source.size, value.name, parts), [part for _, part in parts])
+            return layer if grid_source is source else self.add(Flatten((1, 1), value.name, layer), [layer])
         if id(grid_source) not in self.gaussian:
             got = "values that are not Gaussian (after an activation, or a sum with one or with flattened positions)"
             expected = "the outputs of weight layers, their sums, pools and norms"
             fix = "Put a weight layer before the activation, or the activation before nn.Flatten."
             raise refusal(value.name, got=got, expected=expected, fix=fix)
         weighted = self._weighted(value.name, function, grid_source)
-        activation = activation or Tabulated(function, value.name)
+        activation = activation or piecewise(function) or Tabulated(function, value.name)
         layer = self.add(Pointwise(grid_source.size, value.name, grid_source, activation, weighted), [grid_source])
         return layer if grid_source is source else self.add(Flatten((1, 1), value.name, layer), [layer])
 
@@ -118,10 +138,13 @@ class Reader:
             fix = "Create the norm without affine weights, or freeze its weight."
             raise refusal(name, got=got, expected="the activation directly after such a norm", fix=fix)
         function = times_slope(function)
-        return closed_form(function) or Tabulated(function, name)
+        return closed_form(function) or piecewise(function) or Tabulated(function, name)
 
-    def add(self, layer: Layer, of: list[Layer], own: int | None = None) -> Layer:
-        """Append a layer, with the weights in which it is linear (`own`, or those of its sources) and all it uses."""
+    def add(self, layer: Layer, of: list[Layer], own: int | None = None, gaussian: bool = True) -> Layer:
+        """Append a layer, with the weights in which it is linear (`own`, or those of its sources) and all it uses.
+
+        gaussian : whether a weight layer's channels are independent draws of one Gaussian field.
+        """
         linear_in, uses = set(), set()
         for source in of:
             uses |= self._weights[id(source)][1]
@@ -131,9 +154,14 @@ class Reader:
             linear_in, uses = {own}, uses | {own}
         elif isinstance(layer, Pointwise):
             linear_in = set()
+        elif isinstance(layer, Product):  # in the weights of one factor that the other does not use
+            (linear1, uses1), (linear2, uses2) = (self._weights[id(source)] for source in of)
+            linear_in = linear1 if linear1 and not linear1 & uses2 else linear2 - uses1
         self._weights[id(layer)] = (linear_in, uses)
-        linear = isinstance(layer, (Sum, Pool, GlobalPool, Norm)) and all(id(s) in self.gaussian for s in of)
-        if own is not None or linear:
+        linear = isinstance(layer, (Sum, Pool, GlobalPool, PositionMap, Norm)) and all(
+            id(s) in self.gaussian for s in of
+        )
+        if (own is not None and gaussian) or linear:
             self.gaussian.add(id(layer))
         if (linear and any(id(s) in self._after_trained_norm for s in of)) or (
             isinstance(layer, Norm) and layer.weight_ntk
@@ -142,9 +170,10 @@ class Reader:
         self.graph.layers.append(layer)
         return layer
 
-    def input(self, index: int, op: Op) -> Input:
-        """The input, or a function of it, where a weight layer uses it."""
-        if index not in self._inputs:
+    def input(self, index: int, op: Op, channels: int | None = None, first: int = 0) -> Input:
+        """The input, or a function of it, or some of its channels, where a weight layer uses it."""
+        key = index, first, channels
+        if key not in self._inputs:
             out = self.tape.ops[index].out
             if not out.is_floating_point():
                 raise self.refusal(op, f"{out.dtype} input", "Encode it in real numbers outside the model.")
@@ -152,10 +181,12 @@ class Reader:
             if size is None or out.dim() < 2 or out.shape[0] != 3:
                 got = f"a value of shape {tuple(out.shape)}"
                 raise self.refusal(op, got, "Pass [n, d], [n, C, L] or [n, C, H, W].")
-            layer = Input(size, self.where(self.tape.ops[index]) if index else "", index, out.shape[1])
-            self._inputs[index] = layer
+            layer = Input(
+                size, self.where(self.tape.ops[index]) if index else "", index, channels or out.shape[1], first
+            )
+            self._inputs[key] = layer
             self.add(layer, [])
-        return self._inputs[index]
+        return self._inputs[key]
 
     def use(self, op: Op, *weights: Weight | None) -> None:
         """Note that a layer uses weights, and refuse a second use."""
@@ -173,6 +204,15 @@ class Reader:
             got = f"a value of shape {tuple(op.out.shape)}, whose first axis it takes for channels"
             raise self.refusal(op, got, f"Pass [n, channels] followed by {axes} axes of positions.")
 
+    def check_independent(self, op: Op, one: Layer, two: Layer) -> None:
+        """One of two factors must be Gaussian given the other, with a covariance that is the same for all channels."""
+        for a, b in ((one, two), (two, one)):
+            linear, uses = self._weights[id(a)][0], self._weights[id(b)][1]
+            if id(a.source if isinstance(a, Flatten) else a) in self.gaussian and linear and not linear & uses:
+                return
+        got = "a product of branches that depend on each other, or of none that is directly behind a weight layer"
+        raise self.refusal(op, got, "End one branch with a weight layer of its own that mixes channels.")
+
     def check_uncorrelated(self, op: Op, one: Layer, two: Layer) -> None:
         """One of the two must be linear in weights that the other does not use: then their product has mean 0."""
         (linear1, uses1), (linear2, uses2) = (self._weights[id(v)] for v in (one, two))
@@ -187,8 +227,8 @@ class Reader:
         return Curve(value.source, value.function, self.where(op), factor * value.factor, root=value.root or value)
 
 
-def has_flattened_positions(layer: Layer) -> bool:
-    """Whether its channels are those of several positions, each with a kernel of its own."""
-    if isinstance(layer, Flatten):
-        return layer.source.size != (1, 1) or has_flattened_positions(layer.source)
-    return isinstance(layer, (Sum, Norm, Pointwise)) and any(map(has_flattened_positions, sources(layer)))
+def has_several_kernels(layer: Layer) -> bool:
+    """Whether its channels are those of several positions or branches, each with a kernel of its own."""
+    if isinstance(layer, Concat) or (isinstance(layer, Flatten) and layer.source.size != (1, 1)):
+        return True
+    return not isinstance(layer, Affine) and any(map(has_several_kernels, sources(layer)))

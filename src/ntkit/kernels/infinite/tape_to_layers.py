@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ntkit.base.checks import refusal
 from ntkit.kernels.infinite import tape_calls as calls
-from ntkit.kernels.infinite.layers import Flatten, GlobalPool, Graph, Input, Layer, Pool, Size, Sum
+from ntkit.kernels.infinite.layers import Concat, Flatten, GlobalPool, Graph, Input, Layer, Pool, Product, Size, Sum
+from ntkit.kernels.infinite.position_layers import dim_of, position_function, position_map, positions_side_by_side
 from ntkit.kernels.infinite.tape import Op, record
 from ntkit.kernels.infinite.tape_calls import arguments, factor_of, grid, is_elementwise, pair
-from ntkit.kernels.infinite.tape_reader import Curve, DerivedWeight, Reader, Weight, has_flattened_positions
+from ntkit.kernels.infinite.tape_reader import Curve, DerivedWeight, Reader, Weight, has_several_kernels
 from ntkit.kernels.infinite.weight_layers import affine, norm
 
 
@@ -43,7 +44,7 @@ def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) 
         else:
             reader.values[index] = _value(reader, op)
     graph, output = reader.graph, _output(reader)
-    graph.output = graph.layers.index(output)
+    graph.output = next(i for i, layer in enumerate(graph.layers) if layer is output)
     graph.last_index = max((layer.index for layer in graph.layers if isinstance(layer, Input)), default=0)
     return graph
 
@@ -56,8 +57,11 @@ def _output(reader: Reader) -> Layer:
         got = "a value without random weights"
         raise refusal(subject, got=got, expected="a network", fix="Check its forward.")
     layer = reader.layer(value)
-    if has_flattened_positions(layer):
-        got, expected = "flattened positions, whose kernels differ", f"{expected} that all have the same kernel"
+    if has_several_kernels(layer):
+        got, expected = (
+            "flattened positions or several branches, whose kernels differ",
+            f"{expected} that all have the same kernel",
+        )
         raise refusal(subject, got=got, expected=expected, fix="End with a linear layer.")
     if layer.size != (1, 1) or op.out.dim() > 2:
         got, fix = f"shape {tuple(op.out.shape[1:])} per sample", "End with a pool or nn.Flatten, and a linear layer."
@@ -78,7 +82,7 @@ def _value(reader: Reader, op: Op) -> Any:
         got = f"{op.name} where no gradients flow (torch.no_grad, .data, or inside an autograd.Function)"
         fix = "Freeze layers with requires_grad_(False). Write activations as PyTorch functions."
         raise reader.refusal(op, got, fix)
-    if op.func in calls.AFFINE and op.refs:
+    if op.func in calls.AFFINE | calls.TRANSPOSED and op.refs:
         return affine(reader, op)
     if op.func in calls.NORMS:
         return norm(reader, op)
@@ -93,6 +97,10 @@ def _value(reader: Reader, op: Op) -> Any:
         raise reader.refusal(op, f"{op.name} of a parameter", fix)
     if op.func in calls.SUMS:
         return _sum(reader, op)
+    if op.func in calls.CONCATENATIONS and not op.in_place:
+        return _concatenation(reader, op)
+    if op.func in calls.PRODUCTS - calls.DIVISIONS and len(inner) == 2 and _bases_differ(inner):
+        return _product(reader, op)
     if len(inner) == len(inputs) == 1:
         if op.func in calls.PRODUCTS | calls.NEGATIONS and (factor := factor_of(op)) is not None:
             return reader.scaled(op, inner[0], factor)
@@ -141,6 +149,38 @@ def _sum(reader: Reader, op: Op) -> Any:
     return reader.add(Sum(terms[0][1].size, reader.where(op), terms), [t for _, t in terms])
 
 
+def _bases_differ(values: list[Any]) -> bool:
+    one, two = (v.source if isinstance(v, Curve) else v for v in values)
+    return one is not two
+
+
+def _product(reader: Reader, op: Op) -> Layer:
+    one, two = (reader.layer(reader.value(r)) for r in op.refs)
+    shapes = {tuple(reader.tape.ops[r.index].out.shape) for r in op.refs}
+    if len(shapes) > 1:
+        raise reader.refusal(op, f"shapes {sorted(shapes)}", "Multiply values of one shape.")
+    if has_several_kernels(one) and has_several_kernels(two):  # the mean of products is not that of the means
+        got = "a product of values of several branches or flattened positions"
+        raise reader.refusal(op, got, "Multiply before the concatenation, or before nn.Flatten.")
+    reader.check_independent(op, one, two)
+    return reader.add(Product(one.size, reader.where(op), one, two), [one, two])
+
+
+def _concatenation(reader: Reader, op: Op) -> Layer:
+    values, axis = [reader.value(r) for r in op.refs], dim_of(op)
+    if any(v is None for v in values):
+        fix = "Put a weight layer on the input: its width can grow."
+        raise reader.refusal(op, "the input itself beside a wide layer", fix)
+    if axis == 0 or len(op.refs) != len(tree_leaves(op.args[0] if op.args else op.kwargs["tensors"])):
+        raise reader.refusal(op, f"{op.name} along the samples, or with constants", "Join channels or positions.")
+    if axis > 1:
+        return positions_side_by_side(reader, op, axis - 2)
+    parts = [reader.layer(v) for v in values]
+    widths = [reader.tape.ops[r.index].out.shape[1] for r in op.refs]
+    shares = [(width / sum(widths), part) for width, part in zip(widths, parts, strict=True)]
+    return reader.add(Concat(parts[0].size, reader.where(op), shares), parts)
+
+
 # ---------------------------------------------------------------------- positions
 
 
@@ -164,10 +204,16 @@ def _pool(reader: Reader, op: Op) -> Layer:
         for n, s, k, m, p in zip(size, stride, kernel_size, source.size, padding, strict=True)
     )
     if beyond or (any(padding) and not args.get("count_include_pad", True)):
-        got = "windows of several sizes (ceil_mode, or padding not counted)"
-        raise reader.refusal(op, got, "Give all windows the same size.")
+        return _mapped(reader, op)
     divisor = float(args.get("divisor_override") or math.prod(kernel_size))
     return reader.add(Pool(size, reader.where(op), source, kernel_size, stride, padding, divisor), [source])
+
+
+def _mapped(reader: Reader, op: Op) -> Layer:
+    layer = position_map(reader, op)
+    if layer is None:
+        raise reader.refusal(op, f"{op.name}, which mixes channels or positions", calls.SUPPORTED)
+    return layer
 
 
 def _adaptive_pool(reader: Reader, op: Op) -> Layer:
@@ -176,8 +222,7 @@ def _adaptive_pool(reader: Reader, op: Op) -> Layer:
     if size == (1, 1):
         return reader.add(GlobalPool(size, where, source), [source])
     if any(m % n for m, n in zip(source.size, size, strict=True)):
-        got = f"{source.size} positions to {size}"
-        raise reader.refusal(op, got, "Choose an output size that divides the number of positions.")
+        return _mapped(reader, op)
     window = (source.size[0] // size[0], source.size[1] // size[1])
     return reader.add(Pool(size, where, source, window, window, (0, 0), float(math.prod(window))), [source])
 
@@ -187,6 +232,8 @@ def _mean_or_sum(reader: Reader, op: Op) -> Layer:
     rank = reader.tape.ops[op.refs[0].index].out.dim()
     axes = {d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank))}
     source, where = reader.layer(reader.value(op.refs[0])), reader.where(op)
+    if axes and axes < set(range(2, rank)):
+        return _mapped(reader, op)
     if axes != set(range(2, rank)) or not axes:
         raise reader.refusal(op, f"{op.name} over axes {sorted(axes)}", "Average over all positions, or none.")
     layer = reader.add(GlobalPool((1, 1), where, source), [source])
@@ -211,12 +258,14 @@ def _view(reader: Reader, op: Op) -> Layer | Curve:
 # ---------------------------------------------------------------------- activations
 
 
-def _curve(reader: Reader, op: Op, inner: list[Any]) -> Curve:
-    """Any elementwise function of one value of the network."""
+def _curve(reader: Reader, op: Op, inner: list[Any]) -> Curve | Layer:
+    """Any elementwise function of one value of the network, or a map of its positions."""
     bases = {id(base): base for base in (v.source if isinstance(v, Curve) else v for v in inner)}
     if len(bases) != 1 or any(reader.values[r.index] is None for r in op.refs):
         what = "a product or mixture of two branches" if len(inner) > 1 else "a mixture of the input and a layer"
         raise reader.refusal(op, f"{op.name}, {what}", "Branches can be added, each after a weight layer.")
+    if len(inner) == len(op.refs) == 1 and not op.in_place and (layer := _moved(reader, op)) is not None:
+        return layer
     constants = [t for t in tree_leaves((op.args, op.kwargs)) if isinstance(t, Tensor)]
     slopes = [w for r in op.refs if isinstance(w := reader.values[r.index], Weight)]
     if any(t.numel() > 1 for t in constants) or any(w.parameter.unique().numel() > 1 for w in slopes):
@@ -245,6 +294,16 @@ def _curve(reader: Reader, op: Op, inner: list[Any]) -> Curve:
         return function(z.reshape(-1, *[1] * (len(shape) - 1))).reshape(z.shape)
 
     return Curve(next(iter(bases.values())), any_shape, reader.where(op))
+
+
+def _moved(reader: Reader, op: Op) -> Layer | None:
+    """A map of positions, if the call has no name of its own for an elementwise function."""
+    before = reader.tape.ops[op.refs[0].index].out
+    if before.dim() < 3 or not op.out.is_floating_point():
+        return None
+    if before.shape == op.out.shape and is_elementwise(position_function(op), before.shape):
+        return None
+    return position_map(reader, op)
 
 
 _RULES: list[tuple[set[Any], Callable[[Reader, Op], Any]]] = [

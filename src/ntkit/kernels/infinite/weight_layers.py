@@ -8,16 +8,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ntkit.kernels.infinite.layers import Affine, Flatten, Layer, Norm
+from ntkit.kernels.infinite.layers import Affine, Concat, Flatten, Layer, Norm
+from ntkit.kernels.infinite.position_layers import spread_out
 from ntkit.kernels.infinite.tape import Op, Ref
-from ntkit.kernels.infinite.tape_calls import arguments, grid, pair
+from ntkit.kernels.infinite.tape_calls import TRANSPOSED, arguments, grid, pair
 from ntkit.kernels.infinite.tape_reader import DerivedWeight, Reader, Weight
 from ntkit.networks.initialization import NORMAL, initial_std
 
 
 def affine(reader: Reader, op: Op) -> Layer:
     """A dense layer or a convolution."""
-    args = arguments(op, "input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
+    if transposed := op.func in TRANSPOSED:
+        names[5:] = "output_padding", "groups", "dilation"
+    args = arguments(op, *names)
     x, weight, bias = (reader.value(args.get(name)) for name in ("input", "weight", "bias"))
     for name, part in (("weight", weight), ("bias", bias)):
         if not isinstance(part, Weight) and (part is not None or name == "weight"):
@@ -25,16 +29,22 @@ def affine(reader: Reader, op: Op) -> Layer:
             raise reader.refusal(op, f"a {name} {kind}", "Use the layer's own parameter, drawn at random.")
     if not isinstance(args["input"], Ref) or isinstance(x, (Weight, DerivedWeight)):
         raise reader.refusal(op, "no input", "Check the forward.")
-    source = reader.input(args["input"].index, op) if x is None else reader.layer(x)
+    groups, index, own = int(args.get("groups", 1)), args["input"].index, weight.parameter.shape[1]
+    if x is not None:
+        inputs = [reader.layer(x)]
+    elif groups == 1:
+        inputs: list[Layer] = [reader.input(index, op)]
+    else:
+        inputs = [reader.input(index, op, own, own * group) for group in range(groups)]
+    source = inputs[0]
     shape = weight.parameter.shape
     dims = len(shape) - 2
     reader.use(op, weight, bias)
     if dims:
         reader.check_batched(op, dims)
-    groups = int(args.get("groups", 1))
-    if groups > 1 and (x is None or shape[1] == 1):
-        got = f"groups={groups} " + ("on the input" if x is None else "of one channel each")
-        raise reader.refusal(op, got, "The number of channels in a group must be able to grow. Use groups=1.")
+    if groups > 1 and transposed and (x is None or shape[0] == groups):
+        got = f"groups={groups} in a transposed convolution " + ("of the input" if x is None else "of single channels")
+        raise reader.refusal(op, got, "This is not built. Use groups=1.")
     kernel_size = grid(shape[2:]) or (1, 1)
     stride, dilation = (pair(args.get(k, 1), dims) for k in ("stride", "dilation"))
     padding = args.get("padding", 0)
@@ -46,13 +56,30 @@ def affine(reader: Reader, op: Op) -> Layer:
         got = f"an input of shape {tuple(op.out.shape[:-1])} + features"
         raise reader.refusal(op, got, "Flatten or pool positions before it.")
     size = grid(op.out.shape[2:]) or (1, 1)
-    variances = _variances(reader, op, weight, bias)
-    layer = Affine(size, reader.where(op), source, kernel_size, stride, padding, dilation, *variances)  # pyrefly: ignore
-    return reader.add(layer, [source], own=id(layer))
+    variances = _variances(reader, op, weight, bias, shape[0] * math.prod(shape[2:]) // groups if transposed else None)
+    if transposed:
+        source = spread_out(reader, op, source, stride, padding, dilation, kernel_size)  # pyrefly: ignore
+        stride, padding = (1, 1), (0, 0)
+
+    def layer_of(one: Layer) -> Layer:
+        layer = Affine(size, reader.where(op), one, kernel_size, stride, padding, dilation, *variances)  # pyrefly: ignore
+        # A channel that is a filter of one channel of a random field is no Gaussian; its mean over channels is known.
+        return reader.add(layer, [one], own=id(layer), gaussian=x is None or groups == 1 or shape[1] > 1)
+
+    if groups == 1 or x is not None:
+        return layer_of(source)
+    # each group of outputs sees channels of the input of its own: branches side by side
+    parts = [layer_of(one) for one in inputs]
+    return reader.add(Concat(size, reader.where(op), [(1 / groups, part) for part in parts]), parts)
 
 
-def _variances(reader: Reader, op: Op, weight: Weight, bias: Weight | None) -> tuple[float, float, float, float, str]:
-    """Variances that weight and bias contribute to the covariance and to the tangent kernel; how they are known."""
+def _variances(
+    reader: Reader, op: Op, weight: Weight, bias: Weight | None, own_fan_in: int | None
+) -> tuple[float, float, float, float, str]:
+    """Variances that weight and bias contribute to the covariance and to the tangent kernel; how they are known.
+
+    own_fan_in : inputs of one output where this is not what torch takes for it: of a transposed convolution.
+    """
     trained = float(weight.parameter.requires_grad)
     bias_trained = float(bias is not None and bias.parameter.requires_grad)
     if reader.stds is not None:
@@ -62,7 +89,8 @@ def _variances(reader: Reader, op: Op, weight: Weight, bias: Weight | None) -> t
     shape = weight.parameter.shape
     fan_in, fan_out = math.prod(shape[1:]), math.prod(shape) // shape[1]
     std, text = _std(reader, op, weight, fan_in, fan_out)
-    weight_var, weight_ntk = fan_in * std**2, fan_in * weight.factor**2 * trained
+    size = own_fan_in or fan_in
+    weight_var, weight_ntk = size * std**2, size * weight.factor**2 * trained
     if bias is None:
         return weight_var, 0.0, weight_ntk, 0.0, text
     std, bias_text = _std(reader, op, bias, fan_in, fan_out)
