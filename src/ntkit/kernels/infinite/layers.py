@@ -46,6 +46,7 @@ class Affine(Layer):
     weight_ntk: float
     bias_ntk: float
     initialization: str = ""  # how the variances are known
+    grouped: bool = False  # each group of outputs sees channels of its own
 
 
 @dataclass

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -92,7 +93,7 @@ class _Recorder(TorchFunctionMode):
                     self._append(_Item(func, i), arguments, o)
         elif (
             getattr(func, "__name__", "") not in _SHAPE_FUNCTIONS
-            and isinstance(out, (bool, int, float, complex, list))
+            and isinstance(out, (bool, int, float, complex, list, np.ndarray))
             and any(id(t) in self.indices and id(t) not in self.model_parameters for t in inputs)
         ):
             got = f"{getattr(func, '__name__', func)}, a Python number computed from the data"

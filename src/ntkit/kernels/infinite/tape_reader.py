@@ -231,4 +231,5 @@ def has_several_kernels(layer: Layer) -> bool:
     """Whether its channels are those of several positions or branches, each with a kernel of its own."""
     if isinstance(layer, Concat) or (isinstance(layer, Flatten) and layer.source.size != (1, 1)):
         return True
-    return not isinstance(layer, Affine) and any(map(has_several_kernels, sources(layer)))
+    mixed = isinstance(layer, Affine) and not layer.grouped
+    return not mixed and any(map(has_several_kernels, sources(layer)))

@@ -63,6 +63,9 @@ def _output(reader: Reader) -> Layer:
             f"{expected} that all have the same kernel",
         )
         raise refusal(subject, got=got, expected=expected, fix="End with a linear layer.")
+    if isinstance(layer.source if isinstance(layer, Flatten) else layer, Product):
+        got = "a product of branches, whose tangent kernel stays random at any width"
+        raise refusal(subject, got=got, expected=expected, fix="End with a linear layer.")
     if layer.size != (1, 1) or op.out.dim() > 2:
         got, fix = f"shape {tuple(op.out.shape[1:])} per sample", "End with a pool or nn.Flatten, and a linear layer."
         raise refusal(subject, got=got, expected=expected, fix=fix)
@@ -118,7 +121,8 @@ def _sum(reader: Reader, op: Op) -> Any:
     signs = [1.0, -alpha if op.func in calls.DIFFERENCES else alpha]
     if op.func is torch.Tensor.__rsub__:
         signs = [-1.0, 1.0]
-    values = [reader.value(a) for a in op.args[:2]]
+    given = arguments(op, "input", "other")
+    values = [reader.value(given[name]) for name in ("input", "other")]
     if any(isinstance(v, (int, float)) and v == 0 for v in values):  # the first term of Python's sum()
         value = next(v for v in values if not isinstance(v, (int, float)))
         sign = signs[values.index(value)]

@@ -12,7 +12,7 @@ from ntkit.kernels.infinite.layers import Affine, Concat, Flatten, Layer, Norm
 from ntkit.kernels.infinite.position_layers import spread_out
 from ntkit.kernels.infinite.tape import Op, Ref
 from ntkit.kernels.infinite.tape_calls import TRANSPOSED, arguments, grid, pair
-from ntkit.kernels.infinite.tape_reader import DerivedWeight, Reader, Weight
+from ntkit.kernels.infinite.tape_reader import DerivedWeight, Reader, Weight, has_several_kernels
 from ntkit.networks.initialization import NORMAL, initial_std
 
 
@@ -38,6 +38,10 @@ def affine(reader: Reader, op: Op) -> Layer:
         inputs = [reader.input(index, op, own, own * group) for group in range(groups)]
     source = inputs[0]
     shape = weight.parameter.shape
+    grouped = groups > 1 and x is not None
+    if grouped and (shape[0] // groups if transposed else own) > 1 and has_several_kernels(source):
+        got = f"groups={groups} of channels of several kinds (branches, positions or groups before it)"
+        raise reader.refusal(op, got, "Each group has a kernel of its own, which is not built. Use groups=1.")
     dims = len(shape) - 2
     reader.use(op, weight, bias)
     if dims:
@@ -62,7 +66,7 @@ def affine(reader: Reader, op: Op) -> Layer:
         stride, padding = (1, 1), (0, 0)
 
     def layer_of(one: Layer) -> Layer:
-        layer = Affine(size, reader.where(op), one, kernel_size, stride, padding, dilation, *variances)  # pyrefly: ignore
+        layer = Affine(size, reader.where(op), one, kernel_size, stride, padding, dilation, *variances, grouped)  # pyrefly: ignore
         # A channel that is a filter of one channel of a random field is no Gaussian; its mean over channels is known.
         return reader.add(layer, [one], own=id(layer), gaussian=x is None or groups == 1 or shape[1] > 1)
 
@@ -128,6 +132,9 @@ def norm(reader: Reader, op: Op) -> Layer:
     if not layer_norm and shape[0] // int(args["num_groups"]) == 1 and shape[0] > 1:
         fix = "The number of channels in a group must be able to grow. Use nn.GroupNorm(1, channels)."
         raise reader.refusal(op, "one channel in a group", fix)
+    if not layer_norm and int(args["num_groups"]) > 1 and isinstance(source, Flatten) and source.source.size != (1, 1):
+        fix = "Use nn.GroupNorm(1, ...) there, or normalize before flattening."
+        raise reader.refusal(op, "groups of flattened positions", fix)
     weight, weight_ntk = _norm_parameter(reader, op, "weight", args.get("weight"))
     _, bias_ntk = _norm_parameter(reader, op, "bias", args.get("bias"))
     if weight == 0:
