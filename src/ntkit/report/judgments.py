@@ -13,7 +13,7 @@ from ntkit.explanations.trust_limits import MISS, SMOOTH
 from ntkit.report.words import NOISE, Number
 
 LEVEL = 0.05
-"""McNemar's p value below which two errors on the same examples are different beyond noise."""
+"""p value below which a difference on the same examples is beyond noise."""
 LITTLE = 0.2
 """Share of the training targets explained, below which a network hardly fits its training set."""
 TURNED = 0.02
