@@ -42,7 +42,7 @@ def test_it_says_time_memory_and_disk(case, monkeypatch: pytest.MonkeyPatch) -> 
     assert line is not None
     assert f"{(20 * 60**2 + 16 * parameters) / 1e6:.1f} MB of memory beside the 2 GB that --memory allows" in line
     assert f"{disk / 1e6:.1f} MB on disk" in line
-    kernels = _seconds(line) - 0.5 * 20_000 * 13  # training, and twelve times as much for what is explained
+    kernels = _seconds(line) - 0.5 * 20_000 * 41  # training, and forty times as much for what is explained
     # gradients of a sample: two kernels of 60 with themselves and with 30 others, and 31 steps at 4 kernels of 60, and
     # two of 30 images and their transforms
     own, cross = 60 + 60**2 / 600, 60 + 30 + 60 * 30 / 300

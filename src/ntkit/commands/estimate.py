@@ -19,7 +19,7 @@ from ntkit.trajectory.snapshots import snapshot_steps
 
 SAMPLES = 64  # of the kernel that is timed, at most
 LONG = 20.0  # seconds from which an estimate is worth a line
-EXPLAINED = 12  # runs of training that the three explained predictions take (10 to 14 for cnn and mlp)
+EXPLAINED = 40  # runs of training that three explained predictions take (digits, 450 steps: cnn 35, mlp 48)
 
 
 def estimate(task: TrainingTask, model: nn.Module, settings: Settings, steps: int, batch: int | None) -> str | None:
