@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ntkit.explanations.trust_limits import MISS, SMOOTH
-from ntkit.report.words import NOISE, Number
+from ntkit.report.words import Number
 
 LEVEL = 0.05
 """p value below which a difference on the same examples is beyond noise."""
+NOISE = 2.0
+"""Standard errors in the place of a p value, of runs of earlier versions."""
 LITTLE = 0.2
 """Share of the training targets explained, below which a network hardly fits its training set."""
 TURNED = 0.02

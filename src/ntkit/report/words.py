@@ -1,8 +1,4 @@
-"""Numbers as text: how reports write values, errors, shares and changes.
-
-Two numbers differ "beyond noise" if their difference exceeds `NOISE` of its standard errors, taking the two as
-independent. Without standard errors no statement about noise is made.
-"""
+"""Numbers as text: how reports write values, errors, shares and changes. What they judge is in `judgments`."""
 
 from __future__ import annotations
 
@@ -10,8 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from typing import Any
-
-NOISE = 2.0
 
 Number = dict[str, Any]
 
@@ -84,30 +78,6 @@ def measure(number: dict[str, Any]) -> str:
         return plain(value)
     digits = max(0, (1 if f"{error:.1e}"[0] == "1" else 0) - math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}" if digits < 6 else f"{plain(value)} ± {error:.1e}"
-
-
-def compare(a: Number, b: Number, floor: float = 0.0) -> str:
-    """Compare two numbers: `a` is "below" or "above" `b` beyond noise, the "same" within noise, or this is "unknown".
-
-    Parameters
-    ----------
-    a, b : numbers with ``value`` and standard ``error``.
-    floor : smallest standard error to assume; 1 / n for error rates, whose binomial standard error is 0 without errors.
-
-    Examples
-    --------
-    >>> compare({"value": 0.02, "error": 0.008}, {"value": 0.07, "error": 0.013})
-    'below'
-    >>> compare({"value": 0.02, "error": 0.008}, {"value": 0.03, "error": 0.009})
-    'same'
-    """
-    if None in (a["value"], b["value"], a["error"], b["error"]):
-        return "unknown"
-    error = math.hypot(max(a["error"], floor), max(b["error"], floor))
-    difference = a["value"] - b["value"]
-    if abs(difference) <= NOISE * error:
-        return "same"
-    return "below" if difference < 0 else "above"
 
 
 def change(first: float | None, last: float | None) -> str:
