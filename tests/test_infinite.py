@@ -17,7 +17,7 @@ from infinite_oracle import Act, Add, Oracle, gaussian
 from torch import nn
 
 from ntkit import InfiniteKernel, Refused, TangentKernel
-from ntkit.kernels.infinite import infinite_kernel as infinite
+from ntkit.kernels.infinite import limit_tiles
 from ntkit.kernels.infinite.activations import closed_form
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.testing import check_kernel
@@ -441,8 +441,8 @@ def test_no_tiling_and_no_number_of_threads_changes_a_value(monkeypatch):
     threads = torch.get_num_threads()
     try:
         for cells, number in ((64, 1), (1 << 10, 3), (1 << 20, 2)):
-            monkeypatch.setitem(infinite._PLANE_ELEMENTS, "cpu", cells)
-            monkeypatch.setattr(infinite, "_TILE_PAIRS", 64)
+            monkeypatch.setitem(limit_tiles._PLANE_ELEMENTS, "cpu", cells)
+            monkeypatch.setattr(limit_tiles, "_TILE_PAIRS", 64)
             torch.set_num_threads(number)
             torch.testing.assert_close(InfiniteKernel(model, "ntk", W, B)(x), wanted, rtol=1e-13, atol=0)
             torch.testing.assert_close(InfiniteKernel(model, "ntk", W, B)(x, x[:9]), wanted_two, rtol=1e-13, atol=0)

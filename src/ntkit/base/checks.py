@@ -28,6 +28,10 @@ class Undefined(Refused):
     """A number that the input does not define: a cosine with zero, a ratio of zeros."""
 
 
+class NoLimit(Refused):
+    """A network whose limit of infinite width does not exist, or is not known in closed form."""
+
+
 def undefined(subject: str, *, got: Any, expected: Any, fix: str) -> Undefined:
     """Build the refusal of a number that is not defined, in the words of `refusal`."""
     return Undefined(str(refusal(subject, got=got, expected=expected, fix=fix)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ntkit.base.checks import refusal
+from ntkit.base.checks import NoLimit, refusal
 from ntkit.base.files import ensure_folder, read_json, write_json
 from ntkit.base.imports import same_random_numbers
 from ntkit.base.memory import free_memory
@@ -86,6 +86,7 @@ def infinite(
     values = asdict(s) | {"train": n, "test": m}
     record = {name: values[name] for name in names}
     chosen = {name: values[name] for name in ("classes", "class_names", "task", "target", "resize")}
+    chosen["sample"] = s.sample
     record |= {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items() if v is not None}
     if s.out is not None:
         start = s.out / "run.json"
@@ -94,9 +95,11 @@ def infinite(
             fix = "Name another folder."
             raise refusal("--out", got=f"{s.out}, which holds another run", expected="a new folder", fix=fix)
         write_json(ensure_folder(s.out) / "run.json", {"settings": record, "versions": versions()})
-    x, x_test = sets.x_train.double(), sets.x_test.double()
-    kernels = {kind: InfiniteKernel(network, kind, s.w_std, s.b_std) for kind in ("ntk", "nngp")}
-    layers = kernels["ntk"].describe(x[:1]).splitlines()
+    kernels = {kind: InfiniteKernel(network, kind, s.w_std, s.b_std, s.sample) for kind in ("ntk", "nngp")}
+    layers = _layers(kernels["ntk"], sets.x_train[:1])
+    sampled = layers[0].startswith("sampled")
+    # random networks are compared in their own precision
+    x, x_test = (t if sampled or not t.is_floating_point() else t.double() for t in (sets.x_train, sets.x_test))
     for line in layers:
         say(f"  {line}")
     grams: dict[str, tuple[Tensor, Tensor]] = {}
@@ -122,6 +125,14 @@ def infinite(
     if s.out is not None:
         write_json(s.out / "results.json", results)
     return results
+
+
+def _layers(kernel: InfiniteKernel, x: Tensor) -> list[str]:
+    """The network as read, one line per layer."""
+    try:
+        return kernel.describe(x).splitlines()
+    except NoLimit as error:
+        raise NoLimit(str(error).replace("InfiniteKernel(model, sample=16)", "--sample 16")) from None
 
 
 def _check_size(sets: Data, folds: int) -> tuple[int, int]:
@@ -230,12 +241,12 @@ def _network(network: nn.Module, sets: Data, epochs: int, seed: int) -> Predicto
         network.load_state_dict(start)
         index = torch.from_numpy(fit)
         steps = epochs * math.ceil(len(fit) / _BATCH)
-        data = (sets.x_train[index].float(), sets.y_train[index])
+        data = (_floats(sets.x_train[index]), sets.y_train[index])
         train_network(
             network, data, loss, lambda p: torch.optim.SGD(p, lr=_LR, momentum=_MOMENTUM), steps,
             batch_size=min(_BATCH, len(fit)), seed=seed,
         )  # fmt: skip
-        x = (sets.x_test if of_test else sets.x_train)[torch.from_numpy(rows)].float()
+        x = _floats((sets.x_test if of_test else sets.x_train)[torch.from_numpy(rows)])
         with torch.no_grad():
             out = torch.cat([network(part) for part in x.split(512)])
         network.load_state_dict(start)
@@ -244,9 +255,15 @@ def _network(network: nn.Module, sets: Data, epochs: int, seed: int) -> Predicto
     return predict
 
 
+def _floats(x: Tensor) -> Tensor:
+    """Samples in the network's precision; words stay whole numbers."""
+    return x.float() if x.is_floating_point() else x
+
+
 def _distance(network: nn.Module, limit: InfiniteKernel, x: Tensor) -> float:
     """Relative Frobenius distance of the module's own tangent kernel, at its weights, from the limit."""
-    own = TangentKernel(network, outputs="trace")(x.float()).double()
-    outputs = network(x[:1].float()).shape[1]
+    own_x = _floats(x)
+    own = TangentKernel(network, outputs="trace")(own_x).double()
+    outputs = network(own_x[:1]).shape[1]
     expected = limit(x)
     return float(torch.linalg.norm(own / outputs - expected) / torch.linalg.norm(expected))

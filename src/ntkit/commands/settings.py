@@ -221,7 +221,7 @@ class InfiniteSettings(DataSettings):
     """Which network and data `ntkit infinite` compares in the limit, and how."""
 
     model: str = "mlp"
-    """linear, mlp, package.module:factory or file.py:factory. Max pooling and BatchNorm have no limit."""
+    """linear, mlp, package.module:factory or file.py:factory. Max pooling, BatchNorm and attention need --sample."""
     data: str = "digits"
     folds: int = 5
     """Number of folds of the cross-validation, stratified by class."""
@@ -231,6 +231,8 @@ class InfiniteSettings(DataSettings):
     """With --b-std: the NTK parametrization w_std / sqrt(fan_in) W, instead of the module's own initialization."""
     b_std: float | None = None
     """Standard deviation of the biases in the NTK parametrization."""
+    sample: int | None = None
+    """Number of random wide networks whose mean is taken where the limit has no closed form, such as 16."""
     seed: int = 0
     """Seed of the weights, the choice of examples and the folds."""
     out: Path | None = None

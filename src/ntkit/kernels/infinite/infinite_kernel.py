@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-import warnings
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,29 +12,39 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
-from ntkit.base.checks import refusal
+from ntkit.base.checks import NoLimit, refusal
 from ntkit.base.numbers import as_number
-from ntkit.base.progress import task
 from ntkit.base.shown import of_model
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
-from ntkit.kernels.infinite.piecewise import Piecewise
-from ntkit.kernels.infinite.planes import Planes, prepare, splits
-from ntkit.kernels.infinite.quadrature import Tabulated
+from ntkit.kernels.infinite.limit_tiles import (
+    BATCH,
+    BATCH_OF_GRIDS,
+    CACHE_BYTES,
+    check_size,
+    each,
+    extend_tables,
+    in_float64,
+    inexact,
+    outputs_before_weights,
+    plane_elements,
+    positions,
+    side_of,
+    state_of_model,
+    state_size,
+    table_versions,
+    tile_size,
+    warn_of_errors,
+)
+from ntkit.kernels.infinite.planes import Planes, splits
 from ntkit.kernels.infinite.sample_sides import Side
-from ntkit.kernels.infinite.tape import record
+from ntkit.kernels.infinite.sampled import LimitEstimate, SampledLimit, Sampling
 from ntkit.kernels.infinite.tape_to_layers import read
-from ntkit.kernels.kernel import Kernel, KernelOperator, check_out
+from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, written
+from ntkit.networks.larger_copies import Make
 
 Kind = Literal["ntk", "nngp"]
-
-_PLANE_ELEMENTS = {"cpu": 1 << 16}  # a few planes of this size fit into a core's cache
-_PLANE_ELEMENTS_ELSEWHERE = 1 << 24
-_TILE_PAIRS = 1 << 10  # pairs of samples with positions in a tile: 32 x 32, so that each side is prepared for many
-_BATCH, _BATCH_OF_GRIDS = 512, 64
-_CACHE_BYTES = 256e6  # of prepared sides, kept for the next tiles
-_INEXACT = 1e-6  # relative error of an activation above which a warning is given
 
 
 class InfiniteKernel(Kernel):
@@ -59,11 +66,17 @@ class InfiniteKernel(Kernel):
         from its weights (`initial_std`); the parameters that require gradients are trained. In PyTorch's own
         parametrization the tangent kernel of a layer grows with its width: the widths are then the module's, and the
         value is the leading order.
+    sample : number of random networks for what has no closed form: attention, recurrent layers, max-pools, branches
+        that depend on each other. They are copies of the module with all hidden widths multiplied by one number, so
+        that the narrowest has 256 features or more; heads, groups and taps stay as they are. `estimate` returns their
+        mean with its standard error. None: refuse. A module with a closed form has that one, whatever `sample` is.
+    make : factor -> the module with its hidden widths times that factor, where `sample` cannot enlarge the module.
 
     Attributes
     ----------
     error : largest relative error of an activation so far: of a table computed by quadrature, or of rounding between
-        the pieces of a function with kinks elsewhere than at 0; 0 for all other closed forms.
+        the pieces of a function with kinks elsewhere than at 0; 0 for all other closed forms. Of a sampled limit: its
+        standard error over its value, both as Frobenius norms.
 
     Returns (of a call)
     -------------------
@@ -74,14 +87,16 @@ class InfiniteKernel(Kernel):
     Raises
     ------
     Refused
-        By the layer's name, for a layer without such a limit: max-pools, BatchNorm, softmax, attention and other
-        mixtures of channels, weights used twice, sums and products of branches that depend on each other.
+        By the layer's name, for a layer without such a limit in closed form, where `sample` is None: max-pools,
+        BatchNorm, softmax, attention and other mixtures of channels, weights used twice, sums and products of branches
+        that depend on each other. With `sample`, what cannot be enlarged.
 
     Warns
     -----
     UserWarning
         When the relative error of an activation exceeds 1e-6: kinks elsewhere than at 0 between pieces that are no
-        polynomials. (Those between polynomials, as of ReLU6, hardtanh or hardswish, are exact.)
+        polynomials. (Those between polynomials, as of ReLU6, hardtanh or hardswish, are exact.) When the mean over
+        sampled networks differs from that over networks half as wide by more than three standard errors.
 
     Notes
     -----
@@ -108,6 +123,8 @@ class InfiniteKernel(Kernel):
         kind: Kind = "ntk",
         w_std: float | None = None,
         b_std: float | None = None,
+        sample: int | None = None,
+        make: Make | None = None,
     ) -> None:
         if not isinstance(kind, str) or kind not in ("ntk", "nngp"):
             raise refusal("kind", got=repr(kind), expected='"ntk" or "nngp"', fix="Choose one of them.")
@@ -122,6 +139,7 @@ class InfiniteKernel(Kernel):
         check_module(model)
         self.kind = kind
         self._model, self._stds = model, (stds[0], stds[1]) if stds else (None, None)
+        self._sampling = Sampling.of(kind, (stds[0], stds[1]) if stds else None, sample, make)
         self._models: dict[torch.dtype, nn.Module] = {}
         self._graphs: dict[tuple[torch.dtype, tuple[int, ...]], Graph] = {}
         self._fingerprint: Any = None  # of the model, when the graphs were read
@@ -129,7 +147,8 @@ class InfiniteKernel(Kernel):
     @property
     def error(self) -> float:
         """Largest relative error of an activation so far."""
-        return max((a.error for graph in self._graphs.values() for _, a in _inexact(graph)), default=0.0)
+        tables = (a.error for graph in self._graphs.values() for _, a in inexact(graph))
+        return max(tables, default=self._sampling.error if self._sampling else 0.0)
 
     def describe(self, x: Batch) -> str:
         """List the layers as read, one per line: what each is, and how its variances are known.
@@ -142,25 +161,67 @@ class InfiniteKernel(Kernel):
         layer '0' (Linear): weights of std 1 / sqrt(fan in), bias of std 0 (as given)
         layer '1' (ReLU): piecewise linear, slopes 1 and 0
         """
-        graph = self._read(checked(x, "x"))[0]
-        return "\n".join(_line(layer) for layer in graph.layers)
+        x = checked(x, "x")
+        if (sampled := self._sampled(x)) is not None:
+            return "\n".join(sampled.describe())
+        return "\n".join(_line(layer) for layer in self._read(x)[0].layers)
+
+    @own_context()
+    def estimate(self, x1: Batch, x2: Batch | None = None) -> LimitEstimate:
+        """The kernel with its standard error, where it is sampled; ``k(x1, x2)`` is the mean.
+
+        Returns
+        -------
+        LimitEstimate
+            ``mean``, ``standard_error``, ``bias`` and ``bias_error``, [n1, n2] each in float64. The bias is the mean
+            minus that of networks half as wide; as it falls with the width, what is left is of its size or smaller.
+
+        Raises
+        ------
+        Refused
+            For a limit in closed form, and without `sample`.
+        """
+        x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
+        if (sampled := self._sampled(x1)) is None:
+            fix = "Call the kernel: its values have no sampling error."
+            raise refusal("estimate", got="a limit in closed form", expected="a sampled one", fix=fix)
+        return sampled.gram(x1, x2)
+
+    def _sampled(self, x: Batch) -> SampledLimit | None:
+        """Random networks for samples like these, if asked for and if there is no closed form."""
+        if self._sampling is None:
+            return None
+        try:
+            self._read(x)
+        except NoLimit:
+            assert isinstance(x, Tensor)
+            return self._sampling.limit(self._in_dtype(x.dtype) if x.is_floating_point() else self._model, x)
+        return None
 
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """k(x, x) as an operator; the values are computed once, at the first product."""
         x = checked(x, "x")
-        like = torch.empty(0, dtype=self._read(x)[2], device=x.device)
+        sampled = self._sampled(x) is not None
+        like = torch.empty(0, dtype=self._dtype(x) if sampled else self._read(x)[2], device=x.device)
         values = lru_cache(1)(lambda: self(x))
         return KernelOperator(count(x), lambda v: values() @ v, lambda: self.diagonal(x), like)
 
     def __repr__(self) -> str:
         return of_model(type(self), self._model)
 
+    def settings(self) -> dict[str, Any]:
+        """What the values depend on beside the samples."""
+        own = dict(vars(self))
+        return own | ({"sample": s.networks, "make": s.make} if (s := self._sampling) else {})
+
     # ------------------------------------------------------------------ values
 
     @torch.inference_mode(False)  # activations are differentiated
     @own_context()
     def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
+        if (sampled := self._sampled(x1)) is not None:
+            return written(sampled.gram(x1, x2).mean.to(self._dtype(x1)), out)
         (graph, data1, dtype), same = self._read(x1), x2 is None
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         n1, n2 = count(x1), count(x1 if x2 is None else x2)
@@ -168,60 +229,62 @@ class InfiniteKernel(Kernel):
         if out is None:
             out = torch.empty(n1, n2, dtype=dtype, device=x1.device)
         check_out(out, (n1, n2), dtype)
-        size = _tile_size(graph, like, max(n1, n2))
+        size = tile_size(graph, like, max(n1, n2))
         tiles = [(i, j) for i in range(0, n1, size) for j in range(i if same else 0, n2, size)]
         spread_within = splits(graph) and len(tiles) < 2 * workers()  # else whole tiles are spread
 
-        @lru_cache(max(4, int(_CACHE_BYTES / (8 * size * _state_size(graph)))))
+        @lru_cache(max(4, int(CACHE_BYTES / (8 * size * state_size(graph)))))
         def side(second: bool, start: int) -> Side:
-            return _side(graph, data2 if second else data1, slice(start, start + size))
+            return side_of(graph, data2 if second else data1, slice(start, start + size))
 
         def tile(at: tuple[int, int]) -> float:
             i, j = at
             with torch.no_grad():
                 one, two = spread(lambda which: side(*which), [(False, i), (not same, j)])
-                planes = Planes(graph, one, two, False, same and i == j, self.kind == "ntk", _plane_elements(like))
+                planes = Planes(graph, one, two, False, same and i == j, self.kind == "ntk", plane_elements(like))
                 block = planes(graph.layers[graph.output])[-1, 0, 0]
                 out[i : i + size, j : j + size] = block
                 return max(abs(float(end)) for end in block.aminmax())
 
-        versions = _covered(graph, data1, data2)
-        sizes = _each(tile, tiles, like, spread_within)
+        versions = extend_tables(graph, data1, data2)
+        sizes = each(tile, tiles, like, spread_within)
         if same:
             for i in range(0, n1, size):
                 out[i : i + size, :i] = out[:i, i : i + size].T
                 block = out[i : i + size, i : i + size]
                 block.copy_(block.triu() + block.triu(1).T)
-        if _versions(graph) != versions:  # another thread extended a table
+        if table_versions(graph) != versions:  # another thread extended a table
             return self._gram(x1, x2, out)
-        _check_size(max(sizes), dtype)
-        _warn(graph)
+        check_size(max(sizes), dtype)
+        warn_of_errors(graph)
         return out
 
     @torch.inference_mode(False)
     @own_context()
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
+        if (sampled := self._sampled(x1)) is not None:
+            return sampled.pairs(x1, x2).mean.to(self._dtype(x1))
         graph, data1, dtype = self._read(x1)
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         like = next(iter(data1.values()))
         out = torch.empty(count(x1), dtype=like.dtype, device=like.device)
 
-        size = _BATCH if _positions(graph) == 1 else _BATCH_OF_GRIDS
+        size = BATCH if positions(graph) == 1 else BATCH_OF_GRIDS
 
         def batch(start: int) -> None:
             samples = slice(start, start + size)
             with torch.no_grad():
-                one = _side(graph, data1, samples)
-                two = one if x2 is None else _side(graph, data2, samples)
-                planes = Planes(graph, one, two, True, x2 is None, self.kind == "ntk", _plane_elements(like))
+                one = side_of(graph, data1, samples)
+                two = one if x2 is None else side_of(graph, data2, samples)
+                planes = Planes(graph, one, two, True, x2 is None, self.kind == "ntk", plane_elements(like))
                 out[samples] = planes(graph.layers[graph.output])[-1, 0, 0, :, 0]
 
-        versions = _covered(graph, data1, data2)
-        _each(batch, list(range(0, count(x1), size)), like)
-        if _versions(graph) != versions:
+        versions = extend_tables(graph, data1, data2)
+        each(batch, list(range(0, count(x1), size)), like)
+        if table_versions(graph) != versions:
             return self._pairs(x1, x2)
-        _check_size(float(out.abs().max()), dtype)
-        _warn(graph)
+        check_size(float(out.abs().max()), dtype)
+        warn_of_errors(graph)
         return out.to(x1.device, dtype)
 
     # ------------------------------------------------------------------ reading
@@ -245,25 +308,32 @@ class InfiniteKernel(Kernel):
             x = x.to(like.dtype)
         half = x.dtype in (torch.float16, torch.bfloat16)
         dtype, x = x.dtype, x.float() if half else x
-        if (fingerprint := _fingerprint(self._model)) != self._fingerprint:  # trained, frozen or changed since
+        if (fingerprint := state_of_model(self._model)) != self._fingerprint:  # trained, frozen or changed since
             self._fingerprint, self._graphs, self._models = fingerprint, {}, {}
+            if self._sampling:
+                self._sampling.limits.clear()
         model = self._in_dtype(x.dtype) if x.is_floating_point() else self._model
         key = (x.dtype, tuple(x.shape[1:]))
         graph = self._graphs.get(key) or read(model, x, *self._stds)
         self._graphs[key] = graph
         indices = [layer.index for layer in graph.layers if isinstance(layer, Input)]
         data: dict[int, Tensor] = {}
-        for start in range(0, len(x), _BATCH):
-            batch = x[start : start + _BATCH]
-            outputs = [batch] if indices == [0] else _outputs(model, batch, graph.last_index)
+        for start in range(0, len(x), BATCH):
+            batch = x[start : start + BATCH]
+            outputs = [batch] if indices == [0] else outputs_before_weights(model, batch, graph.last_index)
             for index in indices:
                 t = outputs[index]
                 dtype = dtype if x.is_floating_point() else t.dtype
-                t = _double(t.reshape(*t.shape[:2], *(1,) * (4 - t.dim()), *t.shape[2:]).permute(2, 3, 0, 1))
+                t = in_float64(t.reshape(*t.shape[:2], *(1,) * (4 - t.dim()), *t.shape[2:]).permute(2, 3, 0, 1))
                 if index not in data:
                     data[index] = t.new_empty(*t.shape[:2], len(x), t.shape[3])
-                torch.div(t, math.sqrt(t.shape[3]), out=data[index][:, :, start : start + _BATCH])
+                torch.div(t, math.sqrt(t.shape[3]), out=data[index][:, :, start : start + BATCH])
         return graph, data, dtype
+
+    def _dtype(self, x: Batch) -> torch.dtype:
+        """Of a sampled kernel's values: that of the samples, or the parameters' if these are whole numbers."""
+        assert isinstance(x, Tensor)
+        return x.dtype if x.is_floating_point() else next(self._model.parameters()).dtype
 
     def _in_dtype(self, dtype: torch.dtype) -> nn.Module:
         """The model in the dtype of the samples: kernels of float64 samples are in float64, whatever the weights'."""
@@ -272,123 +342,6 @@ class InfiniteKernel(Kernel):
         if (model := self._models.get(dtype)) is None:
             self._models[dtype] = model = copy.deepcopy(self._model).to(dtype)
         return model
-
-
-def _outputs(model: nn.Module, batch: Tensor, last: int) -> list[Tensor]:
-    """Outputs of the calls on a batch before the weights; those of the first sample are checked against it alone."""
-    outputs = [op.out for op in record(model, batch, last).ops]
-    if len(batch) > 1:
-        for op, out in zip(record(model, batch[:1], last).ops, outputs, strict=False):
-            if op.out.shape[:1] == (1,) and not torch.allclose(op.out, out[:1], rtol=1e-4, atol=1e-6):
-                got = f"{op.name}, whose value for a sample depends on the other samples in its batch"
-                expected = "a function of each sample alone"
-                raise refusal("the model", got=got, expected=expected, fix="Normalize the data outside the model.")
-    return outputs
-
-
-def _fingerprint(model: nn.Module) -> Any:
-    """What a reading depends on, to tell whether the model has changed since."""
-    modules = [(name, id(m), m.training) for name, m in model.named_modules()]
-    tensors = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers()) if not t.is_complex()]
-    return modules, [
-        (name, t.requires_grad, t.shape, float(t.detach().sum(dtype=torch.float64))) for name, t in tensors
-    ]
-
-
-def _double(t: Tensor) -> Tensor:
-    """In float64; on the CPU where the device has none."""
-    return (t.cpu() if t.device.type == "mps" else t).double()
-
-
-def _check_size(largest: float, dtype: torch.dtype) -> None:
-    """Refuse values that overflow in the dtype of the samples, or all lose digits to underflow."""
-    info = torch.finfo(dtype)
-    if largest > info.max or 0 < largest < 100 * info.tiny:
-        got, expected = f"values up to {largest:.1e}", f"values that {dtype} can represent"
-        raise refusal("the kernel", got=got, expected=expected, fix="Scale the data, or pass it in float64.")
-
-
-def _side(graph: Graph, data: dict[int, Tensor], samples: slice) -> Side:
-    part = {index: t[:, :, samples] for index, t in data.items()}
-    return prepare(graph, part, _plane_elements(next(iter(part.values()))))
-
-
-def _inexact(graph: Graph) -> list[tuple[Pointwise, Tabulated | Piecewise]]:
-    """The activations with an error, with their layers."""
-    pairs = [(k, a) for k in graph.layers if isinstance(k, Pointwise) for a in (k.activation, k.weighted)]
-    return [(k, a) for k, a in pairs if isinstance(a, (Tabulated, Piecewise))]
-
-
-def _versions(graph: Graph) -> list[int]:
-    return [a.version for _, a in _inexact(graph) if isinstance(a, Tabulated)]
-
-
-def _covered(graph: Graph, data1: dict[int, Tensor], data2: dict[int, Tensor]) -> list[int]:
-    """Extend the tables of activations to the variances of all samples; return the tables' versions."""
-
-    def cover() -> None:
-        for data in (data1,) if data1 is data2 else (data1, data2):
-            for start in range(0, next(iter(data.values())).shape[2], _BATCH):
-                _side(graph, data, slice(start, start + _BATCH))
-
-    if _versions(graph):
-        spread(lambda work: work(), [cover])  # by one worker: the same table whatever the number of threads
-    return _versions(graph)
-
-
-def _warn(graph: Graph) -> None:
-    for layer, a in _inexact(graph):
-        if a.error > _INEXACT:
-            warnings.warn(
-                f"{layer.name}: its kernel is computed with a relative error of {a.error:.0e}. Its slope jumps "
-                "elsewhere than at 0, or the sizes of its inputs are very different.",
-                stacklevel=4,
-            )
-
-
-def _plane_elements(like: Tensor) -> int:
-    return _PLANE_ELEMENTS.get(like.device.type, _PLANE_ELEMENTS_ELSEWHERE)
-
-
-def _tile_size(graph: Graph, like: Tensor, n: int) -> int:
-    """Samples along each side of a tile, of n at most; tiles of about equal size."""
-    elements = _plane_elements(like)
-    if _positions(graph) > 1:
-        elements = min(elements, _TILE_PAIRS * max(1, elements >> 16))
-    elif like.device.type == "cpu":
-        elements += elements // 2  # the calls of so few operations cost more than what leaves the nearest cache
-    size = max(8, math.isqrt(elements))
-    return math.ceil(n / math.ceil(n / size))
-
-
-def _positions(graph: Graph) -> int:
-    """Positions of the largest grid."""
-    return max(math.prod(layer.size) for layer in graph.layers)
-
-
-def _state_size(graph: Graph) -> int:
-    """Elements of a prepared side, per sample."""
-    return 1 + sum(4 * math.prod(layer.size) for layer in graph.layers if isinstance(layer, Pointwise))
-
-
-def _each(work: Callable, items: list, like: Tensor, here: bool = False) -> list:
-    """The results of all items, by workers; `here`, one after the other: where an item's own parts go to workers."""
-    here = here or like.device.type != "cpu"
-    start, at_once = time.monotonic(), 1 if here else min(workers(), len(items))
-    with task("infinite kernel", len(items)) as progress:
-
-        def done(_: object) -> None:
-            if progress.done == 0:
-                progress.expect((time.monotonic() - start) * (len(items) - 1) / at_once)
-            progress.advance()
-
-        if not here:
-            return spread(work, items, done)
-        results = []
-        for item in items:
-            results.append(work(item))
-            done(item)
-        return results
 
 
 def _line(layer: Layer) -> str:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ntkit.base.checks import refusal
+from ntkit.base.checks import NoLimit, Refused, refusal
 from ntkit.kernels.infinite import tape_calls as calls
 from ntkit.kernels.infinite.layers import Concat, Flatten, GlobalPool, Graph, Input, Layer, Pool, Product, Size, Sum
 from ntkit.kernels.infinite.position_layers import dim_of, position_function, position_map, positions_side_by_side
-from ntkit.kernels.infinite.tape import Op, record
+from ntkit.kernels.infinite.tape import Op, Tape, record
 from ntkit.kernels.infinite.tape_calls import arguments, factor_of, grid, is_elementwise, pair
 from ntkit.kernels.infinite.tape_reader import Curve, DerivedWeight, Reader, Weight, has_several_kernels
 from ntkit.kernels.infinite.weight_layers import affine, norm
@@ -26,16 +26,37 @@ def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) 
 
     Raises
     ------
-    Refused
+    NoLimit
         For a layer without an infinite-width limit of this kind, by its name, with the reason and what to do.
+    Refused
+        For a model that does not run on the samples, or not in a way that can be recorded.
     """
+    try:
+        _check_norms(model)
+        tape = record(model, torch.cat([x[:1], x[-1:], x[:1]]))
+        return _graph(model, tape, w_std, b_std)
+    except NoLimit as error:
+        raise NoLimit(f"{error} Or estimate it from random wide networks: InfiniteKernel(model, sample=16).") from None
+
+
+def _check_norms(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
             got = "statistics over a batch or over one channel"
             expected = "a layer whose kernel depends on the two samples alone"
             fix = "Replace it by nn.GroupNorm(1, channels) or nn.LayerNorm."
-            raise refusal(f"layer '{name}' ({type(module).__name__})", got=got, expected=expected, fix=fix)
-    tape = record(model, torch.cat([x[:1], x[-1:], x[:1]]))
+            where = f"layer '{name}' ({type(module).__name__})"
+            raise NoLimit(str(refusal(where, got=got, expected=expected, fix=fix)))
+
+
+def _graph(model: nn.Module, tape: Tape, w_std: float | None, b_std: float | None) -> Graph:
+    try:
+        return _read(model, tape, w_std, b_std)
+    except Refused as error:
+        raise NoLimit(str(error)) from None
+
+
+def _read(model: nn.Module, tape: Tape, w_std: float | None, b_std: float | None) -> Graph:
     reader = Reader(model, tape, w_std, b_std)
     for index, op in enumerate(tape.ops[1:], start=1):
         if index in tape.parameters:

@@ -1,0 +1,150 @@
+"""How the values of a limit are computed: the model's run before its weights, tiles, tables, and who computes them."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.base.checks import refusal
+from ntkit.base.progress import task
+from ntkit.base.workers import spread, workers
+from ntkit.kernels.infinite.layers import Graph, Pointwise
+from ntkit.kernels.infinite.piecewise import Piecewise
+from ntkit.kernels.infinite.planes import prepare
+from ntkit.kernels.infinite.quadrature import Tabulated
+from ntkit.kernels.infinite.sample_sides import Side
+from ntkit.kernels.infinite.tape import record
+
+_PLANE_ELEMENTS = {"cpu": 1 << 16}  # a few planes of this size fit into a core's cache
+_PLANE_ELEMENTS_ELSEWHERE = 1 << 24
+_TILE_PAIRS = 1 << 10  # pairs of samples with positions in a tile: 32 x 32, so that each side is prepared for many
+BATCH, BATCH_OF_GRIDS = 512, 64
+CACHE_BYTES = 256e6  # of prepared sides, kept for the next tiles
+_INEXACT = 1e-6  # relative error of an activation above which a warning is given
+
+
+def outputs_before_weights(model: nn.Module, batch: Tensor, last: int) -> list[Tensor]:
+    """Outputs of the calls on a batch before the weights; those of the first sample are checked against it alone."""
+    outputs = [op.out for op in record(model, batch, last).ops]
+    if len(batch) > 1:
+        for op, out in zip(record(model, batch[:1], last).ops, outputs, strict=False):
+            if op.out.shape[:1] == (1,) and not torch.allclose(op.out, out[:1], rtol=1e-4, atol=1e-6):
+                got = f"{op.name}, whose value for a sample depends on the other samples in its batch"
+                expected = "a function of each sample alone"
+                raise refusal("the model", got=got, expected=expected, fix="Normalize the data outside the model.")
+    return outputs
+
+
+def state_of_model(model: nn.Module) -> Any:
+    """What a reading depends on, to tell whether the model has changed since."""
+    modules = [(name, id(m), m.training) for name, m in model.named_modules()]
+    tensors = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers()) if not t.is_complex()]
+    return modules, [
+        (name, t.requires_grad, t.shape, float(t.detach().sum(dtype=torch.float64))) for name, t in tensors
+    ]
+
+
+def in_float64(t: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none."""
+    return (t.cpu() if t.device.type == "mps" else t).double()
+
+
+def check_size(largest: float, dtype: torch.dtype) -> None:
+    """Refuse values that overflow in the dtype of the samples, or all lose digits to underflow."""
+    info = torch.finfo(dtype)
+    if largest > info.max or 0 < largest < 100 * info.tiny:
+        got, expected = f"values up to {largest:.1e}", f"values that {dtype} can represent"
+        raise refusal("the kernel", got=got, expected=expected, fix="Scale the data, or pass it in float64.")
+
+
+def side_of(graph: Graph, data: dict[int, Tensor], samples: slice) -> Side:
+    """What the layers need of some samples."""
+    part = {index: t[:, :, samples] for index, t in data.items()}
+    return prepare(graph, part, plane_elements(next(iter(part.values()))))
+
+
+def inexact(graph: Graph) -> list[tuple[Pointwise, Tabulated | Piecewise]]:
+    """The activations with an error, with their layers."""
+    pairs = [(k, a) for k in graph.layers if isinstance(k, Pointwise) for a in (k.activation, k.weighted)]
+    return [(k, a) for k, a in pairs if isinstance(a, (Tabulated, Piecewise))]
+
+
+def table_versions(graph: Graph) -> list[int]:
+    """How often each table was extended."""
+    return [a.version for _, a in inexact(graph) if isinstance(a, Tabulated)]
+
+
+def extend_tables(graph: Graph, data1: dict[int, Tensor], data2: dict[int, Tensor]) -> list[int]:
+    """Extend the tables of activations to the variances of all samples; return the tables' versions."""
+
+    def cover() -> None:
+        for data in (data1,) if data1 is data2 else (data1, data2):
+            for start in range(0, next(iter(data.values())).shape[2], BATCH):
+                side_of(graph, data, slice(start, start + BATCH))
+
+    if table_versions(graph):
+        spread(lambda work: work(), [cover])  # by one worker: the same table whatever the number of threads
+    return table_versions(graph)
+
+
+def warn_of_errors(graph: Graph) -> None:
+    """Warn of activations that are not exact."""
+    for layer, a in inexact(graph):
+        if a.error > _INEXACT:
+            warnings.warn(
+                f"{layer.name}: its kernel is computed with a relative error of {a.error:.0e}. Its slope jumps "
+                "elsewhere than at 0, or the sizes of its inputs are very different.",
+                stacklevel=4,
+            )
+
+
+def plane_elements(like: Tensor) -> int:
+    """Elements of a plane that fit into the caches."""
+    return _PLANE_ELEMENTS.get(like.device.type, _PLANE_ELEMENTS_ELSEWHERE)
+
+
+def tile_size(graph: Graph, like: Tensor, n: int) -> int:
+    """Samples along each side of a tile, of n at most; tiles of about equal size."""
+    elements = plane_elements(like)
+    if positions(graph) > 1:
+        elements = min(elements, _TILE_PAIRS * max(1, elements >> 16))
+    elif like.device.type == "cpu":
+        elements += elements // 2  # the calls of so few operations cost more than what leaves the nearest cache
+    size = max(8, math.isqrt(elements))
+    return math.ceil(n / math.ceil(n / size))
+
+
+def positions(graph: Graph) -> int:
+    """Positions of the largest grid."""
+    return max(math.prod(layer.size) for layer in graph.layers)
+
+
+def state_size(graph: Graph) -> int:
+    """Elements of a prepared side, per sample."""
+    return 1 + sum(4 * math.prod(layer.size) for layer in graph.layers if isinstance(layer, Pointwise))
+
+
+def each(work: Callable, items: list, like: Tensor, here: bool = False) -> list:
+    """The results of all items, by workers; `here`, one after the other: where an item's own parts go to workers."""
+    here = here or like.device.type != "cpu"
+    start, at_once = time.monotonic(), 1 if here else min(workers(), len(items))
+    with task("infinite kernel", len(items)) as progress:
+
+        def done(_: object) -> None:
+            if progress.done == 0:
+                progress.expect((time.monotonic() - start) * (len(items) - 1) / at_once)
+            progress.advance()
+
+        if not here:
+            return spread(work, items, done)
+        results = []
+        for item in items:
+            results.append(work(item))
+            done(item)
+        return results

@@ -1,0 +1,391 @@
+"""Copies of a network with all hidden widths multiplied by one number, whose parameters keep their variances.
+
+A weight keeps the variance that it adds to an output: its entries have the module's std over the root of the growth of
+its inputs, and its gradients count by the same number, so that the tangent kernel has a limit. The copy tends to the
+limit that `ntkit.InfiniteKernel` reads off the module, where there is one in closed form.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+from ntkit.base.checks import Refused, refusal
+from ntkit.networks.grown_numbers import MAKE, Number, missing, sets_to_try, whole_numbers
+from ntkit.networks.initialization import initial_std
+from ntkit.networks.layer_axes import (
+    CELLS,
+    DENSE,
+    RECURRENT,
+    WEIGHTED,
+    Axes,
+    axes_of,
+    features_axis,
+    inputs_of,
+    outputs_of,
+    set_sizes,
+)
+from ntkit.networks.parametrization import NORMS, factor_of, plain
+
+Make = Callable[[int], nn.Module]
+_MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)  # of a run with sizes that do not fit
+
+
+class Law(NamedTuple):
+    """How a parameter of the copy is drawn, and how its gradients count: mean + std N(0, 1), factor."""
+
+    std: float
+    mean: float
+    factor: float
+
+
+class LargerCopy(NamedTuple):
+    """A copy of the network, the laws of its parameters, and the numbers of the user's modules that grew with it."""
+
+    network: nn.Module
+    laws: dict[str, Law]
+    grown: list[Number]
+
+    @torch.no_grad()
+    def draw(self, seed: int) -> None:
+        """Draw all parameters, in place."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.network.named_parameters():
+            std, mean, _ = self.laws[name]
+            values = torch.randn(p.shape, generator=generator, dtype=torch.float64) if std else torch.zeros(p.shape)
+            p.copy_(values.mul_(std).add_(mean))
+
+
+def hidden_width(model: nn.Module, example: Tensor) -> int:
+    """Number of features of the narrowest hidden layer."""
+    network = plain(model)
+    widths = [n for n in _hidden_outputs(network, _flow(network, example)).values() if n]
+    if not widths:
+        fix = "A network of one weight layer is the same at every width."
+        raise refusal("the model", got="no hidden layer", expected="layers whose width can grow", fix=fix)
+    return min(widths)
+
+
+def larger_copy(
+    model: nn.Module, factor: int, example: Tensor, stds: tuple[float, float] | None = None, make: Make | None = None
+) -> LargerCopy:
+    """Copy of a network with its hidden widths times `factor`.
+
+    stds : w_std and b_std of all weight layers in the NTK parametrization; None: those of the module's own values.
+    make : factor -> the larger network; without it the sizes of torch's own layers are multiplied, and numbers and
+        parameters of other modules that stand for a hidden width.
+
+    Raises
+    ------
+    Refused
+        By the layer's name, for what cannot grow, and for parameters whose growth is not clear.
+    """
+    network, grown = plain(model), []
+    for name, module in network.named_modules():
+        if parametrize.is_parametrized(module):
+            got, expected = "a parametrized weight", "plain weights"
+            raise _refused(name, module, got, expected, "Remove it with torch.nn.utils.parametrize.")
+    if make is not None:
+        larger = make(factor)
+        if not isinstance(larger, nn.Module):
+            fix = "Return the larger network."
+            raise refusal("make", got=type(larger).__name__, expected="an nn.Module", fix=fix)
+        like = next(network.parameters())
+        larger = plain(larger).to(device=like.device, dtype=like.dtype).train(network.training)
+        _compare(network, larger, example)
+    else:
+        larger, grown = _grown(network, factor, example)
+    return LargerCopy(larger, _laws(model, network, larger, factor, stds), grown)
+
+
+# ---------------------------------------------------------------------- sizes
+
+
+class _Flow(NamedTuple):
+    """How an example passes a network: its weight layers in their order, the last of them, and the output's shape."""
+
+    layers: dict[str, Any]
+    last: set[str]
+    output: tuple[int, ...]
+
+
+@contextmanager
+def _hooks(layers: dict[str, Any], before: Callable, after: Callable) -> Iterator[None]:
+    handles = [m.register_forward_pre_hook(lambda m, x, n=n: before(n, m, x[0])) for n, m in layers.items()]
+    handles += [m.register_forward_hook(lambda m, x, y, n=n: after(n, m, y)) for n, m in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _known(network: nn.Module) -> dict[str, Any]:
+    """Layers whose sizes are known, by name; the last layer of an attention is part of it."""
+    attentions = {id(m.out_proj) for m in network.modules() if isinstance(m, nn.MultiheadAttention)}
+    return {
+        name: m
+        for name, m in network.named_modules()
+        if id(m) not in attentions and (isinstance(m, NORMS) or axes_of(m))
+    }
+
+
+@torch.enable_grad()
+def _flow(network: nn.Module, example: Tensor) -> _Flow:
+    network = copy.deepcopy(network).requires_grad_(True).eval()
+    layers = {name: m for name, m in _known(network).items() if isinstance(m, WEIGHTED)}
+    nodes: dict[Any, str] = {}
+    starts: dict[str, list[Any]] = {}
+
+    def before(name: str, layer: Any, x: Tensor) -> None:
+        starts.setdefault(name, []).append(x.grad_fn)
+
+    def after(name: str, layer: Any, y: Any) -> None:
+        for t in tree_leaves(y):
+            if isinstance(t, Tensor) and t.grad_fn is not None:
+                nodes[t.grad_fn] = name
+
+    with _hooks(layers, before, after):
+        output = network(example)
+    if not isinstance(output, Tensor) or output.dim() > 2:
+        got = type(output).__name__ if not isinstance(output, Tensor) else f"shape {tuple(output.shape[1:])} per sample"
+        fix = "Wrap the model in a module that returns one vector per sample."
+        raise refusal("the model's output", got=got, expected="a vector of outputs", fix=fix)
+    if unused := [name for name in layers if name not in starts]:
+        got, expected = "no input: the example does not reach it", "layers that the model calls as modules"
+        raise _refused(unused[0], layers[unused[0]], got, expected, MAKE)
+    before_others = set().union(*(_reached(node, nodes) for of in starts.values() for node in of), set())
+    last = {name for name in layers if name not in before_others}
+    for name in last:
+        if not isinstance(layers[name], nn.Linear):
+            got, expected = "the last weight layer", "a linear layer at the end"
+            raise _refused(name, layers[name], got, expected, "End with nn.Linear: its outputs do not grow.")
+    return _Flow({name: layers[name] for name in starts}, last, tuple(output.shape))
+
+
+def _reached(start: Any, nodes: dict[Any, str]) -> set[str]:
+    """Names of the layers whose outputs a node of the autograd graph depends on."""
+    found: set[str] = set()
+    seen, queue = set(), [start]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in nodes:
+            found.add(nodes[node])
+        queue.extend(child for child, _ in node.next_functions)
+    return found
+
+
+def _hidden_outputs(network: nn.Module, flow: _Flow) -> dict[str, int]:
+    """Widths of the layers that grow, by name."""
+    widths = {}
+    for name, layer in flow.layers.items():
+        width = outputs_of(layer)
+        if name not in flow.last and width is not None:
+            widths[name] = width
+    return widths
+
+
+def _grown(network: nn.Module, factor: int, example: Tensor) -> tuple[nn.Module, list[Number]]:
+    """The larger network, by the first way of growing numbers and parameters of the user's modules that fits."""
+    flow = _flow(network, example)
+    widths = set(_hidden_outputs(network, flow).values())
+    numbers, ways = whole_numbers(network, widths), _choices(_raw_parameters(network, widths))
+    error: Exception | None = None
+    for chosen in sets_to_try(numbers, network, widths):
+        for axes in ways:
+            try:
+                larger = _larger(network, factor, example, flow, chosen, axes)
+            except (Refused, *_MISFITS) as now:
+                error = error or now
+                continue
+            if more := missing(network, larger, example, factor, chosen):
+                chosen = [*chosen, *more]
+                larger = _larger(network, factor, example, flow, chosen, axes)
+            return larger, chosen
+    if isinstance(error, Refused):
+        raise error
+    got = f"an error when its hidden widths grow ({str(error).splitlines()[0][:160]})"
+    raise refusal("the model", got=got, expected="a network whose hidden widths can grow", fix=MAKE)
+
+
+def _raw_parameters(network: nn.Module, widths: set[int]) -> dict[str, list[int]]:
+    """Parameters of other modules than known layers, with the axes as long as a hidden width."""
+    known = {id(p) for m in _known(network).values() for p in m.parameters()}
+    raw = {name: p for name, p in network.named_parameters() if id(p) not in known}
+    return {name: [axis for axis, n in enumerate(p.shape) if n in widths] for name, p in raw.items()}
+
+
+def _choices(raw: dict[str, list[int]]) -> list[dict[str, list[int]]]:
+    """Axes of the raw parameters that grow: the last one of each that fits, or all."""
+    ways = [{name: axes[-1:] for name, axes in raw.items()}, raw]
+    return ways if any(len(axes) > 1 for axes in raw.values()) else ways[:1]
+
+
+def _larger(
+    network: nn.Module,
+    factor: int,
+    example: Tensor,
+    flow: _Flow,
+    numbers: list[Number],
+    axes: dict[str, list[int]],
+) -> nn.Module:
+    """Multiply sizes in the order in which the example reaches the layers."""
+    larger = copy.deepcopy(network)
+    for number in numbers:
+        number.grow(larger, factor)
+    for name, grown in axes.items():
+        path, _, what = name.rpartition(".")
+        module, p = larger.get_submodule(path), larger.get_parameter(name)
+        shape = [n * factor if axis in grown else n for axis, n in enumerate(p.shape)]
+        setattr(module, what, _zeros(p, shape))
+    layers, done, tied = _known(larger), set(), {}
+
+    def before(name: str, layer: Any, x: Tensor) -> None:
+        expected = inputs_of(layer)
+        features = None if expected is None else x.shape[features_axis(layer)]
+        if name in done:
+            if features != expected:
+                got = f"{features} features, where an earlier call gave it {expected}"
+                raise _refused(name, layer, got, "one number of features", MAKE)
+            return
+        done.add(name)
+        inputs = Fraction(1) if features is None else Fraction(features, expected or 1)
+        if inputs not in (1, factor):
+            got = f"{features} features, part of which grow with the width and part of which do not"
+            raise _refused(name, layer, got, "inputs that all grow, or none", "Put a weight layer on the input.")
+        follows = outputs_of(layer) is None
+        _resize(name, layer, inputs, inputs if follows else Fraction(1 if name in flow.last else factor), tied)
+
+    modes = {m: m.training for m in larger.modules()}
+    larger.eval()
+    with _hooks(layers, before, lambda *_: None), torch.enable_grad():  # without gradients torch takes shortcuts
+        output = larger(example)
+    for m, mode in modes.items():
+        m.training = mode
+    if tuple(output.shape) != flow.output:
+        got = f"outputs of shape {tuple(output.shape)} instead of {flow.output}"
+        raise refusal("the model", got=got, expected="outputs that do not grow", fix=MAKE)
+    return larger
+
+
+def _resize(name: str, layer: Any, inputs: Fraction, outputs: Fraction, tied: dict[int, nn.Parameter]) -> None:
+    if isinstance(layer, nn.MultiheadAttention) and not layer._qkv_same_embed_dim:
+        got, expected = f"kdim {layer.kdim}, vdim {layer.vdim}", f"embed_dim {layer.embed_dim} for all"
+        raise _refused(name, layer, got, expected, MAKE)
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and len(layer.normalized_shape) > 1:
+        got = f"a norm over the axes {tuple(layer.normalized_shape)}"
+        raise _refused(name, layer, got, "one over the features", MAKE)
+    if isinstance(layer, RECURRENT) and layer.proj_size:
+        raise _refused(name, layer, f"proj_size {layer.proj_size}", "none", MAKE)
+    ratios = {"in": inputs, "out": outputs, "": Fraction(1)}
+    changes = {}
+    for what, axes in axes_of(layer).items():
+        p = layer.get_parameter(what)
+        changes[what] = p, [int(n * ratios[kind]) for n, kind in zip(p.shape, axes.kinds, strict=True)]
+    set_sizes(layer, inputs, outputs)
+    if isinstance(layer, nn.MultiheadAttention):
+        set_sizes(layer.out_proj, inputs, inputs)
+    for what, (p, shape) in changes.items():
+        path, _, own = what.rpartition(".")
+        new = tied.setdefault(id(p), _zeros(p, shape))
+        if list(new.shape) != shape:
+            got, expected = f"a weight shared with another layer, {list(new.shape)} there and {shape} here", "one shape"
+            raise _refused(name, layer, got, expected, MAKE)
+        setattr(layer.get_submodule(path), own, new)
+        tied[id(new)] = new
+
+
+def _zeros(p: Tensor, shape: list[int]) -> nn.Parameter:
+    return nn.Parameter(p.detach().new_zeros(shape), requires_grad=p.requires_grad)
+
+
+def _compare(network: nn.Module, larger: nn.Module, example: Tensor) -> None:
+    """Refuse a network of the user's that has other parameters or another output."""
+    names, own = dict(larger.named_parameters()), dict(network.named_parameters())
+    if list(names) != list(own):
+        other = sorted(set(names) ^ set(own))
+        got = f"other parameters ({', '.join(other[:3])})" if other else "parameters in another order"
+        raise refusal("make", got=got, expected="the model's own, larger", fix="Build the same network, wider.")
+    with torch.no_grad():
+        shapes = [tuple(copy.deepcopy(net).eval()(example).shape) for net in (network, larger)]
+    if shapes[0] != shapes[1]:
+        fix = "Let the hidden widths grow alone."
+        raise refusal("make", got=f"outputs of shape {shapes[1]}", expected=f"{shapes[0]}", fix=fix)
+
+
+# ---------------------------------------------------------------------- laws
+
+
+def _laws(
+    model: nn.Module, network: nn.Module, larger: nn.Module, factor: int, stds: tuple[float, float] | None
+) -> dict[str, Law]:
+    """Laws of the larger network's parameters, from the values of the model's own."""
+    known = {f"{n}.{w}".lstrip("."): (n, m, w, a) for n, m in _known(network).items() for w, a in axes_of(m).items()}
+    originals = dict(model.named_modules())
+    laws = {}
+    _check_shared(network)
+    for (name, p), new in zip(network.named_parameters(), larger.parameters(), strict=True):
+        where, layer, what, axes = known.get(name, ("", None, name, Axes(("",) * p.dim())))
+        ratios = [Fraction(n, o) for n, o in zip(new.shape, p.shape, strict=True)]
+        if any(ratio not in (1, factor) for ratio in ratios):
+            got = f"shape {tuple(new.shape)} instead of {tuple(p.shape)}"
+            raise refusal(f"parameter '{name}'", got=got, expected=f"axes 1 or {factor} times as long", fix=MAKE)
+        if layer is None and p.dim() > 1 and len([r for r in ratios if r != 1]) > 1:
+            got, expected = f"a matrix that grows along several axes, {tuple(p.shape)}", "weights of torch's own layers"
+            raise refusal(f"parameter '{name}'", got=got, expected=expected, fix="Write it as nn.Linear.")
+        growth = 1 if axes.summed is None else ratios[axes.summed]
+        values, dense = p.detach(), isinstance(layer, DENSE)
+        scale = 1.0 if layer is None else factor_of(originals.get(where), what) or 1.0
+        if stds is not None and dense:
+            fan_in = new.numel() // new.shape[0 if axes.summed is None else 1 - axes.summed]
+            std = stds[1] if "bias" in what else stds[0] / math.sqrt(fan_in)
+            laws[name] = Law(std, 0.0, std)
+        elif not isinstance(layer, WEIGHTED) and bool((values == values.flatten()[0]).all()):
+            laws[name] = Law(0.0, float(values.flatten()[0]), scale)
+        else:
+            std = _std(name, layer, values, axes) / math.sqrt(growth)
+            laws[name] = Law(std, 0.0, scale / math.sqrt(growth))
+    return laws
+
+
+def _check_shared(network: nn.Module) -> None:
+    """Refuse a parameter over whose axes two layers sum differently: no law fits both."""
+    owners: dict[int, tuple[str, int | None]] = {}
+    for name, layer in _known(network).items():
+        for what, axes in axes_of(layer).items():
+            first, summed = owners.setdefault(id(layer.get_parameter(what)), (name, axes.summed))
+            if summed != axes.summed:
+                got = f"'{what}' shared with layer '{first}', which sums over another axis"
+                raise _refused(name, layer, got, "weights of its own", "Give each layer weights of its own.")
+
+
+def _std(name: str, layer: Any, values: Tensor, axes: Axes) -> float:
+    if layer is not None and not isinstance(layer, WEIGHTED):
+        got, expected = "values that differ between features", "one value for all features"
+        raise refusal(f"parameter '{name}'", got=got, expected=expected, fix="Call the layer's reset_parameters().")
+    fans = values.numel() // values.shape[0], values.numel() // values.shape[min(1, values.dim() - 1)]
+    if isinstance(layer, (*RECURRENT, *CELLS)):
+        fans = layer.hidden_size, layer.hidden_size
+    elif values.dim() == 1 and (weight := dict(layer.named_parameters() if layer else ()).get("weight")) is not None:
+        fans = weight[0].numel(), weight.numel() // weight.shape[1]
+    initial = initial_std(values, *fans, f"parameter '{name}'")
+    if initial.mean:
+        got, fix = f"a mean of {initial.mean:.3g}, not zero", "Draw it with mean zero, or give w_std and b_std."
+        raise refusal(f"parameter '{name}'", got=got, expected="values of mean zero", fix=fix)
+    return initial.std
+
+
+def _refused(name: str, layer: Any, got: str, expected: str, fix: str) -> Refused:
+    return refusal(f"layer '{name}' ({type(layer).__name__})", got=got, expected=expected, fix=fix)
