@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from functools import lru_cache
@@ -40,6 +41,8 @@ from ntkit.kernels.infinite.limit_tiles import (
 from ntkit.kernels.infinite.planes import Planes, splits
 from ntkit.kernels.infinite.sample_sides import Side
 from ntkit.kernels.infinite.sampled import LimitEstimate, SampledLimit, Sampling
+from ntkit.kernels.infinite.shared_weights import Program
+from ntkit.kernels.infinite.shared_weights_reader import read_program
 from ntkit.kernels.infinite.tape_to_layers import read
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, written
 from ntkit.networks.larger_copies import Make
@@ -140,6 +143,7 @@ class InfiniteKernel(Kernel):
         self.kind = kind
         self._model, self._stds = model, (stds[0], stds[1]) if stds else (None, None)
         self._sampling = Sampling.of(kind, (stds[0], stds[1]) if stds else None, sample, make)
+        self._programs: dict[tuple[torch.dtype, tuple[int, ...]], Program] = {}
         self._models: dict[torch.dtype, nn.Module] = {}
         self._graphs: dict[tuple[torch.dtype, tuple[int, ...]], Graph] = {}
         self._fingerprint: Any = None  # of the model, when the graphs were read
@@ -164,6 +168,8 @@ class InfiniteKernel(Kernel):
         x = checked(x, "x")
         if (sampled := self._sampled(x)) is not None:
             return "\n".join(sampled.describe())
+        if (program := self._program(x)) is not None:
+            return "\n".join(program.describe())
         return "\n".join(_line(layer) for layer in self._read(x)[0].layers)
 
     @own_context()
@@ -192,18 +198,32 @@ class InfiniteKernel(Kernel):
         if self._sampling is None:
             return None
         try:
+            if self._program(x) is None:
+                self._read(x)
+        except NoLimit:
+            assert isinstance(x, Tensor)
+            return self._sampling.limit(self._model_for(x), x)
+        return None
+
+    def _program(self, x: Batch) -> Program | None:
+        """The network as sums of nodes, where it is no graph of layers that depend on nothing in common."""
+        try:
             self._read(x)
         except NoLimit:
             assert isinstance(x, Tensor)
-            return self._sampling.limit(self._in_dtype(x.dtype) if x.is_floating_point() else self._model, x)
+            key = (x.dtype, tuple(x.shape[1:]))
+            if key not in self._programs:
+                with contextlib.suppress(NoLimit):
+                    self._programs[key] = read_program(self._model_for(x), x, *self._stds)
+            return self._programs.get(key)
         return None
 
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """k(x, x) as an operator; the values are computed once, at the first product."""
         x = checked(x, "x")
-        sampled = self._sampled(x) is not None
-        like = torch.empty(0, dtype=self._dtype(x) if sampled else self._read(x)[2], device=x.device)
+        other = self._sampled(x) is not None or self._program(x) is not None
+        like = torch.empty(0, dtype=self._dtype(x) if other else self._read(x)[2], device=x.device)
         values = lru_cache(1)(lambda: self(x))
         return KernelOperator(count(x), lambda v: values() @ v, lambda: self.diagonal(x), like)
 
@@ -222,6 +242,9 @@ class InfiniteKernel(Kernel):
     def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
         if (sampled := self._sampled(x1)) is not None:
             return written(sampled.gram(x1, x2).mean.to(self._dtype(x1)), out)
+        if (program := self._program(x1)) is not None:
+            values = program.gram(self._model_for(x1), x1, x2, self.kind)
+            return written(values.to(self._dtype(x1)), out)
         (graph, data1, dtype), same = self._read(x1), x2 is None
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         n1, n2 = count(x1), count(x1 if x2 is None else x2)
@@ -264,6 +287,8 @@ class InfiniteKernel(Kernel):
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
         if (sampled := self._sampled(x1)) is not None:
             return sampled.pairs(x1, x2).mean.to(self._dtype(x1))
+        if (program := self._program(x1)) is not None:
+            return program.pairs(self._model_for(x1), x1, x2, self.kind).to(self._dtype(x1))
         graph, data1, dtype = self._read(x1)
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         like = next(iter(data1.values()))
@@ -309,7 +334,7 @@ class InfiniteKernel(Kernel):
         half = x.dtype in (torch.float16, torch.bfloat16)
         dtype, x = x.dtype, x.float() if half else x
         if (fingerprint := state_of_model(self._model)) != self._fingerprint:  # trained, frozen or changed since
-            self._fingerprint, self._graphs, self._models = fingerprint, {}, {}
+            self._fingerprint, self._graphs, self._programs, self._models = fingerprint, {}, {}, {}
             if self._sampling:
                 self._sampling.limits.clear()
         model = self._in_dtype(x.dtype) if x.is_floating_point() else self._model
@@ -334,6 +359,9 @@ class InfiniteKernel(Kernel):
         """Of a sampled kernel's values: that of the samples, or the parameters' if these are whole numbers."""
         assert isinstance(x, Tensor)
         return x.dtype if x.is_floating_point() else next(self._model.parameters()).dtype
+
+    def _model_for(self, x: Tensor) -> nn.Module:
+        return self._in_dtype(x.dtype) if x.is_floating_point() else self._model
 
     def _in_dtype(self, dtype: torch.dtype) -> nn.Module:
         """The model in the dtype of the samples: kernels of float64 samples are in float64, whatever the weights'."""
