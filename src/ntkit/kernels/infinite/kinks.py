@@ -27,7 +27,7 @@ class Pieces(NamedTuple):
 
 
 def pieces(function: Function) -> Pieces | None:
-    """The polynomials that make up a function with kinks elsewhere than at 0; None if it is no such function.
+    """The polynomials that make up a function with kinks or jumps; None if it is no such function.
 
     A cell of a fine grid on which no polynomial fits holds a kink, and so does the border of cells with different ones.
     The place is found by bisection, to the last digit. Values and slopes are then compared at points of all sizes.
@@ -42,7 +42,7 @@ def pieces(function: Function) -> Pieces | None:
         if not all(a < b for a, b in zip(kinks, kinks[1:], strict=False)):
             return None
         found = _fitted(function, kinks)
-        return found if found is not None and any(found.kinks) and _confirmed(function, found) else None
+        return found if found is not None and _confirmed(function, found) else None
 
 
 _Run = tuple[float, float, Polynomial, Polynomial]  # ends, polynomial of the first and of the last cell

@@ -1,4 +1,4 @@
-"""Piecewise polynomial activations with kinks anywhere: ReLU6, hardtanh, hardswish, hardsigmoid, softshrink, threshold.
+"""Piecewise polynomial activations with kinks anywhere: ReLU6, hardtanh, hardswish, softshrink, threshold, sign, steps.
 
 s(z) = P(z) + sum of w (e z - |k|)_+^d over kinks k and degrees d, with the polynomial P around 0 and e the sign of k:
 the terms begin away from 0, so that little cancels. E[s(u) s(v)] is a sum over pairs of terms, which are truncated
@@ -134,6 +134,6 @@ def _terms(found: Pieces) -> Terms:
 
 
 def piecewise(function: Function) -> Piecewise | None:
-    """The activation of a function that is a polynomial between kinks elsewhere than at 0; else None."""
+    """The activation of a function that is a polynomial between kinks; else None."""
     found = pieces(function)
     return None if found is None else Piecewise(function, found)

@@ -23,11 +23,11 @@ from torch import Tensor
 from ntkit.kernels.infinite.activations import (
     Activation,
     Function,
-    fingerprint,
     scratch,
     square_root,
     values_and_slopes,
 )
+from ntkit.kernels.infinite.recognition import fingerprint
 
 _REACH = 13  # radius: the density beyond is below 1e-36
 _NODES, _MOST_NODES = 12, 96  # nodes in log a per step below; doubled where the values ask for more

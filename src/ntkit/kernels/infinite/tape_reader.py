@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ntkit.base.checks import Refused, refusal
-from ntkit.kernels.infinite.activations import Activation, Function, Rectifier, closed_form, times_slope
+from ntkit.kernels.infinite.activations import Activation, Function, Rectifier, times_slope
 from ntkit.kernels.infinite.layers import (
     Affine,
     Concat,
@@ -27,6 +27,7 @@ from ntkit.kernels.infinite.layers import (
 )
 from ntkit.kernels.infinite.piecewise import piecewise
 from ntkit.kernels.infinite.quadrature import Tabulated
+from ntkit.kernels.infinite.recognition import closed_form
 from ntkit.kernels.infinite.tape import Op, Ref, Tape
 from ntkit.kernels.infinite.tape_calls import grid
 
