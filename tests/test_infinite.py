@@ -321,6 +321,7 @@ CLOSED = {
     "cos": torch.cos,
     "bell": lambda z: torch.exp(-z * z / 3),
     "clamp": lambda z: z.clamp(min=0),
+    "polynomial": lambda z: z**3 - 2 * z * z + 1,
 }
 OPEN = {
     "tanh": torch.tanh,
@@ -330,7 +331,6 @@ OPEN = {
     "elu": F.elu,
     "selu": F.selu,
     "mish": F.mish,
-    "polynomial": lambda z: z**3 - 2 * z * z + 1,
     "tanh gelu": lambda z: F.gelu(z, approximate="tanh"),
     "sign": torch.sign,
 }

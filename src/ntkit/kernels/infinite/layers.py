@@ -110,6 +110,18 @@ class Concat(Layer):
 
 
 @dataclass
+class Channels(Layer):
+    """Some channels of a weight layer: independent of its others, with the same kernel.
+
+    indices : which, in their order, of `count`.
+    """
+
+    source: Layer
+    indices: tuple[int, ...]
+    count: int
+
+
+@dataclass
 class Product(Layer):
     """The product of two branches that do not depend on each other."""
 

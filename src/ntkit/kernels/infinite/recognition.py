@@ -106,7 +106,7 @@ def _polynomial(function: Function) -> Candidate | None:
 
 
 def _exponentials(function: Function) -> Candidate | None:
-    """r z + t and one exponential, or two: the second derivative g has an equation g'' = alpha g' + gamma g."""
+    """R z + t and one exponential, or two: the second derivative g has an equation g'' = alpha g' + gamma g."""
     first = [float(d) for d in derivatives(function, torch.tensor([0.3137], dtype=torch.float64), 4)]
     rate = math.sqrt(abs(first[4] / first[2])) if first[2] else 0.0
     if not 1e-5 < rate < 1e5:
@@ -120,7 +120,7 @@ def _exponentials(function: Function) -> Candidate | None:
 
 
 def _bells(function: Function) -> Candidate | None:
-    """r z + t and exp(-q z^2) times one exponential, or two; r and t are seen where the rest has died away."""
+    """R z + t and exp(-q z^2) times one exponential, or two; r and t are seen where the rest has died away."""
     far = torch.tensor([-1e6, -1e5, 1e5, 1e6], dtype=torch.float64)
     value, slope = (t.double() for t in values_and_slopes(function, far))
     r = _short(float(slope[0]))
@@ -233,7 +233,7 @@ def _unless_it_cancels(function: Function, terms: list[Term], r: float, t: float
 
 
 def _changed_erf(function: Function) -> Candidate | None:
-    """p erf(q z) + r z + t, from where it has come to its line and from the slope at 0."""
+    """P erf(q z) + r z + t, from where it has come to its line and from the slope at 0."""
     if (far := _saturated(function)) is None:
         return None
     at, low, high = far
@@ -248,7 +248,7 @@ def _changed_erf(function: Function) -> Candidate | None:
 
 
 def _changed_gelu(function: Function) -> Candidate | None:
-    """p gelu(q z) + r z + t for q > 0, from the slopes far out and the curvature at 0."""
+    """P gelu(q z) + r z + t for q > 0, from the slopes far out and the curvature at 0."""
     if (far := _saturated(function)) is None:
         return None
     _, low, high = far

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ntkit.base.checks import refusal
 from ntkit.kernels.infinite import tape_calls as calls
+from ntkit.kernels.infinite.channel_parts import channel_part, part
 from ntkit.kernels.infinite.layers import Concat, Flatten, GlobalPool, Graph, Input, Layer, Pool, Product, Size, Sum
 from ntkit.kernels.infinite.position_layers import dim_of, position_function, position_map, positions_side_by_side
 from ntkit.kernels.infinite.tape import Op, record
@@ -163,11 +164,28 @@ def _product(reader: Reader, op: Op) -> Layer:
     shapes = {tuple(reader.tape.ops[r.index].out.shape) for r in op.refs}
     if len(shapes) > 1:
         raise reader.refusal(op, f"shapes {sorted(shapes)}", "Multiply values of one shape.")
+    return _multiplied(reader, op, one, two)
+
+
+def _multiplied(reader: Reader, op: Op, one: Layer, two: Layer) -> Layer:
     if has_several_kernels(one) and has_several_kernels(two):  # the mean of products is not that of the means
         got = "a product of values of several branches or flattened positions"
         raise reader.refusal(op, got, "Multiply before the concatenation, or before nn.Flatten.")
     reader.check_independent(op, one, two)
     return reader.add(Product(one.size, reader.where(op), one, two), [one, two])
+
+
+def _gated(reader: Reader, op: Op) -> Layer:
+    """F.glu: the first half of the channels times the sigmoid of the second."""
+    before = reader.tape.ops[op.refs[0].index].out
+    axis, count = int(arguments(op, "input", "dim").get("dim", -1)) % before.dim(), before.shape[1]
+    if axis != 1:
+        raise reader.refusal(op, f"halves along axis {axis}", "Gate with halves of the channels: dim=1.")
+    value, half = reader.value(op.refs[0]), count // 2
+    one, two = (part(reader, op, value, tuple(range(i, i + half)), count) for i in (0, half))
+    curve = two if isinstance(two, Curve) else Curve(two, None, reader.where(op))
+    gate = Curve(curve.source, lambda z: torch.sigmoid(curve(z)), reader.where(op))
+    return _multiplied(reader, op, reader.layer(one), reader.layer(gate))
 
 
 def _concatenation(reader: Reader, op: Op) -> Layer:
@@ -268,8 +286,10 @@ def _curve(reader: Reader, op: Op, inner: list[Any]) -> Curve | Layer:
     if len(bases) != 1 or any(reader.values[r.index] is None for r in op.refs):
         what = "a product or mixture of two branches" if len(inner) > 1 else "a mixture of the input and a layer"
         raise reader.refusal(op, f"{op.name}, {what}", "Branches can be added, each after a weight layer.")
-    if len(inner) == len(op.refs) == 1 and not op.in_place and (layer := _moved(reader, op)) is not None:
-        return layer
+    if len(inner) == len(op.refs) == 1 and not op.in_place:
+        for find in (_moved, channel_part):
+            if (found := find(reader, op)) is not None:
+                return found
     constants = [t for t in tree_leaves((op.args, op.kwargs)) if isinstance(t, Tensor)]
     slopes = [w for r in op.refs if isinstance(w := reader.values[r.index], Weight)]
     if any(t.numel() > 1 for t in constants) or any(w.parameter.unique().numel() > 1 for w in slopes):
@@ -315,4 +335,5 @@ _RULES: list[tuple[set[Any], Callable[[Reader, Op], Any]]] = [
     (calls.ADAPTIVE_POOLS, _adaptive_pool),
     (calls.REDUCTIONS, _mean_or_sum),
     (calls.VIEWS, _view),
+    ({F.glu}, _gated),
 ]
