@@ -18,8 +18,8 @@ from torch import nn
 
 from ntkit import InfiniteKernel, Refused, TangentKernel
 from ntkit.kernels.infinite import infinite_kernel as infinite
-from ntkit.kernels.infinite.recognition import closed_form
 from ntkit.kernels.infinite.quadrature import Tabulated
+from ntkit.kernels.infinite.recognition import closed_form
 from ntkit.testing import check_kernel
 
 W, B = 1.3, 0.2
@@ -698,7 +698,7 @@ REFUSED = {
         S1,
         r"layer '1' \(Act\)",
     ),
-    "dropout": (mlp(nn.Dropout(0.5)), V1, r"layer '1' \(Dropout\).*eval"),
+    "alpha dropout": (mlp(nn.AlphaDropout(0.5)), V1, r"layer '1' \(AlphaDropout\).*eval"),
     "twice": (Raw(lambda m, x: m.b(torch.relu(m.b(m.a(x))))), V1, "second time"),
     "dependent": (Raw(lambda m, x: torch.relu(m.a(x)) + m.a.weight.sum() * 0 + m.a(x)), V1, "a"),
     "relu plus itself, two activations": (

@@ -1,4 +1,4 @@
-"""Parts of channels: slices, chunks, gates, shuffles; equal to branches with weights of their own, and wide networks."""
+"""Parts of channels: slices, chunks, gates, shuffles; beside branches with weights of their own, and wide networks."""
 
 from __future__ import annotations
 

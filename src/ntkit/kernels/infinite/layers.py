@@ -130,6 +130,19 @@ class Product(Layer):
 
 
 @dataclass
+class Dropout(Layer):
+    """Values that are zero at random, and else larger by 1 / (1 - rate): masks of different samples are independent.
+
+    scale : of the square of a value, 1 / (1 - rate).
+    whole : whether it drops whole channels: one mask for all positions of a sample.
+    """
+
+    source: Layer
+    scale: float
+    whole: bool
+
+
+@dataclass
 class Flatten(Layer):
     """All positions as features: the next layer has separate weights for each."""
 

@@ -27,6 +27,7 @@ from ntkit.kernels.infinite.layers import (
     Affine,
     Channels,
     Concat,
+    Dropout,
     Flatten,
     GlobalPool,
     Graph,
@@ -271,6 +272,14 @@ def _pool(planes: Planes, layer: Pool, offset: Offset) -> Tensor:
     return averaged(lambda inner: planes(layer.source, inner), layer, offset)
 
 
+def _dropout(planes: Planes, layer: Dropout, offset: Offset) -> Tensor:
+    out = planes(layer.source, offset)
+    if planes.symmetric and (layer.whole or offset == (0, 0)):  # one mask, multiplied by itself
+        same = out if planes.paired else out.diagonal(planes.first, -2, -1)
+        same.mul_(layer.scale)
+    return out
+
+
 def _norm(planes: Planes, layer: Norm, offset: Offset) -> Tensor:
     out = planes(layer.source, offset)
     one, two = planes.states_at((0, 0), (1, 1), planes.one.states[id(layer)], planes.two.states[id(layer)])
@@ -360,6 +369,7 @@ _RULES: dict[type[Layer], Callable[[Planes, Any, Offset], Tensor]] = {
     PositionMap: _position_map,
     Concat: _concat,
     Product: _product,
+    Dropout: _dropout,
     Channels: lambda planes, layer, offset: planes(layer.source, offset),
 }
 

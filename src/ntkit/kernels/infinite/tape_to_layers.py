@@ -14,9 +14,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ntkit.base.checks import refusal
 from ntkit.kernels.infinite import tape_calls as calls
 from ntkit.kernels.infinite.channel_parts import channel_part, part
-from ntkit.kernels.infinite.layers import Concat, Flatten, GlobalPool, Graph, Input, Layer, Pool, Product, Size, Sum
+from ntkit.kernels.infinite.layers import (
+    Concat,
+    Dropout,
+    Flatten,
+    GlobalPool,
+    Graph,
+    Input,
+    Layer,
+    Pool,
+    Product,
+    Size,
+    Sum,
+)
 from ntkit.kernels.infinite.position_layers import dim_of, position_function, position_map, positions_side_by_side
-from ntkit.kernels.infinite.tape import Op, record
+from ntkit.kernels.infinite.tape import DROPOUTS, Op, dropout_rate, record
 from ntkit.kernels.infinite.tape_calls import arguments, factor_of, grid, is_elementwise, pair
 from ntkit.kernels.infinite.tape_reader import Curve, DerivedWeight, Reader, Weight, has_several_kernels
 from ntkit.kernels.infinite.weight_layers import affine, norm
@@ -78,7 +90,10 @@ def _value(reader: Reader, op: Op) -> Any:
     inputs = [reader.values[r.index] for r in op.refs]
     weights = [v for v in inputs if isinstance(v, (Weight, DerivedWeight))]
     inner = [v for v in inputs if isinstance(v, (Layer, Curve))]
+    rate = dropout_rate(op.args, op.kwargs) if op.func in DROPOUTS else 0.0
     if not weights and not inner:
+        if rate:
+            raise reader.refusal(op, "dropout of the input", "Drop values behind a weight layer, or call model.eval().")
         if op.in_place:
             raise reader.refusal(op, "the input changed in place", "Write it without in-place operations.")
         return None
@@ -86,6 +101,8 @@ def _value(reader: Reader, op: Op) -> Any:
         got = f"{op.name} where no gradients flow (torch.no_grad, .data, or inside an autograd.Function)"
         fix = "Freeze layers with requires_grad_(False). Write activations as PyTorch functions."
         raise reader.refusal(op, got, fix)
+    if rate and len(inner) == len(inputs):
+        return _dropout(reader, op, rate)
     if op.func in calls.AFFINE | calls.TRANSPOSED and op.refs:
         return affine(reader, op)
     if op.func in calls.NORMS:
@@ -201,6 +218,16 @@ def _concatenation(reader: Reader, op: Op) -> Layer:
     widths = [reader.tape.ops[r.index].out.shape[1] for r in op.refs]
     shares = [(width / sum(widths), part) for width, part in zip(widths, parts, strict=True)]
     return reader.add(Concat(parts[0].size, reader.where(op), shares), parts)
+
+
+def _dropout(reader: Reader, op: Op, rate: float) -> Layer:
+    if rate >= 1:
+        raise reader.refusal(op, f"dropout p={rate:g}", "Nothing is left of its input. Choose p below 1.")
+    if op.func is not F.dropout:
+        reader.check_batched(op, 1 if op.func is F.dropout1d else 2)
+    source = reader.layer(reader.value(op.refs[0]))
+    layer = Dropout(source.size, reader.where(op), source, 1 / (1 - rate), op.func is not F.dropout)
+    return reader.add(layer, [source])
 
 
 # ---------------------------------------------------------------------- positions
