@@ -688,7 +688,7 @@ REFUSED = {
     ),
     "instance norm": (nn.Sequential(conv(2, 8), nn.InstanceNorm2d(8), *head()), X1, r"layer '1' \(InstanceNorm2d\)"),
     "softmax": (mlp(nn.Softmax(1)), V1, r"layer '1' \(Softmax\).*mixes channels"),
-    "gated": (nn.Sequential(nn.Linear(6, 8), nn.GLU(), nn.Linear(4, 1)), V1, r"layer '1' \(GLU\)"),
+    "gated": (nn.Sequential(nn.Linear(6, 8), R(), nn.GLU(), nn.Linear(4, 1)), V1, r"layer '2' \(GLU\).*product"),
     "custom": (mlp(Act(lambda z: z.cumsum(1))), V1, r"layer '1' \(Act\).*cumsum.*mixes"),
     "sorted": (mlp(Act(lambda z: z.sort(1)[0])), V1, r"layer '1' \(Act\).*sort"),
     "attention": (

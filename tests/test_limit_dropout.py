@@ -1,4 +1,4 @@
-"""Dropout in train mode: masks of different samples are independent; brute force, and wide networks with random masks."""
+"""Dropout in train mode: independent masks of samples; beside brute force, and wide networks with random masks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ NETWORKS = {
         ), X,
     ),
     "in place": (
-        lambda n: nn.Sequential(nn.Linear(6, n), R(), nn.Dropout(P, inplace=True), nn.Linear(n, n), R(), nn.Linear(n, 1)), V,
+        lambda n: nn.Sequential(nn.Linear(6, n), R(), D(P, inplace=True), nn.Linear(n, n), R(), nn.Linear(n, 1)), V,
     ),
 }  # fmt: skip
 

@@ -24,6 +24,8 @@ def channel_part(reader: Reader, op: Op) -> Layer | Curve | None:
     before = reader.tape.ops[op.refs[0].index].out
     if len(op.refs) != 1 or before.dim() < 2 or op.in_place:
         return None
+    if not (before.is_floating_point() and op.out.is_floating_point()):  # a cast rounds
+        return None
     value, indices = reader.value(op.refs[0]), selected(op, before)
     if indices is None:
         return None
