@@ -31,10 +31,13 @@ from ntkit.kernels.infinite.gaussian_integrals import (
     moments_at,
     values_one_by_one,
 )
+from ntkit.kernels.infinite.piecewise import Piecewise
 from ntkit.kernels.infinite.recognition import fingerprint
+from ntkit.kernels.infinite.split_integrals import Kinked, kinked
 
 _NODES, _MOST_NODES = 12, 96  # nodes in log a per step below; doubled where the values ask for more
 _ANGLES, _MOST_ANGLES = 65, 129  # nodes in the angle, likewise
+_NODES_BESIDE, _ANGLES_BESIDE = 20, 49  # beside a piecewise polynomial: each costs a thousand times as much
 _TAIL = 1e-13  # last coefficients, relative to the largest, up to which there are nodes enough
 _TOLERANCE = 1e-12  # error, relative to the diagonal, at which the table is not enlarged further
 _ROUNDING, _NOTHING = 1e-14, 1e-15  # relative size up to which a coefficient, a factor is left out
@@ -57,6 +60,7 @@ class _Table(NamedTuple):
     ranks: list[list[int]]  # that count, of each [rank, rank] of the core; last ones of 0 are left out
     squares: Tensor  # log E[s(u)^2] and log E[s'(u)^2], [nodes, 2]
     error: float = 0.0
+    corner: Piecewise | None = None  # its moments are not in the table: see `split_integrals`
 
     def rows(self, v: Tensor) -> Tensor:
         """Barycentric weights of the nodes at variances v, [..., count], flat."""
@@ -92,7 +96,7 @@ class _Table(NamedTuple):
         a, b = (torch.from_numpy(np.exp(rng.uniform(low, high, 200))) for _ in range(2))
         t = torch.from_numpy(rng.uniform(0, math.pi, 200))
         apart = (table.correlations(a, b, t) - self.correlations(a, b, t)).abs().max()
-        return table._replace(error=self.error + float(apart))
+        return table._replace(error=self.error + float(apart), corner=self.corner)
 
 
 class Tabulated(Activation):
@@ -116,9 +120,14 @@ class Tabulated(Activation):
         basis = (rows @ self._table.basis).reshape(*v.shape, -1).movedim(-1, 0)
         value, slope = self._table.roots(v, rows)
         rounded = v * (1 - 8 * torch.finfo(v.dtype).eps)
-        return basis.to(v.dtype).to(v.device).contiguous(), rounded, value, slope
+        corner = self._table.corner.state(v) if self._table.corner else ()
+        return basis.to(v.dtype).to(v.device).contiguous(), rounded, value, slope, *corner
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
+        beyond = None
+        if self._table.corner:
+            beyond = K.clone(), torch.ones_like(K)
+            self._table.corner.apply(beyond[0], None if T is None else beyond[1], one[4:], two[4:])
         root, x = scratch(0, K), scratch(1, K)
         torch.mul(one[1], two[1], out=root).addcmul_(K, K, value=-1)
         square_root(root, x)
@@ -132,6 +141,7 @@ class Tabulated(Activation):
                 for side, at in ((one, -1), (two, axis))
             )
             value = self._series(which, x.flatten(0, 1), left, right).view(K.shape)
+            value = value if beyond is None else value + beyond[which]
             if which:
                 target.mul_(value)
             else:
@@ -234,12 +244,17 @@ def _table(key: str, function: Function, low: float, high: float) -> _Table:
 
 def _computed(function: Function, low: float, high: float) -> _Table:
     """A table whose error is within the tolerance, or the most exact."""
+    if (split := kinked(function)) is not None:
+        return _computed_with_corner(split, low, high)
     probes = _Probes(function, low, high)
     tables: list[_Table] = []
     for values in (family_values, values_one_by_one):
         count, angles, last = min(_NODES * math.ceil((high - low) / _STEP), _MOST_NODES), _ANGLES, math.inf
         while True:
-            table, more_nodes, more_angles = _interpolation(function, low, high, count, angles, values)
+            a = _variances(low, high, count)
+            table, more_nodes, more_angles = _interpolation(
+                function, low, high, mean_squares(function, a), angles, values
+            )
             table = table._replace(error=probes.error(table))
             stalled, last = table.error > last / 3, table.error  # by a kink, or by rounding
             tables.append(table)
@@ -252,6 +267,27 @@ def _computed(function: Function, low: float, high: float) -> _Table:
         if best.error <= _ROUGH:
             break
     return min(tables, key=lambda table: table.error)
+
+
+def _computed_with_corner(split: Kinked, low: float, high: float) -> _Table:
+    """The same of a function with kinks elsewhere than at 0: a table of the rest beside a piecewise polynomial."""
+    count, angles = min(_NODES_BESIDE * math.ceil((high - low) / _STEP), _MOST_NODES), _ANGLES_BESIDE
+    squares = split.squares(_variances(low, high, count))
+    table = _interpolation(split.function, low, high, squares, angles, split.family_values)[0]
+    rng, worst = np.random.default_rng(0), 0.0
+    for number in range(8):
+        v = np.exp(rng.uniform(low, high, 4))
+        v[3] = v[2] * (1 + 0.1 * rng.uniform() ** 2)  # where thresholds nearly coincide, it is the least smooth
+        v, t = torch.from_numpy(v).clamp(max=math.exp(high)), math.pi * rng.uniform() ** (4 if number % 2 else 1)
+        exact = torch.stack([split.moments(v, b, t, 16) for b in v.tolist()], 2)
+        at = [s.expand(4, 4) for s in (v[:, None], v, torch.tensor(t, dtype=torch.float64))]
+        exact = as_correlations(exact - split.of_corner(*at), split.squares(v))
+        worst = max(worst, float((table.correlations(*(s.flatten() for s in at)) - exact.flatten(1)).abs().max()))
+    return table._replace(error=worst, corner=split.corner)
+
+
+def _variances(low: float, high: float, count: int) -> Tensor:
+    return ((low + high) / 2 + (high - low) / 2 * chebyshev_nodes(count)).exp()
 
 
 class _Probes:
@@ -287,12 +323,11 @@ def _overlooked(function: Function, v: Tensor) -> float:
 
 
 def _interpolation(
-    function: Function, low: float, high: float, count: int, angles: int, values: Values
+    function: Function, low: float, high: float, squares: Tensor, angles: int, values: Values
 ) -> tuple[_Table, bool, bool]:
     """A table, and whether the values ask for more nodes and for more angles."""
-    nodes, places = chebyshev_nodes(count), chebyshev_nodes(angles)
-    a = ((low + high) / 2 + (high - low) / 2 * nodes).exp()
-    squares = mean_squares(function, a)
+    count = len(squares)
+    nodes, places, a = chebyshev_nodes(count), chebyshev_nodes(angles), _variances(low, high, count)
     coefficients = torch.einsum("kx,fxpq->fkpq", chebyshev_transform(angles), values(function, a, squares, places))
     over_nodes = torch.einsum("np,fkpq->fknq", chebyshev_transform(count), coefficients).abs().amax((0, 1, 3))
     size = coefficients.abs().amax((0, 2, 3))
