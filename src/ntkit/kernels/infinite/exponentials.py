@@ -91,7 +91,7 @@ class Exponentials(Activation):
                 if slope is not None:
                     slope.add_(of_slopes, alpha=count)
         K.copy_(value)
-        if T is not None:
+        if T is not None and slope is not None:
             T.mul_(slope)
         return 1.0
 

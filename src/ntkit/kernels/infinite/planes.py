@@ -388,6 +388,10 @@ def prepare(graph: Graph, data: dict[int, Tensor], plane_elements: int) -> Side:
             for key, activation in ((id(layer), layer.activation), (-id(layer), layer.weighted)):
                 if activation is not None:
                     side.states[key], side.diagonal[key] = activation.state(v), activation.diagonal(v)
+                    if not all(t.isfinite().all() for t in side.diagonal[key]):
+                        got = f"moments that overflow at standard deviations up to {float(v.max()) ** 0.5:.2g}"
+                        fix = "Scale the data or the weights down."
+                        raise refusal(layer.name, got=got, expected="an activation with finite moments", fix=fix)
         elif isinstance(layer, Norm):
             v = planes(layer.source)[0][..., 0]
             side.states[id(layer)] = ((v.mean((0, 1), keepdim=True) + layer.eps).rsqrt(),)

@@ -104,8 +104,8 @@ class Tabulated(Activation):
 
     `error` is the largest difference, relative to the root of the two diagonal values, between the interpolated table
     and finer quadrature at random variances and angles, in the range of variances so far. Kinks at 0 (ELU, SELU) are
-    as exact as smooth functions. With kinks elsewhere, between pieces that are no polynomials (see `piecewise`), it is a
-    table of what is left beside a piecewise polynomial (see `split_integrals`); with many, the error tells how inexact.
+    as exact as smooth functions. With kinks elsewhere, between pieces that are no polynomials, it is a table of what is
+    left beside a piecewise polynomial (see `split_integrals`); with many, the error tells how inexact.
     """
 
     def __init__(self, function: Function, name: str) -> None:
