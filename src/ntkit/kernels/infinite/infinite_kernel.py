@@ -54,15 +54,16 @@ class InfiniteKernel(Kernel):
     """Tangent kernel ("ntk") or covariance of the outputs ("nngp") of a module as its hidden widths tend to infinity.
 
     The layers are read from a run of the module: dense layers and convolutions, transposed ones too (stride, padding of
-    any mode, dilation, groups), any elementwise activation, sums, products and concatenations of branches, factors,
-    average and global pools, linear maps of positions (slices, flips, padding, interpolation, means over one axis),
-    flattening, LayerNorm and GroupNorm before an activation, dropout in eval mode. The module's own widths have no
-    influence, except through `w_std=None` and as shares of the channels in a concatenation. All outputs have the same
-    kernel and are independent: entry (i, c, j, d) of the full kernel is ``k(x1, x2)[i, j]`` for c = d, else 0.
+    any mode, dilation, groups), any elementwise activation, sums, products and concatenations of branches, parts of
+    channels (slices, chunks, gated linear units), factors, average and global pools, linear maps of positions (slices,
+    flips, padding, interpolation, means over one axis), flattening, LayerNorm and GroupNorm before an activation,
+    dropout. The module's own widths have no influence, except through `w_std=None` and as shares of the channels in a
+    concatenation or a part. All outputs have the same kernel and are independent: entry (i, c, j, d) of the full kernel
+    is ``k(x1, x2)[i, j]`` for c = d, else 0.
 
     Parameters
     ----------
-    model : the module, in eval mode. It is run on a few samples and not changed.
+    model : the module; dropout in train mode is taken as random masks. It is run on a few samples and not changed.
     kind : "ntk" or "nngp".
     w_std, b_std : the NTK parametrization z = w_std / sqrt(fan_in) W a + b_std b in every dense and convolution layer,
         with standard normal W and b, all trained. None: the module's own parametrization and initialization, recognized
@@ -85,21 +86,23 @@ class InfiniteKernel(Kernel):
     -------------------
     Tensor
         [n1, n2] in the dtype of the samples; exactly symmetric for ``x2=None``. The values of a sample with itself are
-        free of the rounding error that angles near 0 amplify.
+        free of the rounding error that angles near 0 amplify. With dropout in train mode, a sample has one mask in
+        ``k(x)``, ``diagonal`` and ``paired`` of one set; samples of two sets have masks of their own, equal ones too.
 
     Raises
     ------
     Refused
         By the layer's name, for a layer without such a limit in closed form, where `sample` is None: max-pools,
         BatchNorm, softmax, attention and other mixtures of channels, weights used twice, sums and products of branches
-        that depend on each other. With `sample`, what cannot be enlarged.
+        that depend on each other, activations whose moments overflow. With `sample`, what cannot be enlarged.
 
     Warns
     -----
     UserWarning
-        When the relative error of an activation exceeds 1e-6: kinks elsewhere than at 0 between pieces that are no
-        polynomials. (Those between polynomials, as of ReLU6, hardtanh or hardswish, are exact.) When the mean over
-        sampled networks differs from that over networks half as wide by more than three standard errors.
+        When the relative error of an activation exceeds 1e-6: many kinks elsewhere than at 0 between pieces that are no
+        polynomials, or variances of very different size. (Kinks between polynomials, as of ReLU6 or hardswish, are
+        exact.) When the mean over sampled networks differs from that over networks half as wide by more than three
+        standard errors.
 
     Notes
     -----
@@ -108,6 +111,7 @@ class InfiniteKernel(Kernel):
     T -> w^2 T + w^2 S + b^2, S -> w^2 S + b^2, averaged over the kernel's window. Kernels of images need all pairs of
     positions: they are computed one offset at a time (see `planes`), in memory that does not grow with the image.
     Products of branches K1 K2, T1 K2 + K1 T2; concatenations of channels: the mean of their kernels by their shares.
+    Dropout of rate p in train mode: values of a sample with itself at one position times 1 / (1 - p).
     The slope of a PReLU is a constant and not trained: one number for all channels has no deterministic limit.
 
     Examples

@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_map
 
 from ntkit.base.checks import NoLimit, Refused
 from ntkit.kernels.infinite import tape_calls as calls
-from ntkit.kernels.infinite.activations import Activation, Function, closed_form, fingerprint
+from ntkit.kernels.infinite.activations import Activation, Function
 from ntkit.kernels.infinite.piecewise import piecewise
 from ntkit.kernels.infinite.quadrature import Tabulated
+from ntkit.kernels.infinite.recognition import closed_form, fingerprint
 from ntkit.kernels.infinite.shared_weights import Curve, Data, Dense, Node, Program, Sum, Weights, Words
 from ntkit.kernels.infinite.tape import Op, Ref, Tape, record
 from ntkit.kernels.infinite.tape_calls import arguments, factor_of, is_elementwise
