@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,18 +15,18 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import as_number
-from ntkit.base.progress import task
 from ntkit.base.shown import of_model
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
+from ntkit.kernels.infinite.limit_gradients import Gradients, Std, as_numbers, as_std, refused, wants_gradients
 from ntkit.kernels.infinite.piecewise import Piecewise
 from ntkit.kernels.infinite.planes import Planes, prepare, splits
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.sample_sides import Side
 from ntkit.kernels.infinite.tape import record
 from ntkit.kernels.infinite.tape_to_layers import read
+from ntkit.kernels.infinite.tile_progress import each
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out
 
 Kind = Literal["ntk", "nngp"]
@@ -106,22 +105,18 @@ class InfiniteKernel(Kernel):
         self,
         model: nn.Module,
         kind: Kind = "ntk",
-        w_std: float | None = None,
-        b_std: float | None = None,
+        w_std: Std | None = None,
+        b_std: Std | None = None,
     ) -> None:
         if not isinstance(kind, str) or kind not in ("ntk", "nngp"):
             raise refusal("kind", got=repr(kind), expected='"ntk" or "nngp"', fix="Choose one of them.")
         if (w_std is None) != (b_std is None):
             missing, other = ("b_std", "w_std") if b_std is None else ("w_std", "b_std")
             raise refusal(missing, got=f"None although {other} is given", expected="both or none", fix="Give both.")
-        stds: list[float] = []
-        for name, value in (("w_std", w_std), ("b_std", b_std)):
-            if value is not None:
-                fix = "Give a standard deviation."
-                stds.append(as_number(value, name, lambda s: 0 <= s <= 1e100, "a number from 0 to 1e100", fix))
+        stds = (as_std(w_std, "w_std"), as_std(b_std, "b_std")) if w_std is not None else None
         check_module(model)
         self.kind = kind
-        self._model, self._stds = model, (stds[0], stds[1]) if stds else (None, None)
+        self._model, self._stds = model, stds
         self._models: dict[torch.dtype, nn.Module] = {}
         self._graphs: dict[tuple[torch.dtype, tuple[int, ...]], Graph] = {}
         self._fingerprint: Any = None  # of the model, when the graphs were read
@@ -148,19 +143,34 @@ class InfiniteKernel(Kernel):
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """k(x, x) as an operator; the values are computed once, at the first product."""
-        x = checked(x, "x")
+        if wants_gradients(x, *self._stds or ()):
+            raise refused("operator", "a matrix-free product", "Use the matrix, kernel(x) @ v, or build the operator")
+        x, kernel = checked(x, "x"), copy.copy(self)
+        kernel._stds = self._stds and as_numbers(self._stds)
         like = torch.empty(0, dtype=self._read(x)[2], device=x.device)
-        values = lru_cache(1)(lambda: self(x))
-        return KernelOperator(count(x), lambda v: values() @ v, lambda: self.diagonal(x), like)
+        values = lru_cache(1)(lambda: kernel(x))
+        return KernelOperator(count(x), lambda v: values() @ v, lambda: kernel.diagonal(x), like)
+
+    def settings(self) -> dict[str, Any]:
+        """As of every kernel; with the values of `w_std` and `b_std`."""
+        return vars(self) | {"_stds": as_numbers(self._stds)}
 
     def __repr__(self) -> str:
         return of_model(type(self), self._model)
+
+    def _checked(self, x: Any, name: str) -> Batch:
+        found = super()._checked(x, name)
+        return x if wants_gradients(x) else found
 
     # ------------------------------------------------------------------ values
 
     @torch.inference_mode(False)  # activations are differentiated
     @own_context()
     def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
+        if wants_gradients(x1, x2, *self._stds or ()):
+            if out is not None:
+                raise refused("out", "memory to write into", "Leave it out, or call the kernel")
+            return self._with_gradients(x1, x2, Gradients.matrix)
         (graph, data1, dtype), same = self._read(x1), x2 is None
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         n1, n2 = count(x1), count(x1 if x2 is None else x2)
@@ -186,7 +196,7 @@ class InfiniteKernel(Kernel):
                 return max(abs(float(end)) for end in block.aminmax())
 
         versions = _covered(graph, data1, data2)
-        sizes = _each(tile, tiles, like, spread_within)
+        sizes = each(tile, tiles, like, spread_within)
         if same:
             for i in range(0, n1, size):
                 out[i : i + size, :i] = out[:i, i : i + size].T
@@ -201,6 +211,8 @@ class InfiniteKernel(Kernel):
     @torch.inference_mode(False)
     @own_context()
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
+        if wants_gradients(x1, x2, *self._stds or ()):
+            return self._with_gradients(x1, x2, Gradients.pairs)
         graph, data1, dtype = self._read(x1)
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         like = next(iter(data1.values()))
@@ -217,20 +229,30 @@ class InfiniteKernel(Kernel):
                 out[samples] = planes(graph.layers[graph.output])[-1, 0, 0, :, 0]
 
         versions = _covered(graph, data1, data2)
-        _each(batch, list(range(0, count(x1), size)), like)
+        each(batch, list(range(0, count(x1), size)), like)
         if _versions(graph) != versions:
             return self._pairs(x1, x2)
         _check_size(float(out.abs().max()), dtype)
         _warn(graph)
         return out.to(x1.device, dtype)
 
+    def _with_gradients(self, x1: Batch, x2: Batch | None, values: Callable[..., Tensor]) -> Tensor:
+        graph, data1, dtype = self._read(x1, keep=True)
+        data2 = None if x2 is None or x2 is x1 else self._read(x2, like=x1, keep=True)[1]
+        out = values(Gradients(graph, self._stds, self.kind == "ntk"), data1, data2)
+        _check_size(float(out.detach().abs().max()), dtype)
+        return out.to(x1.device, dtype)
+
     # ------------------------------------------------------------------ reading
 
     @torch.inference_mode(False)
     @own_context()
-    def _read(self, x: Batch, like: Batch | None = None) -> tuple[Graph, dict[int, Tensor], torch.dtype]:
+    def _read(
+        self, x: Batch, like: Batch | None = None, keep: bool = False
+    ) -> tuple[Graph, dict[int, Tensor], torch.dtype]:
         """The layers for samples of this shape, the samples at each input layer, and the dtype of the values.
 
+        keep : for gradients: the samples keep their autograd graph, and the layers are those of stds of 1.
         The samples are [H, W, n, C] / sqrt(C) in float64, as all that follows: in float32 an angle between samples
         that are nearly parallel would be off by 3e-4, and so would the kernel.
         """
@@ -245,24 +267,25 @@ class InfiniteKernel(Kernel):
             x = x.to(like.dtype)
         half = x.dtype in (torch.float16, torch.bfloat16)
         dtype, x = x.dtype, x.float() if half else x
-        if (fingerprint := _fingerprint(self._model)) != self._fingerprint:  # trained, frozen or changed since
+        stds = as_numbers(self._stds and ((1.0, 1.0) if keep else self._stds))
+        if (fingerprint := (_fingerprint(self._model), stds)) != self._fingerprint:  # trained, frozen or changed since
             self._fingerprint, self._graphs, self._models = fingerprint, {}, {}
         model = self._in_dtype(x.dtype) if x.is_floating_point() else self._model
         key = (x.dtype, tuple(x.shape[1:]))
-        graph = self._graphs.get(key) or read(model, x, *self._stds)
+        graph = self._graphs.get(key) or read(model, x, *stds)
         self._graphs[key] = graph
         indices = [layer.index for layer in graph.layers if isinstance(layer, Input)]
         data: dict[int, Tensor] = {}
         for start in range(0, len(x), _BATCH):
             batch = x[start : start + _BATCH]
-            outputs = [batch] if indices == [0] else _outputs(model, batch, graph.last_index)
+            outputs = [batch] if indices == [0] else _outputs(model, batch, graph.last_index, keep)
             for index in indices:
                 t = outputs[index]
                 dtype = dtype if x.is_floating_point() else t.dtype
                 t = _double(t.reshape(*t.shape[:2], *(1,) * (4 - t.dim()), *t.shape[2:]).permute(2, 3, 0, 1))
                 if index not in data:
                     data[index] = t.new_empty(*t.shape[:2], len(x), t.shape[3])
-                torch.div(t, math.sqrt(t.shape[3]), out=data[index][:, :, start : start + _BATCH])
+                data[index][:, :, start : start + _BATCH] = t / math.sqrt(t.shape[3])
         return graph, data, dtype
 
     def _in_dtype(self, dtype: torch.dtype) -> nn.Module:
@@ -274,9 +297,9 @@ class InfiniteKernel(Kernel):
         return model
 
 
-def _outputs(model: nn.Module, batch: Tensor, last: int) -> list[Tensor]:
+def _outputs(model: nn.Module, batch: Tensor, last: int, keep: bool) -> list[Tensor]:
     """Outputs of the calls on a batch before the weights; those of the first sample are checked against it alone."""
-    outputs = [op.out for op in record(model, batch, last).ops]
+    outputs = [op.out for op in record(model, batch, last, keep).ops]
     if len(batch) > 1:
         for op, out in zip(record(model, batch[:1], last).ops, outputs, strict=False):
             if op.out.shape[:1] == (1,) and not torch.allclose(op.out, out[:1], rtol=1e-4, atol=1e-6):
@@ -369,26 +392,6 @@ def _positions(graph: Graph) -> int:
 def _state_size(graph: Graph) -> int:
     """Elements of a prepared side, per sample."""
     return 1 + sum(4 * math.prod(layer.size) for layer in graph.layers if isinstance(layer, Pointwise))
-
-
-def _each(work: Callable, items: list, like: Tensor, here: bool = False) -> list:
-    """The results of all items, by workers; `here`, one after the other: where an item's own parts go to workers."""
-    here = here or like.device.type != "cpu"
-    start, at_once = time.monotonic(), 1 if here else min(workers(), len(items))
-    with task("infinite kernel", len(items)) as progress:
-
-        def done(_: object) -> None:
-            if progress.done == 0:
-                progress.expect((time.monotonic() - start) * (len(items) - 1) / at_once)
-            progress.advance()
-
-        if not here:
-            return spread(work, items, done)
-        results = []
-        for item in items:
-            results.append(work(item))
-            done(item)
-        return results
 
 
 def _line(layer: Layer) -> str:
