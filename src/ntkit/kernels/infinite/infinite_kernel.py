@@ -146,14 +146,14 @@ class InfiniteKernel(Kernel):
         if wants_gradients(x, *self._stds or ()):
             raise refused("operator", "a matrix-free product", "Use the matrix, kernel(x) @ v, or build the operator")
         x, kernel = checked(x, "x"), copy.copy(self)
-        kernel._stds = self._stds and as_numbers(self._stds)
+        kernel._stds = as_numbers(self._stds)
         like = torch.empty(0, dtype=self._read(x)[2], device=x.device)
         values = lru_cache(1)(lambda: kernel(x))
         return KernelOperator(count(x), lambda v: values() @ v, lambda: kernel.diagonal(x), like)
 
     def settings(self) -> dict[str, Any]:
         """As of every kernel; with the values of `w_std` and `b_std`."""
-        return vars(self) | {"_stds": as_numbers(self._stds)}
+        return vars(self) | {"_stds": as_numbers(self._stds) or (None, None)}
 
     def __repr__(self) -> str:
         return of_model(type(self), self._model)
@@ -267,12 +267,12 @@ class InfiniteKernel(Kernel):
             x = x.to(like.dtype)
         half = x.dtype in (torch.float16, torch.bfloat16)
         dtype, x = x.dtype, x.float() if half else x
-        stds = as_numbers(self._stds and ((1.0, 1.0) if keep else self._stds))
+        stds = self._stds and ((1.0, 1.0) if keep else as_numbers(self._stds))
         if (fingerprint := (_fingerprint(self._model), stds)) != self._fingerprint:  # trained, frozen or changed since
             self._fingerprint, self._graphs, self._models = fingerprint, {}, {}
         model = self._in_dtype(x.dtype) if x.is_floating_point() else self._model
         key = (x.dtype, tuple(x.shape[1:]))
-        graph = self._graphs.get(key) or read(model, x, *stds)
+        graph = self._graphs.get(key) or read(model, x, *stds or (None, None))
         self._graphs[key] = graph
         indices = [layer.index for layer in graph.layers if isinstance(layer, Input)]
         data: dict[int, Tensor] = {}

@@ -37,16 +37,18 @@ def as_std(value: Any, name: str) -> Std:
     Refused
         When it is no real number from 0 to 1e100.
     """
-    number = as_number(value, name, lambda s: 0 <= s <= _MOST, "a number from 0 to 1e100", "Give a standard deviation.")
+    number = _number(value, name)
     return value if isinstance(value, Tensor) and value.requires_grad else number
 
 
-def as_numbers(stds: tuple[Std, Std] | None) -> tuple[float, float] | tuple[None, None]:
+def as_numbers(stds: tuple[Std, Std] | None) -> tuple[float, float] | None:
     """The standard deviations as they are now: a tensor's value may have changed since."""
-    if stds is None:
-        return None, None
-    w, b = (float(as_std(s, name)) for s, name in zip(stds, ("w_std", "b_std"), strict=True))
-    return w, b
+    return None if stds is None else (_number(stds[0], "w_std"), _number(stds[1], "b_std"))
+
+
+def _number(value: Any, name: str) -> float:
+    value = value.detach() if isinstance(value, Tensor) else value
+    return as_number(value, name, lambda s: 0 <= s <= _MOST, "a number from 0 to 1e100", "Give a standard deviation.")
 
 
 def wants_gradients(*values: Any) -> bool:
