@@ -2,9 +2,9 @@
 
 (u, v) have variances a, b and covariance c. By Price's theorem the derivative by c is E[s'(u) s'(v)], and that by a is
 E[s''(u) s(v)] / 2. Where s has a kink, E[s'(u) s'(v)] falls with the angle between the samples: it has a tip where they
-coincide (rho = 1), and so it has at opposite samples and where a variance is 0. There the derivative is that of the
-smooth part, which is the mean of the one-sided derivatives in any direction and its opposite, as autograd's derivative
-of |x| at 0 is 0. Second derivatives do not exist at a tip and are refused.
+coincide (rho = 1), and so it has at opposite samples. There the derivative is that of the smooth part: the mean of the
+one-sided derivatives in a direction and its opposite, as autograd's derivative of |x| at 0 is 0. Where a variance is 0,
+E[s(u) s(v)] is a cone, and its smooth part is taken likewise. Derivatives of higher order are refused there.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def moments_of_one(activation: Activation, v: Tensor) -> tuple[Tensor, Tensor]:
     """E[s(u)^2] and E[s'(u)^2] as functions of the variance: without the tip of two samples that coincide."""
     if isinstance(activation, Rectifier):
         total = activation.odd + activation.even
-        slope = torch.where(v == 0, activation.at_zero, total) if activation.even else torch.full_like(v, total)
-        return v * total, slope.to(v)
+        slope = torch.full_like(v, total)
+        return v * total, slope.masked_fill(v == 0, activation.at_zero) if activation.even else slope
     return moments(activation, v, v, v, torch.ones_like(v, dtype=torch.bool))
 
 
@@ -57,7 +57,7 @@ def _rectifier(s: Rectifier, a: Tensor, b: Tensor, c: Tensor, same: Tensor) -> t
     slope = factor * (_Angle.apply(a, b, c, same) + s.odd / factor)
     for v in (a, b):
         if s.zero_slope != 1:
-            slope = slope * torch.where(v == 0, s.zero_slope, 1.0).to(v)
+            slope = slope * torch.ones_like(v).masked_fill(v == 0, s.zero_slope)
     return K, slope
 
 
@@ -89,7 +89,7 @@ class _Angle(torch.autograd.Function):
         by_c = grads[0] * torch.where(tip, 1.0, a * b - c * c).rsqrt()
         parts = [by_c * c / torch.where(tip, -2.0, -2 * v) for v in (a, b)]
         found = [torch.where(tip, 0.0, t) for t in (*parts, by_c)]
-        return *(_Smooth.apply(t, tip) for t in found), None
+        return *(_Smooth.apply(t, tip & (grads[0] != 0)) for t in found), None
 
 
 class _Rectified(torch.autograd.Function):
@@ -109,7 +109,7 @@ class _Rectified(torch.autograd.Function):
         root = torch.where(tip, 0.0, torch.where(tip, 1.0, a * b - c * c).sqrt())
         parts = [scaled * root / torch.where(tip, 2.0, 2 * v) for v in (a, b)]
         by_c = scaled * (_Angle.apply(a, b, c, same) + ctx.constant)
-        zero = (a == 0) | (b == 0)
+        zero = ((a == 0) | (b == 0)) & (grads[0] != 0)
         return *(_Smooth.apply(t, zero) for t in (*parts, by_c)), None, None, None
 
 

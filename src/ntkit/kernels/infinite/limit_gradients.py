@@ -108,7 +108,8 @@ class Gradients:
 
     def _scales(self, data: Data) -> Scales:
         like = next(iter(data.values()))
-        w, b = (torch.as_tensor(s, dtype=like.dtype).to(like) for s in (self.stds or (1.0, 1.0)))
+        stds = zip(self.stds or (1.0, 1.0), ("w_std", "b_std"), strict=True)
+        w, b = (torch.as_tensor(as_std(s, name), dtype=like.dtype).to(like) for s, name in stds)
         return Scales(w * w, b * b)
 
     def _halves(self, data: Data, labels: Tensor, scales: Scales, size: int) -> list[Half]:
