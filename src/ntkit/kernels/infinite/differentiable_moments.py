@@ -4,7 +4,8 @@
 E[s''(u) s(v)] / 2. Where s has a kink, E[s'(u) s'(v)] falls with the angle between the samples: it has a tip where they
 coincide (rho = 1), and so it has at opposite samples. There the derivative is that of the smooth part: the mean of the
 one-sided derivatives in a direction and its opposite, as autograd's derivative of |x| at 0 is 0. Where a variance is 0,
-E[s(u) s(v)] is a cone, and its smooth part is taken likewise. Derivatives of higher order are refused there.
+E[s(u) s(v)] is a cone, and its smooth part is taken likewise; E[s'(u) s'(v)] jumps there, to autograd's slope at 0.
+Derivatives of higher order are refused there.
 """
 
 from __future__ import annotations
