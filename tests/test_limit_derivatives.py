@@ -60,13 +60,18 @@ CASES = {
         X2,
     ),
     "some layers without a bias": (
-        lambda: nn.Sequential(nn.Linear(6, 8, bias=False), R(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 1, bias=False)),
+        lambda: nn.Sequential(
+            nn.Linear(6, 8, bias=False), R(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 1, bias=False)
+        ),
         V1,
         V2,
     ),
 }
-TABLE_CASES = {name: TABLES[name.split(", ", 1)[-1] if name.startswith("vectors") else name] for name in CASES if
-               (name.split(", ", 1)[-1] if name.startswith("vectors") else name) in TABLES}
+TABLE_CASES = {
+    name: TABLES[name.split(", ", 1)[-1] if name.startswith("vectors") else name]
+    for name in CASES
+    if (name.split(", ", 1)[-1] if name.startswith("vectors") else name) in TABLES
+}
 DIFFERENTIABLE = [name for name in CASES if name not in TABLE_CASES]
 
 
@@ -293,7 +298,9 @@ def test_black_images_and_padding():
 # ------------------------------------------------------------------ second derivatives
 
 
-@pytest.mark.parametrize("activation", [Act(torch.erf), nn.GELU(), Act(torch.sin), R()], ids=["erf", "gelu", "sin", "relu"])
+@pytest.mark.parametrize(
+    "activation", [Act(torch.erf), nn.GELU(), Act(torch.sin), R()], ids=["erf", "gelu", "sin", "relu"]
+)
 @pytest.mark.parametrize("kind", ["ntk", "nngp"])
 def test_first_and_second_derivatives_by_gradcheck(activation, kind):
     """Of one set (with the diagonal) and of two; ReLU's, too, where no two samples coincide."""

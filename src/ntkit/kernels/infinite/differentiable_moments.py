@@ -90,7 +90,7 @@ class _Angle(torch.autograd.Function):
         by_c = grads[0] * torch.where(tip, 1.0, a * b - c * c).rsqrt()
         parts = [by_c * c / torch.where(tip, -2.0, -2 * v) for v in (a, b)]
         found = [torch.where(tip, 0.0, t) for t in (*parts, by_c)]
-        return *(_Smooth.apply(t, tip & (grads[0] != 0)) for t in found), None
+        return *_smooth(found, tip, grads[0]), None
 
 
 class _Rectified(torch.autograd.Function):
@@ -110,8 +110,15 @@ class _Rectified(torch.autograd.Function):
         root = torch.where(tip, 0.0, torch.where(tip, 1.0, a * b - c * c).sqrt())
         parts = [scaled * root / torch.where(tip, 2.0, 2 * v) for v in (a, b)]
         by_c = scaled * (_Angle.apply(a, b, c, same) + ctx.constant)
-        zero = ((a == 0) | (b == 0)) & (grads[0] != 0)
-        return *(_Smooth.apply(t, zero) for t in (*parts, by_c)), None, None, None
+        return *_smooth([*parts, by_c], (a == 0) | (b == 0), grads[0]), None, None, None
+
+
+def _smooth(found: list[Tensor], tip: Tensor, grad: Tensor) -> list[Tensor]:
+    """The derivatives, whose own derivatives are refused at tips that count."""
+    if not torch.is_grad_enabled():
+        return found
+    tip = tip & (grad != 0)
+    return [_Smooth.apply(t, tip) for t in found]
 
 
 class _Smooth(torch.autograd.Function):

@@ -292,23 +292,32 @@ def _pool(planes: DifferentiablePlanes, layer: Pool, offset: Offset) -> Plane:
 
 
 def _global_pool(planes: DifferentiablePlanes, layer: GlobalPool, offset: Offset) -> Plane:
-    """The mean over all pairs of positions, one row of offsets at a time: its planes are computed again backwards."""
-    height, width = layer.source.size
-    apart = splits(planes.graph) and height * width > 1
+    """The mean over all pairs of positions, one row of offsets at a time: its planes are computed again backwards.
 
-    def row(dh: int) -> Plane:
+    Of one set with itself, K_-d(i, j) = K_d(j, i): half of the offsets, and the transpose.
+    """
+    height, width = layer.source.size
+    apart, half = splits(planes.graph) and height > 1, planes.one is planes.two
+    share = 1 / (height * width) ** 2
+
+    def row(dh: int, columns: range) -> Plane:
         inner = planes.alike() if apart else planes
-        share = 1 / (height * width) ** 2
-        found = [inner(layer.source, (dh, dw)) for dw in range(1 - width, width)]
+        found = [inner(layer.source, (dh, dw)) for dw in columns]
         return _weighted_sum([(share, _both(inner, lambda x: x.sum((0, 1), keepdim=True), p)) for p in found])
 
-    heights = range(1 - height, height)
-    rows = [
-        checkpoint(row, dh, use_reentrant=False, preserve_rng_state=False) if apart and height > 1 else row(dh)
-        for dh in heights
-    ]
-    return _weighted_sum([(1.0, r) for r in rows])  # pyrefly: ignore
+    def total(dh: int, columns: range) -> Plane:
+        return checkpoint(row, dh, columns, **_AGAIN) if apart else row(dh, columns)  # pyrefly: ignore
 
+    heights = range(1 if half else 1 - height, height)
+    rows = [total(dh, range(1 - width, width)) for dh in heights]
+    if not half:
+        return _weighted_sum([(1.0, plane) for plane in rows])
+    rows += [total(0, range(1, width))] if width > 1 else []
+    turned = [_both(planes, lambda x: x if planes.paired else x.mT, plane) for plane in rows]
+    return _weighted_sum([(1.0, plane) for plane in (total(0, range(1)), *rows, *turned)])
+
+
+_AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 _RULES: dict[type[Layer], Callable[[DifferentiablePlanes, Any, Offset], Plane]] = {
     Input: _input,

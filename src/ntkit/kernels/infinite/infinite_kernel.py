@@ -57,7 +57,7 @@ class InfiniteKernel(Kernel):
         with standard normal W and b, all trained. None: the module's own parametrization and initialization, recognized
         from its weights (`initial_std`); the parameters that require gradients are trained. In PyTorch's own
         parametrization the tangent kernel of a layer grows with its width: the widths are then the module's, and the
-        value is the leading order.
+        value is the leading order. Tensors that require a gradient stay in the autograd graph.
 
     Attributes
     ----------
@@ -68,13 +68,15 @@ class InfiniteKernel(Kernel):
     -------------------
     Tensor
         [n1, n2] in the dtype of the samples; exactly symmetric for ``x2=None``. The values of a sample with itself are
-        free of the rounding error that angles near 0 amplify.
+        free of the rounding error that angles near 0 amplify. In the autograd graph if samples, `w_std` or `b_std`
+        require a gradient.
 
     Raises
     ------
     Refused
         By the layer's name, for a layer without such a limit: max-pools, BatchNorm, softmax, attention and other
-        mixtures of channels, weights used twice, sums and products of branches that depend on each other.
+        mixtures of channels, weights used twice, sums and products of branches that depend on each other. For a
+        gradient through an activation that has no closed form, or has kinks elsewhere than at 0.
 
     Warns
     -----
@@ -89,6 +91,8 @@ class InfiniteKernel(Kernel):
     T -> w^2 T + w^2 S + b^2, S -> w^2 S + b^2, averaged over the kernel's window. Kernels of images need all pairs of
     positions: they are computed one offset at a time (see `planes`), in memory that does not grow with the image.
     Products of branches K1 K2, T1 K2 + K1 T2; concatenations of channels: the mean of their kernels by their shares.
+    Gradients are exact, of second order, too; where the tangent kernel has a tip (a kink at 0, samples that coincide)
+    they are the mean of the one-sided derivatives. `kernel.operator` has none.
     The slope of a PReLU is a constant and not trained: one number for all channels has no deterministic limit.
 
     Examples

@@ -20,12 +20,13 @@ from ntkit.kernels.infinite.differentiable_planes import (
     check_derivatives,
     variances,
 )
-from ntkit.kernels.infinite.layers import GlobalPool, Graph, Pool, PositionMap
+from ntkit.kernels.infinite.layers import GlobalPool, Graph, Pool, PositionMap, Size
+from ntkit.kernels.infinite.planes import splits
 
 Std = float | Tensor
 Data = dict[int, Tensor]
 
-_ELEMENTS = 1 << 21  # of the values of all layers in a tile: about 15 numbers of each are kept for the way back
+_ELEMENTS = 1 << 22  # of the values of all layers in a tile: about 15 numbers of each are kept for the way back
 _MOST = 1e100
 
 
@@ -71,7 +72,7 @@ class Gradients:
         """k(x1, x2), [n1, n2], of samples at the input layers; for data2 = None, exactly symmetric."""
         scales, labels = self._scales(data1), _labels(data1, data2)
         size = max(1, math.isqrt(_ELEMENTS // _elements(self.graph)))
-        several = max(len(t) for t in labels) > size
+        several = max(len(t) for t in labels) > size and not splits(self.graph)
         one = self._halves(data1, labels[0], scales, size)
         two = one if data2 is None else self._halves(data2, labels[1], scales, size)
 
@@ -102,7 +103,7 @@ class Gradients:
             def compute() -> Tensor:
                 return DifferentiablePlanes(self.graph, one[i], two[i], scales, True, self.tangent).output()[:, 0]
 
-            return _again(compute) if len(one) > 1 else compute()
+            return _again(compute) if len(one) > 1 and not splits(self.graph) else compute()
 
         return torch.cat([some(i) for i in range(len(one))])
 
@@ -129,10 +130,15 @@ def _again(compute: Any) -> Any:
 
 
 def _elements(graph: Graph) -> int:
-    """Numbers of all layers per pair of samples: of all pairs of positions where a layer adds them up."""
+    """Numbers of all layers per pair of samples that are kept at a time, of the planes of all offsets kept."""
     kinds = {type(layer) for layer in graph.layers}
-    power = 2 if kinds & {GlobalPool, Pool, PositionMap} else 1
-    return sum(math.prod(layer.size) ** power for layer in graph.layers)
+
+    def planes(size: Size) -> int:
+        if splits(graph):  # one row of offsets, see `_global_pool`
+            return size[1]
+        return math.prod(size) if kinds & {GlobalPool, Pool, PositionMap} else 1
+
+    return sum(math.prod(layer.size) * planes(layer.size) for layer in graph.layers)
 
 
 def _labels(data1: Data, data2: Data | None) -> list[Tensor]:
