@@ -417,6 +417,12 @@ def test_each_side_alone_and_half_precision():
     for x1, x2, g in ((a, V2, wanted[0]), (V1, b, wanted[1])):
         x = x1 if x1.requires_grad else x2
         torch.testing.assert_close(torch.autograd.grad(kernel(x1, x2).square().sum(), x)[0], g, rtol=1e-12, atol=1e-14)
+    assert torch.equal(kernel(a, a), kernel(a))
+    w = torch.tensor(W, requires_grad=True)  # float32
+    InfiniteKernel(model, "ntk", w, B)(V1, V2).square().sum().backward()
+    exact = leaf(W)
+    InfiniteKernel(model, "ntk", exact, B)(V1, V2).square().sum().backward()
+    torch.testing.assert_close(w.grad.double(), exact.grad, rtol=1e-5, atol=0)
     for dtype, rtol in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
         x = V1.to(dtype).requires_grad_()
         K = kernel(x, b)

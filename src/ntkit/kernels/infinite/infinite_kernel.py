@@ -122,7 +122,7 @@ class InfiniteKernel(Kernel):
         self.kind = kind
         self._model, self._stds = model, stds
         self._models: dict[torch.dtype, nn.Module] = {}
-        self._graphs: dict[tuple[torch.dtype, tuple[int, ...]], Graph] = {}
+        self._graphs: dict[tuple[Any, ...], Graph] = {}  # by dtype and shape of a sample, w_std and b_std
         self._fingerprint: Any = None  # of the model, when the graphs were read
 
     @property
@@ -149,9 +149,10 @@ class InfiniteKernel(Kernel):
         """k(x, x) as an operator; the values are computed once, at the first product."""
         if wants_gradients(x, *self._stds or ()):
             raise refused("operator", "a matrix-free product", "Use the matrix, kernel(x) @ v, or build the operator")
-        x, kernel = checked(x, "x"), copy.copy(self)
-        kernel._stds = as_numbers(self._stds)
+        x = checked(x, "x")
         like = torch.empty(0, dtype=self._read(x)[2], device=x.device)
+        kernel = copy.copy(self)
+        kernel._stds = as_numbers(self._stds)
         values = lru_cache(1)(lambda: kernel(x))
         return KernelOperator(count(x), lambda v: values() @ v, lambda: kernel.diagonal(x), like)
 
@@ -271,13 +272,15 @@ class InfiniteKernel(Kernel):
             x = x.to(like.dtype)
         half = x.dtype in (torch.float16, torch.bfloat16)
         dtype, x = x.dtype, x.float() if half else x
-        stds = self._stds and ((1.0, 1.0) if keep else as_numbers(self._stds))
-        if (fingerprint := (_fingerprint(self._model), stds)) != self._fingerprint:  # trained, frozen or changed since
+        if (fingerprint := _fingerprint(self._model)) != self._fingerprint:  # trained, frozen or changed since
             self._fingerprint, self._graphs, self._models = fingerprint, {}, {}
         model = self._in_dtype(x.dtype) if x.is_floating_point() else self._model
-        key = (x.dtype, tuple(x.shape[1:]))
-        graph = self._graphs.get(key) or read(model, x, *stds or (None, None))
-        self._graphs[key] = graph
+        stds = self._stds and ((1.0, 1.0) if keep else as_numbers(self._stds))
+        key = (x.dtype, tuple(x.shape[1:]), stds)
+        if (graph := self._graphs.get(key)) is None:
+            graph = read(model, x, *stds or (None, None))
+            kept = {k: g for k, g in self._graphs.items() if k[2] in (stds, (1.0, 1.0))}
+            self._graphs = {**kept, key: graph}
         indices = [layer.index for layer in graph.layers if isinstance(layer, Input)]
         data: dict[int, Tensor] = {}
         for start in range(0, len(x), _BATCH):
