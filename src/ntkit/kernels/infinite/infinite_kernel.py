@@ -19,7 +19,7 @@ from ntkit.base.shown import of_model
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
-from ntkit.kernels.infinite.limit_gradients import DifferentiableLimit, Std, as_numbers, as_std, refused, wants_gradients
+from ntkit.kernels.infinite.limit_gradients import LimitGradients, Std, as_numbers, as_std, refused, wants_gradients
 from ntkit.kernels.infinite.piecewise import Piecewise
 from ntkit.kernels.infinite.planes import Planes, prepare, splits
 from ntkit.kernels.infinite.quadrature import Tabulated
@@ -175,7 +175,7 @@ class InfiniteKernel(Kernel):
         if wants_gradients(x1, x2, *self._stds or ()):
             if out is not None:
                 raise refused("out", "memory to write into", "Leave it out, or call the kernel")
-            return self._with_gradients(x1, x2, DifferentiableLimit.matrix)
+            return self._with_gradients(x1, x2, LimitGradients.matrix)
         (graph, data1, dtype), same = self._read(x1), x2 is None
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         n1, n2 = count(x1), count(x1 if x2 is None else x2)
@@ -217,7 +217,7 @@ class InfiniteKernel(Kernel):
     @own_context()
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
         if wants_gradients(x1, x2, *self._stds or ()):
-            return self._with_gradients(x1, x2, DifferentiableLimit.pairs)
+            return self._with_gradients(x1, x2, LimitGradients.pairs)
         graph, data1, dtype = self._read(x1)
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         like = next(iter(data1.values()))
@@ -244,7 +244,7 @@ class InfiniteKernel(Kernel):
     def _with_gradients(self, x1: Batch, x2: Batch | None, values: Callable[..., Tensor]) -> Tensor:
         graph, data1, dtype = self._read(x1, keep=True)
         data2 = None if x2 is None or x2 is x1 else self._read(x2, like=x1, keep=True)[1]
-        out = values(DifferentiableLimit(graph, self._stds, self.kind == "ntk"), data1, data2)
+        out = values(LimitGradients(graph, self._stds, self.kind == "ntk"), data1, data2)
         _check_size(float(out.detach().abs().max()), dtype)
         return out.to(x1.device, dtype)
 

@@ -58,7 +58,7 @@ def wants_gradients(*values: Any) -> bool:
 
 
 @dataclass
-class DifferentiableLimit:
+class LimitGradients:
     """The differentiable limit of one graph, which was read with `w_std` and `b_std` of 1 if these are given."""
 
     graph: Graph
