@@ -190,7 +190,7 @@ def test_the_limit_is_that_of_wide_networks():
     ):
         model = seeded(build)
         for stds in (None, (W, B)):
-            found = Sampling("ntk", stds, 24, None).limit(model, x).gram(x, None)
+            found = Sampling("ntk", 24, None).limit(model, x, stds).gram(x, None)
             exact = InfiniteKernel(model, "ntk", *(stds or (None, None)))(x).double()
             assert found.error < 0.1
             assert float((found.mean - exact).norm() / found.standard_error.norm()) < 4

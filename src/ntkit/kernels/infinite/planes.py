@@ -384,7 +384,7 @@ def prepare(graph: Graph, data: dict[int, Tensor], plane_elements: int) -> Side:
     for layer in graph.layers:
         if isinstance(layer, Pointwise):
             v = planes(layer.source)[0][..., 0]
-            _check_range(layer, v)
+            check_range(layer, v)
             for key, activation in ((id(layer), layer.activation), (-id(layer), layer.weighted)):
                 if activation is not None:
                     side.states[key], side.diagonal[key] = activation.state(v), activation.diagonal(v)
@@ -398,7 +398,7 @@ def prepare(graph: Graph, data: dict[int, Tensor], plane_elements: int) -> Side:
     return side
 
 
-def _check_range(layer: Layer, v: Tensor) -> None:
+def check_range(layer: Layer, v: Tensor) -> None:
     """Refuse variances whose products would overflow or underflow."""
     info = torch.finfo(v.dtype)
     largest = v.amax((0, 1))
