@@ -6,7 +6,6 @@ that grow from the network to its larger copy. A number that equals one of them 
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
-from ntkit.networks.paired_runs import MAKE, MISFITS, Runs
+from ntkit.networks.paired_runs import MAKE, MISFITS, Runs, copied
 
 _ROOTS = (-0.5, 0.5)
 _POWERS = (1.0, -1.0, *_ROOTS)
@@ -114,7 +113,7 @@ def check_numbers(runs: Runs) -> None:
     for value in runs.factors:
         if value != 1 and _powers(abs(value), runs.grew, _POWERS):
             got = f"a factor {value:g} in its forward pass, which may depend on a hidden width"
-            fix = f"Keep it as an attribute of a module, 'scale' for instance. {MAKE}"
+            fix = f"Keep it as a plain number in an attribute of a module, 'scale' for instance. {MAKE}"
             raise refusal("the model", got=got, expected="factors whose growth is clear", fix=fix)
 
 
@@ -140,7 +139,7 @@ def _numbers(network: nn.Module) -> Iterator[tuple[Number, float]]:
 @torch.no_grad()
 def _matters(network: nn.Module, number: Number, example: Tensor) -> bool:
     """Whether the output depends on a number; one that cannot grow does not stand for what grew."""
-    network = copy.deepcopy(network).eval()
+    network = copied(network).eval()
     generator = torch.Generator().manual_seed(0)
     for p in network.parameters():
         values = torch.randn(p.shape, generator=generator, dtype=torch.float64)

@@ -7,7 +7,6 @@ limit that `ntkit.InfiniteKernel` reads off the module, where there is one in cl
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -33,10 +32,11 @@ from ntkit.networks.layer_axes import (
     outputs_of,
     set_sizes,
 )
-from ntkit.networks.paired_runs import MAKE, MISFITS, Outside, compared, hooks, reached
+from ntkit.networks.paired_runs import MAKE, MISFITS, Outside, compared, copied, hooks, reached
 from ntkit.networks.parametrization import NORMS, factor_of, plain
 
 Make = Callable[[int], nn.Module]
+_PARTLY = "If one layer takes the input beside hidden features, add up a layer on each of them instead."
 
 
 class Law(NamedTuple):
@@ -69,10 +69,10 @@ class LargerCopy(NamedTuple):
 
 def hidden_width(model: nn.Module, example: Tensor) -> int:
     """Number of features of the narrowest hidden layer."""
-    network = _plain(model)
+    network = plain(copied(model))
     widths = [n for n in _hidden_outputs(network, _flow(network, example)).values() if n]
     if not widths:
-        fix = "A network of one weight layer is the same at every width."
+        fix = "Only torch's own layers can grow, and a network of one weight layer is the same at every width."
         raise refusal("the model", got="no hidden layer", expected="layers whose width can grow", fix=fix)
     return min(widths)
 
@@ -91,7 +91,7 @@ def larger_copy(
     Refused
         By the layer's name, for what cannot grow, and for parameters whose growth is not clear.
     """
-    network, grown = _plain(model), []
+    network, grown = plain(copied(model)), []
     for name, module in network.named_modules():
         if parametrize.is_parametrized(module):
             got, expected = "a parametrized weight", "plain weights"
@@ -103,7 +103,7 @@ def larger_copy(
             fix = "Return the larger network."
             raise refusal("make", got=type(larger).__name__, expected="an nn.Module", fix=fix)
         like = next(network.parameters())
-        larger = plain(larger).to(device=like.device, dtype=like.dtype).train(network.training)
+        larger = plain(copied(larger)).to(device=like.device, dtype=like.dtype).train(network.training)
         _compare(network, larger, example)
         for p, own in zip(larger.parameters(), network.parameters(), strict=True):
             p.requires_grad_(own.requires_grad)
@@ -112,15 +112,6 @@ def larger_copy(
     _statistics(network, larger)
     rows = [(name, row) for name, row in _padding(network) if not network.get_parameter(name)[row].any()]
     return LargerCopy(larger, _laws(model, network, larger, factor, stds), grown, rows)
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    try:
-        return plain(model)
-    except RuntimeError as error:  # weights that hooks compute
-        fix = "Remove weight_norm or spectral_norm with torch.nn.utils.remove_weight_norm or remove_spectral_norm."
-        got = f"a module that cannot be copied ({str(error)[:80]})"
-        raise refusal("the model", got=got, expected="plain weights", fix=fix) from None
 
 
 # ---------------------------------------------------------------------- sizes
@@ -146,7 +137,7 @@ def _known(network: nn.Module) -> dict[str, Any]:
 
 @torch.enable_grad()
 def _flow(network: nn.Module, example: Tensor) -> _Flow:
-    network = copy.deepcopy(network).requires_grad_(True).eval()
+    network = copied(network).requires_grad_(True).eval()
     layers = {name: m for name, m in _known(network).items() if isinstance(m, WEIGHTED)}
     nodes: dict[Any, str] = {}
     starts: dict[str, list[Any]] = {}
@@ -172,9 +163,10 @@ def _flow(network: nn.Module, example: Tensor) -> _Flow:
         raise _refused(unused[0], layers[unused[0]], got, expected, MAKE)
     if outside.found:
         name, got = outside.found[0], "its weights in a sum outside of the layer's call"
-        raise _refused(name, layers[name], got, "layers that the model calls as modules", "Use a layer of its own.")
+        fix = "Use a layer of its own, and no weight_norm or spectral_norm."
+        raise _refused(name, layers[name], got, "layers that the model calls as modules", fix)
     before_others = set().union(*(reached(node, nodes) for of in starts.values() for node in of), set())
-    last = {name for name in layers if name not in before_others}
+    last = reached(output.grad_fn, nodes) - before_others  # a layer may be of no use
     for name in last:
         if not isinstance(layers[name], nn.Linear):
             got, expected = "the last weight layer", "a linear layer at the end"
@@ -241,7 +233,7 @@ def _larger(
     axes: dict[str, list[int]],
 ) -> nn.Module:
     """Multiply sizes in the order in which the example reaches the layers."""
-    larger = copy.deepcopy(network)
+    larger = copied(network)
     for number in numbers:
         number.grow(larger, factor)
     for name, grown in axes.items():
@@ -258,13 +250,13 @@ def _larger(
         if name in done:
             if features != expected:
                 got = f"{features} features, where an earlier call gave it {expected}"
-                raise _refused(name, layer, got, "one number of features", MAKE)
+                raise _refused(name, layer, got, "one number of features", _PARTLY)
             return
         done.add(name)
         growth = Fraction(1) if features is None else Fraction(features, expected or 1)
         if growth not in (1, factor):
             got = f"{features} features, part of which grow with the width and part of which do not"
-            raise _refused(name, layer, got, "inputs that all grow, or none", "Put a weight layer on the input.")
+            raise _refused(name, layer, got, "inputs that all grow, or none", _PARTLY)
         follows = outputs_of(layer) is None
         _resize(name, layer, growth, growth if follows else Fraction(1 if name in flow.last else factor), tied)
 
@@ -277,7 +269,7 @@ def _larger(
     if tuple(output.shape) != flow.output:
         got = f"outputs of shape {tuple(output.shape)} instead of {flow.output}"
         raise refusal("the model", got=got, expected="outputs that do not grow", fix=MAKE)
-    return larger
+    return copied(larger)
 
 
 def _resize(name: str, layer: Any, inputs: Fraction, outputs: Fraction, tied: dict[int, nn.Parameter]) -> None:
@@ -322,7 +314,7 @@ def _compare(network: nn.Module, larger: nn.Module, example: Tensor) -> None:
         got = f"other parameters ({', '.join(other[:3])})" if other else "parameters in another order"
         raise refusal("make", got=got, expected="the model's own, larger", fix="Build the same network, wider.")
     with torch.no_grad():
-        shapes = [tuple(copy.deepcopy(net).eval()(example).shape) for net in (network, larger)]
+        shapes = [tuple(copied(net).eval()(example).shape) for net in (network, larger)]
     if shapes[0] != shapes[1]:
         fix = "Let the hidden widths grow alone."
         raise refusal("make", got=f"outputs of shape {shapes[1]}", expected=f"{shapes[0]}", fix=fix)
@@ -363,7 +355,7 @@ def _laws(
         ratios = [Fraction(n, o) for n, o in zip(new.shape, p.shape, strict=True)]
         if any(ratio not in (1, factor) for ratio in ratios):
             got = f"shape {tuple(new.shape)} instead of {tuple(p.shape)}"
-            raise refusal(f"parameter '{name}'", got=got, expected=f"axes 1 or {factor} times as long", fix=MAKE)
+            raise refusal(f"parameter '{name}'", got=got, expected=f"axes 1 or {factor} times as long", fix=_PARTLY)
         if layer is None and p.dim() > 1 and len([r for r in ratios if r != 1]) > 1:
             got, expected = f"a matrix that grows along several axes, {tuple(p.shape)}", "weights of torch's own layers"
             raise refusal(f"parameter '{name}'", got=got, expected=expected, fix="Write it as nn.Linear.")

@@ -106,6 +106,12 @@ class Outside(TorchFunctionMode):
         return out
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """Copy of a module that may keep tensors of its last run, as attention weights: torch does not copy these."""
+    kept = [t for m in module.modules() for t in tensors(list(vars(m).values())) if not t.is_leaf]
+    return copy.deepcopy(module, {id(t): t.detach() for t in kept})
+
+
 def tensors(values: Any) -> list[Tensor]:
     """All tensors of nested arguments or outputs, of packed sequences their data."""
     leaves = (leaf.data if isinstance(leaf, nn.utils.rnn.PackedSequence) else leaf for leaf in tree_leaves(values))
@@ -161,7 +167,7 @@ def compared(network: nn.Module, larger: nn.Module, example: Tensor, raw: set[st
     """
     runs = []
     for net in (network, larger):
-        net = copy.deepcopy(net).eval().requires_grad_(True)
+        net = copied(net).eval().requires_grad_(True)
         with _Recorder({_address(p): n for n, p in net.named_parameters() if n in raw}) as run, torch.enable_grad():
             net(example)
         runs.append(run.calls)
@@ -192,7 +198,7 @@ def _growth(one: list[tuple[int, ...]], two: list[tuple[int, ...]]) -> float:
 
 def _factor(value: Any) -> tuple[float, bool] | None:
     if isinstance(value, Tensor):
-        return (float(value), value.requires_grad) if value.numel() == 1 and value.grad_fn is None else None
+        return (float(value.detach()), value.requires_grad) if value.numel() == 1 and value.grad_fn is None else None
     return (float(value), False) if type(value) in (int, float) else None
 
 
