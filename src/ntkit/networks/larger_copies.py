@@ -281,9 +281,6 @@ def _resize(name: str, layer: Any, inputs: Fraction, outputs: Fraction, tied: di
         raise _refused(name, layer, got, "one over the features", MAKE)
     if isinstance(layer, RECURRENT) and layer.proj_size:
         raise _refused(name, layer, f"proj_size {layer.proj_size}", "none", MAKE)
-    if isinstance(layer, EMBEDDINGS) and layer.max_norm is not None:
-        fix = "Set max_norm to None: a norm grows with the width."
-        raise _refused(name, layer, f"max_norm {layer.max_norm}", "none", fix)
     ratios = {"in": inputs, "out": outputs, "": Fraction(1)}
     changes = {}
     for what, axes in axes_of(layer).items():
