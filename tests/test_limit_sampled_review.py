@@ -165,10 +165,8 @@ def test_a_norm_of_the_input_keeps_its_statistics():
     with_norm = seeded(build, True)
     with_norm[0].running_var.copy_(torch.tensor([1.0, 4.0, 0.25, 9.0, 1.0]))
     with_norm[0].running_mean.copy_(torch.arange(5.0))
-    plain = seeded(build, False)
-    values = InfiniteKernel(plain, "ntk", 1.5, 0.1, sample=3)(
-        (ROWS - torch.arange(5.0)) / with_norm[0].running_var.sqrt()
-    )
+    x = (ROWS - torch.arange(5.0)) / with_norm[0].running_var.sqrt()
+    values = InfiniteKernel(seeded(build, False), "ntk", 1.5, 0.1, sample=3)(x)
     torch.testing.assert_close(InfiniteKernel(with_norm, "ntk", 1.5, 0.1, sample=3)(ROWS), values)
 
 
@@ -241,8 +239,7 @@ def latents(factor):
         h, q = self.stem(x), self.latents.expand(len(x), -1, -1)
         return self.last(self.attention(q, h, h)[0].mean(1))
 
-    attention = nn.MultiheadAttention(d, 2, batch_first=True)
-    latents = nn.Parameter(torch.ones(1, 3, d))
+    latents, attention = nn.Parameter(torch.ones(1, 3, d)), nn.MultiheadAttention(d, 2, batch_first=True)
     return Parts(run, latents=latents, stem=nn.Linear(5, d), attention=attention, last=nn.Linear(d, 1))
 
 
