@@ -49,9 +49,6 @@ class Parts(nn.Module):
         return self.run(self, x)
 
 
-# ---------------------------------------------------------------------- values, against networks built by hand
-
-
 def by_hand(build, factor, laws, seed, x):
     """Kernel of one network of a width; laws: parameter -> (std, factor of its gradient), None for what is zero."""
     network = seeded(build, factor)
@@ -170,9 +167,6 @@ def test_a_norm_of_the_input_keeps_its_statistics():
     torch.testing.assert_close(InfiniteKernel(with_norm, "ntk", 1.5, 0.1, sample=3)(ROWS), values)
 
 
-# ---------------------------------------------------------------------- without make= as with it
-
-
 class Attention(nn.Module):
     """One layer of attention; `style` is how the heads' size is known."""
 
@@ -281,7 +275,16 @@ def two_names(factor):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("build", [latents, first_state, of_no_use, two_names])
+def mean_by_hand(factor):
+    """A sum over six words divided by their number, beside a width of 36."""
+    d = 36 * factor
+    return Parts(
+        lambda self, x: self.last(self.rnn(x)[0].sum(1) / x.shape[1]),
+        rnn=nn.GRU(5, d, batch_first=True), last=nn.Linear(d, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [mean_by_hand, latents, first_state, of_no_use, two_names])
 def test_ordinary_networks_grow_as_the_user_would_make_them(build):
     model = seeded(build, 1)
     values = InfiniteKernel(model, sample=3)(TEXT)
@@ -323,19 +326,16 @@ def test_the_second_samples_may_have_another_dtype():
     torch.testing.assert_close(kernel(TEXT, TEXT[:2].double()), kernel(TEXT, TEXT[:2]))
 
 
-# ---------------------------------------------------------------------- refused
-
-
 def with_statistics():
     network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Softmax(1), nn.Linear(8, 1))
     network[1].running_var[0] = 2.0
     return network
 
 
-def slope():
+def slope(name="slope"):
     parts = {"stem": nn.Linear(5, 100), "last": nn.Linear(100, 1)}
-    model = Parts(lambda self, x: self.last(F.leaky_relu(self.stem(x), self.slope).sort(1)[0]), **parts)
-    model.slope = 0.1
+    model = Parts(lambda self, x: self.last(F.leaky_relu(self.stem(x), getattr(self, name)).sort(1)[0]), **parts)
+    setattr(model, name, 0.1)
     return model
 
 
@@ -346,9 +346,7 @@ def steps():
             h = torch.tanh(self.inner(h))
         return self.last(h)
 
-    model = Parts(run, stem=nn.Linear(5, 8), inner=nn.Linear(8, 8), last=nn.Linear(8, 1))
-    model.steps = 8
-    return model
+    return Parts(run, stem=nn.Linear(5, 8), inner=nn.Linear(8, 8), last=nn.Linear(8, 1), steps=8)
 
 
 def experts():
@@ -390,14 +388,13 @@ def joined():
             h = torch.tanh(self.both(torch.cat([x[:, t], h], 1)))
         return self.last(h)
 
-    model = Parts(run, both=nn.Linear(13, 8), last=nn.Linear(8, 1))
-    model.hidden = 8
-    return model
+    return Parts(run, both=nn.Linear(13, 8), last=nn.Linear(8, 1), hidden=8)
 
 
 REFUSED = {
     "statistics": (with_statistics, ROWS, r"layer '1' \(BatchNorm1d\): got a running_var that differs"),
     "slope": (slope, ROWS, "the number 'slope' = 0.1, which may depend"),
+    "scale": (lambda: slope("res_scale"), ROWS, "the number 'res_scale' = 0.1, which may depend"),
     "steps": (steps, ROWS, "the number 'steps' = 8, which may depend"),
     "experts": (experts, ROWS, "a fixed number of features out of those that grow"),
     "tied": (tied, ROWS, r"layer 'stem' \(Linear\): got its weights in a sum outside"),

@@ -100,7 +100,7 @@ def missing(
             found.append(Number(*number[:2], roots.pop()))
             continue
         others = _powers(value, runs.stayed - {1}, choice)
-        if len(powers) > 1 or others or not (scale or _is_clear(number.attribute, value, *powers)):
+        if len(powers) > 1 or others or not _is_clear(number.attribute, value, *powers):
             where = f"layer '{number.module}'" if number.module else "the model"
             got = f"the number '{number.attribute}' = {value:g}, which may depend on a hidden width"
             raise refusal(where, got=got, expected="numbers whose growth is clear", fix=MAKE)
@@ -111,9 +111,10 @@ def missing(
 def check_numbers(runs: Runs) -> None:
     """Refuse factors in the forward pass that may stand for an axis that grew: constants, and numbers out of reach."""
     for value in runs.factors:
-        if value != 1 and _powers(abs(value), runs.grew, _POWERS):
+        choice = (1.0, -1.0) if isinstance(value, int) else _POWERS  # a root is computed in floating point
+        if value != 1 and _powers(abs(value), runs.grew, choice):
             got = f"a factor {value:g} in its forward pass, which may depend on a hidden width"
-            fix = f"Keep it as a plain number in an attribute of a module, 'scale' for instance. {MAKE}"
+            fix = f"If it does, keep it as a number of a module, 'scale' for instance. If not: {MAKE}"
             raise refusal("the model", got=got, expected="factors whose growth is clear", fix=fix)
 
 
@@ -125,6 +126,8 @@ def _is_clear(attribute: str, value: float, power: float) -> bool:
     """Whether a number stands for a width: by its name, or as a root that nobody writes by hand."""
     if power == 1:
         return bool(_WIDTH.search(attribute)) or not _COUNT.search(attribute)
+    if _SCALE.search(attribute) and math.log2(value).is_integer():  # 64**-0.5, but not 100**-0.5, which may be 0.1
+        return True
     return abs(1000 * value - round(1000 * value)) > 1e-3
 
 

@@ -198,8 +198,8 @@ def _growth(one: list[tuple[int, ...]], two: list[tuple[int, ...]]) -> float:
 
 def _factor(value: Any) -> tuple[float, bool] | None:
     if isinstance(value, Tensor):
-        return (float(value.detach()), value.requires_grad) if value.numel() == 1 and value.grad_fn is None else None
-    return (float(value), False) if type(value) in (int, float) else None
+        return (value.detach().item(), value.requires_grad) if value.numel() == 1 and value.grad_fn is None else None
+    return (value, False) if type(value) in (int, float) else None
 
 
 def _address(t: Tensor) -> int:
