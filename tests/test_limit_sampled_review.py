@@ -248,7 +248,7 @@ def first_state(factor):
 
 
 def of_no_use(factor):
-    """A last block whose residual is computed and not used."""
+    """A last block whose residual is computed and not used, a layer that is not called."""
     d = 8 * factor
 
     def run(self, x):
@@ -260,15 +260,14 @@ def of_no_use(factor):
         return self.last(skip.amax(2))
 
     inner = nn.ModuleList([nn.Conv1d(d, d, 1), nn.Conv1d(d, d, 1)])
-    return Parts(run, stem=nn.Conv1d(5, d, 1), inner=inner, last=nn.Linear(d, 1))
+    return Parts(run, stem=nn.Conv1d(5, d, 1), inner=inner, last=nn.Linear(d, 1), not_called=nn.Linear(7, 3))
 
 
 def two_names(factor):
     """A parameter that belongs to two modules."""
     d = 8 * factor
     gain = nn.Parameter(torch.full((d,), 0.7))
-    stem, last = nn.Linear(5, d), nn.Linear(d, 1)
-    inner = Parts(lambda self, x: x * self.gain, gain=gain)
+    stem, last, inner = nn.Linear(5, d), nn.Linear(d, 1), Parts(lambda self, x: x * self.gain, gain=gain)
     return Parts(
         lambda self, x: self.last(self.inner((self.stem(x.mean(1)) * self.gain).cumsum(1).tanh())),
         gain=gain, stem=stem, inner=inner, last=last,
@@ -286,8 +285,7 @@ def mean_by_hand(factor):
 
 @pytest.mark.parametrize("build", [mean_by_hand, latents, first_state, of_no_use, two_names])
 def test_ordinary_networks_grow_as_the_user_would_make_them(build):
-    model = seeded(build, 1)
-    values = InfiniteKernel(model, sample=3)(TEXT)
+    values = InfiniteKernel(model := seeded(build, 1), sample=3)(TEXT)
     torch.testing.assert_close(InfiniteKernel(model, sample=3, make=build)(TEXT), values, rtol=1e-4, atol=1e-5)
 
 
@@ -360,10 +358,13 @@ def experts():
 
 
 def tied():
-    return Parts(
-        lambda self, x: self.inner(torch.tanh(self.stem(x))) @ self.stem.weight,
-        stem=nn.Linear(5, 8), inner=nn.Linear(8, 8),
-    )  # fmt: skip
+    parts = {"stem": nn.Linear(5, 8), "inner": nn.Linear(8, 8)}
+    return Parts(lambda self, x: self.inner(torch.tanh(self.stem(x))) @ self.stem.weight, **parts)
+
+
+def functional():
+    parts = {"stem": nn.Linear(5, 8), "last": nn.Linear(8, 1)}
+    return Parts(lambda self, x: self.last(F.linear(x, self.stem.weight).softmax(1)), **parts)
 
 
 def scores(how):
@@ -398,6 +399,7 @@ REFUSED = {
     "steps": (steps, ROWS, "the number 'steps' = 8, which may depend"),
     "experts": (experts, ROWS, "a fixed number of features out of those that grow"),
     "tied": (tied, ROWS, r"layer 'stem' \(Linear\): got its weights in a sum outside"),
+    "function": (functional, ROWS, r"layer 'stem' \(Linear\): got its weights in a sum outside"),
     "product": (lambda: scores("product"), TEXT, "parameter 'query': got a sum over features that grow"),
     "sum": (lambda: scores("sum"), TEXT, "parameter 'query': got a sum over features that grow"),
     "gate": (gated, ROWS, "Pass make="),

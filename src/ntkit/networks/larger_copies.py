@@ -158,9 +158,6 @@ def _flow(network: nn.Module, example: Tensor) -> _Flow:
         got = type(output).__name__ if not isinstance(output, Tensor) else f"shape {tuple(output.shape[1:])} per sample"
         fix = "Wrap the model in a module that returns one vector per sample."
         raise refusal("the model's output", got=got, expected="a vector of outputs", fix=fix)
-    if unused := [name for name in layers if name not in starts]:
-        got, expected = "no input: the example does not reach it", "layers that the model calls as modules"
-        raise _refused(unused[0], layers[unused[0]], got, expected, MAKE)
     if outside.found:
         name, got = outside.found[0], "its weights in a sum outside of the layer's call"
         fix = "Use a layer of its own, and no weight_norm or spectral_norm."
