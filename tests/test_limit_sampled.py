@@ -152,14 +152,23 @@ def recurrent_limit(words, w, b, kind):
 @pytest.mark.parametrize("kind", ["ntk", "nngp"])
 def test_a_recurrent_network_tends_to_its_recursion(kind):
     w, b = 1.3, 0.3
-    kernel = InfiniteKernel(seeded(Recurrent), kind, w, b, sample=40)
-    found, exact = kernel.estimate(WORDS), recurrent_limit(WORDS, w, b, kind)
+    limit = sampled(seeded(Recurrent), WORDS, kind, (w, b), 40)
+    found, exact = limit.gram(WORDS, None), recurrent_limit(WORDS, w, b, kind)
     assert found.error < 0.05
-    assert kernel.error == found.error
     assert distance(found, exact) < ERRORS
     assert distance(found, recurrent_limit(WORDS, w * 1.1, b, kind)) > ERRORS
-    assert "'hidden' grows with the factor" in kernel.describe(WORDS)
-    torch.testing.assert_close(kernel(WORDS).double(), found.mean, rtol=1e-6, atol=1e-8)
+    assert "the model: 'hidden' grows with the factor" in limit.describe()
+
+
+class Gated(nn.Module):
+    """A network without a closed form."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.gru, self.last = nn.Embedding(TOKENS, 16), nn.GRU(16, 16, batch_first=True), nn.Linear(16, 2)
+
+    def forward(self, words):
+        return self.last(self.gru(self.embed(words))[0][:, -1])
 
 
 @pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
@@ -174,14 +183,13 @@ def test_torch_s_recurrent_layers_have_a_limit(layer):
         def forward(self, words):
             return self.last(self.layers(self.embed(words))[0].mean(1))
 
-    kernel = InfiniteKernel(seeded(Network), sample=6)
-    found = kernel.estimate(WORDS)
-    assert 0 < found.error < 0.2
+    limit = sampled(seeded(Network), WORDS, networks=6)
+    assert 0 < limit.gram(WORDS, None).error < 0.2
     # the covariance of a word with itself is that of the module's own embedding at any width
-    law = kernel._sampled(WORDS).copies[-1].laws
+    law = limit.copies[-1].laws
     assert law["embed.weight"].std == pytest.approx(1, abs=0.2)
     assert law["embed.weight"].factor == 1
-    grown = kernel._sampled(WORDS).factor
+    grown = limit.factor
     std = dict(seeded(Network).named_parameters())["layers.weight_hh_l0"].detach().std()
     assert law["layers.weight_hh_l0"].std == pytest.approx(float(std) / math.sqrt(grown), rel=0.1)
     assert law["layers.weight_ih_l1"].factor == pytest.approx(grown**-0.5)
@@ -409,7 +417,7 @@ def test_a_closed_form_is_taken_where_there_is_one():
 
 
 def test_the_same_call_gives_the_same_bits_and_leaves_random_states_alone():
-    model = seeded(Recurrent)
+    model = seeded(Gated)
     torch.manual_seed(7)
     first = InfiniteKernel(model, sample=3)(WORDS)
     drawn = torch.rand(3)
@@ -428,7 +436,7 @@ def test_the_same_call_gives_the_same_bits_and_leaves_random_states_alone():
 def test_the_identity_of_a_kernel_knows_its_sample():
     from ntkit.gram.gram_identity import what_it_depends_on
 
-    model = seeded(Recurrent)
+    model = seeded(Gated)
     one, two = (what_it_depends_on(InfiniteKernel(model, sample=n), WORDS) for n in (3, 4))
     assert one != two
     assert what_it_depends_on(InfiniteKernel(model, sample=3), WORDS) == one
@@ -451,7 +459,7 @@ def test_a_refused_layer_says_how_to_sample():
 )
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(Refused, match=message):
-        InfiniteKernel(seeded(Recurrent), **arguments)
+        InfiniteKernel(seeded(Gated), **arguments)
 
 
 class Tied(nn.Module):
@@ -467,14 +475,14 @@ class Tied(nn.Module):
 
 
 class Joined(nn.Module):
-    """The state beside the input, into one layer."""
+    """A layer beside the input, into one weight."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.both, self.last = nn.Linear(5, 8), nn.Linear(13, 8), nn.Linear(8, 1)
 
     def forward(self, x):
-        return self.last(torch.relu(self.both(torch.cat([self.stem(x), x], 1))))
+        return self.last(self.both(torch.cat([self.stem(x), x], 1)).softmax(1))
 
 
 class Literal(nn.Module):
@@ -501,7 +509,19 @@ class Ambiguous(nn.Module):
         return self.last((h[:, None] * torch.arange(8.0)[:, None]).softmax(1).mean(1) / self.number)
 
 
+class Towers(nn.Module):
+    """Two towers, whose features are multiplied and summed without weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (nn.Sequential(nn.Linear(5, 8), nn.Softmax(1), nn.Linear(8, 6)) for _ in range(2))
+
+    def forward(self, x):
+        return (self.one(x) * self.two(x)).sum(1, keepdim=True)
+
+
 REFUSED = {
+    "towers": (Towers, "6 features behind the last weight layer, for 1 outputs"),
     "per position": (lambda: nn.Sequential(nn.Embedding(TOKENS, 8), nn.Softmax(1), nn.Linear(8, 2)), "vector"),
     "no hidden layer": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(20, 2), nn.Softmax(1)), "no hidden layer"),
     "tied": (Tied, "shared with layer 'embed'"),

@@ -341,7 +341,7 @@ def steps():
     def run(self, x):
         h = self.stem(x)
         for _ in range(self.steps):
-            h = torch.tanh(self.inner(h))
+            h = torch.softmax(self.inner(h), 1)
         return self.last(h)
 
     return Parts(run, stem=nn.Linear(5, 8), inner=nn.Linear(8, 8), last=nn.Linear(8, 1), steps=8)
@@ -386,7 +386,7 @@ def joined():
     def run(self, x):
         h = x.new_zeros(len(x), self.hidden)
         for t in range(x.shape[1]):
-            h = torch.tanh(self.both(torch.cat([x[:, t], h], 1)))
+            h = torch.softmax(self.both(torch.cat([x[:, t], h], 1)), 1)
         return self.last(h)
 
     return Parts(run, both=nn.Linear(13, 8), last=nn.Linear(8, 1), hidden=8)

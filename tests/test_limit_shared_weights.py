@@ -142,6 +142,44 @@ def test_cells_and_loops_are_the_recurrent_layer():
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+class Tutorial(nn.Module):
+    """The character network of many tutorials: one layer takes the input and the state side by side."""
+
+    def __init__(self, state_first=False):
+        super().__init__()
+        self.hidden, self.state_first = 8, state_first
+        self.both, self.last = nn.Linear(TOKENS + 8, 8), nn.Linear(TOKENS + 8, 2)
+
+    def forward(self, words):
+        x = F.one_hot(words, TOKENS).to(self.last.weight)
+        h = torch.zeros(len(x), self.hidden).to(x)
+        for t in range(x.shape[1]):
+            parts = [h, x[:, t]] if self.state_first else [x[:, t], h]
+            joined = torch.cat(parts, 1)
+            h, out = torch.tanh(self.both(joined)), self.last(joined)
+        return out
+
+
+@pytest.mark.parametrize("state_first", [False, True])
+@pytest.mark.parametrize("kind", ["ntk", "nngp"])
+def test_input_and_state_side_by_side_keep_their_shares(kind, state_first):
+    x = F.one_hot(WORDS, TOKENS).double()
+    of_x, of_h = TOKENS / (TOKENS + 8), 8 / (TOKENS + 8)
+    S = T = torch.zeros(5, 5, dtype=torch.float64)
+    for t in range(LENGTH):
+        inputs = of_x * x[:, t] @ x[:, t].T / TOKENS
+        z = W**2 * (inputs + of_h * S) + B**2
+        g = z + W**2 * of_h * T
+        if t == LENGTH - 1:
+            expected = g if kind == "ntk" else z
+        v = z.diagonal()
+        S, slope = oracle.gaussian(torch.tanh, v[:, None], v[None, :], z)
+        T = g * slope
+    model = seeded(lambda: Tutorial(state_first)).double()
+    found = InfiniteKernel(model, kind, W, B)(WORDS)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
 class Again(nn.Module):
     """One hidden layer used at three depths, and a skip between Gaussians that depend on each other."""
 

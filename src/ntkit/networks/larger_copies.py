@@ -168,6 +168,12 @@ def _flow(network: nn.Module, example: Tensor) -> _Flow:
         if not isinstance(layers[name], nn.Linear):
             got, expected = "the last weight layer", "a linear layer at the end"
             raise _refused(name, layers[name], got, expected, "End with nn.Linear: its outputs do not grow.")
+    sizes, outputs = [outputs_of(layers[name]) or 0 for name in last], output[0].numel()
+    if sum(sizes) != outputs and set(sizes) != {outputs}:
+        name = next(iter(last))
+        got = f"{sizes[0]} features behind the last weight layer, for {outputs} outputs of the model"
+        fix = "End with nn.Linear: the features before it grow, and a sum over them needs weights."
+        raise _refused(name, layers[name], got, "the last layer's features as outputs", fix)
     return _Flow({name: layers[name] for name in starts}, last, tuple(output.shape))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Node:
 
 
 @dataclass(eq=False)
-class Data(Node):
+class InputNode(Node):
     """The input, or what is computed from it before any weight: features at one position; samples at axis `batch`."""
 
     index: int
@@ -43,7 +44,7 @@ class Data(Node):
 
 
 @dataclass(eq=False)
-class Words(Node):
+class WordNode(Node):
     """Rows of an embedding: var and gain (of the tangent kernel) where the words are equal, else 0."""
 
     index: int
@@ -57,7 +58,7 @@ class Words(Node):
 class Weights:
     """A weight matrix and its bias by their identities, with what they add to covariance and tangent kernel."""
 
-    weight: int
+    weight: Any  # of some of its columns: with their place
     bias: int | None
     weight_var: float
     bias_var: float
@@ -67,7 +68,7 @@ class Weights:
 
 
 @dataclass(eq=False)
-class Dense(Node):
+class DenseNode(Node):
     """z = W u + b."""
 
     weights: Weights
@@ -75,7 +76,7 @@ class Dense(Node):
 
 
 @dataclass(eq=False)
-class Curve(Node):
+class CurveNode(Node):
     """An elementwise function of a Gaussian sum."""
 
     activation: Activation
@@ -99,7 +100,7 @@ class SideOf:
 Both = tuple[Tensor, Tensor]  # covariance and tangent kernel
 
 
-class Pairs:
+class NodePairs:
     """Covariance and tangent kernel of sums, for all pairs of samples, or sample i with sample i only."""
 
     def __init__(self, one: SideOf, two: SideOf, paired: bool) -> None:
@@ -129,31 +130,31 @@ class Pairs:
         return torch.zeros(shape, dtype=torch.float64, device=like.device)
 
     def _both(self, a: Node, b: Node) -> Both | None:
-        if isinstance(a, Data) and isinstance(b, Data):
+        if isinstance(a, InputNode) and isinstance(b, InputNode):
             u, v = self.one.values[a.index][:, *a.position], self.two.values[b.index][:, *b.position]
             if u.shape[1] != v.shape[1]:
                 raise NoLimit(f"{a.name}: got features of two sizes for one weight; expected one size.")
             K = (u * v).sum(1) if self.paired else u @ v.T
             return K / u.shape[1], torch.zeros_like(K)
-        if isinstance(a, Words) and isinstance(b, Words):
+        if isinstance(a, WordNode) and isinstance(b, WordNode):
             if a.weight != b.weight:
                 return None
             u, v = self.one.values[a.index][:, *a.position], self.two.values[b.index][:, *b.position]
             same = (u == v if self.paired else u[:, None] == v).double()
             return same * a.var, same * a.gain
-        if isinstance(a, Dense) and isinstance(b, Dense):
+        if isinstance(a, DenseNode) and isinstance(b, DenseNode):
             return self._dense(a, b)
-        if isinstance(a, Curve) and isinstance(b, Curve):
+        if isinstance(a, CurveNode) and isinstance(b, CurveNode):
             return self._curves(a, b)
-        curve, other = (a, b) if isinstance(a, Curve) else (b, a)
-        if isinstance(curve, Curve) and not isinstance(other, Data):  # E[s(u) v] = E[s'(u)] Cov(u, v)
+        curve, other = (a, b) if isinstance(a, CurveNode) else (b, a)
+        if isinstance(curve, CurveNode) and not isinstance(other, InputNode):  # E[s(u) v] = E[s'(u)] Cov(u, v)
             first, second = ((curve.source, ((1.0, other),)), (((1.0, other),), curve.source))[curve is b]
             if any(bool(t.any()) for t in self.sums(first, second)):
                 got = "an activation's output and its own input, into one weight or one sum"
                 raise NoLimit(f"{curve.name}: got {got}; expected values that do not depend on each other.")
         return None
 
-    def _dense(self, a: Dense, b: Dense) -> Both | None:
+    def _dense(self, a: DenseNode, b: DenseNode) -> Both | None:
         u, v = a.weights, b.weights
         same_bias = u.bias is not None and u.bias == v.bias
         if u.weight != v.weight:
@@ -166,7 +167,7 @@ class Pairs:
         K = K * u.weight_var
         return (K.add_(u.bias_var), T.add_(u.bias_gain)) if same_bias else (K, T)
 
-    def _curves(self, a: Curve, b: Curve) -> Both:
+    def _curves(self, a: CurveNode, b: CurveNode) -> Both:
         if a.activation is not b.activation:
             raise NoLimit(f"{b.name}: got another activation than at {a.name}, of values that depend on each other.")
         K, T = self.sums(a.source, b.source)
@@ -200,12 +201,12 @@ class Program:
     """
 
     output: Sum
-    curves: list[Curve]
+    curves: list[CurveNode]
     last: int
 
     def inputs(self) -> set[int]:
         """Indices of the calls whose values are needed."""
-        return {node.index for node in self.every() if isinstance(node, (Data, Words))}
+        return {node.index for node in self.every() if isinstance(node, (InputNode, WordNode))}
 
     def every(self) -> Iterator[Node]:
         """All nodes, each once."""
@@ -231,7 +232,7 @@ class Program:
             i, j = at
             one = self._side(first, slice(i, i + _TILE))
             two = one if x2 is None and i == j else self._side(second, slice(j, j + _TILE))
-            out[i : i + _TILE, j : j + _TILE] = self._output(Pairs(one, two, paired=False), kind)
+            out[i : i + _TILE, j : j + _TILE] = self._output(NodePairs(one, two, paired=False), kind)
 
         each(tile, tiles, out, here=True)
         if self._versions() != versions:  # another thread extended a table
@@ -251,7 +252,7 @@ class Program:
         for start in range(0, len(x1), BATCH):
             one = self._side(first, slice(start, start + BATCH))
             two = one if x2 is None else self._side(second, slice(start, start + BATCH))
-            parts.append(self._output(Pairs(one, two, paired=True), kind))
+            parts.append(self._output(NodePairs(one, two, paired=True), kind))
         return torch.cat(parts) if self._versions() == versions else self.pairs(model, x1, x2, kind)
 
     def _extended(self, *sides: dict[int, Tensor]) -> list[int]:
@@ -265,7 +266,7 @@ class Program:
     def _versions(self) -> list[int]:
         return [c.activation.version for c in self.curves if isinstance(c.activation, Tabulated)]
 
-    def _output(self, pairs: Pairs, kind: str) -> Tensor:
+    def _output(self, pairs: NodePairs, kind: str) -> Tensor:
         for curve in self.curves:  # from the first on: a long recursion would exceed Python's stack
             pairs.nodes(curve, curve)
         return pairs.sums(self.output, self.output)[kind == "ntk"]
@@ -273,7 +274,9 @@ class Program:
     @torch.no_grad()
     def _values(self, model: nn.Module, x: Tensor) -> dict[int, Tensor]:
         """Values of the calls that the nodes refer to."""
-        axes = {node.index: getattr(node, "batch", 0) for node in self.every() if isinstance(node, (Data, Words))}
+        axes = {
+            node.index: getattr(node, "batch", 0) for node in self.every() if isinstance(node, (InputNode, WordNode))
+        }
         parts: dict[int, list[Tensor]] = {index: [] for index in axes}
         for start in range(0, len(x), BATCH):
             batch = x[start : start + BATCH]
@@ -286,7 +289,7 @@ class Program:
     def _side(self, values: dict[int, Tensor], samples: slice) -> SideOf:
         """Prepare samples: the variances that activations need, in the order of the run."""
         side = SideOf({index: t[samples] for index, t in values.items()})
-        pairs = Pairs(side, side, paired=True)
+        pairs = NodePairs(side, side, paired=True)
         for curve in self.curves:
             v = pairs.sums(curve.source, curve.source)[0].view(1, 1, -1)
             side.states[id(curve)] = curve.activation.state(v)
@@ -298,15 +301,15 @@ class Program:
         """One line per weight and activation, in the order of the run from the output back."""
         lines = []
         for node in self.every():
-            if isinstance(node, Words):
+            if isinstance(node, WordNode):
                 lines.append(f"{node.name}: embedding of std {math.sqrt(node.var):.4g}")
-            elif isinstance(node, Dense):
+            elif isinstance(node, DenseNode):
                 w = node.weights
                 lines.append(
                     f"{node.name}: weights of std {math.sqrt(w.weight_var):.4g} / sqrt(fan in), "
                     f"bias of std {math.sqrt(w.bias_var):.4g} ({w.text})"
                 )
-            elif isinstance(node, Curve):
+            elif isinstance(node, CurveNode):
                 lines.append(f"{node.name}: {node.activation.name}")
         counts = {line: lines.count(line) for line in lines}
         return [line + (f", {n} times" if n > 1 else "") for line, n in reversed(counts.items())]

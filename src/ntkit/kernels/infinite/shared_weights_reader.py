@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,28 +16,15 @@ from ntkit.kernels.infinite.activations import Activation, Function
 from ntkit.kernels.infinite.piecewise import piecewise
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.recognition import closed_form, fingerprint
-from ntkit.kernels.infinite.shared_weights import Curve, Data, Dense, Node, Program, Sum, Weights, Words
+from ntkit.kernels.infinite.shared_weights import CurveNode, DenseNode, InputNode, Program, Sum, Weights
 from ntkit.kernels.infinite.tape import Op, Ref, Tape, record
 from ntkit.kernels.infinite.tape_calls import arguments, factor_of, is_elementwise
 from ntkit.kernels.infinite.tape_reader import DerivedWeight, Reader, Weight
+from ntkit.kernels.infinite.vectors import Joined, Vectors, added, moved
 from ntkit.networks.initialization import NORMAL, initial_std
 
 _FUNCTIONS: dict[str, Function] = {"rnn_tanh": torch.tanh, "rnn_relu": torch.relu}
-_RULE = "an operation on vectors, or on sequences of vectors, whose infinite-width limit is known"
-
-
-@dataclass
-class Vectors:
-    """A value of the tape: one sum at every position.
-
-    shape : positions, the axes beside those of the samples and of the features.
-    batch : the axis of the samples; features are the last axis.
-    sums : by position.
-    """
-
-    shape: tuple[int, ...]
-    batch: int
-    sums: dict[tuple[int, ...], Sum]
+_LIKE = (Tensor.to, Tensor.type_as, Tensor.new_zeros)  # they may take dtype and device of a weight
 
 
 def read_program(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) -> Program:
@@ -64,7 +50,7 @@ def read_program(model: nn.Module, x: Tensor, w_std: float | None, b_std: float 
 class _ProgramReader:
     def __init__(self, model: nn.Module, tape: Tape, w_std: float | None, b_std: float | None) -> None:
         self.reader = Reader(model, tape, w_std, b_std)
-        self.tape, self.curves = tape, list[Curve]()
+        self.tape, self.curves = tape, list[CurveNode]()
         self.values: dict[int, Any] = {0: None}  # None for data, else a Weight or Vectors
         self._activations: dict[str, Activation] = {}
 
@@ -80,7 +66,7 @@ class _ProgramReader:
         if not isinstance(value, Vectors) or value.shape or value.batch:
             raise self._refusal(op, f"an output of shape {tuple(op.out.shape)}", "End with a linear layer.")
         last = value.sums[()]
-        if not last or not all(isinstance(node, (Dense, Curve)) for _, node in last):
+        if not last or not all(isinstance(node, (DenseNode, CurveNode)) for _, node in last):
             raise self._refusal(op, "an output without random weights", "End with a linear layer.")
         program = Program(last, [], 0)
         nodes = set(map(id, program.every()))
@@ -91,11 +77,11 @@ class _ProgramReader:
 
     def _check_sources(self, program: Program) -> None:
         """Refuse a weight that multiplies the input at one place and a layer at another: its width is the input's."""
-        kinds: dict[int, set[bool]] = {}
+        kinds: dict[Any, set[bool]] = {}
         for node in program.every():
-            if isinstance(node, Dense):
+            if isinstance(node, DenseNode):
                 own = kinds.setdefault(node.weights.weight, set())
-                own |= {isinstance(source, Data) for _, source in node.source}
+                own |= {isinstance(source, InputNode) for _, source in node.source}
                 if len(own) > 1:
                     got = "a weight that multiplies the input at one place and a layer at another"
                     raise NoLimit(f"{node.name}: got {got}; expected weights of its own for each.")
@@ -112,6 +98,8 @@ class _ProgramReader:
         inputs = [self.values[r.index] for r in op.refs]
         if all(v is None for v in inputs):
             return None
+        if op.func in _LIKE and op.args and (isinstance(op.args[0], Ref) or op.func is Tensor.new_zeros):
+            return None if op.func is Tensor.new_zeros else self._of(op.args[0])  # a tensor like a weight
         weights = [v for v in inputs if isinstance(v, (Weight, DerivedWeight))]
         inner = [v for v in inputs if isinstance(v, Vectors)]
         if op.in_place or op.no_grad:
@@ -120,6 +108,11 @@ class _ProgramReader:
             return self._linear(op)
         if op.func is F.embedding:
             return self._embedding(op)
+        if op.func in calls.CONCATENATIONS:
+            return self._joined(op)
+        if any(isinstance(v, Joined) for v in inputs):
+            fix = "Put a linear layer behind the concatenation."
+            raise self._refusal(op, f"{op.name} of features side by side", fix)
         if op.name in _FUNCTIONS:
             return self._recurrent(op)
         if op.name in (f"{name}_cell" for name in _FUNCTIONS):
@@ -138,8 +131,8 @@ class _ProgramReader:
             sums = {p: tuple((c * factor, node) for c, node in s) for p, s in inner[0].sums.items()}
             return Vectors(inner[0].shape, inner[0].batch, sums)
         if len(inner) == 1 and op.func not in calls.PRODUCTS:
-            moved = self._moved(op, inner[0])
-            return self._curve(op, inner) if moved is None else moved
+            other = moved(op, self.tape.ops[op.refs[0].index].out, inner[0])
+            return self._curve(op, inner) if other is None else other
         return self._curve(op, inner)
 
     def _weight(self, op: Op, weights: list[Any]) -> Any:
@@ -152,12 +145,38 @@ class _ProgramReader:
         weight, bias = (self._checked(op, args.get(name)) for name in ("weight", "bias"))
         assert weight is not None
         laws = self._weights(op, [weight], [bias], weight.parameter.shape[1])[0]
+        if isinstance(joined := self._of(args["input"]), Joined):
+            return self._linear_of_joined(op, laws, joined)
         x = self._vectors(op, args["input"])
         sums = {p: self._dense(op, laws, source) for p, source in x.sums.items()}
         return Vectors(x.shape, x.batch, sums)
 
+    def _joined(self, op: Op) -> Joined:
+        """Values side by side; each is to keep its share of the features."""
+        args = arguments(op, "tensors", "dim")
+        parts, axis = args["tensors"], int(args.get("dim", 0)) % op.out.dim()
+        vectors = [self._vectors(op, part) for part in parts]
+        if axis != op.out.dim() - 1 or len({(v.shape, v.batch) for v in vectors}) > 1:
+            raise self._refusal(op, "a concatenation of positions, or of different shapes", "Join features.")
+        return Joined([(_width(self, part), v) for part, v in zip(parts, vectors, strict=True)])
+
+    def _linear_of_joined(self, op: Op, laws: Weights, joined: Joined) -> Vectors:
+        """A sum of one layer per part; a part's columns of the weight are its own."""
+        total = sum(width for width, _ in joined.parts)
+        first = joined.parts[0][1]
+        sums: dict[tuple[int, ...], Sum] = {p: () for p in first.sums}
+        for place, (width, part) in enumerate(joined.parts):
+            share = width / total
+            own = Weights(
+                (laws.weight, place), None if place else laws.bias, laws.weight_var * share,
+                0.0 if place else laws.bias_var, laws.weight_gain * share, 0.0 if place else laws.bias_gain, laws.text,
+            )  # fmt: skip
+            for p, source in part.sums.items():
+                sums[p] = (*sums[p], *self._dense(op, own, source))
+        return Vectors(first.shape, first.batch, sums)
+
     def _dense(self, op: Op, weights: Weights, source: Sum) -> Sum:
-        return ((1.0, Dense(self.reader.where(op), weights, source)),)
+        return ((1.0, DenseNode(self.reader.where(op), weights, source)),)
 
     def _embedding(self, op: Op) -> Vectors:
         args = arguments(op, "input", "weight")
@@ -173,7 +192,7 @@ class _ProgramReader:
         gain = weight.factor**2 * float(p.requires_grad)
         node = (self.reader.where(op), words.index)
         sums: dict[tuple[int, ...], Sum] = {
-            at: ((1.0, Words(*node, at, id(p), initial.std**2, gain)),)
+            at: ((1.0, WordNode(*node, at, id(p), initial.std**2, gain)),)
             for at in itertools.product(*map(range, shape[1:]))
         }
         return Vectors(shape[1:], 0, sums)
@@ -232,7 +251,7 @@ class _ProgramReader:
         one, two = (self._of(r) for r in op.refs)
         if (one.shape, one.batch) != (two.shape, two.batch):
             raise self._refusal(op, f"shapes {one.shape} and {two.shape}", "Add values of one shape.")
-        sums = {p: _added([(signs[0], one.sums[p]), (signs[1], two.sums[p])]) for p in one.sums}
+        sums = {p: added([(signs[0], one.sums[p]), (signs[1], two.sums[p])]) for p in one.sums}
         return Vectors(one.shape, one.batch, sums)
 
     def _stack(self, op: Op, inner: list[Vectors]) -> Vectors:
@@ -240,45 +259,6 @@ class _ProgramReader:
         if any(v.shape or v.batch for v in inner) or axis not in (0, 1) or len(op.args[0]) != len(inner):
             raise self._refusal(op, "a stack along the features, or of sequences", "Stack vectors along the time.")
         return Vectors((len(inner),), 1 - axis, {(t,): v.sums[()] for t, v in enumerate(inner)})
-
-    def _moved(self, op: Op, value: Vectors) -> Vectors | None:
-        """A linear map of positions (indexing, means, transposition), found by running the call; None if it is none."""
-        before = self.tape.ops[op.refs[0].index].out
-        shape, features = tuple(before.shape), before.shape[-1]
-
-        def run(z: Tensor) -> Tensor:
-            args, kwargs = tree_map(lambda a: z if isinstance(a, Ref) else a, (op.args, op.kwargs))
-            return op.func(*args, **kwargs)
-
-        samples = torch.arange(1.0, 4.0, dtype=torch.float64)
-        samples = samples.view([3 if axis == value.batch else 1 for axis in range(len(shape))]).expand(shape).clone()
-        generator = torch.Generator().manual_seed(0)
-        z = torch.randn(shape, generator=generator, dtype=torch.float64)
-        try:
-            out, doubled = run(samples), run(z + 2 * samples) - run(z) - 2 * run(samples)
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return None
-        if out.dim() < 2 or out.shape[-1] != features or float(doubled.abs().max()) > 1e-9:
-            return None
-        ratio = out / out.flatten()[0]
-        axes = [a for a in range(out.dim() - 1) if out.shape[a] == 3 and bool((ratio.select(a, 0) == 1).all())]
-        axes = [a for a in axes if all(torch.allclose(ratio.select(a, k), ratio.new_tensor(k + 1.0)) for k in range(3))]
-        if len(axes) != 1:
-            return None
-        sums: dict[tuple[int, ...], list[tuple[float, Sum]]] = {}
-        after = [n for axis, n in enumerate(out.shape[:-1]) if axis != axes[0]]
-        for position, source in value.sums.items():
-            mark = torch.zeros(shape, dtype=torch.float64)
-            at: list[Any] = [*position[: value.batch], slice(None), *position[value.batch :]]
-            mark[tuple(at)] = 1
-            moved = run(mark).movedim(axes[0], 0)
-            if not bool((moved == moved[:1, ..., :1]).all()):
-                return None
-            for q in itertools.product(*map(range, after)):
-                if factor := float(moved[(0, *q, 0)]):
-                    sums.setdefault(q, []).append((factor, source))
-        every = {q: _added(sums.get(q, [])) for q in itertools.product(*map(range, after))}
-        return Vectors(tuple(after), axes[0], every)
 
     # ------------------------------------------------------------------ activations
 
@@ -303,14 +283,14 @@ class _ProgramReader:
         return Vectors(first.shape, first.batch, {p: self._activated(op, s, any_shape) for p, s in first.sums.items()})
 
     def _activated(self, op: Op, source: Sum, function: Function) -> Sum:
-        if not source or not all(isinstance(node, (Dense, Words)) for _, node in source):
+        if not source or not all(isinstance(node, (DenseNode, WordNode)) for _, node in source):
             got = f"{op.name} of values that are not Gaussian"
             raise self._refusal(op, got, "Put a weight layer before the activation.")
         key = fingerprint(function)
         if key not in self._activations:
             where = self.reader.where(op)
             self._activations[key] = closed_form(function) or piecewise(function) or Tabulated(function, where)
-        curve = Curve(self.reader.where(op), self._activations[key], source)
+        curve = CurveNode(self.reader.where(op), self._activations[key], source)
         self.curves.append(curve)
         return ((1.0, curve),)
 
@@ -336,7 +316,7 @@ class _ProgramReader:
             raise self._refusal(op, f"an input of shape {tuple(out.shape)}", "Pass [n, ..., features].")
         shape = (*out.shape[:batch], *out.shape[batch + 1 : -1])
         sums: dict[tuple[int, ...], Sum] = {
-            at: ((1.0, Data(name, argument.index, at, batch)),) for at in itertools.product(*map(range, shape))
+            at: ((1.0, InputNode(name, argument.index, at, batch)),) for at in itertools.product(*map(range, shape))
         }
         return Vectors(shape, batch, sums)
 
@@ -374,22 +354,20 @@ class _ProgramReader:
 
 
 def _is_zero(reader: _ProgramReader, state: Any) -> bool:
-    """Whether an initial state is zero: a constant, or made from the input without its values."""
+    """Whether an initial state is zero: a constant, or made from the input or a weight without its values."""
     if isinstance(state, Ref):
         op = reader.tape.ops[state.index]
         made = op.func in (Tensor.new_zeros, torch.zeros_like)
-        return reader.values[state.index] is None and made
+        copied = op.func in (Tensor.to, Tensor.type_as) and not isinstance(op.args[0], Ref)
+        return reader.values[state.index] is None and (made or (copied and not bool(op.args[0].any())))
     return state is None or (isinstance(state, Tensor) and not bool(state.any()))
+
+
+def _width(reader: _ProgramReader, argument: Any) -> int:
+    """Number of features of a value."""
+    out = reader.tape.ops[argument.index].out if isinstance(argument, Ref) else argument
+    return int(out.shape[-1])
 
 
 def _item(op: Op) -> int:
     return int(getattr(op.func, "_index", 0))
-
-
-def _added(parts: list[tuple[float, Sum]]) -> Sum:
-    """A sum of sums with factors; equal nodes once."""
-    total: dict[int, tuple[float, Node]] = {}
-    for factor, terms in parts:
-        for c, node in terms:
-            total[id(node)] = (total.get(id(node), (0.0, node))[0] + factor * c, node)
-    return tuple(total.values())
