@@ -18,8 +18,8 @@ from torch import nn
 
 from ntkit import InfiniteKernel, Refused, TangentKernel
 from ntkit.kernels.infinite import limit_tiles
-from ntkit.kernels.infinite.activations import closed_form
 from ntkit.kernels.infinite.quadrature import Tabulated
+from ntkit.kernels.infinite.recognition import closed_form
 from ntkit.testing import check_kernel
 
 W, B = 1.3, 0.2
@@ -321,6 +321,7 @@ CLOSED = {
     "cos": torch.cos,
     "bell": lambda z: torch.exp(-z * z / 3),
     "clamp": lambda z: z.clamp(min=0),
+    "polynomial": lambda z: z**3 - 2 * z * z + 1,
 }
 OPEN = {
     "tanh": torch.tanh,
@@ -330,7 +331,6 @@ OPEN = {
     "elu": F.elu,
     "selu": F.selu,
     "mish": F.mish,
-    "polynomial": lambda z: z**3 - 2 * z * z + 1,
     "tanh gelu": lambda z: F.gelu(z, approximate="tanh"),
     "sign": torch.sign,
 }
@@ -366,7 +366,7 @@ def test_activations_equal_quadrature(name):
 def test_what_only_looks_like_a_closed_form_is_not_taken_for_it():
     assert closed_form(F.relu6) is None
     assert closed_form(lambda z: F.hardtanh(z, -1e4, 1e4)) is None
-    assert closed_form(lambda z: torch.erf(z) + 1e-9 * z) is None
+    assert closed_form(lambda z: torch.erf(z) + 1e-9 * torch.tanh(z)) is None
 
     class Straight(torch.autograd.Function):
         """ReLU with the slope of the identity."""
@@ -688,7 +688,7 @@ REFUSED = {
     ),
     "instance norm": (nn.Sequential(conv(2, 8), nn.InstanceNorm2d(8), *head()), X1, r"layer '1' \(InstanceNorm2d\)"),
     "softmax": (mlp(nn.Softmax(1)), V1, r"layer '1' \(Softmax\).*mixes channels"),
-    "gated": (nn.Sequential(nn.Linear(6, 8), nn.GLU(), nn.Linear(4, 1)), V1, r"layer '1' \(GLU\)"),
+    "gated": (nn.Sequential(nn.Linear(6, 8), R(), nn.GLU(), nn.Linear(4, 1)), V1, r"layer '2' \(GLU\).*product"),
     "custom": (mlp(Act(lambda z: z.cumsum(1))), V1, r"layer '1' \(Act\).*cumsum.*mixes"),
     "sorted": (mlp(Act(lambda z: z.sort(1)[0])), V1, r"layer '1' \(Act\).*sort"),
     "attention": (
@@ -698,7 +698,7 @@ REFUSED = {
         S1,
         r"layer '1' \(Act\)",
     ),
-    "dropout": (mlp(nn.Dropout(0.5)), V1, r"layer '1' \(Dropout\).*eval"),
+    "alpha dropout": (mlp(nn.AlphaDropout(0.5)), V1, r"layer '1' \(AlphaDropout\).*eval"),
     "twice": (Raw(lambda m, x: m.b(torch.relu(m.b(m.a(x))))), V1, "second time"),
     "dependent": (Raw(lambda m, x: torch.relu(m.a(x)) + m.a.weight.sum() * 0 + m.a(x)), V1, "a"),
     "relu plus itself, two activations": (

@@ -326,7 +326,7 @@ REFUSED = {
         "sum of branches that depend on each other",
     ),
     "samples side by side": (lambda m, x: torch.cat([m.a(x), m.a(x)], 0)[:3], "second time|along the samples"),
-    "channels exchanged": (lambda m, x: m.a(x).flip(1), r"flip, which mixes"),
+    "channels added up": (lambda m, x: m.a(x).cumsum(1), r"cumsum, which mixes"),
     "not along axes": (lambda m, x: m.a(x).flatten(2).flip(2).reshape(-1, 8, 5, 4), "flatten|shape"),
     "maximum over positions": (lambda m, x: F.adaptive_max_pool2d(m.a(x), 2), "average pooling"),
     "padding with ones": (lambda m, x: F.pad(m.a(x), (1, 1), value=1.0), "pad, which mixes"),

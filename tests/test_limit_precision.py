@@ -172,8 +172,8 @@ def test_other_layers_in_float32_equal_float64(layers):
 
 def test_tables_are_exact_for_samples_of_very_different_size():
     """The table of a closed form, against it: correlations are tabulated, so small samples do not drown."""
-    from ntkit.kernels.infinite.activations import closed_form
     from ntkit.kernels.infinite.quadrature import Tabulated
+    from ntkit.kernels.infinite.recognition import closed_form
 
     for v in ([0.0, 1e-22, 1e-12, 1e-4, 0.7, 1.5], [0.4, 40.0]):
         closed, table = closed_form(F.gelu), Tabulated(F.gelu, "")

@@ -122,8 +122,11 @@ def check_module(model: Any, subject: str = "model", fix: str = "Wrap it in a mo
         raise refusal(subject, got=type(model).__name__, expected="a torch.nn.Module", fix=fix)
 
 
-def check_mode(model: nn.Module) -> None:
-    """Refuse layers whose output for one sample depends on the others, on chance or on earlier calls, by name."""
+def check_mode(model: nn.Module, random: tuple[type[nn.Module], ...] = ()) -> None:
+    """Refuse layers whose output for one sample depends on the others, on chance or on earlier calls, by name.
+
+    random : modules that may draw at random.
+    """
     _check_tensors(model)
     for name, module in model.named_modules():
         where = f"layer '{name}' ({type(module).__name__})"
@@ -157,7 +160,7 @@ def check_mode(model: nn.Module) -> None:
             rate = module.dropout
         else:
             continue
-        if module.training and rate > 0:
+        if module.training and rate > 0 and type(module) not in random:
             raise refusal(where, got=f"dropout p={rate} active", expected="no randomness", fix="Call model.eval().")
 
 

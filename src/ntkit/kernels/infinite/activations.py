@@ -6,7 +6,6 @@ rho = c / sqrt(a b). By Price's theorem E[s'(u) s'(v)] is the derivative of E[s(
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -108,6 +107,14 @@ class Erf(Activation):
     def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         return torch.asin(2 * v / (1 + 2 * v)) * (2 / math.pi), (4 / math.pi) * (1 + 4 * v).rsqrt()
 
+    def __call__(self, z: Tensor) -> Tensor:
+        """s(z)."""
+        return torch.erf(z)
+
+    def means(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """E[s(u)] and E[s'(u)]."""
+        return torch.zeros_like(v), 2 / math.sqrt(math.pi) * (1 + 2 * v).rsqrt()
+
 
 class Gelu(Activation):
     """s(z) = z Phi(z), with the standard normal distribution function Phi.
@@ -140,48 +147,13 @@ class Gelu(Activation):
         self.apply(K, T, self.state(v), self.state(v))
         return K, T
 
+    def __call__(self, z: Tensor) -> Tensor:
+        """s(z)."""
+        return torch.nn.functional.gelu(z)
 
-class Wave(Activation):
-    """s(z) = sin(z) or cos(z): E[s s] = (exp(c - (a + b) / 2) -+ exp(-c - (a + b) / 2)) / 2."""
-
-    def __init__(self, sign: float, name: str) -> None:
-        self.sign, self.name = sign, name
-
-    def state(self, v: Tensor) -> tuple[Tensor, ...]:
-        return (v / 2,)
-
-    def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
-        s = one[0] + two[0]
-        near, far = (K - s).exp_().div_(2), (K + s).neg_().exp_().div_(2)
-        torch.add(near, far, alpha=self.sign, out=K)
-        if T is not None:
-            T.mul_(near.sub_(far, alpha=self.sign))
-        return 1.0
-
-    def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        half = torch.expm1(-2 * v) / 2
-        return (-half, 1 + half) if self.sign < 0 else (1 + half, -half)
-
-
-class Bell(Activation):
-    """s(z) = exp(-q z^2): E[s s] = ((1 + 2 q a)(1 + 2 q b) - 4 q^2 c^2)^(-1/2)."""
-
-    def __init__(self, q: float) -> None:
-        self.q, self.name = q, f"exp(-{q:g} z^2)"
-
-    def state(self, v: Tensor) -> tuple[Tensor, ...]:
-        return (1 + 2 * self.q * v,)
-
-    def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
-        new = torch.addcmul(one[0] * two[0], K, K, value=-4 * self.q**2).rsqrt_()
-        if T is not None:
-            T.mul_(K).mul_(new**3).mul_(4 * self.q**2)
-        K.copy_(new)
-        return 1.0
-
-    def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        root = (1 + 4 * self.q * v).rsqrt()
-        return root, 4 * self.q**2 * v * root**3
+    def means(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """E[s(u)] and E[s'(u)]."""
+        return v * (2 * math.pi * (1 + v)).rsqrt(), torch.full_like(v, 0.5)
 
 
 _MEMORY = threading.local()
@@ -214,43 +186,6 @@ def times_slope(function: Function) -> Function:
             return at * (0 if slope is None else slope)
 
     return product
-
-
-def closed_form(function: Function) -> Activation | None:
-    """The closed form with this function's values and slopes at thousands of points of both signs and all sizes."""
-    z = _places()
-    values = values_and_slopes(function, z)
-    at_one, at_minus_one = function(torch.tensor([1.0, -1.0], dtype=torch.float64)).tolist()
-    slope_at_zero = float(values_and_slopes(function, torch.zeros(1, dtype=torch.float64))[1])
-    candidates: list[tuple[Activation, Function]] = [
-        (
-            Rectifier(at_one, -at_minus_one, slope_at_zero),
-            lambda z: torch.where(z > 0, at_one * z, -at_minus_one * z),
-        ),
-        (Erf(), torch.erf),
-        (Gelu(), torch.nn.functional.gelu),
-        (Wave(-1.0, "sin"), torch.sin),
-        (Wave(1.0, "cos"), torch.cos),
-    ]
-    if 0 < at_one < 1:
-        q = -math.log(at_one)
-        candidates.append((Bell(q), lambda z: (-q * z.square()).exp()))
-    for activation, candidate in candidates:
-        expected = values_and_slopes(candidate, z)
-        if all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(values, expected, strict=True)):
-            return activation
-    return None
-
-
-def fingerprint(function: Function) -> str:
-    """A hash of the values and slopes by which a function is recognized, equal for two spellings of one function."""
-    values = torch.cat(values_and_slopes(function, _places()))
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
-
-
-def _places() -> Tensor:
-    sizes = torch.logspace(-6, 6, 121, dtype=torch.float64)
-    return torch.cat([torch.linspace(-12, 12, 2401, dtype=torch.float64) + 0.00123, sizes, -sizes])
 
 
 def values_and_slopes(function: Function, z: Tensor) -> tuple[Tensor, Tensor]:

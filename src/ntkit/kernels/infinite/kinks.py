@@ -17,6 +17,7 @@ _ROUNDING = 1e-13  # up to which values agree with the polynomial that makes the
 _ALIKE = 1e-9  # up to which two polynomials are one, relative likewise
 _OF_SLOPES = 1e-7  # up to which slopes agree: PyTorch's one of hardsigmoid is a constant in float32
 _LARGEST = 1e6  # up to here functions are compared
+_DIVISIONS = 3  # of a cell, each into eight
 
 
 class Pieces(NamedTuple):
@@ -27,25 +28,49 @@ class Pieces(NamedTuple):
 
 
 def pieces(function: Function) -> Pieces | None:
-    """The polynomials that make up a function with kinks elsewhere than at 0; None if it is no such function.
+    """The polynomials that make up a function with kinks or jumps; None if it is no such function.
 
-    A cell of a fine grid on which no polynomial fits holds a kink, and so does the border of cells with different ones.
+    A cell of a grid on which no polynomial fits holds kinks: it is divided. So does the border of cells with different
+    ones.
     The place is found by bisection, to the last digit. Values and slopes are then compared at points of all sizes.
     """
     fine, coarse = np.linspace(-12.5, 12.5, 401), np.geomspace(12.5, _LARGEST, 80)[1:]
     ends = np.concatenate([-coarse[::-1], fine, coarse]) + 0.00123
     with np.errstate(all="ignore"):
-        runs = _runs(function, ends)
+        runs = _runs(function, _divided(function, ends))
         if not 1 < len(runs) <= _MOST + 1 or runs[0][0] != ends[0] or runs[-1][1] != ends[-1]:
             return None
         kinks = [_border(function, one, two) for one, two in zip(runs, runs[1:], strict=False)]
         if not all(a < b for a, b in zip(kinks, kinks[1:], strict=False)):
             return None
         found = _fitted(function, kinks)
-        return found if found is not None and any(found.kinks) and _confirmed(function, found) else None
+        return found if found is not None and _confirmed(function, found) else None
 
 
 _Run = tuple[float, float, Polynomial, Polynomial]  # ends, polynomial of the first and of the last cell
+
+
+def _divided(function: Function, ends: np.ndarray) -> np.ndarray:
+    """Cells in which values at many places are not those of one polynomial are divided, down to narrow features."""
+    for _ in range(_DIVISIONS):
+        width = np.diff(ends)
+        bad = np.zeros(len(width), dtype=bool)
+        far = np.abs(ends[:-1]) > 12
+        for which, count in ((~far, 16), (far, 512)):
+            x = -np.cos((np.arange(6) + 0.5) * math.pi / 6)
+            dense = np.linspace(-1, 1, count + 2)[1:-1]
+            middle, half = (ends[:-1] + width / 2)[which, None], width[which, None] / 2
+            at = middle + half * np.concatenate([x, dense])
+            with torch.no_grad():
+                values = function(torch.from_numpy(at.ravel())).double().numpy().reshape(at.shape)
+            fits = np.polynomial.polynomial.polyfit(x, values[:, :6].T, _DEGREE)
+            apart = np.abs(np.polynomial.polynomial.polyval(dense, fits) - values[:, 6:])
+            bad[which] = ~(apart.max(1) <= 1e-11 * (np.abs(values).max(1) + 1e-300))
+        if not bad.any() or bad.sum() > 3 * _MOST:
+            return ends
+        places = [np.linspace(low, high, 9)[1:-1] for low, high in zip(ends[:-1][bad], ends[1:][bad], strict=True)]
+        ends = np.sort(np.concatenate([ends, *places]))
+    return ends
 
 
 def _runs(function: Function, ends: np.ndarray) -> list[_Run]:
@@ -104,8 +129,18 @@ def _fitted(function: Function, kinks: list[float]) -> Pieces | None:
         coefficients = fit.convert().coef
         coefficients[np.abs(coefficients) * reach ** np.arange(len(coefficients)) <= 10 * _ROUNDING * scale] = 0
         polynomials.append(np.array([_short(float(c)) for c in coefficients]))
-    moved = [_moved(*at) for at in zip(kinks, polynomials, polynomials[1:], strict=False)]
-    return Pieces(moved, polynomials)
+    # a border between cells of which the polynomials differed by rounding is none
+    real = [i for i, at in enumerate(zip(kinks, polynomials, polynomials[1:], strict=False)) if _jumps(*at)]
+    polynomials = [polynomials[0], *(polynomials[i + 1] for i in real)]
+    moved = [_moved(*at) for at in zip([kinks[i] for i in real], polynomials, polynomials[1:], strict=False)]
+    return Pieces(moved, polynomials) if moved else None
+
+
+def _jumps(place: float, one: np.ndarray, two: np.ndarray) -> bool:
+    """Whether two polynomials differ at their border in any derivative."""
+    terms = Polynomial(np.abs(one)) + Polynomial(np.abs(two))
+    sizes = [terms.deriv(d)(abs(place)) if d else terms(abs(place)) for d in range(_DEGREE + 1)]
+    return bool((np.abs(jumps_at(place, one, two)) > 1e-11 * (np.array(sizes) + 1e-300)).any())
 
 
 def _moved(place: float, one: np.ndarray, two: np.ndarray) -> float:
@@ -134,7 +169,7 @@ def jumps_at(place: float, one: np.ndarray, two: np.ndarray) -> np.ndarray:
 
 def _confirmed(function: Function, found: Pieces) -> bool:
     """Whether values and slopes are those of the function, at thousands of points and close to all kinks."""
-    large = np.geomspace(1e-6, _LARGEST, 121)
+    large = np.concatenate([np.geomspace(1e-6, 12, 80), np.geomspace(12, _LARGEST, 6000)])
     apart = np.geomspace(1e-9, 1, 40)
     near = np.array(found.kinks)[:, None] + np.concatenate([apart, -apart])
     z = np.concatenate([np.linspace(-12, 12, 2401) + 0.00123, large, -large, near.ravel()])

@@ -110,11 +110,36 @@ class Concat(Layer):
 
 
 @dataclass
+class Channels(Layer):
+    """Some channels of a weight layer: independent of its others, with the same kernel.
+
+    indices : which, in their order, of `count`.
+    """
+
+    source: Layer
+    indices: tuple[int, ...]
+    count: int
+
+
+@dataclass
 class Product(Layer):
     """The product of two branches that do not depend on each other."""
 
     one: Layer
     two: Layer
+
+
+@dataclass
+class Dropout(Layer):
+    """Values that are zero at random, and else larger by 1 / (1 - rate): masks of different samples are independent.
+
+    scale : of the square of a value, 1 / (1 - rate).
+    whole : whether it drops whole channels: one mask for all positions of a sample.
+    """
+
+    source: Layer
+    scale: float
+    whole: bool
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Piecewise polynomial activations with kinks anywhere: ReLU6, hardtanh, hardswish, hardsigmoid, softshrink, threshold.
+"""Piecewise polynomial activations with kinks anywhere: ReLU6, hardtanh, hardswish, softshrink, threshold, sign, steps.
 
 s(z) = P(z) + sum of w (e z - |k|)_+^d over kinks k and degrees d, with the polynomial P around 0 and e the sign of k:
 the terms begin away from 0, so that little cancels. E[s(u) s(v)] is a sum over pairs of terms, which are truncated
@@ -27,11 +27,13 @@ Terms = dict[tuple[int, int], float]  # weight of (e z - |k|)_+^d, by the number
 class Piecewise(Activation):
     """A function that is a polynomial between its kinks.
 
+    own_slope : whether its slope at 0 is the function's, where that has a kink at 0.
+
     `error` bounds the rounding error of E[s(u)^2] and E[s'(u)^2] at the variances so far, relative to them: where s is
     bounded and the variances are large, or s is zero up to its kinks and they are small, terms cancel.
     """
 
-    def __init__(self, function: Function, found: Pieces) -> None:
+    def __init__(self, function: Function, found: Pieces, own_slope: bool = True) -> None:
         self.name = f"piecewise polynomial, kinks at {', '.join(f'{k:g}' for k in found.kinks)}"
         self.error = 0.0
         polynomial = found.polynomials[sum(k < 0 for k in found.kinks)]
@@ -48,7 +50,7 @@ class Piecewise(Activation):
         at_zero = float(values_and_slopes(function, torch.zeros(1, dtype=torch.float64))[1])
         steps = [w for (i, d), w in slopes.items() if d == 0 and self._places[i] == _AT_ZERO]
         average = float(self._polynomials[1][0]) + sum(steps) / 2
-        self._zero_slope = at_zero / average if average and steps else 1.0
+        self._zero_slope = at_zero / average if own_slope and average and steps else 1.0
 
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
         deviation = v.clamp(min=_SMALLEST).sqrt()
@@ -134,6 +136,6 @@ def _terms(found: Pieces) -> Terms:
 
 
 def piecewise(function: Function) -> Piecewise | None:
-    """The activation of a function that is a polynomial between kinks elsewhere than at 0; else None."""
+    """The activation of a function that is a polynomial between kinks; else None."""
     found = pieces(function)
     return None if found is None else Piecewise(function, found)

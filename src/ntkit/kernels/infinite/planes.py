@@ -25,7 +25,9 @@ from ntkit.base.checks import refusal
 from ntkit.base.workers import spread
 from ntkit.kernels.infinite.layers import (
     Affine,
+    Channels,
     Concat,
+    Dropout,
     Flatten,
     GlobalPool,
     Graph,
@@ -40,7 +42,8 @@ from ntkit.kernels.infinite.layers import (
     Sum,
     sources,
 )
-from ntkit.kernels.infinite.positions import Offset, chunks, extent, mapped_from, overlap, sum_of_slices, window
+from ntkit.kernels.infinite.position_sums import averaged, mapped
+from ntkit.kernels.infinite.positions import Offset, chunks, extent, overlap, sum_of_slices, window
 from ntkit.kernels.infinite.sample_sides import Side, State
 
 
@@ -120,6 +123,11 @@ class Planes:
             return one, tuple(t[(..., *second, slice(None), None)] for t in state2)
         return one, tuple(t[(..., *second, None, slice(None))] for t in state2)
 
+    def zeros(self, size: Size) -> Tensor:
+        """A plane of zeros."""
+        pairs = (self.one.count, 1 if self.paired else self.two.count)
+        return next(iter(self.one.data.values())).new_zeros(1 + self.tangent, *size, *pairs)
+
 
 # ---------------------------------------------------------------------- one rule per layer
 
@@ -138,9 +146,7 @@ def _affine(planes: Planes, layer: Affine, offset: Offset) -> Tensor:
     inner = (offset[0] * layer.stride[0], offset[1] * layer.stride[1])
     factor = 1.0
     if min(extent(inner, layer.source.size)) == 0:  # no partner on the grid: only padding and the bias
-        pairs = (planes.one.count, 1 if planes.paired else planes.two.count)
-        like = next(iter(planes.one.data.values()))
-        out = like.new_zeros(1 + planes.tangent, *extent(offset, layer.size), *pairs)
+        out = planes.zeros(extent(offset, layer.size))
     else:
         out, factor = planes.up_to_factor(layer.source, inner)
         for axis in (0, 1):
@@ -258,19 +264,20 @@ def _product(planes: Planes, layer: Product, offset: Offset) -> Tensor:
 
 
 def _position_map(planes: Planes, layer: PositionMap, offset: Offset) -> Tensor:
-    height, width = offset[::-1] if layer.exchanged else offset
-    total: Tensor | None = None
-    for dh, rows in mapped_from(layer, 0, height):
-        for dw, columns in mapped_from(layer, 1, width):
-            x = planes(layer.source, (dh, dw))
-            x = torch.einsum("oh,thwpq->towpq", rows.to(x), x)
-            x = torch.einsum("ow,thwpq->thopq", columns.to(x), x)
-            total = x if total is None else total.add_(x)
-    if total is None:  # nothing but padding
-        size = extent((height, width), layer.size[::-1] if layer.exchanged else layer.size)
-        pairs = (planes.one.count, 1 if planes.paired else planes.two.count)
-        total = next(iter(planes.one.data.values())).new_zeros(1 + planes.tangent, *size, *pairs)
-    return total.transpose(1, 2).contiguous() if layer.exchanged else total
+    found = mapped(lambda inner: planes(layer.source, inner), layer, offset)
+    return planes.zeros(extent(offset, layer.size)) if found is None else found
+
+
+def _pool(planes: Planes, layer: Pool, offset: Offset) -> Tensor:
+    return averaged(lambda inner: planes(layer.source, inner), layer, offset)
+
+
+def _dropout(planes: Planes, layer: Dropout, offset: Offset) -> Tensor:
+    out = planes(layer.source, offset)
+    if planes.symmetric and (layer.whole or offset == (0, 0)):  # one mask, multiplied by itself
+        same = out if planes.paired else out.diagonal(planes.first, -2, -1)
+        same.mul_(layer.scale)
+    return out
 
 
 def _norm(planes: Planes, layer: Norm, offset: Offset) -> Tensor:
@@ -288,30 +295,6 @@ def _norm(planes: Planes, layer: Norm, offset: Offset) -> Tensor:
 
 def _flatten(planes: Planes, layer: Flatten, offset: Offset) -> Tensor:
     return planes(layer.source, (0, 0)).mean((1, 2), keepdim=True)
-
-
-def _pool(planes: Planes, layer: Pool, offset: Offset) -> Tensor:
-    ranges = [range(s * d - k + 1, s * d + k) for s, d, k in zip(layer.stride, offset, layer.kernel_size, strict=True)]
-    count = extent(offset, layer.size)
-    total: Tensor | None = None
-    for dh in ranges[0]:
-        for dw in ranges[1]:
-            if min(extent((dh, dw), layer.source.size)) == 0:
-                continue
-            x = planes(layer.source, (dh, dw))
-            for axis, inner in ((0, dh), (1, dw)):
-                stride, m = layer.stride[axis], layer.source.size[axis]
-                apart = inner - stride * offset[axis]  # distance of the two positions within their windows
-                shared = range(max(0, -apart), min(layer.kernel_size[axis], layer.kernel_size[axis] - apart))
-                start = max(0, -offset[axis])
-                slices = [
-                    overlap(start, count[axis], max(0, -inner), m - abs(inner), stride, t - layer.padding[axis])
-                    for t in shared
-                ]
-                x = sum_of_slices(x, slices, 1 + axis, count[axis])
-            total = x if total is None else total.add_(x)
-    assert total is not None
-    return total.div_(layer.divisor**2)
 
 
 def _global_pool(planes: Planes, layer: GlobalPool, offset: Offset) -> Tensor:
@@ -386,6 +369,8 @@ _RULES: dict[type[Layer], Callable[[Planes, Any, Offset], Tensor]] = {
     PositionMap: _position_map,
     Concat: _concat,
     Product: _product,
+    Dropout: _dropout,
+    Channels: lambda planes, layer, offset: planes(layer.source, offset),
 }
 
 

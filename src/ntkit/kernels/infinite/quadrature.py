@@ -13,32 +13,37 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.kernels.infinite.activations import (
-    Activation,
-    Function,
-    fingerprint,
-    scratch,
-    square_root,
-    values_and_slopes,
+from ntkit.base.checks import refusal
+from ntkit.kernels.infinite.activations import Activation, Function, scratch, square_root
+from ntkit.kernels.infinite.gaussian_integrals import (
+    as_correlations,
+    barycentric,
+    chebyshev_nodes,
+    chebyshev_transform,
+    family_values,
+    mean_squares,
+    moments_at,
+    values_one_by_one,
 )
+from ntkit.kernels.infinite.piecewise import Piecewise
+from ntkit.kernels.infinite.recognition import fingerprint
+from ntkit.kernels.infinite.split_integrals import Kinked, kinked
 
-_REACH = 13  # radius: the density beyond is below 1e-36
 _NODES, _MOST_NODES = 12, 96  # nodes in log a per step below; doubled where the values ask for more
 _ANGLES, _MOST_ANGLES = 65, 129  # nodes in the angle, likewise
-_SECTOR = 56  # nodes in w
-_CIRCLE = 128  # nodes in x = cos w, see `_values`
+_NODES_BESIDE, _ANGLES_BESIDE = 20, 49  # beside a piecewise polynomial: each costs a thousand times as much
 _TAIL = 1e-13  # last coefficients, relative to the largest, up to which there are nodes enough
 _TOLERANCE = 1e-12  # error, relative to the diagonal, at which the table is not enlarged further
 _ROUNDING, _NOTHING = 1e-14, 1e-15  # relative size up to which a coefficient, a factor is left out
 _DIGITS = -math.log(1e-15)
 _ROUGH = 1e-6  # error above which s has a kink elsewhere than at 0, and shortcuts may be the less exact way
+_NARROW = 1e-2  # below this share, the equidistant values are the less exact ones
 _PROBES = (6, 4)  # angles, and variances for each
 _STEP, _PARTS = math.log(16), 32  # in log a: ranges end on its multiples, so that one table serves many sets of samples
 _KEPT = 24  # tables, of this process
@@ -55,12 +60,13 @@ class _Table(NamedTuple):
     ranks: list[list[int]]  # that count, of each [rank, rank] of the core; last ones of 0 are left out
     squares: Tensor  # log E[s(u)^2] and log E[s'(u)^2], [nodes, 2]
     error: float = 0.0
+    corner: Piecewise | None = None  # its moments are not in the table: see `split_integrals`
 
     def rows(self, v: Tensor) -> Tensor:
         """Barycentric weights of the nodes at variances v, [..., count], flat."""
         middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
         x = ((v.double().cpu().clamp(min=math.exp(self.low)).log() - middle) / half).clamp(-1, 1).flatten()
-        return _barycentric(self.nodes, x)
+        return barycentric(self.nodes, x)
 
     def roots(self, v: Tensor, rows: Tensor) -> Tensor:
         """Roots of E[s(u)^2] and E[s'(u)^2], [2, *v.shape]: below the range by the power of v at its low end."""
@@ -81,7 +87,7 @@ class _Table(NamedTuple):
         """The same in a part of its range, where a few nodes, factors and angles are enough."""
         ratio = (self.high - self.low) / (high - low)
         strip = math.sinh(_DIGITS / len(self.nodes))  # where it is analytic, if its nodes were enough for all digits
-        nodes = _chebyshev(min(len(self.nodes), 1 + math.ceil(_DIGITS / math.asinh(strip * ratio))))
+        nodes = chebyshev_nodes(min(len(self.nodes), 1 + math.ceil(_DIGITS / math.asinh(strip * ratio))))
         rows = self.rows(((low + high) / 2 + (high - low) / 2 * nodes).exp())
         basis = rows @ self.basis
         coefficients = torch.einsum("ps,fkst,qt->fkpq", basis, self.core, basis)
@@ -90,7 +96,7 @@ class _Table(NamedTuple):
         a, b = (torch.from_numpy(np.exp(rng.uniform(low, high, 200))) for _ in range(2))
         t = torch.from_numpy(rng.uniform(0, math.pi, 200))
         apart = (table.correlations(a, b, t) - self.correlations(a, b, t)).abs().max()
-        return table._replace(error=self.error + float(apart))
+        return table._replace(error=self.error + float(apart), corner=self.corner)
 
 
 class Tabulated(Activation):
@@ -114,9 +120,14 @@ class Tabulated(Activation):
         basis = (rows @ self._table.basis).reshape(*v.shape, -1).movedim(-1, 0)
         value, slope = self._table.roots(v, rows)
         rounded = v * (1 - 8 * torch.finfo(v.dtype).eps)
-        return basis.to(v.dtype).to(v.device).contiguous(), rounded, value, slope
+        corner = self._table.corner.state(v) if self._table.corner else ()
+        return basis.to(v.dtype).to(v.device).contiguous(), rounded, value, slope, *corner
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
+        beyond = None
+        if self._table.corner:
+            beyond = K.clone(), torch.ones_like(K)
+            self._table.corner.apply(beyond[0], None if T is None else beyond[1], one[4:], two[4:])
         root, x = scratch(0, K), scratch(1, K)
         torch.mul(one[1], two[1], out=root).addcmul_(K, K, value=-1)
         square_root(root, x)
@@ -130,6 +141,7 @@ class Tabulated(Activation):
                 for side, at in ((one, -1), (two, axis))
             )
             value = self._series(which, x.flatten(0, 1), left, right).view(K.shape)
+            value = value if beyond is None else value + beyond[which]
             if which:
                 target.mul_(value)
             else:
@@ -191,9 +203,29 @@ class Tabulated(Activation):
             low, high = (n / _PARTS for n in self._steps)
             # most networks keep their variances between 1 / 16 and 16: one table for all their layers
             low, high = (-1, 1) if low >= -1 and high <= 1 else (math.floor(low), math.ceil(high))
-            self._table = _table(self._key, self._function, low, high).narrowed(*(n * part for n in self._steps))
+            self._table = self._checked(low, high, float(v.max()) ** 0.5).narrowed(*(n * part for n in self._steps))
             self.error = self._table.error
             self.version += 1
+
+    def _checked(self, low: float, high: float, largest: float) -> _Table:
+        """The table of a range, or a refusal: of values that overflow, or that are 0 as far as they count."""
+        ends = torch.tensor([math.exp(low * _STEP), math.exp(high * _STEP)], dtype=torch.float64)
+        squares = mean_squares(self._function, ends)
+        got = ""
+        if not squares.isfinite().all():
+            got = f"values or slopes that overflow at standard deviations up to {largest:.2g}"
+        elif float(squares[:, 0].min()) < 1e-280:
+            got = f"values that vanish up to ten standard deviations, of {largest:.2g} at most"
+        else:
+            try:
+                table = _table(self._key, self._function, low, high)
+            except (RuntimeError, np.linalg.LinAlgError):
+                table = None
+            if table is not None and table.error < 1:
+                return table
+            got = f"a function whose kernel cannot be computed at standard deviations up to {largest:.2g}"
+        fix = "Scale its input, or choose an activation that changes less."
+        raise refusal(self.name, got=got, expected="an activation with finite moments", fix=fix)
 
 
 _TABLES: OrderedDict[tuple, _Table] = OrderedDict()  # the least recently used is dropped first
@@ -212,12 +244,17 @@ def _table(key: str, function: Function, low: float, high: float) -> _Table:
 
 def _computed(function: Function, low: float, high: float) -> _Table:
     """A table whose error is within the tolerance, or the most exact."""
+    if (split := kinked(function)) is not None:
+        return _computed_with_corner(split, low, high)
     probes = _Probes(function, low, high)
     tables: list[_Table] = []
-    for values in (_values, _values_one_by_one):
+    for values in (family_values, values_one_by_one):
         count, angles, last = min(_NODES * math.ceil((high - low) / _STEP), _MOST_NODES), _ANGLES, math.inf
         while True:
-            table, more_nodes, more_angles = _interpolation(function, low, high, count, angles, values)
+            a = _variances(low, high, count)
+            table, more_nodes, more_angles = _interpolation(
+                function, low, high, mean_squares(function, a), angles, values
+            )
             table = table._replace(error=probes.error(table))
             stalled, last = table.error > last / 3, table.error  # by a kink, or by rounding
             tables.append(table)
@@ -232,6 +269,27 @@ def _computed(function: Function, low: float, high: float) -> _Table:
     return min(tables, key=lambda table: table.error)
 
 
+def _computed_with_corner(split: Kinked, low: float, high: float) -> _Table:
+    """The same of a function with kinks elsewhere than at 0: a table of the rest beside a piecewise polynomial."""
+    count, angles = min(_NODES_BESIDE * math.ceil((high - low) / _STEP), _MOST_NODES), _ANGLES_BESIDE
+    squares = split.squares(_variances(low, high, count))
+    table = _interpolation(split.function, low, high, squares, angles, split.family_values)[0]
+    rng, worst = np.random.default_rng(0), 0.0
+    for number in range(8):
+        v = np.exp(rng.uniform(low, high, 4))
+        v[3] = v[2] * (1 + 0.1 * rng.uniform() ** 2)  # where thresholds nearly coincide, it is the least smooth
+        v, t = torch.from_numpy(v).clamp(max=math.exp(high)), math.pi * rng.uniform() ** (4 if number % 2 else 1)
+        exact = torch.stack([split.moments(v, b, t, 16) for b in v.tolist()], 2)
+        at = [s.expand(4, 4) for s in (v[:, None], v, torch.tensor(t, dtype=torch.float64))]
+        exact = as_correlations(exact - split.of_corner(*at), split.squares(v))
+        worst = max(worst, float((table.correlations(*(s.flatten() for s in at)) - exact.flatten(1)).abs().max()))
+    return table._replace(error=worst, corner=split.corner)
+
+
+def _variances(low: float, high: float, count: int) -> Tensor:
+    return ((low + high) / 2 + (high - low) / 2 * chebyshev_nodes(count)).exp()
+
+
 class _Probes:
     """Correlations at random variances and angles, by finer quadrature than the table's and without its shortcuts."""
 
@@ -242,25 +300,36 @@ class _Probes:
         t = (t * math.pi).clamp(1e-6, math.pi - 1e-6)
         v = torch.from_numpy(np.exp(rng.uniform(low, high, (angles, sides))))
         v[::2, 0], v[1::2, 0] = math.exp(low), math.exp(high)
-        exact = [_correlations(_integrals(function, a, x, 2), _squares(function, a)) for a, x in zip(v, t, strict=True)]
+        exact = [
+            as_correlations(moments_at(function, a, x, 2), mean_squares(function, a)) for a, x in zip(v, t, strict=True)
+        ]
         self._exact = torch.stack(exact, 1).flatten(1)
+        self._overlooked = _overlooked(function, v[:2, 0])
         shape = (angles, sides, sides)
         self._at = [s.expand(shape).flatten() for s in (v[:, :, None], v[:, None], t[:, None, None])]
 
     def error(self, table: _Table) -> float:
         """Largest difference of a table from them."""
-        return float((table.correlations(*self._at) - self._exact).abs().max())
+        return max(float((table.correlations(*self._at) - self._exact).abs().max()), self._overlooked)
+
+
+def _overlooked(function: Function, v: Tensor) -> float:
+    """Share of E[s(u)^2] that only 26001 equidistant values see: a feature too narrow for the quadrature."""
+    x = torch.linspace(-13, 13, 26001, dtype=torch.float64)
+    density = torch.exp(-x.square() / 2) * (1e-3 / math.sqrt(2 * math.pi))
+    dense = function((v.sqrt()[:, None] * x).flatten()).detach().double().reshape(len(v), -1).square() @ density
+    share = float((1 - mean_squares(function, v)[:, 0] / dense.clamp(min=1e-300)).abs().max())
+    return share if share > _NARROW else 0.0
 
 
 def _interpolation(
-    function: Function, low: float, high: float, count: int, angles: int, values: Values
+    function: Function, low: float, high: float, squares: Tensor, angles: int, values: Values
 ) -> tuple[_Table, bool, bool]:
     """A table, and whether the values ask for more nodes and for more angles."""
-    nodes, places = _chebyshev(count), _chebyshev(angles)
-    a = ((low + high) / 2 + (high - low) / 2 * nodes).exp()
-    squares = _squares(function, a)
-    coefficients = torch.einsum("kx,fxpq->fkpq", _transform(angles), values(function, a, squares, places))
-    over_nodes = torch.einsum("np,fkpq->fknq", _transform(count), coefficients).abs().amax((0, 1, 3))
+    count = len(squares)
+    nodes, places, a = chebyshev_nodes(count), chebyshev_nodes(angles), _variances(low, high, count)
+    coefficients = torch.einsum("kx,fxpq->fkpq", chebyshev_transform(angles), values(function, a, squares, places))
+    over_nodes = torch.einsum("np,fkpq->fknq", chebyshev_transform(count), coefficients).abs().amax((0, 1, 3))
     size = coefficients.abs().amax((0, 2, 3))
     more = [bool(t[-2:].max() > _TAIL * t.max()) for t in (over_nodes, size)]
     return _factored(low, high, nodes, coefficients, squares.log()), more[0], more[1]
@@ -287,133 +356,3 @@ def _ranks(core: Tensor) -> list[int]:
         edge = torch.maximum(size[:, r, : r + 1].amax(1), size[:, : r + 1, r].amax(1))
         ranks[edge >= _NOTHING * size.max()] = r + 1
     return ranks[: int(ranks.nonzero().max()) + 1].tolist()
-
-
-def _transform(count: int) -> Tensor:
-    """Chebyshev coefficients from values at the nodes."""
-    k = torch.arange(count)
-    # The angles are multiples of pi / (2 count). Their whole numbers are reduced to one period first: large angles lose
-    # digits, and every coefficient would have an error of 5e-15.
-    turns = ((k[:, None] * (2 * k + 1)) % (4 * count)).double()
-    transform = torch.cos(turns * (math.pi / (2 * count))) * (2 / count)
-    transform[0] /= 2
-    return transform
-
-
-def _chebyshev(count: int) -> Tensor:
-    """Nodes of Chebyshev interpolation on [-1, 1]."""
-    return ((torch.arange(count, dtype=torch.float64) + 0.5) * math.pi / count).cos()
-
-
-def _barycentric(nodes: Tensor, x: Tensor) -> Tensor:
-    """Weights of the nodes of Chebyshev (or these, moved and scaled) for values at x, [len(x), nodes]."""
-    count = len(nodes)
-    angles = (torch.arange(count, dtype=torch.float64) + 0.5) * math.pi / count
-    weights = angles.sin() * (-1.0) ** torch.arange(count)
-    difference = x[:, None] - nodes
-    exact = difference == 0
-    quotient = weights / difference.masked_fill(exact, 1)
-    quotient = torch.where(exact.any(1, keepdim=True), exact.double(), quotient)
-    return quotient / quotient.sum(1, keepdim=True)
-
-
-def _radii(density: int, lowest: float, finer: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the integral of r^(density - 1) exp(-r^2 / 2), equidistant in log r, as far as it counts."""
-    step = 0.13 / finer
-    r = torch.arange(lowest, math.log(_REACH), step, dtype=torch.float64).exp()
-    return r, step * r**density * torch.exp(-r.square() / 2)
-
-
-def _sectors(count: int, ends: list[float]) -> tuple[Tensor, Tensor]:
-    """Nodes and weights between neighbors of `ends`, denser near them, where a steep function changes its sign."""
-    nodes, weights = _legendre(count)
-    places, weights = (3 * nodes - nodes**3) / 2, weights * (3 - 3 * nodes**2) / 2
-    at = torch.tensor(ends, dtype=torch.float64)
-    middle, half = (at[:-1, None] + at[1:, None]) / 2, at.diff()[:, None] / 2
-    return (middle + half * places).flatten(), (half * weights).flatten()
-
-
-@lru_cache(8)
-def _legendre(count: int) -> tuple[Tensor, Tensor]:
-    nodes, weights = np.polynomial.legendre.leggauss(count)
-    return torch.from_numpy(nodes), torch.from_numpy(weights)
-
-
-def _values(function: Function, a: Tensor, squares: Tensor, places: Tensor) -> Tensor:
-    """Correlations of values and of slopes for all variances a, at angles pi (1 + places) / 2, [2, angles, a, a].
-
-    On a circle of radius R = sqrt(a) r, s takes the values s(+-R x) for x = cos w from 0 to 1. They are computed once,
-    at nodes in x, and split into the even and the odd part, which are uncorrelated. As functions of x they lie in the
-    span of a few, found by an SVD. The integral over w is that of products of these few, and depends on the angle only;
-    the integral over r is that of products of their coefficients, and depends on the variances only.
-    """
-    r, of_r = _radii(2, -16.0, 1)
-    z = a.sqrt()[:, None, None] * r[:, None] * (nodes := (1 + _chebyshev(_CIRCLE)) / 2) ** 3
-    family = torch.empty(4, *z.shape, dtype=torch.float64)  # even and odd values, even and odd slopes; [4, a, r, x]
-    for i, f in enumerate(values_and_slopes(function, torch.stack([z, -z]))):
-        f *= (of_r / squares[:, i, None]).sqrt()[..., None]
-        torch.add(f[0], f[1], out=family[2 * i]).div_(2)
-        torch.sub(f[0], f[1], out=family[2 * i + 1]).div_(2)
-    _, s, few = torch.linalg.svd(torch.linalg.qr(family.flatten(0, 2), "r")[1], full_matrices=False)
-    few = few[: int((s > _NOTHING * s[0]).sum())].T  # [x, few]
-    family = (family @ few).mT  # [4, a, few, r]
-    products = _angular(few, nodes, places)
-    out = torch.zeros(2, len(places), len(a), len(a), dtype=torch.float64)
-    for i, part in enumerate(family):
-        if not part.any():  # of an odd function, or an even one
-            continue
-        other = part.movedim(-1, 0).flatten(1)  # [r, a few]
-        for k in range(len(a)):
-            pairs = (part[k] @ other).unflatten(1, part.shape[:2]).movedim(1, 0).flatten(1)
-            out[i // 2, :, k].addmm_(products[i % 2], pairs.T)
-    return out
-
-
-def _angular(few: Tensor, nodes: Tensor, places: Tensor) -> Tensor:
-    """Integrals over the circle of products of two functions of x = |cos w|, the second turned by an angle.
-
-    `few` holds their values at x = nodes^3; [2, angles, few * few]: of even functions of cos w, of odd ones.
-    """
-    products = []
-    for t in (math.pi * (1 + places) / 2).tolist():
-        w, of_w = _sectors(2 * _SECTOR, [t - math.pi / 2, math.pi / 2, t + math.pi / 2])  # of equal signs, of unequal
-        at = torch.stack([w.cos(), (w - t).cos()]).abs() ** (1 / 3)
-        one, two = (_barycentric(nodes, at.flatten()) @ few).unflatten(0, (2, 2, -1))
-        same, opposite = (one * of_w.reshape(2, -1, 1)).mT @ two
-        products.append(torch.stack([same + opposite, same - opposite]))
-    both = torch.stack(products, 1).flatten(2) / math.pi  # the other half of the circle has the same
-    turned = both.flip(1)  # at pi - t
-    turned[1].neg_()
-    return both.add_(turned).div_(2)
-
-
-def _values_one_by_one(function: Function, a: Tensor, squares: Tensor, places: Tensor) -> Tensor:
-    """The same without these shortcuts, for kinks that make them worse."""
-    return torch.stack([_correlations(_integrals(function, a, math.pi * (1 + x) / 2, 1), squares) for x in places], 1)
-
-
-def _correlations(moments: Tensor, squares: Tensor) -> Tensor:
-    """From moments, since the values of samples of very different size would drown in the rounding of the largest."""
-    scale = squares.sqrt().T
-    return moments / (scale[:, :, None] * scale[:, None])
-
-
-def _integrals(function: Function, a: Tensor, angle: Tensor, finer: int) -> Tensor:
-    """E[s(u) s(v)] and E[s'(u) s'(v)] for all variances a at one angle, [2, len(a), len(a)]."""
-    r, of_r = _radii(2, -16.0, finer)
-    half, shift = math.pi / 2, float(angle) / 2
-    # u = r cos(w + shift), v = r cos(w - shift): the nodes are symmetric, so v at w equals u at -w
-    ends = [-half - shift, -half + shift, half - shift, half + shift, 3 * half - shift]
-    w, of_w = _sectors(_SECTOR * finer, ends)
-    mirrored = torch.arange(len(w)).reshape(4, -1)[[2, 1, 0, 3]].flip(1).flatten()
-    weights = (of_r[:, None] * of_w / (2 * math.pi)).flatten()
-    both = values_and_slopes(function, a.sqrt()[:, None, None] * (r[:, None] * (w + shift).cos()))
-    return torch.stack([(f.flatten(1) * weights) @ f[..., mirrored].flatten(1).T for f in both])
-
-
-def _squares(function: Function, v: Tensor) -> Tensor:
-    """E[s(u)^2] and E[s'(u)^2], [n, 2]."""
-    x, weights = _radii(1, -34.0, 1)
-    weights = torch.cat([weights, weights]) / math.sqrt(2 * math.pi)
-    both = values_and_slopes(function, v.sqrt()[:, None] * torch.cat([x, -x]))
-    return torch.stack([f.square() @ weights for f in both], 1).clamp(min=1e-300)

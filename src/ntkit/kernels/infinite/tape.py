@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -56,6 +57,16 @@ class Tape:
     parameters: dict[int, tuple[str, nn.Parameter]] = field(default_factory=dict)  # name and parameter by index
 
 
+DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d}
+_DROPOUT_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+
+
+def dropout_rate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The share of values that a call drops: 0 in eval mode."""
+    given = {"p": 0.5, "training": True} | dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+    return float(given["p"]) if given["training"] else 0.0
+
+
 class _Stop(Exception):
     """The rest of the run is not needed."""
 
@@ -78,7 +89,10 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         arguments = tree_map(self._ref, (args, kwargs))
         versions = [t._version for t in inputs]
-        out = func(*args, **kwargs)
+        if func in DROPOUTS and dropout_rate(args, kwargs) > 0:  # recorded without its draw
+            out = args[0] if (len(args) > 3 and args[3]) or kwargs.get("inplace") else args[0].clone()
+        else:
+            out = func(*args, **kwargs)
         if func is Tensor.__setitem__ and id(args[0]) not in self.indices:
             got = "values of the run written into a tensor created elsewhere"
             expected = "values that are not written into after they are computed"
@@ -167,10 +181,10 @@ def record(model: nn.Module, x: Tensor, last: int | None = None) -> Tape:
     Raises
     ------
     Refused
-        For a train mode that mixes samples or draws at random, Python numbers computed from the data, writes through
-        views, input on which the forward fails, and an output that is not one tensor.
+        For a train mode that mixes samples or draws at random (other than dropout), Python numbers computed from the
+        data, writes through views, input on which the forward fails, and an output that is not one tensor.
     """
-    check_mode(model)
+    check_mode(model, random=_DROPOUT_LAYERS)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             got = "a scripted module, whose operations cannot be recorded"

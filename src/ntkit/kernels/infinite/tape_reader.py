@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from torch import nn
 
 from ntkit.base.checks import Refused, refusal
-from ntkit.kernels.infinite.activations import Activation, Function, Rectifier, closed_form, times_slope
+from ntkit.kernels.infinite.activations import Activation, Function, Rectifier, times_slope
 from ntkit.kernels.infinite.layers import (
     Affine,
     Concat,
@@ -27,8 +28,11 @@ from ntkit.kernels.infinite.layers import (
 )
 from ntkit.kernels.infinite.piecewise import piecewise
 from ntkit.kernels.infinite.quadrature import Tabulated
+from ntkit.kernels.infinite.recognition import closed_form
 from ntkit.kernels.infinite.tape import Op, Ref, Tape
 from ntkit.kernels.infinite.tape_calls import grid
+
+Token = int | tuple[int, frozenset[int]]  # the weights of a layer, or those of some of its channels
 
 
 @dataclass
@@ -76,7 +80,9 @@ class Reader:
         self._uses: dict[int, str] = {}  # by parameter, the layer that uses it
         self._inputs: dict[tuple[int, int, int | None], Input] = {}  # by index, first channel and number of channels
         # by layer: the weights in which it is linear, and all weights on which it depends
-        self._weights: dict[int, tuple[set[int], set[int]]] = {}
+        self._weights: dict[int, tuple[set[Token], set[Token]]] = {}
+        # by value and channels, with the value
+        self.parts: dict[tuple[int, tuple[int, ...]], tuple[Any, Any]] = {}
         self._after_trained_norm: set[int] = set()  # norms with a trained weight, and linear maps of their outputs
         self.gaussian: set[int] = set()  # layers whose channels are independent draws of one Gaussian field
 
@@ -140,12 +146,13 @@ class Reader:
         function = times_slope(function)
         return closed_form(function) or piecewise(function) or Tabulated(function, name)
 
-    def add(self, layer: Layer, of: list[Layer], own: int | None = None, gaussian: bool = True) -> Layer:
+    def add(self, layer: Layer, of: list[Layer], own: Token | None = None, gaussian: bool = True) -> Layer:
         """Append a layer, with the weights in which it is linear (`own`, or those of its sources) and all it uses.
 
         gaussian : whether a weight layer's channels are independent draws of one Gaussian field.
         """
-        linear_in, uses = set(), set()
+        linear_in: set[Token] = set()
+        uses: set[Token] = set()
         for source in of:
             uses |= self._weights[id(source)][1]
         if all(self._weights[id(source)][0] for source in of):  # not weights in which only one source is linear
@@ -156,7 +163,9 @@ class Reader:
             linear_in = set()
         elif isinstance(layer, Product):  # in the weights of one factor that the other does not use
             (linear1, uses1), (linear2, uses2) = (self._weights[id(source)] for source in of)
-            linear_in = linear1 if linear1 and not linear1 & uses2 else linear2 - uses1
+            linear_in = (
+                linear1 if linear1 and not meet(linear1, uses2) else {t for t in linear2 if not meet({t}, uses1)}
+            )
         self._weights[id(layer)] = (linear_in, uses)
         linear = isinstance(layer, (Sum, Pool, GlobalPool, PositionMap, Norm)) and all(
             id(s) in self.gaussian for s in of
@@ -208,7 +217,7 @@ class Reader:
         """One of two factors must be Gaussian given the other, with a covariance that is the same for all channels."""
         for a, b in ((one, two), (two, one)):
             linear, uses = self._weights[id(a)][0], self._weights[id(b)][1]
-            if id(a.source if isinstance(a, Flatten) else a) in self.gaussian and linear and not linear & uses:
+            if id(a.source if isinstance(a, Flatten) else a) in self.gaussian and linear and not meet(linear, uses):
                 return
         got = "a product of branches that depend on each other, or of none that is directly behind a weight layer"
         raise self.refusal(op, got, "End one branch with a weight layer of its own that mixes channels.")
@@ -216,7 +225,7 @@ class Reader:
     def check_uncorrelated(self, op: Op, one: Layer, two: Layer) -> None:
         """One of the two must be linear in weights that the other does not use: then their product has mean 0."""
         (linear1, uses1), (linear2, uses2) = (self._weights[id(v)] for v in (one, two))
-        if not (linear1 and not linear1 & uses2) and not (linear2 and not linear2 & uses1):
+        if not (linear1 and not meet(linear1, uses2)) and not (linear2 and not meet(linear2, uses1)):
             fix = "End one branch with a weight layer of its own."
             raise self.refusal(op, "a sum of branches that depend on each other", fix)
 
@@ -225,6 +234,19 @@ class Reader:
         if isinstance(value, Layer):
             return Curve(value, None, self.where(op), factor)
         return Curve(value.source, value.function, self.where(op), factor * value.factor, root=value.root or value)
+
+
+def meet(one: set[Token], two: set[Token]) -> bool:
+    """Whether some weights are in both."""
+    if one & two:
+        return True
+    layers1, layers2 = ({t if isinstance(t, int) else t[0] for t in tokens} for tokens in (one, two))
+    shared = layers1 & layers2
+    return any(
+        not isinstance(a, tuple) or not isinstance(b, tuple) or bool(a[1] & b[1])
+        for layer in shared
+        for a, b in product(*([t for t in s if layer in (t, t[0] if isinstance(t, tuple) else t)] for s in (one, two)))
+    )
 
 
 def has_several_kernels(layer: Layer) -> bool:

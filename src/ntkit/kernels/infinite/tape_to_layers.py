@@ -13,9 +13,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ntkit.base.checks import NoLimit, Refused, refusal
 from ntkit.kernels.infinite import tape_calls as calls
-from ntkit.kernels.infinite.layers import Concat, Flatten, GlobalPool, Graph, Input, Layer, Pool, Product, Size, Sum
+from ntkit.kernels.infinite.channel_parts import channel_part, part
+from ntkit.kernels.infinite.layers import (
+    Concat,
+    Dropout,
+    Flatten,
+    GlobalPool,
+    Graph,
+    Input,
+    Layer,
+    Pool,
+    Product,
+    Size,
+    Sum,
+)
 from ntkit.kernels.infinite.position_layers import dim_of, position_function, position_map, positions_side_by_side
-from ntkit.kernels.infinite.tape import Op, Tape, record
+from ntkit.kernels.infinite.tape import DROPOUTS, Op, Tape, dropout_rate, record
 from ntkit.kernels.infinite.tape_calls import arguments, factor_of, grid, is_elementwise, pair
 from ntkit.kernels.infinite.tape_reader import Curve, DerivedWeight, Reader, Weight, has_several_kernels
 from ntkit.kernels.infinite.weight_layers import affine, norm
@@ -98,7 +111,10 @@ def _value(reader: Reader, op: Op) -> Any:
     inputs = [reader.values[r.index] for r in op.refs]
     weights = [v for v in inputs if isinstance(v, (Weight, DerivedWeight))]
     inner = [v for v in inputs if isinstance(v, (Layer, Curve))]
+    rate = dropout_rate(op.args, op.kwargs) if op.func in DROPOUTS else 0.0
     if not weights and not inner:
+        if rate:
+            raise reader.refusal(op, "dropout of the input", "Drop values behind a weight layer, or call model.eval().")
         if op.in_place:
             raise reader.refusal(op, "the input changed in place", "Write it without in-place operations.")
         return None
@@ -106,6 +122,8 @@ def _value(reader: Reader, op: Op) -> Any:
         got = f"{op.name} where no gradients flow (torch.no_grad, .data, or inside an autograd.Function)"
         fix = "Freeze layers with requires_grad_(False). Write activations as PyTorch functions."
         raise reader.refusal(op, got, fix)
+    if rate and len(inner) == len(inputs):
+        return _dropout(reader, op, rate)
     if op.func in calls.AFFINE | calls.TRANSPOSED and op.refs:
         return affine(reader, op)
     if op.func in calls.NORMS:
@@ -184,11 +202,28 @@ def _product(reader: Reader, op: Op) -> Layer:
     shapes = {tuple(reader.tape.ops[r.index].out.shape) for r in op.refs}
     if len(shapes) > 1:
         raise reader.refusal(op, f"shapes {sorted(shapes)}", "Multiply values of one shape.")
+    return _multiplied(reader, op, one, two)
+
+
+def _multiplied(reader: Reader, op: Op, one: Layer, two: Layer) -> Layer:
     if has_several_kernels(one) and has_several_kernels(two):  # the mean of products is not that of the means
         got = "a product of values of several branches or flattened positions"
         raise reader.refusal(op, got, "Multiply before the concatenation, or before nn.Flatten.")
     reader.check_independent(op, one, two)
     return reader.add(Product(one.size, reader.where(op), one, two), [one, two])
+
+
+def _gated(reader: Reader, op: Op) -> Layer:
+    """F.glu: the first half of the channels times the sigmoid of the second."""
+    before = reader.tape.ops[op.refs[0].index].out
+    axis, count = int(arguments(op, "input", "dim").get("dim", -1)) % before.dim(), before.shape[1]
+    if axis != 1:
+        raise reader.refusal(op, f"halves along axis {axis}", "Gate with halves of the channels: dim=1.")
+    value, half = reader.value(op.refs[0]), count // 2
+    one, two = (part(reader, op, value, tuple(range(i, i + half)), count) for i in (0, half))
+    curve = two if isinstance(two, Curve) else Curve(two, None, reader.where(op))
+    gate = Curve(curve.source, lambda z: torch.sigmoid(curve(z)), reader.where(op))
+    return _multiplied(reader, op, reader.layer(one), reader.layer(gate))
 
 
 def _concatenation(reader: Reader, op: Op) -> Layer:
@@ -204,6 +239,16 @@ def _concatenation(reader: Reader, op: Op) -> Layer:
     widths = [reader.tape.ops[r.index].out.shape[1] for r in op.refs]
     shares = [(width / sum(widths), part) for width, part in zip(widths, parts, strict=True)]
     return reader.add(Concat(parts[0].size, reader.where(op), shares), parts)
+
+
+def _dropout(reader: Reader, op: Op, rate: float) -> Layer:
+    if rate >= 1:
+        raise reader.refusal(op, f"dropout p={rate:g}", "Nothing is left of its input. Choose p below 1.")
+    if op.func is not F.dropout:
+        reader.check_batched(op, 1 if op.func is F.dropout1d else 2)
+    source = reader.layer(reader.value(op.refs[0]))
+    layer = Dropout(source.size, reader.where(op), source, 1 / (1 - rate), op.func is not F.dropout)
+    return reader.add(layer, [source])
 
 
 # ---------------------------------------------------------------------- positions
@@ -289,8 +334,10 @@ def _curve(reader: Reader, op: Op, inner: list[Any]) -> Curve | Layer:
     if len(bases) != 1 or any(reader.values[r.index] is None for r in op.refs):
         what = "a product or mixture of two branches" if len(inner) > 1 else "a mixture of the input and a layer"
         raise reader.refusal(op, f"{op.name}, {what}", "Branches can be added, each after a weight layer.")
-    if len(inner) == len(op.refs) == 1 and not op.in_place and (layer := _moved(reader, op)) is not None:
-        return layer
+    if len(inner) == len(op.refs) == 1 and not op.in_place:
+        for find in (_moved, channel_part):
+            if (found := find(reader, op)) is not None:
+                return found
     constants = [t for t in tree_leaves((op.args, op.kwargs)) if isinstance(t, Tensor)]
     slopes = [w for r in op.refs if isinstance(w := reader.values[r.index], Weight)]
     if any(t.numel() > 1 for t in constants) or any(w.parameter.unique().numel() > 1 for w in slopes):
@@ -336,4 +383,5 @@ _RULES: list[tuple[set[Any], Callable[[Reader, Op], Any]]] = [
     (calls.ADAPTIVE_POOLS, _adaptive_pool),
     (calls.REDUCTIONS, _mean_or_sum),
     (calls.VIEWS, _view),
+    ({F.glu}, _gated),
 ]
