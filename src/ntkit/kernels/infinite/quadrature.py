@@ -104,8 +104,8 @@ class Tabulated(Activation):
 
     `error` is the largest difference, relative to the root of the two diagonal values, between the interpolated table
     and finer quadrature at random variances and angles, in the range of variances so far. Kinks at 0 (ELU, SELU) are
-    as exact as smooth functions. For kinks elsewhere, between pieces that are no polynomials (see `piecewise`), the
-    error tells how exact the table is.
+    as exact as smooth functions. With kinks elsewhere, between pieces that are no polynomials (see `piecewise`), it is a
+    table of what is left beside a piecewise polynomial (see `split_integrals`); with many, the error tells how inexact.
     """
 
     def __init__(self, function: Function, name: str) -> None:
@@ -214,7 +214,7 @@ class Tabulated(Activation):
         got = ""
         if not squares.isfinite().all():
             got = f"values or slopes that overflow at standard deviations up to {largest:.2g}"
-        elif float(squares[:, 0].min()) < 1e-280:
+        elif float(squares[1, 0]) < 1e-280:
             got = f"values that vanish up to ten standard deviations, of {largest:.2g} at most"
         else:
             try:
@@ -281,7 +281,9 @@ def _computed_with_corner(split: Kinked, low: float, high: float) -> _Table:
         v, t = torch.from_numpy(v).clamp(max=math.exp(high)), math.pi * rng.uniform() ** (4 if number % 2 else 1)
         exact = torch.stack([split.moments(v, b, t, 16) for b in v.tolist()], 2)
         at = [s.expand(4, 4) for s in (v[:, None], v, torch.tensor(t, dtype=torch.float64))]
-        exact = as_correlations(exact - split.of_corner(*at), split.squares(v))
+        own = split.squares(v)
+        worst = max(worst, float((table.roots(v, table.rows(v)).square().T / own - 1).abs().max()))
+        exact = as_correlations(exact - split.of_corner(*at), own)
         worst = max(worst, float((table.correlations(*(s.flatten() for s in at)) - exact.flatten(1)).abs().max()))
     return table._replace(error=worst, corner=split.corner)
 
