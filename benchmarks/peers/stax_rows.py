@@ -15,7 +15,7 @@ import numpy as np
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "neural-tangents.md"
 W, B = 1.2, 0.3  # standard deviations of weights and biases
-TIMES, COVERED = ("ntk", "nngp"), ("yes", "sampled", "no")
+KINDS, COVERED = ("ntk", "nngp"), ("yes", "sampled", "no")
 VECTORS, BRANCHES, IMAGES, SAMPLED = "Layers of vectors", "Branches", "Layers of images", "Sampled"
 FUNCTIONS = "Functions"
 
@@ -127,13 +127,14 @@ def ours(row: Row, kind: str = "ntk") -> np.ndarray:
     import ntkit
 
     if row.section == FUNCTIONS:
-        value = eval(row.ours, _function_names())
+        value = eval(row.ours, names_of_functions())
         return np.asarray(value.detach() if isinstance(value, torch.Tensor) else value)
     kernel = ntkit.InfiniteKernel(network(row), kind, W, B)  # pyrefly: ignore
     return kernel(torch.from_numpy(samples(row))).numpy()
 
 
-def _function_names() -> dict[str, Any]:
+def names_of_functions() -> dict[str, Any]:
+    """What the lines of the table of functions are about."""
     import torch
     from torch import nn
 
@@ -144,7 +145,7 @@ def _function_names() -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(4, 8), _page()["Apply"](torch.erf), nn.Linear(8, 2)).double()
     for p, value in zip(model.parameters(), data().parameters, strict=True):
         p.data = torch.from_numpy(value)
-    ntk, nngp = (ntkit.InfiniteKernel(model, kind, W, B) for kind in TIMES)  # pyrefly: ignore
+    ntk, nngp = (ntkit.InfiniteKernel(model, kind, W, B) for kind in KINDS)  # pyrefly: ignore
     return _page() | {
         "x": x, "x_test": x_test, "y": y, "model": model, "step": step, "ntk": ntk, "nngp": nngp, "W": W, "b": B,
         "S": nngp(x), "T": ntk(x), "S_test": nngp(x_test, x), "T_test": ntk(x_test, x), "S_tests": nngp(x_test),
@@ -223,7 +224,7 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     values = {}
     for row in rows():
-        for kind in TIMES:
+        for kind in KINDS:
             try:
                 values[f"{row.name} {kind}"] = theirs(row, kind)
             except Exception as error:
