@@ -223,15 +223,19 @@ def pool(found: list[np.ndarray]) -> np.ndarray:
     return sum(found, np.zeros_like(found[0]))
 
 
-def linear_interpolation(old: int, new: int) -> np.ndarray:
+def linear_interpolation(old: int, height: int, width: int) -> np.ndarray:
     """Weights between the centers of pixels; beyond the outermost these are repeated."""
-    axis = np.zeros((new, old))
-    for i in range(new):
-        place = (i + 0.5) * old / new - 0.5
-        low = math.floor(place)
-        axis[i, min(max(low, 0), old - 1)] += 1 - (place - low)
-        axis[i, min(max(low + 1, 0), old - 1)] += place - low
-    return np.kron(axis, axis)
+
+    def axis(new: int) -> np.ndarray:
+        weights = np.zeros((new, old))
+        for i in range(new):
+            place = (i + 0.5) * old / new - 0.5
+            low = math.floor(place)
+            weights[i, min(max(low, 0), old - 1)] += 1 - (place - low)
+            weights[i, min(max(low + 1, 0), old - 1)] += place - low
+        return weights
+
+    return np.kron(axis(height), axis(width))
 
 
 def flattened(state: State) -> State:

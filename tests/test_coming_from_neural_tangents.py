@@ -68,8 +68,9 @@ def mean(state: State) -> State:
     return formulas.mapped(state, np.full((1, positions), 1 / positions))
 
 
-def on_columns(matrix) -> np.ndarray:
-    return np.kron(np.eye(4), matrix.T)
+def on_graph(state: State) -> State:
+    """The columns of an image are nodes of the graph A."""
+    return formulas.mapped(state, np.kron(np.eye(4), data().A.T))
 
 
 erf = formulas.erf_layer(1.0, 1.0, 0.0)
@@ -115,9 +116,9 @@ LAYERS = {
     "GlobalSumPool": lambda s: formulas.mapped(s, np.ones((1, 16))),
     "Flatten": formulas.flattened,
     "Index": lambda s: formulas.mapped(s, np.kron(np.eye(4)[1:3], np.eye(4)[::2])),
-    "ImageResize": lambda s: formulas.mapped(s, formulas.linear_interpolation(4, 6)),
-    "DotGeneral": lambda s: mean(formulas.mapped(s, on_columns(data().A))),
-    "Aggregate": lambda s: formulas.mapped(s, on_columns(data().A)),
+    "ImageResize": lambda s: formulas.mapped(s, formulas.linear_interpolation(4, 6, 6)),
+    "DotGeneral": lambda s: mean(on_graph(s)),
+    "Aggregate": on_graph,
 }
 NETWORKS_SAMPLED = {
     "GlobalSelfAttention": lambda s: dense(mean(formulas.attention(dense(s), W**2, W**2, B))),
@@ -277,6 +278,35 @@ def test_training_with_a_loss_equals_its_differential_equation():
     row = ROWS["gradient_descent"]
     assert row.verdict == "yes"
     assert distance(stax_rows.ours(row), function_values()[row.name]) < 1e-6
+
+
+COMPOSITIONS = {  # of several layers, where neural-tangents 0.6.5 itself differs from the formulas
+    "unequal sizes": (
+        'Apply(lambda h: F.interpolate(h, size=(6, 7), mode="bilinear"))',
+        lambda s: formulas.mapped(s, formulas.linear_interpolation(4, 6, 7)),
+    ),
+    "branches of one and two convolutions, a graph": (
+        """nn.Sequential(
+            Join(sum, nn.Conv2d(8, 8, 1), nn.Sequential(
+                nn.Conv2d(8, 8, 3, padding=1), Apply(torch.sign), nn.Conv2d(8, 8, 3, padding=1))),
+            Apply(lambda h: h @ A), Apply(torch.abs), Apply(lambda h: h @ A))""",
+        lambda s: on_graph(
+            formulas.rectified_linear(
+                on_graph(added(dense(s), conv(formulas.sign(conv(s, 4, 3, 1, 1)), 4, 3, 1, 1))), -1, 1
+            )
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_composition_equals_its_formula(name, monkeypatch):
+    line, formula = COMPOSITIONS[name]
+    monkeypatch.setitem(LAYERS, name, formula)
+    row = ROWS["Conv"]._replace(name=name, ours=line)
+    wanted = expected(row)
+    for kind in KINDS:
+        assert distance(stax_rows.ours(row, kind), wanted.t if kind == "ntk" else wanted.k) < 1e-10
 
 
 def test_a_wrong_line_is_noticed():
