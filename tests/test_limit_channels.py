@@ -250,7 +250,7 @@ def test_wide_networks_tend_to_it(name, kind):
 
 @pytest.mark.parametrize("kind", ["ntk", "nngp"])
 def test_laws(kind):
-    build, _, x = NETWORKS["gate behind an activation"]
+    build, _, x = NETWORKS["a branch on half of the channels"]
     check_kernel(InfiniteKernel(build(8).double(), kind, W, B), x[:3], x[2:])
 
 

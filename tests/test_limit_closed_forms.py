@@ -215,6 +215,10 @@ def test_wide_networks_tend_to_it(name, kind):
     assert found.distance[1] < found.distance[0] / 2
 
 
-def test_an_exponential_of_huge_variance_is_refused():
-    with pytest.raises(Refused, match=r"layer '1' \(Act\)"):
-        InfiniteKernel(mlp(Act(torch.exp)), "ntk", 1.5, 0.1)(60 * X)
+@pytest.mark.parametrize("function", [torch.exp, torch.sinh, lambda z: z**12], ids=["exp", "sinh", "power"])
+def test_moments_that_overflow_are_refused_by_their_layer(function):
+    model = nn.Sequential(nn.Linear(6, 8), Act(function), nn.Linear(8, 1)).double()
+    size = 1e15 if function not in (torch.exp, torch.sinh) else 60
+    with pytest.raises(Refused, match=r"layer '1' \(Act\).*moments that overflow at standard deviations up to"):
+        InfiniteKernel(model, "ntk", 1.5, 0.1)(size * X)
+    assert InfiniteKernel(model, "ntk", 1.5, 0.1)(X).isfinite().all()

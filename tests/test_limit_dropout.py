@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ W, B, P = 1.3, 0.2, 0.3
 DRAW = torch.Generator().manual_seed(0)
 V = torch.randn(4, 6, generator=DRAW, dtype=torch.float64)
 X = torch.randn(3, 2, 4, 3, generator=DRAW, dtype=torch.float64)
+pytestmark = pytest.mark.filterwarnings("ignore:.*dropout is active")
 R, D = nn.ReLU, nn.Dropout
 
 
@@ -169,3 +171,14 @@ def test_the_random_state_is_left_alone():
     before = torch.random.get_rng_state()
     InfiniteKernel(model, "ntk", W, B)(V)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_train_mode_is_told_once():
+    model = NETWORKS["dense"][0](8).double().train()
+    kernel = InfiniteKernel(model, "ntk", W, B)
+    with pytest.warns(UserWarning, match=r"layer '2' \(Dropout\): dropout is active.*model.eval\(\)"):
+        kernel(V)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernel(V)
+        InfiniteKernel(model.eval(), "ntk", W, B)(V)

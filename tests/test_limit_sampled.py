@@ -37,7 +37,7 @@ def distance(estimate, exact):
 
 def sampled(model, x, kind="ntk", stds=None, networks=24):
     """The sampled limit, even where there is a closed form."""
-    return Sampling(kind, stds, networks, None).limit(model, x)
+    return Sampling(kind, networks, None).limit(model, x, stds)
 
 
 class Residual(nn.Module):

@@ -20,11 +20,12 @@ from ntkit.base.operation_threads import one_thread
 
 @dataclass(frozen=True)
 class _Open:
-    """Autocast dtype by device type, the default device where it is not the CPU, and the number of threads."""
+    """Autocast dtype by device type, the default device where it is not the CPU, number of threads, grad mode."""
 
     autocast: tuple[tuple[str, torch.dtype], ...]
     device: torch.device | None
     threads: int
+    grad: bool = False
 
 
 class _Caller(threading.local):
@@ -71,6 +72,11 @@ def own_context() -> Iterator[None]:
             yield
     finally:
         _CALLER.now = None
+
+
+def grad_mode() -> bool:
+    """The caller's ``torch.is_grad_enabled()``; inside, switching off inference mode has switched it on."""
+    return torch.is_grad_enabled() if _CALLER.now is None else _CALLER.now.grad
 
 
 def threads() -> int:
@@ -128,7 +134,7 @@ def _what_is_open() -> _Open:
     types = [t for t in _DEVICES if _autocast(t)]
     device = torch.get_default_device()
     autocast = tuple((t, torch.get_autocast_dtype(t)) for t in types)
-    return _Open(autocast, None if device.type == "cpu" else device, torch.get_num_threads())
+    return _Open(autocast, None if device.type == "cpu" else device, torch.get_num_threads(), torch.is_grad_enabled())
 
 
 def _autocast(device_type: str) -> bool:

@@ -45,23 +45,23 @@ class Exponentials(Activation):
     """s(z) = r z + t + a sum of terms; `at_zero` are s(0) and s'(0)."""
 
     def __init__(self, terms: list[Term], r: float, t: float, at_zero: tuple[float, float]) -> None:
-        self._r, self._t, self._at_zero = r, t, at_zero
+        self.r, self.t, self._at_zero = r, t, at_zero
         linear = [f"{r:g} z"] * (r != 0) + [f"{t:g}"] * (t != 0)
         self.name = " + ".join([term.text() for term in terms] + linear)
-        self._terms: list[Term] = []  # of a conjugate pair both
+        self.terms: list[Term] = []  # of a conjugate pair both
         self._firsts: list[tuple[int, int]] = []  # without the second ones of pairs; how many terms each stands for
         for weight, b, q in terms:
-            self._firsts.append((len(self._terms), 1 if b.imag == 0 else 2))
+            self._firsts.append((len(self.terms), 1 if b.imag == 0 else 2))
             if b.imag == 0:
-                self._terms.append(Term(weight, b, q))
+                self.terms.append(Term(weight, b, q))
             else:
                 half = weight - math.log(2)
-                self._terms += [Term(half, b, q), Term(half.conjugate(), b.conjugate(), q)]
+                self.terms += [Term(half, b, q), Term(half.conjugate(), b.conjugate(), q)]
 
     def __call__(self, z: Tensor) -> Tensor:
         """s(z)."""
-        out = self._r * z + self._t
-        for weight, b, q in self._terms:
+        out = self.r * z + self.t
+        for weight, b, q in self.terms:
             part = torch.exp(weight.real + _number(b) * z - q * z.square())
             out = out + _real(part, weight)
         return out
@@ -69,7 +69,7 @@ class Exponentials(Activation):
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
         value, slope = torch.full_like(v, self._at_zero[0]), torch.full_like(v, self._at_zero[1])
         logs = []
-        for weight, b, q in self._terms:
+        for weight, b, q in self.terms:
             p = 1 + 2 * q * v
             log = -0.5 * p.log() + _number(b * b) * v / (2 * p)
             value += _real(_grown(weight, log), weight)
@@ -81,17 +81,17 @@ class Exponentials(Activation):
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
         value = one[1] * two[1]
-        value.addcmul_(K, one[2] + two[2] - self._r, value=self._r)
+        value.addcmul_(K, one[2] + two[2] - self.r, value=self.r)
         slope = None if T is None else one[2] * two[2]
         for i, count in self._firsts:
-            for j in range(len(self._terms)):
-                pair = self._terms[i], self._terms[j]
+            for j in range(len(self.terms)):
+                pair = self.terms[i], self.terms[j]
                 of_values, of_slopes = _beyond_means(*pair, K, (one[0], one[3][i]), (two[0], two[3][j]), T is not None)
                 value.add_(of_values, alpha=count)
                 if slope is not None:
                     slope.add_(of_slopes, alpha=count)
         K.copy_(value)
-        if T is not None:
+        if T is not None and slope is not None:
             T.mul_(slope)
         return 1.0
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -13,11 +15,11 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import NoLimit, refusal
-from ntkit.base.numbers import as_number
 from ntkit.base.shown import of_model
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import check_module
-from ntkit.kernels.infinite.layers import Affine, Graph, Input, Layer, Pointwise
+from ntkit.kernels.infinite.layers import Graph, Input
+from ntkit.kernels.infinite.limit_gradients import LimitGradients, Std, as_numbers, as_std, refused, wants_gradients
 from ntkit.kernels.infinite.limit_tiles import (
     BATCH,
     BATCH_OF_GRIDS,
@@ -27,6 +29,7 @@ from ntkit.kernels.infinite.limit_tiles import (
     extend_tables,
     in_float64,
     inexact,
+    line_of,
     outputs_before_weights,
     plane_elements,
     positions,
@@ -36,10 +39,13 @@ from ntkit.kernels.infinite.limit_tiles import (
     table_versions,
     tile_size,
     warn_of_errors,
+    warn_of_masks,
 )
 from ntkit.kernels.infinite.planes import Planes, splits
 from ntkit.kernels.infinite.sample_sides import Side
 from ntkit.kernels.infinite.sampled import LimitEstimate, SampledLimit, Sampling
+from ntkit.kernels.infinite.shared_weights import Program
+from ntkit.kernels.infinite.shared_weights_reader import read_program
 from ntkit.kernels.infinite.tape_to_layers import read
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, written
 from ntkit.networks.larger_copies import Make
@@ -51,21 +57,22 @@ class InfiniteKernel(Kernel):
     """Tangent kernel ("ntk") or covariance of the outputs ("nngp") of a module as its hidden widths tend to infinity.
 
     The layers are read from a run of the module: dense layers and convolutions, transposed ones too (stride, padding of
-    any mode, dilation, groups), any elementwise activation, sums, products and concatenations of branches, factors,
-    average and global pools, linear maps of positions (slices, flips, padding, interpolation, means over one axis),
-    flattening, LayerNorm and GroupNorm before an activation, dropout in eval mode. The module's own widths have no
-    influence, except through `w_std=None` and as shares of the channels in a concatenation. All outputs have the same
-    kernel and are independent: entry (i, c, j, d) of the full kernel is ``k(x1, x2)[i, j]`` for c = d, else 0.
+    any mode, dilation, groups), any elementwise activation, sums, products and concatenations of branches, parts of
+    channels (slices, chunks, gated linear units), factors, average and global pools, linear maps of positions (slices,
+    flips, padding, interpolation, means over one axis), flattening, LayerNorm and GroupNorm before an activation,
+    dropout. The module's own widths have no influence, except through `w_std=None` and as shares of the channels in a
+    concatenation or a part. All outputs have the same kernel and are independent: entry (i, c, j, d) of the full kernel
+    is ``k(x1, x2)[i, j]`` for c = d, else 0.
 
     Parameters
     ----------
-    model : the module, in eval mode. It is run on a few samples and not changed.
+    model : the module; dropout in train mode is taken as random masks. It is run on a few samples and not changed.
     kind : "ntk" or "nngp".
     w_std, b_std : the NTK parametrization z = w_std / sqrt(fan_in) W a + b_std b in every dense and convolution layer,
         with standard normal W and b, all trained. None: the module's own parametrization and initialization, recognized
         from its weights (`initial_std`); the parameters that require gradients are trained. In PyTorch's own
         parametrization the tangent kernel of a layer grows with its width: the widths are then the module's, and the
-        value is the leading order.
+        value is the leading order. Tensors that require a gradient stay in the autograd graph.
     sample : number of random networks for what has no closed form: attention, recurrent layers, max-pools, branches
         that depend on each other. They are copies of the module with all hidden widths multiplied by one number, so
         that the narrowest has 256 features or more; heads, groups and taps stay as they are. `estimate` returns their
@@ -82,21 +89,25 @@ class InfiniteKernel(Kernel):
     -------------------
     Tensor
         [n1, n2] in the dtype of the samples; exactly symmetric for ``x2=None``. The values of a sample with itself are
-        free of the rounding error that angles near 0 amplify.
+        free of the rounding error that angles near 0 amplify. With dropout in train mode, a sample has one mask in
+        ``k(x)``, ``diagonal`` and ``paired`` of one set; samples of two sets have masks of their own, equal ones too.
+        In the autograd graph if samples, `w_std` or `b_std` require a gradient.
 
     Raises
     ------
     Refused
         By the layer's name, for a layer without such a limit in closed form, where `sample` is None: max-pools,
         BatchNorm, softmax, attention and other mixtures of channels, weights used twice, sums and products of branches
-        that depend on each other. With `sample`, what cannot be enlarged.
+        that depend on each other, activations whose moments overflow. With `sample`, what cannot be enlarged. For a
+        gradient through an activation that has no closed form, or has kinks elsewhere than at 0.
 
     Warns
     -----
     UserWarning
-        When the relative error of an activation exceeds 1e-6: kinks elsewhere than at 0 between pieces that are no
-        polynomials. (Those between polynomials, as of ReLU6, hardtanh or hardswish, are exact.) When the mean over
-        sampled networks differs from that over networks half as wide by more than three standard errors.
+        For dropout in train mode: the kernel is that of random masks. When the relative error of an activation exceeds 1e-6: many kinks elsewhere than at 0 between pieces that are no
+        polynomials, or variances of very different size. (Kinks between polynomials, as of ReLU6 or hardswish, are
+        exact.) When the mean over sampled networks differs from that over networks half as wide by more than three
+        standard errors.
 
     Notes
     -----
@@ -105,6 +116,9 @@ class InfiniteKernel(Kernel):
     T -> w^2 T + w^2 S + b^2, S -> w^2 S + b^2, averaged over the kernel's window. Kernels of images need all pairs of
     positions: they are computed one offset at a time (see `planes`), in memory that does not grow with the image.
     Products of branches K1 K2, T1 K2 + K1 T2; concatenations of channels: the mean of their kernels by their shares.
+    Dropout of rate p in train mode: values of a sample with itself at one position times 1 / (1 - p).
+    Gradients are exact, of second order, too; where the tangent kernel has a tip (a kink at 0, samples that coincide)
+    they are the mean of the one-sided derivatives. `kernel.operator` has none.
     The slope of a PReLU is a constant and not trained: one number for all channels has no deterministic limit.
 
     Examples
@@ -121,8 +135,8 @@ class InfiniteKernel(Kernel):
         self,
         model: nn.Module,
         kind: Kind = "ntk",
-        w_std: float | None = None,
-        b_std: float | None = None,
+        w_std: Std | None = None,
+        b_std: Std | None = None,
         sample: int | None = None,
         make: Make | None = None,
     ) -> None:
@@ -131,17 +145,14 @@ class InfiniteKernel(Kernel):
         if (w_std is None) != (b_std is None):
             missing, other = ("b_std", "w_std") if b_std is None else ("w_std", "b_std")
             raise refusal(missing, got=f"None although {other} is given", expected="both or none", fix="Give both.")
-        stds: list[float] = []
-        for name, value in (("w_std", w_std), ("b_std", b_std)):
-            if value is not None:
-                fix = "Give a standard deviation."
-                stds.append(as_number(value, name, lambda s: 0 <= s <= 1e100, "a number from 0 to 1e100", fix))
+        stds = (as_std(w_std, "w_std"), as_std(b_std, "b_std")) if w_std is not None and b_std is not None else None
         check_module(model)
         self.kind = kind
-        self._model, self._stds = model, (stds[0], stds[1]) if stds else (None, None)
-        self._sampling = Sampling.of(kind, (stds[0], stds[1]) if stds else None, sample, make)
+        self._model, self._stds = model, stds
+        self._sampling = Sampling.of(kind, sample, make)
+        self._programs: dict[tuple[Any, ...], Program] = {}
         self._models: dict[torch.dtype, nn.Module] = {}
-        self._graphs: dict[tuple[torch.dtype, tuple[int, ...]], Graph] = {}
+        self._graphs: dict[tuple[Any, ...], Graph] = {}  # by dtype and shape of a sample, w_std and b_std
         self._fingerprint: Any = None  # of the model, when the graphs were read
 
     @property
@@ -164,7 +175,9 @@ class InfiniteKernel(Kernel):
         x = checked(x, "x")
         if (sampled := self._sampled(x)) is not None:
             return "\n".join(sampled.describe())
-        return "\n".join(_line(layer) for layer in self._read(x)[0].layers)
+        if (program := self._program(x)) is not None:
+            return "\n".join(program.describe())
+        return "\n".join(line_of(layer) for layer in self._read(x)[0].layers)
 
     @own_context()
     def estimate(self, x1: Batch, x2: Batch | None = None) -> LimitEstimate:
@@ -192,36 +205,66 @@ class InfiniteKernel(Kernel):
         if self._sampling is None:
             return None
         try:
+            if self._program(x) is None:
+                self._read(x)
+        except NoLimit:
+            assert isinstance(x, Tensor)
+            return self._sampling.limit(self._model_for(x), x, as_numbers(self._stds))
+        return None
+
+    def _program(self, x: Batch) -> Program | None:
+        """The network as sums of nodes, where it is no graph of layers that depend on nothing in common."""
+        try:
             self._read(x)
         except NoLimit:
             assert isinstance(x, Tensor)
-            return self._sampling.limit(self._in_dtype(x.dtype) if x.is_floating_point() else self._model, x)
+            stds = as_numbers(self._stds)
+            key = (x.dtype, tuple(x.shape[1:]), stds)
+            if key not in self._programs:
+                with contextlib.suppress(NoLimit):
+                    self._programs[key] = read_program(self._model_for(x), x, *stds or (None, None))
+            return self._programs.get(key)
         return None
 
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:
         """k(x, x) as an operator; the values are computed once, at the first product."""
+        if wants_gradients(x, *self._stds or ()):
+            raise refused("operator", "a matrix-free product", "Use the matrix, kernel(x) @ v, or build the operator")
         x = checked(x, "x")
-        sampled = self._sampled(x) is not None
-        like = torch.empty(0, dtype=self._dtype(x) if sampled else self._read(x)[2], device=x.device)
-        values = lru_cache(1)(lambda: self(x))
-        return KernelOperator(count(x), lambda v: values() @ v, lambda: self.diagonal(x), like)
+        other = self._sampled(x) is not None or self._program(x) is not None
+        like = torch.empty(0, dtype=self._dtype(x) if other else self._read(x)[2], device=x.device)
+        kernel = copy.copy(self)
+        kernel._stds = as_numbers(self._stds)
+        values = lru_cache(1)(lambda: kernel(x))
+        return KernelOperator(count(x), lambda v: values() @ v, lambda: kernel.diagonal(x), like)
+
+    def settings(self) -> dict[str, Any]:
+        """As of every kernel; with the values of `w_std` and `b_std`, and how the limit is sampled."""
+        own = vars(self) | {"_stds": as_numbers(self._stds) or (None, None)}
+        return own | ({"sample": s.networks, "make": s.make} if (s := self._sampling) else {})
 
     def __repr__(self) -> str:
         return of_model(type(self), self._model)
 
-    def settings(self) -> dict[str, Any]:
-        """What the values depend on beside the samples."""
-        own = dict(vars(self))
-        return own | ({"sample": s.networks, "make": s.make} if (s := self._sampling) else {})
+    def _checked(self, x: Any, name: str) -> Batch:
+        found = super()._checked(x, name)
+        return x if wants_gradients(x) else found
 
     # ------------------------------------------------------------------ values
 
     @torch.inference_mode(False)  # activations are differentiated
     @own_context()
     def _gram(self, x1: Batch, x2: Batch | None, out: Tensor | None) -> Tensor:
+        if wants_gradients(x1, x2, *self._stds or ()):
+            if out is not None:
+                raise refused("out", "memory to write into", "Leave it out, or call the kernel")
+            return self._with_gradients(x1, x2, LimitGradients.matrix)
         if (sampled := self._sampled(x1)) is not None:
             return written(sampled.gram(x1, x2).mean.to(self._dtype(x1)), out)
+        if (program := self._program(x1)) is not None:
+            values = program.gram(self._model_for(x1), x1, x2, self.kind)
+            return written(values.to(self._dtype(x1)), out)
         (graph, data1, dtype), same = self._read(x1), x2 is None
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         n1, n2 = count(x1), count(x1 if x2 is None else x2)
@@ -262,8 +305,12 @@ class InfiniteKernel(Kernel):
     @torch.inference_mode(False)
     @own_context()
     def _pairs(self, x1: Batch, x2: Batch | None) -> Tensor:
+        if wants_gradients(x1, x2, *self._stds or ()):
+            return self._with_gradients(x1, x2, LimitGradients.pairs)
         if (sampled := self._sampled(x1)) is not None:
             return sampled.pairs(x1, x2).mean.to(self._dtype(x1))
+        if (program := self._program(x1)) is not None:
+            return program.pairs(self._model_for(x1), x1, x2, self.kind).to(self._dtype(x1))
         graph, data1, dtype = self._read(x1)
         data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
         like = next(iter(data1.values()))
@@ -287,13 +334,26 @@ class InfiniteKernel(Kernel):
         warn_of_errors(graph)
         return out.to(x1.device, dtype)
 
+    def _with_gradients(self, x1: Batch, x2: Batch | None, values: Callable[..., Tensor]) -> Tensor:
+        if self._program(x1) is not None or self._sampled(x1) is not None:
+            got = "a limit that is sampled or of weights used several times"
+            raise refused("the infinite kernel", got, "Call the kernel")
+        graph, data1, dtype = self._read(x1, keep=True)
+        data2 = None if x2 is None or x2 is x1 else self._read(x2, like=x1, keep=True)[1]
+        out = values(LimitGradients(graph, self._stds, self.kind == "ntk"), data1, data2)
+        check_size(float(out.detach().abs().max()), dtype)
+        return out.to(x1.device, dtype)
+
     # ------------------------------------------------------------------ reading
 
     @torch.inference_mode(False)
     @own_context()
-    def _read(self, x: Batch, like: Batch | None = None) -> tuple[Graph, dict[int, Tensor], torch.dtype]:
+    def _read(
+        self, x: Batch, like: Batch | None = None, keep: bool = False
+    ) -> tuple[Graph, dict[int, Tensor], torch.dtype]:
         """The layers for samples of this shape, the samples at each input layer, and the dtype of the values.
 
+        keep : for gradients: the samples keep their autograd graph, and the layers are those of stds of 1.
         The samples are [H, W, n, C] / sqrt(C) in float64, as all that follows: in float32 an angle between samples
         that are nearly parallel would be off by 3e-4, and so would the kernel.
         """
@@ -309,31 +369,38 @@ class InfiniteKernel(Kernel):
         half = x.dtype in (torch.float16, torch.bfloat16)
         dtype, x = x.dtype, x.float() if half else x
         if (fingerprint := state_of_model(self._model)) != self._fingerprint:  # trained, frozen or changed since
-            self._fingerprint, self._graphs, self._models = fingerprint, {}, {}
+            self._fingerprint, self._graphs, self._programs, self._models = fingerprint, {}, {}, {}
             if self._sampling:
                 self._sampling.limits.clear()
         model = self._in_dtype(x.dtype) if x.is_floating_point() else self._model
-        key = (x.dtype, tuple(x.shape[1:]))
-        graph = self._graphs.get(key) or read(model, x, *self._stds)
-        self._graphs[key] = graph
+        stds = self._stds and ((1.0, 1.0) if keep else as_numbers(self._stds))
+        key = (x.dtype, tuple(x.shape[1:]), stds)
+        if (graph := self._graphs.get(key)) is None:
+            graph = read(model, x, *stds or (None, None))
+            warn_of_masks(graph)
+            kept = {k: g for k, g in self._graphs.items() if k[2] in (stds, (1.0, 1.0))}
+            self._graphs = {**kept, key: graph}
         indices = [layer.index for layer in graph.layers if isinstance(layer, Input)]
         data: dict[int, Tensor] = {}
         for start in range(0, len(x), BATCH):
             batch = x[start : start + BATCH]
-            outputs = [batch] if indices == [0] else outputs_before_weights(model, batch, graph.last_index)
+            outputs = [batch] if indices == [0] else outputs_before_weights(model, batch, graph.last_index, keep)
             for index in indices:
                 t = outputs[index]
                 dtype = dtype if x.is_floating_point() else t.dtype
                 t = in_float64(t.reshape(*t.shape[:2], *(1,) * (4 - t.dim()), *t.shape[2:]).permute(2, 3, 0, 1))
                 if index not in data:
                     data[index] = t.new_empty(*t.shape[:2], len(x), t.shape[3])
-                torch.div(t, math.sqrt(t.shape[3]), out=data[index][:, :, start : start + BATCH])
+                data[index][:, :, start : start + BATCH] = t / math.sqrt(t.shape[3])
         return graph, data, dtype
 
     def _dtype(self, x: Batch) -> torch.dtype:
         """Of a sampled kernel's values: that of the samples, or the parameters' if these are whole numbers."""
         assert isinstance(x, Tensor)
         return x.dtype if x.is_floating_point() else next(self._model.parameters()).dtype
+
+    def _model_for(self, x: Tensor) -> nn.Module:
+        return self._in_dtype(x.dtype) if x.is_floating_point() else self._model
 
     def _in_dtype(self, dtype: torch.dtype) -> nn.Module:
         """The model in the dtype of the samples: kernels of float64 samples are in float64, whatever the weights'."""
@@ -342,19 +409,3 @@ class InfiniteKernel(Kernel):
         if (model := self._models.get(dtype)) is None:
             self._models[dtype] = model = copy.deepcopy(self._model).to(dtype)
         return model
-
-
-def _line(layer: Layer) -> str:
-    positions = f"{layer.size[0]} x {layer.size[1]} positions"
-    if isinstance(layer, Input):
-        return f"{layer.name or 'the input'}, {layer.channels} channels at {positions}"
-    if isinstance(layer, Affine):
-        return (
-            f"{layer.name}: weights of std {math.sqrt(layer.weight_var):.4g} / sqrt(fan in), "
-            f"bias of std {math.sqrt(layer.bias_var):.4g} ({layer.initialization})"
-        )
-    if isinstance(layer, Pointwise):
-        return f"{layer.name}: {layer.activation.name}"
-    kinds = {"GlobalPool": "global pool", "PositionMap": "sums over positions", "Concat": "branches side by side"}
-    kind = kinds.get(type(layer).__name__, type(layer).__name__.lower())
-    return f"{layer.name}: {kind}, {positions}"

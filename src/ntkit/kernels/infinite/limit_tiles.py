@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.workers import spread, workers
-from ntkit.kernels.infinite.layers import Graph, Pointwise
+from ntkit.kernels.infinite.layers import Affine, Dropout, Graph, Input, Layer, Pointwise
 from ntkit.kernels.infinite.piecewise import Piecewise
 from ntkit.kernels.infinite.planes import prepare
 from ntkit.kernels.infinite.quadrature import Tabulated
@@ -29,9 +29,9 @@ CACHE_BYTES = 256e6  # of prepared sides, kept for the next tiles
 _INEXACT = 1e-6  # relative error of an activation above which a warning is given
 
 
-def outputs_before_weights(model: nn.Module, batch: Tensor, last: int) -> list[Tensor]:
+def outputs_before_weights(model: nn.Module, batch: Tensor, last: int, keep: bool = False) -> list[Tensor]:
     """Outputs of the calls on a batch before the weights; those of the first sample are checked against it alone."""
-    outputs = [op.out for op in record(model, batch, last).ops]
+    outputs = [op.out for op in record(model, batch, last, keep).ops]
     if len(batch) > 1:
         for op, out in zip(record(model, batch[:1], last).ops, outputs, strict=False):
             if op.out.shape[:1] == (1,) and not torch.allclose(op.out, out[:1], rtol=1e-4, atol=1e-6):
@@ -93,6 +93,16 @@ def extend_tables(graph: Graph, data1: dict[int, Tensor], data2: dict[int, Tenso
     return table_versions(graph)
 
 
+def warn_of_masks(graph: Graph) -> None:
+    """Warn of dropout in train mode: few users mean its masks."""
+    if names := [layer.name for layer in graph.layers if isinstance(layer, Dropout)]:
+        warnings.warn(
+            f"{names[0]}: dropout is active, so this is the kernel of networks with random masks, larger for a sample "
+            "with itself. Call model.eval() for the kernel without masks.",
+            stacklevel=4,
+        )
+
+
 def warn_of_errors(graph: Graph) -> None:
     """Warn of activations that are not exact."""
     for layer, a in inexact(graph):
@@ -148,3 +158,20 @@ def each(work: Callable, items: list, like: Tensor, here: bool = False) -> list:
             results.append(work(item))
             done(item)
         return results
+
+
+def line_of(layer: Layer) -> str:
+    """A layer as `InfiniteKernel.describe` lists it."""
+    positions = f"{layer.size[0]} x {layer.size[1]} positions"
+    if isinstance(layer, Input):
+        return f"{layer.name or 'the input'}, {layer.channels} channels at {positions}"
+    if isinstance(layer, Affine):
+        return (
+            f"{layer.name}: weights of std {math.sqrt(layer.weight_var):.4g} / sqrt(fan in), "
+            f"bias of std {math.sqrt(layer.bias_var):.4g} ({layer.initialization})"
+        )
+    if isinstance(layer, Pointwise):
+        return f"{layer.name}: {layer.activation.name}"
+    kinds = {"GlobalPool": "global pool", "PositionMap": "sums over positions", "Concat": "branches side by side"}
+    kind = kinds.get(type(layer).__name__, type(layer).__name__.lower())
+    return f"{layer.name}: {kind}, {positions}"

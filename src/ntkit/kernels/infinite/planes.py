@@ -384,17 +384,21 @@ def prepare(graph: Graph, data: dict[int, Tensor], plane_elements: int) -> Side:
     for layer in graph.layers:
         if isinstance(layer, Pointwise):
             v = planes(layer.source)[0][..., 0]
-            _check_range(layer, v)
+            check_range(layer, v)
             for key, activation in ((id(layer), layer.activation), (-id(layer), layer.weighted)):
                 if activation is not None:
                     side.states[key], side.diagonal[key] = activation.state(v), activation.diagonal(v)
+                    if not all(t.isfinite().all() for t in side.diagonal[key]):
+                        got = f"moments that overflow at standard deviations up to {float(v.max()) ** 0.5:.2g}"
+                        fix = "Scale the data or the weights down."
+                        raise refusal(layer.name, got=got, expected="an activation with finite moments", fix=fix)
         elif isinstance(layer, Norm):
             v = planes(layer.source)[0][..., 0]
             side.states[id(layer)] = ((v.mean((0, 1), keepdim=True) + layer.eps).rsqrt(),)
     return side
 
 
-def _check_range(layer: Layer, v: Tensor) -> None:
+def check_range(layer: Layer, v: Tensor) -> None:
     """Refuse variances whose products would overflow or underflow."""
     info = torch.finfo(v.dtype)
     largest = v.amax((0, 1))

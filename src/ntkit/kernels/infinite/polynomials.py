@@ -35,11 +35,15 @@ class PolynomialActivation(Activation):
         return out
 
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
+        return self.means(v)
+
+    def means(self, v: Tensor) -> tuple[Tensor, ...]:
+        """Mean of each derivative at variance v."""
         means = []
         for coefficients in self._derivatives:
             mean = torch.zeros_like(v)
             for k in reversed(range((len(coefficients) + 1) // 2)):
-                mean.mul_(v).add_(coefficients[2 * k] * math.prod(range(1, 2 * k, 2)))
+                mean = mean * v + coefficients[2 * k] * math.prod(range(1, 2 * k, 2))
             means.append(mean)
         return tuple(means)
 

@@ -104,8 +104,8 @@ class Tabulated(Activation):
 
     `error` is the largest difference, relative to the root of the two diagonal values, between the interpolated table
     and finer quadrature at random variances and angles, in the range of variances so far. Kinks at 0 (ELU, SELU) are
-    as exact as smooth functions. With kinks elsewhere, between pieces that are no polynomials (see `piecewise`), it is a
-    table of what is left beside a piecewise polynomial (see `split_integrals`); with many, the error tells how inexact.
+    as exact as smooth functions. With kinks elsewhere, between pieces that are no polynomials, it is a table of what is
+    left beside a piecewise polynomial (see `split_integrals`); with many, the error tells how inexact.
     """
 
     def __init__(self, function: Function, name: str) -> None:
@@ -275,10 +275,13 @@ def _computed_with_corner(split: Kinked, low: float, high: float) -> _Table:
     squares = split.squares(_variances(low, high, count))
     table = _interpolation(split.function, low, high, squares, angles, split.family_values)[0]
     rng, worst = np.random.default_rng(0), 0.0
-    for number in range(8):
+    for number in range(24):
         v = np.exp(rng.uniform(low, high, 4))
-        v[3] = v[2] * (1 + 0.1 * rng.uniform() ** 2)  # where thresholds nearly coincide, it is the least smooth
-        v, t = torch.from_numpy(v).clamp(max=math.exp(high)), math.pi * rng.uniform() ** (4 if number % 2 else 1)
+        t = math.pi * rng.uniform()
+        if number % 3:  # it is the least smooth where u and v nearly coincide
+            v = v[number % 4] * (1 + 0.3 * np.array([0, *10 ** rng.uniform(-4, 0, 3)]))
+            t = 10 ** rng.uniform(-4, 0)
+        v = torch.from_numpy(np.minimum(v, math.exp(high)))
         exact = torch.stack([split.moments(v, b, t, 16) for b in v.tolist()], 2)
         at = [s.expand(4, 4) for s in (v[:, None], v, torch.tensor(t, dtype=torch.float64))]
         own = split.squares(v)

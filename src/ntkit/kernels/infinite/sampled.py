@@ -48,17 +48,17 @@ class LimitEstimate(NamedTuple):
 class Sampling:
     """How a kernel samples its limit, and what it has sampled.
 
-    limits : by dtype and shape of the samples.
+    limits : by dtype and shape of the samples, w_std and b_std.
     error : of the latest estimate.
     """
 
-    def __init__(self, kind: str, stds: tuple[float, float] | None, networks: int, make: Make | None) -> None:
-        self.kind, self.stds, self.networks, self.make = kind, stds, networks, make
-        self.limits: dict[tuple[torch.dtype, tuple[int, ...]], SampledLimit] = {}
+    def __init__(self, kind: str, networks: int, make: Make | None) -> None:
+        self.kind, self.networks, self.make = kind, networks, make
+        self.limits: dict[tuple[Any, ...], SampledLimit] = {}
         self.error = 0.0
 
     @classmethod
-    def of(cls, kind: str, stds: tuple[float, float] | None, sample: int | None, make: Make | None) -> Sampling | None:
+    def of(cls, kind: str, sample: int | None, make: Make | None) -> Sampling | None:
         """Check the arguments `sample` and `make` of a kernel; None where nothing is to be sampled."""
         if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 2):
             fix = "One network has no standard error; 16 are a start."
@@ -66,13 +66,13 @@ class Sampling:
         if make is not None and (sample is None or not callable(make)):
             fix = "Pass sample=16, too." if callable(make) else "Pass a function."
             raise refusal("make", got=repr(make)[:80], expected="a function of the factor, with sample=", fix=fix)
-        return None if sample is None else cls(kind, stds, sample, make)
+        return None if sample is None else cls(kind, sample, make)
 
-    def limit(self, model: nn.Module, x: Tensor) -> SampledLimit:
-        """The networks for samples like these."""
-        key = (x.dtype, tuple(x.shape[1:]))
+    def limit(self, model: nn.Module, x: Tensor, stds: tuple[float, float] | None = None) -> SampledLimit:
+        """The networks for samples like these, with w_std and b_std if they are given."""
+        key = (x.dtype, tuple(x.shape[1:]), stds)
         if key not in self.limits:
-            self.limits[key] = SampledLimit(self, model, torch.cat([x[:1], x[-1:], x[:1]]))
+            self.limits[key] = SampledLimit(self, model, torch.cat([x[:1], x[-1:], x[:1]]).detach(), stds)
         return self.limits[key]
 
     def told(self, estimate: LimitEstimate) -> LimitEstimate:
@@ -94,12 +94,11 @@ class SampledLimit:
     example : three samples.
     """
 
-    def __init__(self, sampling: Sampling, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, sampling: Sampling, model: nn.Module, example: Tensor, stds: tuple[float, float] | None) -> None:
         self._sampling, self.networks = sampling, sampling.networks
         narrowest = hidden_width(model, example)
         self.factor = 2 ** max(1, math.ceil(math.log2(_WIDTH / narrowest)))
-        stds, make = sampling.stds, sampling.make
-        self.copies = [larger_copy(model, f, example, stds, make) for f in (self.factor // 2, self.factor)]
+        self.copies = [larger_copy(model, f, example, stds, sampling.make) for f in (self.factor // 2, self.factor)]
         self._kernels = [_WeightedKernel(larger, sampling.kind) for larger in self.copies]
 
     def describe(self) -> list[str]:

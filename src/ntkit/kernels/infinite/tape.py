@@ -175,8 +175,10 @@ def _module_names(model: nn.Module, stack: list[str]) -> Iterator[None]:
             hook.remove()
 
 
-def record(model: nn.Module, x: Tensor, last: int | None = None) -> Tape:
+def record(model: nn.Module, x: Tensor, last: int | None = None, graph: bool = False) -> Tape:
     """Run the model on a batch and record the calls; with `last`, only up to that index.
+
+    graph : the values are functions of x in its autograd graph.
 
     Raises
     ------
@@ -193,8 +195,8 @@ def record(model: nn.Module, x: Tensor, last: int | None = None) -> Tape:
             raise refusal(f"layer '{name}'" if name else "the model", got=got, expected=expected, fix=fix)
     output: Any = None
     # a complete run has gradients on, so that the places where the model itself switches them off are seen
-    with untouched(model, dict(model.named_parameters())), torch.set_grad_enabled(last is None):
-        x = x.detach().clone()  # the model may write into it
+    with untouched(model, dict(model.named_parameters())), torch.set_grad_enabled(last is None or graph):
+        x = (x if graph else x.detach()).clone()  # the model may write into it
         recorder = _Recorder(model, x, last)
         with _module_names(model, recorder.layers):
             try:
