@@ -14,9 +14,9 @@ from torch import nn
 import ntkit
 from ntkit import InfiniteKernel, Refused
 from ntkit.kernels.infinite import limit_gradients
-from ntkit.kernels.infinite.activations import closed_form
 from ntkit.kernels.infinite.differentiable_moments import moments, moments_of_one
 from ntkit.kernels.infinite.layers import Layer
+from ntkit.kernels.infinite.recognition import closed_form
 
 R = nn.ReLU
 DRAW = torch.Generator().manual_seed(5)
@@ -57,6 +57,26 @@ CASES = {
         ),
         X1,
         X2,
+    ),
+    **{
+        f"vectors, {name}": (
+            lambda f=f: nn.Sequential(nn.Linear(6, 8), Act(f), nn.Linear(8, 8), Act(f), nn.Linear(8, 1)),
+            V1,
+            V2,
+        )
+        for name, f in {
+            "exponential": lambda z: torch.exp(z / 2),
+            "Gabor": lambda z: torch.exp(-z * z) * torch.cos(2 * z),
+            "snake": lambda z: z + torch.sin(z) ** 2,
+            "polynomial": lambda z: z**3 / 30 - z / 2 + 0.2,
+            "erf changed": lambda z: torch.erf(z / 2) + 0.3 * z + 1,
+            "GELU changed": lambda z: 2 * nn.functional.gelu(z / 2) + 0.3 * z,
+        }.items()
+    },
+    "gate of channels": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 16), Act(lambda z: z[:, :8]), R(), nn.Linear(8, 1)),
+        V1,
+        V2,
     ),
     "some layers without a bias": (
         lambda: nn.Sequential(

@@ -7,24 +7,22 @@ limit that `ntkit.InfiniteKernel` reads off the module, where there is one in cl
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
 from ntkit.base.checks import Refused, refusal
-from ntkit.networks.grown_numbers import MAKE, Number, missing, sets_to_try, whole_numbers
+from ntkit.networks.grown_numbers import Number, check_numbers, missing, sets_to_try, whole_numbers
 from ntkit.networks.initialization import initial_std
 from ntkit.networks.layer_axes import (
     CELLS,
     DENSE,
+    EMBEDDINGS,
     RECURRENT,
     WEIGHTED,
     Axes,
@@ -34,10 +32,11 @@ from ntkit.networks.layer_axes import (
     outputs_of,
     set_sizes,
 )
+from ntkit.networks.paired_runs import MAKE, MISFITS, Outside, compared, copied, hooks, reached
 from ntkit.networks.parametrization import NORMS, factor_of, plain
 
 Make = Callable[[int], nn.Module]
-_MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)  # of a run with sizes that do not fit
+_PARTLY = "If one layer takes the input beside hidden features, add up a layer on each of them instead."
 
 
 class Law(NamedTuple):
@@ -54,6 +53,7 @@ class LargerCopy(NamedTuple):
     network: nn.Module
     laws: dict[str, Law]
     grown: list[Number]
+    zero_rows: list[tuple[str, int]]  # embedding weights, rows that stay zero
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:
@@ -63,14 +63,16 @@ class LargerCopy(NamedTuple):
             std, mean, _ = self.laws[name]
             values = torch.randn(p.shape, generator=generator, dtype=torch.float64) if std else torch.zeros(p.shape)
             p.copy_(values.mul_(std).add_(mean))
+        for name, row in self.zero_rows:
+            self.network.get_parameter(name)[row] = 0
 
 
 def hidden_width(model: nn.Module, example: Tensor) -> int:
     """Number of features of the narrowest hidden layer."""
-    network = plain(model)
+    network = plain(copied(model))
     widths = [n for n in _hidden_outputs(network, _flow(network, example)).values() if n]
     if not widths:
-        fix = "A network of one weight layer is the same at every width."
+        fix = "Only torch's own layers can grow, and a network of one weight layer is the same at every width."
         raise refusal("the model", got="no hidden layer", expected="layers whose width can grow", fix=fix)
     return min(widths)
 
@@ -89,22 +91,27 @@ def larger_copy(
     Refused
         By the layer's name, for what cannot grow, and for parameters whose growth is not clear.
     """
-    network, grown = plain(model), []
+    network, grown = plain(copied(model)), []
     for name, module in network.named_modules():
         if parametrize.is_parametrized(module):
             got, expected = "a parametrized weight", "plain weights"
             raise _refused(name, module, got, expected, "Remove it with torch.nn.utils.parametrize.")
     if make is not None:
-        larger = make(factor)
+        with torch.random.fork_rng(devices=[]):
+            larger = make(factor)
         if not isinstance(larger, nn.Module):
             fix = "Return the larger network."
             raise refusal("make", got=type(larger).__name__, expected="an nn.Module", fix=fix)
         like = next(network.parameters())
-        larger = plain(larger).to(device=like.device, dtype=like.dtype).train(network.training)
+        larger = plain(copied(larger)).to(device=like.device, dtype=like.dtype).train(network.training)
         _compare(network, larger, example)
+        for p, own in zip(larger.parameters(), network.parameters(), strict=True):
+            p.requires_grad_(own.requires_grad)
     else:
         larger, grown = _grown(network, factor, example)
-    return LargerCopy(larger, _laws(model, network, larger, factor, stds), grown)
+    _statistics(network, larger)
+    rows = [(name, row) for name, row in _padding(network) if not network.get_parameter(name)[row].any()]
+    return LargerCopy(larger, _laws(model, network, larger, factor, stds), grown, rows)
 
 
 # ---------------------------------------------------------------------- sizes
@@ -116,17 +123,6 @@ class _Flow(NamedTuple):
     layers: dict[str, Any]
     last: set[str]
     output: tuple[int, ...]
-
-
-@contextmanager
-def _hooks(layers: dict[str, Any], before: Callable, after: Callable) -> Iterator[None]:
-    handles = [m.register_forward_pre_hook(lambda m, x, n=n: before(n, m, x[0])) for n, m in layers.items()]
-    handles += [m.register_forward_hook(lambda m, x, y, n=n: after(n, m, y)) for n, m in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _known(network: nn.Module) -> dict[str, Any]:
@@ -141,50 +137,38 @@ def _known(network: nn.Module) -> dict[str, Any]:
 
 @torch.enable_grad()
 def _flow(network: nn.Module, example: Tensor) -> _Flow:
-    network = copy.deepcopy(network).requires_grad_(True).eval()
+    network = copied(network).requires_grad_(True).eval()
     layers = {name: m for name, m in _known(network).items() if isinstance(m, WEIGHTED)}
     nodes: dict[Any, str] = {}
     starts: dict[str, list[Any]] = {}
 
-    def before(name: str, layer: Any, x: Tensor) -> None:
-        starts.setdefault(name, []).append(x.grad_fn)
+    outside = Outside({id(p): name for name, m in layers.items() for p in m.parameters()})
 
-    def after(name: str, layer: Any, y: Any) -> None:
-        for t in tree_leaves(y):
-            if isinstance(t, Tensor) and t.grad_fn is not None:
-                nodes[t.grad_fn] = name
+    def before(name: str, layer: Any, inputs: list[Tensor]) -> None:
+        starts.setdefault(name, []).extend(t.grad_fn for t in inputs)
+        outside.depth += 1
 
-    with _hooks(layers, before, after):
+    def after(name: str, layer: Any, outputs: list[Tensor]) -> None:
+        nodes.update((t.grad_fn, name) for t in outputs if t.grad_fn is not None)
+        outside.depth -= 1
+
+    with hooks(layers, before, after), outside:
         output = network(example)
     if not isinstance(output, Tensor) or output.dim() > 2:
         got = type(output).__name__ if not isinstance(output, Tensor) else f"shape {tuple(output.shape[1:])} per sample"
         fix = "Wrap the model in a module that returns one vector per sample."
         raise refusal("the model's output", got=got, expected="a vector of outputs", fix=fix)
-    if unused := [name for name in layers if name not in starts]:
-        got, expected = "no input: the example does not reach it", "layers that the model calls as modules"
-        raise _refused(unused[0], layers[unused[0]], got, expected, MAKE)
-    before_others = set().union(*(_reached(node, nodes) for of in starts.values() for node in of), set())
-    last = {name for name in layers if name not in before_others}
+    if outside.found:
+        name, got = outside.found[0], "its weights in a sum outside of the layer's call"
+        fix = "Use a layer of its own, and no weight_norm or spectral_norm."
+        raise _refused(name, layers[name], got, "layers that the model calls as modules", fix)
+    before_others = set().union(*(reached(node, nodes) for of in starts.values() for node in of), set())
+    last = reached(output.grad_fn, nodes) - before_others  # a layer may be of no use
     for name in last:
         if not isinstance(layers[name], nn.Linear):
             got, expected = "the last weight layer", "a linear layer at the end"
             raise _refused(name, layers[name], got, expected, "End with nn.Linear: its outputs do not grow.")
     return _Flow({name: layers[name] for name in starts}, last, tuple(output.shape))
-
-
-def _reached(start: Any, nodes: dict[Any, str]) -> set[str]:
-    """Names of the layers whose outputs a node of the autograd graph depends on."""
-    found: set[str] = set()
-    seen, queue = set(), [start]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in nodes:
-            found.add(nodes[node])
-        queue.extend(child for child, _ in node.next_functions)
-    return found
 
 
 def _hidden_outputs(network: nn.Module, flow: _Flow) -> dict[str, int]:
@@ -201,18 +185,22 @@ def _grown(network: nn.Module, factor: int, example: Tensor) -> tuple[nn.Module,
     """The larger network, by the first way of growing numbers and parameters of the user's modules that fits."""
     flow = _flow(network, example)
     widths = set(_hidden_outputs(network, flow).values())
-    numbers, ways = whole_numbers(network, widths), _choices(_raw_parameters(network, widths))
+    raw = _raw_parameters(network, widths)
+    numbers, ways = whole_numbers(network, widths), _choices(raw)
     error: Exception | None = None
     for chosen in sets_to_try(numbers, network, widths):
         for axes in ways:
             try:
                 larger = _larger(network, factor, example, flow, chosen, axes)
-            except (Refused, *_MISFITS) as now:
+                runs = compared(network, larger, example, set(raw))
+            except (Refused, *MISFITS) as now:
                 error = error or now
                 continue
-            if more := missing(network, larger, example, factor, chosen):
+            if more := missing(network, larger, example, runs, chosen):
                 chosen = [*chosen, *more]
                 larger = _larger(network, factor, example, flow, chosen, axes)
+                runs = compared(network, larger, example, set(raw))
+            check_numbers(runs)
             return larger, chosen
     if isinstance(error, Refused):
         raise error
@@ -242,42 +230,43 @@ def _larger(
     axes: dict[str, list[int]],
 ) -> nn.Module:
     """Multiply sizes in the order in which the example reaches the layers."""
-    larger = copy.deepcopy(network)
+    larger = copied(network)
     for number in numbers:
         number.grow(larger, factor)
     for name, grown in axes.items():
-        path, _, what = name.rpartition(".")
-        module, p = larger.get_submodule(path), larger.get_parameter(name)
+        p = larger.get_parameter(name)
         shape = [n * factor if axis in grown else n for axis, n in enumerate(p.shape)]
-        setattr(module, what, _zeros(p, shape))
+        new = _zeros(p, shape)
+        for module in larger.modules():  # a parameter may have several names
+            module._parameters.update((own, new) for own, q in list(module._parameters.items()) if q is p)
     layers, done, tied = _known(larger), set(), {}
 
-    def before(name: str, layer: Any, x: Tensor) -> None:
+    def before(name: str, layer: Any, inputs: list[Tensor]) -> None:
         expected = inputs_of(layer)
-        features = None if expected is None else x.shape[features_axis(layer)]
+        features = None if expected is None else inputs[0].shape[features_axis(layer)]
         if name in done:
             if features != expected:
                 got = f"{features} features, where an earlier call gave it {expected}"
-                raise _refused(name, layer, got, "one number of features", MAKE)
+                raise _refused(name, layer, got, "one number of features", _PARTLY)
             return
         done.add(name)
-        inputs = Fraction(1) if features is None else Fraction(features, expected or 1)
-        if inputs not in (1, factor):
+        growth = Fraction(1) if features is None else Fraction(features, expected or 1)
+        if growth not in (1, factor):
             got = f"{features} features, part of which grow with the width and part of which do not"
-            raise _refused(name, layer, got, "inputs that all grow, or none", "Put a weight layer on the input.")
+            raise _refused(name, layer, got, "inputs that all grow, or none", _PARTLY)
         follows = outputs_of(layer) is None
-        _resize(name, layer, inputs, inputs if follows else Fraction(1 if name in flow.last else factor), tied)
+        _resize(name, layer, growth, growth if follows else Fraction(1 if name in flow.last else factor), tied)
 
     modes = {m: m.training for m in larger.modules()}
     larger.eval()
-    with _hooks(layers, before, lambda *_: None), torch.enable_grad():  # without gradients torch takes shortcuts
+    with hooks(layers, before, lambda *_: None), torch.enable_grad():  # without gradients torch takes shortcuts
         output = larger(example)
     for m, mode in modes.items():
         m.training = mode
     if tuple(output.shape) != flow.output:
         got = f"outputs of shape {tuple(output.shape)} instead of {flow.output}"
         raise refusal("the model", got=got, expected="outputs that do not grow", fix=MAKE)
-    return larger
+    return copied(larger)
 
 
 def _resize(name: str, layer: Any, inputs: Fraction, outputs: Fraction, tied: dict[int, nn.Parameter]) -> None:
@@ -319,10 +308,29 @@ def _compare(network: nn.Module, larger: nn.Module, example: Tensor) -> None:
         got = f"other parameters ({', '.join(other[:3])})" if other else "parameters in another order"
         raise refusal("make", got=got, expected="the model's own, larger", fix="Build the same network, wider.")
     with torch.no_grad():
-        shapes = [tuple(copy.deepcopy(net).eval()(example).shape) for net in (network, larger)]
+        shapes = [tuple(copied(net).eval()(example).shape) for net in (network, larger)]
     if shapes[0] != shapes[1]:
         fix = "Let the hidden widths grow alone."
         raise refusal("make", got=f"outputs of shape {shapes[1]}", expected=f"{shapes[0]}", fix=fix)
+
+
+def _statistics(network: nn.Module, larger: nn.Module) -> None:
+    """Give the norms of a larger network the statistics of the model's own."""
+    for name, layer in _known(network).items():
+        for what in ("running_mean", "running_var"):
+            if (own := getattr(layer, what, None)) is None:
+                continue
+            new = getattr(larger.get_submodule(name), what)
+            if new.shape != own.shape and bool((own != own[0]).any()):
+                got = f"a {what} that differs between features"
+                raise _refused(name, layer, got, "one value for all features", "Call its reset_running_stats().")
+            new.copy_(own if new.shape == own.shape else own[0].expand_as(new))
+
+
+def _padding(network: nn.Module) -> list[tuple[str, int]]:
+    """Weights of embeddings, and their rows for padding."""
+    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, EMBEDDINGS)]
+    return [(f"{name}.weight".lstrip("."), m.padding_idx) for name, m in layers if m.padding_idx is not None]
 
 
 # ---------------------------------------------------------------------- laws
@@ -341,7 +349,7 @@ def _laws(
         ratios = [Fraction(n, o) for n, o in zip(new.shape, p.shape, strict=True)]
         if any(ratio not in (1, factor) for ratio in ratios):
             got = f"shape {tuple(new.shape)} instead of {tuple(p.shape)}"
-            raise refusal(f"parameter '{name}'", got=got, expected=f"axes 1 or {factor} times as long", fix=MAKE)
+            raise refusal(f"parameter '{name}'", got=got, expected=f"axes 1 or {factor} times as long", fix=_PARTLY)
         if layer is None and p.dim() > 1 and len([r for r in ratios if r != 1]) > 1:
             got, expected = f"a matrix that grows along several axes, {tuple(p.shape)}", "weights of torch's own layers"
             raise refusal(f"parameter '{name}'", got=got, expected=expected, fix="Write it as nn.Linear.")
@@ -350,14 +358,20 @@ def _laws(
         scale = 1.0 if layer is None else factor_of(originals.get(where), what) or 1.0
         if stds is not None and dense:
             fan_in = new.numel() // new.shape[0 if axes.summed is None else 1 - axes.summed]
+            fan_in //= layer.groups if axes.summed == 0 else 1  # of a transposed convolution
             std = stds[1] if "bias" in what else stds[0] / math.sqrt(fan_in)
             laws[name] = Law(std, 0.0, std)
-        elif not isinstance(layer, WEIGHTED) and bool((values == values.flatten()[0]).all()):
+        elif (not isinstance(layer, WEIGHTED) or _is_bias(what, p)) and bool((values == values.flatten()[0]).all()):
             laws[name] = Law(0.0, float(values.flatten()[0]), scale)
         else:
             std = _std(name, layer, values, axes) / math.sqrt(growth)
             laws[name] = Law(std, 0.0, scale / math.sqrt(growth))
     return laws
+
+
+def _is_bias(what: str, p: Tensor) -> bool:
+    """Whether a parameter is a bias of several entries: a constant one is the same at every width."""
+    return "bias" in what and p.numel() > 1
 
 
 def _check_shared(network: nn.Module) -> None:
@@ -380,6 +394,8 @@ def _std(name: str, layer: Any, values: Tensor, axes: Axes) -> float:
         fans = layer.hidden_size, layer.hidden_size
     elif values.dim() == 1 and (weight := dict(layer.named_parameters() if layer else ()).get("weight")) is not None:
         fans = weight[0].numel(), weight.numel() // weight.shape[1]
+    if isinstance(layer, EMBEDDINGS) and layer.padding_idx is not None and not values[layer.padding_idx].any():
+        values = torch.cat([values[: layer.padding_idx], values[layer.padding_idx + 1 :]])
     initial = initial_std(values, *fans, f"parameter '{name}'")
     if initial.mean:
         got, fix = f"a mean of {initial.mean:.3g}, not zero", "Draw it with mean zero, or give w_std and b_std."

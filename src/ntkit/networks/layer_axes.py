@@ -30,8 +30,8 @@ class Axes(NamedTuple):
 
 
 def is_depthwise(layer: Any) -> bool:
-    """Whether every channel has a filter of its own."""
-    return layer.groups == layer.in_channels == layer.out_channels and layer.groups > 1
+    """Whether every channel has filters of its own."""
+    return layer.groups == layer.in_channels > 1
 
 
 def axes_of(layer: Any) -> dict[str, Axes]:
@@ -112,6 +112,6 @@ def set_sizes(layer: Any, inputs: Fraction, outputs: Fraction) -> None:
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
         layer.normalized_shape = (int(layer.normalized_shape[-1] * inputs),)
     for name in ("running_mean", "running_var"):
-        if getattr(layer, name, None) is not None:
+        if inputs != 1 and getattr(layer, name, None) is not None:
             value = getattr(layer, name)
             setattr(layer, name, value[:1].repeat(int(len(value) * inputs)))

@@ -104,10 +104,10 @@ class InfiniteKernel(Kernel):
     Warns
     -----
     UserWarning
-        For dropout in train mode: the kernel is that of random masks. When the relative error of an activation exceeds 1e-6: many kinks elsewhere than at 0 between pieces that are no
-        polynomials, or variances of very different size. (Kinks between polynomials, as of ReLU6 or hardswish, are
-        exact.) When the mean over sampled networks differs from that over networks half as wide by more than three
-        standard errors.
+        For dropout in train mode: the kernel is that of random masks. When the relative error of an activation exceeds
+        1e-6: many kinks elsewhere than at 0 between pieces that are no polynomials, or variances of very different
+        size. (Kinks between polynomials, as of ReLU6 or hardswish, are exact.) When the mean over sampled networks
+        differs from that over networks half as wide by more than three standard errors.
 
     Notes
     -----

@@ -98,6 +98,8 @@ class SampledLimit:
         self._sampling, self.networks = sampling, sampling.networks
         narrowest = hidden_width(model, example)
         self.factor = 2 ** max(1, math.ceil(math.log2(_WIDTH / narrowest)))
+        if sampling.make is None:
+            larger_copy(model, 2, example, stds)  # refuse before large copies take memory
         self.copies = [larger_copy(model, f, example, stds, sampling.make) for f in (self.factor // 2, self.factor)]
         self._kernels = [_WeightedKernel(larger, sampling.kind) for larger in self.copies]
 
@@ -121,10 +123,12 @@ class SampledLimit:
 
     def gram(self, x1: Any, x2: Any | None) -> LimitEstimate:
         """Estimates of k(x1, x2)."""
+        x2 = None if x2 is None else x2.to(x1.dtype)
         return self._estimate(lambda kernel: kernel.gram(x1, x2))
 
     def pairs(self, x1: Any, x2: Any | None) -> LimitEstimate:
         """Estimates of k(x1_i, x2_i), [n] each."""
+        x2 = None if x2 is None else x2.to(x1.dtype)
         return self._estimate(lambda kernel: kernel.pairs(x1, x2))
 
     def _estimate(self, values: Callable[[_WeightedKernel], Tensor]) -> LimitEstimate:
