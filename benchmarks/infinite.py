@@ -4,8 +4,11 @@ Tangent kernels of ReLU networks: dense, 4 weight layers, 2,000 x 2,000 inputs o
 with a global average pool and a dense layer on images of 16 x 16 (16 x 16 pairs) and 32 x 32 (8 x 8 pairs; for
 neural-tangents in its own batches of 4, as its arrays over all pairs of pixels grow with the square). Dense tanh, for
 which neural-tangents has Gauss-Hermite quadrature of two axes with 25 nodes each (`stax.ElementwiseNumerical` with its
-suggested number), 500 x 500. float64 and float32, on one thread and on all. Each way runs in a process of its own, one
-after the other; compilation is not counted. Also the symmetric call k(x), for which neural-tangents has no shortcut.
+suggested number), 500 x 500. Two transposed convolutions, from 4 x 4 to 16 x 16; a network like a U-Net on 16 x 16 (a
+skip beside a pool, a convolution and a transposed one, joined along channels); attention on 32 positions, whose limit
+is sampled here from 16 networks and in closed form there: the values differ by its Monte-Carlo error. float64 and
+float32, on one thread and on all. Each way runs in a process of its own, one after the other; compilation is not
+counted. Also the symmetric call k(x), for which neural-tangents has no shortcut.
 Cases named on the command line are merged into the results.
 """
 
@@ -41,6 +44,22 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dense, symmetric": {"shape": [256], "depth": 3, "n1": 2000, "n2": 0, "batch": 0},
     "8 convolutions, 16 x 16, symmetric": {"shape": [3, 16, 16], "depth": 8, "n1": 16, "n2": 0, "batch": 0},
+    "transposed convolutions, 4 x 4 to 16 x 16, 16 x 16 pairs": {
+        "network": "transposed",
+        "shape": [3, 4, 4],
+        "n1": 16,
+        "n2": 16,
+        "batch": 0,
+    },
+    "U-Net-like, 16 x 16, 16 x 16 pairs": {"network": "U-Net", "shape": [3, 16, 16], "n1": 16, "n2": 16, "batch": 0},
+    "attention (sampled), 32 positions, 16 x 16 pairs": {
+        "network": "attention",
+        "sample": 16,
+        "shape": [32, 8],
+        "n1": 16,
+        "n2": 16,
+        "batch": 0,
+    },
 }
 _MEMORY = 24 << 30
 

@@ -2,7 +2,8 @@
 
 Root mean square over 40 random networks of |K_n - K| / |K|, on 5 inputs, in the NTK parametrization; its slope against
 the width in logarithms (-1/2 expected) with its standard error; and whether the mean kernel of the widest lies within
-Monte-Carlo error of the limit.
+Monte-Carlo error of the limit. What `ntkit.convergence` does not widen is enlarged by one factor instead; where there
+is no limit in closed form, the mean over networks twice as wide as the widest stands for it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ from torch import Tensor, nn
 
 import ntkit
 from benchmarks.common import save, words
+from benchmarks.peers import limit_networks
+from ntkit.kernels.infinite.sampled import _WeightedKernel as WeightedKernel
+from ntkit.measures.convergence import fitted_slope
+from ntkit.networks.larger_copies import larger_copy
 
 WIDTHS = {"dense": (64, 128, 256, 512, 1024), "images": (32, 64, 128, 256, 512)}
+FACTORS = (4, 8, 16, 32, 64)  # of the width 8
 SEEDS = 40
+W_STD, B_STD = 1.4, 0.2
 
 
 class Residual(nn.Module):
@@ -67,27 +74,83 @@ NETWORKS = {
 SHAPES = {"1-D": (2, 9)} | {name: (6,) for name in NETWORKS if not any(isinstance(m, (nn.Conv1d, nn.Conv2d)) for m in NETWORKS[name].modules())}  # noqa: E501  # fmt: skip
 
 
+ENLARGED = {
+    "transposed convolutions": (limit_networks.transposed(2), (2, 2, 2)),
+    "like a U-Net": (limit_networks.UNet(2), (2, 4, 4)),
+    "gates": (nn.Sequential(nn.Linear(6, 16), nn.GLU(1), nn.Linear(8, 16), nn.GLU(1), nn.Linear(8, 1)), (6,)),
+    "attention": (limit_networks.Attention(3, width=8), (5, 3)),
+}
+
+
 def main() -> None:
     """Every network, both kernels."""
     rows: list[dict[str, Any]] = []
     for name, network in NETWORKS.items():
+        x = samples(SHAPES.get(name, (2, 5, 5)))
         widths = WIDTHS["dense" if SHAPES.get(name) == (6,) else "images"]
-        x = torch.randn(5, *SHAPES.get(name, (2, 5, 5)), generator=torch.Generator().manual_seed(0)).double()
-        model = ntkit.to_ntk_parametrization(network.double(), w_std=1.4, b_std=0.2)
-        try:
-            found = ntkit.convergence(model, x, widths=widths, seeds=SEEDS)
-        except ntkit.Refused as refused:
-            rows.append({"network": name, "refused": str(refused)})
-            print(rows[-1], flush=True)
-            continue
-        rows.append({
-            "network": name, "widths": list(widths), "slope": found.slope, "slope_error": found.slope_error,
-            "agrees": found.agrees,
-            "distance": found.distance.tolist(), "distance_of_the_mean": found.mean_distance.tolist(),
-            "Monte Carlo error of the mean": found.mean_error.tolist(),
-        })  # fmt: skip
+        rows.append({"network": name, **widened(network.double(), x, widths)})
+        print(rows[-1], flush=True)
+    for name, (network, shape) in ENLARGED.items():
+        rows.append({"network": name, **enlarged(network.double(), samples(shape))})
         print(rows[-1], flush=True)
     save("widths", rows, networks_of_each_width=SEEDS)
+
+
+def samples(shape: tuple[int, ...]) -> Tensor:
+    """Five of them."""
+    return torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)).double()
+
+
+def widened(network: nn.Module, x: Tensor, widths: tuple[int, ...]) -> dict[str, Any]:
+    """Hidden layers of each width."""
+    model = ntkit.to_ntk_parametrization(network, w_std=W_STD, b_std=B_STD)
+    try:
+        found = ntkit.convergence(model, x, widths=widths, seeds=SEEDS)
+    except ntkit.Refused as refused:
+        return {"refused": str(refused)}
+    return {
+        "widths": list(widths), "slope": found.slope, "slope_error": found.slope_error, "agrees": found.agrees,
+        "distance": found.distance.tolist(), "distance_of_the_mean": found.mean_distance.tolist(),
+        "Monte Carlo error of the mean": found.mean_error.tolist(),
+    }  # fmt: skip
+
+
+def enlarged(network: nn.Module, x: Tensor, factors: tuple[int, ...] = FACTORS) -> dict[str, Any]:
+    """Hidden widths times each factor."""
+    limit, error = limit_of(network, x, 2 * factors[-1])
+    found = [kernels(network, x, factor, place) for place, factor in enumerate(factors)]
+    away = torch.stack([(k - limit).flatten(1).norm(dim=1) / limit.norm() for k in found])
+    distance = away.square().mean(1).sqrt()
+    distance_error = away.square().std(1) / SEEDS**0.5 / (2 * distance)
+    slope, slope_error = fitted_slope(factors, distance.tolist(), distance_error.tolist())
+    mean_distance = torch.stack([(k.mean(0) - limit).norm() / limit.norm() for k in found])
+    errors = torch.stack([(k.var(0) / SEEDS + error.square()).sum().sqrt() / limit.norm() for k in found])
+    return {
+        "widths": [8 * factor for factor in factors], "slope": slope, "slope_error": slope_error,
+        "agrees": bool(mean_distance[-1] <= 3 * errors[-1]), "distance": distance.tolist(),
+        "distance_of_the_mean": mean_distance.tolist(), "Monte Carlo error of the mean": errors.tolist(),
+        "limit": "mean of networks twice as wide" if bool(error.any()) else "closed form",
+    }  # fmt: skip
+
+
+def limit_of(network: nn.Module, x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The limit in closed form, or the mean of networks of this factor; its standard error."""
+    try:
+        limit = ntkit.InfiniteKernel(network, "ntk", W_STD, B_STD)(x)
+    except ntkit.Refused:
+        found = kernels(network, x, factor, len(FACTORS))
+        return found.mean(0), found.std(0) / SEEDS**0.5
+    return limit, torch.zeros_like(limit)
+
+
+def kernels(network: nn.Module, x: Tensor, factor: int, place: int) -> Tensor:
+    """Tangent kernels of random networks enlarged by a factor, [seeds, n, n]; each place has seeds of its own."""
+    larger = larger_copy(network, factor, x[:3], (W_STD, B_STD))
+    kernel, found = WeightedKernel(larger, "ntk"), []
+    for seed in range(SEEDS):
+        larger.draw(100_000 * place + seed)
+        found.append(kernel.gram(x, None))
+    return torch.stack(found)
 
 
 if __name__ == "__main__":

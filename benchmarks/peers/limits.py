@@ -15,21 +15,19 @@ _NODES = 25  # of neural-tangents' quadrature, along each axis: "a good place to
 
 
 def ours(job: dict[str, Any], x1: np.ndarray, x2: np.ndarray | None) -> Callable[[], Any]:
-    """ntkit, on the module."""
+    """ntkit, on the module; what has no closed form is sampled."""
     import torch
-    from torch import nn
 
     import ntkit
+    from benchmarks.peers import limit_networks as networks
 
     torch.set_num_threads(job["threads"])
-    layers: list[nn.Module] = []
-    for i in range(job["depth"]):
-        inputs = x1.shape[1] if i == 0 else 8
-        layer = nn.Conv2d(inputs, 8, 3, padding=1) if x1.ndim == 4 else nn.Linear(inputs, 8)
-        layers += [layer, nn.Tanh() if job.get("activation") == "tanh" else nn.ReLU()]
-    if x1.ndim == 4:
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    kernel = ntkit.InfiniteKernel(nn.Sequential(*layers, nn.Linear(8, 1)), "ntk", W_STD, B_STD)
+    made = {"transposed": networks.transposed, "U-Net": networks.UNet, "attention": networks.Attention}
+    if "network" in job:
+        model = made[job["network"]](x1.shape[-1] if x1.ndim == 3 else x1.shape[1])
+    else:
+        model = networks.stack(x1.shape[1], job["depth"], x1.ndim == 4, job.get("activation", "ReLU"))
+    kernel = ntkit.InfiniteKernel(model, "ntk", W_STD, B_STD, sample=job.get("sample"))
     t1 = torch.from_numpy(x1)
     t2 = None if x2 is None else torch.from_numpy(x2)
     return lambda: kernel(t1, t2).numpy()
@@ -43,23 +41,39 @@ def theirs(job: dict[str, Any], x1: np.ndarray, x2: np.ndarray | None) -> Callab
     import neural_tangents as nt
     from neural_tangents import stax
 
-    layers: list[Any] = []
-    for _ in range(job["depth"]):
-        if x1.ndim == 4:
-            layers.append(stax.Conv(64, (3, 3), padding="SAME", W_std=W_STD, b_std=B_STD))
-        else:
-            layers.append(stax.Dense(64, W_std=W_STD, b_std=B_STD))
-        tanh = job.get("activation") == "tanh"
-        layers.append(stax.ElementwiseNumerical(jax.numpy.tanh, deg=_NODES) if tanh else stax.Relu())
     if x1.ndim == 4:
-        layers.append(stax.GlobalAvgPool())
         x1, x2 = (None if x is None else np.ascontiguousarray(x.transpose(0, 2, 3, 1)) for x in (x1, x2))
+    layers = _stax_layers(job, x1.ndim == 4)
     _, _, function = stax.serial(*layers, stax.Dense(1, W_std=W_STD, b_std=B_STD))
     if job["batch"]:
         batched = nt.batch(jax.jit(lambda a, b: function(a, b, "ntk")), batch_size=job["batch"], store_on_device=False)
         return lambda: np.asarray(batched(x1, x2))
     kernel = jax.jit(lambda a, b: function(a, b, "ntk"))
     return lambda: np.asarray(kernel(x1, x2).block_until_ready())
+
+
+def _stax_layers(job: dict[str, Any], images: bool) -> list[Any]:
+    """The layers of a job's network up to the last dense one; those of `limit_networks`, in their words."""
+    import jax
+    from neural_tangents import stax
+
+    stds = {"W_std": W_STD, "b_std": B_STD}
+    conv = stax.Conv(64, (3, 3), padding="SAME", **stds)
+    up = stax.ConvTranspose(64, (4, 4), strides=(2, 2), padding="SAME", **stds)
+    name = job.get("network")
+    if name == "transposed":
+        return [conv, stax.Relu(), up, stax.Relu(), up, stax.Relu(), stax.GlobalAvgPool()]
+    if name == "U-Net":
+        below = stax.serial(stax.Relu(), stax.AvgPool((2, 2), (2, 2)), conv, stax.Relu(), up)
+        joined = [stax.FanOut(2), stax.parallel(stax.Identity(), below), stax.FanInConcat(-1)]
+        return [conv, *joined, conv, stax.Relu(), stax.GlobalAvgPool()]
+    if name == "attention":
+        attention = stax.GlobalSelfAttention(32, 32, 32, 4, True, W_STD, W_STD, W_STD, W_STD, B_STD)
+        return [stax.Dense(32, **stds), stax.Relu(), attention, stax.GlobalAvgPool()]
+    tanh = job.get("activation") == "tanh"
+    activation = stax.ElementwiseNumerical(jax.numpy.tanh, deg=_NODES) if tanh else stax.Relu()
+    layers = [conv if images else stax.Dense(64, **stds), activation] * job["depth"]
+    return [*layers, stax.GlobalAvgPool()] if images else layers
 
 
 def main() -> None:
