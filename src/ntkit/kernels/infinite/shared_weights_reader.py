@@ -16,7 +16,7 @@ from ntkit.kernels.infinite.activations import Activation, Function
 from ntkit.kernels.infinite.piecewise import piecewise
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.recognition import closed_form, fingerprint
-from ntkit.kernels.infinite.shared_weights import CurveNode, DenseNode, InputNode, Program, Sum, Weights
+from ntkit.kernels.infinite.shared_weights import CurveNode, DenseNode, InputNode, Program, Sum, Weights, WordNode
 from ntkit.kernels.infinite.tape import Op, Ref, Tape, record
 from ntkit.kernels.infinite.tape_calls import arguments, factor_of, is_elementwise
 from ntkit.kernels.infinite.tape_reader import DerivedWeight, Reader, Weight
