@@ -65,7 +65,7 @@ CASES = {
             V2,
         )
         for name, f in {
-            "exponential": lambda z: torch.exp(z / 2),
+            "exponential": lambda z: torch.exp(z / 5),
             "Gabor": lambda z: torch.exp(-z * z) * torch.cos(2 * z),
             "snake": lambda z: z + torch.sin(z) ** 2,
             "polynomial": lambda z: z**3 / 30 - z / 2 + 0.2,

@@ -183,7 +183,8 @@ def _exponentials(s: Exponentials, a: Tensor, b: Tensor, c: Tensor, same: Tensor
     gap = _gap(a, b, c, same)
     (value1, slope1), (value2, slope2) = (_means(s, v) for v in (a, b))
     K, T = value1 * value2 + s.r * c * (slope1 + slope2 - s.r), s.r * (slope1 + slope2 - s.r)
-    for weight1, b1, q1 in s.terms:
+    for first, count in s.firsts:  # one term of each conjugate pair: the other adds the same
+        weight1, b1, q1 = s.terms[first]
         for weight2, b2, q2 in s.terms:
             p1, p2, q = 1 + 2 * q1 * a, 1 + 2 * q2 * b, 4 * q1 * q2
             D = 1 + 2 * q1 * a + 2 * q2 * b + q * gap
@@ -192,8 +193,8 @@ def _exponentials(s: Exponentials, a: Tensor, b: Tensor, c: Tensor, same: Tensor
             start = weight1 + weight2 - 0.5 * (p1 * p2).log() + b1 * b1 * a / (2 * p1) + b2 * b2 * b / (2 * p2)
             L = N / D - 0.5 * (D / (p1 * p2)).log()
             by_c = (q * c + b1 * b2 - 2 * B * c + 2 * q * c * N / D) / D
-            K = K + (torch.exp(start + L) - torch.exp(start)).real
-            T = T + (torch.exp(start + L) * by_c).real
+            K = K + count * (torch.exp(start + L) - torch.exp(start)).real
+            T = T + count * (torch.exp(start + L) * by_c).real
     return K, T
 
 

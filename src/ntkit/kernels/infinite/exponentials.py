@@ -49,9 +49,9 @@ class Exponentials(Activation):
         linear = [f"{r:g} z"] * (r != 0) + [f"{t:g}"] * (t != 0)
         self.name = " + ".join([term.text() for term in terms] + linear)
         self.terms: list[Term] = []  # of a conjugate pair both
-        self._firsts: list[tuple[int, int]] = []  # without the second ones of pairs; how many terms each stands for
+        self.firsts: list[tuple[int, int]] = []  # without the second ones of pairs; how many terms each stands for
         for weight, b, q in terms:
-            self._firsts.append((len(self.terms), 1 if b.imag == 0 else 2))
+            self.firsts.append((len(self.terms), 1 if b.imag == 0 else 2))
             if b.imag == 0:
                 self.terms.append(Term(weight, b, q))
             else:
@@ -83,7 +83,7 @@ class Exponentials(Activation):
         value = one[1] * two[1]
         value.addcmul_(K, one[2] + two[2] - self.r, value=self.r)
         slope = None if T is None else one[2] * two[2]
-        for i, count in self._firsts:
+        for i, count in self.firsts:
             for j in range(len(self.terms)):
                 pair = self.terms[i], self.terms[j]
                 of_values, of_slopes = _beyond_means(*pair, K, (one[0], one[3][i]), (two[0], two[3][j]), T is not None)
