@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ntkit
 from benchmarks.common import save, words
 from benchmarks.peers import limit_networks
-from ntkit.kernels.infinite.sampled import _WeightedKernel as WeightedKernel
+from ntkit.kernels.infinite.sampled import WeightedKernel
 from ntkit.measures.convergence import fitted_slope
 from ntkit.networks.larger_copies import larger_copy
 

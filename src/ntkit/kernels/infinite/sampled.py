@@ -101,7 +101,7 @@ class SampledLimit:
         if sampling.make is None:
             larger_copy(model, 2, example, stds)  # refuse before large copies take memory
         self.copies = [larger_copy(model, f, example, stds, sampling.make) for f in (self.factor // 2, self.factor)]
-        self._kernels = [_WeightedKernel(larger, sampling.kind) for larger in self.copies]
+        self._kernels = [WeightedKernel(larger, sampling.kind) for larger in self.copies]
 
     def describe(self) -> list[str]:
         """One line per parameter, and what grew beside the layers."""
@@ -131,7 +131,7 @@ class SampledLimit:
         x2 = None if x2 is None else x2.to(x1.dtype)
         return self._estimate(lambda kernel: kernel.pairs(x1, x2))
 
-    def _estimate(self, values: Callable[[_WeightedKernel], Tensor]) -> LimitEstimate:
+    def _estimate(self, values: Callable[[WeightedKernel], Tensor]) -> LimitEstimate:
         means, variances = [], []
         # the time of a network grows with the square of its width
         with task("networks of the limit", 5 * self.networks) as progress:
@@ -153,7 +153,7 @@ class SampledLimit:
         return self._sampling.told(estimate)
 
 
-class _WeightedKernel:
+class WeightedKernel:
     """Kernel of one network per output, the gradients of each parameter multiplied by its factor."""
 
     def __init__(self, larger: LargerCopy, kind: str) -> None:
@@ -165,6 +165,7 @@ class _WeightedKernel:
         self._parts = [(f**2, TangentKernel(larger.network, "trace", names)) for f, names in by_factor.items()]
 
     def gram(self, x1: Any, x2: Any | None) -> Tensor:
+        """Values for all pairs, [n1, n2]."""
         if self._kind == "nngp":
             first = self._features(x1)
             second = first if x2 is None else self._features(x2)
@@ -172,6 +173,7 @@ class _WeightedKernel:
         return self._sum(lambda kernel: kernel(x1, x2), x1)
 
     def pairs(self, x1: Any, x2: Any | None) -> Tensor:
+        """Values for sample i with sample i, [n]."""
         if self._kind == "nngp":
             first = self._features(x1)
             second = first if x2 is None else self._features(x2)
