@@ -699,10 +699,9 @@ REFUSED = {
         r"layer '1' \(Act\)",
     ),
     "alpha dropout": (mlp(nn.AlphaDropout(0.5)), V1, r"layer '1' \(AlphaDropout\).*eval"),
-    "twice": (Raw(lambda m, x: m.b(torch.relu(m.b(m.a(x))))), V1, "second time"),
     "dependent": (Raw(lambda m, x: torch.relu(m.a(x)) + m.a.weight.sum() * 0 + m.a(x)), V1, "a"),
     "relu plus itself, two activations": (
-        Raw(lambda m, x: torch.relu(m.b(h := torch.relu(m.a(x)))) + h),
+        Raw(lambda m, x: torch.tanh(m.b(h := torch.relu(m.a(x)))) + h),
         V1,
         "depend on each other",
     ),

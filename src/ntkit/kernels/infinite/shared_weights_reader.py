@@ -17,7 +17,7 @@ from ntkit.kernels.infinite.piecewise import piecewise
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.recognition import closed_form, fingerprint
 from ntkit.kernels.infinite.shared_weights import CurveNode, DenseNode, InputNode, Program, Sum, Weights, WordNode
-from ntkit.kernels.infinite.tape import Op, Ref, Tape, record
+from ntkit.kernels.infinite.tape import DROPOUTS, Op, Ref, Tape, dropout_rate, record
 from ntkit.kernels.infinite.tape_calls import arguments, factor_of, is_elementwise
 from ntkit.kernels.infinite.tape_reader import DerivedWeight, Reader, Weight
 from ntkit.kernels.infinite.vectors import Joined, Vectors, added, moved
@@ -96,14 +96,16 @@ class _ProgramReader:
 
     def _value(self, op: Op) -> Any:
         inputs = [self.values[r.index] for r in op.refs]
+        if op.func in DROPOUTS and dropout_rate(op.args, op.kwargs):
+            raise self._refusal(op, "dropout in train mode", "Call model.eval().")
+        if op.in_place or (op.no_grad and not all(v is None for v in inputs)):
+            raise self._refusal(op, f"{op.name} in place or without gradients", "Write it otherwise.")
         if all(v is None for v in inputs):
             return None
         if op.func in _LIKE and op.args and (isinstance(op.args[0], Ref) or op.func is Tensor.new_zeros):
             return None if op.func is Tensor.new_zeros else self._of(op.args[0])  # a tensor like a weight
         weights = [v for v in inputs if isinstance(v, (Weight, DerivedWeight))]
         inner = [v for v in inputs if isinstance(v, Vectors)]
-        if op.in_place or op.no_grad:
-            raise self._refusal(op, f"{op.name} in place or without gradients", "Write it otherwise.")
         if op.func is F.linear:
             return self._linear(op)
         if op.func is F.embedding:
