@@ -31,14 +31,39 @@ class Term(NamedTuple):
 
     def text(self) -> str:
         """As in `describe`."""
-        size, wave = abs(cmath.exp(self.log_weight)), ""
-        if self.slope.imag == 0:
-            size = math.copysign(size, math.cos(self.log_weight.imag))
+        weight, slope, decay = self
+        size, wave = abs(cmath.exp(weight)), ""
+        if slope.imag == 0:
+            size = math.copysign(size, math.cos(weight.imag))
         else:
-            wave = f" cos({self.slope.imag:g} z{self.log_weight.imag:+g})"
-        power = [f"{self.slope.real:g} z"] * (self.slope.real != 0) + [f"-{self.decay:g} z^2"] * (self.decay != 0)
-        exponential = f" exp({' '.join(power)})" if power else ""
-        return f"{size:g}{exponential}{wave}"
+            turn = weight.imag
+            is_sine = math.isclose(turn, -math.pi / 2)
+            shift = "" if is_sine or abs(turn) < 1e-12 else f" {'+' if turn > 0 else '-'} {abs(turn):.4g}"
+            wave = f"{'sin' if is_sine else 'cos'}({multiple(slope.imag, 'z')}{shift})"
+        power = [multiple(slope.real, "z")] * (slope.real != 0) + [multiple(-decay, "z^2")] * (decay != 0)
+        exponential = f"exp({' '.join(power)})" if power else ""
+        return multiple(size, " ".join(part for part in (exponential, wave) if part))
+
+
+def multiple(number: float, what: str) -> str:
+    """Text such as "2 z", "-z" or "3".
+
+    >>> multiple(2, "z"), multiple(-1, "z"), multiple(3, "")
+    ('2 z', '-z', '3')
+    """
+    if not what:
+        return f"{number:g}"
+    text = f"{number:g}"
+    return what if text == "1" else f"-{what}" if text == "-1" else f"{text} {what}"
+
+
+def added(parts: list[str]) -> str:
+    """Text of a sum.
+
+    >>> added(["2 z", "-3"])
+    '2 z - 3'
+    """
+    return " + ".join(parts).replace("+ -", "- ")
 
 
 class Exponentials(Activation):
@@ -46,8 +71,8 @@ class Exponentials(Activation):
 
     def __init__(self, terms: list[Term], r: float, t: float, at_zero: tuple[float, float]) -> None:
         self.r, self.t, self._at_zero = r, t, at_zero
-        linear = [f"{r:g} z"] * (r != 0) + [f"{t:g}"] * (t != 0)
-        self.name = " + ".join([term.text() for term in terms] + linear)
+        linear = [multiple(r, "z")] * (r != 0) + [f"{t:g}"] * (t != 0)
+        self.name = added([term.text() for term in terms] + linear)
         self.terms: list[Term] = []  # of a conjugate pair both
         self.firsts: list[tuple[int, int]] = []  # without the second ones of pairs; how many terms each stands for
         for weight, b, q in terms:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkit.kernels.infinite.activations import Activation
+from ntkit.kernels.infinite.exponentials import added, multiple
 
 MOST = 12  # degree of a polynomial that is recognized
 
@@ -24,8 +25,9 @@ class PolynomialActivation(Activation):
         self._derivatives = [coefficients]  # of order 0, 1, ...
         while len(self._derivatives[-1]) > 1:
             self._derivatives.append(np.polynomial.polynomial.polyder(self._derivatives[-1]).tolist())
-        terms = [f"{c:g} z^{n}" for n, c in enumerate(coefficients) if c]
-        self.name = f"polynomial {' + '.join(terms)}"
+        powers = ["", "z", *(f"z^{n}" for n in range(2, len(coefficients)))]
+        terms = [multiple(c, power) for c, power in zip(coefficients, powers, strict=False) if c]
+        self.name = f"polynomial {added(terms)}"
 
     def __call__(self, z: Tensor) -> Tensor:
         """s(z)."""
