@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ntkit.kernels.infinite.activations import Activation, Erf, Gelu
-from ntkit.kernels.infinite.exponentials import added, multiple
+from ntkit.kernels.infinite.exponentials import multiple, sum_text
 
 
 class AffineChange(Activation):
@@ -15,7 +15,7 @@ class AffineChange(Activation):
     def __init__(self, base: Erf | Gelu, p: float, q: float, r: float, t: float) -> None:
         self.base, self.numbers = base, (p, q, r, t)
         linear = [multiple(r, "z")] * (r != 0) + [f"{t:g}"] * (t != 0)
-        self.name = added([multiple(p, f"{base.name}({multiple(q, 'z')})"), *linear])
+        self.name = sum_text([multiple(p, f"{base.name}({multiple(q, 'z')})"), *linear])
 
     def __call__(self, z: Tensor) -> Tensor:
         """Its value."""

@@ -57,10 +57,10 @@ def multiple(number: float, what: str) -> str:
     return what if text == "1" else f"-{what}" if text == "-1" else f"{text} {what}"
 
 
-def added(parts: list[str]) -> str:
+def sum_text(parts: list[str]) -> str:
     """Text of a sum.
 
-    >>> added(["2 z", "-3"])
+    >>> sum_text(["2 z", "-3"])
     '2 z - 3'
     """
     return " + ".join(parts).replace("+ -", "- ")
@@ -72,7 +72,7 @@ class Exponentials(Activation):
     def __init__(self, terms: list[Term], r: float, t: float, at_zero: tuple[float, float]) -> None:
         self.r, self.t, self._at_zero = r, t, at_zero
         linear = [multiple(r, "z")] * (r != 0) + [f"{t:g}"] * (t != 0)
-        self.name = added([term.text() for term in terms] + linear)
+        self.name = sum_text([term.text() for term in terms] + linear)
         self.terms: list[Term] = []  # of a conjugate pair both
         self.firsts: list[tuple[int, int]] = []  # without the second ones of pairs; how many terms each stands for
         for weight, b, q in terms:

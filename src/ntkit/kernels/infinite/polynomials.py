@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkit.kernels.infinite.activations import Activation
-from ntkit.kernels.infinite.exponentials import added, multiple
+from ntkit.kernels.infinite.exponentials import multiple, sum_text
 
 MOST = 12  # degree of a polynomial that is recognized
 
@@ -27,7 +27,7 @@ class PolynomialActivation(Activation):
             self._derivatives.append(np.polynomial.polynomial.polyder(self._derivatives[-1]).tolist())
         powers = ["", "z", *(f"z^{n}" for n in range(2, len(coefficients)))]
         terms = [multiple(c, power) for c, power in zip(coefficients, powers, strict=False) if c]
-        self.name = f"polynomial {added(terms)}"
+        self.name = f"polynomial {sum_text(terms)}"
 
     def __call__(self, z: Tensor) -> Tensor:
         """s(z)."""
