@@ -433,6 +433,12 @@ def test_the_same_call_gives_the_same_bits_and_leaves_random_states_alone():
     torch.testing.assert_close(operator @ torch.ones(4), first.sum(1), rtol=1e-5, atol=1e-6)
 
 
+def test_a_network_without_trained_weights_has_a_tangent_kernel_of_zeros():
+    kernel = InfiniteKernel(seeded(Gated).requires_grad_(False), sample=2)
+    assert torch.equal(kernel(WORDS[:3], WORDS[2:]), torch.zeros(3, 2))
+    assert torch.equal(kernel.diagonal(WORDS), torch.zeros(4))
+
+
 def test_the_identity_of_a_kernel_knows_its_sample():
     from ntkit.gram.gram_identity import what_it_depends_on
 

@@ -66,3 +66,23 @@ def raw_outputs(model: nn.Module, x: Batch, batch: int = 128, scalar: Callable[[
 
     with untouched(model, {}), torch.no_grad():
         return torch.cat(each_forward(model, x, batch, outputs))
+
+
+def inputs_of_last_linear(model: nn.Module, x: Tensor) -> tuple[Tensor, str | None]:
+    """Inputs [n, features] of the dense layer that gives the outputs, and its name; else the outputs, and None."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    handles = [
+        layer.register_forward_hook(lambda m, x, y, name=name: calls.append((name, x[0].detach(), y)))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    try:
+        out = raw_outputs(model, x, batch=len(x)).reshape(len(x), -1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if calls:
+        name, features, y = calls[-1]
+        if features.dim() == 2 and y.shape == out.shape and torch.equal(y.detach(), out):
+            return features, name
+    return out, None

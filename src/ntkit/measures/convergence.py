@@ -14,7 +14,7 @@ from ntkit.base.batch import checked
 from ntkit.base.checks import refusal, undefined
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
-from ntkit.jacobian.forwards import raw_outputs
+from ntkit.jacobian.forwards import inputs_of_last_linear, raw_outputs
 from ntkit.jacobian.model_calls import check_module
 from ntkit.jacobian.model_outputs import reduce_outputs
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
@@ -132,23 +132,11 @@ class Twin:
 
     def _features(self, x: Tensor) -> tuple[Tensor, float, float]:
         """The inputs of a last dense layer, its w_std^2 / n and b_std^2; without one: the outputs, 1 / C and 0."""
-        calls: list[tuple[str, Tensor, Tensor]] = []
-        handles = [
-            layer.register_forward_hook(lambda m, x, y, name=name: calls.append((name, x[0].detach(), y)))
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, nn.Linear)
-        ]
-        try:
-            out = raw_outputs(self.model, x, batch=len(x)).reshape(len(x), -1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if calls:
-            name, a, y = calls[-1]
-            prefix = f"{name}." if name else ""
-            weight = self.factors.get(f"{prefix}weight")
-            if weight is not None and a.dim() == 2 and y.shape == out.shape and torch.equal(y, out):
-                return a, weight**2, self.factors.get(f"{prefix}bias", 0.0) ** 2
+        features, name = inputs_of_last_linear(self.model, x)
+        weight = None if name is None else self.factors.get(f"{name}.weight".lstrip("."))
+        if weight is not None:
+            return features, weight**2, self.factors.get(f"{name}.bias".lstrip("."), 0.0) ** 2
+        out = features if name is None else raw_outputs(self.model, x, batch=len(x)).reshape(len(x), -1)
         return out, 1 / out.shape[1], 0.0
 
 

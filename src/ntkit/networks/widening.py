@@ -14,6 +14,7 @@ from ntkit.base.batch import checked
 from ntkit.base.checks import Refused, refusal
 from ntkit.jacobian.model_calls import call, check_module
 from ntkit.networks.initialization import Initial, drawn, initial_std
+from ntkit.networks.paired_runs import reached
 from ntkit.networks.parametrization import LAYERS, NORMS, Scaled, fan_in, fan_out, plain, stds
 
 
@@ -205,24 +206,9 @@ def _flow(model: nn.Module, layers: dict[str, Any], example: Tensor) -> _Flow:
         for p, flag in flags:
             p.requires_grad_(flag)
     weighted = [name for name in layers if isinstance(layers[name], LAYERS)]
-    sources = {name: _sources(input_nodes.get(name), output_nodes) for name in weighted}
+    sources = {name: reached(input_nodes.get(name), output_nodes) for name in weighted}
     first = {name for name in weighted if not sources[name]}
     return _Flow(shapes, tuple(output.shape), first, set(weighted).difference(*sources.values()))
-
-
-def _sources(start: Any, output_nodes: dict[Any, str]) -> set[str]:
-    """Weight layers whose outputs a node of the autograd graph depends on."""
-    layers: set[str] = set()
-    seen, queue = set(), [start]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in output_nodes:
-            layers.add(output_nodes[node])
-        queue.extend(child for child, _ in node.next_functions)
-    return layers
 
 
 def _resize(model: nn.Module, layers: dict[str, Any], flow: _Flow, width: int, example: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
-from ntkit.jacobian.forwards import raw_outputs
+from ntkit.jacobian.forwards import inputs_of_last_linear, raw_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.larger_copies import LargerCopy, Make, hidden_width, larger_copy
 
@@ -170,7 +170,8 @@ class WeightedKernel:
             first = self._features(x1)
             second = first if x2 is None else self._features(x2)
             return sum((a @ b.T for a, b in zip(first, second, strict=True)), torch.zeros(()))
-        return self._sum(lambda kernel: kernel(x1, x2), x1)
+        shape = (len(x1), len(x1 if x2 is None else x2))
+        return self._sum(lambda kernel: kernel(x1, x2), x1, shape)
 
     def pairs(self, x1: Any, x2: Any | None) -> Tensor:
         """Values for sample i with sample i, [n]."""
@@ -178,33 +179,21 @@ class WeightedKernel:
             first = self._features(x1)
             second = first if x2 is None else self._features(x2)
             return sum(((a * b).sum(1) for a, b in zip(first, second, strict=True)), torch.zeros(()))
-        return self._sum(lambda kernel: kernel.diagonal(x1) if x2 is None else kernel.paired(x1, x2), x1)
+        return self._sum(lambda kernel: kernel.diagonal(x1) if x2 is None else kernel.paired(x1, x2), x1, (len(x1),))
 
-    def _sum(self, values: Callable[[TangentKernel], Tensor], x: Any) -> Tensor:
+    def _sum(self, values: Callable[[TangentKernel], Tensor], x: Any, shape: tuple[int, ...]) -> Tensor:
         outputs = raw_outputs(self._network, x[:1]).reshape(1, -1).shape[1]
-        total: Tensor | None = None
+        total = torch.zeros(shape, dtype=torch.float64, device=x.device)
         for weight, kernel in self._parts:
-            part = values(kernel).double() * (weight / outputs)
-            total = part if total is None else total + part
-        return torch.zeros(len(x), len(x)) if total is None else total
+            total.add_(values(kernel).double(), alpha=weight / outputs)
+        return total
 
     def _features(self, x: Any) -> list[Tensor]:
         """Factors whose products add up to the outputs' covariance: over a last linear layer its mean is known."""
-        calls: list[tuple[str, Tensor, Tensor]] = []
-        handles = [
-            layer.register_forward_hook(lambda m, x, y, name=name: calls.append((name, x[0].detach(), y)))
-            for name, layer in self._network.named_modules()
-            if isinstance(layer, nn.Linear)
-        ]
-        try:
-            out = raw_outputs(self._network, x, batch=len(x)).reshape(len(x), -1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if calls and calls[-1][1].dim() == 2 and calls[-1][2] is not None and torch.equal(calls[-1][2].detach(), out):
-            name, features, _ = calls[-1]
-            weight, bias = (self._laws.get(f"{name}.{what}".lstrip(".")) for what in ("weight", "bias"))
-            assert weight is not None
-            constant = features.new_full((len(features), 1), 0.0 if bias is None else bias.std)
-            return [features.double() * weight.std, constant.double()]
-        return [out.double() / math.sqrt(out.shape[1])]
+        features, name = inputs_of_last_linear(self._network, x)
+        if name is None:
+            return [features.double() / math.sqrt(features.shape[1])]
+        weight, bias = (self._laws.get(f"{name}.{what}".lstrip(".")) for what in ("weight", "bias"))
+        assert weight is not None
+        constant = features.new_full((len(features), 1), 0.0 if bias is None else bias.std)
+        return [features.double() * weight.std, constant.double()]
