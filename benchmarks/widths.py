@@ -1,21 +1,24 @@
-"""How finite networks tend to the limit, for every kind of layer it knows: ``python -m benchmarks.widths``.
+"""How finite networks tend to the limit, for every kind of layer it knows: ``python -m benchmarks.widths [NAME ...]``.
 
 Root mean square over 40 random networks of |K_n - K| / |K|, on 5 inputs, in the NTK parametrization; its slope against
 the width in logarithms (-1/2 expected) with its standard error; and whether the mean kernel of the widest lies within
 Monte-Carlo error of the limit. What `ntkit.convergence` does not widen is enlarged by one factor instead; where there
-is no limit in closed form, the mean over networks twice as wide as the widest stands for it.
+is no limit in closed form, the mean over networks twice as wide as the widest stands for it. Networks named on the
+command line are merged into the results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ntkit
-from benchmarks.common import save, words
+from benchmarks.common import RESULTS, save
 from benchmarks.peers import limit_networks
 from ntkit.kernels.infinite.sampled import WeightedKernel
 from ntkit.measures.convergence import fitted_slope
@@ -82,18 +85,20 @@ ENLARGED = {
 }
 
 
-def main() -> None:
-    """Every network, both kernels."""
-    rows: list[dict[str, Any]] = []
-    for name, network in NETWORKS.items():
-        x = samples(SHAPES.get(name, (2, 5, 5)))
-        widths = WIDTHS["dense" if SHAPES.get(name) == (6,) else "images"]
-        rows.append({"network": name, **widened(network.double(), x, widths)})
-        print(rows[-1], flush=True)
-    for name, (network, shape) in ENLARGED.items():
-        rows.append({"network": name, **enlarged(network.double(), samples(shape))})
-        print(rows[-1], flush=True)
-    save("widths", rows, networks_of_each_width=SEEDS)
+def main(names: Sequence[str] = ()) -> None:
+    """Every network, or those named."""
+    file = RESULTS / "widths.json"
+    known = {row["network"]: row for row in json.loads(file.read_text())["rows"]} if names and file.exists() else {}
+    for name in names or (*NETWORKS, *ENLARGED):
+        if name in NETWORKS:
+            x = samples(SHAPES.get(name, (2, 5, 5)))
+            widths = WIDTHS["dense" if SHAPES.get(name) == (6,) else "images"]
+            known[name] = {"network": name, **widened(NETWORKS[name].double(), x, widths)}
+        else:
+            network, shape = ENLARGED[name]
+            known[name] = {"network": name, **enlarged(network.double(), samples(shape))}
+        print(known[name], flush=True)
+        save("widths", [known[n] for n in (*NETWORKS, *ENLARGED) if n in known], networks_of_each_width=SEEDS)
 
 
 def samples(shape: tuple[int, ...]) -> Tensor:
@@ -154,5 +159,4 @@ def kernels(network: nn.Module, x: Tensor, factor: int, place: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    words(__doc__)
-    main()
+    main(sys.argv[1:])
