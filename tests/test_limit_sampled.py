@@ -433,6 +433,17 @@ def test_the_same_call_gives_the_same_bits_and_leaves_random_states_alone():
     torch.testing.assert_close(operator @ torch.ones(4), first.sum(1), rtol=1e-5, atol=1e-6)
 
 
+def test_a_run_that_cannot_be_recorded_is_sampled():
+    class Packed(Gated):
+        def forward(self, words):
+            h = self.embed(words)
+            packed = nn.utils.rnn.pack_padded_sequence(h, torch.full((len(words),), LENGTH), batch_first=True)
+            return self.last(self.gru(packed)[1][-1])
+
+    found = InfiniteKernel(seeded(Packed), sample=2)(WORDS)
+    torch.testing.assert_close(found, InfiniteKernel(seeded(Gated), sample=2)(WORDS), rtol=1e-4, atol=1e-5)
+
+
 def test_a_network_without_trained_weights_has_a_tangent_kernel_of_zeros():
     kernel = InfiniteKernel(seeded(Gated).requires_grad_(False), sample=2)
     assert torch.equal(kernel(WORDS[:3], WORDS[2:]), torch.zeros(3, 2))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ntkit.base.checks import refusal
+from ntkit.base.checks import NoLimit, refusal
 from ntkit.jacobian.model_calls import check_mode, refused_input, untouched
 
 
@@ -97,7 +97,7 @@ class _Recorder(TorchFunctionMode):
             got = "values of the run written into a tensor created elsewhere"
             expected = "values that are not written into after they are computed"
             fix = "Create the tensor with torch.cat or torch.stack."
-            raise refusal(self._where(), got=got, expected=expected, fix=fix)
+            raise NoLimit(str(refusal(self._where(), got=got, expected=expected, fix=fix)))
         if isinstance(out, Tensor):
             in_place = any(t._version != v for t, v in zip(inputs, versions, strict=True))
             self._append(func, arguments, out, in_place)
@@ -112,7 +112,8 @@ class _Recorder(TorchFunctionMode):
         ):
             got = f"{getattr(func, '__name__', func)}, a Python number computed from the data"
             fix = "A network that branches on its values has no infinite-width limit of this kind."
-            raise refusal(self._where(), got=got, expected="a run that is the same for all data", fix=fix)
+            expected = "a run that is the same for all data"
+            raise NoLimit(str(refusal(self._where(), got=got, expected=expected, fix=fix)))
         return out
 
     def _where(self) -> str:
@@ -131,7 +132,8 @@ class _Recorder(TorchFunctionMode):
         if version != value._version:
             expected = "values that are not written into after they are computed"
             fix = "Replace in-place operations on views by operations that return new tensors."
-            raise refusal(self._where(), got="a tensor written in place through a view", expected=expected, fix=fix)
+            got = "a tensor written in place through a view"
+            raise NoLimit(str(refusal(self._where(), got=got, expected=expected, fix=fix)))
         return Ref(index)
 
     def _append(self, func: Any, arguments: Any, out: Tensor, in_place: bool = False) -> None:
@@ -182,9 +184,11 @@ def record(model: nn.Module, x: Tensor, last: int | None = None, graph: bool = F
 
     Raises
     ------
+    NoLimit
+        For Python numbers computed from the data, and writes through views.
     Refused
-        For a train mode that mixes samples or draws at random (other than dropout), Python numbers computed from the
-        data, writes through views, input on which the forward fails, and an output that is not one tensor.
+        For a train mode that mixes samples or draws at random (other than dropout), input on which the forward fails,
+        and an output that is not one tensor.
     """
     check_mode(model, random=_DROPOUT_LAYERS)
     for name, module in model.named_modules():
