@@ -150,7 +150,7 @@ class InfiniteKernel(Kernel):
         self.kind = kind
         self._model, self._stds = model, stds
         self._sampling = Sampling.of(kind, sample, make)
-        self._programs: dict[tuple[Any, ...], Program] = {}
+        self._programs: dict[tuple[Any, ...], Program | None] = {}
         self._models: dict[torch.dtype, nn.Module] = {}
         self._graphs: dict[tuple[Any, ...], Graph] = {}  # by dtype and shape of a sample, w_std and b_std
         self._fingerprint: Any = None  # of the model, when the graphs were read
@@ -202,29 +202,31 @@ class InfiniteKernel(Kernel):
 
     def _sampled(self, x: Batch) -> SampledLimit | None:
         """Random networks for samples like these, if asked for and if there is no closed form."""
-        if self._sampling is None:
+        if self._sampling is None or self._is_graph(x) or self._program(x) is not None:
             return None
+        assert isinstance(x, Tensor)
+        return self._sampling.limit(self._model_for(x), x, as_numbers(self._stds))
+
+    def _is_graph(self, x: Batch) -> bool:
+        """Whether the network is a graph of layers that depend on nothing in common; two samples tell."""
         try:
-            if self._program(x) is None:
-                self._read(x)
+            self._read(torch.cat([x[:1], x[-1:]]) if isinstance(x, Tensor) else x)
         except NoLimit:
-            assert isinstance(x, Tensor)
-            return self._sampling.limit(self._model_for(x), x, as_numbers(self._stds))
-        return None
+            return False
+        return True
 
     def _program(self, x: Batch) -> Program | None:
-        """The network as sums of nodes, where it is no graph of layers that depend on nothing in common."""
-        try:
-            self._read(x)
-        except NoLimit:
-            assert isinstance(x, Tensor)
-            stds = as_numbers(self._stds)
-            key = (x.dtype, tuple(x.shape[1:]), stds)
-            if key not in self._programs:
-                with contextlib.suppress(NoLimit):
-                    self._programs[key] = read_program(self._model_for(x), x, *stds or (None, None))
-            return self._programs.get(key)
-        return None
+        """The network as sums of nodes, where it is no graph of layers."""
+        if self._is_graph(x):
+            return None
+        assert isinstance(x, Tensor)
+        stds = as_numbers(self._stds)
+        key = (x.dtype, tuple(x.shape[1:]), stds)
+        if key not in self._programs:
+            self._programs[key] = None
+            with contextlib.suppress(NoLimit):
+                self._programs[key] = read_program(self._model_for(x), x, *stds or (None, None))
+        return self._programs[key]
 
     @own_context()
     def operator(self, x: Batch) -> KernelOperator:

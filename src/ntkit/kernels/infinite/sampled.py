@@ -17,7 +17,7 @@ from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.larger_copies import LargerCopy, Make, hidden_width, larger_copy
 
 _WIDTH = 256  # features of the narrowest hidden layer of the larger copies
-_ERRORS = 3.0  # a bias of so many standard errors is told
+_ERRORS = 3.0  # a bias of more standard errors than this is reported
 _SEEDS = 100_000  # seeds kept for each width: no two widths share a network
 
 
@@ -75,7 +75,7 @@ class Sampling:
             self.limits[key] = SampledLimit(self, model, torch.cat([x[:1], x[-1:], x[:1]]).detach(), stds)
         return self.limits[key]
 
-    def told(self, estimate: LimitEstimate) -> LimitEstimate:
+    def reported(self, estimate: LimitEstimate) -> LimitEstimate:
         """Keep the error, and warn of a bias."""
         self.error = estimate.error
         if estimate.biased:
@@ -150,7 +150,7 @@ class SampledLimit:
                 variances.append((sums[1] / self.networks - mean.square()).clamp(min=0) / (self.networks - 1))
         bias_error = (variances[0] + variances[1]).sqrt()
         estimate = LimitEstimate(means[1], variances[1].sqrt(), means[1] - means[0], bias_error)
-        return self._sampling.told(estimate)
+        return self._sampling.reported(estimate)
 
 
 class WeightedKernel:
