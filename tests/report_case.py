@@ -187,6 +187,8 @@ def full() -> tuple[dict[str, Any], Arrays]:
         "invariances": {"samples": 200, "rows": invariances, "different": different, "examples": examples},
         "against_loss": _against_loss(rows),
         "explained": explained,
+        "limit": _limit(steps),
+        "left_out": [],
         "neighbors": neighbors,
         "certificates": [
             {
@@ -212,6 +214,24 @@ def full() -> tuple[dict[str, Any], Arrays]:
     }  # fmt: skip
     grams = {f"gram-{key}": _gram(eigenvalues[-1 if key == "after" else 0]) for key, _ in KERNELS}
     return results, {"neighbors": arrays, "invariances": {"images": images}, "explained": shown, **grams}
+
+
+def _limit(steps: list[int]) -> dict[str, Any]:
+    """The first-order network falls behind."""
+    shares = [math.exp(-s / 20) for s in steps]
+    wrong = {"network": [round(9 + 300 * s) for s in shares], "first_order": [round(90 + 220 * s) for s in shares]}
+    losses = {"network": [0.09 + 2.3 * s for s in shares], "first_order": [0.9 + 1.5 * s for s in shares]}
+    first = {
+        "steps": steps, "tests": 360, "distance": [None, *(1 - s for s in shares[1:])], "test_loss": losses,
+        "test_error": {name: [rate(n, 360, "test") for n in values] for name, values in wrong.items()},
+        "paired": paired("network", "svm", 85, 4, 360),
+    }  # fmt: skip
+    kernel = {
+        "samples": 12, "networks": 8, "error": 0.023, "biased": False, "distance": 0.167, "notes": [],
+        "why": "layer '4' (MaxPool2d): max_pool2d, which mixes channels or positions",
+        "cosines": {"init": 0.971, "after": 0.583},
+    }  # fmt: skip
+    return {"first_order": first, "kernel": kernel}
 
 
 def confusion(wrong: int, n: int = 360) -> list[list[int]]:
@@ -246,7 +266,7 @@ def minimal() -> dict[str, Any]:
     results["data"].update(name="table.npz", kind="vectors", classes=["no", "yes"], train=90, test=31, input_shape=[7])
     results["model"].update(name="my-mlp", outputs=1, loss="logistic (one output)", weights="mlp.safetensors")
     results["model"].update(fallback={"scale": "an operation without a rule"}, parameters=211)
-    for key in ("training", "along", "invariances", "neighbors", "against_loss", "explained", "comparisons"):
+    for key in ("training", "along", "invariances", "neighbors", "against_loss", "explained", "comparisons", "limit"):
         results[key] = None
     results["network"] = {name: number(None) for name in results["network"] if name != "confusion"}
     results["network"]["test_error"] = number(0.25, None, "")
@@ -268,7 +288,8 @@ def minimal() -> dict[str, Any]:
 def earlier() -> tuple[dict[str, Any], Arrays]:
     """As written before centered cosines, those of different images, examples, curves by loss, explanations, pairs."""
     results, arrays = full()
-    del results["explained"], results["comparisons"], results["network"]["fit"], results["network"]["confusion"]
+    del results["explained"], results["limit"], results["left_out"]
+    del results["comparisons"], results["network"]["fit"], results["network"]["confusion"]
     for row in results["quality"]:
         del row["pictured"]
     for machine in results["machines"]:

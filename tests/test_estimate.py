@@ -42,13 +42,31 @@ def test_it_says_time_memory_and_disk(case, monkeypatch: pytest.MonkeyPatch) -> 
     assert line is not None
     assert f"{(20 * 60**2 + 16 * parameters) / 1e6:.1f} MB of memory beside the 2 GB that --memory allows" in line
     assert f"{disk / 1e6:.1f} MB on disk" in line
-    kernels = _seconds(line) - 0.5 * 20_000 * 41  # training, and forty times as much for what is explained
+    kernels = _seconds(line) - 0.5 * 20_000  # training; it is too long to be repeated
     # gradients of a sample: two kernels of 60 with themselves and with 30 others, and 31 steps at 4 kernels of 60, and
     # two of 30 images and their transforms
     own, cross = 60 + 60**2 / 600, 60 + 30 + 60 * 30 / 300
     probes = 30 * (1 + sum(map(len, standard((1, 8, 8)).values())))
     wanted = 0.01 * (2 * (own + cross) + snapshots * 4 * own + 2 * (probes + probes**2 / 600))
     assert kernels == pytest.approx(wanted, abs=61)  # said to the minute
+
+
+def test_sections_that_train_again_are_counted_where_they_are_done(case, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, model = case
+    monkeypatch.setattr(module, "_seconds_per_gradient", lambda *_: 0.0)
+    monkeypatch.setattr(module, "_seconds_per_step", lambda *_: 10.0)
+
+    def parts(steps: int, **settings) -> str:
+        line = estimate(task, model, Settings(**settings), steps=steps, batch=32)
+        assert line is not None
+        return line.partition("(")[2].partition(";")[0]
+
+    assert parts(10) == "training 1 min 40 s, limit 3 min 20 s, explained 1 h 06 min"
+    assert parts(10, without=("explained",)) == "training 1 min 40 s, limit 3 min 20 s"
+    assert parts(10, without=("explained", "limit")) == "training 1 min 40 s"
+    assert (
+        parts(10_000) == "training 27 h 46 min"
+    )  # three gradients for each of 320,000 examples: more than the kernels
 
 
 def test_short_work_has_none(case, monkeypatch: pytest.MonkeyPatch) -> None:

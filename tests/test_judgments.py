@@ -40,6 +40,8 @@ CASES = {
     judgments.SHAPE: [((0.00999,), "hardly"), ((0.01,), "changed"), ((None,), "undefined"),
                       ((0.001, 0.00999), "hardly"),
                       ((0.001, 0.01), "changed"), ((0.01, 0.001), "changed")],
+    judgments.LINEAR: [((0.0999,), "near"), ((0.1,), "between"), ((0.4999,), "between"), ((0.5,), "far"),
+                       ((7.0,), "far"), ((None,), "unknown")],
     judgments.INVARIANCE: CHANGES, judgments.LAYOUT: CHANGES, judgments.BEYOND: CHANGES,
     judgments.TRUST: [
         ((0.5, 0.5), "usable"), ((0.501, 0.9), "untrusted"), ((0.5, 0.499), "amplifies"), ((None, 0.9), "untrusted"),
@@ -74,6 +76,8 @@ def test_rules_print_their_thresholds() -> None:
     assert "less than 20 %" in printed["Fit"]
     assert "at least 0.02" in printed["Turned towards the task"]
     assert "at least 0.01" in printed["Changed shape"]
+    assert "less than 0.1 of" in printed["As in the limit of infinite width"]
+    assert "at least 0.5 of" in printed["As in the limit of infinite width"]
     for name in ("Invariant, global", "Beside two different images"):
         assert "at least 0.01" in printed[name]
         assert "p < 0.05" in printed[name]

@@ -108,7 +108,7 @@ def test_results_appear(full: Path) -> None:
 def test_every_figure_has_title_reading_and_text_alternative(full: Path) -> None:
     body, plots = _body(full), _plots(full)
     blocks = re.findall(r"<figure\b.*?</figure>", body, re.DOTALL)
-    assert len(blocks) == 18
+    assert len(blocks) == 19
     for block in blocks:
         assert re.search(r"<h3>[^<]+</h3>\s*<p class=\"reading\">[^<]{20,}</p>", block), block[:200]
     drawn = re.findall(r'class="plot" id="([\w-]+)" role="img" aria-label="([^"]{20,})"', body)

@@ -50,6 +50,15 @@ def defined(function: Callable[..., T], *args: Any, **kwargs: Any) -> T | None:
         return None
 
 
+def fault(error: Exception) -> str:
+    """What is wrong according to a refusal, without what was expected and the advice.
+
+    >>> fault(ValueError("layer '4' (MaxPool2d): got max_pool2d; expected another. Use it."))
+    "layer '4' (MaxPool2d): max_pool2d"
+    """
+    return str(error).partition("; expected ")[0].replace(": got ", ": ", 1)
+
+
 def refusal(subject: str, *, got: Any, expected: Any, fix: str) -> Refused:
     """Build a refusal; the caller raises it.
 

@@ -176,6 +176,39 @@ class LossResults(TypedDict):
     snapshots: list[SnapshotResults]
 
 
+class FirstOrderResults(TypedDict):
+    """The first-order network beside the network, by snapshot; or, under ``absent``, why there is none."""
+
+    absent: NotRequired[str]
+    steps: NotRequired[list[int]]
+    tests: NotRequired[int]
+    distance: NotRequired[Numbers]
+    test_loss: NotRequired[dict[str, Numbers]]
+    test_error: NotRequired[dict[str, list[EstimateResults]]]  # not of a regression
+    paired: NotRequired[dict[str, Any]]
+
+
+class KernelOfLimit(TypedDict):
+    """The network's kernel beside that of infinite width; or, under ``absent``, why there is none."""
+
+    absent: NotRequired[str]
+    samples: NotRequired[int]
+    networks: NotRequired[int | None]  # None: in closed form
+    error: NotRequired[Number]
+    biased: NotRequired[bool]
+    why: NotRequired[str]
+    distance: NotRequired[Number]
+    cosines: NotRequired[dict[str, Number]]
+    notes: NotRequired[list[str]]
+
+
+class LimitResults(TypedDict):
+    """How far an analysis is from the limit of infinite width."""
+
+    first_order: FirstOrderResults | None  # None: the weights were loaded
+    kernel: KernelOfLimit
+
+
 class ExplainedResults(TypedDict):
     """Some predictions of an analysis, explained; or, under ``unexplained``, why there are none."""
 
@@ -283,7 +316,9 @@ class AnyAnalysis(TypedDict):
     along: AlongResults | None
     invariances: InvarianceResults | None
     against_loss: NotRequired[LossResults | None]  # absent in runs of earlier versions
-    explained: NotRequired[ExplainedResults | None]  # absent in runs of earlier versions
+    explained: NotRequired[ExplainedResults | None]  # absent in runs of earlier versions, like the next two
+    limit: NotRequired[LimitResults | None]
+    left_out: NotRequired[list[str]]
     neighbors: ProbeRows | None
     certificates: list[CertificateResults]
     reproduce: ReproduceResults

@@ -18,12 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ntkit.base.checks import Damaged, Refused, refusal
-from ntkit.base.files import read_arrays, read_json, remove, unwritable, write_json
+from ntkit.base.files import read_json, remove, unwritable, write_json
 from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import LOCK, FolderLock
 from ntkit.base.memory import parse_memory
@@ -33,14 +32,11 @@ from ntkit.base.results_file import DRAWN
 from ntkit.base.run_files import described
 from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.base.versions import RESULTS_FORMAT
-from ntkit.commands import kernel_measures
 from ntkit.commands import network_measures as measures
 from ntkit.commands import regression_measures as regression
-from ntkit.commands.against_loss import against_loss
+from ntkit.commands.analysis_stages import Stage, Stages
 from ntkit.commands.estimate import estimate
-from ntkit.commands.explained_stage import explained_stage
-from ntkit.commands.network_measures import LABELS
-from ntkit.commands.results import KERNELS, assemble, earlier_run, identity_of_run
+from ntkit.commands.results import assemble, earlier_run, identity_of_run
 from ntkit.commands.settings import Settings
 from ntkit.commands.stage_files import REPLACED, StageFiles, put_aside, put_back, recover
 from ntkit.data import Data
@@ -48,8 +44,6 @@ from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.built_in import build
 from ntkit.report import render
 from ntkit.trajectory import Trajectory, load_weights, train
-
-Stage = tuple[Any, dict[str, np.ndarray]]  # the numbers of a stage, and its arrays
 
 
 def analyze(
@@ -146,7 +140,6 @@ class _Run:
         self.task: measures.TrainingTask
         self.models: dict[str, nn.Module] = {}
         self.lock, self.files = FolderLock(folder), StageFiles(folder)
-        self.numbers: dict[str, Any] = {}  # of the finished stages
 
     # ------------------------------------------------------------------ the whole
 
@@ -174,25 +167,14 @@ class _Run:
 
     def _work(self) -> Path:
         self._train()
-        is_regression = self.data.targets is not None
-        solver = "ridge regression" if is_regression else "hard-margin SVM"
-        stages: list[tuple[str, str, Callable[[], Stage]]] = [
-            ("network", "the network's own error", self._network),
-            *[(f"gram-{key}", f"Gram matrices: {LABELS[key]}", lambda key=key: self._gram(key)) for key in KERNELS],
-            ("similarity", "alignment between the kernels", self._similarity),
-            *[(f"machine-{key}", f"{solver}: {LABELS[key]}", lambda key=key: self._machine(key)) for key in KERNELS],
-            ("comparisons", "comparisons on the same test examples", self._comparisons),
-            ("along", "kernel along training", self._along),
-            ("against-loss", "kernel against training loss", self._against_loss),
-            ("invariances", "invariances", self._invariances),
-            ("neighbors", "nearest training examples", self._neighbors),
-            ("explained", "three predictions explained, with training again", self._explained),
-            ("oracle", "check against per-sample autograd in float64", self._oracle),
-        ]  # fmt: skip
-        for number, (name, text, work) in enumerate(stages, 2):
-            self.numbers[name] = self._stage(name, f"[{number} of {len(stages) + 1}] {text}", work)
+        stages = Stages(
+            self.folder, self.settings, self.task, self.models, self.trajectory, self.files, self.memory, self.say
+        )
+        planned = stages.planned()
+        for number, (name, text, work) in enumerate(planned, 2):
+            stages.numbers[name] = self._stage(name, f"[{number} of {len(planned) + 1}] {text}", work)
         results = assemble(
-            self.settings, self.task, self.models["after"], self.trajectory, self.numbers, self.device, self.memory
+            self.settings, self.task, self.models["after"], self.trajectory, stages.numbers, self.device, self.memory
         )
         images = [f"arrays/{stage}.safetensors" for stage in DRAWN]
         results["files"] = {place: digest for place, digest in self.files.digests.items() if place in images}
@@ -200,7 +182,7 @@ class _Run:
         write_json(self.folder / "results.json", results)
         report = render(self.folder).parent
         shutil.rmtree(self.folder / "work", ignore_errors=True)
-        ended = {"status": "complete", "stages": list(self.numbers)}
+        ended = {"status": "complete", "stages": [name for name, *_ in planned]}
         write_json(self.folder / "run.json", read_json(self.folder / "run.json") | ended)
         return report
 
@@ -312,105 +294,3 @@ class _Run:
                 resume=(self.folder / "trajectory" / "run.json").exists(),
                 on_step=lambda step, loss: progress.advance(step + 1 - progress.done),
             )
-
-    # ------------------------------------------------------------------ stages
-
-    def _gram(self, key: str) -> Stage:
-        kernel = measures.kernels_of(self.models, self.memory)[key]()
-        K = kernel(self.data.x_train)
-        K_test = kernel(self.data.x_test, self.data.x_train)
-        y = self.data.y_train.cpu()
-        quality, arrays = kernel_measures.quality(K.cpu(), self.task.targets(y), y)
-        self.files.write_gram(f"{key}-train", K)
-        self.files.write_gram(f"{key}-test", K_test)
-        return {"kernel": key, "label": LABELS[key], **quality}, arrays
-
-    def _similarity(self) -> Stage:
-        grams = {key: self._read_gram(f"{key}-train") if self._has_gram(key) else None for key in KERNELS}
-        return kernel_measures.similarity(grams), {}
-
-    def _network(self) -> Stage:
-        if self.data.targets is not None:
-            return regression.network(self.task, self.models["after"])
-        return measures.network(self.task, self.models["after"])
-
-    def _machine(self, key: str) -> Stage:
-        data = dataclasses.replace(self.data, y_train=self.data.y_train.cpu(), y_test=self.data.y_test.cpu())
-        solve = kernel_measures.machine if data.targets is None else regression.machine
-        result, arrays = solve(self._read_gram(f"{key}-train"), self._read_gram(f"{key}-test"), data)
-        return {"kernel": key, "label": LABELS[key], **result}, arrays
-
-    def _comparisons(self) -> Stage:
-        places = {"network": "network", **{key: f"machine-{key}" for key in KERNELS}}
-        files = {key: self.folder / "arrays" / f"{stage}.safetensors" for key, stage in places.items()}
-        arrays = {key: read_arrays(file) for key, file in files.items() if file.exists()}
-        if self.data.targets is None:
-            return kernel_measures.comparisons(arrays), {}
-        return regression.comparisons({key: a["predicted"] for key, a in arrays.items()}, self.data), {}
-
-    def _along(self) -> Stage:
-        if self.trajectory is None:
-            return None, {}
-        model, points = copy.deepcopy(self.models["init"]), self.settings.track_points
-        return measures.along(self.task, model, self.trajectory, points, self.memory)
-
-    def _against_loss(self) -> Stage:
-        along = self.numbers["along"]
-        if self.trajectory is None or "absent" in along or self.data.targets is not None:
-            return None, {}
-        model, samples = copy.deepcopy(self.models["init"]), self.settings.probe_samples
-        return against_loss(self.task, model, self.trajectory, along, samples, self.memory), {}
-
-    def _invariances(self) -> Stage:
-        if self.data.kind != "images":
-            return None, {}
-        builders = measures.kernels_of(self.models, self.memory)
-        kernels = {key: build() for key, build in builders.items() if self._has_gram(key)}
-        return measures.invariances(kernels, self.data, self.settings.probe_samples)
-
-    def _neighbors(self) -> Stage:
-        select = measures.select_examples if self.data.targets is None else regression.select_examples
-        examples, predicted = select(self.task, self.models["after"])
-        kernels = {}
-        for key in ("init", "after"):
-            own = measures.kernels_of(self.models, self.memory)[key]().diagonal(self.data.x_test[examples]).cpu()
-            K = self._read_gram(f"{key}-test")[examples.cpu()]
-            kernels[key] = K, own, self._read_gram(f"{key}-train").diagonal()
-        found, arrays = measures.neighbors(self.data, examples, predicted, kernels)
-        if self.data.targets is not None:
-            found["distance"] = regression.distances_of_targets(found, self.data)
-        return found, arrays
-
-    def _explained(self) -> Stage:
-        along = self.numbers["along"]
-        if self.trajectory is None or "absent" in along:
-            return None, {}
-        return explained_stage(self.task, self.models["after"], self.trajectory, along, self.settings.probe_samples)
-
-    def _oracle(self) -> Stage:
-        x, after = self.data.x_test, self.models["after"]
-        checks = [
-            measures.against_oracle(self.models["init"], x, "at initialization"),
-            measures.against_oracle(after, x, "after training"),
-        ]
-        text = repr(after)
-        text = text if len(text) < 4000 else text[:4000] + " ..."
-        fallback = TangentKernel(after, outputs="trace").fallback(x[:3])
-        return {"checks": checks, "fallback": fallback, "text": text}, {}
-
-    # ------------------------------------------------------------------ Gram matrices
-
-    def _has_gram(self, key: str) -> bool:
-        return "absent" not in self.numbers[f"gram-{key}"]
-
-    def _read_gram(self, name: str) -> Tensor:
-        key = name.rpartition("-")[0]
-        if not self._has_gram(key):
-            fix = "See why the stage that computes it is absent."
-            raise refusal(f"kernel matrix {name}", got="none", expected="one from an earlier stage", fix=fix)
-        try:
-            return self.files.read_gram(name)
-        except Damaged as error:
-            self.say(f"{error} It is computed again.")
-            self._gram(key)
-            return self.files.read_gram(name)

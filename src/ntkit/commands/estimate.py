@@ -10,6 +10,7 @@ from torch import nn
 
 from ntkit.base.memory import bytes_in_words
 from ntkit.base.progress import clock
+from ntkit.commands import explained_stage, limit_measures
 from ntkit.commands.against_loss import cost_of_kernels
 from ntkit.commands.network_measures import TrainingTask, spread
 from ntkit.commands.settings import Settings
@@ -19,7 +20,9 @@ from ntkit.trajectory.snapshots import snapshot_steps
 
 SAMPLES = 64  # of the kernel that is timed, at most
 LONG = 20.0  # seconds from which an estimate is worth a line
-EXPLAINED = 40  # runs of training that three explained predictions take (digits, 450 steps: cnn 35, mlp 48)
+TRAINED_AGAIN = {"limit": (2, limit_measures.COST), "explained": (40, explained_stage.COST)}
+"""Runs of training that a section takes (digits, 450 steps: explained 35 for cnn, 48 for mlp), and its cost as it is
+compared with that of the kernels."""
 
 
 def estimate(task: TrainingTask, model: nn.Module, settings: Settings, steps: int, batch: int | None) -> str | None:
@@ -33,18 +36,27 @@ def estimate(task: TrainingTask, model: nn.Module, settings: Settings, steps: in
         gradient = _seconds_per_gradient(model, task)
         step = _seconds_per_step(model, task, settings, batch) if settings.weights is None else 0.0
     snapshots = len(snapshot_steps("log", steps)) if settings.weights is None else 0
-    along = {"points": min(settings.track_points, n), "steps": range(snapshots)}
-    transforms = standard(tuple(data.x_test.shape[1:])) if data.kind == "images" else {}
+    followed = snapshots if "training" not in settings.without else 0
+    along = {"points": min(settings.track_points, n), "steps": range(followed)}
+    shown = data.kind == "images" and "invariances" not in settings.without
+    transforms = standard(tuple(data.x_test.shape[1:])) if shown else {}
+    training, seen = step * steps, steps * (batch or n)
     cost = cost_of_kernels(data, along, settings.probe_samples, transforms)
-    seconds = gradient * cost + step * steps * (1 + EXPLAINED * (settings.weights is None))
+    parts = {"kernels": gradient * cost, "training": training}
+    for section, (runs, of_example) in TRAINED_AGAIN.items():
+        if section not in settings.without and of_example * seen <= cost:  # else the stage leaves itself out
+            parts[section] = runs * training
+    parts = {name: seconds for name, seconds in parts.items() if seconds}
+    seconds = sum(parts.values())
     if seconds < LONG:
         return None
     memory = 20 * n**2 + 4 * 4 * parameters
     disk = 3 * 4 * n * (n + tests) + 4 * parameters * snapshots
+    each = ", ".join(f"{name} {clock(own)}" for name, own in parts.items())
     return (
-        f"This will take about {clock(seconds)} on this machine, {bytes_in_words(memory)} of memory beside the "
-        f"{settings.memory} that --memory allows, and {bytes_in_words(disk)} on disk until it is complete. Ctrl-C "
-        "keeps what is finished."
+        f"This will take about {clock(seconds)} on this machine ({each}; --without leaves sections out), "
+        f"{bytes_in_words(memory)} of memory beside the {settings.memory} that --memory allows, and "
+        f"{bytes_in_words(disk)} on disk until it is complete. Ctrl-C keeps what is finished."
     )
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import Damaged, Refused
+from ntkit.base.checks import Damaged, Refused, fault
 from ntkit.commands import explained_points as points_of
-from ntkit.commands.against_loss import cost_of_kernels
 from ntkit.commands.explained_points import Point
 from ntkit.commands.network_measures import TrainingTask
 from ntkit.explanations.influence import influence
@@ -19,7 +18,6 @@ from ntkit.explanations.retrainings import Retrainings
 from ntkit.jacobian.model_calls import check_mode
 from ntkit.jacobian.structure import SelfCheckError
 from ntkit.kernels.path.path_kernel import PathKernel
-from ntkit.probes import standard
 from ntkit.trajectory import Trajectory
 
 CHECKED = 1  # examples whose influence is compared with finite differences
@@ -28,23 +26,23 @@ COST = 3  # of the whole stage, per example of every batch, in gradients of a sa
 
 
 def explained_stage(
-    task: TrainingTask, model: nn.Module, trajectory: Trajectory, along: dict[str, Any], samples: int
+    task: TrainingTask, model: nn.Module, trajectory: Trajectory, affordable: float
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Numbers of the three points and their images; or, under ``unexplained``, why there are none.
 
     Parameters
     ----------
     model : the trained network.
-    along : the kernel along training.
-    samples : test images on which invariances are measured.
+    affordable : gradients of a sample that this may take. Counted, not timed: the same run gives the same results.
     """
-    if too_long(task, trajectory, along, samples):
+    seen = trajectory.stop["step"] * (trajectory.settings["batch_size"] or len(task.data.x_train))
+    if COST * seen > affordable:
         return {"unexplained": "training was long, and this would take longer than the rest of the report"}, {}
     try:
         check_mode(copy.deepcopy(model).train())  # as it was trained
     except Refused as error:
         why = "a training is replayed only if each layer treats each sample alone and without chance"
-        return {"unexplained": f"{why}, unlike {_fault(error)}"}, {}
+        return {"unexplained": f"{why}, unlike {fault(error)}"}, {}
     points = points_of.chosen_points(task, model, None)
     try:
         return _explained(task, model, trajectory, points)
@@ -53,20 +51,7 @@ def explained_stage(
     except (Refused, SelfCheckError) as error:
         if isinstance(error.__cause__, OSError):
             raise
-        return {"unexplained": f"the training of this run cannot be explained ({_fault(error)})"}, {}
-
-
-def _fault(error: Exception) -> str:
-    """What is wrong, without what was expected and the advice."""
-    return str(error).partition("; expected ")[0].replace(": got ", ": ", 1)
-
-
-def too_long(task: TrainingTask, trajectory: Trajectory, along: dict[str, Any], samples: int) -> bool:
-    """Whether it would take longer than the kernels of the run. Counted, not timed: the same run, the same results."""
-    data = task.data
-    transforms = standard(tuple(data.x_test.shape[1:])) if data.kind == "images" else {}
-    seen = trajectory.stop["step"] * (trajectory.settings["batch_size"] or len(data.x_train))
-    return COST * seen > cost_of_kernels(data, along, samples, transforms)
+        return {"unexplained": f"the training of this run cannot be explained ({fault(error)})"}, {}
 
 
 def _explained(

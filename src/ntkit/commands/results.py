@@ -104,7 +104,9 @@ def assemble(
         **{name: stages[name] for name in ("similarity", "along", "invariances", "neighbors")},
         "against_loss": stages["against-loss"],
         "comparisons": stages["comparisons"],
+        "limit": stages["limit"],
         "explained": stages["explained"],
+        "left_out": list(s.without),
         "certificates": [*oracle["checks"], *_certificates(machines, stages["along"], absent)],
         "reproduce": {
             "command": "ntkit analyze " + " ".join(map(shlex.quote, s.arguments())),

@@ -11,6 +11,14 @@ from ntkit.base.checks import Refused, check_name, nearest, refusal
 
 _LARGEST = 3e38  # of float32
 _DEVICES = ("auto", "cpu", "cuda")
+SECTIONS = {
+    "training": ("along", "against-loss"),
+    "limit": ("limit",),
+    "invariances": ("invariances",),
+    "neighbors": ("neighbors",),
+    "explained": ("explained",),
+}
+"""Sections of the report of `ntkit analyze` that can be left out, and their stages."""
 TASKS = ("classification", "regression")  # as in `ntkit.data`, which imports torch
 
 
@@ -37,8 +45,8 @@ class PartOfData:
 
     def __post_init__(self) -> None:
         """Accept numbers, paths and single names in place of text: classes=(3, 8), data=Path(...), target="price"."""
-        for name in ("classes", "class_names", "target"):
-            if (value := getattr(self, name)) is not None:
+        for name in ("classes", "class_names", "target", "without"):
+            if (value := getattr(self, name, None)) is not None:
                 values = (value,) if isinstance(value, str) else value
                 object.__setattr__(self, name, tuple(str(item) for item in values))
         for name in ("data", "data_dir", "model", "weights"):
@@ -114,6 +122,8 @@ class Settings(DataSettings):
     """Memory that a kernel computation may use at a time, such as "3 GB"."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    without: tuple[str, ...] = ()
+    """Sections of the report to leave out: training, limit, invariances, neighbors, explained."""
 
     def check(self) -> None:
         """Refuse invalid values.
@@ -124,6 +134,9 @@ class Settings(DataSettings):
             Names the option as the command line spells it.
         """
         self.check_data()
+        for section in self.without:
+            if section not in SECTIONS:
+                raise _bad("without", section, f"sections among {', '.join(SECTIONS)}", nearest(section, SECTIONS))
         for name in ("model", "weights"):
             check_name("--" + name, getattr(self, name) or "", "Rename it: reports name it.")
         for name in ("epochs", "batch_size", "track_points", "probe_samples"):

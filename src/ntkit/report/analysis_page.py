@@ -11,6 +11,7 @@ from ntkit.report import analysis_figures as figures
 from ntkit.report import analysis_text as text
 from ntkit.report import explain_page, explain_text, invariance_text, judgments, kernel_figures, training_figures
 from ntkit.report.images import thumbnail
+from ntkit.report.limit_section import limit_section
 from ntkit.report.page import page
 from ntkit.report.words import percent
 
@@ -29,9 +30,10 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
         pairs["invariances"] = figures.invariances(results), invariance_text.invariances(results)
     explained = explained_part(results, arrays["explained"])
     curves = explained["along"] if explained else []
+    limit = limit_section(results)
     return page(
         "analysis.html",
-        [figure for figure, _ in (*along, *pairs.values(), *curves)],
+        [figure for figure, _ in (*along, *pairs.values(), *(limit["figures"] if limit else []), *curves)],
         title=results["title"],
         source="results.json",
         r=results,
@@ -60,6 +62,8 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
         shared_labels=text.neighbors(results) if results["neighbors"] else "",
         neighbors=neighbor_rows(results, arrays["neighbors"]),
         examples=image_cases(results["invariances"] or {}, arrays["invariances"]),
+        limit=limit,
+        left_out=results.get("left_out", []),
         explained=explained,
         unexplained=text.unexplained(results),
     )

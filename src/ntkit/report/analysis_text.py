@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ntkit.report import judgments
+from ntkit.report import judgments, limit_section
 from ntkit.report import training_figures as training
 from ntkit.report.invariance_text import invariance_finding
 from ntkit.report.words import beside, counted, listed, p_value, percent, plain, share
@@ -14,7 +14,7 @@ SVM = {"svm": "a hard-margin SVM", "ridge": "ridge regression"}
 
 
 def answer(results: dict[str, Any]) -> str:
-    """Say in two sentences what was done and what came out."""
+    """Say in a few sentences what was done and what came out."""
     model, data, run = results["model"], results["data"], results["training"]
     how = "whose weights were loaded" if run is None else f"trained for {counted(run['steps'], 'step')}"
     found, verdict = comparison(results, "init"), judgments.fits(*fit_of(results))
@@ -24,7 +24,16 @@ def answer(results: dict[str, Any]) -> str:
         f"{name}, {how}, on {data['train']:,} training "
         f"examples of {data['name']}, seen through its tangent kernel. The test error of {SVM[found['machine']]} on "
         f"its kernel is {judgments.ERROR.say(found['p'], found['value'])} that on the kernel at initialization."
+        f"{along_in_a_sentence(results)}"
     )
+
+
+def along_in_a_sentence(results: dict[str, Any]) -> str:
+    """The leads on the kernel and the task, and on the limit, of a network that was trained here."""
+    if not results["along"]:
+        return ""
+    limit = limit_section.finding(results)
+    return f" {_task_finding(results)[0]}" + (f" {limit[0]}" if limit else "")
 
 
 def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -32,6 +41,8 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
     findings = [*_separable_findings(results), *_error_findings(results), _task_finding(results)]
     if results["along"]:
         findings.append(along_finding(results["along"]))
+    if (found := limit_section.finding(results)) is not None:
+        findings.append(found)
     if results["invariances"]:
         findings.append(invariance_finding(results["invariances"], results["training"] is None))
     return findings

@@ -26,6 +26,8 @@ COSINE = 0.01
 """Change of a mean cosine below which nothing is said of it."""
 SMALLEST = 0.01
 """Difference of two squared errors, as a share of the second one, below which neither is called better."""
+NEAR, FAR = 0.1, 0.5
+"""Distance of the first-order network's outputs from the network's, as a share of how far training moved them."""
 FEWEST = 4
 """Snapshots below which a curve has no wander to compare its change with."""
 
@@ -138,6 +140,17 @@ def moved(distance: float | None, centered: float | None = None) -> str:
     if distance is None:
         return "undefined"
     return "hardly" if max(distance, centered or 0.0) < CHANGED else "changed"
+
+
+def linear(distance: float | None) -> str:
+    """Verdict on the distance of the first-order network's outputs.
+
+    >>> linear(0.0999), linear(0.1), linear(0.4999), linear(0.5), linear(None)
+    ('near', 'between', 'between', 'far', 'unknown')
+    """
+    if distance is None:
+        return "unknown"
+    return "near" if distance < NEAR else "between" if distance < FAR else "far"
 
 
 def more_invariant(change: Number) -> str:
@@ -261,6 +274,19 @@ SHAPE = Judgment(
     },
 )
 """Lead on the kernel along training."""
+LINEAR = Judgment(
+    "The first-order network is trained with the same start, batches and optimizer. The network stayed near it where "
+    f"their test outputs differ by less than {NEAR:g} of how far training moved the network’s, and went far from it "
+    f"where they differ by at least {FAR:g} of that.",
+    linear,
+    {
+        "near": "The network trained as in the limit of infinite width.",
+        "between": "The network trained partly as in the limit of infinite width.",
+        "far": "The network trained unlike the limit of infinite width.",
+        "unknown": "How far the network went from its first-order network is unknown.",
+    },
+)
+"""Lead on the limit."""
 _COSINES = (
     f"A cosine changed beyond noise where its mean change over the same images is at least {COSINE:g} and has "
     f"p < {LEVEL:g} (Student’s t test). Each transformation is judged by itself."
@@ -325,6 +351,7 @@ RULES: dict[str, Sequence[Judgment]] = {
     "Separable": (SEPARABLE,),
     "Turned towards the task": (TURN,),
     "Changed shape": (SHAPE,),
+    "As in the limit of infinite width": (LINEAR,),
     "Invariant, global": (INVARIANCE, LAYOUT),
     "Beside two different images": (BEYOND,),
     "Influence": (TRUST,),

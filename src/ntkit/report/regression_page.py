@@ -9,6 +9,7 @@ from ntkit.report import analysis_figures, analysis_text, invariance_text, judgm
 from ntkit.report import regression_figures as figures
 from ntkit.report import regression_text as text
 from ntkit.report.analysis_page import Arrays, explained_part, image_cases, neighbor_rows, of_kernels
+from ntkit.report.limit_section import limit_section
 from ntkit.report.page import page
 from ntkit.report.words import measure
 
@@ -47,9 +48,10 @@ def regression_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> st
     ]
     explained = explained_part(results, arrays["explained"])
     curves = explained["along"] if explained else []
+    limit = limit_section(results)
     return page(
         "regression.html",
-        [figure for figure, _ in (*along, *pairs.values(), *curves)],
+        [figure for figure, _ in (*along, *pairs.values(), *(limit["figures"] if limit else []), *curves)],
         title=results["title"],
         source="results.json",
         r=results,
@@ -66,6 +68,8 @@ def regression_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> st
         shared_labels=text.neighbors(results) if results["neighbors"] else "",
         neighbors=neighbor_rows(results, arrays["neighbors"]),
         examples=image_cases(results["invariances"] or {}, arrays["invariances"]),
+        limit=limit,
+        left_out=results.get("left_out", []),
         explained=explained,
         unexplained=analysis_text.unexplained(results),
         parts=text.Parts(results),

@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ntkit.report import judgments
-from ntkit.report.analysis_text import along_finding, failed_checks, fit_warnings, lead_on_network, turn_finding
+from ntkit.report import judgments, limit_section
+from ntkit.report.analysis_text import (
+    along_finding,
+    along_in_a_sentence,
+    failed_checks,
+    fit_warnings,
+    lead_on_network,
+    turn_finding,
+)
 from ntkit.report.words import beside, counted, digits, listed, plain
 
 R2 = 2
@@ -95,6 +102,7 @@ def answer(results: dict[str, Any]) -> str:
         f"examples of {data['name']} to predict {listed(data['targets']['names'])}, seen through its tangent kernel. "
         f"The test error of ridge regression on its kernel is "
         f"{judgments.SQUARED_ERROR.say(*difference(results, 'init'))} that on the kernel at initialization."
+        f"{along_in_a_sentence(results)}"
     )
 
 
@@ -148,6 +156,8 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
     findings.append(turn_finding(first, last, ranks, results["along"]))
     if results["along"]:
         findings.append(along_finding(results["along"]))
+    if (found := limit_section.finding(results)) is not None:
+        findings.append(found)
     return findings
 
 
