@@ -9,6 +9,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -195,3 +196,11 @@ def test_no_file_names_a_path_of_some_machine():
             and path != Path(__file__)
         ):
             assert not bad.search(path.read_text()), name
+
+
+def test_the_citation_names_this_version() -> None:
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = (ROOT / "CITATION.cff").read_text()
+    for name in ("version", "license"):
+        assert re.findall(rf"^{name}: (.*)$", cited, re.MULTILINE) == [told[name]]
+    assert f"version {told['version']}." in (ROOT / "README.md").read_text()
