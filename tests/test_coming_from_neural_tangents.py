@@ -121,7 +121,7 @@ LAYERS = {
     "Aggregate": on_graph,
 }
 NETWORKS_SAMPLED = {
-    "GlobalSelfAttention": lambda s: dense(mean(formulas.attention(dense(s), W**2, W**2, B))),
+    "GlobalSelfAttention": lambda s: dense(mean(formulas.attention(dense(s), W, W**2, B))),
     "Aggregate, a graph per sample": lambda s: dense(
         mean(formulas.per_sample(relu(dense(s)), data().graphs.transpose(0, 2, 1)))
     ),

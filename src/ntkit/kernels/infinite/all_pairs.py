@@ -273,7 +273,7 @@ def prepare(graph: Graph, data: dict[int, Tensor]) -> Side:
             scores = side.data[next(iter(side.data))].new_zeros(side.count, *layer.score_grid)
             for factor, source in layer.scores:
                 scores.add_(values(source)[0], alpha=factor)
-            given = [side.data[k.key][0, 0] * math.sqrt(side.data[k.key].shape[3]) for k in layer.given]
+            given = [side.data[k.key][0, 0] for k in layer.given]
             maps = layer.weights(scores, given)
             if not maps.isfinite().all():
                 got, expected = "weights of attention that are no finite numbers", "finite ones"

@@ -42,11 +42,11 @@ from ntkit.kernels.infinite.limit_tiles import (
     warn_of_masks,
 )
 from ntkit.kernels.infinite.planes import splits
+from ntkit.kernels.infinite.reading import read
 from ntkit.kernels.infinite.sample_sides import Side
 from ntkit.kernels.infinite.sampled import LimitEstimate, SampledLimit, Sampling
 from ntkit.kernels.infinite.shared_weights import Program
 from ntkit.kernels.infinite.shared_weights_reader import read_program
-from ntkit.kernels.infinite.tape_to_layers import read
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, written
 from ntkit.networks.larger_copies import Make
 
@@ -392,7 +392,7 @@ class InfiniteKernel(Kernel):
                 t = in_float64(layer.values(out))
                 if layer.key not in data:
                     data[layer.key] = t.new_empty(*t.shape[:2], len(x), t.shape[3])
-                data[layer.key][:, :, start : start + BATCH] = t / math.sqrt(t.shape[3])
+                data[layer.key][:, :, start : start + BATCH] = t if layer.as_given else t / math.sqrt(t.shape[3])
         return graph, data, dtype
 
     def _dtype(self, x: Batch) -> torch.dtype:

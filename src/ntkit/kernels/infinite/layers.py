@@ -26,6 +26,7 @@ class Input(Layer):
 
     key : of its values among those of all inputs.
     as_images : the call's output as [n, channels, positions ...], where it is something else.
+    as_given : its values are not divided by the root of the number of channels.
     """
 
     index: int
@@ -33,6 +34,7 @@ class Input(Layer):
     first: int = 0  # of the call's channels, where it is some of them only
     key: int = 0
     as_images: Callable[[Tensor], Tensor] | None = None
+    as_given: bool = False
 
     def values(self, out: Tensor) -> Tensor:
         """[H, W, n, channels] of the call's output."""
