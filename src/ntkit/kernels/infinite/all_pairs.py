@@ -65,7 +65,13 @@ class AllPairs:
     keep: bool = False
 
     def __post_init__(self) -> None:
-        self.uses = Counter(id(source) for layer in self.graph.layers for source in sources(layer))
+        needed = {id(self.graph.layers[self.graph.output])}
+        self.uses: Counter[int] = Counter()
+        for layer in reversed(self.graph.layers):  # not what only the scores need
+            if id(layer) in needed:
+                of = [id(source) for source in sources(layer)]
+                needed.update(of)
+                self.uses.update(of)
         self.cache: dict[int, Values] = {}
 
     def __call__(self, layer: Layer) -> Values:

@@ -344,17 +344,19 @@ class AttentionReader(SequenceReader):
         if different:
             raise self.refusal(op, "heads with different masks or functions", "Use the same in all heads.")
 
-        def weights(s: Tensor, data: list[Tensor]) -> Tensor:
+        def by_threes(s: Tensor, data: list[Tensor]) -> Tensor:
             found = []
             for start in range(0, len(s), 3):  # three at a time, as the network was run
                 which = torch.arange(start, start + 3).clamp(max=len(s) - 1)
-                some = {
-                    i: t[which].reshape(like[i].shape).to(s if like[i].is_floating_point() else like[i].dtype)
-                    for (i, _), t in zip(given, data, strict=True)
-                }
+                some = {i: _like(t[which], like[i], s) for (i, _), t in zip(given, data, strict=True)}
                 found.append(three(s[which], some)[0][heads][: len(s) - start])
             return torch.cat(found)
 
+        def at_once(s: Tensor, data: list[Tensor]) -> Tensor:
+            some = {i: _like(t, like[i], s) for (i, _), t in zip(given, data, strict=True)}
+            return function(s.reshape(len(s), *[1] * (owner.dim() - 1), *s.shape[1:]), some).reshape(len(s), -1, grid)
+
+        weights = at_once if _agree(at_once, by_threes, scores.grid, [like[i].flatten(1) for i, _ in given]) else by_threes
         layer, new = self.layer(value), maps.shape[1]
         size = layer.size if new == grid else (1, new)
         inputs = [layer_of for _, layer_of in given]
@@ -369,3 +371,22 @@ class AttentionReader(SequenceReader):
 
     def _terms(self, scores: Scores) -> list[tuple[float, Layer]]:
         return [(factor * scores.features, layer) for factor, layer in scores.terms]
+
+
+def _like(data: Tensor, out: Tensor, scores: Tensor) -> Tensor:
+    """Values of the input in the shape and kind of a call's output, for other samples."""
+    return data.reshape(len(data), *out.shape[1:]).to(scores if out.is_floating_point() else out.dtype)
+
+
+def _agree(one: Any, two: Any, grid: tuple[int, int], data: list[Tensor]) -> bool:
+    """Whether two ways to compute weights do the same, for three samples and for two, on random scores."""
+    s = 3 * torch.randn(3, *grid, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for count in (3, 2):
+        some = [t[:count].double() for t in data]
+        try:
+            found, wanted = one(s[:count], some), two(s[:count], some)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return False
+        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-12, atol=1e-14, equal_nan=True):
+            return False
+    return True

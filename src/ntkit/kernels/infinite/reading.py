@@ -78,8 +78,9 @@ def _check_scales(reader: AttentionReader, model: nn.Module, three: Tensor, stds
     if not reader.scales:
         return
     known = None if stds[0] is None or stds[1] is None else (stds[0], stds[1])
-    larger = larger_copy(model, 2, three, known).network
-    other = AttentionReader(larger, record(larger, three), 1.0, 1.0)
+    larger = larger_copy(model, 2, three, known)
+    larger.draw(0)
+    other = AttentionReader(larger.network, record(larger.network, three), 1.0, 1.0)
     other.read()
     for one, two in zip(reader.scales, other.scales, strict=True):
         _check_scale(reader, one, two)
