@@ -10,20 +10,31 @@ Divided by sqrt(d) instead, the scores stay random, however large d is.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ntkit.kernels.infinite import tape_calls as calls
+from ntkit.kernels.infinite.attention_weights import (
+    Function,
+    Given,
+    Scale,
+    Scores,
+    Weighting,
+    nothing,
+    replayed,
+    weights_of,
+)
+from ntkit.kernels.infinite.channel_parts import part
 from ntkit.kernels.infinite.labels import Labels, moves
 from ntkit.kernels.infinite.layers import Input, Layer, Mixture, Sum
-from ntkit.kernels.infinite.channel_parts import part
-from ntkit.kernels.infinite.sequence_reader import SequenceReader, checked, sequence_value
+from ntkit.kernels.infinite.sequence_layers import checked, sequence_value
+from ntkit.kernels.infinite.sequence_reader import SequenceReader
 from ntkit.kernels.infinite.tape import DROPOUTS, Op, Ref, Tape, dropout_rate
 from ntkit.kernels.infinite.tape_calls import arguments, factor_of
 from ntkit.kernels.infinite.tape_reader import Curve, DerivedWeight, Weight
@@ -35,57 +46,15 @@ _ADVICE = (
 )
 
 
-class Scale(NamedTuple):
-    """Of the scores of one call: the number of features that they sum, and the factors of the sum."""
-
-    op: Op
-    features: int
-    factors: tuple[float, ...]
+Move = Callable[[Tensor], Tensor]
 
 
-@dataclass
-class Scores:
-    """Products of queries and keys, summed over features: their limit is a sum of covariances between positions.
-
-    terms : factors and layers, before `features`.
-    products : factors of all products, of independent layers, too.
-    rows, columns, sample : positions and sample of each score, in the shape of the value.
-    """
-
-    terms: list[tuple[float, Layer]]
-    products: list[float]
-    features: int
-    grid: tuple[int, int]
-    sample: Tensor
-    rows: Tensor
-    columns: Tensor
-
-    def moved(self, places: Tensor) -> Scores:
-        """Other of the scores, by their flat indices."""
-        sample, rows, columns = (t.flatten()[places] for t in (self.sample, self.rows, self.columns))
-        return replace(self, sample=sample, rows=rows, columns=columns)
-
-    def times(self, factor: float) -> Scores:
-        """All scores times a number."""
-        terms = [(factor * f, layer) for f, layer in self.terms]
-        return replace(self, terms=terms, products=[factor * f for f in self.products])
-
-    def at(self, whole: Tensor) -> Tensor:
-        """The value of scores [3, P, Q]."""
-        return whole[self.sample, self.rows, self.columns]
+def _as_is(t: Tensor) -> Tensor:
+    return t
 
 
-@dataclass
-class Weighting:
-    """What a network computes from scores alone, or from its input: calls to be run on the scores' limits.
-
-    start : the scores' call on the tape.
-    steps : the calls behind it.
-    """
-
-    scores: Scores | None
-    start: int
-    steps: list[int] = field(default_factory=list)
+def _turned(t: Tensor) -> Tensor:
+    return t.mT
 
 
 class AttentionReader(SequenceReader):
@@ -114,13 +83,21 @@ class AttentionReader(SequenceReader):
                 raise self.refusal(op, "the input changed in place", "Write it without in-place operations.")
             return None
         if any(isinstance(v, (Scores, Weighting)) for v in inputs):
-            return self._of_scores(op, index, inputs)
+            return self._einsum(op, index) if op.func is torch.einsum else self._of_scores(op, index, inputs)
         if op.func is F.scaled_dot_product_attention:
             return self._fused(op, index)
-        if op.func in _PRODUCTS and len(op.refs) == 2:
-            one, two = op.refs
-            if all(isinstance(self.values[r.index], (Layer, Curve)) for r in op.refs):
-                return self._scores(op, self._laid_out(op, one), self._laid_out(op, two))
+        if "multi_head_attention" in op.name or "transformer_encoder" in op.name:
+            got = f"{op.name}, whose scores are divided by the square root of their features and stay random"
+            raise self.refusal(op, got, "Write it with scores over the number of features: these tend to their means.")
+        if len(op.refs) == 2 and not any(isinstance(v, (Weight, DerivedWeight)) for v in inputs):
+            if op.func is torch.einsum:
+                return self._einsum(op, index)
+            if op.func in _PRODUCTS and None in inputs:
+                return self._of_scores(op, index, inputs)
+            if op.func in _PRODUCTS:
+                return self._scores(op, self._laid_out(op, op.refs[0]), self._laid_out(op, op.refs[1]))
+            if op.func in calls.PRODUCTS and None in inputs:
+                return self._masked(op, index)
         return sequence_value(self, op, index)
 
     # ------------------------------------------------------------------ scores
@@ -146,7 +123,7 @@ class AttentionReader(SequenceReader):
         c, d = one.channel[..., :1, :], two.channel[..., :1, :]
         s, t = one.sample[..., 0], two.sample[..., 0]
         per_head = torch.equal(one.channel, c.expand_as(a)) and torch.equal(two.channel, d.expand_as(b))
-        if not per_head or not torch.equal(s[..., :, None].expand(*s.shape, t.shape[-1]), t[..., None, :].expand(*s.shape, t.shape[-1])):
+        if not per_head or not bool((s[..., :, None] == t[..., None, :]).all()):
             raise self.refusal(op, f"{op.name} of different samples or features", "Write q @ k^T for each head.")
         same = torch.equal(c, d)
         terms, products = self._products(op, (q, one), (k, two), same)
@@ -193,12 +170,17 @@ class AttentionReader(SequenceReader):
     def _of_scores(self, op: Op, index: int, inputs: list[Any]) -> Any:
         if op.func in DROPOUTS and dropout_rate(op.args, op.kwargs):
             raise self.refusal(op, "dropout in train mode", "Call model.eval().")
-        found = [(r, v) for r, v in zip(op.refs, inputs, strict=True) if isinstance(v, (Scores, Weighting))]
+        pairs = list(zip(op.refs, inputs, strict=True))
+        found = [(r, v) for r, v in pairs if isinstance(v, (Scores, Weighting))] or [p for p in pairs if p[1] is None]
         ref, value = found[0]
         if op.func in _PRODUCTS and len(op.refs) == 2 and isinstance(self.value(op.args[1]), (Layer, Curve)):
-            return self._mixed(op, index, self._weighting(op, ref, value), self._laid_out(op, op.args[1]))
+            weighting = self._weighting(op, ref, value)
+            function = replayed(self, weighting, _as_is)
+            return self._mixture(op, index, weighting.scores, function, self._laid_out(op, op.args[1]))
         if op.func in _PRODUCTS and isinstance(self.value(op.args[0]), (Layer, Curve)):
-            return self._mixed(op, index, self._weighting(op, ref, value), self._laid_out(op, op.args[0]), True)
+            weighting, (layer, labels) = self._weighting(op, ref, value), self._laid_out(op, op.args[0])
+            values = layer, labels.moved(labels.ids.mT)
+            return self._mixture(op, index, weighting.scores, replayed(self, weighting, _turned), values, _turned)
         if isinstance(value, Scores) and len(op.refs) == 1:
             if op.func in calls.PRODUCTS | calls.NEGATIONS and (factor := factor_of(op)) is not None:
                 return value.times(factor)
@@ -213,7 +195,7 @@ class AttentionReader(SequenceReader):
             start = of.start
             steps |= set(of.steps)
         for r, v in zip(op.refs, inputs, strict=True):
-            if isinstance(v, (Layer, Curve)) or (isinstance(v, DerivedWeight)):
+            if isinstance(v, (Layer, Curve, DerivedWeight)):
                 raise self.refusal(op, f"{op.name} of scores and {type(v).__name__.lower()}", _ADVICE)
             if isinstance(v, Weight) and v.parameter.requires_grad:
                 got = f"the trained parameter '{v.name}' in the scores"
@@ -227,6 +209,9 @@ class AttentionReader(SequenceReader):
     def _weighting(self, op: Op, ref: Ref, value: Any) -> Weighting:
         if isinstance(value, Weighting):
             return value
+        if value is None:
+            self._datum(op, ref.index)
+            return Weighting(nothing(), ref.index)
         if ref.index not in self._weightings:
             self._weightings[ref.index] = Weighting(self._used(op, value), ref.index)
         return self._weightings[ref.index]
@@ -272,121 +257,85 @@ class AttentionReader(SequenceReader):
                 s = s.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else s + bias
             return s.softmax(-1)
 
-        return self._mixture(op, index, scores, function, values, False)
+        return self._mixture(op, index, scores, function, values)
 
     # ------------------------------------------------------------------ mixtures
 
-    def _mixed(
-        self, op: Op, index: int, weighting: Weighting, values: tuple[Any, Labels], before: bool = False
-    ) -> Layer:
-        """Weights [..., a, b] times values [..., b, features], or values [..., features, b] times weights [..., b, a]."""
-        scores = weighting.scores
-        assert scores is not None
-
-        def function(s: Tensor, given: dict[int, Tensor]) -> Tensor:
-            found = {weighting.start: s, **given}
-
-            def argument(a: Any) -> Any:
-                if isinstance(a, Ref):
-                    value = self.values[a.index]
-                    if isinstance(value, Weight):
-                        return (value.parameter.detach() * value.factor).to(s)
-                    return found[a.index]
-                if isinstance(a, Tensor):
-                    return a.to(s) if a.is_floating_point() else a.to(s.device)
-                return s.dtype if isinstance(a, torch.dtype) and a.is_floating_point else a
-
-            for step in weighting.steps:
-                call = self.tape.ops[step]
-                args, kwargs = tree_map(argument, (call.args, call.kwargs))
-                found[step] = call.func(*args, **kwargs)
-            last = weighting.steps[-1] if weighting.steps else weighting.start
-            return found[last].mT if before else found[last]
-
-        if before:
-            values = values[0], values[1].moved(values[1].ids.transpose(-1, -2))
-        return self._mixture(op, index, scores, function, values, before)
-
     def _mixture(
-        self,
-        op: Op,
-        index: int,
-        scores: Scores,
-        function: Callable[[Tensor, dict[int, Tensor]], Tensor],
-        values: tuple[Any, Labels],
-        turned: bool,
+        self, op: Op, index: int, scores: Scores, function: Function, values: tuple[Any, Labels], back: Move = _as_is
     ) -> Layer:
+        """Values [..., keys, features] in sums over keys; `back` arranges [..., queries, features] as the call does."""
         value, labels = values
-        ids = labels.ids  # [..., b, features]
-        channel, position, sample = labels.channel, labels.position, labels.sample
+        ids, channel, position, sample = labels.ids, labels.channel, labels.position, labels.sample
         flat = channel[..., :1, :].expand_as(ids), position[..., :1].expand_as(ids), sample[..., :1, :1].expand_as(ids)
         if not all(map(torch.equal, flat, (channel, position, sample))):
             raise self.refusal(op, "values of several positions or features in one sum", "Mix positions alone.")
-        places, owner = position[..., 0], sample[..., 0, 0]  # [..., b], [...]
-        given = list(self.given.items())
-        like = {i: self.tape.ops[i].out for i, _ in given}
-        grid = labels.positions
-
-        def three(s: Tensor, data: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-            """Maps of three samples, [heads x samples, a, positions], and which sample each belongs to."""
-            weights = function(scores.at(s), data)
-            if weights.shape[:-2] != places.shape[:-1] or weights.shape[-1] != places.shape[-1]:
-                shapes = f"weights of shape {tuple(weights.shape)} for values of shape {tuple(ids.shape)}"
-                raise self.refusal(op, shapes, "Give weights and values the same heads.")
-            maps = weights.new_zeros(*weights.shape[:-1], grid)
-            maps.scatter_add_(-1, places.to(s.device)[..., None, :].expand(weights.shape), weights)
-            return maps.flatten(0, -3), owner.flatten()
-
-        heads = [int((owner.flatten() == s).nonzero()[0]) for s in range(3)]
-        z = torch.randn(3, *scores.grid, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        maps, of = three(z, like)
-        different = any(not torch.allclose(m, maps[heads[int(s)]], rtol=1e-12) for m, s in zip(maps, of, strict=True))
-        if different:
-            raise self.refusal(op, "heads with different masks or functions", "Use the same in all heads.")
-
-        def by_threes(s: Tensor, data: list[Tensor]) -> Tensor:
-            found = []
-            for start in range(0, len(s), 3):  # three at a time, as the network was run
-                which = torch.arange(start, start + 3).clamp(max=len(s) - 1)
-                some = {i: _like(t[which], like[i], s) for (i, _), t in zip(given, data, strict=True)}
-                found.append(three(s[which], some)[0][heads][: len(s) - start])
-            return torch.cat(found)
-
-        def at_once(s: Tensor, data: list[Tensor]) -> Tensor:
-            some = {i: _like(t, like[i], s) for (i, _), t in zip(given, data, strict=True)}
-            return function(s.reshape(len(s), *[1] * (owner.dim() - 1), *s.shape[1:]), some).reshape(len(s), -1, grid)
-
-        weights = at_once if _agree(at_once, by_threes, scores.grid, [like[i].flatten(1) for i, _ in given]) else by_threes
-        layer, new = self.layer(value), maps.shape[1]
-        size = layer.size if new == grid else (1, new)
-        inputs = [layer_of for _, layer_of in given]
-        mixture = Mixture(size, self.where(op), layer, list(self._terms(scores)), inputs, scores.grid, weights)
+        weights, new = weights_of(self, op, scores, function, list(self.given), labels)
+        layer = self.layer(value)
+        size = layer.size if new == labels.positions else (1, new)
+        terms = [(factor * scores.features, term) for factor, term in scores.terms]
+        mixture = Mixture(size, self.where(op), layer, terms, list(self.given.values()), scores.grid, weights)
         self.add(mixture, [layer])
-        out = Labels.at(
-            sample[..., :1, :1], channel[..., :1, :], torch.arange(new)[:, None], labels.channels, new
-        )
-        ids = out.ids.expand(*owner.shape, new, ids.shape[-1])
-        self.labels[index] = out.moved(ids.transpose(-1, -2) if turned else ids)
+        out = Labels.at(sample[..., :1, :1], channel[..., :1, :], torch.arange(new)[:, None], labels.channels, new)
+        self.labels[index] = out.moved(back(out.ids.expand(*ids.shape[:-2], new, ids.shape[-1])))
         return mixture
 
-    def _terms(self, scores: Scores) -> list[tuple[float, Layer]]:
-        return [(factor * scores.features, layer) for factor, layer in scores.terms]
+    def _einsum(self, op: Op, index: int) -> Any:
+        """Products of two values over one axis, for each of the axes that both and the result have."""
+        equation, *operands = op.args[0], *(op.args[1] if isinstance(op.args[1], (list, tuple)) else op.args[1:])
+        found = re.fullmatch(r"(\w+),(\w+)->(\w+)", str(equation).replace(" ", ""))
+        if found is None or len(operands) != 2:
+            raise self.refusal(op, f"einsum '{equation}'", "Write two operands and the result, without an ellipsis.")
+        one, two, out = found.groups()
+        if isinstance(self.value(operands[1]), (Scores, Weighting)) or self.value(operands[1]) is None:
+            (one, two), operands = (two, one), operands[::-1]
+        shared = [c for c in one if c in two and c in out]
+        summed = [c for c in one if c in two and c not in out]
+        rows, columns = ([c for c in out if c in s and c not in shared] for s in (one, two))
+        once = len(set(one)) == len(one) == len(shared) + 2 == len(two) == len(set(two))
+        if not once or list(map(len, (summed, rows, columns))) != [1, 1, 1]:
+            fix = "Sum over one axis of queries and keys, or of weights and values."
+            raise self.refusal(op, f"einsum '{equation}'", fix)
+        first = lambda t: t.permute([one.index(c) for c in (*shared, *rows, *summed)])
+        second = lambda t: t.permute([two.index(c) for c in (*shared, *summed, *columns)])
+        inner = [*shared, *rows, *columns]
+        back = lambda t: t.permute([inner.index(c) for c in out])
+        value, labels = self._laid_out(op, operands[1])
+        keys = value, labels.moved(second(labels.ids))
+        start = self.value(operands[0])
+        if isinstance(start, (Layer, Curve)):
+            own = self.of(operands[0])
+            scores = self._scores(op, (start, own.moved(first(own.ids))), keys)
+            return replace(scores, **{name: back(getattr(scores, name)) for name in ("sample", "rows", "columns")})
+        weighting = self._weighting(op, operands[0], start)
+        return self._mixture(op, index, weighting.scores, replayed(self, weighting, first), keys, back)
 
+    def _masked(self, op: Op, index: int) -> Layer:
+        """A layer times numbers of the input, one for each position of a sample, or divided by them."""
+        ref, by = op.refs if self.values[op.refs[0].index] is not None else op.refs[::-1]
+        labels, out, factors = self.of(ref), op.out, self.tape.ops[by.index].out
+        value = self.values[ref.index]
+        if tuple(labels.ids.shape) != tuple(out.shape) or (op.func in calls.DIVISIONS and by is op.refs[0]):
+            raise self.refusal(op, f"{op.name} of the input and a layer", "Multiply by one number per position.")
+        self._datum(op, by.index)
+        divided = op.func in calls.DIVISIONS
 
-def _like(data: Tensor, out: Tensor, scores: Tensor) -> Tensor:
-    """Values of the input in the shape and kind of a call's output, for other samples."""
-    return data.reshape(len(data), *out.shape[1:]).to(scores if out.is_floating_point() else out.dtype)
+        def table(given: Given) -> Tensor:
+            numbers = given[by.index].double()
+            numbers = (1 / numbers if divided else numbers).expand(out.shape)
+            found = numbers.new_zeros(3, labels.positions)
+            found[labels.sample, labels.position] = numbers
+            return found
 
-
-def _agree(one: Any, two: Any, grid: tuple[int, int], data: list[Tensor]) -> bool:
-    """Whether two ways to compute weights do the same, for three samples and for two, on random scores."""
-    s = 3 * torch.randn(3, *grid, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for count in (3, 2):
-        some = [t[:count].double() for t in data]
-        try:
-            found, wanted = one(s[:count], some), two(s[:count], some)
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return False
-        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-12, atol=1e-14, equal_nan=True):
-            return False
-    return True
+        numbers = table({by.index: factors})
+        wanted = (1 / factors.double() if divided else factors.double()).expand(out.shape)
+        if not torch.equal(numbers[labels.sample, labels.position], wanted):
+            got = f"{op.name} of a layer and numbers of the input that differ between its features"
+            raise self.refusal(op, got, "Multiply by one number per position.")
+        samples, positions = torch.arange(3)[:, None, None], torch.arange(labels.positions)[:, None]
+        whole = Labels.at(samples, torch.zeros(1, dtype=torch.long), positions, 1, labels.positions)
+        diagonal = lambda s, given: torch.diag_embed(table(given))
+        weights, _ = weights_of(self, op, nothing(), diagonal, list(self.given), whole)
+        layer = self.layer(value)
+        mixture = Mixture(layer.size, self.where(op), layer, [], list(self.given.values()), (1, 1), weights)
+        return self.put(index, self.add(mixture, [layer]), labels)

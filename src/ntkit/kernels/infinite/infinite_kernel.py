@@ -387,9 +387,8 @@ class InfiniteKernel(Kernel):
             alone = not any(layer.index for layer in inputs)
             outputs = [batch] if alone else outputs_before_weights(model, batch, graph.last_index, keep)
             for layer in inputs:
-                out = outputs[layer.index]
-                dtype = dtype if x.is_floating_point() else out.dtype
-                t = in_float64(layer.values(out))
+                t = layer.values(outputs[layer.index])
+                dtype, t = dtype if x.is_floating_point() else t.dtype, in_float64(t)
                 if layer.key not in data:
                     data[layer.key] = t.new_empty(*t.shape[:2], len(x), t.shape[3])
                 data[layer.key][:, :, start : start + BATCH] = t if layer.as_given else t / math.sqrt(t.shape[3])
