@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ntkit import InfiniteKernel, Refused
+from ntkit.kernels.infinite.sampled import WeightedKernel
+from ntkit.networks.larger_copies import larger_copy
 
 W, B = 1.3, 0.4
 LENGTH, FEATURES = 5, 3
@@ -351,3 +353,290 @@ def finite(width, seed, x):
 
     rows = torch.func.vmap(torch.func.grad(outputs), (None, 0))(normal, x)
     return sum(t.flatten(1) @ t.flatten(1).T for t in rows.values())
+
+
+# ---------------------------------------------------------------------- other networks, and finite ones
+
+
+class Padded(Net):
+    """A mask that is computed from the input."""
+
+    def forward(self, x):
+        keep = x[:, :, 0] > -0.5
+
+        def attend(q, k, v):
+            s = (q @ k.mT / q.shape[-1]).masked_fill(~keep[:, None, None, :], -1e9)
+            return s.softmax(-1) @ v
+
+        self.attend = attend
+        return super().forward(x)
+
+
+class Einsum(Net):
+    """Axes in another order; heads are not moved."""
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        q, v = (f(h).unflatten(2, (self.heads, -1)) for f in (self.q, self.v))
+        s = torch.einsum("bqhd,bkhd->bhqk", q, q) / q.shape[-1]
+        return self.last(self.out(torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1), v).flatten(2)).mean(1))
+
+
+class Projected(Net):
+    """Queries, keys and values from one layer."""
+
+    def __init__(self, width=16):
+        super().__init__(None, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        del self.q, self.k, self.v
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        q, k, v = self.qkv(h).chunk(3, -1)
+        return self.last(self.out(by_softmax(q, k, v)).mean(1))
+
+
+class Channels(nn.Module):
+    """Images with features first; a patch is a position."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.patches, self.block = nn.Conv2d(2, width, 2, stride=2), Block(width)
+        self.last = nn.Linear(width, 1)
+
+    def forward(self, x):
+        return self.last(self.block(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Words(nn.Module):
+    """An embedding in front of a block."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.embed, self.block, self.last = nn.Embedding(7, width), Block(width), nn.Linear(width, 1)
+
+    def forward(self, words):
+        return self.last(self.block(self.embed(words)).mean(1))
+
+
+class Fixed(Encoder):
+    """Encodings of positions as a buffer."""
+
+    def __init__(self, width=16, heads=2):
+        super().__init__(width, heads)
+        del self.positions
+        places, rates = torch.arange(LENGTH)[:, None], torch.exp(-torch.arange(0, width, 2) / 4)
+        table = torch.cat([torch.sin(places * rates), torch.cos(places * rates)], 1)
+        self.register_buffer("positions", table[None])
+
+
+class Graph(nn.Module):
+    """The edges of each sample are part of it: five positions of three features and five edges."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 1)
+
+    def forward(self, x):
+        h, edges = x[:, :, :3], x[:, :, 3:]
+        h = self.second(edges @ self.first(h).relu())
+        return self.last((edges @ h.relu()).mean(1))
+
+
+def padded(x):
+    keep = x.numpy()[:, None, :, 0] > -0.5
+    return dense(mean(attention(relu(dense(start(x))), lambda s: softmax(np.where(keep, s, -1e9)))))
+
+
+def projected(x):
+    return dense(mean(attention(relu(dense(start(x))), softmax, shared=False)))
+
+
+def patches(x):
+    n = len(x)
+    cut = x.numpy().reshape(n, 2, 3, 2, 3, 2).transpose(0, 2, 4, 1, 3, 5).reshape(n, 9, 8)
+    k = gram(cut)
+    return dense(mean(block(dense((k, 0 * k)))))
+
+
+def words(x):
+    same = (x.numpy()[:, None, :, None] == x.numpy()[None, :, None, :]).astype(float)
+    return dense(mean(block((same, same))))
+
+
+def fixed(x):
+    table = Fixed().positions[0].double().numpy()
+    table = table - table.mean(1, keepdims=True)
+    k, t = dense(start(x))
+    return dense(mean(norm(block(block((k + table @ table.T / table.shape[1], t))))))
+
+
+def graph(x):
+    k, edges = gram(x.numpy()[:, :, :3]), x.numpy()[:, :, 3:]
+    state = mixed(relu(dense((k, 0 * k))), edges)
+    return dense(mean(mixed(relu(dense(state)), edges)))
+
+
+IMAGES = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+TEXT = torch.randint(0, 7, (4, LENGTH), generator=torch.Generator().manual_seed(6))
+EDGES = torch.cat([X, (torch.rand(4, 5, 5, generator=torch.Generator().manual_seed(7)) < 0.6).double()], 2)
+NETWORKS = {
+    "a mask of the input": (lambda: Padded(None), padded, X),
+    "einsum": (lambda: Einsum(None), lambda x: dense(mean(attention(relu(dense(start(x))), softmax))), X),
+    "one projection": (Projected, projected, X),
+    "patches": (Channels, patches, IMAGES),
+    "words": (Words, words, TEXT),
+    "a buffer of positions": (Fixed, fixed, X),
+    "a graph of each sample": (Graph, graph, EDGES),
+}
+
+
+def of_unit_words(model):
+    """With words of exactly mean 0 and variance 1: their distribution is measured."""
+    if isinstance(model, Words):
+        p = model.embed.weight.data
+        p.sub_(p.mean()).div_(p.square().mean().sqrt())
+    return model
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_other_networks_equal_the_formulas(name):
+    make, formula, x = NETWORKS[name]
+    check(of_unit_words(seeded(make)), formula, x)
+
+
+@pytest.mark.parametrize("name", ["a mask of the input", "one projection", "patches", "words", "a graph of each sample"])
+def test_finite_networks_agree(name):
+    make, _, x = NETWORKS[name]
+    model, x = of_unit_words(seeded(make)), x[:3]
+    larger, found = larger_copy(model, 8, x, (W, B)), []
+    kernel = WeightedKernel(larger, "ntk")
+    for seed in range(30):
+        larger.draw(seed)
+        found.append(kernel.gram(x, None))
+    values, limit = torch.stack(found), InfiniteKernel(model, "ntk", W, B)(x)
+    error = float(values.std(0).norm()) / 30**0.5
+    assert float((values.mean(0) - limit).norm()) < 3 * error < 0.2 * float(limit.norm())
+
+
+def test_the_samples_may_be_few_or_many():
+    model = seeded(lambda: Padded(None))
+    kernel = InfiniteKernel(model, "ntk", W, B)
+    many = torch.randn(29, LENGTH, FEATURES, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    whole = kernel(many)
+    close(whole.numpy(), padded(many)[1][:, :, 0, 0])
+    close(kernel(many[:1]).numpy(), whole[:1, :1].numpy())
+    close(kernel(many, many[3:5]).numpy(), whole[:, 3:5].numpy())
+    assert torch.equal(whole, whole.T)
+    low = InfiniteKernel(seeded(lambda: Padded(None)).float(), "ntk", W, B)(many.float())
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low.double(), whole, rtol=2e-6, atol=0)
+
+
+def test_torch_s_own_parametrization():
+    model = seeded(lambda: Net(by_softmax, width=400, bias=False))
+    kernel = InfiniteKernel(model, "nngp")
+    assert "attention, scores that tend to their mean" in kernel.describe(X)
+    third = 1 / 3  # of torch's default: variance 1 / (3 fan_in), of biases the same
+
+    def layer(k, fan_in, bias=True):
+        return third * k + (third / fan_in if bias else 0)
+
+    k = layer(gram(X.numpy()), FEATURES)
+    k = relu((k, 0 * k))[0]
+    maps = softmax(scores(layer(k, 400, False)))
+    k = layer(mixed((layer(k, 400, False),), maps)[0], 400)
+    close(kernel(X).numpy(), layer(mean((k,))[0], 400)[:, :, 0, 0])
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def of_scores(function):
+    return lambda: Net(lambda q, k, v: torch.softmax(function(q, k), -1) @ v)
+
+
+class Trained(Net):
+    def __init__(self, what):
+        super().__init__(None)
+        self.number = nn.Parameter(torch.ones(()) if what == "temperature" else torch.zeros(LENGTH, LENGTH))
+        scaled = lambda q, k: q @ k.mT / q.shape[-1]
+        if what == "temperature":
+            self.attend = lambda q, k, v: torch.softmax(self.number * scaled(q, k), -1) @ v
+        else:
+            self.attend = lambda q, k, v: torch.softmax(scaled(q, k) + self.number, -1) @ v
+
+
+class OfTorch(Net):
+    def __init__(self):
+        super().__init__(None)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.attention(h, h, h)[0].mean(1))
+
+
+def across_samples(q, k, v):
+    return torch.softmax(q @ k.mT / q.shape[-1], 0) @ v
+
+
+SLOPES = torch.arange(2.0).double()[:, None, None] * BIAS
+REFUSED = {
+    "root": (of_scores(lambda q, k: q @ k.mT / q.shape[-1] ** 0.5), "square root of their 8 features, which stay random"),
+    "fused": (lambda: Net(F.scaled_dot_product_attention), "square root of their 8 features, which stay random"),
+    "independent, root": (
+        lambda: Net(F.scaled_dot_product_attention, shared=False),
+        "square root of their 8 features, which stay random",
+    ),
+    "of torch": (OfTorch, r"layer 'attention' \(MultiheadAttention\).*stay random"),
+    "no scale": (of_scores(lambda q, k: q @ k.mT), "does not fall as 1 / features"),
+    "a constant scale": (of_scores(lambda q, k: q @ k.mT * 0.1), "does not fall as 1 / features"),
+    "a literal that is the size": (of_scores(lambda q, k: q @ k.mT / 8), "a factor 8 in its forward pass"),
+    "a literal that is its inverse": (of_scores(lambda q, k: q @ k.mT * 0.125), "a factor 0.125 in its forward pass"),
+    "the square": (of_scores(lambda q, k: q @ k.mT / q.shape[-1] ** 2), "does not fall as 1 / features"),
+    "temperature": (lambda: Trained("temperature"), "trained parameter 'number' in the scores"),
+    "trained bias": (lambda: Trained("bias"), "trained parameter 'number' in the scores"),
+    "heads with biases of their own": (
+        of_scores(lambda q, k: q @ k.mT / q.shape[-1] + SLOPES),
+        "heads with different masks",
+    ),
+    "softmax over samples": (lambda: Net(across_samples), "depend on other samples"),
+    "sum of scores": (
+        of_scores(lambda q, k: q @ k.mT / q.shape[-1] + 2 * q @ k.mT / q.shape[-1]),
+        "several calls",
+    ),
+    "a size of heads in a view": (
+        lambda: Net(lambda q, k, v: by_softmax(*(t.reshape(len(t), -1, LENGTH, 8) for t in (q, k, v)))),
+        "a factor 8 in its forward pass",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    make, message = REFUSED[name]
+    with pytest.raises(Refused, match=rf"(?s){message}.*sample=16"):
+        InfiniteKernel(seeded(make), "ntk", W, B)(X)
+
+
+def test_refused_beside_the_input():
+    model = seeded(lambda: Net(by_softmax))
+    with pytest.raises(Refused, match="gradients of the kernel through Mixture"):
+        InfiniteKernel(model, "ntk", W, B)(X.clone().requires_grad_())
+    frozen = seeded(lambda: Trained("bias"))
+    frozen.number.requires_grad_(False)
+    close(InfiniteKernel(frozen, "ntk", W, B)(X).numpy(), InfiniteKernel(model, "ntk", W, B)(X).numpy())
+
+
+def test_a_mask_of_the_input_that_is_the_same_for_all():
+    """Of three positions: nothing but a run on two samples tells it from a mask of three samples."""
+
+    class Same(Net):
+        def forward(self, x):
+            mask = x.new_ones(3, 3)
+            self.attend = lambda q, k, v: torch.softmax(q @ k.mT / q.shape[-1] + mask.log(), -1) @ v
+            return super().forward(x)
+
+    with pytest.raises(Refused, match="of two samples"):
+        InfiniteKernel(seeded(lambda: Same(None)), "ntk", W, B)(X[:, :3])
