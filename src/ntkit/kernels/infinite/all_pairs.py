@@ -119,13 +119,16 @@ def _input(values: AllPairs, layer: Input) -> Values:
 
 def _affine(values: AllPairs, layer: Affine) -> Values:
     K, T = values(layer.source)
-    if values.tangent:
-        if T is None:
-            T = torch.mul(K, layer.weight_ntk)
-        else:
-            T.mul_(layer.weight_var).add_(K, alpha=layer.weight_ntk)
+    all_trained = (layer.weight_var, layer.bias_var) == (layer.weight_ntk, layer.bias_ntk)
+    if values.tangent and not all_trained:
+        T = K * layer.weight_ntk if T is None else T.mul_(layer.weight_var).add_(K, alpha=layer.weight_ntk)
         T.add_(layer.bias_ntk)
-    return K.mul_(layer.weight_var).add_(layer.bias_var), T
+    K.mul_(layer.weight_var)
+    if layer.bias_var:
+        K.add_(layer.bias_var)
+    if values.tangent and all_trained:
+        T = K.clone() if T is None else torch.add(K, T, alpha=layer.weight_var, out=T)
+    return K, T
 
 
 def _pointwise(values: AllPairs, layer: Pointwise) -> Values:
