@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from benchmarks.common import save, words
 from benchmarks.peers import stax_rows
 from benchmarks.peers.job import ROOT

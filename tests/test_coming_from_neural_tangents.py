@@ -258,7 +258,9 @@ def test_layer_equals_its_formula(name):
 
 
 def test_layers_in_closed_form_are_called_so():
-    assert {name for name in (*LAYERS, *ON_SEQUENCES) if ROWS[name].verdict != "yes"} == {"ExpNormalized"}  # what has no network
+    assert {name for name in (*LAYERS, *ON_SEQUENCES) if ROWS[name].verdict != "yes"} == {
+        "ExpNormalized"
+    }  # what has no network
 
 
 def test_monte_carlo_agrees_with_the_limit():

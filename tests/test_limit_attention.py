@@ -505,7 +505,9 @@ def test_other_networks_equal_the_formulas(name):
     check(of_unit_words(seeded(make)), formula, x)
 
 
-@pytest.mark.parametrize("name", ["a mask of the input", "one projection", "patches", "words", "a graph of each sample"])
+@pytest.mark.parametrize(
+    "name", ["a mask of the input", "one projection", "patches", "words", "a graph of each sample"]
+)
 def test_finite_networks_agree(name):
     make, _, x = NETWORKS[name]
     model, x = of_unit_words(seeded(make)), x[:3]
@@ -583,7 +585,10 @@ def across_samples(q, k, v):
 
 SLOPES = torch.arange(2.0).double()[:, None, None] * BIAS
 REFUSED = {
-    "root": (of_scores(lambda q, k: q @ k.mT / q.shape[-1] ** 0.5), "square root of their 8 features, which stay random"),
+    "root": (
+        of_scores(lambda q, k: q @ k.mT / q.shape[-1] ** 0.5),
+        "square root of their 8 features, which stay random",
+    ),
     "fused": (lambda: Net(F.scaled_dot_product_attention), "square root of their 8 features, which stay random"),
     "independent, root": (
         lambda: Net(F.scaled_dot_product_attention, shared=False),

@@ -23,8 +23,8 @@ from ntkit.kernels.infinite import tape_calls as calls
 from ntkit.kernels.infinite.attention_weights import (
     Function,
     Given,
+    HeadScores,
     Scale,
-    Scores,
     Weighting,
     nothing,
     replayed,
@@ -82,7 +82,7 @@ class AttentionReader(SequenceReader):
             if op.in_place:
                 raise self.refusal(op, "the input changed in place", "Write it without in-place operations.")
             return None
-        if any(isinstance(v, (Scores, Weighting)) for v in inputs):
+        if any(isinstance(v, (HeadScores, Weighting)) for v in inputs):
             return self._einsum(op, index) if op.func is torch.einsum else self._of_scores(op, index, inputs)
         if op.func is F.scaled_dot_product_attention:
             return self._fused(op, index)
@@ -108,7 +108,7 @@ class AttentionReader(SequenceReader):
             raise self.refusal(op, f"{op.name} with the input or a constant", fix)
         return self.value(argument), self.of(argument)
 
-    def _scores(self, op: Op, queries: tuple[Any, Labels], keys: tuple[Any, Labels]) -> Scores:
+    def _scores(self, op: Op, queries: tuple[Any, Labels], keys: tuple[Any, Labels]) -> HeadScores:
         """Of queries [..., a, features] and keys [..., features, b]."""
         (q, one), (k, two) = queries, keys
         a, b = one.ids, two.ids.transpose(-1, -2)  # rows of features
@@ -131,7 +131,7 @@ class AttentionReader(SequenceReader):
         rows = one.position[..., 0][..., :, None].expand(shape)
         columns = two.position[..., 0][..., None, :].expand(shape)
         grid = one.positions, two.positions
-        return Scores(terms, products, a.shape[-1], grid, s[..., None].expand(shape), rows, columns)
+        return HeadScores(terms, products, a.shape[-1], grid, s[..., None].expand(shape), rows, columns)
 
     def _products(
         self, op: Op, queries: tuple[Any, Labels], keys: tuple[Any, Labels], same: bool
@@ -160,7 +160,7 @@ class AttentionReader(SequenceReader):
                     self.check_uncorrelated(op, t, u)
         return terms, [f * g for f, _ in sides[0] for g, _ in sides[1]]
 
-    def _used(self, op: Op, scores: Scores) -> Scores:
+    def _used(self, op: Op, scores: HeadScores) -> HeadScores:
         """Scores that a function follows: their factors are those of the sum over features."""
         self.scales.append(Scale(op, scores.features, tuple(scores.products)))
         return scores
@@ -171,7 +171,9 @@ class AttentionReader(SequenceReader):
         if op.func in DROPOUTS and dropout_rate(op.args, op.kwargs):
             raise self.refusal(op, "dropout in train mode", "Call model.eval().")
         pairs = list(zip(op.refs, inputs, strict=True))
-        found = [(r, v) for r, v in pairs if isinstance(v, (Scores, Weighting))] or [p for p in pairs if p[1] is None]
+        found = [(r, v) for r, v in pairs if isinstance(v, (HeadScores, Weighting))] or [
+            p for p in pairs if p[1] is None
+        ]
         ref, value = found[0]
         if op.func in _PRODUCTS and len(op.refs) == 2 and isinstance(self.value(op.args[1]), (Layer, Curve)):
             weighting = self._weighting(op, ref, value)
@@ -181,7 +183,7 @@ class AttentionReader(SequenceReader):
             weighting, (layer, labels) = self._weighting(op, ref, value), self._laid_out(op, op.args[0])
             values = layer, labels.moved(labels.ids.mT)
             return self._mixture(op, index, weighting.scores, replayed(self, weighting, _turned), values, _turned)
-        if isinstance(value, Scores) and len(op.refs) == 1:
+        if isinstance(value, HeadScores) and len(op.refs) == 1:
             if op.func in calls.PRODUCTS | calls.NEGATIONS and (factor := factor_of(op)) is not None:
                 return value.times(factor)
             if (places := moves(op, self.tape.ops[ref.index].out)) is not None:
@@ -253,7 +255,7 @@ class AttentionReader(SequenceReader):
             if args["is_causal"]:
                 s = s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril(), -math.inf)
             if bias is not None:
-                bias = bias.to(s.device)
+                bias = torch.as_tensor(bias).to(s.device)
                 s = s.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else s + bias
             return s.softmax(-1)
 
@@ -262,7 +264,13 @@ class AttentionReader(SequenceReader):
     # ------------------------------------------------------------------ mixtures
 
     def _mixture(
-        self, op: Op, index: int, scores: Scores, function: Function, values: tuple[Any, Labels], back: Move = _as_is
+        self,
+        op: Op,
+        index: int,
+        scores: HeadScores,
+        function: Function,
+        values: tuple[Any, Labels],
+        back: Move = _as_is,
     ) -> Layer:
         """Values [..., keys, features] in sums over keys; `back` arranges [..., queries, features] as the call does."""
         value, labels = values
@@ -287,7 +295,7 @@ class AttentionReader(SequenceReader):
         if found is None or len(operands) != 2:
             raise self.refusal(op, f"einsum '{equation}'", "Write two operands and the result, without an ellipsis.")
         one, two, out = found.groups()
-        if isinstance(self.value(operands[1]), (Scores, Weighting)) or self.value(operands[1]) is None:
+        if isinstance(self.value(operands[1]), (HeadScores, Weighting)) or self.value(operands[1]) is None:
             (one, two), operands = (two, one), operands[::-1]
         shared = [c for c in one if c in two and c in out]
         summed = [c for c in one if c in two and c not in out]
@@ -338,4 +346,5 @@ class AttentionReader(SequenceReader):
         weights, _ = weights_of(self, op, nothing(), diagonal, list(self.given), whole)
         layer = self.layer(value)
         mixture = Mixture(layer.size, self.where(op), layer, [], list(self.given.values()), (1, 1), weights)
-        return self.put(index, self.add(mixture, [layer]), labels)
+        self.labels[index] = labels
+        return self.add(mixture, [layer])

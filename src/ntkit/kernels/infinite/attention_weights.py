@@ -30,7 +30,7 @@ class Scale(NamedTuple):
 
 
 @dataclass
-class Scores:
+class HeadScores:
     """Products of queries and keys, summed over features: their limit is a sum of covariances between positions.
 
     terms : factors and layers, before `features`.
@@ -46,12 +46,12 @@ class Scores:
     rows: Tensor
     columns: Tensor
 
-    def moved(self, places: Tensor) -> Scores:
+    def moved(self, places: Tensor) -> HeadScores:
         """Other of the scores, by their flat indices."""
         sample, rows, columns = (t.flatten()[places] for t in (self.sample, self.rows, self.columns))
         return replace(self, sample=sample, rows=rows, columns=columns)
 
-    def times(self, factor: float) -> Scores:
+    def times(self, factor: float) -> HeadScores:
         """All scores times a number."""
         terms = [(factor * f, layer) for f, layer in self.terms]
         return replace(self, terms=terms, products=[factor * f for f in self.products])
@@ -69,15 +69,15 @@ class Weighting:
     steps : the calls behind it.
     """
 
-    scores: Scores
+    scores: HeadScores
     start: int
     steps: list[int] = field(default_factory=list)
 
 
-def nothing() -> Scores:
+def nothing() -> HeadScores:
     """The scores of weights that depend on the input alone."""
     zero = torch.zeros((), dtype=torch.long)
-    return Scores([], [], 0, (1, 1), zero, zero, zero)
+    return HeadScores([], [], 0, (1, 1), zero, zero, zero)
 
 
 def replayed(reader: SequenceReader, weighting: Weighting, lay: Callable[[Tensor], Tensor]) -> Function:
@@ -106,7 +106,7 @@ def replayed(reader: SequenceReader, weighting: Weighting, lay: Callable[[Tensor
 
 
 def weights_of(
-    reader: SequenceReader, op: Op, scores: Scores, function: Function, given: list[int], values: Labels
+    reader: SequenceReader, op: Op, scores: HeadScores, function: Function, given: list[int], values: Labels
 ) -> tuple[Weights, int]:
     """Weights of all samples between new positions and those of values [..., keys, features]; how many are new.
 

@@ -6,7 +6,7 @@ What the calls do to layers is as in `tape_to_layers`; beside each value stand t
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ntkit.kernels.infinite.layers import (
 from ntkit.kernels.infinite.tape import Op, Ref, Tape
 from ntkit.kernels.infinite.tape_reader import Curve, Reader
 
+Value = TypeVar("Value", Layer, Curve)
 Matrix = Tensor  # [positions, positions of the source]
 
 
@@ -43,7 +44,7 @@ class SequenceReader(Reader):
         """Labels of an argument."""
         return self.labels[argument.index]
 
-    def put(self, index: int, value: Layer | Curve, labels: Labels) -> Layer | Curve:
+    def put(self, index: int, value: Value, labels: Labels) -> Value:
         """Note the labels of a value."""
         self.labels[index] = labels
         return value
