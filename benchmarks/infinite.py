@@ -7,7 +7,8 @@ which neural-tangents has Gauss-Hermite quadrature of two axes with 25 nodes eac
 suggested number), 500 x 500. Two transposed convolutions, from 4 x 4 to 16 x 16; a network like a U-Net on 16 x 16 (a
 skip beside a pool, a convolution and a transposed one, joined along channels); softmax attention on 32 positions, of
 scores over their size. float64 and float32, on one thread and on all. Each way runs in a process of its own, one after
-the other; compilation is not counted. Also the symmetric call k(x), for which neural-tangents has no shortcut. Cases named on the command line are merged into the results.
+the other; compilation is not counted. Also the symmetric call k(x), for which neural-tangents has no shortcut.
+Cases named on the command line are merged into the results.
 """
 
 from __future__ import annotations

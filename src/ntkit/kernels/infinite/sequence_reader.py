@@ -26,7 +26,7 @@ from ntkit.kernels.infinite.layers import (
 from ntkit.kernels.infinite.tape import Op, Ref, Tape
 from ntkit.kernels.infinite.tape_reader import Curve, Reader
 
-Value = TypeVar("Value", Layer, Curve)
+Value = TypeVar("Value", bound=Layer | Curve)
 Matrix = Tensor  # [positions, positions of the source]
 
 
