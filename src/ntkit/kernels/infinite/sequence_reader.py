@@ -65,6 +65,9 @@ class SequenceReader(Reader):
         alike = bool((channel == channel[:1]).all()) and len(channel[0].unique()) == count
         if alike and torch.equal(position, position[:, :1].expand_as(position)):
             indices = tuple(channel[0].tolist())
+            if len(indices) == 1 < labels.channels:
+                fix = "Select a share of the channels, which can grow."
+                raise self.refusal(op, "one channel of many, whose values stay random", fix)
             if len(indices) < labels.channels:
                 value = part(self, op, value, indices, labels.channels)
             layer = self.layer(value)
