@@ -645,3 +645,22 @@ def test_a_mask_of_the_input_that_is_the_same_for_all():
 
     with pytest.raises(Refused, match="of two samples"):
         InfiniteKernel(seeded(lambda: Same(None)), "ntk", W, B)(X[:, :3])
+
+
+def test_features_last_are_those_of_a_convolution_of_one_tap():
+    last = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Flatten(), nn.Linear(80, 1)).double()
+    first = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(80, 1)).double()
+    x = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    for kind in ("nngp", "ntk"):
+        found = InfiniteKernel(last, kind, W, B)(x)
+        close(found.numpy(), InfiniteKernel(first, kind, W, B)(x.permute(0, 3, 1, 2)).numpy())
+
+
+def test_flattened_words():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Flatten(), nn.Linear(16, 1)).double()
+    p = model[0].weight.data
+    p.sub_(p.mean()).div_(p.square().mean().sqrt())
+    words = torch.tensor([[1, 2], [1, 3], [4, 4]])
+    same = (words[:, None] == words[None]).double().mean(2)
+    torch.testing.assert_close(InfiniteKernel(model, "nngp", W, B)(words), W**2 * same + B**2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(InfiniteKernel(model, "ntk", W, B)(words), 2 * W**2 * same + B**2, rtol=1e-12, atol=0)
