@@ -5,10 +5,9 @@ with a global average pool and a dense layer on images of 16 x 16 (16 x 16 pairs
 neural-tangents in its own batches of 4, as its arrays over all pairs of pixels grow with the square). Dense tanh, for
 which neural-tangents has Gauss-Hermite quadrature of two axes with 25 nodes each (`stax.ElementwiseNumerical` with its
 suggested number), 500 x 500. Two transposed convolutions, from 4 x 4 to 16 x 16; a network like a U-Net on 16 x 16 (a
-skip beside a pool, a convolution and a transposed one, joined along channels); attention on 32 positions, whose limit
-is sampled here from 16 networks and in closed form there: the values differ by its Monte-Carlo error. float64 and
-float32, on one thread and on all. Each way runs in a process of its own, one after the other; compilation is not
-counted. Also the symmetric call k(x), for which neural-tangents has no shortcut.
+skip beside a pool, a convolution and a transposed one, joined along channels); softmax attention on 32 positions, of
+scores over their size. float64 and float32, on one thread and on all. Each way runs in a process of its own, one after
+the other; compilation is not counted. Also the symmetric call k(x), for which neural-tangents has no shortcut.
 Cases named on the command line are merged into the results.
 """
 
@@ -52,9 +51,8 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": 0,
     },
     "U-Net-like, 16 x 16, 16 x 16 pairs": {"network": "U-Net", "shape": [3, 16, 16], "n1": 16, "n2": 16, "batch": 0},
-    "attention (sampled), 32 positions, 16 x 16 pairs": {
+    "attention, 32 positions, 16 x 16 pairs": {
         "network": "attention",
-        "sample": 16,
         "shape": [32, 8],
         "n1": 16,
         "n2": 16,

@@ -16,16 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import ntkit
 from benchmarks.common import save, words
 from benchmarks.peers import stax_rows
 from benchmarks.peers.job import ROOT
 from benchmarks.peers.setup import interpreter
-from benchmarks.peers.stax_rows import FUNCTIONS, KINDS, SAMPLED, B, Row, W
-
-NETWORKS = 16
+from benchmarks.peers.stax_rows import FUNCTIONS, KINDS, Row
 
 
 def main() -> None:
@@ -40,7 +36,7 @@ def main() -> None:
             found.append({"row": row.name, "verdict": row.verdict, "kind": kind, **_compared(row, kind, theirs)})
             print(found[-1], flush=True)
     far = {one["row"] for one in found if one.get("largest difference / largest value", 0) > 1e-10}
-    save("neural_tangents_rows", found, rows_that_differ_by_more_than_1e_minus_10=sorted(far), networks=NETWORKS)
+    save("neural_tangents_rows", found, rows_that_differ_by_more_than_1e_minus_10=sorted(far))
 
 
 def _their_values(python: Path) -> dict[str, np.ndarray]:
@@ -58,7 +54,7 @@ def _compared(row: Row, kind: str, theirs: dict[str, np.ndarray]) -> dict[str, A
     if wanted.dtype.kind == "U":
         return {"neural-tangents": str(wanted)}
     if row.verdict == "sampled":
-        mean, error = _sampled(row, kind)
+        mean, error = _sampled(row)
         away = float(np.linalg.norm(mean - wanted))
         return {
             "distance / standard error": away / float(np.linalg.norm(error)),
@@ -70,11 +66,7 @@ def _compared(row: Row, kind: str, theirs: dict[str, np.ndarray]) -> dict[str, A
     return {"largest difference / largest value": float(gap), **missing}
 
 
-def _sampled(row: Row, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    if row.section == SAMPLED:
-        kernel = ntkit.InfiniteKernel(stax_rows.network(row), kind, W, B, sample=NETWORKS)  # pyrefly: ignore
-        found = kernel.estimate(torch.from_numpy(stax_rows.samples(row)))
-        return found.mean.numpy(), found.standard_error.numpy()
+def _sampled(row: Row) -> tuple[np.ndarray, np.ndarray]:
     found = eval(row.ours.removesuffix(".mean"), stax_rows.names_of_functions())
     return found.mean.numpy(), found.standard_error.numpy()
 

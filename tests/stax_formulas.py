@@ -250,7 +250,7 @@ def per_sample(state: State, matrices: np.ndarray) -> State:
 
 
 def attention(state: State, scores: float, values: float, b: float) -> State:
-    """Softmax of scores that are covariances: weights and values in two layers of their own, one bias."""
+    """Softmax of scores that are covariances of keys, whose weights have the std `scores`; `values`: of both others."""
     each = scores**2 * np.einsum("iipq->ipq", state.k)
     weights = np.exp(each - each.max(2, keepdims=True))
     k, t = per_sample(state, weights / weights.sum(2, keepdims=True))

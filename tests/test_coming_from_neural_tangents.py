@@ -18,9 +18,8 @@ import ntkit
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.peers import stax_rows
-from benchmarks.peers.stax_rows import BRANCHES, COVERED, FUNCTIONS, IMAGES, KINDS, SAMPLED, VECTORS, B, W, data
+from benchmarks.peers.stax_rows import BRANCHES, COVERED, FUNCTIONS, IMAGES, KINDS, SEQUENCES, VECTORS, B, W, data
 
-NETWORKS = 16
 ROWS = {row.name: row for row in stax_rows.rows()}
 
 
@@ -120,8 +119,8 @@ LAYERS = {
     "DotGeneral": lambda s: mean(on_graph(s)),
     "Aggregate": on_graph,
 }
-NETWORKS_SAMPLED = {
-    "GlobalSelfAttention": lambda s: dense(mean(formulas.attention(dense(s), W**2, W**2, B))),
+ON_SEQUENCES = {
+    "GlobalSelfAttention": lambda s: dense(mean(formulas.attention(dense(s), W, W**2, B))),
     "Aggregate, a graph per sample": lambda s: dense(
         mean(formulas.per_sample(relu(dense(s)), data().graphs.transpose(0, 2, 1)))
     ),
@@ -134,8 +133,8 @@ NETWORKS_SAMPLED = {
 def expected(row: stax_rows.Row) -> State:
     """Both kernels of a row of layers by the formulas, each [n, n]."""
     d = data()
-    if row.section == SAMPLED:
-        state = NETWORKS_SAMPLED[row.name](formulas.of_samples(d.sequences))
+    if row.section == SEQUENCES:
+        state = ON_SEQUENCES[row.name](formulas.of_samples(d.sequences))
     elif row.section == IMAGES:
         pixels = d.images.reshape(len(d.images), 2, 16).transpose(0, 2, 1)
         state = relu(conv(formulas.of_samples(pixels), 4, 3, 1, 1))
@@ -241,14 +240,14 @@ EXACT = [n for n, row in ROWS.items() if row.section == FUNCTIONS and row.verdic
 
 
 def test_every_row_is_tested():
-    sections = {VECTORS, BRANCHES, IMAGES, SAMPLED, FUNCTIONS}
+    sections = {VECTORS, BRANCHES, IMAGES, SEQUENCES, FUNCTIONS}
     assert {row.section for row in ROWS.values()} == sections
-    assert set(ROWS) == {*LAYERS, *NETWORKS_SAMPLED, *function_values()}
+    assert set(ROWS) == {*LAYERS, *ON_SEQUENCES, *function_values()}
     assert len(ROWS) == len(stax_rows.rows()), "a name is there twice"
     assert {row.verdict for row in ROWS.values()} == set(COVERED)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *ON_SEQUENCES])
 def test_layer_equals_its_formula(name):
     wanted = expected(ROWS[name])
     with warnings.catch_warnings(record=True) as warned:
@@ -259,21 +258,9 @@ def test_layer_equals_its_formula(name):
 
 
 def test_layers_in_closed_form_are_called_so():
-    assert {name for name in LAYERS if ROWS[name].verdict != "yes"} == {"ExpNormalized"}  # what has no network
-
-
-@pytest.mark.parametrize("name", NETWORKS_SAMPLED)
-def test_sampled_layer_agrees_with_its_formula(name):
-    row, wanted = ROWS[name], expected(ROWS[name])
-    assert row.verdict == "sampled"
-    model, x = stax_rows.network(row), torch.from_numpy(stax_rows.samples(row))
-    with pytest.raises(ntkit.Refused, match="sample="):
-        ntkit.InfiniteKernel(model, "ntk", W, B)(x)
-    for kind in KINDS:
-        found = ntkit.InfiniteKernel(model, kind, W, B, sample=NETWORKS).estimate(x)
-        away = np.linalg.norm(found.mean.numpy() - (wanted.t if kind == "ntk" else wanted.k))
-        assert away < 3 * float(found.standard_error.norm())
-        assert float(found.standard_error.norm()) < 0.1 * np.linalg.norm(wanted.t), "an error that excludes something"
+    assert {name for name in (*LAYERS, *ON_SEQUENCES) if ROWS[name].verdict != "yes"} == {
+        "ExpNormalized"
+    }  # what has no network
 
 
 def test_monte_carlo_agrees_with_the_limit():

@@ -696,7 +696,7 @@ REFUSED = {
             nn.Conv1d(2, 8, 1), Act(lambda z: F.scaled_dot_product_attention(z, z, z)), nn.Flatten(), nn.Linear(72, 1)
         ),
         S1,
-        r"layer '1' \(Act\)",
+        r"layer '0' \(Conv1d\).*attention",
     ),
     "alpha dropout": (mlp(nn.AlphaDropout(0.5)), V1, r"layer '1' \(AlphaDropout\).*eval"),
     "dependent": (Raw(lambda m, x: torch.relu(m.a(x)) + m.a.weight.sum() * 0 + m.a(x)), V1, "a"),
@@ -738,16 +738,6 @@ REFUSED = {
         "number computed from the data|second time",
     ),
     "image out": (nn.Sequential(conv(2, 8), R(), conv(8, 1, 1)), X1, "vector of outputs"),
-    "tokens": (
-        nn.Sequential(nn.Embedding(9, 8), nn.Flatten(), nn.Linear(16, 1)),
-        torch.ones(3, 2, dtype=torch.long),
-        "Embedding",
-    ),
-    "features by position": (
-        nn.Sequential(nn.Linear(4, 8), R(), nn.Flatten(), nn.Linear(80, 1)),
-        X1,
-        r"layer '0' \(Linear\).*Flatten",
-    ),
     "channel slopes": (mlp(Act(lambda z: z * torch.linspace(0, 1, 8, dtype=z.dtype))), V1, "numbers per channel"),
     "no weights": (nn.Flatten(), X1, "without random weights"),
     "two outputs": (Raw(lambda m, x: m.a(x)), {"x": V1}, "one tensor"),

@@ -325,7 +325,6 @@ REFUSED = {
     ),
     "samples side by side": (lambda m, x: torch.cat([m.a(x), m.a(x)], 0)[:3], "second time|along the samples"),
     "channels added up": (lambda m, x: m.a(x).cumsum(1), r"cumsum, which mixes"),
-    "not along axes": (lambda m, x: m.a(x).flatten(2).flip(2).reshape(-1, 8, 5, 4), "flatten|shape"),
     "maximum over positions": (lambda m, x: F.adaptive_max_pool2d(m.a(x), 2), "average pooling"),
     "padding with ones": (lambda m, x: F.pad(m.a(x), (1, 1), value=1.0), "pad, which mixes"),
     "activation of a depthwise convolution": (
@@ -340,6 +339,14 @@ def test_refusals_say_why(name):
     function, message = REFUSED[name]
     with pytest.raises(Refused, match=message):
         InfiniteKernel(Net(function).double(), "ntk", W, B)(X1)
+
+
+def test_positions_in_one_axis_are_those_of_the_grid():
+    flat = Net(lambda m, x: m.a(x).flatten(2).flip(2).reshape(-1, 8, 5, 4)).double()
+    other = Net(lambda m, x: m.a(x).flip((2, 3))).double()
+    for kind in ("nngp", "ntk"):
+        found, wanted = (InfiniteKernel(model, kind, W, B)(X1) for model in (flat, other))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
 
 
 def test_an_activation_of_a_depthwise_convolution_is_refused():

@@ -15,7 +15,7 @@ _NODES = 25  # of neural-tangents' quadrature, along each axis: "a good place to
 
 
 def ours(job: dict[str, Any], x1: np.ndarray, x2: np.ndarray | None) -> Callable[[], Any]:
-    """ntkit, on the module; what has no closed form is sampled."""
+    """ntkit, on the module."""
     import torch
 
     import ntkit
@@ -27,7 +27,7 @@ def ours(job: dict[str, Any], x1: np.ndarray, x2: np.ndarray | None) -> Callable
         model = made[job["network"]](x1.shape[-1] if x1.ndim == 3 else x1.shape[1])
     else:
         model = networks.stack(x1.shape[1], job["depth"], x1.ndim == 4, job.get("activation", "ReLU"))
-    kernel = ntkit.InfiniteKernel(model, "ntk", W_STD, B_STD, sample=job.get("sample"))
+    kernel = ntkit.InfiniteKernel(model, "ntk", W_STD, B_STD)
     t1 = torch.from_numpy(x1)
     t2 = None if x2 is None else torch.from_numpy(x2)
     return lambda: kernel(t1, t2).numpy()

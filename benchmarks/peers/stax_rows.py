@@ -16,7 +16,7 @@ import numpy as np
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "neural-tangents.md"
 W, B = 1.2, 0.3  # standard deviations of weights and biases
 KINDS, COVERED = ("ntk", "nngp"), ("yes", "sampled", "no")
-VECTORS, BRANCHES, IMAGES, SAMPLED = "Layers of vectors", "Branches", "Layers of images", "Sampled"
+VECTORS, BRANCHES, IMAGES, SEQUENCES = "Layers of vectors", "Branches", "Layers of images", "Networks on sequences"
 FUNCTIONS = "Functions"
 
 
@@ -98,7 +98,7 @@ def network(row: Row) -> Any:
 
     torch.manual_seed(0)
     layer = eval(row.ours, _page() | {"A": torch.from_numpy(data().A)})
-    if row.section == SAMPLED:
+    if row.section == SEQUENCES:
         return layer.double()
     if row.section == IMAGES:
         body = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), layer).double()
@@ -114,7 +114,7 @@ def network(row: Row) -> Any:
 def samples(row: Row) -> np.ndarray:
     """The samples of a row of layers."""
     d = data()
-    if row.section != SAMPLED:
+    if row.section != SEQUENCES:
         return d.images if row.section == IMAGES else d.x
     more = {"Aggregate, a graph per sample": d.graphs, "mask_constant": d.masks[:, :, None]}.get(row.name)
     return d.sequences if more is None else np.concatenate([d.sequences, more], axis=2)
@@ -177,8 +177,8 @@ def theirs(row: Row, kind: str = "ntk") -> np.ndarray:
     if row.section == FUNCTIONS:
         return np.asarray(eval(row.theirs, names | _their_names(stax)))
     layer, more = eval(row.theirs, names), {}
-    x = d.sequences if row.section == SAMPLED else d.x
-    if row.section == SAMPLED:
+    x = d.sequences if row.section == SEQUENCES else d.x
+    if row.section == SEQUENCES:
         function = layer[2]
         if row.name == "mask_constant":
             x = np.where(d.masks[:, :, None] > 0, x, 1e3)
@@ -191,7 +191,7 @@ def theirs(row: Row, kind: str = "ntk") -> np.ndarray:
     else:
         function = stax.serial(stax.Dense(8), layer, stax.Dense(1))[2]
     if row.name.startswith("Aggregate"):
-        pattern = d.graphs if row.section == SAMPLED else np.broadcast_to(d.A, (len(x), 4, 4))
+        pattern = d.graphs if row.section == SEQUENCES else np.broadcast_to(d.A, (len(x), 4, 4))
         more = {"pattern": (jnp.asarray(pattern), jnp.asarray(pattern))}
     return np.asarray(function(jnp.asarray(x), None, kind, **more))
 

@@ -162,7 +162,7 @@ def _both(planes: DifferentiablePlanes, function: Callable[[Tensor], Tensor], pl
 
 def _input(planes: DifferentiablePlanes, layer: Input, offset: Offset) -> Plane:
     first, second = window(offset, layer.size)
-    a, b = planes.one.data[layer.index][first], planes.two.data[layer.index][second]
+    a, b = planes.one.data[layer.key][first], planes.two.data[layer.key][second]
     if layer.channels < a.shape[-1]:
         share = math.sqrt(a.shape[-1] / layer.channels)
         a, b = (t[..., layer.first : layer.first + layer.channels] * share for t in (a, b))
@@ -259,10 +259,9 @@ def _position_map(planes: DifferentiablePlanes, layer: PositionMap, offset: Offs
 
 
 def _norm(planes: DifferentiablePlanes, layer: Norm, offset: Offset) -> Plane:
-    scales = [
-        (half.variances[id(layer)].mean((0, 1), keepdim=True) + layer.eps).rsqrt() for half in (planes.one, planes.two)
-    ]
-    one, two = planes.at((0, 0), (1, 1), scales[0], scales[1])
+    of = [half.variances[id(layer)] for half in (planes.one, planes.two)]
+    scales = [((v if layer.alone else v.mean((0, 1), keepdim=True)) + layer.eps).rsqrt() for v in of]
+    one, two = planes.at(*((offset, layer.size) if layer.alone else ((0, 0), (1, 1))), scales[0], scales[1])
     K, T = _both(planes, lambda x: x * (one * two), planes(layer.source, offset))
     if T is not None:
         T = layer.weight_sq * T

@@ -31,22 +31,22 @@ from ntkit.kernels.infinite.limit_tiles import (
     inexact,
     line_of,
     outputs_before_weights,
-    plane_elements,
     positions,
     side_of,
     state_of_model,
     state_size,
     table_versions,
     tile_size,
+    values_of,
     warn_of_errors,
     warn_of_masks,
 )
-from ntkit.kernels.infinite.planes import Planes, splits
+from ntkit.kernels.infinite.planes import splits
+from ntkit.kernels.infinite.reading import read
 from ntkit.kernels.infinite.sample_sides import Side
 from ntkit.kernels.infinite.sampled import LimitEstimate, SampledLimit, Sampling
 from ntkit.kernels.infinite.shared_weights import Program
 from ntkit.kernels.infinite.shared_weights_reader import read_program
-from ntkit.kernels.infinite.tape_to_layers import read
 from ntkit.kernels.kernel import Kernel, KernelOperator, check_out, written
 from ntkit.networks.larger_copies import Make
 
@@ -286,8 +286,7 @@ class InfiniteKernel(Kernel):
             i, j = at
             with torch.no_grad():
                 one, two = spread(lambda which: side(*which), [(False, i), (not same, j)])
-                planes = Planes(graph, one, two, False, same and i == j, self.kind == "ntk", plane_elements(like))
-                block = planes(graph.layers[graph.output])[-1, 0, 0]
+                block = values_of(graph, one, two, False, same and i == j, self.kind == "ntk")
                 out[i : i + size, j : j + size] = block
                 return max(abs(float(end)) for end in block.aminmax())
 
@@ -325,8 +324,7 @@ class InfiniteKernel(Kernel):
             with torch.no_grad():
                 one = side_of(graph, data1, samples)
                 two = one if x2 is None else side_of(graph, data2, samples)
-                planes = Planes(graph, one, two, True, x2 is None, self.kind == "ntk", plane_elements(like))
-                out[samples] = planes(graph.layers[graph.output])[-1, 0, 0, :, 0]
+                out[samples] = values_of(graph, one, two, True, x2 is None, self.kind == "ntk")
 
         versions = extend_tables(graph, data1, data2)
         each(batch, list(range(0, count(x1), size)), like)
@@ -382,18 +380,18 @@ class InfiniteKernel(Kernel):
             warn_of_masks(graph)
             kept = {k: g for k, g in self._graphs.items() if k[2] in (stds, (1.0, 1.0))}
             self._graphs = {**kept, key: graph}
-        indices = [layer.index for layer in graph.layers if isinstance(layer, Input)]
+        inputs = [layer for layer in graph.layers if isinstance(layer, Input)]
         data: dict[int, Tensor] = {}
         for start in range(0, len(x), BATCH):
             batch = x[start : start + BATCH]
-            outputs = [batch] if indices == [0] else outputs_before_weights(model, batch, graph.last_index, keep)
-            for index in indices:
-                t = outputs[index]
-                dtype = dtype if x.is_floating_point() else t.dtype
-                t = in_float64(t.reshape(*t.shape[:2], *(1,) * (4 - t.dim()), *t.shape[2:]).permute(2, 3, 0, 1))
-                if index not in data:
-                    data[index] = t.new_empty(*t.shape[:2], len(x), t.shape[3])
-                data[index][:, :, start : start + BATCH] = t / math.sqrt(t.shape[3])
+            alone = not any(layer.index for layer in inputs)
+            outputs = [batch] if alone else outputs_before_weights(model, batch, graph.last_index, keep)
+            for layer in inputs:
+                t = layer.values(outputs[layer.index])
+                dtype, t = dtype if x.is_floating_point() else t.dtype, in_float64(t)
+                if layer.key not in data:
+                    data[layer.key] = t.new_empty(*t.shape[:2], len(x), t.shape[3])
+                data[layer.key][:, :, start : start + BATCH] = t if layer.as_given else t / math.sqrt(t.shape[3])
         return graph, data, dtype
 
     def _dtype(self, x: Batch) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,11 +22,24 @@ class Layer:
 
 @dataclass
 class Input(Layer):
-    """What the network computes from its input before any weight: the output of one call on the tape."""
+    """What the network computes from its input before any weight: the output of one call on the tape.
+
+    key : of its values among those of all inputs.
+    as_images : the call's output as [n, channels, positions ...], where it is something else.
+    as_given : its values are not divided by the root of the number of channels.
+    """
 
     index: int
     channels: int
     first: int = 0  # of the call's channels, where it is some of them only
+    key: int = 0
+    as_images: Callable[[Tensor], Tensor] | None = None
+    as_given: bool = False
+
+    def values(self, out: Tensor) -> Tensor:
+        """[H, W, n, channels] of the call's output."""
+        t = out if self.as_images is None else self.as_images(out)
+        return t.reshape(*t.shape[:2], *(1,) * (4 - t.dim()), *t.shape[2:]).permute(2, 3, 0, 1)
 
 
 @dataclass
@@ -103,6 +117,23 @@ class PositionMap(Layer):
 
 
 @dataclass
+class Mixture(Layer):
+    """Sums over all positions with weights of each sample's own: attention whose scores do not stay random.
+
+    scores : the scores are the sum of these covariances between the positions of a sample, times factors.
+    given : values of the input on which the weights depend.
+    score_grid : numbers of positions of the scores' two sides.
+    weights : scores [n, P, Q], values of `given` -> weights [n, positions, positions of the source].
+    """
+
+    source: Layer
+    scores: list[tuple[float, Layer]]
+    given: list[Input]
+    score_grid: Size
+    weights: Callable[[Tensor, list[Tensor]], Tensor]
+
+
+@dataclass
 class Concat(Layer):
     """Channels of several branches side by side, each with its share of the channels."""
 
@@ -153,6 +184,7 @@ class Flatten(Layer):
 class Norm(Layer):
     """Division by the root mean square over channels and positions, then an affine map of each channel.
 
+    alone : each position is divided by the root mean square over its own channels.
     weight_sq : square of its weight, the same for all channels; its bias is 0.
     weight_ntk, bias_ntk : 1 where weight and bias are trained.
     per_position : each position has a weight of its own.
@@ -164,6 +196,7 @@ class Norm(Layer):
     weight_ntk: float
     bias_ntk: float
     per_position: bool
+    alone: bool = False
 
 
 @dataclass

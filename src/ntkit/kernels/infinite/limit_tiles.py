@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.workers import spread, workers
-from ntkit.kernels.infinite.layers import Affine, Dropout, Graph, Input, Layer, Pointwise
+from ntkit.kernels.infinite import all_pairs
+from ntkit.kernels.infinite.all_pairs import AllPairs, mixes
+from ntkit.kernels.infinite.layers import Affine, Dropout, Graph, Input, Layer, Mixture, Pointwise
 from ntkit.kernels.infinite.piecewise import Piecewise
-from ntkit.kernels.infinite.planes import prepare
+from ntkit.kernels.infinite.planes import Planes, prepare
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.sample_sides import Side
 from ntkit.kernels.infinite.tape import record
@@ -66,7 +68,18 @@ def check_size(largest: float, dtype: torch.dtype) -> None:
 def side_of(graph: Graph, data: dict[int, Tensor], samples: slice) -> Side:
     """What the layers need of some samples."""
     part = {index: t[:, :, samples] for index, t in data.items()}
+    if mixes(graph):
+        return all_pairs.prepare(graph, part)
     return prepare(graph, part, plane_elements(next(iter(part.values()))))
+
+
+def values_of(graph: Graph, one: Side, two: Side, paired: bool, symmetric: bool, tangent: bool) -> Tensor:
+    """The kernel of two sides, [p, q]; of pairs [p]."""
+    if mixes(graph):
+        return AllPairs(graph, one, two, paired, symmetric, tangent).output()
+    elements = plane_elements(next(iter(one.data.values())))
+    out = Planes(graph, one, two, paired, symmetric, tangent, elements)(graph.layers[graph.output])[-1, 0, 0]
+    return out[:, 0] if paired else out
 
 
 def inexact(graph: Graph) -> list[tuple[Pointwise, Tabulated | Piecewise]]:
@@ -122,6 +135,9 @@ def plane_elements(like: Tensor) -> int:
 def tile_size(graph: Graph, like: Tensor, n: int) -> int:
     """Samples along each side of a tile, of n at most; tiles of about equal size."""
     elements = plane_elements(like)
+    if mixes(graph):  # positions stand beside each other as if they were samples
+        size = max(1, math.isqrt(elements) // positions(graph))
+        return math.ceil(n / math.ceil(n / size))
     if positions(graph) > 1:
         elements = min(elements, _TILE_PAIRS * max(1, elements >> 16))
     elif like.device.type == "cpu":
@@ -137,7 +153,8 @@ def positions(graph: Graph) -> int:
 
 def state_size(graph: Graph) -> int:
     """Elements of a prepared side, per sample."""
-    return 1 + sum(4 * math.prod(layer.size) for layer in graph.layers if isinstance(layer, Pointwise))
+    maps = sum(math.prod(k.size) * math.prod(k.source.size) for k in graph.layers if isinstance(k, Mixture))
+    return 1 + maps + sum(4 * math.prod(layer.size) for layer in graph.layers if isinstance(layer, Pointwise))
 
 
 def each(work: Callable, items: list, like: Tensor, here: bool = False) -> list:
@@ -172,6 +189,8 @@ def line_of(layer: Layer) -> str:
         )
     if isinstance(layer, Pointwise):
         return f"{layer.name}: {layer.activation.name}"
+    if isinstance(layer, Mixture) and layer.scores:
+        return f"{layer.name}: attention, scores that tend to their mean, {positions}"
     kinds = {"GlobalPool": "global pool", "PositionMap": "sums over positions", "Concat": "branches side by side"}
     kind = kinds.get(type(layer).__name__, type(layer).__name__.lower())
     return f"{layer.name}: {kind}, {positions}"

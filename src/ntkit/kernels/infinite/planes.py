@@ -134,7 +134,7 @@ class Planes:
 
 def _input(planes: Planes, layer: Input, offset: Offset) -> Tensor:
     first, second = window(offset, layer.size)
-    a, b = planes.one.data[layer.index][first], planes.two.data[layer.index][second]
+    a, b = planes.one.data[layer.key][first], planes.two.data[layer.key][second]
     if layer.channels < a.shape[-1]:  # some of the channels; the data are divided by the root of the number of all
         share = math.sqrt(a.shape[-1] / layer.channels)
         a, b = (t[..., layer.first : layer.first + layer.channels] * share for t in (a, b))
@@ -282,7 +282,8 @@ def _dropout(planes: Planes, layer: Dropout, offset: Offset) -> Tensor:
 
 def _norm(planes: Planes, layer: Norm, offset: Offset) -> Tensor:
     out = planes(layer.source, offset)
-    one, two = planes.states_at((0, 0), (1, 1), planes.one.states[id(layer)], planes.two.states[id(layer)])
+    where = (offset, layer.size) if layer.alone else ((0, 0), (1, 1))
+    one, two = planes.states_at(*where, planes.one.states[id(layer)], planes.two.states[id(layer)])
     out.mul_(one[0] * two[0])
     K = out[0]
     if len(out) > 1:
@@ -388,14 +389,19 @@ def prepare(graph: Graph, data: dict[int, Tensor], plane_elements: int) -> Side:
             for key, activation in ((id(layer), layer.activation), (-id(layer), layer.weighted)):
                 if activation is not None:
                     side.states[key], side.diagonal[key] = activation.state(v), activation.diagonal(v)
-                    if not all(t.isfinite().all() for t in side.diagonal[key]):
-                        got = f"moments that overflow at standard deviations up to {float(v.max()) ** 0.5:.2g}"
-                        fix = "Scale the data or the weights down."
-                        raise refusal(layer.name, got=got, expected="an activation with finite moments", fix=fix)
+                    check_moments(layer, side.diagonal[key], v)
         elif isinstance(layer, Norm):
             v = planes(layer.source)[0][..., 0]
-            side.states[id(layer)] = ((v.mean((0, 1), keepdim=True) + layer.eps).rsqrt(),)
+            side.states[id(layer)] = (((v if layer.alone else v.mean((0, 1), keepdim=True)) + layer.eps).rsqrt(),)
     return side
+
+
+def check_moments(layer: Layer, moments: State, v: Tensor) -> None:
+    """Refuse moments that overflow."""
+    if not all(t.isfinite().all() for t in moments):
+        got = f"moments that overflow at standard deviations up to {float(v.max()) ** 0.5:.2g}"
+        fix = "Scale the data or the weights down."
+        raise refusal(layer.name, got=got, expected="an activation with finite moments", fix=fix)
 
 
 def check_range(layer: Layer, v: Tensor) -> None:

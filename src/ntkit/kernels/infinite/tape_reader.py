@@ -18,6 +18,7 @@ from ntkit.kernels.infinite.layers import (
     Graph,
     Input,
     Layer,
+    Mixture,
     Norm,
     Pointwise,
     Pool,
@@ -167,7 +168,7 @@ class Reader:
                 linear1 if linear1 and not meet(linear1, uses2) else {t for t in linear2 if not meet({t}, uses1)}
             )
         self._weights[id(layer)] = (linear_in, uses)
-        linear = isinstance(layer, (Sum, Pool, GlobalPool, PositionMap, Norm)) and all(
+        linear = isinstance(layer, (Sum, Pool, GlobalPool, PositionMap, Mixture, Norm)) and all(
             id(s) in self.gaussian for s in of
         )
         if (own is not None and gaussian) or linear:
@@ -191,7 +192,7 @@ class Reader:
                 got = f"a value of shape {tuple(out.shape)}"
                 raise self.refusal(op, got, "Pass [n, d], [n, C, L] or [n, C, H, W].")
             layer = Input(
-                size, self.where(self.tape.ops[index]) if index else "", index, channels or out.shape[1], first
+                size, self.where(self.tape.ops[index]) if index else "", index, channels or out.shape[1], first, index
             )
             self._inputs[key] = layer
             self.add(layer, [])

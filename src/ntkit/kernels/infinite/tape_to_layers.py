@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ntkit.base.checks import NoLimit, Refused, refusal
+from ntkit.base.checks import NoLimit, refusal
 from ntkit.kernels.infinite import tape_calls as calls
 from ntkit.kernels.infinite.channel_parts import channel_part, part
 from ntkit.kernels.infinite.layers import (
@@ -28,31 +28,14 @@ from ntkit.kernels.infinite.layers import (
     Sum,
 )
 from ntkit.kernels.infinite.position_layers import dim_of, position_function, position_map, positions_side_by_side
-from ntkit.kernels.infinite.tape import DROPOUTS, Op, Tape, dropout_rate, record
+from ntkit.kernels.infinite.tape import DROPOUTS, Op, Tape, dropout_rate
 from ntkit.kernels.infinite.tape_calls import arguments, factor_of, grid, is_elementwise, pair
 from ntkit.kernels.infinite.tape_reader import Curve, DerivedWeight, Reader, Weight, has_several_kernels
 from ntkit.kernels.infinite.weight_layers import affine, norm
 
 
-def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) -> Graph:
-    """Read the layers of a module from its run on a few samples.
-
-    Raises
-    ------
-    NoLimit
-        For a layer without an infinite-width limit of this kind, by its name, with the reason and what to do.
-    Refused
-        For a model that does not run on the samples, or not in a way that can be recorded.
-    """
-    try:
-        _check_norms(model)
-        tape = record(model, torch.cat([x[:1], x[-1:], x[:1]]))
-        return _graph(model, tape, w_std, b_std)
-    except NoLimit as error:
-        raise NoLimit(f"{error} Or estimate it from random wide networks: InfiniteKernel(model, sample=16).") from None
-
-
-def _check_norms(model: nn.Module) -> None:
+def check_norms(model: nn.Module) -> None:
+    """Refuse norms over a batch or over one channel."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
             got = "statistics over a batch or over one channel"
@@ -62,14 +45,8 @@ def _check_norms(model: nn.Module) -> None:
             raise NoLimit(str(refusal(where, got=got, expected=expected, fix=fix)))
 
 
-def _graph(model: nn.Module, tape: Tape, w_std: float | None, b_std: float | None) -> Graph:
-    try:
-        return _read(model, tape, w_std, b_std)
-    except Refused as error:
-        raise NoLimit(str(error)) from None
-
-
-def _read(model: nn.Module, tape: Tape, w_std: float | None, b_std: float | None) -> Graph:
+def read_layers(model: nn.Module, tape: Tape, w_std: float | None, b_std: float | None) -> Graph:
+    """The layers of a run."""
     reader = Reader(model, tape, w_std, b_std)
     for index, op in enumerate(tape.ops[1:], start=1):
         if index in tape.parameters:
@@ -77,13 +54,13 @@ def _read(model: nn.Module, tape: Tape, w_std: float | None, b_std: float | None
             reader.values[index] = Weight(parameter, 1.0, name)
         else:
             reader.values[index] = _value(reader, op)
-    graph, output = reader.graph, _output(reader)
+    graph, output = reader.graph, output_layer(reader)
     graph.output = next(i for i, layer in enumerate(graph.layers) if layer is output)
     graph.last_index = max((layer.index for layer in graph.layers if isinstance(layer, Input)), default=0)
     return graph
 
 
-def _output(reader: Reader) -> Layer:
+def output_layer(reader: Reader) -> Layer:
     """The layer of the model's output."""
     value, op = reader.values[reader.tape.output], reader.tape.ops[reader.tape.output]
     subject, expected = "the model's output", "a vector of outputs"
@@ -138,7 +115,7 @@ def _value(reader: Reader, op: Op) -> Any:
         fix = "Only dense and convolution layers and affine norms are supported."
         raise reader.refusal(op, f"{op.name} of a parameter", fix)
     if op.func in calls.SUMS:
-        return _sum(reader, op)
+        return added(reader, op)
     if op.func in calls.CONCATENATIONS and not op.in_place:
         return _concatenation(reader, op)
     if op.func in calls.PRODUCTS - calls.DIVISIONS and len(inner) == 2 and _bases_differ(inner):
@@ -155,7 +132,8 @@ def _value(reader: Reader, op: Op) -> Any:
 # ---------------------------------------------------------------------- sums
 
 
-def _sum(reader: Reader, op: Op) -> Any:
+def added(reader: Reader, op: Op) -> Any:
+    """A sum of two values, or of one and a number."""
     alpha = float(op.kwargs.get("alpha", 1))
     signs = [1.0, -alpha if op.func in calls.DIFFERENCES else alpha]
     if op.func is torch.Tensor.__rsub__:
@@ -338,6 +316,14 @@ def _curve(reader: Reader, op: Op, inner: list[Any]) -> Curve | Layer:
         for find in (_moved, channel_part):
             if (found := find(reader, op)) is not None:
                 return found
+    return elementwise(reader, op, inner)
+
+
+def elementwise(reader: Reader, op: Op, inner: list[Any]) -> Curve:
+    """An elementwise function of values that are all functions of one."""
+    bases = {id(base): base for base in (v.source if isinstance(v, Curve) else v for v in inner)}
+    if len(bases) != 1:
+        raise reader.refusal(op, f"{op.name}, a product or mixture of two branches", calls.SUPPORTED)
     constants = [t for t in tree_leaves((op.args, op.kwargs)) if isinstance(t, Tensor)]
     slopes = [w for r in op.refs if isinstance(w := reader.values[r.index], Weight)]
     if any(t.numel() > 1 for t in constants) or any(w.parameter.unique().numel() > 1 for w in slopes):

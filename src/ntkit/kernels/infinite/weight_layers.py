@@ -60,13 +60,13 @@ def affine(reader: Reader, op: Op) -> Layer:
         got = f"an input of shape {tuple(op.out.shape[:-1])} + features"
         raise reader.refusal(op, got, "Flatten or pool positions before it.")
     size = grid(op.out.shape[2:]) or (1, 1)
-    variances = _variances(reader, op, weight, bias, shape[0] * math.prod(shape[2:]) // groups if transposed else None)
+    laws = variances(reader, op, weight, bias, shape[0] * math.prod(shape[2:]) // groups if transposed else None)
     if transposed:
         source = spread_out(reader, op, source, stride, padding, dilation, kernel_size)  # pyrefly: ignore
         stride, padding = (1, 1), (0, 0)
 
     def layer_of(one: Layer) -> Layer:
-        layer = Affine(size, reader.where(op), one, kernel_size, stride, padding, dilation, *variances, grouped)  # pyrefly: ignore
+        layer = Affine(size, reader.where(op), one, kernel_size, stride, padding, dilation, *laws, grouped)  # pyrefly: ignore
         # A channel that is a filter of one channel of a random field is no Gaussian; its mean over channels is known.
         return reader.add(layer, [one], own=id(layer), gaussian=x is None or groups == 1 or shape[1] > 1)
 
@@ -77,7 +77,7 @@ def affine(reader: Reader, op: Op) -> Layer:
     return reader.add(Concat(size, reader.where(op), [(1 / groups, part) for part in parts]), parts)
 
 
-def _variances(
+def variances(
     reader: Reader, op: Op, weight: Weight, bias: Weight | None, own_fan_in: int | None
 ) -> tuple[float, float, float, float, str]:
     """Variances that weight and bias contribute to the covariance and to the tangent kernel; how they are known.
@@ -92,16 +92,16 @@ def _variances(
         return w**2, b**2, w**2 * trained, b**2 * bias_trained, "as given"
     shape = weight.parameter.shape
     fan_in, fan_out = math.prod(shape[1:]), math.prod(shape) // shape[1]
-    std, text = _std(reader, op, weight, fan_in, fan_out)
+    std, text = std_of(reader, op, weight, fan_in, fan_out)
     size = own_fan_in or fan_in
     weight_var, weight_ntk = size * std**2, size * weight.factor**2 * trained
     if bias is None:
         return weight_var, 0.0, weight_ntk, 0.0, text
-    std, bias_text = _std(reader, op, bias, fan_in, fan_out)
+    std, bias_text = std_of(reader, op, bias, fan_in, fan_out)
     return weight_var, std**2, weight_ntk, bias.factor**2 * bias_trained, f"{text}; bias {bias_text}"
 
 
-def _std(reader: Reader, op: Op, weight: Weight, fan_in: int, fan_out: int) -> tuple[float, str]:
+def std_of(reader: Reader, op: Op, weight: Weight, fan_in: int, fan_out: int) -> tuple[float, str]:
     """Standard deviation of the entries as the layer uses them, and how it is known."""
     p = weight.parameter
     if weight.factor != 1 and initial_std(p, fan_in, fan_out, weight.name).name == NORMAL:
@@ -135,8 +135,8 @@ def norm(reader: Reader, op: Op) -> Layer:
     if not layer_norm and int(args["num_groups"]) > 1 and isinstance(source, Flatten) and source.source.size != (1, 1):
         fix = "Use nn.GroupNorm(1, ...) there, or normalize before flattening."
         raise reader.refusal(op, "groups of flattened positions", fix)
-    weight, weight_ntk = _norm_parameter(reader, op, "weight", args.get("weight"))
-    _, bias_ntk = _norm_parameter(reader, op, "bias", args.get("bias"))
+    weight, weight_ntk = norm_parameter(reader, op, "weight", args.get("weight"))
+    _, bias_ntk = norm_parameter(reader, op, "bias", args.get("bias"))
     if weight == 0:
         raise reader.refusal(op, "a weight of zeros", "Its output is 0. Start from another weight.")
     per_position = layer_norm and source.size != (1, 1)
@@ -146,7 +146,7 @@ def norm(reader: Reader, op: Op) -> Layer:
     )
 
 
-def _norm_parameter(reader: Reader, op: Op, name: str, argument: Any) -> tuple[float, float]:
+def norm_parameter(reader: Reader, op: Op, name: str, argument: Any) -> tuple[float, float]:
     """The one value of a norm's weight or bias, and what its gradient contributes to the tangent kernel."""
     if argument is None:
         return 1.0, 0.0
