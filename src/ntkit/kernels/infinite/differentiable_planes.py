@@ -36,7 +36,8 @@ from ntkit.kernels.infinite.layers import (
     Size,
     Sum,
 )
-from ntkit.kernels.infinite.planes import check_range, splits
+from ntkit.kernels.infinite.kept_planes import splits
+from ntkit.kernels.infinite.prepared_sides import check_range
 from ntkit.kernels.infinite.positions import Offset, extent, mapped_from, overlap, window
 
 Plane = tuple[Tensor, Tensor | None]  # covariance and tangent kernel, [h, w, p, q] each; None: 0 so far

@@ -16,33 +16,20 @@ from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import NoLimit, refusal
 from ntkit.base.shown import of_model
-from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Graph, Input
 from ntkit.kernels.infinite.limit_gradients import LimitGradients, Std, as_numbers, as_std, refused, wants_gradients
 from ntkit.kernels.infinite.limit_tiles import (
     BATCH,
-    BATCH_OF_GRIDS,
-    CACHE_BYTES,
     check_size,
-    each,
-    extend_tables,
     in_float64,
     inexact,
     line_of,
     outputs_before_weights,
-    plane_elements,
-    positions,
-    side_of,
     state_of_model,
-    state_size,
-    table_versions,
-    tile_size,
-    warn_of_errors,
     warn_of_masks,
 )
-from ntkit.kernels.infinite.planes import Planes, splits
-from ntkit.kernels.infinite.sample_sides import Side
+from ntkit.kernels.infinite.limit_values import matrix, pairs
 from ntkit.kernels.infinite.sampled import LimitEstimate, SampledLimit, Sampling
 from ntkit.kernels.infinite.shared_weights import Program
 from ntkit.kernels.infinite.shared_weights_reader import read_program
@@ -267,42 +254,13 @@ class InfiniteKernel(Kernel):
         if (program := self._program(x1)) is not None:
             values = program.gram(self._model_for(x1), x1, x2, self.kind)
             return written(values.to(self._dtype(x1)), out)
-        (graph, data1, dtype), same = self._read(x1), x2 is None
-        data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
-        n1, n2 = count(x1), count(x1 if x2 is None else x2)
-        like = next(iter(data1.values()))
+        graph, data1, dtype = self._read(x1)
+        data2 = None if x2 is None else self._read(x2, like=x1)[1]
+        shape = (count(x1), count(x1 if x2 is None else x2))
         if out is None:
-            out = torch.empty(n1, n2, dtype=dtype, device=x1.device)
-        check_out(out, (n1, n2), dtype)
-        size = tile_size(graph, like, max(n1, n2))
-        tiles = [(i, j) for i in range(0, n1, size) for j in range(i if same else 0, n2, size)]
-        spread_within = splits(graph) and len(tiles) < 2 * workers()  # else whole tiles are spread
-
-        @lru_cache(max(4, int(CACHE_BYTES / (8 * size * state_size(graph)))))
-        def side(second: bool, start: int) -> Side:
-            return side_of(graph, data2 if second else data1, slice(start, start + size))
-
-        def tile(at: tuple[int, int]) -> float:
-            i, j = at
-            with torch.no_grad():
-                one, two = spread(lambda which: side(*which), [(False, i), (not same, j)])
-                planes = Planes(graph, one, two, False, same and i == j, self.kind == "ntk", plane_elements(like))
-                block = planes(graph.layers[graph.output])[-1, 0, 0]
-                out[i : i + size, j : j + size] = block
-                return max(abs(float(end)) for end in block.aminmax())
-
-        versions = extend_tables(graph, data1, data2)
-        sizes = each(tile, tiles, like, spread_within)
-        if same:
-            for i in range(0, n1, size):
-                out[i : i + size, :i] = out[:i, i : i + size].T
-                block = out[i : i + size, i : i + size]
-                block.copy_(block.triu() + block.triu(1).T)
-        if table_versions(graph) != versions:  # another thread extended a table
-            return self._gram(x1, x2, out)
-        check_size(max(sizes), dtype)
-        warn_of_errors(graph)
-        return out
+            out = torch.empty(shape, dtype=dtype, device=x1.device)
+        check_out(out, shape, dtype)
+        return matrix(graph, data1, data2, self.kind == "ntk", out)
 
     @torch.inference_mode(False)
     @own_context()
@@ -314,27 +272,8 @@ class InfiniteKernel(Kernel):
         if (program := self._program(x1)) is not None:
             return program.pairs(self._model_for(x1), x1, x2, self.kind).to(self._dtype(x1))
         graph, data1, dtype = self._read(x1)
-        data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
-        like = next(iter(data1.values()))
-        out = torch.empty(count(x1), dtype=like.dtype, device=like.device)
-
-        size = BATCH if positions(graph) == 1 else BATCH_OF_GRIDS
-
-        def batch(start: int) -> None:
-            samples = slice(start, start + size)
-            with torch.no_grad():
-                one = side_of(graph, data1, samples)
-                two = one if x2 is None else side_of(graph, data2, samples)
-                planes = Planes(graph, one, two, True, x2 is None, self.kind == "ntk", plane_elements(like))
-                out[samples] = planes(graph.layers[graph.output])[-1, 0, 0, :, 0]
-
-        versions = extend_tables(graph, data1, data2)
-        each(batch, list(range(0, count(x1), size)), like)
-        if table_versions(graph) != versions:
-            return self._pairs(x1, x2)
-        check_size(float(out.abs().max()), dtype)
-        warn_of_errors(graph)
-        return out.to(x1.device, dtype)
+        data2 = None if x2 is None else self._read(x2, like=x1)[1]
+        return pairs(graph, data1, data2, self.kind == "ntk", dtype).to(x1.device)
 
     def _with_gradients(self, x1: Batch, x2: Batch | None, values: Callable[..., Tensor]) -> Tensor:
         if self._program(x1) is not None or self._sampled(x1) is not None:
