@@ -71,19 +71,20 @@ def splits(graph: Graph) -> bool:
 
 
 def kept_elements(graph: Graph, layer: Layer) -> int:
-    """Elements per pair of samples, covariance and tangent kernel, that a walk over the offsets of `layer` keeps.
-
-    Most are kept at height 0, where planes are largest.
-    """
+    """Elements per pair of samples, covariance and tangent kernel, that a walk over the offsets of `layer` keeps."""
     again, most = several_uses(graph), layer.size[0] - 1
-    later, now = (heights_needed(graph, layer, (0, high)) for high in (most, 0))
-    total = 0
-    for one in graph.layers:
-        if id(one) in again and id(one) in now:
-            height, width = one.size
-            rows = range(later[id(one)][0], now[id(one)][1] + 1)
-            total += 2 * width**2 * sum(height - abs(row) for row in rows)
-    return total
+
+    def at(height: int) -> int:
+        """What is kept when the planes of one height have been computed."""
+        later, now = (heights_needed(graph, layer, (height, high)) for high in (most, height))
+        total = 0
+        for one in graph.layers:
+            if id(one) in again and id(one) in now:
+                rows = range(later[id(one)][0], now[id(one)][1] + 1)
+                total += 2 * one.size[1] ** 2 * sum(one.size[0] - abs(row) for row in rows)
+        return total
+
+    return max(at(height) for height in range(-most, most + 1))
 
 
 def shared_out(costs: Sequence[float], number: int) -> list[slice]:
