@@ -29,7 +29,7 @@ from ntkit.kernels.infinite.limit_tiles import (
     state_of_model,
     warn_of_masks,
 )
-from ntkit.kernels.infinite.limit_values import matrix, pairs
+from ntkit.kernels.infinite.limit_values import at_positions, matrix, pairs
 from ntkit.kernels.infinite.sampled import LimitEstimate, SampledLimit, Sampling
 from ntkit.kernels.infinite.shared_weights import Program
 from ntkit.kernels.infinite.shared_weights_reader import read_program
@@ -75,7 +75,7 @@ class InfiniteKernel(Kernel):
     Returns (of a call)
     -------------------
     Tensor
-        [n1, n2] in the dtype of the samples; exactly symmetric for ``x2=None``. The values of a sample with itself are
+        [n1, n2]; of a network with a value per position the mean over positions (`positions` has all pairs). In the dtype of the samples; exactly symmetric for ``x2=None``. The values of a sample with itself are
         free of the rounding error that angles near 0 amplify. With dropout in train mode, a sample has one mask in
         ``k(x)``, ``diagonal`` and ``paired`` of one set; samples of two sets have masks of their own, equal ones too.
         In the autograd graph if samples, `w_std` or `b_std` require a gradient.
@@ -186,6 +186,47 @@ class InfiniteKernel(Kernel):
             fix = "Call the kernel: its values have no sampling error."
             raise refusal("estimate", got="a limit in closed form", expected="a sampled one", fix=fix)
         return sampled.gram(x1, x2)
+
+    @torch.inference_mode(False)
+    @own_context()
+    def positions(self, x1: Batch, x2: Batch | None = None) -> Tensor:
+        """The kernel between all pairs of positions of the output, of a network with a value per position.
+
+        Returns
+        -------
+        Tensor
+            [n1, n2, P, P] for outputs [n, C, P], [n, C, H, W] with P = H W, or with the channels last: entry
+            (i, j, p, q) is the kernel of an output of sample i at p and the same channel of sample j at q; it is 0 for
+            two channels. ``k(x1, x2)`` is the mean over p = q. For x2 = None exactly symmetric in (i, p), (j, q).
+
+        Raises
+        ------
+        Refused
+            As the kernel's call; for a limit that is not one of a graph of layers (recurrent, sampled), and for samples
+            or stds that require gradients.
+
+        Examples
+        --------
+        >>> model = nn.Sequential(nn.Conv1d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 2, 1))
+        >>> x = torch.tensor([[[1.0, 0.0, 2.0]]], dtype=torch.float64)
+        >>> kernel = InfiniteKernel(model, w_std=1.0, b_std=0.0)
+        >>> kernel.positions(x)[0, 0]
+        tensor([[0.3333, 0.2796, 0.0000],
+                [0.2796, 1.6667, 1.1398],
+                [0.0000, 1.1398, 1.3333]], dtype=torch.float64)
+        >>> kernel(x)
+        tensor([[1.1111]], dtype=torch.float64)
+        """
+        if wants_gradients(x1, x2, *self._stds or ()):
+            raise refused("positions", "a kernel of all positions", "Call it")
+        x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
+        if self._program(x1) is not None or self._sampled(x1) is not None:
+            got = "a limit that is sampled or of weights used several times"
+            fix = "Call the kernel: its values are the mean over the outputs."
+            raise refusal("positions", got=got, expected="a graph of layers", fix=fix)
+        graph, data1, dtype = self._read(x1)
+        data2 = None if x2 is None else self._read(x2, like=x1)[1]
+        return at_positions(graph, data1, data2, self.kind == "ntk", dtype).to(x1.device)
 
     def _sampled(self, x: Batch) -> SampledLimit | None:
         """Random networks for samples like these, if asked for and if there is no closed form."""
