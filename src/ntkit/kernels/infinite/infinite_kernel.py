@@ -118,6 +118,8 @@ class InfiniteKernel(Kernel):
             [0.0927, 0.2825]], dtype=torch.float64)
     """
 
+    _differentiable = True
+
     def __init__(
         self,
         model: nn.Module,
