@@ -25,7 +25,11 @@ S1, S2 = (torch.randn(n, 2, 6, generator=DRAW, dtype=torch.float64) for n in (3,
 def unet(n, outputs=2):
     down = [R(), nn.AvgPool2d((2, 1)), conv(n, n, padding=1), R(), nn.ConvTranspose2d(n, n, (2, 1), stride=(2, 1))]
     return nn.Sequential(
-        conv(2, n, padding=1), Cat(nn.Identity(), nn.Sequential(*down)), conv(2 * n, n, padding=1), R(), conv(n, outputs, 1)
+        conv(2, n, padding=1),
+        Cat(nn.Identity(), nn.Sequential(*down)),
+        conv(2 * n, n, padding=1),
+        R(),
+        conv(n, outputs, 1),
     )
 
 
@@ -90,7 +94,7 @@ def test_laws(name, kind):
 
 
 def test_channels_behind_the_positions_and_single_precision():
-    network, x1, x2 = NETWORKS["sequence tags"]
+    network, x1, _ = NETWORKS["sequence tags"]
     last = nn.Sequential(*network(8), Move(lambda z: z.transpose(1, 2))).double()
     image = nn.Sequential(*unet(8), Move(lambda z: z.permute(0, 2, 3, 1))).double()
     for model, plain, x in ((last, network(8).double(), x1), (image, unet(8).double(), X1)):
@@ -152,7 +156,9 @@ def test_wide_networks_tend_to_it(name):
     model = drawn(network, 64, 5)
     trace, whole = TangentKernel(model, "trace")(x) / (2 * count), TangentKernel(model, "full")(x)
     parts = whole.reshape(3, 3, 2 * count, 2 * count).diagonal(dim1=2, dim2=3).mean(-1)
-    torch.testing.assert_close(trace, parts, rtol=1e-10, atol=0)  # the same mean of a network, which k(x) is of the limit
+    torch.testing.assert_close(
+        trace, parts, rtol=1e-10, atol=0
+    )  # the same mean of a network, which k(x) is of the limit
 
 
 def test_covariances_of_wide_networks_tend_to_it():

@@ -36,7 +36,14 @@ def conv():
 NETWORKS = {
     "U-Net": UNet(),
     "two pools": nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), conv(), nn.ReLU(), nn.AvgPool2d(3, 1, 1), conv(), *END
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        conv(),
+        nn.ReLU(),
+        nn.AvgPool2d(3, 1, 1),
+        conv(),
+        *END,
     ),
     "upsampled": nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2, mode="bilinear"), conv(), nn.ReLU(), *END
@@ -126,6 +133,7 @@ def test_a_walk_keeps_what_it_is_said_to_keep_and_computes_no_plane_twice(name, 
 def test_ranges_of_about_equal_cost(costs, number):
     ranges = shared_out(costs, number)
     assert [i for part in ranges for i in range(len(costs))[part]] == list(range(len(costs)))
-    assert len(ranges) <= number and all(part.stop > part.start for part in ranges)
+    assert len(ranges) <= number
+    assert all(part.stop > part.start for part in ranges)
     largest = max(sum(costs[part]) for part in ranges)
     assert largest <= sum(costs) / number + max(costs)

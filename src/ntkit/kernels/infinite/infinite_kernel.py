@@ -75,9 +75,10 @@ class InfiniteKernel(Kernel):
     Returns (of a call)
     -------------------
     Tensor
-        [n1, n2]; of a network with a value per position the mean over positions (`positions` has all pairs). In the dtype of the samples; exactly symmetric for ``x2=None``. The values of a sample with itself are
-        free of the rounding error that angles near 0 amplify. With dropout in train mode, a sample has one mask in
-        ``k(x)``, ``diagonal`` and ``paired`` of one set; samples of two sets have masks of their own, equal ones too.
+        [n1, n2] in the dtype of the samples; exactly symmetric for ``x2=None``. Of a network with a value per position
+        the mean over positions; `positions` has all pairs of them. The values of a sample with itself are free of the
+        rounding error that angles near 0 amplify. With dropout in train mode, a sample has one mask in ``k(x)``,
+        ``diagonal`` and ``paired`` of one set; samples of two sets have masks of their own, equal ones too.
         In the autograd graph if samples, `w_std` or `b_std` require a gradient.
 
     Raises

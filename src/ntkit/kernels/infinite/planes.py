@@ -45,7 +45,6 @@ from ntkit.kernels.infinite.layers import (
     Product,
     Size,
     Sum,
-    sources,
 )
 from ntkit.kernels.infinite.position_sums import averaged, mapped
 from ntkit.kernels.infinite.positions import Offset, chunks, equal_parts, extent, overlap, sum_of_slices, window
