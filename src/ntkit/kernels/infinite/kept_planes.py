@@ -23,9 +23,8 @@ def heights_needed(graph: Graph, layer: Layer, heights: Heights) -> dict[int, He
     """Heights of the offsets at which the planes of `layer` at these heights need those of each layer, by its id."""
     needed = {id(layer): heights}
     for user in reversed(graph.layers):
-        if id(user) in needed:
-            of_source = _of_source(user, needed[id(user)])
-            for source in sources(user) if of_source else ():
+        if id(user) in needed and (of_source := _of_source(user, needed[id(user)])) is not None:
+            for source in sources(user):
                 low, high = needed.get(id(source), of_source)
                 needed[id(source)] = min(low, of_source[0]), max(high, of_source[1])
     return needed
