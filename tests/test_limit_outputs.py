@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from infinite_oracle import Cat, Move
+from infinite_oracle import Add, Cat, Move
 from test_limit_positions import B, ClosedOracle, W, conv, worst
 from torch import nn
 
@@ -41,6 +41,11 @@ def tagger(n, outputs=2):
 NETWORKS = {
     "U-Net": (unet, X1, X2),
     "sequence tags": (tagger, S1, S2),
+    "residual": (
+        lambda n, c=2: nn.Sequential(
+            conv(2, n, 2), Add(nn.Identity(), nn.Sequential(R(), conv(n, n, padding=1))), R(), conv(n, c, 1)
+        ), X1, X2
+    ),
     "fewer positions": (
         lambda n, c=2: nn.Sequential(conv(2, n, 2), R(), nn.AvgPool2d((1, 2), 1), conv(n, c, 2, padding=1)), X1, X2
     ),

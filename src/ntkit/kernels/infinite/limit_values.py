@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.workers import spread, workers
+from ntkit.kernels.infinite.kept_planes import walk_keeps
 from ntkit.kernels.infinite.layers import Flatten, Graph, Layer
 from ntkit.kernels.infinite.limit_tiles import (
     BATCH,
@@ -141,7 +142,8 @@ def _all_offsets(planes: Planes, layer: Layer, block: Tensor) -> None:
         some = block[of.first : of.first + of.one.count]
         for dw in range(0 if half and dh == 0 else 1 - width, width):
             at = some.diagonal(dh, 2, 4).diagonal(dw, 2, 3)  # [p, q, positions]
-            at.copy_(of(layer, (dh, dw))[-1].permute(2, 3, 0, 1))
+            own = of if walk_keeps(of.graph) else of.subset(slice(0, of.one.count))  # nothing to keep: a new cache
+            at.copy_(own(layer, (dh, dw))[-1].permute(2, 3, 0, 1))
 
     for samples in parts:
         walk(planes.subset(samples), layer, range(0 if half else 1 - height, height), row)

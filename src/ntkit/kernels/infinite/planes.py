@@ -330,7 +330,9 @@ def walk(planes: Planes, layer: Layer, heights: range, row: Callable[[Planes, in
         return results
 
     costs = [layer.size[0] - abs(height) for height in heights]
-    return [result for results in spread(some, shared_out(costs, workers())) for result in results]
+    on_cpu = next(iter(planes.one.data.values())).device.type == "cpu"
+    ranges = shared_out(costs, workers() if on_cpu else 1)
+    return [result for results in spread(some, ranges) for result in results]
 
 
 def walked_samples(graph: Graph, layer: Layer, others: int) -> int:
