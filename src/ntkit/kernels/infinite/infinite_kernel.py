@@ -214,9 +214,9 @@ class InfiniteKernel(Kernel):
         >>> x = torch.tensor([[[1.0, 0.0, 2.0]]], dtype=torch.float64)
         >>> kernel = InfiniteKernel(model, w_std=1.0, b_std=0.0)
         >>> kernel.positions(x)[0, 0]
-        tensor([[0.3333, 0.2796, 0.0000],
-                [0.2796, 1.6667, 1.1398],
-                [0.0000, 1.1398, 1.3333]], dtype=torch.float64)
+        tensor([[0.3333, 0.1186, 0.6667],
+                [0.1186, 1.6667, 0.2373],
+                [0.6667, 0.2373, 1.3333]], dtype=torch.float64)
         >>> kernel(x)
         tensor([[1.1111]], dtype=torch.float64)
         """
