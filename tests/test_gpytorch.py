@@ -79,6 +79,56 @@ def test_scale_and_noise_are_fitted(gpytorch):
     assert all(p.grad is None for p in kernel._model.parameters())
 
 
+def test_gradients_reach_inputs_and_stds(gpytorch):
+    """Of a posterior variance, as in a search for the next point: finite differences."""
+    from ntkit.kernels.gpytorch_kernel import GPyTorchKernel
+
+    torch.manual_seed(2)
+    network = nn.Sequential(nn.Linear(3, 6), nn.GELU(), nn.Linear(6, 1)).double()
+    w = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    x, y, start = torch.randn(6, 3).double(), torch.randn(6).double(), torch.randn(2, 3).double()
+
+    class Model(gpytorch.models.ExactGP):
+        def __init__(self, w_std):
+            likelihood = gpytorch.likelihoods.GaussianLikelihood().double()
+            likelihood.noise = 0.1
+            super().__init__(x, y, likelihood)
+            self.mean_module = gpytorch.means.ZeroMean()
+            self.covar_module = GPyTorchKernel(ntkit.InfiniteKernel(network, w_std=w_std, b_std=0.1))
+
+        def forward(self, points):
+            return gpytorch.distributions.MultivariateNormal(self.mean_module(points), self.covar_module(points))
+
+    def value(points, w_std=w):
+        with gpytorch.settings.detach_test_caches(False):  # else GPyTorch takes the training covariance as a constant
+            posterior = Model(w_std).double().eval()(points)
+            return posterior.variance.sum() + posterior.mean.sin().sum() + posterior.covariance_matrix[0, 1]
+
+    points = start.clone().requires_grad_()
+    value(points).backward()
+    step = 1e-5
+    for i, j in ((0, 0), (0, 2), (1, 1)):
+        moved = []
+        for sign in (1, -1):
+            other = start.clone()
+            other[i, j] += sign * step
+            moved.append(float(value(other).detach()))
+        assert abs(float(points.grad[i, j]) - (moved[0] - moved[1]) / (2 * step)) < 1e-6
+    moved = [float(value(start, 1.3 + sign * step).detach()) for sign in (1, -1)]
+    assert abs(float(w.grad) - (moved[0] - moved[1]) / (2 * step)) < 1e-6
+
+
+def test_equal_samples_in_two_tensors_are_two_arguments(gpytorch):
+    from ntkit.kernels.gpytorch_kernel import GPyTorchKernel
+
+    kernel = kernels()["limit"][0]
+    constant = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).double()
+    one, two = constant.clone().requires_grad_(), constant.clone().requires_grad_()
+    GPyTorchKernel(kernel)(one, constant).to_dense().sum().backward()
+    kernel(two, constant).sum().backward()
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-12, atol=0)
+
+
 def test_refusals(gpytorch):
     from ntkit.kernels.gpytorch_kernel import GPyTorchKernel
 
@@ -88,6 +138,8 @@ def test_refusals(gpytorch):
         GPyTorchKernel(nn.Linear(2, 1))
     with pytest.raises(ntkit.Refused, match="several values per pair"):
         GPyTorchKernel(ntkit.TangentKernel(kernel._engine.model, "full"))(x).to_dense()
+    with pytest.raises(ntkit.Refused, match=r"inputs that require grad, while the values of TangentKernel are const"):
+        GPyTorchKernel(kernel)(x.clone().requires_grad_()).to_dense()
     with pytest.raises(ntkit.Refused, match=r"x: got shape \[2, 4, 8\]; expected \[n, d\]"):
         GPyTorchKernel(kernel)(x.expand(2, 4, 8)).to_dense()
     with pytest.raises(ntkit.Refused, match=r"x: got 8 numbers a sample; expected those of \[3, 3\]"):

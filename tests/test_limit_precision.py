@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntkit
+from ntkit.kernels.infinite.activations import Rectifier
+from ntkit.kernels.infinite.planes import Planes
 
 mp.mp.dps = 40
 W, B = 1.5, 0.05
@@ -323,3 +325,36 @@ def test_the_number_of_threads_changes_nothing_beyond_rounding():
         torch.testing.assert_close(*found, rtol=1e-6, atol=0)
     finally:
         torch.set_num_threads(before)
+
+
+def test_of_float32_samples_all_layers_compute_in_float64(monkeypatch):
+    """Black images, too: the slope at 0 of a leaky ReLU is no number of float32."""
+    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.LeakyReLU(0.1), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AvgPool2d(2), nn.Conv2d(4, 4, 1), nn.Hardswish(), nn.AdaptiveAvgPool2d(1))
+    model = nn.Sequential(*model, nn.Flatten(), nn.Linear(4, 1))
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[1] = 0
+    seen, plain = set(), Planes.up_to_factor
+
+    def watched(self, layer, offset):
+        states = [
+            t for side in (self.one, self.two) for of in (side.states, side.diagonal) for s in of.values() for t in s
+        ]
+        seen.update(t.dtype for t in states)
+        found = plain(self, layer, offset)
+        seen.add(found[0].dtype)
+        return found
+
+    monkeypatch.setattr(Planes, "up_to_factor", watched)
+    kernel = ntkit.InfiniteKernel(model, w_std=1.3, b_std=0.0)
+    values = kernel(x)
+    assert values.dtype == torch.float32
+    assert seen == {torch.float64}
+    torch.testing.assert_close(values.double(), kernel(x.double()), rtol=1e-6, atol=1e-30)
+
+
+def test_slope_at_zero_is_in_double_precision():
+    """Variance 0 and 1: the side's slope is at_zero 2 / (p + q), here 0.2 / 1.1."""
+    leaky = Rectifier(1.0, 0.1, at_zero=0.1)
+    slope = leaky.state(torch.tensor([0.0, 1.0], dtype=torch.float64))[1]
+    assert slope.tolist() == [0.1 * 2 / 1.1, 1.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import infinite_oracle as oracle
 import pytest
@@ -584,6 +585,55 @@ def test_make_must_build_the_same_network():
     ):
         with pytest.raises(Refused, match=message):
             InfiniteKernel(model, sample=3, make=make)(WORDS)
+
+
+class Routed(nn.Module):
+    """Four experts by a softmax over scores, and a raw parameter that may be summed over the features."""
+
+    def __init__(self, width=8, scores=4, summed=False):
+        super().__init__()
+        self.stem, self.route, self.last = nn.Linear(5, width), nn.Linear(width, scores), nn.Linear(width, 1)
+        self.raw, self.summed = nn.Parameter(torch.ones(width)), summed
+        with torch.no_grad():
+            self.raw.normal_()
+
+    def forward(self, x):
+        h = torch.tanh(self.stem(x))
+        share = self.route(h).softmax(1)[:, :1]
+        h = h * (h @ self.raw)[:, None] if self.summed else h * self.raw
+        return self.last(h * share)
+
+
+def test_a_width_that_make_does_not_grow_is_named():
+    x = images(4, 5, 1).flatten(1)
+    model = seeded(Routed)
+    with pytest.warns(UserWarning, match="make: the outputs of 'route.weight' do not grow"):
+        InfiniteKernel(model, sample=2, make=lambda factor: Routed(8 * factor)).estimate(x)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="make")
+        InfiniteKernel(model, sample=2, make=lambda factor: Routed(8 * factor, 4 * factor)).estimate(x)
+    with pytest.raises(Refused, match=r"make: got hidden widths as before .'stem.weight', 'route.weight'"):
+        InfiniteKernel(model, sample=2, make=lambda factor: Routed()).estimate(x)
+
+
+def test_a_sum_of_a_raw_parameter_over_features_that_grow_is_refused_of_make_too():
+    model = seeded(lambda: Routed(summed=True))
+    make = lambda factor: Routed(8 * factor, 4 * factor, summed=True)
+    with pytest.raises(Refused, match="parameter 'raw': got a sum over features that grow"):
+        InfiniteKernel(model, sample=2, make=make).estimate(images(4, 5, 1).flatten(1))
+
+
+def test_make_must_keep_the_layers():
+    class Other(nn.Linear):
+        pass
+
+    def make(factor):
+        larger = Routed(8 * factor, 4 * factor)
+        larger.route = Other(8 * factor, 4 * factor)
+        return larger
+
+    with pytest.raises(Refused, match="make: got Other as layer 'route'; expected Linear"):
+        InfiniteKernel(seeded(Routed), sample=2, make=make).estimate(images(4, 5, 1).flatten(1))
 
 
 def test_sampled_limit_names_what_it_did():

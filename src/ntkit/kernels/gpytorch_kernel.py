@@ -15,7 +15,9 @@ from ntkit.kernels.kernel import Kernel
 class _GPyTorchKernel:
     """A kernel of this library for GPyTorch's models: ``ScaleKernel(GPyTorchKernel(kernel))`` as the covariance module.
 
-    The values are constants for GPyTorch: its own parameters (scale, noise, mean) are fitted, the network's are not.
+    GPyTorch's own parameters (scale, noise, mean) are fitted, the network's are not. Inputs may require gradients (to
+    search for the best next point) where the kernel passes them on: `InfiniteKernel`; elsewhere the values are
+    constants. So may its `w_std` and `b_std`, if the caller gives them to the optimizer.
 
     Parameters
     ----------
@@ -25,8 +27,9 @@ class _GPyTorchKernel:
     Raises
     ------
     Refused
-        For something else than a kernel, one with several values per pair, inputs with batch axes or of another size;
-        and, where GPyTorch is not installed, when the name is imported.
+        For something else than a kernel, one with several values per pair, inputs with batch axes, of another size, or
+        that require gradients where the kernel has none; and, where GPyTorch is not installed, when the name is
+        imported.
     """
 
     def __init__(self, kernel: Kernel, shape: Sequence[int] | None = None) -> None:
@@ -38,11 +41,13 @@ class _GPyTorchKernel:
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any) -> Tensor:
         """k(x1, x2), [n1, n2]; with `diag` k(x1_i, x2_i), [n]."""
-        if torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad):
+        wanted = torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad)
+        if wanted and not self.kernel._differentiable:
             fix = "Detach the inputs, or call within torch.no_grad()."
-            got = "inputs that require grad, while the values of this kernel are constants"
+            got = f"inputs that require grad, while the values of {type(self.kernel).__name__} are constants"
             raise refusal("x", got=got, expected="inputs without gradients", fix=fix)
-        same = x1 is x2 or (x1.shape == x2.shape and torch.equal(x1, x2))
+        # with gradients, equal samples in two tensors are two arguments
+        same = x1 is x2 or (not wanted and x1.shape == x2.shape and torch.equal(x1, x2))
         first = self._samples(x1)
         if diag:
             values = self.kernel.diagonal(first) if same else self.kernel.paired(first, self._samples(x2))

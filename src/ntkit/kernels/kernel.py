@@ -25,6 +25,7 @@ class Kernel(ABC):
 
     _infinite = False  # whether infinite input may lead to finite values (masks); the kernel then checks the outputs
     _computed = "gradients"  # what must be finite, too
+    _differentiable = False  # whether values stay in the autograd graph of samples that require a gradient
 
     @own_context()
     def __call__(self, x1: Batch, x2: Batch | None = None, out: Any = None) -> Tensor:

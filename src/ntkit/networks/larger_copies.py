@@ -32,7 +32,8 @@ from ntkit.networks.layer_axes import (
     outputs_of,
     set_sizes,
 )
-from ntkit.networks.paired_runs import MAKE, MISFITS, Outside, compared, copied, hooks, reached
+from ntkit.networks.made_copies import check_copy, check_growth
+from ntkit.networks.paired_runs import MAKE, MISFITS, Outside, check_sums, compared, copied, hooks, reached
 from ntkit.networks.parametrization import NORMS, factor_of, plain
 
 Make = Callable[[int], nn.Module]
@@ -89,7 +90,13 @@ def larger_copy(
     Raises
     ------
     Refused
-        By the layer's name, for what cannot grow, and for parameters whose growth is not clear.
+        By the layer's name, for what cannot grow, and for parameters whose growth is not clear. For a network of
+        `make` that is another one or does not grow.
+
+    Warns
+    -----
+    UserWarning
+        For layers of `make` whose width does not grow, by the names of their parameters.
     """
     network, grown = plain(copied(model)), []
     for name, module in network.named_modules():
@@ -104,7 +111,10 @@ def larger_copy(
             raise refusal("make", got=type(larger).__name__, expected="an nn.Module", fix=fix)
         like = next(network.parameters())
         larger = plain(copied(larger)).to(device=like.device, dtype=like.dtype).train(network.training)
-        _compare(network, larger, example)
+        check_copy(network, larger, example)
+        widths = _hidden_outputs(network, _flow(network, example))
+        check_growth(network, larger, widths)
+        check_sums(network, larger, example, set(_raw_parameters(network, set(widths.values()))))
         for p, own in zip(larger.parameters(), network.parameters(), strict=True):
             p.requires_grad_(own.requires_grad)
     else:
@@ -304,20 +314,6 @@ def _resize(name: str, layer: Any, inputs: Fraction, outputs: Fraction, tied: di
 
 def _zeros(p: Tensor, shape: list[int]) -> nn.Parameter:
     return nn.Parameter(p.detach().new_zeros(shape), requires_grad=p.requires_grad)
-
-
-def _compare(network: nn.Module, larger: nn.Module, example: Tensor) -> None:
-    """Refuse a network of the user's that has other parameters or another output."""
-    names, own = dict(larger.named_parameters()), dict(network.named_parameters())
-    if list(names) != list(own):
-        other = sorted(set(names) ^ set(own))
-        got = f"other parameters ({', '.join(other[:3])})" if other else "parameters in another order"
-        raise refusal("make", got=got, expected="the model's own, larger", fix="Build the same network, wider.")
-    with torch.no_grad():
-        shapes = [tuple(copied(net).eval()(example).shape) for net in (network, larger)]
-    if shapes[0] != shapes[1]:
-        fix = "Let the hidden widths grow alone."
-        raise refusal("make", got=f"outputs of shape {shapes[1]}", expected=f"{shapes[0]}", fix=fix)
 
 
 def _statistics(network: nn.Module, larger: nn.Module) -> None:

@@ -165,31 +165,54 @@ def compared(network: nn.Module, larger: nn.Module, example: Tensor, raw: set[st
         the network sums over an axis that grows: whether its entries or another number fall with the width is not
         known.
     """
-    runs = []
-    for net in (network, larger):
-        net = copied(net).eval().requires_grad_(True)
-        with _Recorder({_address(p): n for n, p in net.named_parameters() if n in raw}) as run, torch.enable_grad():
-            net(example)
-        runs.append(run.calls)
-    alike = [[(c.name, len(c.inputs), [len(s) for s in c.outputs], len(c.factors)) for c in run] for run in runs]
-    if alike[0] != alike[1]:
+    runs = _calls(network, larger, example, raw)
+    if not _alike(runs):
         raise refusal("the model", got="other operations at other widths", expected="the same ones", fix=MAKE)
     grew, stayed, factors = set(), set(), []
     for one, two in zip(*runs, strict=True):
         for sizes in zip(one.outputs, two.outputs, strict=True):
             for n, m in zip(*sizes, strict=True):
                 (stayed if n == m else grew).add(n)
-        growth = _growth(one.inputs, two.inputs)
         results = [_growth([a], [b]) for a, b in zip(one.outputs, two.outputs, strict=True)]
         if one.name in _PARTS and any(result < 0.99 * _growth(one.inputs[:1], two.inputs[:1]) for result in results):
             got = f"a fixed number of features out of those that grow, in a call of '{one.name}'"
             raise refusal("the model", got=got, expected="calls on all features, or on a share of them", fix=MAKE)
-        if one.raw and any(result < 0.99 * growth for result in results):
-            got, expected = "a sum over features that grow", "weights of torch's own layers, or no sum over them"
-            raise refusal(f"parameter '{one.raw}'", got=got, expected=expected, fix="Write the sum as nn.Linear.")
+        _check_sum(one, two)
         for (value, of), (other, _) in zip(one.factors, two.factors, strict=True):
             factors += [value] if of or value == other else []
     return Runs(grew, stayed, factors)
+
+
+def check_sums(network: nn.Module, larger: nn.Module, example: Tensor, raw: set[str]) -> None:
+    """Refuse a raw parameter that is summed over an axis that grows, of a larger copy that the user made.
+
+    Copies with other calls (more heads in a loop) cannot be compared call by call.
+    """
+    runs = _calls(network, larger, example, raw)
+    for one, two in zip(*runs, strict=True) if _alike(runs) else ():
+        _check_sum(one, two)
+
+
+def _calls(network: nn.Module, larger: nn.Module, example: Tensor, raw: set[str]) -> list[list[Any]]:
+    runs = []
+    for net in (network, larger):
+        net = copied(net).eval().requires_grad_(True)
+        with _Recorder({_address(p): n for n, p in net.named_parameters() if n in raw}) as run, torch.enable_grad():
+            net(example)
+        runs.append(run.calls)
+    return runs
+
+
+def _alike(runs: list[list[Any]]) -> bool:
+    one, two = ([(c.name, len(c.inputs), [len(s) for s in c.outputs], len(c.factors)) for c in run] for run in runs)
+    return one == two
+
+
+def _check_sum(one: Any, two: Any) -> None:
+    growth = _growth(one.inputs, two.inputs)
+    if one.raw and any(_growth([a], [b]) < 0.99 * growth for a, b in zip(one.outputs, two.outputs, strict=True)):
+        got, expected = "a sum over features that grow", "weights of torch's own layers, or no sum over them"
+        raise refusal(f"parameter '{one.raw}'", got=got, expected=expected, fix="Write the sum as nn.Linear.")
 
 
 def _growth(one: list[tuple[int, ...]], two: list[tuple[int, ...]]) -> float:

@@ -59,7 +59,7 @@ class Rectifier(Activation):
         rounded = v * (1 - 8 * torch.finfo(v.dtype).eps)
         if self.zero_slope == 1 or v.all():
             return (rounded,)
-        return rounded, torch.where(v == 0, self.zero_slope, 1.0).to(v)
+        return rounded, torch.ones_like(v).masked_fill(v == 0, self.zero_slope)
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
         if self.even == 0 == self.odd:  # the caller divides by the factor

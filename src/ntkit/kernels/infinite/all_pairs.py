@@ -35,7 +35,7 @@ from ntkit.kernels.infinite.layers import (
     Sum,
     sources,
 )
-from ntkit.kernels.infinite.planes import check_moments, check_range
+from ntkit.kernels.infinite.prepared_sides import check_moments, check_range
 from ntkit.kernels.infinite.sample_sides import Side, State
 
 Values = tuple[Tensor, Tensor | None]  # covariance and tangent kernel, [B, R, S] each; None: 0 so far
@@ -89,6 +89,12 @@ class AllPairs:
         K, T = self(self.graph.layers[self.graph.output])
         out = K if T is None or not self.tangent else T
         return out[:, 0, 0] if self.paired else out[0]
+
+    def between_positions(self, layer: Layer) -> Tensor:
+        """The kernel of a layer at all pairs of positions, [p, q, P, P]."""
+        K, T = self(layer)
+        out = K if T is None or not self.tangent else T
+        return self.apart(out, math.prod(layer.size))[0].transpose(1, 2)
 
     def states(self, key: int) -> tuple[State, State]:
         """States of both sides, [..., samples, positions], as rows and columns."""

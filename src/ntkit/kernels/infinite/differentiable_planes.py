@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ntkit.base.checks import refusal
 from ntkit.kernels.infinite.activations import Activation
 from ntkit.kernels.infinite.differentiable_moments import has_derivatives, moments, moments_of_one
+from ntkit.kernels.infinite.kept_planes import splits
 from ntkit.kernels.infinite.layers import (
     Affine,
     Channels,
@@ -36,8 +37,8 @@ from ntkit.kernels.infinite.layers import (
     Size,
     Sum,
 )
-from ntkit.kernels.infinite.planes import check_range, splits
 from ntkit.kernels.infinite.positions import Offset, extent, mapped_from, overlap, window
+from ntkit.kernels.infinite.prepared_sides import check_range
 
 Plane = tuple[Tensor, Tensor | None]  # covariance and tangent kernel, [h, w, p, q] each; None: 0 so far
 _WITHOUT = "Pass samples and stds that do not require grad, or call the kernel in torch.no_grad()."

@@ -16,34 +16,21 @@ from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import NoLimit, refusal
 from ntkit.base.shown import of_model
-from ntkit.base.workers import spread, workers
 from ntkit.jacobian.model_calls import check_module
 from ntkit.kernels.infinite.layers import Graph, Input
 from ntkit.kernels.infinite.limit_gradients import LimitGradients, Std, as_numbers, as_std, refused, wants_gradients
 from ntkit.kernels.infinite.limit_tiles import (
     BATCH,
-    BATCH_OF_GRIDS,
-    CACHE_BYTES,
     check_size,
-    each,
-    extend_tables,
     in_float64,
     inexact,
     line_of,
     outputs_before_weights,
-    positions,
-    side_of,
     state_of_model,
-    state_size,
-    table_versions,
-    tile_size,
-    values_of,
-    warn_of_errors,
     warn_of_masks,
 )
-from ntkit.kernels.infinite.planes import splits
+from ntkit.kernels.infinite.limit_values import at_positions, matrix, pairs
 from ntkit.kernels.infinite.reading import read
-from ntkit.kernels.infinite.sample_sides import Side
 from ntkit.kernels.infinite.sampled import LimitEstimate, SampledLimit, Sampling
 from ntkit.kernels.infinite.shared_weights import Program
 from ntkit.kernels.infinite.shared_weights_reader import read_program
@@ -88,9 +75,10 @@ class InfiniteKernel(Kernel):
     Returns (of a call)
     -------------------
     Tensor
-        [n1, n2] in the dtype of the samples; exactly symmetric for ``x2=None``. The values of a sample with itself are
-        free of the rounding error that angles near 0 amplify. With dropout in train mode, a sample has one mask in
-        ``k(x)``, ``diagonal`` and ``paired`` of one set; samples of two sets have masks of their own, equal ones too.
+        [n1, n2] in the dtype of the samples; exactly symmetric for ``x2=None``. Of a network with a value per position
+        the mean over positions; `positions` has all pairs of them. The values of a sample with itself are free of the
+        rounding error that angles near 0 amplify. With dropout in train mode, a sample has one mask in ``k(x)``,
+        ``diagonal`` and ``paired`` of one set; samples of two sets have masks of their own, equal ones too.
         In the autograd graph if samples, `w_std` or `b_std` require a gradient.
 
     Raises
@@ -130,6 +118,8 @@ class InfiniteKernel(Kernel):
     tensor([[0.2825, 0.0927],
             [0.0927, 0.2825]], dtype=torch.float64)
     """
+
+    _differentiable = True
 
     def __init__(
         self,
@@ -200,6 +190,47 @@ class InfiniteKernel(Kernel):
             raise refusal("estimate", got="a limit in closed form", expected="a sampled one", fix=fix)
         return sampled.gram(x1, x2)
 
+    @torch.inference_mode(False)
+    @own_context()
+    def positions(self, x1: Batch, x2: Batch | None = None) -> Tensor:
+        """The kernel between all pairs of positions of the output, of a network with a value per position.
+
+        Returns
+        -------
+        Tensor
+            [n1, n2, P, P] for outputs [n, C, P], [n, C, H, W] with P = H W, or with the channels last: entry
+            (i, j, p, q) is the kernel of an output of sample i at p and the same channel of sample j at q; it is 0 for
+            two channels. ``k(x1, x2)`` is the mean over p = q. For x2 = None exactly symmetric in (i, p), (j, q).
+
+        Raises
+        ------
+        Refused
+            As the kernel's call; for a limit that is not one of a graph of layers (recurrent, sampled), and for samples
+            or stds that require gradients.
+
+        Examples
+        --------
+        >>> model = nn.Sequential(nn.Conv1d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 2, 1))
+        >>> x = torch.tensor([[[1.0, 0.0, 2.0]]], dtype=torch.float64)
+        >>> kernel = InfiniteKernel(model, w_std=1.0, b_std=0.0)
+        >>> kernel.positions(x)[0, 0]
+        tensor([[0.3333, 0.1186, 0.6667],
+                [0.1186, 1.6667, 0.2373],
+                [0.6667, 0.2373, 1.3333]], dtype=torch.float64)
+        >>> kernel(x)
+        tensor([[1.1111]], dtype=torch.float64)
+        """
+        if wants_gradients(x1, x2, *self._stds or ()):
+            raise refused("positions", "a kernel of all positions", "Call it")
+        x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
+        if self._program(x1) is not None or self._sampled(x1) is not None:
+            got = "a limit that is sampled or of weights used several times"
+            fix = "Call the kernel: its values are the mean over the outputs."
+            raise refusal("positions", got=got, expected="a graph of layers", fix=fix)
+        graph, data1, dtype = self._read(x1)
+        data2 = None if x2 is None else self._read(x2, like=x1)[1]
+        return at_positions(graph, data1, data2, self.kind == "ntk", dtype).to(x1.device)
+
     def _sampled(self, x: Batch) -> SampledLimit | None:
         """Random networks for samples like these, if asked for and if there is no closed form."""
         if self._sampling is None or self._is_graph(x) or self._program(x) is not None:
@@ -267,41 +298,13 @@ class InfiniteKernel(Kernel):
         if (program := self._program(x1)) is not None:
             values = program.gram(self._model_for(x1), x1, x2, self.kind)
             return written(values.to(self._dtype(x1)), out)
-        (graph, data1, dtype), same = self._read(x1), x2 is None
-        data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
-        n1, n2 = count(x1), count(x1 if x2 is None else x2)
-        like = next(iter(data1.values()))
+        graph, data1, dtype = self._read(x1)
+        data2 = None if x2 is None else self._read(x2, like=x1)[1]
+        shape = (count(x1), count(x1 if x2 is None else x2))
         if out is None:
-            out = torch.empty(n1, n2, dtype=dtype, device=x1.device)
-        check_out(out, (n1, n2), dtype)
-        size = tile_size(graph, like, max(n1, n2))
-        tiles = [(i, j) for i in range(0, n1, size) for j in range(i if same else 0, n2, size)]
-        spread_within = splits(graph) and len(tiles) < 2 * workers()  # else whole tiles are spread
-
-        @lru_cache(max(4, int(CACHE_BYTES / (8 * size * state_size(graph)))))
-        def side(second: bool, start: int) -> Side:
-            return side_of(graph, data2 if second else data1, slice(start, start + size))
-
-        def tile(at: tuple[int, int]) -> float:
-            i, j = at
-            with torch.no_grad():
-                one, two = spread(lambda which: side(*which), [(False, i), (not same, j)])
-                block = values_of(graph, one, two, False, same and i == j, self.kind == "ntk")
-                out[i : i + size, j : j + size] = block
-                return max(abs(float(end)) for end in block.aminmax())
-
-        versions = extend_tables(graph, data1, data2)
-        sizes = each(tile, tiles, like, spread_within)
-        if same:
-            for i in range(0, n1, size):
-                out[i : i + size, :i] = out[:i, i : i + size].T
-                block = out[i : i + size, i : i + size]
-                block.copy_(block.triu() + block.triu(1).T)
-        if table_versions(graph) != versions:  # another thread extended a table
-            return self._gram(x1, x2, out)
-        check_size(max(sizes), dtype)
-        warn_of_errors(graph)
-        return out
+            out = torch.empty(shape, dtype=dtype, device=x1.device)
+        check_out(out, shape, dtype)
+        return matrix(graph, data1, data2, self.kind == "ntk", out)
 
     @torch.inference_mode(False)
     @own_context()
@@ -313,26 +316,8 @@ class InfiniteKernel(Kernel):
         if (program := self._program(x1)) is not None:
             return program.pairs(self._model_for(x1), x1, x2, self.kind).to(self._dtype(x1))
         graph, data1, dtype = self._read(x1)
-        data2 = data1 if x2 is None else self._read(x2, like=x1)[1]
-        like = next(iter(data1.values()))
-        out = torch.empty(count(x1), dtype=like.dtype, device=like.device)
-
-        size = BATCH if positions(graph) == 1 else BATCH_OF_GRIDS
-
-        def batch(start: int) -> None:
-            samples = slice(start, start + size)
-            with torch.no_grad():
-                one = side_of(graph, data1, samples)
-                two = one if x2 is None else side_of(graph, data2, samples)
-                out[samples] = values_of(graph, one, two, True, x2 is None, self.kind == "ntk")
-
-        versions = extend_tables(graph, data1, data2)
-        each(batch, list(range(0, count(x1), size)), like)
-        if table_versions(graph) != versions:
-            return self._pairs(x1, x2)
-        check_size(float(out.abs().max()), dtype)
-        warn_of_errors(graph)
-        return out.to(x1.device, dtype)
+        data2 = None if x2 is None else self._read(x2, like=x1)[1]
+        return pairs(graph, data1, data2, self.kind == "ntk", dtype).to(x1.device)
 
     def _with_gradients(self, x1: Batch, x2: Batch | None, values: Callable[..., Tensor]) -> Tensor:
         if self._program(x1) is not None or self._sampled(x1) is not None:

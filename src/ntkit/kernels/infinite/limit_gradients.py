@@ -20,8 +20,8 @@ from ntkit.kernels.infinite.differentiable_planes import (
     check_derivatives,
     variances,
 )
+from ntkit.kernels.infinite.kept_planes import splits
 from ntkit.kernels.infinite.layers import GlobalPool, Graph, Pool, PositionMap, Size
-from ntkit.kernels.infinite.planes import splits
 
 Std = float | Tensor
 Data = dict[int, Tensor]

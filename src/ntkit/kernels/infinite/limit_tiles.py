@@ -15,16 +15,17 @@ from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.workers import spread, workers
 from ntkit.kernels.infinite import all_pairs
-from ntkit.kernels.infinite.all_pairs import AllPairs, mixes
-from ntkit.kernels.infinite.layers import Affine, Dropout, Graph, Input, Layer, Mixture, Pointwise
+from ntkit.kernels.infinite.all_pairs import mixes
+from ntkit.kernels.infinite.layers import Affine, Dropout, GlobalPool, Graph, Input, Layer, Mixture, Pointwise
 from ntkit.kernels.infinite.piecewise import Piecewise
-from ntkit.kernels.infinite.planes import Planes, prepare
+from ntkit.kernels.infinite.prepared_sides import prepare
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.sample_sides import Side
 from ntkit.kernels.infinite.tape import record
 
 _PLANE_ELEMENTS = {"cpu": 1 << 16}  # a few planes of this size fit into a core's cache
 _PLANE_ELEMENTS_ELSEWHERE = 1 << 24
+_LEAST_ELEMENTS = 1 << 12  # of a plane of a tile that is cut smaller than need be: below, calls cost more than numbers
 _TILE_PAIRS = 1 << 10  # pairs of samples with positions in a tile: 32 x 32, so that each side is prepared for many
 BATCH, BATCH_OF_GRIDS = 512, 64
 CACHE_BYTES = 256e6  # of prepared sides, kept for the next tiles
@@ -71,15 +72,6 @@ def side_of(graph: Graph, data: dict[int, Tensor], samples: slice) -> Side:
     if mixes(graph):
         return all_pairs.prepare(graph, part)
     return prepare(graph, part, plane_elements(next(iter(part.values()))))
-
-
-def values_of(graph: Graph, one: Side, two: Side, paired: bool, symmetric: bool, tangent: bool) -> Tensor:
-    """The kernel of two sides, [p, q]; of pairs [p]."""
-    if mixes(graph):
-        return AllPairs(graph, one, two, paired, symmetric, tangent).output()
-    elements = plane_elements(next(iter(one.data.values())))
-    out = Planes(graph, one, two, paired, symmetric, tangent, elements)(graph.layers[graph.output])[-1, 0, 0]
-    return out[:, 0] if paired else out
 
 
 def inexact(graph: Graph) -> list[tuple[Pointwise, Tabulated | Piecewise]]:
@@ -132,9 +124,12 @@ def plane_elements(like: Tensor) -> int:
     return _PLANE_ELEMENTS.get(like.device.type, _PLANE_ELEMENTS_ELSEWHERE)
 
 
-def tile_size(graph: Graph, like: Tensor, n: int) -> int:
-    """Samples along each side of a tile, of n at most; tiles of about equal size."""
-    elements = plane_elements(like)
+def tile_size(graph: Graph, like: Tensor, n1: int, n2: int) -> int:
+    """Samples along each side of a tile; tiles of about equal size, and one for each worker or more if they are large.
+
+    A walk over offsets is shared out itself.
+    """
+    elements, n = plane_elements(like), max(n1, n2)
     if mixes(graph):  # positions stand beside each other as if they were samples
         size = max(1, math.isqrt(elements) // positions(graph))
         return math.ceil(n / math.ceil(n / size))
@@ -142,8 +137,23 @@ def tile_size(graph: Graph, like: Tensor, n: int) -> int:
         elements = min(elements, _TILE_PAIRS * max(1, elements >> 16))
     elif like.device.type == "cpu":
         elements += elements // 2  # the calls of so few operations cost more than what leaves the nearest cache
-    size = max(8, math.isqrt(elements))
-    return math.ceil(n / math.ceil(n / size))
+    tiles = math.ceil(n / max(8, math.isqrt(elements)))
+    while not walks(graph) and _too_few(tiles, n1, n2, positions(graph), like):
+        tiles += 1
+    return math.ceil(n / tiles)
+
+
+def _too_few(tiles: int, n1: int, n2: int, positions: int, like: Tensor) -> bool:
+    """Whether workers have nothing to do though tiles are large enough to be cut into smaller ones."""
+    size, smaller = (math.ceil(max(n1, n2) / number) for number in (tiles, tiles + 1))
+    number = math.ceil(n1 / size) * math.ceil(n2 / size)
+    large = min(n1, smaller) * min(n2, smaller) * positions >= _LEAST_ELEMENTS and smaller < size
+    return large and like.device.type == "cpu" and number < workers()
+
+
+def walks(graph: Graph) -> bool:
+    """Whether the limit takes a walk over all offsets."""
+    return any(isinstance(layer, GlobalPool) for layer in graph.layers)
 
 
 def positions(graph: Graph) -> int:

@@ -56,7 +56,7 @@ class Piecewise(Activation):
         deviation = v.clamp(min=_SMALLEST).sqrt()
         h = torch.stack([place / deviation for place in self._places])
         hermite = [self._hermite(which, h, deviation) for which in (0, 1)]
-        zero = torch.where(v == 0, self._zero_slope, 1.0).to(v)
+        zero = torch.ones_like(v).masked_fill(v == 0, self._zero_slope)
         return deviation, zero, h, *hermite[0], *hermite[1]
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:

@@ -12,17 +12,22 @@ p x q pairs of samples (or of p paired samples, q = 1).
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import refusal
-from ntkit.base.workers import spread
+from ntkit.base.workers import spread, workers
+from ntkit.kernels.infinite.kept_planes import (
+    heights_needed,
+    kept_elements,
+    several_uses,
+    shared_out,
+    walk_keeps,
+)
 from ntkit.kernels.infinite.layers import (
     Affine,
     Channels,
@@ -40,11 +45,12 @@ from ntkit.kernels.infinite.layers import (
     Product,
     Size,
     Sum,
-    sources,
 )
 from ntkit.kernels.infinite.position_sums import averaged, mapped
-from ntkit.kernels.infinite.positions import Offset, chunks, extent, overlap, sum_of_slices, window
+from ntkit.kernels.infinite.positions import Offset, chunks, equal_parts, extent, overlap, sum_of_slices, window
 from ntkit.kernels.infinite.sample_sides import Side, State
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -70,10 +76,7 @@ class Planes:
     cache_all: bool = False
 
     def __post_init__(self) -> None:
-        self.uses = Counter(id(source) for layer in self.graph.layers for source in sources(layer))
-        for layer in self.graph.layers:
-            if isinstance(layer, (Pool, PositionMap)):
-                self.uses[id(layer.source)] = 2  # neighboring offsets use some of the same planes
+        self.again = several_uses(self.graph)
         self.cache: dict[tuple[int, Offset], Tensor] = {}
 
     def __call__(self, layer: Layer, offset: Offset = (0, 0)) -> Tensor:
@@ -90,7 +93,7 @@ class Planes:
             plane, factor = _pointwise(self, layer, offset)
         else:
             plane, factor = _RULES[type(layer)](self, layer, offset), 1.0
-        if self.cache_all or self.uses[id(layer)] > 1:
+        if self.cache_all or id(layer) in self.again:
             self.cache[key] = plane if factor == 1 else plane.mul_(factor)
             return plane.clone(), 1.0
         return plane, factor
@@ -102,17 +105,9 @@ class Planes:
         return replace(self, one=self.one.subset(samples), two=two, first=first, cache_all=False)
 
     def discard(self, layer: Layer, height: int) -> None:
-        """Drop the planes that no offset of `layer` with a height of `first` or more uses."""
-        needed = {id(layer): height}
-        for user in reversed(self.graph.layers):
-            if id(user) in needed:
-                low = needed[id(user)]
-                low = low * user.stride[0] if isinstance(user, (Affine, Pool)) else low
-                low = low - user.kernel_size[0] + 1 if isinstance(user, Pool) else low
-                low = -user.source.size[0] if isinstance(user, PositionMap) else low  # it may use any offset
-                for source in sources(user):
-                    needed[id(source)] = min(low, needed.get(id(source), low))
-        for key in [k for k in self.cache if k[1][0] < needed.get(k[0], height)]:
+        """Drop the planes that no offset of `layer` with this height or more uses."""
+        needed = heights_needed(self.graph, layer, (height, max(height, layer.size[0] - 1)))
+        for key in [k for k in self.cache if k[0] not in needed or k[1][0] < needed[k[0]][0]]:
             del self.cache[key]
 
     def states_at(self, offset: Offset, size: Size, state1: State, state2: State) -> tuple[State, State]:
@@ -300,63 +295,79 @@ def _flatten(planes: Planes, layer: Flatten, offset: Offset) -> Tensor:
 
 def _global_pool(planes: Planes, layer: GlobalPool, offset: Offset) -> Tensor:
     """The mean over all pairs of positions: one offset at a time, of as many samples as the caches hold."""
-    height, width = layer.source.size
+    source = layer.source
     p, q = planes.one.count, 1 if planes.paired else planes.two.count
-    # elements, per pair of samples, of the planes that are kept for the next offsets
-    of_kind = [(type(k), math.prod(k.source.size)) for k in planes.graph.layers if isinstance(k, (Pool, PositionMap))]
-    cached = sum(n * (6 * width if kind is Pool else 4 * n) for kind, n in of_kind)  # of a map, all offsets
-    parts = chunks(p, max(1, _CACHED // (cached * q)) if cached else p)
+    parts = equal_parts(p, walked_samples(planes.graph, source, q))
     # of one set with itself, K_-d(i, j) = K_d(j, i): half of the offsets, and the transpose
     half = planes.symmetric and len(parts) == 1
-    heights = range(0 if half else 1 - height, height)
+    heights = range(0 if half else 1 - source.size[0], source.size[0])
     totals = []
     for samples in parts:
-        inner = planes.subset(samples)
-        row = partial(_row_of_offsets, inner, layer, half, bool(cached))
-        rows = [row(dh) for dh in heights] if cached else spread(row, sorted(heights, key=abs))
+        rows = walk(planes.subset(samples), source, heights, partial(_row_of_offsets, source, half))
         middle = rows[0].pop(0) if half else None
         total = _total([whole for found in rows for whole in found])
         if middle is not None:
             total = middle if total is None else middle + total + (total if planes.paired else total.mT)
         assert total is not None
         totals.append(total)
-    return torch.cat(totals, 3).div_((height * width) ** 2)
+    return torch.cat(totals, 3).div_(math.prod(source.size) ** 2)
+
+
+def walk(planes: Planes, layer: Layer, heights: range, row: Callable[[Planes, int], Result]) -> list[Result]:
+    """The results of `row`, one for each height of the offsets of a layer, by workers.
+
+    Where planes are kept for the next offsets, each worker has consecutive heights and keeps its own.
+    """
+    if not walk_keeps(planes.graph):
+        first = sorted(heights, key=abs)  # the expensive ones
+        found = dict(zip(first, spread(partial(row, planes), first), strict=True))
+        return [found[height] for height in heights]
+
+    def some(part: slice) -> list[Result]:
+        own, results = planes.subset(slice(0, planes.one.count)), []
+        for height in heights[part]:
+            results.append(row(own, height))
+            own.discard(layer, height + 1)
+        return results
+
+    costs = [layer.size[0] - abs(height) for height in heights]
+    on_cpu = next(iter(planes.one.data.values())).device.type == "cpu"
+    ranges = shared_out(costs, workers() if on_cpu else 1)
+    return [result for results in spread(some, ranges) for result in results]
+
+
+def walked_samples(graph: Graph, layer: Layer, others: int) -> int:
+    """Samples on the first side, beside `others`, whose planes a walk can keep."""
+    kept = kept_elements(graph, layer) if walk_keeps(graph) else 0
+    return max(1, _KEPT // (kept * others)) if kept else 1 << 30
 
 
 def _total(terms: list[Tensor]) -> Tensor | None:
     return reduce(torch.Tensor.add_, terms) if terms else None
 
 
-def _row_of_offsets(planes: Planes, layer: GlobalPool, half: bool, cached: bool, dh: int) -> list[Tensor]:
+def _row_of_offsets(layer: Layer, half: bool, planes: Planes, dh: int) -> list[Tensor]:
     """Sums over all positions, and over the offsets of one height; of half of them, that at offset 0 apart, first."""
-    height, width = layer.source.size
-    q = 1 if planes.paired else planes.two.count
+    height, width = layer.size
+    q, keeps = 1 if planes.paired else planes.two.count, walk_keeps(planes.graph)
     middle, total = [], None
     for dw in range(0 if half and dh == 0 else 1 - width, width):
         area = (height - abs(dh)) * (width - abs(dw))
-        rows = planes.one.count if cached else max(1, planes.plane_elements // (area * q))
+        rows = planes.one.count if keeps else max(1, planes.plane_elements // (area * q))
         sums = []
         for some in chunks(planes.one.count, rows):
-            part = planes if cached else planes.subset(some)
-            x, factor = part.up_to_factor(layer.source, (dh, dw))
+            part = planes if keeps else planes.subset(some)
+            x, factor = part.up_to_factor(layer, (dh, dw))
             sums.append(x.sum((1, 2), keepdim=True).mul_(factor))
         whole = torch.cat(sums, 3)
         if half and (dh, dw) == (0, 0):
             middle = [whole]
         else:
             total = whole if total is None else total.add_(whole)
-    if cached:
-        planes.discard(layer.source, dh + 1)
     return middle if total is None else [*middle, total]
 
 
-def splits(graph: Graph) -> bool:
-    """Whether a tile's pairs of positions are spread among workers: where no plane is kept for the next offsets."""
-    kinds = {type(layer) for layer in graph.layers}
-    return GlobalPool in kinds and not kinds & {Pool, PositionMap}
-
-
-_CACHED = 1 << 23  # elements of the planes that are kept for the next offsets
+_KEPT = 1 << 24  # elements of the planes that a worker keeps for the next offsets
 
 
 _RULES: dict[type[Layer], Callable[[Planes, Any, Offset], Tensor]] = {
@@ -373,42 +384,3 @@ _RULES: dict[type[Layer], Callable[[Planes, Any, Offset], Tensor]] = {
     Dropout: _dropout,
     Channels: lambda planes, layer, offset: planes(layer.source, offset),
 }
-
-
-# ---------------------------------------------------------------------- one side
-
-
-def prepare(graph: Graph, data: dict[int, Tensor], plane_elements: int) -> Side:
-    """Compute what the layers need of a side: variances, from the first layer to the last."""
-    side = Side(data)
-    planes = Planes(graph, side, side, True, True, tangent=False, plane_elements=plane_elements, cache_all=True)
-    for layer in graph.layers:
-        if isinstance(layer, Pointwise):
-            v = planes(layer.source)[0][..., 0]
-            check_range(layer, v)
-            for key, activation in ((id(layer), layer.activation), (-id(layer), layer.weighted)):
-                if activation is not None:
-                    side.states[key], side.diagonal[key] = activation.state(v), activation.diagonal(v)
-                    check_moments(layer, side.diagonal[key], v)
-        elif isinstance(layer, Norm):
-            v = planes(layer.source)[0][..., 0]
-            side.states[id(layer)] = (((v if layer.alone else v.mean((0, 1), keepdim=True)) + layer.eps).rsqrt(),)
-    return side
-
-
-def check_moments(layer: Layer, moments: State, v: Tensor) -> None:
-    """Refuse moments that overflow."""
-    if not all(t.isfinite().all() for t in moments):
-        got = f"moments that overflow at standard deviations up to {float(v.max()) ** 0.5:.2g}"
-        fix = "Scale the data or the weights down."
-        raise refusal(layer.name, got=got, expected="an activation with finite moments", fix=fix)
-
-
-def check_range(layer: Layer, v: Tensor) -> None:
-    """Refuse variances whose products would overflow or underflow."""
-    info = torch.finfo(v.dtype)
-    largest = v.amax((0, 1))
-    if not bool((largest < info.max**0.5 / 4).all()) or bool(((largest > 0) & (largest < 10 * info.tiny**0.5)).any()):
-        got = f"variances from {float(largest.min()):.0e} to {float(largest.max()):.0e} in {v.dtype}"
-        expected = "values whose fourth powers the dtype can represent"
-        raise refusal(layer.name, got=got, expected=expected, fix="Scale the data, or pass it in float64.")

@@ -27,6 +27,11 @@ def chunks(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def equal_parts(count: int, most: int) -> list[slice]:
+    """Consecutive ranges of at most `most`, of about equal size."""
+    return chunks(count, -(-count // -(-count // most)))
+
+
 def mapped_from(layer: PositionMap, axis: int, offset: int) -> list[tuple[int, Tensor]]:
     """Along an axis: offsets of the source that a linear map takes to an offset of its result, each with its matrix.
 

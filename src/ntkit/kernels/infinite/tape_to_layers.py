@@ -77,10 +77,23 @@ def output_layer(reader: Reader) -> Layer:
     if isinstance(layer.source if isinstance(layer, Flatten) else layer, Product):
         got = "a product of branches, whose tangent kernel stays random at any width"
         raise refusal(subject, got=got, expected=expected, fix="End with a linear layer.")
-    if layer.size != (1, 1) or op.out.dim() > 2:
-        got, fix = f"shape {tuple(op.out.shape[1:])} per sample", "End with a pool or nn.Flatten, and a linear layer."
-        raise refusal(subject, got=got, expected=expected, fix=fix)
+    if op.out.dim() > 2:  # a value per position: the mean of their kernels
+        return reader.add(Flatten((1, 1), "the mean over the output's positions", layer), [layer])
     return layer
+
+
+def _channels_last(reader: Reader, op: Op) -> Any:
+    """The value of a call that moves the channels behind the positions, of the model's output; else None."""
+    if op is not reader.tape.ops[reader.tape.output] or len(op.refs) != 1:
+        return None
+    z = torch.randn(reader.tape.ops[op.refs[0].index].out.shape, generator=torch.Generator().manual_seed(0))
+    if z.dim() not in (3, 4) or tuple(op.out.shape) != tuple(z.movedim(1, -1).shape):
+        return None
+    try:
+        moved = torch.equal(position_function(op)(z * 1), z.movedim(1, -1))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    return reader.value(op.refs[0]) if moved else None
 
 
 def _value(reader: Reader, op: Op) -> Any:
@@ -114,6 +127,8 @@ def _value(reader: Reader, op: Op) -> Any:
     if weights:
         fix = "Only dense and convolution layers and affine norms are supported."
         raise reader.refusal(op, f"{op.name} of a parameter", fix)
+    if (last := _channels_last(reader, op)) is not None:
+        return last
     if op.func in calls.SUMS:
         return added(reader, op)
     if op.func in calls.CONCATENATIONS and not op.in_place:
