@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -158,8 +157,9 @@ class InfiniteKernel(Kernel):
     @property
     def error(self) -> float:
         """Largest relative error of an activation so far."""
-        tables = (a.error for graph in self._graphs.values() for _, a in inexact(graph))
-        return max(tables, default=self._sampling.error if self._sampling else 0.0)
+        errors = [a.error for graph in self._graphs.values() for _, a in inexact(graph)]
+        errors += [program.error for program in self._programs.values() if program]
+        return max(errors, default=self._sampling.error if self._sampling else 0.0)
 
     def describe(self, x: Batch) -> str:
         """List the layers as read, one per line: what each is, and how its variances are known.
@@ -223,9 +223,7 @@ class InfiniteKernel(Kernel):
         stds = as_numbers(self._stds)
         key = (x.dtype, tuple(x.shape[1:]), stds)
         if key not in self._programs:
-            self._programs[key] = None
-            with contextlib.suppress(NoLimit):
-                self._programs[key] = read_program(self._model_for(x), x, *stds or (None, None))
+            self._programs[key] = read_program(self._model_for(x), x, *stds or (None, None))
         return self._programs[key]
 
     @own_context()
@@ -239,7 +237,9 @@ class InfiniteKernel(Kernel):
         kernel = copy.copy(self)
         kernel._stds = as_numbers(self._stds)
         values = lru_cache(1)(lambda: kernel(x))
-        return KernelOperator(count(x), lambda v: values() @ v, lambda: kernel.diagonal(x), like)
+        of_batch = (program := self._program(x)) is not None and program.batch_norm
+        diagonal = (lambda: values().diagonal()) if of_batch else (lambda: kernel.diagonal(x))
+        return KernelOperator(count(x), lambda v: values() @ v, diagonal, like)
 
     def settings(self) -> dict[str, Any]:
         """As of every kernel; with the values of `w_std` and `b_std`, and how the limit is sampled."""
@@ -338,7 +338,7 @@ class InfiniteKernel(Kernel):
 
     def _with_gradients(self, x1: Batch, x2: Batch | None, values: Callable[..., Tensor]) -> Tensor:
         if self._program(x1) is not None or self._sampled(x1) is not None:
-            got = "a limit that is sampled or of weights used several times"
+            got = "a limit that is sampled, of weights used several times or of batch norm"
             raise refused("the infinite kernel", got, "Call the kernel")
         graph, data1, dtype = self._read(x1, keep=True)
         data2 = None if x2 is None or x2 is x1 else self._read(x2, like=x1, keep=True)[1]

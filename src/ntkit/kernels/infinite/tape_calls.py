@@ -17,6 +17,7 @@ AFFINE = {F.linear, F.conv1d, F.conv2d, torch.conv1d, torch.conv2d}
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, torch.conv_transpose1d, torch.conv_transpose2d}
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
 NORMS = {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm}
+BATCH_NORMS = {F.batch_norm, torch.batch_norm}
 DIFFERENCES = {torch.sub, torch.subtract, T.sub, T.sub_, T.__sub__, T.__isub__, T.subtract}
 SUMS = {torch.add, T.add, T.add_, T.__add__, T.__iadd__, T.__radd__, T.__rsub__} | DIFFERENCES
 DIVISIONS = {torch.div, torch.true_divide, T.div, T.div_, T.__truediv__, T.__itruediv__, T.__rtruediv__}
