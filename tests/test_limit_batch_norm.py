@@ -82,8 +82,7 @@ def test_moments_are_those_of_random_channels(name, eps, weight):
 
 def in_the_plane(L, T, slopes, eps):
     """E[h h^T] and E[J T J^T] for z = L g with g of dimension 1 or 2, by quadrature in the sectors between kinks."""
-    n, dims = L.shape
-    y = L - L.mean(0)
+    dims, y = L.shape[1], L - L.mean(0)
     v, log_step = torch.arange(-26, 2.3, 0.04, dtype=torch.float64), 0.04
     radius = v.exp()
     if dims == 1:
@@ -257,7 +256,8 @@ def test_equal_samples_only():
 def test_the_kernel_is_of_the_whole_batch():
     kernel = limit("two norms")
     K = kernel(BATCH)
-    assert torch.equal(K, K.T) and kernel.error < 1e-11
+    assert torch.equal(K, K.T)
+    assert kernel.error < 1e-11
     order = torch.tensor([3, 0, 5, 1, 6, 4, 2])
     torch.testing.assert_close(kernel(BATCH[order]), K[order][:, order], rtol=1e-10, atol=1e-10)
     assert (kernel(BATCH[:4]) - K[:4, :4]).abs().max() > 0.1
@@ -382,7 +382,8 @@ REFUSED = {
         r"layer '1' \(BatchNorm2d\): got statistics over the samples of a batch and over positions.*GroupNorm",
     ),
     "sequences": (
-        nn.Sequential(nn.Conv1d(2, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1)), IMAGES[:, 0, :2],
+        nn.Sequential(nn.Conv1d(2, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1)),
+        IMAGES[:, 0, :2],
         r"layer '1' \(BatchNorm1d\): got statistics over the samples of a batch and over positions",
     ),
     "a bias": (changed("bias", 0.5), BATCH, r"layer '1' \(BatchNorm1d\).*bias '1.bias' that is not zero"),
