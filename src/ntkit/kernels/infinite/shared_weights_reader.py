@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ntkit.base.checks import NoLimit, Refused
-from ntkit.jacobian.model_calls import computes_statistics
 from ntkit.kernels.infinite import tape_calls as calls
 from ntkit.kernels.infinite.activations import Activation, Function, Rectifier
 from ntkit.kernels.infinite.batch_norm import BatchNorm
@@ -49,7 +48,7 @@ def read_program(model: nn.Module, x: Tensor, w_std: float | None, b_std: float 
     except Refused as error:
         if tape is None and not isinstance(error, NoLimit):  # it does not run
             raise
-        if any(map(computes_statistics, model.modules())):
+        if calls.mixes_samples(model, tape):
             raise NoLimit(f"{error} With batch norm in train mode there is no sample=, either.") from None
         return None
 

@@ -14,7 +14,7 @@ from ntkit.kernels.infinite.batch_norm import BatchNorm
 from ntkit.kernels.infinite.layers import Affine, Concat, Flatten, Layer, Norm
 from ntkit.kernels.infinite.position_layers import spread_out
 from ntkit.kernels.infinite.tape import Op, Ref
-from ntkit.kernels.infinite.tape_calls import TRANSPOSED, arguments, grid, pair
+from ntkit.kernels.infinite.tape_calls import TRANSPOSED, arguments, batch_norm_arguments, grid, pair
 from ntkit.kernels.infinite.tape_reader import DerivedWeight, Reader, Weight, has_several_kernels
 from ntkit.networks.initialization import NORMAL, initial_std
 
@@ -165,10 +165,7 @@ def norm_parameter(reader: Reader, op: Op, name: str, weight: Any) -> tuple[floa
 
 def batch_norm(reader: Reader, op: Op, value: Callable[[Any], Any]) -> tuple[Any, BatchNorm]:
     """What is normalized by the statistics of the batch, and how; `value` finds that of an argument."""
-    names = ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
-    if op.func is torch.batch_norm:
-        names[1:5] = "weight", "bias", "running_mean", "running_var"
-    args = arguments(op, *names)
+    args = batch_norm_arguments(op)
     eps = float(args.get("eps", 1e-5))
     if not args.get("training"):
         raise reader.refusal(op, "batch norm by running statistics", "Call model.train() for those of the batch.")
