@@ -382,7 +382,7 @@ REFUSED = {
     ),
     "a bias": (changed("bias", 0.5), BATCH, r"layer '1' \(BatchNorm1d\).*bias '1.bias' that is not zero"),
     "zeros": (changed("weight", 0.0), BATCH, r"layer '1' \(BatchNorm1d\).*weight of zeros"),
-    "unequal weights": (changed("weight", 1.0, 1.1), BATCH, r"layer '1' \(BatchNorm1d\).*weight '1.weight' that differs"),
+    "unequal weights": (changed("weight", 1.0, 1.1), BATCH, "weight '1.weight' that differs between channels"),
     "two functions": (TwoFunctions(), BATCH, "another activation.*values that depend on each other"),
     "twice": (Twice(), BATCH, r"layer 'norm' \(BatchNorm1d\).*'norm.weight' a second time"),
     "a function": (Functional(1.0, torch.tanh), BATCH, "got tanh behind batch norm"),
