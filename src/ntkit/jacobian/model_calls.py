@@ -122,15 +122,18 @@ def check_module(model: Any, subject: str = "model", fix: str = "Wrap it in a mo
         raise refusal(subject, got=type(model).__name__, expected="a torch.nn.Module", fix=fix)
 
 
-def check_mode(model: nn.Module, random: tuple[type[nn.Module], ...] = ()) -> None:
+def check_mode(
+    model: nn.Module, random: tuple[type[nn.Module], ...] = (), mixing: tuple[type[nn.Module], ...] = ()
+) -> None:
     """Refuse layers whose output for one sample depends on the others, on chance or on earlier calls, by name.
 
     random : modules that may draw at random.
+    mixing : modules that may compute statistics over the batch.
     """
     _check_tensors(model)
     for name, module in model.named_modules():
         where = f"layer '{name}' ({type(module).__name__})"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        if computes_statistics(module) and type(module) not in mixing:
             own = "train mode" if module.training else "batch statistics (track_running_stats=False)"
             raise refusal(
                 where,
@@ -162,6 +165,12 @@ def check_mode(model: nn.Module, random: tuple[type[nn.Module], ...] = ()) -> No
             continue
         if module.training and rate > 0 and type(module) not in random:
             raise refusal(where, got=f"dropout p={rate} active", expected="no randomness", fix="Call model.eval().")
+
+
+def computes_statistics(module: nn.Module) -> bool:
+    """Whether it is a batch norm that takes its statistics from the batch."""
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return batch_norm and (module.training or module.running_mean is None)
 
 
 def _has_power_iteration(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -47,9 +46,9 @@ class InfiniteKernel(Kernel):
     any mode, dilation, groups), any elementwise activation, sums, products and concatenations of branches, parts of
     channels (slices, chunks, gated linear units), factors, average and global pools, linear maps of positions (slices,
     flips, padding, interpolation, means over one axis), flattening, LayerNorm and GroupNorm before an activation,
-    dropout. The module's own widths have no influence, except through `w_std=None` and as shares of the channels in a
-    concatenation or a part. All outputs have the same kernel and are independent: entry (i, c, j, d) of the full kernel
-    is ``k(x1, x2)[i, j]`` for c = d, else 0.
+    dropout; in networks of vectors also recurrent layers and BatchNorm in train mode. The module's own widths have no
+    influence, except through `w_std=None` and as shares of the channels in a concatenation or a part. All outputs have
+    the same kernel and are independent: entry (i, c, j, d) of the full kernel is ``k(x1, x2)[i, j]`` for c = d, else 0.
 
     Parameters
     ----------
@@ -68,9 +67,9 @@ class InfiniteKernel(Kernel):
 
     Attributes
     ----------
-    error : largest relative error of an activation so far: of a table computed by quadrature, or of rounding between
-        the pieces of a function with kinks elsewhere than at 0; 0 for all other closed forms. Of a sampled limit: its
-        standard error over its value, both as Frobenius norms.
+    error : largest relative error of an activation so far: of a table or a BatchNorm, which are computed by quadrature,
+        or of rounding between the pieces of a function with kinks elsewhere than at 0; 0 for all other closed forms.
+        Of a sampled limit: its standard error over its value, both as Frobenius norms.
 
     Returns (of a call)
     -------------------
@@ -79,15 +78,18 @@ class InfiniteKernel(Kernel):
         the mean over positions; `positions` has all pairs of them. The values of a sample with itself are free of the
         rounding error that angles near 0 amplify. With dropout in train mode, a sample has one mask in ``k(x)``,
         ``diagonal`` and ``paired`` of one set; samples of two sets have masks of their own, equal ones too.
-        In the autograd graph if samples, `w_std` or `b_std` require a gradient.
+        In the autograd graph if samples, `w_std` or `b_std` require a gradient. With BatchNorm in train mode, of the
+        network as a function of the whole batch x: only ``k(x)``, and part of a batch has other values.
 
     Raises
     ------
     Refused
         By the layer's name, for a layer without such a limit in closed form, where `sample` is None: max-pools,
-        BatchNorm, softmax, attention and other mixtures of channels, weights used twice, sums and products of branches
-        that depend on each other, activations whose moments overflow. With `sample`, what cannot be enlarged. For a
-        gradient through an activation that has no closed form, or has kinks elsewhere than at 0.
+        BatchNorm with running statistics, softmax, attention and other mixtures of channels, weights used twice, sums
+        and products of branches that depend on each other, activations whose moments overflow. With `sample`, what
+        cannot be enlarged. For a gradient through an activation that has no closed form, or has kinks elsewhere than
+        at 0. With BatchNorm in train mode: for two sets, pairs and single samples, and for functions behind it that do
+        not have two slopes.
 
     Warns
     -----
@@ -104,6 +106,8 @@ class InfiniteKernel(Kernel):
     T -> w^2 T + w^2 S + b^2, S -> w^2 S + b^2, averaged over the kernel's window. Kernels of images need all pairs of
     positions: they are computed one offset at a time (see `planes`), in memory that does not grow with the image.
     Products of branches K1 K2, T1 K2 + K1 T2; concatenations of channels: the mean of their kernels by their shares.
+    BatchNorm in train mode: E[h h^T] and E[J T J^T] over the values z ~ N(0, S) of a channel at the samples of a batch,
+    for h = s(BatchNorm(z)) and its Jacobian J by z (Yang 2020, Tensor Programs II; see `batch_norm`).
     Dropout of rate p in train mode: values of a sample with itself at one position times 1 / (1 - p).
     Gradients are exact, of second order, too; where the tangent kernel has a tip (a kink at 0, samples that coincide)
     they are the mean of the one-sided derivatives. `kernel.operator` has none.
@@ -148,8 +152,9 @@ class InfiniteKernel(Kernel):
     @property
     def error(self) -> float:
         """Largest relative error of an activation so far."""
-        tables = (a.error for graph in self._graphs.values() for _, a in inexact(graph))
-        return max(tables, default=self._sampling.error if self._sampling else 0.0)
+        errors = [a.error for graph in self._graphs.values() for _, a in inexact(graph)]
+        errors += [program.error for program in self._programs.values() if program]
+        return max(errors, default=self._sampling.error if self._sampling else 0.0)
 
     def describe(self, x: Batch) -> str:
         """List the layers as read, one per line: what each is, and how its variances are known.
@@ -254,9 +259,7 @@ class InfiniteKernel(Kernel):
         stds = as_numbers(self._stds)
         key = (x.dtype, tuple(x.shape[1:]), stds)
         if key not in self._programs:
-            self._programs[key] = None
-            with contextlib.suppress(NoLimit):
-                self._programs[key] = read_program(self._model_for(x), x, *stds or (None, None))
+            self._programs[key] = read_program(self._model_for(x), x, *stds or (None, None))
         return self._programs[key]
 
     @own_context()
@@ -270,7 +273,9 @@ class InfiniteKernel(Kernel):
         kernel = copy.copy(self)
         kernel._stds = as_numbers(self._stds)
         values = lru_cache(1)(lambda: kernel(x))
-        return KernelOperator(count(x), lambda v: values() @ v, lambda: kernel.diagonal(x), like)
+        of_batch = (program := self._program(x)) is not None and program.batch_norm
+        diagonal = (lambda: values().diagonal()) if of_batch else (lambda: kernel.diagonal(x))
+        return KernelOperator(count(x), lambda v: values() @ v, diagonal, like)
 
     def settings(self) -> dict[str, Any]:
         """As of every kernel; with the values of `w_std` and `b_std`, and how the limit is sampled."""
@@ -321,7 +326,7 @@ class InfiniteKernel(Kernel):
 
     def _with_gradients(self, x1: Batch, x2: Batch | None, values: Callable[..., Tensor]) -> Tensor:
         if self._program(x1) is not None or self._sampled(x1) is not None:
-            got = "a limit that is sampled or of weights used several times"
+            got = "a limit that is sampled, of weights used several times or of batch norm"
             raise refused("the infinite kernel", got, "Call the kernel")
         graph, data1, dtype = self._read(x1, keep=True)
         data2 = None if x2 is None or x2 is x1 else self._read(x2, like=x1, keep=True)[1]

@@ -115,8 +115,8 @@ def _layer_norm(reader: SequenceReader, op: Op, index: int) -> Layer:
     if not all(id(t) in reader.gaussian or id(t) in reader.constants for t in terms):
         got = "values that are not centered (an activation's)"
         raise reader.refusal(op, got, "Normalize before the activation, not after it.")
-    weight, weight_ntk = norm_parameter(reader, op, "weight", args.get("weight"))
-    _, bias_ntk = norm_parameter(reader, op, "bias", args.get("bias"))
+    weight, weight_ntk = norm_parameter(reader, op, "weight", reader.value(args.get("weight")))
+    _, bias_ntk = norm_parameter(reader, op, "bias", reader.value(args.get("bias")))
     if weight == 0:
         raise reader.refusal(op, "a weight of zeros", "Its output is 0. Start from another weight.")
     layer = Norm(

@@ -4,7 +4,7 @@ Every value is a sum of nodes. The covariance of two nodes, at any samples and a
 sources: outputs of one weight matrix have covariance w^2 E[u v] + b^2 whatever the times, outputs of two have none
 (Yang 2019, Tensor Programs I and II). The tangent kernel is carried along: T <- w^2 T + w^2 S + b^2 where both nodes
 are outputs of one matrix, T <- T E[s'(u) s'(v)] at activations (Alemohammad et al. 2021, The recurrent NTK). Only pairs
-that the outputs need are computed.
+that the outputs need are computed. With BatchNorm in train mode, all samples of the batch at once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import NoLimit
+from ntkit.base.checks import NoLimit, Refused, refusal
 from ntkit.kernels.infinite.activations import Activation
+from ntkit.kernels.infinite.batch_norm import BatchNorm
 from ntkit.kernels.infinite.limit_tiles import BATCH, each, outputs_before_weights
+from ntkit.kernels.infinite.piecewise import Piecewise
 from ntkit.kernels.infinite.quadrature import Tabulated
+from ntkit.kernels.kernel import mirrored
 
 _TILE = 256  # samples along each side of a tile
 
@@ -77,9 +80,9 @@ class DenseNode(Node):
 
 @dataclass(eq=False)
 class CurveNode(Node):
-    """An elementwise function of a Gaussian sum."""
+    """An elementwise function of a Gaussian sum, or BatchNorm of it in front of one."""
 
-    activation: Activation
+    activation: Activation | BatchNorm
     source: Sum
 
 
@@ -95,6 +98,14 @@ class SideOf:
     def count(self) -> int:
         """Number of samples."""
         return len(next(iter(self.values.values())))
+
+    def prepare(self, curve: CurveNode, variances: Tensor) -> None:
+        """Keep what an activation needs of the samples."""
+        assert isinstance(curve.activation, Activation)
+        v = variances.reshape(1, 1, -1)
+        self.states[id(curve)] = curve.activation.state(v)
+        value, slope = curve.activation.diagonal(v)
+        self.diagonal[id(curve)] = value.flatten(), slope.flatten()
 
 
 Both = tuple[Tensor, Tensor]  # covariance and tangent kernel
@@ -171,6 +182,8 @@ class NodePairs:
         if a.activation is not b.activation:
             raise NoLimit(f"{b.name}: got another activation than at {a.name}, of values that depend on each other.")
         K, T = self.sums(a.source, b.source)
+        if isinstance(a.activation, BatchNorm):
+            return a.activation.moments(K, T)
         same = a is b and self.one is self.two
         if same and self.paired:
             value, slope = self.one.diagonal[id(a)]
@@ -204,6 +217,17 @@ class Program:
     curves: list[CurveNode]
     last: int
 
+    @property
+    def batch_norm(self) -> BatchNorm | None:
+        """The first layer that makes every value depend on the whole batch."""
+        return next((c.activation for c in self.curves if isinstance(c.activation, BatchNorm)), None)
+
+    @property
+    def error(self) -> float:
+        """Largest relative error of an activation so far."""
+        inexact = (c.activation for c in self.curves)
+        return max((a.error for a in inexact if isinstance(a, (BatchNorm, Piecewise, Tabulated))), default=0.0)
+
     def inputs(self) -> set[int]:
         """Indices of the calls whose values are needed."""
         return {node.index for node in self.every() if isinstance(node, (InputNode, WordNode))}
@@ -221,6 +245,10 @@ class Program:
 
     def gram(self, model: nn.Module, x1: Tensor, x2: Tensor | None, kind: str) -> Tensor:
         """Values for all pairs, [n1, n2] in float64: tangent kernel ("ntk") or covariance."""
+        if self.batch_norm:
+            if x2 is not None:
+                raise _mixed(self.batch_norm, "two sets of samples")
+            return self._of_batch(self.batch_norm, model, x1, kind)
         first = self._values(model, x1)
         second = first if x2 is None else self._values(model, x2)
         n1, n2 = len(x1), len(x1 if x2 is None else x2)
@@ -241,11 +269,13 @@ class Program:
             for i in range(0, n1, _TILE):
                 out[i : i + _TILE, :i] = out[:i, i : i + _TILE].T
                 block = out[i : i + _TILE, i : i + _TILE]
-                block.copy_(block.triu() + block.triu(1).T)
+                block.copy_(mirrored(block))
         return out
 
     def pairs(self, model: nn.Module, x1: Tensor, x2: Tensor | None, kind: str) -> Tensor:
         """Values for sample i with sample i, [n] in float64."""
+        if self.batch_norm:
+            raise _mixed(self.batch_norm, "pairs of samples")
         first = self._values(model, x1)
         second = first if x2 is None else self._values(model, x2)
         versions, parts = self._extended(first, second), []
@@ -254,6 +284,20 @@ class Program:
             two = one if x2 is None else self._side(second, slice(start, start + BATCH))
             parts.append(self._output(NodePairs(one, two, paired=True), kind))
         return torch.cat(parts) if self._versions() == versions else self.pairs(model, x1, x2, kind)
+
+    def _of_batch(self, norm: BatchNorm, model: nn.Module, x: Tensor, kind: str) -> Tensor:
+        """Values for all pairs of a batch."""
+        if len(x) == 1:
+            raise _mixed(norm, "a single sample")
+        side, versions = SideOf(self._values(model, x)), self._versions()
+        pairs = NodePairs(side, side, paired=False)
+        for curve in self.curves:
+            if isinstance(curve.activation, Activation):
+                side.prepare(curve, pairs.sums(curve.source, curve.source)[0].diagonal())
+            pairs.nodes(curve, curve)
+        if self._versions() != versions:  # a table was extended, here or by another thread
+            return self._of_batch(norm, model, x, kind)
+        return mirrored(self._output(pairs, kind))
 
     def _extended(self, *sides: dict[int, Tensor]) -> list[int]:
         """Extend the tables of activations to the variances of all samples; return how often each was extended."""
@@ -291,10 +335,7 @@ class Program:
         side = SideOf({index: t[samples] for index, t in values.items()})
         pairs = NodePairs(side, side, paired=True)
         for curve in self.curves:
-            v = pairs.sums(curve.source, curve.source)[0].view(1, 1, -1)
-            side.states[id(curve)] = curve.activation.state(v)
-            value, slope = curve.activation.diagonal(v)
-            side.diagonal[id(curve)] = value.flatten(), slope.flatten()
+            side.prepare(curve, pairs.sums(curve.source, curve.source)[0])
         return side
 
     def describe(self) -> list[str]:
@@ -313,3 +354,13 @@ class Program:
                 lines.append(f"{node.name}: {node.activation.name}")
         counts = {line: lines.count(line) for line in lines}
         return [line + (f", {n} times" if n > 1 else "") for line, n in reversed(counts.items())]
+
+
+def _mixed(norm: BatchNorm, got: str) -> Refused:
+    """The refusal of values that no batch defines."""
+    expected = "one whole batch, kernel(x): in train mode every value depends on all samples of its batch"
+    fix = (
+        "Call kernel(x) once, with the whole batch, and take entries and the diagonal of the result. A kernel of two "
+        "samples needs statistics that are given: model.eval(), with InfiniteKernel(model, sample=16)."
+    )
+    return refusal(norm.where, got=got, expected=expected, fix=fix)

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map
 
 from ntkit.base.checks import NoLimit, Refused
 from ntkit.kernels.infinite import tape_calls as calls
-from ntkit.kernels.infinite.activations import Activation, Function
+from ntkit.kernels.infinite.activations import Activation, Function, Rectifier
+from ntkit.kernels.infinite.batch_norm import BatchNorm
 from ntkit.kernels.infinite.piecewise import piecewise
 from ntkit.kernels.infinite.quadrature import Tabulated
 from ntkit.kernels.infinite.recognition import closed_form, fingerprint
@@ -21,30 +22,35 @@ from ntkit.kernels.infinite.tape import DROPOUTS, Op, Ref, Tape, dropout_rate, r
 from ntkit.kernels.infinite.tape_calls import arguments, factor_of, is_elementwise
 from ntkit.kernels.infinite.tape_reader import DerivedWeight, Reader, Weight
 from ntkit.kernels.infinite.vectors import Joined, Vectors, added, moved
+from ntkit.kernels.infinite.weight_layers import batch_norm
 from ntkit.networks.initialization import NORMAL, initial_std
 
 _FUNCTIONS: dict[str, Function] = {"rnn_tanh": torch.tanh, "rnn_relu": torch.relu}
 _LIKE = (Tensor.to, Tensor.type_as, Tensor.new_zeros)  # they may take dtype and device of a weight
 
 
-def read_program(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) -> Program:
-    """Read a network of vectors.
+def read_program(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) -> Program | None:
+    """Read a network of vectors; None for anything else.
 
     Raises
     ------
     NoLimit
-        For anything else, by the layer's name.
+        For anything else with batch norm in train mode, which has no limit in another way: by the layer's name.
+    Refused
+        For a model that does not run on the samples.
     """
-    three = torch.cat([x[:1], x[-1:], x[:1]])
-    tape = record(model, three)
+    three, tape = torch.cat([x[:1], x[-1:], x[:1]]), None
     try:
+        tape = record(model, three)
         program = _ProgramReader(model, tape, w_std, b_std).program()
         program.gram(model, three, None, "ntk")  # refuses values that depend on each other in other ways
         return program
-    except NoLimit:
-        raise
     except Refused as error:
-        raise NoLimit(str(error)) from None
+        if tape is None and not isinstance(error, NoLimit):  # it does not run
+            raise
+        if calls.mixes_samples(model, tape):
+            raise NoLimit(f"{error} With batch norm in train mode there is no sample=, either.") from None
+        return None
 
 
 class _ProgramReader:
@@ -72,6 +78,9 @@ class _ProgramReader:
         nodes = set(map(id, program.every()))
         program.curves = [curve for curve in self.curves if id(curve) in nodes]
         program.last = max(program.inputs())
+        if mixing := [i for i, op in enumerate(self.tape.ops[: program.last]) if op.func in calls.BATCH_NORMS]:
+            got = "a batch norm in front of what the model computes from its input alone"
+            raise self._refusal(self.tape.ops[mixing[0]], got, "Compute that first in the model's forward.")
         self._check_sources(program)
         return program
 
@@ -98,6 +107,8 @@ class _ProgramReader:
         inputs = [self.values[r.index] for r in op.refs]
         if op.func in DROPOUTS and dropout_rate(op.args, op.kwargs):
             raise self._refusal(op, "dropout in train mode", "Call model.eval().")
+        if op.func in calls.BATCH_NORMS:
+            return self._batch_norm(op)
         if op.in_place or (op.no_grad and not all(v is None for v in inputs)):
             raise self._refusal(op, f"{op.name} in place or without gradients", "Write it otherwise.")
         if all(v is None for v in inputs):
@@ -262,6 +273,28 @@ class _ProgramReader:
             raise self._refusal(op, "a stack along the features, or of sequences", "Stack vectors along the time.")
         return Vectors((len(inner),), 1 - axis, {(t,): v.sums[()] for t, v in enumerate(inner)})
 
+    # ------------------------------------------------------------------ batch norms
+
+    def _batch_norm(self, op: Op) -> Vectors:
+        """Statistics of the batch, of the outputs of weight layers."""
+        argument, norm = batch_norm(self.reader, op, self._of)
+        if (value := self._of(argument)) is None:
+            raise self._refusal(op, "batch norm of the input", "Normalize the data outside the model.")
+        if not isinstance(value, Vectors) or not _gaussian(value.sums[()]):
+            got = "batch norm of values that are not Gaussian (an activation's)"
+            raise self._refusal(op, got, "Normalize before the activation, directly behind weight layers.")
+        return Vectors((), 0, {(): self._added(op, norm, value.sums[()])})
+
+    def _behind_batch_norm(self, op: Op, factor: float, node: CurveNode, function: Function) -> Sum:
+        """An activation of a batch norm's output, which is no Gaussian."""
+        norm, rectifier = node.activation, closed_form(function)
+        assert isinstance(norm, BatchNorm)
+        if not norm.alone or not isinstance(rectifier, Rectifier):
+            got = f"{op.name} behind batch norm in train mode ({norm.where})"
+            fix = "There it is known for functions with two slopes: nn.ReLU, nn.LeakyReLU, torch.abs, the identity."
+            raise self._refusal(op, got, fix)
+        return self._added(op, norm.followed_by(rectifier, factor), node.source)
+
     # ------------------------------------------------------------------ activations
 
     def _curve(self, op: Op, inner: list[Vectors]) -> Vectors:
@@ -285,14 +318,19 @@ class _ProgramReader:
         return Vectors(first.shape, first.batch, {p: self._activated(op, s, any_shape) for p, s in first.sums.items()})
 
     def _activated(self, op: Op, source: Sum, function: Function) -> Sum:
-        if not source or not all(isinstance(node, (DenseNode, WordNode)) for _, node in source):
+        if len(source) == 1 and isinstance(node := source[0][1], CurveNode) and isinstance(node.activation, BatchNorm):
+            return self._behind_batch_norm(op, source[0][0], node, function)
+        if not _gaussian(source):
             got = f"{op.name} of values that are not Gaussian"
             raise self._refusal(op, got, "Put a weight layer before the activation.")
         key = fingerprint(function)
         if key not in self._activations:
             where = self.reader.where(op)
             self._activations[key] = closed_form(function) or piecewise(function) or Tabulated(function, where)
-        curve = CurveNode(self.reader.where(op), self._activations[key], source)
+        return self._added(op, self._activations[key], source)
+
+    def _added(self, op: Op, activation: Activation | BatchNorm, source: Sum) -> Sum:
+        curve = CurveNode(self.reader.where(op), activation, source)
         self.curves.append(curve)
         return ((1.0, curve),)
 
@@ -353,6 +391,11 @@ class _ProgramReader:
             got = f"'{weight.name}' of mean {initial.mean:.3g}, not zero"
             raise self._refusal(op, got, "Draw it with mean zero, or give w_std and b_std.")
         return initial.std, initial.name + (f" ± {initial.error:.2%}" if initial.error else "")
+
+
+def _gaussian(source: Sum) -> bool:
+    """Whether a sum is one of weight layers' outputs."""
+    return bool(source) and all(isinstance(node, (DenseNode, WordNode)) for _, node in source)
 
 
 def _is_zero(reader: _ProgramReader, state: Any) -> bool:

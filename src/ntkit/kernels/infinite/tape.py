@@ -59,6 +59,7 @@ class Tape:
 
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d}
 _DROPOUT_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def dropout_rate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -187,10 +188,10 @@ def record(model: nn.Module, x: Tensor, last: int | None = None, graph: bool = F
     NoLimit
         For Python numbers computed from the data, and writes through views.
     Refused
-        For a train mode that mixes samples or draws at random (other than dropout), input on which the forward fails,
+        For a train mode that draws at random (other than dropout), input on which the forward fails,
         and an output that is not one tensor.
     """
-    check_mode(model, random=_DROPOUT_LAYERS)
+    check_mode(model, random=_DROPOUT_LAYERS, mixing=_BATCH_NORMS)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             got = "a scripted module, whose operations cannot be recorded"

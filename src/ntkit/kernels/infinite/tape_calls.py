@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ntkit.jacobian.model_calls import computes_statistics
 from ntkit.kernels.infinite.activations import Function
 from ntkit.kernels.infinite.layers import Size
-from ntkit.kernels.infinite.tape import Op, Ref
+from ntkit.kernels.infinite.tape import Op, Ref, Tape
 
 T = torch.Tensor
 AFFINE = {F.linear, F.conv1d, F.conv2d, torch.conv1d, torch.conv2d}
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, torch.conv_transpose1d, torch.conv_transpose2d}
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
 NORMS = {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm}
+BATCH_NORMS = {F.batch_norm, torch.batch_norm}
 DIFFERENCES = {torch.sub, torch.subtract, T.sub, T.sub_, T.__sub__, T.__isub__, T.subtract}
 SUMS = {torch.add, T.add, T.add_, T.__add__, T.__iadd__, T.__radd__, T.__rsub__} | DIFFERENCES
 DIVISIONS = {torch.div, torch.true_divide, T.div, T.div_, T.__truediv__, T.__itruediv__, T.__rtruediv__}
@@ -85,6 +87,21 @@ def factor_of(op: Op) -> float | None:
 def arguments(op: Op, *names: str) -> dict[str, Any]:
     """The arguments of a call by name."""
     return dict(zip(names, op.args, strict=False)) | op.kwargs
+
+
+def batch_norm_arguments(op: Op) -> dict[str, Any]:
+    """The arguments of a batch norm by name."""
+    names = ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
+    if op.func is torch.batch_norm:
+        names[1:5] = "weight", "bias", "running_mean", "running_var"
+    return arguments(op, *names)
+
+
+def mixes_samples(model: nn.Module, tape: Tape | None) -> bool:
+    """Whether a batch norm takes its statistics from the batch: a module, or a call on the tape."""
+    norms = [op for op in tape.ops if op.func in BATCH_NORMS] if tape else []
+    of_call = any(batch_norm_arguments(op).get("training") for op in norms)
+    return of_call or any(map(computes_statistics, model.modules()))
 
 
 def pair(value: Any, dims: int, missing: int = 1) -> Size:

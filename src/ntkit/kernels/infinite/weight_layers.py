@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ntkit.kernels.infinite.activations import Rectifier
+from ntkit.kernels.infinite.batch_norm import BatchNorm
 from ntkit.kernels.infinite.layers import Affine, Concat, Flatten, Layer, Norm
 from ntkit.kernels.infinite.position_layers import spread_out
 from ntkit.kernels.infinite.tape import Op, Ref
-from ntkit.kernels.infinite.tape_calls import TRANSPOSED, arguments, grid, pair
+from ntkit.kernels.infinite.tape_calls import TRANSPOSED, arguments, batch_norm_arguments, grid, pair
 from ntkit.kernels.infinite.tape_reader import DerivedWeight, Reader, Weight, has_several_kernels
 from ntkit.networks.initialization import NORMAL, initial_std
 
@@ -135,10 +138,8 @@ def norm(reader: Reader, op: Op) -> Layer:
     if not layer_norm and int(args["num_groups"]) > 1 and isinstance(source, Flatten) and source.source.size != (1, 1):
         fix = "Use nn.GroupNorm(1, ...) there, or normalize before flattening."
         raise reader.refusal(op, "groups of flattened positions", fix)
-    weight, weight_ntk = norm_parameter(reader, op, "weight", args.get("weight"))
-    _, bias_ntk = norm_parameter(reader, op, "bias", args.get("bias"))
-    if weight == 0:
-        raise reader.refusal(op, "a weight of zeros", "Its output is 0. Start from another weight.")
+    weight, weight_ntk = norm_parameter(reader, op, "weight", reader.value(args.get("weight")))
+    _, bias_ntk = norm_parameter(reader, op, "bias", reader.value(args.get("bias")))
     per_position = layer_norm and source.size != (1, 1)
     eps = float(args.get("eps", 1e-5))
     return reader.add(
@@ -146,11 +147,10 @@ def norm(reader: Reader, op: Op) -> Layer:
     )
 
 
-def norm_parameter(reader: Reader, op: Op, name: str, argument: Any) -> tuple[float, float]:
+def norm_parameter(reader: Reader, op: Op, name: str, weight: Any) -> tuple[float, float]:
     """The one value of a norm's weight or bias, and what its gradient contributes to the tangent kernel."""
-    if argument is None:
+    if weight is None:
         return 1.0, 0.0
-    weight = reader.value(argument)
     if not isinstance(weight, Weight):
         raise reader.refusal(op, f"a {name} that is not a parameter", "Use the layer's own parameter.")
     reader.use(op, weight)
@@ -158,4 +158,22 @@ def norm_parameter(reader: Reader, op: Op, name: str, argument: Any) -> tuple[fl
     if float(values.max()) != float(values.min()) or (name == "bias" and float(values.max()) != 0):
         expected = "differs between channels" if name == "weight" else "is not zero"
         raise reader.refusal(op, f"a {name} '{weight.name}' that {expected}", "Call the norm's reset_parameters().")
+    if name == "weight" and float(values.max()) == 0:
+        raise reader.refusal(op, "a weight of zeros", "Its output is 0. Start from another weight.")
     return float(values.flatten()[0]), weight.factor**2 * float(weight.parameter.requires_grad)
+
+
+def batch_norm(reader: Reader, op: Op, value: Callable[[Any], Any]) -> tuple[Any, BatchNorm]:
+    """What is normalized by the statistics of the batch, and how; `value` finds that of an argument."""
+    args = batch_norm_arguments(op)
+    eps = float(args.get("eps", 1e-5))
+    if not args.get("training"):
+        raise reader.refusal(op, "batch norm by running statistics", "Call model.train() for those of the batch.")
+    if op.out.dim() != 2:
+        got = "statistics over the samples of a batch and over positions"
+        raise reader.refusal(op, got, "These are not built. Use vectors and nn.BatchNorm1d, or nn.GroupNorm.")
+    if eps <= 0:
+        raise reader.refusal(op, f"eps={eps:g}", "In small batches the derivative is infinite. Take eps > 0.")
+    weight, weight_gain = norm_parameter(reader, op, "weight", value(args.get("weight")))
+    _, bias_gain = norm_parameter(reader, op, "bias", value(args.get("bias")))
+    return args["input"], BatchNorm(reader.where(op), eps, weight**2, weight_gain, bias_gain, Rectifier(1.0, 1.0))
