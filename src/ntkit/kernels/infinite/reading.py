@@ -54,8 +54,8 @@ def _sequences(
     try:
         reader.read()
         op = tape.ops[tape.output]
-        if isinstance(reader.values[tape.output], (Layer, Curve)) and op.out.dim() == 2:
-            reader.values[tape.output] = reader.rows(op, Ref(tape.output), op.out.shape[1])[0]
+        if isinstance(reader.values[tape.output], (Layer, Curve)):
+            reader.values[tape.output] = _output(reader, op)
         layer = output_layer(reader)
         reader.graph = _needed(reader.graph, layer)
         check_layers(reader.graph)
@@ -67,6 +67,14 @@ def _sequences(
         )
         raise NoLimit(str(error if own else first)) from None
     return reader.graph
+
+
+def _output(reader: AttentionReader, op: Op) -> Layer:
+    """The layer of the model's output, [n, C], or with the features last."""
+    layer, rows, size = reader.rows(op, Ref(reader.tape.output), op.out.shape[-1])
+    if op.out.dim() > 2 and not torch.equal(rows.position.flatten(), torch.arange(math.prod(size)).repeat(3)):
+        raise reader.refusal(op, "an output of positions in another order", "Return the positions in their order.")
+    return layer
 
 
 def _needed(graph: Graph, output: Layer) -> Graph:
@@ -99,7 +107,10 @@ def _check_scales(
     if not reader.scales:
         return
     known = None if stds[0] is None or stds[1] is None else (stds[0], stds[1])
-    larger = larger_copy(_with_parameters(model, reader.encodings), 2, three, known)
+    model = _with_parameters(model, reader.encodings)
+    if reader.tape.ops[reader.tape.output].out.dim() > 2:
+        model = _MeanOverPositions(model)
+    larger = larger_copy(model, 2, three, known)
     larger.draw(0)
     other = AttentionReader(larger.network, record(larger.network, three), 1.0, 1.0)
     other.read()
@@ -120,6 +131,17 @@ def _check_scale(reader: AttentionReader, one: Scale, two: Scale) -> None:
         got = f"scores of {one.features} features with a factor that does not fall as 1 / features"
     fix = "Divide the scores by the number of features: they then tend to their means, and the limit is in closed form."
     raise refusal(reader.where(one.op), got=got, expected="scores with a deterministic limit", fix=fix)
+
+
+class _MeanOverPositions(nn.Module):
+    """A network with a value per position as one with a vector of outputs: only such can be enlarged."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).flatten(1, -2).mean(1)
 
 
 def _with_parameters(model: nn.Module, constants: list[Tensor]) -> nn.Module:

@@ -117,8 +117,6 @@ def _layer_norm(reader: SequenceReader, op: Op, index: int) -> Layer:
         raise reader.refusal(op, got, "Normalize before the activation, not after it.")
     weight, weight_ntk = norm_parameter(reader, op, "weight", reader.value(args.get("weight")))
     _, bias_ntk = norm_parameter(reader, op, "bias", reader.value(args.get("bias")))
-    if weight == 0:
-        raise reader.refusal(op, "a weight of zeros", "Its output is 0. Start from another weight.")
     layer = Norm(
         size, reader.where(op), source, float(args.get("eps", 1e-5)), weight**2, weight_ntk, bias_ntk, False, True
     )
