@@ -37,7 +37,7 @@ _WORDS = {"lr": "lr", "epochs": "epochs", "batch_size": "batch", "momentum": "mo
 
 @dataclass(eq=False)
 class ComparedRun:
-    """One run: its folder and id, what it says of itself, its results and data, its name and group in the comparison.
+    """One run: its folder and id, what it says of itself, its results and data; its place, name and group here.
 
     `repeats`: it has the settings and the seed of an earlier one, and is no further seed.
     """
@@ -49,6 +49,7 @@ class ComparedRun:
     results: dict[str, Any]
     stages: dict[str, dict[str, np.ndarray]]
     data: Data = field(init=False)
+    place: int = 0
     name: str = ""
     group: int = 0
     repeats: bool = False
@@ -109,9 +110,7 @@ def opened_runs(runs: Sequence[Path], s: CompareSettings, trust: bool) -> list[C
 def code_of(run: ComparedRun, s: CompareSettings, trust: bool) -> Iterator[None]:
     """Let the code that a run names run in this context, as `--from` of `ntkit analyze` does."""
     named = run.settings.model if run.settings.model in (s.model or ()) else None
-    with code_of_run(
-        run.folder, run.settings.named_code(), run.identity, {"--model": named, "--data": s.data}, trust
-    ):
+    with code_of_run(run.folder, run.settings.named_code(), run.identity, {"--model": named, "--data": s.data}, trust):
         yield
 
 
@@ -168,7 +167,8 @@ def _load(found: Sequence[ComparedRun], s: CompareSettings, trust: bool) -> None
             with code_of(run, s, trust):
                 data = run.settings.load_data(run.settings.seed)
             if data.hash != noted:
-                fix = f"Restore the files, or repeat the run: ntkit analyze --from {shlex.quote(str(run.folder))} --out NEW"
+                again = f"ntkit analyze --from {shlex.quote(str(run.folder))} --out NEW"
+                fix = f"Restore the files, or repeat the run: {again}"
                 got, expected = f"data with hash {data.hash}", f"those of the run, {noted}"
                 raise refusal(f"--data {run.settings.data}", got=got, expected=expected, fix=fix)
             loaded[noted] = data
@@ -183,6 +183,10 @@ def _find_common_rows(found: Sequence[ComparedRun]) -> None:
     order = [name for name in names.get(found[0].identity["data"], []) if name in common]
     if names and not order:
         got, fix = "no test example that all runs have", "Repeat the runs without --test, or with one seed."
+        if found[0].data.columns is not None:
+            fix = (
+                "Columns are standardized on each run's own sample. Repeat the runs without --train, or with one seed."
+            )
         raise refusal("runs", got=got, expected="test examples in common", fix=fix)
     for run in found:
         if not names:
@@ -210,8 +214,8 @@ def _name(found: Sequence[ComparedRun]) -> None:
     """Number the groups in the order of their first runs, mark repetitions, give each run a name of its own."""
     groups = {key: i for i, key in enumerate(dict.fromkeys(run.key for run in found))}
     seen: set[tuple[int, Any]] = set()
-    for run in found:
-        run.group = groups[run.key]
+    for place, run in enumerate(found):
+        run.place, run.group = place, groups[run.key]
         run.repeats = (run.group, run.luck) in seen
         seen.add((run.group, run.luck))
     labels = group_labels(found)

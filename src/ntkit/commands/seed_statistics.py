@@ -90,11 +90,11 @@ def paired_squares(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
         p: float | None = 2 * float(t.sf(abs(mean) / (variance / n) ** 0.5, n - 1))
     else:
         p = 1.0 if mean == 0 else None
-    return {"difference": finite(mean), "p": finite(p), "of": finite(float(second.mean()))}
+    return {"difference": finite(mean), "p": finite(p), "of_second": finite(float(second.mean()))}
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """p values after Holm's correction for all that are defined.
+    """Give p values after Holm's correction for all that are defined.
 
     Where each of these below a level is called a difference, the chance of any wrong call is at most that level.
 

@@ -1,0 +1,401 @@
+"""`ntkit compare`: several runs of `ntkit analyze` on the same data, on one page.
+
+In the folder: ``compare.json`` (which runs; first), ``arrays/`` (the kernels of each run on the common points), then
+``results.json`` and ``report.html``. Stopped, the same command goes on. No code of a run is executed unless the user
+has run it or named it (`base/trust`).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkit.base.checks import Damaged, defined, refusal
+from ntkit.base.files import read_arrays_and_metadata, read_json, remove, write_arrays, write_json
+from ntkit.base.integrity import check_place, fingerprint
+from ntkit.base.lock import LOCK, FolderLock
+from ntkit.base.memory import parse_memory
+from ntkit.base.progress import task
+from ntkit.base.regular_files import check_folder
+from ntkit.base.tensors import tensor_hash
+from ntkit.base.versions import versions
+from ntkit.commands import compared_runs as runs_of
+from ntkit.commands.compared_runs import ComparedRun
+from ntkit.commands.network_measures import finite, outputs_of, spread
+from ntkit.commands.regression_measures import task_of
+from ntkit.commands.seed_statistics import holm, over_seeds, paired_errors, paired_squares, welch
+from ntkit.commands.settings import CompareSettings
+from ntkit.kernels.tangent import TangentKernel
+from ntkit.measures.spectra import alignment
+from ntkit.networks.built_in import build
+from ntkit.report.compare_page import COMPARE_FORMAT, KIND, render_comparison
+from ntkit.trajectory import Trajectory, load_weights
+
+_OWN = ("compare.json", "arrays", "results.json", "report.html")
+_SAME = 1e-4  # of predictions of numbers, in deviations of the target: a hundred times what rounding in float32 leaves
+_DRAWN = 60  # eigenvalues of a spectrum that are kept for the page, spaced evenly on a logarithmic axis
+
+
+def compare_runs(
+    runs: Sequence[str | Path],
+    settings: CompareSettings | None = None,
+    *,
+    overwrite: bool = False,
+    trust: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Compare runs of `ntkit analyze` on the same data; return the folder written.
+
+    Parameters
+    ----------
+    runs : two or more run folders. Those that differ in the seed alone are a group.
+    settings : on how many points kernels are compared; where the results go.
+    overwrite : replace a comparison of other runs in that folder.
+    trust : run the code that the run folders name even if it has never been run here.
+    say : called with each line.
+
+    Raises
+    ------
+    Refused
+        For fewer than two folders, for other folders than complete runs of `analyze`, for runs on different data or
+        without common test examples, for code that has not been run here; when the folder holds something else, or
+        another process is writing there.
+    """
+    s = settings or CompareSettings()
+    s.check()
+    check_folder(s.out, "--out")
+    found = runs_of.opened_runs([Path(run) for run in runs], s, trust)
+    place = s.out
+    points = found[0].rows[spread(len(found[0].rows), s.points)]
+    own = {"format": COMPARE_FORMAT, "kind": KIND, "of": [run.id for run in found], "points": len(points)}
+    work = _Work(place, s, trust, say, own)
+    try:
+        with FolderLock(place):
+            _begin(place, own, overwrite)
+            if not _is_complete(place, own, found):
+                write_json(place / "results.json", _results(found, work))
+            say(f"report: {render_comparison(place)}")
+    except KeyboardInterrupt:
+        command = ["ntkit", "compare", *map(str, runs), "--out", str(place)]
+        say(f"Stopped. What is finished is kept. Go on with: {shlex.join(command)}")
+        raise
+    return place
+
+
+class _Work(NamedTuple):
+    """What the parts of a comparison share; `own` is the content of ``compare.json``."""
+
+    place: Path
+    settings: CompareSettings
+    trust: bool
+    say: Callable[[str], None]
+    own: dict[str, Any]
+
+
+def _results(found: list[ComparedRun], work: _Work) -> dict[str, Any]:
+    """What `results.json` holds; no times and no dates."""
+    kernels = []
+    with task("kernels", total=len(found)) as progress:
+        for run in found:
+            kernels.append(_kernels(run, len(found), work))
+            progress.advance()
+    machine, errors = _errors(found)
+    labels = runs_of.group_labels(found)
+    names = runs_of.differing(found)
+    first = found[0].results
+    return work.own | {
+        "title": f"{len(found)} runs on {first['data']['name']}",
+        "data": {key: first["data"][key] for key in ("name", "kind", "classes", "input_shape", "normalization")}
+        | {"regression": "targets" in first["data"], "hashes": sorted({run.identity["data"] for run in found})},
+        "test": {"common": len(found[0].rows), "of": sorted({len(run.data.x_test) for run in found})},
+        "machine": machine,
+        "settings": names,
+        "runs": [_told_of(run, errors, runs_of.settings_shown(run, names)) for run in found],
+        "groups": [_group(i, label, found, errors) for i, label in enumerate(labels)],
+        "over_seeds": _between_groups(found, errors, len(labels)),
+        "between_runs": _between_runs(found, errors),
+        "kernels": _alignments(found, [pair for pair, _ in kernels]) | {"points": work.own["points"]},
+        "certificates": [certificate for _, certificate in kernels],
+        "versions": {"now": versions(), "differ": _versions_that_differ(found)},
+        "command": shlex.join(["ntkit", "compare", *(str(run.folder) for run in found), "--out", str(work.place)]),
+    }
+
+
+def _told_of(run: ComparedRun, errors: dict[str, list[np.ndarray | None]], shown: dict[str, str]) -> dict[str, Any]:
+    """What the page says of one run."""
+    r, along = run.results, run.results["along"]
+    quality = {q["kernel"]: q for q in r["quality"]}
+    kept = ("steps", "loss", "distance", "alignment_centered")
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "group": run.group,
+        "seed": run.settings.seed,
+        "repeats": run.repeats,
+        "settings": shown,
+        "parameters": r["model"]["parameters"],
+        "steps": r["training"]["steps"] if r["training"] else None,
+        "stop": r["training"]["stop"] if r["training"] else None,
+        "errors": {key: _mean(run_errors) for key, run_errors in _of_run(run, errors).items()},
+        "loss": {part: r["network"][f"{part}_loss"]["value"] if r["network"] else None for part in ("train", "test")},
+        "alignment": {k: quality[k]["alignment_centered"] if k in quality else None for k in ("init", "after")},
+        "effective_rank": {k: quality[k]["effective_rank"] if k in quality else None for k in ("init", "after")},
+        "spectrum": {k: _spectrum(run.stages[f"gram-{k}"]) for k in ("init", "after")},
+        "along": {key: along[key] for key in kept if key in along} if along else None,
+    }
+
+
+def _of_run(run: ComparedRun, errors: dict[str, list[np.ndarray | None]]) -> dict[str, np.ndarray | None]:
+    return {key: values[run.place] for key, values in errors.items()}
+
+
+def _mean(errors: np.ndarray | None) -> float | None:
+    return None if errors is None else finite(float(errors.mean()))
+
+
+def _spectrum(arrays: dict[str, np.ndarray]) -> dict[str, list] | None:
+    """Some eigenvalues on the training set as shares of their sum, none below rounding; their numbers, from 1."""
+    values = arrays.get("eigenvalues")
+    if values is None or not (total := float(values.sum())) > 0:
+        return None
+    places = np.unique(np.round(np.geomspace(1, len(values), _DRAWN)).astype(int))
+    floor = float(values[0]) * np.finfo(np.float32).eps
+    kept = [int(i) for i in places if values[i - 1] > floor]
+    return {"index": kept, "share": [float(f"{values[i - 1] / total:.5g}") for i in kept]}
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def _errors(found: list[ComparedRun]) -> tuple[str, dict[str, list[np.ndarray | None]]]:
+    """By measure and run: wrong answers or squared errors of the common test examples, None where there are none.
+
+    The machine is the hard-margin SVM where every kernel of every run separates its classes, else ridge regression.
+    """
+    if found[0].data.targets is not None:
+
+        def squares(run: ComparedRun, stage: str) -> np.ndarray | None:
+            predicted = run.stages[stage].get("predicted")
+            y = run.data.y_test.double().numpy().reshape(len(run.data.y_test), -1)
+            return None if predicted is None else ((predicted.reshape(y.shape) - y) ** 2).mean(1)[run.rows.numpy()]
+
+        places = {"network": "network", "init": "machine-init", "after": "machine-after"}
+        return "ridge", {key: [squares(run, stage) for run in found] for key, stage in places.items()}
+    kinds = [run.stages[f"machine-{key}"] for run in found for key in ("init", "after")]
+    machine = "svm" if all("wrong" in arrays for arrays in kinds) else "ridge"
+    of = "wrong" if machine == "svm" else "ridge_wrong"
+    places = {"network": ("network", "wrong"), "init": ("machine-init", of), "after": ("machine-after", of)}
+
+    def wrong(run: ComparedRun, stage: str, name: str) -> np.ndarray | None:
+        arrays = run.stages[stage]
+        return arrays[name].astype(bool)[run.rows.numpy()] if name in arrays else None
+
+    return machine, {key: [wrong(run, *place) for run in found] for key, place in places.items()}
+
+
+def _group(number: int, label: str, found: list[ComparedRun], errors: dict[str, Any]) -> dict[str, Any]:
+    """A group: its runs and, over its seeds, the mean of each error with Student's interval."""
+    members = [run for run in found if run.group == number]
+    result: dict[str, Any] = {"label": label, "runs": [run.place for run in members], "errors": {}, "alignment": {}}
+    for key, values in errors.items():
+        known = _seeds(members, values)
+        result["errors"][key] = over_seeds(known) if known else None
+    for key in ("init", "after"):
+        alignments = [
+            q["alignment_centered"]
+            for run in members
+            if not run.repeats
+            for q in run.results["quality"]
+            if q["kernel"] == key and q["alignment_centered"] is not None
+        ]
+        result["alignment"][key] = over_seeds(alignments) if alignments else None
+    return result | {"seeds": sum(not run.repeats for run in members)}
+
+
+def _seeds(members: list[ComparedRun], values: list[np.ndarray | None]) -> list[float]:
+    """Mean errors of the runs of different seeds that have some."""
+    return [float(own.mean()) for run in members if not run.repeats and (own := values[run.place]) is not None]
+
+
+def _between_groups(found: list[ComparedRun], errors: dict[str, Any], groups: int) -> list[dict[str, Any]]:
+    """Each pair of groups and each error: difference over seeds (Welch), its p value after Holm's correction.
+
+    Machines on initial kernels are left out where architecture and sample size agree: they differ in nothing.
+    """
+    tests = []
+    for first, second in itertools.combinations(range(groups), 2):
+        sides = [[run for run in found if run.group == group] for group in (first, second)]
+        same_start = all(sides[0][0].setting(name) == sides[1][0].setting(name) for name in ("model", "train"))
+        for key, values in errors.items():
+            known = [_seeds(members, values) for members in sides]
+            if all(known) and not (key == "init" and same_start):  # else equal by construction: nothing to test
+                tests.append({"first": first, "second": second, "of": key, **welch(*known)})
+    return _corrected(tests)
+
+
+def _between_runs(found: list[ComparedRun], errors: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each pair of runs and each error: difference on the same test examples, its p value after Holm's correction."""
+    is_regression = found[0].data.targets is not None
+    test = paired_squares if is_regression else paired_errors
+    tests = []
+    for first, second in itertools.combinations(found, 2):
+        for key, values in errors.items():
+            ours, theirs = values[first.place], values[second.place]
+            if ours is not None and theirs is not None and not (key == "init" and _same_start(first, second)):
+                tests.append({"first": first.place, "second": second.place, "of": key, **test(ours, theirs)})
+    return _corrected(tests)
+
+
+def _same_start(first: ComparedRun, second: ComparedRun) -> bool:
+    """Whether two runs have the same initial kernel on the same data."""
+    return all(first.identity.get(key) == second.identity.get(key) for key in ("initial parameters", "data")) and (
+        first.setting("model") == second.setting("model")
+    )
+
+
+def _corrected(tests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    corrected = holm([test["p"] for test in tests])
+    return [test | {"p_holm": p} for test, p in zip(tests, corrected, strict=True)]
+
+
+# ---------------------------------------------------------------------- kernels
+
+
+def _kernels(run: ComparedRun, count: int, work: _Work) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Initial and after kernel of a run on the common points, and the check of the network rebuilt for them."""
+    file = work.place / "arrays" / f"kernels-{run.place + 1}.safetensors"
+    x = run.data.x_test[run.rows[spread(len(run.rows), work.settings.points)]]
+    of = fingerprint([run.id, tensor_hash([x])])
+    if file.exists():
+        try:
+            arrays, told = read_arrays_and_metadata(file)
+            check_place(file, told, of=of)
+            return {key: torch.from_numpy(arrays[key]) for key in ("init", "after")}, told["certificate"]
+        except Damaged as error:
+            work.say(f"{error} It is computed again.")
+    work.say(f"[{run.place + 1} of {count}] kernels on {len(x):,} test examples: {run.name}")
+    models, certificate = _networks(run, work.settings, work.trust)
+    kernels = {}
+    for key, model in models.items():
+        kernel = TangentKernel(model, outputs="trace", memory=parse_memory(run.settings.memory) or 0)
+        kernels[key] = kernel(x.to(next(model.parameters()).device)).cpu()
+    arrays = {key: K.numpy() for key, K in kernels.items()}
+    write_arrays(file, arrays, {"of": of, "certificate": certificate})
+    return kernels, certificate
+
+
+def _networks(run: ComparedRun, s: CompareSettings, trust: bool) -> tuple[dict[str, torch.nn.Module], dict[str, Any]]:
+    """The network of a run before and after training, and whether it answers the test set as the run has noted."""
+    settings, data = run.settings, run.data
+    with runs_of.code_of(run, s, trust):
+        model = build(settings.model, data.input_shape, data.outputs, settings.seed, data.tokens)
+    on_gpu = str(run.identity.get("device", "cpu")) != "cpu" and torch.cuda.is_available()
+    model = model.to("cuda" if on_gpu else "cpu").eval()
+    after = copy.deepcopy(model)
+    if settings.weights is not None:
+        load_weights(after, settings.weights)
+        if (now := tensor_hash(after.state_dict())) != run.identity["weights"]:
+            fix = "Restore the file, or repeat the run."
+            raise refusal(settings.weights, got=f"weights {now[:16]}", expected=run.identity["weights"][:16], fix=fix)
+    else:
+        trajectory = Trajectory.open(run.folder / "trajectory")
+        trajectory.load(model, 0)
+        trajectory.load(after, trajectory.stop["step"])
+    return {"init": model, "after": after}, _as_noted(run, after)
+
+
+def _as_noted(run: ComparedRun, after: torch.nn.Module) -> dict[str, Any]:
+    """Compare the answers of a rebuilt network with those that the run has noted: wrong code would give others."""
+    device = next(after.parameters()).device
+    x, y = run.data.x_test.to(device), run.data.y_test.to(device)
+    out, noted = outputs_of(after, x), run.stages["network"]
+    if "predicted" in noted:
+        what, tolerance = "largest difference of a prediction from the noted one, in deviations", _SAME
+        value = float(np.abs(out.double().cpu().numpy().reshape(noted["predicted"].shape) - noted["predicted"]).max())
+    else:
+        what, tolerance = "answers that are not as noted", 0.0
+        wrong = (task_of(after, run.data).predict(out) != y).cpu().numpy()
+        value = float((wrong != noted["wrong"].astype(bool)).sum()) if "wrong" in noted else np.nan
+    value_or_none = finite(value)
+    return {
+        "what": f"{run.name}, network rebuilt: {what}",
+        "value": value_or_none,
+        "tolerance": tolerance,
+        "ok": value_or_none is not None and value_or_none <= tolerance,
+    }
+
+
+def _alignments(found: list[ComparedRun], kernels: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Centered alignment of each two runs' kernels, initial and after, and of each run's own two; their means."""
+    n = len(found)
+    result: dict[str, Any] = {}
+    for key in ("init", "after"):
+        matrix: list[list[float | None]] = [[1.0] * n for _ in range(n)]
+        for i, j in itertools.combinations(range(n), 2):
+            value = defined(alignment, kernels[i][key], kernels[j][key], centered=True)
+            matrix[i][j] = matrix[j][i] = value
+        result[key] = matrix
+    result["own"] = [defined(alignment, pair["init"], pair["after"], centered=True) for pair in kernels]
+    pairs = [(a, b) for a, b in itertools.combinations(found, 2) if not a.repeats and not b.repeats]
+    kinds = {
+        "within": [(a, b) for a, b in pairs if a.group == b.group],
+        "same_start": [(a, b) for a, b in pairs if a.group != b.group and _same_start(a, b)],
+        "between": [(a, b) for a, b in pairs if a.group != b.group and not _same_start(a, b)],
+    }
+    for name, chosen in kinds.items():
+        result[name] = {"pairs": len(chosen)}
+        for key in ("init", "after"):
+            known = [value for a, b in chosen if (value := result[key][a.place][b.place]) is not None]
+            result[name][key] = float(np.mean(known)) if known else None
+    return result
+
+
+def _versions_that_differ(found: list[ComparedRun]) -> dict[str, list[str]]:
+    """What the runs were made with, where it is not the same in all."""
+    names = ("device", "threads", *versions())
+    values = {name: list(dict.fromkeys(str(run.identity.get(name)) for run in found)) for name in names}
+    return {name: each for name, each in values.items() if len(each) > 1}
+
+
+# ---------------------------------------------------------------------- the folder
+
+
+def _begin(place: Path, own: dict[str, Any], overwrite: bool) -> None:
+    """Write ``compare.json``, or compare the one that is there."""
+    file = place / "compare.json"
+    if file.exists():
+        try:
+            told = read_json(file)
+        except Damaged:
+            told = None
+        if told == own:
+            return
+        if told is not None and not overwrite:
+            fix = "Replace it (--overwrite), or name another folder (--out)."
+            got = "a comparison of other runs, or on other points"
+            raise refusal(str(place), got=got, expected="the same runs, or a new folder", fix=fix)
+        for name in _OWN:
+            remove(place / name)
+    elif any(entry.name != LOCK for entry in place.iterdir()):
+        fix = "Name another folder (--out)."
+        raise refusal(str(place), got="other files", expected="a new or empty folder", fix=fix)
+    write_json(file, own)
+
+
+def _is_complete(place: Path, own: dict[str, Any], found: list[ComparedRun]) -> bool:
+    """Whether the results are there, and of these runs in these folders."""
+    try:
+        told = read_json(place / "results.json") if (place / "results.json").exists() else None
+        if not isinstance(told, dict) or any(told.get(key) != value for key, value in own.items()):
+            return False
+        return [run.get("folder") for run in told.get("runs", [])] == [str(run.folder) for run in found]
+    except Damaged:
+        return False
