@@ -221,7 +221,7 @@ def _name(found: Sequence[ComparedRun]) -> None:
     labels = group_labels(found)
     times: Counter[str] = Counter()
     for run in found:
-        name = f"{labels[run.group]}, seed {run.settings.seed}"
+        name = f"{labels[run.group]} · seed {run.settings.seed}"
         times[name] += 1
         run.name = name if times[name] == 1 else f"{name} ({times[name]})"
 
@@ -235,7 +235,7 @@ def group_labels(found: Sequence[ComparedRun]) -> list[str]:
     """A short label per group: the settings that differ, or the model where none does."""
     firsts = {run.group: run for run in reversed(found)}
     names = differing(found) or ["model"]
-    labels = [", ".join(_shown(firsts[i], name) for name in names) for i in range(len(firsts))]
+    labels = [" · ".join(_shown(firsts[i], name) for name in names) for i in range(len(firsts))]
     return [label if labels.count(label) == 1 else f"{label} ({labels[: i + 1].count(label)})"
             for i, label in enumerate(labels)]  # fmt: skip
 

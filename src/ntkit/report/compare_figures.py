@@ -70,8 +70,8 @@ def errors(r: Results) -> FigureAndReading:
         told = [f"{group['label']} {with_interval(r, group['errors'][key])}" for group in r["groups"]]
         texts.append(f"{name}: {', '.join(told)}")
     reading = (
-        "Small symbols are runs; the large symbol above them is the mean over seeds, with Student’s interval (95 %) where "
-        "there are two seeds or more."
+        "Small symbols are runs; the large symbol above them is the mean over seeds, with Student’s interval (95 %) "
+        "where there are two seeds or more."
     )
     label = f"Dot plots of errors. {'; '.join(texts)}."
     return Figure("errors", "Errors on the same test examples", label, panels, legend(r), wide=True), reading
@@ -94,30 +94,33 @@ def _mean(
 
 
 def kernels(r: Results) -> FigureAndReading:
-    """Centered cosines of the kernels of each two runs, before and after training."""
+    """Centered cosines of the kernels of each two runs, before and after training; runs by their numbers."""
     panels = []
-    order = sorted(range(len(r["runs"])), key=lambda k: (r["runs"][k]["group"], k))
-    names = [draw.safe(short(r["runs"][k]["name"])) for k in order]
+    numbers = [str(k + 1) for k in range(len(r["runs"]))]
+    names = [draw.safe(run["name"]) for run in r["runs"]]
     known = [v for key in _WHEN for row in r["kernels"][key] for v in row if v is not None]
     for key, when in _WHEN.items():
-        values = [[r["kernels"][key][i][j] for j in order] for i in order]
+        values = r["kernels"][key]
         cells = [[float("nan") if v is None else v for v in row] for row in values]
-        heat = draw.heat(cells, "ramp", "%{y}<br>%{x}<br>cosine %{z:.3f}")
-        heat |= {"zmin": min([0.0, *known]), "zmax": 1.0, "x": names, "y": names}
+        heat = draw.heat(cells, "ramp", "%{customdata}<br>cosine %{z:.3f}")
+        heat |= {"zmin": min([1.0, *known]) - 1e-9, "zmax": 1.0, "x": numbers, "y": numbers}
+        heat["customdata"] = [[f"{a}<br>{b}" for b in names] for a in names]
         if len(names) <= _WRITTEN:
             heat |= {"text": [["" if v is None else f"{v:.2f}" for v in row] for row in values]}
             heat |= {"texttemplate": "%{text}", "textfont": {"size": 11}}
-        axes = [draw.axis("", showgrid=False, type="category", constrain="domain") for _ in range(2)]
-        axes[0] |= {"tickangle": -45}
+        axes = [draw.axis("run", showgrid=False, type="category", constrain="domain") for _ in range(2)]
         axes[1] |= {"scaleanchor": "x", "autorange": "reversed"}
-        layout = draw.layout(*axes, height=min(620, 330 + 12 * len(names)))
-        layout["margin"] |= {"r": 8}
+        layout = draw.layout(*axes, height=340)
+        layout["margin"] |= {"l": 40, "r": 8}
         panels.append(Panel(f"plot-kernels-{key}", when, [heat], layout))
     reading = (
         f"Centered cosine between the tangent kernels of two runs on the same {r['kernels']['points']} test examples; "
         "1: the same kernel up to scale and a constant. Both matrices have one scale of colors."
     )
-    return Figure("kernels", "How alike the kernels are", f"Matrices of cosines. {reading}", panels, wide=True), reading
+    runs = [(f"{number} {run['name']}", *tones(r)[run["group"]])
+            for number, run in zip(numbers, r["runs"], strict=True)]  # fmt: skip
+    label = f"Matrices of cosines. {reading}"
+    return Figure("kernels", "Kernels of two runs", label, panels, runs, wide=True), reading
 
 
 def spectra(r: Results) -> FigureAndReading | None:
@@ -142,6 +145,8 @@ def spectra(r: Results) -> FigureAndReading | None:
     if not panels:
         return None
     reading = "Eigenvalues of each run’s kernel on its training set, none below rounding; one curve per run."
+    if r["kernels"]["same_start"]["pairs"]:
+        reading += " Before training, the curves of runs from the same start lie on one another."
     label = f"Curves of eigenvalues against index. {reading}"
     return Figure("spectra", "Spectra", label, panels, _lines(r), wide=True), reading
 
@@ -184,12 +189,12 @@ def along(r: Results) -> list[FigureAndReading]:
     return draw.filled(figures)
 
 
-def table_of_groups(r: Results, tests: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str, str]]:
-    """Rows of the tests over seeds: which, of what, difference, interval, p values."""
+def table_of_groups(r: Results, tests: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows of the tests over seeds: first, second, of what, difference, interval, p values."""
     rows = []
     for test in tests:
         first, second = (r["groups"][test[side]]["label"] for side in ("first", "second"))
         interval = "–" if test["low"] is None else f"{shown(r, test['low'])} to {shown(r, test['high'])}"
         p = "–" if test["p"] is None else f"{plain(test['p'], 2)}, {plain(test['p_holm'], 2)}"
-        rows.append((f"{first}, {second}", measures(r)[test["of"]], shown(r, test["difference"], True), interval, p))
+        rows.append((first, second, measures(r)[test["of"]], shown(r, test["difference"], True), interval, p))
     return rows

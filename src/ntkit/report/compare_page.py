@@ -68,8 +68,9 @@ def _page(r: dict[str, Any]) -> str:
         findings=text.in_short(r),
         warnings=text.warnings(r),
         cards=_cards(r),
-        measures=text.measures(r),
+        measures={key: f"{name[0].upper()}{name[1:]}" for key, name in text.measures(r).items()},
         unit=text.unit(r),
+        measured=text.unit(r).removesuffix(", %").capitalize(),
         pairs=pairs,
         along=along,
         tones=figures.tones(r),
@@ -121,7 +122,7 @@ def _groups(r: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _of_runs(r: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+def _of_runs(r: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the tests of single runs on the same test examples."""
     rows = []
     for test in r["between_runs"]:
@@ -130,7 +131,7 @@ def _of_runs(r: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
         p = "–" if test["p"] is None else f"{plain(test['p'], 2)}, {plain(test['p_holm'], 2)}"
         said = _SAID[text.verdict(r, test, False)]
         measured = text.measures(r)[test["of"]]
-        rows.append((f"{first} | {second}", measured, text.shown(r, test["difference"], True), alone, p, said))
+        rows.append((first, second, measured, text.shown(r, test["difference"], True), alone, p, said))
     return rows
 
 

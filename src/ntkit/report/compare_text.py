@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ntkit.report.judgments import BETWEEN_REGRESSIONS, BETWEEN_RUNS, OVER_SEEDS, Judgment
@@ -79,12 +80,12 @@ def sentence(r: Results, test: dict[str, Any]) -> str:
 
 def lede(r: Results) -> str:
     """One paragraph that says what was learned."""
-    groups, runs = r["groups"], r["runs"]
+    groups = r["groups"]
     seeds = sorted({group["seeds"] for group in groups})
     each = counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
     settings = counted(len(groups), "setting")
     parts = [
-        f"{len(runs)} runs: {settings} with {each}{' each' if len(groups) > 1 else ''}, on the same "
+        f"{settings[0].upper()}{settings[1:]} with {each}{' each' if len(groups) > 1 else ''}, on the same "
         f"{counted(r['test']['common'], 'test example')}."
     ]
     errors = [f"{group['label']} {with_interval(r, group['errors']['network'])}" for group in groups]
@@ -94,11 +95,11 @@ def lede(r: Results) -> str:
     parts.append(_judged(r))
     kernels = r["kernels"]
     told = [
-        f"{cosine(pair['init'])} before and {cosine(pair['after'])} after training for {which}"
+        f"of {which} {cosine(pair['init'])} before and {cosine(pair['after'])} after training"
         for name, which in PAIRS.items()
         if (pair := kernels[name])["init"] is not None and pair["after"] is not None
     ]
-    parts += [f"The kernels of two runs have a mean centered cosine of {listed(told)}."] if told else []
+    parts += [f"How alike two kernels are, as their mean centered cosine: {'; '.join(told[:2])}."] if told else []
     return " ".join(parts)
 
 
@@ -114,26 +115,25 @@ def cosine(value: float | None) -> str:
 def _judged(r: Results) -> str:
     """What is beyond noise, in a sentence or two."""
     if len(r["groups"]) == 1:
-        found = beyond(r, False)
-        pairs = f"Of {counted(len(r['between_runs']), 'comparison')} of two single networks, {len(found)} "
-        return pairs + f"{'is' if len(found) == 1 else 'are'} beyond noise."
-    tests = [test for test in r["over_seeds"] if test["p"] is not None]
+        return _of_single(r)
+    tests = [test for test in r["over_seeds"] if test["of"] == "network" and test["p"] is not None]
     if not tests:
-        return (
-            "Over seeds nothing can be said of the settings: that takes two seeds of each, with errors that differ. "
-            f"{_of_single(r)}"
-        )
-    network = [test for test in beyond(r, True) if test["of"] == "network"]
-    if not network:
+        need = "that takes two seeds or more of each, with errors that differ"
+        return f"Over seeds nothing can be said of the settings’ networks: {need}. {_of_single(r)}"
+    found = [test for test in beyond(r, True) if test["of"] == "network"]
+    if not found:
         return f"Over seeds, no difference between the settings’ networks is beyond noise. {_of_single(r)}"
-    said = [sentence(r, test).partition(": ")[2] for test in network]
-    return f"Over seeds, the network’s error of {'; of '.join(said[:3])}{'; and others' if len(said) > 3 else ''}."
+    said = "; ".join(sentence(r, test).partition(": ")[2] for test in found[:3])
+    return f"Over seeds, beyond noise: the network of {said}{'; and others' if len(found) > 3 else ''}."
 
 
 def _of_single(r: Results) -> str:
-    found, tests = beyond(r, False), r["between_runs"]
-    are = "is" if len(found) == 1 else "are"
-    return f"Between single networks, {len(found)} of {counted(len(tests), 'difference')} {are} beyond noise."
+    return f"Of single networks and machines, {_counted(beyond(r, False), r['between_runs'], '')} beyond noise."
+
+
+def _counted(found: Sequence[Any], tests: Sequence[Any], between: str) -> str:
+    """How many of so many differences, with the verb."""
+    return f"{len(found)} of {counted(len(tests), 'difference')}{between} {'is' if len(found) == 1 else 'are'}"
 
 
 def in_short(r: Results) -> list[tuple[str, str]]:
@@ -150,16 +150,15 @@ def _settings_in_short(r: Results) -> list[tuple[str, str]]:
         why = f"One seed only: {listed(few)}. Analyze other seeds of each."
         why = why if few else "No error differs from seed to seed."
         return [("Settings are not judged over seeds.", why)]
-    lead = f"{len(found)} of {counted(len(tests), 'difference')} between settings "
-    lead += f"{'is' if len(found) == 1 else 'are'} beyond noise over seeds."
+    lead = f"{_counted(found, tests, ' between settings')} beyond noise over seeds."
     text = "; ".join(sentence(r, test) for test in found)
     return [(lead, f"{text[0].upper()}{text[1:]}." if text else "More seeds find smaller differences.")]
 
 
 def _runs_in_short(r: Results) -> tuple[str, str]:
     found, tests = beyond(r, False), r["between_runs"]
-    lead = f"{len(found)} of {counted(len(tests), 'difference')} between two single networks or machines "
-    lead += f"{'is' if len(found) == 1 else 'are'} beyond noise on the same test examples."
+    between = " between two single networks or machines"
+    lead = f"{_counted(found, tests, between)} beyond noise on the same test examples."
     alone = [t for t in found if r["runs"][t["first"]]["group"] == r["runs"][t["second"]]["group"]]
     text = f"{len(alone)} of them {'is' if len(alone) == 1 else 'are'} between runs that differ in the seed alone."
     return lead, text if found else ""
