@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import Damaged, defined, refusal
+from ntkit.base.checks import Damaged, Refused, defined, refusal
 from ntkit.base.files import read_arrays_and_metadata, read_json, remove, write_arrays, write_json
 from ntkit.base.integrity import check_place, fingerprint
 from ntkit.base.lock import LOCK, FolderLock
@@ -307,8 +307,13 @@ def _networks(run: ComparedRun, s: CompareSettings, trust: bool) -> tuple[dict[s
             raise refusal(settings.weights, got=f"weights {now[:16]}", expected=run.identity["weights"][:16], fix=fix)
     else:
         trajectory = Trajectory.open(run.folder / "trajectory")
-        trajectory.load(model, 0)
-        trajectory.load(after, trajectory.stop["step"])
+        try:
+            trajectory.load(model, 0)
+            trajectory.load(after, trajectory.stop["step"])
+        except Damaged:
+            raise
+        except Refused as error:
+            raise Refused(f"{run.folder}: {error}") from error
     return {"init": model, "after": after}, _as_noted(run, after)
 
 

@@ -31,6 +31,7 @@ _OF_DATA = ("data", "data_dir", "classes", "class_names", "task", "target", "res
 _OF_TRAINING = ("model", "weights", "train", "epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
                 "target_loss")  # fmt: skip
 """Settings that change the network; runs that agree in all of these differ in the seed alone."""
+_OF_ALL = ("model", "weights", "train")  # which runs of loaded weights have, too
 _WORDS = {"lr": "lr", "epochs": "epochs", "batch_size": "batch", "momentum": "momentum", "target_loss": "to loss",
           "weight_decay": "weight decay", "train": "examples"}  # fmt: skip
 
@@ -61,7 +62,7 @@ class ComparedRun:
         value = getattr(self.settings, name)
         if name == "weights":
             return self.identity.get("weights")
-        if self.settings.weights is not None and name not in ("model", "train"):
+        if self.settings.weights is not None and name not in _OF_ALL:
             return None
         if name == "momentum" and self.settings.optimizer != "sgd":
             return None
@@ -227,15 +228,23 @@ def _name(found: Sequence[ComparedRun]) -> None:
 
 
 def differing(found: Sequence[ComparedRun]) -> list[str]:
-    """Settings of training that are not the same in all runs."""
-    return [name for name in _OF_TRAINING if len({fingerprint(run.setting(name)) for run in found}) > 1]
+    """Settings that are not the same in all runs; those of the training are compared among the runs that trained."""
+    trained = [run for run in found if run.settings.weights is None]
+    return [
+        name
+        for name in _OF_TRAINING
+        if len({fingerprint(run.setting(name)) for run in (found if name in _OF_ALL else trained)}) > 1
+    ]
 
 
 def group_labels(found: Sequence[ComparedRun]) -> list[str]:
     """A short label per group: the settings that differ, or the model where none does."""
     firsts = {run.group: run for run in reversed(found)}
-    names = differing(found) or ["model"]
-    labels = [" · ".join(_shown(firsts[i], name) for name in names) for i in range(len(firsts))]
+    names, labels = differing(found) or ["model"], []
+    for i in range(len(firsts)):
+        loaded = firsts[i].settings.weights is not None
+        own = [name for name in names if (name in _OF_ALL if loaded else name != "weights")] or ["weights"]
+        labels.append(" · ".join(_shown(firsts[i], name) for name in own))
     return [label if labels.count(label) == 1 else f"{label} ({labels[: i + 1].count(label)})"
             for i, label in enumerate(labels)]  # fmt: skip
 
@@ -250,8 +259,10 @@ def _shown(run: ComparedRun, name: str) -> str:
         return f"{run.results['data']['train']:,} examples"
     if name in ("optimizer", "lr", "epochs", "batch_size", "momentum", "weight_decay", "target_loss"):
         value = run.setting(name)
+    if run.settings.weights is not None:
+        return "–"
     if value is None:
-        return "full batch" if name == "batch_size" and run.settings.weights is None else f"no {_WORDS.get(name, name)}"
+        return "full batch" if name == "batch_size" else f"no {_WORDS.get(name, name)}"
     shown = f"{value:g}" if isinstance(value, float) else str(value)
     return shown if name == "optimizer" else f"{_WORDS[name]} {shown}"
 

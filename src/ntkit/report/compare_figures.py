@@ -191,7 +191,7 @@ def along(r: Results) -> list[FigureAndReading]:
 
 def table_of_groups(r: Results, tests: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Rows of the tests over seeds: first, second, of what, difference, interval, p values."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for test in tests:
         first, second = (r["groups"][test[side]]["label"] for side in ("first", "second"))
         interval = "–" if test["low"] is None else f"{shown(r, test['low'])} to {shown(r, test['high'])}"

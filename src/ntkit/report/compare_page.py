@@ -67,6 +67,7 @@ def _page(r: dict[str, Any]) -> str:
         lede=text.lede(r),
         findings=text.in_short(r),
         warnings=text.warnings(r),
+        checks=text.checks(r),
         cards=_cards(r),
         measures={key: f"{name[0].upper()}{name[1:]}" for key, name in text.measures(r).items()},
         unit=text.unit(r),
@@ -113,6 +114,7 @@ def _groups(r: dict[str, Any]) -> list[dict[str, Any]]:
             "label": group["label"],
             "seeds": group["seeds"],
             "errors": [text.with_interval(r, group["errors"][key]) for key in text.measures(r)],
+            "alike": _alike(r, group["runs"]),
             "alignment": " → ".join(
                 "–" if (found := group["alignment"][key]) is None else plain(found["mean"], 2)
                 for key in ("init", "after")
@@ -122,9 +124,19 @@ def _groups(r: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _alike(r: dict[str, Any], runs: list[int]) -> str:
+    """Mean cosine of the kernels of two seeds of a group, before and after training."""
+    pairs = [(i, j) for i in runs for j in runs if i < j and not (r["runs"][i]["repeats"] or r["runs"][j]["repeats"])]
+    texts = []
+    for key in ("init", "after"):
+        known = [value for i, j in pairs if (value := r["kernels"][key][i][j]) is not None]
+        texts.append(text.cosine(sum(known) / len(known) if known else None))
+    return " → ".join(texts) if pairs else "–"
+
+
 def _of_runs(r: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the tests of single runs on the same test examples."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for test in r["between_runs"]:
         first, second = (r["runs"][test[side]]["name"] for side in ("first", "second"))
         alone = f"{test['only_first']}, {test['only_second']}" if "only_first" in test else ""

@@ -152,7 +152,8 @@ def _settings_in_short(r: Results) -> list[tuple[str, str]]:
         return [("Settings are not judged over seeds.", why)]
     lead = f"{_counted(found, tests, ' between settings')} beyond noise over seeds."
     text = "; ".join(sentence(r, test) for test in found)
-    return [(lead, f"{text[0].upper()}{text[1:]}." if text else "More seeds find smaller differences.")]
+    more = "That does not show that there is none: more seeds find smaller differences."
+    return [(lead, f"{text[0].upper()}{text[1:]}." if text else more)]
 
 
 def _runs_in_short(r: Results) -> tuple[str, str]:
@@ -160,7 +161,8 @@ def _runs_in_short(r: Results) -> tuple[str, str]:
     between = " between two single networks or machines"
     lead = f"{_counted(found, tests, between)} beyond noise on the same test examples."
     alone = [t for t in found if r["runs"][t["first"]]["group"] == r["runs"][t["second"]]["group"]]
-    text = f"{len(alone)} of them {'is' if len(alone) == 1 else 'are'} between runs that differ in the seed alone."
+    count = f"{len(alone)} of them {'is' if len(alone) == 1 else 'are'}" if alone else "None of them is"
+    text = f"{count} between runs that differ in the seed alone."
     return lead, text if found else ""
 
 
@@ -202,3 +204,11 @@ def warnings(r: Results) -> list[str]:
     for name, values in r["versions"]["differ"].items():
         found.append(f"The runs were made with different {name}: {', '.join(values)}.")
     return found
+
+
+def checks(r: Results) -> str:
+    """Whether the networks rebuilt answer as their runs have noted."""
+    failed = sum(not c["ok"] for c in r["certificates"])
+    if failed:
+        return f"{failed} of {len(r['certificates'])} do not answer the test set as the run has noted."
+    return "All answer the test set as the runs have noted."
