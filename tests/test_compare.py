@@ -316,7 +316,7 @@ def test_refusals(material: Path, trained: list[Path], untrained: list[Path], tm
         compare_runs(trained, CompareSettings(out=tmp_path / "full"))
     place = CompareSettings(out=tmp_path / "first", points=5)
     compare_runs(trained[:2], place)
-    with pytest.raises(ntkit.Refused, match="comparison of other runs.*--overwrite"):
+    with pytest.raises(ntkit.Refused, match=r"comparison of other runs.*--overwrite"):
         compare_runs(untrained[:2], place)
     compare_runs(untrained[:2], place, overwrite=True)
     assert "untrained-0" in (tmp_path / "first" / "report.html").read_text()
@@ -346,6 +346,20 @@ def test_a_network_that_answers_otherwise_is_said(tmp_path: Path, material: Path
         compare_runs(runs, CompareSettings(out=tmp_path / "other"), trust=True)
 
 
+def test_a_run_that_diverged_is_compared_with_what_it_has(material: Path, trained: list[Path], tmp_path: Path) -> None:
+    diverged = run_in(material, "diverged", lr=1e30)
+    r = results_of(compare_runs([*trained[:2], diverged], CompareSettings(out=tmp_path / "out", points=5)))
+    assert r["kernels"]["after"][2] == [None, None, None]
+    assert r["kernels"]["after"][0][1] is not None
+    assert r["runs"][2]["errors"]["after"] is None
+    assert r["runs"][2]["errors"]["network"] == pytest.approx(network_wrong(diverged).mean())
+    assert "No kernel after training. lr 1e+30 · seed 0: " in words(tmp_path / "out")
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    (tmp_path / "out" / "results.json").unlink()
+    compare_runs([*trained[:2], diverged], CompareSettings(out=tmp_path / "out", points=5))
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
 def test_loaded_weights_have_no_seed(material: Path, trained: list[Path], tmp_path: Path) -> None:
     state = ntkit.Trajectory.open(trained[0] / "trajectory")
     torch.save(state.state(state.steps[-1]), tmp_path / "w.pt")
@@ -369,7 +383,7 @@ def test_the_page_is_made_of_the_results_alone(compared: Path, tmp_path: Path) -
     broken = results_of(compared)
     del broken["kernels"]["own"]
     write_json(tmp_path / "again" / "results.json", broken)
-    with pytest.raises(ntkit.Refused, match="results.json: got content that cannot be used"):
+    with pytest.raises(ntkit.Refused, match=r"results.json: got content that cannot be used"):
         render(tmp_path / "again")
 
 

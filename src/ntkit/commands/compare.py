@@ -28,10 +28,10 @@ from ntkit.base.regular_files import check_folder
 from ntkit.base.tensors import tensor_hash
 from ntkit.base.versions import versions
 from ntkit.commands import compared_runs as runs_of
+from ntkit.commands.compared_errors import Errors, between_groups, between_runs, errors_of, group_of, same_start
 from ntkit.commands.compared_runs import ComparedRun
 from ntkit.commands.network_measures import finite, outputs_of, spread
 from ntkit.commands.regression_measures import task_of
-from ntkit.commands.seed_statistics import holm, over_seeds, paired_errors, paired_squares, welch
 from ntkit.commands.settings import CompareSettings
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.spectra import alignment
@@ -39,6 +39,8 @@ from ntkit.networks.built_in import build
 from ntkit.report.compare_page import COMPARE_FORMAT, KIND, render_comparison
 from ntkit.trajectory import Trajectory, load_weights
 
+Kernels = dict[str, Tensor | None]
+"""Initial and after kernel of a run, None where there is none."""
 _OWN = ("compare.json", "arrays", "results.json", "report.html")
 _SAME = 1e-4  # of predictions of numbers, in deviations of the target: a hundred times what rounding in float32 leaves
 _DRAWN = 60  # eigenvalues of a spectrum that are kept for the page, spaced evenly on a logarithmic axis
@@ -107,7 +109,7 @@ def _results(found: list[ComparedRun], work: _Work) -> dict[str, Any]:
         for run in found:
             kernels.append(_kernels(run, len(found), work))
             progress.advance()
-    machine, errors = _errors(found)
+    machine, errors = errors_of(found)
     labels = runs_of.group_labels(found)
     names = runs_of.differing(found)
     first = found[0].results
@@ -119,9 +121,9 @@ def _results(found: list[ComparedRun], work: _Work) -> dict[str, Any]:
         "machine": machine,
         "settings": names,
         "runs": [_told_of(run, errors, runs_of.settings_shown(run, names)) for run in found],
-        "groups": [_group(i, label, found, errors) for i, label in enumerate(labels)],
-        "over_seeds": _between_groups(found, errors, len(labels)),
-        "between_runs": _between_runs(found, errors),
+        "groups": [group_of(i, label, found, errors) for i, label in enumerate(labels)],
+        "over_seeds": between_groups(found, errors, len(labels)),
+        "between_runs": between_runs(found, errors),
         "kernels": _alignments(found, [pair for pair, _ in kernels]) | {"points": work.own["points"]},
         "certificates": [certificate for _, certificate in kernels],
         "versions": {"now": versions(), "differ": _versions_that_differ(found)},
@@ -129,7 +131,7 @@ def _results(found: list[ComparedRun], work: _Work) -> dict[str, Any]:
     }
 
 
-def _told_of(run: ComparedRun, errors: dict[str, list[np.ndarray | None]], shown: dict[str, str]) -> dict[str, Any]:
+def _told_of(run: ComparedRun, errors: Errors, shown: dict[str, str]) -> dict[str, Any]:
     """What the page says of one run."""
     r, along = run.results, run.results["along"]
     quality = {q["kernel"]: q for q in r["quality"]}
@@ -153,7 +155,7 @@ def _told_of(run: ComparedRun, errors: dict[str, list[np.ndarray | None]], shown
     }
 
 
-def _of_run(run: ComparedRun, errors: dict[str, list[np.ndarray | None]]) -> dict[str, np.ndarray | None]:
+def _of_run(run: ComparedRun, errors: Errors) -> dict[str, np.ndarray | None]:
     return {key: values[run.place] for key, values in errors.items()}
 
 
@@ -172,105 +174,14 @@ def _spectrum(arrays: dict[str, np.ndarray]) -> dict[str, list] | None:
     return {"index": kept, "share": [float(f"{values[i - 1] / total:.5g}") for i in kept]}
 
 
-# ---------------------------------------------------------------------- errors
-
-
-def _errors(found: list[ComparedRun]) -> tuple[str, dict[str, list[np.ndarray | None]]]:
-    """By measure and run: wrong answers or squared errors of the common test examples, None where there are none.
-
-    The machine is the hard-margin SVM where every kernel of every run separates its classes, else ridge regression.
-    """
-    if found[0].data.targets is not None:
-
-        def squares(run: ComparedRun, stage: str) -> np.ndarray | None:
-            predicted = run.stages[stage].get("predicted")
-            y = run.data.y_test.double().numpy().reshape(len(run.data.y_test), -1)
-            return None if predicted is None else ((predicted.reshape(y.shape) - y) ** 2).mean(1)[run.rows.numpy()]
-
-        places = {"network": "network", "init": "machine-init", "after": "machine-after"}
-        return "ridge", {key: [squares(run, stage) for run in found] for key, stage in places.items()}
-    kinds = [run.stages[f"machine-{key}"] for run in found for key in ("init", "after")]
-    machine = "svm" if all("wrong" in arrays for arrays in kinds) else "ridge"
-    of = "wrong" if machine == "svm" else "ridge_wrong"
-    places = {"network": ("network", "wrong"), "init": ("machine-init", of), "after": ("machine-after", of)}
-
-    def wrong(run: ComparedRun, stage: str, name: str) -> np.ndarray | None:
-        arrays = run.stages[stage]
-        return arrays[name].astype(bool)[run.rows.numpy()] if name in arrays else None
-
-    return machine, {key: [wrong(run, *place) for run in found] for key, place in places.items()}
-
-
-def _group(number: int, label: str, found: list[ComparedRun], errors: dict[str, Any]) -> dict[str, Any]:
-    """A group: its runs and, over its seeds, the mean of each error with Student's interval."""
-    members = [run for run in found if run.group == number]
-    result: dict[str, Any] = {"label": label, "runs": [run.place for run in members], "errors": {}, "alignment": {}}
-    for key, values in errors.items():
-        known = _seeds(members, values)
-        result["errors"][key] = over_seeds(known) if known else None
-    for key in ("init", "after"):
-        alignments = [
-            q["alignment_centered"]
-            for run in members
-            if not run.repeats
-            for q in run.results["quality"]
-            if q["kernel"] == key and q["alignment_centered"] is not None
-        ]
-        result["alignment"][key] = over_seeds(alignments) if alignments else None
-    return result | {"seeds": sum(not run.repeats for run in members)}
-
-
-def _seeds(members: list[ComparedRun], values: list[np.ndarray | None]) -> list[float]:
-    """Mean errors of the runs of different seeds that have some."""
-    return [float(own.mean()) for run in members if not run.repeats and (own := values[run.place]) is not None]
-
-
-def _between_groups(found: list[ComparedRun], errors: dict[str, Any], groups: int) -> list[dict[str, Any]]:
-    """Each pair of groups and each error: difference over seeds (Welch), its p value after Holm's correction.
-
-    Machines on initial kernels are left out where architecture and sample size agree: they differ in nothing.
-    """
-    tests = []
-    for first, second in itertools.combinations(range(groups), 2):
-        sides = [[run for run in found if run.group == group] for group in (first, second)]
-        same_start = all(sides[0][0].setting(name) == sides[1][0].setting(name) for name in ("model", "train"))
-        for key, values in errors.items():
-            known = [_seeds(members, values) for members in sides]
-            if all(known) and not (key == "init" and same_start):  # else equal by construction: nothing to test
-                tests.append({"first": first, "second": second, "of": key, **welch(*known)})
-    return _corrected(tests)
-
-
-def _between_runs(found: list[ComparedRun], errors: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each pair of runs and each error: difference on the same test examples, its p value after Holm's correction."""
-    is_regression = found[0].data.targets is not None
-    test = paired_squares if is_regression else paired_errors
-    tests = []
-    for first, second in itertools.combinations(found, 2):
-        for key, values in errors.items():
-            ours, theirs = values[first.place], values[second.place]
-            if ours is not None and theirs is not None and not (key == "init" and _same_start(first, second)):
-                tests.append({"first": first.place, "second": second.place, "of": key, **test(ours, theirs)})
-    return _corrected(tests)
-
-
-def _same_start(first: ComparedRun, second: ComparedRun) -> bool:
-    """Whether two runs have the same initial kernel on the same data."""
-    return all(first.identity.get(key) == second.identity.get(key) for key in ("initial parameters", "data")) and (
-        first.setting("model") == second.setting("model")
-    )
-
-
-def _corrected(tests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    corrected = holm([test["p"] for test in tests])
-    return [test | {"p_holm": p} for test, p in zip(tests, corrected, strict=True)]
-
-
 # ---------------------------------------------------------------------- kernels
 
 
-def _kernels(run: ComparedRun, count: int, work: _Work) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Initial and after kernel of a run on the common points, and the check of the network rebuilt for them."""
+def _kernels(run: ComparedRun, count: int, work: _Work) -> tuple[Kernels, dict[str, Any]]:
+    """Initial and after kernel of a run on the common points, and the check of the network rebuilt for them.
+
+    Under "absent" the check says why a kernel is None: a training that diverged leaves none.
+    """
     file = work.place / "arrays" / f"kernels-{run.place + 1}.safetensors"
     x = run.data.x_test[run.rows[spread(len(run.rows), work.settings.points)]]
     of = fingerprint([run.id, tensor_hash([x])])
@@ -278,16 +189,22 @@ def _kernels(run: ComparedRun, count: int, work: _Work) -> tuple[dict[str, Tenso
         try:
             arrays, told = read_arrays_and_metadata(file)
             check_place(file, told, of=of)
-            return {key: torch.from_numpy(arrays[key]) for key in ("init", "after")}, told["certificate"]
+            kept = {key: torch.from_numpy(arrays[key]) if key in arrays else None for key in ("init", "after")}
+            return kept, told["certificate"]
         except Damaged as error:
             work.say(f"{error} It is computed again.")
     work.say(f"[{run.place + 1} of {count}] kernels on {len(x):,} test examples: {run.name}")
     models, certificate = _networks(run, work.settings, work.trust)
-    kernels = {}
+    kernels: Kernels = {}
     for key, model in models.items():
         kernel = TangentKernel(model, outputs="trace", memory=parse_memory(run.settings.memory) or 0)
-        kernels[key] = kernel(x.to(next(model.parameters()).device)).cpu()
-    arrays = {key: K.numpy() for key, K in kernels.items()}
+        try:
+            kernels[key] = kernel(x.to(next(model.parameters()).device)).cpu()
+        except Refused as refused:
+            if isinstance(refused.__cause__, OSError):
+                raise
+            kernels[key], certificate["absent"][key] = None, f"{run.name}: {refused}"
+    arrays = {key: K.numpy() for key, K in kernels.items() if K is not None}
     write_arrays(file, arrays, {"of": of, "certificate": certificate})
     return kernels, certificate
 
@@ -324,7 +241,8 @@ def _as_noted(run: ComparedRun, after: torch.nn.Module) -> dict[str, Any]:
     out, noted = outputs_of(after, x), run.stages["network"]
     if "predicted" in noted:
         what, tolerance = "largest difference of a prediction from the noted one, in deviations", _SAME
-        value = float(np.abs(out.double().cpu().numpy().reshape(noted["predicted"].shape) - noted["predicted"]).max())
+        now = out.double().cpu().numpy().reshape(noted["predicted"].shape)
+        value = float(np.where(np.isnan(now) & np.isnan(noted["predicted"]), 0, np.abs(now - noted["predicted"])).max())
     else:
         what, tolerance = "answers that are not as noted", 0.0
         wrong = (task_of(after, run.data).predict(out) != y).cpu().numpy()
@@ -335,25 +253,32 @@ def _as_noted(run: ComparedRun, after: torch.nn.Module) -> dict[str, Any]:
         "value": value_or_none,
         "tolerance": tolerance,
         "ok": value_or_none is not None and value_or_none <= tolerance,
+        "absent": {},
     }
 
 
-def _alignments(found: list[ComparedRun], kernels: list[dict[str, Tensor]]) -> dict[str, Any]:
+def _alignments(found: list[ComparedRun], kernels: list[Kernels]) -> dict[str, Any]:
     """Centered alignment of each two runs' kernels, initial and after, and of each run's own two; their means."""
     n = len(found)
+
+    def cosine(first: Tensor | None, second: Tensor | None) -> float | None:
+        return None if first is None or second is None else defined(alignment, first, second, centered=True)
+
     result: dict[str, Any] = {}
     for key in ("init", "after"):
-        matrix: list[list[float | None]] = [[1.0] * n for _ in range(n)]
+        matrix: list[list[float | None]] = [[None] * n for _ in range(n)]
+        for i in range(n):
+            matrix[i][i] = cosine(kernels[i][key], kernels[i][key])
         for i, j in itertools.combinations(range(n), 2):
-            value = defined(alignment, kernels[i][key], kernels[j][key], centered=True)
+            value = cosine(kernels[i][key], kernels[j][key])
             matrix[i][j] = matrix[j][i] = value
         result[key] = matrix
-    result["own"] = [defined(alignment, pair["init"], pair["after"], centered=True) for pair in kernels]
+    result["own"] = [cosine(pair["init"], pair["after"]) for pair in kernels]
     pairs = [(a, b) for a, b in itertools.combinations(found, 2) if not a.repeats and not b.repeats]
     kinds = {
         "within": [(a, b) for a, b in pairs if a.group == b.group],
-        "same_start": [(a, b) for a, b in pairs if a.group != b.group and _same_start(a, b)],
-        "between": [(a, b) for a, b in pairs if a.group != b.group and not _same_start(a, b)],
+        "same_start": [(a, b) for a, b in pairs if a.group != b.group and same_start(a, b)],
+        "between": [(a, b) for a, b in pairs if a.group != b.group and not same_start(a, b)],
     }
     for name, chosen in kinds.items():
         result[name] = {"pairs": len(chosen)}

@@ -189,6 +189,10 @@ def warnings(r: Results) -> list[str]:
     """What to know before reading on."""
     found = [f"A check failed. {c['what']}: {plain(c['value'])}, at most {plain(c['tolerance'])} expected."
              for c in r["certificates"] if not c["ok"]]  # fmt: skip
+    whens = {"init": "before", "after": "after"}
+    found += [
+        f"No kernel {whens[key]} training. {reason}" for c in r["certificates"] for key, reason in c["absent"].items()
+    ]
     if len(r["data"]["hashes"]) > 1:
         found.append(
             "The runs were trained on different samples of one data set (their seeds draw them): intervals over seeds "
@@ -200,7 +204,7 @@ def warnings(r: Results) -> list[str]:
             "test examples, and is no further seed."
         )
     if r["machine"] == "ridge" and not r["data"]["regression"]:
-        found.append("Not every kernel separates its classes: ridge regression is compared in the place of the SVM.")
+        found.append("No SVM was solved on some kernel: ridge regression is compared in its place.")
     for name, values in r["versions"]["differ"].items():
         found.append(f"The runs were made with different {name}: {', '.join(values)}.")
     return found
