@@ -346,17 +346,31 @@ def test_a_network_that_answers_otherwise_is_said(tmp_path: Path, material: Path
         compare_runs(runs, CompareSettings(out=tmp_path / "other"), trust=True)
 
 
-def test_a_run_that_diverged_is_compared_with_what_it_has(material: Path, trained: list[Path], tmp_path: Path) -> None:
-    diverged = run_in(material, "diverged", lr=1e30)
-    r = results_of(compare_runs([*trained[:2], diverged], CompareSettings(out=tmp_path / "out", points=5)))
-    assert r["kernels"]["after"][2] == [None, None, None]
+def test_a_run_that_diverged_or_has_no_kernel_is_compared_with_what_it_has(
+    material: Path, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(model: torch.nn.Module, **options: Any) -> Any:
+        def kernel(x: torch.Tensor) -> torch.Tensor:
+            if max(float(p.detach().abs().max()) for p in model.parameters()) > 1e20:
+                raise ntkit.Refused("kernel: got an overflow; expected finite values. Train less.")
+            return whole(x)
+
+        whole = ntkit.TangentKernel(model, **options)
+        return kernel
+
+    monkeypatch.setattr(command, "TangentKernel", refusing)
+    runs = [*trained[:2], run_in(material, "far", lr=1e30), run_in(material, "diverged", lr=1e38)]
+    s = CompareSettings(out=tmp_path / "out", points=5)
+    r = results_of(compare_runs(runs, s))
+    assert r["kernels"]["after"][2] == [None] * 4
     assert r["kernels"]["after"][0][1] is not None
-    assert r["runs"][2]["errors"]["after"] is None
-    assert r["runs"][2]["errors"]["network"] == pytest.approx(network_wrong(diverged).mean())
-    assert "No kernel after training. lr 1e+30 · seed 0: " in words(tmp_path / "out")
+    assert [run["errors"]["network"] for run in r["runs"]] == pytest.approx([network_wrong(run).mean() for run in runs])
+    text = words(tmp_path / "out")
+    assert "No kernel after training. lr 1e+30 · seed 0: kernel: got an overflow" in text
+    assert "Training diverged, and the network is that of the last finite step: lr 1e+38 · seed 0." in text
     before = (tmp_path / "out" / "results.json").read_bytes()
     (tmp_path / "out" / "results.json").unlink()
-    compare_runs([*trained[:2], diverged], CompareSettings(out=tmp_path / "out", points=5))
+    compare_runs(runs, s)
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 

@@ -93,17 +93,21 @@ def _mean(
     return dot
 
 
-def kernels(r: Results) -> FigureAndReading:
+def kernels(r: Results) -> FigureAndReading | None:
     """Centered cosines of the kernels of each two runs, before and after training; runs by their numbers."""
     panels = []
     numbers = [str(k + 1) for k in range(len(r["runs"]))]
     names = [draw.safe(run["name"]) for run in r["runs"]]
     known = [v for key in _WHEN for row in r["kernels"][key] for v in row if v is not None]
+    if not known:
+        return None
     for key, when in _WHEN.items():
         values = r["kernels"][key]
+        if not any(v is not None for row in values for v in row):
+            continue  # plotly fails on a matrix without any number
         cells = [[float("nan") if v is None else v for v in row] for row in values]
         heat = draw.heat(cells, "ramp", "%{customdata}<br>cosine %{z:.3f}")
-        heat |= {"zmin": min([1.0, *known]) - 1e-9, "zmax": 1.0, "x": numbers, "y": numbers}
+        heat |= {"zmin": min([0.99, *known]), "zmax": 1.0, "x": numbers, "y": numbers}
         heat["customdata"] = [[f"{a}<br>{b}" for b in names] for a in names]
         if len(names) <= _WRITTEN:
             heat |= {"text": [["" if v is None else f"{v:.2f}" for v in row] for row in values]}

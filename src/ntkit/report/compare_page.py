@@ -54,9 +54,8 @@ def render_comparison(folder: str | Path) -> Path:
 
 
 def _page(r: dict[str, Any]) -> str:
-    pairs = {"errors": figures.errors(r), "kernels": figures.kernels(r)}
-    if (spectra := figures.spectra(r)) is not None:
-        pairs["spectra"] = spectra
+    found = {"errors": figures.errors(r), "kernels": figures.kernels(r), "spectra": figures.spectra(r)}
+    pairs = {name: pair for name, pair in found.items() if pair is not None}
     along = figures.along(r)
     return page(
         "compared.html",

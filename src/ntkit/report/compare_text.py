@@ -161,7 +161,7 @@ def _runs_in_short(r: Results) -> tuple[str, str]:
     between = " between two single networks or machines"
     lead = f"{_counted(found, tests, between)} beyond noise on the same test examples."
     alone = [t for t in found if r["runs"][t["first"]]["group"] == r["runs"][t["second"]]["group"]]
-    count = f"{len(alone)} of them {'is' if len(alone) == 1 else 'are'}" if alone else "None of them is"
+    count = f"{len(alone)} of them {'is' if len(alone) == 1 else 'are'}" if alone else "Not one of them is"
     text = f"{count} between runs that differ in the seed alone."
     return lead, text if found else ""
 
@@ -190,9 +190,10 @@ def warnings(r: Results) -> list[str]:
     found = [f"A check failed. {c['what']}: {plain(c['value'])}, at most {plain(c['tolerance'])} expected."
              for c in r["certificates"] if not c["ok"]]  # fmt: skip
     whens = {"init": "before", "after": "after"}
-    found += [
-        f"No kernel {whens[key]} training. {reason}" for c in r["certificates"] for key, reason in c["absent"].items()
-    ]
+    absent = [item for c in r["certificates"] for item in c["absent"].items()]
+    found += [f"No kernel {whens[key]} training. {reason}" for key, reason in absent]
+    if diverged := [run["name"] for run in r["runs"] if run["stop"] == "diverged"]:
+        found.append(f"Training diverged, and the network is that of the last finite step: {listed(diverged)}.")
     if len(r["data"]["hashes"]) > 1:
         found.append(
             "The runs were trained on different samples of one data set (their seeds draw them): intervals over seeds "
