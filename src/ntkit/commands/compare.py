@@ -70,6 +70,13 @@ def compare_runs(
         For fewer than two folders, for other folders than complete runs of `analyze`, for runs on different data or
         without common test examples, for code that has not been run here; when the folder holds something else, or
         another process is writing there.
+
+    Examples
+    --------
+    >>> compare_runs(["runs/one"])
+    Traceback (most recent call last):
+    ...
+    ntkit.Refused: runs: got 1 folder; expected at least two. Name the run folders: ntkit compare RUN RUN.
     """
     s = settings or CompareSettings()
     s.check()
