@@ -7,6 +7,8 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +255,27 @@ def test_regressions(material: Path, tmp_path: Path) -> None:
     assert "McNemar" not in text
 
 
-# The folder
+# The command and its folder
+
+
+def test_the_command(trained: list[Path], untrained: list[Path], tmp_path: Path) -> None:
+    """As the README has it: runs in, one page out; the table on a terminal, or one JSON document and nothing else."""
+    runs = [*trained[:2], *untrained[:2]]
+    words = [sys.executable, "-m", "ntkit.cli", "compare", *map(str, runs), "--out", str(tmp_path / "a")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "lr 1e-07" in done.stdout
+    assert done.stdout.endswith(f"report: {tmp_path / 'a' / 'report.html'}\n")
+    assert "[4 of 4] kernels on 84 test examples: lr 1e-07 · seed 1" in done.stderr
+    done = subprocess.run([*words, "--json", "--quiet"], capture_output=True, text=True, timeout=300)
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == {"folder": str(tmp_path / "a"), **results_of(tmp_path / "a")}
+    done = subprocess.run([*words[:5], "--json"], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr
+        == "ntkit: runs: got 1 folder; expected at least two. Name the run folders: ntkit compare RUN RUN.\n"
+    )
 
 
 def test_stopped_it_goes_on_and_gives_the_same_bytes(

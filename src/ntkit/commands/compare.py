@@ -80,9 +80,9 @@ def compare_runs(
     """
     s = settings or CompareSettings()
     s.check()
-    check_folder(s.out, "--out")
+    place = Path(s.out)
+    check_folder(place, "--out")
     found = runs_of.opened_runs([Path(run) for run in runs], s, trust)
-    place = s.out
     points = found[0].rows[spread(len(found[0].rows), s.points)]
     own = {"format": COMPARE_FORMAT, "kind": KIND, "of": [run.id for run in found], "points": len(points)}
     work = _Work(place, s, trust, say, own)
@@ -93,7 +93,7 @@ def compare_runs(
                 write_json(place / "results.json", _results(found, work))
             say(f"report: {render_comparison(place)}")
     except KeyboardInterrupt:
-        command = ["ntkit", "compare", *map(str, runs), "--out", str(place)]
+        command = ["ntkit", "compare", *map(str, runs), "--points", str(s.points), "--out", str(place)]
         say(f"Stopped. What is finished is kept. Go on with: {shlex.join(command)}")
         raise
     return place
