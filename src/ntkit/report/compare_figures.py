@@ -71,7 +71,7 @@ def errors(r: Results) -> FigureAndReading:
         texts.append(f"{name}: {', '.join(told)}")
     reading = (
         "Small symbols are runs; the large symbol above them is the mean over seeds, with Student’s interval (95 %) "
-        "where there are two seeds or more."
+        "where two seeds or more differ."
     )
     label = f"Dot plots of errors. {'; '.join(texts)}."
     return Figure("errors", "Errors on the same test examples", label, panels, legend(r), wide=True), reading

@@ -63,8 +63,8 @@ def _page(r: dict[str, Any]) -> str:
         title=r["title"],
         source="results.json",
         r=r,
-        lede=text.lede(r),
-        findings=text.in_short(r),
+        lede=_together(text.lede(r)),
+        findings=[(lead, _together(said)) for lead, said in text.in_short(r)],
         warnings=text.warnings(r),
         checks=text.checks(r),
         cards=_cards(r),
@@ -85,6 +85,11 @@ def _page(r: dict[str, Any]) -> str:
         names=[name.replace("_", " ") for name in r["settings"]],
         rules=[("Over seeds", OVER_SEEDS.rule), ("Between two networks", text.rule_of_runs(r).rule)],
     )
+
+
+def _together(said: str) -> str:
+    """No line break before the dots of a setting's name."""
+    return said.replace(" · ", "\u00a0· ")
 
 
 def _cards(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
