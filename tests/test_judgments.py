@@ -29,6 +29,11 @@ CHANGES = [((_change(0.02, 0.049),), "above"), ((_change(0.02, 0.051),), "same")
 CASES = {
     ERROR: PAIRED, **dict.fromkeys(BETTER.values(), PAIRED),
     SQUARED_ERROR: SQUARES, **dict.fromkeys(LESS_SQUARED_ERROR.values(), SQUARES),
+    judgments.OVER_SEEDS: PAIRED, judgments.BETWEEN_RUNS: PAIRED,
+    judgments.BETWEEN_REGRESSIONS: [
+        *PAIRED, ((0.049, -1.0, 99.0), "below"), ((0.049, -1.0, 101.0), "same"), ((0.049, 1.0, 101.0), "same"),
+        ((0.049, 1.0, 99.0), "above"), ((0.051, 1.0, 99.0), "same"),
+    ],
     judgments.FIT: [((0.1999,), "hardly"), ((-3.0,), "hardly"), ((0.2,), "fits"), ((None,), "unknown"),
                     ((-1e-9, 0.5), "overconfident"), ((-1e-9, 0.499), "hardly"), ((0.01, 0.9), "hardly")],
     judgments.TURN: [
@@ -56,6 +61,7 @@ CASES = {
 
 def test_every_rule_is_here_and_every_sentence_is_reached() -> None:
     all_rules = [judgment for group in judgments.RULES.values() for judgment in group]
+    all_rules += judgments.COMPARISONS
     assert {id(j) for j in all_rules} == {id(j) for j in CASES}
     for judgment, cases in CASES.items():
         assert {verdict for _, verdict in cases} == set(judgment.sentences), judgment.rule
@@ -84,6 +90,10 @@ def test_rules_print_their_thresholds() -> None:
     assert "at least 1 %" in printed["Squared errors"]
     assert "more than 50 %" in printed["Influence"]
     assert "metasmoothness of 0.5" in printed["Influence"]
+    for judgment in judgments.COMPARISONS:
+        assert "p < 0.05" in judgment.rule
+        assert "Holm" in judgment.rule
+    assert "at least 1 %" in judgments.BETWEEN_REGRESSIONS.rule
     assert "Invariant, global" not in dict(judgments.rules(False, images=False))
 
 

@@ -19,6 +19,7 @@ from ntkit.base import progress
 from ntkit.base.checks import Refused
 from ntkit.commands import tables
 from ntkit.commands.settings import (
+    CompareSettings,
     ExplainSettings,
     GramSettings,
     InfiniteSettings,
@@ -153,6 +154,36 @@ def explain(
 
 
 @app.command
+def compare(
+    runs: Annotated[tuple[Path, ...], Parameter(negative=())],
+    settings: Annotated[CompareSettings | None, Parameter(name="*")] = None,
+    *,
+    overwrite: bool = False,
+    trust: bool = False,
+) -> None:
+    """Compare runs of ntkit analyze on one page: seeds, learning rates, architectures, on the same data.
+
+    Errors with paired tests over the same test examples and intervals over seeds, kernels aligned with each other,
+    spectra, curves of training; which differences are beyond noise. Runs that differ in the seed alone are one setting.
+
+    Parameters
+    ----------
+    runs
+        Two or more run folders of ntkit analyze.
+    settings
+        On how many points, and where.
+    overwrite
+        Replace a comparison of other runs.
+    trust
+        Run the code that the folders name (--model, --data) even if you have never run it here.
+    """
+    from ntkit.commands.compare import compare_runs
+
+    folder = compare_runs(runs, settings, overwrite=overwrite, trust=trust, say=_say)
+    _answer(lambda: _results_of(folder), lambda: tables.print_comparison(folder))
+
+
+@app.command
 def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir: Path | None = None) -> None:
     """Reproduce a paper: run its experiments, test its claims, write a report.
 
@@ -253,7 +284,7 @@ def report(run: Path) -> None:
     Parameters
     ----------
     run
-        The folder of a run, a tracking, an explanation or a study.
+        The folder of a run, a tracking, an explanation, a comparison or a study.
     """
     from ntkit.report import render
 
@@ -268,8 +299,8 @@ def verify(run: Path) -> None:
     Parameters
     ----------
     run
-        The folder of a run, a trajectory, a tracking, a decomposition, an explanation or a study; or a kernel matrix of
-        ntkit gram, of whose tiles only those are listed that are damaged or missing.
+        The folder of a run, a trajectory, a tracking, a decomposition, an explanation, a comparison or a study; or a
+        kernel matrix of ntkit gram, of whose tiles only those are listed that are damaged or missing.
     """
     from ntkit.commands import verify as files
 

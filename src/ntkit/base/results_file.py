@@ -340,3 +340,63 @@ class RegressionResults(AnyAnalysis):
     network: RegressionNetwork
     machines: list[RidgeResults]
     comparisons: ComparisonResults | None
+
+
+class ComparedRunResults(TypedDict):
+    """A run in a comparison."""
+
+    name: str
+    folder: str
+    group: int
+    seed: int
+    repeats: bool
+    settings: dict[str, str]
+    parameters: int
+    steps: int | None
+    stop: str | None
+    errors: dict[str, Number]
+    loss: dict[str, Number]
+    alignment: dict[str, Number]
+    effective_rank: dict[str, Number]
+    spectrum: dict[str, dict[str, list] | None]
+    along: dict[str, list] | None
+
+
+class ComparedGroup(TypedDict):
+    """Runs that differ in the seed alone."""
+
+    label: str
+    runs: list[int]
+    seeds: int
+    errors: dict[str, dict[str, Any] | None]
+    alignment: dict[str, dict[str, Any] | None]
+
+
+class DifferenceResults(TypedDict):
+    """A test of a comparison: of two groups, or of two runs."""
+
+    first: int
+    second: int
+    of: str
+    difference: Number
+    p: Number
+    p_holm: Number
+
+
+class ComparisonOfRuns(TypedDict):
+    """``results.json`` of `ntkit compare`."""
+
+    of: list[str]
+    title: str
+    data: dict[str, Any]
+    test: dict[str, Any]
+    machine: str
+    settings: list[str]
+    runs: list[ComparedRunResults]
+    groups: list[ComparedGroup]
+    over_seeds: list[DifferenceResults]
+    between_runs: list[DifferenceResults]
+    kernels: dict[str, Any]
+    certificates: list[CertificateResults]
+    versions: dict[str, Any]
+    command: str

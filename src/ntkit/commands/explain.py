@@ -22,7 +22,7 @@ from ntkit.base.files import read_json, remove, write_arrays, write_json
 from ntkit.base.integrity import check_place, fingerprint
 from ntkit.base.lock import LOCK, FolderLock
 from ntkit.base.regular_files import check_folder
-from ntkit.base.run_files import AnalysisRun, described
+from ntkit.base.run_files import described
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
 from ntkit.base.trust import code_of_run
 from ntkit.base.versions import versions
@@ -30,6 +30,7 @@ from ntkit.commands import explained_points as points_of
 from ntkit.commands.explained_points import Point
 from ntkit.commands.network_measures import TrainingTask
 from ntkit.commands.regression_measures import task_of
+from ntkit.commands.results import told_by
 from ntkit.commands.settings import ExplainSettings, Settings
 from ntkit.explanations.influence import influence
 from ntkit.explanations.retrainings import Retrainings
@@ -164,7 +165,7 @@ def _results(
 
 def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
     """Rebuild model, data and trajectory of a run."""
-    told = _told_by(run)
+    told = told_by(run)
     settings = described(run / "run.json", told["settings"], Settings, "settings")
     folder, repeat = run / "trajectory", f"ntkit analyze --from {shlex.quote(str(run))}"
     given = {"--model": s.model, "--data": s.data}
@@ -198,26 +199,6 @@ def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
     trajectory.load(model, trajectory.stop["step"])
     own = fingerprint([told["settings"], told["identity"]])
     return _Opened(own, settings, told["identity"], task, model.eval(), trajectory)
-
-
-def _told_by(run: Path) -> dict[str, Any]:
-    """The `run.json` of a run of `analyze`; refuses other folders, and says what they hold."""
-    expected, fix = "a run folder of ntkit analyze", "Name the folder that ntkit analyze wrote."
-    if not (run / "run.json").exists() and (run / "track.json").exists():
-        raise refusal(str(run), got="a tracking", expected=expected, fix="Name the run that it follows.")
-    told = read_json(run / "run.json")
-    told = told if isinstance(told, dict) else {}
-    if "identity" in told:
-        return described(run / "run.json", told, AnalysisRun)
-    kinds = {
-        "a study": told.get("kind") == "study",
-        "a recorded trajectory": told.get("format") == "ntkit-trajectory",
-        "a run of ntkit infinite": told.keys() == {"settings", "versions"},
-    }
-    got = next((kind for kind, is_it in kinds.items() if is_it), "a run.json of something else")
-    if got == "a recorded trajectory":
-        fix = "From Python: ntkit.influence, ntkit.PathKernel and ntkit.Retrainings take it. Else: " + fix
-    raise refusal(str(run), got=got, expected=expected, fix=fix)
 
 
 def _checked_indices(test: tuple[int, ...] | None, task: TrainingTask) -> list[int] | None:

@@ -41,6 +41,26 @@ def earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
     return run
 
 
+def told_by(run: Path) -> dict[str, Any]:
+    """The `run.json` of a run of `analyze`; refuses other folders, and says what they hold."""
+    expected, fix = "a run folder of ntkit analyze", "Name the folder that ntkit analyze wrote."
+    if not (run / "run.json").exists() and (run / "track.json").exists():
+        raise refusal(str(run), got="a tracking", expected=expected, fix="Name the run that it follows.")
+    told = read_json(run / "run.json")
+    told = told if isinstance(told, dict) else {}
+    if "identity" in told:
+        return described(run / "run.json", told, AnalysisRun)
+    kinds = {
+        "a study": told.get("kind") == "study",
+        "a recorded trajectory": told.get("format") == "ntkit-trajectory",
+        "a run of ntkit infinite": told.keys() == {"settings", "versions"},
+    }
+    got = next((kind for kind, is_it in kinds.items() if is_it), "a run.json of something else")
+    if got == "a recorded trajectory":
+        fix = "From Python: ntkit.influence, ntkit.PathKernel and ntkit.Retrainings take it. Else: " + fix
+    raise refusal(str(run), got=got, expected=expected, fix=fix)
+
+
 def identity_of_run(
     settings: Settings, data: str, before: nn.Module, after: nn.Module, device: torch.device
 ) -> dict[str, Any]:

@@ -230,6 +230,31 @@ class ExplainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """How `ntkit compare` compares runs, and where."""
+
+    points: int = 200
+    """Test examples on which the kernels of all runs are compared, spread evenly."""
+    model: tuple[str, ...] | None = None
+    """The --model of runs again, if it is code that you have not run here."""
+    data: str | None = None
+    """The --data of the runs again, if it is code that you have not run here."""
+    out: Path = Path("runs/comparison")
+    """Folder for the results. A comparison that was stopped goes on there."""
+
+    def check(self) -> None:
+        """Refuse invalid values.
+
+        Raises
+        ------
+        Refused
+            Names the option as the command line spells it.
+        """
+        if not isinstance(self.points, int) or self.points < 2:
+            raise _bad("points", self.points, "an integer of at least 2", "Give a larger number.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class InfiniteSettings(DataSettings):
     """Which network and data `ntkit infinite` compares in the limit, and how."""
 

@@ -147,6 +147,28 @@ def print_explanation(folder: Path) -> None:
     print(f"report: {folder / 'explain.html'}")
 
 
+def print_comparison(folder: Path) -> None:
+    """Print the errors of each setting with intervals over seeds, what differs, and the report's path."""
+    from ntkit.base.files import read_json
+    from ntkit.base.run_files import understood
+    from ntkit.report import compare_text as text
+
+    r = read_json(folder / "results.json")
+    with understood(folder / "results.json"):
+        for warning in text.warnings(r):
+            print(warning)
+        names = text.measures(r)
+        rows = [
+            (group["label"], str(group["seeds"]), *(text.with_interval(r, group["errors"][key]) for key in names))
+            for group in r["groups"]
+        ]
+        title = f"{r['title']}: {text.unit(r).removesuffix(', %')}, mean over seeds (95 %)"
+        print_table(title, f"setting|>seeds|>{'|>'.join(names.values())}", rows)
+        for lead, sentence in text.in_short(r):
+            print(f"{lead} {sentence}".rstrip().replace("\u00a0", " "))
+    print(f"report: {folder / 'report.html'}")
+
+
 def print_claims(folder: Path) -> None:
     """Print a study's table: claim, number, whether it holds."""
     from ntkit.base.files import read_json

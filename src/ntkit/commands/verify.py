@@ -38,7 +38,7 @@ from ntkit.trajectory.step_log import check_log
 
 Status = Literal["ok", "damaged", "missing", "without checksum", "not ntkit's"]
 _CHECKED = (".json", ".safetensors", ".html", ".md")
-_PLAIN = (r"(run|results|track|explain|solved)\.json|(report|track|explain)\.html|claims\.md|"
+_PLAIN = (r"(run|results|track|explain|compare|solved)\.json|(report|track|explain)\.html|claims\.md|"
           r"(losses|checkpoint|images|figures|decomposition|influence|retrainings-[0-9a-f]+)\.safetensors")  # fmt: skip
 _NAMES = (_PLAIN, r"(step-\d+|part-\d+)\.(json|safetensors)", r"(parts|stages|arrays)/[^/]+\.(json|safetensors)",
           r"(snapshots/step-\d+|log/\d+)\.safetensors", r"work/[^/]+\.npy")  # fmt: skip

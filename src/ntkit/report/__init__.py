@@ -12,13 +12,15 @@ from ntkit.base.results_file import DRAWN, AnalysisResults, RegressionResults
 from ntkit.base.run_files import AnalysisRun, described, understood
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.report.analysis_page import analysis_page
+from ntkit.report.compare_page import KIND as COMPARISON
+from ntkit.report.compare_page import render_comparison
 from ntkit.report.explain_page import KIND as EXPLANATION
 from ntkit.report.explain_page import render_explanation
 from ntkit.report.regression_page import regression_page
 from ntkit.report.study_page import KIND, render_study
 from ntkit.report.track_page import render_tracked
 
-__all__ = ["render", "render_explanation", "render_study", "render_tracked"]
+__all__ = ["render", "render_comparison", "render_explanation", "render_study", "render_tracked"]
 
 
 def render(run: str | Path) -> Path:
@@ -28,11 +30,11 @@ def render(run: str | Path) -> Path:
     request. The same results give the same bytes.
 
     A folder of a study is rendered by `render_study`, one of `ntkit.track` by `render_tracked`, one of `ntkit explain`
-    by `render_explanation`.
+    by `render_explanation`, one of `ntkit compare` by `render_comparison`.
 
     Parameters
     ----------
-    run : folder that `ntkit.analyze`, `ntkit.track`, `ntkit explain` or a study wrote.
+    run : folder that `ntkit.analyze`, `ntkit.track`, `ntkit explain`, `ntkit compare` or a study wrote.
 
     Returns
     -------
@@ -59,6 +61,8 @@ def render(run: str | Path) -> Path:
         return render_study(run)
     if isinstance(results, dict) and results.get("kind") == EXPLANATION:
         return render_explanation(run)
+    if isinstance(results, dict) and results.get("kind") == COMPARISON:
+        return render_comparison(run)
     written = results.get("format") if isinstance(results, dict) else None
     earlier = written == RESULTS_FORMAT and "neighbors" not in results  # keys as they were before the first release
     if written != RESULTS_FORMAT or earlier:
