@@ -13,7 +13,7 @@ from ntkit.kernels.infinite.all_pairs import check_layers
 from ntkit.kernels.infinite.attention_reader import AttentionReader
 from ntkit.kernels.infinite.attention_weights import Scale
 from ntkit.kernels.infinite.layers import Graph, Input, Layer, Mixture, sources
-from ntkit.kernels.infinite.tape import Ref, Tape, record
+from ntkit.kernels.infinite.tape import Op, Ref, Tape, record
 from ntkit.kernels.infinite.tape_reader import Curve
 from ntkit.kernels.infinite.tape_to_layers import check_norms, output_layer, read_layers
 from ntkit.networks.larger_copies import larger_copy
