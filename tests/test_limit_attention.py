@@ -118,6 +118,8 @@ class Net(nn.Module):
         h = self.out(self.attend(q, k, self.split(self.v(h))).transpose(1, 2).reshape(h.shape))
         if self.end == "first":
             return self.last(h[:, 0])
+        if self.end in ("each", "turned"):
+            return self.last(h if self.end == "each" else h.flip(1))
         return self.last(h.flatten(1) if self.end == "flat" else h.mean(1))
 
 
@@ -251,6 +253,20 @@ def test_independent_queries_and_keys_have_scores_of_zero(name):
 def test_what_follows(end):
     model = seeded(lambda: Net(by_softmax, end=end))
     check(model, lambda x: dense(ENDS[end](attention(relu(dense(start(x))), softmax))))
+
+
+@pytest.mark.parametrize("kind", ["nngp", "ntk"])
+def test_a_value_per_position(kind):
+    model, both = seeded(lambda: Net(causal, end="each")), torch.cat([X, Y])
+    wanted = dense(attention(relu(dense(start(both))), lambda s: softmax(s + CAUSAL)))[kind == "ntk"]
+    kernel, n = InfiniteKernel(model, kind, W, B), len(X)
+    close(kernel.positions(X).numpy(), wanted[:n, :n])
+    close(kernel.positions(X, Y).numpy(), wanted[:n, n:])
+    close(kernel(X, Y).numpy(), np.einsum("ijaa->ij", wanted[:n, n:]) / LENGTH)
+    close(kernel.diagonal(X).numpy(), np.einsum("iiaa->i", wanted[:n, :n]) / LENGTH)
+    turned = seeded(lambda: Net(causal, end="turned"))
+    with pytest.raises(Refused, match="positions in another order"):
+        InfiniteKernel(turned, kind, W, B)(X)
 
 
 @pytest.mark.parametrize("heads", [1, 4])
