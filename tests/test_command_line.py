@@ -18,7 +18,7 @@ from ntkit.commands.option_file import with_options_of
 
 def ntkit_command(*words, cwd):
     return subprocess.run(
-        [sys.executable, "-m", "ntkit.cli", *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=300
+        [sys.executable, "-m", "ntkit", *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=300
     )
 
 
