@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from ntkit.measures.convergence import fitted_slope
@@ -30,19 +31,30 @@ def power(words: str, slope: Estimate, of: float) -> Condition:
 
 
 def mean_test(samples: np.ndarray, target: np.ndarray) -> float:
-    """p value for the means of the columns of [trials, m] being the target: m two-sided t tests, by Bonferroni.
+    """P value for the means of the columns of [trials, m] being the target: m two-sided t tests, by Bonferroni.
 
     >>> rng = np.random.default_rng(0)
     >>> x = rng.normal(size=(20, 3))
     >>> mean_test(x, np.zeros(3)) > 0.01, mean_test(x + 1, np.zeros(3)) > 0.01, mean_test(x - 1, np.zeros(3)) > 0.01
     (True, False, False)
     """
-    p = stats.ttest_1samp(samples, target).pvalue
-    return _smallest(np.asarray(p))
+    n = len(samples)
+    return means_test(samples.mean(0), samples.std(0, ddof=1) / n**0.5, target, n)
+
+
+def means_test(means: np.ndarray, errors: np.ndarray, target: np.ndarray, trials: int) -> float:
+    """The same from the means, [m], and their standard errors, [m]; 0 where there is no spread around a wrong mean.
+
+    >>> means_test(np.array([1.0]), np.array([0.0]), np.array([2.0]), 10)
+    0.0
+    """
+    off = np.abs(means - target)
+    t = np.divide(off, errors, out=np.where(off > 0, np.inf, 0.0), where=errors > 0)
+    return _smallest(2 * stats.t.sf(t, trials - 1))
 
 
 def variance_test(samples: np.ndarray, means: np.ndarray, deviations: np.ndarray) -> float:
-    """p value for columns of [trials, m] having these variances, if normal: m chi-squared tests on both sides.
+    """P value for columns of [trials, m] having these variances, if normal: m chi-squared tests on both sides.
 
     >>> rng = np.random.default_rng(0)
     >>> x = rng.normal(size=(40, 3))
@@ -55,7 +67,7 @@ def variance_test(samples: np.ndarray, means: np.ndarray, deviations: np.ndarray
 
 
 def normal_test(white: np.ndarray) -> float:
-    """p value for the rows of [trials, m] being standard normal draws: Kolmogorov's test of each column against the
+    """P value for the rows of [trials, m] being standard normal draws: Kolmogorov's test of each column against the
     normal distribution and of the squared length against chi squared, by Bonferroni.
 
     >>> rng = np.random.default_rng(0)
@@ -96,7 +108,7 @@ def slope(values: Mapping[int, Estimate]) -> Estimate:
     return Estimate(*found)
 
 
-def against(x: Sequence[float], y: Sequence[float]) -> Estimate:
+def against(x: ArrayLike, y: ArrayLike) -> Estimate:
     """Slope of the line through (log x, log y) by least squares, and its standard error from the scatter.
 
     >>> against([1, 10, 100], [2, 20, 200])
@@ -104,4 +116,3 @@ def against(x: Sequence[float], y: Sequence[float]) -> Estimate:
     """
     found = stats.linregress(np.log(x), np.log(y))
     return Estimate(round(float(found.slope), 12), round(float(found.stderr), 12))
-

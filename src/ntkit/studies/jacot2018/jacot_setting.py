@@ -67,6 +67,13 @@ def circle(angles: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], 1)
 
 
+def course(twin: Twin, x: Tensor, y: Tensor, steps: int, lr: float) -> Tensor:
+    """Outputs of a network on its way, before each step and after the last: [steps + 1, n]; it is trained in place."""
+    seen: list[Tensor] = []
+    descend(twin, x, y, steps, lambda step, out: seen.append(out), lr)
+    return torch.stack(seen)
+
+
 def outputs(twin: Twin, x: Tensor) -> Tensor:
     """Outputs of a network with one output, without gradients: [n]."""
     with torch.no_grad():

@@ -13,7 +13,7 @@ from ntkit.measures.convergence import Twin
 from ntkit.report.words import plain
 from ntkit.studies.claim import Between, Bound, Claim, Condition, Estimate, mean
 from ntkit.studies.jacot2018.interval_tests import ERRORS, power, slope
-from ntkit.studies.jacot2018.jacot_setting import DEPTH, by_width, limit, network, outputs, short, short_curve
+from ntkit.studies.jacot2018.jacot_setting import DEPTH, by_width, limit, network, outputs, short_curve
 from ntkit.studies.study import Result, Results, Section, StudyPart, Work, device, lines, table
 
 TRAIN, NEW = 20, 10  # inputs, standard normal in the plane
@@ -106,8 +106,8 @@ def claims(results: Results) -> Iterator[Claim]:
          *(Condition(f"the interval of the mean order ± {ERRORS} standard errors, {cost} cost, is",
                      [found.value - ERRORS * found.error, found.value + ERRORS * found.error], Between(1.5, 2.5))
            for cost, found in order.items())],
-        f"{seeds} networks each of n = {', '.join(f'{n:,}' for n in runs)}, {TRAIN} training inputs and {NEW} new ones; "
-        f"central differences with the step {plain(NEAR, 2)}, the cube root of the rounding; the order is 2, "
+        f"{seeds} networks each of n = {', '.join(f'{n:,}' for n in runs)}, {TRAIN} training inputs and {NEW} "
+        f"new ones; central differences with the step {plain(NEAR, 2)}, the cube root of the rounding; the order is 2, "
         "and 1 if the kernel were another; in one network ReLU’s kinks make it uneven",
     )  # fmt: skip
     for cost in COSTS:
@@ -134,7 +134,7 @@ def sections(results: Results) -> list[Section]:
         lines("What one step of descent leaves out", "Relative to the step that the kernel gradient predicts.",
               "learning rate", "relative difference", [("", by_rate)], log=True),
         table("Distance to the limit’s kernel gradient", ["Width", *(f"{cost} cost" for cost in COSTS)], rows,
-              f"Relative, mean over {results.work.sizes.gradient_seeds} networks. Smallest rate {short([RATES[-1]])[0]}."),
+              f"Relative, mean over {results.work.sizes.gradient_seeds} networks."),
     ]  # fmt: skip
     text = f"One step of gradient descent from the start, at {TRAIN} training inputs and {NEW} new ones, float64."
     return [Section("The kernel gradient", "Gradient", text, items)]

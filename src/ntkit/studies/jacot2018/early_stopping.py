@@ -1,0 +1,120 @@
+"""Early stopping: test errors along training with wrong labels and without, the stop chosen on other examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkit.explanations.retrainings import subsets
+from ntkit.machines.flow import GradientFlow
+from ntkit.studies.claim import Bound, Claim, Condition, mean
+from ntkit.studies.jacot2018.component import digits
+from ntkit.studies.jacot2018.interval_tests import ERRORS
+from ntkit.studies.jacot2018.jacot_setting import DEPTH, descend, limit, network, outputs, short_curve
+from ntkit.studies.study import Result, Results, Section, StudyPart, Work, lines
+
+TRAIN, VALIDATION, TEST = 60, 200, 400
+WRONG = 0.25  # share of the training labels
+LR = 8.0
+KINDS = ("network", "limit")
+
+
+def parts(work: Work) -> Iterator[StudyPart]:
+    """One part without wrong labels, one with them."""
+    (data,) = work.sets
+    for case, share in (("clean", 0.0), ("wrong", WRONG)):
+        yield StudyPart("stopping", case, f"stopping-{data}-{case}", _errors, (data, share))
+
+
+def moments(steps: int) -> list[int]:
+    """Steps at which errors are computed, about evenly spaced on a logarithmic axis.
+
+    >>> moments(100)[:4], moments(100)[-1]
+    ([0, 1, 2, 3], 100)
+    """
+    return [0, *sorted({round(steps**share) for share in np.linspace(0, 1, 30)})]
+
+
+def _errors(work: Work, data: str, share: float) -> Result:
+    """Squared errors along training against right labels, of networks and of the limit: [trials, moments]."""
+    s = work.sizes
+    found: dict[str, list] = {f"{kind}_{of}": [] for kind in KINDS for of in ("validation", "test")}
+    at = moments(s.stopping_steps)
+    for seed in range(s.stopping_seeds):
+        x, labels = digits(work, data, 900 + seed, TRAIN + VALIDATION + TEST)
+        y = torch.where(labels >= 5, 1.0, -1.0).double().to(x.device)
+        given = y[:TRAIN].clone()
+        if share:
+            wrong = subsets(TRAIN, share, 1, seed)[0].to(x.device)
+            given = torch.where(wrong, -given, given)
+        twin = network(x.float(), s.stopping_width, DEPTH, 7_000_000 + seed)
+        start, seen, done = outputs(twin, x.float()).double(), [], 0
+        for step in at:
+            descend(twin, x[:TRAIN].float(), given.float(), step - done, lr=LR)
+            done = step
+            seen.append(outputs(twin, x.float()).double())
+        K = limit(DEPTH, x, x[:TRAIN])
+        exact = GradientFlow(lr=LR).fit(K[:TRAIN], given, initial=start[:TRAIN]).predict(K, t=at, initial=start)
+        for kind, f in zip(KINDS, (torch.stack(seen), exact), strict=True):
+            off = (f - y).square()
+            found[f"{kind}_validation"].append(_mean(off[:, TRAIN : TRAIN + VALIDATION]))
+            found[f"{kind}_test"].append(_mean(off[:, TRAIN + VALIDATION :]))
+    return Result({}, {name: np.asarray(values) for name, values in found.items()})
+
+
+def _mean(squares: Tensor) -> list[float]:
+    return squares.mean(1).tolist()
+
+
+def gains(run: Result, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """By trial: the moment of the smallest validation error, and the test error at the end less that at this moment.
+
+    >>> error = np.array([[3.0, 1.0, 2.0]])
+    >>> [values.tolist() for values in gains(Result({}, {"a_validation": error, "a_test": 2 * error}), "a")]
+    [[1], [2.0]]
+    """
+    stop = run.arrays[f"{kind}_validation"].argmin(1)
+    test = run.arrays[f"{kind}_test"]
+    return stop, test[:, -1] - test[np.arange(len(test)), stop]
+
+
+def claims(results: Results) -> Iterator[Claim]:
+    """Stopping early helps where labels are wrong, in networks and in the limit."""
+    clean, wrong = (results.one("stopping", case) for case in ("clean", "wrong"))
+    s = results.work.sizes
+    at = moments(s.stopping_steps)
+    for kind, words in (("network", f"networks of width {s.stopping_width:,}"), ("limit", "the limit’s closed form")):
+        (stop, gain), (_, without) = gains(wrong, kind), gains(clean, kind)
+        won, more = mean(gain), mean(gain - without)
+        before = mean([np.log10(max(at[i], 1) / at[-1]) for i in stop])
+        end = mean(wrong.arrays[f"{kind}_test"][:, -1])
+        yield Claim(
+            f"What is learned late is not worth learning where labels are wrong: early stopping helps, {words}",
+            f"squared test error at the end {end:.3f}, less at the stop {won:.3f}; that gain less the one with right "
+            f"labels {more:.3f}; the stop at 10^({before:.2f}) of the time",
+            [Condition("the gain is", [won], Bound("over", 0, errors=ERRORS)),
+             Condition("the gain over that with right labels is", [more], Bound("over", 0, errors=ERRORS)),
+             Condition("the logarithm of the stop’s share of the time is", [before], Bound("under", 0, errors=ERRORS))],
+            f"{s.stopping_seeds} trials, each with its own {TRAIN} digits, {100 * WRONG:g} % of their labels wrong, "
+            f"and its own network; the stop is chosen on {VALIDATION} digits, judged on {TEST} others; {at[-1]:,} steps "
+            f"at rate {LR:g}; errors against right labels",
+        )  # fmt: skip
+
+
+def sections(results: Results) -> list[Section]:
+    """Test errors along training."""
+    at = moments(results.work.sizes.stopping_steps)[1:]
+    panels = []
+    for case, heading in (("clean", "right labels"), ("wrong", f"{100 * WRONG:g} % wrong labels")):
+        run = results.one("stopping", case)
+        panels.append((heading, [short_curve(kind, at, run.arrays[f"{kind}_test"].mean(0)[1:]) for kind in KINDS]))
+    figure = lines("Test error along training", "Squared error against right labels, mean over trials.",
+                   "step", "error", panels, log=True, wide=True)  # fmt: skip
+    text = (
+        f"Networks of width {results.work.sizes.stopping_width:,} learn whether a digit is at least 5 from {TRAIN} "
+        "digits; the limit’s closed form starts from their outputs."
+    )
+    return [Section("Early stopping", "Stopping", text, [figure])]
