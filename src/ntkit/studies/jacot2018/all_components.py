@@ -81,7 +81,8 @@ def claims(results: Results) -> Iterator[Claim]:
     ratio = {n: mean((run.arrays["rates"] / run.arrays["eigenvalues"]).mean(1)) for n, run in runs.items()}
     slope = {n: mean(slopes(run)) for n, run in runs.items()}
     how = (
-        f"the {LEADING} leading components, each alone from the same start, rates from what is left at the limit’s half-life of each; "
+        f"the {LEADING} leading components, each alone from the same start, rates from what is left at the "
+        "limit’s half-life of each; "
         f"{results.work.sizes.leading_seeds} networks of each width, each with its own batch of {BATCH}"
     )
     yield Claim(

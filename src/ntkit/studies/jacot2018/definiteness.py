@@ -148,12 +148,12 @@ def rates(run: Result) -> np.ndarray:
 def claims(results: Results) -> Iterator[Claim]:
     """Eigenvalues, the bound, the speed, and what a singular kernel leaves."""
     values, count = results.one("definiteness").numbers, f"{results.work.sizes.sets} sets"
-    logs = {name: mean(np.log10(values[name])) for name in DEFINITE}
+    ratios = {name: mean(values[name]) for name in DEFINITE}
     yield Claim(
         "On the circle the limit is positive definite with two or more layers and an activation that is no polynomial; "
         "otherwise it may be singular",
         "smallest over largest eigenvalue: "
-        + ", ".join(f"10^({logs[name]:.2f}) ({words})" for name, words in DEFINITE.items())
+        + ", ".join(f"{ratios[name]:.4f} ({words})" for name, words in DEFINITE.items())
         + "; at most " + ", ".join(f"{plain(max(values[name]), 1)} ({words})" for name, words in SINGULAR.items()),
         [Condition("with ReLU each is", [v for name in DEFINITE for v in values[name]], Bound("over", ROUNDING)),
          Condition("in the other cases each is", [v for name in SINGULAR for v in values[name]],

@@ -99,8 +99,8 @@ def claims(results: Results) -> Iterator[Claim]:
              Condition("the gain over that with right labels is", [more], Bound("over", 0, errors=ERRORS)),
              Condition("the logarithm of the stop’s share of the time is", [before], Bound("under", 0, errors=ERRORS))],
             f"{s.stopping_seeds} trials, each with its own {TRAIN} digits, {100 * WRONG:g} % of their labels wrong, "
-            f"and its own network; the stop is chosen on {VALIDATION} digits, judged on {TEST} others; {at[-1]:,} steps "
-            f"at rate {LR:g}; errors against right labels",
+            f"and its own network; the stop is chosen on {VALIDATION} digits, judged on {TEST} others; {at[-1]:,} "
+            f"steps at rate {LR:g}; errors against right labels",
         )  # fmt: skip
 
 
