@@ -234,20 +234,23 @@ def test_the_limit_is_definite_where_it_should_be():
 # ---------------------------------------------------------------------- function space
 
 
-def flows(power=-0.5, gap=0.1, error=-0.5):
+def flows(power=-0.5, gap=0.1, error=-0.5, bias=0.0):
     parts = {}
     for n in WIDTHS:
-        own = np.outer(scattered(2 * n**power, 0.2), [0.5, 1.0])
-        arrays = {"ntk_train": own, "ntk_new": own, "nngp_new": own + np.outer(scattered(gap, 0.3, seed=1), [1, 1])}
-        ratios = np.outer(1 + scattered(n**error, 0.2), [1.0, 1.0])
-        errors = {"network": ratios.tolist(), "limit": np.ones((10, 2)).tolist()}
+        own = np.outer(scattered(2 * n**power, 0.2), np.ones(5))
+        arrays = {"ntk_train": own, "ntk_new": own, "nngp_new": own + scattered(gap, 0.3, seed=1)[:, None]}
+        signs = np.where(np.arange(10) % 2, 1.0, -1.0)
+        ratios = np.outer(1 + bias + signs * scattered(n**error, 0.2), np.ones(5))
+        errors = {"network": ratios.tolist(), "limit": np.ones((10, 5)).tolist()}
         parts[n] = [Result({"errors": errors}, arrays)]
     return {"function space": parts}
 
 
 def test_function_space_is_judged():
     judged = lambda words, **how: verdict(function_space, words, flows(**how))
-    for words in ("linear differential equation", "how they generalize"):
+    times = (f"until time {8 * function_space.STEPS[moment]:,}" for moment in function_space.MOMENTS)
+    what = ("linear differential equation in training", "what they answer at new inputs")
+    for words in (f"{one}, {time}" for time in times for one in what):
         assert judged(words)
         assert not judged(words, power=0.0)
         assert not judged(words, power=-1.0)
@@ -255,6 +258,8 @@ def test_function_space_is_judged():
     assert not judged("not the covariance", gap=-0.1)
     assert judged("Test errors")
     assert not judged("Test errors", error=0.0)
+    assert not judged("Test errors", bias=0.2)
+    assert not judged("Test errors", bias=-0.2)
 
 
 def test_a_course_and_its_closed_form():

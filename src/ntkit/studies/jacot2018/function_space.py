@@ -11,7 +11,7 @@ from torch import Tensor
 from ntkit.kernels.infinite.infinite_kernel import Kind
 from ntkit.machines.flow import GradientFlow
 from ntkit.measures.convergence import Twin
-from ntkit.studies.claim import Bound, Claim, Condition, Estimate, mean
+from ntkit.studies.claim import Bound, Claim, Condition, Estimate, Within, mean
 from ntkit.studies.jacot2018.component import digits
 from ntkit.studies.jacot2018.interval_tests import ERRORS, power, slope
 from ntkit.studies.jacot2018.jacot_setting import (
@@ -27,7 +27,8 @@ from ntkit.studies.study import Result, Results, Section, StudyPart, Work, lines
 
 TRAIN, NEW = 60, 200
 LR = 8.0
-STEPS = (1, 2, 4, 8, 16)
+STEPS = (1, 4, 16, 64, 256)
+MOMENTS = (2, 4)  # of the claims: early, and at the end
 KERNELS: dict[Kind, str] = {"ntk": "tangent kernel", "nngp": "covariance"}  # of the limit; the second is the control
 
 
@@ -84,16 +85,16 @@ def predicted(kind: Kind, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
     return flow.predict(K, t=STEPS, initial=start)
 
 
-def _off(results: Results, name: str) -> dict[int, Estimate]:
-    """Distance at the last step by width, in percent."""
-    return {n: mean(100 * run[0].arrays[name][:, -1]) for n, run in results["function space"].items()}
+def _off(results: Results, name: str, moment: int) -> dict[int, Estimate]:
+    """Distance at a moment by width, in percent."""
+    return {n: mean(100 * run[0].arrays[name][:, moment]) for n, run in results["function space"].items()}
 
 
 def claims(results: Results) -> Iterator[Claim]:
     """The linear equation, new inputs, the control."""
     runs = {n: found[0] for n, found in results["function space"].items()}
     wide, seeds = max(runs), results.work.sizes.flow_seeds
-    how = f"{seeds} networks of each width, each with its own {TRAIN} training digits, {STEPS[-1]} steps at rate {LR:g}"
+    how = f"{seeds} networks of each width, each with its own {TRAIN} training digits"
     for name, words in (
         (
             "ntk_train",
@@ -101,21 +102,24 @@ def claims(results: Results) -> Iterator[Claim]:
         ),
         ("ntk_new", "So the limit’s kernel says how they generalize: what they answer at new inputs"),
     ):
-        off = _off(results, name)
-        fall = slope(off)
-        yield Claim(
-            words,
-            f"distance from the closed form, of the way since the start: {by_width(off, 1, ' %')}; slope {fall:.3f}",
-            [power("the slope is", fall, -0.5)],
-            how + f"{'' if name == 'ntk_train' else f', {NEW} new ones'}; random kernels spread as 1/√n",
-        )
+        for moment in MOMENTS:
+            off = _off(results, name, moment)
+            fall = slope(off)
+            yield Claim(
+                f"{words}, until time {LR * STEPS[moment]:,.0f}",
+                f"distance from the closed form, of the way since the start: {by_width(off, 1, ' %')}; "
+                f"slope {fall:.3f}",
+                [power("the slope is", fall, -0.5)],
+                f"{how}{'' if name == 'ntk_train' else f', {NEW} new ones'}, {STEPS[moment]} steps at rate {LR:g}; "
+                "random kernels spread as 1/√n",
+            )
     gap = mean(100 * (runs[wide].arrays["nngp_new"] - runs[wide].arrays["ntk_new"])[:, -1])
     yield Claim(
         "It is the tangent kernel that says so, not the covariance of the start",
         f"distance at new inputs with the covariance in its place, at the same speed, less that with the tangent "
         f"kernel, n = {wide:,}: {gap:.2f} % of the way",
         [Condition("the difference is", [gap], Bound("over", 0, errors=ERRORS))],
-        how,
+        f"{how}, {STEPS[-1]} steps",
     )
     ratio = {n: 100 * (_last(run, "network") / _last(run, "limit") - 1) for n, run in runs.items()}
     size = {n: mean(np.abs(r)) for n, r in ratio.items()}
@@ -123,8 +127,13 @@ def claims(results: Results) -> Iterator[Claim]:
         "Test errors of wide networks are those that the limit predicts",
         f"squared error at new inputs over the predicted one, less 1: "
         f"{by_width({n: mean(r) for n, r in ratio.items()}, 1, ' %')}; its size {by_width(size, 1, ' %')}",
-        [Condition("the slope of its size against the width is", [slope(size)], Bound("under", 0, errors=ERRORS))],
-        how,
+        [
+            Condition("the slope of its size against the width is", [slope(size)], Bound("under", 0, errors=ERRORS)),
+            Condition(
+                f"the mean at n = {wide:,} is", [mean(ratio[wide])], Within(ERRORS, of=0, unit=" standard errors")
+            ),
+        ],
+        f"{how}, {STEPS[-1]} steps",
     )
 
 
@@ -139,8 +148,9 @@ def sections(results: Results) -> list[Section]:
         (words, [short_curve(f"n = {n:,}", STEPS, run.arrays[name].mean(0)) for n, run in runs.items()])
         for name, words in (("ntk_train", "training inputs"), ("ntk_new", "new inputs"))
     ]
+    names = [f"{kind}_{where}" for kind in KERNELS for where in ("train", "new")]
     rows = [
-        [f"{n:,}", *(f"{_off(results, f'{kind}_{where}')[n]:.1f}" for kind in KERNELS for where in ("train", "new")),
+        [f"{n:,}", *(f"{_off(results, name, -1)[n]:.1f}" for name in names),
          *(f"{mean(_last(run, name)):.3f}" for name in ("network", "limit"))]
         for n, run in runs.items()
     ]  # fmt: skip
