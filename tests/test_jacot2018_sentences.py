@@ -297,21 +297,24 @@ def test_components_are_judged():
 
 def stops(gain=0.3, clean=0.0):
     rng = np.random.default_rng(6)
-    m = len(early_stopping.moments(SIZES.stopping_steps))
-    down, up = np.linspace(2, 1, m), np.linspace(0, 1, m) ** 2
 
-    def run(worse):
-        errors = {}
-        for kind in early_stopping.KINDS:
+    def run(worse, kinds, steps):
+        m, errors = len(early_stopping.moments(steps)), {}
+        down, up = np.linspace(2, 1, m), np.linspace(0, 1, m) ** 2
+        for kind in kinds:
             shape = down + 2.5 * worse * up + 0.02 * rng.normal(size=(10, 1))
             errors |= {f"{kind}_validation": shape + 0.01 * rng.normal(size=shape.shape), f"{kind}_test": shape}
-        return Result({}, errors)
+        return [Result({}, errors)]
 
-    return {"stopping": {"clean": [run(clean)], "wrong": [run(gain)]}}
+    cases = {"clean": clean, "wrong": gain}
+    return {
+        "stopping": {c: run(worse, early_stopping.KINDS, SIZES.stopping_steps) for c, worse in cases.items()},
+        "stopping late": {c: run(worse, ["end"], early_stopping.LONG) for c, worse in cases.items()},
+    }
 
 
 def test_early_stopping_is_judged():
-    for words in ("networks of width", "closed form"):
+    for words in ("networks of width", "closed form, as many steps", "closed form, to its end"):
         judged = lambda words=words, **how: verdict(early_stopping, words, stops(**how))
         assert judged(gain=0.8)
         assert not judged(gain=0.0)

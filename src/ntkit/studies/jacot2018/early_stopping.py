@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ntkit.explanations.retrainings import subsets
 from ntkit.machines.flow import GradientFlow
+from ntkit.measures.convergence import Twin
 from ntkit.studies.claim import Bound, Claim, Condition, mean
 from ntkit.studies.jacot2018.component import digits
 from ntkit.studies.jacot2018.interval_tests import ERRORS
@@ -20,6 +22,7 @@ TRAIN, VALIDATION, TEST = 60, 200, 400
 WRONG = 0.25  # share of the training labels
 LR = 8.0
 KINDS = ("network", "limit")
+LONG = 1_000_000  # steps, of the limit alone
 
 
 def parts(work: Work) -> Iterator[StudyPart]:
@@ -27,6 +30,7 @@ def parts(work: Work) -> Iterator[StudyPart]:
     (data,) = work.sets
     for case, share in (("clean", 0.0), ("wrong", WRONG)):
         yield StudyPart("stopping", case, f"stopping-{data}-{case}", _errors, (data, share))
+        yield StudyPart("stopping late", case, f"stopping-late-{data}-{case}", _limit_errors, (data, share))
 
 
 def moments(steps: int) -> list[int]:
@@ -38,35 +42,61 @@ def moments(steps: int) -> list[int]:
     return [0, *sorted({round(steps**share) for share in np.linspace(0, 1, 30)})]
 
 
+class Trial(NamedTuple):
+    """Digits, their right labels, those given for training, and a network at its start with its outputs."""
+
+    x: Tensor
+    y: Tensor
+    given: Tensor
+    twin: Twin
+    start: Tensor
+
+
+def trial(work: Work, data: str, share: float, seed: int) -> Trial:
+    """A trial with a share of the training labels flipped; labels are 1 for digits from 5 on, -1 for the others."""
+    x, labels = digits(work, data, 900 + seed, TRAIN + VALIDATION + TEST)
+    y = torch.where(labels >= 5, 1.0, -1.0).double().to(x.device)
+    given = y[:TRAIN].clone()
+    if share:
+        wrong = subsets(TRAIN, share, 1, seed)[0].to(x.device)
+        given = torch.where(wrong, -given, given)
+    twin = network(x.float(), work.sizes.stopping_width, DEPTH, 7_000_000 + seed)
+    return Trial(x, y, given, twin, outputs(twin, x.float()).double())
+
+
+def closed_form(of: Trial, at: list[int]) -> Tensor:
+    """Outputs in the limit from the network's start after so many steps, [moments, n]."""
+    K = limit(DEPTH, of.x, of.x[:TRAIN])
+    flow = GradientFlow(lr=LR).fit(K[:TRAIN], of.given, initial=of.start[:TRAIN])
+    return flow.predict(K, t=at, initial=of.start)
+
+
 def _errors(work: Work, data: str, share: float) -> Result:
     """Squared errors along training against right labels, of networks and of the limit: [trials, moments]."""
-    s = work.sizes
-    found: dict[str, list] = {f"{kind}_{of}": [] for kind in KINDS for of in ("validation", "test")}
-    at = moments(s.stopping_steps)
-    for seed in range(s.stopping_seeds):
-        x, labels = digits(work, data, 900 + seed, TRAIN + VALIDATION + TEST)
-        y = torch.where(labels >= 5, 1.0, -1.0).double().to(x.device)
-        given = y[:TRAIN].clone()
-        if share:
-            wrong = subsets(TRAIN, share, 1, seed)[0].to(x.device)
-            given = torch.where(wrong, -given, given)
-        twin = network(x.float(), s.stopping_width, DEPTH, 7_000_000 + seed)
-        start, seen, done = outputs(twin, x.float()).double(), [], 0
+    at, errors = moments(work.sizes.stopping_steps), []
+    for seed in range(work.sizes.stopping_seeds):
+        of = trial(work, data, share, seed)
+        seen, done = [], 0
         for step in at:
-            descend(twin, x[:TRAIN].float(), given.float(), step - done, lr=LR)
+            descend(of.twin, of.x[:TRAIN].float(), of.given.float(), step - done, lr=LR)
             done = step
-            seen.append(outputs(twin, x.float()).double())
-        K = limit(DEPTH, x, x[:TRAIN])
-        exact = GradientFlow(lr=LR).fit(K[:TRAIN], given, initial=start[:TRAIN]).predict(K, t=at, initial=start)
-        for kind, f in zip(KINDS, (torch.stack(seen), exact), strict=True):
-            off = (f - y).square()
-            found[f"{kind}_validation"].append(_mean(off[:, TRAIN : TRAIN + VALIDATION]))
-            found[f"{kind}_test"].append(_mean(off[:, TRAIN + VALIDATION :]))
-    return Result({}, {name: np.asarray(values) for name, values in found.items()})
+            seen.append(outputs(of.twin, of.x.float()).double())
+        errors.append(squared(of, "network", torch.stack(seen)) | squared(of, "limit", closed_form(of, at)))
+    return Result({}, {name: np.asarray([e[name] for e in errors]) for name in errors[0]})
 
 
-def _mean(squares: Tensor) -> list[float]:
-    return squares.mean(1).tolist()
+def _limit_errors(work: Work, data: str, share: float) -> Result:
+    """The same of the limit alone, for much longer."""
+    trials = (trial(work, data, share, seed) for seed in range(work.sizes.stopping_seeds))
+    errors = [squared(of, "end", closed_form(of, moments(LONG))) for of in trials]
+    return Result({}, {name: np.asarray([e[name] for e in errors]) for name in errors[0]})
+
+
+def squared(of: Trial, kind: str, f: Tensor) -> dict[str, list[float]]:
+    """Mean squared errors of outputs, [moments, n], against right labels on the validation and the test digits."""
+    off = (f - of.y).square()
+    validation, test = off[:, TRAIN : TRAIN + VALIDATION], off[:, TRAIN + VALIDATION :]
+    return {f"{kind}_validation": validation.mean(1).tolist(), f"{kind}_test": test.mean(1).tolist()}
 
 
 def gains(run: Result, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -83,10 +113,14 @@ def gains(run: Result, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 def claims(results: Results) -> Iterator[Claim]:
     """Stopping early helps where labels are wrong, in networks and in the limit."""
-    clean, wrong = (results.one("stopping", case) for case in ("clean", "wrong"))
     s = results.work.sizes
-    at = moments(s.stopping_steps)
-    for kind, words in (("network", f"networks of width {s.stopping_width:,}"), ("limit", "the limit’s closed form")):
+    for experiment, kind, steps, words in (
+        ("stopping", "network", s.stopping_steps, f"networks of width {s.stopping_width:,}"),
+        ("stopping", "limit", s.stopping_steps, "the limit’s closed form, as many steps"),
+        ("stopping late", "end", LONG, "the limit’s closed form, to its end"),
+    ):
+        clean, wrong = (results.one(experiment, case) for case in ("clean", "wrong"))
+        at = moments(steps)
         (stop, gain), (_, without) = gains(wrong, kind), gains(clean, kind)
         won, more = mean(gain), mean(gain - without)
         before = mean([np.log10(max(at[i], 1) / at[-1]) for i in stop])
@@ -106,11 +140,14 @@ def claims(results: Results) -> Iterator[Claim]:
 
 def sections(results: Results) -> list[Section]:
     """Test errors along training."""
-    at = moments(results.work.sizes.stopping_steps)[1:]
+    at, late = moments(results.work.sizes.stopping_steps)[1:], moments(LONG)[1:]
     panels = []
     for case, heading in (("clean", "right labels"), ("wrong", f"{100 * WRONG:g} % wrong labels")):
-        run = results.one("stopping", case)
-        panels.append((heading, [short_curve(kind, at, run.arrays[f"{kind}_test"].mean(0)[1:]) for kind in KINDS]))
+        network_errors = results.one("stopping", case).arrays["network_test"].mean(0)[1:]
+        limit_errors = results.one("stopping late", case).arrays["end_test"].mean(0)[1:]
+        panels.append(
+            (heading, [short_curve("networks", at, network_errors), short_curve("limit", late, limit_errors)])
+        )
     figure = lines("Test error along training", "Squared error against right labels, mean over trials.",
                    "step", "error", panels, log=True, wide=True)  # fmt: skip
     text = (
