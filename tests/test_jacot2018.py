@@ -176,7 +176,7 @@ def test_printed_eigenvalues_on_mnist(shared_data, tmp_path):
 
 def test_every_claim_has_a_number_and_a_verdict(folder):
     entry = record(folder)
-    assert len(entry["claims"]) == 36
+    assert len(entry["claims"]) == 37
     assert all(c["claim"] and any(ch.isdigit() for ch in c["number"]) and c["how"] for c in entry["claims"])
     assert all(c["holds"] in (True, False, None) for c in entry["claims"])
     assert any("0.282500" in c["number"] for c in entry["claims"])

@@ -309,12 +309,14 @@ def stops(gain=0.3, clean=0.0):
     cases = {"clean": clean, "wrong": gain}
     return {
         "stopping": {c: run(worse, early_stopping.KINDS, SIZES.stopping_steps) for c, worse in cases.items()},
-        "stopping late": {c: run(worse, ["end"], early_stopping.LONG) for c, worse in cases.items()},
+    } | {
+        f"stopping of {train}": {c: run(worse, ["end"], early_stopping.LONG) for c, worse in cases.items()}
+        for train in (early_stopping.TRAIN, early_stopping.MORE)
     }
 
 
 def test_early_stopping_is_judged():
-    for words in ("networks of width", "closed form, as many steps", "closed form, to its end"):
+    for words in ("networks of width", "as many steps", "60 digits", "500 digits"):
         judged = lambda words=words, **how: verdict(early_stopping, words, stops(**how))
         assert judged(gain=0.8)
         assert not judged(gain=0.0)

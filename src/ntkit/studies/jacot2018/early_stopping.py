@@ -23,6 +23,7 @@ WRONG = 0.25  # share of the training labels
 LR = 8.0
 KINDS = ("network", "limit")
 LONG = 1_000_000  # steps, of the limit alone
+MORE = 500  # training digits, of the limit alone
 
 
 def parts(work: Work) -> Iterator[StudyPart]:
@@ -30,7 +31,9 @@ def parts(work: Work) -> Iterator[StudyPart]:
     (data,) = work.sets
     for case, share in (("clean", 0.0), ("wrong", WRONG)):
         yield StudyPart("stopping", case, f"stopping-{data}-{case}", _errors, (data, share))
-        yield StudyPart("stopping late", case, f"stopping-late-{data}-{case}", _limit_errors, (data, share))
+        for train in (TRAIN, MORE):
+            name = f"stopping-late-{data}-{case}-{train}"
+            yield StudyPart(f"stopping of {train}", case, name, _limit_errors, (data, share, train))
 
 
 def moments(steps: int) -> list[int]:
@@ -52,13 +55,13 @@ class Trial(NamedTuple):
     start: Tensor
 
 
-def trial(work: Work, data: str, share: float, seed: int) -> Trial:
+def trial(work: Work, data: str, share: float, seed: int, train: int = TRAIN) -> Trial:
     """A trial with a share of the training labels flipped; labels are 1 for digits from 5 on, -1 for the others."""
-    x, labels = digits(work, data, 900 + seed, TRAIN + VALIDATION + TEST)
+    x, labels = digits(work, data, 900 + seed, train + VALIDATION + TEST)
     y = torch.where(labels >= 5, 1.0, -1.0).double().to(x.device)
-    given = y[:TRAIN].clone()
+    given = y[:train].clone()
     if share:
-        wrong = subsets(TRAIN, share, 1, seed)[0].to(x.device)
+        wrong = subsets(train, share, 1, seed)[0].to(x.device)
         given = torch.where(wrong, -given, given)
     twin = network(x.float(), work.sizes.stopping_width, DEPTH, 7_000_000 + seed)
     return Trial(x, y, given, twin, outputs(twin, x.float()).double())
@@ -66,8 +69,9 @@ def trial(work: Work, data: str, share: float, seed: int) -> Trial:
 
 def closed_form(of: Trial, at: list[int]) -> Tensor:
     """Outputs in the limit from the network's start after so many steps, [moments, n]."""
-    K = limit(DEPTH, of.x, of.x[:TRAIN])
-    flow = GradientFlow(lr=LR).fit(K[:TRAIN], of.given, initial=of.start[:TRAIN])
+    train = len(of.given)
+    K = limit(DEPTH, of.x, of.x[:train])
+    flow = GradientFlow(lr=LR).fit(K[:train], of.given, initial=of.start[:train])
     return flow.predict(K, t=at, initial=of.start)
 
 
@@ -85,17 +89,17 @@ def _errors(work: Work, data: str, share: float) -> Result:
     return Result({}, {name: np.asarray([e[name] for e in errors]) for name in errors[0]})
 
 
-def _limit_errors(work: Work, data: str, share: float) -> Result:
-    """The same of the limit alone, for much longer."""
-    trials = (trial(work, data, share, seed) for seed in range(work.sizes.stopping_seeds))
+def _limit_errors(work: Work, data: str, share: float, train: int) -> Result:
+    """The same of the limit alone, for much longer, from so many digits."""
+    trials = (trial(work, data, share, seed, train) for seed in range(work.sizes.stopping_seeds))
     errors = [squared(of, "end", closed_form(of, moments(LONG))) for of in trials]
     return Result({}, {name: np.asarray([e[name] for e in errors]) for name in errors[0]})
 
 
 def squared(of: Trial, kind: str, f: Tensor) -> dict[str, list[float]]:
     """Mean squared errors of outputs, [moments, n], against right labels on the validation and the test digits."""
-    off = (f - of.y).square()
-    validation, test = off[:, TRAIN : TRAIN + VALIDATION], off[:, TRAIN + VALIDATION :]
+    off = (f - of.y).square()[:, len(of.given) :]
+    validation, test = off[:, :VALIDATION], off[:, VALIDATION:]
     return {f"{kind}_validation": validation.mean(1).tolist(), f"{kind}_test": test.mean(1).tolist()}
 
 
@@ -114,10 +118,11 @@ def gains(run: Result, kind: str) -> tuple[np.ndarray, np.ndarray]:
 def claims(results: Results) -> Iterator[Claim]:
     """Stopping early helps where labels are wrong, in networks and in the limit."""
     s = results.work.sizes
-    for experiment, kind, steps, words in (
-        ("stopping", "network", s.stopping_steps, f"networks of width {s.stopping_width:,}"),
-        ("stopping", "limit", s.stopping_steps, "the limit’s closed form, as many steps"),
-        ("stopping late", "end", LONG, "the limit’s closed form, to its end"),
+    for experiment, kind, steps, train, words in (
+        ("stopping", "network", s.stopping_steps, TRAIN, f"networks of width {s.stopping_width:,}"),
+        ("stopping", "limit", s.stopping_steps, TRAIN, "the limit’s closed form, as many steps"),
+        (f"stopping of {TRAIN}", "end", LONG, TRAIN, f"the limit’s closed form to its end, {TRAIN} digits"),
+        (f"stopping of {MORE}", "end", LONG, MORE, f"the limit’s closed form to its end, {MORE} digits"),
     ):
         clean, wrong = (results.one(experiment, case) for case in ("clean", "wrong"))
         at = moments(steps)
@@ -132,7 +137,7 @@ def claims(results: Results) -> Iterator[Claim]:
             [Condition("the gain is", [won], Bound("over", 0, errors=ERRORS)),
              Condition("the gain over that with right labels is", [more], Bound("over", 0, errors=ERRORS)),
              Condition("the logarithm of the stop’s share of the time is", [before], Bound("under", 0, errors=ERRORS))],
-            f"{s.stopping_seeds} trials, each with its own {TRAIN} digits, {100 * WRONG:g} % of their labels wrong, "
+            f"{s.stopping_seeds} trials, each with its own {train} digits, {100 * WRONG:g} % of their labels wrong, "
             f"and its own network; the stop is chosen on {VALIDATION} digits, judged on {TEST} others; {at[-1]:,} "
             f"steps at rate {LR:g}; errors against right labels",
         )  # fmt: skip
@@ -152,6 +157,6 @@ def sections(results: Results) -> list[Section]:
                    "step", "error", panels, log=True, wide=True)  # fmt: skip
     text = (
         f"Networks of width {results.work.sizes.stopping_width:,} learn whether a digit is at least 5 from {TRAIN} "
-        "digits; the limit’s closed form starts from their outputs."
+        f"digits; the limit’s closed form starts from their outputs, and learns from {MORE} digits, too."
     )
     return [Section("Early stopping", "Stopping", text, [figure])]
