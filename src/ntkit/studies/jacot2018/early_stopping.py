@@ -149,10 +149,11 @@ def sections(results: Results) -> list[Section]:
     panels = []
     for case, heading in (("clean", "right labels"), ("wrong", f"{100 * WRONG:g} % wrong labels")):
         network_errors = results.one("stopping", case).arrays["network_test"].mean(0)[1:]
-        limit_errors = results.one("stopping late", case).arrays["end_test"].mean(0)[1:]
-        panels.append(
-            (heading, [short_curve("networks", at, network_errors), short_curve("limit", late, limit_errors)])
-        )
+        curves = [short_curve("networks", at, network_errors)]
+        for train in (TRAIN, MORE):
+            limit_errors = results.one(f"stopping of {train}", case).arrays["end_test"].mean(0)[1:]
+            curves.append(short_curve(f"limit, {train} digits", late, limit_errors))
+        panels.append((heading, curves))
     figure = lines("Test error along training", "Squared error against right labels, mean over trials.",
                    "step", "error", panels, log=True, wide=True)  # fmt: skip
     text = (
