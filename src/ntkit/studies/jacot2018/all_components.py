@@ -106,18 +106,18 @@ def claims(results: Results) -> Iterator[Claim]:
 def sections(results: Results) -> list[Section]:
     """Rates over eigenvalues."""
     runs = {n: found[0] for n, found in results["leading"].items()}
-    curves, rows = [], []
+    curves, columns = [], []
     for n, run in runs.items():
         x, rates = run.arrays["eigenvalues"].mean(0), [mean(column) for column in run.arrays["rates"].T]
         curves.append(short_curve(f"n = {n:,}", x, [r.value for r in rates], error=[r.error for r in rates]))
-        rows.append([f"{n:,}", *(_thousandths(r) for r in rates)])
+        columns.append([_thousandths(r) for r in rates])
     x = next(iter(runs.values())).arrays["eigenvalues"].mean(0)
     curves.append(short_curve("rate = eigenvalue", x, x, dash="dash"))
-    rows.append(["eigenvalue", *(f"{1e3 * v:.3f}" for v in x)])
+    rows = [[str(i + 1), f"{1e3 * x[i]:.3f}", *(column[i] for column in columns)] for i in range(LEADING)]
     items = [
         lines("Rate by eigenvalue", "Means over networks and their batches.", "eigenvalue", "rate", [("", curves)],
               log=True),
-        table("Rates, 10⁻³", ["Width", *(f"λ{i + 1}" for i in range(LEADING))], rows),
+        table("Rates, 10⁻³", ["Component", "Eigenvalue", *(f"n = {n:,}" for n in runs)], rows),
     ]  # fmt: skip
     text = f"The target is the network’s own start and {SIZE:g} of one of the leading components."
     return [Section("All leading components", "All components", text, items)]

@@ -150,16 +150,17 @@ def sections(results: Results) -> list[Section]:
     ]
     names = [f"{kind}_{where}" for kind in KERNELS for where in ("train", "new")]
     rows = [
-        [f"{n:,}", *(f"{_off(results, name, -1)[n]:.1f}" for name in names),
-         *(f"{mean(_last(run, name)):.3f}" for name in ("network", "limit"))]
+        [f"{n:,}", *(f"{_off(results, name, -1)[n]:.1f}" for name in names), f"{mean(_last(run, 'network')):.3f}",
+         f"{mean(_last(run, 'limit')):.3f}"]
         for n, run in runs.items()
     ]  # fmt: skip
-    columns = ["Width", *(f"{words}: {where}" for words in KERNELS.values() for where in ("training", "new"))]
+    columns = ["Width", *(f"{kind}, {where}" for kind in ("Θ∞", "Σ∞") for where in ("training", "new"))]
     items = [
         lines("Distance from the closed form", "Relative to the way since the start, mean over networks.",
               "step", "|f − closed form| / |f − f₀|", panels, log=True, wide=True),
-        table("At the last step", [*columns, "Error of networks", "of the limit"], rows,
-              "Distances with each kernel in %; squared errors at new inputs."),
+        table("At the last step", [*columns, "Error", "predicted"], rows,
+              f"Distances with the {KERNELS['ntk']} Θ∞ and the {KERNELS['nngp']} Σ∞ in its place, in %; squared errors "
+              "at new inputs."),
     ]  # fmt: skip
     text = (
         f"Networks learn whether a digit is at least 5 from {TRAIN} digits, targets ±1; beside them the closed form "

@@ -134,7 +134,7 @@ def sections(results: Results) -> list[Section]:
     curves = [curve(f"n = {n:,}", short(normal), short(np.quantile(white(run["f"]), grid))) for n, run in runs.items()]
     curves.append(curve("normal", short(normal), short(normal), dash="dash"))
     rows = [
-        [f"{n:,}", f"{normal_test(white(run['f'])):.3f}", f"{mean_test(products(run['f']), _expected()):.3f}",
+        [f"{n:,}", f"{normal_test(white(run['f'])):.2g}", f"{mean_test(products(run['f']), _expected()):.2g}",
          f"{excess(run['given']):.3f}"]
         for n, run in runs.items()
     ]  # fmt: skip
