@@ -101,7 +101,7 @@ def jackknife(samples: np.ndarray) -> Estimate:
 def slope(values: Mapping[int, Estimate]) -> Estimate:
     """Slope of the logarithm of a quantity against that of the width, weighted by its errors.
 
-    >>> slope({10: Estimate(1.0, 0.01), 100: Estimate(0.1, 0.001)}).value
+    >>> round(slope({10: Estimate(1.0, 0.01), 100: Estimate(0.1, 0.001)}).value, 9)
     -1.0
     """
     found = fitted_slope(list(values), [v.value for v in values.values()], [v.error for v in values.values()])
