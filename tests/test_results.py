@@ -5,15 +5,18 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from ntkit.base.files import read_json
+from ntkit.base.files import read_arrays, read_json
 from ntkit.base.integrity import fingerprint
 from ntkit.commands.verify import verify
 from ntkit.studies.claim import as_markdown
-from ntkit.studies.study import Work
+from ntkit.studies.jacot2018 import definiteness, outputs_at_start
+from ntkit.studies.study import Sizes, Work
 
-FOLDERS = sorted((Path(__file__).parents[1] / "studies" / "results").glob("*"))
+RESULTS = Path(__file__).parents[1] / "studies" / "results"
+FOLDERS = sorted(RESULTS.glob("*"))
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -37,3 +40,14 @@ def test_committed_claims_are_those_of_the_parts(folder):
 
 def test_some_results_are_committed():
     assert "long2021" in [folder.name for folder in FOLDERS]
+
+
+def test_cheap_numbers_of_jacot2018_come_out_again(tmp_path):
+    work = Work(Sizes(output_seeds=20, sets=20), (), ["mnist"], tmp_path)
+    stored = read_arrays(RESULTS / "jacot2018" / "parts" / "outputs-8.safetensors")
+    for name, found in outputs_at_start._outputs(work, 8).arrays.items():
+        np.testing.assert_allclose(found, stored[name][:20], rtol=1e-9)
+    stored = read_json(RESULTS / "jacot2018" / "parts" / "definiteness.json")["numbers"]
+    found = definiteness._eigenvalues(work).numbers
+    for name in definiteness.DEFINITE:
+        np.testing.assert_allclose(found[name], stored[name], rtol=1e-9)

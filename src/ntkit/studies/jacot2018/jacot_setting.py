@@ -40,9 +40,16 @@ def limit(depth: int, x1: Tensor, x2: Tensor | None = None, kind: Kind = "ntk", 
     return kernel(x1.double(), None if x2 is None else x2.double())
 
 
-def descend(twin: Twin, x: Tensor, y: Tensor, steps: int, watch: Callable[[int, Tensor], Any] | None = None) -> None:
+def descend(
+    twin: Twin,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    watch: Callable[[int, Tensor], Any] | None = None,
+    lr: float = LR,
+) -> None:
     """Full-batch gradient descent on 1/(2N) sum (f(x_i) - y_i)^2, in place; `watch` gets step and outputs before it."""
-    optimizer = twin.sgd(LR)
+    optimizer = twin.sgd(lr)
     for step in range(steps):
         out = twin.model(x)[:, 0]
         if watch is not None:
@@ -58,6 +65,19 @@ def descend(twin: Twin, x: Tensor, y: Tensor, steps: int, watch: Callable[[int, 
 def circle(angles: Tensor) -> Tensor:
     """Points (cos g, sin g) of the unit circle, [n, 2]."""
     return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def course(twin: Twin, x: Tensor, y: Tensor, steps: int, lr: float) -> Tensor:
+    """Outputs of a network on its way, before each step and after the last: [steps + 1, n]; it is trained in place."""
+    seen: list[Tensor] = []
+    descend(twin, x, y, steps, lambda step, out: seen.append(out), lr)
+    return torch.stack(seen)
+
+
+def outputs(twin: Twin, x: Tensor) -> Tensor:
+    """Outputs of a network with one output, without gradients: [n]."""
+    with torch.no_grad():
+        return twin.model(x)[:, 0]
 
 
 def short(values: Any) -> list[float]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from ntkit.measures.convergence import convergence
 from ntkit.networks.parametrization import to_ntk_parametrization
 from ntkit.report.words import listed
-from ntkit.studies.claim import Between, Bound, Claim, Condition, Estimate, Within, mean
+from ntkit.studies.claim import Bound, Claim, Condition, Estimate, Order, Within, mean
+from ntkit.studies.jacot2018.interval_tests import ERRORS, mean_test, means_test, not_rejected, power
 from ntkit.studies.jacot2018.jacot_setting import (
     BETA,
     DEPTH,
@@ -28,6 +29,7 @@ from ntkit.studies.jacot2018.jacot_setting import (
 from ntkit.studies.study import Result, Results, Section, StudyPart, Work, device, lines, table
 
 ANGLES = torch.linspace(-3, 3, 61, dtype=torch.float64)
+TESTED = range(0, 61, 10)
 ZERO = 30  # where the angle is 0: the diagonal
 AT_0 = 0.2825  # of the closed form, computed independently of this library
 _PROBES = torch.arange(8, dtype=torch.float64) * math.pi / 4
@@ -54,6 +56,9 @@ def _rate(work: Work) -> Result:
         "agrees": rate.agrees,
         "limit_at_0": float(rate.limit[0, 0]),
         **{n: getattr(rate, n).tolist() for n in ("distance", "distance_error", "mean_distance", "mean_error")},
+        "p": means_test(
+            rate.mean[-1, 0].numpy(), rate.standard_error[-1, 0].numpy(), rate.limit[0].numpy(), rate.seeds
+        ),
         "mean_at_0": rate.mean[:, 0, 0].tolist(),
         "deviation_at_0": rate.deviation[:, 0, 0].tolist(),
     }
@@ -112,8 +117,7 @@ def claims(results: Results) -> Iterator[Claim]:
         f"{value:.6f}; the {rate['seeds']} widest networks (n = {rate['widths'][-1]:,}) have "
         f"{Estimate(rate['mean_at_0'][-1], rate['deviation_at_0'][-1] / rate['seeds'] ** 0.5):.4f}",
         [Condition("the limit is", [value], Within(1e-9, of=AT_0)),
-         Condition("the distance of the widest networks’ mean kernel to it, over the whole circle,",
-                   [Estimate(rate["mean_distance"][-1], rate["mean_error"][-1])], Within(3, 0, " standard errors"))],
+         not_rejected(f"the widest networks’ mean kernel, at {len(_PROBES)} angles,", rate["p"])],
         "the paper’s recursion gives this value, and the figure’s axis fits it",
     )  # fmt: skip
     constants = [d * n**0.5 for d, n in zip(rate["deviation_at_0"], rate["widths"], strict=True)]
@@ -121,25 +125,28 @@ def claims(results: Results) -> Iterator[Claim]:
         "Wider networks’ kernels spread less: as 1/√n",
         f"slope of log distance against log width {slope:.3f}; standard deviation at "
         f"angle 0 times √n: {', '.join(f'{c:.2f}' for c in constants)}",
-        [Condition("the slope is", [slope], Within(3, of=-0.5, unit=" standard errors"))],
+        [power("the slope is", slope, -0.5)],
         f"{rate['seeds']} networks each of widths {listed([f'{n:,}' for n in rate['widths']])}; the paper shows that "
         "it falls",
     )
-    distances = {n: _distance(runs) for n, runs in results["kernels"].items()}
+    p = {n: mean_test(_kernels(runs, 0)[:, TESTED], limit_curve().numpy()[TESTED])
+         for n, runs in results["kernels"].items()}  # fmt: skip
+    at_0 = {n: mean(_kernels(runs, 0)[:, ZERO]) for n, runs in results["kernels"].items()}
     yield Claim(
-        "The mean is nearly the same for both widths",
-        f"distance of the mean from the limit, in Monte-Carlo errors: {by_width(distances, 1)}",
-        [Condition("for every width it is", list(distances.values()), Bound("at most", 3))],
-        f"{s.seeds} networks each, along the circle",
+        "The mean of the kernel at the start is the limit’s for both widths",
+        f"at angle 0 {by_width(at_0, 4)}, limit {value:.4f}; p values {by_width(p, 2)}",
+        [not_rejected(f"n = {n:,}", p[n]) for n in p],
+        f"{s.seeds} networks each, two-sided t tests at {len(TESTED)} angles, together",
     )
     inflation = _inflation(results)
     narrow, wide = min(inflation), max(inflation)
     yield Claim(
         "The kernel inflates in training, much less in wide networks",
         f"at angle 0 after {s.kernel_steps} steps: {by_width({n: inflation[n] for n in (narrow, wide)}, 1, ' %')}",
-        [Condition("in the narrow networks it is", [inflation[narrow]], Between(10, 30, " %")),
-         Condition("in the wide ones", [inflation[wide]], Bound("under", 6, " %"))],
-        "the paper gives no number",
+        [Condition("in the narrow networks it is", [inflation[narrow]], Bound("over", 0, errors=ERRORS)),
+         Condition("from them to the wide ones it does", [inflation[narrow], inflation[wide]],
+                   Order("decrease", errors=ERRORS))],
+        f"{s.seeds} networks each; the paper gives no number",
     )  # fmt: skip
 
 
