@@ -1,0 +1,266 @@
+"""What the representation says about predictions: posterior and errors, distance as the baseline, what adds most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from ntkit.report.words import plain
+from ntkit.studies.bell2023 import pictures, plane
+from ntkit.studies.bell2023.bell_setting import CLEAR, ROUNDING, SURE, errors, images, rounding
+from ntkit.studies.bell2023.own_kernel import definiteness, own_kernel, posterior, rank_correlations, ranks
+from ntkit.studies.claim import Bound, Claim, Condition, mean
+from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, table
+
+RULES = {"tanh": ("gauss", 16), "relu": ("midpoint", 20)}  # of the matrices whose eigenvalues are judged
+TOP = 10  # examples
+_NODES = 2  # midpoints per step for the posterior
+
+
+def parts(work: Work) -> Iterator[StudyPart]:
+    """Definiteness in the plane; the posterior in the plane and on images; contributions to images' predictions."""
+    for name in plane.ACTIVATIONS:
+        for seed in work.seeds:
+            yield StudyPart("definite", name, f"definite-{name}-seed-{seed}", _definite, (name, seed))
+            yield StudyPart("posterior", name, f"posterior-{name}-seed-{seed}", _plane_posterior, (name, seed))
+    for name in work.sets:
+        for seed in work.seeds:
+            yield StudyPart("posterior", name, f"posterior-{name}-seed-{seed}", _image_posterior, (name, seed))
+            yield StudyPart("made of", name, f"made-of-{name}-seed-{seed}", _made_of, (name, seed))
+
+
+def _definite(work: Work, activation: str, seed: int) -> Result:
+    model, run, x, y = plane.trained(work, activation, seed)
+    points = plane.clusters(plane.TEST, 1000 + seed)[0].to(x)
+    found = definiteness(model, run, (x, y), plane.LR, points, *RULES[activation])
+    return Result(found._asdict() | {"terms": work.sizes.plane_steps * len(y)}, {})
+
+
+def _plane_posterior(work: Work, activation: str, seed: int) -> Result:
+    """Errors all over the plane: distance in total variation from the true shares of the classes there."""
+    model, run, x, y = plane.trained(work, activation, seed)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(work.sizes.judged, 2, generator=generator, dtype=x.dtype)
+    points = (plane.REACH * (2 * uniform - 1)).to(x)
+    squares = torch.cdist(points, torch.tensor(plane.CENTERS).to(x)) ** 2
+    truth = (-squares / (2 * plane.SPREAD**2)).softmax(1)
+    own = own_kernel(model, run, (x, y), plane.LR, points, "midpoint", _NODES)
+    with torch.no_grad():
+        network = functional_call(model, {k: v.to(x) for k, v in run.state(run.steps[-1]).items()}, (points,))
+    missed = (network.softmax(1) - truth).abs().sum(1) / 2
+    return _judged(own, network, missed, network.argmax(1) != truth.argmax(1), torch.cdist(points, x).min(1).values)
+
+
+def _image_posterior(work: Work, name: str, seed: int) -> Result:
+    """Errors of test images: their cross-entropy."""
+    model, run, learned = pictures.learned(work, name, seed)
+    data = images(work, name, work.sizes.train, work.sizes.judged, seed=seed)
+    assert torch.equal(data.x, learned.x)  # the same training images
+    own = own_kernel(model, run, (data.x, data.y), work.sizes.lr, data.x_test, "midpoint", 1)
+    run.load(model, run.steps[-1])
+    with torch.no_grad():
+        network = model(data.x_test)
+    missed = F.cross_entropy(network, data.y_test, reduction="none")
+    distance = torch.cdist(data.x_test.flatten(1), data.x.flatten(1)).min(1).values
+    return _judged(own, network, missed, network.argmax(1) != data.y_test, distance)
+
+
+def _judged(own: Any, network: Tensor, missed: Tensor, wrong: Tensor, distance: Tensor) -> Result:
+    """How well deviation, distance and the network's own doubt tell large errors."""
+    deviation, _ = posterior(own)
+    doubt = 1 - network.softmax(1).max(1).values
+    numbers = rank_correlations(deviation, distance, missed) | {"rebuilt": errors(own.rebuilt, network)["relative"]}
+    numbers["doubt"] = rank_correlations(doubt, distance, missed)["score"]
+    numbers["beyond doubt"] = rank_correlations(deviation, doubt, missed)["beyond"]
+    numbers["wrong"] = float(wrong.double().mean())
+    for score, values in (("deviation", deviation), ("distance", distance), ("doubt", doubt)):
+        numbers[f"auroc {score}"] = auroc(values, wrong)
+    return Result(numbers, {})
+
+
+def auroc(score: Tensor, positive: Tensor) -> float | None:
+    """Share of pairs of a positive and a negative that the score orders rightly; None without such a pair.
+
+    >>> auroc(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([False, True, False]))
+    1.0
+    """
+    score, positive = score.cpu(), positive.cpu()
+    count = int(positive.sum())
+    if count in (0, len(positive)):
+        return None
+    above = ranks(score)[positive].sum() - count * (count - 1) / 2
+    return float(above / (count * (len(positive) - count)))
+
+
+def _made_of(work: Work, name: str, seed: int) -> Result:
+    """Of each test image: classes of the examples that add most and of the nearest; contributions against distance."""
+    data = images(work, name, work.sizes.train, work.sizes.test, seed=seed)
+    arrays = work.result(pictures.rebuilt(name, seed)).arrays
+    contributions, network = (torch.from_numpy(arrays[key]) for key in ("contributions", "network"))
+    labels, predicted = data.y.cpu(), network.argmax(1)
+    distance = torch.cdist(data.x_test.flatten(1), data.x.flatten(1)).cpu()
+    top, near = contributions.topk(TOP, 1).indices, distance.topk(TOP, 1, largest=False).indices
+    same = {key: (labels[rows] == predicted[:, None]).double().mean() for key, rows in (("top", top), ("near", near))}
+    own = labels[None] == predicted[:, None]
+    correlations = [
+        float(torch.corrcoef(torch.stack([ranks(c.abs()[rows]), ranks(d[rows])]))[0, 1])
+        for c, d, rows in zip(contributions, distance, own, strict=True)
+        if int(rows.sum()) > 2
+    ]
+    sizes = contributions.abs().sort(1, descending=True).values.cumsum(1)
+    half = (sizes < sizes[:, -1:] / 2).sum(1) + 1
+    numbers = {f"same {key}": float(value) for key, value in same.items()}
+    numbers |= {"by distance": float(np.mean(correlations)), "half": float(half.double().mean() / len(labels))}
+    return Result(numbers | {"shared": float((top[:, :, None] == near[:, None]).any(2).double().mean())}, {})
+
+
+def _of(runs: list[Result], what: str) -> list[float]:
+    return [r.numbers[what] for r in runs if r.numbers[what] is not None]
+
+
+def kernel_claims(results: Results) -> Iterator[Claim]:
+    """Which kernel is one, and which is not."""
+    groups = {plane.LABELS[name]: runs for name, runs in results["definite"].items()}
+    runs = [r for own in groups.values() for r in own]
+    if not runs:
+        return
+    smooth = results["definite"]["tanh"]
+    units = [r.numbers["error"] / rounding(r.numbers["terms"]) for r in smooth]
+    least = _of(runs, "least") + _of(runs, "mean_least")
+    yield Claim(
+        "The kernel of each step is symmetric and positive semidefinite, with training points held at the step’s start",
+        f"smallest eigenvalue over its rounding: at least {plain(min(least), 2)}; the same values rebuild the outputs up "
+        f"to {plain(max(_of(smooth, 'error')), 2)} of the largest (tanh)",
+        [Condition("every smallest eigenvalue, in units of matrix size x 2⁻⁵² x the largest, is", least,
+                   Bound("at least", -1)),
+         Condition("for tanh the error of the outputs that these values rebuild, in units of the rounding of the sum, "
+                   "is", units, ROUNDING)],
+        "values of training points at the start of the step, of new points along it, all pairs of outputs; every step "
+        f"and the mean over steps; {plane.TRAIN} training and {plane.TEST} new points, {len(smooth)} seeds each",
+    )  # fmt: skip
+    texts = [
+        f"{name}: both roles {mean(_of(own, 'both_roles')):.2g}, held or not {mean(_of(own, 'jump')):.2g}, one kernel "
+        f"{mean(_of(own, 'single')):.2g} with a smallest eigenvalue of {mean(_of(own, 'single_least')):.2g} of the "
+        "largest"
+        for name, own in groups.items()
+    ]
+    every = [mean(_of(own, what)) for own in groups.values() for what in ("both_roles", "jump", "single")]
+    negative = [mean(_of(own, "single_least")) for own in groups.values()]
+    yield Claim(
+        "Other readings of the formula are no kernels",
+        "asymmetry, " + "; ".join(texts),
+        [Condition("every asymmetry or change is", every, CLEAR),
+         Condition("the smallest eigenvalue of the one kernel’s symmetric part is", negative,
+                   Bound("under", 0, errors=SURE))],
+        "both roles: each point averaged on the left, at the start on the right; held or not: change of the values "
+        "between training points when one side counts as new; one kernel: sum over steps of values times ratios of "
+        "slopes; all relative to the norm of the values",
+        further=True,
+    )  # fmt: skip
+
+
+def claims(results: Results) -> Iterator[Claim]:
+    """Posterior and distance; what predictions are made of."""
+    groups = {plane.LABELS.get(name, name): runs for name, runs in results["posterior"].items()}
+    flat = {plane.LABELS[name]: groups[plane.LABELS[name]] for name in plane.ACTIVATIONS if results["posterior"]}
+    both = {name: mean(_of(runs, "both")) for name, runs in flat.items()}
+    yield Claim(
+        "The posterior of the representation’s kernel is uncertain far from the data",
+        "rank correlation of deviation and distance to the nearest training point: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in both.items()),
+        [Condition("each is", list(both.values()), CLEAR)],
+        f"{results.work.sizes.judged} points all over the plane; kernel: mean over steps, sum over outputs, training "
+        "points held at the start of each step",
+    )
+    beyond = {name: mean(_of(runs, "beyond")) for name, runs in groups.items()}
+    texts = [
+        f"{name}: deviation {mean(_of(runs, 'score')):.2f}, distance {mean(_of(runs, 'distance')):.2f}, difference "
+        f"{mean(np.subtract(_of(runs, 'score'), _of(runs, 'distance'))):.2f}, given the distance {beyond[name]:.2f}"
+        for name, runs in groups.items()
+    ]
+    areas = {name: mean(np.subtract(_of(runs, "auroc deviation"), _of(runs, "auroc distance")))
+             for name, runs in groups.items() if _of(runs, "auroc distance")}  # fmt: skip
+    yield Claim(
+        "It knows more about the network’s errors than the distance to the data does",
+        "rank correlation with the error, " + "; ".join(texts)
+        + "; difference of the areas under the ROC curve for wrong classes: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in areas.items()),
+        [Condition("for each network the correlation given the distance is", list(beyond.values()), CLEAR)],
+        "error: in the plane the distance in total variation from the true shares of the classes, on images the "
+        "cross-entropy; correlation given the distance: partial, of ranks; AUROC over the seeds with wrong classes",
+    )  # fmt: skip
+    doubt = {name: mean(_of(runs, "beyond doubt")) for name, runs in groups.items()}
+    yield Claim(
+        "It knows more about them than the network’s own doubt does",
+        "rank correlation with the error given 1 − largest softmax output: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in doubt.items()),
+        [Condition("for each network it is", list(doubt.values()), CLEAR)],
+        "the same points and errors",
+        further=True,
+    )
+    for name, runs in results["made of"].items():
+        gain = mean(np.subtract(_of(runs, "same top"), _of(runs, "same near")))
+        slope, half = mean(_of(runs, "by distance")), mean(_of(runs, "half"))
+        yield Claim(
+            f"Predictions rest on many examples, above all of their class and alike, {name}",
+            f"of the {TOP} examples that add most {100 * mean(_of(runs, 'same top')).value:.1f} % are of the predicted "
+            f"class, of the {TOP} nearest images {100 * mean(_of(runs, 'same near')).value:.1f} % (difference "
+            f"{gain:.3f}); size of a contribution against distance, within the class: rank correlation {slope:.2f}; "
+            f"half of all contributions comes from {half:.3f} of the examples",
+            [Condition("the difference is", [gain], CLEAR),
+             Condition("the correlation", [slope], Bound("under", 0, errors=SURE)),
+             Condition("the share of the examples that make up half", [half],
+                       Bound("over", TOP / results.work.sizes.train, errors=SURE))],
+            f"{results.work.sizes.test} test images, {len(runs)} seeds",
+        )  # fmt: skip
+
+
+def _row(name: str, runs: list[Result]) -> list[str]:
+    cells = [name]
+    for what in ("deviation", "distance", "doubt"):
+        key = {"deviation": "score"}.get(what, what)
+        area = _of(runs, f"auroc {what}")
+        cells += [f"{mean(_of(runs, key)):.2f}", f"{mean(area):.2f}" if area else "–"]
+    beyond = [f"{mean(_of(runs, key)):.2f}" for key in ("beyond", "beyond doubt")]
+    return [*cells, *beyond, f"{100 * mean(_of(runs, 'wrong')).value:.1f} %"]
+
+
+def section(results: Results) -> Section:
+    """Scores against errors."""
+    groups = {plane.LABELS.get(name, name): runs for name, runs in results["posterior"].items()}
+    rebuilt = max(value for runs in groups.values() for value in _of(runs, "rebuilt"))
+    items: list[Item] = [
+        table(
+            "Which score tells the network’s errors?",
+            ["Network", *(f"{score}, {what}" for score in ("Posterior deviation", "Distance", "1 − softmax")
+                          for what in ("rank correlation", "AUROC")),
+             "Deviation given distance", "Deviation given 1 − softmax", "Wrong classes"],
+            [_row(name, runs) for name, runs in groups.items()],
+            "Rank correlation with the size of the error; AUROC for wrong classes; given another score: partial "
+            f"correlation of ranks. The values behind the deviation rebuild the logits up to {plain(rebuilt, 2)} of the "
+            "largest.",
+        ),
+        table(
+            "Kernels that the formula could mean, in the plane",
+            ["Network", "Smallest eigenvalue / rounding", "Both roles: asymmetry", "Held or not: change",
+             "One kernel: asymmetry", "One kernel: smallest / largest eigenvalue"],
+            [[plane.LABELS[name], plain(min(_of(runs, "least")), 2),
+              *(f"{mean(_of(runs, what)):.2g}" for what in ("both_roles", "jump", "single", "single_least"))]
+             for name, runs in results["definite"].items()],
+            "The first column is the representation’s own kernel, with training points held at the start of each step.",
+        ),
+    ]  # fmt: skip
+    return Section(
+        "Which kernel, and what does it know?",
+        "Own kernel",
+        "The representation’s kernel takes gradients of training points at the start of each step and those of new "
+        "points along it. Its posterior deviation is compared with the errors of the network, beside the distance to "
+        "the nearest training point.",
+        items,
+    )
