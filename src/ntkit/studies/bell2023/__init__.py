@@ -30,13 +30,13 @@ SCALES = {
     "quick": Sizes(
         plane_steps=20, side=48,  # training steps in the plane, pixels per side of its maps
         direct=1,  # nodes per step up to which contributions are computed; else their sum, from products along the step
-        nodes=(1, 2, 5, 10, 20, 50, 200), probed=10,  # nodes per step of the errors on images; test images for them
+        nodes=(1, 2, 10, 50, 200), probed=6,  # nodes per step of the errors on images; test images for them
         pixels=8,  # per side at most: larger images are averaged
-        width=8, train=300, test=100, steps=100, lr=0.2, other_steps=60,  # network; plain descent; other optimizers
-        shrinks=3, kind_steps=25, judged=400,  # step sizes of the integral; steps of other models; points of the posterior
-        large_train=1_000, large_test=20, large_steps=100,  # the larger network
-        removals=15, shares=(0.02, 0.05), draws=4,  # test images; shares of the training set removed; random draws
-        unseen=100, unseen_steps=60,  # images of each kind; training steps
+        width=8, train=300, test=100, steps=100, lr=0.2, other_steps=40,  # network; plain descent; other optimizers
+        shrinks=3, kind_steps=25, judged=350,  # step sizes of the integral; steps of other models; judged points
+        large_train=1_000, large_test=10, large_steps=100,  # the larger network
+        removals=10, shares=(0.02, 0.05), draws=2,  # test images; shares of the training set removed; random draws
+        unseen=100, unseen_steps=40,  # images of each kind; training steps
     ),
     "paper": Sizes(
         plane_steps=20, side=96, direct=200, nodes=(1, 2, 5, 10, 20, 50, 200), probed=100, pixels=28, width=8,
@@ -111,7 +111,7 @@ def about(results: Results) -> str:
         f"{plane.LR}. {' and '.join(results.work.sets).capitalize()} ({s.train:,} training images, ten classes, "
         f"{s.pixels} pixels per side at most) are learned by a ReLU network of two convolutions and a dense layer: "
         f"{s.steps} full-batch steps at learning rate {s.lr}; and {s.other_steps} steps of {len(pictures.RECIPES)} "
-        f"other optimizers on minibatches of {pictures.BATCH}; a larger network on minibatches of {realistic.BATCH} for "
+        f"other optimizers on minibatches of {pictures.BATCH}; a larger network on minibatches of {realistic.BATCH}, "
         f"{s.large_steps} steps ({s.large_train:,} images). Float64 unless said; {len(results.work.seeds)} seeds, each "
         "with its own start and data; ± is one standard error."
     )
@@ -126,9 +126,9 @@ def departures(results: Results) -> list[str]:
         "integral is computed beside it. Which rule gives the paper’s own 1, 10 and 200 points is not stated in the "
         "sources at hand: left end points (one is the discretized path kernel) and midpoints are both here.",
         "The posterior deviation is in closed form instead of sampled. Its kernel is the mean over steps of the "
-        "representation’s own values (training points at the start of each step), summed over outputs; the paper’s one "
-        "kernel with ratios of slopes has no posterior, since it is not symmetric.",
-        "What is listed as further is not in the paper: other optimizers, the secant form, examples removed, and images "
+        "representation’s own values (training points at the start of each step), summed over outputs; the paper’s "
+        "one kernel with ratios of slopes has no posterior, since it is not symmetric.",
+        "What is listed as further is not in the paper: other optimizers, the secant form, examples removed, images "
         "of other kinds with AUROC. The span of training gradients is its follow-up’s, “Exact Path Kernels Naturally "
         "Decompose Model Predictions”.",
     ]

@@ -109,7 +109,8 @@ def _rebuilt(work: Work, name: str, seed: int) -> Result:
         method: {"relative": PathKernel(run, integration=method).decompose(data.x_test).error}
         for method in ("secant", "left")
     }
-    return Result(numbers | {"errors": by_method, "loss": float(run.losses[-1]), "first_loss": float(run.losses[0])}, {})
+    losses = {"first_loss": float(run.losses[0]), "loss": float(run.losses[-1])}
+    return Result(numbers | losses | {"errors": by_method}, {})
 
 
 def claims(results: Results) -> Iterator[Claim]:
@@ -126,7 +127,7 @@ def claims(results: Results) -> Iterator[Claim]:
         "largest relative residual: "
         + ", ".join(f"{name} {plain(max(relative(runs, 'secant')), 2)}" for name, runs in groups.items()),
         [Condition("in units of the rounding of the sum every residual is", units, ROUNDING),
-         Condition("and the models learned: the fall of the loss of each is", falls,
+         Condition("the fall of the loss of each model in training", falls,
                    Bound("over", 0, errors=SURE))],
         f"float64, {len(next(iter(groups.values())))} seeds each; relative to the largest logit; rounding: √(steps x "
         "examples) x 2⁻⁵²",

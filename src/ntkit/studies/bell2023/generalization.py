@@ -20,6 +20,7 @@ from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work,
 
 RULES = {"tanh": ("gauss", 16), "relu": ("midpoint", 20)}  # of the matrices whose eigenvalues are judged
 TOP = 10  # examples
+EVERY = 5  # on images the posterior's kernel is the mean over each fifth step
 _NODES = 2  # midpoints per step for the posterior
 
 
@@ -50,11 +51,13 @@ def _plane_posterior(work: Work, activation: str, seed: int) -> Result:
     points = (plane.REACH * (2 * uniform - 1)).to(x)
     squares = torch.cdist(points, torch.tensor(plane.CENTERS).to(x)) ** 2
     truth = (-squares / (2 * plane.SPREAD**2)).softmax(1)
-    own = own_kernel(model, run, (x, y), plane.LR, points, "midpoint", _NODES)
+    own = own_kernel(model, run, (x, y), plane.LR, points, _NODES)
     with torch.no_grad():
         network = functional_call(model, {k: v.to(x) for k, v in run.state(run.steps[-1]).items()}, (points,))
     missed = (network.softmax(1) - truth).abs().sum(1) / 2
-    return _judged(own, network, missed, network.argmax(1) != truth.argmax(1), torch.cdist(points, x).min(1).values)
+    rebuilt = {"rebuilt": errors(own.rebuilt, network)["relative"]}
+    wrong, distance = network.argmax(1) != truth.argmax(1), torch.cdist(points, x).min(1).values
+    return Result(_judged(own, network, missed, wrong, distance) | rebuilt, {})
 
 
 def _image_posterior(work: Work, name: str, seed: int) -> Result:
@@ -62,26 +65,26 @@ def _image_posterior(work: Work, name: str, seed: int) -> Result:
     model, run, learned = pictures.learned(work, name, seed)
     data = images(work, name, work.sizes.train, work.sizes.judged, seed=seed)
     assert torch.equal(data.x, learned.x)  # the same training images
-    own = own_kernel(model, run, (data.x, data.y), work.sizes.lr, data.x_test, "midpoint", 1)
+    own = own_kernel(model, run, (data.x, data.y), work.sizes.lr, data.x_test, _NODES, EVERY)
     run.load(model, run.steps[-1])
     with torch.no_grad():
         network = model(data.x_test)
     missed = F.cross_entropy(network, data.y_test, reduction="none")
     distance = torch.cdist(data.x_test.flatten(1), data.x.flatten(1)).min(1).values
-    return _judged(own, network, missed, network.argmax(1) != data.y_test, distance)
+    return Result(_judged(own, network, missed, network.argmax(1) != data.y_test, distance), {})
 
 
-def _judged(own: Any, network: Tensor, missed: Tensor, wrong: Tensor, distance: Tensor) -> Result:
+def _judged(own: Any, network: Tensor, missed: Tensor, wrong: Tensor, distance: Tensor) -> dict[str, Any]:
     """How well deviation, distance and the network's own doubt tell large errors."""
     deviation, _ = posterior(own)
     doubt = 1 - network.softmax(1).max(1).values
-    numbers = rank_correlations(deviation, distance, missed) | {"rebuilt": errors(own.rebuilt, network)["relative"]}
+    numbers: dict[str, Any] = dict(rank_correlations(deviation, distance, missed))
     numbers["doubt"] = rank_correlations(doubt, distance, missed)["score"]
     numbers["beyond doubt"] = rank_correlations(deviation, doubt, missed)["beyond"]
     numbers["wrong"] = float(wrong.double().mean())
     for score, values in (("deviation", deviation), ("distance", distance), ("doubt", doubt)):
         numbers[f"auroc {score}"] = auroc(values, wrong)
-    return Result(numbers, {})
+    return numbers
 
 
 def auroc(score: Tensor, positive: Tensor) -> float | None:
@@ -121,7 +124,7 @@ def _made_of(work: Work, name: str, seed: int) -> Result:
 
 
 def _of(runs: list[Result], what: str) -> list[float]:
-    return [r.numbers[what] for r in runs if r.numbers[what] is not None]
+    return [r.numbers[what] for r in runs if r.numbers.get(what) is not None]
 
 
 def kernel_claims(results: Results) -> Iterator[Claim]:
@@ -135,8 +138,8 @@ def kernel_claims(results: Results) -> Iterator[Claim]:
     least = _of(runs, "least") + _of(runs, "mean_least")
     yield Claim(
         "The kernel of each step is symmetric and positive semidefinite, with training points held at the step’s start",
-        f"smallest eigenvalue over its rounding: at least {plain(min(least), 2)}; the same values rebuild the outputs up "
-        f"to {plain(max(_of(smooth, 'error')), 2)} of the largest (tanh)",
+        f"smallest eigenvalue over its rounding: at least {plain(min(least), 2)}; the same values rebuild the outputs "
+        f"up to {plain(max(_of(smooth, 'error')), 2)} of the largest (tanh)",
         [Condition("every smallest eigenvalue, in units of matrix size x 2⁻⁵² x the largest, is", least,
                    Bound("at least", -1)),
          Condition("for tanh the error of the outputs that these values rebuild, in units of the rounding of the sum, "
@@ -178,26 +181,23 @@ def claims(results: Results) -> Iterator[Claim]:
         f"{results.work.sizes.judged} points all over the plane; kernel: mean over steps, sum over outputs, training "
         "points held at the start of each step",
     )
-    beyond = {name: mean(_of(runs, "beyond")) for name, runs in groups.items()}
-    texts = [
-        f"{name}: deviation {mean(_of(runs, 'score')):.2f}, distance {mean(_of(runs, 'distance')):.2f}, difference "
-        f"{mean(np.subtract(_of(runs, 'score'), _of(runs, 'distance'))):.2f}, given the distance {beyond[name]:.2f}"
-        for name, runs in groups.items()
-    ]
-    areas = {name: mean(np.subtract(_of(runs, "auroc deviation"), _of(runs, "auroc distance")))
-             for name, runs in groups.items() if _of(runs, "auroc distance")}  # fmt: skip
-    yield Claim(
-        "It knows more about the network’s errors than the distance to the data does",
-        "rank correlation with the error, " + "; ".join(texts)
-        + "; difference of the areas under the ROC curve for wrong classes: "
-        + ", ".join(f"{name} {value:.3f}" for name, value in areas.items()),
-        [Condition("for each network the correlation given the distance is", list(beyond.values()), CLEAR)],
-        "error: in the plane the distance in total variation from the true shares of the classes, on images the "
-        "cross-entropy; correlation given the distance: partial, of ranks; AUROC over the seeds with wrong classes",
-    )  # fmt: skip
+    for name, runs in groups.items():
+        score, distance = _of(runs, "score"), _of(runs, "distance")
+        beyond, pairs = mean(_of(runs, "beyond")), [r for r in runs if r.numbers["auroc distance"] is not None]
+        areas = [f"{mean(_of(pairs, f'auroc {w}')):.3f} ({w})" for w in ("deviation", "distance")] if pairs else []
+        yield Claim(
+            f"The posterior knows more about the network’s errors than the distance to the data, {name}",
+            f"rank correlation with the error: deviation {mean(score):.2f}, distance {mean(distance):.2f}, difference "
+            f"{mean(np.subtract(score, distance)):.2f}; deviation given the distance {beyond:.2f}"
+            + (f"; AUROC for wrong classes {', '.join(areas)}" if areas else ""),
+            [Condition("the correlation given the distance is", [beyond], CLEAR)],
+            ("error: distance in total variation from the true shares of the classes" if name in flat else
+             f"error: cross-entropy; kernel: mean over each {EVERY}th step")
+            + f"; given the distance: partial correlation of ranks; {len(runs)} seeds",
+        )  # fmt: skip
     doubt = {name: mean(_of(runs, "beyond doubt")) for name, runs in groups.items()}
     yield Claim(
-        "It knows more about them than the network’s own doubt does",
+        "The posterior knows more about the network’s errors than the network’s own doubt",
         "rank correlation with the error given 1 − largest softmax output: "
         + ", ".join(f"{name} {value:.2f}" for name, value in doubt.items()),
         [Condition("for each network it is", list(doubt.values()), CLEAR)],
@@ -208,17 +208,22 @@ def claims(results: Results) -> Iterator[Claim]:
         gain = mean(np.subtract(_of(runs, "same top"), _of(runs, "same near")))
         slope, half = mean(_of(runs, "by distance")), mean(_of(runs, "half"))
         yield Claim(
-            f"Predictions rest on many examples, above all of their class and alike, {name}",
+            f"Predictions rest on many examples, above all of their class, {name}",
             f"of the {TOP} examples that add most {100 * mean(_of(runs, 'same top')).value:.1f} % are of the predicted "
             f"class, of the {TOP} nearest images {100 * mean(_of(runs, 'same near')).value:.1f} % (difference "
-            f"{gain:.3f}); size of a contribution against distance, within the class: rank correlation {slope:.2f}; "
-            f"half of all contributions comes from {half:.3f} of the examples",
+            f"{gain:.3f}); half of all contributions comes from {half:.3f} of the examples",
             [Condition("the difference is", [gain], CLEAR),
-             Condition("the correlation", [slope], Bound("under", 0, errors=SURE)),
              Condition("the share of the examples that make up half", [half],
                        Bound("over", TOP / results.work.sizes.train, errors=SURE))],
-            f"{results.work.sizes.test} test images, {len(runs)} seeds",
+            f"{results.work.sizes.test} test images, {len(runs)} seeds; {TOP} of {results.work.sizes.train} examples "
+            f"are a share of {TOP / results.work.sizes.train:.3f}",
         )  # fmt: skip
+        yield Claim(
+            f"Within the class the nearer images add more, {name}",
+            f"rank correlation of the size of a contribution and the distance in pixels {slope:.2f}",
+            [Condition("it is", [slope], Bound("under", 0, errors=SURE))],
+            f"examples of the predicted class; {results.work.sizes.test} test images, {len(runs)} seeds",
+        )
 
 
 def _row(name: str, runs: list[Result]) -> list[str]:
@@ -243,8 +248,8 @@ def section(results: Results) -> Section:
              "Deviation given distance", "Deviation given 1 − softmax", "Wrong classes"],
             [_row(name, runs) for name, runs in groups.items()],
             "Rank correlation with the size of the error; AUROC for wrong classes; given another score: partial "
-            f"correlation of ranks. The values behind the deviation rebuild the logits up to {plain(rebuilt, 2)} of the "
-            "largest.",
+            f"correlation of ranks. In the plane the values behind the deviation rebuild the logits up to "
+            f"{plain(rebuilt, 2)} of the largest.",
         ),
         table(
             "Kernels that the formula could mean, in the plane",

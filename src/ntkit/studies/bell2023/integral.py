@@ -31,11 +31,11 @@ from ntkit.studies.study import Result, Results, Section, StudyPart, Work, curve
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
-TEST = 10
+TEST = 6
 SHRINK = (1, 2, 4, 8)  # the step size is divided by these, their number multiplied
 POINTS = (1, 2, 4, 8, 16, 32)  # midpoints per step
 FITTED = POINTS[1:5]  # of the order of their error: past the first, before the converged integral's own error
-CONVERGED = {"tanh": ("gauss", 16), "relu": ("midpoint", 100)}
+CONVERGED = {"tanh": ("gauss", 12), "relu": ("midpoint", 50)}
 
 
 def parts(work: Work) -> Iterator[StudyPart]:
@@ -112,8 +112,8 @@ def claims(results: Results) -> Iterator[Claim]:
     least = {name: min(r["sizes"][0]["least rank correlation"] for r in runs) for name, runs in groups.items()}
     gaps = {name: mean(np.log10(single[name]) - np.log10(sums[name])) for name in groups}
     texts = [
-        f"{plane.LABELS[name]}: single ones {mean(single[name]):.2g} of their size, sums {plain(max(sums[name]), 2)} of "
-        f"the largest logit, least rank correlation {least[name]:.4f}"
+        f"{plane.LABELS[name]}: single ones {mean(single[name]):.2g} of their size, sums {plain(max(sums[name]), 2)} "
+        f"of the largest logit, least rank correlation {least[name]:.4f}"
         for name in groups
     ]
     yield Claim(

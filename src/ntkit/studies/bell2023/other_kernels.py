@@ -26,7 +26,7 @@ from ntkit.studies.bell2023.bell_setting import (
     summed_changes,
 )
 from ntkit.studies.claim import Bound, Claim, Condition, Estimate, mean
-from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, table
+from ntkit.studies.study import Item, Result, Results, StudyPart, Work, table
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
@@ -124,8 +124,7 @@ def _along(model: nn.Module, place: Mapping[str, Tensor], x: Tensor, direction: 
     """The Jacobian of the outputs for `x` times a direction of the parameters, [m, C]."""
     with warnings.catch_warnings():  # on its first use jvp calls functions that torch itself deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
-        call: Callable[..., Tensor] = lambda values: functional_call(model, values, (x,))  # noqa: E731
-        return jvp(call, (dict(place),), (dict(direction),))[1].detach()
+        return jvp(lambda values: functional_call(model, values, (x,)), (dict(place),), (dict(direction),))[1].detach()
 
 
 def _against(model: nn.Module, place: Mapping[str, Tensor], x: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -165,7 +164,7 @@ class _Machine(nn.Module):
 
 
 def _trained(at: Learned, step: int) -> Callable[[Tensor], Tensor]:
-    """Train the network's first-order expansion around a step by the steps of the run; returns its change of outputs."""
+    """Train the network's first-order expansion around a step as the run did; returns its change of outputs."""
     at.run.load(at.model, step)
     machine = _Machine(at.model, at.x, _outputs(at, 0, at.x))
     start = linearized(at.model)
@@ -204,18 +203,20 @@ def claims(results: Results) -> Iterator[Claim]:
     for group, title in (
         (TANGENT, "The tangent kernel errs by orders of magnitude more than the exact representation"),
         (PATH, "Path kernels by one point per step, or of gradient flow, err by orders of magnitude more"),
-        (("after", "after trained"), "So does the after kernel"),
+        (("after", "after trained"), "The after kernel errs by orders of magnitude more than the exact representation"),
     ):
         gaps, texts = [], []
         for case, runs in results["formulations"].items():
             gaps += [mean(_logs(runs, name) - _exact(results, case)) for name in group]
             own = [f"{FORMULATIONS[name]} {_text(mean(_logs(runs, name)))}" for name in group]
-            texts.append(f"{plane.LABELS.get(case, case)}: {', '.join(own)}, exact {_text(mean(_exact(results, case)))}")
+            own.append(f"exact {_text(mean(_exact(results, case)))}")
+            texts.append(f"{plane.LABELS.get(case, case)}: {', '.join(own)}")
         words = "every paired difference of logarithms from the exact form’s is"
         conditions = [Condition(words, gaps, Bound("over", _ORDERS, errors=SURE))]
         yield Claim(title, "; ".join(texts), conditions, protocol, further="after" in group)
     for better, worse, title, further in (
-        ("left", "trained", "Path kernels are nearer than the tangent kernel", False),
+        ("left", "trained", "The path kernel by one point per step is nearer than the tangent kernel", False),
+        ("both", "trained", "The path kernel of gradient flow, on these steps, is nearer than the tangent kernel", False),
         ("trained", "initial", "A trained linearized network is nearer than initial gradients with the network’s "
          "slopes", True),
         ("after", "initial", "The after kernel is nearer than initial gradients, both with the network’s slopes", True),

@@ -11,6 +11,7 @@ The mean over steps of k_s, summed over outputs, is the scalar kernel whose post
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,21 +30,28 @@ class Own(NamedTuple):
     train: Tensor  # [n, n]
     cross: Tensor  # [m, n]: the values that the representation itself adds up
     own: Tensor  # [m]: of each new point with itself
-    rebuilt: Tensor  # [m, C]: initial outputs plus values times slopes, step by step
+    rebuilt: Tensor  # [m, C]: initial outputs plus values times slopes, over the steps that were taken
 
 
 def own_kernel(
-    model: nn.Module, run: Trajectory, data: tuple[Tensor, Tensor], lr: float, x: Tensor, rule: str, nodes: int
+    model: nn.Module,
+    run: Trajectory,
+    data: tuple[Tensor, Tensor],
+    lr: float,
+    x: Tensor,
+    nodes: int,
+    every: int = 1,
 ) -> Own:
-    """Training points at the start of each step, new points `x` along it by a rule's nodes.
+    """Training points at the start of each step, new points `x` along it by so many midpoints.
 
-    The run is full-batch gradient descent on the mean cross-entropy of `data`, every step recorded.
+    The mean is over every step, or over each `every`-th. The run is full-batch gradient descent on the mean
+    cross-entropy of `data`, every step recorded.
     """
-    steps, total = run.steps[-1], [torch.zeros((), dtype=x.dtype, device=x.device)] * 4
-    for before, after in states(run, model, x):
+    steps, total = len(range(0, run.steps[-1], every)), [torch.zeros((), dtype=x.dtype, device=x.device)] * 4
+    for before, after in islice(states(run, model, x), 0, None, every):
         start = gradients(model, before, data[0])
         flat = start.flatten(1)
-        mean, squares = _along(model, before, after, x, rule, nodes)
+        mean, squares = _along(model, before, after, x, nodes)
         pull = -lr * torch.einsum("icp,ic->p", start, slopes(model, before, *data))
         added = (flat @ flat.T / steps, mean.flatten(1) @ flat.T / steps, squares / steps, mean @ pull)
         total = [sum_ + value for sum_, value in zip(total, added, strict=True)]
@@ -54,19 +62,19 @@ def own_kernel(
 
 
 def _along(
-    model: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], x: Tensor, rule: str, nodes: int
+    model: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], x: Tensor, nodes: int
 ) -> tuple[Tensor, Tensor]:
     """Mean gradients along a step [m, C, P], and mean squared norm of them [m]."""
     mean: Any = 0.0
     squares: Any = 0.0
-    for t, weight in zip(*nodes_of(rule, nodes), strict=True):
+    for t, weight in zip(*nodes_of("midpoint", nodes), strict=True):
         here = gradients(model, between(before, after, float(t)), x)
         mean, squares = mean + float(weight) * here, squares + float(weight) * here.square().sum((1, 2))
     return mean, squares
 
 
 def posterior(values: Own) -> tuple[Tensor, Tensor]:
-    """Posterior deviation of each new point, and the share of its gradients outside the training points' span: [m] each.
+    """Posterior deviation of new points, and the share of their gradients outside the training points' span: [m] each.
 
     The Gaussian process with this kernel, with a ridge as `ntkit.novelty` adds it.
     """
@@ -97,40 +105,39 @@ def definiteness(
 ) -> Definiteness:
     """Symmetry and eigenvalues, all pairs of outputs: matrices of (n + m) C rows."""
     everything, n = torch.cat([data[0], x]), len(data[0])
-    least, asymmetries, jumps, whole, single, changed = [], [], [], [], [], []
-    first_slopes = None
+    least, asymmetries, jumps, whole, used, pulls = [], [], [], [], [], []
     for before, after in states(run, model, x):
         start = gradients(model, before, everything)
         mean: Any = 0.0
         square: Any = 0.0
         for t, weight in zip(*nodes_of(rule, nodes), strict=True):
             here = gradients(model, between(before, after, float(t)), everything)
-            rows = here[n:].flatten(0, 1)
-            mean, square = mean + float(weight) * here, square + float(weight) * rows @ rows.T
-        a, b, new = start[:n].flatten(0, 1), mean[n:].flatten(0, 1), mean.flatten(0, 1)
+            new = here[n:].flatten(0, 1)
+            mean, square = mean + float(weight) * here, square + float(weight) * new @ new.T
+        a, b, along = start[:n].flatten(0, 1), mean[n:].flatten(0, 1), mean.flatten(0, 1)
         whole.append(torch.cat([torch.cat([a @ a.T, a @ b.T], 1), torch.cat([b @ a.T, square], 1)]))
         least.append(_least(whole[-1]))
-        asymmetries.append(_asymmetry(new @ start.flatten(0, 1).T))
-        jumps.append(float((new[: len(a)] @ a.T - a @ a.T).norm() / (a @ a.T).norm()))
-        pull = -lr * slopes(model, before, *data).flatten()
-        first_slopes = pull if first_slopes is None else first_slopes
-        single.append(torch.cat([a @ a.T, b @ a.T]) * (pull / first_slopes))
-        changed.append(b @ a.T @ pull)
-    one = torch.stack(single).sum(0)
-    symmetric = torch.linalg.eigvalsh((one[: len(a)] + one[: len(a)].T) / 2)
+        asymmetries.append(_asymmetry(along @ start.flatten(0, 1).T))
+        jumps.append(float((along[: len(a)] @ a.T - a @ a.T).norm() / (a @ a.T).norm()))
+        used.append(torch.cat([a @ a.T, b @ a.T]))
+        pulls.append(-lr * slopes(model, before, *data).flatten())
+    rows = len(pulls[0])
+    one = torch.stack([values * (pull / pulls[0]) for values, pull in zip(used, pulls, strict=True)]).sum(0)
+    symmetric = torch.linalg.eigvalsh((one[:rows] + one[:rows].T) / 2)
+    changes = [values[rows:] @ pull for values, pull in zip(used, pulls, strict=True)]
     with torch.no_grad():
         first, last = (
             functional_call(model, {name: v.to(x.device) for name, v in run.state(step).items()}, (x,))
             for step in (0, run.steps[-1])
         )
-    rebuilt = first.flatten() + torch.stack(changed).sum(0), first.flatten() + one[len(a) :] @ first_slopes
+    rebuilt = first.flatten() + torch.stack(changes).sum(0), first.flatten() + one[rows:] @ pulls[0]
     missed = [float((r - last.flatten()).abs().max() / last.abs().max()) for r in rebuilt]
     return Definiteness(
         min(least),
         _least(torch.stack(whole).mean(0)),
         float(np.mean(asymmetries)),
         float(np.mean(jumps)),
-        _asymmetry(one[: len(a)]),
+        _asymmetry(one[:rows]),
         float(symmetric[0] / symmetric[-1]),
         *missed,
     )
@@ -164,4 +171,3 @@ def rank_correlations(score: Tensor, distance: Tensor, error: Tensor) -> dict[st
     both, own, other = float(c[0, 1]), float(c[0, 2]), float(c[1, 2])
     beyond = (own - both * other) / ((1 - both**2) * (1 - other**2)) ** 0.5
     return {"score": own, "distance": other, "both": both, "beyond": beyond}
-

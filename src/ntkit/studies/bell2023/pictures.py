@@ -180,8 +180,11 @@ def recipe_claims(results: Results) -> Iterator[Claim]:
     if not runs:
         return
     for kind, title in (
-        ("float64", "The same for momentum, weight decay, Adam, schedules, clipping and minibatches"),
-        ("float32", "In single precision the residual is rounding, too"),
+        (
+            "float64",
+            "Momentum, weight decay, Adam, schedules, clipping and minibatches have an exact representation, too",
+        ),
+        ("float32", "With these optimizers the residual is rounding in single precision, too"),
     ):
         dtype = getattr(torch, kind)
         residuals = [r.numbers[f"secant {kind}"] for r in runs]
@@ -228,14 +231,10 @@ def section(results: Results, name: str) -> Section:
         f"{len(runs)} seeds: {plain(error, 2)} of the largest logit (slope − 1: {plain(slope_off, 2)}).",
         "x": "network logit",
         "y": "kernel prediction",
-        "panels": [
-            {"heading": words, "x": f"images/{name}/network", "y": array} for words, array in shown.values()
-        ],
+        "panels": [{"heading": words, "x": f"images/{name}/network", "y": array} for words, array in shown.values()],
     }
     nodes = results["nodes"][name]
-    values = {
-        (rule, n): mean(relative(nodes, f"{rule} {n}")).value for rule in ("left", "midpoint") for n in s.nodes
-    }
+    values = {(rule, n): mean(relative(nodes, f"{rule} {n}")).value for rule in ("left", "midpoint") for n in s.nodes}
     kinds = (("left", "left end points"), ("midpoint", "midpoints"))
     curves = [curve(words, s.nodes, [values[rule, n] for n in s.nodes]) for rule, words in kinds]
     curves.append(curve("secant (no nodes)", [1, s.nodes[-1]], [error] * 2, dash="dash"))

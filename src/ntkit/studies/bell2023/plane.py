@@ -35,7 +35,7 @@ TRAIN, TEST, WIDTH, LR = 30, 20, 32, 0.5
 REACH = 3.0  # the maps show [-REACH, REACH]^2
 CENTERS = ((0.0, 1.2), (-1.1, -0.7), (1.1, -0.7))
 SPREAD = 0.5
-MAP_NODES = 2  # midpoints per step for the values of the kernel
+MAP_NODES = 1  # midpoints per step for the values of the kernel
 NEAR, FAR = SPREAD, 3 * SPREAD  # distances to the nearest training point
 LEFT = (1, 10, 100)
 MIDPOINT = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -99,7 +99,7 @@ def _maps(work: Work, activation: str, seed: int) -> Result:
     numbers: dict[str, Any] = {"errors": errors(rebuilt, exact.prediction)}
     numbers |= {f"agree {name}": float((arrays["network"] == arrays[name]).mean()) for name in ("kernel", "ntk")}
     if seed == 0:
-        own = own_kernel(model, run, (x, y), LR, points, "midpoint", MAP_NODES)
+        own = own_kernel(model, run, (x, y), LR, points, MAP_NODES)
         deviation, outside = posterior(own)
         for name, values in (("deviation", deviation), ("norm", own.own.sqrt()), ("outside", outside)):
             arrays[name] = values.reshape(shape).cpu().numpy()
@@ -186,16 +186,16 @@ def sections(results: Results) -> list[Section]:
         *(_rule_figure(name, runs[name]) for name in runs),
         _map(
             "Regions: which output is largest",
-            f"Network and kernel machine agree on {100 * numbers['agree kernel']:.2f} % of the map; with initial gradients "
-            f"{100 * numbers['agree ntk']:.1f} %. ReLU, one seed.",
+            f"Network and kernel machine agree on {100 * numbers['agree kernel']:.2f} % of the map; with initial "
+            f"gradients {100 * numbers['agree ntk']:.1f} %. ReLU, one seed.",
             ("the network", "network", "classes"),
             ("the kernel machine", "kernel", "classes"),
             ("with initial gradients", "ntk", "classes"),
         ),
         _map(
             "How novel is a point, by the representation’s own kernel?",
-            f"Training points at the start of each step, new points along it. The deviation averages {numbers['deviation_near']:.1f} near training points and "
-            f"{numbers['deviation_far']:.1f} far from them.",
+            "Training points at the start of each step, new points along it. The deviation averages "
+            f"{numbers['deviation_near']:.1f} near training points and {numbers['deviation_far']:.1f} far from them.",
             ("prior deviation, √k(x, x)", "norm", "ramp"),
             ("posterior deviation", "deviation", "ramp"),
             ("gradient outside the span, share", "outside", "ramp"),

@@ -88,8 +88,8 @@ def claims(results: Results) -> Iterator[Claim]:
                 f"{plain(mean([r[f'{kind} mean'] for r in numbers]).value, 2)}; gradients at the start of each step: "
                 f"error {mean([r['left'] for r in numbers]):.2g}",
                 conditions,
-                f"{count:,} parameters, {s.large_train:,} images, {s.large_steps} steps on minibatches of {BATCH}, test "
-                f"accuracy {mean([r['accuracy'] for r in numbers]):.2f}, {len(runs)} seeds",
+                f"{count:,} parameters, {s.large_train:,} images, {s.large_steps} steps on minibatches of {BATCH}; "
+                f"test accuracy {mean([r['accuracy'] for r in numbers]):.2f}, {len(runs)} seeds",
             )
 
 
