@@ -216,7 +216,7 @@ def claims(results: Results) -> Iterator[Claim]:
         yield Claim(title, "; ".join(texts), conditions, protocol, further="after" in group)
     for better, worse, title, further in (
         ("left", "trained", "The path kernel by one point per step is nearer than the tangent kernel", False),
-        ("both", "trained", "The path kernel of gradient flow, on these steps, is nearer than the tangent kernel", False),
+        ("both", "trained", "The path kernel of gradient flow, on such steps, is nearer than the tangent one", False),
         ("trained", "initial", "A trained linearized network is nearer than initial gradients with the network’s "
          "slopes", True),
         ("after", "initial", "The after kernel is nearer than initial gradients, both with the network’s slopes", True),
