@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report.words import plain
@@ -16,7 +17,6 @@ from ntkit.studies.bell2023 import plane
 from ntkit.studies.bell2023.bell_setting import (
     ROUNDING,
     SURE,
-    between,
     gradients,
     nodes_of,
     order,
@@ -61,10 +61,17 @@ def contributions(
     for before, after in states(run, model, x):
         pulls = -lr * torch.einsum("icp,ic->ip", gradients(model, before, data[0]), slopes(model, before, *data))
         for rule in rules:
-            for t, weight in zip(*nodes_of(*rule), strict=True):
-                here = gradients(model, between(before, after, float(t)), x)
-                total[rule] = total[rule] + float(weight) * (here @ pulls.T)
+            total[rule] = total[rule] + _mean_gradients(model, before, after, x, *rule) @ pulls.T
     return total
+
+
+def _mean_gradients(
+    model: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], x: Tensor, rule: str, nodes: int
+) -> Tensor:
+    """Gradients averaged over the nodes of a step, all of them at once, [m, C, P]."""
+    t, weights = (torch.as_tensor(values).to(x) for values in nodes_of(rule, nodes))
+    places = {name: start + t.view(-1, *[1] * start.dim()) * (after[name] - start) for name, start in before.items()}
+    return torch.einsum("t,tmcp->mcp", weights, vmap(lambda at: gradients(model, at, x))(places))
 
 
 def _compare(work: Work, activation: str, seed: int) -> Result:
