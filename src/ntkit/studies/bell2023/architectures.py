@@ -127,7 +127,7 @@ def claims(results: Results) -> Iterator[Claim]:
         "largest relative residual: "
         + ", ".join(f"{name} {plain(max(relative(runs, 'secant')), 2)}" for name, runs in groups.items()),
         [Condition("in units of the rounding of the sum every residual is", units, ROUNDING),
-         Condition("the fall of the loss of each model in training", falls,
+         Condition("the fall of each model’s loss in training is", falls,
                    Bound("over", 0, errors=SURE))],
         f"float64, {len(next(iter(groups.values())))} seeds each; relative to the largest logit; rounding: √(steps x "
         "examples) x 2⁻⁵²",

@@ -53,13 +53,13 @@ def _rebuilt(work: Work, name: str, seed: int) -> Result:
             model, (data.x.to(dtype), data.y), cross_entropy, sgd(LR), s.large_steps, batch_size=BATCH, seed=seed,
             resume=True, path=work.trajectory(f"realistic-{name}-{kind}-seed-{seed}"),
         )  # fmt: skip
-        folder = work.folder / "runs" / f"realistic-{name}-{kind}-seed-{seed}" / "accounting"
-        exact = PathKernel(run).decompose(data.x_test.to(dtype), path=folder)
+        folder = work.folder / "runs" / f"realistic-{name}-{kind}-seed-{seed}"  # a stopped sweep goes on from there
+        exact = PathKernel(run).decompose(data.x_test.to(dtype), path=folder / "accounting")
         missed = exact.residual.abs() / exact.prediction.abs().max()
         numbers |= {kind: exact.error, f"{kind} mean": float(missed.mean()), f"{kind} replay": exact.bitwise}
         if dtype == torch.float64:
             numbers |= {
-                "left": PathKernel(run, integration="left").decompose(data.x_test).error,
+                "left": PathKernel(run, integration="left").decompose(data.x_test, path=folder / "left").error,
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "loss": float(run.losses[-10:].mean()),
                 "accuracy": accuracy(exact.prediction, data.y_test),
