@@ -155,7 +155,8 @@ def claims(results: Results) -> Iterator[Claim]:
                 f"The path kernel’s posterior tells them better than {words}, {name}",
                 "; ".join(texts),
                 [Condition("for both kinds the gain is", gaps, CLEAR)],
-                f"path kernel with both points along each step; of the baselines the best for each kind; {len(runs)} seeds",
+                "path kernel with both points along each step; of the baselines the best for each kind; "
+                f"{len(runs)} seeds",
                 further=True,
             )
 
