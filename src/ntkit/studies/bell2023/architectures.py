@@ -20,7 +20,7 @@ TRAIN, TEST, LR = 60, 10, 0.1
 PIXELS, CLASSES = 8, 10
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Two dense layers around which the input goes, behind a layer norm."""
 
     def __init__(self, width: int) -> None:
@@ -80,7 +80,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
         nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, CLASSES)
     ),
     "residual, layer norm, GELU": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(PIXELS**2, 24), Residual(24), Residual(24), nn.Linear(24, CLASSES)
+        nn.Flatten(), nn.Linear(PIXELS**2, 24), ResidualBlock(24), ResidualBlock(24), nn.Linear(24, CLASSES)
     ),
     "transformer": Attention,
     "recurrent (GRU)": Recurrent,

@@ -19,6 +19,12 @@ from ntkit.studies.claim import Bound, Claim, Condition, mean
 from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, table
 
 RULES = {"tanh": ("gauss", 16), "relu": ("midpoint", 20)}  # of the matrices whose eigenvalues are judged
+READINGS = {
+    "both_roles": "every point in both roles: asymmetry",
+    "jump": "training points asked as new ones: change of the values",
+    "single": "one kernel with ratios of slopes: asymmetry",
+    "single_least": "one kernel: smallest eigenvalue over the largest",
+}
 TOP = 10  # examples
 EVERY = 5  # on images the posterior's kernel is the mean over each fifth step
 _NODES = 2  # midpoints per step for the posterior
@@ -226,39 +232,39 @@ def claims(results: Results) -> Iterator[Claim]:
         )
 
 
-def _row(name: str, runs: list[Result]) -> list[str]:
-    cells = [name]
-    for what in ("deviation", "distance", "doubt"):
-        key = {"deviation": "score"}.get(what, what)
-        area = _of(runs, f"auroc {what}")
-        cells += [f"{mean(_of(runs, key)):.2f}", f"{mean(area):.2f}" if area else "–"]
-    beyond = [f"{mean(_of(runs, key)):.2f}" for key in ("beyond", "beyond doubt")]
-    return [*cells, *beyond, f"{100 * mean(_of(runs, 'wrong')).value:.1f} %"]
+def _rows(name: str, runs: list[Result]) -> Iterator[list[str]]:
+    wrong = f"{100 * mean(_of(runs, 'wrong')).value:.1f} % wrong"
+    for what, words in (("deviation", "posterior deviation"), ("distance", "distance"), ("doubt", "1 − softmax")):
+        own, area = _of(runs, {"deviation": "score"}.get(what, what)), _of(runs, f"auroc {what}")
+        given = (
+            [f"{mean(_of(runs, key)):.2f}" for key in ("beyond", "beyond doubt")] if what == "deviation" else ["–"] * 2
+        )
+        yield [f"{name} ({wrong}), {words}", f"{mean(own):.2f}", f"{mean(area):.2f}" if area else "–", *given]
 
 
 def section(results: Results) -> Section:
     """Scores against errors."""
     groups = {plane.LABELS.get(name, name): runs for name, runs in results["posterior"].items()}
+    definite = results["definite"]
     rebuilt = max(value for runs in groups.values() for value in _of(runs, "rebuilt"))
     items: list[Item] = [
         table(
             "Which score tells the network’s errors?",
-            ["Network", *(f"{score}, {what}" for score in ("Posterior deviation", "Distance", "1 − softmax")
-                          for what in ("rank correlation", "AUROC")),
-             "Deviation given distance", "Deviation given 1 − softmax", "Wrong classes"],
-            [_row(name, runs) for name, runs in groups.items()],
+            ["Network, score", "Rank correlation", "AUROC", "Given distance", "Given 1 − softmax"],
+            [row for name, runs in groups.items() for row in _rows(name, runs)],
             "Rank correlation with the size of the error; AUROC for wrong classes; given another score: partial "
             f"correlation of ranks. In the plane the values behind the deviation rebuild the logits up to "
             f"{plain(rebuilt, 2)} of the largest.",
         ),
         table(
             "Kernels that the formula could mean, in the plane",
-            ["Network", "Smallest eigenvalue / rounding", "Both roles: asymmetry", "Held or not: change",
-             "One kernel: asymmetry", "One kernel: smallest / largest eigenvalue"],
-            [[plane.LABELS[name], plain(min(_of(runs, "least")), 2),
-              *(f"{mean(_of(runs, what)):.2g}" for what in ("both_roles", "jump", "single", "single_least"))]
-             for name, runs in results["definite"].items()],
-            "The first column is the representation’s own kernel, with training points held at the start of each step.",
+            ["Reading", *(plane.LABELS[name] for name in definite)],
+            [["own kernel: smallest eigenvalue over rounding, at least",
+              *(plain(min(_of(runs, "least")), 2) for runs in definite.values())]]
+            + [[words, *(f"{mean(_of(runs, what)):.2g}" for runs in definite.values())]
+               for what, words in READINGS.items()],
+            "The own kernel has training points held at the start of each step. Asymmetry and change are relative to "
+            "the norm of the values.",
         ),
     ]  # fmt: skip
     return Section(

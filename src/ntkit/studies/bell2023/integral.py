@@ -129,8 +129,8 @@ def claims(results: Results) -> Iterator[Claim]:
         [Condition("the sums’ distance for tanh, in units of the rounding of the sum, is", units, ROUNDING),
          Condition("for both networks the logarithm of the terms’ distance over the sums’ is", list(gaps.values()),
                    Bound("over", 0, errors=SURE))],
-        f"integral by {CONVERGED['tanh'][1]} Gauss–Legendre nodes (tanh) and {CONVERGED['relu'][1]} midpoints (ReLU); "
-        f"{TEST} new points",
+        f"integral by {CONVERGED['tanh'][1]} Gauss–Legendre nodes (tanh) and {CONVERGED['relu'][1]} midpoints (ReLU, "
+        f"whose sums miss by the integral’s own error); {TEST} new points",
         further=True,
     )  # fmt: skip
     shrinks = [size["shrink"] for size in groups["tanh"][0]["sizes"]]

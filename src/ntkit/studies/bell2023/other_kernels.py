@@ -240,15 +240,14 @@ def item(results: Results) -> Item:
     groups = results["formulations"]
     rows = [
         [words, *(f"{mean([r.numbers[name]['relative'] for r in runs]):.2g}" for runs in groups.values()),
-         *(f"{100 * mean([r.numbers[name]['agree'] for r in runs]).value:.0f} %" for runs in groups.values())]
+         ", ".join(f"{100 * mean([r.numbers[name]['agree'] for r in runs]).value:.0f} %" for runs in groups.values())]
         for name, words in FORMULATIONS.items()
     ]  # fmt: skip
     exact = [plain(float(10 ** _exact(results, case).max()), 2) for case in groups]
-    rows.insert(0, ["exact form (secant), at most", *exact, *(["100 %"] * len(groups))])
-    names = [plane.LABELS.get(case, case) for case in groups]
+    rows.insert(0, ["exact form (secant), at most", *exact, ", ".join(["100 %"] * len(groups))])
     return table(
         "Formulations that are not exact: error of the outputs, and share of the test points with the same class",
-        ["Formulation", *(f"error, {name}" for name in names), *(f"same class, {name}" for name in names)],
+        ["Formulation", *(plane.LABELS.get(case, case) for case in groups), "Same class"],
         rows,
         "Largest error over test points and outputs, relative to the largest output; mean over "
         f"{len(next(iter(groups.values())))} seeds ± standard error. A trained machine has its own slopes.",
