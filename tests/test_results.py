@@ -11,6 +11,8 @@ import pytest
 from ntkit.base.files import read_arrays, read_json
 from ntkit.base.integrity import fingerprint
 from ntkit.commands.verify import verify
+from ntkit.studies import bell2023
+from ntkit.studies.bell2023 import other_kernels
 from ntkit.studies.claim import as_markdown
 from ntkit.studies.jacot2018 import definiteness, outputs_at_start
 from ntkit.studies.study import Sizes, Work
@@ -39,7 +41,7 @@ def test_committed_claims_are_those_of_the_parts(folder):
 
 
 def test_some_results_are_committed():
-    assert "long2021" in [folder.name for folder in FOLDERS]
+    assert {"jacot2018", "long2021", "bell2023", "tsai2023"} <= {folder.name for folder in FOLDERS}
 
 
 def test_cheap_numbers_of_jacot2018_come_out_again(tmp_path):
@@ -51,3 +53,12 @@ def test_cheap_numbers_of_jacot2018_come_out_again(tmp_path):
     found = definiteness._eigenvalues(work).numbers
     for name in definiteness.DEFINITE:
         np.testing.assert_allclose(found[name], stored[name], rtol=1e-9)
+
+
+def test_a_cheap_number_of_bell2023_is_the_committed_one(tmp_path):
+    folder = next(folder for folder in FOLDERS if folder.name == "bell2023")
+    work = Work(bell2023.SCALES["quick"], bell2023.STUDY.seeds, ["digits"], tmp_path)
+    part = next(part for part in other_kernels.parts(work) if part.name == "formulations-tanh-seed-1")
+    again, committed = work.result(part).numbers, read_json(folder / "parts" / f"{part.name}.json")["numbers"]
+    for name in other_kernels.FORMULATIONS:
+        assert again[name]["relative"] == pytest.approx(committed[name]["relative"], rel=1e-6)

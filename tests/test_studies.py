@@ -13,12 +13,9 @@ import torch
 import ntkit
 from ntkit.base.checks import Refused
 from ntkit.base.files import read_arrays
-from ntkit.report import render
-from ntkit.studies import bell2023 as bell
 from ntkit.studies import kopitkov2019 as kopitkov
-from ntkit.studies.bell2023 import bell_setting, contributions, pictures, plane, removal, unseen
 from ntkit.studies.claim import Between, Bound, Claim, Condition, Estimate, Order, Within, mean
-from ntkit.studies.study import Result, Section, Sizes, Study, StudyPart, Work, curve, lines, table
+from ntkit.studies.study import Result, Section, Sizes, Study, StudyPart, curve, lines, table
 
 TOY = Sizes(side=6, width=8, steps=24, lr=0.05, decay=8, k=12, top=5, points=30, digit_steps=20)
 
@@ -124,129 +121,6 @@ def test_mnist_where_its_files_are_at_hand(shared_data, tmp_path):
         f"The same with sgd, on {name}" for name in ("digits", "mnist")
     ]
     assert (place / "runs" / "mnist-sgd-seed-0" / "track" / "track.html").exists()
-
-
-# ---------------------------------------------------------------------- bell2023
-
-SMALL = Sizes(
-    plane_steps=2, side=5, direct=1, nodes=(1, 2), probed=3, pixels=8, width=2, train=50, test=6, steps=5, lr=0.2,
-    other_steps=4, removals=2, shares=(0.04, 0.08), draws=2, unseen=12, unseen_steps=4,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def bell_folder(tmp_path_factory):
-    place, said = tmp_path_factory.mktemp("bell") / "run", []
-
-    def stop(line):
-        said.append(line)
-        if "removed" in line:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bell, "STUDY", small(bell, SMALL))
-        patch.setattr(pictures, "RECIPES", {name: pictures.RECIPES[name] for name in ("momentum", "adamw")})
-        with pytest.raises(KeyboardInterrupt):
-            ntkit.study("bell2023", out=place, say=stop)
-        assert not (place / "results.json").exists()
-        first = list(said)
-        ntkit.study("bell2023", out=place, say=said.append)
-        assert said[len(first)] == first[-1]  # the stopped part is computed again, nothing else
-        assert len(set(said)) == len(said) - 1
-        before = (place / "results.json").read_bytes()
-        again: list[str] = []
-        ntkit.study("bell2023", out=place, say=again.append)
-        assert (place / "results.json").read_bytes() == before  # same run, same bytes
-        assert not again
-        with pytest.raises(Refused, match="another run"):
-            ntkit.study("bell2023", scale="paper", out=place)
-        patch.setattr(bell, "STUDY", small(bell, Sizes(**vars(SMALL) | {"steps": 6})))
-        with pytest.raises(Refused, match="another run"):
-            ntkit.study("bell2023", out=place)
-    return place
-
-
-def test_bell_has_numbers_verdicts_and_a_certificate(bell_folder):
-    results = json.loads((bell_folder / "results.json").read_text())
-    claims = results["claims"]
-    assert len(claims) == 19
-    assert all(c["claim"] and any(ch.isdigit() for ch in c["number"]) and c["how"] for c in claims)
-    assert all(c["holds"] in (True, False, None) for c in claims)
-    holds = {c["claim"]: c["holds"] for c in claims}
-    assert holds["A network trained by gradient descent is a kernel machine, to machine precision"]
-    assert holds["The same for momentum, weight decay, Adam, schedules, clipping and minibatches"]
-    assert holds["The kernel machine draws the network’s own regions in the plane"]
-    assert results["certificate"]["count"] == 2 * (2 + 1 + 2)  # two seeds: plane twice, digits, two optimisers
-    assert 0 < results["certificate"]["value"] < 1e-12
-    assert json.loads((bell_folder / "run.json").read_text())["status"] == "complete"
-
-
-def test_bell_shows_its_results(bell_folder):
-    results, arrays = (
-        json.loads((bell_folder / "results.json").read_text()),
-        read_arrays(bell_folder / "figures.safetensors"),
-    )
-    np.testing.assert_allclose(arrays["images/digits/secant"], arrays["images/digits/network"], atol=1e-12)
-    np.testing.assert_array_equal(arrays["maps/kernel"], arrays["maps/network"])
-    page = render(bell_folder).read_text()
-    for section in results["sections"]:
-        assert section["title"].split(":")[0] in page
-    assert page.index(results["certificate"]["cards"][0]["name"]) < page.index("What the paper claims")
-    work = Work(SMALL, (0, 1), ["digits"], bell_folder, progress=lambda line: pytest.fail("computed again"))
-    (part,) = contributions.parts(work)
-    for case in work.result(part).numbers["cases"]:
-        total = case["initial"] + sum(case["classes"])
-        assert total == pytest.approx(case["logit"], abs=1e-12)
-        assert case["over_time"]["logit"][-1] == pytest.approx(case["logit"], abs=1e-12)
-        assert case["over_time"]["own"][-1] == pytest.approx(case["classes"][case["predicted"]], abs=1e-12)
-
-
-def test_the_integral_along_the_steps_is_what_contributions_sum_to(tmp_path):
-    work = Work(SMALL, (0, 1), ["digits"], tmp_path)
-    model, run, _, _ = plane.trained(work, "relu", 3)
-    x = plane.clusters(5, 9)[0]
-    changes = bell_setting.summed_changes(model, run, x, [("left", 1), ("left", 2), ("midpoint", 1), ("gauss", 3)], 4)
-    for (rule, nodes), change in changes.items():
-        if (rule, nodes) != ("left", 2):
-            settings = {"integration": "left"} if rule == "left" else {"integration": "quadrature", "rule": rule}
-            parts = ntkit.PathKernel(run, nodes=nodes, **settings).decompose(x)
-            torch.testing.assert_close(parts.initial + change, parts.prediction + parts.residual, rtol=0, atol=1e-12)
-    halves = (changes["left", 1] + changes["midpoint", 1]) / 2  # two left end points: the left one and the middle
-    torch.testing.assert_close(changes["left", 2], halves, rtol=0, atol=1e-12)
-
-
-def test_removing_nothing_changes_nothing_and_weights_are_a_smaller_set(tmp_path):
-    work = Work(SMALL, (0, 1), ["digits"], tmp_path)
-    network = torch.from_numpy(work.result(pictures.rebuilt("digits", 0)).arrays["network"])
-    data = bell_setting.images(work, "digits", SMALL.train, SMALL.test)
-    torch.testing.assert_close(removal.retrained(work, data, torch.tensor([], dtype=torch.int64)), network)
-    keep = torch.arange(SMALL.train) >= 7
-    model = bell_setting.cnn(8, 10, SMALL.width, 0)
-    share = float(keep.double().mean())
-    ntkit.train(
-        model, (data.x[keep], data.y[keep]), lambda out, y: share * torch.nn.functional.cross_entropy(out, y),
-        bell_setting.sgd(SMALL.lr), SMALL.steps,
-    )  # fmt: skip
-    torch.testing.assert_close(removal.retrained(work, data, torch.arange(7)), model(data.x_test).detach())
-
-
-def test_orders_slopes_and_patches():
-    assert bell_setting.slope(
-        torch.tensor([[1.0, 2.0], [4.0, 0.0]]), torch.tensor([[3.0, 5.0], [9.0, 1.0]])
-    ) == pytest.approx(2)
-    assert bell_setting.order([2, 4], [1.0, 0.25]) == pytest.approx(2)
-    patches = unseen.patches(6, 8, seed=0)
-    assert patches.shape == (6, 1, 8, 8)
-    assert torch.equal(patches.amin((1, 2, 3)), torch.zeros(6).double())
-    assert torch.equal(patches.amax((1, 2, 3)), torch.ones(6).double())
-    assert torch.equal(patches, unseen.patches(6, 8, seed=0))
-    assert not torch.equal(patches, unseen.patches(6, 8, seed=1))
-    logits = torch.tensor([[3.0, 0, 0], [0, 1, 0], [0, 5, 0], [0, 0, 2]])
-    truth = torch.tensor([0, 1, 0, 2])
-    assert contributions.spread(logits, truth).tolist() == [2, 1, 3, 0]  # from the worst margin to the best
-    assert pictures.accuracy(logits, truth) == 0.75
-    assert math.isclose(pictures.cosine(0, 60), 0.2)
-    assert pictures.cosine(59, 60) < 1e-2
 
 
 # ---------------------------------------------------------------------- a new study: its experiments only

@@ -17,6 +17,7 @@ class ClaimResults(TypedDict):
     number: str
     holds: bool | None
     how: str
+    further: NotRequired[bool]
 
 
 class StudyResults(TypedDict):

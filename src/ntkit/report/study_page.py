@@ -83,6 +83,8 @@ def _page(folder: Path, results: dict[str, Any]) -> str:
     figures = [figure for group in groups for figure, _ in group["figures"]]
     figures += [f for part in parts for block in part["blocks"] for f, _ in block.get("figures", [])]
     certificate, about = results.get("certificate"), results.get("about", "")
+    claims = results.get("claims", [])
+    own, further = ([c for c in claims if c.get("further", False) is group] for group in (False, True))
     return page(
         "study.html",
         figures,
@@ -92,8 +94,10 @@ def _page(folder: Path, results: dict[str, Any]) -> str:
         about=about if certificate else "",
         certificate=certificate,
         r=results,
-        claims=results.get("claims", []),
-        verdict=_verdict(results.get("claims", [])),
+        claims=own,
+        verdict=_verdict(own),
+        further=further,
+        further_verdict=_verdict(further),
         groups=groups,
         parts=parts,
         terms=[name for name in results.get("terms", TERMS) if name in _MACROS],

@@ -161,17 +161,19 @@ class Claim:
     number: str
     conditions: Sequence[Condition] = ()  # none: the claim is not tested
     note: str = ""
+    further: bool = False  # the paper does not say it: listed apart
 
     def record(self) -> dict[str, Any]:
-        """The claim's entry in ``results.json``."""
+        """The claim's entry in ``results.json``; the key "further" is there for further claims alone."""
         rule = " and ".join(f"{c.words} {c.threshold}".strip() for c in self.conditions)
         how = "; ".join(text for text in (self.note, rule and f"holds if {rule}") if text)
         holds = all(c.holds() for c in self.conditions) if self.conditions else None
-        return {"claim": self.text, "number": self.number, "holds": holds, "how": how}
+        record = {"claim": self.text, "number": self.number, "holds": holds, "how": how}
+        return record | ({"further": True} if self.further else {})
 
 
 def as_markdown(title: str, claims: Sequence[dict[str, Any]]) -> str:
-    """The records of claims as a table: claim, number, verdict, rule.
+    """The records of claims as a table: claim, number, verdict, rule; further claims in a table of their own.
 
     >>> print(as_markdown("A paper", [Claim("It is small", "3e-16").record()]))
     # A paper
@@ -181,7 +183,13 @@ def as_markdown(title: str, claims: Sequence[dict[str, Any]]) -> str:
     | It is small | 3e-16 | – |  |
     <BLANKLINE>
     """
+    own, further = ([c for c in claims if c.get("further", False) is group] for group in (False, True))
+    text = f"# {title}\n\n{_table(own)}"
+    return text + (f"\n## Further, not in the paper\n\n{_table(further)}" if further else "")
+
+
+def _table(claims: Sequence[dict[str, Any]]) -> str:
     verdicts = {True: "yes", False: "no", None: "–"}
     cells = [(c["claim"], c["number"], verdicts[c["holds"]], c["how"]) for c in claims]
     rows = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in cells]
-    return "\n".join([f"# {title}", "", "| claim | measured | holds | how |", "|---|---|---|---|", *rows, ""])
+    return "\n".join(["| claim | measured | holds | how |", "|---|---|---|---|", *rows, ""])

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch.func import functional_call, jacrev, jvp, vmap
 from torch.nn import functional as F
 
 from ntkit.data import load
-from ntkit.kernels.path.decomposition import PathDecomposition
 from ntkit.kernels.path.integration import Integration, points
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.studies.claim import Bound
@@ -22,7 +22,10 @@ from ntkit.studies.study import Result, Work, device
 from ntkit.trajectory import Trajectory
 
 METHODS: dict[Integration, str] = {"secant": "exact (secant)", "left": "start of each step", "ntk": "initial gradients"}
-EXACT = Bound("at most", 1e-12)  # relative residual of a decomposition in float64
+ROUNDING = Bound("at most", 1)  # of an error in units of `rounding`
+SEEDS = (0, 1, 2, 3, 4)
+SURE = 2.78  # standard errors of a mean over five seeds beyond which Student's test rejects, two-sided at 5 %
+CLEAR = Bound("over", 0, errors=SURE)
 
 
 class Images(NamedTuple):
@@ -99,15 +102,12 @@ def summed_changes(
     dict
         [m, C] by rule; rules are "left", "midpoint" and "gauss".
     """
-    names = [name for name, _ in model.named_parameters()]
     total: dict[tuple[str, int], Any] = dict.fromkeys(rules, 0.0)
-    after = {name: run.state(0)[name].to(x.device) for name in names}
-    for step in range(run.steps[-1]):
-        before, after = after, {name: run.state(step + 1)[name].to(x.device) for name in names}
-        speed = {name: after[name] - before[name] for name in names}
+    for before, after in states(run, model, x):
+        speed = {name: after[name] - before[name] for name in before}
 
         def change(t: Tensor, before: Any = before, speed: Any = speed) -> Tensor:
-            place = {name: before[name] + t * speed[name] for name in names}
+            place = {name: before[name] + t * speed[name] for name in before}
             return jvp(lambda at: functional_call(model, at, (x,)), (place,), (speed,))[1]
 
         for rule, nodes in rules:
@@ -128,15 +128,19 @@ def nodes_of(rule: str, nodes: int) -> tuple[np.ndarray, np.ndarray]:
     return (np.arange(nodes) / nodes, np.full(nodes, 1 / nodes)) if rule == "left" else points(rule, nodes)
 
 
+def rounding(terms: int, dtype: torch.dtype = torch.float64) -> float:
+    """Error, relative to the largest output, that adding so many terms leaves when each addition is rounded at random.
+
+    >>> rounding(100) == 10 * 2.0**-52
+    True
+    """
+    return math.sqrt(terms) * torch.finfo(dtype).eps
+
+
 def errors(rebuilt: Tensor, prediction: Tensor) -> dict[str, float]:
     """Largest error of the rebuilt outputs: absolute, and relative to the largest output."""
     largest = float((rebuilt.cpu() - prediction.cpu()).abs().max())
     return {"largest": largest, "relative": largest / float(prediction.abs().max())}
-
-
-def decompositions(run: Trajectory, x: Tensor) -> dict[Integration, PathDecomposition]:
-    """Outputs for `x` as sums over the training examples, by each of `METHODS`."""
-    return {method: PathKernel(run, integration=method).decompose(x) for method in METHODS}
 
 
 def errors_by_rule(
@@ -171,6 +175,37 @@ def slope(network: Tensor, rebuilt: Tensor) -> float:
     """Least-squares slope of rebuilt outputs against the network's own, with an intercept."""
     a = network.flatten() - network.mean()
     return float(a @ (rebuilt.flatten() - rebuilt.mean()) / (a @ a))
+
+
+def gradients(model: nn.Module, at: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Jacobian of the outputs by all parameters, [m, C, P], by plain autograd: no code of a kernel is in it."""
+
+    def outputs(values: Mapping[str, Tensor], one: Tensor) -> Tensor:
+        return functional_call(model, dict(values), (one[None],))[0]
+
+    rows = vmap(jacrev(outputs), (None, 0))(dict(at), x)
+    return torch.cat([row.flatten(2) for row in rows.values()], 2).detach()
+
+
+def states(run: Trajectory, model: nn.Module, x: Tensor) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Parameters before and after each step, on the device of `x`. Every step must be recorded."""
+    names = [name for name, _ in model.named_parameters()]
+    after = {name: run.state(0)[name].to(x.device) for name in names}
+    for step in range(run.steps[-1]):
+        before, after = after, {name: run.state(step + 1)[name].to(x.device) for name in names}
+        yield before, after
+
+
+def between(before: Mapping[str, Tensor], after: Mapping[str, Tensor], t: float) -> dict[str, Tensor]:
+    """Parameters at a place of a step, 0 to 1."""
+    return {name: torch.lerp(before[name], after[name], t) for name in before}
+
+
+def slopes(model: nn.Module, at: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Derivatives of the mean cross-entropy by the outputs, [n, C]."""
+    with torch.no_grad():
+        shares = functional_call(model, dict(at), (x,)).softmax(1)
+    return (shares - F.one_hot(y, shares.shape[1]).to(shares)) / len(y)
 
 
 def order(nodes: Sequence[int], values: Sequence[float]) -> float:

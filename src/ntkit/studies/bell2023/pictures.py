@@ -7,34 +7,36 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report.words import plain
 from ntkit.studies.bell2023.bell_setting import (
-    EXACT,
     METHODS,
+    ROUNDING,
+    SURE,
     Images,
     cnn,
-    decompositions,
     errors,
     errors_by_rule,
     images,
     relative,
+    rounding,
     sgd,
     slope,
     weighted,
     weighted_cross_entropy,
 )
-from ntkit.studies.bell2023.plane import LABELS
-from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
+from ntkit.studies.claim import Bound, Claim, Condition, Order, mean
 from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, lines, table
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
 BATCH, OTHER_TEST = 32, 20
 AGREEMENT = 1e-3  # error, relative to the largest logit, up to which a rule agrees with the network
+FORMULATIONS_SHOWN = {"left": "start of each step", "trained": "linearized, trained", "after": "after kernel"}
 _AT_ONCE = 25  # nodes
 
 
@@ -70,20 +72,22 @@ RECIPES = {
 def parts(work: Work) -> Iterator[StudyPart]:
     """Rebuilt logits by data set; errors by number of nodes; the other optimizers, on digits."""
     yield from (rebuilt(name, seed) for name in work.sets for seed in work.seeds)
-    yield from (StudyPart("nodes", name, f"{name}-nodes", _nodes, (name,)) for name in work.sets)
+    for name in work.sets:
+        for seed in work.seeds:
+            yield StudyPart("nodes", name, f"{name}-nodes-seed-{seed}", _nodes, (name, seed))
     for name in RECIPES:
         for seed in work.seeds:
             yield StudyPart("recipes", name, f"optimizer-{name}-seed-{seed}", _optimizer, (name, seed))
 
 
 def rebuilt(name: str, seed: int) -> StudyPart:
-    """Rebuilt logits of a data set's test images: exact, by the left end point, by initial gradients."""
+    """Rebuilt logits of a data set's test images, in the exact form."""
     return StudyPart("images", name, f"{name}-seed-{seed}", _rebuilt, (name, seed))
 
 
 def learned(work: Work, name: str, seed: int) -> tuple[nn.Module, Trajectory, Images]:
     """Network, run and data: full-batch gradient descent, every step recorded."""
-    data = images(work, name, work.sizes.train, work.sizes.test)
+    data = images(work, name, work.sizes.train, work.sizes.test, seed=seed)
     model = cnn(data.x.shape[-1], int(data.y.max()) + 1, work.sizes.width, seed)
     run = train(
         model, (data.x, weighted(data.y)), weighted_cross_entropy, sgd(work.sizes.lr), work.sizes.steps, record="all",
@@ -94,28 +98,24 @@ def learned(work: Work, name: str, seed: int) -> tuple[nn.Module, Trajectory, Im
 
 def _rebuilt(work: Work, name: str, seed: int) -> Result:
     model, run, data = learned(work, name, seed)
-    by_method, arrays = {}, {}
-    rebuilt_by = decompositions(run, data.x_test)
-    exact = rebuilt_by["secant"]
-    for method, parts in rebuilt_by.items():
-        logits = parts.prediction + parts.residual
-        by_method[method] = errors(logits, parts.prediction) | {"slope": slope(parts.prediction, logits)}
-        arrays[method] = logits.numpy()
-    arrays |= {"network": exact.prediction.numpy(), "contributions": exact.contributions.numpy()}
+    exact = PathKernel(run).decompose(data.x_test)
+    logits = exact.prediction + exact.residual
     numbers = {
         "seed": seed,
-        "errors": by_method,
+        "errors": {"secant": errors(logits, exact.prediction) | {"slope": slope(exact.prediction, logits)}},
+        "terms": work.sizes.steps * work.sizes.train,
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": float(run.losses[-1]),
         "accuracy": accuracy(exact.prediction, data.y_test),
         "largest_output": float(exact.prediction.abs().max()),
     }
-    return Result(numbers, arrays)
+    arrays = {"network": exact.prediction, "secant": logits, "contributions": exact.of()}  # of the predicted output
+    return Result(numbers, {key: array.numpy() for key, array in arrays.items()})
 
 
-def _nodes(work: Work, name: str) -> Result:
-    """Error of the rebuilt logits against the number of nodes per step, for the first seed."""
-    model, run, data = learned(work, name, 0)
+def _nodes(work: Work, name: str, seed: int) -> Result:
+    """Error of the rebuilt logits against the number of nodes per step."""
+    model, run, data = learned(work, name, seed)
     rules = [(rule, n) for rule in ("left", "midpoint") for n in work.sizes.nodes]
     x = data.x_test[: work.sizes.probed]
     ends = _outputs(model, run, 0, x), _outputs(model, run, run.steps[-1], x)
@@ -124,8 +124,8 @@ def _nodes(work: Work, name: str) -> Result:
 
 def _optimizer(work: Work, name: str, seed: int) -> Result:
     """Errors of a run on digits under one recipe, in float64 and float32."""
-    recipe, numbers = RECIPES[name], {}
-    data = images(work, "digits", work.sizes.train, OTHER_TEST)
+    recipe, numbers = RECIPES[name], {"terms": work.sizes.other_steps * BATCH}
+    data = images(work, "digits", work.sizes.train, OTHER_TEST, seed=seed)
     for dtype in (torch.float64, torch.float32):
         kind = str(dtype).removeprefix("torch.")
         model = cnn(data.x.shape[-1], 10, work.sizes.width, seed).to(dtype)
@@ -153,112 +153,101 @@ def _outputs(model: nn.Module, run: Trajectory, step: int, x: Tensor) -> Tensor:
     return model(x)
 
 
+def in_units(runs: list[Result], method: str = "secant") -> list[float]:
+    """Largest error of each seed's rebuilt outputs over that of as many random roundings."""
+    return [error / rounding(r.numbers["terms"]) for error, r in zip(relative(runs, method), runs, strict=True)]
+
+
 def exactness_claims(results: Results) -> Iterator[Claim]:
-    """Residuals of all exact decompositions."""
-    residuals = {f"three clusters, {LABELS[name]}": relative(r, "secant") for name, r in results["plane"].items()}
-    residuals |= {name: relative(r, "secant") for name, r in results["images"].items()}
-    yield Claim(
-        "A network trained by gradient descent is a kernel machine, to machine precision",
-        "largest relative residual: " + ", ".join(f"{name} {plain(max(v), 2)}" for name, v in residuals.items()),
-        [Condition("every residual is", [v for of_one in residuals.values() for v in of_one], EXACT)],
-        "float64, secant form, every seed; relative to the largest logit",
-    )
+    """Residuals of the exact decompositions."""
     for name, runs in results["images"].items():
-        slopes = {m: [r.numbers["errors"][m]["slope"] for r in runs] for m in METHODS}
+        slopes = [abs(r.numbers["errors"]["secant"]["slope"] - 1) for r in runs]
+        units = [value / rounding(r.numbers["terms"]) for value, r in zip(slopes, runs, strict=True)]
         yield Claim(
             f"Kernel prediction against network logit lies on the diagonal, {name}",
-            f"slope − 1: {plain(max(abs(v - 1) for v in slopes['secant']), 2)} (exact); slope "
-            f"{mean(slopes['left']):.3f} with gradients at the start of each step, {mean(slopes['ntk']):.3f} with "
-            "those at initialization",
-            [Condition("every exact slope is", slopes["secant"], Within(EXACT.limit, of=1))],
-            "least squares over all logits of all test images",
+            f"largest distance of the slope from 1: {plain(max(slopes), 2)}; largest error "
+            f"{plain(max(relative(runs, 'secant')), 2)} of the largest logit; {len(runs)} seeds",
+            [Condition("every slope’s distance from 1, in units of the rounding of the sum, is", units, ROUNDING),
+             Condition("every error, in the same units, is", in_units(runs), ROUNDING)],
+            f"least squares over all logits of {results.work.sizes.test} test images; rounding: √(steps x examples) "
+            "x 2⁻⁵²",
+        )  # fmt: skip
+
+
+def recipe_claims(results: Results) -> Iterator[Claim]:
+    """Residuals of other optimizers in both precisions."""
+    runs = [r for of_one in results["recipes"].values() for r in of_one]
+    if not runs:
+        return
+    for kind, title in (
+        (
+            "float64",
+            "Momentum, weight decay, Adam, schedules, clipping and minibatches have an exact representation, too",
+        ),
+        ("float32", "With these optimizers the residual is rounding in single precision, too"),
+    ):
+        dtype = getattr(torch, kind)
+        residuals = [r.numbers[f"secant {kind}"] for r in runs]
+        units = [value / rounding(r.numbers["terms"], dtype) for value, r in zip(residuals, runs, strict=True)]
+        yield Claim(
+            title,
+            f"largest relative residual: {plain(max(residuals), 2)} ({kind}); {plain(max(units), 2)} of the rounding",
+            [Condition("in units of the rounding of the sum every residual is", units, ROUNDING)],
+            f"{len(results['recipes'])} optimizers, every seed",
+            further=True,
         )
-    double, single = (
-        max(r.numbers[f"secant {kind}"] for runs in results["recipes"].values() for r in runs)
-        for kind in ("float64", "float32")
-    )
-    yield Claim(
-        "The same for momentum, weight decay, Adam, schedules, clipping and minibatches",
-        f"largest relative residual: {plain(double, 2)} (float64)",
-        [Condition("it is", [double], EXACT)],
-        f"not in the paper; {len(results['recipes'])} optimizers, every seed",
-    )
-    yield Claim(
-        "In single precision the residual is rounding, too",
-        f"largest relative residual: {plain(single, 2)} (float32)",
-        [Condition("it is", [single], Bound("at most", 1e-5))],
-        "the same optimizers",
-    )
-
-
-def other_gradient_claims(results: Results) -> Iterator[Claim]:
-    """Left end points and initial gradients against the integral."""
-    ratios, texts = [], []
-    for name, runs in {**results["plane"], **results["images"]}.items():
-        fine_runs = results["nodes"].get(name, runs)
-        measured = "midpoint 200" in fine_runs[0].numbers["errors"]
-        fine = max(relative(fine_runs, "midpoint 200")) if measured else None
-        left, ntk = relative(runs, "left"), relative(runs, "ntk")
-        addition = f" (200 nodes: {plain(fine, 2)})" if fine else ""
-        texts.append(f"{LABELS.get(name, name)}: {mean(left):.3f} and {mean(ntk):.2f}{addition}")
-        ratios += [min(min(left), min(ntk)) / fine] if fine else []
-    words = "every error divided by that of the integral with 200 midpoints is"
-    yield Claim(
-        "Gradients at the start of each step, or at initialization, err by orders of magnitude more",
-        "relative error, " + "; ".join(texts),
-        [Condition(words, ratios, Bound("over", 100))] if ratios else [],
-        "start of each step: the discretized path kernel; initialization: the tangent kernel",
-    )
 
 
 def node_claims(results: Results) -> Iterator[Claim]:
-    """Errors by number of nodes."""
+    """Errors by number of nodes: few do not agree with the network, many do, and none is exact."""
     s = results.work.sizes
     few, many = [n for n in s.nodes if n in (1, 10)], s.nodes[-1]
-    for name in results["nodes"]:
-        numbers = results.one("nodes", name).numbers["errors"]
+    for name, runs in results["nodes"].items():
         for rule, words in (("left", "left end points"), ("midpoint", "midpoints")):
-            values = {n: numbers[f"{rule} {n}"]["relative"] for n in (*few, many)}
+            values = {n: mean(np.log10(relative(runs, f"{rule} {n}"))) for n in (*few, many)}
             yield Claim(
                 f"On images only many integration points agree: {words}, {name}",
-                "relative error " + ", ".join(f"{plain(v, 2)} with {n}" for n, v in values.items()),
-                [Condition(f"with {' and '.join(map(str, few))} per step it is", [values[n] for n in few],
-                           Bound("over", AGREEMENT)),
-                 Condition(f"with {many}", [values[many]], Bound("at most", AGREEMENT))],
-                f"{min(s.probed, s.test)} test images; relative to the largest logit",
+                "relative error " + ", ".join(f"10^({v:.2f}) with {n}" for n, v in values.items()),
+                [Condition(f"with {' and '.join(map(str, few))} per step its logarithm is",
+                           [values[n] for n in few], Bound("over", math.log10(AGREEMENT), errors=SURE)),
+                 Condition(f"with {many}", [values[many]], Bound("under", math.log10(AGREEMENT), errors=SURE)),
+                 Condition("from each to the next the errors", list(values.values()), Order("decrease", errors=SURE))],
+                f"agreement: three digits of the largest logit; {min(s.probed, s.test)} test images, {len(runs)} seeds",
             )  # fmt: skip
 
 
 def section(results: Results, name: str) -> Section:
     """Kernel predictions against logits, and errors against the number of nodes."""
     s = results.work.sizes
-    runs, nodes = results["images"][name], results.one("nodes", name).numbers["errors"]
-    error = {method: relative(runs, method) for method in METHODS}
+    runs, others = results["images"][name], results["formulations"][name]
+    error = max(relative(runs, "secant"))
     slope_off = max(abs(r.numbers["errors"]["secant"]["slope"] - 1) for r in runs)
+    shown = {"secant": ("exact (secant)", f"images/{name}/secant")}
+    shown |= {m: (words, f"formulations/{name}/{m}") for m, words in FORMULATIONS_SHOWN.items()}
     scatter = {
         "kind": "scatter",
         "title": "Kernel prediction against network logit",
-        "reading": f"{s.test} test images, ten outputs each, one seed; the line is the diagonal. Largest error: "
-        f"{plain(max(error['secant']), 2)} of the largest logit (slope − 1: {plain(slope_off, 2)}), with gradients at "
-        f"the start of each step {mean(error['left']):.3f}, with initial ones {mean(error['ntk']):.2f}.",
+        "reading": f"{s.test} test images, ten outputs each, one seed; the line is the diagonal. Largest error over "
+        f"{len(runs)} seeds: {plain(error, 2)} of the largest logit (slope − 1: {plain(slope_off, 2)}).",
         "x": "network logit",
         "y": "kernel prediction",
-        "panels": [
-            {"heading": words, "x": f"images/{name}/network", "y": f"images/{name}/{method}"}
-            for method, words in METHODS.items()
-        ],
+        "panels": [{"heading": words, "x": f"images/{name}/network", "y": array} for words, array in shown.values()],
     }
+    nodes = results["nodes"][name]
+    values = {(rule, n): mean(relative(nodes, f"{rule} {n}")).value for rule in ("left", "midpoint") for n in s.nodes}
     kinds = (("left", "left end points"), ("midpoint", "midpoints"))
-    curves = [curve(words, s.nodes, [nodes[f"{rule} {n}"]["relative"] for n in s.nodes]) for rule, words in kinds]
-    curves.append(curve("secant (no nodes)", [1, s.nodes[-1]], [error["secant"][0]] * 2, dash="dash"))
+    curves = [curve(words, s.nodes, [values[rule, n] for n in s.nodes]) for rule, words in kinds]
+    curves.append(curve("secant (no nodes)", [1, s.nodes[-1]], [error] * 2, dash="dash"))
     some = [n for n in s.nodes if n in (1, 10, s.nodes[-1])]
-    by_rule = {rule: ", ".join(plain(nodes[f"{rule} {n}"]["relative"], 2) for n in some) for rule, _ in kinds}
+    by_rule = {rule: ", ".join(plain(values[rule, n], 2) for n in some) for rule, _ in kinds}
     against_nodes = lines(
         "Error against integration points per step",
-        f"{min(s.probed, s.test)} test images, one seed. With {', '.join(map(str, some))} left end points: "
-        f"{by_rule['left']} of the largest logit; midpoints: {by_rule['midpoint']}.",
+        f"{min(s.probed, s.test)} test images, mean over {len(nodes)} seeds. With {', '.join(map(str, some))} left end "
+        f"points: {by_rule['left']} of the largest logit; midpoints: {by_rule['midpoint']}.",
         "points per step", "relative error", [("", curves)], log=True, wide=True,
     )  # fmt: skip
+    arrays = {f"images/{name}/{key}": runs[0].arrays[key] for key in ("network", "secant")}
+    arrays |= {f"formulations/{name}/{key}": others[0].arrays[key] for key in FORMULATIONS_SHOWN}
     return Section(
         f"Images: {name}",
         name.capitalize(),
@@ -266,7 +255,7 @@ def section(results: Results, name: str) -> Section:
         f"{s.steps} steps of full-batch gradient descent; test accuracy "
         f"{mean([r.numbers['accuracy'] for r in runs]):.2f}.",
         [scatter, against_nodes, *([_recipe_table(results)] if name == "digits" else [])],
-        {f"images/{name}/{key}": runs[0].arrays[key] for key in ("network", *METHODS)},
+        arrays,
     )
 
 
