@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,25 @@ def test_a_cheap_number_of_bell2023_is_the_committed_one(tmp_path):
     again, committed = work.result(part).numbers, read_json(folder / "parts" / f"{part.name}.json")["numbers"]
     for name in other_kernels.FORMULATIONS:
         assert again[name]["relative"] == pytest.approx(committed[name]["relative"], rel=1e-6)
+
+
+def _sentences():
+    spec = spec_from_file_location("sentences", RESULTS.parent / "sentences.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_sentences_is_made_from_the_results():
+    module = _sentences()
+    assert module.PAGE.read_text(encoding="utf-8") == module.page()
+
+
+def test_every_sentence_names_claims_and_every_claim_of_a_paper_is_named():
+    module = _sentences()
+    for study, (_, _, sentences) in module.PAPERS.items():
+        claims = [claim["claim"] for claim in module.claims_of(study)]
+        for sentence in sentences if claims and study != "long2021" else ():  # its results are not complete
+            assert all(any(c.startswith(begin) for c in claims) for begin in sentence.claims), sentence
+        named = tuple(begin for sentence in sentences for begin in sentence.claims)
+        assert [c for c in claims if not c.startswith((*named, *module.CHECKS))] == []
