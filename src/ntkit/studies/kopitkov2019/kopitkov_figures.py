@@ -63,14 +63,15 @@ def sections(results: Results) -> Iterator[Section]:
     if not deep:
         return
     yield _eigenfunctions(results, deep)
+    rates, arrays = _rates(results, deep)
     yield Section(
-        "How fast is each eigenfunction learned?", "speed",
+        "How fast is each eigenfunction learned?", "Speed",
         "One plain step of gradient descent from every snapshot. To first order it removes the share learning rate × "
         "eigenvalue / N of the residual’s component along each eigenvector.",
-        [_shares(results, deep), *_rates(results, deep)],
+        [_shares(results, deep), *rates], arrays,
     )  # fmt: skip
     yield Section(
-        "Does alignment improve the optimization?", "constant kernels",
+        "Does alignment improve the optimization?", "Constant kernels",
         "The loss of the run, beside that of kernels which do not change: the first one, and the last one scaled to "
         "the trace of the first, so that only its directions differ. Both in closed form, by all eigenpairs, for the "
         "same steps and learning rates.",
@@ -97,7 +98,7 @@ def _eigenfunctions(results: Results, deep: dict[str, list[Result]]) -> Section:
         cases.append({"image": [f"{key}/picture", []], "text": f"Learned: {name}.", "strips": strips})
     item = {"kind": "images", "title": "The top eigenfunctions on the points, first seed", "cases": cases}
     text_of = f"The first {SHOWN} eigenvectors of the kernel on the points, as images, for networks of depth {DEEP}."
-    return Section("What do the top eigenfunctions look like?", "images", text_of, [item], arrays)
+    return Section("What do the top eigenfunctions look like?", "Images", text_of, [item], arrays)
 
 
 def _gray(images: np.ndarray) -> np.ndarray:
@@ -126,27 +127,25 @@ def _shares(results: Results, deep: dict[str, list[Result]]) -> Item:
     )  # fmt: skip
 
 
-def _rates(results: Results, deep: dict[str, list[Result]]) -> Iterator[Item]:
+def _rates(results: Results, deep: dict[str, list[Result]]) -> tuple[list[Item], dict[str, np.ndarray]]:
     n = results.work.sizes.side**2
-    panels = []
+    panels, arrays = [], {}
     for name, runs in deep.items():
         count = len(runs[0].arrays["removed"])
         found = [points(runs[0], row, n) for row in range(0, count, max(1, count // 8))]
         x, y = (np.concatenate([pair[i] for pair in found]) for i in (0, 1))
-        kept = (y > 0) & (x > 0)
+        kept = y > 0
         if kept.any():
-            ends = [float(x[kept].min()), float(x[kept].max())]
-            panels.append((name, [
-                curve("components", x[kept].tolist(), y[kept].tolist()),
-                curve("equal", ends, ends, dash="dash"),
-            ]))  # fmt: skip
-    if panels:
-        yield lines(
-            "Rate of each component against its eigenvalue",
-            "Share removed × N / learning rate, for components with at least 1/N of the residual, some snapshots of "
-            "the first seed. Dashed: rate and eigenvalue are equal.",
-            "eigenvalue", "rate", panels, log=True, wide=True, style="dots",
-        )  # fmt: skip
+            keys = {axis: f"rates/{name}/{axis}" for axis in ("x", "y")}
+            arrays |= {keys["x"]: np.log10(x[kept]), keys["y"]: np.log10(y[kept])}
+            panels.append({"heading": name, **keys})
+    reading = (
+        "Share removed × N / learning rate, for components with at least 1/N of the residual, some snapshots of the "
+        "first seed. On the line both are equal."
+    )
+    item = {"kind": "scatter", "title": "Rate of each component against its eigenvalue", "reading": reading}
+    item |= {"x": "log₁₀ eigenvalue", "y": "log₁₀ rate", "panels": panels}
+    return [item] if panels else [], arrays
 
 
 def _losses(deep: dict[str, list[Result]]) -> Item:
@@ -199,7 +198,7 @@ def _decay(results: Results) -> Section:
     note = "Logarithm (base 10) of the ratio; the energy as a difference. Paired by seed."
     items.append(table("At the end, with decay against without", ["", "Difference"], rows, note))
     about = f"The learning rate is halved at step {s.decay:,}; from the snapshot there a second run goes on without it."
-    return Section("What does the decay of the learning rate do?", "decay", about, items)
+    return Section("What does the decay of the learning rate do?", "Decay", about, items)
 
 
 def curves_and_runs(results: Results) -> dict[str, Any]:

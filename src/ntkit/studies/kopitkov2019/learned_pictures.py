@@ -213,8 +213,10 @@ def bandwidth_claims(results: Results) -> Iterator[Claim]:
 
 
 def _rank_correlation(widths: np.ndarray) -> float:
-    """Spearman's correlation of the bandwidths with their places; those of rounding errors are left out."""
-    from scipy.stats import spearmanr
+    """Spearman's correlation of the bandwidths with their places; those of rounding errors are left out.
 
-    kept = np.flatnonzero(np.isfinite(widths))
-    return float(spearmanr(kept, widths[kept]).statistic)
+    >>> _rank_correlation(np.array([1.0, 4.0, np.nan, 3.0])), _rank_correlation(np.array([3.0, 2.0, 1.0]))
+    (0.5, -1.0)
+    """
+    ranks = widths[np.isfinite(widths)].argsort().argsort()
+    return round(float(np.corrcoef(np.arange(len(ranks)), ranks)[0, 1]), 12)

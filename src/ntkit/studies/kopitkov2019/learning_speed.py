@@ -80,15 +80,14 @@ def claims(results: Results) -> Iterator[Claim]:
     by_picture = {name: runs for (name, depth), runs in results["picture"].items() if depth == deep}
     for name, runs in by_picture.items():
         parts = np.array([r.arrays["removed_parts"].mean(0) for r in runs])
-        times = np.log10(parts[:, 0] / parts[:, 1])  # none where the rest grows
         more = np.array([_faster(r) for r in runs])
         yield Claim(
             f"Learning along the top eigenfunctions is fast: {name}",
             f"one step removes {100 * mean(parts[:, 0]).value:.2g} % of the residual in the top {s.top}, "
-            f"{100 * mean(parts[:, 1]).value:.2g} % of the rest: {10 ** mean(times).value:.2g} times as much "
-            f"(logarithm {text(times)}); more at {100 * mean(more).value:.0f} % of the snapshots",
+            f"{100 * mean(parts[:, 1]).value:.2g} % of the rest".replace("-", "−")
+            + f"; more of it at {100 * mean(more).value:.0f} % of the snapshots",
             [
-                Condition("the logarithm is", [mean(times)], RISES),
+                Condition("the first share less the second is", [mean(parts[:, 0] - parts[:, 1])], RISES),
                 Condition("the share of the snapshots is", [mean(more)], Bound("over", 0.5, errors=2)),
             ],
             f"depth {deep}; mean over snapshots; typically is read as at most snapshots",
