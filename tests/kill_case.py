@@ -111,7 +111,8 @@ def bandwidths(results: Results) -> Iterator[Section]:
 
 
 def few(work: Work) -> Iterator[StudyPart]:
-    wanted = (("ripples", 2), "adam")
+    """The ripples at depth 2, and Adam on digits beside untrained networks."""
+    wanted = (("ripples", 2), "digits", "adam")
     every = (part for parts in (learned_pictures.parts, optimizers.parts) for part in parts(work))
     return (part for part in every if part.case in wanted)
 
