@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 def test_every_claim_has_a_number_and_a_verdict(folder):
     results = json.loads((folder / "results.json").read_text())
     claims = results["claims"]
-    assert len(claims) == 43
+    assert len(claims) == 47
     assert all(c["claim"] and any(ch.isdigit() for ch in c["number"]) and c["how"] for c in claims)
     assert all(c["holds"] in (True, False, None) for c in claims)
     assert json.loads((folder / "run.json").read_text())["status"] == "complete"
