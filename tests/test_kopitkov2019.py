@@ -58,8 +58,10 @@ def test_where_first_order_is_exact_each_component_falls_at_its_eigenvalue():
     expected = (inside * arrays["removed"][:, :2]).sum(1) / inside.sum(1)
     np.testing.assert_allclose(arrays["removed_parts"][:, 0], expected, rtol=1e-10)
     result = Result({"series": {"learning_rate": rates.tolist()}}, arrays | {"eigenvalues": eigenvalues})
-    slope, grew = learning_speed.slopes(result, 16)
-    assert (slope, grew) == (pytest.approx(1, abs=1e-8), 0)
+    found, grew = learning_speed.slopes(result, 16)
+    assert len(found) > 3
+    np.testing.assert_allclose(found, 1, atol=1e-7)
+    assert grew == 0
 
 
 def test_a_step_that_is_not_first_order_has_another_slope():
@@ -67,7 +69,8 @@ def test_a_step_that_is_not_first_order_has_another_slope():
     arrays = learning_speed.one_step(at, tracked, top=2)
     arrays |= {"removed": arrays["removed"] ** 2, "eigenvalues": np.array(tracked.series["eigenvalues"])}
     rates = tracked.series["learning_rate"]
-    assert learning_speed.slopes(Result({"series": {"learning_rate": rates}}, arrays), 16)[0] == pytest.approx(2)
+    found, _ = learning_speed.slopes(Result({"series": {"learning_rate": rates}}, arrays), 16)
+    np.testing.assert_allclose(found, 2, atol=1e-7)
 
 
 def test_losses_with_a_constant_kernel_are_those_of_a_model_linear_in_its_parameters():
