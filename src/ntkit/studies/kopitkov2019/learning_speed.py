@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
-from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, RISES, Learned, text
+from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, RISES, Learned
 from ntkit.studies.study import Result, Results
 from ntkit.tracking import Tracked
 
@@ -96,15 +96,21 @@ def claims(results: Results) -> Iterator[Claim]:
         )
     for name, runs in by_picture.items():
         found = [slopes(r, s.side**2) for r in runs]
-        slope, grew = mean([np.mean(of_one) for of_one, _ in found]), mean([share for _, share in found]).value
-        halves = [mean([np.mean(half(of_one)) for of_one, _ in found]) for half in (_first_half, _second_half)]
+        slope, early, late = (
+            mean([float(np.mean(part(of_one))) for of_one, _ in found]) for part in (_all, _first_half, _second_half)
+        )
+        grew = mean([share for _, share in found]).value
         yield Claim(
             f"Each eigenfunction is learned at the rate of its eigenvalue: {name}",
             f"slope of the rate in the eigenvalue, in logarithms: {slope:.3f}; in the first half of the snapshots "
-            f"{halves[0]:.3f}, in the second {halves[1]:.3f}; {100 * grew:.0f} % of the components grow instead",
+            f"{early:.3f}, in the second {late:.3f}; {100 * grew:.0f} % of the components grow instead",
             [Condition("the slope is", [slope], EXPECTED), Condition("it is", [slope], RISES)],
             f"depth {deep}; 1 to first order; of the first {s.k} the components with at least 1/n of the residual",
         )
+
+
+def _all(values: list[float]) -> list[float]:
+    return values
 
 
 def _first_half(values: list[float]) -> list[float]:
