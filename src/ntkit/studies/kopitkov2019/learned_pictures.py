@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -120,26 +120,31 @@ def _images(run: Trajectory, tracked: Tracked, model: nn.Module, name: str, side
 
 
 def change_claims(results: Results) -> Iterator[Claim]:
-    """How far the kernel goes from its start, beside how far untrained networks are from each other."""
+    """How far the kernel goes from its start, by picture."""
     chance = results["untrained"].get("pictures", [])
     for name, runs in deep_runs(results).items() if chance else ():
-        change = changes(runs, chance[0].numbers)
-        gaps = [mean(change.distance - change.by_chance), mean(change.centered - change.centered_by_chance)]
-        yield Claim(
-            f"The kernel changes dramatically: {name}",
-            f"1 − cosine to the initial kernel {text(change.distance, 3)}, of kernels of other untrained networks "
-            f"{text(change.by_chance, 5)}; centered {text(change.centered, 3)} and "
-            f"{text(change.centered_by_chance, 3)}; trace × {10 ** mean(change.growth).value:.1f}",
-            [
-                Condition("the first of both, plain and centered, less the second is", gaps, RISES),
-                Condition(
-                    "the logarithm of the trace's growth less that between untrained networks is",
-                    [mean(change.growth - change.growth_by_chance)],
-                    RISES,
-                ),
-            ],
-            f"depth {DEEP}, start against end; beyond what chance alone does is our reading of dramatic",
-        )
+        yield change_claim(f"The kernel changes dramatically: {name}", runs, chance[0], f"depth {DEEP}")
+
+
+def change_claim(title: str, runs: Sequence[Result], chance: Result, note: str) -> Claim:
+    """How far kernels go from their start, beside how far untrained networks of other seeds are from each other."""
+    change = changes(runs, chance.numbers)
+    gaps = [mean(change.distance - change.by_chance), mean(change.centered - change.centered_by_chance)]
+    return Claim(
+        title,
+        f"1 − cosine to the initial kernel {text(change.distance, 3)}, of kernels of other untrained networks "
+        f"{text(change.by_chance, 4)}; centered {text(change.centered, 3)} and {text(change.centered_by_chance, 3)}; "
+        f"trace × {10 ** mean(change.growth).value:.1f}",
+        [
+            Condition("the first of both, plain and centered, less the second is", gaps, RISES),
+            Condition(
+                "the logarithm of the trace’s growth less that between untrained networks is",
+                [mean(change.growth - change.growth_by_chance)],
+                RISES,
+            ),
+        ],
+        f"{note}; start against end; beyond what chance alone does is our reading of dramatic",
+    )
 
 
 def alignment_claims(results: Results) -> Iterator[Claim]:

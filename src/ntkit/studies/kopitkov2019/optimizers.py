@@ -14,14 +14,13 @@ from ntkit.data import load
 from ntkit.studies.claim import Claim, Condition, mean
 from ntkit.studies.kopitkov2019.kopitkov_setting import (
     RISES,
-    changes,
     energy,
     energy_at,
     initial_kernels,
     numbers_of,
     text,
 )
-from ntkit.studies.kopitkov2019.learned_pictures import MOST
+from ntkit.studies.kopitkov2019.learned_pictures import MOST, change_claim
 from ntkit.studies.study import Result, Results, StudyPart, Work, device, mlp
 from ntkit.tracking import track
 from ntkit.tracking.losses import cross_entropy
@@ -86,29 +85,15 @@ def claims(results: Results) -> Iterator[Claim]:
     for data in results.work.sets:
         chance = results["untrained"].get(data, [])
         for optimizer, runs in results[data].items() if chance else ():
-            change, target = changes(runs, chance[0].numbers), [energy(r, "target", TOP) for r in runs]
+            target = [energy(r, "target", TOP) for r in runs]
             gain = np.array([e[-1] - e[0] for e in target])
             shuffled = np.array([r.numbers["shuffled"][1] - r.numbers["shuffled"][0] for r in runs])
-            gaps = [mean(change.distance - change.by_chance), mean(change.centered - change.centered_by_chance)]
-            yield Claim(
-                f"The kernel changes dramatically with {optimizer}, on {data}",
-                f"1 − cosine to the initial kernel {text(change.distance, 3)}, of kernels of other untrained networks "
-                f"{text(change.by_chance, 3)}; centered {text(change.centered, 3)} and "
-                f"{text(change.centered_by_chance, 3)}; trace × {10 ** mean(change.growth).value:.1f}",
-                [
-                    Condition("the first of both, plain and centered, less the second is", gaps, RISES),
-                    Condition(
-                        "the logarithm of the trace's growth less that between untrained networks is",
-                        [mean(change.growth - change.growth_by_chance)],
-                        RISES,
-                    ),
-                ],
-                "trace kernel; beyond what chance alone does is our reading of dramatic",
-            )
+            title = f"The kernel changes dramatically with {optimizer}, on {data}"
+            yield change_claim(title, runs, chance[0], "trace kernel")
             yield Claim(
                 f"The top eigenfunctions turn to the labels with {optimizer}, on {data}",
-                f"E(target, {TOP}): {text([e[0] for e in target])} → {text([e[-1] for e in target])}; gain {text(gain)}, "
-                f"of shuffled labels {text(shuffled)}",
+                f"E(target, {TOP}): {text([e[0] for e in target])} → {text([e[-1] for e in target])}; gain {text(gain)}"
+                f", of shuffled labels {text(shuffled)}",
                 [
                     Condition("the gain is", [mean(gain)], RISES),
                     Condition("less that of shuffled labels it is", [mean(gain - shuffled)], RISES),
