@@ -92,7 +92,7 @@ def claims(results: Results) -> Iterator[Claim]:
                 Condition("the first share less the second is", [mean(parts[:, 0] - parts[:, 1])], RISES),
                 Condition("the share of the snapshots is", [mean(more)], Bound("over", 0.5, errors=2)),
             ],
-            f"depth {deep}; mean over snapshots; what overshoots counts as removed; at most of them is our reading of typically",
+            f"depth {deep}; mean over snapshots; what overshoots counts as removed; typically: at most snapshots",
         )
     for name, runs in by_picture.items():
         found = [slopes(r, s.side**2) for r in runs]
