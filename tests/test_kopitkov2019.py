@@ -105,6 +105,21 @@ def test_without_the_decay_the_run_is_one_of_constant_rate(tmp_path):
     assert result.numbers["steps"][-1] == 24
 
 
+def test_a_run_that_diverges_is_refused_with_its_rate(tmp_path):
+    sizes = Sizes(**vars(SIZES) | {"lr": 1e6})
+    with pytest.raises(ntkit.Refused, match=r"learning rate 1000000.0: got a loss that is not finite"):
+        kopitkov_setting.learned(Work(sizes, (0, 1), ["digits"], tmp_path), "ripples", 2, 0)
+
+
+def test_energies_are_those_of_a_spectrum():
+    K = torch.randn(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    top = ntkit.spectrum(K @ K.T, k=4)
+    values = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for k in (1, 3):
+        found = kopitkov_setting.energy_at(top.eigenvectors.numpy(), values, k)
+        assert found == pytest.approx(float(top.energy(values)[k - 1]), abs=1e-12)
+
+
 def test_chance_is_the_mean_distance_to_the_other_seeds():
     x = ntkit.grid(4).float()
     models = [torch.nn.Linear(2, 1), torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))]

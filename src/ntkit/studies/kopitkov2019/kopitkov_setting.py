@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ntkit.base.checks import refusal
 from ntkit.base.imports import same_random_numbers
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.eigenfunctions import grid
@@ -79,7 +80,13 @@ def recorded_steps(steps: int, decay: int) -> list[int]:
 
 
 def learned(work: Work, name: str, depth: int, seed: int) -> Learned:
-    """The recorded run of a picture, trained if it is not there."""
+    """The recorded run of a picture, trained if it is not there.
+
+    Raises
+    ------
+    Refused
+        When a loss was not finite: such a run has no end to compare.
+    """
     s = work.sizes
     x, y = grid(s.side).float().to(device()), picture(name, s.side).float().to(device())
     model = mlp(2, 1, depth, s.width, seed).to(device())
@@ -88,6 +95,9 @@ def learned(work: Work, name: str, depth: int, seed: int) -> Learned:
         model, (x, y), half_squared, partial(torch.optim.SGD, lr=s.lr), path=place, resume=True, steps=s.steps,
         record=recorded_steps(s.steps, s.decay), schedule=partial(decayed, at=s.decay), seed=seed,
     )  # fmt: skip
+    if run.status == "diverged":
+        got, fix = f"a loss that is not finite at step {run.steps[-1]:,}", "Choose a smaller rate in the study's sizes."
+        raise refusal(f"learning rate {s.lr}", got=got, expected="a run to its end", fix=fix)
     return Learned(x, y, model, run)
 
 
