@@ -104,7 +104,7 @@ PAPERS: dict[str, tuple[str, str, list[Sentence]]] = {
         [
             Sentence(
                 "In practice the kernel changes dramatically along training.",
-                ("The kernel changes dramatically", "The kernel changes and turns"),
+                ("The kernel changes dramatically",),
             ),
             Sentence(
                 "It changes meaningfully: its top eigenfunctions align with the function that is learned.",

@@ -65,8 +65,7 @@ def source_of(module: str) -> Path:
 def test_architecture_names_every_package_and_only_those():
     packages = {p.parent.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("__init__.py")} - {"."}
     loose = {p.stem for p in SOURCE.glob("*.py")} - {"__init__"}
-    single = {"studies/kopitkov2019"} - packages  # a study may be one file
-    assert sorted(rows()) == sorted(packages | loose | single)
+    assert sorted(rows()) == sorted(packages | loose)
 
 
 @pytest.mark.parametrize("module", [m for m in modules() if m != "__init__"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ntkit.base.files import read_arrays, read_json
 from ntkit.base.integrity import fingerprint
@@ -16,7 +17,8 @@ from ntkit.studies import bell2023
 from ntkit.studies.bell2023 import other_kernels
 from ntkit.studies.claim import as_markdown
 from ntkit.studies.jacot2018 import definiteness, outputs_at_start
-from ntkit.studies.study import Sizes, Work
+from ntkit.studies.kopitkov2019.kopitkov_setting import picture
+from ntkit.studies.study import Sizes, Work, mlp
 
 RESULTS = Path(__file__).parents[1] / "studies" / "results"
 FOLDERS = sorted(RESULTS.glob("*"))
@@ -42,7 +44,7 @@ def test_committed_claims_are_those_of_the_parts(folder):
 
 
 def test_some_results_are_committed():
-    assert {"jacot2018", "long2021", "bell2023", "tsai2023"} <= {folder.name for folder in FOLDERS}
+    assert {"jacot2018", "kopitkov2019", "long2021", "bell2023", "tsai2023"} <= {folder.name for folder in FOLDERS}
 
 
 def test_cheap_numbers_of_jacot2018_come_out_again(tmp_path):
@@ -85,3 +87,22 @@ def test_every_sentence_names_claims_and_every_claim_of_a_paper_is_named():
             assert all(any(c.startswith(begin) for c in claims) for begin in sentence.claims), sentence
         named = tuple(begin for sentence in sentences for begin in sentence.claims)
         assert [c for c in claims if not c.startswith((*named, *module.CHECKS))] == []
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_energies_before_training_of_kopitkov2019_by_single_gradients(seed):
+    """Another way to the numbers that the report begins with: one backward pass per point, all eigenvectors."""
+    folder = Path(__file__).parents[1] / "studies" / "results" / "kopitkov2019"
+    sizes = read_json(folder / "run.json")["sizes"]
+    told = read_json(folder / "parts" / f"wide-ripples-depth-6-seed-{seed}.json")["numbers"]
+    model, side = mlp(2, 1, 6, sizes["width"], seed).double(), sizes["side"]
+    places = torch.linspace(-1 + 1 / side, 1 - 1 / side, side, dtype=torch.float64)
+    y, x = torch.meshgrid(places, places, indexing="ij")
+    points = torch.stack([x.flatten(), y.flatten()], 1)
+    gradients = [torch.autograd.grad(model(p).squeeze(), list(model.parameters())) for p in points]
+    J = torch.stack([torch.cat([g.flatten() for g in of_one]) for of_one in gradients])
+    vectors = torch.linalg.eigh(J @ J.T).eigenvectors[:, -sizes["top"] :]
+    for name in ("ripples", "wide ripples", "narrow ripples", "photograph"):
+        values = picture(name, side)
+        energy = float(((vectors.T @ values) ** 2).sum() / (values**2).sum())
+        assert told["energies"][name][0] == pytest.approx(energy, abs=1e-3)

@@ -135,7 +135,7 @@ def path(m, tmp):
 
 
 def toy_study(m, tmp):
-    toy = Sizes(side=4, width=4, steps=4, lr=0.05, decay=2, k=12, top=2, points=12, digit_steps=2)
+    toy = Sizes(seeds=2, side=4, width=4, steps=4, lr=0.05, decay=2, k=12, top=2, points=12, digit_steps=2)
     replace(kopitkov2019.STUDY, scales={"quick": toy}, seeds=(0, 1)).run("quick", tmp / "run")
 
 

@@ -1,4 +1,4 @@
-"""One file or folder per paper: its experiments, and each of its claims with the numbers that test it."""
+"""One folder per paper: its experiments, and each of its claims with the numbers that test it."""
 
 from __future__ import annotations
 

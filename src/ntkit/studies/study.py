@@ -1,6 +1,6 @@
 """A study of a paper: parts that are computed once, claims that test themselves, sections of a report.
 
-A new study is a module in this package with a `Study` called ``STUDY``; its name is added to `STUDIES`.
+A new study is a folder in this package with a `Study` called ``STUDY``; its name is added to `STUDIES`.
 """
 
 from __future__ import annotations
