@@ -72,7 +72,11 @@ def _sequences(
 def _output(reader: AttentionReader, op: Op) -> Layer:
     """The layer of the model's output, [n, C], or with the features last."""
     layer, rows, size = reader.rows(op, Ref(reader.tape.output), op.out.shape[-1])
-    if op.out.dim() > 2 and not torch.equal(rows.position.flatten(), torch.arange(math.prod(size)).repeat(3)):
+    count = math.prod(size)
+    if not torch.equal(rows.sample.flatten(), torch.arange(3).repeat_interleave(rows.sample.numel() // 3)):
+        fix = "Return the samples in the order of the input."
+        raise reader.refusal(op, "an output of samples in another order", fix)
+    if not torch.equal(rows.position.flatten(), torch.arange(count).repeat(3)):
         raise reader.refusal(op, "an output of positions in another order", "Return the positions in their order.")
     return layer
 
