@@ -47,10 +47,16 @@ def outputs_before_weights(model: nn.Module, batch: Tensor, last: int, keep: boo
 def state_of_model(model: nn.Module) -> Any:
     """What a reading depends on, to tell whether the model has changed since."""
     modules = [(name, id(m), m.training) for name, m in model.named_modules()]
+
+    def values(t: Tensor) -> tuple[float, ...]:
+        total = float(t.detach().sum(dtype=torch.float64))
+        if t.requires_grad:  # of these, the distribution counts
+            return (total,)
+        flat = t.detach().flatten().double()  # masks and encodings: each number at its place
+        return total, float(flat.nan_to_num() @ torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device))
+
     tensors = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers()) if not t.is_complex()]
-    return modules, [
-        (name, t.requires_grad, t.shape, float(t.detach().sum(dtype=torch.float64))) for name, t in tensors
-    ]
+    return modules, [(name, t.requires_grad, t.shape, values(t)) for name, t in tensors]
 
 
 def in_float64(t: Tensor) -> Tensor:
