@@ -53,7 +53,7 @@ def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) 
 
 def _can_sample(model: nn.Module, tape: Tape, three: Tensor) -> bool:
     """Whether random copies have a kernel to estimate: of vectors, each of its own sample, without random masks."""
-    out = tape.ops[tape.output].out
+    out = tape.ops[tape.output].out.detach()
     masks = any(op.func in DROPOUTS and dropout_rate(op.args, op.kwargs) for op in tape.ops)
     if masks or out.dim() != 2 or len(out) != 3:
         return False
