@@ -179,7 +179,7 @@ class _MeanOverPositions(nn.Module):
 
 
 def _with_buffers(model: nn.Module, names: set[str]) -> nn.Module:
-    """Frozen parameters in the scores, as biases of positions, as buffers of a copy: these neither grow nor are drawn."""
+    """Frozen parameters in the scores as buffers of a copy: these neither grow nor are drawn."""
     model = copied(model) if names else model
     for name in names:
         owner, _, own = name.rpartition(".")

@@ -153,6 +153,16 @@ class SampledLimit:
         return self._sampling.reported(estimate)
 
 
+def _used(network: nn.Module, trained: dict[str, nn.Parameter], example: Tensor) -> list[str]:
+    """Names of the parameters on which the outputs depend: a forward may leave out a layer."""
+    with torch.enable_grad():
+        out = network(example).sum()
+    if not trained or not out.requires_grad:
+        return list(trained)
+    gradients = torch.autograd.grad(out, list(trained.values()), allow_unused=True)
+    return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None]
+
+
 class WeightedKernel:
     """Kernel of one network per output, the gradients of each parameter multiplied by its factor."""
 
@@ -160,10 +170,8 @@ class WeightedKernel:
         self._network, self._laws, self._kind = larger.network, larger.laws, kind
         by_factor: dict[float, list[str]] = {}
         trained = {name: p for name, p in larger.network.named_parameters() if p.requires_grad}
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(larger.network(example).sum(), trained.values(), allow_unused=True)
-        for name, gradient in zip(trained, gradients, strict=True):
-            if gradient is not None and larger.laws[name].factor:  # not a layer that the forward does not use
+        for name in _used(larger.network, trained, example):
+            if larger.laws[name].factor:
                 by_factor.setdefault(larger.laws[name].factor, []).append(name)
         self._parts = [(f**2, TangentKernel(larger.network, "trace", names)) for f, names in by_factor.items()]
 
