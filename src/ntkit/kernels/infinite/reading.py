@@ -88,8 +88,8 @@ def _sequences(
         layer = output_layer(reader)
         reader.graph = _needed(reader.graph, layer)
         check_layers(reader.graph)
-        _check_samples(reader.graph, model, three)
         _check_given(reader, model, three)
+        _check_samples(reader.graph, model, three)
         _check_scales(reader, model, three, stds)
     except Refused as error:
         own = reader.scales or any(
