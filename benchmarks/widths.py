@@ -151,7 +151,7 @@ def limit_of(network: nn.Module, x: Tensor, factor: int) -> tuple[Tensor, Tensor
 def kernels(network: nn.Module, x: Tensor, factor: int, place: int) -> Tensor:
     """Tangent kernels of random networks enlarged by a factor, [seeds, n, n]; each place has seeds of its own."""
     larger = larger_copy(network, factor, x[:3], (W_STD, B_STD))
-    kernel, found = WeightedKernel(larger, "ntk"), []
+    kernel, found = WeightedKernel(larger, "ntk", x[:3]), []
     for seed in range(SEEDS):
         larger.draw(100_000 * place + seed)
         found.append(kernel.gram(x, None))

@@ -528,7 +528,7 @@ def test_finite_networks_agree(name):
     make, _, x = NETWORKS[name]
     model, x = of_unit_words(seeded(make)), x[:3]
     larger, found = larger_copy(model, 8, x, (W, B)), []
-    kernel = WeightedKernel(larger, "ntk")
+    kernel = WeightedKernel(larger, "ntk", x)
     for seed in range(30):
         larger.draw(seed)
         found.append(kernel.gram(x, None))
@@ -622,7 +622,6 @@ REFUSED = {
         of_scores(lambda q, k: q @ k.mT / q.shape[-1] + SLOPES),
         "heads with different masks",
     ),
-    "softmax over samples": (lambda: Net(across_samples), "depend on other samples"),
     "sum of scores": (
         of_scores(lambda q, k: q @ k.mT / q.shape[-1] + 2 * q @ k.mT / q.shape[-1]),
         "several calls",
@@ -639,6 +638,15 @@ def test_refused(name):
     make, message = REFUSED[name]
     with pytest.raises(Refused, match=rf"(?s){message}.*sample=16"):
         InfiniteKernel(seeded(make), "ntk", W, B)(X)
+
+
+def test_softmax_over_samples_is_refused_with_sampling_too():
+    model = seeded(lambda: Net(across_samples))
+    with pytest.raises(Refused, match="depend on other samples") as refusal:
+        InfiniteKernel(model, "ntk", W, B)(X)
+    assert "sample=" not in str(refusal.value)
+    with pytest.raises(Refused, match="evaluated alone"):
+        InfiniteKernel(model, "ntk", W, B, sample=2)(X)
 
 
 def test_refused_beside_the_input():

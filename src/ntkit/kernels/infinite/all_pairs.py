@@ -153,7 +153,9 @@ def _applied(values: AllPairs, layer: Pointwise, K: Tensor, T: Tensor | None, we
     activation, key = (layer.weighted, -id(layer)) if weighted else (layer.activation, id(layer))
     assert activation is not None
     own = [] if T is None or not values.symmetric else [T.diagonal(0, 1, 2).clone()]
-    factor = activation.apply(K, T, *values.states(key))
+    # activations take planes: four axes, as of a grid of one row
+    one, two = (tuple(t.unsqueeze(-4) for t in state) for state in values.states(key))
+    factor = activation.apply(K[None], None if T is None else T[None], one, two)
     if factor != 1:
         K.mul_(factor)
         T = None if T is None else T.mul_(factor)

@@ -64,6 +64,7 @@ class AttentionReader(SequenceReader):
         super().__init__(model, tape, w_std, b_std)
         self.scales: list[Scale] = []
         self.given: dict[int, Input] = {}
+        self.frozen: set[str] = set()  # names of parameters in the scores
         self._weightings: dict[int, Weighting] = {}
 
     def read(self) -> None:
@@ -199,9 +200,11 @@ class AttentionReader(SequenceReader):
         for r, v in zip(op.refs, inputs, strict=True):
             if isinstance(v, (Layer, Curve, DerivedWeight)):
                 raise self.refusal(op, f"{op.name} of scores and {type(v).__name__.lower()}", _ADVICE)
-            if isinstance(v, Weight) and v.parameter.requires_grad:
-                got = f"the trained parameter '{v.name}' in the scores"
-                raise self.refusal(op, got, "Freeze it with requires_grad_(False): its gradients do not vanish.")
+            if isinstance(v, Weight):
+                if v.parameter.requires_grad:
+                    got = f"the trained parameter '{v.name}' in the scores"
+                    raise self.refusal(op, got, "Freeze it with requires_grad_(False): its gradients do not vanish.")
+                self.frozen.add(v.name)
             if v is None:
                 self._datum(op, r.index)
         assert start is not None
@@ -244,7 +247,8 @@ class AttentionReader(SequenceReader):
         if isinstance(mask, Ref):
             value = self.values[mask.index]
             if isinstance(value, Weight) and not value.parameter.requires_grad:
-                mask = value.parameter.detach() * value.factor
+                self.frozen.add(value.name)
+                mask = self.tape.ops[mask.index].out.detach()
             elif value is None:
                 self._datum(op, mask.index)
             else:

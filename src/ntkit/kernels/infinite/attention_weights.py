@@ -88,9 +88,8 @@ def replayed(reader: SequenceReader, weighting: Weighting, lay: Callable[[Tensor
 
         def argument(a: Any) -> Any:
             if isinstance(a, Ref):
-                value = reader.values[a.index]
-                if isinstance(value, Weight):
-                    return (value.parameter.detach() * value.factor).to(s)
+                if isinstance(reader.values[a.index], Weight):  # as it was indexed or turned
+                    return reader.tape.ops[a.index].out.detach().to(s)
                 return found[a.index]
             if isinstance(a, Tensor):
                 return a.to(s) if a.is_floating_point() else a.to(s.device)
@@ -121,7 +120,7 @@ def weights_of(
 
     def three(s: Tensor, data: Given) -> Tensor:
         """Of three samples, [heads x samples, queries, positions]."""
-        weights = function(scores.at(s), data)
+        weights = function(scores.at(s), data).to(s)
         if weights.shape[:-2] != places.shape[:-1] or weights.shape[-1] != places.shape[-1]:
             shapes = f"weights of shape {tuple(weights.shape)} for values of shape {tuple(values.ids.shape)}"
             raise reader.refusal(op, shapes, "Give weights and values the same heads.")
@@ -140,7 +139,7 @@ def weights_of(
     def at_once(s: Tensor, data: list[Tensor]) -> Tensor:
         some = {i: _like(t, like[i], s) for i, t in zip(given, data, strict=True)}
         laid_out = s.reshape(len(s), *[1] * (owner.dim() - 1), *s.shape[1:])
-        return function(laid_out, some).reshape(len(s), -1, values.positions)
+        return function(laid_out, some).to(s).reshape(len(s), -1, values.positions)
 
     data = [like[i].flatten(1).double() for i in given]
     new = _check_heads(reader, op, three, owner.flatten(), heads, scores.grid, like)

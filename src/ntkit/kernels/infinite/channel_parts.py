@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ntkit.kernels.infinite.layers import Affine, Channels, Concat, Flatten, Input, Layer, Product, Sum, sources
-from ntkit.kernels.infinite.position_layers import position_function
+from ntkit.kernels.infinite.position_layers import FAR, position_function
 from ntkit.kernels.infinite.tape import Op
 from ntkit.kernels.infinite.tape_reader import Curve, Reader
 
@@ -44,6 +44,7 @@ def selected(op: Op, before: torch.Tensor) -> Indices | None:
     with torch.random.fork_rng([]), torch.no_grad():
         try:
             numbers, values = function(channels.expand(shape) * 1), function(z * 1)
+            far = function(z * FAR)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return None
     same = numbers.dim() == len(shape) and numbers.shape[0] == shape[0] and numbers.shape[2:] == shape[2:]
@@ -51,7 +52,8 @@ def selected(op: Op, before: torch.Tensor) -> Indices | None:
         return None
     found = numbers[0].reshape(numbers.shape[1], -1)[:, 0]
     inside = ((found >= 0) & (found < shape[1]) & (found == found.round())).all()
-    if not inside or not torch.equal(values, z[:, found.long()]):
+    picked = z[:, found.long()] if inside else z
+    if not inside or not torch.equal(values, picked) or not torch.equal(far, picked * FAR):
         return None
     return tuple(found.long().tolist())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ntkit.kernels.infinite.position_layers import position_function
+from ntkit.kernels.infinite.position_layers import FAR, position_function
 from ntkit.kernels.infinite.tape import Op
 
 
@@ -61,12 +61,15 @@ def moves(op: Op, before: Tensor) -> Tensor | None:
     with torch.random.fork_rng([]), torch.no_grad():
         try:
             numbers = function(torch.arange(z.numel(), dtype=torch.float64).reshape(shape))
-            values = function(z * 1)
+            values, far = function(z * 1), function(z * FAR)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return None
     if numbers.shape != op.out.shape or not numbers.numel() or numbers.is_complex():
         return None
     inside = (numbers >= 0) & (numbers < z.numel()) & (numbers == numbers.round())
-    if not bool(inside.all()) or not torch.equal(values, z.flatten()[numbers.long()]):
+    if not bool(inside.all()):
+        return None
+    picked = z.flatten()[numbers.long()]
+    if not torch.equal(values, picked) or not torch.equal(far, picked * FAR):
         return None
     return numbers.long()

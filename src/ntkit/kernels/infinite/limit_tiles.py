@@ -46,11 +46,34 @@ def outputs_before_weights(model: nn.Module, batch: Tensor, last: int, keep: boo
 
 def state_of_model(model: nn.Module) -> Any:
     """What a reading depends on, to tell whether the model has changed since."""
-    modules = [(name, id(m), m.training) for name, m in model.named_modules()]
-    tensors = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers()) if not t.is_complex()]
-    return modules, [
-        (name, t.requires_grad, t.shape, float(t.detach().sum(dtype=torch.float64))) for name, t in tensors
-    ]
+    modules = [(name, id(m), m.training, _settings(m)) for name, m in model.named_modules()]
+    tensors = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers())]
+    return modules, [(name, t.requires_grad, _numbers(t)) for name, t in tensors]
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """A module's own attributes: numbers, flags and masks as their values, functions by their identity."""
+    found: list[tuple[str, Any]] = []
+    for name, value in vars(module).items():
+        if name not in _OF_MODULES:
+            of = _numbers(value) if isinstance(value, Tensor) else value if isinstance(value, _PLAIN) else id(value)
+            found.append((name, repr(of) if isinstance(of, (list, tuple, dict, set, float)) else of))
+    return found
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, complex, str, list, tuple, dict, set, type(None))
+
+
+def _numbers(t: Tensor) -> Any:
+    """What tells a tensor's values from others."""
+    if t.is_complex():
+        return t.shape
+    total = float(t.detach().sum(dtype=torch.float64))
+    if t.requires_grad:  # of these, the distribution counts
+        return t.shape, total
+    flat = t.detach().flatten().double().nan_to_num()  # masks and encodings: each number at its place
+    return t.shape, total, float(flat @ torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device))
 
 
 def in_float64(t: Tensor) -> Tensor:

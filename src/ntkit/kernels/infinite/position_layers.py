@@ -16,6 +16,8 @@ from ntkit.kernels.infinite.tape_reader import Reader
 
 Matrices = tuple[Tensor, Tensor]
 
+FAR = 1024.0  # random numbers times this: a clamp at -4 leaves most draws of a normal as they are
+
 
 def position_map(reader: Reader, op: Op) -> Layer | None:
     """The layer of a call that is linear in positions along each axis and does the same to all channels, else None.

@@ -13,7 +13,7 @@ from ntkit.kernels.infinite.all_pairs import check_layers
 from ntkit.kernels.infinite.attention_reader import AttentionReader
 from ntkit.kernels.infinite.attention_weights import Scale
 from ntkit.kernels.infinite.layers import Graph, Input, Layer, Mixture, sources
-from ntkit.kernels.infinite.tape import Op, Ref, Tape, record
+from ntkit.kernels.infinite.tape import DROPOUTS, Op, Ref, Tape, dropout_rate, record
 from ntkit.kernels.infinite.tape_reader import Curve
 from ntkit.kernels.infinite.tape_to_layers import check_norms, output_layer, read_layers
 from ntkit.networks.larger_copies import larger_copy
@@ -32,19 +32,48 @@ def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) 
     Refused
         For a model that does not run on the samples, or not in a way that can be recorded.
     """
+    three, tape = torch.cat([x[:1], x[-1:], x[:1]]), None
     try:
         check_norms(model)
-        three = torch.cat([x[:1], x[-1:], x[:1]])
         tape = record(model, three)
         try:
-            return read_layers(model, tape, w_std, b_std)
+            graph = read_layers(model, tape, w_std, b_std)
+            _check_samples(graph, model, three)
+            return graph
         except Refused as error:
             if not any(op.out.dim() > 2 for op in tape.ops):
                 raise NoLimit(str(error)) from None
             first = error
         return _sequences(model, tape, three, (w_std, b_std), first)
     except NoLimit as error:
+        if tape is not None and not _can_sample(model, tape, three):
+            raise
         raise NoLimit(f"{error} Or estimate it from random wide networks: InfiniteKernel(model, sample=16).") from None
+
+
+def _can_sample(model: nn.Module, tape: Tape, three: Tensor) -> bool:
+    """Whether random copies have a kernel to estimate: of vectors, each of its own sample, without random masks."""
+    out = tape.ops[tape.output].out.detach()
+    masks = any(op.func in DROPOUTS and dropout_rate(op.args, op.kwargs) for op in tape.ops)
+    if masks or out.dim() != 2 or len(out) != 3:
+        return False
+    try:
+        other = record(model, three[:2])
+    except Refused:
+        return False
+    two = other.ops[other.output].out
+    return two.shape == out[:2].shape and torch.allclose(two, out[:2], rtol=1e-3, atol=1e-3 * float(out.abs().max()))
+
+
+def _check_samples(graph: Graph, model: nn.Module, three: Tensor) -> None:
+    """What enters the first weights must have the samples at its first axis, also where others are as long."""
+    inputs = [layer for layer in graph.layers if isinstance(layer, Input) and layer.index]
+    ops = record(model, three[:2]).ops if inputs else []
+    for layer in inputs:
+        if (count := layer.values(ops[layer.index].out).shape[2]) != 2:
+            got, expected = f"{count} samples of a batch of 2", "as many as in the input"
+            fix = "Keep the samples at the first axis."
+            raise NoLimit(str(refusal(layer.name, got=got, expected=expected, fix=fix)))
 
 
 def _sequences(
@@ -60,6 +89,7 @@ def _sequences(
         reader.graph = _needed(reader.graph, layer)
         check_layers(reader.graph)
         _check_given(reader, model, three)
+        _check_samples(reader.graph, model, three)
         _check_scales(reader, model, three, stds)
     except Refused as error:
         own = reader.scales or any(
@@ -72,7 +102,11 @@ def _sequences(
 def _output(reader: AttentionReader, op: Op) -> Layer:
     """The layer of the model's output, [n, C], or with the features last."""
     layer, rows, size = reader.rows(op, Ref(reader.tape.output), op.out.shape[-1])
-    if op.out.dim() > 2 and not torch.equal(rows.position.flatten(), torch.arange(math.prod(size)).repeat(3)):
+    count = math.prod(size)
+    if not torch.equal(rows.sample.flatten(), torch.arange(3).repeat_interleave(rows.sample.numel() // 3)):
+        fix = "Return the samples in the order of the input."
+        raise reader.refusal(op, "an output of samples in another order", fix)
+    if not torch.equal(rows.position.flatten(), torch.arange(count).repeat(3)):
         raise reader.refusal(op, "an output of positions in another order", "Return the positions in their order.")
     return layer
 
@@ -107,7 +141,7 @@ def _check_scales(
     if not reader.scales:
         return
     known = None if stds[0] is None or stds[1] is None else (stds[0], stds[1])
-    model = _with_parameters(model, reader.encodings)
+    model = _with_buffers(_with_parameters(model, reader.encodings), reader.frozen)
     if reader.tape.ops[reader.tape.output].out.dim() > 2:
         model = _MeanOverPositions(model)
     larger = larger_copy(model, 2, three, known)
@@ -142,6 +176,18 @@ class _MeanOverPositions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x).flatten(1, -2).mean(1)
+
+
+def _with_buffers(model: nn.Module, names: set[str]) -> nn.Module:
+    """Frozen parameters in the scores as buffers of a copy: these neither grow nor are drawn."""
+    model = copied(model) if names else model
+    for name in names:
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        value = getattr(module, own).detach()
+        delattr(module, own)
+        module.register_buffer(own, value)
+    return model
 
 
 def _with_parameters(model: nn.Module, constants: list[Tensor]) -> nn.Module:

@@ -101,7 +101,7 @@ class SampledLimit:
         if sampling.make is None:
             larger_copy(model, 2, example, stds)  # refuse before large copies take memory
         self.copies = [larger_copy(model, f, example, stds, sampling.make) for f in (self.factor // 2, self.factor)]
-        self._kernels = [WeightedKernel(larger, sampling.kind) for larger in self.copies]
+        self._kernels = [WeightedKernel(larger, sampling.kind, example) for larger in self.copies]
 
     def describe(self) -> list[str]:
         """One line per parameter, and what grew beside the layers."""
@@ -153,14 +153,25 @@ class SampledLimit:
         return self._sampling.reported(estimate)
 
 
+def _used(network: nn.Module, trained: dict[str, nn.Parameter], example: Tensor) -> list[str]:
+    """Names of the parameters on which the outputs depend: a forward may leave out a layer."""
+    with torch.enable_grad():
+        out = network(example).sum()
+    if not trained or not out.requires_grad:
+        return list(trained)
+    gradients = torch.autograd.grad(out, list(trained.values()), allow_unused=True)
+    return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None]
+
+
 class WeightedKernel:
     """Kernel of one network per output, the gradients of each parameter multiplied by its factor."""
 
-    def __init__(self, larger: LargerCopy, kind: str) -> None:
+    def __init__(self, larger: LargerCopy, kind: str, example: Tensor) -> None:
         self._network, self._laws, self._kind = larger.network, larger.laws, kind
         by_factor: dict[float, list[str]] = {}
-        for name, p in larger.network.named_parameters():
-            if p.requires_grad and larger.laws[name].factor:
+        trained = {name: p for name, p in larger.network.named_parameters() if p.requires_grad}
+        for name in _used(larger.network, trained, example):
+            if larger.laws[name].factor:
                 by_factor.setdefault(larger.laws[name].factor, []).append(name)
         self._parts = [(f**2, TangentKernel(larger.network, "trace", names)) for f, names in by_factor.items()]
 

@@ -167,8 +167,9 @@ def _reduced(reader: SequenceReader, op: Op, index: int) -> Layer | Curve:
 
 def checked(reader: SequenceReader, op: Op) -> None:
     """Refuse what no value here may be: dropout in train mode, layers without gradients."""
-    inner = [r for r in op.refs if reader.values[r.index] is not None]
+    # not scores and what is computed from them: their gradients vanish with the width
+    inner = [r for r in op.refs if isinstance(reader.values[r.index], (Layer, Curve, Weight, DerivedWeight))]
     if op.func in DROPOUTS and dropout_rate(op.args, op.kwargs):
         raise reader.refusal(op, "dropout in train mode", "Call model.eval().")
-    if inner and (op.no_grad or op.func == calls.DATA):
+    if inner and (op.no_grad or op.func in calls.STOPS):
         raise reader.refusal(op, f"{op.name} where no gradients flow", "Freeze layers with requires_grad_(False).")

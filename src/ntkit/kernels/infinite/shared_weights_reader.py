@@ -109,7 +109,8 @@ class _ProgramReader:
             raise self._refusal(op, "dropout in train mode", "Call model.eval().")
         if op.func in calls.BATCH_NORMS:
             return self._batch_norm(op)
-        if op.in_place or (op.no_grad and not all(v is None for v in inputs)):
+        stopped = op.no_grad or op.func in calls.STOPS
+        if op.in_place or (stopped and not all(v is None for v in inputs)):
             raise self._refusal(op, f"{op.name} in place or without gradients", "Write it otherwise.")
         if all(v is None for v in inputs):
             return None

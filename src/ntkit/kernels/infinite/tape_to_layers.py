@@ -108,8 +108,8 @@ def _value(reader: Reader, op: Op) -> Any:
         if op.in_place:
             raise reader.refusal(op, "the input changed in place", "Write it without in-place operations.")
         return None
-    if op.no_grad or (op.func == calls.DATA and inner):
-        got = f"{op.name} where no gradients flow (torch.no_grad, .data, or inside an autograd.Function)"
+    if op.no_grad or (op.func in calls.STOPS and inner):
+        got = f"{op.name} where no gradients flow (torch.no_grad, detach, .data, or inside an autograd.Function)"
         fix = "Freeze layers with requires_grad_(False). Write activations as PyTorch functions."
         raise reader.refusal(op, got, fix)
     if rate and len(inner) == len(inputs):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ntkit.kernels.infinite.position_layers import FAR
 from ntkit.kernels.infinite.shared_weights import Node, Sum
 from ntkit.kernels.infinite.tape import Op, Ref
 
@@ -60,10 +61,11 @@ def moved(op: Op, before: Tensor, value: Vectors) -> Vectors | None:
     generator = torch.Generator().manual_seed(0)
     z, other = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
     try:
-        out, doubled = run(samples), run(z + 2 * other) - run(z) - 2 * run(other)
+        out = run(samples)
+        doubled = [run(s * (z + 2 * other)) / s - run(s * z) / s - 2 * run(s * other) / s for s in (1, FAR)]
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
-    if out.dim() < 2 or out.shape[-1] != features or float(doubled.abs().max()) > 1e-9:
+    if out.dim() < 2 or out.shape[-1] != features or any(float(d.abs().max()) > 1e-9 for d in doubled):
         return None
     ratio = out / out.flatten()[0]
     axes = [a for a in range(out.dim() - 1) if out.shape[a] == 3 and bool((ratio.select(a, 0) == 1).all())]
