@@ -29,7 +29,7 @@ SNAPSHOTS, FEWEST = 6, 3  # snapshots at most; with fewer than the latter there 
 POINTS, TESTED, PROBED = 250, 500, 30  # at most: points followed, test examples, test images that are transformed
 SHARE = 0.1  # of the run's time, about, at most
 PAIRS = 300  # products of two samples' gradients that take as long as one gradient (300 to 600 for cnn and mlp)
-LITTLE = 1e10  # parameters times gradients of a sample that are always affordable
+LITTLE = 1e10  # parameters times gradients of a sample that are always affordable: a minute of one core for an mlp
 FOLLOWING = 4  # kernels that take as long as all that is measured at a step along training (4 to 7 for cnn and mlp)
 
 

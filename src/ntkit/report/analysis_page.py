@@ -17,7 +17,13 @@ from ntkit.report.page import page
 from ntkit.report.words import percent
 
 Arrays = Mapping[str, np.ndarray]
-SECTION_NAMES = {"quality": "Quality", "along": "Training", "limit": "Limit", "invariances": "Invariances"}
+SECTION_NAMES = {
+    "quality": "Quality",
+    "along": "Training",
+    "limit": "Limit",
+    "invariances": "Invariances",
+    "explained": "Explained",
+}
 """As in the bar, for links."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ntkit.report import judgments, limit_section
+from ntkit.report import explain_text, judgments, limit_section
 from ntkit.report import training_figures as training
 from ntkit.report.invariance_text import invariance_finding
 from ntkit.report.words import beside, counted, listed, p_value, percent, plain, share
@@ -50,7 +50,16 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
         findings.append(found)
     if results["invariances"]:
         findings.append(invariance_finding(results["invariances"], results["training"] is None))
-    return findings
+    return [*findings, *explained_finding(results)]
+
+
+def explained_finding(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Whether the influence on the explained predictions can be used; nothing where none was explained."""
+    told = results.get("explained")
+    if not told or "points" not in told:
+        return []
+    lead, _, text = explain_text.trust(told).partition(": ")
+    return [(f"{lead}.", f"{text[0].upper()}{text[1:]}")]
 
 
 def warnings(results: dict[str, Any]) -> list[str]:
@@ -289,6 +298,7 @@ def places(results: dict[str, Any], findings: list[tuple[str, str]]) -> list[str
     own |= dict.fromkeys(judgments.LINEAR.sentences.values(), "limit")
     if results["invariances"]:
         own[invariance_finding(results["invariances"], results["training"] is None)[0]] = "invariances"
+    own |= {f"{sentence}.": "explained" for sentence in judgments.TRUST.sentences.values()}
     return [own.get(lead, "quality") for lead, _ in findings]
 
 

@@ -10,6 +10,7 @@ from ntkit.report.analysis_text import (
     KERNEL,
     along_finding,
     along_in_a_sentence,
+    explained_finding,
     failed_checks,
     fit_warnings,
     lead_on_network,
@@ -160,7 +161,7 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
         findings.append(along_finding(results["along"]))
     if (found := limit_section.finding(results)) is not None:
         findings.append(found)
-    return findings
+    return [*findings, *explained_finding(results)]
 
 
 def machines(results: dict[str, Any]) -> str:
