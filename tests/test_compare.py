@@ -118,7 +118,7 @@ def test_a_planted_difference_is_found(compared: Path) -> None:
     assert test["difference"] < -0.2
     assert test["p_holm"] < 0.05
     text = words(compared)
-    assert "beyond noise: the network of lr 0.1 is lower than lr 1e-07" in text
+    assert "of the networks: the error of lr 0.1 is lower than that of lr 1e-07" in text
     # machines on initial kernels differ in nothing between these settings: they are not tested
     assert {t["of"] for t in r["over_seeds"]} == {"network", "after"}
     same_start = [t for t in r["between_runs"] if t["of"] == "init" and t["second"] - t["first"] == 4]

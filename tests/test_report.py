@@ -91,7 +91,7 @@ def test_results_appear(full: Path) -> None:
         assert row["parameters"] in words
         centered = row["centered"]["after"]
         assert f"{centered['value']:.2f} ± {centered['error']:.2f}".replace("-", "−") in words
-    assert "two different images mean over all pairs 0.52 ± 0.02 centered -0.00520 ± 0.00010 0.31 ± 0.02" in words
+    assert "two different images mean over all pairs 0.52 ± 0.02 centered −0.00520 ± 0.00010 0.31 ± 0.02" in words
     for row in results["quality"]:
         assert f"{row['alignment']:.3f}" in words
     for value in results["similarity"].values():

@@ -53,9 +53,7 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
                 key,
                 f"{'Ridge' if by == 'ridge' else 'SVM'} on the {name} kernel, test error",
                 percent(error),
-                "no SVM: one of the two kernels does not separate the classes"
-                if by == "ridge"
-                else f"status: {m['status']}",
+                "no SVM: not both kernels separate the classes" if by == "ridge" else f"status: {m['status']}",
             )
             for key, name in (("after", "after"), ("init", "initial"))
             for m in results["machines"]
