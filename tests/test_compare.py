@@ -75,7 +75,8 @@ def results_of(folder: Path) -> dict[str, Any]:
 
 def words(folder: Path) -> str:
     body = (folder / "report.html").read_text().partition("<main")[2].partition("</main>")[0]
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", body)))  # \s takes non-breaking blanks, too
+    body = html.unescape(re.sub(r"<[^>]+>", " ", body)).replace("\u2060", "")  # word joiners
+    return re.sub(r"\s+", " ", body)  # \s takes non-breaking blanks, too
 
 
 def network_wrong(run: Path) -> np.ndarray:
