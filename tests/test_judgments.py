@@ -75,7 +75,8 @@ def test_the_verdict_changes_at_the_threshold(judgment: judgments.Judgment) -> N
 
 
 def test_rules_print_their_thresholds() -> None:
-    printed = dict(judgments.rules(False, images=True)) | dict(judgments.rules(True, images=True))
+    every = ("along", "limit", "invariances", "explained")
+    printed = dict(judgments.rules(False, every)) | dict(judgments.rules(True, every))
     assert set(printed) == set(judgments.RULES)
     assert "p < 0.05" in printed["Errors on the same test examples"]
     assert "95 %" in printed["Squared errors"]
@@ -94,7 +95,8 @@ def test_rules_print_their_thresholds() -> None:
         assert "p < 0.05" in judgment.rule
         assert "Holm" in judgment.rule
     assert "at least 1 %" in judgments.BETWEEN_REGRESSIONS.rule
-    assert "Invariant, global" not in dict(judgments.rules(False, images=False))
+    assert "Invariant, global" not in dict(judgments.rules(False, ("along", "limit", "explained")))
+    assert set(dict(judgments.rules(True, ()))) == {"Squared errors", "Fit", "Turned towards the task"}
 
 
 @pytest.mark.parametrize(

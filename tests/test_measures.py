@@ -328,3 +328,11 @@ def test_what_takes_too_long_is_left_out():
     task = measures.TrainingTask(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), few)
     along = {"points": 24, "steps": [0, 1, 2], "loss": [2.0, 1.0, 0.5]}
     assert against.against_loss(task, nn.Module(), None, along, 8, 10**8) is None  # nothing is computed
+
+
+def test_a_little_training_is_affordable_on_vectors_alone():
+    images = ntkit.data.load("digits", classes=("3", "8"), train=24, test=15)
+    vectors = replace(images, kind="vectors")
+    assert against.affordable_trainings(vectors, 1000, cost=5.0) == against.LITTLE / 1000
+    assert against.affordable_trainings(vectors, 1000, cost=1e9) == 1e9
+    assert against.affordable_trainings(images, 1000, cost=5.0) == 5.0  # a convolution takes more than its parameters

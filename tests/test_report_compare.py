@@ -101,8 +101,8 @@ def changed(**places: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("p", "difference", "said"),
     [
-        (0.0499, -0.1, "beyond noise: the network of lr 0.1 is lower than lr 0.01, by 10.0 points"),
-        (0.0499, 0.1, "beyond noise: the network of lr 0.1 is higher than lr 0.01, by 10.0 points"),
+        (0.0499, -0.1, "of the networks: the error of lr 0.1 is lower than that of lr 0.01, by 10.0 points"),
+        (0.0499, 0.1, "of the networks: the error of lr 0.1 is higher than that of lr 0.01, by 10.0 points"),
         (0.05, -0.1, "no difference between the settings’ networks is beyond noise"),
         (1.0, 0.0, "no difference between the settings’ networks is beyond noise"),
     ],

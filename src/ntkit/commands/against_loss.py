@@ -29,6 +29,7 @@ SNAPSHOTS, FEWEST = 6, 3  # snapshots at most; with fewer than the latter there 
 POINTS, TESTED, PROBED = 250, 500, 30  # at most: points followed, test examples, test images that are transformed
 SHARE = 0.1  # of the run's time, about, at most
 PAIRS = 300  # products of two samples' gradients that take as long as one gradient (300 to 600 for cnn and mlp)
+LITTLE = 1e10  # parameters times gradients of a sample that are always affordable: a minute of one core for an mlp
 FOLLOWING = 4  # kernels that take as long as all that is measured at a step along training (4 to 7 for cnn and mlp)
 
 
@@ -119,6 +120,14 @@ def cost_of_kernels(whole: Data, along: dict[str, Any], samples: int, transforms
     if transforms:
         cost += 2 * _cost((1 + sum(map(len, transforms.values()))) * min(samples, tests))
     return cost
+
+
+def affordable_trainings(data: Data, parameters: int, cost: float) -> float:
+    """Gradients of a sample that a section which trains again may take: what the kernels cost, and a little at least.
+
+    A little is known only of plain vectors, where a gradient takes as many operations as there are parameters.
+    """
+    return max(cost, LITTLE / parameters) if data.kind == "vectors" else cost
 
 
 def _cost(n: int, others: int | None = None) -> float:

@@ -16,7 +16,7 @@ from ntkit.base.files import read_arrays
 from ntkit.commands import kernel_measures, limit_measures
 from ntkit.commands import network_measures as measures
 from ntkit.commands import regression_measures as regression
-from ntkit.commands.against_loss import against_loss, cost_of_kernels
+from ntkit.commands.against_loss import affordable_trainings, against_loss, cost_of_kernels
 from ntkit.commands.explained_stage import explained_stage
 from ntkit.commands.network_measures import LABELS
 from ntkit.commands.results import KERNELS
@@ -123,8 +123,13 @@ class Stages:
         own, first = self._cost_of_kernels(), None
         if self.trajectory is not None:
             model = copy.deepcopy(self.models["init"])
-            first = limit_measures.first_order(self.task, model, self.trajectory, self.settings, own)
+            first = limit_measures.first_order(self.task, model, self.trajectory, self.settings, self._affordable())
         return {"first_order": first, "kernel": limit_measures.kernel_beside_limit(self.task, self.models, own)}, {}
+
+    def _affordable(self) -> float:
+        """What a section that trains again may take, in gradients of a sample."""
+        parameters = sum(p.numel() for p in self.models["init"].parameters())
+        return affordable_trainings(self.data, parameters, self._cost_of_kernels())
 
     def _cost_of_kernels(self) -> float:
         """What the kernels of the run take, in gradients of a sample."""
@@ -158,7 +163,7 @@ class Stages:
     def _explained(self) -> Stage:
         if self.trajectory is None or "absent" in (self.numbers["along"] or {}):
             return None, {}
-        return explained_stage(self.task, self.models["after"], self.trajectory, self._cost_of_kernels())
+        return explained_stage(self.task, self.models["after"], self.trajectory, self._affordable())
 
     def _oracle(self) -> Stage:
         x, after = self.data.x_test, self.models["after"]

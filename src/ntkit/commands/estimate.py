@@ -11,7 +11,7 @@ from torch import nn
 from ntkit.base.memory import bytes_in_words
 from ntkit.base.progress import clock
 from ntkit.commands import explained_stage, limit_measures
-from ntkit.commands.against_loss import cost_of_kernels
+from ntkit.commands.against_loss import affordable_trainings, cost_of_kernels
 from ntkit.commands.network_measures import TrainingTask, spread
 from ntkit.commands.settings import Settings
 from ntkit.kernels.tangent import TangentKernel
@@ -43,8 +43,9 @@ def estimate(task: TrainingTask, model: nn.Module, settings: Settings, steps: in
     training, seen = step * steps, steps * (batch or n)
     cost = cost_of_kernels(data, along, settings.probe_samples, transforms)
     parts = {"kernels": gradient * cost, "training": training}
+    most = affordable_trainings(data, parameters, cost)
     for section, (runs, of_example) in TRAINED_AGAIN.items():
-        if section not in settings.without and of_example * seen <= cost:  # else the stage leaves itself out
+        if section not in settings.without and of_example * seen <= most:  # else the stage leaves itself out
             parts[section] = runs * training
     parts = {name: seconds for name, seconds in parts.items() if seconds}
     seconds = sum(parts.values())

@@ -22,6 +22,9 @@ from ntkit.trajectory import Trajectory
 
 CHECKED = 1  # examples whose influence is compared with finite differences
 RANDOM_SETS = 3
+LONG = (
+    "training again so often would take longer than the rest of the report; ntkit explain RUN does it in its own time"
+)
 COST = 3  # of the whole stage, per example of every batch, in gradients of a sample as `cost_of_kernels` counts them
 
 
@@ -37,7 +40,7 @@ def explained_stage(
     """
     seen = trajectory.stop["step"] * (trajectory.settings["batch_size"] or len(task.data.x_train))
     if COST * seen > affordable:
-        return {"unexplained": "training was long, and this would take longer than the rest of the report"}, {}
+        return {"unexplained": LONG}, {}
     try:
         check_mode(copy.deepcopy(model).train())  # as it was trained
     except Refused as error:

@@ -23,7 +23,7 @@ from ntkit.networks.linearization import linearized
 from ntkit.trajectory import Trajectory, train
 
 TESTS = 1_000  # test examples on which two networks are compared, at most
-COST = 3  # of the first-order network's training, per example of every batch, in gradients of a sample
+COST = 0.3  # of the first-order network's training, per example of every batch, in gradients of a sample
 SAMPLES = {"closed form": 100, "maps": 24, "sampled": 12}  # on which the kernel is compared with its limit
 NETWORKS = 8  # random wide networks where the limit has no closed form
 LARGEST = 3e7  # parameters of those networks, at most
@@ -51,7 +51,7 @@ def first_order(
     """
     steps, batch = trajectory.stop["step"], trajectory.settings["batch_size"]
     if COST * steps * (batch or len(task.data.x_train)) > affordable:
-        return {"absent": "training was long, and a second one would take longer than the rest of the report"}
+        return {"absent": "training it would take longer than the rest of the report"}
     if trajectory.stop["reason"] == "diverged":
         return {"absent": "training diverged"}
     try:
@@ -128,8 +128,8 @@ def kernel_beside_limit(task: TrainingTask, models: dict[str, nn.Module], afford
             growth = _growth(model, few[:3])
             large = growth * sum(p.numel() for p in model.parameters()) > LARGEST
             if large or NETWORKS * len(few) * growth > affordable / 2:
-                instead = "random wide networks would take too long here: ntkit infinite --sample 16 takes them"
-                return {"absent": f"{told['why']} has no closed form, and {instead}"}
+                instead = "random wide networks would take too long here; ntkit infinite --sample 16 takes them"
+                return {"absent": f"there is no closed form for it ({told['why']}), and {instead}"}
             try:
                 estimate = InfiniteKernel(model, sample=NETWORKS).estimate(_double(few))
             except (Refused, SelfCheckError) as refused:

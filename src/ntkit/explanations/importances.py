@@ -101,12 +101,12 @@ class TrackingImportance:
     up to rounding (parameters that do not train add a constant). For other networks that is the kernel machine of the
     same steps under one fixed kernel.
 
+    It cannot see the parameters: begin at the first step of a new optimizer, and let every parameter that the outputs
+    depend on have a gradient at each step. `tracking_importance` checks both.
+
     Parameters
     ----------
     n, outputs : training examples, and outputs of the model (all axes but the first together).
-
-    It cannot see the parameters: begin at the first step of a new optimizer, and let every parameter that the outputs
-    depend on have a gradient at each step. `tracking_importance` checks both.
 
     Notes
     -----

@@ -59,7 +59,8 @@ class Linearized(nn.Module):
         try:
             value, change, *_ = torch.func.jvp(outputs, (at,), (step,))
         except NotImplementedError as error:
-            got = f"an operation without a forward-mode derivative ({str(error).splitlines()[0]})"
+            said = str(error).splitlines()[0].rstrip(".")
+            got = f"an operation without a forward-mode derivative ({said})"
             expected = "operations with a forward-mode derivative"
             fix = "Write that layer with other torch operations."
             raise refusal(f"model {type(self.start).__name__}", got=got, expected=expected, fix=fix) from error

@@ -11,11 +11,20 @@ from ntkit.report import analysis_figures as figures
 from ntkit.report import analysis_text as text
 from ntkit.report import explain_page, explain_text, invariance_text, judgments, kernel_figures, training_figures
 from ntkit.report.images import thumbnail
+from ntkit.report.limit_section import finding as limit_section_finding
 from ntkit.report.limit_section import limit_section
 from ntkit.report.page import page
 from ntkit.report.words import percent
 
 Arrays = Mapping[str, np.ndarray]
+SECTION_NAMES = {
+    "quality": "Quality",
+    "along": "Training",
+    "limit": "Limit",
+    "invariances": "Invariances",
+    "explained": "Explained",
+}
+"""As in the bar, for links."""
 
 
 def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
@@ -31,6 +40,7 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
     explained = explained_part(results, arrays["explained"])
     curves = explained["along"] if explained else []
     limit = limit_section(results)
+    compared_machines = {"machines": [m for m in results["machines"] if m["kernel"] in ("init", "after")]}
     return page(
         "analysis.html",
         [figure for figure, _ in (*along, *pairs.values(), *(limit["figures"] if limit else []), *curves)],
@@ -43,20 +53,22 @@ def analysis_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> str:
                 key,
                 f"{'Ridge' if by == 'ridge' else 'SVM'} on the {name} kernel, test error",
                 percent(error),
-                "no SVM: not every kernel separates the classes" if by == "ridge" else f"status: {m['status']}",
+                "no SVM: not both kernels separate the classes" if by == "ridge" else f"status: {m['status']}",
             )
             for key, name in (("after", "after"), ("init", "initial"))
             for m in results["machines"]
             if m["kernel"] == key
-            for error, by in [text.shown_error(results, m)]
+            for error, by in [text.shown_error(compared_machines, m)]
         ],
         compared=text.compared(results),
-        rules=judgments.rules(False, results["data"]["kind"] == "images"),
+        rules=judgments.rules(False, used_rules(results)),
         qualities={q["kernel"]: q for q in results["quality"]},
         pairs=pairs,
         along=along,
         lede=text.answer(results),
-        findings=text.in_short(results),
+        findings=(findings := text.in_short(results)),
+        places=text.places(results, findings),
+        names=SECTION_NAMES,
         warnings=text.warnings(results),
         checks=text.certificates(results),
         shared_labels=text.neighbors(results) if results["neighbors"] else "",
@@ -73,6 +85,17 @@ def of_kernels(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> dict[st
     """Figures of the kernel matrices with their readings, those that the run kept arrays for."""
     found = {"gram": kernel_figures.gram_pictures(results, arrays), "spectrum": kernel_figures.spectra(results, arrays)}
     return {name: pair for name, pair in found.items() if pair is not None}
+
+
+def used_rules(results: dict[str, Any]) -> set[str]:
+    """Sections of this run that have rules of their own."""
+    told = {
+        "along": results["along"],
+        "limit": limit_section_finding(results),
+        "invariances": results["invariances"],
+        "explained": "points" in (results.get("explained") or {}),
+    }
+    return {section for section, there in told.items() if there}
 
 
 def explained_part(results: dict[str, Any], arrays: Arrays) -> dict[str, Any] | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ntkit.report import judgments, limit_section
+from ntkit.report import explain_text, judgments, limit_section
 from ntkit.report import training_figures as training
 from ntkit.report.invariance_text import invariance_finding
 from ntkit.report.words import beside, counted, listed, p_value, percent, plain, share
 
 SVM = {"svm": "a hard-margin SVM", "ridge": "ridge regression"}
 """What compares two kernels."""
+KERNEL = "It sees the network through its tangent kernel, which says how alike two examples are to the network."
 
 
 def answer(results: dict[str, Any]) -> str:
@@ -19,13 +20,17 @@ def answer(results: dict[str, Any]) -> str:
     how = "whose weights were loaded" if run is None else f"trained for {counted(run['steps'], 'step')}"
     found, verdict = comparison(results, "init"), judgments.fits(*fit_of(results))
     first = judgments.FIT.sentences[verdict].split(":")[0].rstrip(".") + ". " if verdict != "fits" else ""
-    name = f"{first}The network {model['name']} ({model['parameters']:,} parameters)"
     return (
-        f"{name}, {how}, on {data['train']:,} training "
-        f"examples of {data['name']}, seen through its tangent kernel. The test error of {SVM[found['machine']]} on "
-        f"its kernel is {judgments.ERROR.say(found['p'], found['value'])} that on the kernel at initialization."
+        f"{first}{looked_at(model, how)} on {data['train']:,} training examples of {data['name']}. {KERNEL} "
+        f"The test error of {SVM[found['machine']]} on the kernel after training is "
+        f"{judgments.ERROR.say(found['p'], found['value'])} that on the kernel at initialization."
         f"{along_in_a_sentence(results)}"
     )
+
+
+def looked_at(model: dict[str, Any], how: str) -> str:
+    """Begin the paragraph on top: the network, and how it came by its weights."""
+    return f"This page looks at the network {model['name']} ({model['parameters']:,} parameters), {how}"
 
 
 def along_in_a_sentence(results: dict[str, Any]) -> str:
@@ -45,7 +50,16 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
         findings.append(found)
     if results["invariances"]:
         findings.append(invariance_finding(results["invariances"], results["training"] is None))
-    return findings
+    return [*findings, *explained_finding(results)]
+
+
+def explained_finding(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Whether the influence on the explained predictions can be used; nothing where none was explained."""
+    told = results.get("explained")
+    if not told or "points" not in told:
+        return []
+    lead, _, text = explain_text.trust(told).partition(": ")
+    return [(f"{lead}.", f"{text[0].upper()}{text[1:]}")]
 
 
 def warnings(results: dict[str, Any]) -> list[str]:
@@ -247,8 +261,10 @@ def _error_findings(results: dict[str, Any]) -> list[tuple[str, str]]:
         found = comparison(results, other)
         key = "test_error" if found["machine"] == "svm" else "ridge_test_error"
         init, after, conjugate = (
-            percent(told[k][key]) if k in told else "undefined" for k in ("init", "after", "conjugate")
-        )
+            "none" if k in told and told[k]["status"] == "not separable" and key == "test_error"
+            else percent(told[k][key]) if k in told else "undefined"
+            for k in ("init", "after", "conjugate")
+        )  # fmt: skip
         by = SVM[found["machine"]]
         text = (
             f"Test error of {by}: kernel at initialization {init}, after kernel {after}."
@@ -275,27 +291,41 @@ def _counts(found: dict[str, Any]) -> str:
     )
 
 
+def places(results: dict[str, Any], findings: list[tuple[str, str]]) -> list[str]:
+    """The section that each finding is shown in."""
+    along = [*judgments.TURN.sentences.values(), *judgments.SHAPE.sentences.values()]
+    own = dict.fromkeys(along, "along" if results["along"] else "quality")
+    own |= dict.fromkeys(judgments.LINEAR.sentences.values(), "limit")
+    if results["invariances"]:
+        own[invariance_finding(results["invariances"], results["training"] is None)[0]] = "invariances"
+    own |= {f"{sentence}.": "explained" for sentence in judgments.TRUST.sentences.values()}
+    return [own.get(lead, "quality") for lead, _ in findings]
+
+
 def _task_finding(results: dict[str, Any]) -> tuple[str, str]:
     rows = {row["kernel"]: row for row in results["quality"]}
     (first, last), ranks = (
         [rows.get(kernel, {}).get(name) for kernel in ("init", "after")]
         for name in ("alignment_centered", "effective_rank")
     )
-    return turn_finding(first, last, ranks, results["along"])
+    return turn_finding(first, last, ranks, results["along"], results["data"]["train"])
 
 
 def turn_finding(
-    first: float | None, last: float | None, ranks: list[float | None], along: dict[str, Any] | None
+    first: float | None, last: float | None, ranks: list[float | None], along: dict[str, Any] | None, training: int
 ) -> tuple[str, str]:
-    """What became of the alignment with the targets, judged by its curve along training."""
+    """What became of the alignment with the targets, judged by its curve along training on all points or some."""
     found = judgments.ends_of(along["alignment_centered"]) if along else None
     lead = judgments.TURN.say(*(found or (first, last, None)))
     text = "On all training points"
     if found and along:
         text = (
             f"Centered alignment with the targets of the {along['points']:,} points followed: from {plain(found[0])} "
-            f"to {plain(found[1])}; its largest move the other way was {plain(found[2], 2)}. On all training points"
+            f"to {plain(found[1])}; its largest move the other way was {plain(found[2], 2)}"
         )
+        if along["points"] == training:
+            return lead, f"{text}. The effective rank went from {plain(ranks[0])} to {plain(ranks[1])}."
+        text += ". On all training points"
     text += (
         f" it went from {plain(first)} to {plain(last)}"
         if found

@@ -70,12 +70,13 @@ def beyond(r: Results, of_groups: bool) -> list[dict[str, Any]]:
 
 
 def sentence(r: Results, test: dict[str, Any]) -> str:
-    """One difference over seeds, such as "network: lr 0.1 is lower than lr 0.01 by 2 points (p = 0.01)"."""
+    """One difference over seeds, such as "network: the error of lr 0.1 is lower than that of lr 0.01, by 2 points"."""
     first, second = (r["groups"][test[side]]["label"] for side in ("first", "second"))
     said = OVER_SEEDS.say(test["p_holm"], test["difference"])
     by = "" if r["data"]["regression"] else " points"
     size = shown(r, abs(test["difference"]))
-    return f"{measures(r)[test['of']]}: {first} is {said} {second}, by {size}{by} (corrected {p_value(test['p_holm'])})"
+    beside = f"the error of {first} is {said} that of {second}, by {size}{by}"
+    return f"{measures(r)[test['of']]}: {beside} (corrected {p_value(test['p_holm'])})"
 
 
 def lede(r: Results) -> str:
@@ -124,7 +125,7 @@ def _judged(r: Results) -> str:
     if not found:
         return f"Over seeds, no difference between the settings’ networks is beyond noise. {_of_single(r)}"
     said = "; ".join(sentence(r, test).partition(": ")[2] for test in found[:3])
-    return f"Over seeds, beyond noise: the network of {said}{'; and others' if len(found) > 3 else ''}."
+    return f"Beyond noise over seeds, of the networks: {said}{'; and others' if len(found) > 3 else ''}."
 
 
 def _of_single(r: Results) -> str:

@@ -162,9 +162,9 @@ def _along(point: dict[str, Any], steps: Sequence[int]) -> tuple[Figure, str]:
         panels.append(Panel(f"plot-along-{point['test_index']}-{method}", f"By {method}", data, layout))
         for e in point[method]["helped"][:1]:
             half = next(step for step, value in zip(steps, e["along"], strict=True) if value >= e["along"][-1] / 2)
-            texts.append(f"by {method}, training example {e['index']}, had half of it by step {half:,}")
+            texts.append(f"by {method}, training example {e['index']}, had half of its sum by step {half:,}")
     reading = "What the strongest examples had added up to each step."
-    reading += f" The strongest {', the strongest '.join(texts)}." if texts else ""
+    reading += f" The strongest {'; the strongest '.join(texts)}." if texts else ""
     what = explain_text.quantity(point)
     legend = [(f"raised the {what}", "var(--good)", "line"), (f"lowered the {what}", "var(--bad)", "dash")]
     name, title = f"along-{point['test_index']}", "Along training"

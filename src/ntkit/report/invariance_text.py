@@ -55,8 +55,8 @@ def _raw_cosines(told: dict[str, Any], loaded: bool = False) -> str:
     baseline = " → ".join(measure(told["different"][kernel]) for kernel in ("init", "after"))
     text += f" Two different images have a cosine, too: {baseline}."
     if small := _no_larger(told):
-        text += f" The change for {listed(small)} is not larger, beyond noise, than that one: it says little of the "
-        text += "transformation."
+        each = "that transformation" if len(small) == 1 else "these transformations"
+        text += f" The change for {listed(small)} is not larger, beyond noise, than that one: it says little of {each}."
     elif _changed(told):
         text += " The changes beyond noise are larger than that one, or go the other way."
     return text

@@ -6,7 +6,7 @@ noise), the sentence comes from a `Judgment` here. `RULES` are printed at the en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ntkit.explanations.trust_limits import MISS, SMOOTH
@@ -403,8 +403,17 @@ RULES: dict[str, Sequence[Judgment]] = {
 """By what is judged; a report prints the rules that it uses."""
 
 
-def rules(regression: bool, images: bool) -> list[tuple[str, str]]:
-    """What is judged and the rule in words, of those that a report of `ntkit analyze` uses."""
+_OF_SECTIONS = {
+    "along": ("Changed shape",),
+    "limit": ("As in the limit of infinite width",),
+    "invariances": ("Invariant, global", "Beside two different images"),
+    "explained": ("Influence",),
+}
+"""Rules that a report uses only where it has the section."""
+
+
+def rules(regression: bool, sections: Collection[str]) -> list[tuple[str, str]]:
+    """What is judged and the rule in words, of those that a report of `ntkit analyze` with some sections uses."""
     left_out = {"Errors on the same test examples", "Separable"} if regression else {"Squared errors"}
-    left_out |= set() if images else {"Invariant, global", "Beside two different images"}
+    left_out |= {name for section, names in _OF_SECTIONS.items() if section not in sections for name in names}
     return [(name, judgments[0].rule) for name, judgments in RULES.items() if name not in left_out]

@@ -37,8 +37,9 @@ def finding(results: dict[str, Any]) -> tuple[str, str] | None:
         return None
     last = first["distance"][-1]
     text = (
-        f"Trained alike, the first-order network’s outputs differ by {_beside_limits(last)} of how far training moved "
-        f"the network’s. The first-order network: {_last_errors(first)}"
+        "Its first-order network keeps its kernel, as an infinitely wide network does. Trained alike, the two have "
+        f"test outputs that differ by {_beside_limits(last)} of how far training moved the network’s. The first-order "
+        f"network: {_last_errors(first)}"
     )
     return judgments.LINEAR.say(last), f"{text}."
 
@@ -84,11 +85,8 @@ def _curves(first: dict[str, Any]) -> tuple[Figure, str]:
     known = [(s, d) for s, d in zip(steps, first["distance"], strict=True) if d is not None]
     early = next((s for s, d in known if d >= judgments.NEAR), None)
     reading = f"The first-order network on {counted(tests, 'test example')}: {_last_errors(first)}. "
-    reading += (
-        f"The outputs are {share(judgments.NEAR)} of the way apart from step {early:,} on."
-        if early is not None
-        else f"The outputs stay closer than {share(judgments.NEAR)} of the way throughout."
-    )
+    when = f"At step {early:,} its outputs first" if early is not None else "At no snapshot its outputs"
+    reading += f"{when} differ by {share(judgments.NEAR)} of how far training moved the network’s."
     title = "The network and its first-order network"
     legend = [
         ("network", "var(--network)", "line"), ("first-order network", "var(--init)", "dash"),
@@ -101,15 +99,15 @@ def kernel(told: dict[str, Any]) -> str:
     """What is said of the network's kernel beside that of infinite width."""
     if "absent" in told:
         return f"The kernel is not compared with that of infinite width: {told['absent']}."
-    how = "in closed form"
-    if told["networks"]:
-        spread = f"standard error {share(told['error'])} of its norm"
-        networks = f"the mean of {told['networks']} random wide networks"
-        how = f"as {networks}, {spread}, since it has no closed form ({told['why']})"
-    before, after = (plain(told["cosines"][key]) for key in ("init", "after"))
     samples = counted(told["samples"], "training example")
+    how = f"computed in closed form on {samples}"
+    if told["networks"]:
+        spread = f"the standard error is {share(told['error'])} of its norm"
+        networks = f"the mean of {told['networks']} random wide networks"
+        how = f"estimated on {samples} as {networks}; {spread}. It has no closed form ({told['why']})"
+    before, after = (plain(told["cosines"][key]) for key in ("init", "after"))
     return (
-        f"The kernel of infinitely wide networks, {how}, on {samples}: the kernel at initialization differs from it by "
+        f"The kernel of infinitely wide networks was {how}. The network’s kernel at initialization differs from it by "
         f"{share(told['distance'])} of its norm. Centered cosine with it: {before} at initialization, {after} after "
         "training."
     )

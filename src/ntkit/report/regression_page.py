@@ -8,7 +8,15 @@ from typing import Any
 from ntkit.report import analysis_figures, analysis_text, invariance_text, judgments, training_figures
 from ntkit.report import regression_figures as figures
 from ntkit.report import regression_text as text
-from ntkit.report.analysis_page import Arrays, explained_part, image_cases, neighbor_rows, of_kernels
+from ntkit.report.analysis_page import (
+    SECTION_NAMES,
+    Arrays,
+    explained_part,
+    image_cases,
+    neighbor_rows,
+    of_kernels,
+    used_rules,
+)
 from ntkit.report.limit_section import limit_section
 from ntkit.report.page import page
 from ntkit.report.words import measure
@@ -62,7 +70,9 @@ def regression_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> st
         pairs=pairs,
         along=along,
         lede=text.answer(results),
-        findings=text.in_short(results),
+        findings=(findings := text.in_short(results)),
+        places=analysis_text.places(results, findings),
+        names=SECTION_NAMES,
         warnings=text.warnings(results),
         checks=analysis_text.certificates(results),
         shared_labels=text.neighbors(results) if results["neighbors"] else "",
@@ -77,7 +87,7 @@ def regression_page(results: dict[str, Any], arrays: Mapping[str, Arrays]) -> st
         columns=_COLUMNS,
         by_target=by_target if len(names) > 1 else [],
         compared=text.compared(results),
-        rules=judgments.rules(True, results["data"]["kind"] == "images"),
+        rules=judgments.rules(True, used_rules(results)),
         draws=f"{results['comparisons']['draws']:,}" if results["comparisons"] else "",
         ridges=results["comparisons"]["ridges"] if results["comparisons"] else None,
     )

@@ -7,11 +7,14 @@ from typing import Any
 
 from ntkit.report import judgments, limit_section
 from ntkit.report.analysis_text import (
+    KERNEL,
     along_finding,
     along_in_a_sentence,
+    explained_finding,
     failed_checks,
     fit_warnings,
     lead_on_network,
+    looked_at,
     turn_finding,
 )
 from ntkit.report.words import beside, counted, digits, listed, plain
@@ -92,15 +95,15 @@ def _numbers(found: dict[str, Any]) -> Four:
 
 
 def answer(results: dict[str, Any]) -> str:
-    """Say in two sentences what was done and what came out."""
+    """Say in a few sentences what was done and what came out."""
     model, data, run = results["model"], results["data"], results["training"]
     how = "whose weights were loaded" if run is None else f"trained for {counted(run['steps'], 'step')}"
     hardly = judgments.fits(results["network"]["train"]["r2"]["value"]) == "hardly"
     return (
         f"{'The network hardly fits its training set. ' if hardly else ''}"
-        f"The network {model['name']} ({model['parameters']:,} parameters), {how}, on {data['train']:,} training "
-        f"examples of {data['name']} to predict {listed(data['targets']['names'])}, seen through its tangent kernel. "
-        f"The test error of ridge regression on its kernel is "
+        f"{looked_at(model, how)} on {data['train']:,} training examples of {data['name']} to predict "
+        f"{listed(data['targets']['names'])}. {KERNEL} "
+        f"The test error of ridge regression on the kernel after training is "
         f"{judgments.SQUARED_ERROR.say(*difference(results, 'init'))} that on the kernel at initialization."
         f"{along_in_a_sentence(results)}"
     )
@@ -153,12 +156,12 @@ def in_short(results: dict[str, Any]) -> list[tuple[str, str]]:
     (first, last), ranks = (
         [rows.get(k, {}).get(name) for k in ("init", "after")] for name in ("alignment_centered", "effective_rank")
     )
-    findings.append(turn_finding(first, last, ranks, results["along"]))
+    findings.append(turn_finding(first, last, ranks, results["along"], results["data"]["train"]))
     if results["along"]:
         findings.append(along_finding(results["along"]))
     if (found := limit_section.finding(results)) is not None:
         findings.append(found)
-    return findings
+    return [*findings, *explained_finding(results)]
 
 
 def machines(results: dict[str, Any]) -> str:

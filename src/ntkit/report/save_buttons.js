@@ -12,7 +12,7 @@
   function csv(rows) {
     return rows.map(function (row) {
       return row.map(function (cell) {
-        var text = cell === null || cell === undefined ? "" : String(cell);
+        var text = cell === null || cell === undefined ? "" : String(cell).replace(/\u2212/g, "-");  // numbers that programs read
         return /[",\r\n]/.test(text) ? '"' + text.replace(/"/g, '""') + '"' : text;
       }).join(",");
     }).join("\r\n") + "\r\n";

@@ -158,8 +158,8 @@ def sharpness(a: Series) -> FigureAndReading:
 def _read_sharpness(values: Values, bound: Values) -> str:
     """Say where sharpness ended, relative to the bound.
 
-    >>> _read_sharpness([1.0, 19.0], [20.0, 20.0])
-    'Sharpness grew 19-fold, from 1 to 19, and ends at 0.95 times the bound of stability; above at none of 2 snapshots.'
+    >>> _read_sharpness([1.0, 2.0], [20.0, 20.0])
+    'Sharpness grew 2-fold, from 1 to 2, and ends at 0.1 times the bound of stability; above it at none of 2 snapshots.'
     >>> _read_sharpness([1.0, 19.0], [None, None])
     'Sharpness grew 19-fold, from 1 to 19. No bound of stability is known for this optimizer.'
     """
@@ -170,7 +170,7 @@ def _read_sharpness(values: Values, bound: Values) -> str:
     if not pairs or values[-1] is None or bound[-1] is None:
         return f"{text}; where it ends beside the bound of stability is not known."
     above = sum(s > b for s, b in pairs)
-    times = f"above at {above or 'none'} of {len(pairs)} snapshots"
+    times = f"above it at {above or 'none'} of {len(pairs)} snapshots"
     return f"{text}, and ends at {plain(values[-1] / bound[-1], 2)} times the bound of stability; {times}."
 
 

@@ -28,13 +28,15 @@ def percent(number: Number, unit: bool = True) -> str:
 def plain(value: float | None, digits: int = 3) -> str:
     """Write a number with a few significant digits; None becomes a dash.
 
-    >>> plain(0.123456), plain(1731.0), plain(3.1e-10), plain(None)
-    ('0.123', '1731', '3.1e-10', '–')
+    >>> plain(0.123456), plain(1731.0), plain(3.1e-10), plain(-0.87), plain(None)
+    ('0.123', '1731', '3.1e-10', '−0.87', '–')
     """
     if value is None:
         return "–"
     if value == 0:
         return "0"
+    if value < 0:
+        return f"−{plain(-value, digits)}"
     if abs(value) < 1e-3 or abs(value) >= 1e6:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
@@ -77,7 +79,9 @@ def measure(number: dict[str, Any]) -> str:
     if not error:
         return plain(value)
     digits = max(0, (1 if f"{error:.1e}"[0] == "1" else 0) - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}" if digits < 6 else f"{plain(value)} ± {error:.1e}"
+    if digits >= 6:
+        return f"{plain(value)} ± {error:.1e}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
 
 
 def change(first: float | None, last: float | None) -> str:
