@@ -113,7 +113,8 @@ def larger_copy(
         larger = plain(copied(larger)).to(device=like.device, dtype=like.dtype).train(network.training)
         check_copy(network, larger, example)
         widths = _hidden_outputs(network, _flow(network, example))
-        check_growth(network, larger, widths)
+        if factor > 1:
+            check_growth(network, larger, widths)
         check_sums(network, larger, example, set(_raw_parameters(network, set(widths.values()))))
         for p, own in zip(larger.parameters(), network.parameters(), strict=True):
             p.requires_grad_(own.requires_grad)
