@@ -737,7 +737,6 @@ REFUSED = {
         V1,
         "number computed from the data|second time",
     ),
-    "image out": (nn.Sequential(conv(2, 8), R(), conv(8, 1, 1)), X1, "vector of outputs"),
     "channel slopes": (mlp(Act(lambda z: z * torch.linspace(0, 1, 8, dtype=z.dtype))), V1, "numbers per channel"),
     "no weights": (nn.Flatten(), X1, "without random weights"),
     "two outputs": (Raw(lambda m, x: m.a(x)), {"x": V1}, "one tensor"),

@@ -8,7 +8,7 @@ import torch
 
 import ntkit
 from ntkit.studies.kopitkov2019 import constant_kernel, decay, kopitkov_setting, learned_pictures, learning_speed
-from ntkit.studies.kopitkov2019.kopitkov_setting import Learned
+from ntkit.studies.kopitkov2019.kopitkov_setting import LearnedPicture
 from ntkit.studies.study import Result, Results, Sizes, Work
 from ntkit.tracking import half_squared
 
@@ -45,7 +45,7 @@ def linear_model(n=16, steps=5, lr=0.3):
         model, (x, y), half_squared, lambda p: torch.optim.SGD(p, lr=lr), steps, record="all",
         schedule=lambda step: kopitkov_setting.decayed(step, 3),
     )  # fmt: skip
-    return Learned(x, y, model, run), ntkit.track(run, x, y, model=model, k=6)
+    return LearnedPicture(x, y, model, run), ntkit.track(run, x, y, model=model, k=6)
 
 
 def test_where_first_order_is_exact_each_component_falls_at_its_eigenvalue():

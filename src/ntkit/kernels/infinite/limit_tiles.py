@@ -25,6 +25,7 @@ from ntkit.kernels.infinite.tape import record
 
 _PLANE_ELEMENTS = {"cpu": 1 << 16}  # a few planes of this size fit into a core's cache
 _PLANE_ELEMENTS_ELSEWHERE = 1 << 24
+_AT_ONCE = 4  # tiles at least, so that workers have something to do
 _LEAST_ELEMENTS = 1 << 12  # of a plane of a tile that is cut smaller than need be: below, calls cost more than numbers
 _TILE_PAIRS = 1 << 10  # pairs of samples with positions in a tile: 32 x 32, so that each side is prepared for many
 BATCH, BATCH_OF_GRIDS = 512, 64
@@ -148,7 +149,7 @@ def plane_elements(like: Tensor) -> int:
 
 
 def tile_size(graph: Graph, like: Tensor, n1: int, n2: int) -> int:
-    """Samples along each side of a tile; tiles of about equal size, and one for each worker or more if they are large.
+    """Samples along each side of a tile; tiles of about equal size, and a few at least if they are large.
 
     A walk over offsets is shared out itself.
     """
@@ -167,11 +168,14 @@ def tile_size(graph: Graph, like: Tensor, n1: int, n2: int) -> int:
 
 
 def _too_few(tiles: int, n1: int, n2: int, positions: int, like: Tensor) -> bool:
-    """Whether workers have nothing to do though tiles are large enough to be cut into smaller ones."""
+    """Whether there are few tiles though they are large enough to be cut into smaller ones.
+
+    Whatever the number of workers: it must not change the values.
+    """
     size, smaller = (math.ceil(max(n1, n2) / number) for number in (tiles, tiles + 1))
     number = math.ceil(n1 / size) * math.ceil(n2 / size)
     large = min(n1, smaller) * min(n2, smaller) * positions >= _LEAST_ELEMENTS and smaller < size
-    return large and like.device.type == "cpu" and number < workers()
+    return large and like.device.type == "cpu" and number < _AT_ONCE
 
 
 def walks(graph: Graph) -> bool:

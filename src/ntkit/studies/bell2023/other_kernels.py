@@ -45,7 +45,7 @@ TANGENT, PATH = ("trained", "initial"), ("left", "both")
 _ORDERS = 2  # "by orders of magnitude": at least two
 
 
-class Learned(NamedTuple):
+class TrainedNetwork(NamedTuple):
     """A network that full-batch gradient descent on the mean cross-entropy trained, and its run."""
 
     model: nn.Module
@@ -66,11 +66,11 @@ def _compare(work: Work, case: str, seed: int) -> Result:
     """Errors of every formulation's outputs for test points."""
     if case in plane.ACTIVATIONS:
         model, run, x, y = plane.trained(work, case, seed)
-        at, test = Learned(model, run, x, y, plane.LR), plane.clusters(plane.TEST, 1000 + seed)
+        at, test = TrainedNetwork(model, run, x, y, plane.LR), plane.clusters(plane.TEST, 1000 + seed)
         x_test, truth = (t.to(x) if t.is_floating_point() else t for t in test)
     else:
         model, run, data = pictures.learned(work, case, seed)
-        at, x_test, truth = Learned(model, run, data.x, data.y, work.sizes.lr), data.x_test, data.y_test
+        at, x_test, truth = TrainedNetwork(model, run, data.x, data.y, work.sizes.lr), data.x_test, data.y_test
     network = _outputs(at, run.steps[-1], x_test)
     numbers: dict[str, Any] = {"terms": run.steps[-1] * len(at.y), "network accuracy": _share(network, truth)}
     arrays = {"network": network.cpu().numpy()}
@@ -85,7 +85,7 @@ def _share(logits: Tensor, truth: Tensor) -> float:
     return float((logits.argmax(1).cpu() == truth.cpu()).double().mean())
 
 
-def formulations(at: Learned, x: Tensor) -> dict[str, Tensor]:
+def formulations(at: TrainedNetwork, x: Tensor) -> dict[str, Tensor]:
     """Outputs for `x` [m, C] by each of `FORMULATIONS`.
 
     All start at the network's initial outputs f_0 and add, for each step and training example, a kernel value times
@@ -111,12 +111,12 @@ def formulations(at: Learned, x: Tensor) -> dict[str, Tensor]:
     return {name: rebuilt[name] for name in FORMULATIONS if name in rebuilt}
 
 
-def _state(at: Learned, step: int) -> dict[str, Tensor]:
+def _state(at: TrainedNetwork, step: int) -> dict[str, Tensor]:
     return {name: at.run.state(step)[name].to(at.x.device) for name, _ in at.model.named_parameters()}
 
 
 @torch.no_grad()
-def _outputs(at: Learned, step: int, x: Tensor) -> Tensor:
+def _outputs(at: TrainedNetwork, step: int, x: Tensor) -> Tensor:
     return functional_call(at.model, _state(at, step), (x,))
 
 
@@ -132,7 +132,7 @@ def _against(model: nn.Module, place: Mapping[str, Tensor], x: Tensor, weights: 
     return vjp(lambda values: functional_call(model, values, (x,)), dict(place))[1](weights)[0]
 
 
-def _both_sides(at: Learned, x: Tensor, nodes: int = BOTH) -> Tensor:
+def _both_sides(at: TrainedNetwork, x: Tensor, nodes: int = BOTH) -> Tensor:
     """The path kernel of gradient flow (Domingos) on the steps as they were: everything taken along the step."""
     total: Any = 0.0
     for before, after in states(at.run, at.model, at.x):
@@ -143,7 +143,7 @@ def _both_sides(at: Learned, x: Tensor, nodes: int = BOTH) -> Tensor:
     return total
 
 
-def _pulled(at: Learned, step: int, weights: Tensor, x: Tensor) -> Tensor:
+def _pulled(at: TrainedNetwork, step: int, weights: Tensor, x: Tensor) -> Tensor:
     """Kernel at one step's parameters times weights of the training outputs."""
     place = _state(at, step)
     return _along(at.model, place, x, _against(at.model, place, at.x, weights))
@@ -163,7 +163,7 @@ class _Machine(nn.Module):
         return self.moving(x) + self.start
 
 
-def _trained(at: Learned, step: int) -> Callable[[Tensor], Tensor]:
+def _trained(at: TrainedNetwork, step: int) -> Callable[[Tensor], Tensor]:
     """Train the network's first-order expansion around a step as the run did; returns its change of outputs."""
     at.run.load(at.model, step)
     machine = _Machine(at.model, at.x, _outputs(at, 0, at.x))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.studies.claim import Claim, Condition, mean
-from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, DISPLACED, FALLS, Learned, displaced, text
+from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, DISPLACED, FALLS, LearnedPicture, displaced, text
 from ntkit.studies.study import Result, Results
 
 
@@ -43,7 +43,7 @@ def losses(K: Tensor, residual: Tensor, steps: Sequence[int], lr: float, decay: 
     return found
 
 
-def constant_kernel(at: Learned, steps: Sequence[int], lr: float, decay: int) -> dict[str, Any]:
+def constant_kernel(at: LearnedPicture, steps: Sequence[int], lr: float, decay: int) -> dict[str, Any]:
     """Losses along the steps with the first kernel and with the last one, scaled to the trace of the first.
 
     The last kernel at the first one's size shows what its directions alone do. Both for the learned picture and for

@@ -64,7 +64,7 @@ def file_of(name: str, depth: int, seed: int) -> str:
     return f"{name.replace(' ', '-')}-depth-{depth}-seed-{seed}"
 
 
-class Learned(NamedTuple):
+class LearnedPicture(NamedTuple):
     """A network that learned a picture."""
 
     x: Tensor  # [n, 2], the points
@@ -79,7 +79,7 @@ def recorded_steps(steps: int, decay: int) -> list[int]:
     return sorted({0, steps, *(round(2 ** (j / 2)) for j in range(2 * int(math.log2(steps)) + 1)), *around})
 
 
-def learned(work: Work, name: str, depth: int, seed: int) -> Learned:
+def learned(work: Work, name: str, depth: int, seed: int) -> LearnedPicture:
     """The recorded run of a picture, trained if it is not there.
 
     Raises
@@ -98,7 +98,7 @@ def learned(work: Work, name: str, depth: int, seed: int) -> Learned:
     if run.status == "diverged":
         got, fix = f"a loss that is not finite at step {run.steps[-1]:,}", "Choose a smaller rate in the study's sizes."
         raise refusal(f"learning rate {s.lr}", got=got, expected="a run to its end", fix=fix)
-    return Learned(x, y, model, run)
+    return LearnedPicture(x, y, model, run)
 
 
 def numbers_of(tracked: Tracked) -> Result:

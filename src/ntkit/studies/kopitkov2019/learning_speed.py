@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
-from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, RISES, Learned
+from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, RISES, LearnedPicture
 from ntkit.studies.study import Result, Results
 from ntkit.tracking import Tracked
 
 EXPECTED = Within(2, of=1, unit=" standard errors")
 
 
-def one_step(at: Learned, tracked: Tracked, top: int) -> dict[str, np.ndarray]:
+def one_step(at: LearnedPicture, tracked: Tracked, top: int) -> dict[str, np.ndarray]:
     """What one step at the learning rate of that time does to the residual m, in float64.
 
     ``removed`` [T, k]: the share of the component along eigenvector i that it removes, 1 - <v_i, m'> / <v_i, m>, to
