@@ -226,7 +226,7 @@ def test_contributions_of_the_integral_are_those_of_the_path_kernel(trained):
 
 def test_formulations_are_what_they_say(trained):
     model, run, x, y, points = trained
-    found = other_kernels.formulations(other_kernels.Learned(model, run, x, y, plane.LR), points)
+    found = other_kernels.formulations(other_kernels.TrainedNetwork(model, run, x, y, plane.LR), points)
     assert found.keys() == other_kernels.FORMULATIONS.keys()
     for name, integration in (("left", "left"), ("initial", "ntk")):
         parts = ntkit.PathKernel(run, integration=integration).decompose(points)
