@@ -130,6 +130,17 @@ def test_the_kernel_beside_its_closed_form() -> None:
         assert told["cosines"][key] == pytest.approx(ntkit.alignment(K[..., 0, 0], limit, centered=True), rel=1e-4)
 
 
+def test_a_dead_network_has_no_cosine_with_the_limit() -> None:
+    model, data = build("mlp", (1, 8, 8), 1, seed=0), digits()
+    dead = copy.deepcopy(model)
+    for p in dead.parameters():
+        nn.init.constant_(p, -1.0)
+    dead[-1].requires_grad_(False)
+    told = measures.kernel_beside_limit(TrainingTask(model, data), {"init": model, "after": dead}, LARGE)
+    assert told["cosines"]["after"] is None
+    assert told["cosines"]["init"] > 0
+
+
 def test_without_a_closed_form_random_wide_networks_stand_for_it() -> None:
     model, data = build("cnn", (1, 8, 8), 1, seed=0), digits()
     task = TrainingTask(model, data)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.checks import Damaged, NoLimit, Refused, defined, fault
+from ntkit.base.checks import NoLimit, Refused, defined, fault
 from ntkit.commands.kernel_measures import paired
 from ntkit.commands.network_measures import TrainingTask, finite, outputs_of, rate, spread
 from ntkit.commands.settings import Settings
@@ -136,8 +136,6 @@ def kernel_beside_limit(task: TrainingTask, models: dict[str, nn.Module], afford
                 return {"absent": fault(refused)}
             limit = estimate.mean
             told |= {"networks": NETWORKS, "error": finite(estimate.error), "biased": estimate.biased}
-        except Damaged:
-            raise
         except (Refused, SelfCheckError) as error:
             return {"absent": fault(error)}
     told["notes"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
@@ -147,7 +145,9 @@ def kernel_beside_limit(task: TrainingTask, models: dict[str, nn.Module], afford
     }
     told["samples"] = len(few)
     told["distance"] = finite(float((own["init"] / task.outputs - limit).norm() / limit.norm()))
-    told["cosines"] = {key: defined(alignment, K, limit, centered=True) for key, K in own.items()}
+    told["cosines"] = {  # a dead network has no kernel
+        key: defined(alignment, K, limit, centered=True) if bool(K.any()) else None for key, K in own.items()
+    }
     return told
 
 
