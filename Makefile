@@ -1,7 +1,7 @@
 # make demo: install, then analyze a CNN on handwritten digits      make test: the test suite
 # make smoke: the tests of one minute                               make test-lowest: with the lowest versions
 # make lint: ruff and the type checker                              make bench: benchmarks, raw results as JSON
-# make docs: the documentation site
+# make docs: the documentation site                                 make test-wheel: README and commands from the built wheel
 usable  = $(firstword $(foreach name,$(1),$(shell $(name) -c 'import sys, ensurepip; \
 	print("$(name)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
 PYTHON ?= $(call usable,python3 python3.11 python3.12 python3.13 python3.14)
@@ -11,7 +11,7 @@ OUT    ?= runs/demo
 SMOKE  := $(patsubst %,tests/test_%.py,house refusals data gram spectra machines train replay)
 NO_PYTHON := No Python 3.11 or newer was found: install one, or name yours as in: make demo PYTHON=/path/to/python3.12
 
-.PHONY: demo test smoke test-lowest lint bench docs clean
+.PHONY: demo test smoke test-lowest test-wheel lint bench dist docs clean
 
 $(VENV)/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }
@@ -41,6 +41,16 @@ smoke: $(VENV)/installed
 test-lowest: .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal
 
+dist: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+test-wheel: dist
+	rm -rf .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	.venv-wheel/bin/python -I tests/check_wheel.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check src tests benchmarks examples studies
 	$(BIN)/ruff format --check src tests benchmarks examples studies
@@ -54,4 +64,4 @@ docs: $(VENV)/installed
 	PYTHONPATH=docs/extensions $(BIN)/python -m zensical build --strict --clean
 
 clean:
-	rm -rf $(VENV) .venv-lowest build dist runs site
+	rm -rf $(VENV) .venv-lowest .venv-wheel build dist runs site

@@ -17,7 +17,7 @@ DOCS = ROOT / "docs"
 SITE = ROOT / "site"
 REPOSITORY = re.compile(r"^https://(?:github\.com|raw\.githubusercontent\.com)/ntkit/ntkit/(?:blob/)?main/")
 PAGES = sorted(DOCS.rglob("*.md"))
-NEEDS_EXTRA = {"hugging-face": "transformers", "kernel-on-disk": "zarr", "lightning": "lightning"}
+NEEDS_EXTRA = {"hugging-face": "transformers", "kernel-on-disk": "distributed", "lightning": "lightning"}
 
 
 def name_of(path: Path) -> str:

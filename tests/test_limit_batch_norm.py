@@ -320,7 +320,6 @@ def test_what_no_batch_defines_is_refused(got, call):
 
 
 def test_a_store_of_tiles_is_refused(tmp_path):
-    pytest.importorskip("zarr")
     with pytest.raises(ntkit.Refused, match="one whole batch"):
         ntkit.GramStore.create(tmp_path / "store", InfiniteKernel(of_batch(nn.ReLU()), "ntk", W, B), BATCH)
 

@@ -21,7 +21,6 @@ from ntkit.commands.solve_store import solve
 from ntkit.commands.verify import verify
 from ntkit.networks.built_in import build
 
-pytest.importorskip("zarr")
 NETWORK = """
 from torch import nn
 

@@ -28,7 +28,6 @@ from ntkit.base.lock import FolderLock
 from ntkit.gram import gram_store, store_creation, tile_files, tile_work
 from ntkit.gram.tile_files import TileFiles
 
-pytest.importorskip("zarr")
 pytestmark = pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
 
 
@@ -297,10 +296,12 @@ def test_refusals(tmp_path, whole, monkeypatch):
     with FolderLock(tmp_path / "held"), pytest.raises(Refused, match="one writer at a time"):
         create(tmp_path / "held")
     assert not (tmp_path / "new").exists()
-    monkeypatch.setitem(sys.modules, "zarr", None)
-    for call in (lambda: create(tmp_path / "new"), lambda: ntkit.GramStore.open(whole)):
-        with pytest.raises(Refused, match=r"no zarr in this Python.*pip install ntkit\[scale\]"):
-            call()
+    monkeypatch.setitem(sys.modules, "dask", None)
+    with pytest.raises(Refused, match=r"no dask in this Python.*pip install ntkit\[scale\]"):
+        ntkit.GramStore.open(whole).to_dask()
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(Refused, match=r"no distributed in this Python.*pip install ntkit\[scale\]"):
+        ntkit.GramStore.create(tmp_path / "new", kernel(), samples(), workers=2)
 
 
 # ---------------------------------------------------------------------- room on the disk

@@ -16,7 +16,6 @@ import ntkit
 from ntkit.base.checks import Refused
 from ntkit.data.streamed_samples import StreamedSamples
 
-pytest.importorskip("zarr")
 HOW = {"tile": TILE, "memory": "50 MB"}
 
 

@@ -316,6 +316,8 @@ def verify(run: Path) -> None:
 def main() -> None:
     """Entry point: a refusal prints one line on stderr and exits with 2; Ctrl-C exits with 130."""
     warnings.showwarning = _warn
+    # torch 2.14 warns of a function that it calls itself, in forward differentiation
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8

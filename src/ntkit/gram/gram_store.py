@@ -23,7 +23,7 @@ from ntkit.gram.arrays import BLOCK
 from ntkit.gram.gram_matrix import Gram, Index
 from ntkit.gram.named_kernel import NamedKernel
 from ntkit.gram.store_creation import create_store
-from ntkit.gram.tile_files import DTYPES, BadTile, TileFiles, zarr
+from ntkit.gram.tile_files import DTYPES, BadTile, TileFiles
 from ntkit.kernels.kernel import Kernel
 
 _KEPT = 2**28  # bytes of tiles that a store keeps in memory once they are read
@@ -34,7 +34,7 @@ class GramStore(Gram):
 
     A folder with a Zarr array (version 3): one chunk per tile of the upper triangle, each with its crc32c; and what the
     matrix is of, in the array's attributes. `create` computes it and goes on after any kill; `open` opens it. Whatever
-    takes a `Gram` takes it unchanged. Needs ``pip install ntkit[scale]``.
+    takes a `Gram` takes it unchanged. Several processes need ``pip install ntkit[scale]``.
 
     Attributes
     ----------
@@ -58,7 +58,6 @@ class GramStore(Gram):
     """
 
     def __init__(self, path: str | Path) -> None:
-        zarr()
         self.path = Path(path).absolute()
         self._files = TileFiles(self.path)
         grid = self._files.grid

@@ -18,7 +18,7 @@ from ntkit.base.progress import clock, task
 from ntkit.base.versions import versions
 from ntkit.gram.gram_identity import identity, what_it_depends_on
 from ntkit.gram.named_kernel import NamedKernel
-from ntkit.gram.tile_files import DESCRIPTION, TileFiles, TileGrid, zarr
+from ntkit.gram.tile_files import DESCRIPTION, TileFiles, TileGrid
 from ntkit.gram.tile_work import (
     TileWork,
     as_samples,
@@ -48,7 +48,6 @@ def create_store(
     say: Say | None,
 ) -> Path:
     """Compute a kernel's matrix into a folder (see `GramStore.create`); return the folder."""
-    zarr()
     kernel = source.kernel if isinstance(source, NamedKernel) else source
     if not isinstance(kernel, Kernel):
         fix = "Pass e.g. ntkit.TangentKernel(model)."

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import Damaged, refusal
+from ntkit.base.checks import Damaged
 from ntkit.base.files import read_bytes, remove, unwritable, write_bytes
 from ntkit.base.integrity import damaged
 from ntkit.jacobian.plan import Plan, Step
@@ -74,16 +74,6 @@ class TileGrid:
         return slice(i * self.size, min((i + 1) * self.size, self.n))
 
 
-def zarr() -> Any:
-    """The package, or a refusal that says how it is installed."""
-    try:
-        import zarr
-    except ImportError as error:
-        fix = "Run: pip install ntkit[scale]"
-        raise refusal("GramStore", got="no zarr in this Python", expected="the package zarr", fix=fix) from error
-    return zarr
-
-
 class TileFiles:
     """The files of one matrix, opened for reading; `write` and `sweep` are for whoever holds the folder's lock.
 
@@ -110,7 +100,9 @@ class TileFiles:
             self.plan = None if said["plan"] is None else _plan(said["plan"])
         except (KeyError, TypeError) as error:
             raise damaged(folder / DESCRIPTION, f"of another format ({error})") from error
-        self._array = zarr().open_array(folder, mode="r+")
+        import zarr  # slow to import, and for this alone
+
+        self._array = zarr.open_array(folder, mode="r+")
 
     @staticmethod
     def create(
@@ -123,6 +115,7 @@ class TileFiles:
         settings: Mapping[str, Any] | None = None,
     ) -> TileFiles:
         """Write the description; the tiles are absent."""
+        import zarr
         from zarr.codecs import BytesCodec, Crc32cCodec
         from zarr.storage import MemoryStore
 
@@ -130,7 +123,7 @@ class TileFiles:
         said |= {"plan": None if plan is None else asdict(plan), "factors_kept": factors_kept}
         said |= {"command": dict(settings)} if settings else {}
         made: dict[str, Any] = {}
-        zarr().create_array(
+        zarr.create_array(
             MemoryStore(made),
             shape=(grid.n, grid.n, *grid.tail),
             chunks=(grid.size, grid.size, *grid.tail),
