@@ -302,6 +302,7 @@ def test_refusals(tmp_path, whole, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(Refused, match=r"no distributed in this Python.*pip install ntkit\[scale\]"):
         ntkit.GramStore.create(tmp_path / "new", kernel(), samples(), workers=2)
+    assert not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------------- room on the disk

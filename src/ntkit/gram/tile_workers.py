@@ -43,12 +43,14 @@ _LARGEST = 16  # tiles of a task: what a worker loses of its work at most when i
 
 
 def check_workers(workers: int, scheduler: str | None) -> None:
-    """Refuse a number of workers that is none, and both a number and a scheduler, which has workers of its own."""
+    """Refuse a number that is none, both a number and a scheduler, and other processes where Dask is not installed."""
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise refusal("workers", got=repr(workers), expected="a positive integer", fix="Take the number of cores.")
     if scheduler is not None and workers != 1:
         fix = "Leave workers out: the scheduler has its own."
         raise refusal("workers", got="a number and a scheduler", expected="one of them", fix=fix)
+    if workers > 1 or scheduler is not None:
+        distributed()
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,7 @@ def compute(
     Refused
         At the end, for tiles that failed: says which, and what the first ended with.
     """
-    from distributed import as_completed
-
+    as_completed = distributed().as_completed
     with _client(workers, scheduler, say) as client:
         number = max(1, len(client.ncores()))
         if say is not None:
@@ -156,6 +157,16 @@ def compute(
             del future
     if failed:
         raise _summary(sent.folder, list(failed.values()), total)
+
+
+def distributed() -> Any:
+    """The package, or a refusal that says how it is installed."""
+    try:
+        import distributed
+    except ImportError as error:
+        got, fix = "no distributed in this Python", "Run: pip install ntkit[scale]"
+        raise refusal("workers", got=got, expected="the package distributed", fix=fix) from error
+    return distributed
 
 
 def _resources(client: Any, device: torch.device) -> dict[str, float] | None:
@@ -188,20 +199,16 @@ def _last(reason: str) -> str:
 @contextmanager
 def _client(workers: int, scheduler: str | None, say: Say | None) -> Iterator[Any]:
     """Connect to a scheduler, or to worker processes of this machine that end with the work."""
-    try:
-        from distributed import Client, LocalCluster
-    except ImportError as error:
-        got, fix = "no distributed in this Python", "Run: pip install ntkit[scale]"
-        raise refusal("workers", got=got, expected="the package distributed", fix=fix) from error
+    dask = distributed()
     if scheduler is None:
         how = {"dashboard_address": ":0", "memory_limit": None, "silence_logs": logging.ERROR}
-        cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **how)
-        with cluster, Client(cluster) as client:
+        cluster = dask.LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **how)
+        with cluster, dask.Client(cluster) as client:
             client.register_plugin(_without_interrupts())
             yield client
         return
     try:
-        client = Client(scheduler, timeout=30)
+        client = dask.Client(scheduler, timeout=30)
     except (OSError, ValueError) as error:
         fix = "Start it with `dask scheduler`, and give the address that it prints."
         expected = "the address of a running Dask scheduler"
