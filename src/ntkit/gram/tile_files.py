@@ -150,7 +150,7 @@ class TileFiles:
         """
         rows, columns = self.grid.samples(i), self.grid.samples(j)
         try:
-            values = self._array[rows, columns]
+            values = np.asarray(self._array[rows, columns])
         except OSError as error:
             raise self._damaged(i, j, error.strerror or str(error)) from error
         except Exception as error:  # what a codec raises of too few bytes depends on the codec
