@@ -123,6 +123,20 @@ def test_centered_features_are_features_minus_their_mean():
     assert torch.equal(K, K.T)
 
 
+def test_centered_features_that_rounding_leaves_have_no_negative_norm():
+    """Features that hardly differ: in float32 nothing but rounding, of either sign, is left of their squared norms."""
+    g = torch.Generator().manual_seed(0)
+    phi = 100 + 1e-3 * torch.randn(200, 3, generator=g)
+    K, K_test = moments.features_centered(phi @ phi.T, phi[:5] @ phi.T)
+    exact = (phi.double() - phi.double().mean(0)).square().sum(1)
+    assert (K.diagonal() == 0).sum() > 10
+    assert (K.diagonal() >= 0).all()
+    assert (K.diagonal() - exact).abs().max() < 100**2 * 3 * 1e-6  # the rounding of K
+    y = torch.arange(200) % 2
+    data = from_tensors((phi, y), (phi[:5], y[:5]))
+    assert moments.quality(K, K_test, data)[0]["status"] in ("not separable", "inaccurate")
+
+
 def test_cosines_have_the_errors_of_the_probes():
     x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     kernel = ntkit.ConjugateKernel(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double())

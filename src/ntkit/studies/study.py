@@ -56,8 +56,8 @@ def study(
     out : run folder, runs/NAME-SCALE by default. A study that was stopped is resumed there.
     say : called with a line before each experiment.
     data_dir : folder with the official files of MNIST (or with a folder ``mnist`` of them); the study then includes its
-        experiments on MNIST. long2021 and tsai2023 also take CIFAR-10, there or in ``cifar-10``; tsai2023 also text
-        sets, there or in ``text``.
+        experiments on MNIST. tsai2023 and, at the paper's scale, long2021 also take CIFAR-10, there or in
+        ``cifar-10``; tsai2023 also text sets, there or in ``text``.
 
     Returns
     -------
@@ -300,7 +300,7 @@ class Study:
     more : further entries of ``results.json``: "curves" and "runs", as `ntkit.report.render_study` reads them.
     terms : terms that the report defines.
     seeds : seeds that the parts use.
-    official : data sets that the study uses where it is given their files.
+    official : data sets that the study uses where it is given their files, by scale.
     official_only : scales at which, with such files, the digits of scikit-learn are left out.
     unfinished : whether claims and sections take what is finished: then the report is also written after every part.
     single_thread : scales that run on one thread, since their networks are small.
@@ -319,7 +319,7 @@ class Study:
     more: Callable[[Results], dict[str, Any]] = lambda results: {}
     terms: Sequence[str] = ()
     seeds: Sequence[int] = ()
-    official: Sequence[str] = ("mnist",)
+    official: Mapping[str, Sequence[str]] = field(default_factory=lambda: dict.fromkeys(SCALES, ("mnist",)))
     official_only: Sequence[str] = ()
     unfinished: bool = False
     single_thread: Sequence[str] = ("quick",)
@@ -332,7 +332,7 @@ class Study:
         data_dir: str | Path | None = None,
     ) -> Path:
         """Compute the parts that are not finished, test the claims, write results and report; return the folder."""
-        files = {} if data_dir is None else official_files(self.official, data_dir)
+        files = {} if data_dir is None else official_files(self.official[scale], data_dir)
         sets = [*([] if files and scale in self.official_only else ["digits"]), *files]
         header = self.header(scale, sets)
         work = Work(self.scales[scale], self.seeds, sets, folder, files, progress, fingerprint(header))

@@ -153,6 +153,7 @@ def features_centered(K: Tensor, K_test: Tensor) -> tuple[Tensor, Tensor]:
     own, centered = (mean - whole / 2).to(K.dtype), K.clone()
     for rows in torch.arange(len(K)).split(512):  # both means at once: the result is exactly symmetric
         centered[rows] -= own[rows, None] + own
+    centered.diagonal().clamp_(min=0)  # |phi - mean|^2; what is left of a mean is the rounding of K, of either sign
     test = K_test - mean.to(K.dtype)
     test -= (K_test.mean(1, dtype=torch.float64, keepdim=True) - whole).to(K.dtype)
     return centered, test
