@@ -212,7 +212,7 @@ class _Run:
 
     def _open(self) -> None:
         s = self.settings
-        self.data = s.load_data(s.seed)
+        self.data = s.load_data()
         model = build(s.model, self.data.input_shape, self.data.outputs, s.seed, self.data.tokens)
         parts = ("x_train", "y_train", "x_test", "y_test")
         self.data = dataclasses.replace(self.data, **{p: getattr(self.data, p).to(self.device) for p in parts})

@@ -195,11 +195,6 @@ def warnings(r: Results) -> list[str]:
     found += [f"No kernel {whens[key]} training. {reason}" for key, reason in absent]
     if diverged := [run["name"] for run in r["runs"] if run["stop"] == "diverged"]:
         found.append(f"Training diverged, and the network is that of the last finite step: {listed(diverged)}.")
-    if len(r["data"]["hashes"]) > 1:
-        found.append(
-            "The runs were trained on different samples of one data set (their seeds draw them): intervals over seeds "
-            "cover the sample, too."
-        )
     if repeated := [run["name"] for run in r["runs"] if run["repeats"]]:
         found.append(
             f"{listed(repeated)}: same settings and same seed as an earlier run here. It is compared on the "
