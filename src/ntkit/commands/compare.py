@@ -269,9 +269,7 @@ def _alignments(found: list[ComparedRun], kernels: list[Kernels]) -> dict[str, A
     n = len(found)
 
     def cosine(first: Tensor | None, second: Tensor | None) -> float | None:
-        if first is None or second is None or not (first.any() and second.any()):  # a dead network has no kernel
-            return None
-        return defined(alignment, first, second, centered=True)
+        return None if first is None or second is None else defined(alignment, first, second, centered=True)
 
     result: dict[str, Any] = {}
     for key in ("init", "after"):
