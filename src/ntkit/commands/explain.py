@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ntkit.base.checks import Damaged, Refused, refusal
 from ntkit.base.files import read_json, remove, write_arrays, write_json
 from ntkit.base.integrity import check_place, fingerprint
-from ntkit.base.lock import LOCK, FolderLock
+from ntkit.base.lock import FolderLock, check_unused
 from ntkit.base.regular_files import check_folder
 from ntkit.base.run_files import described
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
@@ -246,9 +246,8 @@ def _begin(place: Path, opened: _Opened, points: list[Point], overwrite: bool) -
                 raise refusal(str(place), got=got, expected="the same test examples of this run", fix=fix)
         for name in _OWN:
             remove(place / name)
-    elif any(entry.name != LOCK for entry in place.iterdir()):
-        fix = "Name another folder (--out)."
-        raise refusal(str(place), got="other files", expected="a new or empty folder", fix=fix)
+    else:
+        check_unused(place)
     write_json(file, own)
 
 
