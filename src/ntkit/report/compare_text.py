@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ntkit.report.judgments import BETWEEN_REGRESSIONS, BETWEEN_RUNS, OVER_SEEDS, Judgment
+from ntkit.report.compare_judgments import BETWEEN_REGRESSIONS, BETWEEN_RUNS, OVER_SEEDS
+from ntkit.report.judgments import Judgment
 from ntkit.report.words import counted, listed, p_value, plain
 
 Results = dict[str, Any]
