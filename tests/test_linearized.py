@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.families import _missing as repaired  # makes a torchvision importable that was built for another torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.families import _missing as repaired  # makes a torchvision importable that was built for another torch
 from ntkit.base.checks import Refused
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.machines.flow import GradientFlow
