@@ -21,7 +21,9 @@ import ntkit
 from ntkit.base.files import read_arrays, read_json, write_json
 from ntkit.commands import compare as command
 from ntkit.commands.compare import compare_runs
-from ntkit.commands.settings import CompareSettings
+from ntkit.commands.explain import explain_run
+from ntkit.commands.settings import CompareSettings, ExplainSettings, TrackSettings
+from ntkit.commands.track import track_run
 from ntkit.commands.verify import verify
 from ntkit.report import render
 
@@ -180,24 +182,56 @@ def test_one_seed_each_is_not_judged_over_seeds(trained: list[Path], untrained: 
     assert "No test over seeds was possible" in text
 
 
+def test_seeds_learn_the_same_examples(material: Path, tmp_path: Path) -> None:
+    """`--train` and `--test` choose the same examples for every seed: seeds differ in luck alone."""
+    for name in ("set", "numbers"):
+        options = {"data": str(material / f"{name}.npz"), "train": 20, "test": 40, "epochs": 2}
+        runs = [run_in(material, f"{name}-sample-{seed}", seed=seed, **options) for seed in (0, 1)]
+        identities = [read_json(run / "run.json")["identity"] for run in runs]
+        assert identities[0]["data"] == identities[1]["data"]
+        assert identities[0]["initial parameters"] != identities[1]["initial parameters"]
+        r = results_of(compare_runs(runs, CompareSettings(out=tmp_path / name, points=5)))
+        assert (r["test"], r["data"]["hashes"]) == ({"common": 40, "of": [40]}, [identities[0]["data"]])
+        assert [group["seeds"] for group in r["groups"]] == [2]
+        assert [run["errors"]["network"] is None for run in r["runs"]] == [False, False]
+
+
 def test_samples_of_one_data_set_share_test_examples(tmp_path: Path) -> None:
-    """`--train` and `--test` draw by the seed: only test examples that both runs have are compared."""
+    """With another `--test`, only test examples that both runs have are compared."""
     runs = []
-    for seed in (0, 1):
-        s = ntkit.Settings(classes=("3", "8"), model="linear", train=20, test=40, epochs=1, lr=1e-4, seed=seed,
+    for size in (40, 30):
+        s = ntkit.Settings(classes=("3", "8"), model="linear", train=20, test=size, epochs=1, lr=1e-4,
                            track_points=4, probe_samples=2)  # fmt: skip
-        runs.append(ntkit.analyze(s, out=tmp_path / str(seed)))
-    data = [ntkit.data.load("digits", classes=("3", "8"), train=20, test=40, seed=seed) for seed in (0, 1)]
+        runs.append(ntkit.analyze(s, out=tmp_path / str(size)))
+    data = [ntkit.data.load("digits", classes=("3", "8"), train=20, test=size) for size in (40, 30)]
     same = (data[0].x_test.flatten(1)[:, None] == data[1].x_test.flatten(1)[None]).all(2)
     assert same.sum(0).max() == same.sum(1).max() == 1  # no digit twice
     rows = [same.any(1).nonzero()[:, 0].tolist(), same[same.any(1)].long().argmax(1).tolist()]
     r = results_of(compare_runs(runs, CompareSettings(out=tmp_path / "out")))
-    assert r["test"] == {"common": len(rows[0]), "of": [40]}
-    assert 0 < len(rows[0]) < 40
+    assert r["test"] == {"common": 30, "of": [30, 40]}
+    assert [len(own) for own in rows] == [30, 30]
     for run, own, told in zip(runs, rows, r["runs"], strict=True):
         wrong = read_arrays(run / "arrays" / "network.safetensors")["wrong"][own]
         assert told["errors"]["network"] == pytest.approx(wrong.mean())
-    assert "different samples of one data set" in words(tmp_path / "out")
+
+
+def test_data_that_changed_since_the_run_are_refused(material: Path, tmp_path: Path) -> None:
+    """By every command that reads the data of a run again; of a sample, it says that earlier versions chose it."""
+    for name in ("net.py", "set.npz"):
+        shutil.copy(material / name, tmp_path / name)
+    runs = [run_in(tmp_path, f"run-{seed}", seed=seed, train=20, test=40, epochs=1) for seed in (0, 1)]
+    arrays = dict(np.load(tmp_path / "set.npz"))
+    np.savez(tmp_path / "set.npz", **arrays | {"x_train": arrays["x_train"] + 1})
+    message = r"got data with hash .*--from .*run-1 --out NEW\. If an earlier version"
+    for read_again in (
+        lambda: compare_runs(runs[::-1], CompareSettings(out=tmp_path / "out")),
+        lambda: explain_run(runs[1], ExplainSettings(), say=lambda line: None),
+        lambda: track_run(runs[1], TrackSettings(points=5, k=2), lambda line: None),
+    ):
+        with pytest.raises(ntkit.Refused, match=message):
+            read_again()
+    with pytest.raises(ntkit.Refused, match=r"got data with hash .*--from .*run-0 --out NEW$"):
+        track_run(runs[0], TrackSettings(points=5, k=2), lambda line: None)
 
 
 def test_regressions(material: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 from report_case import number
 
-from ntkit.report import judgments
+from ntkit.report import compare_judgments, judgments
 from ntkit.report.judgments import BETTER, ERROR, LESS_SQUARED_ERROR, SQUARED_ERROR
 from ntkit.trajectory.learning_rates import sharpness_bound
 
@@ -29,8 +29,8 @@ CHANGES = [((_change(0.02, 0.049),), "above"), ((_change(0.02, 0.051),), "same")
 CASES = {
     ERROR: PAIRED, **dict.fromkeys(BETTER.values(), PAIRED),
     SQUARED_ERROR: SQUARES, **dict.fromkeys(LESS_SQUARED_ERROR.values(), SQUARES),
-    judgments.OVER_SEEDS: PAIRED, judgments.BETWEEN_RUNS: PAIRED,
-    judgments.BETWEEN_REGRESSIONS: [
+    compare_judgments.OVER_SEEDS: PAIRED, compare_judgments.BETWEEN_RUNS: PAIRED,
+    compare_judgments.BETWEEN_REGRESSIONS: [
         *PAIRED, ((0.049, -1.0, 99.0), "below"), ((0.049, -1.0, 101.0), "same"), ((0.049, 1.0, 101.0), "same"),
         ((0.049, 1.0, 99.0), "above"), ((0.051, 1.0, 99.0), "same"),
     ],
@@ -61,7 +61,7 @@ CASES = {
 
 def test_every_rule_is_here_and_every_sentence_is_reached() -> None:
     all_rules = [judgment for group in judgments.RULES.values() for judgment in group]
-    all_rules += judgments.COMPARISONS
+    all_rules += compare_judgments.COMPARISONS
     assert {id(j) for j in all_rules} == {id(j) for j in CASES}
     for judgment, cases in CASES.items():
         assert {verdict for _, verdict in cases} == set(judgment.sentences), judgment.rule
@@ -91,10 +91,10 @@ def test_rules_print_their_thresholds() -> None:
     assert "at least 1 %" in printed["Squared errors"]
     assert "more than 50 %" in printed["Influence"]
     assert "metasmoothness of 0.5" in printed["Influence"]
-    for judgment in judgments.COMPARISONS:
+    for judgment in compare_judgments.COMPARISONS:
         assert "p < 0.05" in judgment.rule
         assert "Holm" in judgment.rule
-    assert "at least 1 %" in judgments.BETWEEN_REGRESSIONS.rule
+    assert "at least 1 %" in compare_judgments.BETWEEN_REGRESSIONS.rule
     assert "Invariant, global" not in dict(judgments.rules(False, ("along", "limit", "explained")))
     assert set(dict(judgments.rules(True, ()))) == {"Squared errors", "Fit", "Turned towards the task"}
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.families import _missing as repaired  # makes a torchvision importable that was built for another torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -147,7 +148,50 @@ def test_refusals():
         linearized(nn.Linear(2, 2), ["weights"])
     with pytest.raises(Refused, match="model: got function"):
         linearized(shifted)
-    with pytest.raises(Refused, match="model LSTM: got an operation without a forward-mode derivative"):
+    with pytest.raises(Refused, match=r"model LSTM: got an operation without a forward-mode .*other torch operations"):
         linearized(nn.LSTM(2, 2))(torch.ones(3, 1, 2))
     with pytest.raises(Refused, match="the output of Pair: got tuple"):
         linearized(Pair(2, 2))(torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_fused_attention_of_transformers(implementation):
+    """It has no forward-mode derivative, and the refusal says which attention has one."""
+    repaired("transformers")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation=implementation,
+    )  # fmt: skip
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = transformers.BertForSequenceClassification(config)
+
+        def forward(self, tokens):
+            return self.bert(input_ids=tokens, attention_mask=(tokens > 0).long()).logits
+
+    model, tokens = Classifier().eval(), torch.randint(1, 20, (2, 5))
+    if implementation == "eager":
+        assert torch.equal(linearized(model)(tokens), model(tokens))
+        return
+    with pytest.raises(Refused, match=r'forward-mode derivative .*attn_implementation="eager"'):
+        linearized(model)(tokens)
+
+
+def test_fused_attention_step_by_step():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4))
+
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x @ self.weight, x, x)
+
+    x, model = torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)), Attention()
+    with pytest.raises(Refused, match=r"SDPBackend\.MATH"):
+        linearized(model)(x)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        torch.testing.assert_close(linearized(model)(x), model(x))

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import scipy.sparse
+import scipy.sparse.linalg
 import torch
 from sklearn.base import clone
 from torch import nn
@@ -32,6 +33,18 @@ def refused(message):
 # ------------------------------------------------------------------ undefined numbers
 
 
+class Zeros:
+    """The products of a matrix of zeros."""
+
+    shape, dtype = (6, 6), torch.float64
+
+    def __matmul__(self, v):
+        return 0 * v
+
+    def to_scipy(self):
+        return scipy.sparse.linalg.aslinearoperator(scipy.sparse.csr_matrix((6, 6)))
+
+
 def test_numbers_that_are_not_defined_are_refused():
     s = ntkit.spectrum(K)
     for call, message in (
@@ -43,14 +56,18 @@ def test_numbers_that_are_not_defined_are_refused():
         (lambda: bandwidth(torch.ones(3, 4, 4)), "images: got constant images only"),
         (lambda: fitted_slope([1, 2], [0.0, 1.0], [0.1, 0.1]), "slope: got 0 "),
         (lambda: fitted_slope([1, 2], [1.0, 1.0], [0.0, 0.1]), "slope: got 1 "),
+        (lambda: ntkit.alignment(0 * K, Y), "K1: got zeros only; expected a kernel"),
+        (lambda: ntkit.alignment(0 * K, Y, centered=True), "K1: got zeros only; expected a kernel"),
+        (lambda: ntkit.alignment(K, 0 * K), "K2: got zeros only; expected a kernel"),
+        (lambda: ntkit.alignment(torch.ones(6, 6), K, centered=True), "alignment: K1: got one constant kernel"),
+        (lambda: ntkit.spectrum(0 * K), "K: got zeros only; expected a kernel"),
+        (lambda: ntkit.spectrum(Zeros(), k=2), "operator: got zeros only; expected a kernel"),
+        (lambda: ntkit.effective_rank(0 * K), "K: got zeros only; expected a kernel"),
     ):
         with pytest.raises(Undefined, match=message):
             call()
         assert defined(call) is None
     assert defined(ntkit.alignment, K, Y) == ntkit.alignment(K, Y)
-    for call in (lambda: ntkit.alignment(0 * K, Y), lambda: ntkit.alignment(K, 0 * K), lambda: ntkit.spectrum(0 * K)):
-        with refused("got zeros only; expected a kernel that differs from zero"):
-            defined(call)  # no network's kernel: wrong rather than undefined
     with refused("symmetric"):
         defined(ntkit.alignment, A[:, :6], Y)
 

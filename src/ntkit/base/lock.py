@@ -25,6 +25,21 @@ _PARTS = ("", "snapshots", "log", "stages", "arrays", "work", "parts")  # folder
 _FOLDERS = ("trajectory", "track", "explain", "accounting", "retrainings", "runs", ".replaced")
 
 
+def check_unused(folder: Path) -> None:
+    """Refuse a file, and a folder that holds anything but a lock.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     check_unused(Path(place))
+    ...     check_unused(Path(place) / "new")
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir()):
+        got, fix = "other files" if folder.is_dir() else "a file", "Name another folder (--out)."
+        raise refusal(str(folder), got=got, expected="a new or empty folder", fix=fix)
+
+
 def _try_lock(descriptor: int) -> None:
     """Lock an open file, or raise BlockingIOError at once where another holds it."""
     if sys.platform == "win32":

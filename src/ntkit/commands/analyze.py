@@ -24,7 +24,7 @@ from torch import nn
 from ntkit.base.checks import Damaged, Refused, refusal
 from ntkit.base.files import read_json, remove, unwritable, write_json
 from ntkit.base.integrity import fingerprint
-from ntkit.base.lock import LOCK, FolderLock
+from ntkit.base.lock import FolderLock, check_unused
 from ntkit.base.memory import parse_memory
 from ntkit.base.progress import task
 from ntkit.base.regular_files import check_folder
@@ -112,8 +112,8 @@ def analyze(
             fix = f"Resume the run (--from {folder}), replace it (--overwrite) or name another folder (--out)."
             raise refusal(str(folder), got="a folder that holds a run", expected="a new folder", fix=fix)
         earlier_run(folder, None)  # the run.json of another program is refused
-    elif folder.exists() and (not folder.is_dir() or any(file.name != LOCK for file in folder.iterdir())):
-        raise refusal(str(folder), got="other files", expected="a new or empty folder", fix="Name another --out.")
+    else:
+        check_unused(folder)
     with code if earlier is not None else code_of_user(settings.named_code()):
         return _Run(folder, settings, say, earlier).run()
 
@@ -212,7 +212,7 @@ class _Run:
 
     def _open(self) -> None:
         s = self.settings
-        self.data = s.load_data(s.seed)
+        self.data = s.load_data()
         model = build(s.model, self.data.input_shape, self.data.outputs, s.seed, self.data.tokens)
         parts = ("x_train", "y_train", "x_test", "y_test")
         self.data = dataclasses.replace(self.data, **{p: getattr(self.data, p).to(self.device) for p in parts})

@@ -21,7 +21,7 @@ from torch import Tensor
 from ntkit.base.checks import Damaged, Refused, defined, refusal
 from ntkit.base.files import read_arrays_and_metadata, read_json, remove, write_arrays, write_json
 from ntkit.base.integrity import check_place, fingerprint
-from ntkit.base.lock import LOCK, FolderLock
+from ntkit.base.lock import FolderLock, check_unused
 from ntkit.base.memory import parse_memory
 from ntkit.base.progress import task
 from ntkit.base.regular_files import check_folder
@@ -269,9 +269,7 @@ def _alignments(found: list[ComparedRun], kernels: list[Kernels]) -> dict[str, A
     n = len(found)
 
     def cosine(first: Tensor | None, second: Tensor | None) -> float | None:
-        if first is None or second is None or not (first.any() and second.any()):  # a dead network has no kernel
-            return None
-        return defined(alignment, first, second, centered=True)
+        return None if first is None or second is None else defined(alignment, first, second, centered=True)
 
     result: dict[str, Any] = {}
     for key in ("init", "after"):
@@ -323,9 +321,8 @@ def _begin(place: Path, own: dict[str, Any], overwrite: bool) -> None:
             raise refusal(str(place), got=got, expected="the same runs, or a new folder", fix=fix)
         for name in _OWN:
             remove(place / name)
-    elif any(entry.name != LOCK for entry in place.iterdir()):
-        fix = "Name another folder (--out)."
-        raise refusal(str(place), got="other files", expected="a new or empty folder", fix=fix)
+    else:
+        check_unused(place)
     write_json(file, own)
 
 

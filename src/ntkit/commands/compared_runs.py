@@ -22,7 +22,7 @@ from ntkit.base.results_file import AnalysisResults, RegressionResults
 from ntkit.base.run_files import described
 from ntkit.base.trust import code_of_run
 from ntkit.base.versions import RESULTS_FORMAT
-from ntkit.commands.results import told_by
+from ntkit.commands.results import data_of, told_by
 from ntkit.commands.settings import CompareSettings, Settings
 from ntkit.commands.stage_files import StageFiles
 from ntkit.data import Data
@@ -100,8 +100,8 @@ def opened_runs(runs: Sequence[Path], s: CompareSettings, trust: bool) -> list[C
     if twice:
         raise refusal("runs", got=f"{twice[0]} twice", expected="different folders", fix="Name each once.")
     found = [_read(Path(run)) for run in runs]
-    _check_same_data(found)
     _load(found, s, trust)
+    _check_same_data(found)
     _find_common_rows(found)
     _name(found)
     return found
@@ -139,7 +139,7 @@ def _read(folder: Path) -> ComparedRun:
 
 
 def _check_same_data(found: Sequence[ComparedRun]) -> None:
-    """Refuse runs on other data; of one data set, samples may differ (`--train` draws them by the seed)."""
+    """Refuse runs on other data; of one data set, samples may differ in size (`--train`, `--test`)."""
     first = found[0]
     for run in found[1:]:
         if run.identity["data"] == first.identity["data"]:
@@ -147,16 +147,15 @@ def _check_same_data(found: Sequence[ComparedRun]) -> None:
         differ = [name for name in _OF_DATA if getattr(run.settings, name) != getattr(first.settings, name)]
         if run.identity.get("data file") != first.identity.get("data file"):
             differ.append("content of the file of data")
-        sampled = any(getattr(r.settings, part) is not None for r in (first, run) for part in ("train", "test"))
         got = f"data with hash {run.identity['data']} ({run.results['data']['name']})"
         expected = f"the data of {first.folder}, {first.identity['data']} ({first.results['data']['name']})"
-        if differ or not sampled:
-            what = f"They differ in {', '.join(differ)}. " if differ else "The files have changed in between. "
+        if differ:
+            what = f"They differ in {', '.join(differ)}. "
             fix = what + "Compare runs on the same data, or repeat one of them on the data of the other."
             raise refusal(str(run.folder), got=got, expected=expected, fix=fix)
         if "targets" in run.results["data"]:
             fix = "Targets are standardized on each run's own sample, so their errors have different units. " \
-                  "Repeat the runs without --train and --test, or compare runs of one seed."  # fmt: skip
+                  "Repeat the runs with the same --train and --test."  # fmt: skip
             raise refusal(str(run.folder), got=f"another sample: {got}", expected=expected, fix=fix)
 
 
@@ -166,13 +165,7 @@ def _load(found: Sequence[ComparedRun], s: CompareSettings, trust: bool) -> None
         noted = run.identity["data"]
         if noted not in loaded:
             with code_of(run, s, trust):
-                data = run.settings.load_data(run.settings.seed)
-            if data.hash != noted:
-                again = f"ntkit analyze --from {shlex.quote(str(run.folder))} --out NEW"
-                fix = f"Restore the files, or repeat the run: {again}"
-                got, expected = f"data with hash {data.hash}", f"those of the run, {noted}"
-                raise refusal(f"--data {run.settings.data}", got=got, expected=expected, fix=fix)
-            loaded[noted] = data
+                loaded[noted] = data_of(run.folder, run.settings, run.identity)
         run.data = loaded[noted]
 
 
@@ -183,11 +176,9 @@ def _find_common_rows(found: Sequence[ComparedRun]) -> None:
     common = set.intersection(*map(set, names.values())) if names else set()
     order = [name for name in names.get(found[0].identity["data"], []) if name in common]
     if names and not order:
-        got, fix = "no test example that all runs have", "Repeat the runs without --test, or with one seed."
+        got, fix = "no test example that all runs have", "Repeat the runs with the same --test."
         if found[0].data.columns is not None:
-            fix = (
-                "Columns are standardized on each run's own sample. Repeat the runs without --train, or with one seed."
-            )
+            fix = "Columns are standardized on each run's own sample. Repeat the runs with the same --train."
         raise refusal("runs", got=got, expected="test examples in common", fix=fix)
     for run in found:
         if not names:

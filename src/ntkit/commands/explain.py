@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ntkit.base.checks import Damaged, Refused, refusal
 from ntkit.base.files import read_json, remove, write_arrays, write_json
 from ntkit.base.integrity import check_place, fingerprint
-from ntkit.base.lock import LOCK, FolderLock
+from ntkit.base.lock import FolderLock, check_unused
 from ntkit.base.regular_files import check_folder
 from ntkit.base.run_files import described
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
@@ -30,7 +30,7 @@ from ntkit.commands import explained_points as points_of
 from ntkit.commands.explained_points import Point
 from ntkit.commands.network_measures import TrainingTask
 from ntkit.commands.regression_measures import task_of
-from ntkit.commands.results import told_by
+from ntkit.commands.results import data_of, told_by
 from ntkit.commands.settings import ExplainSettings, Settings
 from ntkit.explanations.influence import influence
 from ntkit.explanations.retrainings import Retrainings
@@ -176,12 +176,8 @@ def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
         if not folder.is_dir() or (trajectory := Trajectory.open(folder)).status == "running":
             got = "a run whose training has not ended"
             raise refusal(str(run), got=got, expected="a trained network", fix=f"Let it end, or go on with: {repeat}")
-        data = settings.load_data(settings.seed)
+        data = data_of(run, settings, told["identity"])
         model = build(settings.model, data.input_shape, data.outputs, settings.seed, data.tokens)
-    if data.hash != told["identity"].get("data"):
-        got, expected = f"data with hash {data.hash}", f"those of the run, {told['identity'].get('data')}"
-        fix = f"Restore the files, or repeat the run: {repeat} --out NEW"
-        raise refusal(f"--data {settings.data}", got=got, expected=expected, fix=fix)
     device = str(told["identity"].get("device", "cpu"))
     if device != "cpu" and not torch.cuda.is_available():
         fix = "Explain it on that device, or repeat the run here: " + repeat + " --out NEW"
@@ -250,9 +246,8 @@ def _begin(place: Path, opened: _Opened, points: list[Point], overwrite: bool) -
                 raise refusal(str(place), got=got, expected="the same test examples of this run", fix=fix)
         for name in _OWN:
             remove(place / name)
-    elif any(entry.name != LOCK for entry in place.iterdir()):
-        fix = "Name another folder (--out)."
-        raise refusal(str(place), got="other files", expected="a new or empty folder", fix=fix)
+    else:
+        check_unused(place)
     write_json(file, own)
 
 

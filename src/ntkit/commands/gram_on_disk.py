@@ -74,7 +74,7 @@ def kernel_and_samples(
         x = _without_labels(data, s)
         shape, classes, vocabulary = x.shape[1:], 1, None
     else:
-        sets = s.load_named(data, s.seed)
+        sets = s.load_named(data)
         x = in_dtype(sets.x_train, s.dtype)
         classes = sets.outputs
         shape, vocabulary = sets.input_shape, sets.tokens

@@ -78,7 +78,7 @@ def infinite(
     if s.w_std == 0:
         raise refusal("--w-std", got=0, expected="more than 0", fix="With weights of 0 all samples are the same.")
     with code_of_user({"--model": s.model, "--data": s.data}):
-        sets = s.load_data(s.seed)
+        sets = s.load_data()
         outputs = len(sets.classes) or sets.outputs
         network = build(s.model, sets.input_shape, outputs, s.seed, sets.tokens)
     n, m = _check_size(sets, s.folds)

@@ -145,9 +145,7 @@ def kernel_beside_limit(task: TrainingTask, models: dict[str, nn.Module], afford
     }
     told["samples"] = len(few)
     told["distance"] = finite(float((own["init"] / task.outputs - limit).norm() / limit.norm()))
-    told["cosines"] = {  # a dead network has no kernel
-        key: defined(alignment, K, limit, centered=True) if bool(K.any()) else None for key, K in own.items()
-    }
+    told["cosines"] = {key: defined(alignment, K, limit, centered=True) for key, K in own.items()}
     return told
 
 

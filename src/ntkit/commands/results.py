@@ -61,6 +61,18 @@ def told_by(run: Path) -> dict[str, Any]:
     raise refusal(str(run), got=got, expected=expected, fix=fix)
 
 
+def data_of(run: Path, settings: Settings, identity: dict[str, Any]) -> Data:
+    """Load the data of a run again; refuses others than those that it noted."""
+    data = settings.load_data()
+    if data.hash != (noted := identity.get("data")):
+        fix = f"Restore the files, or repeat the run: ntkit analyze --from {shlex.quote(str(run))} --out NEW"
+        if settings.seed and (settings.train or settings.test):
+            fix += ". If an earlier version made the run, repeat it: there, --seed chose the examples, too."
+        got, expected = f"data with hash {data.hash}", f"those of the run {run}, {noted}"
+        raise refusal(f"--data {settings.data}", got=got, expected=expected, fix=fix)
+    return data
+
+
 def identity_of_run(
     settings: Settings, data: str, before: nn.Module, after: nn.Module, device: torch.device
 ) -> dict[str, Any]:

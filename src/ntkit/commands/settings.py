@@ -39,9 +39,9 @@ class PartOfData:
     resize: int | None = None
     """Of a folder of images: pixels of each side after resizing the shorter side and cutting out the center."""
     train: int | None = None
-    """Training examples to keep (all by default)."""
+    """Training examples to keep (all by default): the same ones whatever --seed is."""
     test: int | None = None
-    """Test examples to keep (all by default)."""
+    """Test examples to keep (all by default): the same ones whatever --seed is."""
 
     def __post_init__(self) -> None:
         """Accept numbers, paths and single names in place of text: classes=(3, 8), data=Path(...), target="price"."""
@@ -65,12 +65,15 @@ class PartOfData:
         if self.task is not None and self.task not in TASKS:
             raise _bad("task", self.task, " or ".join(TASKS), nearest(str(self.task), TASKS))
 
-    def load_named(self, data: str, seed: int) -> Any:
-        """The `Data` of these settings, of the data set of this name."""
+    def load_named(self, data: str) -> Any:
+        """The `Data` of these settings, of the data set of this name.
+
+        Its samples are drawn by a seed of their own, so that runs that differ in `seed` learn the same examples.
+        """
         from ntkit.data import load
 
         return load(
-            data, self.data_dir, self.classes, self.train, self.test, seed,
+            data, self.data_dir, self.classes, self.train, self.test,
             class_names=self.class_names, task=cast(Any, self.task), target=self.target, resize=self.resize,
         )  # fmt: skip
 
@@ -83,9 +86,9 @@ class DataSettings(PartOfData):
     """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a table (.csv, .tsv, .parquet;
     then give --target), a folder of class-named image folders, or file.py:factory."""
 
-    def load_data(self, seed: int) -> Any:
+    def load_data(self) -> Any:
         """The `Data` of these settings."""
-        return self.load_named(self.data or "digits", seed)
+        return self.load_named(self.data or "digits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ class Settings(DataSettings):
     target_loss: float | None = None
     """Stop training when the training loss is at most this."""
     seed: int = 0
-    """Seed of initial weights, batches and subsets."""
+    """Seed of the initial weights and of the batches."""
     track_points: int = 500
     """Training examples on which the kernel is followed along training."""
     probe_samples: int = 200
@@ -272,7 +275,7 @@ class InfiniteSettings(DataSettings):
     sample: int | None = None
     """Number of random wide networks whose mean is taken where the limit has no closed form, such as 16."""
     seed: int = 0
-    """Seed of the weights, the choice of examples and the folds."""
+    """Seed of the weights and of the folds."""
     out: Path | None = None
     """Folder for run.json and results.json; without it no file is written."""
 
@@ -288,7 +291,7 @@ class GramSettings(PartOfData):
     dtype: str = "float32"
     """float32 or float64: of the network, the data and the matrix."""
     seed: int = 0
-    """Seed of the initial weights and of the choice of examples."""
+    """Seed of the initial weights."""
     tile: int | None = None
     """Samples along a side of a tile (by default tiles have at most 16 MiB)."""
     workers: int = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from ntkit.base.lock import FolderLock
 from ntkit.base.regular_files import check_folder
 from ntkit.base.run_files import AnalysisRun, described
 from ntkit.base.trust import code_of_run, code_of_user
+from ntkit.commands.results import data_of
 from ntkit.commands.settings import DataSettings, Settings, TrackSettings
 from ntkit.measures.eigenfunctions import bandwidth, patterns
 from ntkit.networks.built_in import build
@@ -122,6 +124,7 @@ def _run_to_follow(run: Path, settings: TrackSettings, trust: bool) -> tuple[Pat
             got, expected = f"--{extra[0].replace('_', '-')} for a run of ntkit analyze", "none: its data are the run's"
             raise refusal(str(run), got=got, expected=expected, fix="Leave it out.")
         code = code_of_run(run, s.named_code(), told["identity"], given, trust)
+        data = partial(data_of, run, s, told["identity"])
     elif isinstance(told, dict) and "identity" in told:
         fix = "Track a run that was trained: ntkit analyze without --weights."
         raise refusal(str(run), got="a run of ntkit analyze without a training", expected="one with", fix=fix)
@@ -132,9 +135,9 @@ def _run_to_follow(run: Path, settings: TrackSettings, trust: bool) -> tuple[Pat
     else:
         chosen = {name: getattr(settings, name) for name in _OF_DATA}
         s, folder = Settings(model=settings.model, data=settings.data, **chosen), run
-        code = code_of_user(s.named_code())
+        code, data = code_of_user(s.named_code()), s.load_data
     with code:
-        sets = s.load_data(s.seed)
+        sets = data()
         network = build(s.model, sets.input_shape, sets.outputs, s.seed, sets.tokens)
     rows = torch.linspace(0, len(sets.x_train) - 1, min(settings.points, len(sets.x_train))).long()
     return folder, network, sets.x_train[rows], sets.y_train[rows]

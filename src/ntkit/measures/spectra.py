@@ -338,9 +338,8 @@ def _targets(Y: Tensor, n: int, C: int) -> Tensor:
 
 def _nonzero(K: Gram, name: str) -> Gram:
     if K.largest == 0:
-        raise refusal(
-            name, got="zeros only", expected="a kernel that differs from zero", fix="Check how it was computed."
-        )
+        fix = "A network without gradients has such a kernel: check it."
+        raise undefined(name, got="zeros only", expected="a kernel that differs from zero", fix=fix)
     return K
 
 
@@ -381,8 +380,8 @@ def _operator(K: Any, k: int | None) -> tuple[Product, int, float]:
     once = product(np.random.default_rng(1).standard_normal(shape[0]))
     check_finite(torch.from_numpy(once), "operator @ vector")
     if not once.any():
-        fix = "Check the model."
-        raise refusal("operator", got="zeros only", expected="a kernel that differs from zero", fix=fix)
+        fix = "A network without gradients has such a kernel: check it."
+        raise undefined("operator", got="zeros only", expected="a kernel that differs from zero", fix=fix)
     dtype = getattr(K, "dtype", None)  # the precision of the products, whatever to_scipy() converts them to
     finfo = torch.finfo(dtype) if isinstance(dtype, torch.dtype) else np.finfo(dtype or inner.dtype)
     return product, int(shape[0]), float(finfo.eps)

@@ -63,6 +63,11 @@ class Linearized(nn.Module):
             got = f"an operation without a forward-mode derivative ({said})"
             expected = "operations with a forward-mode derivative"
             fix = "Write that layer with other torch operations."
+            if "attention" in said:
+                fix = (
+                    'Compute attention step by step: attn_implementation="eager" in Transformers, else call it in '
+                    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+                )
             raise refusal(f"model {type(self.start).__name__}", got=got, expected=expected, fix=fix) from error
         return value + change
 

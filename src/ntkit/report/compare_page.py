@@ -11,7 +11,7 @@ from ntkit.base.results_file import ComparisonOfRuns
 from ntkit.base.run_files import described, results_of_kind, understood
 from ntkit.report import compare_figures as figures
 from ntkit.report import compare_text as text
-from ntkit.report.judgments import OVER_SEEDS
+from ntkit.report.compare_judgments import OVER_SEEDS
 from ntkit.report.page import page
 from ntkit.report.words import counted, plain
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ntkit.report.judgments import BETWEEN_REGRESSIONS, BETWEEN_RUNS, OVER_SEEDS, Judgment
+from ntkit.report.compare_judgments import BETWEEN_REGRESSIONS, BETWEEN_RUNS, OVER_SEEDS
+from ntkit.report.judgments import Judgment
 from ntkit.report.words import counted, listed, p_value, plain
 
 Results = dict[str, Any]
@@ -195,11 +196,6 @@ def warnings(r: Results) -> list[str]:
     found += [f"No kernel {whens[key]} training. {reason}" for key, reason in absent]
     if diverged := [run["name"] for run in r["runs"] if run["stop"] == "diverged"]:
         found.append(f"Training diverged, and the network is that of the last finite step: {listed(diverged)}.")
-    if len(r["data"]["hashes"]) > 1:
-        found.append(
-            "The runs were trained on different samples of one data set (their seeds draw them): intervals over seeds "
-            "cover the sample, too."
-        )
     if repeated := [run["name"] for run in r["runs"] if run["repeats"]]:
         found.append(
             f"{listed(repeated)}: same settings and same seed as an earlier run here. It is compared on the "

@@ -1,7 +1,8 @@
 """Every sentence of a report that judges: the numbers it needs, the rule that chooses it, and the threshold it prints.
 
 A report also lists numbers, which need no rule. Where it says more than its numbers (better, towards, hardly, beyond
-noise), the sentence comes from a `Judgment` here. `RULES` are printed at the end of each report of `ntkit analyze`.
+noise), the sentence comes from a `Judgment` here, or in `compare_judgments`. `RULES` are printed at the end of each
+report of `ntkit analyze`.
 """
 
 from __future__ import annotations
@@ -76,17 +77,6 @@ def different_squares(low: float | None, high: float | None, value: float | None
     if abs(value) < SMALLEST * other:
         return "same"
     return "below" if high < 0 else "above" if low > 0 else "same"
-
-
-def different_runs(p: float | None, difference: float | None, other: float | None = None) -> str:
-    """Verdict on two errors by the p value of their difference; of squared errors also beside the other's error.
-
-    >>> different_runs(0.049, -1.0, 9.0), different_runs(0.049, -1.0, 101.0), different_runs(0.05, -1.0)
-    ('below', 'same', 'same')
-    """
-    if p is not None and difference is not None and other is not None and abs(difference) < SMALLEST * other:
-        return "same"
-    return different_errors(p, difference)
 
 
 def fits(share: float | None, right: float = 0.0) -> str:
@@ -354,39 +344,6 @@ TRUST = Judgment(
     },
 )
 """First thing said of explained predictions; numbers follow."""
-
-_DIFFERENT = {
-    "below": "lower than",
-    "above": "higher than",
-    "same": "no different, beyond noise, from",
-    "unknown": "not judged beside",
-}
-OVER_SEEDS = Judgment(
-    "Two settings, each with two seeds or more: the means of their errors differ beyond noise where Welch’s t test "
-    f"over the seeds, after Holm’s correction for all such tests of the page, has p < {LEVEL:g}. It says what other "
-    "seeds would show on the same test examples.",
-    different_errors,
-    _DIFFERENT,
-)
-"""Of two groups of runs, in `ntkit compare`."""
-BETWEEN_RUNS = Judgment(
-    "Two networks on the same test examples: beyond noise where McNemar’s exact test, after Holm’s correction for all "
-    f"such tests of the page, has p < {LEVEL:g}. It says what other test examples would show of these two networks, "
-    "and nothing of other seeds.",
-    different_runs,
-    _DIFFERENT,
-)
-"""Of two single runs, in `ntkit compare`."""
-BETWEEN_REGRESSIONS = Judgment(
-    "Two networks on the same test examples: beyond noise where Student’s t test of the pairs of squared errors, after "
-    f"Holm’s correction for all such tests of the page, has p < {LEVEL:g}, and the difference is at least "
-    f"{100 * SMALLEST:g} % of the other’s error. It says what other test examples would show of these two networks, "
-    "and nothing of other seeds.",
-    different_runs,
-    _DIFFERENT,
-)
-"""The same of a regression."""
-COMPARISONS = (OVER_SEEDS, BETWEEN_RUNS, BETWEEN_REGRESSIONS)
 
 RULES: dict[str, Sequence[Judgment]] = {
     "Errors on the same test examples": (ERROR, *BETTER.values()),

@@ -72,7 +72,7 @@ class KernelMatrix:
             if target.shape[1] > 1:
                 place = torch.arange(target.shape[1], device=target.device)
                 own = [target.where(place == c, 0) if outputs > 1 else target[:, c] for c in place]
-                numbers["class_alignment"] = [_centered_alignment(self.K, t) for t in own]
+                numbers["class_alignment"] = [defined(alignment, self.K, t, centered=True) for t in own]
         return numbers, vectors
 
     def layered(self, target: Tensor | None) -> dict[str, Any]:
@@ -89,16 +89,13 @@ class KernelMatrix:
             "layer_trace": {name: float(K.diagonal().double().sum()) for name, K in layers.items()}
         }
         if target is not None:
-            numbers["layer_alignment"] = {name: _centered_alignment(K, target) for name, K in layers.items()}
+            aligned = {name: defined(alignment, K, target, centered=True) for name, K in layers.items()}
+            numbers["layer_alignment"] = aligned
         return numbers
 
     def signature(self) -> Tensor:
         """The matrix itself, to measure changes."""
         return self.K.sum(2) if self._diagonal else self.K
-
-
-def _centered_alignment(K: Tensor, target: Tensor) -> float | None:
-    return defined(alignment, K, target, centered=True) if bool(K.any()) else None
 
 
 class KernelProducts:
