@@ -34,7 +34,7 @@ class GramStore(Gram):
 
     A folder with a Zarr array (version 3): one chunk per tile of the upper triangle, each with its crc32c; and what the
     matrix is of, in the array's attributes. `create` computes it and goes on after any kill; `open` opens it. Whatever
-    takes a `Gram` takes it unchanged. Several processes need ``pip install ntkit[scale]``.
+    takes a `Gram` takes it unchanged. Several processes need the packages dask and distributed.
 
     Attributes
     ----------
@@ -159,7 +159,7 @@ class GramStore(Gram):
         try:
             import dask.array as da
         except ImportError as error:
-            got, fix = "no dask in this Python", "Run: pip install ntkit[scale]"
+            got, fix = "no dask in this Python", "Run: pip install dask distributed"
             raise refusal("to_dask", got=got, expected="the package dask", fix=fix) from error
         grid = self._files.grid
         sides = tuple(grid.samples(i).stop - grid.samples(i).start for i in range(grid.count))

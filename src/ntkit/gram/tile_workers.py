@@ -164,7 +164,7 @@ def distributed() -> Any:
     try:
         import distributed
     except ImportError as error:
-        got, fix = "no distributed in this Python", "Run: pip install ntkit[scale]"
+        got, fix = "no distributed in this Python", "Run: pip install dask distributed"
         raise refusal("workers", got=got, expected="the package distributed", fix=fix) from error
     return distributed
 
