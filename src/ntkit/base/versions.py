@@ -20,6 +20,12 @@ def versions() -> dict[str, str]:
     return {"ntkit": ntkit.__version__, "python": platform.python_version(), **{name: version(name) for name in names}}
 
 
+def earlier_versions(told: dict[str, Any]) -> list[dict[str, str]]:
+    """Versions other than those at hand of software that worked in a folder before, by its ``run.json``."""
+    found = [*told.get("earlier_versions", []), *([told["versions"]] if "versions" in told else [])]
+    return [one for i, one in enumerate(found) if one != versions() and one not in found[:i]]
+
+
 def check_format(path: str | Path, written: Any, reads: int, fix: str) -> None:
     """Refuse a file of another format than this version reads: a higher number is that of a newer ntkit.
 

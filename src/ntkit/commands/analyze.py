@@ -229,8 +229,8 @@ class _Run:
         changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old and old.get(k) != v]
         self.files.run = fingerprint([dataclasses.asdict(s), identity])
         if self.resumed and self.earlier is not None:
-            # as run.json says it: an earlier version may have had fewer settings
-            self.files.run = fingerprint([self.earlier["settings"], self.earlier["identity"]])
+            if lacking := sorted(dataclasses.asdict(s).keys() - self.earlier["settings"].keys()):
+                changed.append(f"version of ntkit (settings without {', '.join(lacking)})")  # whose stages differ
             if changed:
                 got = "changed since the run began: " + "; ".join(changed)
                 new = f"ntkit analyze {shlex.join(s.arguments())} --out NEW"

@@ -5,11 +5,9 @@ A new study is a folder in this package with a `Study` called ``STUDY``; its nam
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +30,7 @@ from ntkit.base.files import (
 from ntkit.base.integrity import check_place, damaged, fingerprint
 from ntkit.base.lock import FolderLock
 from ntkit.base.run_files import PartFile, described
-from ntkit.base.versions import STUDY_FORMAT, check_format, versions
+from ntkit.base.versions import STUDY_FORMAT, check_format, earlier_versions, versions
 from ntkit.studies.claim import Claim, as_markdown
 from ntkit.trajectory import Trajectory
 
@@ -144,8 +142,7 @@ class Work:
     files: Mapping[str, Path] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda line: None
     id: str = ""
-    earlier: Sequence[dict[str, str]] = ()
-    """Other versions of software that worked in the folder before: parts may be theirs."""
+    earlier: dict[str, Any] = field(default_factory=dict)  # the entry of run.json on other versions that worked here
 
     def folder_of(self, data: str) -> Path | None:
         """Folder of a data set's official files; None for the digits, which come with scikit-learn."""
@@ -289,17 +286,6 @@ def _is_another(start: Path, header: dict[str, Any]) -> bool:
     return not isinstance(old, dict) or old | header != old
 
 
-def _of_earlier(work: Work) -> dict[str, Any]:
-    return {"earlier_versions": list(work.earlier)} if work.earlier else {}
-
-
-def _earlier_versions(start: Path) -> list[dict[str, str]]:
-    """Versions of software, other than those at hand, that worked in a study's folder before."""
-    old = read_json(start)
-    told = [*old.get("earlier_versions", []), *([old["versions"]] if "versions" in old else [])]
-    return [one for i, one in enumerate(told) if one != versions() and one not in told[:i]]
-
-
 @dataclass(frozen=True)
 class Study:
     """A paper's experiments and claims.
@@ -357,10 +343,11 @@ class Study:
             if start.exists() and _is_another(start, header):
                 fix = "Name another folder with --out."
                 raise refusal(str(folder), got="another run", expected="this study at this scale", fix=fix)
-            if start.exists() and (earlier := _earlier_versions(start)):
-                work = dataclasses.replace(work, earlier=earlier)
-                progress(f"Finished parts are kept. Other versions worked here before: {json.dumps(earlier)}")
-            told = header | {"versions": versions()} | _of_earlier(work)
+            told = header | {"versions": versions()}
+            if start.exists() and (earlier := earlier_versions(read_json(start))):
+                work = replace(work, earlier={"earlier_versions": earlier})
+                progress(f"Finished parts are kept. Other versions worked here before: {earlier}")
+            told |= work.earlier
             write_json(start, told | {"status": "running"})
             with one_thread() if scale in self.single_thread else nullcontext():
                 changed = self.unfinished  # parts may have come from another machine
@@ -415,7 +402,7 @@ class Study:
             record["sections"] = [section.record() for section in sections]
         if arrays := {name: array for section in sections for name, array in section.arrays.items()}:
             record["figures"] = write_arrays(folder / "figures.safetensors", arrays)
-        record |= _of_earlier(results.work)
+        record |= results.work.earlier
         if self.certificate is not None:
             record["certificate"] = self.certificate(results)
         if self.terms:
