@@ -24,6 +24,10 @@ class Damaged(Refused):
     """A file of a run that is not what was written there: changed, cut off, missing, or of another run."""
 
 
+class NewerFormat(Refused):
+    """A file whose format has a higher number than this version of ntkit reads."""
+
+
 class Undefined(Refused):
     """A number that the input does not define: a cosine with zero, a ratio of zeros."""
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ntkit.base.tensors import tensor_hash
 
+OTHER_VERSION = "Where all is the same, another version of ntkit or Python wrote it, which names functions otherwise."
+"""Of a folder that is refused because functions or data in it have another identity."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _BY_VALUE = (*_PLAIN, Tensor, np.ndarray, list, tuple)
 

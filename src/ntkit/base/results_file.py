@@ -31,6 +31,7 @@ class StudyResults(TypedDict):
     settings: NotRequired[dict[str, Any]]
     terms: NotRequired[list[str]]
     figures: NotRequired[str]
+    earlier_versions: NotRequired[list[dict[str, str]]]  # of software that may have computed some of the parts
 
 
 class StudyRun(TypedDict):

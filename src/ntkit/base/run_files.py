@@ -12,6 +12,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from ntkit.base.checks import Damaged, Refused, refusal
 from ntkit.base.files import read_json, read_json_and_checksum
 from ntkit.base.integrity import check_place, damaged, fingerprint
+from ntkit.base.versions import check_format
 
 Number = float | None  # None: undefined there
 Numbers = list[Number]
@@ -104,6 +105,7 @@ class TrackSettingsFile(TypedDict):
     """``track.json``."""
 
     format: str
+    version: NotRequired[int]  # absent: 1
     points: int
     k: NotRequired[int]
     outputs: NotRequired[str]
@@ -165,7 +167,7 @@ class PartFile(TypedDict):
     arrays: str | None
 
 
-TRACK_FORMAT = "ntkit-track"
+TRACK_FORMAT, TRACK_VERSION = "ntkit-track", 1
 
 
 def tracking_id(settings: dict[str, Any]) -> str:
@@ -181,6 +183,7 @@ def read_track_settings(folder: Path) -> dict[str, Any]:
     if written != TRACK_FORMAT:
         fix = "Give a folder that `ntkit.track` wrote."
         raise refusal(str(path), got=f"format {written}", expected=f"format {TRACK_FORMAT}", fix=fix)
+    check_format(path, settings.get("version", TRACK_VERSION), TRACK_VERSION, "Track the run again, in a new folder.")
     return described(path, settings, TrackSettingsFile)
 
 
@@ -265,9 +268,10 @@ def results_of_kind(folder: Path, kind: str, version: int, fix: str) -> dict[str
     """Read ``results.json`` of a folder; refuse another kind of results, and another format."""
     results = read_json(folder / "results.json")
     found = (results.get("kind"), results.get("format")) if isinstance(results, dict) else (None, None)
-    if found != (kind, version):
+    if found[0] != kind:
         got, expected = f"kind {found[0]}, format {found[1]}", f"kind {kind}, format {version}"
         raise refusal(str(folder / "results.json"), got=got, expected=expected, fix=fix)
+    check_format(folder / "results.json", found[1], version, fix)
     return results
 
 

@@ -228,10 +228,13 @@ class _Run:
         old = {} if self.earlier is None else self.earlier["identity"]
         changed = [f"{k} (was {old.get(k)}, is {v})" for k, v in identity.items() if old and old.get(k) != v]
         self.files.run = fingerprint([dataclasses.asdict(s), identity])
-        if self.resumed:
+        if self.resumed and self.earlier is not None:
+            if lacking := sorted(dataclasses.asdict(s).keys() - self.earlier["settings"].keys()):
+                changed.append(f"version of ntkit (settings without {', '.join(lacking)})")  # whose stages differ
             if changed:
                 got = "changed since the run began: " + "; ".join(changed)
-                fix = "Restore them, or start a new run."
+                new = f"ntkit analyze {shlex.join(s.arguments())} --out NEW"
+                fix = f"Restore them, or start a new run: {new}"
                 expected = "the same data, model, versions and number of threads"
                 raise refusal(f"--from {self.folder}", got=got, expected=expected, fix=fix)
             self.say(f"Resuming {self.folder}")

@@ -26,7 +26,7 @@ from ntkit.base.memory import parse_memory
 from ntkit.base.progress import task
 from ntkit.base.regular_files import check_folder
 from ntkit.base.tensors import tensor_hash
-from ntkit.base.versions import versions
+from ntkit.base.versions import check_format, versions
 from ntkit.commands import compared_runs as runs_of
 from ntkit.commands.compared_errors import Errors, between_groups, between_runs, errors_of, group_of, same_start
 from ntkit.commands.compared_runs import ComparedRun
@@ -313,6 +313,8 @@ def _begin(place: Path, own: dict[str, Any], overwrite: bool) -> None:
             told = read_json(file)
         except Damaged:
             told = None
+        if isinstance(told, dict):
+            check_format(file, told.get("format", COMPARE_FORMAT), COMPARE_FORMAT, "Name another folder (--out).")
         if told == own:
             return
         if told is not None and not overwrite:

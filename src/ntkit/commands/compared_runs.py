@@ -21,7 +21,7 @@ from ntkit.base.integrity import damaged, fingerprint
 from ntkit.base.results_file import AnalysisResults, RegressionResults
 from ntkit.base.run_files import described
 from ntkit.base.trust import code_of_run
-from ntkit.base.versions import RESULTS_FORMAT
+from ntkit.base.versions import RESULTS_FORMAT, check_format
 from ntkit.commands.results import data_of, told_by
 from ntkit.commands.settings import CompareSettings, Settings
 from ntkit.commands.stage_files import StageFiles
@@ -122,8 +122,11 @@ def _read(folder: Path) -> ComparedRun:
         fix = f"Let it end, or go on with: ntkit analyze --from {shlex.quote(str(folder))}"
         raise refusal(str(folder), got="a run that is not complete", expected="a complete run", fix=fix)
     results = read_json(folder / "results.json")
-    if not isinstance(results, dict) or results.get("format") != RESULTS_FORMAT or "neighbors" not in results:
-        fix = f"Repeat it: ntkit analyze --from {shlex.quote(str(folder))} --out NEW"
+    fix = f"Repeat it: ntkit analyze --from {shlex.quote(str(folder))} --out NEW"
+    check_format(
+        folder / "results.json", results.get("format") if isinstance(results, dict) else None, RESULTS_FORMAT, fix
+    )
+    if "neighbors" not in results:
         raise refusal(str(folder), got="results of an earlier version", expected="those of this version", fix=fix)
     is_regression = isinstance(results.get("data"), dict) and "targets" in results["data"]
     described(folder / "results.json", results, RegressionResults if is_regression else AnalysisResults)

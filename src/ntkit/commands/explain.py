@@ -25,7 +25,7 @@ from ntkit.base.regular_files import check_folder
 from ntkit.base.run_files import described
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
 from ntkit.base.trust import code_of_run
-from ntkit.base.versions import versions
+from ntkit.base.versions import check_format, versions
 from ntkit.commands import explained_points as points_of
 from ntkit.commands.explained_points import Point
 from ntkit.commands.network_measures import TrainingTask
@@ -40,6 +40,7 @@ from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.networks.built_in import build
 from ntkit.report.explain_page import EXPLAIN_FORMAT, KIND, render_explanation
 from ntkit.trajectory import Trajectory
+from ntkit.trajectory.objective import loss_name
 from ntkit.trajectory.replay import Replay
 
 _OWN = ("explain.json", "accounting", "influence.safetensors", "retrainings", "images.safetensors", "results.json",
@@ -210,6 +211,11 @@ def _checked_indices(test: tuple[int, ...] | None, task: TrainingTask) -> list[i
 
 def _check_replay(opened: _Opened, run: Path) -> None:
     """Refuse a run that cannot be replayed; says how to record it again."""
+    again = f"ntkit analyze --from {shlex.quote(str(run))} --out NEW"
+    own, recorded = loss_name(opened.task.loss), opened.trajectory.settings.get("loss")
+    if own != recorded:  # the name of the same function, before it was another class's
+        got, expected = f"a run whose loss is called {recorded}, by an earlier version of ntkit", own
+        raise refusal(str(run), got=got, expected=expected, fix=f"Record it again: {again}")
     replay = Replay(opened.trajectory, **opened.training)
     try:
         replay.check()
@@ -220,7 +226,6 @@ def _check_replay(opened: _Opened, run: Path) -> None:
         changed = [f"{name} {opened.identity[name]} (now {value})" for name, value in now.items()
                    if name in opened.identity and opened.identity[name] != value]  # fmt: skip
         made = f" The run was made with {', '.join(changed)}." if changed else ""
-        again = f"ntkit analyze --from {shlex.quote(str(run))} --out NEW"
         raise Refused(f"{error}{made} To record the run again here: {again}") from error
 
 
@@ -235,10 +240,11 @@ def _begin(place: Path, opened: _Opened, points: list[Point], overwrite: bool) -
     if file.exists():
         with contextlib.suppress(Damaged):
             told = read_json(file)
-            if told == own:
+            told = told if isinstance(told, dict) else {}
+            check_format(file, told.get("format", EXPLAIN_FORMAT), EXPLAIN_FORMAT, "Name another folder (--out).")
+            if all(told.get(name) == own[name] for name in ("run", "test")):  # `why` is in words, which may change
                 return
             if not overwrite:
-                told = told if isinstance(told, dict) else {}
                 tests = told.get("test")
                 named = f"test examples {', '.join(map(str, tests))}" if isinstance(tests, list) else "something else"
                 got = f"an explanation of {named}" + ("" if told.get("run") == opened.id else ", of another run")

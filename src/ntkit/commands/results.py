@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+import ntkit
 from ntkit.base.checks import refusal
 from ntkit.base.factory import source_hash
 from ntkit.base.files import read_json
 from ntkit.base.run_files import AnalysisRun, described
 from ntkit.base.tensors import tensor_hash
-from ntkit.base.versions import RESULTS_FORMAT, versions
+from ntkit.base.versions import RESULTS_FORMAT, check_format, versions
 from ntkit.commands.network_measures import LABELS, TrainingTask
 from ntkit.commands.settings import Settings
 from ntkit.data import Data
@@ -27,17 +28,24 @@ KERNELS = ("init", "after", "conjugate")
 def earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
     """Read the ``run.json`` of an earlier run; refuse any other file, and settings given in addition."""
     run = read_json(folder / "run.json")
-    names = {field.name for field in dataclasses.fields(Settings)}
-    told = run.get("settings") if isinstance(run, dict) and run.get("format") == RESULTS_FORMAT else None
-    if told is None or (isinstance(told, dict) and not set(told) <= names):
-        got = "a file that this version of ntkit analyze did not write"
-        expected = f"the run.json of a run (format {RESULTS_FORMAT})"
-        fix = "Name the run's own folder, not the trajectory/ inside it."
-        raise refusal(str(folder / "run.json"), got=got, expected=expected, fix=fix)
-    described(folder / "run.json", run, AnalysisRun)
+    if not isinstance(run, dict) or "identity" not in run:
+        expected, fix = "the run.json of ntkit analyze", "Name the run's own folder, not the trajectory/ inside it."
+        raise refusal(str(folder / "run.json"), got="another file", expected=expected, fix=fix)
+    run = checked_run(folder / "run.json", run)
     if settings not in (None, Settings()):
         expected, fix = "none: they come from the run", "Leave them out, or start a new run without --from."
         raise refusal(f"--from {folder}", got="further settings", expected=expected, fix=fix)
+    return run
+
+
+def checked_run(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The `run.json` of a run of `analyze`, if this version knows its format and all of its settings."""
+    check_format(path, run.get("format"), RESULTS_FORMAT, "Name a run folder of ntkit analyze.")
+    described(path, run, AnalysisRun)
+    if unknown := sorted(run["settings"].keys() - {field.name for field in dataclasses.fields(Settings)}):
+        got = f"settings that ntkit {ntkit.__version__} does not have: {', '.join(unknown)}"
+        fix = "Upgrade ntkit, or use the version that wrote the folder."
+        raise refusal(str(path), got=got, expected="those of ntkit analyze", fix=fix)
     return run
 
 
@@ -49,7 +57,7 @@ def told_by(run: Path) -> dict[str, Any]:
     told = read_json(run / "run.json")
     told = told if isinstance(told, dict) else {}
     if "identity" in told:
-        return described(run / "run.json", told, AnalysisRun)
+        return checked_run(run / "run.json", told)
     kinds = {
         "a study": told.get("kind") == "study",
         "a recorded trajectory": told.get("format") == "ntkit-trajectory",

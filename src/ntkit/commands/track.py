@@ -17,9 +17,9 @@ from ntkit.base.checks import Refused, defined, refusal
 from ntkit.base.files import read_json
 from ntkit.base.lock import FolderLock
 from ntkit.base.regular_files import check_folder
-from ntkit.base.run_files import AnalysisRun, described
+from ntkit.base.run_files import described
 from ntkit.base.trust import code_of_run, code_of_user
-from ntkit.commands.results import data_of
+from ntkit.commands.results import checked_run, data_of
 from ntkit.commands.settings import DataSettings, Settings, TrackSettings
 from ntkit.measures.eigenfunctions import bandwidth, patterns
 from ntkit.networks.built_in import build
@@ -117,7 +117,7 @@ def _run_to_follow(run: Path, settings: TrackSettings, trust: bool) -> tuple[Pat
     """Trajectory folder, model and points."""
     told = read_json(run / "run.json")
     if isinstance(told, dict) and "identity" in told and (run / "trajectory").is_dir():
-        described(run / "run.json", told, AnalysisRun)
+        checked_run(run / "run.json", told)
         s, folder = described(run / "run.json", told["settings"], Settings, "settings"), run / "trajectory"
         given = {"--model": settings.model, "--data": settings.data}
         if extra := [name for name in _OF_DATA if getattr(settings, name) is not None]:

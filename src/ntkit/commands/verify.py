@@ -8,7 +8,7 @@ from pathlib import Path
 from re import fullmatch
 from typing import Any, Literal, NamedTuple
 
-from ntkit.base.checks import Damaged, Refused, refusal
+from ntkit.base.checks import Damaged, NewerFormat, Refused, refusal
 from ntkit.base.files import ASIDE, file_digest, read_arrays_and_metadata, read_bytes, read_json, read_json_and_checksum
 from ntkit.base.integrity import WithoutChecksum, check_place, damaged, fingerprint, stored_checksum
 from ntkit.base.lock import LOCK
@@ -23,6 +23,7 @@ from ntkit.base.run_files import (
     read_track_settings,
     tracking_id,
 )
+from ntkit.base.versions import RESULTS_FORMAT, STUDY_FORMAT, check_format
 from ntkit.commands.stage_files import REPLACED
 from ntkit.gram.tile_files import DESCRIPTION, TileFiles
 from ntkit.trajectory.recorded_run import (
@@ -36,6 +37,8 @@ from ntkit.trajectory.recorded_run import (
 )
 from ntkit.trajectory.step_log import check_log
 
+_NOT_OF_STUDY = ("versions", "earlier_versions", "status", "parts")
+"""Keys of a study's ``run.json`` that its parts do not have in common."""
 Status = Literal["ok", "damaged", "missing", "without checksum", "not ntkit's"]
 _CHECKED = (".json", ".safetensors", ".html", ".md")
 _PLAIN = (r"(run|results|track|explain|compare|solved)\.json|(report|track|explain)\.html|claims\.md|"
@@ -64,7 +67,7 @@ def verify(run: str | Path) -> list[FileRecord]:
     Raises
     ------
     Refused
-        When there is no such folder, or it holds no file of ntkit.
+        When there is no such folder, or it holds no file of ntkit; when a newer version of ntkit wrote it.
 
     Examples
     --------
@@ -198,11 +201,15 @@ def _together(start: Path) -> Iterator[tuple[Path, Refused | None]]:
         elif told.get("format") == FORMAT and not ((folder / "stages").exists() or (folder / "parts").exists()):
             yield from _trajectory(folder, read_run(folder))
         elif told.get("kind") == "study" and not ((folder / "stages").exists() or (folder / "snapshots").exists()):
+            check_format(start, told.get("format"), STUDY_FORMAT, "Restore it from a copy.")
             yield from _study(folder, told)
         elif "identity" in told and not ((folder / "parts").exists() or (folder / "snapshots").exists()):
+            check_format(start, told.get("format"), RESULTS_FORMAT, "Restore it from a copy.")
             yield from _analysis(folder, described(start, told, AnalysisRun))
         elif told.keys() != {"settings", "versions"}:  # these two: of `ntkit infinite`
             raise damaged(start, "not the run.json of this folder")
+    except NewerFormat:
+        raise  # whole, but this version does not know what must be there
     except Refused as error:
         yield start, error
 
@@ -311,7 +318,7 @@ def _same_digest(path: Path, digest: str) -> None:
 
 
 def _study(folder: Path, run: dict[str, Any]) -> Iterator[tuple[Path, Refused | None]]:
-    own = fingerprint({name: value for name, value in run.items() if name not in ("versions", "status", "parts")})
+    own = fingerprint({name: value for name, value in run.items() if name not in _NOT_OF_STUDY})
     for file in sorted(folder.glob("parts/*.json")):
         if (told := _content(file, "part")) is None:
             continue

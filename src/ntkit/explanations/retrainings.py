@@ -15,10 +15,11 @@ from ntkit.base.batch import Batch, checked
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import Damaged, refusal
 from ntkit.base.files import ensure_folder
-from ntkit.base.function_identity import function_identity
+from ntkit.base.function_identity import OTHER_VERSION, function_identity
 from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import FolderLock
 from ntkit.base.tensors import points_hash, read_tensors_and_metadata, tensor_hash, write_tensors
+from ntkit.base.versions import check_format
 from ntkit.data.streamed_samples import with_labels
 from ntkit.explanations.measures_of_outputs import Measure, OutputMeasure
 from ntkit.jacobian.model_calls import check_module
@@ -30,6 +31,7 @@ from ntkit.trajectory.recorded_run import assign, read_run
 from ntkit.trajectory.replay import Replay
 from ntkit.trajectory.reruns import Reruns
 
+_VERSION = 1  # of the files of a folder
 _AT_ONCE = 128  # retrainings from one file to the next
 
 
@@ -249,10 +251,11 @@ class Retrainings:
             except Damaged as error:
                 warnings.warn(f"{error} Its networks are trained again.", stacklevel=4)
                 continue
+            check_format(path, metadata.get("version", _VERSION), _VERSION, "Name another folder.")  # absent: 1
             trained = tensors.pop("trained", self.values)  # another function as measure may have the same name
             if metadata.get("of") != self._id or not torch.allclose(trained, self.values, rtol=1e-3, atol=1e-6):
                 got, expected = "retrainings of something else", "those of this run, these test points and this measure"
-                raise refusal(str(folder), got=got, expected=expected, fix="Name another folder.")
+                raise refusal(str(folder), got=got, expected=expected, fix=f"Name another folder. {OTHER_VERSION}")
             self._known.update(tensors)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from ntkit.base.checks import Damaged
 from ntkit.base.files import read_bytes, remove, unwritable, write_bytes
 from ntkit.base.integrity import damaged
+from ntkit.base.versions import check_format
 from ntkit.jacobian.plan import Plan, Step
 
 DESCRIPTION = "zarr.json"
@@ -92,6 +93,7 @@ class TileFiles:
         document = _unsealed(folder / DESCRIPTION, blob)
         try:
             said = document["attributes"]["ntkit"]
+            check_format(folder / DESCRIPTION, said["format"], _FORMAT, "Compute it again, in a new folder.")
             self.grid = TileGrid(**said["grid"])
             _check_array(folder / DESCRIPTION, document, self.grid)
             self.identity, self.depends_on = str(said["identity"]), dict(said["depends_on"])

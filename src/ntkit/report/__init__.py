@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
 from ntkit.base.integrity import damaged, fingerprint
 from ntkit.base.results_file import DRAWN, AnalysisResults, RegressionResults
 from ntkit.base.run_files import AnalysisRun, described, understood
-from ntkit.base.versions import RESULTS_FORMAT
+from ntkit.base.versions import RESULTS_FORMAT, check_format
 from ntkit.report.analysis_page import analysis_page
 from ntkit.report.compare_page import KIND as COMPARISON
 from ntkit.report.compare_page import render_comparison
@@ -63,12 +64,13 @@ def render(run: str | Path) -> Path:
         return render_explanation(run)
     if isinstance(results, dict) and results.get("kind") == COMPARISON:
         return render_comparison(run)
+    again = f"ntkit analyze --from {shlex.quote(str(run))} --out NEW"
+    fix = f"Use the version of ntkit that wrote it, or repeat the run: {again}"
     written = results.get("format") if isinstance(results, dict) else None
-    earlier = written == RESULTS_FORMAT and "neighbors" not in results  # keys as they were before the first release
-    if written != RESULTS_FORMAT or earlier:
-        got = "keys of an earlier version" if earlier else f"format {written}"
-        fix = "Use the version of ntkit that wrote it, or repeat the run: ntkit analyze --from RUN --out NEW."
-        raise refusal(str(run / "results.json"), got=got, expected=f"format {RESULTS_FORMAT}", fix=fix)
+    check_format(run / "results.json", written, RESULTS_FORMAT, fix)
+    if "neighbors" not in results:  # keys as they were before the first release
+        expected = f"format {RESULTS_FORMAT}"
+        raise refusal(str(run / "results.json"), got="keys of an earlier version", expected=expected, fix=fix)
     is_regression = isinstance(results.get("data"), dict) and "targets" in results["data"]
     described(run / "results.json", results, RegressionResults if is_regression else AnalysisResults)
     arrays = _images(run, results)

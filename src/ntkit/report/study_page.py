@@ -13,6 +13,7 @@ from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
 from ntkit.base.integrity import damaged
 from ntkit.base.results_file import StudyResults
 from ntkit.base.run_files import described, read_steps, read_track_settings, results_of_kind, understood
+from ntkit.base.versions import STUDY_FORMAT
 from ntkit.report.images import viewer
 from ntkit.report.page import page
 from ntkit.report.study_curves import curves
@@ -20,7 +21,7 @@ from ntkit.report.study_sections import sections
 from ntkit.report.track_page import eigenvalues_at
 from ntkit.report.words import unbroken
 
-KIND, FORMAT = "study", 1
+KIND = "study"
 TERMS = ("tangent_kernel", "energy", "sharpness", "alignment", "first_order")  # defined when results name none
 _MACROS = {
     *TERMS,
@@ -56,7 +57,9 @@ def render_study(folder: str | Path) -> Path:
     ntkit.Refused: no-such-study/results.json: got no such file; expected a JSON file. Check the folder's name.
     """
     folder = Path(folder)
-    results = results_of_kind(folder, KIND, FORMAT, "Name a folder that a study wrote, with this version of ntkit.")
+    results = results_of_kind(
+        folder, KIND, STUDY_FORMAT, "Name a folder that a study wrote, with this version of ntkit."
+    )
     described(folder / "results.json", results, StudyResults)
     if (start := folder / "run.json").exists():
         told = read_json(start)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,13 +30,12 @@ from ntkit.base.files import (
 from ntkit.base.integrity import check_place, damaged, fingerprint
 from ntkit.base.lock import FolderLock
 from ntkit.base.run_files import PartFile, described
-from ntkit.base.versions import versions
+from ntkit.base.versions import STUDY_FORMAT, check_format, earlier_versions, versions
 from ntkit.studies.claim import Claim, as_markdown
 from ntkit.trajectory import Trajectory
 
 STUDIES = ("jacot2018", "kopitkov2019", "long2021", "bell2023", "tsai2023")
 SCALES = ("quick", "paper")
-FORMAT = 1
 Item = dict[str, Any]
 
 
@@ -143,6 +142,7 @@ class Work:
     files: Mapping[str, Path] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda line: None
     id: str = ""
+    earlier: dict[str, Any] = field(default_factory=dict)  # the entry of run.json on other versions that worked here
 
     def folder_of(self, data: str) -> Path | None:
         """Folder of a data set's official files; None for the digits, which come with scikit-learn."""
@@ -281,6 +281,8 @@ def mlp(
 def _is_another(start: Path, header: dict[str, Any]) -> bool:
     """Whether ``run.json`` is of another study, or of this one at another scale."""
     old = read_json(start)
+    if isinstance(old, dict) and old.get("kind") == "study":
+        check_format(start, old.get("format"), STUDY_FORMAT, "Name another folder with --out.")
     return not isinstance(old, dict) or old | header != old
 
 
@@ -342,6 +344,10 @@ class Study:
                 fix = "Name another folder with --out."
                 raise refusal(str(folder), got="another run", expected="this study at this scale", fix=fix)
             told = header | {"versions": versions()}
+            if start.exists() and (earlier := earlier_versions(read_json(start))):
+                work = replace(work, earlier={"earlier_versions": earlier})
+                progress(f"Finished parts are kept. Other versions worked here before: {earlier}")
+            told |= work.earlier
             write_json(start, told | {"status": "running"})
             with one_thread() if scale in self.single_thread else nullcontext():
                 changed = self.unfinished  # parts may have come from another machine
@@ -359,7 +365,7 @@ class Study:
 
     def header(self, scale: str, sets: Sequence[str]) -> dict[str, Any]:
         """What the study is, at a scale and on some data sets: two folders with the same can share their parts."""
-        header: dict[str, Any] = {"format": FORMAT, "kind": "study", "name": self.name, "scale": scale}
+        header: dict[str, Any] = {"format": STUDY_FORMAT, "kind": "study", "name": self.name, "scale": scale}
         header |= {"sets": list(sets)} | ({"seeds": list(self.seeds)} if self.seeds else {})
         sizes = vars(self.scales[scale]).items()
         return header | {"sizes": {k: list(v) if isinstance(v, tuple) else v for k, v in sizes}}
@@ -396,6 +402,7 @@ class Study:
             record["sections"] = [section.record() for section in sections]
         if arrays := {name: array for section in sections for name, array in section.arrays.items()}:
             record["figures"] = write_arrays(folder / "figures.safetensors", arrays)
+        record |= results.work.earlier
         if self.certificate is not None:
             record["certificate"] = self.certificate(results)
         if self.terms:

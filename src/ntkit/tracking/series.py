@@ -11,6 +11,7 @@ import numpy as np
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_arrays_and_metadata, write_arrays, write_json
+from ntkit.base.function_identity import OTHER_VERSION
 from ntkit.base.integrity import check_place, damaged
 from ntkit.base.notebook_figures import curves
 from ntkit.base.run_files import read_step, read_steps, read_track_settings, tracking_id
@@ -214,7 +215,8 @@ def open_folder(path: Path, settings: dict[str, Any]) -> None:
     names = dict.fromkeys([*new, *(stored.keys() - {"steps", "images"})])  # an option that is left out now is another
     if changed := [name for name in names if stored.get(name) != new.get(name)]:
         got = f"a tracking with another {', '.join(changed)}"
-        raise refusal(str(path), got=got, expected="the same run, points and options", fix="Name another folder.")
+        fix = f"Name another folder (--out). {OTHER_VERSION} Tracked.open and ntkit report read it."
+        raise refusal(str(path), got=got, expected="the same run, points and options", fix=fix)
 
 
 def close_folder(path: Path, settings: dict[str, Any], steps: list[int]) -> None:

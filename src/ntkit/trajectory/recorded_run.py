@@ -18,6 +18,7 @@ from ntkit.base.files import read_json
 from ntkit.base.integrity import check_place, damaged, fingerprint
 from ntkit.base.run_files import EndedRun, LoopSettings, TrainSettings, described
 from ntkit.base.tensors import read_tensors_and_metadata
+from ntkit.base.versions import check_format
 from ntkit.jacobian.model_outputs import Select
 from ntkit.trajectory.batch_order import batch_indices
 from ntkit.trajectory.objective import Inputs, Loss
@@ -236,11 +237,12 @@ def snapshot_path(folder: Path, step: int) -> Path:
 def read_run(folder: Path) -> dict[str, Any]:
     """Read ``run.json`` of a trajectory's folder; refuse any other file."""
     run = read_json(folder / "run.json")
-    if not isinstance(run, dict) or run.get("format") != FORMAT or run.get("version") != VERSION:
-        got = f"format {(run.get('format'), run.get('version')) if isinstance(run, dict) else type(run).__name__}"
-        fix = "Name the folder that ntkit.train wrote, or open it with the release that wrote it."
-        raise refusal(str(folder / "run.json"), got=got, expected=f"{FORMAT} version {VERSION}", fix=fix)
     path = folder / "run.json"
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        got = f"format {run.get('format') if isinstance(run, dict) else type(run).__name__}"
+        fix = "Name the folder that ntkit.train wrote."
+        raise refusal(str(path), got=got, expected=FORMAT, fix=fix)
+    check_format(path, run.get("version"), VERSION, "Open it with the release that wrote it.")
     described(path, run, _AnyRun if run.get("status") == "running" else _Ended)
     recorded = run["settings"].get("kind") is not None
     described(path, run["settings"], LoopSettings if recorded else TrainSettings, "settings")

@@ -12,16 +12,18 @@ from torch import Tensor
 
 from ntkit.base.checks import Damaged, refusal
 from ntkit.base.files import remove
+from ntkit.base.function_identity import OTHER_VERSION
 from ntkit.base.integrity import damaged
 from ntkit.base.lock import FolderLock
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
+from ntkit.base.versions import check_format
 from ntkit.kernels.path.decomposition import PathDecomposition, StepShare
 from ntkit.trajectory.run_writer import CheckpointTimer
 
 if TYPE_CHECKING:
     from ntkit.kernels.path.sweep import Sweep
 
-_FORMAT = "ntkit-decomposition"
+_FORMAT, _VERSION = "ntkit-decomposition", 1
 _PLAIN = ("contributions", "initial", "regularization", "prediction", "residual")
 
 
@@ -95,6 +97,7 @@ class DecompositionFiles:
             return None
         try:
             tensors, rest = read_tensors_and_metadata(path)
+            check_format(path, rest.get("version", _VERSION), _VERSION, "Give another folder.")  # absent: 1
             needed = ("integration", "bitwise", "steps") if name == "decomposition" else ("size", "step", "carry")
             if rest.get("file", name) != name or rest.get("format") != _FORMAT or not rest.keys() >= {*needed}:
                 raise damaged(path, f"another file ({rest.get('file')})")
@@ -106,7 +109,8 @@ class DecompositionFiles:
             theirs = rest.get("identity") or {}
             keys = dict.fromkeys([*self._identity, *theirs])
             differs = [key for key in keys if theirs.get(key) != self._identity.get(key)]
-            got, fix = f"another decomposition ({', '.join(differs) or 'unknown'} differ)", "Give another folder."
+            got = f"another decomposition ({', '.join(differs) or 'unknown'} differ)"
+            fix = f"Give another folder. {OTHER_VERSION}"
             raise refusal(str(self._folder), got=got, expected="one of the same run, test points and settings", fix=fix)
         return tensors, rest
 
