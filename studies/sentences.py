@@ -1,4 +1,6 @@
-"""Five papers, sentence by sentence: docs/papers.md, made from the committed results (python studies/sentences.py).
+"""Five papers, sentence by sentence: docs/papers.md and a table of the README, made from the committed results.
+
+``python studies/sentences.py`` writes both.
 
 A sentence of an abstract, in our words, names claims of a study by how their texts begin. It holds if all of these hold
 that were tested, in part if some do.
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE = ROOT / "studies" / "results", ROOT / "docs" / "papers.md"
+RESULTS, PAGE, README = ROOT / "studies" / "results", ROOT / "docs" / "papers.md", ROOT / "README.md"
+BEGIN, END = "<!-- papers -->\n", "<!-- end of papers -->\n"
 LINK = "https://github.com/ntkit/ntkit/blob/main/studies/results"
 
 
@@ -272,5 +275,23 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def summary() -> str:
+    """The table of the README: how many sentences of each abstract hold."""
+    verdicts = ("holds", "holds in part", "does not hold", "not judged yet")
+    lines = ["| sentences of | hold | hold in part | do not hold | not judged yet |", "|---|---|---|---|---|"]
+    for study, (title, _, sentences) in PAPERS.items():
+        told = [verdict(tested(sentence, claims_of(study))) for sentence in sentences]
+        counts = " | ".join(str(told.count(name)) for name in verdicts)
+        lines.append(f"| [{title.partition(', “')[0]}]({LINK}/{study}/claims.md) | {counts} |")
+    return "\n".join(lines) + "\n"
+
+
+def readme() -> str:
+    """The text of the README, with the table as the results give it."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    return before + BEGIN + summary() + END + rest.partition(END)[2]
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")

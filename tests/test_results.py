@@ -77,6 +77,9 @@ def _sentences():
 def test_the_page_of_sentences_is_made_from_the_results():
     module = _sentences()
     assert module.PAGE.read_text(encoding="utf-8") == module.page()
+    text = module.README.read_text(encoding="utf-8")
+    assert text == module.readme()
+    assert module.summary() in text
 
 
 def test_every_sentence_names_claims_and_every_claim_of_a_paper_is_named():

@@ -262,7 +262,7 @@ class InfiniteSettings(DataSettings):
     """Which network and data `ntkit infinite` compares in the limit, and how."""
 
     model: str = "mlp"
-    """linear, mlp, package.module:factory or file.py:factory. Max pooling, BatchNorm and attention need --sample."""
+    """linear, mlp, package.module:factory or file.py:factory. Max pooling and most attention need --sample."""
     data: str = "digits"
     folds: int = 5
     """Number of folds of the cross-validation, stratified by class."""
