@@ -98,9 +98,9 @@ def judge(row: Row, again: Retrainings) -> None:
         return
     found = {
         "one left out": leave_one_out(scores, again),
-        "5 %": datamodeling_score(scores, again, 0.05),
-        "50 %": datamodeling_score(scores, again, 0.5),
-        "50 % fresh": datamodeling_score(scores, again, 0.5, fresh=FRESH),
+        "5 %": datamodeling_score(scores, again, fraction=0.05),
+        "50 %": datamodeling_score(scores, again, fraction=0.5),
+        "50 % fresh": datamodeling_score(scores, again, fraction=0.5, fresh=FRESH),
     }
     row |= {name: result.record() for name, result in found.items()}
     row["mean"] = statistics.fmean(result.value for result in found.values())
@@ -109,7 +109,7 @@ def judge(row: Row, again: Retrainings) -> None:
 def judge_deletion(row: Row, again: Retrainings) -> None:
     """Add what happens without the examples that a method ranks highest, and lowest, for the first test points."""
     for name, against in (("AUC-DEL+", False), ("AUC-DEL-", True)):
-        result = case_deletion(row["scores"][: again.m], again, against)
+        result = case_deletion(row["scores"][: again.m], again, against=against)
         row[name] = {"value": result.area, "error": result.error, "protocol": result.protocol}
 
 

@@ -305,7 +305,7 @@ def test_what_the_trainer_recorded_is_explained(tmp_path):
             "influence": influence.scores,
             "without": values,
             "tracking": ntkit.tracking_importance(run, clip=1.0, **of, **select).values,
-            "tracin": ntkit.tracin(run, test, 0, steps=[0, 10], **of, **select).scores,
+            "tracin": ntkit.tracin(run, test, output=0, steps=[0, 10], **of, **select).scores,
             "target": ntkit.target_importance(model, batch, y, loss, **select).values,
         }
 

@@ -167,4 +167,6 @@ def test_refusals(no_room):
     with pytest.raises(ntkit.Refused, match="at most 293"):
         GradientFlow(k=294).fit(K, y)
     with pytest.raises(ntkit.Refused, match="top 3 eigenvectors"):
-        GradientFlow(k=3).fit(K, y).ensemble(K_test, K, K_test, torch.ones(M), t=1.0)
+        GradientFlow(k=3).fit(K, y).ensemble(
+            K_test, nngp_train=K, nngp_test_train=K_test, nngp_test_test=torch.ones(M), t=1.0
+        )

@@ -65,15 +65,15 @@ def numbers(least):
     hidden = ntkit.ConjugateKernel(model, layer="scores")
     kernels = {"tangent": ntkit.TangentKernel(model), "conjugate": conjugate, "hidden": hidden}
     for curvature, params in (("gauss-newton", None), ("gauss-newton", ["b.weight"]), ("hessian", ["a.weight"])):
-        kernel = ntkit.InfluenceKernel(model, (x, labels), loss, curvature, damping=2.0, params=params)
+        kernel = ntkit.InfluenceKernel(model, (x, labels), loss, curvature=curvature, damping=2.0, params=params)
         kernels[f"{curvature} {params}"] = kernel
     for name, kernel in kernels.items():
         operator = kernel.operator(test)
         found[name], found[f"{name}, diagonal"] = kernel(test, x), kernel.diagonal(test)
         found[f"{name}, operator"] = operator @ torch.ones(operator.shape[0], dtype=torch.float64)
         if name != "hidden":  # it has one feature for each place
-            found[f"{name}, explained"] = ntkit.explain(kernel, importance, x, test, 0).scores
-    explainer = ntkit.Explainer(lambda x_test, _: ntkit.explain(conjugate, importance, x, x_test, 0), x)
+            found[f"{name}, explained"] = ntkit.explain(kernel, importance, x, test, output=0).scores
+    explainer = ntkit.Explainer(lambda x_test, _: ntkit.explain(conjugate, importance, x, x_test, output=0), x)
     return found | {"explainer": explainer.influence(test)}
 
 

@@ -310,7 +310,7 @@ def test_resume_after_a_real_kill(tmp_path):
             mse,
             OPTIMIZERS["momentum"],
             9,
-            4,
+            batch_size=4,
             path=tmp_path / name,
             resume=True,
             on_step=lambda step, loss: steps.append(step),

@@ -81,7 +81,7 @@ def test_standard_errors_are_those_of_the_mean():
     assert 2.5 < float(found[0] / found[1]) < 6.5  # 4
     a, b = (monte_carlo(relu(1), X, width=30, seeds=3) for _ in range(2))
     assert torch.equal(a.mean, b.mean)  # seeded
-    made = [finite_kernel(widened(relu(1), 30, X, seed), X) for seed in range(3)]
+    made = [finite_kernel(widened(relu(1), 30, X, seed=seed), X) for seed in range(3)]
     torch.testing.assert_close(a.mean, torch.stack(made).mean(0), rtol=1e-12, atol=0)
 
 

@@ -70,7 +70,7 @@ class PartOfData:
         from ntkit.data import load
 
         return load(
-            data, self.data_dir, self.classes, self.train, self.test, seed,
+            data, data_dir=self.data_dir, classes=self.classes, train=self.train, test=self.test, seed=seed,
             class_names=self.class_names, task=cast(Any, self.task), target=self.target, resize=self.resize,
         )  # fmt: skip
 

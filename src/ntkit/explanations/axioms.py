@@ -12,7 +12,7 @@ from ntkit.gram.arrays import Matrix, as_floats, as_matrix, check_finite
 
 
 @own_context()
-def check_axioms(scores: Matrix, f: Matrix | None = None, zero: float = 1e-12) -> dict[str, float]:
+def check_axioms(scores: Matrix, f: Matrix | None = None, *, zero: float = 1e-12) -> dict[str, float]:
     r"""Largest violation of each axiom of generalized representers, by scores of the training set on itself.
 
     Scores of the form alpha_i K(x_i, x_j), K a positive semidefinite kernel, satisfy all but efficiency, and no other

@@ -49,7 +49,7 @@ class Evaluation(Shown):
         return {"value": self.value, "error": self.error, "ceiling": self.ceiling, "protocol": self.protocol}
 
 
-def leave_one_out(scores: Tensor, again: Retrainings, examples: Sequence[int] | None = None) -> Evaluation:
+def leave_one_out(scores: Tensor, again: Retrainings, *, examples: Sequence[int] | None = None) -> Evaluation:
     """Rank correlation of ``-scores[j, i]`` with the change of measure j when example i alone is left out.
 
     Parameters
@@ -81,7 +81,7 @@ def leave_one_out(scores: Tensor, again: Retrainings, examples: Sequence[int] | 
 
 
 def datamodeling_score(
-    scores: Tensor, again: Retrainings, fraction: float = 0.5, sets: int = 50, fresh: int = 0, seed: int = 0
+    scores: Tensor, again: Retrainings, *, fraction: float = 0.5, sets: int = 50, fresh: int = 0, seed: int = 0
 ) -> Evaluation:
     """Linear datamodeling score: how well the sum of the remaining scores ranks what happens without random sets.
 
@@ -103,7 +103,7 @@ def datamodeling_score(
     """
     scores = _checked(scores, again)
     removed = subsets(again.n, fraction, sets, seed)
-    outcome = again.without(removed, fresh)
+    outcome = again.without(removed, fresh=fresh)
     kind = f"mean of {fresh} fresh runs" if fresh else "the same run"
     protocol = f"{100 * fraction:g} % of the examples removed, {sets} random sets, {kind}; {again.m} test points"
     predicted, real = (~removed).double() @ scores.T, outcome.mean(0) if fresh else outcome
@@ -147,6 +147,7 @@ class Deletion(Shown):
 def case_deletion(
     scores: Tensor,
     again: Retrainings,
+    *,
     against: bool = False,
     shares: Sequence[float] = (0.02, 0.05, 0.1),
     fresh: int = 0,
@@ -176,12 +177,12 @@ def case_deletion(
     removed = torch.zeros(again.m, len(counts), again.n, dtype=torch.bool)
     for place, count in enumerate(counts):
         removed[:, place].scatter_(1, order[:, :count], True)
-    outcome = again.without(removed.flatten(0, 1), fresh)
+    outcome = again.without(removed.flatten(0, 1), fresh=fresh)
     outcome = (outcome.mean(0) if fresh else outcome).view(again.m, len(counts), again.m)
     own = outcome[torch.arange(again.m), :, torch.arange(again.m)]
     before = again.values
     if fresh:  # fresh runs are compared with fresh runs on all but as few examples as possible
-        few = again.without(subsets(again.n, 1 / again.n, min(10, again.n)), fresh)
+        few = again.without(subsets(again.n, 1 / again.n, min(10, again.n)), fresh=fresh)
         before = few.mean((0, 1))
     changes = own - before[:, None]
     means = changes.mean(1)
@@ -193,7 +194,9 @@ def case_deletion(
     return Deletion(list(shares), changes, float(means.mean()), error, protocol)
 
 
-def query_loss_difference(scores: Tensor, again: Retrainings, share: float = 0.01, random_sets: int = 20) -> Evaluation:
+def query_loss_difference(
+    scores: Tensor, again: Retrainings, *, share: float = 0.01, random_sets: int = 20
+) -> Evaluation:
     """Remove the examples that are most helpful to all test points together, and compare with random ones.
 
     For each test point: the measure after removing the `share` with the largest mean scores, minus the mean after

@@ -130,7 +130,7 @@ class Influence(Shown):
             lines.append(f"{trial.capitalize()}.")
         return "\n".join(lines)
 
-    def top(self, k: int, against: bool = False) -> Top:
+    def top(self, k: int, *, against: bool = False) -> Top:
         """Training examples that raise the measure of each test point most, or that lower it most (`against`)."""
         n = self.scores.shape[1]
         if not isinstance(k, int) or not 1 <= k <= n:
@@ -159,6 +159,7 @@ def influence(
     trajectory: Trajectory,
     x: Batch,
     y: Tensor | None = None,
+    *,
     measure: Measure = "margin",
     curvature: Curvature = "hessian",
     at: float = 1.0,

@@ -87,7 +87,7 @@ class Explanation(Shown):
             raise refusal("expected", got="nothing", expected="what the scores should sum to", fix=fix)
         return self.total - self.expected
 
-    def top(self, k: int, against: bool = False) -> Top:
+    def top(self, k: int, *, against: bool = False) -> Top:
         """The k training examples with the largest scores of each test point, or with the most negative (`against`)."""
         n = self.scores.shape[1]
         if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
@@ -103,6 +103,7 @@ def explain(
     importance: Importance | Matrix,
     x_train: Inputs,
     x_test: Inputs,
+    *,
     output: int | Tensor | None = None,
     expected: Matrix | None = None,
     memory: int | str | None = None,
@@ -252,10 +253,11 @@ class Explainer:
         scores: Callable[[Any, Tensor | None], Explanation | Matrix],
         x_train: Inputs,
         y_train: Tensor | None = None,
+        *,
         batch: int = 256,
     ) -> None:
         if not callable(scores):
-            fix = "Pass e.g. lambda x, targets: ntkit.explain(kernel, importance, x_train, x, targets)."
+            fix = "Pass e.g. lambda x, targets: ntkit.explain(kernel, importance, x_train, x, output=targets)."
             raise refusal("scores", got=f"a {type(scores).__name__}", expected="a function of test points", fix=fix)
         self._scores, self._batch = scores, batch
         x_train, y_train = with_labels(x_train, y_train)

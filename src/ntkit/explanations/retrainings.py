@@ -80,6 +80,7 @@ class Retrainings:
         trajectory: Trajectory,
         x: Batch,
         y: Tensor | None = None,
+        *,
         measure: Measure = "margin",
         folder: str | Path | None = None,
         make: Callable[[int], nn.Module] | None = None,
@@ -111,7 +112,7 @@ class Retrainings:
             self._read(ensure_folder(self._folder))
 
     @no_context()
-    def without(self, removed: Tensor | Sequence[Sequence[int]], fresh: int = 0) -> Tensor:
+    def without(self, removed: Tensor | Sequence[Sequence[int]], *, fresh: int = 0) -> Tensor:
         """Measures after training without some examples.
 
         Parameters

@@ -31,6 +31,7 @@ Checkpoint = tuple[Mapping[str, Tensor], float]
 def tracin(
     run: Trajectory | Sequence[Checkpoint],
     x_test: Inputs,
+    *,
     output: int | Tensor | None = None,
     steps: Iterable[int] | None = None,
     model: nn.Module | None = None,
@@ -95,12 +96,12 @@ def tracin(
     assign(network, checkpoints[-1][0], "the last checkpoint")
     last = model_outputs(network, test, select).flatten(1)
     chosen = last.argmax(1).cpu() if output is None else checked_outputs(output, *last.shape)
-    kernel = TangentKernel(network, "full", params, select=select)
+    kernel = TangentKernel(network, "full", params=params, select=select)
     scores: Any = 0.0
     for state, eta in checkpoints:
         assign(network, state, "a checkpoint")
-        alpha = target_importance(network, objective.x, objective.y, loss, select)
-        scores = scores + eta * explain(kernel, alpha, objective.x, test, chosen, memory=memory).scores
+        alpha = target_importance(network, objective.x, objective.y, loss, select=select)
+        scores = scores + eta * explain(kernel, alpha, objective.x, test, output=chosen, memory=memory).scores
     return Explanation(scores, "TracIn", chosen, certificate={"checkpoints": float(len(checkpoints))})
 
 

@@ -101,7 +101,9 @@ class GradientFlow(Machine):
     max_learning_rate_: float
     residual_: float
 
-    def __init__(self, lr: float | None = None, momentum: float = 0.0, loss: Loss | None = None, k: int | None = None):
+    def __init__(
+        self, lr: float | None = None, *, momentum: float = 0.0, loss: Loss | None = None, k: int | None = None
+    ):
         rate = None
         if lr is not None:
             expected = "a learning rate > 0, or None"
@@ -124,7 +126,7 @@ class GradientFlow(Machine):
         self._lr, self._momentum = rate, heavy
         self._start: Tensor | None = None
 
-    def fit(self, K: Gram | Matrix | KernelOperator, y: Any, initial: Matrix | None = None) -> GradientFlow:
+    def fit(self, K: Gram | Matrix | KernelOperator, y: Any, *, initial: Matrix | None = None) -> GradientFlow:
         """Fit on K, [n, n] symmetric, targets y, [n] or [n, C], and the outputs at t = 0 (of y's shape; 0 if None).
 
         With `k`, K may be ``kernel.operator(x)``.
@@ -192,7 +194,7 @@ class GradientFlow(Machine):
         return self
 
     def predict(
-        self, K_test: AnyMatrix, t: ArrayLike | Tensor = float("inf"), initial: Matrix | None = None
+        self, K_test: AnyMatrix, t: ArrayLike | Tensor = float("inf"), *, initial: Matrix | None = None
     ) -> AnyMatrix:
         """Return f_t at test points, [m] or [m, C], from K_test = k(x_test, x_train), [m, n].
 
@@ -253,7 +255,7 @@ class GradientFlow(Machine):
             costs = torch.stack([gradient(self.loss_fn, f.reshape(start.shape), self._y)[0] for f in outputs])
         return costs[0].item() if single else same_kind(costs, self.eigenvalues_)
 
-    def best_time(self, K_val: Matrix, y_val: Matrix, initial_val: Matrix | None = None) -> BestTime:
+    def best_time(self, K_val: Matrix, y_val: Matrix, *, initial_val: Matrix | None = None) -> BestTime:
         """Find the time at which to stop: where the error on validation points is smallest along the flow.
 
         Looks at t = 0, at times in geometric progression from a thousandth of the fastest mode's to 40 times the
@@ -314,7 +316,8 @@ class GradientFlow(Machine):
 
     def ensemble(
         self,
-        T_test: AnyMatrix,
+        K_test: AnyMatrix,
+        *,
         nngp_train: Gram | Matrix,
         nngp_test_train: Matrix,
         nngp_test_test: Gram | Matrix,
@@ -329,7 +332,7 @@ class GradientFlow(Machine):
 
         Parameters
         ----------
-        T_test : tangent kernel of test and training points, [m, n].
+        K_test : tangent kernel of test and training points, [m, n], as in `predict`.
         nngp_train, nngp_test_train, nngp_test_test : NNGP kernel, [n, n], [m, n], and [m, m] or its diagonal [m].
         t : one time; inf for networks trained to the end.
 
@@ -345,8 +348,9 @@ class GradientFlow(Machine):
 
         Examples
         --------
-        >>> flow = GradientFlow().fit(torch.eye(2), torch.tensor([1.0, 2.0]))
-        >>> flow.ensemble(torch.eye(2), torch.eye(2), torch.eye(2), torch.eye(2), t=float("inf")).std.tolist()
+        >>> one = torch.eye(2)
+        >>> flow = GradientFlow().fit(one, torch.tensor([1.0, 2.0]))
+        >>> flow.ensemble(one, nngp_train=one, nngp_test_train=one, nngp_test_test=one, t=float("inf")).std.tolist()
         [0.0, 0.0]
         """
         start = self._fitted()
@@ -358,12 +362,12 @@ class GradientFlow(Machine):
         if not single or not self._zero_mean:
             got, fix = ("initial outputs", "Fit without initial=.") if single else ("several times", "Pass one time.")
             raise refusal("ensemble", got=got, expected="one time, and random initial outputs", fix=fix)
-        matrix = as_test_matrix(T_test, len(start), start, "T_test")
+        matrix = as_test_matrix(K_test, len(start), start, "K_test")
         _, phi = self._filters(times)
         weights = (float64_product(matrix, self._vectors) * phi[0] / len(start)) @ self._vectors.T
         covariance = trained_covariance(nngp_train, nngp_test_train, nngp_test_test, weights)
-        mean = self._shaped((weights @ self._columns(self._y))[None], True, T_test)
-        return Posterior(mean, same_kind(covariance, T_test))
+        mean = self._shaped((weights @ self._columns(self._y))[None], True, K_test)
+        return Posterior(mean, same_kind(covariance, K_test))
 
     # ------------------------------------------------------------------ one eigenvalue at a time
 

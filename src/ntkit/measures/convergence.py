@@ -223,7 +223,7 @@ def monte_carlo(
 
 
 def convergence(
-    model: nn.Module, x: Tensor, widths: Sequence[int] = (64, 128, 256, 512), seeds: int = 10, kind: Kind = "ntk"
+    model: nn.Module, x: Tensor, *, widths: Sequence[int] = (64, 128, 256, 512), seeds: int = 10, kind: Kind = "ntk"
 ) -> Convergence:
     """Measure how fast the kernel of a random network tends to `ntkit.InfiniteKernel` as its width n grows.
 

@@ -33,7 +33,7 @@ def grid(side: int, low: float = -1.0, high: float = 1.0) -> Tensor:
     return torch.stack([x.flatten(), y.flatten()], 1)
 
 
-def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, batch: int = 1024) -> Tensor:
+def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, *, batch: int = 1024) -> Tensor:
     """Nystrom extension in tiles: v_i(p) = (1 / lambda_i) sum_j k(p, x_j) v_i[j], on many points.
 
     A slice of the kernel, k(x_0, .) on a grid, needs no function: it is ``kernel(x_0[None], points)[0]``.

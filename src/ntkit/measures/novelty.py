@@ -46,7 +46,7 @@ class Novelty(Shown):
     floor: float
 
 
-def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None, batch: int = 1024) -> Novelty:
+def novelty(kernel: Kernel, x_train: Batch, x: Batch, *, ridge: float | None = None, batch: int = 1024) -> Novelty:
     """Score how novel samples are: their gradient's part outside the training gradients, and the posterior deviation.
 
     With K = k(x_train), k_x = k(x, x_train):

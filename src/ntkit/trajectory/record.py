@@ -31,6 +31,7 @@ def record(
     model: nn.Module,
     optimizer: Optimizer,
     path: str | Path,
+    *,
     record: SnapshotSteps = "log",
     budget: int | str | None = None,
     resume: bool = False,

@@ -38,6 +38,7 @@ def train(
     loss: Loss,
     optimizer: Callable[[list[nn.Parameter]], Optimizer],
     steps: int,
+    *,
     batch_size: int | None = None,
     record: SnapshotSteps = "log",
     seed: int = 0,

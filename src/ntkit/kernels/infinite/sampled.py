@@ -173,7 +173,7 @@ class WeightedKernel:
         for name in _used(larger.network, trained, example):
             if larger.laws[name].factor:
                 by_factor.setdefault(larger.laws[name].factor, []).append(name)
-        self._parts = [(f**2, TangentKernel(larger.network, "trace", names)) for f, names in by_factor.items()]
+        self._parts = [(f**2, TangentKernel(larger.network, "trace", params=names)) for f, names in by_factor.items()]
 
     def gram(self, x1: Any, x2: Any | None) -> Tensor:
         """Values for all pairs, [n1, n2]."""

@@ -101,6 +101,7 @@ class PathKernel(Kernel):
         self,
         trajectory: Trajectory,
         outputs: Outputs = "full",
+        *,
         integration: Integration = "secant",
         rule: Quadrature = "gauss",
         nodes: int = 8,
@@ -139,6 +140,7 @@ class PathKernel(Kernel):
         self,
         x: Batch,
         y: Tensor | None = None,
+        *,
         layers: bool = False,
         steps: bool = False,
         path: str | Path | None = None,
@@ -286,7 +288,7 @@ class PathKernel(Kernel):
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): every product replays the whole run."""
         x = self._checked(x, "x")
-        operators = TangentKernel(self._network, self._mode(), list(self._params)).operator(x)
+        operators = TangentKernel(self._network, self._mode(), params=list(self._params)).operator(x)
 
         def apply(v: Tensor) -> Tensor:
             return self._mean(lambda kernel: kernel.operator(x) @ v)
@@ -316,7 +318,7 @@ class PathKernel(Kernel):
         engine = segment.engine
         own = {id(p) for p in engine.params.values()}
         outputs = "trace" if callable(mode) else mode
-        kernel = TangentKernel(engine.model, outputs, lambda name, p: id(p) in own, self._budget)
+        kernel = TangentKernel(engine.model, outputs, params=lambda name, p: id(p) in own, memory=self._budget)
         total: Any = 0.0
         with task("path kernel", total=self._replay.steps) as progress:
             for step in self._replay.backwards():
