@@ -569,7 +569,7 @@ def test_finite_differences_take_smaller_steps_where_weights_move_units_over_the
 
 def test_how_many_examples_are_compared_with_finite_differences():
     run, (x, y) = trained(), vectors(4, seed=2)
-    three, one, all_of_them = (ntkit.influence(run, x, y, checked=k) for k in (3, 1, 99))
+    three, one, all_of_them = (ntkit.influence(run, x, y, checks=k) for k in (3, 1, 99))
     best = three.scores.norm(dim=0).argsort(descending=True)
     for result, k in ((three, 3), (one, 1), (all_of_them, 13)):
         assert result.check.examples.tolist() == best[:k].tolist()
@@ -578,5 +578,5 @@ def test_how_many_examples_are_compared_with_finite_differences():
     close(all_of_them.check.values[:, [0, 7]], differences(run, x, y, best[[0, 7]]), 1e-7)
     assert "Finite differences of 1 examples" not in str(one)
     for bad in (0, -1, True, 1.5):
-        with pytest.raises(Refused, match=r"checked.*at least 1"):
-            ntkit.influence(run, x, y, checked=bad)
+        with pytest.raises(Refused, match=r"checks.*at least 1"):
+            ntkit.influence(run, x, y, checks=bad)

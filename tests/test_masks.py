@@ -55,7 +55,7 @@ def numbers(least):
     model, (x, labels), loss = run.origin
     model.eval()
     found = {"parameters": torch.cat([p.detach().flatten() for p in model.parameters()])}
-    influence = ntkit.influence(run, test, y, checked=1)
+    influence = ntkit.influence(run, test, y, checks=1)
     found |= {"influence": influence.scores, "differences": influence.check.values}
     found |= {"path": ntkit.PathKernel(run).decompose(test).contributions}
     found |= {"without": ntkit.Retrainings(run, test, y).without([[0], [1, 2]])}

@@ -594,7 +594,7 @@ def test_a_group_added_during_the_run(tmp_path):
 
 def test_runs_that_ended_early(tmp_path):
     def target(limit):
-        return train(mlp(), data(), mse, SGD, steps=50, target=limit)
+        return train(mlp(), data(), mse, SGD, steps=50, target_loss=limit)
 
     first = target(None).losses[7].item()
     trajectory = target(first)

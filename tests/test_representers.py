@@ -456,17 +456,17 @@ def test_refusals_of_tracin():
     model = network()
     run = ntkit.train(model, (X, LABELS), cross_entropy, sgd(), steps=5)
     extra = {"model": model, "data": (X, LABELS), "loss": cross_entropy}
-    for arguments, message in [
-        (([], TEST), "run: got no checkpoint"),
-        ((3, TEST), "run: got a int"),
-        (([(model.state_dict(), "0.1")], TEST), "eta: got '0.1'"),
-        (([(linear().state_dict(), 0.1)], TEST), "expected the model's parameters and buffers by name"),
-        ((run, TEST, None, [7]), "step 7: got a step that was not recorded"),
-        ((run, TEST, None, []), "run: got no checkpoint"),
-        ((run, TEST, 5), "output: got 5"),
+    for arguments, settings, message in [
+        (([], TEST), {}, "trajectory: got no checkpoint"),
+        ((3, TEST), {}, "trajectory: got a int"),
+        (([(model.state_dict(), "0.1")], TEST), {}, "eta: got '0.1'"),
+        (([(linear().state_dict(), 0.1)], TEST), {}, "expected the model's parameters and buffers by name"),
+        ((run, TEST), {"steps": [7]}, "step 7: got a step that was not recorded"),
+        ((run, TEST), {"steps": []}, "trajectory: got no checkpoint"),
+        ((run, TEST), {"output": 5}, "output: got 5"),
     ]:
         with pytest.raises(Refused) as refused:
-            ntkit.tracin(*arguments, **extra)
+            ntkit.tracin(*arguments, **settings, **extra)
         assert message in str(refused.value)
     with pytest.raises(Refused, match="model, data, loss: got not all of them"):
         ntkit.tracin([(model.state_dict(), 0.1)], TEST)
@@ -560,7 +560,7 @@ def test_refusals_of_axioms():
         ntkit.check_axioms(drawn(2, 3))
     with pytest.raises(Refused, match="scores: got nan"):
         ntkit.check_axioms(torch.full((2, 2), float("nan")))
-    with pytest.raises(Refused, match=r"f: got shape \[3\]"):
+    with pytest.raises(Refused, match=r"expected: got shape \[3\]"):
         ntkit.check_axioms(drawn(2, 2), drawn(3))
 
 
@@ -571,7 +571,7 @@ def test_explainer_has_the_interfaces_of_other_libraries():
     model = network()
     kernel, alpha = ntkit.TangentKernel(model), ntkit.target_importance(model, X, LABELS, cross_entropy)
     explainer = ntkit.Explainer(
-        lambda x, targets: ntkit.explain(kernel, alpha, X, x, output=targets), X, LABELS, batch=4
+        lambda x, targets: ntkit.explain(kernel, alpha, X, x, output=targets), X, LABELS, batch_size=4
     )
     targets = [0, 1, 2, 0, 1]
     expected = ntkit.explain(kernel, alpha, X, TEST, output=torch.tensor(targets)).scores

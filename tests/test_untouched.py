@@ -163,7 +163,7 @@ def explained(m, tmp):
     scores = ntkit.influence(run, X[:2], Y[:2]).scores
     again = ntkit.Retrainings(run, X[:2], Y[:2])
     ntkit.leave_one_out(scores, again, examples=[0, 1, 2])
-    ntkit.datamodeling_score(scores, again, fraction=0.5, sets=3)
+    ntkit.datamodeling_score(scores, again, share=0.5, sets=3)
     ntkit.case_deletion(scores, again, shares=(0.2,))
     ntkit.query_loss_difference(scores, again, share=0.2, random_sets=2)
     ntkit.mislabeled(scores[0], Y > 0)

@@ -126,7 +126,7 @@ def _explain(place: Path, opened: _Opened, points: list[Point], run: Path, say: 
     count = sum(map(len, sets.values()))
     say(f"[4 of 4] training again: {count} networks, each without {' or '.join(map(str, sizes))} examples")
     again = Retrainings(
-        opened.trajectory, x, y, measure=points_of.measure_of(data), folder=place / "retrainings", **opened.training
+        opened.trajectory, x, y, measure=points_of.measure_of(data), path=place / "retrainings", **opened.training
     )
     told = points_of.explained(data, points, parts, by_method, along, again, sets)
     results = _results(opened, parts, certificate, told, run)

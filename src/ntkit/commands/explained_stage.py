@@ -67,7 +67,7 @@ def _explained(
     y = torch.tensor([point.predicted for point in points], device=x.device)
     parts = PathKernel(trajectory, cast(Any, measure), **training).decompose(x, y, steps=True)
     added, added_along = points_of.contributions(parts, steps)
-    found = influence(trajectory, x, y, measure=measure, steps=True, checked=CHECKED, **training)
+    found = influence(trajectory, x, y, measure=measure, steps=True, checks=CHECKED, **training)
     scores: dict[str, Tensor] = {"accounting": added, "influence": found.scores}
     along = {
         "accounting": added_along,

@@ -170,7 +170,7 @@ def influence(
     data: tuple[Inputs, Tensor] | None = None,
     loss: Loss | None = None,
     clip: float | None = None,
-    checked: int = 3,
+    checks: int = 3,
     select: Select | None = None,
 ) -> Influence:
     r"""How the trained network's predictions change with the weight of each training example, exactly.
@@ -200,7 +200,7 @@ def influence(
     memory : bytes that may be taken (or text such as "2 GB"); half of what is free if None. Test points that do not fit
         together (points x parameters numbers) are done in parts, each a sweep over the run.
     model, data, loss, clip : of the run, where `trajectory` was opened from disk.
-    checked : number of examples, those with the largest scores, that are compared with finite differences, at least 1.
+    checks : number of examples, those with the largest scores, that are compared with finite differences, at least 1.
         Each takes two to six runs.
     select : the part of the model's output that the loss and the measure take, as for `ntkit.TangentKernel`.
 
@@ -220,7 +220,7 @@ def influence(
     Notes
     -----
     Time: one to two and a half gradients of a batch per step and test point; for the certificate two runs, and
-    1 + 2 `checked` runs in float64 (up to 1 + 6 `checked` where a step is no good). Memory: two to four times test
+    1 + 2 `checks` runs in float64 (up to 1 + 6 `checks` where a step is no good). Memory: two to four times test
     points x parameters, never training examples x parameters; for the certificate a few copies of the parameters in
     float64 for each run that is in work.
     ReLU and max-pool are differentiated as autograd does.
@@ -247,9 +247,9 @@ def influence(
     if not isinstance(at, (int, float)) or isinstance(at, bool) or not 0 < at < math.inf:
         fix = "Use 1.0 for single examples, 0.5 for halves of the training set."
         raise refusal("at", got=repr(at), expected="a weight > 0", fix=fix)
-    if not isinstance(checked, int) or isinstance(checked, bool) or checked < 1:
+    if not isinstance(checks, int) or isinstance(checks, bool) or checks < 1:
         fix = "1 is the least: scores are never returned without a comparison."
-        raise refusal("checked", got=repr(checked), expected="a number of examples, at least 1", fix=fix)
+        raise refusal("checks", got=repr(checks), expected="a number of examples, at least 1", fix=fix)
     x, y = with_labels(x, y)
     x = checked_batch(x, "x", infinite=True)
     run = Replay(trajectory, model, data, loss, clip, moments=True, select=select)
@@ -271,7 +271,7 @@ def influence(
         raise refusal("scores", got="values that are not finite", expected="finite derivatives", fix=fix)
     values = torch.cat([values for values, _ in sweeps])
     smooth, miss = _trial(replay, weights.double(), scores, x, of)
-    found = _certificate(Reruns(replay, torch.float64), weights, scores, x, of, checked, smooth)
+    found = _certificate(Reruns(replay, torch.float64), weights, scores, x, of, checks, smooth)
     bound = max(torch.finfo(next(replay.model.parameters()).dtype).eps ** 0.25, 10 * found.own_error)
     if curvature == "hessian" and not found.error <= bound:
         warnings.warn(
@@ -342,10 +342,10 @@ def _trial(replay: Replay, weights: Tensor, scores: Tensor, x: Batch, of: Output
 
 
 def _certificate(
-    reruns: Reruns, weights: Tensor, scores: Tensor, x: Batch, of: OutputMeasure, checked: int, smooth: float
+    reruns: Reruns, weights: Tensor, scores: Tensor, x: Batch, of: OutputMeasure, checks: int, smooth: float
 ) -> FiniteDifferences:
     """Finite differences of the examples with the largest scores, from runs in float64."""
-    examples = scores.norm(dim=0).topk(min(checked, len(weights))).indices
+    examples = scores.norm(dim=0).topk(min(checks, len(weights))).indices
     best: FiniteDifferences | None = None
     middle: Tensor | None = None  # measures of the run itself, the same for all steps
     for step in _STEPS if smooth >= SMOOTH else _SMALL_STEPS:

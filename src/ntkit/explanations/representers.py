@@ -235,7 +235,7 @@ class Explainer:
     scores : a function of test points and, for each, the output (or class) that is explained (int64 [m], or None) ->
         an `Explanation` or scores [m, n].
     x_train, y_train : the training examples, and the outputs (or classes) to explain them by, for `self_influence`.
-    batch : test points per call of `scores` in `self_influence`.
+    batch_size : test points per call of `scores` in `self_influence`.
 
     Examples
     --------
@@ -254,12 +254,12 @@ class Explainer:
         x_train: Inputs,
         y_train: Tensor | None = None,
         *,
-        batch: int = 256,
+        batch_size: int = 256,
     ) -> None:
         if not callable(scores):
             fix = "Pass e.g. lambda x, targets: ntkit.explain(kernel, importance, x_train, x, output=targets)."
             raise refusal("scores", got=f"a {type(scores).__name__}", expected="a function of test points", fix=fix)
-        self._scores, self._batch = scores, batch
+        self._scores, self._batch = scores, batch_size
         x_train, y_train = with_labels(x_train, y_train)
         self._train, self._targets = checked(x_train, "x_train", infinite=True), y_train
         if y_train is not None and len(y_train) != count(self._train):

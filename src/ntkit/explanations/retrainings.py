@@ -47,7 +47,7 @@ class Retrainings:
     ----------
     trajectory : the run.
     x, y, measure : test points, targets and what is measured, as for `ntkit.influence`.
-    folder : results are kept there, and a later call with the same run and test points goes on from them.
+    path : folder; results are kept there, and a later call with the same run and test points goes on from them.
     make : seed -> a new network; needed for fresh runs.
     model, data, loss, clip : of the run, where `trajectory` was opened from disk.
     select : the part of the model's output that the loss and the measure take, as for `ntkit.TangentKernel`.
@@ -60,7 +60,7 @@ class Retrainings:
     Raises
     ------
     Refused
-        When the run cannot be replayed (see `ntkit.PathKernel`), an argument is invalid, or `folder` holds retrainings
+        When the run cannot be replayed (see `ntkit.PathKernel`), an argument is invalid, or `path` holds retrainings
         of another run, other test points or another measure.
 
     Examples
@@ -82,7 +82,7 @@ class Retrainings:
         y: Tensor | None = None,
         *,
         measure: Measure = "margin",
-        folder: str | Path | None = None,
+        path: str | Path | None = None,
         make: Callable[[int], nn.Module] | None = None,
         model: nn.Module | None = None,
         data: tuple[Inputs, Tensor] | None = None,
@@ -107,7 +107,7 @@ class Retrainings:
         told = [function_identity(function) for function in functions if callable(function)]
         self._id = fingerprint([run["initial"], run["settings"], points, self._of.name, *told])
         self._known: dict[str, Tensor] = {}
-        self._folder = None if folder is None else Path(folder)
+        self._folder = None if path is None else Path(path)
         if self._folder is not None:
             self._read(ensure_folder(self._folder))
 

@@ -42,9 +42,9 @@ def _predictions(work: Work, task: str, seed: int) -> Result:
         own = torch.from_numpy(scores[method])
         found = dict(zip(PREDICTIONS, (
             leave_one_out(own, again, examples=left),
-            datamodeling_score(own, again, fraction=FEW, sets=s.sets, seed=seed),
-            datamodeling_score(own, again, fraction=HALF, sets=s.sets, seed=seed),
-            datamodeling_score(own, again, fraction=HALF, sets=s.sets, fresh=s.fresh, seed=seed),
+            datamodeling_score(own, again, share=FEW, sets=s.sets, seed=seed),
+            datamodeling_score(own, again, share=HALF, sets=s.sets, seed=seed),
+            datamodeling_score(own, again, share=HALF, sets=s.sets, fresh=s.fresh, seed=seed),
         ), strict=True))  # fmt: skip
         numbers[method] = {name: evaluation.record() for name, evaluation in found.items()}
         arrays |= {f"{method}: {name}": evaluation.by_point.numpy() for name, evaluation in found.items()}

@@ -165,5 +165,5 @@ def retrainings(work: Work, at: Trained) -> Retrainings:
     task = TASKS[at.name]
     folder = work.folder / "runs" / file_of(at.name, at.seed) / "retrainings"
     return Retrainings(
-        at.run, at.x_test, at.sign, measure=signed, folder=folder, make=lambda seed: network(work, task, at.data, seed)
+        at.run, at.x_test, at.sign, measure=signed, path=folder, make=lambda seed: network(work, task, at.data, seed)
     )
