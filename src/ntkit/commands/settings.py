@@ -159,7 +159,7 @@ class Settings(DataSettings):
         model = Path(self.model.rpartition(":")[0] or self.model).stem
         return "-".join([model, Path(self.data).stem, *(self.classes or ())])[:60]
 
-    def named_code(self, changed: bool = False) -> dict[str, str]:
+    def named_code(self, *, changed: bool = False) -> dict[str, str]:
         """Option and name of what may be the user's own code; with `changed` only what differs from the defaults."""
         names = {"--model": self.model, "--data": self.data}
         return {o: n for o, n in names.items() if not changed or n != getattr(Settings, o[2:])}

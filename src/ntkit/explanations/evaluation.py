@@ -16,7 +16,7 @@ from ntkit.base.shown import Shown
 from ntkit.explanations.retrainings import Retrainings, subsets
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class Evaluation(Shown):
     """How well scores predict what happens to the network, as one number with its error.
 
@@ -117,7 +117,7 @@ def datamodeling_score(
     return result
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class Deletion(Shown):
     """What happens to each test point without the examples that an explanation ranks highest, or lowest.
 

@@ -27,7 +27,7 @@ _IDLE = Update(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # of a parameter that never h
 _OTHER_WAYS = "Use ntkit.PathKernel(run).decompose(x), which is exact for it, or target_importance."
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class Importance(Shown):
     """One number per training example and output, the same for every test point: alpha in alpha_i K(x_i, x).
 

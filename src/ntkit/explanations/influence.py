@@ -37,7 +37,7 @@ _AGREE = 1e-4  # own error of finite differences that are good enough
 _DIRECTION = 0.05  # of the weights in the measurement of metasmoothness
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class FiniteDifferences(Shown):
     """Derivatives by the weights of a few examples, once more: from runs with slightly other weights, in float64.
 
@@ -59,7 +59,7 @@ class FiniteDifferences(Shown):
     step: float
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class Influence(Shown):
     """d measure_j / d weight of training example i: leaving i out changes measure_j by about ``-scores[j, i]``.
 
@@ -157,8 +157,8 @@ class Influence(Shown):
 @no_context()
 def influence(
     trajectory: Trajectory,
-    x: Batch,
-    y: Tensor | None = None,
+    x_test: Batch,
+    y_test: Tensor | None = None,
     *,
     measure: Measure = "margin",
     curvature: Curvature = "hessian",
@@ -188,8 +188,8 @@ def influence(
     ----------
     trajectory : a run that has ended, of `ntkit.train` or `ntkit.record` (with indices), under SGD, Adam or AdamW.
         Steps without a snapshot are replayed.
-    x : m test points.
-    y : their targets: classes for "margin" and "logit" (the predicted ones if None), targets for "loss".
+    x_test : m test points.
+    y_test : their targets: classes for "margin" and "logit" (the predicted ones if None), targets for "loss".
     measure : what is differentiated. "margin": f_y - log sum_{c != y} exp f_c, the log-odds of class y. "loss": the
         run's loss. "logit": f_y, or the only output. Or a callable from outputs (and targets) to one scalar per sample.
     curvature : "hessian" (exact), or "gauss-newton": each step's Hessian without the network's second derivatives.
@@ -250,8 +250,8 @@ def influence(
     if not isinstance(checks, int) or isinstance(checks, bool) or checks < 1:
         fix = "1 is the least: scores are never returned without a comparison."
         raise refusal("checks", got=repr(checks), expected="a number of examples, at least 1", fix=fix)
-    x, y = with_labels(x, y)
-    x = checked_batch(x, "x", infinite=True)
+    x, y = with_labels(x_test, y_test)
+    x = checked_batch(x, "x_test", infinite=True)
     run = Replay(trajectory, model, data, loss, clip, moments=True, select=select)
     if not run.steps:
         fix = "Train with a lower target, or a smaller learning rate."

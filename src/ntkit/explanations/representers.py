@@ -25,7 +25,7 @@ from ntkit.trajectory.objective import Inputs
 AnyKernel = Kernel | Callable[[Any, Any], Any]
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class Explanation(Shown):
     """Scores of n training examples for m test points: what each did for the output that is explained.
 

@@ -46,7 +46,7 @@ class Retrainings:
     Parameters
     ----------
     trajectory : the run.
-    x, y, measure : test points, targets and what is measured, as for `ntkit.influence`.
+    x_test, y_test, measure : test points, targets and what is measured, as for `ntkit.influence`.
     path : folder; results are kept there, and a later call with the same run and test points goes on from them.
     make : seed -> a new network; needed for fresh runs.
     model, data, loss, clip : of the run, where `trajectory` was opened from disk.
@@ -78,8 +78,8 @@ class Retrainings:
     def __init__(
         self,
         trajectory: Trajectory,
-        x: Batch,
-        y: Tensor | None = None,
+        x_test: Batch,
+        y_test: Tensor | None = None,
         *,
         measure: Measure = "margin",
         path: str | Path | None = None,
@@ -90,8 +90,8 @@ class Retrainings:
         clip: float | None = None,
         select: Select | None = None,
     ) -> None:
-        x, y = with_labels(x, y)
-        self._x = checked(x, "x", infinite=True)
+        x, y = with_labels(x_test, y_test)
+        self._x = checked(x, "x_test", infinite=True)
         self._replay = Replay(trajectory, model, data, loss, clip, select=select)
         self._replay.check()
         assign(self._replay.model, self._replay.final(), "the end of the run")

@@ -46,7 +46,9 @@ class Novelty(Shown):
     floor: float
 
 
-def novelty(kernel: Kernel, x_train: Batch, x: Batch, *, ridge: float | None = None, batch_size: int = 1024) -> Novelty:
+def novelty(
+    kernel: Kernel, x_train: Batch, x_test: Batch, *, ridge: float | None = None, batch_size: int = 1024
+) -> Novelty:
     """Score how novel samples are: their gradient's part outside the training gradients, and the posterior deviation.
 
     With K = k(x_train), k_x = k(x, x_train):
@@ -62,7 +64,7 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, *, ridge: float | None = N
     kernel : any kernel that gives one number per pair, [n, n]: ``outputs="trace"`` (gradients of all outputs as one
         vector) or a callable. `TangentKernel` after training, `PathKernel` for the whole run, `ConjugateKernel`.
     x_train : n training samples; their [n, n] Gram matrix and its eigenpairs are computed.
-    x : m samples.
+    x_test : m samples.
     ridge : variance of the noise, added to the diagonal of K: an absolute number in the units of K, as for
         `KernelRidge`. None = 1e-4 of K's mean diagonal. `outside` does not depend on it.
     batch_size : samples at a time: memory is batch_size x n.
@@ -111,7 +113,7 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, *, ridge: float | None = N
             expected="an integer >= 1",
             fix="It is the number of samples in memory at a time.",
         )
-    x_train, x = checked(in_memory(x_train), "x_train"), checked(in_memory(x), "x")
+    x_train, x = checked(in_memory(x_train), "x_train"), checked(in_memory(x_test), "x_test")
     K = kernel(x_train)
     if K.dim() != 2:
         got = f"values of shape {tuple(K.shape)}"

@@ -28,7 +28,7 @@ class StepShare(NamedTuple):
     values: Tensor
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class PathDecomposition(Shown):
     """f_S(x) = initial + sum_i contributions_i + regularization, up to the residual: per test point and output.
 
