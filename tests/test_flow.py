@@ -125,13 +125,13 @@ def test_the_loss_falls_as_the_kernel_says():
     K, n, t, h = phi @ phi.T, 13, 0.4, 1e-5
     flow = GradientFlow().fit(K, y)
     r = flow.predict_train(t) - y
-    slope = (flow.loss(t + h) - flow.loss(t - h)) / (2 * h)
+    slope = (flow.cost(t + h) - flow.cost(t - h)) / (2 * h)
     expected = -(r * (K @ r)).sum().item() / n**2
     assert slope == pytest.approx(expected, rel=1e-8)
     assert slope != pytest.approx(expected * n, rel=0.1)
     times = torch.linspace(0, 5, 40)
-    assert (flow.loss(times).diff() < 0).all()
-    assert flow.loss(t) == pytest.approx((r**2).sum().item() / (2 * n), rel=1e-12)
+    assert (flow.cost(times).diff() < 0).all()
+    assert flow.cost(t) == pytest.approx((r**2).sum().item() / (2 * n), rel=1e-12)
 
 
 def test_the_modes_decay_at_their_rates_and_add_up():
@@ -152,11 +152,11 @@ def test_the_bound_on_the_learning_rate(momentum):
     bound = GradientFlow(0.01, momentum=momentum).fit(K, y).max_learning_rate_
     below, above = (GradientFlow(c * bound, momentum=momentum).fit(K, y) for c in (0.98, 1.02))
     assert below.status_ == "solved"
-    assert below.loss(4000) < below.loss(0)
+    assert below.cost(4000) < below.cost(0)
     assert above.status_ == "unstable"
     assert "max_learning_rate_" in above.advice_
-    assert above.loss(4000) > 1e6 * above.loss(0)
-    assert math.isnan(above.loss(INF))
+    assert above.cost(4000) > 1e6 * above.cost(0)
+    assert math.isnan(above.cost(INF))
     close(below.predict_train(INF), y)
 
 
@@ -297,7 +297,7 @@ def test_any_loss_equals_the_closed_form_where_there_is_one():
     assert solved.status_ == "solved"
     assert solved.residual_ < 1e-8
     close(solved.predict_train(times), closed.predict_train(times), rtol=0, atol=1e-8)
-    close(solved.loss(times), closed.loss(times), rtol=0, atol=1e-8)
+    close(solved.cost(times), closed.cost(times), rtol=0, atol=1e-8)
     doubled = GradientFlow(loss=lambda f, y: 2 * half_mse(f, y)).fit(K, y, initial=f0)
     close(doubled.predict(K_test, 1.0), closed.predict(K_test, 2.0), rtol=0, atol=1e-8)
     assert (doubled.predict(K_test, 1.0) - closed.predict(K_test, 1.0)).abs().max() > 1e-2
@@ -316,7 +316,7 @@ def test_cross_entropy_equals_many_small_steps():
             at = w - step * slope
         w = at
     close(flow.predict(phi_test @ phi.T, 2.0), phi_test @ w, rtol=0, atol=1e-6)
-    assert flow.loss(2.0) < flow.loss(0.0) == pytest.approx(math.log(3))
+    assert flow.cost(2.0) < flow.cost(0.0) == pytest.approx(math.log(3))
 
 
 def test_a_flow_that_diverges_is_reported():

@@ -122,7 +122,7 @@ class GradientFlow(Machine):
         if k is not None and (heavy or loss is not None):
             got = "momentum" if heavy else "a loss"
             raise refusal("k", got=got, expected="the quadratic cost without momentum", fix=f"Leave out k= or {got}.")
-        self.lr, self.momentum, self.loss_fn, self.k = lr, momentum, loss, k
+        self.lr, self.momentum, self.loss, self.k = lr, momentum, loss, k
         self._lr, self._momentum = rate, heavy
         self._start: Tensor | None = None
 
@@ -144,12 +144,12 @@ class GradientFlow(Machine):
         y_ = as_tensor(y, "y")
         check_length(torch.atleast_1d(y_), n)
         shape = list(y_.shape)
-        if self.loss_fn is None or y_.is_floating_point():
+        if self.loss is None or y_.is_floating_point():
             y_ = as_targets(y_, "y", n, "Pass [n] or [n, C] targets.")
         y_ = y_.to(gram.device)
         start = torch.zeros(shape, dtype=torch.float64)
         if initial is not None:
-            expected = shape if self.loss_fn is None else None
+            expected = shape if self.loss is None else None
             start = as_targets(initial, "initial", n, "Pass the outputs on the training points.", expected)
         start = start.to(gram.device)
         modes = decomposed(K, gram, self.k)
@@ -171,18 +171,18 @@ class GradientFlow(Machine):
             self.advice_ = (
                 f"lr = {self._lr:g} diverges: use one below max_learning_rate_ = {self.max_learning_rate_:g}."
             )
-        if self.loss_fn is not None:
-            value, slope = gradient(self.loss_fn, start, y_)
+        if self.loss is not None:
+            value, slope = gradient(self.loss, start, y_)
             if not (torch.isfinite(value) and torch.isfinite(slope).all()):
                 raise refusal("loss", got="no finite value", expected="one at the initial outputs", fix="Look at y.")
-        self._matrix = None if self.loss_fn is None else gram.dense()  # not the user's memory, which may change
+        self._matrix = None if self.loss is None else gram.dense()  # not the user's memory, which may change
         self._y, self._start, self._zero_mean = y_, start, initial is None
         self._rates = values.where(values > self.noise_, 0.0)
         self._vectors = vectors
         # a mode that counts as 0 still moves test points a little; beyond this time only its rounding would grow
         self._longest = (self.noise_ * top) ** -0.5 if top > 0 else 0.0
         self._tail = None
-        if self.loss_fn is None:
+        if self.loss is None:
             gap = self._columns(start - y_)
             self._gap = vectors.T @ gap
             if modes.trace is not None:
@@ -242,17 +242,17 @@ class GradientFlow(Machine):
         times, single = self._times(t)
         return self._shaped(self._left(times), single, self.eigenvalues_)
 
-    def loss(self, t: ArrayLike | Tensor) -> Any:
+    def cost(self, t: ArrayLike | Tensor) -> Any:
         """Return the cost C(f_t), or the loss given: a float, or [T] for several times. Raises as `predict`."""
         start = self._fitted()
         times, single = self._times(t)
-        if self.loss_fn is None or self._matrix is None:
+        if self.loss is None or self._matrix is None:
             left = self._left(times).square().sum((1, 2))
             left = left if self._tail is None else left + self._tail.left(times).square().sum((1, 2))
             costs = left / (2 * len(start))
         else:
             outputs = self._columns(start) + self._matrix @ self._dual(times)
-            costs = torch.stack([gradient(self.loss_fn, f.reshape(start.shape), self._y)[0] for f in outputs])
+            costs = torch.stack([gradient(self.loss, f.reshape(start.shape), self._y)[0] for f in outputs])
         return costs[0].item() if single else same_kind(costs, self.eigenvalues_)
 
     def best_time(self, K_val: Matrix, y_val: Matrix, *, initial_val: Matrix | None = None) -> BestTime:
@@ -383,12 +383,12 @@ class GradientFlow(Machine):
     def _dual(self, times: Tensor) -> Tensor:
         """a_t with f_t(x) = f_0(x) + k(x, X) a_t, [T, n, C]."""
         start = self._fitted()
-        if self.loss_fn is None or self._matrix is None:
+        if self.loss is None or self._matrix is None:
             moved = self._vectors @ (self._filters(times)[1][:, :, None] * self._gap)
             if self._tail is not None:
                 moved += torch.einsum("td,dnc->tnc", self._tail.done(times), self._tail.blocks)
             return moved / -len(start)
-        descent = descend(self._matrix, self.loss_fn, self._y, start, times)
+        descent = descend(self._matrix, self.loss, self._y, start, times)
         self.residual_, self.status_, self.advice_ = descent.residual, descent.status, descent.advice
         return descent.dual.reshape(len(times), len(start), -1)
 
@@ -396,7 +396,7 @@ class GradientFlow(Machine):
 
     def _times(self, t: ArrayLike | Tensor) -> tuple[Tensor, bool]:
         """The times, [T], on the machine's device, and whether it was a single number."""
-        return as_times(t, self._lr is not None, self.loss_fn is not None, self._fitted().device)
+        return as_times(t, self._lr is not None, self.loss is not None, self._fitted().device)
 
     def _fitted(self) -> Tensor:
         if self._start is None:
@@ -404,7 +404,7 @@ class GradientFlow(Machine):
         return self._start
 
     def _quadratic(self, name: str) -> None:
-        if self.loss_fn is not None:
+        if self.loss is not None:
             raise refusal(name, got="a flow with loss=", expected="the quadratic cost", fix="Leave out loss=.")
 
     def _columns(self, values: Tensor) -> Tensor:
