@@ -496,16 +496,16 @@ def test_the_trial_is_the_change_of_the_measures_with_other_weights():
         ({"curvature": "fisher"}, "hessian or gauss-newton"),
         ({"at": 0}, "a weight > 0"),
         ({"measure": "loss"}, "targets for the loss"),
-        ({"y": torch.zeros(3, dtype=torch.int64)}, "one target per test point"),
-        ({"y": torch.full((2,), 7)}, "classes from 0 to 2"),
+        ({"y_test": torch.zeros(3, dtype=torch.int64)}, "one target per test point"),
+        ({"y_test": torch.full((2,), 7)}, "classes from 0 to 2"),
         ({"measure": lambda f: f}, "one scalar per sample"),
         ({"measure": lambda f, t: f[:, 0]}, "targets if"),
-        ({"x": torch.full((2, 5), math.nan, dtype=F64)}, "finite values"),
+        ({"x_test": torch.full((2, 5), math.nan, dtype=F64)}, "finite values"),
     ],
 )
 def test_refusals(arguments, message):
     run = trained(steps=2)
-    arguments = {"x": vectors(2, seed=2)[0]} | arguments
+    arguments = {"x_test": vectors(2, seed=2)[0]} | arguments
     with pytest.raises(Refused, match=message):
         ntkit.influence(run, **arguments)
 
