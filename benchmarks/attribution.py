@@ -98,9 +98,9 @@ def judge(row: Row, again: Retrainings) -> None:
         return
     found = {
         "one left out": leave_one_out(scores, again),
-        "5 %": datamodeling_score(scores, again, 0.05),
-        "50 %": datamodeling_score(scores, again, 0.5),
-        "50 % fresh": datamodeling_score(scores, again, 0.5, fresh=FRESH),
+        "5 %": datamodeling_score(scores, again, share=0.05),
+        "50 %": datamodeling_score(scores, again, share=0.5),
+        "50 % fresh": datamodeling_score(scores, again, share=0.5, fresh=FRESH),
     }
     row |= {name: result.record() for name, result in found.items()}
     row["mean"] = statistics.fmean(result.value for result in found.values())
@@ -109,7 +109,7 @@ def judge(row: Row, again: Retrainings) -> None:
 def judge_deletion(row: Row, again: Retrainings) -> None:
     """Add what happens without the examples that a method ranks highest, and lowest, for the first test points."""
     for name, against in (("AUC-DEL+", False), ("AUC-DEL-", True)):
-        result = case_deletion(row["scores"][: again.m], again, against)
+        result = case_deletion(row["scores"][: again.m], again, against=against)
         row[name] = {"value": result.area, "error": result.error, "protocol": result.protocol}
 
 
@@ -122,7 +122,7 @@ def measure(name: str, folder: Path | None) -> Row:
     again, of_few = (
         Retrainings(
             case.run, case.x_test[:count], case.y_test[:count], make=lambda seed: network(setting, seed),
-            folder=None if folder is None else folder / f"{name}-{count}",
+            path=None if folder is None else folder / f"{name}-{count}",
         )
         for count in (TEST, DELETED)
     )  # fmt: skip

@@ -55,7 +55,7 @@ def looped(folder: Path, resume: bool = False, until: int = 8) -> Trajectory:
     model = net()
     opt = sgd(model.parameters())
     try:
-        with record(model, opt, folder, "all", resume=resume) as rec:
+        with record(model, opt, folder, record="all", resume=resume) as rec:
             for step in range(rec.done, 8):
                 if step == until:
                     raise KeyboardInterrupt

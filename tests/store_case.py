@@ -44,7 +44,7 @@ def with_workers(folder: Path, n: int, log: Path) -> None:
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
     given = np.load(folder.with_name("samples.npy"), mmap_mode="r")
-    ntkit.GramStore.create(folder, kernel(), given, 3, tile=TILE, memory="50 MB")
+    ntkit.GramStore.create(folder, kernel(), given, workers=3, tile=TILE, memory="50 MB")
 
 
 class Stubborn(nn.Module):

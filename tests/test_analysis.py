@@ -428,7 +428,7 @@ def test_one_line_on_stderr_and_exit_2():
 )
 def test_real_data_on_a_sample(name, classes, train, test, shared_data, tmp_path):
     folder = shared_data / {"mnist": "mnist", "cifar10": "cifar-10"}[name]
-    full = ntkit.data.load(name, folder, classes)
+    full = ntkit.data.load(name, data_dir=folder, classes=classes)
     assert (len(full.x_train), len(full.x_test)) == (train, test)
     ntkit.analyze(small(data=name, data_dir=str(folder), classes=classes, model="mlp", epochs=1), out=tmp_path / "run")
     found = results(tmp_path / "run")

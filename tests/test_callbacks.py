@@ -299,13 +299,13 @@ def test_what_the_trainer_recorded_is_explained(tmp_path):
         again = ntkit.Retrainings(run, test, labels, clip=1.0, **of, **select)
         values = again.without([[], [0, 1]])
         assert float((values[0] - again.values).abs().max()) < 1e-5  # without none: the run itself
-        influence = ntkit.influence(run, test, labels, checked=1, clip=1.0, **of, **select)
+        influence = ntkit.influence(run, test, labels, checks=1, clip=1.0, **of, **select)
         assert influence.check.error < 1e-2  # finite differences of runs in float64
         return {
             "influence": influence.scores,
             "without": values,
             "tracking": ntkit.tracking_importance(run, clip=1.0, **of, **select).values,
-            "tracin": ntkit.tracin(run, test, 0, steps=[0, 10], **of, **select).scores,
+            "tracin": ntkit.tracin(run, test, output=0, steps=[0, 10], **of, **select).scores,
             "target": ntkit.target_importance(model, batch, y, loss, **select).values,
         }
 

@@ -47,10 +47,10 @@ WORK: dict[str, Callable[[Any, Any, ntkit.Trajectory], Any]] = {
     "influence": lambda x, y, run: ntkit.influence(run, x, y).scores,
     "explanation": lambda x, y, run: (
         ntkit.explain(
-            ntkit.TangentKernel(_model()), ntkit.target_importance(_model(), x, y, cross_entropy), x, x, 0
+            ntkit.TangentKernel(_model()), ntkit.target_importance(_model(), x, y, cross_entropy), x, x, output=0
         ).scores
     ),
-    "tracin": lambda x, y, run: ntkit.tracin(run, x, 0).scores,
+    "tracin": lambda x, y, run: ntkit.tracin(run, x, output=0).scores,
     "novelty": lambda x, y, run: ntkit.novelty(ntkit.TangentKernel(_model(), outputs="trace"), x, x).deviation,
 }
 

@@ -114,7 +114,7 @@ def test_influence_and_ranks(explained: Path, vectors: Path) -> None:
     r, results = opened(vectors), read_json(explained / "results.json")
     x = r.task.data.x_test[[2, 7]]
     scores = {
-        "influence": ntkit.influence(r.trajectory, x, r.model(x).argmax(1), "margin", **r.training).scores,
+        "influence": ntkit.influence(r.trajectory, x, r.model(x).argmax(1), measure="margin", **r.training).scores,
         "accounting": ntkit.PathKernel(r.trajectory, parts.margin, **r.training)
         .decompose(x, r.model(x).argmax(1))
         .contributions[:, 0],
@@ -139,7 +139,7 @@ def test_scores_along_training(explained: Path, vectors: Path) -> None:
     x, steps = r.task.data.x_test[[2, 7]], results["training"]["steps_shown"]
     y = r.model(x).argmax(1)
     whole = ntkit.PathKernel(r.trajectory, parts.margin, **r.training).decompose(x, y, steps=True)
-    found = ntkit.influence(r.trajectory, x, y, "margin", steps=True, **r.training)
+    found = ntkit.influence(r.trajectory, x, y, measure="margin", steps=True, **r.training)
     assert (steps[0], steps[-1]) == (0, 24)
     for j, point in enumerate(results["points"]):
         for side in ("helped", "hurt"):

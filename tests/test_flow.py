@@ -49,15 +49,15 @@ def run_sgd(phi, y, lr, momentum, steps, start=None, costs=None) -> list[torch.T
 def test_it_starts_at_f0_and_ends_at_ridgeless_regression(kind, lr):
     phi, phi_test, y, _ = problem(kind)
     K, K_test, f0, f0_test = phi @ phi.T, phi_test @ phi.T, normal(13, 2, seed=4), normal(7, 2, seed=5)
-    flow = GradientFlow(lr).fit(K, y, f0)
+    flow = GradientFlow(lr).fit(K, y, initial=f0)
     assert flow.status_ == "solved"
     assert flow.residual_ < 1e-13
     close(flow.predict_train(0), f0)
-    close(flow.predict(K_test, 0, f0_test), f0_test, rtol=0, atol=0)
+    close(flow.predict(K_test, 0, initial=f0_test), f0_test, rtol=0, atol=0)
     weights = torch.linalg.pinv(phi) @ (y - f0)  # least squares of least norm
-    close(flow.predict(K_test, INF, f0_test), f0_test + phi_test @ weights)
+    close(flow.predict(K_test, INF, initial=f0_test), f0_test + phi_test @ weights)
     close(flow.predict_train(INF), f0 + phi @ weights)
-    close(flow.predict(K_test, 1e7 if lr is None else 10**7, f0_test), f0_test + phi_test @ weights, atol=1e-8)
+    close(flow.predict(K_test, 1e7 if lr is None else 10**7, initial=f0_test), f0_test + phi_test @ weights, atol=1e-8)
     if kind == "full":
         close(flow.predict_train(INF), y)
         close(flow.predict(K_test, INF), K_test @ torch.linalg.solve(K, y - f0))
@@ -81,15 +81,15 @@ def test_steps_are_those_of_torch_sgd_on_the_linear_model(kind, lr, momentum):
     phi, phi_test, y, _ = problem(kind)
     f0, f0_test = normal(13, 2, seed=4), normal(7, 2, seed=5)
     seen = run_sgd(phi, y, lr, momentum, 60, f0)
-    flow = GradientFlow(lr, momentum).fit(phi @ phi.T, y, f0)
+    flow = GradientFlow(lr, momentum=momentum).fit(phi @ phi.T, y, initial=f0)
     times = np.array([0, 1, 2, 3, 10, 60])
-    train, test = flow.predict_train(times), flow.predict(phi_test @ phi.T, times, f0_test)
+    train, test = flow.predict_train(times), flow.predict(phi_test @ phi.T, times, initial=f0_test)
     for i, t in enumerate(times):
         close(train[i], phi @ seen[t] + f0, rtol=1e-10, atol=1e-10)
         close(test[i], phi_test @ seen[t] + f0_test, rtol=1e-10, atol=1e-10)
     # the comparison tells neighbouring steps, and momentum from none, apart
     assert (train[5] - (phi @ seen[59] + f0)).abs().max() > 1e-7
-    other = GradientFlow(lr, momentum + 0.005).fit(phi @ phi.T, y, f0)
+    other = GradientFlow(lr, momentum=momentum + 0.005).fit(phi @ phi.T, y, initial=f0)
     assert (other.predict_train(60) - train[5]).abs().max() > 1e-7
 
 
@@ -97,7 +97,7 @@ def test_momentum_where_the_recursion_has_a_double_root():
     beta, lr = 0.25, 0.1
     rates = torch.tensor([(1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2, 0.0, 1.0], dtype=torch.float64) / lr
     phi, y = torch.diag((4 * rates).sqrt()), torch.ones(4, 1, dtype=torch.float64)
-    flow = GradientFlow(lr, beta).fit(phi @ phi.T, y)
+    flow = GradientFlow(lr, momentum=beta).fit(phi @ phi.T, y)
     for t in (0, 1, 2, 7, 40):
         close(flow.predict_train(t), phi @ run_sgd(phi, y, lr, beta, t)[-1])
     # the same by the recursion e+ = (1 + beta - lr lambda) e - beta e-
@@ -115,7 +115,7 @@ def test_small_steps_tend_to_the_flow(momentum):
     errors = []
     for lr in (1e-3, 1e-4, 1e-5):
         steps = round(0.8 * (1 - momentum) / lr)
-        errors.append((GradientFlow(lr, momentum).fit(K, y).predict(K_test, steps) - exact).abs().max().item())
+        errors.append((GradientFlow(lr, momentum=momentum).fit(K, y).predict(K_test, steps) - exact).abs().max().item())
     assert errors[1] < 0.15 * errors[0]
     assert errors[2] < 0.15 * errors[1] < 1e-3
 
@@ -125,13 +125,13 @@ def test_the_loss_falls_as_the_kernel_says():
     K, n, t, h = phi @ phi.T, 13, 0.4, 1e-5
     flow = GradientFlow().fit(K, y)
     r = flow.predict_train(t) - y
-    slope = (flow.loss(t + h) - flow.loss(t - h)) / (2 * h)
+    slope = (flow.cost(t + h) - flow.cost(t - h)) / (2 * h)
     expected = -(r * (K @ r)).sum().item() / n**2
     assert slope == pytest.approx(expected, rel=1e-8)
     assert slope != pytest.approx(expected * n, rel=0.1)
     times = torch.linspace(0, 5, 40)
-    assert (flow.loss(times).diff() < 0).all()
-    assert flow.loss(t) == pytest.approx((r**2).sum().item() / (2 * n), rel=1e-12)
+    assert (flow.cost(times).diff() < 0).all()
+    assert flow.cost(t) == pytest.approx((r**2).sum().item() / (2 * n), rel=1e-12)
 
 
 def test_the_modes_decay_at_their_rates_and_add_up():
@@ -149,14 +149,14 @@ def test_the_modes_decay_at_their_rates_and_add_up():
 def test_the_bound_on_the_learning_rate(momentum):
     phi, _, y, _ = problem()
     K = phi @ phi.T
-    bound = GradientFlow(0.01, momentum).fit(K, y).max_learning_rate_
-    below, above = (GradientFlow(c * bound, momentum).fit(K, y) for c in (0.98, 1.02))
+    bound = GradientFlow(0.01, momentum=momentum).fit(K, y).max_learning_rate_
+    below, above = (GradientFlow(c * bound, momentum=momentum).fit(K, y) for c in (0.98, 1.02))
     assert below.status_ == "solved"
-    assert below.loss(4000) < below.loss(0)
+    assert below.cost(4000) < below.cost(0)
     assert above.status_ == "unstable"
     assert "max_learning_rate_" in above.advice_
-    assert above.loss(4000) > 1e6 * above.loss(0)
-    assert math.isnan(above.loss(INF))
+    assert above.cost(4000) > 1e6 * above.cost(0)
+    assert math.isnan(above.cost(INF))
     close(below.predict_train(INF), y)
 
 
@@ -167,8 +167,8 @@ def test_rescaling():
     close(GradientFlow().fit(c * K, y).predict(c * K_test, times / c), one)
     close(GradientFlow().fit(K, c * y).predict(K_test, times), c * one)
     close(
-        GradientFlow(0.05 / c, 0.5).fit(c * K, y).predict(c * K_test, 30),
-        GradientFlow(0.05, 0.5).fit(K, y).predict(K_test, 30),
+        GradientFlow(0.05 / c, momentum=0.5).fit(c * K, y).predict(c * K_test, 30),
+        GradientFlow(0.05, momentum=0.5).fit(K, y).predict(K_test, 30),
     )
     order = torch.randperm(13, generator=torch.Generator().manual_seed(1))
     close(GradientFlow().fit(K[order][:, order], y[order]).predict(K_test[:, order], times), one)
@@ -219,7 +219,7 @@ def test_a_direction_below_the_rounding_still_moves_test_points():
     phi, phi_test, y, _ = problem("deficient")
     phi, phi_test = torch.cat([phi, 1e-9 * normal(13, 1, seed=6)], 1), torch.cat([phi_test, normal(7, 1, seed=7)], 1)
     seen = run_sgd(phi, y, 0.1, 0.9, 300)[300]
-    flow = GradientFlow(0.1, 0.9).fit(phi @ phi.T, y)
+    flow = GradientFlow(0.1, momentum=0.9).fit(phi @ phi.T, y)
     assert flow.eigenvalues_[5] < flow.noise_
     close(flow.predict(phi_test @ phi.T, 300), phi_test @ seen, rtol=0, atol=1e-10)
     assert (phi_test[:, -1:] @ seen[-1:]).abs().max() > 1e-8  # its share is above that tolerance
@@ -230,7 +230,7 @@ def test_when_to_stop(lr, momentum):
     phi, phi_test = normal(40, 30), normal(200, 30, seed=1)
     w = normal(30, 1, seed=2)
     y, y_val = phi @ w + 6 * normal(40, 1, seed=3), phi_test @ w
-    flow = GradientFlow(lr, momentum).fit(phi @ phi.T, y)
+    flow = GradientFlow(lr, momentum=momentum).fit(phi @ phi.T, y)
     found = flow.best_time(phi_test @ phi.T, y_val)
     assert not found.at_end
 
@@ -250,7 +250,7 @@ def test_when_to_stop(lr, momentum):
 def test_when_to_stop_after_very_many_steps():
     phi, phi_test = normal(40, 30), normal(200, 30, seed=1)
     y, y_val = phi @ normal(30, 1, seed=2) + 6 * normal(40, 1, seed=3), phi_test @ normal(30, 1, seed=2)
-    flow = GradientFlow(1e-6, 0.5).fit(phi @ phi.T, y)
+    flow = GradientFlow(1e-6, momentum=0.5).fit(phi @ phi.T, y)
     found = flow.best_time(phi_test @ phi.T, y_val)
     assert found.t > 10_000
     steps = found.t + torch.tensor([-3000.0, -30.0, -1.0, 0.0, 1.0, 30.0, 3000.0], dtype=torch.float64)
@@ -286,14 +286,19 @@ def half_mse(outputs, y):
 def test_any_loss_equals_the_closed_form_where_there_is_one():
     phi, phi_test, y, _ = problem()
     K, K_test, f0, f0_test = phi @ phi.T, phi_test @ phi.T, normal(13, 2, seed=4), normal(7, 2, seed=5)
-    closed, solved = GradientFlow().fit(K, y, f0), GradientFlow(loss=half_mse).fit(K, y, f0)
+    closed, solved = GradientFlow().fit(K, y, initial=f0), GradientFlow(loss=half_mse).fit(K, y, initial=f0)
     times = [2.0, 0.0, 0.3, 10.0]
-    close(solved.predict(K_test, times, f0_test), closed.predict(K_test, times, f0_test), rtol=0, atol=1e-8)
+    close(
+        solved.predict(K_test, times, initial=f0_test),
+        closed.predict(K_test, times, initial=f0_test),
+        rtol=0,
+        atol=1e-8,
+    )
     assert solved.status_ == "solved"
     assert solved.residual_ < 1e-8
     close(solved.predict_train(times), closed.predict_train(times), rtol=0, atol=1e-8)
-    close(solved.loss(times), closed.loss(times), rtol=0, atol=1e-8)
-    doubled = GradientFlow(loss=lambda f, y: 2 * half_mse(f, y)).fit(K, y, f0)
+    close(solved.cost(times), closed.cost(times), rtol=0, atol=1e-8)
+    doubled = GradientFlow(loss=lambda f, y: 2 * half_mse(f, y)).fit(K, y, initial=f0)
     close(doubled.predict(K_test, 1.0), closed.predict(K_test, 2.0), rtol=0, atol=1e-8)
     assert (doubled.predict(K_test, 1.0) - closed.predict(K_test, 1.0)).abs().max() > 1e-2
 
@@ -311,7 +316,7 @@ def test_cross_entropy_equals_many_small_steps():
             at = w - step * slope
         w = at
     close(flow.predict(phi_test @ phi.T, 2.0), phi_test @ w, rtol=0, atol=1e-6)
-    assert flow.loss(2.0) < flow.loss(0.0) == pytest.approx(math.log(3))
+    assert flow.cost(2.0) < flow.cost(0.0) == pytest.approx(math.log(3))
 
 
 def test_a_flow_that_diverges_is_reported():
@@ -350,19 +355,19 @@ def test_refusals():
     for call, message in [
         (lambda: GradientFlow(lr=0.0), "lr: got 0.0; expected a learning rate > 0"),
         (lambda: GradientFlow(momentum=0.9), "momentum: got no lr"),
-        (lambda: GradientFlow(0.1, 1.0), r"momentum: got 1.0; expected a number in \[0, 1\)"),
+        (lambda: GradientFlow(0.1, momentum=1.0), r"momentum: got 1.0; expected a number in \[0, 1\)"),
         (lambda: GradientFlow(0.1, loss=half_mse), "loss: got lr as well"),
         (lambda: GradientFlow(loss="mse"), "loss: got str"),
         (lambda: GradientFlow().predict(K_test), "GradientFlow: got no fitted machine"),
         (lambda: GradientFlow().fit(K[:5], y), "K: got shape"),
         (lambda: GradientFlow().fit(K, y[:5]), "y: got 5 entries; expected 13"),
         (lambda: GradientFlow().fit(K, 5.0), "y: got 1 entries; expected 13"),
-        (lambda: GradientFlow().fit(K, y, y[:, 0]), r"initial: got shape \[13\]; expected \[13, 2\]"),
+        (lambda: GradientFlow().fit(K, y, initial=y[:, 0]), r"initial: got shape \[13\]; expected \[13, 2\]"),
         (lambda: flow.predict(K_test[:, :5]), r"K_test: got shape \[7, 5\]"),
         (lambda: flow.predict(K_test, -1.0), "t: got -1.0; expected times >= 0, or inf"),
         (lambda: flow.predict(K_test, [0.5, math.nan]), "t: got"),
         (lambda: flow.predict(K_test, []), "t: got"),
-        (lambda: flow.predict(K_test, 1.0, y), r"initial: got shape \[13, 2\]; expected \[7, 2\]"),
+        (lambda: flow.predict(K_test, 1.0, initial=y), r"initial: got shape \[13, 2\]; expected \[7, 2\]"),
         (lambda: steps.predict(K_test, 1.5), "t: got 1.5; expected whole steps >= 0"),
         (lambda: solved.predict(K_test), "finite ones: a loss has no closed form"),
         (lambda: solved.modes(1.0), "modes: got a flow with loss="),
@@ -370,12 +375,40 @@ def test_refusals():
         (lambda: GradientFlow(loss=lambda f, y: f).fit(K, y), r"loss: got shape \[13, 2\]; expected a scalar"),
         (lambda: GradientFlow(loss=lambda f, y: 1.0).fit(K, y), "loss: got float"),
         (lambda: GradientFlow(loss=lambda f, y: f.log().sum()).fit(K, y), "loss: got no finite value"),
-        (lambda: flow.ensemble(K_test, K, K_test, K_test @ K_test.T, [1.0, 2.0]), "ensemble: got several times"),
-        (lambda: GradientFlow().fit(K, y, y).ensemble(K_test, K, K_test, torch.ones(7), 1.0), "got initial outputs"),
-        (lambda: solved.ensemble(K_test, K, K_test, torch.ones(7), 1.0), "ensemble: got a flow with loss="),
-        (lambda: flow.ensemble(K_test, K[:3, :3], K_test, torch.ones(7), 1.0), "nngp_train: got shape"),
-        (lambda: flow.ensemble(K_test, K, K_test[:3], torch.ones(7), 1.0), "nngp_test_train: got 3 rows"),
-        (lambda: flow.ensemble(K_test, K, K_test, torch.ones(6), 1.0), "nngp_test_test: got shape"),
+        (
+            lambda: flow.ensemble(
+                K_test, nngp_train=K, nngp_test_train=K_test, nngp_test_test=K_test @ K_test.T, t=[1.0, 2.0]
+            ),
+            "ensemble: got several times",
+        ),
+        (
+            lambda: (
+                GradientFlow()
+                .fit(K, y, initial=y)
+                .ensemble(K_test, nngp_train=K, nngp_test_train=K_test, nngp_test_test=torch.ones(7), t=1.0)
+            ),
+            "got initial outputs",
+        ),
+        (
+            lambda: solved.ensemble(K_test, nngp_train=K, nngp_test_train=K_test, nngp_test_test=torch.ones(7), t=1.0),
+            "ensemble: got a flow with loss=",
+        ),
+        (
+            lambda: flow.ensemble(
+                K_test, nngp_train=K[:3, :3], nngp_test_train=K_test, nngp_test_test=torch.ones(7), t=1.0
+            ),
+            "nngp_train: got shape",
+        ),
+        (
+            lambda: flow.ensemble(
+                K_test, nngp_train=K, nngp_test_train=K_test[:3], nngp_test_test=torch.ones(7), t=1.0
+            ),
+            "nngp_test_train: got 3 rows",
+        ),
+        (
+            lambda: flow.ensemble(K_test, nngp_train=K, nngp_test_train=K_test, nngp_test_test=torch.ones(6), t=1.0),
+            "nngp_test_test: got shape",
+        ),
     ]:
         with pytest.raises(Refused, match=message):
             call()

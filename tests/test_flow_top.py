@@ -59,7 +59,7 @@ def test_it_is_the_flow_of_all_eigenvectors_within_its_bound(lr, dtype):
     assert float(sure[early].max()) < 1e-2 * float(y.norm())
     # and honest: later there is an error that can be seen, at a bound above it
     assert float(off[-1].max()) > 1e-3
-    assert float(flow.loss(times[2])) == pytest.approx(float(exact.loss(times[2])), rel=1e-8)
+    assert float(flow.cost(times[2])) == pytest.approx(float(exact.cost(times[2])), rel=1e-8)
 
 
 def test_the_bound_of_the_polynomials_is_that_of_the_worst_eigenvalue():
@@ -167,4 +167,6 @@ def test_refusals(no_room):
     with pytest.raises(ntkit.Refused, match="at most 293"):
         GradientFlow(k=294).fit(K, y)
     with pytest.raises(ntkit.Refused, match="top 3 eigenvectors"):
-        GradientFlow(k=3).fit(K, y).ensemble(K_test, K, K_test, torch.ones(M), t=1.0)
+        GradientFlow(k=3).fit(K, y).ensemble(
+            K_test, nngp_train=K, nngp_test_train=K_test, nngp_test_test=torch.ones(M), t=1.0
+        )

@@ -354,7 +354,7 @@ def test_a_training_whose_folder_is_deleted_ends_in_one_line(tmp_path):
     opt = sgd(model.parameters())
 
     def loop():
-        with ntkit.record(model, opt, tmp_path / "loop", "all") as rec:
+        with ntkit.record(model, opt, tmp_path / "loop", record="all") as rec:
             for step in range(6):
                 mse(model(X), Y).backward()
                 opt.step()

@@ -214,7 +214,7 @@ def test_folders_of_another_enclosed_tensor_are_refused(tmp_path):
         torch.tensor([2]),
         lambda path, **options: ntkit.PathKernel(run, **options).decompose(x[:1], path=path),
     )
-    again = lambda path, y=None, **options: ntkit.Retrainings(run, test, y, folder=path, **options).without([[0]])
+    again = lambda path, y=None, **options: ntkit.Retrainings(run, test, y, path=path, **options).without([[0]])
     track = lambda path, **options: ntkit.track(run, x, y, model=net, k=1, path=path, **options)
     calls = {
         "track, loss": lambda w, path: track(path, loss=loss_of(w)),

@@ -49,7 +49,9 @@ def jacot(angles: list[float], t: float, lr: float | None = None, L: int = 4) ->
     train = [-2.2, -1.0, 1.0, 2.2]
     S, T = infinite(on_circle(*train, *angles), L, 0.1)
     flow = GradientFlow(lr).fit(T[:4, :4], torch.tensor([-0.4, -0.2, 0.3, 0.3]).double())
-    return flow, flow.ensemble(T[4:, :4], S[:4, :4], S[4:, :4], S[4:, 4:], t)
+    return flow, flow.ensemble(
+        T[4:, :4], nngp_train=S[:4, :4], nngp_test_train=S[4:, :4], nngp_test_test=S[4:, 4:], t=t
+    )
 
 
 def test_the_limit_of_four_points_on_the_circle():
@@ -87,23 +89,34 @@ def test_the_ensemble_is_that_of_flows_from_random_starts(lr):
     S, T = infinite(on_circle(-2.2, -1.0, 1.0, 2.2, *angles), 4, 0.1)
     starts = Posterior(torch.zeros(7).double(), S).sample(n, seed=1).T
     y = torch.tensor([-0.4, -0.2, 0.3, 0.3]).double()[:, None].expand(4, n)
-    ends = GradientFlow(lr).fit(T[:4, :4], y, starts[:4]).predict(T[4:, :4], t, starts[4:])
+    ends = GradientFlow(lr).fit(T[:4, :4], y, initial=starts[:4]).predict(T[4:, :4], t, initial=starts[4:])
     error = p.std / n**0.5
     assert ((ends.mean(1) - p.mean).abs() < 5 * error).all()
     close(torch.cov(ends), p.covariance, rtol=0, atol=5 * 1.5 * p.covariance.max().item() / n**0.5)
     assert (jacot(angles, 6, lr)[1].covariance - p.covariance).abs().max() > 1e-3
     # the diagonal alone; two outputs; arrays
-    same = flow.ensemble(T[4:, :4].numpy(), S[:4, :4], S[4:, :4], S.diagonal()[4:], t)
+    same = flow.ensemble(
+        T[4:, :4].numpy(), nngp_train=S[:4, :4], nngp_test_train=S[4:, :4], nngp_test_test=S.diagonal()[4:], t=t
+    )
     assert isinstance(same.mean, np.ndarray)
     close(same.covariance, p.covariance.diagonal())
     both = GradientFlow(lr).fit(T[:4, :4], y[:, :2] * torch.tensor([1.0, 2.0]))
-    close(both.ensemble(T[4:, :4], S[:4, :4], S[4:, :4], S[4:, 4:], t).mean[:, 1], 2 * p.mean)
+    close(
+        both.ensemble(T[4:, :4], nngp_train=S[:4, :4], nngp_test_train=S[4:, :4], nngp_test_test=S[4:, 4:], t=t).mean[
+            :, 1
+        ],
+        2 * p.mean,
+    )
 
 
 def test_with_one_kernel_for_both_the_ensemble_at_the_end_is_the_noiseless_posterior():
     K, K_test, K_test_test, y = problem()
     gp = GaussianProcess().fit(K, y).predict(K_test, K_test_test)
-    flow = GradientFlow().fit(K, y).ensemble(K_test, K, K_test, K_test_test, INF)
+    flow = (
+        GradientFlow()
+        .fit(K, y)
+        .ensemble(K_test, nngp_train=K, nngp_test_train=K_test, nngp_test_test=K_test_test, t=INF)
+    )
     close(flow.mean, gp.mean)
     close(flow.covariance, gp.covariance, rtol=0, atol=1e-10)
 

@@ -189,7 +189,11 @@ CONSUMERS = {
     "flow": lambda K: GradientFlow().fit(K, Y),
     "gaussian process": lambda K: GaussianProcess(1.0).fit(K, Y),
     "posterior": lambda K: GaussianProcess(1.0).fit(positive(), Y).predict(positive(), K),
-    "ensemble": lambda K: GradientFlow().fit(positive(), Y).ensemble(positive(), K, positive(), torch.ones(N), 1.0),
+    "ensemble": lambda K: (
+        GradientFlow()
+        .fit(positive(), Y)
+        .ensemble(positive(), nngp_train=K, nngp_test_train=positive(), nngp_test_test=torch.ones(N), t=1.0)
+    ),
 }
 
 

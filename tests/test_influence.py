@@ -496,16 +496,16 @@ def test_the_trial_is_the_change_of_the_measures_with_other_weights():
         ({"curvature": "fisher"}, "hessian or gauss-newton"),
         ({"at": 0}, "a weight > 0"),
         ({"measure": "loss"}, "targets for the loss"),
-        ({"y": torch.zeros(3, dtype=torch.int64)}, "one target per test point"),
-        ({"y": torch.full((2,), 7)}, "classes from 0 to 2"),
+        ({"y_test": torch.zeros(3, dtype=torch.int64)}, "one target per test point"),
+        ({"y_test": torch.full((2,), 7)}, "classes from 0 to 2"),
         ({"measure": lambda f: f}, "one scalar per sample"),
         ({"measure": lambda f, t: f[:, 0]}, "targets if"),
-        ({"x": torch.full((2, 5), math.nan, dtype=F64)}, "finite values"),
+        ({"x_test": torch.full((2, 5), math.nan, dtype=F64)}, "finite values"),
     ],
 )
 def test_refusals(arguments, message):
     run = trained(steps=2)
-    arguments = {"x": vectors(2, seed=2)[0]} | arguments
+    arguments = {"x_test": vectors(2, seed=2)[0]} | arguments
     with pytest.raises(Refused, match=message):
         ntkit.influence(run, **arguments)
 
@@ -569,7 +569,7 @@ def test_finite_differences_take_smaller_steps_where_weights_move_units_over_the
 
 def test_how_many_examples_are_compared_with_finite_differences():
     run, (x, y) = trained(), vectors(4, seed=2)
-    three, one, all_of_them = (ntkit.influence(run, x, y, checked=k) for k in (3, 1, 99))
+    three, one, all_of_them = (ntkit.influence(run, x, y, checks=k) for k in (3, 1, 99))
     best = three.scores.norm(dim=0).argsort(descending=True)
     for result, k in ((three, 3), (one, 1), (all_of_them, 13)):
         assert result.check.examples.tolist() == best[:k].tolist()
@@ -578,5 +578,5 @@ def test_how_many_examples_are_compared_with_finite_differences():
     close(all_of_them.check.values[:, [0, 7]], differences(run, x, y, best[[0, 7]]), 1e-7)
     assert "Finite differences of 1 examples" not in str(one)
     for bad in (0, -1, True, 1.5):
-        with pytest.raises(Refused, match=r"checked.*at least 1"):
-            ntkit.influence(run, x, y, checked=bad)
+        with pytest.raises(Refused, match=r"checks.*at least 1"):
+            ntkit.influence(run, x, y, checks=bad)

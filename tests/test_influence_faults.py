@@ -126,10 +126,10 @@ def test_fresh_runs_of_a_recorded_loop_are_refused_for_its_batches_have_no_rule(
 def test_two_measures_of_one_name_are_not_confused_in_a_folder(tmp_path):
     run, _ = trained()
     x = vectors(2, 2)[0]
-    Retrainings(run, x, measure=lambda f: f[:, 0], folder=tmp_path).without([[0]])
-    Retrainings(run, x, measure=lambda f: f[:, 0], folder=tmp_path)
+    Retrainings(run, x, measure=lambda f: f[:, 0], path=tmp_path).without([[0]])
+    Retrainings(run, x, measure=lambda f: f[:, 0], path=tmp_path)
     with pytest.raises(Refused, match="something else"):
-        Retrainings(run, x, measure=lambda f: f[:, 1], folder=tmp_path)
+        Retrainings(run, x, measure=lambda f: f[:, 1], path=tmp_path)
 
 
 def test_fresh_networks_of_two_kinds_are_not_confused_in_a_folder(tmp_path):
@@ -141,8 +141,8 @@ def test_fresh_networks_of_two_kinds_are_not_confused_in_a_folder(tmp_path):
             model[0].weight.mul_(3)
         return model
 
-    found = [Retrainings(run, *vectors(2, 2), folder=tmp_path, make=m).without([[0]], fresh=1) for m in (mlp, other)]
-    again = Retrainings(run, *vectors(2, 2), folder=tmp_path, make=mlp).without([[0]], fresh=1)
+    found = [Retrainings(run, *vectors(2, 2), path=tmp_path, make=m).without([[0]], fresh=1) for m in (mlp, other)]
+    again = Retrainings(run, *vectors(2, 2), path=tmp_path, make=mlp).without([[0]], fresh=1)
     assert torch.equal(found[0], again)
     assert not torch.allclose(found[0], found[1], rtol=0, atol=1e-3)
 
@@ -268,7 +268,7 @@ def test_a_reentrant_checkpoint_is_refused_by_name(before):
 
 
 def test_a_run_without_a_step_is_refused_by_name():
-    run = ntkit.train(mlp(), vectors(11), cross_entropy, sgd, steps=5, target=100.0)
+    run = ntkit.train(mlp(), vectors(11), cross_entropy, sgd, steps=5, target_loss=100.0)
     assert run.stop["step"] == 0
     with pytest.raises(Refused, match="before its first step"):
         ntkit.influence(run, *vectors(2, 2))

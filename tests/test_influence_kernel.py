@@ -137,21 +137,21 @@ def test_the_hessian_is_that_of_the_mean_training_loss(way):
     theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     matrix = torch.autograd.functional.hessian(flat_loss(model, X, LABELS), theta)
     assert float(torch.linalg.eigvalsh(matrix)[0]) < -1e-3  # else a Gauss-Newton matrix would pass, too
-    kernel = ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, "hessian", **way)
+    kernel = ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, curvature="hessian", **way)
     assert_equal(kernel(TEST, X), by_definition(model, TEST, X, matrix=matrix, **way), 1e-12, "hessian")
 
 
 def test_a_damping_below_the_smallest_eigenvalue_is_refused_with_the_one_needed():
     model = network(2)
-    lowest = ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, "hessian", time=1.0).certificate
+    lowest = ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, curvature="hessian", time=1.0).certificate
     needed = -lowest["smallest_eigenvalue"]
     with pytest.raises(Refused, match="not definite") as refused:
-        ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, "hessian", damping=needed * 0.99)(TEST)
+        ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, curvature="hessian", damping=needed * 0.99)(TEST)
     assert f"expected more than {needed * (1 + 1e-5):.6g}" in str(refused.value)
-    enough = ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, "hessian", damping=needed * 1.01)(TEST)
+    enough = ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, curvature="hessian", damping=needed * 1.01)(TEST)
     assert float(torch.linalg.eigvalsh(enough.permute(0, 2, 1, 3).reshape(9, 9))[0]) >= 0
     with pytest.raises(Refused, match="flow stays finite"):
-        ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, "hessian", time=1e5 / needed)(TEST)
+        ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, curvature="hessian", time=1e5 / needed)(TEST)
 
 
 @pytest.mark.parametrize("n", [4, 12], ids=["by samples", "by parameters"])
@@ -275,7 +275,7 @@ def test_mean_and_sum_of_a_loss_are_one_loss():
     assert_equal(total(TEST), mean(TEST), 1e-13, "sum")
     hessians = [
         ntkit.InfluenceKernel(
-            model, (X, LABELS), lambda out, y, r=r: cross_entropy(out, y, reduction=r), "hessian", time=1.0
+            model, (X, LABELS), lambda out, y, r=r: cross_entropy(out, y, reduction=r), curvature="hessian", time=1.0
         )(TEST)
         for r in ("mean", "sum")
     ]

@@ -276,7 +276,9 @@ def test_a_loop_and_a_study_and_a_decomposition_go_on(copy):
 
 def test_a_file_of_another_run_or_step_is_found(copy):
     """Complete files, with a right checksum, in the wrong place."""
-    ntkit.train(net(), (X, -Y), mse, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5), 8, 4, path=copy / "other")
+    ntkit.train(
+        net(), (X, -Y), mse, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5), 8, batch_size=4, path=copy / "other"
+    )
     shots, name = copy / "trained" / "snapshots", "step-00000004.safetensors"
     shutil.copy(copy / "other" / "snapshots" / name, shots / name)
     with pytest.raises(Refused, match=f"{name}: got a damaged file: a file of another run"):

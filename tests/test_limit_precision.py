@@ -272,7 +272,9 @@ def everything(x, net, y):
     yield from (ridge.alpha_, ridge.loo_, ridge.predict(K_test), posterior.mean, posterior.covariance)
     yield from (posterior.sample(2), posterior.percentiles([10, 90]), svm.alpha_, svm.decision_function(K_test))
     yield from (flow.predict(K_test, [1.0, 9.0]), flow.modes(2.0), momentum.predict(K_test, [3, float("inf")]))
-    yield flow.ensemble(K_test, nngp(x), nngp(x[:4], x), nngp(x[:4]), 3.0).covariance
+    yield flow.ensemble(
+        K_test, nngp_train=nngp(x), nngp_test_train=nngp(x[:4], x), nngp_test_test=nngp(x[:4]), t=3.0
+    ).covariance
     numbers = [flow.best_time(K_test, y[:4]).t, ntkit.alignment(K, y), ntkit.effective_rank(K)]
     yield torch.tensor(numbers, dtype=torch.float64)
     yield from (values.eigenvalues, values.energy(y), ntkit.spectrum(K, k=2).eigenvalues)

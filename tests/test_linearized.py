@@ -58,7 +58,9 @@ def test_training_it_is_the_flow_on_the_tangent_kernel(kind, momentum):
     y = torch.randn(len(x), C, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     K = TangentKernel(model)(x).transpose(1, 2).reshape(len(x) * C, -1)
     flow = GradientFlow(lr=1e-3, momentum=momentum).fit(K, y.reshape(-1), initial=model(x).detach().reshape(-1))
-    flow = GradientFlow(0.2 * flow.max_learning_rate_, momentum).fit(K, y.reshape(-1), model(x).detach().reshape(-1))
+    flow = GradientFlow(0.2 * flow.max_learning_rate_, momentum=momentum).fit(
+        K, y.reshape(-1), initial=model(x).detach().reshape(-1)
+    )
     lin = linearized(model)
     optimizer = torch.optim.SGD(lin.parameters(), lr=flow.lr, momentum=momentum)
     for _ in range(50):
@@ -74,7 +76,7 @@ def test_training_it_is_the_flow_on_the_tangent_kernel(kind, momentum):
 def test_training_it_in_part_is_the_flow_on_that_part_of_the_kernel():
     model, x = network("mlp")
     y, names = torch.ones(9, 1, dtype=torch.float64), ["2.weight", "4.bias"]
-    flow = GradientFlow(0.05).fit(TangentKernel(model, "trace", names)(x), y, initial=model(x).detach())
+    flow = GradientFlow(0.05).fit(TangentKernel(model, "trace", params=names)(x), y, initial=model(x).detach())
     lin = linearized(model, names)
     assert [n for n, p in lin.named_parameters() if p.requires_grad] == ["moving.2.weight", "moving.4.bias"]
     optimizer = torch.optim.SGD(lin.parameters(), lr=0.05)

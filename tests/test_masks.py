@@ -55,7 +55,7 @@ def numbers(least):
     model, (x, labels), loss = run.origin
     model.eval()
     found = {"parameters": torch.cat([p.detach().flatten() for p in model.parameters()])}
-    influence = ntkit.influence(run, test, y, checked=1)
+    influence = ntkit.influence(run, test, y, checks=1)
     found |= {"influence": influence.scores, "differences": influence.check.values}
     found |= {"path": ntkit.PathKernel(run).decompose(test).contributions}
     found |= {"without": ntkit.Retrainings(run, test, y).without([[0], [1, 2]])}
@@ -65,15 +65,15 @@ def numbers(least):
     hidden = ntkit.ConjugateKernel(model, layer="scores")
     kernels = {"tangent": ntkit.TangentKernel(model), "conjugate": conjugate, "hidden": hidden}
     for curvature, params in (("gauss-newton", None), ("gauss-newton", ["b.weight"]), ("hessian", ["a.weight"])):
-        kernel = ntkit.InfluenceKernel(model, (x, labels), loss, curvature, damping=2.0, params=params)
+        kernel = ntkit.InfluenceKernel(model, (x, labels), loss, curvature=curvature, damping=2.0, params=params)
         kernels[f"{curvature} {params}"] = kernel
     for name, kernel in kernels.items():
         operator = kernel.operator(test)
         found[name], found[f"{name}, diagonal"] = kernel(test, x), kernel.diagonal(test)
         found[f"{name}, operator"] = operator @ torch.ones(operator.shape[0], dtype=torch.float64)
         if name != "hidden":  # it has one feature for each place
-            found[f"{name}, explained"] = ntkit.explain(kernel, importance, x, test, 0).scores
-    explainer = ntkit.Explainer(lambda x_test, _: ntkit.explain(conjugate, importance, x, x_test, 0), x)
+            found[f"{name}, explained"] = ntkit.explain(kernel, importance, x, test, output=0).scores
+    explainer = ntkit.Explainer(lambda x_test, _: ntkit.explain(conjugate, importance, x, x_test, output=0), x)
     return found | {"explainer": explainer.influence(test)}
 
 

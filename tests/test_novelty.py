@@ -71,7 +71,7 @@ def test_laws():
     assert bool((found.deviation <= found.norm).all())
     assert bool((found.deviation >= found.norm * found.outside - 1e-9).all())
     assert found.ridge == pytest.approx(novel.RIDGE * float(kernel.diagonal(x_train).mean()))
-    parts = ntkit.novelty(kernel, x_train, x, batch=4)  # tiles change nothing but rounding
+    parts = ntkit.novelty(kernel, x_train, x, batch_size=4)  # tiles change nothing but rounding
     torch.testing.assert_close(parts.outside, found.outside)
     torch.testing.assert_close(parts.deviation, found.deviation)
     bare = ntkit.novelty(kernel, x_train, x, ridge=0)
@@ -126,10 +126,10 @@ def test_refusals():
         with pytest.raises(Refused, match="ridge"):
             ntkit.novelty(kernel, x, x, ridge=ridge)
     for batch in (0, 2.0, True):
-        with pytest.raises(Refused, match="batch"):
-            ntkit.novelty(kernel, x, x, batch=batch)
+        with pytest.raises(Refused, match="batch_size"):
+            ntkit.novelty(kernel, x, x, batch_size=batch)
     for wrong in (x[:0], x * float("nan"), "x"):
-        with pytest.raises(Refused, match=r"^x: got"):
+        with pytest.raises(Refused, match=r"^x_test: got"):
             ntkit.novelty(kernel, x, wrong)
         with pytest.raises(Refused, match=r"^x_train: got"):
             ntkit.novelty(kernel, wrong, x)

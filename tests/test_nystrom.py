@@ -24,11 +24,11 @@ def network(outputs: int = 1) -> nn.Module:
 def test_the_extension_returns_the_eigenvectors_in_any_tiles(mode):
     kernel, x = ntkit.TangentKernel(network(2), mode), grid(5)
     top = ntkit.spectrum(kernel(x), k=4)
-    found = eigenfunctions(kernel, top, x, x, batch=7)
+    found = eigenfunctions(kernel, top, x, x, batch_size=7)
     assert torch.allclose(found, top.eigenvectors, atol=1e-8)
     points = grid(3, 0.0, 2.0)
     whole = top.extend(kernel(points, x))
-    assert torch.allclose(eigenfunctions(kernel, top, x, points, batch=2), whole, atol=1e-12)
+    assert torch.allclose(eigenfunctions(kernel, top, x, points, batch_size=2), whole, atol=1e-12)
 
 
 def test_grid_is_row_by_row():

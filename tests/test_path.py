@@ -601,7 +601,7 @@ def test_what_jumps_and_what_is_unknown_is_refused_by_name():
     ):
         with pytest.raises(ntkit.Refused, match=words):
             ntkit.PathKernel(run, **way)
-    with pytest.raises(ntkit.Refused, match="y: got"):
+    with pytest.raises(ntkit.Refused, match="y_test: got"):
         ntkit.PathKernel(run).decompose(x, y)
     assert moved.status == "complete"
 

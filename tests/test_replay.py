@@ -418,7 +418,7 @@ def checked(folder, **given):
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("kept", ["log", "all"])
 def test_a_changed_snapshot(tmp_path, kept, dtype):
-    train(mlp(dtype=dtype), data(dtype), mse, ADAM, 9, 4, kept, path=tmp_path / "run")
+    train(mlp(dtype=dtype), data(dtype), mse, ADAM, 9, batch_size=4, record=kept, path=tmp_path / "run")
     for step in (0, 1, 4, 8, 9):
         shutil.copytree(tmp_path / "run", tmp_path / str(step))
         scaled(tmp_path / str(step), step, 1 + 1e-3)
@@ -431,7 +431,7 @@ def test_a_changed_snapshot(tmp_path, kept, dtype):
 
 def test_rounding_of_one_step_is_accepted_and_no_more(tmp_path):
     for kept in ("all", "log"):
-        train(mlp(), data(), mse, OPTIMIZERS["momentum"], 9, 4, kept, path=tmp_path / kept)
+        train(mlp(), data(), mse, OPTIMIZERS["momentum"], 9, batch_size=4, record=kept, path=tmp_path / kept)
         scaled(tmp_path / kept, 8, 1 + 1e-10)
     replay, recorded = checked(tmp_path / "all"), Trajectory.open(tmp_path / "all").state(8)
     assert not replay.bitwise
@@ -594,7 +594,7 @@ def test_a_group_added_during_the_run(tmp_path):
 
 def test_runs_that_ended_early(tmp_path):
     def target(limit):
-        return train(mlp(), data(), mse, SGD, steps=50, target=limit)
+        return train(mlp(), data(), mse, SGD, steps=50, target_loss=limit)
 
     first = target(None).losses[7].item()
     trajectory = target(first)

@@ -91,11 +91,13 @@ def test_tracking_importance_of_a_linear_model_is_exact(settings, clip):
     expected = model(TEST).detach() - factor * before
     kernel = ntkit.TangentKernel(model)
     for output in range(3):
-        found = ntkit.explain(kernel, importance, X, TEST, output, expected=expected)
+        found = ntkit.explain(kernel, importance, X, TEST, output=output, expected=expected)
         assert float(found.residual.abs().max()) < 1e-12 * size_of(model)
     assert (factor == 1) == ("weight_decay" not in settings)
     assert float(importance.values.abs().max()) > 1e-3
-    scalar = ntkit.explain(lambda a, b: a @ b.T + 1, importance, X, TEST, 0, expected=expected)  # the same kernel
+    scalar = ntkit.explain(
+        lambda a, b: a @ b.T + 1, importance, X, TEST, output=0, expected=expected
+    )  # the same kernel
     assert float(scalar.residual.abs().max()) < 1e-12 * size_of(model)
 
 
@@ -141,7 +143,9 @@ def test_live_and_replayed_tracking_have_the_same_bits(settings, tmp_path):
             tracking.add(rows, out.grad, optimizer)
             rec.step(rows, loss)
             scheduler.step()
-    replayed = ntkit.tracking_importance(ntkit.Trajectory.open(tmp_path / "run"), network(), (X, LABELS), cross_entropy)
+    replayed = ntkit.tracking_importance(
+        ntkit.Trajectory.open(tmp_path / "run"), model=network(), data=(X, LABELS), loss=cross_entropy
+    )
     assert replayed.certificate["bitwise"] == 1
     assert torch.equal(tracking.importance().values, replayed.values)
     assert tracking.importance().certificate["initial_factor"] == replayed.certificate["initial_factor"]
@@ -181,7 +185,7 @@ def test_tracking_of_adam_and_of_groups_with_other_rates_is_refused(tmp_path):
 def test_a_run_that_did_not_end_is_refused(tmp_path):
     model = linear()
     optimizer = sgd()(model.parameters())
-    arguments = (linear(), (X, LABELS), cross_entropy)
+    arguments = {"model": linear(), "data": (X, LABELS), "loss": cross_entropy}
     with ntkit.record(model, optimizer, tmp_path / "run") as rec:
         loss = cross_entropy(model(X), LABELS)
         loss.backward()
@@ -189,9 +193,9 @@ def test_a_run_that_did_not_end_is_refused(tmp_path):
         rec.step(torch.arange(N), loss)
         running = ntkit.Trajectory.open(tmp_path / "run")
         with pytest.raises(Refused, match="a run that is running or was killed"):
-            ntkit.tracking_importance(running, *arguments)
+            ntkit.tracking_importance(running, **arguments)
         with pytest.raises(Refused, match="a run that is running or was killed"):
-            ntkit.tracin(running, TEST, model=arguments[0], data=arguments[1], loss=cross_entropy)
+            ntkit.tracin(running, TEST, **arguments)
         with pytest.raises(Refused, match="a run that is running or was killed"):
             ntkit.InfluenceKernel(model, (X, LABELS), cross_entropy, time=running)
 
@@ -236,7 +240,7 @@ def test_the_surrogate_is_a_fixed_point(outputs, l2, dense, loss, monkeypatch):
     if not dense:
         monkeypatch.setattr(surrogate, "_DENSE", 0)
     K, f = gram(outputs), 3 * network()(X).detach()
-    found = ntkit.surrogate_importance(K, f, loss, l2)
+    found = ntkit.surrogate_importance(K, f, loss=loss, l2=l2)
     flat = K.permute(0, 2, 1, 3).reshape(N * 3, N * 3) if outputs > 1 else torch.kron(K, torch.eye(3, dtype=F64))
     g = (flat @ found.values.reshape(-1)).view(N, 3).requires_grad_()
     if loss == "cross-entropy":
@@ -266,9 +270,9 @@ def test_the_surrogates_minimum_is_below_its_neighbors():
 def test_the_squared_surrogate_is_ridge_regression():
     K, f = gram(), network()(X).detach()
     ridge = ntkit.KernelRidge(N * 0.3).fit(K, f)
-    assert_equal(ntkit.surrogate_importance(K, f, "squared", 0.3).values, ridge.alpha_, 1e-13, "ridge")
+    assert_equal(ntkit.surrogate_importance(K, f, loss="squared", l2=0.3).values, ridge.alpha_, 1e-13, "ridge")
     own = lambda g, f: (g - f).square().sum(1).mean() / 2
-    assert_equal(ntkit.surrogate_importance(K, f, own, 0.3).values, ridge.alpha_, 1e-12, "by Newton's method")
+    assert_equal(ntkit.surrogate_importance(K, f, loss=own, l2=0.3).values, ridge.alpha_, 1e-12, "by Newton's method")
 
 
 @pytest.mark.parametrize(
@@ -320,11 +324,11 @@ def test_scores_are_importance_times_kernel(mode, memory):
     kernel, alpha = ntkit.TangentKernel(network(), mode), drawn(N, 3, seed=6)
     alpha -= alpha.mean(0)
     for output in (0, 2, torch.tensor([0, 1, 2, 1, 0])):
-        found = ntkit.explain(kernel, alpha, X, TEST, output, memory=memory)
+        found = ntkit.explain(kernel, alpha, X, TEST, output=output, memory=memory)
         expected = by_hand(kernel, alpha, torch.as_tensor(output).expand(5))
         assert_equal(found.scores, expected, 1e-13, "scores")
         assert_equal(found.total, expected.sum(1), 1e-13, "total")
-    sums = torch.stack([ntkit.explain(kernel, alpha, X, TEST, c).total for c in range(3)], 1)
+    sums = torch.stack([ntkit.explain(kernel, alpha, X, TEST, output=c).total for c in range(3)], 1)
     assert torch.equal(ntkit.explain(kernel, alpha, X, TEST, memory=memory).outputs, sums.argmax(1))
     assert len(set(sums.argmax(1).tolist())) > 1
 
@@ -334,14 +338,14 @@ def test_scores_permute_with_the_data():
     kernels = (ntkit.TangentKernel(model), ntkit.ConjugateKernel(model))
     for kernel in kernels:
         first, second = (
-            ntkit.explain(kernel, ntkit.target_importance(model, x, y, cross_entropy), x, TEST, 1).scores
+            ntkit.explain(kernel, ntkit.target_importance(model, x, y, cross_entropy), x, TEST, output=1).scores
             for x, y in ((X, LABELS), (X[order], LABELS[order]))
         )
         assert_equal(second, first[:, order], 1e-13, "permuted")
     first, second = (
         ntkit.explain(
             ntkit.InfluenceKernel(model, (x, y), cross_entropy, time=20.0),
-            ntkit.target_importance(model, x, y, cross_entropy), x, TEST, 1,
+            ntkit.target_importance(model, x, y, cross_entropy), x, TEST, output=1,
         ).scores
         for x, y in ((X, LABELS), (X[order], LABELS[order]))
     )  # fmt: skip
@@ -356,7 +360,7 @@ def test_every_kernel_explains():
     kernels = [ntkit.ConjugateKernel(model), ntkit.SketchedKernel(model, 64), ntkit.InfiniteKernel(model)]
     for kernel in (*kernels, lambda a, b: (a @ b.T).exp()):
         for output in (0, 2):
-            found = ntkit.explain(kernel, alpha, X, TEST, output).scores
+            found = ntkit.explain(kernel, alpha, X, TEST, output=output).scores
             assert_equal(found, by_hand(kernel, alpha, [output] * 5), 1e-12, type(kernel).__name__)
 
 
@@ -364,7 +368,7 @@ def test_top_gives_the_largest_scores_and_those_against():
     scores = drawn(4, 6)
     found = ntkit.Explanation(scores)
     for against in (False, True):
-        top = found.top(6, against)
+        top = found.top(6, against=against)
         expected = scores.argsort(1, descending=not against)
         assert torch.equal(top.examples, expected)
         assert torch.equal(top.values, scores.gather(1, expected))
@@ -381,7 +385,7 @@ def test_a_path_decomposition_is_an_explanation():
         assert torch.equal(found.scores, path.of(output))
         assert float(found.residual.abs().max()) < 1e-12
         assert float(found.expected.abs().max()) > 1e-2
-        assert torch.equal(found.top(2).values, path.top(2, output).values)
+        assert torch.equal(found.top(2).values, path.top(2, output=output).values)
     assert found.outputs.tolist() == [2] * 5
 
 
@@ -416,9 +420,11 @@ def test_refusals_of_explain(change, message):
 
 def test_tracin_of_one_checkpoint_is_rate_times_target_times_tangent_kernel():
     model = network()
-    found = ntkit.tracin([(model.state_dict(), 0.3)], TEST, 1, model=network(), data=(X, LABELS), loss=cross_entropy)
+    found = ntkit.tracin(
+        [(model.state_dict(), 0.3)], TEST, output=1, model=network(), data=(X, LABELS), loss=cross_entropy
+    )
     alpha = ntkit.target_importance(model, X, LABELS, cross_entropy)
-    expected = 0.3 * ntkit.explain(ntkit.TangentKernel(model), alpha, X, TEST, 1).scores
+    expected = 0.3 * ntkit.explain(ntkit.TangentKernel(model), alpha, X, TEST, output=1).scores
     assert torch.equal(found.scores, expected)
 
 
@@ -431,10 +437,10 @@ def test_tracin_of_a_run_is_the_sum_over_its_checkpoints():
         run.load(copy, step)
         alpha = ntkit.target_importance(copy, X, LABELS, cross_entropy)
         rate = 0.05 / (1 + min(step, 5))
-        total = total + rate * ntkit.explain(ntkit.TangentKernel(copy), alpha, X, TEST, found.outputs).scores
+        total = total + rate * ntkit.explain(ntkit.TangentKernel(copy), alpha, X, TEST, output=found.outputs).scores
     assert_equal(found.scores, total, 1e-13, "TracIn")
-    few = ntkit.tracin(run, TEST, 0, steps=[0])
-    assert float((few.scores - ntkit.tracin(run, TEST, 0, steps=[0, 6]).scores).abs().max()) > 1e-4
+    few = ntkit.tracin(run, TEST, output=0, steps=[0])
+    assert float((few.scores - ntkit.tracin(run, TEST, output=0, steps=[0, 6]).scores).abs().max()) > 1e-4
 
 
 def test_tracin_of_one_step_is_the_change_of_a_linear_model_by_each_example():
@@ -443,24 +449,24 @@ def test_tracin_of_one_step_is_the_change_of_a_linear_model_by_each_example():
     run = ntkit.train(model, (X, LABELS), cross_entropy, sgd(), steps=1)
     for output in range(3):
         change = (model(TEST).detach() - before)[:, output]
-        assert_equal(ntkit.tracin(run, TEST, output, steps=[0]).total / N, change, 1e-12, "one step")
+        assert_equal(ntkit.tracin(run, TEST, output=output, steps=[0]).total / N, change, 1e-12, "one step")
 
 
 def test_refusals_of_tracin():
     model = network()
     run = ntkit.train(model, (X, LABELS), cross_entropy, sgd(), steps=5)
     extra = {"model": model, "data": (X, LABELS), "loss": cross_entropy}
-    for arguments, message in [
-        (([], TEST), "run: got no checkpoint"),
-        ((3, TEST), "run: got a int"),
-        (([(model.state_dict(), "0.1")], TEST), "eta: got '0.1'"),
-        (([(linear().state_dict(), 0.1)], TEST), "expected the model's parameters and buffers by name"),
-        ((run, TEST, None, [7]), "step 7: got a step that was not recorded"),
-        ((run, TEST, None, []), "run: got no checkpoint"),
-        ((run, TEST, 5), "output: got 5"),
+    for arguments, settings, message in [
+        (([], TEST), {}, "trajectory: got no checkpoint"),
+        ((3, TEST), {}, "trajectory: got a int"),
+        (([(model.state_dict(), "0.1")], TEST), {}, "eta: got '0.1'"),
+        (([(linear().state_dict(), 0.1)], TEST), {}, "expected the model's parameters and buffers by name"),
+        ((run, TEST), {"steps": [7]}, "step 7: got a step that was not recorded"),
+        ((run, TEST), {"steps": []}, "trajectory: got no checkpoint"),
+        ((run, TEST), {"output": 5}, "output: got 5"),
     ]:
         with pytest.raises(Refused) as refused:
-            ntkit.tracin(*arguments, **extra)
+            ntkit.tracin(*arguments, **settings, **extra)
         assert message in str(refused.value)
     with pytest.raises(Refused, match="model, data, loss: got not all of them"):
         ntkit.tracin([(model.state_dict(), 0.1)], TEST)
@@ -479,7 +485,7 @@ def test_axioms_hold_for_importance_times_a_scalar_kernel(output):
     model = network()
     alpha = ntkit.target_importance(model, X, LABELS, cross_entropy)
     for kernel in (ntkit.TangentKernel(model, "trace"), ntkit.ConjugateKernel(model)):
-        found = ntkit.explain(kernel, alpha, X, X, output)
+        found = ntkit.explain(kernel, alpha, X, X, output=output)
         violations = ntkit.check_axioms(found.scores, found.total)
         assert set(violations) == {
             "self-explanation", "symmetric zero", "symmetric cycle", "irreducibility", "efficiency",
@@ -494,7 +500,7 @@ def test_axioms_fail_for_a_path_kernel_and_for_sums_over_checkpoints():
     assert ntkit.check_axioms(path.scores, path.expected)["efficiency"] < 1e-12
     y = drawn(N, 1, seed=8)
     run = ntkit.train(network(1), (X, y), mse_loss, sgd(), steps=30, batch_size=3)
-    first, many = (ntkit.check_axioms(ntkit.tracin(run, X, 0, steps=steps).scores) for steps in ([0], None))
+    first, many = (ntkit.check_axioms(ntkit.tracin(run, X, output=0, steps=steps).scores) for steps in ([0], None))
     assert max(first.values()) < 1e-10  # of one checkpoint and one output: importance times kernel
     assert many["symmetric cycle"] > 1e-2
 
@@ -504,7 +510,8 @@ def test_axioms_fail_where_the_kernel_mixes_outputs():
     model = network()
     alpha = ntkit.target_importance(model, X, LABELS, cross_entropy)
     assert (
-        ntkit.check_axioms(ntkit.explain(ntkit.TangentKernel(model), alpha, X, X, 0).scores)["symmetric cycle"] > 1e-2
+        ntkit.check_axioms(ntkit.explain(ntkit.TangentKernel(model), alpha, X, X, output=0).scores)["symmetric cycle"]
+        > 1e-2
     )
 
 
@@ -553,7 +560,7 @@ def test_refusals_of_axioms():
         ntkit.check_axioms(drawn(2, 3))
     with pytest.raises(Refused, match="scores: got nan"):
         ntkit.check_axioms(torch.full((2, 2), float("nan")))
-    with pytest.raises(Refused, match=r"f: got shape \[3\]"):
+    with pytest.raises(Refused, match=r"expected: got shape \[3\]"):
         ntkit.check_axioms(drawn(2, 2), drawn(3))
 
 
@@ -563,11 +570,13 @@ def test_refusals_of_axioms():
 def test_explainer_has_the_interfaces_of_other_libraries():
     model = network()
     kernel, alpha = ntkit.TangentKernel(model), ntkit.target_importance(model, X, LABELS, cross_entropy)
-    explainer = ntkit.Explainer(lambda x, targets: ntkit.explain(kernel, alpha, X, x, targets), X, LABELS, batch=4)
+    explainer = ntkit.Explainer(
+        lambda x, targets: ntkit.explain(kernel, alpha, X, x, output=targets), X, LABELS, batch_size=4
+    )
     targets = [0, 1, 2, 0, 1]
-    expected = ntkit.explain(kernel, alpha, X, TEST, torch.tensor(targets)).scores
+    expected = ntkit.explain(kernel, alpha, X, TEST, output=torch.tensor(targets)).scores
     assert_equal(explainer.explain(test_data=TEST, targets=targets), expected, 1e-13, "explain")
-    own = ntkit.explain(kernel, alpha, X, X, LABELS).scores.diagonal()
+    own = ntkit.explain(kernel, alpha, X, X, output=LABELS).scores.diagonal()
     assert_equal(explainer.self_influence(batch_size=2), own, 1e-13, "self-influence")
     assert_equal(explainer.self_influence(), own, 1e-13, "self-influence")
     predicted = ntkit.explain(kernel, alpha, X, TEST).scores

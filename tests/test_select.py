@@ -148,7 +148,7 @@ def test_decompositions(case):
 @pytest.mark.parametrize("case", CASES)
 def test_influence(case, optimizer):
     run, other, _, _, (x, y) = trained(case, optimizer)
-    found, expected = (ntkit.influence(one, x, y, checked=1) for one in (run, other))
+    found, expected = (ntkit.influence(one, x, y, checks=1) for one in (run, other))
     close(found.scores, expected.scores, 1e-9)
     assert found.check.error < 1e-3  # finite differences of other runs
     assert found.miss == pytest.approx(expected.miss, rel=1e-6)
@@ -157,7 +157,7 @@ def test_influence(case, optimizer):
 @pytest.mark.parametrize("case", CASES)
 def test_retrainings(case, tmp_path):
     run, other, select, _, (x, y) = trained(case)
-    found = ntkit.Retrainings(run, x, y, folder=tmp_path / "again")
+    found = ntkit.Retrainings(run, x, y, path=tmp_path / "again")
     expected = ntkit.Retrainings(other, x, y)
     close(found.without([[0], [1, 2]]), expected.without([[0], [1, 2]]))
     made = CASES[case][0]
@@ -321,7 +321,7 @@ def test_a_folder_of_another_part_is_refused(tmp_path):
     first, second = (lambda out: out.scores), (lambda out: 1.0 * out.scores)
     decompose = lambda select: ntkit.PathKernel(run, select=select, **options).decompose(x[:1], path=tmp_path / "path")
     track = lambda select: ntkit.track(run, x, y, model=net, k=1, select=select, path=tmp_path / "track")
-    again = lambda select: ntkit.Retrainings(run, x, y, folder=tmp_path / "again", select=select, **options)
+    again = lambda select: ntkit.Retrainings(run, x, y, path=tmp_path / "again", select=select, **options)
     decompose(first)
     track(first)
     again(first).without([[0]])

@@ -62,7 +62,7 @@ def test_lines_hold_the_numbers(objects):
     assert f"eigenvalues=[{N}], {values.min():.4g} to {values.max():.4g}" in repr(shown["spectrum"])
     assert f"error={shown['decomposition'].error:.4g}" in repr(shown["decomposition"])
     assert "12" in repr(shown["path"])
-    head = ntkit.TangentKernel(shown["kernel"]._engine.model, lambda out: out[:, 0], ["0.bias"])
+    head = ntkit.TangentKernel(shown["kernel"]._engine.model, lambda out: out[:, 0], params=["0.bias"])
     assert "16 parameters, outputs=test_lines_hold_the_numbers.<locals>.<lambda>)" in repr(head)
 
 

@@ -284,7 +284,7 @@ def test_float32(name):
     kernel = ntkit.SketchedKernel(model.float(), 16)
     assert kernel(x1, x2).dtype == torch.float32
     assert_equal(kernel(x1, x2), torch.einsum("icm,jdm->ijcd", phi1, phi2), 1e-4, "float32")
-    check_kernel(kernel, x1, x2, 1e-4)
+    check_kernel(kernel, x1, x2, tolerance=1e-4)
 
 
 def test_writes_where_it_is_told():

@@ -314,12 +314,14 @@ def test_alignment_of_full_kernels(centered):
 def test_blocks_do_not_change_the_alignment(monkeypatch, centered):
     (K4, _), (L4, _) = full(7, 2), full(7, 2, seed=1)
     Y = draw(7, 2, seed=2)
-    whole = alignment(K4, L4, centered), alignment(K4, Y, centered)
+    whole = alignment(K4, L4, centered=centered), alignment(K4, Y, centered=centered)
     monkeypatch.setattr(gram_matrix, "BLOCK", 3 * 7 * 4)  # three rows at a time, the last block one row
-    assert (alignment(K4, L4, centered), alignment(K4, Y, centered)) == pytest.approx(whole, rel=1e-13)
+    assert (alignment(K4, L4, centered=centered), alignment(K4, Y, centered=centered)) == pytest.approx(
+        whole, rel=1e-13
+    )
     K4[6, 2, 0, 1] = math.nan
     with pytest.raises(Refused, match=r"nan at index \[6, 2, 0, 1\]"):
-        alignment(K4, Y, centered)
+        alignment(K4, Y, centered=centered)
 
 
 def test_float32_alignment_accumulates_in_float64():

@@ -109,9 +109,9 @@ def test_tiles_that_fail_are_told_at_the_end(cluster, tmp_path, capfd):
 def test_refusals(tmp_path):
     for workers in (0, True, "two"):
         with pytest.raises(Refused, match="workers: got"):
-            ntkit.GramStore.create(tmp_path / "s", kernel(), samples(), workers, tile=TILE)
+            ntkit.GramStore.create(tmp_path / "s", kernel(), samples(), workers=workers, tile=TILE)
     with pytest.raises(Refused, match="workers: got a number and a scheduler"):
-        ntkit.GramStore.create(tmp_path / "s", kernel(), samples(), 2, "tcp://127.0.0.1:1", tile=TILE)
+        ntkit.GramStore.create(tmp_path / "s", kernel(), samples(), workers=2, scheduler="tcp://127.0.0.1:1", tile=TILE)
     assert not (tmp_path / "s").exists()
     with pytest.raises(Refused, match="scheduler: got nonsense://here"):
         ntkit.GramStore.create(tmp_path / "s", kernel(), samples(), scheduler="nonsense://here", tile=TILE)
@@ -124,7 +124,7 @@ def test_copies_that_do_not_fit_into_memory_are_refused(tmp_path, monkeypatch):
     free = 5 * (x.nbytes + 3 * (TILE * TILE * 4 + 4)) - 1
     monkeypatch.setattr("ntkit.gram.tile_work.free_memory", lambda device: free)
     with pytest.raises(Refused, match=r"workers: got 5 x .*Take at most 4 workers\. Give samples as a numpy\.memmap"):
-        ntkit.GramStore.create(tmp_path / "s", kernel(), x, 5, tile=TILE, memory="50 MB")
+        ntkit.GramStore.create(tmp_path / "s", kernel(), x, workers=5, tile=TILE, memory="50 MB")
     assert not list((tmp_path / "s").glob("c/*/*"))
     on_disk = np.load(tmp_path / "x.npy", mmap_mode="r")
     assert tile_workers.copied_bytes(tile_workers.by_file_names(on_disk, samples(18))) == 0

@@ -45,7 +45,7 @@ def test_the_same_bytes_as_from_memory(source, whole, tmp_path):
 
 def test_workers_read_by_themselves(whole, tmp_path):
     pytest.importorskip("distributed")
-    K = ntkit.GramStore.create(tmp_path / "s", kernel(), Rows(), 2, **HOW)
+    K = ntkit.GramStore.create(tmp_path / "s", kernel(), Rows(), workers=2, **HOW)
     assert files_of(K.path) == whole
 
 

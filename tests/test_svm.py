@@ -191,13 +191,13 @@ def test_a_start_changes_the_way_and_not_the_answer(classes):
     earlier = HardMarginSVM().fit(z @ z.T, y)
     cold = HardMarginSVM().fit(K, y)
     for start in (earlier, earlier.alpha_, np.asarray(earlier.alpha_) * 7.0):
-        warm = HardMarginSVM().fit(K, y, start)
+        warm = HardMarginSVM().fit(K, y, start=start)
         assert warm.status_ == "optimal"
         assert warm.gap_ <= 1e-6
         assert warm.iterations_ < cold.iterations_
         torch.testing.assert_close(warm.margin_, cold.margin_, rtol=1e-6, atol=0)
         torch.testing.assert_close(warm.decision_function(K), cold.decision_function(K), rtol=1e-4, atol=1e-6)
-    again = HardMarginSVM().fit(K, y, cold)
+    again = HardMarginSVM().fit(K, y, start=cold)
     assert again.iterations_ == 0
     torch.testing.assert_close(again.alpha_, cold.alpha_, rtol=1e-9, atol=1e-12)
 
@@ -206,7 +206,7 @@ def test_a_start_changes_the_way_and_not_the_answer(classes):
 def test_a_start_of_random_numbers_is_as_good(small_sets, seed):
     x, y = problem(KINDS[seed], seed)
     start = draw(len(y), seed=seed + 7).abs()
-    one, other = HardMarginSVM().fit(x @ x.T, y), HardMarginSVM().fit(x @ x.T, y, start)
+    one, other = HardMarginSVM().fit(x @ x.T, y), HardMarginSVM().fit(x @ x.T, y, start=start)
     assert other.status_ == "optimal"
     torch.testing.assert_close(other.margin_, one.margin_, rtol=1e-6, atol=0)
 
@@ -225,8 +225,8 @@ def test_a_start_for_points_that_cannot_be_separated():
     x = draw(900, 40)
     y, other = torch.sign(x[:, 0] * x[:, 1]), torch.sign(x[:, 2])
     K = x @ x.T
-    assert HardMarginSVM().fit(K, y, HardMarginSVM().fit(K, other)).status_ == "not separable"
-    assert HardMarginSVM().fit(K, other, HardMarginSVM().fit(K, y)).status_ == "optimal"
+    assert HardMarginSVM().fit(K, y, start=HardMarginSVM().fit(K, other)).status_ == "not separable"
+    assert HardMarginSVM().fit(K, other, start=HardMarginSVM().fit(K, y)).status_ == "optimal"
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_start_for_points_that_cannot_be_separated():
 )
 def test_refused_starts(start, message):
     with pytest.raises(Refused, match=message):
-        HardMarginSVM().fit(torch.eye(6), [0, 1] * 3, start)
+        HardMarginSVM().fit(torch.eye(6), [0, 1] * 3, start=start)
 
 
 @pytest.mark.parametrize(("factor", "told"), [(1e-310, "1e-310"), (1e304, "1e+304"), (1.7e308, "inf")])

@@ -310,7 +310,7 @@ def test_resume_after_a_real_kill(tmp_path):
             mse,
             OPTIMIZERS["momentum"],
             9,
-            4,
+            batch_size=4,
             path=tmp_path / name,
             resume=True,
             on_step=lambda step, loss: steps.append(step),
@@ -418,7 +418,7 @@ def test_target_full_batch_stops_at_the_first_step_that_reaches_it():
     losses = train(copy.deepcopy(model), data(), mse, SGD, steps=40).losses
     target = float(losses[17])
     first = int((losses <= target).nonzero()[0])
-    traj = train(model, data(), mse, SGD, steps=40, target=target)
+    traj = train(model, data(), mse, SGD, steps=40, target_loss=target)
     assert 0 < first <= 17
     assert traj.stop == {"reason": "target", "step": first, "loss": float(losses[first])}
     assert traj.steps[-1] == first
@@ -439,7 +439,7 @@ def test_target_minibatch_is_the_whole_loss_in_eval_mode_after_an_epoch():
         after_epoch[step] = mse(reference(x), y).item()
     target = 0.5 * (after_epoch[3] + min(after_epoch.values()))
     first = min(step for step, value in after_epoch.items() if value <= target)
-    traj = train(model, (x, y), mse, SGD, steps=60, batch_size=4, target=target)
+    traj = train(model, (x, y), mse, SGD, steps=60, batch_size=4, target_loss=target)
     assert (traj.stop["reason"], traj.stop["step"]) == ("target", first)
     assert traj.stop["loss"] == pytest.approx(after_epoch[first], rel=1e-12)
     assert same_bits(traj.state(first), free.state(first))
@@ -674,7 +674,7 @@ BAD[7, 0] = float("inf")
         (dict(steps=0), "steps: got 0"),
         (dict(steps=2.0), "steps: got 2.0"),
         (dict(seed=None), "seed: got None"),
-        (dict(target=float("nan")), "target: got nan"),
+        (dict(target_loss=float("nan")), "target_loss: got nan"),
         (dict(batch_size=0), "batch_size: got 0; expected 1 <= batch_size <= 11"),
         (dict(batch_size=12), "batch_size: got 12"),
         (dict(record="logs"), r"record: got 'logs'.*Did you mean log\?"),

@@ -92,7 +92,7 @@ def test_methods_are_their_formulas(tmp_path):
     D = f.sigmoid() * (1 - f.sigmoid())
     C = (train.T * D) @ train / len(train) + methods.DAMPING * torch.eye(train.shape[1])
     close(scores.of("influence function"), sign * (test @ torch.linalg.solve(C, train.T)) * -slope, 1e-3)
-    exact_scores = ntkit.influence(at.run, at.x_test, at.sign, tsai_setting.signed).scores
+    exact_scores = ntkit.influence(at.run, at.x_test, at.sign, measure=tsai_setting.signed).scores
     close(scores.of("exact influence"), exact_scores, 1e-6)
 
 
@@ -133,7 +133,7 @@ def test_a_claim_holds_where_a_method_is_better_and_only_there(tmp_path, better)
 def test_sentences_have_the_words_of_their_sample(shared_data, tmp_path):
     work = Work(TOY, (0,), ["trec"], tmp_path, {"trec": shared_data})
     data = tsai_setting.images_or_tokens(work, tsai_setting.TASKS["TREC description/entity"], 0)
-    full = ntkit.data.load("trec", shared_data, ("description", "entity"), 40, 4, 0)
+    full = ntkit.data.load("trec", data_dir=shared_data, classes=("description", "entity"), train=40, test=4, seed=0)
     for own, whole in zip(data.x_train, full.x_train, strict=True):
         assert data.sentence(own) == full.sentence(whole)
     assert data.tokens == len(full.x_train[full.x_train > 1].unique()) + 2

@@ -329,7 +329,7 @@ def test_samples_and_sizes():
         (lambda: eigenfunctions(len, top, A, A), "kernel: got builtin_function_or_method"),
         (lambda: eigenfunctions(kernel, K, A, A), "spectrum: got Tensor; expected an ntkit Spectrum"),
         (lambda: eigenfunctions(kernel, top, A, A[:0]), "points: got an empty set"),
-        (lambda: eigenfunctions(kernel, top, A, A, batch=0), "batch: got 0"),
+        (lambda: eigenfunctions(kernel, top, A, A, batch_size=0), "batch_size: got 0"),
         (lambda: patterns(torch.ones(3, 1), None), "images: got NoneType"),
         (lambda: bandwidth("waves"), "images: got <U5 values"),
         (lambda: ntkit.grid(0), "side: got 0"),

@@ -162,10 +162,10 @@ def explained(m, tmp):
     modes = [module.training for module in net.modules()]
     scores = ntkit.influence(run, X[:2], Y[:2]).scores
     again = ntkit.Retrainings(run, X[:2], Y[:2])
-    ntkit.leave_one_out(scores, again, [0, 1, 2])
-    ntkit.datamodeling_score(scores, again, 0.5, 3)
+    ntkit.leave_one_out(scores, again, examples=[0, 1, 2])
+    ntkit.datamodeling_score(scores, again, share=0.5, sets=3)
     ntkit.case_deletion(scores, again, shares=(0.2,))
-    ntkit.query_loss_difference(scores, again, 0.2, 2)
+    ntkit.query_loss_difference(scores, again, share=0.2, random_sets=2)
     ntkit.mislabeled(scores[0], Y > 0)
     tangent = ntkit.TangentKernel(net)
     ntkit.explain(tangent, ntkit.tracking_importance(run), X, X[:2])
@@ -247,7 +247,7 @@ CALLS = {
         ntkit.Gram(ntkit.TangentKernel(m, "trace")(X[:4]), ntkit.TangentKernel(m, "trace"), X[:4]).identity
     ),
     "GramStore": stored,
-    "testing": lambda m, tmp: ntkit.testing.check_kernel(ntkit.TangentKernel(m), X[:4], X[:3], 1e-3),
+    "testing": lambda m, tmp: ntkit.testing.check_kernel(ntkit.TangentKernel(m), X[:4], X[:3], tolerance=1e-3),
     "Settings": analysis,
     "analyze": analysis,
     "report": analysis,

@@ -25,7 +25,7 @@ def test_the_gaussian_of_trained_networks(steps, momentum):
     flow = GradientFlow(lr=0.5, momentum=momentum).fit(ntk(x), y)
     outputs: dict[int, list[torch.Tensor]] = {t: [] for t in steps}
     for seed in range(SEEDS):
-        model = widened(small, WIDTH, x, seed).float()  # rounding is far below what 30 networks can tell
+        model = widened(small, WIDTH, x, seed=seed).float()  # rounding is far below what 30 networks can tell
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=momentum)
         for t in range(1, max(steps) + 1):
             optimizer.zero_grad()
@@ -35,7 +35,9 @@ def test_the_gaussian_of_trained_networks(steps, momentum):
                 outputs[t].append(model(x_test.float())[:, 0].detach().double())
     for t in steps:
         limit, found = (
-            flow.ensemble(ntk(x_test, x), nngp(x), nngp(x_test, x), nngp(x_test), t=t),
+            flow.ensemble(
+                ntk(x_test, x), nngp_train=nngp(x), nngp_test_train=nngp(x_test, x), nngp_test_test=nngp(x_test), t=t
+            ),
             torch.stack(outputs[t]),
         )
         z = (found.mean(0) - limit.mean) / (limit.std / math.sqrt(SEEDS))

@@ -77,11 +77,11 @@ def test_monte_carlo_meets_the_closed_form(hidden, expected):
 
 
 def test_standard_errors_are_those_of_the_mean():
-    found = torch.stack([monte_carlo(relu(1), X[:1], width=30, seeds=s)[1][0, 0] for s in (20, 320)])
+    found = torch.stack([monte_carlo(relu(1), X[:1], width=30, seeds=s).standard_error[0, 0] for s in (20, 320)])
     assert 2.5 < float(found[0] / found[1]) < 6.5  # 4
     a, b = (monte_carlo(relu(1), X, width=30, seeds=3) for _ in range(2))
     assert torch.equal(a.mean, b.mean)  # seeded
-    made = [finite_kernel(widened(relu(1), 30, X, seed), X) for seed in range(3)]
+    made = [finite_kernel(widened(relu(1), 30, X, seed=seed), X) for seed in range(3)]
     torch.testing.assert_close(a.mean, torch.stack(made).mean(0), rtol=1e-12, atol=0)
 
 

@@ -14,7 +14,10 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit import probes as probes
     from ntkit import report as report
     from ntkit import testing as testing
+    from ntkit.base.checks import Damaged as Damaged
+    from ntkit.base.checks import NoLimit as NoLimit
     from ntkit.base.checks import Refused as Refused
+    from ntkit.base.checks import Undefined as Undefined
     from ntkit.commands.analyze import analyze as analyze
     from ntkit.commands.settings import Settings as Settings
     from ntkit.explanations.axioms import check_axioms as check_axioms
@@ -29,6 +32,7 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.explanations.importances import TrackingImportance as TrackingImportance
     from ntkit.explanations.importances import target_importance as target_importance
     from ntkit.explanations.importances import tracking_importance as tracking_importance
+    from ntkit.explanations.influence import FiniteDifferences as FiniteDifferences
     from ntkit.explanations.influence import Influence as Influence
     from ntkit.explanations.influence import influence as influence
     from ntkit.explanations.representers import Explainer as Explainer
@@ -39,13 +43,16 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.explanations.tracin import tracin as tracin
     from ntkit.gram.gram_matrix import Gram as Gram
     from ntkit.gram.gram_store import GramStore as GramStore
+    from ntkit.gram.tile_files import BadTile as BadTile
     from ntkit.jacobian.structure import SelfCheckError as SelfCheckError
     from ntkit.kernels.conjugate import ConjugateKernel as ConjugateKernel
     from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel as InfiniteKernel
+    from ntkit.kernels.infinite.sampled import LimitEstimate as LimitEstimate
     from ntkit.kernels.influence_kernel import InfluenceKernel as InfluenceKernel
     from ntkit.kernels.kernel import Kernel as Kernel
     from ntkit.kernels.kernel import KernelOperator as KernelOperator
     from ntkit.kernels.path.decomposition import PathDecomposition as PathDecomposition
+    from ntkit.kernels.path.decomposition import Top as Top
     from ntkit.kernels.path.path_kernel import PathKernel as PathKernel
     from ntkit.kernels.sketch import SketchedKernel as SketchedKernel
     from ntkit.kernels.tangent import TangentKernel as TangentKernel
@@ -56,16 +63,21 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.machines import Posterior as Posterior
     from ntkit.machines.estimators import NTKClassifier as NTKClassifier
     from ntkit.machines.estimators import NTKRegressor as NTKRegressor
+    from ntkit.machines.modes import BestTime as BestTime
+    from ntkit.measures.convergence import Convergence as Convergence
+    from ntkit.measures.convergence import MonteCarlo as MonteCarlo
     from ntkit.measures.convergence import convergence as convergence
     from ntkit.measures.convergence import monte_carlo as monte_carlo
     from ntkit.measures.eigenfunctions import bandwidth as bandwidth
     from ntkit.measures.eigenfunctions import eigenfunctions as eigenfunctions
     from ntkit.measures.eigenfunctions import grid as grid
+    from ntkit.measures.novelty import Novelty as Novelty
     from ntkit.measures.novelty import novelty as novelty
     from ntkit.measures.spectra import Spectrum as Spectrum
     from ntkit.measures.spectra import alignment as alignment
     from ntkit.measures.spectra import effective_rank as effective_rank
     from ntkit.measures.spectra import spectrum as spectrum
+    from ntkit.networks.linearization import Linearized as Linearized
     from ntkit.networks.linearization import linearized as linearized
     from ntkit.networks.parametrization import to_ntk_parametrization as to_ntk_parametrization
     from ntkit.networks.widening import widened as widened
@@ -78,6 +90,7 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.trajectory import load_weights as load_weights
     from ntkit.trajectory import record as record
     from ntkit.trajectory import train as train
+    from ntkit.trajectory.record import Recorder as Recorder
 
 __version__ = "0.1.0"
 
@@ -91,23 +104,18 @@ _NAMES = {
     "ntkit.kernels.sketch": ("SketchedKernel",),
     "ntkit.kernels.infinite.infinite_kernel": ("InfiniteKernel",),
     "ntkit.kernels.influence_kernel": ("InfluenceKernel",),
-    "ntkit.explanations.importances": (
-        "Importance",
-        "TrackingImportance",
-        "target_importance",
-        "tracking_importance",
-    ),
+    "ntkit.explanations.importances": ("Importance", "TrackingImportance", "target_importance", "tracking_importance"),
     "ntkit.explanations.surrogate": ("surrogate_importance",),
     "ntkit.explanations.representers": ("Explainer", "Explanation", "explain"),
     "ntkit.explanations.tracin": ("tracin",),
     "ntkit.explanations.axioms": ("check_axioms",),
     "ntkit.networks.parametrization": ("to_ntk_parametrization",),
     "ntkit.networks.widening": ("widened",),
-    "ntkit.measures.convergence": ("convergence", "monte_carlo"),
-    "ntkit.networks.linearization": ("linearized",),
+    "ntkit.measures.convergence": ("Convergence", "MonteCarlo", "convergence", "monte_carlo"),
+    "ntkit.networks.linearization": ("Linearized", "linearized"),
     "ntkit.machines.estimators": ("NTKClassifier", "NTKRegressor"),
     "ntkit.kernels.path.path_kernel": ("PathKernel",),
-    "ntkit.kernels.path.decomposition": ("PathDecomposition",),
+    "ntkit.kernels.path.decomposition": ("PathDecomposition", "Top"),
     "ntkit.secant.secant_tensor": ("NoSecant",),
     "ntkit.explanations.evaluation": (
         "Deletion",
@@ -118,19 +126,23 @@ _NAMES = {
         "mislabeled",
         "query_loss_difference",
     ),
-    "ntkit.explanations.influence": ("Influence", "influence"),
+    "ntkit.explanations.influence": ("FiniteDifferences", "Influence", "influence"),
     "ntkit.explanations.retrainings": ("Retrainings",),
     "ntkit.machines": ("GaussianProcess", "GradientFlow", "HardMarginSVM", "KernelRidge", "Posterior"),
     "ntkit.measures.spectra": ("Spectrum", "alignment", "effective_rank", "spectrum"),
     "ntkit.probes": ("invariance",),
-    "ntkit.measures.novelty": ("novelty",),
+    "ntkit.measures.novelty": ("Novelty", "novelty"),
     "ntkit.measures.eigenfunctions": ("bandwidth", "eigenfunctions", "grid"),
     "ntkit.trajectory": ("Trajectory", "load_weights", "record", "train"),
     "ntkit.tracking": ("Tracked", "track"),
     "ntkit.studies.study": ("study",),
     "ntkit.commands.analyze": ("analyze",),
     "ntkit.commands.settings": ("Settings",),
-    "ntkit.base.checks": ("Refused",),
+    "ntkit.base.checks": ("Damaged", "NoLimit", "Refused", "Undefined"),
+    "ntkit.machines.modes": ("BestTime",),
+    "ntkit.trajectory.record": ("Recorder",),
+    "ntkit.kernels.infinite.sampled": ("LimitEstimate",),
+    "ntkit.gram.tile_files": ("BadTile",),
     "ntkit": ("data", "probes", "report", "testing"),  # modules that are names themselves
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

@@ -203,7 +203,7 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
     """
     from ntkit.studies import study as run
 
-    folder = run(cast(Any, name), cast(Any, scale), out, say=_say, data_dir=data_dir)
+    folder = run(cast(Any, name), scale=cast(Any, scale), out=out, say=_say, data_dir=data_dir)
     _answer(lambda: _results_of(folder), lambda: tables.print_claims(folder))
 
 

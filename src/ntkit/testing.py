@@ -23,7 +23,7 @@ def assert_equal(got: Tensor, expected: Tensor, relative: float, what: str) -> N
     assert error <= relative * scale, f"{what}: error {error:.3g} > {relative:g} x {scale:.3g}"
 
 
-def check_kernel(kernel: Kernel, x1: Batch, x2: Batch, tolerance: float = 1e-10) -> None:
+def check_kernel(kernel: Kernel, x1: Batch, x2: Batch, *, tolerance: float = 1e-10) -> None:
     """Check the laws of a kernel on two sets of different sizes.
 
     Symmetry; k(x) = k(x, x); k(x1, x2) is the transpose of k(x2, x1); smallest eigenvalue >= -tolerance x largest;

@@ -23,6 +23,8 @@ class Refused(ValueError):
 class Damaged(Refused):
     """A file of a run that is not what was written there: changed, cut off, missing, or of another run."""
 
+    __module__ = "ntkit"
+
 
 class NewerFormat(Refused):
     """A file whose format has a higher number than this version of ntkit reads."""
@@ -31,9 +33,13 @@ class NewerFormat(Refused):
 class Undefined(Refused):
     """A number that the input does not define: a cosine with zero, a ratio of zeros."""
 
+    __module__ = "ntkit"
+
 
 class NoLimit(Refused):
     """A network whose limit of infinite width does not exist, or is not known in closed form."""
+
+    __module__ = "ntkit"
 
 
 def undefined(subject: str, *, got: Any, expected: Any, fix: str) -> Undefined:

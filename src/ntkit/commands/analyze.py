@@ -292,7 +292,7 @@ class _Run:
                 steps=steps,
                 batch_size=batch,
                 seed=s.seed,
-                target=s.target_loss,
+                target_loss=s.target_loss,
                 path=self.folder / "trajectory",
                 resume=(self.folder / "trajectory" / "run.json").exists(),
                 on_step=lambda step, loss: progress.advance(step + 1 - progress.done),

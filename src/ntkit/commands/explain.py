@@ -127,7 +127,7 @@ def _explain(place: Path, opened: _Opened, points: list[Point], run: Path, say: 
     count = sum(map(len, sets.values()))
     say(f"[4 of 4] training again: {count} networks, each without {' or '.join(map(str, sizes))} examples")
     again = Retrainings(
-        opened.trajectory, x, y, points_of.measure_of(data), folder=place / "retrainings", **opened.training
+        opened.trajectory, x, y, measure=points_of.measure_of(data), path=place / "retrainings", **opened.training
     )
     told = points_of.explained(data, points, parts, by_method, along, again, sets)
     results = _results(opened, parts, certificate, told, run)
@@ -280,7 +280,9 @@ def _influence(
             return tensors["scores"], along, json.loads(told["certificate"])
         except (Damaged, LookupError) as error:
             say(f"{error} It is computed again.")
-    result = influence(opened.trajectory, x, y, points_of.measure_of(opened.task.data), steps=True, **opened.training)
+    result = influence(
+        opened.trajectory, x, y, measure=points_of.measure_of(opened.task.data), steps=True, **opened.training
+    )
     certificate = points_of.influence_in_numbers(result)
     shown = points_of.steps_shown(opened.trajectory.stop["step"])
     along = points_of.strongest_along(result.steps or (), result.scores, shown)

@@ -67,14 +67,14 @@ def _explained(
     y = torch.tensor([point.predicted for point in points], device=x.device)
     parts = PathKernel(trajectory, cast(Any, measure), **training).decompose(x, y, steps=True)
     added, added_along = points_of.contributions(parts, steps)
-    found = influence(trajectory, x, y, measure, steps=True, checked=CHECKED, **training)
+    found = influence(trajectory, x, y, measure=measure, steps=True, checks=CHECKED, **training)
     scores: dict[str, Tensor] = {"accounting": added, "influence": found.scores}
     along = {
         "accounting": added_along,
         "influence": points_of.strongest_along(found.steps or (), found.scores, steps),
     }
     sets = points_of.removed_sets(scores, [max(1, min(points_of.SHOWN, len(data.x_train) // 2))], RANDOM_SETS)
-    again = Retrainings(trajectory, x, y, measure, **training)
+    again = Retrainings(trajectory, x, y, measure=measure, **training)
     told = points_of.explained(data, points, parts, scores, along, again, sets)
     result = {
         "steps_shown": steps,

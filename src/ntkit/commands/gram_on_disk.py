@@ -62,7 +62,9 @@ def gram(
     check_folder(out, "--out")
     with code_of_user({"--model": model, "--data": data}):
         kernel, x, _ = kernel_and_samples(model, data, s, say)
-    return GramStore.create(out, kernel, x, s.workers, s.scheduler, s.memory, tile=s.tile, say=say)
+    return GramStore.create(
+        out, kernel, x, workers=s.workers, scheduler=s.scheduler, memory=s.memory, tile=s.tile, say=say
+    )
 
 
 def kernel_and_samples(

@@ -95,7 +95,7 @@ def infinite(
             fix = "Name another folder."
             raise refusal("--out", got=f"{s.out}, which holds another run", expected="a new folder", fix=fix)
         write_json(ensure_folder(s.out) / "run.json", {"settings": record, "versions": versions()})
-    kernels = {kind: InfiniteKernel(network, kind, s.w_std, s.b_std, s.sample) for kind in ("ntk", "nngp")}
+    kernels = {kind: InfiniteKernel(network, kind, s.w_std, s.b_std, sample=s.sample) for kind in ("ntk", "nngp")}
     layers = _layers(kernels["ntk"], sets.x_train[:1])
     sampled = layers[0].startswith("sampled")
     # random networks are compared in their own precision

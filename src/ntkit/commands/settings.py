@@ -73,7 +73,7 @@ class PartOfData:
         from ntkit.data import load
 
         return load(
-            data, self.data_dir, self.classes, self.train, self.test,
+            data, data_dir=self.data_dir, classes=self.classes, train=self.train, test=self.test,
             class_names=self.class_names, task=cast(Any, self.task), target=self.target, resize=self.resize,
         )  # fmt: skip
 
@@ -162,7 +162,7 @@ class Settings(DataSettings):
         model = Path(self.model.rpartition(":")[0] or self.model).stem
         return "-".join([model, Path(self.data).stem, *(self.classes or ())])[:60]
 
-    def named_code(self, changed: bool = False) -> dict[str, str]:
+    def named_code(self, *, changed: bool = False) -> dict[str, str]:
         """Option and name of what may be the user's own code; with `changed` only what differs from the defaults."""
         names = {"--model": self.model, "--data": self.data}
         return {o: n for o, n in names.items() if not changed or n != getattr(Settings, o[2:])}

@@ -141,6 +141,7 @@ class Data:
 def from_tensors(
     train: Pair,
     test: Pair | None = None,
+    *,
     classes: Sequence[str] | None = None,
     name: str = "tensors",
     task: Task | None = None,
@@ -178,6 +179,7 @@ def from_tensors(
 def from_dataset(
     dataset: Dataset[Any] | DataLoader,
     test: Dataset[Any] | DataLoader | None = None,
+    *,
     classes: Sequence[str] | None = None,
     name: str | None = None,
     task: Task | None = None,

@@ -28,11 +28,11 @@ _OFFICIAL = ("digits", "mnist", "cifar10", *TEXT_SETS)
 def load(
     name_or_path: str | Path = "digits",
     data_dir: str | Path | None = None,
+    *,
     classes: Sequence[str | int] | None = None,
     train: int | None = None,
     test: int | None = None,
     seed: int = 0,
-    *,
     class_names: Sequence[str] | None = None,
     task: Task | None = None,
     target: str | Sequence[str] | None = None,

@@ -12,7 +12,7 @@ from ntkit.gram.arrays import Matrix, as_floats, as_matrix, check_finite
 
 
 @own_context()
-def check_axioms(scores: Matrix, f: Matrix | None = None, zero: float = 1e-12) -> dict[str, float]:
+def check_axioms(scores: Matrix, expected: Matrix | None = None, *, zero: float = 1e-12) -> dict[str, float]:
     r"""Largest violation of each axiom of generalized representers, by scores of the training set on itself.
 
     Scores of the form alpha_i K(x_i, x_j), K a positive semidefinite kernel, satisfy all but efficiency, and no other
@@ -23,7 +23,7 @@ def check_axioms(scores: Matrix, f: Matrix | None = None, zero: float = 1e-12) -
     ----------
     scores : [n, n], ``scores[j, i]`` = phi_ij: test points along the rows, as in an `ntkit.Explanation` of the training
         set.
-    f : [n], the values that the scores of each point should sum to, for efficiency.
+    expected : [n], the values f_j that the scores of each point should sum to, for efficiency.
     zero : entries of at most this part of the largest one count as zero.
 
     Returns
@@ -35,13 +35,13 @@ def check_axioms(scores: Matrix, f: Matrix | None = None, zero: float = 1e-12) -
         cycle and along its reverse agree.
         "irreducibility": minus the smallest eigenvalue of c_ij / sqrt(abs(c_ii c_jj)), or 0: its minors must not be
         negative.
-        "efficiency", with f: largest abs(sum_i phi_ij - f_j) over the largest abs(f_j).
+        "efficiency", with `expected`: largest abs(sum_i phi_ij - f_j) over the largest abs(f_j).
         The axiom of continuity in x cannot be seen on a matrix.
 
     Raises
     ------
     Refused
-        For scores that are not a finite square matrix, or an f of another length.
+        For scores that are not a finite square matrix, or expected values of another number.
 
     Examples
     --------
@@ -65,16 +65,16 @@ def check_axioms(scores: Matrix, f: Matrix | None = None, zero: float = 1e-12) -
     result["symmetric cycle"] = float(np.abs(cosine - cosine.T).max(initial=0.0))
     lowest = float(np.linalg.eigvalsh((cosine + cosine.T) / 2)[0]) if len(cosine) else 0.0
     result["irreducibility"] = max(0.0, -lowest)
-    if f is not None:
-        result["efficiency"] = _efficiency(matrix, f)
+    if expected is not None:
+        result["efficiency"] = _efficiency(matrix, expected)
     return result
 
 
-def _efficiency(matrix: Tensor, f: Matrix) -> float:
-    target = check_finite(as_floats(f, "f"), "f").to(matrix)
+def _efficiency(matrix: Tensor, expected: Matrix) -> float:
+    target = check_finite(as_floats(expected, "expected"), "expected").to(matrix)
     if target.shape != (len(matrix),):
         fix = "Pass the output that the scores explain, at each training point."
-        raise refusal("f", got=f"shape {list(target.shape)}", expected=f"[{len(matrix)}]", fix=fix)
+        raise refusal("expected", got=f"shape {list(target.shape)}", expected=f"[{len(matrix)}]", fix=fix)
     gap = float((matrix.sum(1) - target).abs().max())
     return gap / (float(target.abs().max()) or 1.0)
 

@@ -16,7 +16,7 @@ from ntkit.base.shown import Shown
 from ntkit.explanations.retrainings import Retrainings, subsets
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class Evaluation(Shown):
     """How well scores predict what happens to the network, as one number with its error.
 
@@ -49,13 +49,13 @@ class Evaluation(Shown):
         return {"value": self.value, "error": self.error, "ceiling": self.ceiling, "protocol": self.protocol}
 
 
-def leave_one_out(scores: Tensor, again: Retrainings, examples: Sequence[int] | None = None) -> Evaluation:
+def leave_one_out(scores: Tensor, retrainings: Retrainings, *, examples: Sequence[int] | None = None) -> Evaluation:
     """Rank correlation of ``-scores[j, i]`` with the change of measure j when example i alone is left out.
 
     Parameters
     ----------
     scores : [m, n].
-    again : retrainings of the run; the same run without each example, one at a time.
+    retrainings : retrainings of the run; the same run without each example, one at a time.
     examples : which examples are left out; None = all.
 
     Examples
@@ -70,26 +70,26 @@ def leave_one_out(scores: Tensor, again: Retrainings, examples: Sequence[int] | 
     >>> leave_one_out(scores, Retrainings(run, x[:2] + 0.1, y[:2])).value > 0.9
     True
     """
-    scores = _checked(scores, again)
-    chosen = list(range(again.n)) if examples is None else [int(i) for i in examples]
-    outcome = again.without([[i] for i in chosen])
+    scores = _checked(scores, retrainings)
+    chosen = list(range(retrainings.n)) if examples is None else [int(i) for i in examples]
+    outcome = retrainings.without([[i] for i in chosen])
     return _correlation(
         -scores[:, chosen].T,
         outcome,
-        f"each of {len(chosen)} examples left out, the same run; {again.m} test points",
+        f"each of {len(chosen)} examples left out, the same run; {retrainings.m} test points",
     )
 
 
 def datamodeling_score(
-    scores: Tensor, again: Retrainings, fraction: float = 0.5, sets: int = 50, fresh: int = 0, seed: int = 0
+    scores: Tensor, retrainings: Retrainings, *, share: float = 0.5, sets: int = 50, fresh: int = 0, seed: int = 0
 ) -> Evaluation:
     """Linear datamodeling score: how well the sum of the remaining scores ranks what happens without random sets.
 
     Parameters
     ----------
     scores : [m, n].
-    again : retrainings of the run.
-    fraction : share of the examples that is removed.
+    retrainings : retrainings of the run.
+    share : share of the examples that is removed.
     sets : number of random sets.
     fresh : 0: the same run without them. Else the number of fresh runs per set (new initialization and order), whose
         mean is predicted; the ceiling then comes from the correlation between seeds.
@@ -101,11 +101,11 @@ def datamodeling_score(
     All test points share the sets. So the error has two parts, added in squares: that of the draw of test points, and
     that of the draw of sets, by leaving out one set at a time (jackknife).
     """
-    scores = _checked(scores, again)
-    removed = subsets(again.n, fraction, sets, seed)
-    outcome = again.without(removed, fresh)
+    scores = _checked(scores, retrainings)
+    removed = subsets(retrainings.n, share, sets, seed)
+    outcome = retrainings.without(removed, fresh=fresh)
     kind = f"mean of {fresh} fresh runs" if fresh else "the same run"
-    protocol = f"{100 * fraction:g} % of the examples removed, {sets} random sets, {kind}; {again.m} test points"
+    protocol = f"{100 * share:g} % of the examples removed, {sets} random sets, {kind}; {retrainings.m} test points"
     predicted, real = (~removed).double() @ scores.T, outcome.mean(0) if fresh else outcome
     result = _correlation(predicted, real, protocol)
     result.error = math.hypot(result.error, _error_of_rows(predicted, real))
@@ -117,7 +117,7 @@ def datamodeling_score(
     return result
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class Deletion(Shown):
     """What happens to each test point without the examples that an explanation ranks highest, or lowest.
 
@@ -146,7 +146,8 @@ class Deletion(Shown):
 
 def case_deletion(
     scores: Tensor,
-    again: Retrainings,
+    retrainings: Retrainings,
+    *,
     against: bool = False,
     shares: Sequence[float] = (0.02, 0.05, 0.1),
     fresh: int = 0,
@@ -159,7 +160,7 @@ def case_deletion(
     Parameters
     ----------
     scores : [m, n].
-    again : retrainings of the run.
+    retrainings : retrainings of the run.
     shares : shares of the training set that are removed.
     fresh : 0: the same run without them; else the number of fresh runs, of which the mean is taken.
 
@@ -167,46 +168,50 @@ def case_deletion(
     -----
     Tsai, Yeh, Ravikumar 2023 (case deletion diagnostics).
     """
-    scores = _checked(scores, again)
-    counts = [max(1, round(share * again.n)) for share in shares]
-    if not counts or min(shares) <= 0 or max(counts) >= again.n:
+    scores = _checked(scores, retrainings)
+    counts = [max(1, round(share * retrainings.n)) for share in shares]
+    if not counts or min(shares) <= 0 or max(counts) >= retrainings.n:
         expected = "shares above 0 that leave an example"
         raise refusal("shares", got=list(shares), expected=expected, fix="Use e.g. (0.02, 0.05, 0.1).")
     order = scores.argsort(dim=1, descending=not against, stable=True)
-    removed = torch.zeros(again.m, len(counts), again.n, dtype=torch.bool)
+    removed = torch.zeros(retrainings.m, len(counts), retrainings.n, dtype=torch.bool)
     for place, count in enumerate(counts):
         removed[:, place].scatter_(1, order[:, :count], True)
-    outcome = again.without(removed.flatten(0, 1), fresh)
-    outcome = (outcome.mean(0) if fresh else outcome).view(again.m, len(counts), again.m)
-    own = outcome[torch.arange(again.m), :, torch.arange(again.m)]
-    before = again.values
+    outcome = retrainings.without(removed.flatten(0, 1), fresh=fresh)
+    outcome = (outcome.mean(0) if fresh else outcome).view(retrainings.m, len(counts), retrainings.m)
+    own = outcome[torch.arange(retrainings.m), :, torch.arange(retrainings.m)]
+    before = retrainings.values
     if fresh:  # fresh runs are compared with fresh runs on all but as few examples as possible
-        few = again.without(subsets(again.n, 1 / again.n, min(10, again.n)), fresh)
+        few = retrainings.without(subsets(retrainings.n, 1 / retrainings.n, min(10, retrainings.n)), fresh=fresh)
         before = few.mean((0, 1))
     changes = own - before[:, None]
     means = changes.mean(1)
     which = "lowest" if against else "highest"
     kind = f"mean of {fresh} fresh runs" if fresh else "the same run"
     words = ", ".join(f"{100 * share:g}" for share in shares)
-    error = float(means.std() / math.sqrt(again.m)) if again.m > 1 else math.inf
-    protocol = f"{words} % of the examples removed, those with the {which} scores, {kind}; {again.m} test points"
+    error = float(means.std() / math.sqrt(retrainings.m)) if retrainings.m > 1 else math.inf
+    protocol = f"{words} % of the examples removed, those with the {which} scores, {kind}; {retrainings.m} test points"
     return Deletion(list(shares), changes, float(means.mean()), error, protocol)
 
 
-def query_loss_difference(scores: Tensor, again: Retrainings, share: float = 0.01, random_sets: int = 20) -> Evaluation:
+def query_loss_difference(
+    scores: Tensor, retrainings: Retrainings, *, share: float = 0.01, random_sets: int = 20
+) -> Evaluation:
     """Remove the examples that are most helpful to all test points together, and compare with random ones.
 
     For each test point: the measure after removing the `share` with the largest mean scores, minus the mean after
     removing as many at random. With the loss as measure the helpful ones are those with the most negative scores.
     """
-    scores = _checked(scores, again)
-    count = max(1, round(share * again.n))
-    sign = -1.0 if again.measure == "loss" else 1.0
-    chosen = torch.zeros(1, again.n, dtype=torch.bool)
+    scores = _checked(scores, retrainings)
+    count = max(1, round(share * retrainings.n))
+    sign = -1.0 if retrainings.measure == "loss" else 1.0
+    chosen = torch.zeros(1, retrainings.n, dtype=torch.bool)
     chosen[0, (sign * scores.mean(0)).topk(count).indices] = True
-    random = again.without(subsets(again.n, count / again.n, random_sets)).mean(0)
-    by_point = again.without(chosen)[0] - random
-    protocol = f"{100 * share:g} % removed, against {random_sets} random sets, the same run; {again.m} test points"
+    random = retrainings.without(subsets(retrainings.n, count / retrainings.n, random_sets)).mean(0)
+    by_point = retrainings.without(chosen)[0] - random
+    protocol = (
+        f"{100 * share:g} % removed, against {random_sets} random sets, the same run; {retrainings.m} test points"
+    )
     return _mean(by_point, protocol)
 
 
@@ -252,11 +257,11 @@ def mislabeled(suspicion: Tensor, wrong: Tensor) -> Evaluation:
     )
 
 
-def _checked(scores: Tensor, again: Retrainings) -> Tensor:
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != (again.m, again.n):
+def _checked(scores: Tensor, retrainings: Retrainings) -> Tensor:
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != (retrainings.m, retrainings.n):
         got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         fix = "Explain the same test points by the same training examples."
-        raise refusal("scores", got=got, expected=f"({again.m}, {again.n})", fix=fix)
+        raise refusal("scores", got=got, expected=f"({retrainings.m}, {retrainings.n})", fix=fix)
     check_dense(scores, "scores")
     if not bool(torch.isfinite(scores).all()):
         raise refusal(

@@ -27,7 +27,7 @@ _IDLE = Update(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # of a parameter that never h
 _OTHER_WAYS = "Use ntkit.PathKernel(run).decompose(x), which is exact for it, or target_importance."
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class Importance(Shown):
     """One number per training example and output, the same for every test point: alpha in alpha_i K(x_i, x).
 
@@ -52,7 +52,9 @@ class Importance(Shown):
 
 
 @own_context()
-def target_importance(model: nn.Module, x: Inputs, y: Tensor, loss: Loss, select: Select | None = None) -> Importance:
+def target_importance(
+    model: nn.Module, x: Inputs, y: Tensor, loss: Loss, *, select: Select | None = None
+) -> Importance:
     """alpha_i = - d loss_i / d f(x_i) at the model as it is: the target derivative.
 
     Parameters
@@ -206,6 +208,7 @@ class TrackingImportance:
 @no_context()
 def tracking_importance(
     trajectory: Trajectory,
+    *,
     model: nn.Module | None = None,
     data: tuple[Inputs, Tensor] | None = None,
     loss: Callable[[Any, Tensor], Tensor] | None = None,

@@ -37,7 +37,7 @@ _AGREE = 1e-4  # own error of finite differences that are good enough
 _DIRECTION = 0.05  # of the weights in the measurement of metasmoothness
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class FiniteDifferences(Shown):
     """Derivatives by the weights of a few examples, once more: from runs with slightly other weights, in float64.
 
@@ -59,7 +59,7 @@ class FiniteDifferences(Shown):
     step: float
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class Influence(Shown):
     """d measure_j / d weight of training example i: leaving i out changes measure_j by about ``-scores[j, i]``.
 
@@ -130,7 +130,7 @@ class Influence(Shown):
             lines.append(f"{trial.capitalize()}.")
         return "\n".join(lines)
 
-    def top(self, k: int, against: bool = False) -> Top:
+    def top(self, k: int, *, against: bool = False) -> Top:
         """Training examples that raise the measure of each test point most, or that lower it most (`against`)."""
         n = self.scores.shape[1]
         if not isinstance(k, int) or not 1 <= k <= n:
@@ -157,8 +157,9 @@ class Influence(Shown):
 @no_context()
 def influence(
     trajectory: Trajectory,
-    x: Batch,
-    y: Tensor | None = None,
+    x_test: Batch,
+    y_test: Tensor | None = None,
+    *,
     measure: Measure = "margin",
     curvature: Curvature = "hessian",
     at: float = 1.0,
@@ -169,7 +170,7 @@ def influence(
     data: tuple[Inputs, Tensor] | None = None,
     loss: Loss | None = None,
     clip: float | None = None,
-    checked: int = 3,
+    checks: int = 3,
     select: Select | None = None,
 ) -> Influence:
     r"""How the trained network's predictions change with the weight of each training example, exactly.
@@ -187,8 +188,8 @@ def influence(
     ----------
     trajectory : a run that has ended, of `ntkit.train` or `ntkit.record` (with indices), under SGD, Adam or AdamW.
         Steps without a snapshot are replayed.
-    x : m test points.
-    y : their targets: classes for "margin" and "logit" (the predicted ones if None), targets for "loss".
+    x_test : m test points.
+    y_test : their targets: classes for "margin" and "logit" (the predicted ones if None), targets for "loss".
     measure : what is differentiated. "margin": f_y - log sum_{c != y} exp f_c, the log-odds of class y. "loss": the
         run's loss. "logit": f_y, or the only output. Or a callable from outputs (and targets) to one scalar per sample.
     curvature : "hessian" (exact), or "gauss-newton": each step's Hessian without the network's second derivatives.
@@ -199,7 +200,7 @@ def influence(
     memory : bytes that may be taken (or text such as "2 GB"); half of what is free if None. Test points that do not fit
         together (points x parameters numbers) are done in parts, each a sweep over the run.
     model, data, loss, clip : of the run, where `trajectory` was opened from disk.
-    checked : number of examples, those with the largest scores, that are compared with finite differences, at least 1.
+    checks : number of examples, those with the largest scores, that are compared with finite differences, at least 1.
         Each takes two to six runs.
     select : the part of the model's output that the loss and the measure take, as for `ntkit.TangentKernel`.
 
@@ -219,7 +220,7 @@ def influence(
     Notes
     -----
     Time: one to two and a half gradients of a batch per step and test point; for the certificate two runs, and
-    1 + 2 `checked` runs in float64 (up to 1 + 6 `checked` where a step is no good). Memory: two to four times test
+    1 + 2 `checks` runs in float64 (up to 1 + 6 `checks` where a step is no good). Memory: two to four times test
     points x parameters, never training examples x parameters; for the certificate a few copies of the parameters in
     float64 for each run that is in work.
     ReLU and max-pool are differentiated as autograd does.
@@ -246,11 +247,11 @@ def influence(
     if not isinstance(at, (int, float)) or isinstance(at, bool) or not 0 < at < math.inf:
         fix = "Use 1.0 for single examples, 0.5 for halves of the training set."
         raise refusal("at", got=repr(at), expected="a weight > 0", fix=fix)
-    if not isinstance(checked, int) or isinstance(checked, bool) or checked < 1:
+    if not isinstance(checks, int) or isinstance(checks, bool) or checks < 1:
         fix = "1 is the least: scores are never returned without a comparison."
-        raise refusal("checked", got=repr(checked), expected="a number of examples, at least 1", fix=fix)
-    x, y = with_labels(x, y)
-    x = checked_batch(x, "x", infinite=True)
+        raise refusal("checks", got=repr(checks), expected="a number of examples, at least 1", fix=fix)
+    x, y = with_labels(x_test, y_test)
+    x = checked_batch(x, "x_test", infinite=True)
     run = Replay(trajectory, model, data, loss, clip, moments=True, select=select)
     if not run.steps:
         fix = "Train with a lower target, or a smaller learning rate."
@@ -270,7 +271,7 @@ def influence(
         raise refusal("scores", got="values that are not finite", expected="finite derivatives", fix=fix)
     values = torch.cat([values for values, _ in sweeps])
     smooth, miss = _trial(replay, weights.double(), scores, x, of)
-    found = _certificate(Reruns(replay, torch.float64), weights, scores, x, of, checked, smooth)
+    found = _certificate(Reruns(replay, torch.float64), weights, scores, x, of, checks, smooth)
     bound = max(torch.finfo(next(replay.model.parameters()).dtype).eps ** 0.25, 10 * found.own_error)
     if curvature == "hessian" and not found.error <= bound:
         warnings.warn(
@@ -341,10 +342,10 @@ def _trial(replay: Replay, weights: Tensor, scores: Tensor, x: Batch, of: Output
 
 
 def _certificate(
-    reruns: Reruns, weights: Tensor, scores: Tensor, x: Batch, of: OutputMeasure, checked: int, smooth: float
+    reruns: Reruns, weights: Tensor, scores: Tensor, x: Batch, of: OutputMeasure, checks: int, smooth: float
 ) -> FiniteDifferences:
     """Finite differences of the examples with the largest scores, from runs in float64."""
-    examples = scores.norm(dim=0).topk(min(checked, len(weights))).indices
+    examples = scores.norm(dim=0).topk(min(checks, len(weights))).indices
     best: FiniteDifferences | None = None
     middle: Tensor | None = None  # measures of the run itself, the same for all steps
     for step in _STEPS if smooth >= SMOOTH else _SMALL_STEPS:

@@ -42,7 +42,9 @@ class OutputMeasure:
         self._measure, self._loss, self._m = measure, loss, count(x)
         if y is not None and (not isinstance(y, Tensor) or y.dim() == 0 or len(y) != self._m):
             got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise refusal("y", got=got, expected=f"one target per test point, {self._m}", fix="Pass a tensor [m, ...].")
+            raise refusal(
+                "y_test", got=got, expected=f"one target per test point, {self._m}", fix="Pass a tensor [m, ...]."
+            )
         with torch.no_grad():
             outputs = outputs_of(model, x)
         if isinstance(outputs, Tensor) and has_infinity(x):
@@ -50,12 +52,14 @@ class OutputMeasure:
         self.targets, self.name = y, measure if isinstance(measure, str) else getattr(measure, "__name__", "measure")
         if measure == "loss":
             if y is None:
-                raise refusal("y", got="None", expected="targets for the loss", fix="Pass y, or another measure.")
+                raise refusal(
+                    "y_test", got="None", expected="targets for the loss", fix="Pass y_test, or another measure."
+                )
         elif callable(measure):
             if (required_arguments(measure) > 1) != (y is not None):
                 got = "targets" if y is not None else "none"
                 expected = "targets if, and only if, the measure takes two arguments"
-                raise refusal("y", got=got, expected=expected, fix="measure(outputs) or measure(outputs, y).")
+                raise refusal("y_test", got=got, expected=expected, fix="measure(outputs) or measure(outputs, y).")
         else:
             self.targets = self._classes(measure, outputs, y)
         self.values(outputs)
@@ -75,7 +79,7 @@ class OutputMeasure:
         if y.is_floating_point() or y.dim() != 1 or not bool(((y >= 0) & (y < classes)).all()):
             expected = f"classes from 0 to {classes - 1}, int64 [{self._m}]"
             fix = 'For targets that are no classes use measure="loss" or a callable.'
-            raise refusal("y", got=f"{y.dtype} {tuple(y.shape)}", expected=expected, fix=fix)
+            raise refusal("y_test", got=f"{y.dtype} {tuple(y.shape)}", expected=expected, fix=fix)
         return y.to(outputs.device)
 
     @torch.no_grad()

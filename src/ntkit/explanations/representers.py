@@ -25,7 +25,7 @@ from ntkit.trajectory.objective import Inputs
 AnyKernel = Kernel | Callable[[Any, Any], Any]
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class Explanation(Shown):
     """Scores of n training examples for m test points: what each did for the output that is explained.
 
@@ -87,7 +87,7 @@ class Explanation(Shown):
             raise refusal("expected", got="nothing", expected="what the scores should sum to", fix=fix)
         return self.total - self.expected
 
-    def top(self, k: int, against: bool = False) -> Top:
+    def top(self, k: int, *, against: bool = False) -> Top:
         """The k training examples with the largest scores of each test point, or with the most negative (`against`)."""
         n = self.scores.shape[1]
         if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
@@ -103,6 +103,7 @@ def explain(
     importance: Importance | Matrix,
     x_train: Inputs,
     x_test: Inputs,
+    *,
     output: int | Tensor | None = None,
     expected: Matrix | None = None,
     memory: int | str | None = None,
@@ -234,7 +235,7 @@ class Explainer:
     scores : a function of test points and, for each, the output (or class) that is explained (int64 [m], or None) ->
         an `Explanation` or scores [m, n].
     x_train, y_train : the training examples, and the outputs (or classes) to explain them by, for `self_influence`.
-    batch : test points per call of `scores` in `self_influence`.
+    batch_size : test points per call of `scores` in `self_influence`.
 
     Examples
     --------
@@ -252,12 +253,13 @@ class Explainer:
         scores: Callable[[Any, Tensor | None], Explanation | Matrix],
         x_train: Inputs,
         y_train: Tensor | None = None,
-        batch: int = 256,
+        *,
+        batch_size: int = 256,
     ) -> None:
         if not callable(scores):
-            fix = "Pass e.g. lambda x, targets: ntkit.explain(kernel, importance, x_train, x, targets)."
+            fix = "Pass e.g. lambda x, targets: ntkit.explain(kernel, importance, x_train, x, output=targets)."
             raise refusal("scores", got=f"a {type(scores).__name__}", expected="a function of test points", fix=fix)
-        self._scores, self._batch = scores, batch
+        self._scores, self._batch = scores, batch_size
         x_train, y_train = with_labels(x_train, y_train)
         self._train, self._targets = checked(x_train, "x_train", infinite=True), y_train
         if y_train is not None and len(y_train) != count(self._train):

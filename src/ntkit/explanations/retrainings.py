@@ -48,8 +48,8 @@ class Retrainings:
     Parameters
     ----------
     trajectory : the run.
-    x, y, measure : test points, targets and what is measured, as for `ntkit.influence`.
-    folder : results are kept there, and a later call with the same run and test points goes on from them.
+    x_test, y_test, measure : test points, targets and what is measured, as for `ntkit.influence`.
+    path : folder; results are kept there, and a later call with the same run and test points goes on from them.
     make : seed -> a new network; needed for fresh runs.
     model, data, loss, clip : of the run, where `trajectory` was opened from disk.
     select : the part of the model's output that the loss and the measure take, as for `ntkit.TangentKernel`.
@@ -62,7 +62,7 @@ class Retrainings:
     Raises
     ------
     Refused
-        When the run cannot be replayed (see `ntkit.PathKernel`), an argument is invalid, or `folder` holds retrainings
+        When the run cannot be replayed (see `ntkit.PathKernel`), an argument is invalid, or `path` holds retrainings
         of another run, other test points or another measure.
 
     Examples
@@ -80,10 +80,11 @@ class Retrainings:
     def __init__(
         self,
         trajectory: Trajectory,
-        x: Batch,
-        y: Tensor | None = None,
+        x_test: Batch,
+        y_test: Tensor | None = None,
+        *,
         measure: Measure = "margin",
-        folder: str | Path | None = None,
+        path: str | Path | None = None,
         make: Callable[[int], nn.Module] | None = None,
         model: nn.Module | None = None,
         data: tuple[Inputs, Tensor] | None = None,
@@ -91,8 +92,8 @@ class Retrainings:
         clip: float | None = None,
         select: Select | None = None,
     ) -> None:
-        x, y = with_labels(x, y)
-        self._x = checked(x, "x", infinite=True)
+        x, y = with_labels(x_test, y_test)
+        self._x = checked(x, "x_test", infinite=True)
         self._replay = Replay(trajectory, model, data, loss, clip, select=select)
         self._replay.check()
         assign(self._replay.model, self._replay.final(), "the end of the run")
@@ -108,12 +109,12 @@ class Retrainings:
         told = [function_identity(function) for function in functions if callable(function)]
         self._id = fingerprint([run["initial"], run["settings"], points, self._of.name, *told])
         self._known: dict[str, Tensor] = {}
-        self._folder = None if folder is None else Path(folder)
+        self._folder = None if path is None else Path(path)
         if self._folder is not None:
             self._read(ensure_folder(self._folder))
 
     @no_context()
-    def without(self, removed: Tensor | Sequence[Sequence[int]], fresh: int = 0) -> Tensor:
+    def without(self, removed: Tensor | Sequence[Sequence[int]], *, fresh: int = 0) -> Tensor:
         """Measures after training without some examples.
 
         Parameters

@@ -29,7 +29,7 @@ SurrogateLoss = Literal["cross-entropy", "squared"] | Callable[[Tensor, Tensor],
 
 @own_context()
 def surrogate_importance(
-    K: Gram | Matrix, f: Matrix, loss: SurrogateLoss = "cross-entropy", l2: float = 1e-3
+    K: Gram | Matrix, f: Matrix, *, loss: SurrogateLoss = "cross-entropy", l2: float = 1e-3
 ) -> Importance:
     r"""Alpha of the kernel machine nearest to a network, alpha_i = - (1 / (n l2)) dL(g(x_i), f(x_i)) / dg(x_i).
 
@@ -65,7 +65,7 @@ def surrogate_importance(
     Examples
     --------
     >>> K, f = torch.eye(2), torch.tensor([4.0, 2.0])
-    >>> surrogate_importance(K, f, "squared", l2=0.5).values.ravel()
+    >>> surrogate_importance(K, f, loss="squared", l2=0.5).values.ravel()
     tensor([2.0000, 1.0000], dtype=torch.float64)
     """
     if not callable(loss) and loss not in ("cross-entropy", "squared"):

@@ -29,8 +29,9 @@ Checkpoint = tuple[Mapping[str, Tensor], float]
 
 @own_context()
 def tracin(
-    run: Trajectory | Sequence[Checkpoint],
+    trajectory: Trajectory | Sequence[Checkpoint],
     x_test: Inputs,
+    *,
     output: int | Tensor | None = None,
     steps: Iterable[int] | None = None,
     model: nn.Module | None = None,
@@ -48,7 +49,7 @@ def tracin(
 
     Parameters
     ----------
-    run : an `ntkit.Trajectory` that has ended, or a list of (state, eta): parameters by name, and a learning rate.
+    trajectory : a run that has ended, or a list of (state, eta): parameters by name, and a learning rate.
     x_test : m test points.
     output : c: one for all test points, one for each (int64 [m]), or None for the largest at the last checkpoint.
     steps : of a trajectory: the recorded steps that count; by default all of them. eta_t is the learning rate of step t
@@ -81,12 +82,12 @@ def tracin(
     >>> tracin(run, x[:2]).scores.shape
     torch.Size([2, 6])
     """
-    if isinstance(run, Trajectory):
-        model, data, loss, select = training_arguments(run, model, data, loss, select)
-        checked_clip(run.settings, Objective(data, loss), None)
-        checkpoints = _recorded(run, steps)
+    if isinstance(trajectory, Trajectory):
+        model, data, loss, select = training_arguments(trajectory, model, data, loss, select)
+        checked_clip(trajectory.settings, Objective(data, loss), None)
+        checkpoints = _recorded(trajectory, steps)
     else:
-        checkpoints = _given(run, steps)
+        checkpoints = _given(trajectory, steps)
         if model is None or data is None or loss is None:
             fix = "Pass model=, data=(x, y) and loss=: a list of checkpoints does not have them."
             raise refusal("model, data, loss", got="not all of them", expected="all three", fix=fix)
@@ -95,12 +96,12 @@ def tracin(
     assign(network, checkpoints[-1][0], "the last checkpoint")
     last = model_outputs(network, test, select).flatten(1)
     chosen = last.argmax(1).cpu() if output is None else checked_outputs(output, *last.shape)
-    kernel = TangentKernel(network, "full", params, select=select)
+    kernel = TangentKernel(network, "full", params=params, select=select)
     scores: Any = 0.0
     for state, eta in checkpoints:
         assign(network, state, "a checkpoint")
-        alpha = target_importance(network, objective.x, objective.y, loss, select)
-        scores = scores + eta * explain(kernel, alpha, objective.x, test, chosen, memory=memory).scores
+        alpha = target_importance(network, objective.x, objective.y, loss, select=select)
+        scores = scores + eta * explain(kernel, alpha, objective.x, test, output=chosen, memory=memory).scores
     return Explanation(scores, "TracIn", chosen, certificate={"checkpoints": float(len(checkpoints))})
 
 
@@ -120,7 +121,9 @@ def _given(run: Any, steps: Any) -> list[Checkpoint]:
     if not pairs or not all(isinstance(p, (list, tuple)) and len(p) == 2 and isinstance(p[0], Mapping) for p in pairs):
         got = "no checkpoint" if isinstance(run, (list, tuple)) and not pairs else f"a {type(run).__name__}"
         fix = "Pass what ntkit.train returned, or [(model.state_dict(), learning rate), ...]."
-        raise refusal("run", got=got, expected="an ntkit.Trajectory, or a list of (state, learning rate)", fix=fix)
+        raise refusal(
+            "trajectory", got=got, expected="an ntkit.Trajectory, or a list of (state, learning rate)", fix=fix
+        )
     if steps is not None:
         raise refusal(
             "steps", got="steps of a list", expected="steps of a trajectory", fix="Leave them out of the list."

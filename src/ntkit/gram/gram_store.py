@@ -80,10 +80,10 @@ class GramStore(Gram):
         path: str | Path,
         kernel: Kernel | NamedKernel,
         x: Any,
+        *,
         workers: int = 1,
         scheduler: str | None = None,
         memory: int | str | None = None,
-        *,
         tile: int | None = None,
         say: Callable[[str], None] | None = None,
     ) -> GramStore:

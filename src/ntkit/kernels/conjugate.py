@@ -56,7 +56,7 @@ class ConjugateKernel(Kernel):
     _infinite = True
     _computed = "features"
 
-    def __init__(self, model: nn.Module, layer: str | None = None, select: Select | None = None) -> None:
+    def __init__(self, model: nn.Module, layer: str | None = None, *, select: Select | None = None) -> None:
         check_module(model)
         check_select(select)
         self._model, self._select = model, select

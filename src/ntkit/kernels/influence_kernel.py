@@ -88,6 +88,7 @@ class InfluenceKernel(Kernel):
         model: nn.Module,
         data: tuple[Inputs, Tensor],
         loss: Loss,
+        *,
         curvature: Literal["gauss-newton", "hessian"] = "gauss-newton",
         damping: float | None = None,
         time: float | Trajectory | None = None,
@@ -108,8 +109,10 @@ class InfluenceKernel(Kernel):
         self._engine = Engine(model, outputs, params, memory, select=select)
         full = outputs == "full"
         self._full = self._engine if full else Engine(model, "full", params, memory, select=select)
-        self._tangent = TangentKernel(model, outputs, params, memory, select=select)
-        self._tangent_full = self._tangent if full else TangentKernel(model, "full", params, memory, select=select)
+        self._tangent = TangentKernel(model, outputs, params=params, memory=memory, select=select)
+        self._tangent_full = (
+            self._tangent if full else TangentKernel(model, "full", params=params, memory=memory, select=select)
+        )
         self._objective, self._budget = Objective(data, loss), parse_memory(memory)
         self._factor: Tensor | None = None  # k = base Theta + sign G G^T, G = J(x) or K(x, X) times this factor
         self._certificate: dict[str, Any] = {}

@@ -92,6 +92,7 @@ class SketchedKernel(Kernel):
         self,
         model: nn.Module,
         dim: int,
+        *,
         seed: int = 0,
         outputs: Outputs = "full",
         params: Params = None,

@@ -67,6 +67,7 @@ class TangentKernel(Kernel):
         self,
         model: nn.Module,
         outputs: Outputs = "full",
+        *,
         params: Params = None,
         memory: int | str | None = None,
         routes: Mapping[str, Route] | None = None,

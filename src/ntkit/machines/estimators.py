@@ -45,6 +45,7 @@ class _Estimator(BaseEstimator):
     def __init__(
         self,
         model: Any = None,
+        *,
         depth: int = 3,
         w_std: float | None = 2**0.5,
         b_std: float | None = 0.1,

@@ -101,7 +101,9 @@ class GradientFlow(Machine):
     max_learning_rate_: float
     residual_: float
 
-    def __init__(self, lr: float | None = None, momentum: float = 0.0, loss: Loss | None = None, k: int | None = None):
+    def __init__(
+        self, lr: float | None = None, *, momentum: float = 0.0, loss: Loss | None = None, k: int | None = None
+    ):
         rate = None
         if lr is not None:
             expected = "a learning rate > 0, or None"
@@ -120,11 +122,11 @@ class GradientFlow(Machine):
         if k is not None and (heavy or loss is not None):
             got = "momentum" if heavy else "a loss"
             raise refusal("k", got=got, expected="the quadratic cost without momentum", fix=f"Leave out k= or {got}.")
-        self.lr, self.momentum, self.loss_fn, self.k = lr, momentum, loss, k
+        self.lr, self.momentum, self.loss, self.k = lr, momentum, loss, k
         self._lr, self._momentum = rate, heavy
         self._start: Tensor | None = None
 
-    def fit(self, K: Gram | Matrix | KernelOperator, y: Any, initial: Matrix | None = None) -> GradientFlow:
+    def fit(self, K: Gram | Matrix | KernelOperator, y: Any, *, initial: Matrix | None = None) -> GradientFlow:
         """Fit on K, [n, n] symmetric, targets y, [n] or [n, C], and the outputs at t = 0 (of y's shape; 0 if None).
 
         With `k`, K may be ``kernel.operator(x)``.
@@ -142,12 +144,12 @@ class GradientFlow(Machine):
         y_ = as_tensor(y, "y")
         check_length(torch.atleast_1d(y_), n)
         shape = list(y_.shape)
-        if self.loss_fn is None or y_.is_floating_point():
+        if self.loss is None or y_.is_floating_point():
             y_ = as_targets(y_, "y", n, "Pass [n] or [n, C] targets.")
         y_ = y_.to(gram.device)
         start = torch.zeros(shape, dtype=torch.float64)
         if initial is not None:
-            expected = shape if self.loss_fn is None else None
+            expected = shape if self.loss is None else None
             start = as_targets(initial, "initial", n, "Pass the outputs on the training points.", expected)
         start = start.to(gram.device)
         modes = decomposed(K, gram, self.k)
@@ -169,18 +171,18 @@ class GradientFlow(Machine):
             self.advice_ = (
                 f"lr = {self._lr:g} diverges: use one below max_learning_rate_ = {self.max_learning_rate_:g}."
             )
-        if self.loss_fn is not None:
-            value, slope = gradient(self.loss_fn, start, y_)
+        if self.loss is not None:
+            value, slope = gradient(self.loss, start, y_)
             if not (torch.isfinite(value) and torch.isfinite(slope).all()):
                 raise refusal("loss", got="no finite value", expected="one at the initial outputs", fix="Look at y.")
-        self._matrix = None if self.loss_fn is None else gram.dense()  # not the user's memory, which may change
+        self._matrix = None if self.loss is None else gram.dense()  # not the user's memory, which may change
         self._y, self._start, self._zero_mean = y_, start, initial is None
         self._rates = values.where(values > self.noise_, 0.0)
         self._vectors = vectors
         # a mode that counts as 0 still moves test points a little; beyond this time only its rounding would grow
         self._longest = (self.noise_ * top) ** -0.5 if top > 0 else 0.0
         self._tail = None
-        if self.loss_fn is None:
+        if self.loss is None:
             gap = self._columns(start - y_)
             self._gap = vectors.T @ gap
             if modes.trace is not None:
@@ -192,7 +194,7 @@ class GradientFlow(Machine):
         return self
 
     def predict(
-        self, K_test: AnyMatrix, t: ArrayLike | Tensor = float("inf"), initial: Matrix | None = None
+        self, K_test: AnyMatrix, t: ArrayLike | Tensor = float("inf"), *, initial: Matrix | None = None
     ) -> AnyMatrix:
         """Return f_t at test points, [m] or [m, C], from K_test = k(x_test, x_train), [m, n].
 
@@ -240,20 +242,20 @@ class GradientFlow(Machine):
         times, single = self._times(t)
         return self._shaped(self._left(times), single, self.eigenvalues_)
 
-    def loss(self, t: ArrayLike | Tensor) -> Any:
+    def cost(self, t: ArrayLike | Tensor) -> Any:
         """Return the cost C(f_t), or the loss given: a float, or [T] for several times. Raises as `predict`."""
         start = self._fitted()
         times, single = self._times(t)
-        if self.loss_fn is None or self._matrix is None:
+        if self.loss is None or self._matrix is None:
             left = self._left(times).square().sum((1, 2))
             left = left if self._tail is None else left + self._tail.left(times).square().sum((1, 2))
             costs = left / (2 * len(start))
         else:
             outputs = self._columns(start) + self._matrix @ self._dual(times)
-            costs = torch.stack([gradient(self.loss_fn, f.reshape(start.shape), self._y)[0] for f in outputs])
+            costs = torch.stack([gradient(self.loss, f.reshape(start.shape), self._y)[0] for f in outputs])
         return costs[0].item() if single else same_kind(costs, self.eigenvalues_)
 
-    def best_time(self, K_val: Matrix, y_val: Matrix, initial_val: Matrix | None = None) -> BestTime:
+    def best_time(self, K_val: Matrix, y_val: Matrix, *, initial_val: Matrix | None = None) -> BestTime:
         """Find the time at which to stop: where the error on validation points is smallest along the flow.
 
         Looks at t = 0, at times in geometric progression from a thousandth of the fastest mode's to 40 times the
@@ -314,7 +316,8 @@ class GradientFlow(Machine):
 
     def ensemble(
         self,
-        T_test: AnyMatrix,
+        K_test: AnyMatrix,
+        *,
         nngp_train: Gram | Matrix,
         nngp_test_train: Matrix,
         nngp_test_test: Gram | Matrix,
@@ -329,7 +332,7 @@ class GradientFlow(Machine):
 
         Parameters
         ----------
-        T_test : tangent kernel of test and training points, [m, n].
+        K_test : tangent kernel of test and training points, [m, n], as in `predict`.
         nngp_train, nngp_test_train, nngp_test_test : NNGP kernel, [n, n], [m, n], and [m, m] or its diagonal [m].
         t : one time; inf for networks trained to the end.
 
@@ -345,8 +348,9 @@ class GradientFlow(Machine):
 
         Examples
         --------
-        >>> flow = GradientFlow().fit(torch.eye(2), torch.tensor([1.0, 2.0]))
-        >>> flow.ensemble(torch.eye(2), torch.eye(2), torch.eye(2), torch.eye(2), t=float("inf")).std.tolist()
+        >>> one = torch.eye(2)
+        >>> flow = GradientFlow().fit(one, torch.tensor([1.0, 2.0]))
+        >>> flow.ensemble(one, nngp_train=one, nngp_test_train=one, nngp_test_test=one, t=float("inf")).std.tolist()
         [0.0, 0.0]
         """
         start = self._fitted()
@@ -358,12 +362,12 @@ class GradientFlow(Machine):
         if not single or not self._zero_mean:
             got, fix = ("initial outputs", "Fit without initial=.") if single else ("several times", "Pass one time.")
             raise refusal("ensemble", got=got, expected="one time, and random initial outputs", fix=fix)
-        matrix = as_test_matrix(T_test, len(start), start, "T_test")
+        matrix = as_test_matrix(K_test, len(start), start, "K_test")
         _, phi = self._filters(times)
         weights = (float64_product(matrix, self._vectors) * phi[0] / len(start)) @ self._vectors.T
         covariance = trained_covariance(nngp_train, nngp_test_train, nngp_test_test, weights)
-        mean = self._shaped((weights @ self._columns(self._y))[None], True, T_test)
-        return Posterior(mean, same_kind(covariance, T_test))
+        mean = self._shaped((weights @ self._columns(self._y))[None], True, K_test)
+        return Posterior(mean, same_kind(covariance, K_test))
 
     # ------------------------------------------------------------------ one eigenvalue at a time
 
@@ -379,12 +383,12 @@ class GradientFlow(Machine):
     def _dual(self, times: Tensor) -> Tensor:
         """a_t with f_t(x) = f_0(x) + k(x, X) a_t, [T, n, C]."""
         start = self._fitted()
-        if self.loss_fn is None or self._matrix is None:
+        if self.loss is None or self._matrix is None:
             moved = self._vectors @ (self._filters(times)[1][:, :, None] * self._gap)
             if self._tail is not None:
                 moved += torch.einsum("td,dnc->tnc", self._tail.done(times), self._tail.blocks)
             return moved / -len(start)
-        descent = descend(self._matrix, self.loss_fn, self._y, start, times)
+        descent = descend(self._matrix, self.loss, self._y, start, times)
         self.residual_, self.status_, self.advice_ = descent.residual, descent.status, descent.advice
         return descent.dual.reshape(len(times), len(start), -1)
 
@@ -392,7 +396,7 @@ class GradientFlow(Machine):
 
     def _times(self, t: ArrayLike | Tensor) -> tuple[Tensor, bool]:
         """The times, [T], on the machine's device, and whether it was a single number."""
-        return as_times(t, self._lr is not None, self.loss_fn is not None, self._fitted().device)
+        return as_times(t, self._lr is not None, self.loss is not None, self._fitted().device)
 
     def _fitted(self) -> Tensor:
         if self._start is None:
@@ -400,7 +404,7 @@ class GradientFlow(Machine):
         return self._start
 
     def _quadratic(self, name: str) -> None:
-        if self.loss_fn is not None:
+        if self.loss is not None:
             raise refusal(name, got="a flow with loss=", expected="the quadratic cost", fix="Leave out loss=.")
 
     def _columns(self, values: Tensor) -> Tensor:

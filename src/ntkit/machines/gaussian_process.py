@@ -261,8 +261,8 @@ def trained_covariance(
     cross = as_test_matrix(nngp_test_train, n, weights, "nngp_test_train")
     prior = as_prior(nngp_test_test, m, "nngp_test_test").to(weights.device)
     if len(cross) != m:
-        got, expected = f"{len(cross)} rows", f"{m}, as T_test"
-        raise refusal("nngp_test_train", got=got, expected=expected, fix="Use the test points of T_test.")
+        got, expected = f"{len(cross)} rows", f"{m}, as K_test"
+        raise refusal("nngp_test_train", got=got, expected=expected, fix="Use the test points of K_test.")
     half = (own @ weights.T).T.to(weights.device) / 2 - cross
     if prior.ndim == 1:
         return prior + 2 * (half * weights).sum(1)

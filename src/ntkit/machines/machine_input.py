@@ -27,8 +27,7 @@ class Machine:
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the settings, as given, by name. `deep` is there for scikit-learn: no setting has settings."""
-        state = vars(self)
-        return {n: state.get(n, state.get(f"{n}_fn")) for n in inspect.signature(type(self)).parameters}
+        return {n: getattr(self, n) for n in inspect.signature(type(self)).parameters}
 
     def set_params(self, **params: Any) -> Self:
         """Change settings by name; what was fitted is forgotten.

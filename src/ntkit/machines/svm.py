@@ -89,7 +89,7 @@ class HardMarginSVM(Machine):
 
     @own_context()  # its many small operations in one thread each; problems are shared out among workers
     def fit(
-        self, K: Gram | Matrix | KernelOperator, y: Any, start: HardMarginSVM | Matrix | None = None
+        self, K: Gram | Matrix | KernelOperator, y: Any, *, start: HardMarginSVM | Matrix | None = None
     ) -> HardMarginSVM:
         """Fit on K, [n, n] symmetric, or ``kernel.operator(x)``, and labels y, [n] with at least two distinct values.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +34,15 @@ _SEEDS = 100_000  # seeds reserved for each width: no two widths share a network
 _AGREES = 3.0  # largest distance of the mean from the limit, in Monte-Carlo errors
 
 
-class MonteCarlo(NamedTuple):
-    """Mean of random networks' kernels, and its standard error, entry by entry: [n1, n2] float64."""
+@dataclass(frozen=True, eq=False, repr=False)
+class MonteCarlo(Shown):
+    """Random networks' kernels, entry by entry: see `monte_carlo`.
+
+    Attributes
+    ----------
+    mean : [n1, n2], float64, the mean over the networks.
+    standard_error : [n1, n2], float64, of the mean.
+    """
 
     mean: Tensor
     standard_error: Tensor
@@ -223,7 +230,7 @@ def monte_carlo(
 
 
 def convergence(
-    model: nn.Module, x: Tensor, widths: Sequence[int] = (64, 128, 256, 512), seeds: int = 10, kind: Kind = "ntk"
+    model: nn.Module, x: Tensor, *, widths: Sequence[int] = (64, 128, 256, 512), seeds: int = 10, kind: Kind = "ntk"
 ) -> Convergence:
     """Measure how fast the kernel of a random network tends to `ntkit.InfiniteKernel` as its width n grows.
 

@@ -33,7 +33,7 @@ def grid(side: int, low: float = -1.0, high: float = 1.0) -> Tensor:
     return torch.stack([x.flatten(), y.flatten()], 1)
 
 
-def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, batch: int = 1024) -> Tensor:
+def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, *, batch_size: int = 1024) -> Tensor:
     """Nystrom extension in tiles: v_i(p) = (1 / lambda_i) sum_j k(p, x_j) v_i[j], on many points.
 
     A slice of the kernel, k(x_0, .) on a grid, needs no function: it is ``kernel(x_0[None], points)[0]``.
@@ -42,7 +42,7 @@ def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, 
     ----------
     kernel : the kernel whose Gram matrix on `x` gave `spectrum`.
     points : m points to evaluate at; on the training points the result is the eigenvectors.
-    batch : points at a time: memory is batch x n.
+    batch_size : points at a time: memory is batch_size x n.
 
     Returns
     -------
@@ -64,19 +64,21 @@ def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, 
     >>> x = torch.randn(7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     >>> kernel = ntkit.TangentKernel(torch.nn.Linear(2, 1).double(), "trace")
     >>> top = ntkit.spectrum(kernel(x), k=3)
-    >>> torch.allclose(eigenfunctions(kernel, top, x, x, batch=3), top.eigenvectors)
+    >>> torch.allclose(eigenfunctions(kernel, top, x, x, batch_size=3), top.eigenvectors)
     True
     """
     for name, value, kind in (("kernel", kernel, Kernel), ("spectrum", spectrum, Spectrum)):
         if not isinstance(value, kind):
             fix = "Pass e.g. ntkit.TangentKernel(model, 'trace') and ntkit.spectrum(kernel(x), k=3)."
             raise refusal(name, got=type(value).__name__, expected=f"an ntkit {kind.__name__}", fix=fix)
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise refusal("batch", got=repr(batch)[:80], expected="an integer >= 1", fix="It is the points at a time.")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise refusal(
+            "batch_size", got=repr(batch_size)[:80], expected="an integer >= 1", fix="It is the points at a time."
+        )
     points = checked(in_memory(points), "points")
     parts = [
-        spectrum.extend(kernel(take(points, slice(start, start + batch)), x))
-        for start in range(0, count(points), batch)
+        spectrum.extend(kernel(take(points, slice(start, start + batch_size)), x))
+        for start in range(0, count(points), batch_size)
     ]
     return torch.cat(parts)
 

@@ -46,7 +46,9 @@ class Novelty(Shown):
     floor: float
 
 
-def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None, batch: int = 1024) -> Novelty:
+def novelty(
+    kernel: Kernel, x_train: Batch, x_test: Batch, *, ridge: float | None = None, batch_size: int = 1024
+) -> Novelty:
     """Score how novel samples are: their gradient's part outside the training gradients, and the posterior deviation.
 
     With K = k(x_train), k_x = k(x, x_train):
@@ -62,10 +64,10 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None
     kernel : any kernel that gives one number per pair, [n, n]: ``outputs="trace"`` (gradients of all outputs as one
         vector) or a callable. `TangentKernel` after training, `PathKernel` for the whole run, `ConjugateKernel`.
     x_train : n training samples; their [n, n] Gram matrix and its eigenpairs are computed.
-    x : m samples.
+    x_test : m samples.
     ridge : variance of the noise, added to the diagonal of K: an absolute number in the units of K, as for
         `KernelRidge`. None = 1e-4 of K's mean diagonal. `outside` does not depend on it.
-    batch : samples at a time: memory is batch x n.
+    batch_size : samples at a time: memory is batch_size x n.
 
     Returns
     -------
@@ -104,11 +106,14 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None
     if ridge is not None:
         expected = "a finite number >= 0, or None"
         ridge = as_number(ridge, "ridge", lambda r: 0 <= r < math.inf, expected, "None = 1e-4 of K's size.")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise refusal(
-            "batch", got=repr(batch), expected="an integer >= 1", fix="It is the number of samples in memory at a time."
+            "batch_size",
+            got=repr(batch_size),
+            expected="an integer >= 1",
+            fix="It is the number of samples in memory at a time.",
         )
-    x_train, x = checked(in_memory(x_train), "x_train"), checked(in_memory(x), "x")
+    x_train, x = checked(in_memory(x_train), "x_train"), checked(in_memory(x_test), "x_test")
     K = kernel(x_train)
     if K.dim() != 2:
         got = f"values of shape {tuple(K.shape)}"
@@ -123,8 +128,8 @@ def novelty(kernel: Kernel, x_train: Batch, x: Batch, ridge: float | None = None
     shifted = values.clamp(min=0) + added
     inverse_shifted = torch.where(shifted > pairs.noise, 1 / shifted, 0.0)
     parts = []
-    for start in range(0, count(x), batch):
-        part = take(x, slice(start, start + batch))
+    for start in range(0, count(x), batch_size):
+        part = take(x, slice(start, start + batch_size))
         k_x, own = kernel(part, x_train).double(), kernel.diagonal(part).double()
         squares = (k_x @ vectors) ** 2
         residual = k_x @ vectors * inverse_shifted @ vectors.T

@@ -258,7 +258,7 @@ def effective_rank(K: Gram | Matrix | Operator) -> float:
     return top.trace / largest
 
 
-def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, centered: bool = False) -> float:
+def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, *, centered: bool = False) -> float:
     """Cosine between two kernels, or between a kernel and its targets: ``<K1, K2>_F / (|K1|_F |K2|_F)``.
 
     Accumulated in float64 over blocks of rows: no Gram matrix is copied.

@@ -18,7 +18,7 @@ from ntkit.networks.paired_runs import reached
 from ntkit.networks.parametrization import LAYERS, NORMS, Scaled, fan_in, fan_out, plain, stds
 
 
-def widened(model: nn.Module, width: int, example: Tensor, seed: int = 0) -> nn.Module:
+def widened(model: nn.Module, width: int, example: Tensor, *, seed: int = 0) -> nn.Module:
     """Network of the same architecture whose hidden layers all have `width` features, newly initialized.
 
     The inputs of the first weight layers and the outputs of the last do not change; every other ``Linear`` has `width`

@@ -41,6 +41,7 @@ Item = dict[str, Any]
 
 def study(
     name: Literal["jacot2018", "kopitkov2019", "long2021", "bell2023", "tsai2023"],
+    *,
     scale: Literal["quick", "paper"] = "quick",
     out: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,

@@ -31,6 +31,7 @@ def record(
     model: nn.Module,
     optimizer: Optimizer,
     path: str | Path,
+    *,
     record: SnapshotSteps = "log",
     budget: int | str | None = None,
     resume: bool = False,
@@ -97,7 +98,7 @@ def record(
     ([0, 1, 2, 3, 4, 6], tensor([3, 4]), tensor([0.1000], dtype=torch.float64))
     >>> folder.cleanup()
     """
-    return Recorder(model, optimizer, path, record, budget, resume)
+    return Recorder(model, optimizer, path, record, budget, resume=resume)
 
 
 class Recorder:
@@ -110,6 +111,7 @@ class Recorder:
         path: str | Path,
         record: SnapshotSteps,
         budget: int | str | None,
+        *,
         resume: bool = False,
         checkpoints: bool = True,  # False where a framework runs the loop: it resumes from its own checkpoints
     ) -> None:

@@ -38,11 +38,12 @@ def train(
     loss: Loss,
     optimizer: Callable[[list[nn.Parameter]], Optimizer],
     steps: int,
+    *,
     batch_size: int | None = None,
     record: SnapshotSteps = "log",
     seed: int = 0,
     path: str | Path | None = None,
-    target: float | None = None,
+    target_loss: float | None = None,
     resume: bool = False,
     on_step: Callable[[int, float], None] | None = None,
     schedule: Callable[[int], float] | None = None,
@@ -72,8 +73,8 @@ def train(
         n-th), a list, or a function step -> bool. The first and the last are always recorded.
     seed : seed of batches and of torch's random numbers during training.
     path : folder to write; None = a temporary one that lives as long as the Trajectory.
-    target : stop once the training loss is <= target: the loss of each step for full batch, else the loss over all
-        rows in eval mode at the end of each epoch.
+    target_loss : stop once the training loss is at most this: the loss of each step for full batch, else the loss
+        over all rows in eval mode at the end of each epoch.
     resume : continue the run in `path` from its last checkpoint (at most about 10 s before it was killed, or 20 times
         the time that a checkpoint takes to write), whatever the values of the model's parameters. A run that has ended
         is loaded. A folder without a run gets a new one. A run with a damaged or missing file starts from the
@@ -110,13 +111,13 @@ def train(
     >>> x = torch.linspace(-1, 1, 5)[:, None]
     >>> model = torch.nn.Linear(1, 1)
     >>> sgd = lambda params: torch.optim.SGD(params, lr=0.5)
-    >>> traj = train(model, (x, 2 * x), torch.nn.functional.mse_loss, sgd, steps=500, batch_size=2, target=1e-4)
+    >>> traj = train(model, (x, 2 * x), torch.nn.functional.mse_loss, sgd, steps=500, batch_size=2, target_loss=1e-4)
     >>> traj.stop["reason"], round(model.weight.item(), 1)
     ('target', 2.0)
     """
     check_module(model, fix="Pass the network to train.")
     objective = Objective(data, loss, select)
-    _check_numbers(steps, seed, target, clip, batch_size, objective.n)
+    _check_numbers(steps, seed, target_loss, clip, batch_size, objective.n)
     recorded = snapshot_steps(record, steps)
     opt = _new_optimizer(optimizer, model)
     rates = RateSchedule(opt, schedule)
@@ -125,7 +126,7 @@ def train(
         "batch_size": batch_size,
         "record": record if isinstance(record, (str, int)) else sorted(recorded),
         "seed": seed,
-        "target": target,
+        "target": target_loss,
         "schedule": schedule and getattr(schedule, "__qualname__", type(schedule).__qualname__),
         "clip": None if clip is None else float(clip),
         "loss": loss_name(loss),
@@ -222,7 +223,7 @@ def _check_numbers(
     if not _is_integer(seed):
         raise refusal("seed", got=repr(seed), expected="an integer", fix="Pass e.g. seed=0.")
     if target is not None and not math.isfinite(target):
-        raise refusal("target", got=target, expected="a finite loss or None", fix="None = take all the steps.")
+        raise refusal("target_loss", got=target, expected="a finite loss or None", fix="None = take all the steps.")
     if batch_size is not None and (not _is_integer(batch_size) or not 1 <= batch_size <= n):
         expected = f"1 <= batch_size <= {n} rows, or None"
         raise refusal("batch_size", got=batch_size, expected=expected, fix="None = full batch.")

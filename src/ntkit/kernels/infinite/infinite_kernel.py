@@ -131,6 +131,7 @@ class InfiniteKernel(Kernel):
         kind: Kind = "ntk",
         w_std: Std | None = None,
         b_std: Std | None = None,
+        *,
         sample: int | None = None,
         make: Make | None = None,
     ) -> None:

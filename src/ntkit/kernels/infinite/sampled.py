@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
+from ntkit.base.shown import Shown
 from ntkit.jacobian.forwards import inputs_of_last_linear, raw_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.larger_copies import LargerCopy, Make, hidden_width, larger_copy
@@ -21,9 +23,12 @@ _ERRORS = 3.0  # a bias of more standard errors than this is reported
 _SEEDS = 100_000  # seeds kept for each width: no two widths share a network
 
 
-class LimitEstimate(NamedTuple):
-    """A limit estimated from random networks, entry by entry: [n1, n2] each.
+@dataclass(frozen=True, eq=False, repr=False)
+class LimitEstimate(Shown):
+    """A limit estimated from random networks, entry by entry: [n1, n2] each. See `InfiniteKernel.estimate`.
 
+    Attributes
+    ----------
     mean, standard_error : over the networks.
     bias : mean of the networks minus that of networks half as wide; what is left of it is of the same size or smaller.
     bias_error : its standard error.
@@ -173,7 +178,7 @@ class WeightedKernel:
         for name in _used(larger.network, trained, example):
             if larger.laws[name].factor:
                 by_factor.setdefault(larger.laws[name].factor, []).append(name)
-        self._parts = [(f**2, TangentKernel(larger.network, "trace", names)) for f, names in by_factor.items()]
+        self._parts = [(f**2, TangentKernel(larger.network, "trace", params=names)) for f, names in by_factor.items()]
 
     def gram(self, x1: Any, x2: Any | None) -> Tensor:
         """Values for all pairs, [n1, n2]."""

@@ -28,7 +28,7 @@ class StepShare(NamedTuple):
     values: Tensor
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class PathDecomposition(Shown):
     """f_S(x) = initial + sum_i contributions_i + regularization, up to the residual: per test point and output.
 
@@ -64,7 +64,7 @@ class PathDecomposition(Shown):
         scale = torch.maximum(self.prediction.abs().max(), self.initial.abs().max())
         return float(self.residual.abs().max() / scale) if scale > 0 else float(self.residual.abs().max())
 
-    def top(self, k: int, output: int | Tensor | None = None, against: bool = False) -> Top:
+    def top(self, k: int, *, output: int | Tensor | None = None, against: bool = False) -> Top:
         """Training examples with the largest positive contribution to an output, or the largest negative one.
 
         Parameters
@@ -90,7 +90,7 @@ class PathDecomposition(Shown):
             raise refusal("output", got=output, expected=f"outputs below {outputs}", fix="Outputs are numbered from 0.")
         return self.contributions[torch.arange(m), index]
 
-    def plot(self, point: int = 0, k: int = 10, output: int | None = None) -> Any:
+    def plot(self, point: int = 0, *, k: int = 10, output: int | None = None) -> Any:
         """The k training examples with the largest contributions to one prediction, by size, as a plotly figure.
 
         Parameters

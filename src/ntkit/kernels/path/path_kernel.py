@@ -101,6 +101,7 @@ class PathKernel(Kernel):
         self,
         trajectory: Trajectory,
         outputs: Outputs = "full",
+        *,
         integration: Integration = "secant",
         rule: Quadrature = "gauss",
         nodes: int = 8,
@@ -137,18 +138,19 @@ class PathKernel(Kernel):
     @no_context()
     def decompose(
         self,
-        x: Batch,
-        y: Tensor | None = None,
+        x_test: Batch,
+        y_test: Tensor | None = None,
+        *,
         layers: bool = False,
         steps: bool = False,
         path: str | Path | None = None,
     ) -> PathDecomposition:
-        """The trained network's outputs for `x` as a sum: one number per training example.
+        """The trained network's outputs for `x_test` as a sum: one number per training example.
 
         Parameters
         ----------
-        x : m test points.
-        y : their targets, for an `outputs` that takes them.
+        x_test : m test points.
+        y_test : their targets, for an `outputs` that takes them.
         layers : return the share of each parameter, too: [m, C, n] numbers per parameter.
         steps : return the share of each step, too: [m, C, batch] numbers per step.
         path : folder for the result, and from time to time for the state of a long sweep. A call with the same folder
@@ -166,7 +168,7 @@ class PathKernel(Kernel):
         SelfCheckError
             When the traced operations do not give the outputs of the network.
         """
-        x = self._with_targets(self._checked(x, "x"), y)
+        x = self._with_targets(self._checked(x_test, "x_test"), y_test)
         with DecompositionFiles(path, self._identity(x, layers, steps) if path is not None else {}) as files:
             return self._decomposed(x, layers, steps, files)
 
@@ -261,9 +263,9 @@ class PathKernel(Kernel):
         if self._readout.takes_targets != (y is not None):
             got = "targets" if y is not None else "no targets"
             raise refusal(
-                "y", got=f"{got}, while outputs takes {'two arguments' if y is None else 'one'}",
+                "y_test", got=f"{got}, while outputs takes {'two arguments' if y is None else 'one'}",
                 expected="targets if outputs is a callable of outputs and targets",
-                fix="Pass y, or outputs=lambda out, y: ... that uses it.",
+                fix="Pass y_test, or outputs=lambda out, y: ... that uses it.",
             )  # fmt: skip
         if y is None:
             return x if isinstance(x, (tuple, dict)) else (x,)
@@ -286,7 +288,7 @@ class PathKernel(Kernel):
     def operator(self, x: Batch) -> KernelOperator:
         """Matrix-free k(x): every product replays the whole run."""
         x = self._checked(x, "x")
-        operators = TangentKernel(self._network, self._mode(), list(self._params)).operator(x)
+        operators = TangentKernel(self._network, self._mode(), params=list(self._params)).operator(x)
 
         def apply(v: Tensor) -> Tensor:
             return self._mean(lambda kernel: kernel.operator(x) @ v)
@@ -316,7 +318,7 @@ class PathKernel(Kernel):
         engine = segment.engine
         own = {id(p) for p in engine.params.values()}
         outputs = "trace" if callable(mode) else mode
-        kernel = TangentKernel(engine.model, outputs, lambda name, p: id(p) in own, self._budget)
+        kernel = TangentKernel(engine.model, outputs, params=lambda name, p: id(p) in own, memory=self._budget)
         total: Any = 0.0
         with task("path kernel", total=self._replay.steps) as progress:
             for step in self._replay.backwards():

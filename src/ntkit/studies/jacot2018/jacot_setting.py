@@ -27,7 +27,7 @@ def template(example: Tensor, depth: int) -> nn.Sequential:
 def network(example: Tensor, width: int, depth: int, seed: int) -> Twin:
     """A network of this width with standard normal parameters, w_std = 1 and b_std = beta, and its tangent kernel."""
     small = to_ntk_parametrization(template(example, depth), w_std=1.0, b_std=BETA)
-    return Twin.of(widened(small, width, example[:2], seed))
+    return Twin.of(widened(small, width, example[:2], seed=seed))
 
 
 def limit(depth: int, x1: Tensor, x2: Tensor | None = None, kind: Kind = "ntk", beta: float = BETA) -> Tensor:

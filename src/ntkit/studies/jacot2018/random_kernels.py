@@ -47,7 +47,7 @@ def _rate(work: Work) -> Result:
     """Distance of the kernels of untrained networks to their limit, against their width."""
     x = circle(_PROBES).to(device())
     model = to_ntk_parametrization(template(x, DEPTH), w_std=1.0, b_std=BETA)
-    rate = convergence(model, x, work.sizes.rate_widths, work.sizes.rate_seeds)
+    rate = convergence(model, x, widths=work.sizes.rate_widths, seeds=work.sizes.rate_seeds)
     numbers = {
         "widths": list(rate.widths),
         "seeds": rate.seeds,

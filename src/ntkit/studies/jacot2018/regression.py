@@ -38,9 +38,9 @@ def gaussian() -> Posterior:
     flow = GradientFlow().fit(limit(DEPTH, x), torch.tensor(TARGETS, dtype=torch.float64))
     return flow.ensemble(
         limit(DEPTH, test, x),
-        limit(DEPTH, x, kind="nngp"),
-        limit(DEPTH, test, x, kind="nngp"),
-        limit(DEPTH, test, kind="nngp"),
+        nngp_train=limit(DEPTH, x, kind="nngp"),
+        nngp_test_train=limit(DEPTH, test, x, kind="nngp"),
+        nngp_test_test=limit(DEPTH, test, kind="nngp"),
         t=math.inf,
     )
 

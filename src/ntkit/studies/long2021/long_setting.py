@@ -204,7 +204,7 @@ def trained(work: Work, setting: Setting, seed: int, data: Data, model: nn.Modul
     return train(
         model, (data.x_train.to(device()), data.y_train.to(device())), training_loss(setting),
         partial(torch.optim.SGD, lr=setting.lr), steps=epochs * epoch, batch_size=BATCH, seed=seed,
-        record=sorted(quarters | set(range(0, epochs * epoch + 1, epoch))), target=min(work.sizes.losses),
+        record=sorted(quarters | set(range(0, epochs * epoch + 1, epoch))), target_loss=min(work.sizes.losses),
         path=work.trajectory(setting.file(seed)), resume=True,
     )  # fmt: skip
 

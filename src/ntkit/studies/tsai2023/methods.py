@@ -61,7 +61,9 @@ class Scores:
             return F.binary_cross_entropy_with_logits(g, f.sigmoid())
 
         return {
-            "surrogate": lambda kernel: surrogate_importance(kernel(at.x).flatten(1), self.outputs.double(), soft, L2),
+            "surrogate": lambda kernel: surrogate_importance(
+                kernel(at.x).flatten(1), self.outputs.double(), loss=soft, l2=L2
+            ),
             "target": lambda kernel: target_importance(at.network, at.x, at.y, logistic),
             "tracking": lambda kernel: tracking_importance(at.run),
         }
@@ -89,12 +91,14 @@ class Scores:
         alpha = self.importances[importance](similarity)
         for name, value in alpha.certificate.items():
             self.certificates[f"{importance} x {kernel}: {name}"] = value
-        return explain(similarity, alpha, self.at.x, self.at.x_test, 0).scores
+        return explain(similarity, alpha, self.at.x, self.at.x_test, output=0).scores
 
     def of(self, method: str) -> Tensor:
         """Scores of a method for the output in favor of the predicted class, float64 [m, n]."""
         if method in EXACT:
-            result = influence(self.at.run, self.at.x_test, self.at.sign, signed, at=0.5 if method == EXACT[1] else 1.0)
+            result = influence(
+                self.at.run, self.at.x_test, self.at.sign, measure=signed, at=0.5 if method == EXACT[1] else 1.0
+            )
             self.certificates |= {f"{method}: {name}": v for name, v in result.record().items() if isinstance(v, float)}
             return result.scores
         if method == "path kernel":
@@ -102,7 +106,7 @@ class Scores:
             self.certificates["path kernel: error"] = path.error
             scores = path.contributions[:, 0]
         elif method == "TracIn":
-            scores = tracin(self.at.run, self.at.x_test, 0).scores
+            scores = tracin(self.at.run, self.at.x_test, output=0).scores
         elif method == "TRAK":
             scores = self._trak()
         elif method == "random":
@@ -121,7 +125,7 @@ class Scores:
         """The influence function of Koh and Liang with the Gauss-Newton matrix and one damping."""
         at = self.at
         kernel = InfluenceKernel(at.network, (at.x, at.y), logistic, damping=DAMPING, outputs=first)
-        return explain(kernel, target_importance(at.network, at.x, at.y, logistic), at.x, at.x_test, 0).scores
+        return explain(kernel, target_importance(at.network, at.x, at.y, logistic), at.x, at.x_test, output=0).scores
 
     def _trak(self) -> Tensor:
         """TRAK of one model, with exact gradients instead of projected ones.

@@ -41,10 +41,10 @@ def _predictions(work: Work, task: str, seed: int) -> Result:
     for method in METHODS:
         own = torch.from_numpy(scores[method])
         found = dict(zip(PREDICTIONS, (
-            leave_one_out(own, again, left),
-            datamodeling_score(own, again, FEW, s.sets, seed=seed),
-            datamodeling_score(own, again, HALF, s.sets, seed=seed),
-            datamodeling_score(own, again, HALF, s.sets, s.fresh, seed=seed),
+            leave_one_out(own, again, examples=left),
+            datamodeling_score(own, again, share=FEW, sets=s.sets, seed=seed),
+            datamodeling_score(own, again, share=HALF, sets=s.sets, seed=seed),
+            datamodeling_score(own, again, share=HALF, sets=s.sets, fresh=s.fresh, seed=seed),
         ), strict=True))  # fmt: skip
         numbers[method] = {name: evaluation.record() for name, evaluation in found.items()}
         arrays |= {f"{method}: {name}": evaluation.by_point.numpy() for name, evaluation in found.items()}
@@ -58,7 +58,7 @@ def _deletion(work: Work, task: str, seed: int) -> Result:
     arrays = {}
     for method in METHODS:
         for against in (False, True):
-            found = case_deletion(torch.from_numpy(scores[method]), again, against, SHARES)
+            found = case_deletion(torch.from_numpy(scores[method]), again, against=against, shares=SHARES)
             name = f"{method}: {'lowest' if against else 'highest'}"
             arrays[name] = found.changes.numpy()
             numbers[name] = {"area": found.area, "error": found.error, "protocol": found.protocol}

@@ -92,7 +92,7 @@ def images_or_tokens(work: Work, task: TwoClasses, seed: int) -> Data:
     """Training and test examples of a seed; images are averaged down to the study's pixels and standardized."""
     s = work.sizes
     n = s.text_train if task.text else s.train
-    data = load(task.data, work.folder_of(task.data), task.classes, n, s.test, seed)
+    data = load(task.data, data_dir=work.folder_of(task.data), classes=task.classes, train=n, test=s.test, seed=seed)
     if task.text:
         return _own_words(data) if s.own_words else data
     x, x_test = data.x_train, data.x_test
@@ -144,7 +144,16 @@ def trained(work: Work, name: str, seed: int, flipped: float = 0.0) -> Trained:
     record = sorted({round(steps * k / CHECKPOINTS) for k in range(CHECKPOINTS + 1)})
     path = work.trajectory(file_of(name, seed) + "-flipped" * bool(flipped))
     run = train(
-        model, (data.x_train, data.y_train), logistic, sgd, steps, BATCH, record, seed, path, resume=path.exists()
+        model,
+        (data.x_train, data.y_train),
+        logistic,
+        sgd,
+        steps,
+        batch_size=BATCH,
+        record=record,
+        seed=seed,
+        path=path,
+        resume=path.exists(),
     )
     with torch.no_grad():
         sign = torch.where(model.eval()(data.x_test)[:, 0] > 0, 1.0, -1.0)
@@ -155,4 +164,6 @@ def retrainings(work: Work, at: Trained) -> Retrainings:
     """Networks trained again without some examples, kept in the run's folder."""
     task = TASKS[at.name]
     folder = work.folder / "runs" / file_of(at.name, at.seed) / "retrainings"
-    return Retrainings(at.run, at.x_test, at.sign, signed, folder, make=lambda seed: network(work, task, at.data, seed))
+    return Retrainings(
+        at.run, at.x_test, at.sign, measure=signed, path=folder, make=lambda seed: network(work, task, at.data, seed)
+    )
