@@ -62,7 +62,7 @@ def decomposed(run, path):
 
 def retrainings(run, folder):
     given = {"model": model(), "data": (X, Y), "loss": F.cross_entropy}
-    return ntkit.Retrainings(run, X[:3], Y[:3], "loss", folder=folder, **given)
+    return ntkit.Retrainings(run, X[:3], Y[:3], measure="loss", path=folder, **given)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_retrainings_of_another_version_are_not_mixed(older):
         retrainings(trained(), older(LATER, "retrainings"))
 
 
-def test_a_run_with_other_keys_is_refused_with_the_command_that_repeats_it(older, tmp_path):
+def test_a_run_with_other_keys_is_refused_with_the_command_that_repeats_it(older, tmp_path, monkeypatch):
     run = older(FIRST, "run")
     again = rf"ntkit analyze --from {run} --out NEW"
     calls = (
@@ -179,6 +179,10 @@ def test_a_run_with_other_keys_is_refused_with_the_command_that_repeats_it(older
     for call in calls:
         with pytest.raises(ntkit.Refused, match=f"of an earlier version.*{again}"):
             call()
+    with pytest.raises(ntkit.Refused, match=rf"got data with hash .*{again}.*there, --seed chose the examples, too"):
+        explain_run(run, say=lambda line: None)
+    sample = ntkit.data.load("digits", classes=(3, 8), train=16, test=8, seed=3)  # as the run drew it
+    monkeypatch.setattr(ntkit.Settings, "load_data", lambda settings: sample)
     with pytest.raises(ntkit.Refused, match=rf"whose loss is called Task\.loss.*{again}"):
         explain_run(run, say=lambda line: None)
 

@@ -640,6 +640,23 @@ def test_copy_print_and_policy(chromium: Any, full: Path) -> None:
 
 
 @pytest.mark.browser
+def test_nothing_is_cut_on_paper(chromium: Any, full: Path) -> None:
+    visit = Visit(chromium, full, 680, 1000, "light")  # the width between the margins of A4
+    visit.page.emulate_media(media="print")
+    visit.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    visit.page.wait_for_timeout(300)
+    cut = """[...document.querySelectorAll("table, figure, .plot, .plot svg, .case, .card, pre")]
+        .filter(e => e.getBoundingClientRect().right > document.querySelector("main").getBoundingClientRect().right + 1)
+        .map(e => e.outerHTML.slice(0, 100))"""
+    assert visit.page.evaluate(cut) == []
+    gaps = """[...document.querySelectorAll(".plot")].filter(
+        e => Math.abs(e.clientHeight - e.querySelector("svg").getBoundingClientRect().height) > 2).length"""
+    assert visit.page.evaluate(gaps) == 0
+    visit.page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    visit.page.emulate_media(media="screen")
+
+
+@pytest.mark.browser
 def test_figures_and_tables_are_saved(chromium: Any, full: Path) -> None:
     visit, results = Visit(chromium, full, 1280, 900, "dark"), report_case.full()[0]
 

@@ -86,11 +86,11 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.studies.study import study as study
     from ntkit.tracking import Tracked as Tracked
     from ntkit.tracking import track as track
+    from ntkit.trajectory import Recorder as Recorder
     from ntkit.trajectory import Trajectory as Trajectory
     from ntkit.trajectory import load_weights as load_weights
     from ntkit.trajectory import record as record
     from ntkit.trajectory import train as train
-    from ntkit.trajectory.record import Recorder as Recorder
 
 __version__ = "0.1.0"
 
@@ -133,14 +133,13 @@ _NAMES = {
     "ntkit.probes": ("invariance",),
     "ntkit.measures.novelty": ("Novelty", "novelty"),
     "ntkit.measures.eigenfunctions": ("bandwidth", "eigenfunctions", "grid"),
-    "ntkit.trajectory": ("Trajectory", "load_weights", "record", "train"),
+    "ntkit.trajectory": ("Recorder", "Trajectory", "load_weights", "record", "train"),
     "ntkit.tracking": ("Tracked", "track"),
     "ntkit.studies.study": ("study",),
     "ntkit.commands.analyze": ("analyze",),
     "ntkit.commands.settings": ("Settings",),
     "ntkit.base.checks": ("Damaged", "NoLimit", "Refused", "Undefined"),
     "ntkit.machines.modes": ("BestTime",),
-    "ntkit.trajectory.record": ("Recorder",),
     "ntkit.kernels.infinite.sampled": ("LimitEstimate",),
     "ntkit.gram.tile_files": ("BadTile",),
     "ntkit": ("data", "probes", "report", "testing"),  # modules that are names themselves

@@ -229,7 +229,7 @@ def described(path: str | Path, value: Any, kind: Any, within: str = "") -> Any:
     >>> described("run.json", {"reason": "steps", "step": "ten", "loss": None}, RunEnd, "stop")
     Traceback (most recent call last):
     ...
-    ntkit.base.checks.Damaged: run.json: stop.step: got "ten"; expected int. Restore the file, or start a new run.
+    ntkit.Damaged: run.json: stop.step: got "ten"; expected int. Restore the file, or start a new run.
     """
     import msgspec
 

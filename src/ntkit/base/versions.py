@@ -47,10 +47,10 @@ def check_format(path: str | Path, written: Any, reads: int, fix: str) -> None:
 
     Examples
     --------
-    >>> check_format("run.json", 2, reads=1, fix="")
+    >>> check_format("run.json", 2, reads=1, fix="")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ntkit.base.checks.NewerFormat: run.json: got format 2, of a newer ntkit; expected format 1, which ntkit 0.1.0 reads. Upgrade ntkit, or use the version that wrote it.
+    ntkit.base.checks.NewerFormat: run.json: got format 2, of a newer ntkit; expected format 1, which ntkit ... reads. Upgrade ntkit, or use the version that wrote it.
     """  # noqa: E501
     if isinstance(written, int) and not isinstance(written, bool) and written > reads:
         raise NewerFormat(
