@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import ntkit
 from ntkit.base.checks import NewerFormat, refusal
 
 RESULTS_FORMAT = 1  # of run.json and results.json of `ntkit analyze`
@@ -16,6 +15,8 @@ STUDY_FORMAT = 1  # of those of a study
 
 def versions() -> dict[str, str]:
     """Versions of ntkit, Python and the libraries that compute numbers."""
+    import ntkit  # here: type checkers lose names of the package in a circle of imports
+
     names = ("torch", "numpy", "scipy", "scikit-learn")
     return {"ntkit": ntkit.__version__, "python": platform.python_version(), **{name: version(name) for name in names}}
 
@@ -52,6 +53,8 @@ def check_format(path: str | Path, written: Any, reads: int, fix: str) -> None:
     ...
     ntkit.base.checks.NewerFormat: run.json: got format 2, of a newer ntkit; expected format 1, which ntkit ... reads. Upgrade ntkit, or use the version that wrote it.
     """  # noqa: E501
+    import ntkit
+
     if isinstance(written, int) and not isinstance(written, bool) and written > reads:
         raise NewerFormat(
             f"{path}: got format {written}, of a newer ntkit; expected format {reads}, which ntkit {ntkit.__version__} "
