@@ -92,7 +92,7 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.trajectory import record as record
     from ntkit.trajectory import train as train
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 _NAMES = {
     "ntkit.kernels.kernel": ("Kernel", "KernelOperator"),
