@@ -202,19 +202,20 @@ def test_a_schedule_is_that_of_lambda_lr(tmp_path, name):
 
 def test_a_scheduled_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     always_checkpoint(monkeypatch)
-    arguments = (data(), mse, OPTIMIZERS["adam"], 9, 4)
+    arguments = (data(), mse, OPTIMIZERS["adam"], 9)
+    how = {"batch_size": 4, "schedule": halved}
 
     def stop(step, loss):
         if step == 5:
             raise RuntimeError("stop")
 
-    train(mlp(), *arguments, path=tmp_path / "whole", schedule=halved)
+    train(mlp(), *arguments, path=tmp_path / "whole", **how)
     with pytest.raises(RuntimeError, match="stop"):
-        train(mlp(), *arguments, path=tmp_path / "run", schedule=halved, on_step=stop)
+        train(mlp(), *arguments, path=tmp_path / "run", **how, on_step=stop)
     assert Trajectory.open(tmp_path / "run").learning_rates.flatten().tolist() == [0.02] * 3 + [0.01] * 2
     with pytest.raises(Refused, match=r"schedule \(was halved, now null\)"):
-        train(mlp(), *arguments, path=tmp_path / "run", resume=True)
-    train(mlp(), *arguments, path=tmp_path / "run", schedule=halved, resume=True)
+        train(mlp(), *arguments, path=tmp_path / "run", batch_size=4, resume=True)
+    train(mlp(), *arguments, path=tmp_path / "run", **how, resume=True)
     assert bytes_of(tmp_path / "run") == bytes_of(tmp_path / "whole")
 
 
@@ -257,7 +258,7 @@ def test_resume_after_a_kill_at_any_step_gives_the_same_bytes(tmp_path, monkeypa
     if early:  # a loss that is first reached at the end of epoch 2 or 3
         probe = Noisy()
         free = train(probe, *args, **(settings | dict(record="all"))).load
-        settings["target"] = max(eval_loss(probe, free, step) for step in (6, 9)) * (1 + 1e-9)
+        settings["target_loss"] = max(eval_loss(probe, free, step) for step in (6, 9)) * (1 + 1e-9)
     whole, killed_at = tmp_path / "whole", [0, 1, 5, 6, 12]
 
     def copy_disk(step, loss):
@@ -295,7 +296,7 @@ def test_resume_after_a_real_kill(tmp_path):
         import ntkit.trajectory.run_writer as run
         run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE = 0.0, math.inf
         kill = lambda step, loss: step == 6 and os.kill(os.getpid(), signal.SIGKILL)
-        t.train(t.Noisy(), t.data(), t.mse, t.OPTIMIZERS["momentum"], 9, 4, path=sys.argv[2], on_step=kill)
+        t.train(t.Noisy(), t.data(), t.mse, t.OPTIMIZERS["momentum"], 9, batch_size=4, path=sys.argv[2], on_step=kill)
     """
     here = Path(__file__).resolve().parent
     done = processes.script(textwrap.dedent(script), here, tmp_path / "killed").done()
@@ -406,7 +407,7 @@ def test_resume_with_something_else_is_refused(tmp_path):
         with pytest.raises(Refused, match=message):
             train(loss=mse, path=folder, resume=True, **arguments)
     write_json(folder / "run.json", {"format": "other"})
-    with pytest.raises(Refused, match=r"got format \('other', None\)"):
+    with pytest.raises(Refused, match=r"got format other; expected ntkit-trajectory"):
         Trajectory.open(folder)
 
 
