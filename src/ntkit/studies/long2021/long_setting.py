@@ -16,7 +16,7 @@ from ntkit.data import Data, load
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.networks.built_in import build
 from ntkit.studies.long2021 import long_networks
-from ntkit.studies.study import Result, StudyPart, Work, device, one_thread
+from ntkit.studies.study import Result, StudyPart, Work, device
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 from ntkit.trajectory.batch_order import steps_per_epoch
@@ -197,7 +197,6 @@ def most_epochs(work: Work, setting: Setting) -> int:
     return work.sizes.vgg_epochs if setting.network == "vgg" else work.sizes.epochs
 
 
-@one_thread()  # in batches of 32 a second thread makes steps slower, or hardly faster
 def trained(work: Work, setting: Setting, seed: int, data: Data, model: nn.Module) -> Trajectory:
     """Train by plain SGD in batches of 32 to the lowest of the losses or the last epoch; resumed where it stopped."""
     epochs, epoch = most_epochs(work, setting), steps_per_epoch(len(data.x_train), BATCH)
