@@ -35,7 +35,7 @@ from ntkit.studies.study import Result, Results, Sizes, Work
 from ntkit.testing import assert_equal, check_kernel
 
 TOY = Sizes(train=60, test=40, losses=(2.5, 0.6), epochs=6, vgg_epochs=3, seeds=1, few=1, probed=6)
-FEW = Extent(train=60, test=40, epochs=2, seeds=1, kernel_train=60, kernel_test=40, ratio=4, probed=6)
+FEW = Extent(train=60, test=40, epochs=2, seeds=1, added=1, kernel_train=60, kernel_test=40, ratio=4, probed=6)
 MAIN = [Setting("digits 3/8", name) for name in beyond.PAPER_NETWORKS]
 
 
@@ -190,7 +190,7 @@ def test_every_part_has_a_name_of_its_own_and_the_papers_parts_keep_theirs(sets,
 def test_sizes_follow_the_scale(tmp_path):
     works = [Work(STUDY.scales[scale], STUDY.seeds, ["mnist"], tmp_path) for scale in ("quick", "paper")]
     assert [long_setting.extent(work) for work in works] == [long_setting.QUICK, PAPER]
-    assert [len(list(beyond.added_runs(work))) for work in works] == [6 * 2, 6 * 3]  # 4 of ten classes, 2 of two
+    assert [len(list(beyond.added_runs(work))) for work in works] == [6 * 1, 6 * 3]  # 4 of ten classes, 2 of two
 
 
 # ---------------------------------------------------------------------- a tiny study

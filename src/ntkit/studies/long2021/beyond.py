@@ -36,7 +36,7 @@ def added_runs(work: Work) -> Iterator[tuple[Setting, int]]:
     tens = [pair for pair in tens if len(tens) == 1 or not pair.startswith("digits")]
     chosen = [Setting(pair, name, RATES[name]) for pair, name in product(tens, (*PAPER_NETWORKS, *ADDED))]
     chosen += [Setting(pair, name, RATES[name]) for pair, name in product(main_pairs(work), ADDED)]
-    for seed in work.seeds[: extent(work).seeds]:
+    for seed in work.seeds[: extent(work).added]:
         yield from ((setting, seed) for setting in chosen)
 
 

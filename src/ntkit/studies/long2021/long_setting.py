@@ -64,16 +64,17 @@ class Extent(NamedTuple):
     train: int  # images that ten classes and other networks are learned from
     test: int
     epochs: int
-    seeds: int
+    seeds: int  # of the runs whose kernels are taken apart
+    added: int  # seeds of ten classes and of other networks
     kernel_train: int  # images of the kernels of each layer and along training
     kernel_test: int
     ratio: float  # of the steps at which kernels are computed along training
     probed: int  # test images of ten classes that are transformed
 
 
-QUICK = Extent(train=200, test=100, epochs=100, seeds=2, kernel_train=200, kernel_test=100, ratio=2, probed=10)
+QUICK = Extent(train=200, test=100, epochs=100, seeds=2, added=1, kernel_train=200, kernel_test=100, ratio=2, probed=10)
 PAPER = Extent(
-    train=1_500, test=1_000, epochs=100, seeds=3, kernel_train=1_500, kernel_test=1_000, ratio=1.5, probed=50
+    train=1_500, test=1_000, epochs=100, seeds=3, added=3, kernel_train=1_500, kernel_test=1_000, ratio=1.5, probed=50
 )
 
 
