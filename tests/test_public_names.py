@@ -102,7 +102,7 @@ def test_what_public_functions_return_is_public():
     assert hidden == ENGINE
 
 
-ENGINE = {  # how a kernel on disk is computed: not promised (docs/limits.md)
+ENGINE = {  # how a kernel on disk is computed: not promised (docs/versions.md)
     "ntkit.TangentKernel.factors: KeptFactors",
     "ntkit.TangentKernel.plan: Plan",
     "ntkit.TangentKernel.plan_for_tiles: Plan",
