@@ -349,7 +349,7 @@ def test_from_takes_its_settings_from_the_run(whole, tmp_path):
     done = command("analyze", "--from", whole, "--epochs", "7").done()
     assert done.returncode == 2
     assert "got further settings" in done.stderr
-    with pytest.raises(ntkit.Refused, match="this version of ntkit analyze did not write"):
+    with pytest.raises(ntkit.Refused, match=r"got another file; expected the run\.json of ntkit analyze"):
         ntkit.analyze(resume=whole / "trajectory")
     run = tmp_path / "run"
     shutil.copytree(whole, run)

@@ -96,8 +96,10 @@ def test_a_dead_network_has_a_zero_kernel_and_no_other_numbers():
     assert found["trace"] == [0.0, 0.0, 0.0]
     assert found["alignment"] == [None] * 3
     assert found["eigenvalues"][0] == [None] * 20
-    with pytest.raises(ntkit.Refused, match="zero"):
-        kernel_measures.quality(torch.zeros(4, 4), torch.ones(4), torch.ones(4))
+    numbers, arrays = kernel_measures.quality(torch.zeros(4, 4), torch.ones(4), torch.ones(4))
+    assert numbers == {"alignment": None, "alignment_centered": None, "effective_rank": None, "trace": 0, "scale": 0}
+    assert (arrays["eigenvalues"] == 0).all()
+    assert np.isnan(arrays["picture"]).all()  # cosines of zeros
 
 
 @pytest.mark.parametrize(("classes", "outputs"), [(("3", "8"), 1), (("0", "1", "2"), 3)])

@@ -280,7 +280,7 @@ def test_refusals(tmp_path: Path) -> None:
         render(tmp_path)
     results = report_case.minimal()
     results["format"] = 2
-    with pytest.raises(Refused, match=r"got format 2; expected format 1\. Use the version of ntkit that wrote it"):
+    with pytest.raises(Refused, match=r"got format 2, of a newer ntkit; expected format 1, .*Upgrade ntkit"):
         render(report_case.write(tmp_path, results))
     results["format"] = 1
     results["neighbours"] = results.pop("neighbors")

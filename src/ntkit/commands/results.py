@@ -28,7 +28,7 @@ KERNELS = ("init", "after", "conjugate")
 def earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
     """Read the ``run.json`` of an earlier run; refuse any other file, and settings given in addition."""
     run = read_json(folder / "run.json")
-    if not isinstance(run, dict) or "identity" not in run:
+    if not isinstance(run, dict) or not isinstance(run.get("format"), int) or "kind" in run:
         expected, fix = "the run.json of ntkit analyze", "Name the run's own folder, not the trajectory/ inside it."
         raise refusal(str(folder / "run.json"), got="another file", expected=expected, fix=fix)
     run = checked_run(folder / "run.json", run)
