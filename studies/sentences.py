@@ -250,7 +250,9 @@ def table(study: str) -> list[str]:
     for sentence in sentences:
         judged = tested(sentence, claims)
         held = sum(c["holds"] for c in judged)
-        failed = "; ".join(named(c["claim"], sentence) for c in judged if not c["holds"])
+        claimed = [c["claim"] for c in judged if not c["holds"]]
+        short = [named(claim, sentence) for claim in claimed]
+        failed = "; ".join(short if len(set(short)) == len(short) else claimed)  # two claims about one case
         lines.append(f"| {sentence.text} | {verdict(judged)} | {held} of {len(judged)} | {failed} |")
     return [*lines, ""]
 
@@ -259,8 +261,11 @@ def page() -> str:
     """The text of docs/papers.md."""
     verdicts = [verdict(tested(s, claims_of(study))) for study, (_, _, told) in PAPERS.items() for s in told]
     counts = {name: verdicts.count(name) for name in ("holds", "holds in part", "does not hold", "not judged yet")}
-    words = {"holds": "hold", "holds in part": "hold in part", "does not hold": "do not hold"}
-    said = ", ".join(f"{count} {words.get(name, 'are ' + name)}" for name, count in counts.items() if count)
+    several = {"holds": "hold", "holds in part": "hold in part", "does not hold": "do not hold"}
+    words = {name: (name, several.get(name, name)) for name in counts} | {
+        "not judged yet": ("is not judged yet", "are not judged yet")
+    }
+    said = ", ".join(f"{count} {words[name][count > 1]}" for name, count in counts.items() if count)
     lines = [
         "# Five papers, sentence by sentence",
         "",
