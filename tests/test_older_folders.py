@@ -187,7 +187,7 @@ def test_a_run_with_other_keys_is_refused_with_the_command_that_repeats_it(older
         explain_run(run, say=lambda line: None)
 
 
-def test_an_unfinished_run_with_fewer_settings_is_refused_with_the_command_that_starts_anew(older):
+def test_an_unfinished_run_with_fewer_settings_is_refused_with_the_command_for_a_new_run(older):
     run = older(LATER, "run")
     told = read_json(run / "run.json")
     assert "without" not in told["settings"]
