@@ -19,6 +19,7 @@ import ntkit
 from ntkit.base.checks import NewerFormat
 from ntkit.base.files import read_json, write_json
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
+from ntkit.base.versions import earlier_versions, versions
 from ntkit.commands.compare import compare_runs
 from ntkit.commands.explain import explain_run
 from ntkit.commands.settings import CompareSettings
@@ -288,3 +289,11 @@ def test_a_newer_decomposition_and_retrainings_stay_as_they_are(older):
         before = file.read_bytes()
         refused(lambda call=call, folder=folder: call(run, folder))
         assert file.read_bytes() == before
+
+
+def test_versions_that_worked_in_a_folder_before_are_named_once():
+    old = {"ntkit": "0.1.0"}
+    assert earlier_versions({"versions": old}) == [old]
+    assert earlier_versions({"versions": old, "earlier_versions": [old]}) == [old]
+    assert earlier_versions({"versions": versions(), "earlier_versions": [old]}) == [old]
+    assert earlier_versions({"versions": versions()}) == earlier_versions({}) == []
