@@ -41,7 +41,7 @@ SCALES = {
     "paper": Sizes(
         plane_steps=20, side=96, direct=200, nodes=(1, 2, 5, 10, 20, 50, 200), probed=100, pixels=28, width=8,
         train=1_000, test=100, steps=200, lr=0.2, other_steps=200, shrinks=4, kind_steps=100, judged=1_000,
-        large_train=10_000, large_test=50, large_steps=1_000, removals=50,
+        large_train=10_000, large_test=10, large_steps=1_000, removals=50,
         shares=(0.01, 0.02, 0.05), draws=10, unseen=200, unseen_steps=100,
     ),
 }  # fmt: skip

@@ -39,11 +39,11 @@ class Images(NamedTuple):
     deviation: float
 
 
-def images(work: Work, name: str, train: int, test: int, **more: Any) -> Images:
-    """Draw images of a data set in float64, averaged down to the size's pixels."""
+def images(work: Work, name: str, train: int, test: int, whole: bool = False, **more: Any) -> Images:
+    """Draw images of a data set in float64, averaged down to the size's pixels unless they are to be `whole`."""
     data = load(name, work.folder_of(name), train=train, test=test, **more)
     x, x_test = data.x_train.double().to(device()), data.x_test.double().to(device())
-    if x.shape[-1] > work.sizes.pixels:
+    if not whole and x.shape[-1] > work.sizes.pixels:
         x, x_test = (F.adaptive_avg_pool2d(part, work.sizes.pixels) for part in (x, x_test))
     mean, deviation = float(x.mean()), float(x.std())
     y, y_test = data.y_train.to(device()), data.y_test.to(device())

@@ -45,7 +45,7 @@ def parts(work: Work) -> Iterator[StudyPart]:
 def _rebuilt(work: Work, name: str, seed: int) -> Result:
     """Residuals in both precisions, and the error of gradients at the start of each step."""
     s = work.sizes
-    data = images(work, name, s.large_train, s.large_test, seed=seed)
+    data = images(work, name, s.large_train, s.large_test, whole=True, seed=seed)
     numbers = {"terms": s.large_steps * BATCH}
     for kind, dtype in PRECISIONS.items():
         model = network(data.x.shape[-1], int(data.y.max()) + 1, seed).to(dtype)
