@@ -60,7 +60,7 @@ def bell_folder(tmp_path_factory):
         patch.setattr(pictures, "RECIPES", {name: pictures.RECIPES[name] for name in ("momentum", "adamw")})
         with pytest.raises(KeyboardInterrupt):
             ntkit.study("bell2023", out=place, say=stop)
-        assert not (place / "results.json").exists()
+        assert json.loads((place / "run.json").read_text())["status"] == "running"
         first = list(said)
         ntkit.study("bell2023", out=place, say=said.append)
         assert said[len(first)] == first[-1]  # the stopped part is computed again, nothing else
@@ -84,6 +84,26 @@ def results(bell_folder):
         patch.setattr(pictures, "RECIPES", {name: pictures.RECIPES[name] for name in ("momentum", "adamw")})
         work = Work(SMALL, (0, 1), ["digits"], bell_folder, progress=lambda line: pytest.fail("computed again"))
         return small(SMALL).results(work)
+
+
+def test_bell_judges_what_is_finished(bell_folder, results, monkeypatch):
+    monkeypatch.setattr(pictures, "RECIPES", {name: pictures.RECIPES[name] for name in ("momentum", "adamw")})
+    study, whole = small(SMALL), {claim.text for claims in bell.STUDY.claims for claim in claims(results)}
+    order = {part.name: part.experiment for part in study._parts(results.work)}
+    for experiment in dict.fromkeys(order.values()):
+        last = [name for name, of in order.items() if of == experiment][-1]
+        for keep in (
+            lambda name, last=last: name != last,
+            lambda name, last=last: name == last,
+        ):  # one missing, one left
+            monkeypatch.setattr(Work, "finished", lambda work, part, keep=keep: keep(part.name))
+            partial = study.results(results.work, finished=True)
+            told = {claim.text for claims in study.claims for claim in claims(partial)}
+            assert told < whole or (experiment in ("images", "realistic", "explained") and told == whole)
+            assert all(section.items for listed in study.sections for section in listed(partial))
+            assert bool(study.certificate(partial)) == any(
+                partial[name] for name in ("plane", "images", "architectures", "recipes", "realistic")
+            )
 
 
 def test_bell_has_numbers_verdicts_and_a_certificate(bell_folder):

@@ -17,7 +17,7 @@ from ntkit.data import Data, from_tensors, load
 from ntkit.data.text_reader import LONGEST
 from ntkit.networks.built_in import build
 from ntkit.networks.text_network import TextNetwork
-from ntkit.studies.study import official_files
+from ntkit.studies.official_files import official_files
 from ntkit.testing import check_kernel
 
 TRAIN = b"""0 What is a fox ?

@@ -5,6 +5,8 @@ A new study is a folder in this package with a `Study` called ``STUDY``; its nam
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ntkit.base.checks import Damaged, Refused, nearest, refusal
+from ntkit.base.checks import Damaged, nearest, refusal
 from ntkit.base.files import (
     read_arrays_and_metadata,
     read_json,
@@ -32,10 +34,12 @@ from ntkit.base.lock import FolderLock
 from ntkit.base.run_files import PartFile, described
 from ntkit.base.versions import STUDY_FORMAT, check_format, earlier_versions, versions
 from ntkit.studies.claim import Claim, as_markdown
+from ntkit.studies.official_files import official_files
 from ntkit.trajectory import Trajectory
 
 STUDIES = ("jacot2018", "kopitkov2019", "long2021", "bell2023", "tsai2023")
 SCALES = ("quick", "paper")
+PAUSE = 60  # seconds at least between two reports on unfinished work
 Item = dict[str, Any]
 
 
@@ -75,32 +79,6 @@ def study(
             raise refusal(what, got=repr(value), expected=" or ".join(options), fix=nearest(value, options))
     folder = Path(out) if out is not None else Path("runs") / f"{name}-{scale}"
     return import_module(f"ntkit.studies.{name}").STUDY.run(scale, folder, say, data_dir)
-
-
-def official_files(names: Sequence[str], data_dir: str | Path) -> dict[str, Path]:
-    """Where the official files of data sets lie: in the folder, or in one of their own in it.
-
-    Raises
-    ------
-    Refused
-        When there are files of none of them: now, not after the first experiments.
-    """
-    from ntkit.data import load
-
-    found, refused = {}, None
-    for name in names:
-        for place in (Path(data_dir), Path(data_dir) / {"cifar10": "cifar-10"}.get(name, name)):
-            if place.is_dir() or refused is None:
-                try:
-                    load(name, place)
-                except Refused as error:
-                    refused = refused or error
-                else:
-                    found[name] = place
-                    break
-    if not found and refused is not None:
-        raise refused
-    return found
 
 
 class Sizes(SimpleNamespace):
@@ -197,17 +175,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Results:
-    """Results of all parts: ``results[experiment][case]`` is a list over seeds."""
+    """Results of finished parts: ``results[experiment][case]`` is a list over seeds; experiments that miss some."""
 
     work: Work
     by_experiment: dict[str, dict[Any, list[Result]]]
+    missing: frozenset[str] = frozenset()
 
     def __getitem__(self, experiment: str) -> dict[Any, list[Result]]:
         return self.by_experiment.get(experiment, {})
 
+    def complete(self, *experiments: str) -> bool:
+        """Whether every part of these experiments is finished."""
+        return not self.missing.intersection(experiments)
+
     def one(self, experiment: str, case: Any = None) -> Result:
         """The result of a part that has one seed."""
         return self[experiment][case][0]
+
+
+def once_complete(listed: Callable[[Results], Iterable[Any]], *experiments: str) -> Callable[[Results], Iterable[Any]]:
+    """The same claims or sections where every part of these experiments is finished, and none before."""
+    return lambda results: listed(results) if results.complete(*experiments) else ()
 
 
 @dataclass(frozen=True)
@@ -299,13 +287,14 @@ class Study:
     parts : functions that list the parts, in the order in which they run.
     claims, sections : functions that list claims and report sections from the results, in the report's order.
     about, departures : what was done, in a paragraph; what differs from the paper.
-    certificate : text, cards and table at the top of the report.
+    certificate : text, cards and table at the top of the report; empty where there is none yet.
     more : further entries of ``results.json``: "curves" and "runs", as `ntkit.report.render_study` reads them.
     terms : terms that the report defines.
     seeds : seeds that the parts use.
     official : data sets that the study uses where it is given their files, by scale.
     official_only : scales at which, with such files, the digits of scikit-learn are left out.
-    unfinished : whether claims and sections take what is finished: then the report is also written after every part.
+    unfinished : whether claims and sections take what is finished: then the report is also written
+        in between, once a minute at most.
     single_thread : scales that run on one thread, since their networks are small.
     """
 
@@ -352,11 +341,12 @@ class Study:
             write_json(start, told | {"status": "running"})
             with one_thread() if scale in self.single_thread else nullcontext():
                 changed = self.unfinished  # parts may have come from another machine
+                written = -math.inf
                 for part in self._parts(work):
                     finished = work.finished(part)
-                    if changed and not finished:
+                    if changed and not finished and time.monotonic() - written > PAUSE:
                         self._write(self.results(work, finished=True), header)
-                        changed = False
+                        changed, written = False, time.monotonic()
                     work.result(part)
                     changed = changed or (self.unfinished and not finished)
                 results = self.results(work)
@@ -373,12 +363,14 @@ class Study:
 
     def results(self, work: Work, finished: bool = False) -> Results:
         """Results of all parts, computed or read; or of the finished ones alone."""
-        results = Results(work, {})
+        by_experiment: dict[str, dict[Any, list[Result]]] = {}
+        missing = set()
         for part in self._parts(work):
             if work.finished(part) or not finished:
-                by_case = results.by_experiment.setdefault(part.experiment, {})
-                by_case.setdefault(part.case, []).append(work.result(part))
-        return results
+                by_experiment.setdefault(part.experiment, {}).setdefault(part.case, []).append(work.result(part))
+            else:
+                missing.add(part.experiment)
+        return Results(work, by_experiment, frozenset(missing))
 
     def _parts(self, work: Work) -> Iterator[StudyPart]:
         return (part for parts in self.parts for part in parts(work))
@@ -404,8 +396,8 @@ class Study:
         if arrays := {name: array for section in sections for name, array in section.arrays.items()}:
             record["figures"] = write_arrays(folder / "figures.safetensors", arrays)
         record |= results.work.earlier
-        if self.certificate is not None:
-            record["certificate"] = self.certificate(results)
+        if self.certificate is not None and (certificate := self.certificate(results)):
+            record["certificate"] = certificate
         if self.terms:
             record["terms"] = list(self.terms)
         record |= self.more(results)
