@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ import ntkit
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 SITE = ROOT / "site"
+RUN_BLOCKS = DOCS / "extensions" / "run_blocks.py"
 REPOSITORY = re.compile(r"^https://(?:github\.com|raw\.githubusercontent\.com)/ntkit/ntkit/(?:blob/)?main/")
 PAGES = sorted(DOCS.rglob("*.md"))
 NEEDS_EXTRA = {"hugging-face": "transformers", "kernel-on-disk": "distributed", "lightning": "lightning"}
@@ -77,6 +79,26 @@ def test_how_to_pages_run(page, tmp_path):
         source = f"from benchmarks.families import _missing\n_missing('torchvision')\n{source}"
     done = script(f"import sys\nsys.path.append({str(ROOT)!r})\n{source}", cwd=tmp_path).done()
     assert done.returncode == 0, done.stderr
+
+
+WITH_RESULTS = [page for page in PAGES if "```python exec" in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("page", WITH_RESULTS, ids=lambda page: page.stem)
+def test_pages_with_printed_results_and_figures_run(page, tmp_path):
+    """As the site runs them: all blocks of a page in one process, each with what it prints and draws."""
+    sources = re.findall(r"^```python exec\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "blocks.json").write_text(json.dumps(sources))
+    code = (
+        f"import runpy, sys\nsys.stdin = open('blocks.json')\nrunpy.run_path({str(RUN_BLOCKS)!r}, run_name='__main__')"
+    )
+    done = script(code, cwd=tmp_path, env={"MPLBACKEND": "agg", "MPLCONFIGDIR": str(tmp_path)}).done()
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    for source, result in zip(sources, results, strict=True):
+        assert ("print(" in source) == bool(result["text"]), source
+        assert source.count("plt.subplots(") == len(result["figures"]), source
+    assert any(result["text"] for result in results)
 
 
 def test_navigation_lists_every_page():
