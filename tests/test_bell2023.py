@@ -86,24 +86,24 @@ def results(bell_folder):
         return small(SMALL).results(work)
 
 
-def test_bell_judges_what_is_finished(bell_folder, results, monkeypatch):
+def test_bell_judges_what_is_finished(results, monkeypatch):
     monkeypatch.setattr(pictures, "RECIPES", {name: pictures.RECIPES[name] for name in ("momentum", "adamw")})
-    study, whole = small(SMALL), {claim.text for claims in bell.STUDY.claims for claim in claims(results)}
-    order = {part.name: part.experiment for part in study._parts(results.work)}
-    for experiment in dict.fromkeys(order.values()):
-        last = [name for name, of in order.items() if of == experiment][-1]
-        for keep in (
-            lambda name, last=last: name != last,
-            lambda name, last=last: name == last,
-        ):  # one missing, one left
-            monkeypatch.setattr(Work, "finished", lambda work, part, keep=keep: keep(part.name))
-            partial = study.results(results.work, finished=True)
-            told = {claim.text for claims in study.claims for claim in claims(partial)}
+    whole = {claim.text for claims in bell.STUDY.claims for claim in claims(results)}
+    groups = results.by_experiment
+    for experiment, cases in groups.items():
+        case, runs = list(cases.items())[-1]
+        without = groups | {experiment: cases | {case: runs[:-1]}}  # a part is missing; then it is the only one
+        for missing, found in ({experiment}, without), (groups.keys(), {experiment: {case: runs[-1:]}}):
+            partial = Results(results.work, found, frozenset(missing))
+            told = {claim.text for claims in bell.STUDY.claims for claim in claims(partial)}
             assert told < whole or (experiment in ("images", "realistic", "explained") and told == whole)
-            assert all(section.items for listed in study.sections for section in listed(partial))
-            assert bool(study.certificate(partial)) == any(
-                partial[name] for name in ("plane", "images", "architectures", "recipes", "realistic")
-            )
+            exact = any(partial[name] for name in ("plane", "images", "architectures", "recipes", "realistic"))
+            assert bool(bell.STUDY.certificate(partial)) == exact
+        assert all(section.items for listed in bell.STUDY.sections for section in listed(partial))
+    assert list(bell.STUDY.sections[0](Results(results.work, groups, frozenset({"maps"})))) == []
+    monkeypatch.setattr(Work, "finished", lambda work, part: part.name != "maps-seed-1")
+    partial = small(SMALL).results(results.work, finished=True)
+    assert (partial.missing, len(partial["maps"][None])) == ({"maps"}, 1)
 
 
 def test_bell_has_numbers_verdicts_and_a_certificate(bell_folder):
