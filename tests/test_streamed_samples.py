@@ -172,8 +172,8 @@ class Augmented(Rows):
 def test_random_transforms_are_refused_however_few_the_samples(draw):
     with pytest.raises(Refused, match=r"x: got another sample 0 than when it was first read.*random transforms"):
         kernel()(Augmented(draw))
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)
     with pytest.raises(Refused, match=r"x: got another sample 0 .*random transforms"):
-        sgd = lambda params: torch.optim.SGD(params, lr=0.1)
         ntkit.train(nn.Linear(6, 2), Augmented(draw), nn.functional.cross_entropy, sgd, steps=1)
 
 
