@@ -66,7 +66,8 @@ def _leading(
 
         threshold = max(values[-1], 0.0) + max(1e-10, 10 * tolerance) * abs(values[0])
         start = draw.standard_normal((N, block))
-        missed, image, converged = _grow(outside, start, 1, block, 1e-3 / np.sqrt(N), draw, threshold)
+        enough = max(1e-3 / np.sqrt(N), tolerance * abs(values[0]) / threshold) if threshold > 0 else 1e-3
+        missed, image, converged = _grow(outside, start, 1, block, enough, draw, threshold)
         missed = missed @ _ritz(missed, image, block)[1]
         missed, _ = np.linalg.qr(missed - vectors @ (vectors.T @ missed))
         largest = np.linalg.eigvalsh(missed.T @ product(missed))[-1]
