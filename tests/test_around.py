@@ -330,3 +330,20 @@ def test_a_hook_registered_after_the_first_call_counts():
     kernel(x)
     model[0].weight.register_hook(lambda g: 0.5 * g)
     torch.testing.assert_close(kernel(x), by_autograd(model, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("of", ["path kernel", "retrainings"])
+def test_what_replays_a_run_is_made_in_inference_mode_too(of):
+    x, y = torch.randn(6, 4).double(), torch.tensor([0, 1, 0, 1, 1, 0])
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    sgd = lambda params: torch.optim.SGD(params, lr=0.3)
+    run = ntkit.train(model, (x, y), F.cross_entropy, sgd, steps=3)
+
+    def value() -> Tensor:
+        if of == "path kernel":
+            return ntkit.PathKernel(run).decompose(x[:2]).contributions
+        return ntkit.Retrainings(run, x[:2], y[:2]).without([[1]])
+
+    expected = value()
+    with torch.inference_mode():
+        assert torch.equal(value(), expected)

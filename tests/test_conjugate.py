@@ -55,6 +55,50 @@ def test_a_frozen_head_still_has_its_features():
     assert_equal(ntkit.ConjugateKernel(model).features(x1), model[:4](x1).detach(), 1e-12, "frozen head")
 
 
+class Beside(nn.Module):
+    """A weight layer of the hidden features, and another beside it."""
+
+    def __init__(self, second: str):
+        super().__init__()
+        self.hidden, self.head, self.wide = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(4, 3)
+        self.second = second
+
+    def forward(self, x):
+        h = torch.relu(self.hidden(x))
+        if self.second == "same input":
+            return torch.cat([self.head(h), self.head(h).exp()], 1)
+        if self.second == "other steps":
+            return torch.stack([self.head(h), self.head(h * 2)], 1)
+        return self.wide(x) + self.head(h) if self.second == "first" else self.head(h) + self.wide(x)
+
+
+@pytest.mark.parametrize("second", ["first", "last", "other steps"])
+def test_of_several_layers_beside_each_other_none_is_the_last(second):
+    with pytest.raises(
+        ntkit.Refused, match=r"last weight layer: got AddmmBackward0 beside another weight layer .*layer="
+    ):
+        ntkit.ConjugateKernel(Beside(second))(torch.randn(4, 4))
+
+
+def test_heads_with_one_input_and_skips_have_a_last_layer():
+    model, x = Beside("same input"), torch.randn(6, 4)
+    h = torch.relu(model.hidden(x)).detach()
+    assert_equal(ntkit.ConjugateKernel(model)(x), h @ h.T, 1e-6, "two heads")
+
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.first(x)
+            return h + self.last(torch.relu(h))
+
+    model = Skip()
+    h = torch.relu(model.first(x)).detach()
+    assert_equal(ntkit.ConjugateKernel(model)(x), h @ h.T, 1e-6, "a skip over the last layer")
+
+
 def test_refusals():
     with pytest.raises(ntkit.Refused, match=r"last weight layer: got NativeLayerNormBackward0, whose weight.*layer="):
         ntkit.ConjugateKernel(nn.LayerNorm(5).double())(vectors(3))

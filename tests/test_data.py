@@ -874,3 +874,6 @@ def test_the_users_own_data_refused_by_name(tmp_path):
         load(f"{tmp_path / 'mine.py'}:dta")
     with pytest.raises(Refused, match=r"got a factory that returned a int; expected tensors \(x, y\)"):
         load(f"{tmp_path / 'mine.py'}:nonsense")
+    (tmp_path / "more.py").write_text("def sized(n): pass\n")
+    with pytest.raises(Refused, match=r"more\.py:sized: got a factory that could not be called .*'n'.*default values"):
+        load(f"{tmp_path / 'more.py'}:sized")

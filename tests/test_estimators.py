@@ -102,6 +102,14 @@ def test_rescaling_the_kernel_or_the_targets():
     np.testing.assert_allclose(other.predict(x_test), 5 * one.predict(x_test) - 2, rtol=1e-8)
 
 
+@pytest.mark.parametrize("factor", [1e-200, 1e200])
+def test_targets_whose_squares_float64_does_not_hold(factor):
+    x = np.random.default_rng(0).normal(size=(20, 3))
+    y = x[:, 0] + x[:, 1] ** 2
+    one, other = NTKRegressor().fit(x, y).predict(x), NTKRegressor().fit(x, factor * y).predict(x)
+    assert np.allclose(other / factor, one, rtol=1e-9)
+
+
 def test_no_hidden_layer_is_linear_regression():
     x, _, x_test, _ = table()
     y = x @ [1.0, -2.0, 0.5] + 3

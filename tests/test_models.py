@@ -52,6 +52,15 @@ def test_a_factory_gets_what_it_names(tmp_path):
     assert isinstance(build("torch.nn:Identity", (5,), 3, 0), torch.nn.Identity)
 
 
+def test_a_network_in_place_of_its_factory_is_refused(tmp_path):
+    (tmp_path / "nets.py").write_text("from torch import nn\nnet = nn.Sequential(nn.Flatten(), nn.Linear(5, 3))\n")
+    message = (
+        r"nets.py:net: got a network \(Sequential\); expected a function that makes the network.*def make\(outputs\)"
+    )
+    with pytest.raises(ntkit.Refused, match=message):
+        build(f"{tmp_path}/nets.py:net", (5,), 3, 0)
+
+
 def test_convolutions_want_images():
     with pytest.raises(ntkit.Refused, match=r"--model cnn: got inputs of shape \(5,\); expected images"):
         build("cnn", (5,), 2, 0)

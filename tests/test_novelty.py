@@ -102,6 +102,14 @@ def test_a_gradient_of_zero_is_inside_and_one_of_others_outside():
     torch.testing.assert_close(found.deviation, torch.tensor([0.0, 3.0, (2 - 1 / 1.25) ** 0.5], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("factor", [1e-80, 1e100])
+def test_gradients_whose_fourth_powers_float64_does_not_hold_are_refused(factor):
+    kernel = ntkit.TangentKernel(nn.Linear(3, 1, bias=False).double(), outputs="trace")
+    x = points(4, 0)[:, :3] * factor
+    with pytest.raises(Refused, match=r"k\(x_train\): got a largest entry of .*; expected between 1e-140 and 1e140"):
+        ntkit.novelty(kernel, x, x)
+
+
 def test_it_takes_any_kernel():
     model, x_train, x = network(2), points(N, 1), points(M, 2)
     y = (x_train[:, 0] > 0).long()

@@ -72,6 +72,18 @@ def test_block_krylov_finds_every_copy(copies):
     assert np.allclose(residuals, np.linalg.norm(K @ vectors - vectors * found, axis=0), atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_copies_that_the_first_search_missed_are_found_though_a_random_vector_has_little_of_them(seed):
+    draw = np.random.default_rng(seed)
+    copies, second = int(draw.integers(34, 60)), float(draw.choice([0.999, 0.9, 0.5]))
+    values = np.concatenate([np.ones(copies), np.full(60, second), np.zeros(300)])
+    Q = np.linalg.qr(draw.standard_normal((len(values), len(values))))[0]
+    K = (Q * values) @ Q.T
+    found, _, _, status = leading(lambda v: K @ v, len(K), copies + 3, 1e-12)
+    assert status == "converged"
+    assert found == pytest.approx(values[: copies + 3], rel=1e-9)
+
+
 def test_block_krylov_with_a_decaying_spectrum_and_negative_values():
     Q = np.linalg.qr(np.random.default_rng(1).standard_normal((300, 300)))[0]
     values = np.concatenate([np.exp(-np.arange(299) / 9.0), [-7.0]])  # the largest in size is not the largest

@@ -124,6 +124,21 @@ def test_output():
     assert kernel(Wrong(lambda y: {"logits": y}).double(), outputs=lambda y: y["logits"][:, 0])(X).shape == (4, 4)
 
 
+@pytest.mark.parametrize(("scale", "dtype"), [(1e-22, torch.float32), (1e-4, torch.float16)])
+def test_values_too_small_for_their_precision(scale, dtype):
+    model, x = nn.Linear(4, 2, bias=False), torch.randn(5, 4, generator=torch.Generator().manual_seed(0)) * scale
+    name = str(dtype).removeprefix("torch.")
+    with refused(rf"the kernel: got values of .* in {name}; expected values above .*lose their digits.*float64"):
+        kernel(model.to(dtype), outputs="trace")(x.to(dtype))
+    expected = 2 * x.double() @ x.double().T
+    assert torch.allclose(kernel(model.double(), outputs="trace")(x.double()), expected, rtol=1e-12, atol=0)
+
+
+def test_an_expanded_place_for_the_result():
+    with refused("out: got an expanded tensor; expected a place of its own for each value"):
+        kernel(outputs="trace")(X, out=torch.zeros(1, 1, dtype=torch.float64).expand(4, 4))
+
+
 def test_arguments():
     with refused(r"outputs: got 'traces'; expected a mode or a callable. Did you mean trace\?"):
         kernel(outputs="traces")

@@ -244,6 +244,22 @@ def test_without_noise_there_is_no_bound(no_room):
     assert torch.allclose(posterior.covariance, exact, atol=1e-7)
 
 
+@pytest.mark.parametrize("factor", [1e-170, 1e170])
+def test_matrices_whose_squares_float64_does_not_hold(no_room, monkeypatch, factor):
+    K, targets, _ = problem()
+    fits = {
+        "ridge": lambda K: ntkit.KernelRidge(factor).fit(K, targets),
+        "noise": lambda K: ntkit.GaussianProcess(noise=factor).fit(K, targets),
+        "flow": lambda K: ntkit.GradientFlow(k=4).fit(K, targets),
+    }
+    for fit in fits.values():
+        with pytest.raises(ntkit.Refused, match=r"K: got a largest entry of .*; expected between 1e-140 and 1e140"):
+            fit(K * factor)
+    monkeypatch.undo()  # with room Cholesky is taken, which squares nothing
+    small, one = fits["ridge"](K * factor), ntkit.KernelRidge(1.0).fit(K, targets)
+    assert torch.allclose(small.alpha_ * factor, one.alpha_, rtol=1e-9)
+
+
 def test_by_cholesky_nothing_changes():
     K, Y, K_test = problem()
     gp = ntkit.GaussianProcess(1e-2).fit(K, Y)

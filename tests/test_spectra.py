@@ -128,6 +128,18 @@ def test_repeated_eigenvalues_are_all_found(copies):
     assert torch.allclose(spectrum(torch.eye(30), k=9).eigenvalues, torch.ones(9, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e200, 1e300])
+@pytest.mark.parametrize("k", [5, None])
+def test_scales_whose_squares_are_not_representable(scale, k):
+    values = torch.linspace(1, 0, 60, dtype=torch.float64)
+    Q = torch.linalg.qr(draw(60, 60))[0]
+    K = (Q * values) @ Q.T * scale
+    found = spectrum((K + K.T) / 2, k)
+    assert torch.allclose(found.eigenvalues / scale, values[:k], atol=1e-12)
+    assert 0 < float(found.residuals.max()) < 1e-7
+    assert effective_rank((K + K.T) / 2) == pytest.approx(float(values.sum()), rel=1e-12)
+
+
 def test_top_k_beyond_the_rank():
     top = spectrum(gram(60, rank=3), k=8)
     assert torch.allclose(top.eigenvalues[:3], spectrum(gram(60, rank=3)).eigenvalues[:3], rtol=1e-12)

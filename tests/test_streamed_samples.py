@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from store_case import TILE, N, Rows, kernel, samples
@@ -152,6 +154,27 @@ def test_refused(message, tmp_path: Path):
     with pytest.raises(Refused, match=message):
         ntkit.GramStore.create(tmp_path / "s", kernel(), REFUSED[message](), **HOW)
     assert not (tmp_path / "s").exists()
+
+
+class Augmented(Rows):
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def __getitem__(self, i: int):
+        row, *rest = super().__getitem__(i)
+        return row + self.draw(), *rest
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.rand(()), random.random, np.random.random], ids=["torch", "Python", "NumPy"]
+)
+def test_random_transforms_are_refused_however_few_the_samples(draw):
+    with pytest.raises(Refused, match=r"x: got another sample 0 than when it was first read.*random transforms"):
+        kernel()(Augmented(draw))
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)
+    with pytest.raises(Refused, match=r"x: got another sample 0 .*random transforms"):
+        ntkit.train(nn.Linear(6, 2), Augmented(draw), nn.functional.cross_entropy, sgd, steps=1)
 
 
 def test_a_reading_draws_no_random_numbers_of_the_caller():

@@ -74,6 +74,25 @@ def test_the_target_decides_the_task(tmp_path):
     assert len(table(tmp_path, labels, target="area", task="classification").classes) == 21
 
 
+@pytest.mark.parametrize("factor", ["e-200", "e200"])
+def test_numbers_whose_squares_float64_does_not_hold_are_standardized_alike(tmp_path, factor):
+    plain = ["length,other,y", *(f"{30 + 7 * i},{i % 5},{i % 7 + 0.5}" for i in range(25))]
+    extreme = [plain[0], *(",".join(cell + factor for cell in line.split(",")) for line in plain[1:])]
+    one, other = (
+        table(tmp_path, lines, name, target="y", task="regression")
+        for lines, name in ((plain, "one.csv"), (extreme, "other.csv"))
+    )
+    assert torch.allclose(other.x_train, one.x_train, atol=1e-6)
+    assert torch.allclose(other.y_train, one.y_train, atol=1e-6)
+    assert other.targets.deviation[0] == pytest.approx(float(f"1{factor}") * one.targets.deviation[0], rel=1e-12)
+
+
+def test_whole_numbers_beyond_the_exact_ones_are_no_labels(tmp_path):
+    lines = ["length,y", *(f"{30 + 7 * i},{i % 3}e30" for i in range(25))]
+    with pytest.raises(Refused, match=r"got floats that are 3 different whole numbers, 0 to 2e\+30; .*--task"):
+        table(tmp_path, lines, target="y")
+
+
 def test_a_column_that_is_constant_in_training_is_only_centered(tmp_path):
     data = table(tmp_path, ["a,b,y", *(f"{i},7,{i / 3}" for i in range(10))], target="y")
     assert data.x_train[:, 1].unique().tolist() == [0]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
@@ -151,6 +152,15 @@ def find(option: str, name: str, built_in: Iterable[str]) -> Callable[..., Any]:
         got, expected = "a path that was there a moment ago and is gone", "files that stay"
         raise refusal(f"{option} {name}", got=got, expected=expected, fix="Begin again.")
     return code.run()
+
+
+def check_call(factory: Callable[..., Any], subject: str, arguments: Mapping[str, Any], expected: str) -> None:
+    """Refuse a factory that has other required arguments than these."""
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        got, fix = f"a factory that could not be called ({error})", "Give its other parameters default values."
+        raise refusal(subject, got=got, expected=expected, fix=fix) from error
 
 
 def source_hash(option: str, name: str) -> str | None:

@@ -25,6 +25,18 @@ def check_dense(tensor: Tensor, name: str) -> None:
         raise refusal(name, got=f"a {kind} tensor", expected="a dense one", fix=f"Pass {name}.{convert}{mask}.")
 
 
+def means_and_deviations(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (over n, not n - 1) of each column, float64, of any size that the values may have.
+
+    >>> means_and_deviations(torch.tensor([[1e200], [3e200]], dtype=torch.float64))
+    (tensor([2.0000e+200], dtype=torch.float64), tensor([1.0000e+200], dtype=torch.float64))
+    """
+    scale = values.abs().amax(0)
+    scale = torch.where(scale > 0, 2.0 ** scale.log2().floor(), 1.0)  # squares of very small or large values over- or
+    values = values / scale  # underflow; a power of two changes no bit of others
+    return values.mean(0) * scale, values.std(0, correction=0) * scale
+
+
 def as_number(value: Any, name: str, good: Callable[[float], bool], expected: str, fix: str) -> float:
     """Take one real number (or a tensor or array without axes) that is `good`, as a float.
 

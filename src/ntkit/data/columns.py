@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ntkit.base.numbers import means_and_deviations
+
 
 class Columns(NamedTuple):
     """Names of the columns of x; their means and standard deviations on the training set; which are numbers.
@@ -42,7 +44,7 @@ def standardized_columns(
     A column that is constant there is only centered.
     """
     mask = torch.tensor(numeric)
-    mean, deviation = inputs[0].mean(0), inputs[0].std(0, correction=0)
+    mean, deviation = means_and_deviations(inputs[0])
     constant = mask & (deviation <= 1e-12 * mean.abs())
     mean = torch.where(mask, mean, 0.0)
     deviation = torch.where(mask & ~constant, deviation, 1.0)

@@ -198,3 +198,10 @@ def restored_random_states() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators that `restored_random_states` restores."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (what transforms draw from)
+    torch.default_generator.manual_seed(seed)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ntkit.base.checks import check_name, nearest, refusal
-from ntkit.base.factory import find, is_code
+from ntkit.base.factory import check_call, find, is_code
 from ntkit.data.cifar_reader import CIFAR10_EXPECTED, read_cifar10
 from ntkit.data.dataset import Data, build, from_dataset, from_tensors
 from ntkit.data.image_reader import read_image_folder
@@ -142,7 +142,9 @@ def _read(
 
 def _from_factory(place: str, task: Task | None) -> tuple[Files, str, str]:
     """Call the user's factory and convert its result, as `_read`."""
-    data = find("--data", place, ())()
+    factory = find("--data", place, ())
+    check_call(factory, f"--data {place}", {}, "a callable without required arguments")
+    data = factory()
     name = place.rpartition(":")[2]
     if not isinstance(data, Data):
         parts: Any = data if isinstance(data, tuple | list) and len(data) in (2, 4) else (data, None)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from ntkit.base.batch import Batch, as_batch, checked, count, leaves
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.progress import task
-from ntkit.data.examples import check_order, restored_random_states
+from ntkit.data.examples import check_order, restored_random_states, seed_generators
 
 _AT_A_TIME = 256  # samples of the first reading
 
@@ -80,7 +80,7 @@ class StreamedSamples:
         if isinstance(source, DataLoader):
             self._dataset, self._collate = source.dataset, source.collate_fn
             check_order(source, "x")
-        self._n = _length(self._dataset)
+        self._n, self._readings = _length(self._dataset), 0
         self.first = self._read(0, 1)
         self._digests = np.empty(self._n, "u8")
         whole, labels = [hashlib.sha256() for _ in leaves(self.first)], []
@@ -124,7 +124,10 @@ class StreamedSamples:
     def _read_pairs(self, start: int, stop: int) -> tuple[Batch, Any]:
         """Some samples, and their labels where there are any."""
         label = None
+        self._readings += 1
         with restored_random_states():
+            # other random numbers at each reading: with the same ones a random transform would go unnoticed
+            seed_generators(self._readings)
             items = [self._dataset[i] for i in range(start, stop)]
         where = f"x, samples {start} to {stop - 1}"
         try:

@@ -264,6 +264,7 @@ def _predicted(path: Path, columns: list[_Column]) -> tuple[np.ndarray, list[str
             raise refusal("target (--target)", got=got, expected="numbers in all targets", fix="Name one target.")
     y = np.stack([numbers for numbers in values if numbers is not None], 1)
     few = min(_LABELS, len(y) / 2)  # numbers that do not recur are no labels
-    if len(columns) == 1 and (y == np.round(y)).all() and len(np.unique(y)) <= few:
+    whole = (y == np.round(y)).all() and np.abs(y).max() < 2**53  # larger numbers are not exact
+    if len(columns) == 1 and whole and len(np.unique(y)) <= few:
         return y[:, 0].astype(np.int64), names
     return y, names

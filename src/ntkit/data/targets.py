@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import check_name, refusal
+from ntkit.base.numbers import means_and_deviations
 
 Task = Literal["classification", "regression"]
 TASKS = ("classification", "regression")
@@ -229,7 +230,7 @@ def standardized(
     """Targets minus the training set's mean, over its standard deviation, in `dtype`; the first set is for training."""
     train, outputs = sets[0], sets[0].shape[1]
     names = tuple(names) if names is not None else ("y",) if outputs == 1 else tuple(f"y{i}" for i in range(outputs))
-    mean, deviation = train.mean(0), train.std(0, correction=0)
+    mean, deviation = means_and_deviations(train)
     for name, value, center in zip(names, deviation.tolist(), mean.tolist(), strict=True):
         if not value > 1e-12 * abs(center):
             got = f"{name}, which is {center:g} in every training example"

@@ -77,6 +77,7 @@ class Retrainings:
     torch.Size([2, 2])
     """
 
+    @no_context()
     def __init__(
         self,
         trajectory: Trajectory,

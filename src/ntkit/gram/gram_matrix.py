@@ -283,6 +283,14 @@ def fits_dense(K: Gram, copies: int) -> bool:
     return copies * 8 * len(K) ** 2 <= free_memory(K.device)
 
 
+def check_squares(K: Gram, name: str = "K") -> None:
+    """Refuse a matrix other than zero whose entries are so small or large that float64 does not hold their squares."""
+    if K.largest and not 1e-140 < K.largest < 1e140:
+        expected = "between 1e-140 and 1e140: float64 must hold squares"
+        fix = "Multiply the kernel, and what is added to its diagonal, by a number; a time is divided by it."
+        raise refusal(name, got=f"a largest entry of {K.largest:.3g}", expected=expected, fix=fix)
+
+
 def as_gram(K: Gram | Matrix, name: str = "K") -> Gram:
     """Take a Gram as it is, and wrap anything else in one; refused under `name` as `Gram` says."""
     return K if isinstance(K, Gram) else Gram(K, name=name)

@@ -22,7 +22,7 @@ def leading(product: Product, N: int, k: int, tolerance: float) -> tuple[np.ndar
     Block Krylov iteration with full reorthogonalization and thick restarts: the basis grows by the residuals of the
     first pairs that have not converged; memory 2 N (2 k + 6 blocks) numbers. A space grown from b vectors holds at most
     b directions of every eigenspace (a kernel G (x) I has C), and no residual shows a direction that the start missed.
-    Hence a second search, outside that space, until nothing there exceeds the smallest eigenvalue of the first.
+    Hence further searches, outside that space, until nothing there exceeds the smallest eigenvalue found.
 
     Parameters
     ----------
@@ -31,7 +31,28 @@ def leading(product: Product, N: int, k: int, tolerance: float) -> tuple[np.ndar
     tolerance : largest |K v - lambda v| over |lambda_1| that counts as converged.
     """
     draw = np.random.default_rng(0)
-    basis, image, good = _grow(product, draw.standard_normal((N, min(N, _block(k)))), k, tolerance, draw)
+    scale = 0.0
+
+    def scaled(v: np.ndarray) -> np.ndarray:
+        """Squares of very small or large entries are not representable; a power of two changes no bit of others."""
+        nonlocal scale
+        image = product(v)
+        if scale == 0.0:
+            largest = np.abs(image).max()
+            scale = 2.0 ** np.floor(np.log2(largest)) if 0 < largest < np.inf else 1.0
+        return image / scale
+
+    start = draw.standard_normal((N, min(N, _block(k))))
+    values, vectors, residuals, status = _leading(scaled, start, k, tolerance, draw)
+    return values * scale, vectors, residuals * scale, status
+
+
+def _leading(
+    product: Product, start: np.ndarray, k: int, tolerance: float, draw: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """As `leading`, of a matrix whose largest entries are near 1."""
+    N, block = start.shape
+    basis, image, good = _grow(product, start, k, block, tolerance, draw)
     while True:
         values, turn = _ritz(basis, image, k)
         vectors, image_k = basis @ turn, image @ turn
@@ -44,14 +65,16 @@ def leading(product: Product, N: int, k: int, tolerance: float) -> tuple[np.ndar
             return v - basis @ (basis.T @ v)
 
         threshold = max(values[-1], 0.0) + max(1e-10, 10 * tolerance) * abs(values[0])
-        start = draw.standard_normal((N, min(N, _block(1))))
-        missed, _, converged = _grow(outside, start, 1, 1e-3, draw, threshold)
+        start = draw.standard_normal((N, block))
+        enough = max(1e-3 / np.sqrt(N), tolerance * abs(values[0]) / threshold) if threshold > 0 else 1e-3
+        missed, image, converged = _grow(outside, start, 1, block, enough, draw, threshold)
+        missed = missed @ _ritz(missed, image, block)[1]
         missed, _ = np.linalg.qr(missed - vectors @ (vectors.T @ missed))
         largest = np.linalg.eigvalsh(missed.T @ product(missed))[-1]
         if not converged or largest <= threshold:
             status = "converged" if converged else "search for repeated eigenvalues did not converge"
             return values, vectors, residuals, status
-        basis, image, good = _grow(product, np.concatenate([vectors, missed], axis=1), k, tolerance, draw)
+        basis, image, good = _grow(product, np.concatenate([vectors, missed], axis=1), k, block, tolerance, draw)
 
 
 def _ritz(basis: np.ndarray, image: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -65,6 +88,7 @@ def _grow(
     product: Product,
     start: np.ndarray,
     k: int,
+    block: int,
     tolerance: float,
     draw: np.random.Generator,
     threshold: float | None = None,
@@ -73,7 +97,7 @@ def _grow(
 
     Returns basis, image, and whether that was reached.
     """
-    N, block = len(start), _block(k)
+    N = len(start)
     basis, _ = np.linalg.qr(start)
     image = product(basis)
     limit = min(N, max(2 * k, basis.shape[1]) + 6 * block)
@@ -89,9 +113,10 @@ def _grow(
         worst = sizes[:k].max()
         if top >= k and worst <= tolerance:
             return basis, image, True
-        if threshold is not None and (
-            values[0] > threshold or values[0] + np.linalg.norm(residuals[:, 0]) <= threshold
-        ):
+        # A direction u of value m has |<u, v>| |m - values[0]| <= |residual| for the first vector v, of which a random
+        # start left hardly less than 1 / (10 sqrt(N)) along u.
+        margin = 10 * np.sqrt(N) * np.linalg.norm(residuals[:, 0])
+        if threshold is not None and (values[0] > threshold or values[0] + margin <= threshold):
             return basis, image, True
         # Rounding sets a floor, which the matrix's own precision decides: below it no iteration improves.
         stalled = 0 if worst < 0.5 * best else stalled + 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.batch import Batch, count, has_infinity, take
+from ntkit.base.checks import refusal
 from ntkit.jacobian.contraction import Scratch, multiply, multiply_aligned, prepare
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.model_outputs import refuse_infinite_input
@@ -28,6 +29,8 @@ def compare_products(
     ------
     SelfCheckError
         When an entry differs by more than rounding in the precision of the results explains.
+    Refused
+        Where only entries do that are too small for this precision.
     """
     few = take(x, sorted({0, count(x) // 2, count(x) - 1}))
     n, k = count(few), min(2, structure.outputs)
@@ -47,7 +50,16 @@ def compare_products(
     exact, bound = (_reduced(matrix.view(n, k, n, k), mode, aligned) for matrix in (products, norms[:, None] * norms))
     eps = _rounding(gradients)
     error = (fast - exact).abs().where(fast.isfinite(), 0.0)  # an overflow of the results' precision shows by itself
-    if not (error <= min(1e3 * eps, eps**0.5) * bound).all():
+    wrong = ~(error <= min(1e3 * eps, eps**0.5) * bound)
+    smallest = torch.finfo(gradients.dtype).tiny
+    if wrong.any() and (bound < smallest)[wrong].all():
+        raise refusal(
+            "the kernel",
+            got=f"values of {float(bound[wrong].max()):.1g} in {str(gradients.dtype).removeprefix('torch.')}",
+            expected=f"values above {smallest:.1g}: smaller ones lose their digits",
+            fix="Convert network and samples to float64, or multiply the outputs by a number.",
+        )
+    if wrong.any():
         worst = float((error / bound).nan_to_num(0.0).max())
         raise SelfCheckError(
             f"products of the gradients of the self-check differ from float64 by {worst:.2g} of their norms, where "

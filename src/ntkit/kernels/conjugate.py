@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, has_infinity
 from ntkit.base.caller_context import own_context
-from ntkit.base.checks import nearest, refusal
+from ntkit.base.checks import Refused, nearest, refusal
 from ntkit.base.shown import of_model
 from ntkit.base.workers import product
 from ntkit.jacobian.forwards import each_forward
-from ntkit.jacobian.graph import find_uses, nodes_behind
+from ntkit.jacobian.graph import Node, find_uses, nodes_behind, nodes_from
 from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched
 from ntkit.jacobian.model_outputs import Select, check_finite_outputs, check_select, part_of, real_rows
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
@@ -43,7 +44,12 @@ class ConjugateKernel(Kernel):
     Notes
     -----
     Long 2021, section 2 ("conjugate kernel"). The last weight layer is read off the autograd graph: the dense or
-    convolution node with a trainable weight that is nearest to the output.
+    convolution node with a weight behind which all other weights are; several with the same input (heads) count as one.
+
+    Raises
+    ------
+    Refused
+        As `ntkit.TangentKernel`; where there is no last weight layer, or several beside each other: name one.
 
     Examples
     --------
@@ -143,16 +149,45 @@ class ConjugateKernel(Kernel):
     @staticmethod
     def _last_hidden(out: Tensor, params: dict[str, nn.Parameter]) -> Tensor | None:
         uses = {(use.node, use.slot) for use in find_uses(nodes_behind(out), params, set())}
-        for node in nodes_behind(out):
+        inputs = []
+        for node in _last_weighted(out, uses):
             name = node.name()
             slot, saved = _WEIGHTED.get(name, (-1, ""))
-            if (node, slot) in uses:
-                return getattr(node, saved).detach()
-            biases = (_BIASED.get(name),) if name in _BIASED else range(2 if name in _SHIFTS else 0)
-            if slot < 0 and name not in _PRODUCTS and not any(n == node and s not in biases for n, s in uses):
-                continue
-            got = f"{name}, whose weight is not a parameter of a dense or convolution layer"
-            expected = "a model whose last layer is dense or a convolution, with hidden features as its input"
-            fix = "Name the layer whose output is the feature map: ConjugateKernel(model, layer=...)."
-            raise refusal("the last weight layer", got=got, expected=expected, fix=fix)
-        return None
+            if (node, slot) not in uses:
+                got = f"{name}, whose weight is not a parameter of a dense or convolution layer"
+                raise _no_last_layer(got, "a model whose last layer is dense or a convolution, with hidden features")
+            inputs.append(getattr(node, saved).detach())
+            if inputs[-1].shape != inputs[0].shape or not torch.equal(inputs[-1], inputs[0]):
+                got = f"{name} beside another weight layer with another input"
+                raise _no_last_layer(got, "one last layer, behind which all others are, or heads with one input")
+        return inputs[0] if inputs else None
+
+
+def _last_weighted(out: Tensor, uses: set[tuple[Node, int]]) -> list[Node]:
+    """Nodes with a weight, or products of two tensors, that are behind no other such node."""
+    weighted = {node for node, slot in uses if slot not in _biases(node)}
+    first: list[Node] = []  # those that are reached without passing another
+    seen: set[Node] = set()
+    queue: deque[Node] = deque([out.grad_fn])
+    while queue:
+        node = queue.popleft()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in weighted or node.name() in (*_PRODUCTS, *_WEIGHTED):
+            first.append(node)
+        else:
+            queue.extend(child for child, _ in node.next_functions)
+    behind = {node: set(nodes_from(node)) for node in first} if len(first) > 1 else {}
+    return [node for node in first if not any(node in behind[other] for other in behind if other is not node)]
+
+
+def _biases(node: Node) -> tuple[int, ...]:
+    """Slots of a node at which a parameter is a bias."""
+    name = node.name()
+    return (_BIASED[name],) if name in _BIASED else (0, 1) if name in _SHIFTS else ()
+
+
+def _no_last_layer(got: str, expected: str) -> Refused:
+    fix = "Name the layer whose output is the feature map: ConjugateKernel(model, layer=...)."
+    return refusal("the last weight layer", got=got, expected=expected, fix=fix)

@@ -133,6 +133,9 @@ def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(out.shape) != shape or out.dtype != dtype:
         fix = "Allocate it again with that shape and dtype; its values are overwritten."
         raise refusal("out", got=f"shape {tuple(out.shape)}, {out.dtype}", expected=f"shape {shape}, {dtype}", fix=fix)
+    if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+        fix = "Allocate it: torch.empty(...), without expand."
+        raise refusal("out", got="an expanded tensor", expected="a place of its own for each value", fix=fix)
 
 
 def refuse_operator_of_diagonal() -> Refused:

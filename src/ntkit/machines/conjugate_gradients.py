@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ntkit.base.memory import free_memory
 from ntkit.base.progress import Task, task
-from ntkit.gram.gram_matrix import Gram
+from ntkit.gram.gram_matrix import Gram, check_squares
 from ntkit.gram.operator_gram import OperatorGram
 from ntkit.gram.pivoted_cholesky import pivoted_cholesky
 
@@ -164,6 +164,7 @@ class Solver:
     """Solves with K + shift I, for targets and for test points; `name` is what the user calls the shift."""
 
     def __init__(self, K: Gram, shift: float, name: str) -> None:
+        check_squares(K)
         self.K, self.shift, self.name = K, shift, name
         self._precondition = Preconditioner(K, shift)
 

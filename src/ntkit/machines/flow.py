@@ -13,7 +13,7 @@ from torch import Tensor
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.gram.arrays import AnyMatrix, Matrix, as_tensor, float64_product, same_kind
-from ntkit.gram.gram_matrix import Gram
+from ntkit.gram.gram_matrix import Gram, check_squares
 from ntkit.kernels.kernel import KernelOperator
 from ntkit.machines.descent import Loss, descend, gradient
 from ntkit.machines.gaussian_process import Posterior, trained_covariance
@@ -137,9 +137,11 @@ class GradientFlow(Machine):
         Raises
         ------
         Refused
-            When K is not square, symmetric and finite with a non-negative diagonal, or y or `initial` do not fit it.
+            When K is not square, symmetric and finite with a non-negative diagonal, its largest entry is not between
+            1e-140 and 1e140, or y or `initial` do not fit it.
         """
         gram = training_gram(K)
+        check_squares(gram)
         n = len(gram)
         y_ = as_tensor(y, "y")
         check_length(torch.atleast_1d(y_), n)

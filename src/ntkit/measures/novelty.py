@@ -13,7 +13,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.base.shown import Shown
 from ntkit.data.streamed_samples import in_memory
-from ntkit.gram.gram_matrix import as_gram
+from ntkit.gram.gram_matrix import as_gram, check_squares
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import spectrum
 
@@ -77,8 +77,8 @@ def novelty(
     Raises
     ------
     Refused
-        For a kernel with more than one number per pair, a ridge that is negative or not finite, and samples that the
-        kernel refuses.
+        For a kernel with more than one number per pair, or whose largest value between training samples is not between
+        1e-140 and 1e140; a ridge that is negative or not finite; samples that the kernel refuses.
 
     Notes
     -----
@@ -120,6 +120,7 @@ def novelty(
         fix = 'Use outputs="trace", or a callable that gives one scalar per sample.'
         raise refusal("kernel", got=got, expected="[n, n]: one number per pair of samples", fix=fix)
     gram = as_gram(K)
+    check_squares(gram, "k(x_train)")
     pairs, diagonal = spectrum(gram), gram.diagonal()
     values, vectors = pairs.eigenvalues, pairs.eigenvectors
     added = RIDGE * float(diagonal.mean()) if ridge is None else ridge

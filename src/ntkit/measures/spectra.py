@@ -156,7 +156,7 @@ def spectrum(K: Gram | Matrix | Operator, k: int | None = None) -> Spectrum:
     """Eigenpairs of a Gram matrix: all of them, or the top `k`.
 
     All of them by a dense float64 eigendecomposition of (K + K^T)/2. The top `k` by block Krylov iteration
-    (fixed start), and a second one outside that subspace, which looks for copies of repeated eigenvalues: no residual
+    (fixed start), and further ones outside that subspace, which look for copies of repeated eigenvalues: no residual
     shows those that the start missed. Each step reads K once, for 16 vectors (32 for k >= 64); memory about
     10 N (k + 50) numbers. Where the dense matrices exceed the free memory, an iteration that does not converge
     says so in `status`.
@@ -214,7 +214,8 @@ def spectrum(K: Gram | Matrix | Operator, k: int | None = None) -> Spectrum:
         matrix = _formed(product, N) if gram is None else gram.dense()
         values, vectors = torch.linalg.eigh(matrix)
         values, vectors, status = values.flip(0)[:k], vectors.flip(1)[:, :k], "converged"
-        residuals = (matrix @ vectors - vectors * values).norm(dim=0)
+        scale = 2.0 ** math.floor(math.log2(largest)) if (largest := float(values.abs().max())) > 0 else 1.0
+        residuals = (matrix @ vectors / scale - vectors * (values / scale)).norm(dim=0) * scale
     else:
         values, vectors, residuals = (torch.from_numpy(a).to(device) for a in pairs)
     size = float(values.abs().nan_to_num().max())

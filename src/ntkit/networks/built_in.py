@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ntkit.base.checks import refusal
-from ntkit.base.factory import find
+from ntkit.base.factory import check_call, find
 from ntkit.data.text_reader import TEXT_SETS
 from ntkit.jacobian.model_calls import check_module
 from ntkit.networks.text_network import TextNetwork
@@ -119,19 +119,17 @@ def build(name: str, shape: Shape, outputs: int, seed: int, vocabulary: int | No
     95267
     """
     factory: Callable[..., nn.Module] = BUILT_IN.get(name) or find("--model", name, BUILT_IN)
-    signature = inspect.signature(factory)
+    if isinstance(factory, nn.Module):  # it can be called, too: on samples
+        fix = "Write def make(outputs): return ..., and name make."
+        expected = "a function that makes the network, with initial weights by the seed"
+        raise refusal(f"--model {name}", got=f"a network ({type(factory).__name__})", expected=expected, fix=fix)
+    parameters = inspect.signature(factory).parameters
     values: dict[str, Any] = {"shape": tuple(shape), "outputs": outputs}
     values |= {} if vocabulary is None else {"vocabulary": vocabulary}
-    arguments = {key: value for key, value in values.items() if key in signature.parameters}
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        got = f"a factory that could not be called ({error})"
-        expected = "a callable without required arguments other than shape and outputs" + (
-            ", and vocabulary" if vocabulary is not None else ""
-        )
-        fix = "Give its other parameters default values."
-        raise refusal(f"--model {name}", got=got, expected=expected, fix=fix) from error
+    arguments = {key: value for key, value in values.items() if key in parameters}
+    more = ", and vocabulary" if vocabulary is not None else ""
+    expected = f"a callable without required arguments other than shape and outputs{more}"
+    check_call(factory, f"--model {name}", arguments, expected)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = factory(**arguments)

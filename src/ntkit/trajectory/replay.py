@@ -375,7 +375,8 @@ class Replay:
                 expected="the values that the run leads to",
                 fix="Look for a changed snapshot, data, batches (seed), loss, clip or optimizer settings other than in "
                 "training, an optimizer that was not new, a forward pass that differs in train mode, or autocast. "
-                "On another machine, number of threads or release of torch, rounding accumulates: use record='all'.",
+                "On another machine, number of threads or release of torch, and with gradients summed over parts of a "
+                "batch, rounding accumulates: use record='all'.",
             )
         self._set(recorded)
         return not differences

@@ -97,6 +97,7 @@ class PathKernel(Kernel):
 
     _infinite = True
 
+    @no_context()
     def __init__(
         self,
         trajectory: Trajectory,
