@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 
-from ntkit import Refused
+from ntkit import Refused, cli
 from ntkit.base import progress
 from ntkit.base.progress import task
 from ntkit.commands.option_file import with_options_of
@@ -22,7 +23,7 @@ def ntkit_command(*words, cwd):
     )
 
 
-SMALL = ("--train", 60, "--test", 30, "--model", "mlp", "--epochs", 1, "--track-points", 20, "--probe-samples", 5)
+SMALL = ("--train", 60, "--test", 30, "--model", "mlp", "--epochs", 1, "--track-points", 20, "--probe-points", 5)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,62 @@ def test_options_from_a_file(run, tmp_path):
     settings = json.loads((tmp_path / "b" / "run.json").read_text())["settings"]
     assert [settings[name] for name in ("epochs", "train", "model")] == [2, 60, "mlp"]
     assert settings["classes"] == ["3", "8"]
+
+
+def test_names_of_earlier_versions_in_a_file(tmp_path):
+    (tmp_path / "run.json").write_text('{"settings": {"probe_samples": 4}}')
+    assert with_options_of(tmp_path / "run.json", ["analyze"]) == ["analyze", "--probe-points", "4"]
+    (tmp_path / "run.json").write_text('{"settings": {"sample": 16, "folds": 2}}')
+    assert with_options_of(tmp_path / "run.json", ["infinite"]) == ["infinite", "--networks", "16", "--folds", "2"]
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    """By command, its parameters: the argument's own names, and those of options."""
+    found = {}
+    for command in (name for name in cli.app if not name.startswith("-")):
+        arguments = cli.app[command].assemble_argument_collection()
+        found[command] = [argument for argument in arguments if argument.show]
+    return found
+
+
+COMMANDS = {"analyze", "track", "explain", "compare", "study", "infinite", "gram", "solve", "report", "verify"}
+
+
+def test_what_a_command_takes_has_one_spelling(parameters):
+    """A folder is given by its place, all else by its option; nothing by both."""
+    assert parameters.keys() == COMMANDS
+    places: dict[str, set[str]] = {}
+    for command, arguments in parameters.items():
+        for argument in arguments:
+            if not argument.names[0].startswith("--"):
+                places.setdefault(argument.names[0], set()).add(command)
+            else:
+                assert argument.field_info.kind is argument.field_info.KEYWORD_ONLY, (command, argument.names)
+    assert places == {
+        "RUN": {"track", "explain", "report", "verify"}, "RUNS": {"compare"}, "STORE": {"solve"}, "NAME": {"study"},
+    }  # fmt: skip
+
+
+def test_options_mean_the_same_in_all_commands(parameters):
+    """One name takes one kind of value; what computes a kernel says how much memory it may take, and where."""
+    kinds: dict[str, set[str]] = {}
+    options: dict[str, set[str]] = {}
+    for command, arguments in parameters.items():
+        for argument in arguments:
+            options.setdefault(argument.names[0], set()).add(command)
+            kind = re.sub(r"<class '(.*)'>| \| None", r"\1", str(argument.hint))
+            kinds.setdefault(argument.names[0], set()).add(kind)
+    assert {name for name, found in kinds.items() if len(found) > 1} == {"--model"}  # ntkit compare takes several
+    assert options["--memory"] == {"analyze", "track", "explain", "compare", "gram", "solve"}
+    assert options["--device"] == {"analyze", "track", "gram", "solve"}  # explain and compare: as the run
+    assert (
+        options["--model"]
+        == options["--data"]
+        == {"analyze", "track", "explain", "compare", "infinite", "gram", "solve"}
+    )
+    assert options["--points"] == {"track", "compare"}  # how many; which ones: --index
+    assert options["--index"] == {"explain"}
 
 
 def test_forms_of_values(tmp_path):

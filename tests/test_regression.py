@@ -180,11 +180,11 @@ def test_the_run_holds_what_the_library_says(run, results, code):
 
 
 def test_the_run_is_repeated_resumed_and_tracked(run, code, tmp_path):
-    again = ntkit.analyze(resume=run, out=tmp_path / "again")
+    again = ntkit.analyze(from_run=run, out=tmp_path / "again")
     assert (again / "results.json").read_bytes() == (run / "results.json").read_bytes()
     (again / "results.json").unlink()
     (again / "stages" / "comparisons.json").unlink()
-    ntkit.analyze(resume=again)
+    ntkit.analyze(from_run=again)
     assert (again / "results.json").read_bytes() == (run / "results.json").read_bytes()
     place = track_run(run, TrackSettings(points=20, k=3, out=tmp_path / "track"), say=lambda line: None)
     first = read_json(place / "step-00000000.json")
@@ -212,7 +212,7 @@ def test_the_path_kernel_takes_the_targets(run, code):
 def test_predictions_are_explained_in_the_units_of_the_target(run, code, tmp_path):
     """Accounting sums to the prediction; without an example the network trained again is what `train` gives."""
     data = ntkit.data.load(f"{code}:one")
-    place = explain_run(run, ExplainSettings(test=(2,), out=tmp_path / "explain"), say=lambda line: None)
+    place = explain_run(run, ExplainSettings(index=(2,), out=tmp_path / "explain"), say=lambda line: None)
     told = read_json(place / "results.json")
     point = told["points"][0]
     model = build(f"{code}:net", (3,), 1, seed=0)

@@ -42,8 +42,10 @@ def case(request, tmp_path_factory):
     save_file(tensors, place / "w.safetensors")
     model.load_state_dict(tensors)
     weights = place / "w.safetensors"
-    chosen = GramSettings(train=120, tile=50, dtype="float64", weights=weights, seed=0, **settings)
-    K = gram(f"{place}/net.py:make", "digits", chosen, out=place / "store")
+    chosen = GramSettings(
+        model=f"{place}/net.py:make", train=120, tile=50, dtype="float64", weights=weights, seed=0, **settings
+    )
+    K = gram(chosen, out=place / "store")
     return place, K, ntkit.TangentKernel(model, outputs="trace"), sets
 
 
@@ -75,13 +77,13 @@ def test_the_numbers_are_those_in_memory(method, case, monkeypatch):
         ("ridge", (K @ alpha).argmax(1), (K_test @ alpha).argmax(1)),
         ("svm", svm.predict(K), svm.predict(K_test)),
     ):
-        assert found[name]["training error"] == float((training != sets.y_train).double().mean())
+        assert found[name]["training_error"] == float((training != sets.y_train).double().mean())
         error = float((test != sets.y_test).double().mean())
-        assert found[name]["test error"]["value"] == error
+        assert found[name]["test_error"]["value"] == error
         assert error > 0 or len(sets.classes) == 2
         m = len(sets.y_test)
-        assert found[name]["test error"]["examples"] == m
-        np.testing.assert_allclose(found[name]["test error"]["standard error"], (error * (1 - error) / m) ** 0.5)
+        assert found[name]["test_error"]["examples"] == m
+        np.testing.assert_allclose(found[name]["test_error"]["error"], (error * (1 - error) / m) ** 0.5)
     np.testing.assert_allclose(found["svm"]["margins"], torch.as_tensor(svm.margin_).reshape(-1), rtol=1e-6)
     assert found["svm"]["status"] == "optimal"
 
@@ -120,8 +122,8 @@ def test_labels_from_a_file(case, tmp_path):
     other = ntkit.GramStore.create(tmp_path / "s", kernel, sets.x_train.double(), tile=50)
     for store in (place / "store", other.path):
         found = solve(store, SolveSettings(ridge=1e-2, labels=tmp_path / "y.npy"))["ridge"]
-        assert found["test error"] is None
-        assert found["training error"] == expected["training error"]
+        assert found["test_error"] is None
+        assert found["training_error"] == expected["training_error"]
     with pytest.raises(Refused, match=r"got a store made in Python; .*--labels"):
         solve(other.path, SolveSettings(svm=True))
     assert set(solve(other.path, SolveSettings(spectrum=2))) >= {"spectrum"}
@@ -150,8 +152,8 @@ def test_another_network_or_code_is_refused(case, tmp_path, monkeypatch):
     weights = place / "w.safetensors"
     shutil.copy(case[0] / "w.safetensors", weights)
     classes = ("3", "8") if len(case[3].classes) == 2 else None
-    settings = GramSettings(train=60, weights=weights, dtype="float64", classes=classes)
-    gram(f"{place}/net.py:make", "digits", settings, out=place / "store")
+    settings = GramSettings(model=f"{place}/net.py:make", train=60, weights=weights, dtype="float64", classes=classes)
+    gram(settings, out=place / "store")
     svm = SolveSettings(svm=True)
     solve(place / "store", svm)
     tensors = {name: 3 * t for name, t in load_file(weights).items()}
@@ -178,7 +180,7 @@ def test_the_command(case):
         "spectrum of 120 samples, converged",
         f"{told['spectrum']['eigenvalues'][0]:.6g}",
         "hard-margin SVM",
-        f"{100 * told['svm']['test error']['value']:.2f}",
+        f"{100 * told['svm']['test_error']['value']:.2f}",
         f"numbers: {store}/solved.json",
     ):
         assert text in done.stdout.replace("\n", " ") or text in done.stdout

@@ -165,7 +165,7 @@ def explained(m, tmp):
     ntkit.leave_one_out(scores, again, examples=[0, 1, 2])
     ntkit.datamodeling_score(scores, again, share=0.5, sets=3)
     ntkit.case_deletion(scores, again, shares=(0.2,))
-    ntkit.query_loss_difference(scores, again, share=0.2, random_sets=2)
+    ntkit.query_loss_difference(scores, again, share=0.2, sets=2)
     ntkit.mislabeled(scores[0], Y > 0)
     tangent = ntkit.TangentKernel(net)
     ntkit.explain(tangent, ntkit.tracking_importance(run), X, X[:2])
@@ -220,8 +220,8 @@ CALLS = {
     "InfiniteKernel": limit,
     "to_ntk_parametrization": lambda m, tmp: ntkit.to_ntk_parametrization(plain(m)),
     "widened": lambda m, tmp: ntkit.widened(plain(m), 6, X),
-    "convergence": lambda m, tmp: ntkit.convergence(plain(m), X, widths=(4, 8), seeds=2),
-    "monte_carlo": lambda m, tmp: ntkit.monte_carlo(plain(m), X, width=4, seeds=2, kind="nngp"),
+    "convergence": lambda m, tmp: ntkit.convergence(plain(m), X, widths=(4, 8), networks=2),
+    "monte_carlo": lambda m, tmp: ntkit.monte_carlo(plain(m), X, width=4, networks=2, kind="nngp"),
     "linearized": lambda m, tmp: ntkit.linearized(m)(X).sum().backward(),
     "NTKClassifier": lambda m, tmp: ntkit.NTKClassifier().fit(FLAT, Y.numpy()).predict(FLAT),
     "NTKRegressor": lambda m, tmp: ntkit.NTKRegressor(machine="gp").fit(FLAT, Y.numpy()).predict(FLAT, return_std=True),

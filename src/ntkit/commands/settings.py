@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +20,17 @@ SECTIONS = {
     "explained": ("explained",),
 }
 """Sections of the report of `ntkit analyze` that can be left out, and their stages."""
+_FORMER_NAMES = {"probe_samples": "probe_points", "sample": "networks"}  # before 1.0.0
 TASKS = ("classification", "regression")  # as in `ntkit.data`, which imports torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartOfData:
-    """Which part of the data, and how it is read, for every command."""
+class DataSettings:
+    """Which data, and how they are read, for every command that names them."""
 
+    data: str | None = "digits"
+    """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a table (.csv, .tsv, .parquet;
+    then give --target), a folder of class-named image folders, or file.py:factory."""
     data_dir: str | None = None
     """Folder with the official files of mnist, cifar10 or a text set. Nothing is downloaded."""
     classes: tuple[str, ...] | None = None
@@ -65,30 +70,17 @@ class PartOfData:
         if self.task is not None and self.task not in TASKS:
             raise _bad("task", self.task, " or ".join(TASKS), nearest(str(self.task), TASKS))
 
-    def load_named(self, data: str) -> Any:
-        """The `Data` of these settings, of the data set of this name.
+    def load_data(self) -> Any:
+        """The `Data` of these settings.
 
         Its samples are drawn by a seed of their own, so that runs that differ in `seed` learn the same examples.
         """
         from ntkit.data import load
 
         return load(
-            data, data_dir=self.data_dir, classes=self.classes, train=self.train, test=self.test,
+            self.data or "digits", data_dir=self.data_dir, classes=self.classes, train=self.train, test=self.test,
             class_names=self.class_names, task=cast(Any, self.task), target=self.target, resize=self.resize,
         )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings(PartOfData):
-    """Which data, for every command that names it by an option."""
-
-    data: str | None = "digits"
-    """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a table (.csv, .tsv, .parquet;
-    then give --target), a folder of class-named image folders, or file.py:factory."""
-
-    def load_data(self) -> Any:
-        """The `Data` of these settings."""
-        return self.load_named(self.data or "digits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +111,7 @@ class Settings(DataSettings):
     """Seed of the initial weights and of the batches."""
     track_points: int = 500
     """Training examples on which the kernel is followed along training."""
-    probe_samples: int = 200
+    probe_points: int = 200
     """Test images on which invariances are measured."""
     memory: str = "3 GB"
     """Memory that a kernel computation may use at a time, such as "3 GB"."""
@@ -142,8 +134,8 @@ class Settings(DataSettings):
                 raise _bad("without", section, f"sections among {', '.join(SECTIONS)}", nearest(section, SECTIONS))
         for name in ("model", "weights"):
             check_name("--" + name, getattr(self, name) or "", "Rename it: reports name it.")
-        for name in ("epochs", "batch_size", "track_points", "probe_samples"):
-            value, low = getattr(self, name), 2 if name == "probe_samples" else 1
+        for name in ("epochs", "batch_size", "track_points", "probe_points"):
+            value, low = getattr(self, name), 2 if name == "probe_points" else 1
             if value is not None and (not isinstance(value, int) or value < low):
                 raise _bad(name, value, f"an integer of at least {low}", "Give a larger number.")
         for name in ("lr", "momentum", "weight_decay", "target_loss"):
@@ -209,7 +201,10 @@ class TrackSettings(DataSettings):
     outputs: str = "trace"
     """trace (n x n), full (nC x nC) or diagonal (each output's own)."""
     memory: str | None = None
-    """Memory for Gram matrices, such as "2 GB". A larger kernel is not formed, only multiplied with vectors."""
+    """Memory for kernel matrices, such as "3 GB" (half of the free memory by default). A larger kernel is not formed,
+    only multiplied with vectors."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
     out: Path | None = None
     """Folder for the numbers (RUN/track by default). A tracking that was stopped is resumed there."""
     follow: bool = False
@@ -217,13 +212,30 @@ class TrackSettings(DataSettings):
     tensorboard: Path | None = None
     """Folder for TensorBoard events."""
 
+    def check(self) -> None:
+        """Refuse invalid values.
+
+        Raises
+        ------
+        Refused
+            Names the option as the command line spells it.
+        """
+        for name in ("points", "k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise _bad(name, value, "an integer of at least 1", "Give a larger number.")
+        _check_choices(self, outputs=("trace", "full", "diagonal"), device=_DEVICES)
+        self.check_data()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainSettings:
     """Which predictions of a run to explain, and where."""
 
-    test: tuple[int, ...] | None = None
-    """Numbers of test examples, from 0. By default three: a confident right, a confident wrong and an uncertain one."""
+    index: tuple[int, ...] | None = None
+    """Which test examples, numbered from 0 (by default a confident right, a confident wrong and an uncertain one)."""
+    memory: str | None = None
+    """Memory that a computation may use at a time, such as "3 GB" (by default as the run)."""
     model: str | None = None
     """The run's --model again, if it is code that you have not run here."""
     data: str | None = None
@@ -238,6 +250,8 @@ class CompareSettings:
 
     points: int = 200
     """Test examples on which the kernels of all runs are compared, spread evenly."""
+    memory: str | None = None
+    """Memory that a kernel computation may use at a time, such as "3 GB" (by default as each run)."""
     model: tuple[str, ...] | None = None
     """The --model of runs again, if it is code that you have not run here."""
     data: str | None = None
@@ -262,7 +276,7 @@ class InfiniteSettings(DataSettings):
     """Which network and data `ntkit infinite` compares in the limit, and how."""
 
     model: str = "mlp"
-    """linear, mlp, package.module:factory or file.py:factory. Max pooling and most attention need --sample."""
+    """linear, mlp, package.module:factory or file.py:factory. Max pooling and most attention need --networks."""
     data: str = "digits"
     folds: int = 5
     """Number of folds of the cross-validation, stratified by class."""
@@ -272,7 +286,7 @@ class InfiniteSettings(DataSettings):
     """With --b-std: the NTK parametrization w_std / sqrt(fan_in) W, instead of the module's own initialization."""
     b_std: float | None = None
     """Standard deviation of the biases in the NTK parametrization."""
-    sample: int | None = None
+    networks: int | None = None
     """Number of random wide networks whose mean is taken where the limit has no closed form, such as 16."""
     seed: int = 0
     """Seed of the weights and of the folds."""
@@ -281,9 +295,13 @@ class InfiniteSettings(DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GramSettings(PartOfData):
+class GramSettings(DataSettings):
     """Which kernel `ntkit gram` computes, and who computes it."""
 
+    data: str = "digits"
+    """As --data of ntkit analyze: its training examples; or a .npy file of samples, which may be larger than memory."""
+    model: str = "cnn"
+    """linear, mlp, cnn, vgg, textcnn (text sets), package.module:factory or file.py:factory."""
     weights: str | None = None
     """A file of the network's weights, as in ntkit analyze; without it, the initial ones of --seed."""
     outputs: str = "trace"
@@ -299,7 +317,7 @@ class GramSettings(PartOfData):
     scheduler: str | None = None
     """Address of a running Dask scheduler, whose workers compute: tcp://10.0.0.1:8786."""
     memory: str | None = None
-    """Memory for what tiles have in common, such as "2 GB" (a quarter of the free memory by default); with
+    """Memory for what tiles have in common, such as "3 GB" (a quarter of the free memory by default); with
     --scheduler: of each worker."""
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -314,6 +332,8 @@ class GramSettings(PartOfData):
         """
         _check_choices(self, outputs=("trace", "sum", "full"), dtype=("float32", "float64"), device=_DEVICES)
         self.check_data()
+        for name in ("model", "weights"):
+            check_name("--" + name, getattr(self, name) or "", "Rename it: reports name it.")
         check_seed(self.seed)
 
 
@@ -330,9 +350,14 @@ class SolveSettings:
     labels: Path | None = None
     """A .npy file of a label for each sample; by default those of the data set that ntkit gram took."""
     model: str | None = None
-    """The MODEL of ntkit gram again, if it is code that you have not run here."""
+    """The --model of ntkit gram again, if it is code that you have not run here."""
     data: str | None = None
-    """The DATA of ntkit gram again, if it is code that you have not run here."""
+    """The --data of ntkit gram again, if it is code that you have not run here."""
+    memory: str | None = None
+    """Memory that the kernel of the test examples may use at a time, such as "3 GB" (half of the free memory by
+    default)."""
+    device: str = "auto"
+    """Where the kernel of the test examples is computed: auto, cpu or cuda."""
 
     def check(self) -> None:
         """Refuse invalid values.
@@ -345,8 +370,18 @@ class SolveSettings:
         if self.spectrum is None and self.ridge is None and not self.svm:
             fix = "Give at least one of them."
             raise refusal("solve", got="nothing to do", expected="--spectrum K, --ridge R or --svm", fix=fix)
+        _check_choices(self, device=_DEVICES)
         if self.ridge is not None and not 0 <= self.ridge <= _LARGEST:
             raise _bad("ridge", self.ridge, f"a number from 0 to {_LARGEST:g}", "Give such a number.")
+
+
+def in_present_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a ``run.json`` under their names of today.
+
+    >>> in_present_names({"probe_samples": 4, "lr": 0.1})
+    {'probe_points': 4, 'lr': 0.1}
+    """
+    return {_FORMER_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def _check_choices(settings: Any, **choices: tuple[str, ...]) -> None:

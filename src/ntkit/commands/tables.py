@@ -40,7 +40,7 @@ def print_accuracies(results: dict) -> None:
     if results["distance"] is not None:
         print(f"The module's own tangent kernel, at its weights, is {results['distance']:.1%} from the limit.")
     if results["error"]:
-        sampled = results["settings"].get("sample") and results["layers"][0].startswith("sampled")
+        sampled = results["settings"].get("networks") and results["layers"][0].startswith("sampled")
         how = "The kernels are means over random networks" if sampled else "An activation was computed by quadrature"
         print(f"{how}, with a relative error of {results['error']:.0e}.")
 
@@ -118,10 +118,10 @@ def print_solved(results: dict[str, Any]) -> None:
             label, certificate = "hard-margin SVM", f"{found['status']}, gap {found['gap']:.0e}"
         else:
             passes = f", {found['passes']} passes" if found["passes"] else ""
-            label = f"ridge, {found['relative ridge']:g} of mean diagonal"
+            label = f"ridge, {found['relative_ridge']:g} of mean diagonal"
             certificate = f"{found['status']}, residual {found['residual']:.0e}{passes}"
-        test = found["test error"] or {"value": None, "standard error": None}
-        errors = (found["training error"], test["value"], test["standard error"])
+        test = found["test_error"] or {"value": None, "error": None}
+        errors = (found["training_error"], test["value"], test["error"])
         rows.append((label, *(_percent(value, 2) for value in errors), certificate))
     if rows:
         title = f"classifiers from {results['samples']:,} samples"
