@@ -14,7 +14,11 @@ import pytest
 from ntkit import Refused, cli
 from ntkit.base import progress
 from ntkit.base.progress import task
+from ntkit.commands.compare import compare
+from ntkit.commands.explain import explain_run
 from ntkit.commands.option_file import with_options_of
+from ntkit.commands.settings import ExplainSettings, SolveSettings, TrackSettings
+from ntkit.commands.track import track_run
 
 
 def ntkit_command(*words, cwd):
@@ -134,13 +138,38 @@ def test_options_mean_the_same_in_all_commands(parameters):
     assert {name for name, found in kinds.items() if len(found) > 1} == {"--model"}  # ntkit compare takes several
     assert options["--memory"] == {"analyze", "track", "explain", "compare", "gram", "solve"}
     assert options["--device"] == {"analyze", "track", "gram", "solve"}  # explain and compare: as the run
-    assert (
-        options["--model"]
-        == options["--data"]
-        == {"analyze", "track", "explain", "compare", "infinite", "gram", "solve"}
-    )
+    assert options["--model"] == options["--data"] == COMMANDS - {"study", "report", "verify"}
     assert options["--points"] == {"track", "compare"}  # how many; which ones: --index
     assert options["--index"] == {"explain"}
+
+
+def test_memory_and_device_are_checked_first(run, tmp_path):
+    folder = run[0] / "a"
+    for call, message in (
+        (lambda: track_run(folder, TrackSettings(device="tpu", out=tmp_path / "t")), "--device: got 'tpu'"),
+        (lambda: track_run(folder, TrackSettings(outputs="sum", out=tmp_path / "t")), "--outputs: got 'sum'"),
+        (lambda: track_run(folder, TrackSettings(k=0, out=tmp_path / "t")), "--k: got 0"),
+        (lambda: explain_run(folder, ExplainSettings(memory="much", out=tmp_path / "e")), "memory: got 'much'"),
+        (lambda: compare([folder, folder], memory="much", out=tmp_path / "c"), "memory: got 'much'"),
+        (lambda: SolveSettings(spectrum=2, device="tpu").check(), "--device: got 'tpu'"),
+    ):
+        with pytest.raises(Refused, match=message):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("given", "bytes_"), [(None, 3 * 10**9), ("20 MB", 2 * 10**7)])
+def test_an_explanation_keeps_to_the_memory_of_its_run_or_its_own(run, tmp_path, monkeypatch, given, bytes_):
+    asked = []
+
+    def told(*args, memory, **options):
+        asked.append(memory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ntkit.commands.explain.PathKernel", told)
+    with pytest.raises(KeyboardInterrupt):
+        explain_run(run[0] / "a", ExplainSettings(index=(3,), memory=given, out=tmp_path / "e"), say=str)
+    assert asked == [bytes_]
 
 
 def test_forms_of_values(tmp_path):

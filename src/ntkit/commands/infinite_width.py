@@ -91,7 +91,8 @@ def infinite(
     if s.out is not None:
         start = s.out / "run.json"
         old = read_json(start) if start.exists() else {"settings": record}
-        if not isinstance(old, dict) or in_present_names(old.get("settings") or {}) != record:
+        told = old.get("settings") if isinstance(old, dict) else None
+        if not isinstance(told, dict) or in_present_names(told) != record:
             fix = "Name another folder."
             raise refusal("--out", got=f"{s.out}, which holds another run", expected="a new folder", fix=fix)
         write_json(ensure_folder(s.out) / "run.json", {"settings": record, "versions": versions()})

@@ -156,7 +156,7 @@ def _from_file(path: Path, n: int) -> Tensor:
 def _spectrum(K: GramStore, k: int) -> dict[str, Any]:
     found = spectrum(K, k=k)
     numbers = {"eigenvalues": found.eigenvalues.tolist(), "residuals": found.residuals.tolist()}
-    return {**numbers, "trace": found.trace, "tail": found.tail, "noise": found.noise, "status": found.status}
+    return {**numbers, "trace": found.trace, "tail": found.tail, "floor": found.floor, "status": found.status}
 
 
 def _ridge(K: GramStore, relative: float, labels: Tensor, test: _Test | None) -> dict[str, Any]:
