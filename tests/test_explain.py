@@ -329,7 +329,7 @@ def test_verify_and_overwrite_know_the_folder(pictured: Path, images: Path, tmp_
     told = read_json(run / "explain" / "results.json")
     write_json(run / "explain" / "results.json", told | {"run": "0" * 16})
     write_arrays(run / "explain" / "images.safetensors", {"test": np.zeros(1)})
-    bad = {r.file: r.why for r in verify(run) if r.status != "ok"}
+    bad = {r.file: r.reason for r in verify(run) if r.status != "ok"}
     assert set(bad) == {"explain/results.json", "explain/images.safetensors"}
     assert "another run" in bad["explain/results.json"]
     settings = ntkit.Settings(classes=("3", "8"), train=10, test=4, model="linear", epochs=1, **SMALL)

@@ -302,7 +302,7 @@ def verify(run: Path, /) -> None:
 
     records = files.verify(run)
     shown = files.without_whole_tiles(records)
-    lines = [f"{r.status:<17} {r.file}" + (f": {r.why}" if r.why else "") for r in shown]
+    lines = [f"{r.status:<17} {r.file}" + (f": {r.reason}" if r.reason else "") for r in shown]
     document = {"files": [r._asdict() for r in shown], "summary": files.summary(records)}
     _answer(lambda: document, lambda: print("\n".join([*lines, files.summary(records)])))
     if any(record.status in ("damaged", "missing") for record in records):
