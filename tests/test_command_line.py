@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -11,13 +12,14 @@ import time
 
 import pytest
 
+import ntkit
 from ntkit import Refused, cli
 from ntkit.base import progress
 from ntkit.base.progress import task
 from ntkit.commands.compare import compare
 from ntkit.commands.explain import explain_run
 from ntkit.commands.option_file import with_options_of
-from ntkit.commands.settings import ExplainSettings, SolveSettings, TrackSettings
+from ntkit.commands.settings import CompareSettings, ExplainSettings, Settings, SolveSettings, TrackSettings
 from ntkit.commands.track import track_run
 
 
@@ -141,6 +143,20 @@ def test_options_mean_the_same_in_all_commands(parameters):
     assert options["--model"] == options["--data"] == COMMANDS - {"study", "report", "verify"}
     assert options["--points"] == {"track", "compare"}  # how many; which ones: --index
     assert options["--index"] == {"explain"}
+
+
+def test_defaults_of_options_are_those_of_the_functions():
+    given = {name: p.default for name, p in inspect.signature(ntkit.compare).parameters.items()}
+    for name, value in vars(CompareSettings()).items():
+        assert str(given[name]) == str(value), name
+    given = inspect.signature(ntkit.study).parameters
+    for name, parameter in inspect.signature(cli.study).parameters.items():
+        assert given[name].default == parameter.default, name
+    training, options = inspect.signature(ntkit.train).parameters, Settings()
+    assert (training["seed"].default, training["target_loss"].default) == (options.seed, options.target_loss)
+    tracking, track_options = inspect.signature(ntkit.track).parameters, TrackSettings()
+    for name in ("k", "outputs", "memory"):
+        assert tracking[name].default == getattr(track_options, name), name
 
 
 def test_memory_and_device_are_checked_first(run, tmp_path):

@@ -715,7 +715,7 @@ def test_from_tensors_keeps_dtype_and_names():
     ("pair", "classes", "message"),
     [
         ((ONES, LABELS), ["a"], "labels y: got label 1 in row 1; expected 0 to 0"),
-        ((ONES, LABELS), ["a", "a"], "classes: got a, a; expected different names"),
+        ((ONES, LABELS), ["a", "a"], "class_names: got a, a; expected different names"),
         (ONES, None, r"got a ndarray; expected a pair \(x, y\)"),
         ((ONES, "abc"), None, r"labels y: got <U3 of shape \[\]; expected integers, text"),
         (("abc", LABELS), None, "not a numeric array"),

@@ -162,7 +162,7 @@ def test_names_that_no_report_can_show_are_refused_before_training(tmp_path):
             ntkit.analyze(ntkit.Settings(**{name: "a\udcff.npz"}), out=tmp_path / "run")
     with pytest.raises(ntkit.Refused, match=r"--out: .*not UTF-8"):
         ntkit.analyze(out=str(tmp_path / "run\udcff"))
-    with pytest.raises(ntkit.Refused, match=r"classes: .*the character '.n'"):
+    with pytest.raises(ntkit.Refused, match=r"class_names: .*the character '.n'"):
         from_tensors((X, Y), class_names=["a", "two\nlines"])
 
 

@@ -59,7 +59,7 @@ def analyze(
 
     Parameters
     ----------
-    settings : what to do (`ntkit.commands.settings.Settings`); the default is a CNN on the embedded digits.
+    settings : what to do (`ntkit.Settings`); the default is a CNN on the embedded digits.
     out : run folder; ``runs/MODEL-DATA`` if None.
     from_run : folder of an earlier run, whose settings are used. An unfinished run is resumed in place. A complete run
         is repeated in `out`; without `out` only its report is written again.

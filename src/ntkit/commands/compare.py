@@ -49,11 +49,11 @@ _DRAWN = 60  # eigenvalues of a spectrum that are kept for the page, spaced even
 def compare(
     runs: Sequence[str | Path],
     *,
-    points: int = CompareSettings.points,
+    points: int = 200,
     memory: int | str | None = None,
     model: Sequence[str] | None = None,
     data: str | None = None,
-    out: str | Path = CompareSettings.out,
+    out: str | Path = "runs/comparison",
     overwrite: bool = False,
     trust: bool = False,
     say: Callable[[str], None] = lambda line: None,
