@@ -90,10 +90,15 @@ def weights(m, tmp):
     ntkit.load_weights(m, tmp / "w.safetensors")
 
 
-def analysis(m, tmp):
-    settings = ntkit.Settings(classes=("3", "8"), train=20, test=10, model="linear", epochs=1, track_points=8)
-    ntkit.analyze(settings, out=tmp / "run")
-    ntkit.report.render(tmp / "run")
+def analysis(m, tmp, **changed):
+    settings = {"classes": ("3", "8"), "train": 20, "test": 10, "model": "linear", "epochs": 1, "track_points": 8}
+    run = ntkit.analyze(ntkit.Settings(**settings, **changed), out=tmp / "-".join(["run", *changed]))
+    ntkit.report.render(run)
+    return run
+
+
+def comparison(m, tmp):
+    ntkit.compare([analysis(m, tmp), analysis(m, tmp, seed=1)], points=4, out=tmp / "compared")
 
 
 def record(m, tmp):
@@ -190,8 +195,8 @@ def stored(m, tmp):
 
 EXPLANATIONS = (
     "Deletion", "Evaluation", "Explainer", "Explanation", "Importance", "Influence", "InfluenceKernel", "Retrainings",
-    "TrackingImportance", "case_deletion", "check_axioms", "datamodeling_score", "explain", "influence",
-    "leave_one_out", "mislabeled", "query_loss_difference", "surrogate_importance", "target_importance", "tracin",
+    "TrackingImportance", "case_deletion", "check_axioms", "datamodeling_score", "influence", "leave_one_out",
+    "mislabeled", "query_loss_difference", "representers", "surrogate_importance", "target_importance", "tracin",
     "tracking_importance",
 )  # fmt: skip
 CALLS = {
@@ -251,11 +256,13 @@ CALLS = {
     "Settings": analysis,
     "analyze": analysis,
     "report": analysis,
+    "compare": comparison,
+    "verify": lambda m, tmp: ntkit.verify(analysis(m, tmp)),
 }
 
 RETURNED = {  # classes of what the others return and raise
     "BadTile": "GramStore", "BestTime": "GradientFlow", "Convergence": "convergence", "Damaged": "Refused",
-    "FiniteDifferences": "Influence", "LimitEstimate": "InfiniteKernel", "Linearized": "linearized",
+    "FileRecord": "verify", "FiniteDifferences": "Influence", "LimitEstimate": "InfiniteKernel", "Linearized": "linearized",
     "MonteCarlo": "monte_carlo", "NoLimit": "Refused", "Novelty": "novelty", "Recorder": "record",
     "Top": "PathDecomposition", "Undefined": "Refused",
 }  # fmt: skip
