@@ -263,8 +263,8 @@ CALLS = {
 RETURNED = {  # classes of what the others return and raise
     "BadTile": "GramStore", "BestTime": "GradientFlow", "Convergence": "convergence", "Damaged": "Refused",
     "FileRecord": "verify", "FiniteDifferences": "Influence", "LimitEstimate": "InfiniteKernel",
-    "Linearized": "linearized", "MonteCarlo": "monte_carlo", "NoLimit": "Refused", "Novelty": "novelty", "Recorder": "record",
-    "Top": "PathDecomposition", "Undefined": "Refused",
+    "Linearized": "linearized", "MonteCarlo": "monte_carlo", "NoLimit": "Refused", "Novelty": "novelty",
+    "Recorder": "record", "Top": "PathDecomposition", "Undefined": "Refused",
 }  # fmt: skip
 CALLS |= {name: CALLS[other] for name, other in RETURNED.items()}
 
