@@ -110,7 +110,7 @@ def widened(network: nn.Module, x: Tensor, widths: tuple[int, ...]) -> dict[str,
     """Hidden layers of each width."""
     model = ntkit.to_ntk_parametrization(network, w_std=W_STD, b_std=B_STD)
     try:
-        found = ntkit.convergence(model, x, widths=widths, networks=SEEDS)
+        found = ntkit.convergence(model, x, widths=widths, seeds=SEEDS)
     except ntkit.Refused as refused:
         return {"refused": str(refused)}
     return {

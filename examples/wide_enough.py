@@ -15,7 +15,7 @@ model = nn.Sequential(
     nn.Conv2d(1, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)
 )
 wide = ntkit.to_ntk_parametrization(model, w_std=2**0.5, b_std=0.1)
-rate = ntkit.convergence(wide, data.x_train[:20], widths=(16, 64, 256), networks=10)
+rate = ntkit.convergence(wide, data.x_train[:20], widths=(16, 64, 256), seeds=10)
 for width, distance, error in zip(rate.widths, rate.distance, rate.distance_error, strict=True):
     print(f"{width:4d} channels: {distance:.1%} +- {error:.1%} from the limit")
 enough = rate.widths[-1] * (float(rate.distance[-1]) / 0.1) ** 2  # the distance falls as 1 / sqrt(width)

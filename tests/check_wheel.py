@@ -39,12 +39,12 @@ ntkit analyze --model mlp --data digits --train 200 --test 100 --epochs 3 --out 
 ntkit analyze --model mlp --data digits --train 200 --test 100 --epochs 3 --seed 1 --out other
 ntkit report run
 ntkit track run
-ntkit explain run --index 3
+ntkit explain run --test 3
 ntkit compare run other --out both
 ntkit verify run
 ntkit analyze --model net.py:make --data mine.npz --epochs 3 --out own
 ntkit infinite --model net.py:make --data mine.npz
-ntkit gram --model net.py:make --data mine.npz --out kernel
+ntkit gram net.py:make mine.npz --out kernel
 ntkit verify kernel
 ntkit solve kernel --spectrum 5 --ridge 0.001 --svm
 """

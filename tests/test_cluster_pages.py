@@ -20,7 +20,7 @@ from test_store import files_of
 pytest.importorskip("distributed")
 pytestmark = pytest.mark.skipif(not THERE, reason="a POSIX system")
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "how-to" / "clusters"
-ARGUMENTS = [str(word) for word in WORDS]
+ARGUMENTS = [str(word) for word in ("net.py:make", *WORDS)]
 
 place, whole = test_gram_command.place, test_gram_command.whole
 
@@ -112,7 +112,7 @@ def test_kubernetes(place, whole, tmp_path):
             assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
     scheduler = [word.replace("8786", f"{port}") for word in command("Deployment", "scheduler")]
     gram = command("Job", "gram")
-    assert gram[2:8] == ["--model", "net.py:make", "--data", "set.npz", "--out", "kernel"]
+    assert gram[2:6] == ["net.py:make", "set.npz", "--out", "kernel"]
     gram[2:] = [*ARGUMENTS, "--out", str(tmp_path / "store"), *gram[-2:]]
     how = {"cwd": place, "env": environment(tmp_path)}
     commands = [scheduler, *[command("Deployment", "workers")] * 2]

@@ -46,7 +46,7 @@ WORK: dict[str, Callable[[Any, Any, ntkit.Trajectory], Any]] = {
     "path kernel": lambda x, y, run: ntkit.PathKernel(run).decompose(x).contributions,
     "influence": lambda x, y, run: ntkit.influence(run, x, y).scores,
     "explanation": lambda x, y, run: (
-        ntkit.representers(
+        ntkit.explain(
             ntkit.TangentKernel(_model()), ntkit.target_importance(_model(), x, y, cross_entropy), x, x, output=0
         ).scores
     ),

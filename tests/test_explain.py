@@ -67,7 +67,7 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def explained(vectors: Path) -> Path:
-    return explain_run(vectors, ExplainSettings(index=(2, 7)), say=silent)
+    return explain_run(vectors, ExplainSettings(test=(2, 7)), say=silent)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_pictures_are_the_examples(pictured: Path, images: Path) -> None:
 
 
 def test_stopped_at_any_part_it_goes_on(vectors: Path, explained: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    s, lines = ExplainSettings(index=(2, 7), out=tmp_path / "out"), []
+    s, lines = ExplainSettings(test=(2, 7), out=tmp_path / "out"), []
     without, calls = ntkit.Retrainings.without, []
 
     def stop(*args: Any, **named: Any) -> Any:
@@ -263,7 +263,7 @@ def test_stopped_at_any_part_it_goes_on(vectors: Path, explained: Path, tmp_path
             with pytest.raises(KeyboardInterrupt):
                 explain_run(vectors, s, say=lines.append)
         assert "Go on with: ntkit explain" in lines[-1]
-        assert lines[-1].endswith(f"--out {tmp_path / 'out'} --index 2 7")
+        assert lines[-1].endswith(f"--out {tmp_path / 'out'} --test 2 7")
     again = []
     monkeypatch.setattr(command, "influence", stop)  # is kept
     monkeypatch.setattr(command, "_check_replay", stop)  # so is the accounting
@@ -296,21 +296,21 @@ def _all_sets(place: Path, run: Path) -> list[list[int]]:
 def test_another_explanation_is_replaced_only_if_one_says_so(vectors: Path, explained: Path, tmp_path: Path) -> None:
     place = shutil.copytree(explained, tmp_path / "out")
     with pytest.raises(Refused, match=r"got an explanation of test examples 2, 7; .*--overwrite.*--out"):
-        explain_run(vectors, ExplainSettings(index=(3,), out=place), say=silent)
+        explain_run(vectors, ExplainSettings(test=(3,), out=place), say=silent)
     assert read_json(place / "results.json") == read_json(explained / "results.json")
     (place / "mine.txt").write_text("kept")
-    explain_run(vectors, ExplainSettings(index=(3,), out=place), overwrite=True, say=silent)
+    explain_run(vectors, ExplainSettings(test=(3,), out=place), overwrite=True, say=silent)
     assert [p["test_index"] for p in read_json(place / "results.json")["points"]] == [3]
     assert (place / "mine.txt").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
     with pytest.raises(Refused, match="got other files"):
-        explain_run(vectors, ExplainSettings(index=(3,), out=tmp_path / "other"), say=silent)
+        explain_run(vectors, ExplainSettings(test=(3,), out=tmp_path / "other"), say=silent)
 
 
 def test_a_damaged_file_is_named_or_made_again(vectors: Path, explained: Path, tmp_path: Path) -> None:
     place = shutil.copytree(explained, tmp_path / "out")
-    s, lines = ExplainSettings(index=(2, 7), out=place), []
+    s, lines = ExplainSettings(test=(2, 7), out=place), []
     expected = (place / "results.json").read_bytes()
     for name in ("influence.safetensors", "results.json"):
         blob = bytearray((place / name).read_bytes())
@@ -348,7 +348,7 @@ def refused(run: Path, message: str, **settings: Any) -> None:
 
 @pytest.mark.parametrize("index", [(12,), (-1,), (0, 99), ()])
 def test_test_examples_out_of_range(index: tuple[int, ...], vectors: Path, tmp_path: Path) -> None:
-    refused(vectors, "--index: got .*; expected numbers from 0 to 11", index=index, out=tmp_path / "out")
+    refused(vectors, "--test: got .*; expected numbers from 0 to 11", test=index, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -368,13 +368,13 @@ def test_runs_that_cannot_be_replayed(vectors: Path, tmp_path: Path) -> None:
     step = run / "trajectory" / "snapshots" / "step-00000004.safetensors"
     blob = step.read_bytes()
     step.unlink()
-    refused(run, "no snapshot of step 4.*record the run again", index=(0,))
+    refused(run, "no snapshot of step 4.*record the run again", test=(0,))
     step.write_bytes(blob)
     shutil.rmtree(run / "explain")
     tensors, told = read_tensors_and_metadata(step)
     other = {name: tensor + 1e-3 for name, tensor in tensors.items()}
     write_tensors(step, other, {name: value for name, value in told.items() if name != "sha256"})
-    refused(run, "snapshot of step 4 .*To record the run again here: ntkit analyze --from .*run --out NEW", index=(0,))
+    refused(run, "snapshot of step 4 .*To record the run again here: ntkit analyze --from .*run --out NEW", test=(0,))
     (run / "trajectory").rename(run / "elsewhere")
     refused(run, "got a run whose training has not ended.*ntkit analyze --from")
 
@@ -416,7 +416,7 @@ def test_two_processes(vectors: Path, tmp_path: Path) -> None:
     from ntkit.base.lock import FolderLock
 
     with FolderLock(tmp_path / "out"):
-        refused(vectors, "another process|is writing", index=(0,), out=tmp_path / "out")
+        refused(vectors, "another process|is writing", test=(0,), out=tmp_path / "out")
 
 
 # The page
@@ -537,7 +537,7 @@ def test_an_image_that_is_missing_or_another(pictured: Path, tmp_path: Path) -> 
 
 def test_the_command(vectors: Path, explained: Path, capsys: Any) -> None:
     with contextlib.suppress(SystemExit):
-        ntkit.cli.app(["explain", str(vectors), "--index", "2", "7"])
+        ntkit.cli.app(["explain", str(vectors), "--test", "2", "7"])
     out = capsys.readouterr().out
     assert out.startswith("Influence can be used here")
     assert "by accounting" in out

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +64,7 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 """
 TILE, N = 20, 300  # 120 tiles
-WORDS = ["--model", "net.py:make", "--data", "digits", "--train", N, "--tile", TILE, "--memory", "50 MB"]
-# a plan that does not depend on free memory
+WORDS = ["digits", "--train", N, "--tile", TILE, "--memory", "50 MB"]  # a plan that does not depend on free memory
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +79,14 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(place) -> Path:
     """The store of an undisturbed command in one process."""
-    done = command("gram", *WORDS, "--out", "whole", cwd=place).done()
+    done = command("gram", "net.py:make", *WORDS, "--out", "whole", cwd=place).done()
     assert done.returncode == 0, done.stderr
     return place / "whole"
 
 
 def begun(place: Path, out: Path, tiles: int, *more: object) -> Running:
     """The command, slow enough to be disturbed, when it has computed some tiles."""
-    words = ["gram", *WORDS, "--out", out, *more]
+    words = ["gram", "net.py:make", *WORDS, "--out", out, *more]
     running = command(*words, cwd=place, env={"PAUSE": "0.1", "PYTHONWARNINGS": "ignore"})
     assert running.until(lambda: len(list(out.glob("c/*/*"))) >= tiles), running.stderr
     return running
@@ -112,7 +110,7 @@ def test_three_workers_one_killed_then_the_whole_run_then_resumed(place, whole, 
     psutil.wait_procs(below, timeout=30)
     there = len(list(out.glob("c/*/*")))
     assert 60 <= there < 120
-    done = command("gram", *WORDS, "--out", out, "--workers", 3, cwd=place).done()
+    done = command("gram", "net.py:make", *WORDS, "--out", out, "--workers", 3, cwd=place).done()
     assert done.returncode == 0, done.stderr
     assert f"of which {there} are there" in done.stderr
     assert files_of(out) == files_of(whole)
@@ -126,7 +124,7 @@ def test_interrupted_it_says_how_far_it_is_and_goes_on(place, whole, tmp_path):
     there = len(list(out.glob("c/*/*")))
     assert f"stopped with {there} of 120 tiles; the same call goes on" in running.stderr
     assert "Traceback" not in running.stderr
-    done = command("gram", *WORDS, "--out", out, cwd=place).done()
+    done = command("gram", "net.py:make", *WORDS, "--out", out, cwd=place).done()
     assert done.returncode == 0, done.stderr
     assert files_of(out) == files_of(whole)
 
@@ -136,7 +134,7 @@ def test_interrupted_in_a_terminal_the_workers_say_nothing(place, whole, tmp_pat
     out, log = tmp_path / "store", tmp_path / "log"
     code = "from ntkit.cli import main\nif __name__ == '__main__':\n    main()\n"
     (tmp_path / "started.py").write_text(code)
-    words = [sys.executable, tmp_path / "started.py", "gram", *WORDS, "--out", out, "--workers", 2]
+    words = [sys.executable, tmp_path / "started.py", "gram", "net.py:make", *WORDS, "--out", out, "--workers", 2]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "PAUSE": "0.1", "PYTHONWARNINGS": "ignore"}
     with open(log, "w") as stream:
@@ -150,7 +148,7 @@ def test_interrupted_in_a_terminal_the_workers_say_nothing(place, whole, tmp_pat
     lines = [line for line in log.read_text().splitlines() if not line.startswith("kernel matrix: ")]
     assert re.fullmatch(r"stopped with \d+ of 120 tiles; the same call goes on", lines[-1])
     assert len(lines) == 4, lines  # size, time, workers, this
-    done = command("gram", *WORDS, "--out", out, cwd=place).done()
+    done = command("gram", "net.py:make", *WORDS, "--out", out, cwd=place).done()
     assert done.returncode == 0, done.stderr
     assert files_of(out) == files_of(whole)
 
@@ -190,7 +188,7 @@ def terminals(tmp_path) -> Iterator[Terminals]:
 
 
 def test_a_scheduler_and_workers_started_by_hand(place, whole, terminals, tmp_path):
-    words = ["gram", *WORDS, "--out", tmp_path / "store", "--scheduler", terminals.address]
+    words = ["gram", "net.py:make", *WORDS, "--out", tmp_path / "store", "--scheduler", terminals.address]
     done = command(*words, cwd=place).done()
     assert done.returncode == 0, done.stderr
     assert re.search(r"^[12] workers?$", done.stderr, re.M)
@@ -206,7 +204,7 @@ def test_the_scheduler_killed_midway(place, whole, terminals, tmp_path):
     assert "scheduler: got one that is gone" in running.stderr
     assert "Traceback" not in running.stderr
     terminals.close()
-    done = command("gram", *WORDS, "--out", out, cwd=place).done()
+    done = command("gram", "net.py:make", *WORDS, "--out", out, cwd=place).done()
     assert done.returncode == 0, done.stderr
     assert files_of(out) == files_of(whole)
 
@@ -215,15 +213,14 @@ def test_the_scheduler_killed_midway(place, whole, terminals, tmp_path):
 
 
 def test_what_it_says(place, whole, tmp_path):
-    done = command("gram", *WORDS, "--out", whole, cwd=place).done()
+    done = command("gram", "net.py:make", *WORDS, "--out", whole, cwd=place).done()
     assert "of which 120 are there: 0.0 MB on the disk" in done.stderr
     K = ntkit.GramStore.open(whole)
     assert f"{N} x {N} in float32" in done.stdout
     assert K.checksum[:16] in done.stdout
     assert eval(done.stdout.strip().rpartition("K = ")[2]).shape == (N, N)
     lines: list[str] = []
-    settings = GramSettings(model=f"{place}/net.py:make", train=100, tile=10)
-    gram(settings, out=tmp_path / "s", say=lines.append)
+    gram(f"{place}/net.py:make", "digits", GramSettings(train=100, tile=10), out=tmp_path / "s", say=lines.append)
     assert lines[0].startswith("100 samples, 55 tiles of 10 x 10 in float32: 0.0 MB on the disk, which has ")
     assert re.fullmatch(r"about \d+ s, by the first tiles", lines[1])
     assert lines[2].startswith("55 tiles computed in ")
@@ -235,7 +232,7 @@ def test_weights_dtype_and_outputs(outputs, place, tmp_path):
     tensors = {name: 0.1 * torch.randn_like(p) for name, p in network.state_dict().items()}
     save_file(tensors, tmp_path / "w.safetensors")
     settings = GramSettings(train=12, weights=tmp_path / "w.safetensors", dtype="float64", outputs=outputs, tile=5)
-    K = gram(replace(settings, model=f"{place}/net.py:make"), out=tmp_path / "s")
+    K = gram(f"{place}/net.py:make", "digits", settings, out=tmp_path / "s")
     network.load_state_dict(tensors)
     x = ntkit.data.load("digits", train=12).x_train
     expected = ntkit.Gram(ntkit.TangentKernel(network.double(), outputs=outputs)(x.double()))
@@ -256,14 +253,14 @@ def named(place: Path) -> NamedKernel:
 def test_a_npy_file_stays_on_disk(place, tmp_path, monkeypatch):
     x = np.random.default_rng(0).normal(size=(30, 1, 8, 8)).astype("f4")
     np.save(tmp_path / "x.npy", x)
-    K = gram(GramSettings(model=f"{place}/net.py:make", data=tmp_path / "x.npy", tile=8), out=tmp_path / "s")
+    K = gram(f"{place}/net.py:make", f"{tmp_path}/x.npy", GramSettings(tile=8), out=tmp_path / "s")
     assert K.shape == (30, 30)
     for array, message in ((x.astype("f8"), "float64 of shape"), (x[:, 0, 0, 0], r"of shape \[30\]"), (x == 0, "bool")):
         np.save(tmp_path / "x.npy", array)
         with pytest.raises(Refused, match=message):
-            gram(GramSettings(model=f"{place}/net.py:make", data=tmp_path / "x.npy"), out=tmp_path / "other")
+            gram(f"{place}/net.py:make", f"{tmp_path}/x.npy", GramSettings(), out=tmp_path / "other")
     with pytest.raises(Refused, match=r"--train: got a \.npy file"):
-        gram(GramSettings(model=f"{place}/net.py:make", data=tmp_path / "x.npy", train=3), out=tmp_path / "other")
+        gram(f"{place}/net.py:make", f"{tmp_path}/x.npy", GramSettings(train=3), out=tmp_path / "other")
 
 
 # ---------------------------------------------------------------------- the user's code
@@ -275,11 +272,11 @@ def test_other_code_is_another_matrix(place, whole, tmp_path):
         shutil.copy(place / name, tmp_path)
     settings = GramSettings(train=40, tile=20)
     out = tmp_path / "s"
-    gram(replace(settings, model=f"{tmp_path}/net.py:make"), out=out)
-    gram(replace(settings, model=f"{place}/net.py:make"), out=out)  # the same file elsewhere
+    gram(f"{tmp_path}/net.py:make", "digits", settings, out=out)
+    gram(f"{place}/net.py:make", "digits", settings, out=out)  # the same file elsewhere
     (tmp_path / "net.py").write_text(NETWORK.replace("self.rest(", "3 * self.rest("))
     with pytest.raises(Refused, match="a kernel matrix of another code"):
-        gram(replace(settings, model=f"{tmp_path}/net.py:make"), out=out)
+        gram(f"{tmp_path}/net.py:make", "digits", settings, out=out)
 
 
 def test_a_worker_refuses_code_that_is_not_the_senders(place, tmp_path):
@@ -314,7 +311,7 @@ def test_refusals(tmp_path):
         (GramSettings(memory="much"), "memory: got 'much'"),
     ):
         with pytest.raises(Refused, match=message):
-            gram(replace(settings, model="linear"), out=tmp_path / "s")
+            gram("linear", "digits", settings, out=tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
 

@@ -180,8 +180,8 @@ def test_ridge_regression_influence_is_the_derivative_of_leaving_one_out(feature
     model.weight.data = fitted(torch.ones(n, dtype=F64)).T.contiguous()
     kernel = ntkit.InfluenceKernel(model, (x, y), half_square, damping=ridge)
     alpha = ntkit.target_importance(model, x, y, half_square)
-    gained = ntkit.representers(kernel, alpha, x, test).scores / n  # d prediction / d weight
-    h = ntkit.representers(kernel, ntkit.Importance(torch.ones(n), "ones"), x, x).scores.diagonal() / n  # the leverage
+    gained = ntkit.explain(kernel, alpha, x, test).scores / n  # d prediction / d weight
+    h = ntkit.explain(kernel, ntkit.Importance(torch.ones(n), "ones"), x, x).scores.diagonal() / n  # the leverage
     for i in range(n):
         step = 1e-4 * torch.eye(n, dtype=F64)[i]
         slope = (test @ (fitted(1 + step) - fitted(1 - step))).ravel() / 2e-4
@@ -198,7 +198,7 @@ def test_the_early_stopped_filter_is_the_limit_of_small_steps():
     slope = (model(x).detach() - y) * x / n  # d gradient / d weight, at the end of training: held fixed along the run
     tangent, rate = torch.zeros(n, features, dtype=F64), time / steps
     errors = []
-    exact = ntkit.representers(
+    exact = ntkit.explain(
         ntkit.InfluenceKernel(model, (x, y), half_square, time=time),
         ntkit.target_importance(model, x, y, half_square), x, test,
     ).scores / n  # fmt: skip

@@ -636,7 +636,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     make, message = REFUSED[name]
-    with pytest.raises(Refused, match=rf"(?s){message}.*networks=16"):
+    with pytest.raises(Refused, match=rf"(?s){message}.*sample=16"):
         InfiniteKernel(seeded(make), "ntk", W, B)(X)
 
 
@@ -644,9 +644,9 @@ def test_softmax_over_samples_is_refused_with_sampling_too():
     model = seeded(lambda: Net(across_samples))
     with pytest.raises(Refused, match="depend on other samples") as refusal:
         InfiniteKernel(model, "ntk", W, B)(X)
-    assert "networks=" not in str(refusal.value)
+    assert "sample=" not in str(refusal.value)
     with pytest.raises(Refused, match="evaluated alone"):
-        InfiniteKernel(model, "ntk", W, B, networks=2)(X)
+        InfiniteKernel(model, "ntk", W, B, sample=2)(X)
 
 
 def test_refused_beside_the_input():

@@ -393,12 +393,12 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "networks"), [("ntk", None), ("ntk", 3), ("nngp", 3)])
+@pytest.mark.parametrize(("kind", "sample"), [("ntk", None), ("ntk", 3), ("nngp", 3)])
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_by_name(name, kind, networks):
+def test_refused_by_name(name, kind, sample):
     model, x, message = REFUSED[name]
-    with pytest.raises(NoLimit, match=message + r".*no networks=, either"):
-        InfiniteKernel(model, kind, W, B, networks=networks)(x)
+    with pytest.raises(NoLimit, match=message + r".*no sample=, either"):
+        InfiniteKernel(model, kind, W, B, sample=sample)(x)
 
 
 def test_gradients_are_refused():
@@ -409,6 +409,6 @@ def test_gradients_are_refused():
 def test_in_eval_mode_the_statistics_are_given():
     """What the refusals advise: running statistics make it a kernel of two samples, by sampling."""
     model = of_batch(nn.ReLU()).eval()
-    with pytest.raises(NoLimit, match=r"layer '1' \(BatchNorm1d\).*networks=16"):
+    with pytest.raises(NoLimit, match=r"layer '1' \(BatchNorm1d\).*sample=16"):
         InfiniteKernel(model, "ntk", W, B)(BATCH)
-    assert InfiniteKernel(model, "ntk", W, B, networks=3)(BATCH, BATCH[:2]).shape == (7, 2)
+    assert InfiniteKernel(model, "ntk", W, B, sample=3)(BATCH, BATCH[:2]).shape == (7, 2)

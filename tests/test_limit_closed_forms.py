@@ -209,7 +209,7 @@ def test_wide_networks_tend_to_it(name, kind):
     model = ntkit.to_ntk_parametrization(mlp(Act(function)), 0.9, 0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = ntkit.convergence(model, X, widths=(64, 1024), networks=12, kind=kind)
+        found = ntkit.convergence(model, X, widths=(64, 1024), seeds=12, kind=kind)
     error = found.standard_error[-1].clamp(min=1e-13)  # the square of a sign is not random
     assert ((found.mean[-1] - found.limit) / error).abs().max() < 5
     assert found.distance[1] < found.distance[0] / 2

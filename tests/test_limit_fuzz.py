@@ -58,6 +58,6 @@ def test_random_networks_tend_to_their_limit(seed):
         model, images = draw(r)
         x = torch.randn(3, 2, 4, 4).double() if images else torch.randn(3, 6).double()
     model = ntkit.to_ntk_parametrization(model, 1.4, 0.3)
-    found = ntkit.convergence(model, x, widths=(48, 192), networks=10, kind=r.choice(["ntk", "ntk", "nngp"]))
+    found = ntkit.convergence(model, x, widths=(48, 192), seeds=10, kind=r.choice(["ntk", "ntk", "nngp"]))
     z = (found.mean[-1] - found.limit) / found.standard_error[-1]
     assert z.abs().max() < 6, f"{model}: {z}"

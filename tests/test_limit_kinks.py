@@ -240,7 +240,7 @@ def test_a_norms_weight_before_a_kink():
 def test_wide_networks_tend_to_it(activation, kind):
     x = 2 * X[:4]
     model = ntkit.to_ntk_parametrization(mlp(activation), 1.4, 0.3)
-    found = ntkit.convergence(model, x, widths=(64, 1024), networks=10, kind=kind)
+    found = ntkit.convergence(model, x, widths=(64, 1024), seeds=10, kind=kind)
     z = (found.mean[-1] - found.limit) / found.standard_error[-1]
     assert z.abs().max() < 5
     assert found.distance[1] < found.distance[0] / 2

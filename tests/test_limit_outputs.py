@@ -191,4 +191,4 @@ def test_refusals():
         InfiniteKernel(flat, "ntk", W, B)(X1)
     pooled = nn.Sequential(conv(2, 8), R(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8, 1)).double()
     with pytest.raises(Refused, match="a graph of layers"):
-        InfiniteKernel(pooled, "ntk", W, B, networks=2).positions(X1)
+        InfiniteKernel(pooled, "ntk", W, B, sample=2).positions(X1)

@@ -107,7 +107,7 @@ MOVED = {
 def test_samples_in_another_order_are_refused(name, tokens):
     with pytest.raises(Refused) as refusal:
         kernel(MOVED[name])(tokens)
-    assert "networks=" not in str(refusal.value)  # it refuses networks that mix samples, too
+    assert "sample=" not in str(refusal.value)  # it refuses networks that mix samples, too
 
 
 @pytest.mark.parametrize(
@@ -121,15 +121,15 @@ def test_samples_in_another_order_are_refused(name, tokens):
 def test_what_cannot_be_sampled_is_not_offered(forward, tokens):
     with pytest.raises(Refused) as refusal:
         kernel(forward)(tokens)
-    assert "networks=" not in str(refusal.value)
+    assert "sample=" not in str(refusal.value)
     with pytest.raises(Refused):
-        InfiniteKernel(Net(forward), networks=2)(tokens)
+        InfiniteKernel(Net(forward), sample=2)(tokens)
 
 
 def test_a_sampled_network_with_a_layer_that_it_does_not_use(tokens):
     forward = lambda s, x: s.hd(F.rms_norm(F.relu(s.e(x[:, 0])), (s.e.out_features,)))
-    found = InfiniteKernel(Net(forward, unused=nn.Linear(3, 8)), w_std=W, b_std=B, networks=64)(tokens)
-    expected = InfiniteKernel(Net(forward), w_std=W, b_std=B, networks=64)(tokens)
+    found = InfiniteKernel(Net(forward, unused=nn.Linear(3, 8)), w_std=W, b_std=B, sample=64)(tokens)
+    expected = InfiniteKernel(Net(forward), w_std=W, b_std=B, sample=64)(tokens)
     assert torch.allclose(found, expected, rtol=0.2)
 
 

@@ -262,7 +262,7 @@ def independent_kernel(width, w, b, seed, words):
 
 def test_a_transformer_is_the_mean_of_wide_networks_written_independently():
     w, b, networks = 1.2, 0.2, 40
-    kernel = InfiniteKernel(seeded(lambda: fixed_stds(Encoder())), "ntk", w, b, networks=40)
+    kernel = InfiniteKernel(seeded(lambda: fixed_stds(Encoder())), "ntk", w, b, sample=40)
     found = kernel.estimate(WORDS)
     kernels = torch.stack([independent_kernel(256, w, b, seed, WORDS) for seed in range(networks)])
     mean, error = kernels.mean(0), kernels.std(0) / math.sqrt(networks)
@@ -283,13 +283,13 @@ def fixed_stds(model):
 def test_every_way_to_write_attention_has_the_same_limit(narrow):
     limits = []
     for style in ("shape", "number", "fused"):
-        kernel = InfiniteKernel(seeded(lambda style=style: Encoder(style=style)), "ntk", 1.2, 0.2, networks=3)
+        kernel = InfiniteKernel(seeded(lambda style=style: Encoder(style=style)), "ntk", 1.2, 0.2, sample=3)
         limits.append(kernel(WORDS))
         text = kernel.describe(WORDS)
         assert ("'head_dim' grows with the factor" in text) == (style != "shape")
         assert ("'scale' grows with the factor to the power -0.5" in text) == (style == "number")
         made = InfiniteKernel(
-            seeded(lambda style=style: Encoder(style=style)), "ntk", 1.2, 0.2, networks=3,
+            seeded(lambda style=style: Encoder(style=style)), "ntk", 1.2, 0.2, sample=3,
             make=lambda factor, style=style: Encoder(16 * factor, style=style),
         )  # fmt: skip
         torch.testing.assert_close(made(WORDS), limits[-1], rtol=1e-5, atol=1e-6)
@@ -310,8 +310,8 @@ def test_torch_s_encoder_layers_grow(narrow):
             return self.last(self.encoder(self.embed(words)).mean(1))
 
     model = seeded(Network).eval()
-    kernel = InfiniteKernel(model, networks=4)
-    made = InfiniteKernel(model, networks=4, make=lambda factor: Network(16 * factor))
+    kernel = InfiniteKernel(model, sample=4)
+    made = InfiniteKernel(model, sample=4, make=lambda factor: Network(16 * factor))
     torch.testing.assert_close(kernel(WORDS), made(WORDS), rtol=1e-5, atol=1e-6)
 
 
@@ -330,7 +330,7 @@ def test_one_attention_layer_is_the_mean_over_its_scores():
             return self.last(self.attention(h, h, h, need_weights=False)[0].mean(1))
 
     w, x = 1.5, torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(1))
-    found = InfiniteKernel(seeded(Attention), "nngp", w, 0.0, networks=60).estimate(x)
+    found = InfiniteKernel(seeded(Attention), "nngp", w, 0.0, sample=60).estimate(x)
     points = x.reshape(12, 3).double()
     S = w**2 * points @ points.T / 3  # of the stem, at all positions of all samples
     generator = torch.Generator().manual_seed(2)
@@ -355,7 +355,7 @@ def test_a_max_pool_is_the_mean_over_its_gaussian_field():
         lambda: nn.Sequential(nn.Conv2d(2, 16, 3, padding=1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 1))
     )
     x, w, b = images(), 1.3, 0.3
-    found = InfiniteKernel(model, "nngp", w, b, networks=40).estimate(x)
+    found = InfiniteKernel(model, "nngp", w, b, sample=40).estimate(x)
     with torch.no_grad():  # many channels of the field at once
         field = nn.Conv2d(2, 100_000, 3, padding=1)
         generator = torch.Generator().manual_seed(5)
@@ -376,7 +376,7 @@ def test_batch_norm_at_its_first_statistics_changes_nothing():
 
     x = images(4, 5, 1).flatten(1)
     exact = InfiniteKernel(seeded(lambda: build(False)), "ntk", 1.2, 0.3)(x)
-    found = InfiniteKernel(seeded(lambda: build(True)), "ntk", 1.2, 0.3, networks=20).estimate(x)
+    found = InfiniteKernel(seeded(lambda: build(True)), "ntk", 1.2, 0.3, sample=20).estimate(x)
     assert distance(found, exact) < ERRORS
 
 
@@ -409,7 +409,7 @@ def test_a_bias_of_the_widths_is_told(monkeypatch):
 
 def test_a_closed_form_is_taken_where_there_is_one():
     model, x = seeded(lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))), images(3, 5, 1).flatten(1)
-    kernel = InfiniteKernel(model, networks=4)
+    kernel = InfiniteKernel(model, sample=4)
     torch.testing.assert_close(kernel(x), InfiniteKernel(model)(x), rtol=0, atol=0)
     assert kernel.error == 0
     assert "sampled" not in kernel.describe(x)
@@ -420,17 +420,17 @@ def test_a_closed_form_is_taken_where_there_is_one():
 def test_the_same_call_gives_the_same_bits_and_leaves_random_states_alone():
     model = seeded(Gated)
     torch.manual_seed(7)
-    first = InfiniteKernel(model, networks=3)(WORDS)
+    first = InfiniteKernel(model, sample=3)(WORDS)
     drawn = torch.rand(3)
     torch.manual_seed(7)
     assert torch.equal(torch.rand(3), drawn)
-    assert torch.equal(InfiniteKernel(model, networks=3)(WORDS), first)
+    assert torch.equal(InfiniteKernel(model, sample=3)(WORDS), first)
     assert torch.equal(first, first.T)
     assert first.dtype == torch.float32
-    assert not torch.equal(InfiniteKernel(model, networks=4)(WORDS), first)
-    diagonal = InfiniteKernel(model, networks=3).diagonal(WORDS)
+    assert not torch.equal(InfiniteKernel(model, sample=4)(WORDS), first)
+    diagonal = InfiniteKernel(model, sample=3).diagonal(WORDS)
     torch.testing.assert_close(diagonal, first.diagonal(), rtol=1e-5, atol=1e-6)
-    operator = InfiniteKernel(model, networks=3).operator(WORDS)
+    operator = InfiniteKernel(model, sample=3).operator(WORDS)
     torch.testing.assert_close(operator @ torch.ones(4), first.sum(1), rtol=1e-5, atol=1e-6)
 
 
@@ -441,12 +441,12 @@ def test_a_run_that_cannot_be_recorded_is_sampled():
             packed = nn.utils.rnn.pack_padded_sequence(h, torch.full((len(words),), LENGTH), batch_first=True)
             return self.last(self.gru(packed)[1][-1])
 
-    found = InfiniteKernel(seeded(Packed), networks=2)(WORDS)
-    torch.testing.assert_close(found, InfiniteKernel(seeded(Gated), networks=2)(WORDS), rtol=1e-4, atol=1e-5)
+    found = InfiniteKernel(seeded(Packed), sample=2)(WORDS)
+    torch.testing.assert_close(found, InfiniteKernel(seeded(Gated), sample=2)(WORDS), rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_without_trained_weights_has_a_tangent_kernel_of_zeros():
-    kernel = InfiniteKernel(seeded(Gated).requires_grad_(False), networks=2)
+    kernel = InfiniteKernel(seeded(Gated).requires_grad_(False), sample=2)
     assert torch.equal(kernel(WORDS[:3], WORDS[2:]), torch.zeros(3, 2))
     assert torch.equal(kernel.diagonal(WORDS), torch.zeros(4))
 
@@ -455,24 +455,24 @@ def test_the_identity_of_a_kernel_knows_its_sample():
     from ntkit.gram.gram_identity import what_it_depends_on
 
     model = seeded(Gated)
-    one, two = (what_it_depends_on(InfiniteKernel(model, networks=n), WORDS) for n in (3, 4))
+    one, two = (what_it_depends_on(InfiniteKernel(model, sample=n), WORDS) for n in (3, 4))
     assert one != two
-    assert what_it_depends_on(InfiniteKernel(model, networks=3), WORDS) == one
+    assert what_it_depends_on(InfiniteKernel(model, sample=3), WORDS) == one
 
 
 def test_a_refused_layer_says_how_to_sample():
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 1))
-    with pytest.raises(NoLimit, match=r"layer '1' \(MaxPool2d\).*InfiniteKernel\(model, networks=16\)"):
+    with pytest.raises(NoLimit, match=r"layer '1' \(MaxPool2d\).*InfiniteKernel\(model, sample=16\)"):
         InfiniteKernel(model)(images())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"networks": 1}, "networks: got 1; expected a number of networks, at least 2"),
-        ({"networks": 2.5}, "networks: got 2.5"),
-        ({"make": Recurrent}, "make: .*Pass networks=16, too"),
-        ({"make": 3, "networks": 4}, "make: got 3.*Pass a function"),
+        ({"sample": 1}, "sample: got 1; expected a number of networks, at least 2"),
+        ({"sample": 2.5}, "sample: got 2.5"),
+        ({"make": Recurrent}, "make: .*Pass sample=16, too"),
+        ({"make": 3, "sample": 4}, "make: got 3.*Pass a function"),
     ],
 )
 def test_arguments_are_checked(arguments, message):
@@ -571,7 +571,7 @@ def test_what_cannot_grow_is_refused_by_name(name):
     x = {"per position": WORDS, "tied": WORDS, "no last layer": images()}.get(name, images(4, 5, 1).flatten(1))
     if name == "no hidden layer":
         x = images(3, 5, 2).flatten(1)
-    kernel = InfiniteKernel(seeded(build), networks=3)
+    kernel = InfiniteKernel(seeded(build), sample=3)
     with pytest.raises(Refused, match=message):
         kernel(x)
 
@@ -584,7 +584,7 @@ def test_make_must_build_the_same_network():
         (lambda factor: Encoder(24, style="number"), "expected axes 1 or"),
     ):
         with pytest.raises(Refused, match=message):
-            InfiniteKernel(model, networks=3, make=make)(WORDS)
+            InfiniteKernel(model, sample=3, make=make)(WORDS)
 
 
 class Routed(nn.Module):
@@ -608,19 +608,19 @@ def test_a_width_that_make_does_not_grow_is_named():
     x = images(4, 5, 1).flatten(1)
     model = seeded(Routed)
     with pytest.warns(UserWarning, match="make: the outputs of 'route.weight' do not grow"):
-        InfiniteKernel(model, networks=2, make=lambda factor: Routed(8 * factor)).estimate(x)
+        InfiniteKernel(model, sample=2, make=lambda factor: Routed(8 * factor)).estimate(x)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="make")
-        InfiniteKernel(model, networks=2, make=lambda factor: Routed(8 * factor, 4 * factor)).estimate(x)
+        InfiniteKernel(model, sample=2, make=lambda factor: Routed(8 * factor, 4 * factor)).estimate(x)
     with pytest.raises(Refused, match=r"make: got hidden widths as before .'stem.weight', 'route.weight'"):
-        InfiniteKernel(model, networks=2, make=lambda factor: Routed()).estimate(x)
+        InfiniteKernel(model, sample=2, make=lambda factor: Routed()).estimate(x)
 
 
 def test_a_sum_of_a_raw_parameter_over_features_that_grow_is_refused_of_make_too():
     model = seeded(lambda: Routed(summed=True))
     make = lambda factor: Routed(8 * factor, 4 * factor, summed=True)
     with pytest.raises(Refused, match="parameter 'raw': got a sum over features that grow"):
-        InfiniteKernel(model, networks=2, make=make).estimate(images(4, 5, 1).flatten(1))
+        InfiniteKernel(model, sample=2, make=make).estimate(images(4, 5, 1).flatten(1))
 
 
 def test_make_must_keep_the_layers():
@@ -633,7 +633,7 @@ def test_make_must_keep_the_layers():
         return larger
 
     with pytest.raises(Refused, match="make: got Other as layer 'route'; expected Linear"):
-        InfiniteKernel(seeded(Routed), networks=2, make=make).estimate(images(4, 5, 1).flatten(1))
+        InfiniteKernel(seeded(Routed), sample=2, make=make).estimate(images(4, 5, 1).flatten(1))
 
 
 def test_sampled_limit_names_what_it_did():

@@ -144,7 +144,7 @@ BY_HAND = {
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_mean_is_that_of_networks_built_by_hand(name):
     build, x, stds, factor, laws = BY_HAND[name]
-    kernel = InfiniteKernel(seeded(build, 1), "ntk", *(stds or (None, None)), networks=24)
+    kernel = InfiniteKernel(seeded(build, 1), "ntk", *(stds or (None, None)), sample=24)
     found = kernel.estimate(x)
     assert kernel._sampled(x).factor == factor
     kernels = torch.stack([by_hand(build, factor, laws, seed, x) for seed in range(24)])
@@ -163,8 +163,8 @@ def test_a_norm_of_the_input_keeps_its_statistics():
     with_norm[0].running_var.copy_(torch.tensor([1.0, 4.0, 0.25, 9.0, 1.0]))
     with_norm[0].running_mean.copy_(torch.arange(5.0))
     x = (ROWS - torch.arange(5.0)) / with_norm[0].running_var.sqrt()
-    values = InfiniteKernel(seeded(build, False), "ntk", 1.5, 0.1, networks=3)(x)
-    torch.testing.assert_close(InfiniteKernel(with_norm, "ntk", 1.5, 0.1, networks=3)(ROWS), values)
+    values = InfiniteKernel(seeded(build, False), "ntk", 1.5, 0.1, sample=3)(x)
+    torch.testing.assert_close(InfiniteKernel(with_norm, "ntk", 1.5, 0.1, sample=3)(ROWS), values)
 
 
 class Attention(nn.Module):
@@ -210,11 +210,11 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize(("style", "heads"), [("heads of a size", 2), ("root", 2), ("both", 2), ("both", 4)])
 def test_sizes_of_heads_and_their_roots_grow(style, heads):
-    limit = InfiniteKernel(seeded(Attention, 1, "shape", heads), networks=3)(TEXT)
-    other = InfiniteKernel(seeded(Attention, 1, style, heads), networks=3)(TEXT)
+    limit = InfiniteKernel(seeded(Attention, 1, "shape", heads), sample=3)(TEXT)
+    other = InfiniteKernel(seeded(Attention, 1, style, heads), sample=3)(TEXT)
     torch.testing.assert_close(other, limit, rtol=1e-4, atol=1e-5)
     made = InfiniteKernel(
-        seeded(Attention, 1, style, heads), networks=3, make=lambda factor: Attention(factor, style, heads)
+        seeded(Attention, 1, style, heads), sample=3, make=lambda factor: Attention(factor, style, heads)
     )
     torch.testing.assert_close(made(TEXT), limit, rtol=1e-4, atol=1e-5)
 
@@ -222,7 +222,7 @@ def test_sizes_of_heads_and_their_roots_grow(style, heads):
 @pytest.mark.parametrize("style", ["config", "buffer", "tensor", "parameter", "constant"])
 def test_a_factor_that_may_be_a_root_of_a_width_is_refused(style):
     with pytest.raises(Refused, match=r"factor 2\.82843 in its forward pass.*Pass make="):
-        InfiniteKernel(seeded(Attention, 1, style), networks=3)(TEXT)
+        InfiniteKernel(seeded(Attention, 1, style), sample=3)(TEXT)
 
 
 def latents(factor):
@@ -285,8 +285,8 @@ def mean_by_hand(factor):
 
 @pytest.mark.parametrize("build", [mean_by_hand, latents, first_state, of_no_use, two_names])
 def test_ordinary_networks_grow_as_the_user_would_make_them(build):
-    values = InfiniteKernel(model := seeded(build, 1), networks=3)(TEXT)
-    torch.testing.assert_close(InfiniteKernel(model, networks=3, make=build)(TEXT), values, rtol=1e-4, atol=1e-5)
+    values = InfiniteKernel(model := seeded(build, 1), sample=3)(TEXT)
+    torch.testing.assert_close(InfiniteKernel(model, sample=3, make=build)(TEXT), values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The mean of the sampled networks:UserWarning")
@@ -302,12 +302,12 @@ def test_make_may_draw_and_freeze_as_it_likes():
 
     model = seeded(build, 1)
     model[0].requires_grad_(False)
-    values = InfiniteKernel(model, networks=3)(ROWS)
+    values = InfiniteKernel(model, sample=3)(ROWS)
     state = torch.get_rng_state()
     for make in (build, other):
-        assert torch.equal(InfiniteKernel(model, networks=3, make=make)(ROWS), values)
+        assert torch.equal(InfiniteKernel(model, sample=3, make=make)(ROWS), values)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(InfiniteKernel(seeded(build, 1), networks=3)(ROWS), values)
+    assert not torch.equal(InfiniteKernel(seeded(build, 1), sample=3)(ROWS), values)
 
 
 def test_a_constant_bias_stays():
@@ -316,11 +316,11 @@ def test_a_constant_bias_stays():
         nn.init.constant_(network[0].bias, 0.1)
         return network
 
-    assert "parameter '0.bias': 0.1, shape" in InfiniteKernel(seeded(build, 1), networks=3).describe(ROWS)
+    assert "parameter '0.bias': 0.1, shape" in InfiniteKernel(seeded(build, 1), sample=3).describe(ROWS)
 
 
 def test_the_second_samples_may_have_another_dtype():
-    kernel = InfiniteKernel(seeded(Attention), networks=3)
+    kernel = InfiniteKernel(seeded(Attention), sample=3)
     torch.testing.assert_close(kernel(TEXT, TEXT[:2].double()), kernel(TEXT, TEXT[:2]))
 
 
@@ -416,4 +416,4 @@ REFUSED = {
 def test_what_may_grow_in_two_ways_is_refused(name):
     build, x, message = REFUSED[name]
     with pytest.raises(Refused, match=message):
-        InfiniteKernel(seeded(build), networks=3)(x)
+        InfiniteKernel(seeded(build), sample=3)(x)

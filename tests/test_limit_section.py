@@ -146,7 +146,7 @@ def test_without_a_closed_form_random_wide_networks_stand_for_it() -> None:
     task = TrainingTask(model, data)
     short = measures.kernel_beside_limit(task, {"init": model, "after": model}, 1000.0)
     assert "max_pool2d" in short["absent"]
-    assert "ntkit infinite --networks 16" in short["absent"]
+    assert "ntkit infinite --sample 16" in short["absent"]
 
 
 def test_the_report_says_why_there_is_nothing() -> None:

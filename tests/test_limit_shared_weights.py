@@ -302,7 +302,7 @@ class Mixed(nn.Module):
     ["lstm", "initial state", "trained state", "input and layer", "two activations", "not Gaussian", "own input"],
 )
 def test_what_has_no_closed_form_is_refused(what):
-    with pytest.raises(NoLimit, match="networks=16"):
+    with pytest.raises(NoLimit, match="sample=16"):
         InfiniteKernel(seeded(lambda: Mixed(what)).double(), "ntk", W, B)(X)
 
 

@@ -90,7 +90,7 @@ def test_wide_networks_tend_to_it():
     for kind in ("ntk", "nngp"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = ntkit.convergence(model, X, widths=(64, 1024), networks=12, kind=kind)
+            found = ntkit.convergence(model, X, widths=(64, 1024), seeds=12, kind=kind)
         assert ((found.mean[-1] - found.limit) / found.standard_error[-1]).abs().max() < 5
         assert found.distance[1] < found.distance[0] / 2
 

@@ -72,8 +72,8 @@ def numbers(least):
         found[name], found[f"{name}, diagonal"] = kernel(test, x), kernel.diagonal(test)
         found[f"{name}, operator"] = operator @ torch.ones(operator.shape[0], dtype=torch.float64)
         if name != "hidden":  # it has one feature for each place
-            found[f"{name}, explained"] = ntkit.representers(kernel, importance, x, test, output=0).scores
-    explainer = ntkit.Explainer(lambda x_test, _: ntkit.representers(conjugate, importance, x, x_test, output=0), x)
+            found[f"{name}, explained"] = ntkit.explain(kernel, importance, x, test, output=0).scores
+    explainer = ntkit.Explainer(lambda x_test, _: ntkit.explain(conjugate, importance, x, x_test, output=0), x)
     return found | {"explainer": explainer.influence(test)}
 
 

@@ -16,7 +16,7 @@ MODULES = (ntkit.data, ntkit.probes)
 OTHER_NAMES = {
     "folder": "path", "file_path": "path", "fraction": "share", "batch": "batch_size", "traj": "trajectory",
     "learning_rate": "lr", "rng": "seed", "generator": "seed", "random_state": "seed", "n_jobs": "workers",
-    "budget_bytes": "memory", "top_k": "k", "again": "retrainings", "seeds": "networks", "sample": "networks",
+    "budget_bytes": "memory", "top_k": "k", "again": "retrainings",
     "random_sets": "sets", "normalisation": "normalization", "dataset": "train",
 }  # fmt: skip
 FREE = {"ntkit.Explainer.influence", "ntkit.Tracked.to_tensorboard"}  # another library's signature; a folder of its own

@@ -212,7 +212,7 @@ def test_the_path_kernel_takes_the_targets(run, code):
 def test_predictions_are_explained_in_the_units_of_the_target(run, code, tmp_path):
     """Accounting sums to the prediction; without an example the network trained again is what `train` gives."""
     data = ntkit.data.load(f"{code}:one")
-    place = explain_run(run, ExplainSettings(index=(2,), out=tmp_path / "explain"), say=lambda line: None)
+    place = explain_run(run, ExplainSettings(test=(2,), out=tmp_path / "explain"), say=lambda line: None)
     told = read_json(place / "results.json")
     point = told["points"][0]
     model = build(f"{code}:net", (3,), 1, seed=0)

@@ -91,11 +91,11 @@ def test_tracking_importance_of_a_linear_model_is_exact(settings, clip):
     expected = model(TEST).detach() - factor * before
     kernel = ntkit.TangentKernel(model)
     for output in range(3):
-        found = ntkit.representers(kernel, importance, X, TEST, output=output, expected=expected)
+        found = ntkit.explain(kernel, importance, X, TEST, output=output, expected=expected)
         assert float(found.residual.abs().max()) < 1e-12 * size_of(model)
     assert (factor == 1) == ("weight_decay" not in settings)
     assert float(importance.values.abs().max()) > 1e-3
-    scalar = ntkit.representers(
+    scalar = ntkit.explain(
         lambda a, b: a @ b.T + 1, importance, X, TEST, output=0, expected=expected
     )  # the same kernel
     assert float(scalar.residual.abs().max()) < 1e-12 * size_of(model)
@@ -107,7 +107,7 @@ def test_tracking_importance_from_zero_gives_the_outputs_themselves():
         nn.init.zeros_(p)
     run = ntkit.train(model, (X, LABELS), cross_entropy, sgd(), steps=30, batch_size=2)
     kernel, importance = ntkit.TangentKernel(model), ntkit.tracking_importance(run)
-    found = ntkit.representers(kernel, importance, X, TEST, expected=model(TEST))
+    found = ntkit.explain(kernel, importance, X, TEST, expected=model(TEST))
     assert torch.equal(found.outputs, model(TEST).argmax(1))
     assert float(found.residual.abs().max()) < 1e-12 * size_of(model)
 
@@ -325,12 +325,12 @@ def test_scores_are_importance_times_kernel(mode, memory):
     kernel, alpha = ntkit.TangentKernel(network(), mode), drawn(N, 3, seed=6)
     alpha -= alpha.mean(0)
     for output in (0, 2, torch.tensor([0, 1, 2, 1, 0])):
-        found = ntkit.representers(kernel, alpha, X, TEST, output=output, memory=memory)
+        found = ntkit.explain(kernel, alpha, X, TEST, output=output, memory=memory)
         expected = by_hand(kernel, alpha, torch.as_tensor(output).expand(5))
         assert_equal(found.scores, expected, 1e-13, "scores")
         assert_equal(found.total, expected.sum(1), 1e-13, "total")
-    sums = torch.stack([ntkit.representers(kernel, alpha, X, TEST, output=c).total for c in range(3)], 1)
-    assert torch.equal(ntkit.representers(kernel, alpha, X, TEST, memory=memory).outputs, sums.argmax(1))
+    sums = torch.stack([ntkit.explain(kernel, alpha, X, TEST, output=c).total for c in range(3)], 1)
+    assert torch.equal(ntkit.explain(kernel, alpha, X, TEST, memory=memory).outputs, sums.argmax(1))
     assert len(set(sums.argmax(1).tolist())) > 1
 
 
@@ -339,12 +339,12 @@ def test_scores_permute_with_the_data():
     kernels = (ntkit.TangentKernel(model), ntkit.ConjugateKernel(model))
     for kernel in kernels:
         first, second = (
-            ntkit.representers(kernel, ntkit.target_importance(model, x, y, cross_entropy), x, TEST, output=1).scores
+            ntkit.explain(kernel, ntkit.target_importance(model, x, y, cross_entropy), x, TEST, output=1).scores
             for x, y in ((X, LABELS), (X[order], LABELS[order]))
         )
         assert_equal(second, first[:, order], 1e-13, "permuted")
     first, second = (
-        ntkit.representers(
+        ntkit.explain(
             ntkit.InfluenceKernel(model, (x, y), cross_entropy, time=20.0),
             ntkit.target_importance(model, x, y, cross_entropy), x, TEST, output=1,
         ).scores
@@ -361,7 +361,7 @@ def test_every_kernel_explains():
     kernels = [ntkit.ConjugateKernel(model), ntkit.SketchedKernel(model, 64), ntkit.InfiniteKernel(model)]
     for kernel in (*kernels, lambda a, b: (a @ b.T).exp()):
         for output in (0, 2):
-            found = ntkit.representers(kernel, alpha, X, TEST, output=output).scores
+            found = ntkit.explain(kernel, alpha, X, TEST, output=output).scores
             assert_equal(found, by_hand(kernel, alpha, [output] * 5), 1e-12, type(kernel).__name__)
 
 
@@ -412,7 +412,7 @@ def test_a_path_decomposition_is_an_explanation():
 def test_refusals_of_explain(change, message):
     arguments = {"kernel": ntkit.TangentKernel(network()), "importance": drawn(N, 3), "x_train": X, "x_test": TEST}
     with pytest.raises(Refused) as refused:
-        ntkit.representers(**(arguments | change))
+        ntkit.explain(**(arguments | change))
     assert message in str(refused.value)
 
 
@@ -425,7 +425,7 @@ def test_tracin_of_one_checkpoint_is_rate_times_target_times_tangent_kernel():
         [(model.state_dict(), 0.3)], TEST, output=1, model=network(), data=(X, LABELS), loss=cross_entropy
     )
     alpha = ntkit.target_importance(model, X, LABELS, cross_entropy)
-    expected = 0.3 * ntkit.representers(ntkit.TangentKernel(model), alpha, X, TEST, output=1).scores
+    expected = 0.3 * ntkit.explain(ntkit.TangentKernel(model), alpha, X, TEST, output=1).scores
     assert torch.equal(found.scores, expected)
 
 
@@ -438,7 +438,7 @@ def test_tracin_of_a_run_is_the_sum_over_its_checkpoints():
         run.load(copy, step)
         alpha = ntkit.target_importance(copy, X, LABELS, cross_entropy)
         rate = 0.05 / (1 + min(step, 5))
-        scores = ntkit.representers(ntkit.TangentKernel(copy), alpha, X, TEST, output=found.outputs).scores
+        scores = ntkit.explain(ntkit.TangentKernel(copy), alpha, X, TEST, output=found.outputs).scores
         total = total + rate * scores
     assert_equal(found.scores, total, 1e-13, "TracIn")
     few = ntkit.tracin(run, TEST, output=0, steps=[0])
@@ -487,7 +487,7 @@ def test_axioms_hold_for_importance_times_a_scalar_kernel(output):
     model = network()
     alpha = ntkit.target_importance(model, X, LABELS, cross_entropy)
     for kernel in (ntkit.TangentKernel(model, "trace"), ntkit.ConjugateKernel(model)):
-        found = ntkit.representers(kernel, alpha, X, X, output=output)
+        found = ntkit.explain(kernel, alpha, X, X, output=output)
         violations = ntkit.check_axioms(found.scores, found.total)
         assert set(violations) == {
             "self-explanation", "symmetric zero", "symmetric cycle", "irreducibility", "efficiency",
@@ -511,7 +511,7 @@ def test_axioms_fail_where_the_kernel_mixes_outputs():
     """A sum over outputs of importance times kernel is no importance times kernel."""
     model = network()
     alpha = ntkit.target_importance(model, X, LABELS, cross_entropy)
-    scores = ntkit.representers(ntkit.TangentKernel(model), alpha, X, X, output=0).scores
+    scores = ntkit.explain(ntkit.TangentKernel(model), alpha, X, X, output=0).scores
     assert ntkit.check_axioms(scores)["symmetric cycle"] > 1e-2
 
 
@@ -571,15 +571,15 @@ def test_explainer_has_the_interfaces_of_other_libraries():
     model = network()
     kernel, alpha = ntkit.TangentKernel(model), ntkit.target_importance(model, X, LABELS, cross_entropy)
     explainer = ntkit.Explainer(
-        lambda x, targets: ntkit.representers(kernel, alpha, X, x, output=targets), X, LABELS, batch_size=4
+        lambda x, targets: ntkit.explain(kernel, alpha, X, x, output=targets), X, LABELS, batch_size=4
     )
     targets = [0, 1, 2, 0, 1]
-    expected = ntkit.representers(kernel, alpha, X, TEST, output=torch.tensor(targets)).scores
+    expected = ntkit.explain(kernel, alpha, X, TEST, output=torch.tensor(targets)).scores
     assert_equal(explainer.explain(test_data=TEST, targets=targets), expected, 1e-13, "explain")
-    own = ntkit.representers(kernel, alpha, X, X, output=LABELS).scores.diagonal()
+    own = ntkit.explain(kernel, alpha, X, X, output=LABELS).scores.diagonal()
     assert_equal(explainer.self_influence(batch_size=2), own, 1e-13, "self-influence")
     assert_equal(explainer.self_influence(), own, 1e-13, "self-influence")
-    predicted = ntkit.representers(kernel, alpha, X, TEST).scores
+    predicted = ntkit.explain(kernel, alpha, X, TEST).scores
     assert_equal(explainer.influence(TEST), predicted, 1e-13, "influence")
     examples, values = explainer.influence(TEST, k=2, proponents=False)
     assert torch.equal(examples, predicted.argsort(1)[:, :2])
@@ -601,7 +601,7 @@ def test_memory_of_explain_is_bounded_by_strips():
         return a @ b.T
 
     x, test = drawn(500, 2), drawn(20_000, 2, seed=1)
-    found = ntkit.representers(kernel, drawn(500), x, test, memory="24 MB")
+    found = ntkit.explain(kernel, drawn(500), x, test, memory="24 MB")
     assert max(sizes) <= 1_000_000
     assert len(sizes) == 10
     assert found.scores.shape == (20_000, 500)

@@ -39,7 +39,7 @@ def objects():
         "svm": ntkit.HardMarginSVM().fit(K, y), "ridge": ntkit.KernelRidge(0.1).fit(K, values),
         "flow": ntkit.GradientFlow().fit(K, values), "gp": gp, "posterior": gp.predict(K[:5], K.diagonal()[:5]),
         "influence": ntkit.influence(run, x[:3], y[:3]), "importance": ntkit.tracking_importance(run),
-        "explanation": ntkit.representers(kernel, ntkit.tracking_importance(run), x, x[:3]),
+        "explanation": ntkit.explain(kernel, ntkit.tracking_importance(run), x, x[:3]),
         "influence kernel": ntkit.InfluenceKernel(net, (x, y), nn.functional.cross_entropy, damping=0.1),
     }, x, y  # fmt: skip
 

@@ -42,10 +42,8 @@ def case(request, tmp_path_factory):
     save_file(tensors, place / "w.safetensors")
     model.load_state_dict(tensors)
     weights = place / "w.safetensors"
-    chosen = GramSettings(
-        model=f"{place}/net.py:make", train=120, tile=50, dtype="float64", weights=weights, seed=0, **settings
-    )
-    K = gram(chosen, out=place / "store")
+    chosen = GramSettings(train=120, tile=50, dtype="float64", weights=weights, seed=0, **settings)
+    K = gram(f"{place}/net.py:make", "digits", chosen, out=place / "store")
     return place, K, ntkit.TangentKernel(model, outputs="trace"), sets
 
 
@@ -152,8 +150,8 @@ def test_another_network_or_code_is_refused(case, tmp_path, monkeypatch):
     weights = place / "w.safetensors"
     shutil.copy(case[0] / "w.safetensors", weights)
     classes = ("3", "8") if len(case[3].classes) == 2 else None
-    settings = GramSettings(model=f"{place}/net.py:make", train=60, weights=weights, dtype="float64", classes=classes)
-    gram(settings, out=place / "store")
+    settings = GramSettings(train=60, weights=weights, dtype="float64", classes=classes)
+    gram(f"{place}/net.py:make", "digits", settings, out=place / "store")
     svm = SolveSettings(svm=True)
     solve(place / "store", svm)
     tensors = {name: 3 * t for name, t in load_file(weights).items()}

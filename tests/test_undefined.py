@@ -75,7 +75,7 @@ def test_numbers_that_are_not_defined_are_refused():
 def test_a_limit_of_zeros_has_no_rate():
     net = nn.Sequential(nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 1, bias=False))
     with pytest.raises(Undefined, match="convergence: got a limit of zeros"):
-        ntkit.convergence(net, torch.zeros(3, 2), widths=(4, 8), networks=2)
+        ntkit.convergence(net, torch.zeros(3, 2), widths=(4, 8), seeds=2)
 
 
 def test_pages_go_on_where_a_number_is_not_defined():

@@ -173,8 +173,8 @@ def explained(m, tmp):
     ntkit.query_loss_difference(scores, again, share=0.2, sets=2)
     ntkit.mislabeled(scores[0], Y > 0)
     tangent = ntkit.TangentKernel(net)
-    ntkit.representers(tangent, ntkit.tracking_importance(run), X, X[:2])
-    ntkit.representers(tangent, ntkit.target_importance(net, X, Y, nn.functional.cross_entropy), X, X[:2])
+    ntkit.explain(tangent, ntkit.tracking_importance(run), X, X[:2])
+    ntkit.explain(tangent, ntkit.target_importance(net, X, Y, nn.functional.cross_entropy), X, X[:2])
     ntkit.surrogate_importance(tangent(X).double(), net(X).detach(), l2=1.0)
     ntkit.check_axioms(ntkit.tracin(run, X).scores)
     kernel_calls(ntkit.InfluenceKernel(net, (X, Y), nn.functional.cross_entropy, time=1.0))
@@ -195,8 +195,8 @@ def stored(m, tmp):
 
 EXPLANATIONS = (
     "Deletion", "Evaluation", "Explainer", "Explanation", "Importance", "Influence", "InfluenceKernel", "Retrainings",
-    "TrackingImportance", "case_deletion", "check_axioms", "datamodeling_score", "influence", "leave_one_out",
-    "mislabeled", "query_loss_difference", "representers", "surrogate_importance", "target_importance", "tracin",
+    "TrackingImportance", "case_deletion", "check_axioms", "datamodeling_score", "explain", "influence",
+    "leave_one_out", "mislabeled", "query_loss_difference", "surrogate_importance", "target_importance", "tracin",
     "tracking_importance",
 )  # fmt: skip
 CALLS = {
@@ -225,8 +225,8 @@ CALLS = {
     "InfiniteKernel": limit,
     "to_ntk_parametrization": lambda m, tmp: ntkit.to_ntk_parametrization(plain(m)),
     "widened": lambda m, tmp: ntkit.widened(plain(m), 6, X),
-    "convergence": lambda m, tmp: ntkit.convergence(plain(m), X, widths=(4, 8), networks=2),
-    "monte_carlo": lambda m, tmp: ntkit.monte_carlo(plain(m), X, width=4, networks=2, kind="nngp"),
+    "convergence": lambda m, tmp: ntkit.convergence(plain(m), X, widths=(4, 8), seeds=2),
+    "monte_carlo": lambda m, tmp: ntkit.monte_carlo(plain(m), X, width=4, seeds=2, kind="nngp"),
     "linearized": lambda m, tmp: ntkit.linearized(m)(X).sum().backward(),
     "NTKClassifier": lambda m, tmp: ntkit.NTKClassifier().fit(FLAT, Y.numpy()).predict(FLAT),
     "NTKRegressor": lambda m, tmp: ntkit.NTKRegressor(machine="gp").fit(FLAT, Y.numpy()).predict(FLAT, return_std=True),

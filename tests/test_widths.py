@@ -60,7 +60,7 @@ def test_biases_that_start_at_zero_count_nothing():
     nn.init.zeros_(model[0].bias)
     nn.init.zeros_(model[2].bias)
     for kind in ("ntk", "nngp"):
-        found = monte_carlo(to_ntk_parametrization(model, 1.0), X, width=200, networks=20, kind=kind)
+        found = monte_carlo(to_ntk_parametrization(model, 1.0), X, width=200, seeds=20, kind=kind)
         expected = InfiniteKernel(model, kind=kind, w_std=1.0, b_std=1e-9)(X)
         z = (found.mean - expected) / (found.standard_error + 1e-12)  # opposite points: exactly zero
         assert z.abs().max() < 5
@@ -68,7 +68,7 @@ def test_biases_that_start_at_zero_count_nothing():
 
 @pytest.mark.parametrize(("hidden", "expected"), [(1, JACOT), (2, JACOT_3)])
 def test_monte_carlo_meets_the_closed_form(hidden, expected):
-    found = monte_carlo(relu(hidden), X[:1], X, width=400, networks=40)
+    found = monte_carlo(relu(hidden), X[:1], X, width=400, seeds=40)
     z = (found.mean[0] - torch.tensor(expected)) / found.standard_error[0]
     assert z.abs().max() < 4.5
     assert found.standard_error.max() < 0.02  # or nothing would be tested
@@ -77,9 +77,9 @@ def test_monte_carlo_meets_the_closed_form(hidden, expected):
 
 
 def test_standard_errors_are_those_of_the_mean():
-    found = torch.stack([monte_carlo(relu(1), X[:1], width=30, networks=s).standard_error[0, 0] for s in (20, 320)])
+    found = torch.stack([monte_carlo(relu(1), X[:1], width=30, seeds=s).standard_error[0, 0] for s in (20, 320)])
     assert 2.5 < float(found[0] / found[1]) < 6.5  # 4
-    a, b = (monte_carlo(relu(1), X, width=30, networks=3) for _ in range(2))
+    a, b = (monte_carlo(relu(1), X, width=30, seeds=3) for _ in range(2))
     assert torch.equal(a.mean, b.mean)  # seeded
     made = [finite_kernel(widened(relu(1), 30, X, seed=seed), X) for seed in range(3)]
     torch.testing.assert_close(a.mean, torch.stack(made).mean(0), rtol=1e-12, atol=0)
@@ -87,7 +87,7 @@ def test_standard_errors_are_those_of_the_mean():
 
 @pytest.mark.parametrize("kind", ["ntk", "nngp"])
 def test_single_networks_converge_as_one_over_the_root_of_the_width(kind):
-    found = convergence(relu(2), X, widths=(32, 128, 512), networks=16, kind=kind)
+    found = convergence(relu(2), X, widths=(32, 128, 512), seeds=16, kind=kind)
     assert abs(found.slope + 0.5) < 3 * found.slope_error
     assert found.slope_error < 0.1
     assert found.agrees
@@ -100,7 +100,7 @@ def test_single_networks_converge_as_one_over_the_root_of_the_width(kind):
 def test_a_wrong_limit_is_seen(monkeypatch):
     own = InfiniteKernel.__call__
     monkeypatch.setattr(InfiniteKernel, "__call__", lambda self, x1, x2=None: 1.5 * own(self, x1, x2))
-    found = convergence(relu(1), X, widths=(64, 512), networks=20)
+    found = convergence(relu(1), X, widths=(64, 512), seeds=20)
     assert not found.agrees
     assert found.slope > -0.3
 
@@ -109,7 +109,7 @@ def test_torch_own_initialisation_converges_to_its_own_limit():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(2, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 3))
-    found = convergence(model, X.float(), widths=(100, 400), networks=16)
+    found = convergence(model, X.float(), widths=(100, 400), seeds=16)
     assert found.agrees
     assert found.mean_error[-1] < 0.1
 
@@ -128,7 +128,7 @@ def convolution() -> nn.Module:
 def test_convolutions_converge_to_their_limit(given, kind):
     x = torch.randn(3, 1, 3, 3, generator=torch.Generator().manual_seed(0)).double()
     model = to_ntk_parametrization(convolution(), *given)
-    found = convergence(model, x, widths=(20, 160), networks=12, kind=kind)
+    found = convergence(model, x, widths=(20, 160), seeds=12, kind=kind)
     assert found.agrees
     assert found.mean_error[-1] < 0.1
     z = (found.mean[-1] - found.limit) / found.standard_error[-1]
@@ -142,8 +142,8 @@ def test_slopes():
 
 
 def test_refusals():
-    with pytest.raises(Refused, match=r"networks: got 1; expected an integer, at least 2"):
-        monte_carlo(relu(1), X, width=10, networks=1)
+    with pytest.raises(Refused, match=r"seeds: got 1; expected an integer, at least 2"):
+        monte_carlo(relu(1), X, width=10, seeds=1)
     with pytest.raises(Refused, match=r"widths: got \(64,\); expected two widths or more"):
         convergence(relu(1), X, widths=(64,))
     with pytest.raises(Refused, match=r"kind: got 'gp'; expected ntk or nngp"):

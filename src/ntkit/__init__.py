@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.explanations.influence import influence as influence
     from ntkit.explanations.representers import Explainer as Explainer
     from ntkit.explanations.representers import Explanation as Explanation
-    from ntkit.explanations.representers import representers as representers
+    from ntkit.explanations.representers import explain as explain
     from ntkit.explanations.retrainings import Retrainings as Retrainings
     from ntkit.explanations.surrogate import surrogate_importance as surrogate_importance
     from ntkit.explanations.tracin import tracin as tracin
@@ -112,7 +112,7 @@ _NAMES = {
     "ntkit.kernels.influence_kernel": ("InfluenceKernel",),
     "ntkit.explanations.importances": ("Importance", "TrackingImportance", "target_importance", "tracking_importance"),
     "ntkit.explanations.surrogate": ("surrogate_importance",),
-    "ntkit.explanations.representers": ("Explainer", "Explanation", "representers"),
+    "ntkit.explanations.representers": ("Explainer", "Explanation", "explain"),
     "ntkit.explanations.tracin": ("tracin",),
     "ntkit.explanations.axioms": ("check_axioms",),
     "ntkit.networks.parametrization": ("to_ntk_parametrization",),

@@ -228,11 +228,17 @@ def infinite(*, settings: Annotated[InfiniteSettings | None, Parameter(name="*")
 
 
 @app.command
-def gram(*, settings: Annotated[GramSettings | None, Parameter(name="*")] = None, out: Path) -> None:
+def gram(
+    model: str, data: str, *, settings: Annotated[GramSettings | None, Parameter(name="*")] = None, out: Path
+) -> None:
     """Compute a network's tangent kernel on a data set into a folder, tile by tile; stopped, the same command goes on.
 
     Parameters
     ----------
+    model
+        linear, mlp, cnn, vgg, textcnn (text sets), package.module:factory or file.py:factory.
+    data
+        As --data of ntkit analyze: its training examples; or a .npy file of samples, which may be larger than memory.
     settings
         Which kernel, and who computes it.
     out
@@ -241,7 +247,7 @@ def gram(*, settings: Annotated[GramSettings | None, Parameter(name="*")] = None
     from ntkit.commands.gram_on_disk import gram as run
     from ntkit.commands.gram_on_disk import summary
 
-    store = run(settings, out=out, say=_say)
+    store = run(model, data, settings, out=out, say=_say)
     numbers = {"folder": str(store.path), "shape": list(store.shape), "checksum": store.checksum}
     _answer(lambda: numbers, lambda: print("\n".join(summary(store))))
 

@@ -94,7 +94,7 @@ def explain_run(
     s, run = settings or ExplainSettings(), Path(run)
     check_folder(s.out or run, "--out" if s.out else "run")
     opened = _opened(run, s, trust)
-    points = points_of.chosen_points(opened.task, opened.model, _checked_indices(s.index, opened.task))
+    points = points_of.chosen_points(opened.task, opened.model, _checked_indices(s.test, opened.task))
     place = s.out or run / "explain"
     try:
         with FolderLock(place):
@@ -104,7 +104,7 @@ def explain_run(
             say(f"report: {render_explanation(place)}")
     except KeyboardInterrupt:
         command = ["ntkit", "explain", str(run), *(["--out", str(s.out)] if s.out else [])]
-        command += ["--index", *map(str, s.index)] if s.index else []
+        command += ["--test", *map(str, s.test)] if s.test else []
         say(f"Stopped. What is finished is kept. Go on with: {shlex.join(command)}")
         raise
     return place
@@ -161,7 +161,7 @@ def _results(
         "influence": certificate,
         "random_sets": points_of.RANDOM_SETS,
         "points": told,
-        "command": "ntkit explain " + shlex.join([str(run), "--index", *(str(t["test_index"]) for t in told)]),
+        "command": "ntkit explain " + shlex.join([str(run), "--test", *(str(t["test_index"]) for t in told)]),
         "versions": versions(),
     }  # fmt: skip
 
@@ -211,7 +211,7 @@ def _checked_indices(index: tuple[int, ...] | None, task: TrainingTask) -> list[
     bad = [i for i in index if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n]
     if bad or not index:
         fix = "Test examples are numbered from 0, as in the run's report."
-        raise refusal("--index", got=bad[0] if bad else "no number", expected=f"numbers from 0 to {n - 1}", fix=fix)
+        raise refusal("--test", got=bad[0] if bad else "no number", expected=f"numbers from 0 to {n - 1}", fix=fix)
     return list(dict.fromkeys(index))
 
 

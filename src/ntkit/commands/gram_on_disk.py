@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import refusal
+from ntkit.base.checks import check_name, refusal
 from ntkit.base.factory import is_code
 from ntkit.base.regular_files import check_folder
 from ntkit.base.tensors import chosen_device
@@ -26,11 +26,12 @@ from ntkit.networks.built_in import build
 from ntkit.trajectory import load_weights
 
 _OF_DATA = ("classes", "class_names", "task", "target", "resize", "train", "test")
-RECORDED = ("model", "data", "data_dir", *_OF_DATA, "weights", "outputs", "dtype", "seed")
-"""Settings that a store knows."""
+RECORDED = ("data_dir", *_OF_DATA, "weights", "outputs", "dtype", "seed")  # settings that a store knows
 
 
 def gram(
+    model: str,
+    data: str,
     settings: GramSettings | None = None,
     *,
     out: str | Path,
@@ -43,8 +44,10 @@ def gram(
 
     Parameters
     ----------
-    settings : which kernel, and who computes it. Its data may be a ``.npy`` file of samples without labels, which stays
-        on disk: the network gets one output then.
+    model : a built-in network, ``package.module:factory`` or ``file.py:factory``.
+    data : as in `analyze`; or a ``.npy`` file of samples without labels, which stays on disk: the network gets one
+        output then.
+    settings : which kernel, and who computes it.
     out : the folder.
     say : called with each line: what it will take, and how far it has come when it ends.
 
@@ -55,35 +58,37 @@ def gram(
     """
     s = settings or GramSettings()
     s.check()
+    for option, name in (("MODEL", model), ("DATA", data)):
+        check_name(option, name, "Rename it.")
     check_folder(out, "--out")
-    with code_of_user({"--model": s.model, "--data": s.data}):
-        kernel, x, _ = kernel_and_samples(s, say)
+    with code_of_user({"--model": model, "--data": data}):
+        kernel, x, _ = kernel_and_samples(model, data, s, say)
     return GramStore.create(
         out, kernel, x, workers=s.workers, scheduler=s.scheduler, memory=s.memory, tile=s.tile, say=say
     )
 
 
 def kernel_and_samples(
-    s: GramSettings, say: Callable[[str], None] = lambda line: None
+    model: str, data: str, s: GramSettings, say: Callable[[str], None] = lambda line: None
 ) -> tuple[NamedKernel, Any, Data | None]:
-    """The kernel, the samples and the data set that the settings say; None for a file without labels."""
+    """The kernel, the samples and the data set that names and settings say; None for a file without labels."""
     sets = None
-    if s.data.endswith(".npy") and not is_code("--data", s.data):
-        x = _without_labels(s)
+    if data.endswith(".npy") and not is_code("--data", data):
+        x = _without_labels(data, s)
         shape, classes, vocabulary = x.shape[1:], 1, None
     else:
-        sets = s.load_data()
+        sets = s.load_named(data)
         x = in_dtype(sets.x_train, s.dtype)
         classes = sets.outputs
         shape, vocabulary = sets.input_shape, sets.tokens
-    network = build(s.model, shape, classes, s.seed, vocabulary)
+    network = build(model, shape, classes, s.seed, vocabulary)
     if s.weights is not None:
         say(load_weights(network, s.weights))
     device = chosen_device(s.device)
     network = network.to(device=device, dtype=getattr(torch, s.dtype))
     kernel = NamedKernel.of(
-        network, s.model, shape=shape, classes=classes, seed=s.seed, vocabulary=vocabulary, outputs=s.outputs,
-        dtype=s.dtype, device=str(device), memory=s.memory, settings=_recorded(s),
+        network, model, shape=shape, classes=classes, seed=s.seed, vocabulary=vocabulary, outputs=s.outputs,
+        dtype=s.dtype, device=str(device), memory=s.memory, settings=_recorded(model, data, s),
     )  # fmt: skip
     return kernel, x, sets
 
@@ -104,7 +109,7 @@ def summary(store: GramStore) -> list[str]:
     ]
 
 
-def _without_labels(s: GramSettings) -> np.ndarray:
+def _without_labels(data: str, s: GramSettings) -> np.ndarray:
     """The samples of a .npy file, on disk."""
     for option in _OF_DATA:
         if getattr(s, option) is not None:
@@ -113,19 +118,19 @@ def _without_labels(s: GramSettings) -> np.ndarray:
                 "--" + option.replace("_", "-"), got="a .npy file, without labels", expected="a data set", fix=fix
             )
     try:
-        x = np.load(os.path.expanduser(s.data), mmap_mode="r", allow_pickle=False)
+        x = np.load(os.path.expanduser(data), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         fix = "Save one with numpy.save."
-        raise refusal(s.data, got=str(error), expected="a .npy file of numbers", fix=fix) from error
+        raise refusal(data, got=str(error), expected="a .npy file of numbers", fix=fix) from error
     if x.ndim < 2 or not len(x) or (x.dtype.kind == "f" and x.dtype != np.dtype(s.dtype)) or x.dtype.kind not in "fi":
         fix = f"Save them so, once: numpy.save(file, x.astype({s.dtype!r}))."
         expected = f"samples along the first axis, in {s.dtype} (or integers, for token numbers)"
-        raise refusal(s.data, got=f"{x.dtype} of shape {list(x.shape)}", expected=expected, fix=fix)
+        raise refusal(data, got=f"{x.dtype} of shape {list(x.shape)}", expected=expected, fix=fix)
     return x
 
 
-def _recorded(s: GramSettings) -> dict[str, Any]:
+def _recorded(model: str, data: str, s: GramSettings) -> dict[str, Any]:
     """What another command needs to find the labels and the network again; the hash of the code among it."""
-    hashes = code_hashes({"--model": s.model, "--data": s.data})
+    hashes = code_hashes({"--model": model, "--data": data})
     files = {f"{option[2:]} file": found[-1][:16] for option, found in hashes.items() if found}
-    return {**{name: asdict(s)[name] for name in RECORDED}, "identity": files}
+    return {"model": model, "data": data, **{name: asdict(s)[name] for name in RECORDED}, "identity": files}

@@ -20,7 +20,7 @@ from ntkit.base.memory import free_memory
 from ntkit.base.regular_files import check_folder
 from ntkit.base.trust import code_of_user
 from ntkit.base.versions import versions
-from ntkit.commands.settings import InfiniteSettings, check_seed, in_present_names
+from ntkit.commands.settings import InfiniteSettings, check_seed
 from ntkit.data import Data
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.kernels.tangent import TangentKernel
@@ -86,17 +86,16 @@ def infinite(
     values = asdict(s) | {"train": n, "test": m}
     record = {name: values[name] for name in names}
     chosen = {name: values[name] for name in ("classes", "class_names", "task", "target", "resize")}
-    chosen["networks"] = s.networks
+    chosen["sample"] = s.sample
     record |= {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items() if v is not None}
     if s.out is not None:
         start = s.out / "run.json"
         old = read_json(start) if start.exists() else {"settings": record}
-        told = old.get("settings") if isinstance(old, dict) else None
-        if not isinstance(told, dict) or in_present_names(told) != record:
+        if not isinstance(old, dict) or old.get("settings") != record:
             fix = "Name another folder."
             raise refusal("--out", got=f"{s.out}, which holds another run", expected="a new folder", fix=fix)
         write_json(ensure_folder(s.out) / "run.json", {"settings": record, "versions": versions()})
-    kernels = {kind: InfiniteKernel(network, kind, s.w_std, s.b_std, networks=s.networks) for kind in ("ntk", "nngp")}
+    kernels = {kind: InfiniteKernel(network, kind, s.w_std, s.b_std, sample=s.sample) for kind in ("ntk", "nngp")}
     layers = _layers(kernels["ntk"], sets.x_train[:1])
     sampled = layers[0].startswith("sampled")
     # random networks are compared in their own precision
@@ -133,7 +132,7 @@ def _layers(kernel: InfiniteKernel, x: Tensor) -> list[str]:
     try:
         return kernel.describe(x).splitlines()
     except NoLimit as error:
-        raise NoLimit(str(error).replace("InfiniteKernel(model, networks=16)", "--networks 16")) from None
+        raise NoLimit(str(error).replace("InfiniteKernel(model, sample=16)", "--sample 16")) from None
 
 
 def _check_size(sets: Data, folds: int) -> tuple[int, int]:

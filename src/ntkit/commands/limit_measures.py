@@ -27,7 +27,7 @@ COST = 0.3  # of the first-order network's training, per example of every batch,
 SAMPLES = {"closed form": 100, "maps": 24, "sampled": 12}  # on which the kernel is compared with its limit
 NETWORKS = 8  # random wide networks where the limit has no closed form
 LARGEST = 3e7  # parameters of those networks, at most
-_NARROWEST = 256  # as `InfiniteKernel(networks=)` widens
+_NARROWEST = 256  # as `InfiniteKernel(sample=)` widens
 
 
 def first_order(
@@ -128,10 +128,10 @@ def kernel_beside_limit(task: TrainingTask, models: dict[str, nn.Module], afford
             growth = _growth(model, few[:3])
             large = growth * sum(p.numel() for p in model.parameters()) > LARGEST
             if large or NETWORKS * len(few) * growth > affordable / 2:
-                instead = "random wide networks would take too long here; ntkit infinite --networks 16 takes them"
+                instead = "random wide networks would take too long here; ntkit infinite --sample 16 takes them"
                 return {"absent": f"there is no closed form for it ({told['why']}), and {instead}"}
             try:
-                estimate = InfiniteKernel(model, networks=NETWORKS).estimate(_double(few))
+                estimate = InfiniteKernel(model, sample=NETWORKS).estimate(_double(few))
             except (Refused, SelfCheckError) as refused:
                 return {"absent": fault(refused)}
             limit = estimate.mean

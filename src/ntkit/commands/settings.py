@@ -20,17 +20,14 @@ SECTIONS = {
     "explained": ("explained",),
 }
 """Sections of the report of `ntkit analyze` that can be left out, and their stages."""
-_FORMER_NAMES = {"probe_samples": "probe_points", "sample": "networks"}  # before 1.0.0
+_FORMER_NAMES = {"probe_samples": "probe_points"}  # before 1.0.0
 TASKS = ("classification", "regression")  # as in `ntkit.data`, which imports torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Which data, and how they are read, for every command that names them."""
+class PartOfData:
+    """Which part of the data, and how it is read, for every command."""
 
-    data: str | None = "digits"
-    """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a table (.csv, .tsv, .parquet;
-    then give --target), a folder of class-named image folders, or file.py:factory."""
     data_dir: str | None = None
     """Folder with the official files of mnist, cifar10 or a text set. Nothing is downloaded."""
     classes: tuple[str, ...] | None = None
@@ -70,17 +67,30 @@ class DataSettings:
         if self.task is not None and self.task not in TASKS:
             raise _bad("task", self.task, " or ".join(TASKS), nearest(str(self.task), TASKS))
 
-    def load_data(self) -> Any:
-        """The `Data` of these settings.
+    def load_named(self, data: str) -> Any:
+        """The `Data` of these settings, of the data set of this name.
 
         Its samples are drawn by a seed of their own, so that runs that differ in `seed` learn the same examples.
         """
         from ntkit.data import load
 
         return load(
-            self.data or "digits", data_dir=self.data_dir, classes=self.classes, train=self.train, test=self.test,
+            data, data_dir=self.data_dir, classes=self.classes, train=self.train, test=self.test,
             class_names=self.class_names, task=cast(Any, self.task), target=self.target, resize=self.resize,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(PartOfData):
+    """Which data, for every command that names it by an option."""
+
+    data: str | None = "digits"
+    """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a table (.csv, .tsv, .parquet;
+    then give --target), a folder of class-named image folders, or file.py:factory."""
+
+    def load_data(self) -> Any:
+        """The `Data` of these settings."""
+        return self.load_named(self.data or "digits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +242,7 @@ class TrackSettings(DataSettings):
 class ExplainSettings:
     """Which predictions of a run to explain, and where."""
 
-    index: tuple[int, ...] | None = None
+    test: tuple[int, ...] | None = None
     """Which test examples, numbered from 0 (by default a confident right, a confident wrong and an uncertain one)."""
     memory: str | None = None
     """Memory that a computation may use at a time, such as "3 GB" (by default as the run)."""
@@ -276,7 +286,7 @@ class InfiniteSettings(DataSettings):
     """Which network and data `ntkit infinite` compares in the limit, and how."""
 
     model: str = "mlp"
-    """linear, mlp, package.module:factory or file.py:factory. Max pooling and most attention need --networks."""
+    """linear, mlp, package.module:factory or file.py:factory. Max pooling and most attention need --sample."""
     data: str = "digits"
     folds: int = 5
     """Number of folds of the cross-validation, stratified by class."""
@@ -286,7 +296,7 @@ class InfiniteSettings(DataSettings):
     """With --b-std: the NTK parametrization w_std / sqrt(fan_in) W, instead of the module's own initialization."""
     b_std: float | None = None
     """Standard deviation of the biases in the NTK parametrization."""
-    networks: int | None = None
+    sample: int | None = None
     """Number of random wide networks whose mean is taken where the limit has no closed form, such as 16."""
     seed: int = 0
     """Seed of the weights and of the folds."""
@@ -295,13 +305,9 @@ class InfiniteSettings(DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GramSettings(DataSettings):
+class GramSettings(PartOfData):
     """Which kernel `ntkit gram` computes, and who computes it."""
 
-    data: str = "digits"
-    """As --data of ntkit analyze: its training examples; or a .npy file of samples, which may be larger than memory."""
-    model: str = "cnn"
-    """linear, mlp, cnn, vgg, textcnn (text sets), package.module:factory or file.py:factory."""
     weights: str | None = None
     """A file of the network's weights, as in ntkit analyze; without it, the initial ones of --seed."""
     outputs: str = "trace"
@@ -332,8 +338,6 @@ class GramSettings(DataSettings):
         """
         _check_choices(self, outputs=("trace", "sum", "full"), dtype=("float32", "float64"), device=_DEVICES)
         self.check_data()
-        for name in ("model", "weights"):
-            check_name("--" + name, getattr(self, name) or "", "Rename it: reports name it.")
         check_seed(self.seed)
 
 
@@ -350,9 +354,9 @@ class SolveSettings:
     labels: Path | None = None
     """A .npy file of a label for each sample; by default those of the data set that ntkit gram took."""
     model: str | None = None
-    """The --model of ntkit gram again, if it is code that you have not run here."""
+    """The MODEL of ntkit gram again, if it is code that you have not run here."""
     data: str | None = None
-    """The --data of ntkit gram again, if it is code that you have not run here."""
+    """The DATA of ntkit gram again, if it is code that you have not run here."""
     memory: str | None = None
     """Memory that the kernel of the test examples may use at a time, such as "3 GB" (half of the free memory by
     default)."""

@@ -121,7 +121,7 @@ def _labels(files: TileFiles, settings: SolveSettings, trust: bool) -> tuple[Ten
     names = {"--model": said["model"], "--data": said["data"]}
     given = {"--model": settings.model, "--data": settings.data}
     with code_of_run(files.folder / DESCRIPTION, names, said["identity"], given, trust):
-        named, x, sets = kernel_and_samples(s)
+        named, x, sets = kernel_and_samples(said["model"], said["data"], s)
     if sets is None:
         fix = "Give the labels: --labels y.npy"
         raise refusal(said["data"], got="samples without labels", expected="a data set", fix=fix)

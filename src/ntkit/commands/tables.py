@@ -40,7 +40,7 @@ def print_accuracies(results: dict) -> None:
     if results["distance"] is not None:
         print(f"The module's own tangent kernel, at its weights, is {results['distance']:.1%} from the limit.")
     if results["error"]:
-        sampled = results["settings"].get("networks") and results["layers"][0].startswith("sampled")
+        sampled = results["settings"].get("sample") and results["layers"][0].startswith("sampled")
         how = "The kernels are means over random networks" if sampled else "An activation was computed by quadrature"
         print(f"{how}, with a relative error of {results['error']:.0e}.")
 

@@ -83,7 +83,7 @@ class Explanation(Shown):
     def residual(self) -> Tensor:
         """`total` - `expected`, float64 [m]."""
         if self.expected is None:
-            fix = "Pass expected= to representers."
+            fix = "Pass expected= to explain."
             raise refusal("expected", got="nothing", expected="what the scores should sum to", fix=fix)
         return self.total - self.expected
 
@@ -98,7 +98,7 @@ class Explanation(Shown):
 
 
 @own_context()
-def representers(
+def explain(
     kernel: AnyKernel,
     importance: Importance | Matrix,
     x_train: Inputs,
@@ -143,7 +143,7 @@ def representers(
     --------
     >>> import ntkit
     >>> x = torch.tensor([[1.0], [2.0]])
-    >>> representers(lambda a, b: a @ b.T, torch.tensor([1.0, -1.0]), x, x).scores
+    >>> explain(lambda a, b: a @ b.T, torch.tensor([1.0, -1.0]), x, x).scores
     tensor([[ 1., -2.],
             [ 2., -4.]], dtype=torch.float64)
     """
@@ -240,7 +240,7 @@ class Explainer:
     Examples
     --------
     >>> x, alpha = torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, -1.0])
-    >>> explainer = Explainer(lambda test, targets: representers(lambda a, b: a @ b.T, alpha, x, test), x)
+    >>> explainer = Explainer(lambda test, targets: explain(lambda a, b: a @ b.T, alpha, x, test), x)
     >>> explainer.self_influence()
     tensor([ 1., -4.], dtype=torch.float64)
     >>> explainer.influence(x, k=1)[0]
@@ -257,7 +257,7 @@ class Explainer:
         batch_size: int = 256,
     ) -> None:
         if not callable(scores):
-            fix = "Pass e.g. lambda x, targets: ntkit.representers(kernel, importance, x_train, x, output=targets)."
+            fix = "Pass e.g. lambda x, targets: ntkit.explain(kernel, importance, x_train, x, output=targets)."
             raise refusal("scores", got=f"a {type(scores).__name__}", expected="a function of test points", fix=fix)
         self._scores, self._batch = scores, batch_size
         x_train, y_train = with_labels(x_train, y_train)

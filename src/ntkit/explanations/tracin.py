@@ -14,7 +14,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.data.streamed_samples import in_memory
 from ntkit.explanations.importances import target_importance
-from ntkit.explanations.representers import Explanation, checked_outputs, representers
+from ntkit.explanations.representers import Explanation, checked_outputs, explain
 from ntkit.jacobian.model_calls import Params
 from ntkit.jacobian.model_outputs import Select
 from ntkit.kernels.output_loss import model_outputs
@@ -55,7 +55,7 @@ def tracin(
     steps : of a trajectory: the recorded steps that count; by default all of them. eta_t is the learning rate of step t
         (of the last step, for the end of the run).
     model, data, loss : as for training; optional for the trajectory that `ntkit.train` returned.
-    params, memory : as for `ntkit.TangentKernel` and `representers`.
+    params, memory : as for `ntkit.TangentKernel` and `explain`.
     select : the part of the model's output that is explained and that the loss is of; as in training.
 
     Returns
@@ -66,8 +66,8 @@ def tracin(
     Raises
     ------
     Refused
-        As `target_importance` and `representers`; for a run that has not ended, a step that was not recorded, other
-        data, groups of parameters with different learning rates, and an empty list.
+        As `target_importance` and `explain`; for a run that has not ended, a step that was not recorded, other data,
+        groups of parameters with different learning rates, and an empty list.
 
     Notes
     -----
@@ -101,7 +101,7 @@ def tracin(
     for state, eta in checkpoints:
         assign(network, state, "a checkpoint")
         alpha = target_importance(network, objective.x, objective.y, loss, select=select)
-        scores = scores + eta * representers(kernel, alpha, objective.x, test, output=chosen, memory=memory).scores
+        scores = scores + eta * explain(kernel, alpha, objective.x, test, output=chosen, memory=memory).scores
     return Explanation(scores, "TracIn", chosen, certificate={"checkpoints": float(len(checkpoints))})
 
 

@@ -55,7 +55,7 @@ class Convergence(Shown):
     Attributes
     ----------
     kind : "ntk" or "nngp".
-    widths, networks : hidden widths, and the number of networks of each.
+    widths, seeds : hidden widths, and networks of each.
     limit : [n, n], the infinite-width kernel.
     mean, standard_error, deviation : [widths, n, n]: mean over the networks, its standard error, their deviation.
     distance : [widths], root mean square over networks of |K - limit| / |limit| (Frobenius).
@@ -67,7 +67,7 @@ class Convergence(Shown):
 
     kind: Kind
     widths: tuple[int, ...]
-    networks: int
+    seeds: int
     limit: Tensor
     mean: Tensor
     standard_error: Tensor
@@ -182,20 +182,20 @@ def _kernels(
     return kernels
 
 
-def _check(model: Any, x: Any, networks: Any, kind: Any) -> None:
+def _check(model: Any, x: Any, seeds: Any, kind: Any) -> None:
     check_module(model)
     if not isinstance(x, Tensor):
         raise refusal("x", got=type(x).__name__, expected="a tensor, samples first", fix="Pass torch.as_tensor(x).")
     checked(x, "x")
     if not isinstance(kind, str) or kind not in KINDS:
         raise refusal("kind", got=repr(kind), expected=" or ".join(KINDS), fix="Choose one.")
-    if isinstance(networks, bool) or not isinstance(networks, int) or networks < 2:
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 2:
         fix = "One network has no standard error."
-        raise refusal("networks", got=repr(networks), expected="an integer, at least 2", fix=fix)
+        raise refusal("seeds", got=repr(seeds), expected="an integer, at least 2", fix=fix)
 
 
 def monte_carlo(
-    model: nn.Module, x1: Tensor, x2: Tensor | None = None, *, width: int, networks: int = 10, kind: Kind = "ntk"
+    model: nn.Module, x1: Tensor, x2: Tensor | None = None, *, width: int, seeds: int = 10, kind: Kind = "ntk"
 ) -> MonteCarlo:
     """Estimate the infinite-width kernel of a network from random wide copies of it.
 
@@ -204,7 +204,7 @@ def monte_carlo(
     model : as `ntkit.widened` takes it; brought into the NTK parametrization first, with its own stds, unless it is.
     x1, x2 : samples [n1, ...], [n2, ...]; ``x2=None`` means the same set.
     width : of all hidden layers.
-    networks : number of random networks, at least 2.
+    seeds : networks, at least 2.
     kind : "ntk" (Theta / C, its trace over the outputs) or "nngp" (the outputs' covariance).
 
     Returns
@@ -215,7 +215,7 @@ def monte_carlo(
     Raises
     ------
     Refused
-        What cannot be widened, by the layer's name; fewer than two networks; an unknown kind.
+        What cannot be widened, by the layer's name; fewer than two seeds; an unknown kind.
 
     Examples
     --------
@@ -224,13 +224,13 @@ def monte_carlo(
     >>> abs(float(limit.mean) - 0.52) < 5 * float(limit.standard_error)
     True
     """
-    _check(model, x1, networks, kind)
-    kernels = torch.stack(_kernels(model, x1, x2, width, range(networks), kind))
-    return MonteCarlo(kernels.mean(0), kernels.std(0) / networks**0.5)
+    _check(model, x1, seeds, kind)
+    kernels = torch.stack(_kernels(model, x1, x2, width, range(seeds), kind))
+    return MonteCarlo(kernels.mean(0), kernels.std(0) / seeds**0.5)
 
 
 def convergence(
-    model: nn.Module, x: Tensor, *, widths: Sequence[int] = (64, 128, 256, 512), networks: int = 10, kind: Kind = "ntk"
+    model: nn.Module, x: Tensor, *, widths: Sequence[int] = (64, 128, 256, 512), seeds: int = 10, kind: Kind = "ntk"
 ) -> Convergence:
     """Measure how fast the kernel of a random network tends to `ntkit.InfiniteKernel` as its width n grows.
 
@@ -243,7 +243,7 @@ def convergence(
         Its weights are not used: the networks, and the limit, have standard normal ones, times each layer's stds.
     x : samples [n, ...].
     widths : at least two.
-    networks : number of random networks of each width, at least 2; no two widths share one.
+    seeds : networks of each width, at least 2; no two widths share one.
     kind : "ntk" or "nngp".
 
     Returns
@@ -253,7 +253,7 @@ def convergence(
     Raises
     ------
     Refused
-        What cannot be widened or has no infinite-width limit, by the layer's name; fewer than two widths or networks.
+        What cannot be widened or has no infinite-width limit, by the layer's name; fewer than two widths or seeds.
 
     Notes
     -----
@@ -262,7 +262,7 @@ def convergence(
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
-    >>> rate = convergence(to_ntk_parametrization(model, 1.0, 0.1), torch.eye(2), widths=(32, 512), networks=10)
+    >>> rate = convergence(to_ntk_parametrization(model, 1.0, 0.1), torch.eye(2), widths=(32, 512), seeds=10)
     >>> -0.9 < rate.slope < -0.1
     True
     """
@@ -271,7 +271,7 @@ def convergence(
     widths = tuple(widths)
     if len(set(widths)) < 2:
         raise refusal("widths", got=repr(widths), expected="two widths or more", fix="A rate needs several.")
-    _check(model, x, networks, kind)
+    _check(model, x, seeds, kind)
     model = model if in_ntk_parametrization(model) else to_ntk_parametrization(model)
     limit = _limit(model, x, max(widths), kind)
     if not bool(limit.any()):
@@ -280,19 +280,19 @@ def convergence(
     means, errors, deviations, squares = [], [], [], []
     with task("widths", total=len(widths)) as progress:
         for place, width in enumerate(widths):
-            own_seeds = range(_SEEDS * place, _SEEDS * place + networks)
+            own_seeds = range(_SEEDS * place, _SEEDS * place + seeds)
             kernels = torch.stack(_kernels(model, x, None, width, own_seeds, kind))
             means.append(kernels.mean(0))
             deviations.append(kernels.std(0))
-            errors.append(deviations[-1] / networks**0.5)
+            errors.append(deviations[-1] / seeds**0.5)
             squares.append(((kernels - limit).flatten(1).norm(dim=1) / limit.norm()).square())
             progress.advance(1)
     mean, error, square = torch.stack(means), torch.stack(errors), torch.stack(squares)
     distance = square.mean(1).sqrt()
-    distance_error = square.std(1) / networks**0.5 / (2 * distance)
+    distance_error = square.std(1) / seeds**0.5 / (2 * distance)
     slope, slope_error = fitted_slope(widths, distance.tolist(), distance_error.tolist())
     return Convergence(
-        kind, widths, networks, limit, mean, error, torch.stack(deviations), distance, distance_error,
+        kind, widths, seeds, limit, mean, error, torch.stack(deviations), distance, distance_error,
         (mean - limit).flatten(1).norm(dim=1) / limit.norm(), error.flatten(1).norm(dim=1) / limit.norm(),
         slope, slope_error,
     )  # fmt: skip

@@ -59,11 +59,11 @@ class InfiniteKernel(Kernel):
         from its weights (`initial_std`); the parameters that require gradients are trained. In PyTorch's own
         parametrization the tangent kernel of a layer grows with its width: the widths are then the module's, and the
         value is the leading order. Tensors that require a gradient stay in the autograd graph.
-    networks : number of random networks for what has no closed form: attention, recurrent layers, max-pools, branches
+    sample : number of random networks for what has no closed form: attention, recurrent layers, max-pools, branches
         that depend on each other. They are copies of the module with all hidden widths multiplied by one number, so
         that the narrowest has 256 features or more; heads, groups and taps stay as they are. `estimate` returns their
-        mean with its standard error. None: refuse. A module with a closed form has that one, whatever `networks` is.
-    make : factor -> the module with its hidden widths times that factor, where `networks` cannot enlarge the module.
+        mean with its standard error. None: refuse. A module with a closed form has that one, whatever `sample` is.
+    make : factor -> the module with its hidden widths times that factor, where `sample` cannot enlarge the module.
 
     Attributes
     ----------
@@ -84,9 +84,9 @@ class InfiniteKernel(Kernel):
     Raises
     ------
     Refused
-        By the layer's name, for a layer without such a limit in closed form, where `networks` is None: max-pools,
+        By the layer's name, for a layer without such a limit in closed form, where `sample` is None: max-pools,
         BatchNorm with running statistics, softmax, attention and other mixtures of channels, weights used twice, sums
-        and products of branches that depend on each other, activations whose moments overflow. With `networks`, what
+        and products of branches that depend on each other, activations whose moments overflow. With `sample`, what
         cannot be enlarged. For a gradient through an activation that has no closed form, or has kinks elsewhere than
         at 0. With BatchNorm in train mode: for two sets, pairs and single samples, and for functions behind it that do
         not have two slopes.
@@ -132,7 +132,7 @@ class InfiniteKernel(Kernel):
         w_std: Std | None = None,
         b_std: Std | None = None,
         *,
-        networks: int | None = None,
+        sample: int | None = None,
         make: Make | None = None,
     ) -> None:
         if not isinstance(kind, str) or kind not in ("ntk", "nngp"):
@@ -144,7 +144,7 @@ class InfiniteKernel(Kernel):
         check_module(model)
         self.kind = kind
         self._model, self._stds = model, stds
-        self._sampling = Sampling.of(kind, networks, make)
+        self._sampling = Sampling.of(kind, sample, make)
         self._programs: dict[tuple[Any, ...], Program | None] = {}
         self._models: dict[torch.dtype, nn.Module] = {}
         self._graphs: dict[tuple[Any, ...], Graph] = {}  # by dtype and shape of a sample, w_std and b_std
@@ -188,7 +188,7 @@ class InfiniteKernel(Kernel):
         Raises
         ------
         Refused
-            For a limit in closed form, and without `networks`.
+            For a limit in closed form, and without `sample`.
         """
         x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
         if (sampled := self._sampled(x1)) is None:
@@ -281,7 +281,7 @@ class InfiniteKernel(Kernel):
     def settings(self) -> dict[str, Any]:
         """As of every kernel; with the values of `w_std` and `b_std`, and how the limit is sampled."""
         own = vars(self) | {"_stds": as_numbers(self._stds) or (None, None)}
-        return own | ({"networks": s.networks, "make": s.make} if (s := self._sampling) else {})
+        return own | ({"sample": s.networks, "make": s.make} if (s := self._sampling) else {})
 
     def __repr__(self) -> str:
         return of_model(type(self), self._model)

@@ -48,8 +48,7 @@ def read(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) 
     except NoLimit as error:
         if tape is not None and not _can_sample(model, tape, three):
             raise
-        instead = "Or estimate it from random wide networks: InfiniteKernel(model, networks=16)."
-        raise NoLimit(f"{error} {instead}") from None
+        raise NoLimit(f"{error} Or estimate it from random wide networks: InfiniteKernel(model, sample=16).") from None
 
 
 def _can_sample(model: nn.Module, tape: Tape, three: Tensor) -> bool:

@@ -63,15 +63,15 @@ class Sampling:
         self.error = 0.0
 
     @classmethod
-    def of(cls, kind: str, networks: int | None, make: Make | None) -> Sampling | None:
-        """Check the arguments `networks` and `make` of a kernel; None where nothing is to be sampled."""
-        if networks is not None and (isinstance(networks, bool) or not isinstance(networks, int) or networks < 2):
+    def of(cls, kind: str, sample: int | None, make: Make | None) -> Sampling | None:
+        """Check the arguments `sample` and `make` of a kernel; None where nothing is to be sampled."""
+        if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 2):
             fix = "One network has no standard error; 16 are a start."
-            raise refusal("networks", got=repr(networks), expected="a number of networks, at least 2", fix=fix)
-        if make is not None and (networks is None or not callable(make)):
-            fix = "Pass networks=16, too." if callable(make) else "Pass a function."
-            raise refusal("make", got=repr(make)[:80], expected="a function of the factor, with networks=", fix=fix)
-        return None if networks is None else cls(kind, networks, make)
+            raise refusal("sample", got=repr(sample), expected="a number of networks, at least 2", fix=fix)
+        if make is not None and (sample is None or not callable(make)):
+            fix = "Pass sample=16, too." if callable(make) else "Pass a function."
+            raise refusal("make", got=repr(make)[:80], expected="a function of the factor, with sample=", fix=fix)
+        return None if sample is None else cls(kind, sample, make)
 
     def limit(self, model: nn.Module, x: Tensor, stds: tuple[float, float] | None = None) -> SampledLimit:
         """The networks for samples like these, with w_std and b_std if they are given."""

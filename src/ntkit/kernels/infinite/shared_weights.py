@@ -361,6 +361,6 @@ def _mixed(norm: BatchNorm, got: str) -> Refused:
     expected = "one whole batch, kernel(x): in train mode every value depends on all samples of its batch"
     fix = (
         "Call kernel(x) once, with the whole batch, and take entries and the diagonal of the result. A kernel of two "
-        "samples needs statistics that are given: model.eval(), with InfiniteKernel(model, networks=16)."
+        "samples needs statistics that are given: model.eval(), with InfiniteKernel(model, sample=16)."
     )
     return refusal(norm.where, got=got, expected=expected, fix=fix)

@@ -49,7 +49,7 @@ def read_program(model: nn.Module, x: Tensor, w_std: float | None, b_std: float 
         if tape is None and not isinstance(error, NoLimit):  # it does not run
             raise
         if calls.mixes_samples(model, tape):
-            raise NoLimit(f"{error} With batch norm in train mode there is no networks=, either.") from None
+            raise NoLimit(f"{error} With batch norm in train mode there is no sample=, either.") from None
         return None
 
 

@@ -47,17 +47,17 @@ def _rate(work: Work) -> Result:
     """Distance of the kernels of untrained networks to their limit, against their width."""
     x = circle(_PROBES).to(device())
     model = to_ntk_parametrization(template(x, DEPTH), w_std=1.0, b_std=BETA)
-    rate = convergence(model, x, widths=work.sizes.rate_widths, networks=work.sizes.rate_seeds)
+    rate = convergence(model, x, widths=work.sizes.rate_widths, seeds=work.sizes.rate_seeds)
     numbers = {
         "widths": list(rate.widths),
-        "seeds": rate.networks,
+        "seeds": rate.seeds,
         "slope": rate.slope,
         "slope_error": rate.slope_error,
         "agrees": rate.agrees,
         "limit_at_0": float(rate.limit[0, 0]),
         **{n: getattr(rate, n).tolist() for n in ("distance", "distance_error", "mean_distance", "mean_error")},
         "p": means_test(
-            rate.mean[-1, 0].numpy(), rate.standard_error[-1, 0].numpy(), rate.limit[0].numpy(), rate.networks
+            rate.mean[-1, 0].numpy(), rate.standard_error[-1, 0].numpy(), rate.limit[0].numpy(), rate.seeds
         ),
         "mean_at_0": rate.mean[:, 0, 0].tolist(),
         "deviation_at_0": rate.deviation[:, 0, 0].tolist(),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ntkit.explanations.importances import Importance, target_importance, tracking_importance
 from ntkit.explanations.influence import influence
-from ntkit.explanations.representers import representers
+from ntkit.explanations.representers import explain
 from ntkit.explanations.surrogate import surrogate_importance
 from ntkit.explanations.tracin import tracin
 from ntkit.kernels.conjugate import ConjugateKernel
@@ -91,7 +91,7 @@ class Scores:
         alpha = self.importances[importance](similarity)
         for name, value in alpha.certificate.items():
             self.certificates[f"{importance} x {kernel}: {name}"] = value
-        return representers(similarity, alpha, self.at.x, self.at.x_test, output=0).scores
+        return explain(similarity, alpha, self.at.x, self.at.x_test, output=0).scores
 
     def of(self, method: str) -> Tensor:
         """Scores of a method for the output in favor of the predicted class, float64 [m, n]."""
@@ -125,8 +125,7 @@ class Scores:
         """The influence function of Koh and Liang with the Gauss-Newton matrix and one damping."""
         at = self.at
         kernel = InfluenceKernel(at.network, (at.x, at.y), logistic, damping=DAMPING, outputs=first)
-        importance = target_importance(at.network, at.x, at.y, logistic)
-        return representers(kernel, importance, at.x, at.x_test, output=0).scores
+        return explain(kernel, target_importance(at.network, at.x, at.y, logistic), at.x, at.x_test, output=0).scores
 
     def _trak(self) -> Tensor:
         """TRAK of one model, with exact gradients instead of projected ones.
