@@ -110,7 +110,7 @@ def judge_deletion(row: Row, again: Retrainings) -> None:
     """Add what happens without the examples that a method ranks highest, and lowest, for the first test points."""
     for name, against in (("AUC-DEL+", False), ("AUC-DEL-", True)):
         result = case_deletion(row["scores"][: again.m], again, against=against)
-        row[name] = {"value": result.area, "error": result.error, "protocol": result.protocol}
+        row[name] = {"value": result.area, "error": result.standard_error, "protocol": result.protocol}
 
 
 def measure(name: str, folder: Path | None) -> Row:

@@ -167,7 +167,7 @@ def of_other_runs(case: Case) -> Tensor:
 
 
 def representers(case: Case, kernel: ntkit.Kernel, importance: ntkit.Importance) -> Tensor:
-    """The scores of `ntkit.explain` for each output, times the derivative of the margin by that output, summed up."""
+    """Scores of `ntkit.explain` for each output, times the derivative of the margin by that output, summed up."""
     outputs = case.model(case.x_test).detach().requires_grad_()
     (slopes,) = torch.autograd.grad(margin(outputs, case.y_test).sum(), outputs)
     values = kernel(case.x_test, case.x)

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import ntkit
-from ntkit.report import render_tracked
 
 torch.manual_seed(0)
 x = ntkit.grid(16).float()
@@ -32,6 +31,6 @@ for step, loss, row, energy in zip(
     tracked.steps, *(tracked.series[name] for name in ("loss", "eigenvalues", "energy_target")), strict=True
 ):
     print(f"step {step:4d}: loss {loss:.4f}, lambda_1 {row[0]:7.1f}, target in the top 10: {energy[9]:.2f}")
-print(f"pictures: {render_tracked(folder / 'track')}")
+print(f"pictures: {ntkit.report.render(folder / 'track')}")
 assert tracked.series["distance"][-1] > 0.05, "the kernel moves"
 assert tracked.series["first_order"][0]["cosine"] > 0.99, "a small step is first order"

@@ -29,7 +29,7 @@ from ntkit.tracking import Tracked
 from ntkit.trajectory import Trajectory, record, run_writer, train
 
 SETTINGS = ntkit.Settings(
-    classes=("3", "8"), train=20, test=8, epochs=3, batch_size=8, track_points=8, probe_samples=2, model="mlp"
+    classes=("3", "8"), train=20, test=8, epochs=3, batch_size=8, track_points=8, probe_points=2, model="mlp"
 )
 X = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
 Y = torch.sin(3 * X)
@@ -189,7 +189,7 @@ def resume_study(folder: Path) -> Any:
 
 
 def resume_analysis(folder: Path) -> Any:
-    ntkit.analyze(resume=folder)
+    ntkit.analyze(from_run=folder)
     files = [folder / "results.json", *sorted(folder.glob("arrays/*"))]
     states = _states(Trajectory.open(folder / "trajectory"))
     return [{file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}, states]

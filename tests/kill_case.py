@@ -27,7 +27,7 @@ from ntkit.trajectory import run_writer
 
 IMPORTED = (analysis, tracking)  # a command would import them in the time in which it is killed
 DIGITS = ["analyze", "--classes", "3", "8", "--train", "60", "--test", "20", "--track-points", "8"]
-DIGITS += ["--probe-samples", "2", "--batch-size", "8"]
+DIGITS += ["--probe-points", "2", "--batch-size", "8"]
 ANALYZE = [*DIGITS, "--model", "mlp", "--epochs", "4"]
 OLDER = [*DIGITS, "--model", "linear", "--epochs", "1", "--seed", "1"]
 TOY = Sizes(seeds=2, side=4, width=4, steps=8, lr=0.05, decay=4, k=12, top=2, points=12, digit_steps=8)

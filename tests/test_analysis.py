@@ -35,7 +35,7 @@ SMALL = [
     "30",
     "--track-points",
     "20",
-    "--probe-samples",
+    "--probe-points",
     "8",
     "--epochs",
     "3",
@@ -54,7 +54,7 @@ def results(run: Path) -> dict:
 
 
 def small(**more) -> ntkit.Settings:
-    fields = {"classes": ("3", "8"), "train": 60, "test": 30, "epochs": 3, "track_points": 20, "probe_samples": 8}
+    fields = {"classes": ("3", "8"), "train": 60, "test": 30, "epochs": 3, "track_points": 20, "probe_points": 8}
     return ntkit.Settings(**fields | more)
 
 
@@ -177,7 +177,7 @@ def test_stopped_between_any_two_files_the_run_ends_the_same(whole, tmp_path, st
         ntkit.analyze(settings, out=tmp_path / "run")
     monkeypatch.setattr(analysis, "write_json", write)
     assert not (tmp_path / "run" / "results.json").exists()
-    ntkit.analyze(resume=tmp_path / "run")
+    ntkit.analyze(from_run=tmp_path / "run")
     same_runs(whole, tmp_path / "run")
 
 
@@ -199,7 +199,7 @@ def test_the_kernel_against_the_loss_is_resumed_like_the_other_stages(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         ntkit.analyze(small(epochs=8), out=tmp_path / "twice")
     monkeypatch.setattr(analysis, "write_json", write)
-    ntkit.analyze(resume=tmp_path / "twice")
+    ntkit.analyze(from_run=tmp_path / "twice")
     same_runs(tmp_path / "once", tmp_path / "twice")
     found = results(tmp_path / "once")
     snapshots = found["against_loss"]["snapshots"]
@@ -350,12 +350,12 @@ def test_from_takes_its_settings_from_the_run(whole, tmp_path):
     assert done.returncode == 2
     assert "got further settings" in done.stderr
     with pytest.raises(ntkit.Refused, match=r"got another file; expected the run\.json of ntkit analyze"):
-        ntkit.analyze(resume=whole / "trajectory")
+        ntkit.analyze(from_run=whole / "trajectory")
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     write_json(run / "run.json", read_json(run / "run.json") | {"status": "running"})
     with pytest.raises(ntkit.Refused, match="an unfinished run, and --out"):
-        ntkit.analyze(resume=run, out=tmp_path / "other")
+        ntkit.analyze(from_run=run, out=tmp_path / "other")
 
 
 def test_a_network_that_died_or_diverged_is_reported_not_dropped(tmp_path):
@@ -410,9 +410,9 @@ def test_a_run_goes_on_only_with_the_same_data_model_and_versions(whole, tmp_pat
     state = read_json(run / "run.json")
     write_json(run / "run.json", state | {"status": "running", "identity": state["identity"] | {"data": "other"}})
     with pytest.raises(ntkit.Refused, match=r"changed since the run began: data \(was other"):
-        ntkit.analyze(resume=run)
+        ntkit.analyze(from_run=run)
     with pytest.raises(ntkit.Refused, match=r"run\.json: got no such file"):
-        ntkit.analyze(resume=tmp_path / "nowhere")
+        ntkit.analyze(from_run=tmp_path / "nowhere")
 
 
 def test_one_line_on_stderr_and_exit_2():

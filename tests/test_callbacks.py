@@ -111,7 +111,7 @@ def lightning_parts(name):
 @pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
 def test_lightning(tmp_path, name):
     pl, _, Spy, fit = lightning_parts(name)
-    from ntkit.trajectory.callbacks import LightningCallback
+    from ntkit import LightningCallback
 
     spy = Spy()
     callback = LightningCallback(tmp_path / "run", record="all", indices="row")
@@ -132,7 +132,7 @@ def test_lightning(tmp_path, name):
 
 def test_lightning_options_and_what_goes_wrong(tmp_path):
     _, Module, _, fit = lightning_parts("lightning.pytorch")
-    from ntkit.trajectory.callbacks import LightningCallback
+    from ntkit import LightningCallback
 
     fit(LightningCallback(tmp_path / "a", record=2, budget="9 kB"), max_epochs=1)
     traj = Trajectory.open(tmp_path / "a")
@@ -217,7 +217,7 @@ def hugging_face(tmp_path, callback, **options):
 def transformers_callback(*args, **kwargs):
     repaired("transformers")
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from ntkit.trajectory.callbacks import TransformersCallback
+    from ntkit import TransformersCallback
 
     return TransformersCallback(*args, **kwargs)
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 
-from ntkit import Refused
+import ntkit
+from ntkit import Refused, cli
 from ntkit.base import progress
 from ntkit.base.progress import task
+from ntkit.commands.compare import compare
+from ntkit.commands.explain import explain_run
 from ntkit.commands.option_file import with_options_of
+from ntkit.commands.settings import CompareSettings, ExplainSettings, Settings, SolveSettings, TrackSettings
+from ntkit.commands.track import track_run
 
 
 def ntkit_command(*words, cwd):
@@ -22,7 +29,7 @@ def ntkit_command(*words, cwd):
     )
 
 
-SMALL = ("--train", 60, "--test", 30, "--model", "mlp", "--epochs", 1, "--track-points", 20, "--probe-samples", 5)
+SMALL = ("--train", 60, "--test", 30, "--model", "mlp", "--epochs", 1, "--track-points", 20, "--probe-points", 5)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +91,102 @@ def test_options_from_a_file(run, tmp_path):
     settings = json.loads((tmp_path / "b" / "run.json").read_text())["settings"]
     assert [settings[name] for name in ("epochs", "train", "model")] == [2, 60, "mlp"]
     assert settings["classes"] == ["3", "8"]
+
+
+def test_names_of_earlier_versions_in_a_file(tmp_path):
+    (tmp_path / "run.json").write_text('{"settings": {"probe_samples": 4}}')
+    assert with_options_of(tmp_path / "run.json", ["analyze"]) == ["analyze", "--probe-points", "4"]
+    (tmp_path / "run.json").write_text('{"settings": {"sample": 16, "folds": 2}}')
+    assert with_options_of(tmp_path / "run.json", ["infinite"]) == ["infinite", "--sample", "16", "--folds", "2"]
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    """By command, its parameters: the argument's own names, and those of options."""
+    found = {}
+    for command in (name for name in cli.app if not name.startswith("-")):
+        arguments = cli.app[command].assemble_argument_collection()
+        found[command] = [argument for argument in arguments if argument.show]
+    return found
+
+
+COMMANDS = {"analyze", "track", "explain", "compare", "study", "infinite", "gram", "solve", "report", "verify"}
+
+
+def test_what_a_command_takes_has_one_spelling(parameters):
+    """A folder is given by its place, all else by its option; nothing by both."""
+    assert parameters.keys() == COMMANDS
+    places: dict[str, set[str]] = {}
+    for command, arguments in parameters.items():
+        for argument in arguments:
+            if not argument.names[0].startswith("--"):
+                places.setdefault(argument.names[0], set()).add(command)
+            else:
+                both = command == "gram" and argument.names[0] in ("--model", "--data")  # MODEL DATA, or by --config
+                assert both or argument.field_info.kind is argument.field_info.KEYWORD_ONLY, (command, argument.names)
+    assert places == {
+        "RUN": {"track", "explain", "report", "verify"}, "RUNS": {"compare"}, "STORE": {"solve"}, "NAME": {"study"},
+    }  # fmt: skip
+
+
+def test_options_mean_the_same_in_all_commands(parameters):
+    """One name takes one kind of value; what computes a kernel says how much memory it may take, and where."""
+    kinds: dict[str, set[str]] = {}
+    options: dict[str, set[str]] = {}
+    for command, arguments in parameters.items():
+        for argument in arguments:
+            options.setdefault(argument.names[0], set()).add(command)
+            kind = re.sub(r"<class '(.*)'>| \| None", r"\1", str(argument.hint))
+            kinds.setdefault(argument.names[0], set()).add(kind)
+    # ntkit compare takes several models; ntkit explain RUN --test 3 17 names examples, as many as the others count
+    assert {name for name, found in kinds.items() if len(found) > 1} == {"--model", "--test"}
+    assert options["--memory"] == {"analyze", "track", "explain", "compare", "gram", "solve"}
+    assert options["--device"] == {"analyze", "track", "gram", "solve"}  # explain and compare: as the run
+    assert options["--model"] == options["--data"] == COMMANDS - {"study", "report", "verify"}
+    assert options["--points"] == {"track", "compare"}  # how many
+
+
+def test_defaults_of_options_are_those_of_the_functions():
+    given = {name: p.default for name, p in inspect.signature(ntkit.compare).parameters.items()}
+    for name, value in vars(CompareSettings()).items():
+        assert str(given[name]) == str(value), name
+    given = inspect.signature(ntkit.study).parameters
+    for name, parameter in inspect.signature(cli.study).parameters.items():
+        assert given[name].default == parameter.default, name
+    training, options = inspect.signature(ntkit.train).parameters, Settings()
+    assert (training["seed"].default, training["target_loss"].default) == (options.seed, options.target_loss)
+    tracking, track_options = inspect.signature(ntkit.track).parameters, TrackSettings()
+    for name in ("k", "outputs", "memory"):
+        assert tracking[name].default == getattr(track_options, name), name
+
+
+def test_memory_and_device_are_checked_first(run, tmp_path):
+    folder = run[0] / "a"
+    for call, message in (
+        (lambda: track_run(folder, TrackSettings(device="tpu", out=tmp_path / "t")), "--device: got 'tpu'"),
+        (lambda: track_run(folder, TrackSettings(outputs="sum", out=tmp_path / "t")), "--outputs: got 'sum'"),
+        (lambda: track_run(folder, TrackSettings(k=0, out=tmp_path / "t")), "--k: got 0"),
+        (lambda: explain_run(folder, ExplainSettings(memory="much", out=tmp_path / "e")), "memory: got 'much'"),
+        (lambda: compare([folder, folder], memory="much", out=tmp_path / "c"), "memory: got 'much'"),
+        (lambda: SolveSettings(spectrum=2, device="tpu").check(), "--device: got 'tpu'"),
+    ):
+        with pytest.raises(Refused, match=message):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("given", "bytes_"), [(None, 3 * 10**9), ("20 MB", 2 * 10**7)])
+def test_an_explanation_keeps_to_the_memory_of_its_run_or_its_own(run, tmp_path, monkeypatch, given, bytes_):
+    asked = []
+
+    def told(*args, memory, **options):
+        asked.append(memory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ntkit.commands.explain.PathKernel", told)
+    with pytest.raises(KeyboardInterrupt):
+        explain_run(run[0] / "a", ExplainSettings(test=(3,), memory=given, out=tmp_path / "e"), say=str)
+    assert asked == [bytes_]
 
 
 def test_forms_of_values(tmp_path):

@@ -20,9 +20,9 @@ from scipy import stats
 import ntkit
 from ntkit.base.files import read_arrays, read_json, write_json
 from ntkit.commands import compare as command
-from ntkit.commands.compare import compare_runs
+from ntkit.commands.compare import compare
 from ntkit.commands.explain import explain_run
-from ntkit.commands.settings import CompareSettings, ExplainSettings, TrackSettings
+from ntkit.commands.settings import ExplainSettings, TrackSettings
 from ntkit.commands.track import track_run
 from ntkit.commands.verify import verify
 from ntkit.report import render
@@ -32,7 +32,7 @@ from torch import nn
 def make(outputs):
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs))
 """
-SMALL = {"track_points": 6, "probe_samples": 2, "batch_size": 12}
+SMALL = {"track_points": 6, "probe_points": 2, "batch_size": 12}
 SEEDS = (0, 1, 2, 3)
 
 
@@ -68,7 +68,7 @@ def untrained(material: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def compared(material: Path, trained: list[Path], untrained: list[Path]) -> Path:
-    return compare_runs([*trained, *untrained], CompareSettings(out=material / "compared", points=30))
+    return compare([*trained, *untrained], out=material / "compared", points=30)
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def test_kernels_are_aligned_as_by_hand(compared: Path, trained: list[Path], unt
 
 def test_a_copy_differs_in_nothing_and_is_no_seed(trained: list[Path], tmp_path: Path) -> None:
     shutil.copytree(trained[0], tmp_path / "copy")
-    r = results_of(compare_runs([*trained[:2], tmp_path / "copy"], CompareSettings(out=tmp_path / "out")))
+    r = results_of(compare([*trained[:2], tmp_path / "copy"], out=tmp_path / "out"))
     assert [run["repeats"] for run in r["runs"]] == [False, False, True]
     assert r["groups"][0]["seeds"] == r["groups"][0]["errors"]["network"]["n"] == 2
     tests = [t for t in r["between_runs"] if (t["first"], t["second"]) == (0, 2)]
@@ -174,7 +174,7 @@ def test_a_copy_differs_in_nothing_and_is_no_seed(trained: list[Path], tmp_path:
 
 
 def test_one_seed_each_is_not_judged_over_seeds(trained: list[Path], untrained: list[Path], tmp_path: Path) -> None:
-    folder = compare_runs([trained[0], untrained[0]], CompareSettings(out=tmp_path / "out"))
+    folder = compare([trained[0], untrained[0]], out=tmp_path / "out")
     assert all(t["p"] is None for t in results_of(folder)["over_seeds"])
     text = words(folder)
     assert "Over seeds nothing can be said of the settings’ networks" in text
@@ -190,7 +190,7 @@ def test_seeds_learn_the_same_examples(material: Path, tmp_path: Path) -> None:
         identities = [read_json(run / "run.json")["identity"] for run in runs]
         assert identities[0]["data"] == identities[1]["data"]
         assert identities[0]["initial parameters"] != identities[1]["initial parameters"]
-        r = results_of(compare_runs(runs, CompareSettings(out=tmp_path / name, points=5)))
+        r = results_of(compare(runs, out=tmp_path / name, points=5))
         assert (r["test"], r["data"]["hashes"]) == ({"common": 40, "of": [40]}, [identities[0]["data"]])
         assert [group["seeds"] for group in r["groups"]] == [2]
         assert [run["errors"]["network"] is None for run in r["runs"]] == [False, False]
@@ -201,13 +201,13 @@ def test_samples_of_one_data_set_share_test_examples(tmp_path: Path) -> None:
     runs = []
     for size in (40, 30):
         s = ntkit.Settings(classes=("3", "8"), model="linear", train=20, test=size, epochs=1, lr=1e-4,
-                           track_points=4, probe_samples=2)  # fmt: skip
+                           track_points=4, probe_points=2)  # fmt: skip
         runs.append(ntkit.analyze(s, out=tmp_path / str(size)))
     data = [ntkit.data.load("digits", classes=("3", "8"), train=20, test=size) for size in (40, 30)]
     same = (data[0].x_test.flatten(1)[:, None] == data[1].x_test.flatten(1)[None]).all(2)
     assert same.sum(0).max() == same.sum(1).max() == 1  # no digit twice
     rows = [same.any(1).nonzero()[:, 0].tolist(), same[same.any(1)].long().argmax(1).tolist()]
-    r = results_of(compare_runs(runs, CompareSettings(out=tmp_path / "out")))
+    r = results_of(compare(runs, out=tmp_path / "out"))
     assert r["test"] == {"common": 30, "of": [30, 40]}
     assert [len(own) for own in rows] == [30, 30]
     for run, own, told in zip(runs, rows, r["runs"], strict=True):
@@ -224,7 +224,7 @@ def test_data_that_changed_since_the_run_are_refused(material: Path, tmp_path: P
     np.savez(tmp_path / "set.npz", **arrays | {"x_train": arrays["x_train"] + 1})
     message = r"got data with hash .*--from .*run-1 --out NEW\. If an earlier version"
     for read_again in (
-        lambda: compare_runs(runs[::-1], CompareSettings(out=tmp_path / "out")),
+        lambda: compare(runs[::-1], out=tmp_path / "out"),
         lambda: explain_run(runs[1], ExplainSettings(), say=lambda line: None),
         lambda: track_run(runs[1], TrackSettings(points=5, k=2), lambda line: None),
     ):
@@ -238,7 +238,7 @@ def test_regressions(material: Path, tmp_path: Path) -> None:
     settings = {"data": str(material / "numbers.npz"), "target_loss": None}
     runs = [run_in(material, f"numbers-{lr}-{seed}", seed=seed, lr=lr, **settings) for lr in (0.05, 1e-7)
             for seed in (0, 1)]  # fmt: skip
-    r = results_of(compare_runs(runs, CompareSettings(out=tmp_path / "out", points=20)))
+    r = results_of(compare(runs, out=tmp_path / "out", points=20))
     y = np.load(material / "numbers.npz")
     y = (y["y_test"] - y["y_train"].mean()) / y["y_train"].std()
     squares = [(read_arrays(run / "arrays" / "network.safetensors")["predicted"][:, 0] - y) ** 2 for run in runs]
@@ -278,7 +278,7 @@ def test_the_command(trained: list[Path], untrained: list[Path], tmp_path: Path)
 def test_stopped_it_goes_on_and_gives_the_same_bytes(
     compared: Path, trained: list[Path], untrained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    s, lines, whole = CompareSettings(out=tmp_path / "out", points=30), [], command._networks
+    s, lines, whole = dict(out=tmp_path / "out", points=30), [], command._networks
 
     def stopping(run: Any, *rest: Any) -> Any:
         if run.place == 2:
@@ -287,27 +287,27 @@ def test_stopped_it_goes_on_and_gives_the_same_bytes(
 
     monkeypatch.setattr(command, "_networks", stopping)
     with pytest.raises(KeyboardInterrupt):
-        compare_runs([*trained, *untrained], s, say=lines.append)
+        compare([*trained, *untrained], **s, say=lines.append)
     assert lines[-1].startswith("Stopped. What is finished is kept. Go on with: ntkit compare ")
     computed = []
     monkeypatch.setattr(command, "_networks", lambda run, *rest: computed.append(run.place) or whole(run, *rest))
-    compare_runs([*trained, *untrained], s)
+    compare([*trained, *untrained], **s)
     assert computed == [2, 3, 4, 5, 6, 7]
     first, second = (results_of(folder) for folder in (compared, tmp_path / "out"))
     assert first.pop("command") != second.pop("command")
     assert first == second
-    compare_runs([*trained, *untrained], s)
+    compare([*trained, *untrained], **s)
     assert computed == [2, 3, 4, 5, 6, 7]
 
 
 def test_damaged_kernels_are_computed_again(trained: list[Path], tmp_path: Path) -> None:
-    s, lines = CompareSettings(out=tmp_path / "out", points=5), []
-    before = (compare_runs(trained[:2], s) / "results.json").read_bytes()
+    s, lines = dict(out=tmp_path / "out", points=5), []
+    before = (compare(trained[:2], **s) / "results.json").read_bytes()
     (tmp_path / "out" / "results.json").unlink()
     file = tmp_path / "out" / "arrays" / "kernels-2.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert {r.file: r.status for r in verify(tmp_path / "out")}["arrays/kernels-2.safetensors"] == "damaged"
-    compare_runs(trained[:2], s, say=lines.append)
+    compare(trained[:2], **s, say=lines.append)
     assert any("computed again" in line for line in lines)
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     assert all(record.status == "ok" for record in verify(tmp_path / "out"))
@@ -316,7 +316,7 @@ def test_damaged_kernels_are_computed_again(trained: list[Path], tmp_path: Path)
 def test_refusals(material: Path, trained: list[Path], untrained: list[Path], tmp_path: Path) -> None:
     def refused(message: str, runs: list[Path], **settings: Any) -> None:
         with pytest.raises(ntkit.Refused, match=message) as caught:
-            compare_runs(runs, CompareSettings(**({"out": tmp_path / "out"} | settings)))
+            compare(runs, **({"out": tmp_path / "out"} | settings))
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
 
@@ -332,12 +332,12 @@ def test_refusals(material: Path, trained: list[Path], untrained: list[Path], tm
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     with pytest.raises(ntkit.Refused, match="got other files"):
-        compare_runs(trained, CompareSettings(out=tmp_path / "full"))
-    place = CompareSettings(out=tmp_path / "first", points=5)
-    compare_runs(trained[:2], place)
+        compare(trained, out=tmp_path / "full")
+    place = dict(out=tmp_path / "first", points=5)
+    compare(trained[:2], **place)
     with pytest.raises(ntkit.Refused, match=r"comparison of other runs.*--overwrite"):
-        compare_runs(untrained[:2], place)
-    compare_runs(untrained[:2], place, overwrite=True)
+        compare(untrained[:2], **place)
+    compare(untrained[:2], **place, overwrite=True)
     assert "untrained-0" in (tmp_path / "first" / "report.html").read_text()
 
 
@@ -346,9 +346,9 @@ def test_code_of_a_stranger_is_not_run(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # nothing has been run here
     with pytest.raises(ntkit.Refused, match=r"which would run .*--trust"):
-        compare_runs(trained[:2], CompareSettings(out=tmp_path / "out"))
-    named = CompareSettings(out=tmp_path / "out", points=5, model=(f"{material}/net.py:make",))
-    assert all(c["ok"] for c in results_of(compare_runs(trained[:2], named))["certificates"])
+        compare(trained[:2], out=tmp_path / "out")
+    named = dict(out=tmp_path / "out", points=5, model=(f"{material}/net.py:make",))
+    assert all(c["ok"] for c in results_of(compare(trained[:2], **named))["certificates"])
 
 
 def test_a_network_that_answers_otherwise_is_said(tmp_path: Path, material: Path) -> None:
@@ -356,13 +356,13 @@ def test_a_network_that_answers_otherwise_is_said(tmp_path: Path, material: Path
         shutil.copy(material / name, tmp_path / name)
     runs = [run_in(tmp_path, str(seed), seed=seed) for seed in (0, 1)]
     (tmp_path / "net.py").write_text(NET.replace("nn.Tanh()", "nn.Hardshrink(0.9)"))
-    s = CompareSettings(out=tmp_path / "out", points=5)
-    r = results_of(compare_runs(runs, s, trust=True))
+    s = dict(out=tmp_path / "out", points=5)
+    r = results_of(compare(runs, **s, trust=True))
     assert [c["ok"] for c in r["certificates"]] == [False, False]
     assert "A check failed." in words(tmp_path / "out")
     (tmp_path / "net.py").write_text(NET.replace("8", "9"))
     with pytest.raises(ntkit.Refused, match=f"^{runs[0]}: step 0 .*of another shape"):
-        compare_runs(runs, CompareSettings(out=tmp_path / "other"), trust=True)
+        compare(runs, out=tmp_path / "other", trust=True)
 
 
 def test_a_run_that_diverged_or_has_no_kernel_is_compared_with_what_it_has(
@@ -379,8 +379,8 @@ def test_a_run_that_diverged_or_has_no_kernel_is_compared_with_what_it_has(
 
     monkeypatch.setattr(command, "TangentKernel", refusing)
     runs = [*trained[:2], run_in(material, "far", lr=1e30), run_in(material, "diverged", lr=1e38)]
-    s = CompareSettings(out=tmp_path / "out", points=5)
-    r = results_of(compare_runs(runs, s))
+    s = dict(out=tmp_path / "out", points=5)
+    r = results_of(compare(runs, **s))
     assert r["kernels"]["after"][2] == [None] * 4
     assert r["kernels"]["after"][0][1] is not None
     assert [run["errors"]["network"] for run in r["runs"]] == pytest.approx([network_wrong(run).mean() for run in runs])
@@ -389,7 +389,7 @@ def test_a_run_that_diverged_or_has_no_kernel_is_compared_with_what_it_has(
     assert "Training diverged, and the network is that of the last finite step: lr 1e+38 · seed 0." in text
     before = (tmp_path / "out" / "results.json").read_bytes()
     (tmp_path / "out" / "results.json").unlink()
-    compare_runs(runs, s)
+    compare(runs, **s)
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
@@ -398,7 +398,7 @@ def test_loaded_weights_have_no_seed(material: Path, trained: list[Path], tmp_pa
     torch.save(state.state(state.steps[-1]), tmp_path / "w.pt")
     fresh = {"epochs": 10, "batch_size": 32, "lr": 0.01}
     runs = [run_in(material, f"loaded-{s}", seed=s, weights=str(tmp_path / "w.pt"), **fresh) for s in (0, 1)]
-    r = results_of(compare_runs([trained[0], *runs], CompareSettings(out=tmp_path / "out", points=5)))
+    r = results_of(compare([trained[0], *runs], out=tmp_path / "out", points=5))
     assert [group["label"] for group in r["groups"]] == ["trained", "w.pt"]
     assert r["settings"] == ["weights"]
     assert [run["repeats"] for run in r["runs"]] == [False, False, True]

@@ -116,7 +116,7 @@ def test_digits_are_scikit_learns_and_the_split_is_fixed_and_stratified():
     assert data.hash == load(seed=6).hash
     assert (len(data.x_train), len(data.x_test), data.input_shape) == (1437, 360, (1, 8, 8))
     assert data.kind == "images"
-    assert data.normalisation == "pixels / 16, no centering"
+    assert data.normalization == "pixels / 16, no centering"
     assert "fixed stratified split, 1,437 train / 360 test, independent of seed" in data.source
     everything = load_digits()
     truth = sorted((tuple(row), int(label)) for row, label in zip(everything.data, everything.target, strict=True))
@@ -217,7 +217,7 @@ def test_hash_sees_values_dtype_and_shape():
     x, y = torch.arange(12.0).reshape(6, 2), torch.arange(6) % 2
     base = from_tensors((x, y), (x, y))
     assert len(base.hash) == 16
-    assert base.hash == from_tensors((x.clone(), y.int()), (x, y), classes=["a", "b"]).hash
+    assert base.hash == from_tensors((x.clone(), y.int()), (x, y), class_names=["a", "b"]).hash
     moved = x.clone()
     moved[5, 1] = torch.nextafter(moved[5, 1], torch.tensor(99.0))
     others = [
@@ -247,7 +247,7 @@ def test_mnist_files_under_every_name(tmp_path, end, dot, zipped):
     same(data.x_test, arrays["t10k-images"][:, None])
     assert data.y_train.tolist() == arrays["train-labels"].tolist()
     assert data.classes == tuple("0123456789")
-    assert data.normalisation == "pixels / 255, no centering"
+    assert data.normalization == "pixels / 255, no centering"
     assert "train" in data.source
     assert str(tmp_path) not in data.source
 
@@ -465,7 +465,7 @@ def test_npz_of_images_vectors_and_tokens(tmp_path):
         data = through_file(values.astype(">f8"))
         assert (data.kind, data.x_train.dtype) == (kind, torch.float32)
         assert torch.equal(data.x_train, torch.tensor(values, dtype=torch.float32))
-        assert data.normalisation == "values as given, no scaling or centering"
+        assert data.normalization == "values as given, no scaling or centering"
     for dtype in (np.int16, np.int32, np.int64):
         words = rng.integers(0, 900, (12, 6)).astype(dtype)
         data = through_file(words)
@@ -702,7 +702,7 @@ def test_odd_folders_are_refused(tmp_path):
 
 def test_from_tensors_keeps_dtype_and_names():
     x, y = torch.arange(10.0, dtype=torch.float64).reshape(5, 2).requires_grad_(), np.array([0, 1, 1, 0, 1], np.uint8)
-    data = from_tensors((x, y), (x[:2], y[:2]), classes=["no", "yes"], name="toy")
+    data = from_tensors((x, y), (x[:2], y[:2]), class_names=["no", "yes"], name="toy")
     assert data.x_train.dtype == torch.float64
     assert not data.x_train.requires_grad
     assert x.requires_grad
@@ -715,7 +715,7 @@ def test_from_tensors_keeps_dtype_and_names():
     ("pair", "classes", "message"),
     [
         ((ONES, LABELS), ["a"], "labels y: got label 1 in row 1; expected 0 to 0"),
-        ((ONES, LABELS), ["a", "a"], "classes: got a, a; expected different names"),
+        ((ONES, LABELS), ["a", "a"], "class_names: got a, a; expected different names"),
         (ONES, None, r"got a ndarray; expected a pair \(x, y\)"),
         ((ONES, "abc"), None, r"labels y: got <U3 of shape \[\]; expected integers, text"),
         (("abc", LABELS), None, "not a numeric array"),
@@ -725,7 +725,7 @@ def test_from_tensors_keeps_dtype_and_names():
 )
 def test_refused_tensors(pair, classes, message):
     with pytest.raises(Refused, match=message):
-        from_tensors(pair, classes=classes)
+        from_tensors(pair, class_names=classes)
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -750,7 +750,7 @@ def test_from_dataset_of_pillow_images():
     pixels_again = torch.cat([data.x_train, data.x_test]).mul(255).round().flatten(1).tolist()
     assert sorted(pixels_again) == sorted(image.transpose(2, 0, 1).flatten().tolist() for image in pixels)
     assert data.classes == ("cat", "dog")
-    assert data.normalisation == "pixels / 255, no centering"
+    assert data.normalization == "pixels / 255, no centering"
     gray = Pairs([(Image.fromarray(image[..., 0]), 0) for image in pixels])
     same(from_dataset(gray, test=gray).x_train, pixels[:, None, :, :, 0])
 
@@ -840,7 +840,7 @@ def datasets(): return dataset(), dataset()
 def four(): return x, y, x[:6], y[:6]
 def loader(): return torch.utils.data.DataLoader(dataset(), batch_size=7)
 def loaders(): return loader(), loader()
-def data(): return ntkit.data.from_tensors((x, y), classes=["even", "odd"])
+def data(): return ntkit.data.from_tensors((x, y), class_names=["even", "odd"])
 def nonsense(): return 7
 """
 

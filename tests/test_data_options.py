@@ -77,7 +77,7 @@ def test_names_of_classes_are_in_the_results(tmp_path):
     assert results["data"]["classes"] == ["three", "eight"]
     assert {row["label"] for row in results["neighbors"]["rows"]} == {"three", "eight"}
     assert "--class-names zero one" in results["reproduce"]["command"]
-    again = ntkit.analyze(resume=run, out=tmp_path / "again")
+    again = ntkit.analyze(from_run=run, out=tmp_path / "again")
     assert (again / "results.json").read_bytes() == (run / "results.json").read_bytes()
 
 

@@ -38,7 +38,7 @@ from torch import nn
 def make(outputs):
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs))
 """
-SMALL = {"track_points": 6, "probe_samples": 2, "batch_size": 6}
+SMALL = {"track_points": 6, "probe_points": 2, "batch_size": 6}
 
 
 def silent(line: str) -> None:
@@ -329,7 +329,7 @@ def test_verify_and_overwrite_know_the_folder(pictured: Path, images: Path, tmp_
     told = read_json(run / "explain" / "results.json")
     write_json(run / "explain" / "results.json", told | {"run": "0" * 16})
     write_arrays(run / "explain" / "images.safetensors", {"test": np.zeros(1)})
-    bad = {r.file: r.why for r in verify(run) if r.status != "ok"}
+    bad = {r.file: r.reason for r in verify(run) if r.status != "ok"}
     assert set(bad) == {"explain/results.json", "explain/images.safetensors"}
     assert "another run" in bad["explain/results.json"]
     settings = ntkit.Settings(classes=("3", "8"), train=10, test=4, model="linear", epochs=1, **SMALL)
@@ -346,9 +346,9 @@ def refused(run: Path, message: str, **settings: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("test", [(12,), (-1,), (0, 99), ()])
-def test_test_examples_out_of_range(test: tuple[int, ...], vectors: Path, tmp_path: Path) -> None:
-    refused(vectors, "--test: got .*; expected numbers from 0 to 11", test=test, out=tmp_path / "out")
+@pytest.mark.parametrize("index", [(12,), (-1,), (0, 99), ()])
+def test_test_examples_out_of_range(index: tuple[int, ...], vectors: Path, tmp_path: Path) -> None:
+    refused(vectors, "--test: got .*; expected numbers from 0 to 11", test=index, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -397,7 +397,7 @@ def test_a_run_of_loaded_weights(tmp_path: Path) -> None:
 
     save_file(build("linear", (1, 8, 8), 1, 0).state_dict(), tmp_path / "w.safetensors")
     s = ntkit.Settings(classes=("3", "8"), train=8, test=4, model="linear", weights=str(tmp_path / "w.safetensors"),
-                       track_points=4, probe_samples=2)  # fmt: skip
+                       track_points=4, probe_points=2)  # fmt: skip
     refused(ntkit.analyze(s, out=tmp_path / "run"), "got a run of ntkit analyze without a training")
 
 

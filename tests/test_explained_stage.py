@@ -15,7 +15,7 @@ from ntkit.commands.explain import explain_run
 from ntkit.commands.verify import verify
 from ntkit.networks.built_in import build
 
-SMALL = {"classes": ("3", "8"), "train": 40, "test": 12, "epochs": 3, "track_points": 20, "probe_samples": 4}
+SMALL = {"classes": ("3", "8"), "train": 40, "test": 12, "epochs": 3, "track_points": 20, "probe_points": 4}
 NET = """
 from torch import nn
 def make(outputs):

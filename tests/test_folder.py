@@ -36,7 +36,7 @@ from ntkit.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("short_pages")
 HELD = r"got a folder that process {} on host .* is writing since .*; expected one writer at a time\. Wait for it"
-LINEAR = ntkit.Settings(classes=("3", "8"), train=12, test=6, epochs=1, track_points=6, probe_samples=2, model="linear")
+LINEAR = ntkit.Settings(classes=("3", "8"), train=12, test=6, epochs=1, track_points=6, probe_points=2, model="linear")
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -90,7 +90,7 @@ def test_a_second_process_is_refused_by_every_writer_and_readers_are_not(run, ho
     write_json(copy / "run.json", read_json(copy / "run.json") | {"status": "running"})
     writers = {
         "run": [
-            lambda: ntkit.analyze(resume=copy),
+            lambda: ntkit.analyze(from_run=copy),
             lambda: ntkit.analyze(LINEAR, out=copy, overwrite=True),
             lambda: ntkit.analyze(LINEAR, out=copy),
         ],
@@ -127,7 +127,7 @@ def test_two_analyses_of_one_folder(tmp_path):
     first = command(*words, "--out", tmp_path / "run")
     assert first.until((tmp_path / "run" / "run.json").exists), first.stderr
     with pytest.raises(Refused, match=HELD.format(first.pid)):
-        ntkit.analyze(resume=tmp_path / "run")
+        ntkit.analyze(from_run=tmp_path / "run")
     assert first.wait() == 0, first.stderr
     assert LOCK not in names_in(tmp_path / "run")
     assert read_json(tmp_path / "run" / "run.json")["status"] == "complete"
@@ -219,7 +219,7 @@ def test_a_disk_that_fails_at_any_write_is_one_line_and_nothing_stray(run, tmp_p
         left = names_in(folder) if folder.exists() else set()
         assert not [n for n in left if n.endswith(".ntkit-part") or n in (LOCK, ".replaced")]
         if (folder / "run.json").exists():
-            ntkit.analyze(resume=folder)
+            ntkit.analyze(from_run=folder)
             assert (folder / "results.json").read_bytes() == (run / "results.json").read_bytes()
 
 
@@ -264,7 +264,7 @@ def test_a_process_killed_amid_the_replacement_leaves_no_run_with_missing_files(
     monkeypatch.undo()
     assert len(renamed) == min(moved, len(list(run.iterdir())))
     assert {record.status for record in verify(tmp_path / "run")} == {"ok"}
-    ntkit.analyze(resume=tmp_path / "run")
+    ntkit.analyze(from_run=tmp_path / "run")
     assert bytes_of(tmp_path / "run") == bytes_of(run)
 
 
@@ -280,7 +280,7 @@ def test_a_process_killed_while_it_deletes_the_replaced_run(run, tmp_path, delet
         for file in sorted(folder.rglob("*.safetensors"))[:deleted]:
             file.unlink()
         assert {record.status for record in verify(folder)} == {"ok"}
-    ntkit.analyze(resume=tmp_path / "resumed")
+    ntkit.analyze(from_run=tmp_path / "resumed")
     ntkit.analyze(dataclasses.replace(LINEAR, seed=1), out=tmp_path / "replaced", overwrite=True)
     for name in ("resumed", "replaced"):
         assert bytes_of(tmp_path / name).keys() == bytes_of(whole).keys()
@@ -292,7 +292,7 @@ def test_the_lock_that_a_complete_run_was_left_with_is_deleted(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / LOCK).write_text("{}")
     (tmp_path / "run" / "run.json.ntkit-part").write_text("{")
-    ntkit.analyze(resume=tmp_path / "run")
+    ntkit.analyze(from_run=tmp_path / "run")
     assert bytes_of(tmp_path / "run") == bytes_of(run)
 
 
@@ -313,7 +313,7 @@ def test_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", refusing_bytes)
     calls = [
         lambda: render(tmp_path / "run"),
-        lambda: ntkit.analyze(resume=tmp_path / "run"),
+        lambda: ntkit.analyze(from_run=tmp_path / "run"),
         lambda: ntkit.analyze(LINEAR, out=tmp_path / "run", overwrite=True),
         lambda: track_run(tmp_path / "run", TrackSettings(points=6, k=2), say=lambda line: None),
         lambda: trained(tmp_path / "new"),

@@ -30,7 +30,7 @@ def kernels():
 
 @pytest.mark.parametrize("name", ["limit", "tangent", "images"])
 def test_posterior_and_likelihood_are_those_of_our_gaussian_process(gpytorch, name):
-    from ntkit.kernels.gpytorch_kernel import GPyTorchKernel
+    from ntkit import GPyTorchKernel
 
     kernel, shape = kernels()[name]
     torch.manual_seed(1)
@@ -69,7 +69,7 @@ def test_posterior_and_likelihood_are_those_of_our_gaussian_process(gpytorch, na
 
 
 def test_scale_and_noise_are_fitted(gpytorch):
-    from ntkit.kernels.gpytorch_kernel import GPyTorchKernel
+    from ntkit import GPyTorchKernel
 
     kernel, _ = kernels()["limit"]
     module = gpytorch.kernels.ScaleKernel(GPyTorchKernel(kernel)).double()
@@ -81,7 +81,7 @@ def test_scale_and_noise_are_fitted(gpytorch):
 
 def test_gradients_reach_inputs_and_stds(gpytorch):
     """Of a posterior variance, as in a search for the next point: finite differences."""
-    from ntkit.kernels.gpytorch_kernel import GPyTorchKernel
+    from ntkit import GPyTorchKernel
 
     torch.manual_seed(2)
     network = nn.Sequential(nn.Linear(3, 6), nn.GELU(), nn.Linear(6, 1)).double()
@@ -119,7 +119,7 @@ def test_gradients_reach_inputs_and_stds(gpytorch):
 
 
 def test_equal_samples_in_two_tensors_are_two_arguments(gpytorch):
-    from ntkit.kernels.gpytorch_kernel import GPyTorchKernel
+    from ntkit import GPyTorchKernel
 
     kernel = kernels()["limit"][0]
     constant = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).double()
@@ -130,7 +130,7 @@ def test_equal_samples_in_two_tensors_are_two_arguments(gpytorch):
 
 
 def test_refusals(gpytorch):
-    from ntkit.kernels.gpytorch_kernel import GPyTorchKernel
+    from ntkit import GPyTorchKernel
 
     kernel, _ = kernels()["tangent"]
     x = torch.randn(4, 8).double()

@@ -162,8 +162,8 @@ def test_names_that_no_report_can_show_are_refused_before_training(tmp_path):
             ntkit.analyze(ntkit.Settings(**{name: "a\udcff.npz"}), out=tmp_path / "run")
     with pytest.raises(ntkit.Refused, match=r"--out: .*not UTF-8"):
         ntkit.analyze(out=str(tmp_path / "run\udcff"))
-    with pytest.raises(ntkit.Refused, match=r"classes: .*the character '.n'"):
-        from_tensors((X, Y), classes=["a", "two\nlines"])
+    with pytest.raises(ntkit.Refused, match=r"class_names: .*the character '.n'"):
+        from_tensors((X, Y), class_names=["a", "two\nlines"])
 
 
 def test_odd_names_that_are_right(tmp_path):
@@ -171,7 +171,7 @@ def test_odd_names_that_are_right(tmp_path):
     folder_of_images(tmp_path)
     (tmp_path / "set").rename(sets)
     (sets / "ant").rename(sets / ("a" * 250))
-    settings = {"model": "linear", "epochs": 1, "train": 4, "test": 2, "track_points": 4, "probe_samples": 2}
+    settings = {"model": "linear", "epochs": 1, "train": 4, "test": 2, "track_points": 4, "probe_points": 2}
     folder = ntkit.analyze(ntkit.Settings(data=str(sets), **settings), out=tmp_path / "名前 é")
     assert (folder / "report.html").exists()
     assert len(ntkit.Settings(data="d" * 300, model="m" * 200 + ".py:f").slug()) == 60

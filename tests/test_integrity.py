@@ -183,7 +183,7 @@ def test_an_analysis_makes_what_is_damaged_again(sample, copy, place, said, dama
     damage(file, [], random.Random(1))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        ntkit.analyze(resume=copy / "unfinished", say=lines.append)
+        ntkit.analyze(from_run=copy / "unfinished", say=lines.append)
     lines += [str(w.message) for w in recwarn]
     if damage is flip or ("stages" not in place and "run.json" not in place):  # an absent one was never there
         assert any(file.name in line and said in line for line in lines), lines
@@ -214,7 +214,7 @@ def test_results_of_a_complete_run_are_put_together_again_from_its_stages(sample
     file = copy / "run" / "results.json"
     digit(file, [], random.Random(2))
     lines = []
-    ntkit.analyze(resume=copy / "run", say=lines.append)
+    ntkit.analyze(from_run=copy / "run", say=lines.append)
     assert "results.json: got a damaged file" in lines[0]
     assert file.read_bytes() == (sample / "run" / "results.json").read_bytes()
     assert not [line for line in lines if line.startswith("[") and "training" not in line]  # no stage was repeated

@@ -164,7 +164,7 @@ def test_the_report_says_why_there_is_nothing() -> None:
 
 
 def test_sections_are_left_out(tmp_path: Path) -> None:
-    small = {"classes": ("3", "8"), "train": 60, "test": 30, "epochs": 2, "track_points": 20, "probe_samples": 8}
+    small = {"classes": ("3", "8"), "train": 60, "test": 30, "epochs": 2, "track_points": 20, "probe_points": 8}
     sections = ("training", "limit", "invariances", "neighbors", "explained")
     run = ntkit.analyze(ntkit.Settings(**small, model="mlp", without=sections), out=tmp_path / "run")
     results, page = read_json(run / "results.json"), (run / "report.html").read_text()

@@ -20,9 +20,8 @@ from ntkit.base.checks import NewerFormat
 from ntkit.base.files import read_json, write_json
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
 from ntkit.base.versions import earlier_versions, versions
-from ntkit.commands.compare import compare_runs
+from ntkit.commands.compare import compare
 from ntkit.commands.explain import explain_run
-from ntkit.commands.settings import CompareSettings
 from ntkit.commands.track import track_run
 from ntkit.commands.verify import verify
 from ntkit.gram import tile_files
@@ -174,8 +173,8 @@ def test_a_run_with_other_keys_is_refused_with_the_command_that_repeats_it(older
     again = rf"ntkit analyze --from {run} --out NEW"
     calls = (
         lambda: render(run),
-        lambda: ntkit.analyze(resume=run),
-        lambda: compare_runs([run, OLDER / LATER / "run"], CompareSettings(out=tmp_path / "compared")),
+        lambda: ntkit.analyze(from_run=run),
+        lambda: compare([run, OLDER / LATER / "run"], out=tmp_path / "compared"),
     )
     for call in calls:
         with pytest.raises(ntkit.Refused, match=f"of an earlier version.*{again}"):
@@ -194,9 +193,9 @@ def test_an_unfinished_run_with_fewer_settings_is_refused_with_the_command_for_a
     assert "without" not in told["settings"]
     write_json(run / "run.json", told | {"status": "running"})
     (run / "results.json").unlink()
-    words = r"version of ntkit \(settings without .*without\).*ntkit analyze --data digits --model linear .*--out NEW"
-    with pytest.raises(ntkit.Refused, match=words.replace("--data digits", ".*--data digits")):
-        ntkit.analyze(resume=run)
+    words = r"version of ntkit \(settings without .*without\).*ntkit analyze --data digits .*--model linear .*--out NEW"
+    with pytest.raises(ntkit.Refused, match=words):
+        ntkit.analyze(from_run=run)
 
 
 # ---------------------------------------------------------------------- formats that are still to come
@@ -235,11 +234,11 @@ def test_a_newer_run(older, tmp_path):
     run, other = older(LATER, "run"), OLDER / LATER / "run"
     changed(run / "run.json", format=2)
     refused(
-        lambda: ntkit.analyze(resume=run),
+        lambda: ntkit.analyze(from_run=run),
         lambda: ntkit.analyze(out=run, overwrite=True),
         lambda: track_run(run),
         lambda: explain_run(run),
-        lambda: compare_runs([other, run], CompareSettings(out=tmp_path / "compared")),
+        lambda: compare([other, run], out=tmp_path / "compared"),
         lambda: verify(run),
     )
     changed(run / "run.json", format=1)
@@ -251,7 +250,7 @@ def test_a_run_with_settings_that_are_not_known(older):
     run = older(LATER, "run")
     told = read_json(run / "run.json")
     changed(run / "run.json", settings=told["settings"] | {"augment": True})
-    for call in (lambda: ntkit.analyze(resume=run), lambda: track_run(run), lambda: explain_run(run)):
+    for call in (lambda: ntkit.analyze(from_run=run), lambda: track_run(run), lambda: explain_run(run)):
         with pytest.raises(ntkit.Refused, match=r"settings that ntkit .* does not have: augment; .*Upgrade ntkit"):
             call()
 

@@ -17,6 +17,7 @@ OTHER_NAMES = {
     "folder": "path", "file_path": "path", "fraction": "share", "batch": "batch_size", "traj": "trajectory",
     "learning_rate": "lr", "rng": "seed", "generator": "seed", "random_state": "seed", "n_jobs": "workers",
     "budget_bytes": "memory", "top_k": "k", "again": "retrainings",
+    "random_sets": "sets", "normalisation": "normalization", "dataset": "train",
 }  # fmt: skip
 FREE = {"ntkit.Explainer.influence", "ntkit.Tracked.to_tensorboard"}  # another library's signature; a folder of its own
 
@@ -107,3 +108,17 @@ ENGINE = {  # how a kernel on disk is computed: not promised (docs/versions.md)
     "ntkit.TangentKernel.plan: Plan",
     "ntkit.TangentKernel.plan_for_tiles: Plan",
 }
+
+
+def test_one_argument_has_one_kind_of_value():
+    """`resume` is a flag wherever it is an argument; a folder of an earlier run is `from_run`, or `run` alone."""
+    kinds = {name: s.parameters["resume"].annotation for name, s in SIGNATURES.items() if "resume" in s.parameters}
+    assert set(kinds.values()) == {"bool"}
+    assert kinds.keys() >= {"ntkit.train", "ntkit.record"}
+    assert "from_run" in SIGNATURES["ntkit.analyze"].parameters
+
+
+def test_names_that_need_a_package_are_no_part_of_an_import_of_all():
+    """They are used in `test_callbacks` and `test_gpytorch`."""
+    assert ntkit._WITH_PACKAGES.keys() == {"GPyTorchKernel", "LightningCallback", "TransformersCallback"}
+    assert not ntkit._WITH_PACKAGES.keys() & set(ntkit.__all__)

@@ -180,11 +180,11 @@ def test_the_run_holds_what_the_library_says(run, results, code):
 
 
 def test_the_run_is_repeated_resumed_and_tracked(run, code, tmp_path):
-    again = ntkit.analyze(resume=run, out=tmp_path / "again")
+    again = ntkit.analyze(from_run=run, out=tmp_path / "again")
     assert (again / "results.json").read_bytes() == (run / "results.json").read_bytes()
     (again / "results.json").unlink()
     (again / "stages" / "comparisons.json").unlink()
-    ntkit.analyze(resume=again)
+    ntkit.analyze(from_run=again)
     assert (again / "results.json").read_bytes() == (run / "results.json").read_bytes()
     place = track_run(run, TrackSettings(points=20, k=3, out=tmp_path / "track"), say=lambda line: None)
     first = read_json(place / "step-00000000.json")

@@ -106,7 +106,8 @@ def test_tracking_importance_from_zero_gives_the_outputs_themselves():
     for p in model.parameters():
         nn.init.zeros_(p)
     run = ntkit.train(model, (X, LABELS), cross_entropy, sgd(), steps=30, batch_size=2)
-    found = ntkit.explain(ntkit.TangentKernel(model), ntkit.tracking_importance(run), X, TEST, expected=model(TEST))
+    kernel, importance = ntkit.TangentKernel(model), ntkit.tracking_importance(run)
+    found = ntkit.explain(kernel, importance, X, TEST, expected=model(TEST))
     assert torch.equal(found.outputs, model(TEST).argmax(1))
     assert float(found.residual.abs().max()) < 1e-12 * size_of(model)
 
@@ -437,7 +438,8 @@ def test_tracin_of_a_run_is_the_sum_over_its_checkpoints():
         run.load(copy, step)
         alpha = ntkit.target_importance(copy, X, LABELS, cross_entropy)
         rate = 0.05 / (1 + min(step, 5))
-        total = total + rate * ntkit.explain(ntkit.TangentKernel(copy), alpha, X, TEST, output=found.outputs).scores
+        scores = ntkit.explain(ntkit.TangentKernel(copy), alpha, X, TEST, output=found.outputs).scores
+        total = total + rate * scores
     assert_equal(found.scores, total, 1e-13, "TracIn")
     few = ntkit.tracin(run, TEST, output=0, steps=[0])
     assert float((few.scores - ntkit.tracin(run, TEST, output=0, steps=[0, 6]).scores).abs().max()) > 1e-4
@@ -509,10 +511,8 @@ def test_axioms_fail_where_the_kernel_mixes_outputs():
     """A sum over outputs of importance times kernel is no importance times kernel."""
     model = network()
     alpha = ntkit.target_importance(model, X, LABELS, cross_entropy)
-    assert (
-        ntkit.check_axioms(ntkit.explain(ntkit.TangentKernel(model), alpha, X, X, output=0).scores)["symmetric cycle"]
-        > 1e-2
-    )
+    scores = ntkit.explain(ntkit.TangentKernel(model), alpha, X, X, output=0).scores
+    assert ntkit.check_axioms(scores)["symmetric cycle"] > 1e-2
 
 
 def test_each_axiom_is_noticed_alone():

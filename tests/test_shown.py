@@ -88,7 +88,7 @@ def test_figures_hold_the_numbers(objects):
     shown, _, y = objects
     spectrum = shown["spectrum"]
     curve = spectrum.plot().data[0]
-    np.testing.assert_array_equal(curve.y, spectrum.eigenvalues[spectrum.eigenvalues > spectrum.noise].numpy())
+    np.testing.assert_array_equal(curve.y, spectrum.eigenvalues[spectrum.eigenvalues > spectrum.floor].numpy())
     assert curve.x[0] == 1
     tracked = shown["tracked"]
     loss = tracked.plot("loss").data[0]

@@ -75,13 +75,13 @@ def test_the_numbers_are_those_in_memory(method, case, monkeypatch):
         ("ridge", (K @ alpha).argmax(1), (K_test @ alpha).argmax(1)),
         ("svm", svm.predict(K), svm.predict(K_test)),
     ):
-        assert found[name]["training error"] == float((training != sets.y_train).double().mean())
+        assert found[name]["training_error"] == float((training != sets.y_train).double().mean())
         error = float((test != sets.y_test).double().mean())
-        assert found[name]["test error"]["value"] == error
+        assert found[name]["test_error"]["value"] == error
         assert error > 0 or len(sets.classes) == 2
         m = len(sets.y_test)
-        assert found[name]["test error"]["examples"] == m
-        np.testing.assert_allclose(found[name]["test error"]["standard error"], (error * (1 - error) / m) ** 0.5)
+        assert found[name]["test_error"]["examples"] == m
+        np.testing.assert_allclose(found[name]["test_error"]["error"], (error * (1 - error) / m) ** 0.5)
     np.testing.assert_allclose(found["svm"]["margins"], torch.as_tensor(svm.margin_).reshape(-1), rtol=1e-6)
     assert found["svm"]["status"] == "optimal"
 
@@ -120,8 +120,8 @@ def test_labels_from_a_file(case, tmp_path):
     other = ntkit.GramStore.create(tmp_path / "s", kernel, sets.x_train.double(), tile=50)
     for store in (place / "store", other.path):
         found = solve(store, SolveSettings(ridge=1e-2, labels=tmp_path / "y.npy"))["ridge"]
-        assert found["test error"] is None
-        assert found["training error"] == expected["training error"]
+        assert found["test_error"] is None
+        assert found["training_error"] == expected["training_error"]
     with pytest.raises(Refused, match=r"got a store made in Python; .*--labels"):
         solve(other.path, SolveSettings(svm=True))
     assert set(solve(other.path, SolveSettings(spectrum=2))) >= {"spectrum"}
@@ -178,7 +178,7 @@ def test_the_command(case):
         "spectrum of 120 samples, converged",
         f"{told['spectrum']['eigenvalues'][0]:.6g}",
         "hard-margin SVM",
-        f"{100 * told['svm']['test error']['value']:.2f}",
+        f"{100 * told['svm']['test_error']['value']:.2f}",
         f"numbers: {store}/solved.json",
     ):
         assert text in done.stdout.replace("\n", " ") or text in done.stdout

@@ -143,7 +143,7 @@ def test_scales_whose_squares_are_not_representable(scale, k):
 def test_top_k_beyond_the_rank():
     top = spectrum(gram(60, rank=3), k=8)
     assert torch.allclose(top.eigenvalues[:3], spectrum(gram(60, rank=3)).eigenvalues[:3], rtol=1e-12)
-    assert float(top.eigenvalues[3:].abs().max()) < top.noise
+    assert float(top.eigenvalues[3:].abs().max()) < top.floor
 
 
 def test_single_precision_operator():
@@ -151,7 +151,7 @@ def test_single_precision_operator():
     top = spectrum(Operator(K.numpy(), np.float32), k=5)
     assert torch.allclose(top.eigenvalues, spectrum(K).eigenvalues[:5], rtol=1e-5)
     assert top.eigenvalues.dtype == torch.float64
-    assert top.noise == pytest.approx(float(top.eigenvalues[0]) * 2.0**-23)
+    assert top.floor == pytest.approx(float(top.eigenvalues[0]) * 2.0**-23)
 
 
 def test_iteration_that_does_not_converge_is_a_status(monkeypatch):

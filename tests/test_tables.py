@@ -34,7 +34,7 @@ def test_columns_are_standardized_on_the_training_set_and_texts_are_indicators(t
     assert np.allclose(data.x_train[:, :2], expected, atol=1e-6)
     cities = np.array([[i % 3 == city for city in (2, 1, 0)] for i in rows])  # Bern, Oslo, Rome
     assert data.x_train[:, 2:].tolist() == cities.astype(float).tolist()
-    assert data.normalisation == (
+    assert data.normalization == (
         "2 columns of numbers standardized on the training set; 3 indicators of text as 0 and 1"
     )
     assert data.source.startswith("table homes.csv: price from 3 columns, 1 of them text as 3 indicators; fixed split")
@@ -97,7 +97,7 @@ def test_a_column_that_is_constant_in_training_is_only_centered(tmp_path):
     data = table(tmp_path, ["a,b,y", *(f"{i},7,{i / 3}" for i in range(10))], target="y")
     assert data.x_train[:, 1].unique().tolist() == [0]
     assert (
-        data.normalisation == "2 columns of numbers standardized on the training set (1 constant there, only centered)"
+        data.normalization == "2 columns of numbers standardized on the training set (1 constant there, only centered)"
     )
 
 

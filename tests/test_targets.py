@@ -73,7 +73,7 @@ def test_the_labels_of_both_sets_count():
     ],
 )
 def test_names_of_classes(y, names, labels):
-    data = both(y, classes=list(names))
+    data = both(y, class_names=list(names))
     assert data.classes == tuple(names)
     assert data.y_train.tolist() == [int(label) for label in labels]
 
@@ -81,8 +81,8 @@ def test_names_of_classes(y, names, labels):
 @pytest.mark.parametrize(
     ("y", "more", "message"),
     [
-        (CLASS + 1, {"classes": ["a", "b"]}, r"labels y: got label 2 in row 1; expected 0 to 1"),
-        (np.array(["a", "b", "c"])[CLASS], {"classes": ["a", "b"]}, "got label 'c' in row 2; expected one of a, b"),
+        (CLASS + 1, {"class_names": ["a", "b"]}, r"labels y: got label 2 in row 1; expected 0 to 1"),
+        (np.array(["a", "b", "c"])[CLASS], {"class_names": ["a", "b"]}, "got label 'c' in row 2; expected one of a, b"),
         (np.array(["a", None, "c"], dtype=object)[CLASS], {}, "got None in row 1; expected text everywhere"),
         (np.array([1, None, 2], dtype=object)[CLASS], {}, "got None in row 1; expected text everywhere, or integers"),
         (np.array(["a", "", "c"])[CLASS], {}, "got an empty label in row 1"),
@@ -91,7 +91,7 @@ def test_names_of_classes(y, names, labels):
         (np.ones((12, 3, 2)), {}, r"got float64 of shape \[12, 3, 2\]; expected integers, text"),
         (CLASS * 0.5, {"task": "classification"}, "got 0.5 in row 1; expected integers for classes"),
         (CLASS, {"task": "ordinal"}, "task: got 'ordinal'; expected classification or regression"),
-        (X, {"classes": ["a", "b"]}, "classes: got names of classes for targets that are floats"),
+        (X, {"class_names": ["a", "b"]}, "class_names: got names of classes for targets that are floats"),
         (np.array(["a", "b", "c"])[CLASS], {"task": "regression"}, "targets y: got text; expected numbers"),
         (CLASS % 2 + 0.0, {}, r"got floats with two values only, 0 and 1; .*\(--task\)"),
         (np.array([1.0, np.inf, 2])[CLASS], {}, r"targets y: got inf in row 1 \(4 such rows\)"),

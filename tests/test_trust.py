@@ -41,7 +41,7 @@ def points():
     draw = torch.Generator().manual_seed(0)
     return torch.rand(12, 1, 3, 3, generator=draw), torch.arange(12) % 2
 """
-SMALL = {"train": 8, "test": 2, "epochs": 1, "track_points": 4, "probe_samples": 2}
+SMALL = {"train": 8, "test": 2, "epochs": 1, "track_points": 4, "probe_points": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def run_of(folder: Path, model="linear", data="digits", status="running", **iden
 
 def refused_by_all(run: Path, mark: Path, message: str) -> None:
     for call in (
-        lambda: ntkit.analyze(resume=run),
+        lambda: ntkit.analyze(from_run=run),
         lambda: track_run(run, say=lambda line: None),
         lambda: explain_run(run, say=lambda line: None),
     ):
@@ -205,11 +205,11 @@ def home(own_run, tmp_path, monkeypatch):
 
 def test_ones_own_run_goes_on_without_a_word(home, tmp_path):
     said = []
-    ntkit.analyze(resume=tmp_path / "run", say=said.append)
+    ntkit.analyze(from_run=tmp_path / "run", say=said.append)
     assert said[0] == f"Resuming {tmp_path / 'run'}"
     assert (home / "ran").exists()
     track_run(tmp_path / "run", TrackSettings(points=4, k=2), say=lambda line: None)
-    ntkit.analyze(resume=tmp_path / "run", out=tmp_path / "again", say=said.append)
+    ntkit.analyze(from_run=tmp_path / "run", out=tmp_path / "again", say=said.append)
     assert not [line for line in said if "Differences" in line]
 
 
@@ -241,17 +241,17 @@ def test_named_again_or_trusted_it_runs(home, tmp_path):
     model, data = (read_json(run / "run.json")["settings"][key] for key in ("model", "data"))
     refused_by_all(run, home / "ran", "got --model")
     with pytest.raises(ntkit.Refused, match="got --data"):  # one of two
-        ntkit.analyze(ntkit.Settings(model=model), resume=run)
+        ntkit.analyze(ntkit.Settings(model=model), from_run=run)
     assert not (home / "ran").exists()
     with pytest.raises(ntkit.Refused, match=r"--model, with .*: got mlp; expected .*net.py:make, as in the run"):
-        ntkit.analyze(ntkit.Settings(model="mlp", data=data), resume=run)
+        ntkit.analyze(ntkit.Settings(model="mlp", data=data), from_run=run)
     with pytest.raises(ntkit.Refused, match="got further settings"):
-        ntkit.analyze(ntkit.Settings(model=model, data=data, epochs=9), resume=run)
+        ntkit.analyze(ntkit.Settings(model=model, data=data, epochs=9), from_run=run)
     track_run(run, TrackSettings(points=4, k=2), say=lambda line: None, trust=True)
     assert (home / "ran").exists()
     refused_by_all(run, tmp_path / "none", "got --model")  # trusted once, not for ever
-    ntkit.analyze(ntkit.Settings(model=model, data=data), resume=run)
-    ntkit.analyze(resume=run, out=tmp_path / "again")  # named once, known since
+    ntkit.analyze(ntkit.Settings(model=model, data=data), from_run=run)
+    ntkit.analyze(from_run=run, out=tmp_path / "again")  # named once, known since
 
 
 def test_the_command_line(tmp_path, mark):

@@ -90,10 +90,15 @@ def weights(m, tmp):
     ntkit.load_weights(m, tmp / "w.safetensors")
 
 
-def analysis(m, tmp):
-    settings = ntkit.Settings(classes=("3", "8"), train=20, test=10, model="linear", epochs=1, track_points=8)
-    ntkit.analyze(settings, out=tmp / "run")
-    ntkit.report.render(tmp / "run")
+def analysis(m, tmp, **changed):
+    settings = {"classes": ("3", "8"), "train": 20, "test": 10, "model": "linear", "epochs": 1, "track_points": 8}
+    run = ntkit.analyze(ntkit.Settings(**settings, **changed), out=tmp / "-".join(["run", *changed]))
+    ntkit.report.render(run)
+    return run
+
+
+def comparison(m, tmp):
+    ntkit.compare([analysis(m, tmp), analysis(m, tmp, seed=1)], points=4, out=tmp / "compared")
 
 
 def record(m, tmp):
@@ -165,7 +170,7 @@ def explained(m, tmp):
     ntkit.leave_one_out(scores, again, examples=[0, 1, 2])
     ntkit.datamodeling_score(scores, again, share=0.5, sets=3)
     ntkit.case_deletion(scores, again, shares=(0.2,))
-    ntkit.query_loss_difference(scores, again, share=0.2, random_sets=2)
+    ntkit.query_loss_difference(scores, again, share=0.2, sets=2)
     ntkit.mislabeled(scores[0], Y > 0)
     tangent = ntkit.TangentKernel(net)
     ntkit.explain(tangent, ntkit.tracking_importance(run), X, X[:2])
@@ -251,13 +256,15 @@ CALLS = {
     "Settings": analysis,
     "analyze": analysis,
     "report": analysis,
+    "compare": comparison,
+    "verify": lambda m, tmp: ntkit.verify(analysis(m, tmp)),
 }
 
 RETURNED = {  # classes of what the others return and raise
     "BadTile": "GramStore", "BestTime": "GradientFlow", "Convergence": "convergence", "Damaged": "Refused",
-    "FiniteDifferences": "Influence", "LimitEstimate": "InfiniteKernel", "Linearized": "linearized",
-    "MonteCarlo": "monte_carlo", "NoLimit": "Refused", "Novelty": "novelty", "Recorder": "record",
-    "Top": "PathDecomposition", "Undefined": "Refused",
+    "FileRecord": "verify", "FiniteDifferences": "Influence", "LimitEstimate": "InfiniteKernel",
+    "Linearized": "linearized", "MonteCarlo": "monte_carlo", "NoLimit": "Refused", "Novelty": "novelty",
+    "Recorder": "record", "Top": "PathDecomposition", "Undefined": "Refused",
 }  # fmt: skip
 CALLS |= {name: CALLS[other] for name, other in RETURNED.items()}
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.base.checks import Refused as Refused
     from ntkit.base.checks import Undefined as Undefined
     from ntkit.commands.analyze import analyze as analyze
+    from ntkit.commands.compare import compare as compare
     from ntkit.commands.settings import Settings as Settings
+    from ntkit.commands.verify import FileRecord as FileRecord
+    from ntkit.commands.verify import verify as verify
     from ntkit.explanations.axioms import check_axioms as check_axioms
     from ntkit.explanations.evaluation import Deletion as Deletion
     from ntkit.explanations.evaluation import Evaluation as Evaluation
@@ -46,6 +49,7 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.gram.tile_files import BadTile as BadTile
     from ntkit.jacobian.structure import SelfCheckError as SelfCheckError
     from ntkit.kernels.conjugate import ConjugateKernel as ConjugateKernel
+    from ntkit.kernels.gpytorch_kernel import GPyTorchKernel as GPyTorchKernel
     from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel as InfiniteKernel
     from ntkit.kernels.infinite.sampled import LimitEstimate as LimitEstimate
     from ntkit.kernels.influence_kernel import InfluenceKernel as InfluenceKernel
@@ -91,6 +95,8 @@ if TYPE_CHECKING:  # the names of _NAMES below once more, as imports: what type 
     from ntkit.trajectory import load_weights as load_weights
     from ntkit.trajectory import record as record
     from ntkit.trajectory import train as train
+    from ntkit.trajectory.callbacks import LightningCallback as LightningCallback
+    from ntkit.trajectory.callbacks import TransformersCallback as TransformersCallback
 
 __version__ = "1.0.0"
 
@@ -137,6 +143,8 @@ _NAMES = {
     "ntkit.tracking": ("Tracked", "track"),
     "ntkit.studies.study": ("study",),
     "ntkit.commands.analyze": ("analyze",),
+    "ntkit.commands.compare": ("compare",),
+    "ntkit.commands.verify": ("FileRecord", "verify"),
     "ntkit.commands.settings": ("Settings",),
     "ntkit.base.checks": ("Damaged", "NoLimit", "Refused", "Undefined"),
     "ntkit.machines.modes": ("BestTime",),
@@ -144,17 +152,22 @@ _NAMES = {
     "ntkit.gram.tile_files": ("BadTile",),
     "ntkit": ("data", "probes", "report", "testing"),  # modules that are names themselves
 }
+_WITH_PACKAGES = {  # beside __all__: each needs a package that ntkit does not require
+    "GPyTorchKernel": "ntkit.kernels.gpytorch_kernel",
+    "LightningCallback": "ntkit.trajectory.callbacks",
+    "TransformersCallback": "ntkit.trajectory.callbacks",
+}
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 if not TYPE_CHECKING:  # a type checker would take a __getattr__ to mean that every name exists
 
     def __getattr__(name):
-        if name not in _HOME:
+        if name not in _HOME and name not in _WITH_PACKAGES:
             raise AttributeError(f"module 'ntkit' has no attribute '{name}'")
         from ntkit.base.imports import same_random_numbers
 
-        module = _HOME[name]
+        module = _HOME.get(name) or _WITH_PACKAGES[name]
         with same_random_numbers():
             return import_module(f"ntkit.{name}") if module == "ntkit" else getattr(import_module(module), name)
 

@@ -73,8 +73,8 @@ def launch(
 
 @app.command
 def analyze(
-    settings: Annotated[Settings | None, Parameter(name="*")] = None,
     *,
+    settings: Annotated[Settings | None, Parameter(name="*")] = None,
     out: Path | None = None,
     from_: Annotated[Path | None, Parameter(name="--from")] = None,
     overwrite: bool = False,
@@ -97,13 +97,13 @@ def analyze(
     """
     from ntkit.commands.analyze import analyze as run
 
-    folder = run(settings, out=out, resume=from_, overwrite=overwrite, trust=trust, say=_say)
+    folder = run(settings, out=out, from_run=from_, overwrite=overwrite, trust=trust, say=_say)
     _answer(lambda: _results_of(folder), lambda: tables.print_summary(folder))
 
 
 @app.command
 def track(
-    run: Path, settings: Annotated[TrackSettings | None, Parameter(name="*")] = None, *, trust: bool = False
+    run: Path, /, *, settings: Annotated[TrackSettings | None, Parameter(name="*")] = None, trust: bool = False
 ) -> None:
     """Follow the kernel along a recorded run: spectrum, alignment, energies, learning-rate bound, first order.
 
@@ -126,8 +126,9 @@ def track(
 @app.command
 def explain(
     run: Path,
-    settings: Annotated[ExplainSettings | None, Parameter(name="*")] = None,
+    /,
     *,
+    settings: Annotated[ExplainSettings | None, Parameter(name="*")] = None,
     overwrite: bool = False,
     trust: bool = False,
 ) -> None:
@@ -156,8 +157,9 @@ def explain(
 @app.command
 def compare(
     runs: Annotated[tuple[Path, ...], Parameter(negative=())],
-    settings: Annotated[CompareSettings | None, Parameter(name="*")] = None,
+    /,
     *,
+    settings: Annotated[CompareSettings | None, Parameter(name="*")] = None,
     overwrite: bool = False,
     trust: bool = False,
 ) -> None:
@@ -177,14 +179,14 @@ def compare(
     trust
         Run the code that the folders name (--model, --data) even if you have never run it here.
     """
-    from ntkit.commands.compare import compare_runs
+    from ntkit.commands.compare import compare as run
 
-    folder = compare_runs(runs, settings, overwrite=overwrite, trust=trust, say=_say)
+    folder = run(runs, **vars(settings or CompareSettings()), overwrite=overwrite, trust=trust, say=_say)
     _answer(lambda: _results_of(folder), lambda: tables.print_comparison(folder))
 
 
 @app.command
-def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir: Path | None = None) -> None:
+def study(name: str, /, *, scale: str = "quick", out: Path | None = None, data_dir: str | None = None) -> None:
     """Reproduce a paper: run its experiments, test its claims, write a report.
 
     Parameters
@@ -208,7 +210,7 @@ def study(name: str, *, scale: str = "quick", out: Path | None = None, data_dir:
 
 
 @app.command
-def infinite(settings: Annotated[InfiniteSettings | None, Parameter(name="*")] = None) -> None:
+def infinite(*, settings: Annotated[InfiniteSettings | None, Parameter(name="*")] = None) -> None:
     """Derive a network's infinite-width limit from its module, and print how well it classifies.
 
     Cross-validated accuracy of kernel ridge regression with the tangent kernel (NTK) and the Gaussian process (NNGP) of
@@ -227,7 +229,7 @@ def infinite(settings: Annotated[InfiniteSettings | None, Parameter(name="*")] =
 
 @app.command
 def gram(
-    model: str, data: str, settings: Annotated[GramSettings | None, Parameter(name="*")] = None, *, out: Path
+    model: str, data: str, *, settings: Annotated[GramSettings | None, Parameter(name="*")] = None, out: Path
 ) -> None:
     """Compute a network's tangent kernel on a data set into a folder, tile by tile; stopped, the same command goes on.
 
@@ -252,7 +254,7 @@ def gram(
 
 @app.command
 def solve(
-    store: Path, settings: Annotated[SolveSettings | None, Parameter(name="*")] = None, *, trust: bool = False
+    store: Path, /, *, settings: Annotated[SolveSettings | None, Parameter(name="*")] = None, trust: bool = False
 ) -> None:
     """Compute a spectrum, or a classifier and its test error, from a kernel matrix of ntkit gram, and write it there.
 
@@ -263,7 +265,7 @@ def solve(
     settings
         What to compute: at least one of --spectrum, --ridge and --svm.
     trust
-        Run the code that the store names (MODEL, DATA) even if you have never run it here.
+        Run the code that the store names (--model, --data) even if you have never run it here.
     """
     from ntkit.commands.solve_store import SOLVED
     from ntkit.commands.solve_store import solve as run
@@ -278,7 +280,7 @@ def solve(
 
 
 @app.command
-def report(run: Path) -> None:
+def report(run: Path, /) -> None:
     """Write the report of a run again from its results.
 
     Parameters
@@ -293,7 +295,7 @@ def report(run: Path) -> None:
 
 
 @app.command
-def verify(run: Path) -> None:
+def verify(run: Path, /) -> None:
     """List the files of a folder, and compare each with its checksum; exit 1 if one is damaged or missing.
 
     Parameters
@@ -306,7 +308,7 @@ def verify(run: Path) -> None:
 
     records = files.verify(run)
     shown = files.without_whole_tiles(records)
-    lines = [f"{r.status:<17} {r.file}" + (f": {r.why}" if r.why else "") for r in shown]
+    lines = [f"{r.status:<17} {r.file}" + (f": {r.reason}" if r.reason else "") for r in shown]
     document = {"files": [r._asdict() for r in shown], "summary": files.summary(records)}
     _answer(lambda: document, lambda: print("\n".join([*lines, files.summary(records)])))
     if any(record.status in ("damaged", "missing") for record in records):

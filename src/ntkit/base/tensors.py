@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.batch import tensors_to_hash
+from ntkit.base.checks import refusal
 from ntkit.base.files import parsed, write_bytes
 from ntkit.base.integrity import metadata_to_seal, sealed_tensors
 
@@ -71,3 +72,17 @@ def read_tensors_and_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict
     from safetensors.torch import load
 
     return parsed(Path(path), load)
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of `--device`; "auto" is the GPU if there is one.
+
+    Raises
+    ------
+    Refused
+        For "cuda" on a machine without a GPU.
+    """
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise refusal("--device", got="cuda", expected="a device of this machine", fix="Use --device cpu.")
+    return torch.device(("cuda" if gpu else "cpu") if name == "auto" else name)

@@ -116,7 +116,7 @@ class Stages:
         along = self.numbers["along"]
         if self.trajectory is None or "absent" in along or self.data.targets is not None:
             return None, {}
-        model, samples = copy.deepcopy(self.models["init"]), self.settings.probe_samples
+        model, samples = copy.deepcopy(self.models["init"]), self.settings.probe_points
         return against_loss(self.task, model, self.trajectory, along, samples, self.memory), {}
 
     def _limit(self) -> Stage:
@@ -138,14 +138,14 @@ class Stages:
             "points": min(self.settings.track_points, len(self.data.x_train)),
             "steps": self.trajectory.steps if self.trajectory else [],
         }
-        return cost_of_kernels(self.data, followed, self.settings.probe_samples, transforms)
+        return cost_of_kernels(self.data, followed, self.settings.probe_points, transforms)
 
     def _invariances(self) -> Stage:
         if self.data.kind != "images":
             return None, {}
         builders = measures.kernels_of(self.models, self.memory)
         kernels = {key: build() for key, build in builders.items() if self._has_gram(key)}
-        return measures.invariances(kernels, self.data, self.settings.probe_samples)
+        return measures.invariances(kernels, self.data, self.settings.probe_points)
 
     def _neighbors(self) -> Stage:
         select = measures.select_examples if self.data.targets is None else regression.select_examples
@@ -163,7 +163,7 @@ class Stages:
     def _explained(self) -> Stage:
         if self.trajectory is None or "absent" in (self.numbers["along"] or {}):
             return None, {}
-        return explained_stage(self.task, self.models["after"], self.trajectory, self._affordable())
+        return explained_stage(self.task, self.models["after"], self.trajectory, self._affordable(), self.memory)
 
     def _oracle(self) -> Stage:
         x, after = self.data.x_test, self.models["after"]

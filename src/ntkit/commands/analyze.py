@@ -29,14 +29,14 @@ from ntkit.base.memory import parse_memory
 from ntkit.base.progress import task
 from ntkit.base.regular_files import check_folder
 from ntkit.base.results_file import DRAWN
-from ntkit.base.run_files import described
+from ntkit.base.tensors import chosen_device
 from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.base.versions import RESULTS_FORMAT
 from ntkit.commands import network_measures as measures
 from ntkit.commands import regression_measures as regression
 from ntkit.commands.analysis_stages import Stage, Stages
 from ntkit.commands.estimate import estimate
-from ntkit.commands.results import assemble, earlier_run, identity_of_run
+from ntkit.commands.results import assemble, earlier_run, identity_of_run, settings_of
 from ntkit.commands.settings import Settings
 from ntkit.commands.stage_files import REPLACED, StageFiles, put_aside, put_back, recover
 from ntkit.data import Data
@@ -50,7 +50,7 @@ def analyze(
     settings: Settings | None = None,
     *,
     out: str | Path | None = None,
-    resume: str | Path | None = None,
+    from_run: str | Path | None = None,
     overwrite: bool = False,
     trust: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -59,12 +59,13 @@ def analyze(
 
     Parameters
     ----------
-    settings : what to do (`ntkit.commands.settings.Settings`); the default is a CNN on the embedded digits.
+    settings : what to do (`ntkit.Settings`); the default is a CNN on the embedded digits.
     out : run folder; ``runs/MODEL-DATA`` if None.
-    resume : folder of an earlier run, whose settings are used. An unfinished run is resumed in place. A complete run is
-        repeated in `out`; without `out` only its report is written again.
+    from_run : folder of an earlier run, whose settings are used. An unfinished run is resumed in place. A complete run
+        is repeated in `out`; without `out` only its report is written again.
     overwrite : replace an existing run in `out`, once all settings have passed their checks.
-    trust : with `resume`, run code that the folder names. Else it must have run here, or be named in `settings` again.
+    trust : with `from_run`, run code that the folder names. Else it must have run here, or be named in `settings`
+        again.
     say : receives one line per stage.
 
     Returns
@@ -80,17 +81,17 @@ def analyze(
     """
     earlier, code = None, contextlib.nullcontext()
     check_folder(out, "--out")
-    if resume is not None:
-        recover(Path(resume))
-        earlier = earlier_run(Path(resume), settings and dataclasses.replace(settings, model="cnn", data="digits"))
+    if from_run is not None:
+        recover(Path(from_run))
+        earlier = earlier_run(Path(from_run), settings and dataclasses.replace(settings, model="cnn", data="digits"))
         given = {} if settings is None else settings.named_code(changed=True)
-        settings = stored = described(Path(resume) / "run.json", earlier["settings"], Settings, "settings")
-        code = code_of_run(Path(resume), stored.named_code(), earlier.get("identity"), given, trust)
-        complete = earlier["status"] == "complete" and (Path(resume) / "results.json").exists()
+        settings = stored = settings_of(Path(from_run) / "run.json", earlier)
+        code = code_of_run(Path(from_run), stored.named_code(), earlier.get("identity"), given, trust)
+        complete = earlier["status"] == "complete" and (Path(from_run) / "results.json").exists()
         if out is None and complete:
-            FolderLock(resume).sweep()  # a process was killed between its last file and the end of its lock
+            FolderLock(from_run).sweep()  # a process was killed between its last file and the end of its lock
             try:
-                report = render(resume)
+                report = render(from_run)
             except Damaged as error:
                 say(f"{error} Its stages are put together again.")
             else:
@@ -98,11 +99,11 @@ def analyze(
                 return report.parent
         if out is None:
             with code:
-                return _Run(Path(resume), stored, say, earlier, resumed=True).run()
+                return _Run(Path(from_run), stored, say, earlier, resumed=True).run()
         if not complete:
             expected = "no --out: an unfinished run is resumed in its own folder"
             fix = "Leave out --out. Repeat the run elsewhere when it is complete."
-            raise refusal(f"--from {resume}", got="an unfinished run, and --out", expected=expected, fix=fix)
+            raise refusal(f"--from {from_run}", got="an unfinished run, and --out", expected=expected, fix=fix)
     settings = settings or Settings()
     folder = Path(out) if out is not None else Path("runs") / settings.slug()
     recover(folder)
@@ -132,10 +133,7 @@ class _Run:
         self.folder, self.settings, self.say, self.earlier, self.resumed = folder, settings, say, earlier, resumed
         settings.check()
         self.memory = parse_memory(settings.memory) or 0
-        gpu = torch.cuda.is_available()
-        if settings.device == "cuda" and not gpu:
-            raise refusal("--device", got="cuda", expected="a device of this machine", fix="Use --device cpu.")
-        self.device = torch.device(("cuda" if gpu else "cpu") if settings.device == "auto" else settings.device)
+        self.device: torch.device = chosen_device(settings.device)
         self.data: Data
         self.task: measures.TrainingTask
         self.models: dict[str, nn.Module] = {}

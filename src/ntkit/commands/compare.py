@@ -46,10 +46,14 @@ _SAME = 1e-4  # of predictions of numbers, in deviations of the target: a hundre
 _DRAWN = 60  # eigenvalues of a spectrum that are kept for the page, spaced evenly on a logarithmic axis
 
 
-def compare_runs(
+def compare(
     runs: Sequence[str | Path],
-    settings: CompareSettings | None = None,
     *,
+    points: int = 200,
+    memory: int | str | None = None,
+    model: Sequence[str] | None = None,
+    data: str | None = None,
+    out: str | Path = "runs/comparison",
     overwrite: bool = False,
     trust: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -59,7 +63,10 @@ def compare_runs(
     Parameters
     ----------
     runs : two or more run folders. Those that differ in the seed alone are a group.
-    settings : on how many points kernels are compared; where the results go.
+    points : test examples on which the kernels of all runs are compared, spread evenly.
+    memory : that a kernel computation may use at a time, such as "3 GB"; None = as each run.
+    model, data : those of the runs again, if they are code that you have not run here; of models as many as you like.
+    out : folder for the results. A comparison that was stopped goes on there.
     overwrite : replace a comparison of other runs in that folder.
     trust : run the code that the run folders name even if it has never been run here.
     say : called with each line.
@@ -73,18 +80,21 @@ def compare_runs(
 
     Examples
     --------
-    >>> compare_runs(["runs/one"])
+    >>> compare(["runs/one"])
     Traceback (most recent call last):
     ...
     ntkit.Refused: runs: got 1 folder; expected at least two. Name the run folders: ntkit compare RUN RUN.
     """
-    s = settings or CompareSettings()
+    models = None if model is None else (model,) if isinstance(model, str) else tuple(model)
+    limit = None if memory is None else str(memory)
+    s = CompareSettings(points=points, memory=limit, model=models, data=data, out=Path(out))
     s.check()
+    parse_memory(s.memory)
     place = Path(s.out)
     check_folder(place, "--out")
     found = runs_of.opened_runs([Path(run) for run in runs], s, trust)
-    points = found[0].rows[spread(len(found[0].rows), s.points)]
-    own = {"format": COMPARE_FORMAT, "kind": KIND, "of": [run.id for run in found], "points": len(points)}
+    common = spread(len(found[0].rows), s.points)
+    own = {"format": COMPARE_FORMAT, "kind": KIND, "of": [run.id for run in found], "points": len(common)}
     work = _Work(place, s, trust, say, own)
     try:
         with FolderLock(place):
@@ -203,8 +213,9 @@ def _kernels(run: ComparedRun, count: int, work: _Work) -> tuple[Kernels, dict[s
     work.say(f"[{run.place + 1} of {count}] kernels on {len(x):,} test examples: {run.name}")
     models, certificate = _networks(run, work.settings, work.trust)
     kernels: Kernels = {}
+    memory = run.settings.memory if work.settings.memory is None else work.settings.memory
     for key, model in models.items():
-        kernel = TangentKernel(model, outputs="trace", memory=parse_memory(run.settings.memory) or 0)
+        kernel = TangentKernel(model, outputs="trace", memory=memory)
         try:
             kernels[key] = kernel(x.to(next(model.parameters()).device)).cpu()
         except Refused as refused:

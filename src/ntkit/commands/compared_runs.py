@@ -22,7 +22,7 @@ from ntkit.base.results_file import AnalysisResults, RegressionResults
 from ntkit.base.run_files import described
 from ntkit.base.trust import code_of_run
 from ntkit.base.versions import RESULTS_FORMAT, check_format
-from ntkit.commands.results import data_of, told_by
+from ntkit.commands.results import data_of, settings_of, told_by
 from ntkit.commands.settings import CompareSettings, Settings
 from ntkit.commands.stage_files import StageFiles
 from ntkit.data import Data
@@ -117,7 +117,7 @@ def code_of(run: ComparedRun, s: CompareSettings, trust: bool) -> Iterator[None]
 
 def _read(folder: Path) -> ComparedRun:
     told = told_by(folder)
-    settings = described(folder / "run.json", told["settings"], Settings, "settings")
+    settings = settings_of(folder / "run.json", told)
     if told["status"] != "complete" or not (folder / "results.json").exists():
         fix = f"Let it end, or go on with: ntkit analyze --from {shlex.quote(str(folder))}"
         raise refusal(str(folder), got="a run that is not complete", expected="a complete run", fix=fix)

@@ -41,7 +41,7 @@ def estimate(task: TrainingTask, model: nn.Module, settings: Settings, steps: in
     shown = data.kind == "images" and "invariances" not in settings.without
     transforms = standard(tuple(data.x_test.shape[1:])) if shown else {}
     training, seen = step * steps, steps * (batch or n)
-    cost = cost_of_kernels(data, along, settings.probe_samples, transforms)
+    cost = cost_of_kernels(data, along, settings.probe_points, transforms)
     parts = {"kernels": gradient * cost, "training": training}
     most = affordable_trainings(data, parameters, cost)
     for section, (runs, of_example) in TRAINED_AGAIN.items():

@@ -21,8 +21,8 @@ from ntkit.base.checks import Damaged, Refused, refusal
 from ntkit.base.files import read_json, remove, write_arrays, write_json
 from ntkit.base.integrity import check_place, fingerprint
 from ntkit.base.lock import FolderLock, check_unused
+from ntkit.base.memory import parse_memory
 from ntkit.base.regular_files import check_folder
-from ntkit.base.run_files import described
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
 from ntkit.base.trust import code_of_run
 from ntkit.base.versions import check_format, versions
@@ -30,7 +30,7 @@ from ntkit.commands import explained_points as points_of
 from ntkit.commands.explained_points import Point
 from ntkit.commands.network_measures import TrainingTask
 from ntkit.commands.regression_measures import task_of
-from ntkit.commands.results import data_of, told_by
+from ntkit.commands.results import data_of, settings_of, told_by
 from ntkit.commands.settings import ExplainSettings, Settings
 from ntkit.explanations.influence import influence
 from ntkit.explanations.retrainings import Retrainings
@@ -48,7 +48,10 @@ _OWN = ("explain.json", "accounting", "influence.safetensors", "retrainings", "i
 
 
 class _Opened(NamedTuple):
-    """A run of `ntkit analyze`: its id, what it says of itself, its network at the end of training, its trajectory."""
+    """A run of `ntkit analyze`: its id, what it says of itself, its network at the end of training, its trajectory.
+
+    `memory` is what a computation may take of it at a time.
+    """
 
     id: str
     settings: Settings
@@ -56,6 +59,7 @@ class _Opened(NamedTuple):
     task: TrainingTask
     model: nn.Module
     trajectory: Trajectory
+    memory: int | None
 
     @property
     def training(self) -> dict[str, Any]:
@@ -115,7 +119,8 @@ def _explain(place: Path, opened: _Opened, points: list[Point], run: Path, say: 
         say(f"[1 of 4] replaying the training run: {opened.trajectory.stop['step']:,} steps")
         _check_replay(opened, run)
     say("[2 of 4] accounting: what each training example added, by the path kernel")
-    kernel = PathKernel(opened.trajectory, cast(Any, points_of.measure_of(data)), **opened.training)
+    measure = cast(Any, points_of.measure_of(data))
+    kernel = PathKernel(opened.trajectory, measure, memory=opened.memory, **opened.training)
     parts = kernel.decompose(x, y, steps=True, path=place / "accounting")
     say("[3 of 4] influence: what each training example's weight would change")
     scores, influence_along, certificate = _influence(place, opened, points, x, y, say)
@@ -167,7 +172,8 @@ def _results(
 def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
     """Rebuild model, data and trajectory of a run."""
     told = told_by(run)
-    settings = described(run / "run.json", told["settings"], Settings, "settings")
+    settings = settings_of(run / "run.json", told)
+    memory = parse_memory(settings.memory if s.memory is None else s.memory)
     folder, repeat = run / "trajectory", f"ntkit analyze --from {shlex.quote(str(run))}"
     given = {"--model": s.model, "--data": s.data}
     with code_of_run(run, settings.named_code(), told["identity"], given, trust):
@@ -195,18 +201,18 @@ def _opened(run: Path, s: ExplainSettings, trust: bool) -> _Opened:
                       fix=fix) from error  # fmt: skip
     trajectory.load(model, trajectory.stop["step"])
     own = fingerprint([told["settings"], told["identity"]])
-    return _Opened(own, settings, told["identity"], task, model.eval(), trajectory)
+    return _Opened(own, settings, told["identity"], task, model.eval(), trajectory, memory)
 
 
-def _checked_indices(test: tuple[int, ...] | None, task: TrainingTask) -> list[int] | None:
-    if test is None:
+def _checked_indices(index: tuple[int, ...] | None, task: TrainingTask) -> list[int] | None:
+    if index is None:
         return None
     n = len(task.data.x_test)
-    bad = [i for i in test if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n]
-    if bad or not test:
+    bad = [i for i in index if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n]
+    if bad or not index:
         fix = "Test examples are numbered from 0, as in the run's report."
         raise refusal("--test", got=bad[0] if bad else "no number", expected=f"numbers from 0 to {n - 1}", fix=fix)
-    return list(dict.fromkeys(test))
+    return list(dict.fromkeys(index))
 
 
 def _check_replay(opened: _Opened, run: Path) -> None:
@@ -280,9 +286,8 @@ def _influence(
             return tensors["scores"], along, json.loads(told["certificate"])
         except (Damaged, LookupError) as error:
             say(f"{error} It is computed again.")
-    result = influence(
-        opened.trajectory, x, y, measure=points_of.measure_of(opened.task.data), steps=True, **opened.training
-    )
+    measure, memory = points_of.measure_of(opened.task.data), opened.memory
+    result = influence(opened.trajectory, x, y, measure=measure, steps=True, memory=memory, **opened.training)
     certificate = points_of.influence_in_numbers(result)
     shown = points_of.steps_shown(opened.trajectory.stop["step"])
     along = points_of.strongest_along(result.steps or (), result.scores, shown)

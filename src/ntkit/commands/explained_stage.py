@@ -29,13 +29,14 @@ COST = 3  # of the whole stage, per example of every batch, in gradients of a sa
 
 
 def explained_stage(
-    task: TrainingTask, model: nn.Module, trajectory: Trajectory, affordable: float
+    task: TrainingTask, model: nn.Module, trajectory: Trajectory, affordable: float, memory: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Numbers of the three points and their images; or, under ``unexplained``, why there are none.
 
     Parameters
     ----------
     model : the trained network.
+    memory : bytes that a computation may use at a time.
     affordable : gradients of a sample that this may take. Counted, not timed: the same run gives the same results.
     """
     seen = trajectory.stop["step"] * (trajectory.settings["batch_size"] or len(task.data.x_train))
@@ -48,7 +49,7 @@ def explained_stage(
         return {"unexplained": f"{why}, unlike {fault(error)}"}, {}
     points = points_of.chosen_points(task, model, None)
     try:
-        return _explained(task, model, trajectory, points)
+        return _explained(task, model, trajectory, points, memory)
     except Damaged:
         raise
     except (Refused, SelfCheckError) as error:
@@ -58,16 +59,16 @@ def explained_stage(
 
 
 def _explained(
-    task: TrainingTask, model: nn.Module, trajectory: Trajectory, points: list[Point]
+    task: TrainingTask, model: nn.Module, trajectory: Trajectory, points: list[Point], memory: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     data, steps = task.data, points_of.steps_shown(trajectory.stop["step"])
     training: dict[str, Any] = {"model": model, "data": (data.x_train, data.y_train), "loss": task.loss}
     measure = points_of.measure_of(data)
     x = data.x_test[[point.index for point in points]]
     y = torch.tensor([point.predicted for point in points], device=x.device)
-    parts = PathKernel(trajectory, cast(Any, measure), **training).decompose(x, y, steps=True)
+    parts = PathKernel(trajectory, cast(Any, measure), memory=memory, **training).decompose(x, y, steps=True)
     added, added_along = points_of.contributions(parts, steps)
-    found = influence(trajectory, x, y, measure=measure, steps=True, checks=CHECKED, **training)
+    found = influence(trajectory, x, y, measure=measure, steps=True, checks=CHECKED, memory=memory, **training)
     scores: dict[str, Tensor] = {"accounting": added, "influence": found.scores}
     along = {
         "accounting": added_along,

@@ -16,6 +16,7 @@ from torch import Tensor
 from ntkit.base.checks import check_name, refusal
 from ntkit.base.factory import is_code
 from ntkit.base.regular_files import check_folder
+from ntkit.base.tensors import chosen_device
 from ntkit.base.trust import code_hashes, code_of_user
 from ntkit.commands.settings import GramSettings
 from ntkit.data import Data
@@ -83,7 +84,7 @@ def kernel_and_samples(
     network = build(model, shape, classes, s.seed, vocabulary)
     if s.weights is not None:
         say(load_weights(network, s.weights))
-    device = _device(s)
+    device = chosen_device(s.device)
     network = network.to(device=device, dtype=getattr(torch, s.dtype))
     kernel = NamedKernel.of(
         network, model, shape=shape, classes=classes, seed=s.seed, vocabulary=vocabulary, outputs=s.outputs,
@@ -126,13 +127,6 @@ def _without_labels(data: str, s: GramSettings) -> np.ndarray:
         expected = f"samples along the first axis, in {s.dtype} (or integers, for token numbers)"
         raise refusal(data, got=f"{x.dtype} of shape {list(x.shape)}", expected=expected, fix=fix)
     return x
-
-
-def _device(s: GramSettings) -> torch.device:
-    gpu = torch.cuda.is_available()
-    if s.device == "cuda" and not gpu:
-        raise refusal("--device", got="cuda", expected="a device of this machine", fix="Use --device cpu.")
-    return torch.device(("cuda" if gpu else "cpu") if s.device == "auto" else s.device)
 
 
 def _recorded(model: str, data: str, s: GramSettings) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_bytes
+from ntkit.commands.settings import in_present_names
 
 
 def with_options_of(file: Path, tokens: Iterable[str]) -> list[str]:
@@ -38,7 +39,7 @@ def with_options_of(file: Path, tokens: Iterable[str]) -> list[str]:
     """
     words = list(tokens)
     given = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
-    for key, value in _read(file).items():
+    for key, value in in_present_names(_read(file)).items():
         option = "--" + key.replace("_", "-")
         if option not in given:
             words += _words(file, option, value)

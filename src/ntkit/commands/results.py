@@ -18,7 +18,7 @@ from ntkit.base.run_files import AnalysisRun, described
 from ntkit.base.tensors import tensor_hash
 from ntkit.base.versions import RESULTS_FORMAT, check_format, versions
 from ntkit.commands.network_measures import LABELS, TrainingTask
-from ntkit.commands.settings import Settings
+from ntkit.commands.settings import Settings, in_present_names
 from ntkit.data import Data
 from ntkit.trajectory import Trajectory
 
@@ -42,11 +42,17 @@ def checked_run(path: Path, run: dict[str, Any]) -> dict[str, Any]:
     """The `run.json` of a run of `analyze`, if this version knows its format and all of its settings."""
     check_format(path, run.get("format"), RESULTS_FORMAT, "Name a run folder of ntkit analyze.")
     described(path, run, AnalysisRun)
-    if unknown := sorted(run["settings"].keys() - {field.name for field in dataclasses.fields(Settings)}):
+    known = {field.name for field in dataclasses.fields(Settings)}
+    if unknown := sorted(in_present_names(run["settings"]).keys() - known):
         got = f"settings that ntkit {ntkit.__version__} does not have: {', '.join(unknown)}"
         fix = "Upgrade ntkit, or use the version that wrote the folder."
         raise refusal(str(path), got=got, expected="those of ntkit analyze", fix=fix)
     return run
+
+
+def settings_of(path: Path, run: dict[str, Any]) -> Settings:
+    """The settings in the `run.json` of a run of `analyze`."""
+    return described(path, in_present_names(run["settings"]), Settings, "settings")
 
 
 def told_by(run: Path) -> dict[str, Any]:
@@ -176,7 +182,7 @@ def _data(data: Data) -> dict[str, Any]:
         "train": len(data.x_train),
         "test": len(data.x_test),
         "input_shape": list(data.input_shape),
-        "normalization": data.normalisation,
+        "normalization": data.normalization,
         "source": data.source,
         "hash": data.hash,
         **({} if data.targets is None else {"targets": data.targets._asdict()}),

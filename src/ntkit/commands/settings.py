@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ SECTIONS = {
     "explained": ("explained",),
 }
 """Sections of the report of `ntkit analyze` that can be left out, and their stages."""
+_FORMER_NAMES = {"probe_samples": "probe_points"}  # before 1.0.0
 TASKS = ("classification", "regression")  # as in `ntkit.data`, which imports torch
 
 
@@ -119,7 +121,7 @@ class Settings(DataSettings):
     """Seed of the initial weights and of the batches."""
     track_points: int = 500
     """Training examples on which the kernel is followed along training."""
-    probe_samples: int = 200
+    probe_points: int = 200
     """Test images on which invariances are measured."""
     memory: str = "3 GB"
     """Memory that a kernel computation may use at a time, such as "3 GB"."""
@@ -142,8 +144,8 @@ class Settings(DataSettings):
                 raise _bad("without", section, f"sections among {', '.join(SECTIONS)}", nearest(section, SECTIONS))
         for name in ("model", "weights"):
             check_name("--" + name, getattr(self, name) or "", "Rename it: reports name it.")
-        for name in ("epochs", "batch_size", "track_points", "probe_samples"):
-            value, low = getattr(self, name), 2 if name == "probe_samples" else 1
+        for name in ("epochs", "batch_size", "track_points", "probe_points"):
+            value, low = getattr(self, name), 2 if name == "probe_points" else 1
             if value is not None and (not isinstance(value, int) or value < low):
                 raise _bad(name, value, f"an integer of at least {low}", "Give a larger number.")
         for name in ("lr", "momentum", "weight_decay", "target_loss"):
@@ -209,7 +211,10 @@ class TrackSettings(DataSettings):
     outputs: str = "trace"
     """trace (n x n), full (nC x nC) or diagonal (each output's own)."""
     memory: str | None = None
-    """Memory for Gram matrices, such as "2 GB". A larger kernel is not formed, only multiplied with vectors."""
+    """Memory for kernel matrices, such as "3 GB" (half of the free memory by default). A larger kernel is not formed,
+    only multiplied with vectors."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
     out: Path | None = None
     """Folder for the numbers (RUN/track by default). A tracking that was stopped is resumed there."""
     follow: bool = False
@@ -217,13 +222,30 @@ class TrackSettings(DataSettings):
     tensorboard: Path | None = None
     """Folder for TensorBoard events."""
 
+    def check(self) -> None:
+        """Refuse invalid values.
+
+        Raises
+        ------
+        Refused
+            Names the option as the command line spells it.
+        """
+        for name in ("points", "k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise _bad(name, value, "an integer of at least 1", "Give a larger number.")
+        _check_choices(self, outputs=("trace", "full", "diagonal"), device=_DEVICES)
+        self.check_data()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainSettings:
     """Which predictions of a run to explain, and where."""
 
     test: tuple[int, ...] | None = None
-    """Numbers of test examples, from 0. By default three: a confident right, a confident wrong and an uncertain one."""
+    """Which test examples, numbered from 0 (by default a confident right, a confident wrong and an uncertain one)."""
+    memory: str | None = None
+    """Memory that a computation may use at a time, such as "3 GB" (by default as the run)."""
     model: str | None = None
     """The run's --model again, if it is code that you have not run here."""
     data: str | None = None
@@ -238,6 +260,8 @@ class CompareSettings:
 
     points: int = 200
     """Test examples on which the kernels of all runs are compared, spread evenly."""
+    memory: str | None = None
+    """Memory that a kernel computation may use at a time, such as "3 GB" (by default as each run)."""
     model: tuple[str, ...] | None = None
     """The --model of runs again, if it is code that you have not run here."""
     data: str | None = None
@@ -299,7 +323,7 @@ class GramSettings(PartOfData):
     scheduler: str | None = None
     """Address of a running Dask scheduler, whose workers compute: tcp://10.0.0.1:8786."""
     memory: str | None = None
-    """Memory for what tiles have in common, such as "2 GB" (a quarter of the free memory by default); with
+    """Memory for what tiles have in common, such as "3 GB" (a quarter of the free memory by default); with
     --scheduler: of each worker."""
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -333,6 +357,11 @@ class SolveSettings:
     """The MODEL of ntkit gram again, if it is code that you have not run here."""
     data: str | None = None
     """The DATA of ntkit gram again, if it is code that you have not run here."""
+    memory: str | None = None
+    """Memory that the kernel of the test examples may use at a time, such as "3 GB" (half of the free memory by
+    default)."""
+    device: str = "auto"
+    """Where the kernel of the test examples is computed: auto, cpu or cuda."""
 
     def check(self) -> None:
         """Refuse invalid values.
@@ -345,8 +374,18 @@ class SolveSettings:
         if self.spectrum is None and self.ridge is None and not self.svm:
             fix = "Give at least one of them."
             raise refusal("solve", got="nothing to do", expected="--spectrum K, --ridge R or --svm", fix=fix)
+        _check_choices(self, device=_DEVICES)
         if self.ridge is not None and not 0 <= self.ridge <= _LARGEST:
             raise _bad("ridge", self.ridge, f"a number from 0 to {_LARGEST:g}", "Give such a number.")
+
+
+def in_present_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a ``run.json`` under their names of today.
+
+    >>> in_present_names({"probe_samples": 4, "lr": 0.1})
+    {'probe_points': 4, 'lr': 0.1}
+    """
+    return {_FORMER_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def _check_choices(settings: Any, **choices: tuple[str, ...]) -> None:

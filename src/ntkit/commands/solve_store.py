@@ -91,7 +91,7 @@ class _Test:
 
     def __init__(self, kernel: Kernel, x: Tensor, sets: Data) -> None:
         self._kernel, self._x = kernel, x
-        self._x_test = in_dtype(sets.x_test, str(x.dtype).removeprefix("torch."))
+        self._x_test = in_dtype(sets.x_test, str(x.dtype).removeprefix("torch.")).to(x.device)
         self.labels = sets.y_test
 
     def errors(self, predict: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class _Test:
                 progress.advance(len(part))
         m = len(self.labels)
         error = float((torch.cat(found).cpu() != self.labels).double().mean())
-        return {"value": error, "standard error": math.sqrt(error * (1 - error) / m), "examples": m}
+        return {"value": error, "error": math.sqrt(error * (1 - error) / m), "examples": m}
 
 
 def _labels(files: TileFiles, settings: SolveSettings, trust: bool) -> tuple[Tensor, _Test | None]:
@@ -116,7 +116,8 @@ def _labels(files: TileFiles, settings: SolveSettings, trust: bool) -> tuple[Ten
         fix = "Give the labels: --labels y.npy"
         expected = "labels, or a store of ntkit gram, which knows its data set"
         raise refusal(str(files.folder), got="a store made in Python", expected=expected, fix=fix)
-    s = GramSettings(**{name: said.get(name, getattr(GramSettings, name)) for name in RECORDED})
+    recorded = {name: said.get(name, getattr(GramSettings, name)) for name in RECORDED}
+    s = GramSettings(**recorded, memory=settings.memory, device=settings.device)
     names = {"--model": said["model"], "--data": said["data"]}
     given = {"--model": settings.model, "--data": settings.data}
     with code_of_run(files.folder / DESCRIPTION, names, said["identity"], given, trust):
@@ -132,7 +133,7 @@ def _labels(files: TileFiles, settings: SolveSettings, trust: bool) -> tuple[Ten
     if other:
         got, fix = f"another {', '.join(other)} than when the store was made", "Restore it, or give --labels y.npy."
         raise refusal(str(files.folder), got=got, expected="the same network and data", fix=fix)
-    return sets.y_train, _Test(named.kernel, x, sets)
+    return sets.y_train, _Test(named.kernel, x.to(named.device), sets)
 
 
 def _from_file(path: Path, n: int) -> Tensor:
@@ -155,7 +156,7 @@ def _from_file(path: Path, n: int) -> Tensor:
 def _spectrum(K: GramStore, k: int) -> dict[str, Any]:
     found = spectrum(K, k=k)
     numbers = {"eigenvalues": found.eigenvalues.tolist(), "residuals": found.residuals.tolist()}
-    return {**numbers, "trace": found.trace, "tail": found.tail, "noise": found.noise, "status": found.status}
+    return {**numbers, "trace": found.trace, "tail": found.tail, "floor": found.floor, "status": found.status}
 
 
 def _ridge(K: GramStore, relative: float, labels: Tensor, test: _Test | None) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def _ridge(K: GramStore, relative: float, labels: Tensor, test: _Test | None) ->
 
     names = ("method_", "passes_", "residual_", "status_", "advice_")
     certificate = {name.strip("_"): getattr(machine, name) for name in names}
-    return {"ridge": ridge, "relative ridge": relative, **certificate, **_errors(K, predict, labels, test)}
+    return {"ridge": ridge, "relative_ridge": relative, **certificate, **_errors(K, predict, labels, test)}
 
 
 def _svm(K: GramStore, labels: Tensor, test: _Test | None) -> dict[str, Any]:
@@ -187,4 +188,4 @@ def _svm(K: GramStore, labels: Tensor, test: _Test | None) -> dict[str, Any]:
 
 def _errors(K: GramStore, predict: Callable[[Any], Tensor], labels: Tensor, test: _Test | None) -> dict[str, Any]:
     training = float((predict(K) != labels).double().mean())
-    return {"training error": training, "test error": None if test is None else test.errors(predict)}
+    return {"training_error": training, "test_error": None if test is None else test.errors(predict)}

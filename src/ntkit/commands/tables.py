@@ -118,10 +118,10 @@ def print_solved(results: dict[str, Any]) -> None:
             label, certificate = "hard-margin SVM", f"{found['status']}, gap {found['gap']:.0e}"
         else:
             passes = f", {found['passes']} passes" if found["passes"] else ""
-            label = f"ridge, {found['relative ridge']:g} of mean diagonal"
+            label = f"ridge, {found['relative_ridge']:g} of mean diagonal"
             certificate = f"{found['status']}, residual {found['residual']:.0e}{passes}"
-        test = found["test error"] or {"value": None, "standard error": None}
-        errors = (found["training error"], test["value"], test["standard error"])
+        test = found["test_error"] or {"value": None, "error": None}
+        errors = (found["training_error"], test["value"], test["error"])
         rows.append((label, *(_percent(value, 2) for value in errors), certificate))
     if rows:
         title = f"classifiers from {results['samples']:,} samples"

@@ -17,9 +17,9 @@ from ntkit.base.checks import Refused, defined, refusal
 from ntkit.base.files import read_json
 from ntkit.base.lock import FolderLock
 from ntkit.base.regular_files import check_folder
-from ntkit.base.run_files import described
+from ntkit.base.tensors import chosen_device
 from ntkit.base.trust import code_of_run, code_of_user
-from ntkit.commands.results import checked_run, data_of
+from ntkit.commands.results import checked_run, data_of, settings_of
 from ntkit.commands.settings import DataSettings, Settings, TrackSettings
 from ntkit.measures.eigenfunctions import bandwidth, patterns
 from ntkit.networks.built_in import build
@@ -65,11 +65,11 @@ def track_run(
         here, before any of it is imported.
     """
     s = settings or TrackSettings()
-    if s.points < 1:
-        raise refusal("--points", got=s.points, expected="at least 1", fix="Give a larger number.")
-    s.check_data()
+    s.check()
+    device = chosen_device(s.device)
     check_folder(s.out or run, "--out" if s.out else "run")
     folder, network, x, y = _run_to_follow(run, s, trust)
+    network, x, y = network.to(device), x.to(device), y.to(device)
     place = s.out or run / "track"
     say(" ".join(f"{title:>{len(form.format(0))}}" for title, _, form in _COLUMNS))
     while True:
@@ -118,7 +118,7 @@ def _run_to_follow(run: Path, settings: TrackSettings, trust: bool) -> tuple[Pat
     told = read_json(run / "run.json")
     if isinstance(told, dict) and "identity" in told and (run / "trajectory").is_dir():
         checked_run(run / "run.json", told)
-        s, folder = described(run / "run.json", told["settings"], Settings, "settings"), run / "trajectory"
+        s, folder = settings_of(run / "run.json", told), run / "trajectory"
         given = {"--model": settings.model, "--data": settings.data}
         if extra := [name for name in _OF_DATA if getattr(settings, name) is not None]:
             got, expected = f"--{extra[0].replace('_', '-')} for a run of ntkit analyze", "none: its data are the run's"

@@ -52,7 +52,7 @@ class FileRecord(NamedTuple):
 
     file: str
     status: Status
-    why: str = ""
+    reason: str = ""
 
 
 def verify(run: str | Path) -> list[FileRecord]:
@@ -118,8 +118,8 @@ def _tiles(store: Path, folder: Path) -> dict[Path, FileRecord]:
     """The files of a kernel matrix on disk."""
     start = store / DESCRIPTION
 
-    def record(file: Path, status: Status, why: str = "") -> FileRecord:
-        return FileRecord(file.relative_to(folder).as_posix(), status, why)
+    def record(file: Path, status: Status, reason: str = "") -> FileRecord:
+        return FileRecord(file.relative_to(folder).as_posix(), status, reason)
 
     try:
         files = TileFiles(store)

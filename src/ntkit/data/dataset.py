@@ -15,7 +15,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.memory import check_room
 from ntkit.base.tensors import tensor_hash
 from ntkit.data.columns import Columns, standardized_columns
-from ntkit.data.examples import Kind, class_names, examples, restored_random_states, stack
+from ntkit.data.examples import Kind, examples, names_of_classes, restored_random_states, stack
 from ntkit.data.readers import Files
 from ntkit.data.splits import class_indices, draw, held_out
 from ntkit.data.targets import Targets, Task, in_digits, read_targets, standardized
@@ -36,7 +36,7 @@ class Data:
         ``[n, outputs]``, standardized on the training set.
     classes : the name of each label; empty for a regression.
     name : short name of the data set.
-    normalisation : how the values of x were scaled, as a sentence.
+    normalization : how the values of x were scaled, as a sentence.
     source : the files or records, the split, the classes and the sample.
     kind : ``"images"``, ``"vectors"`` or ``"tokens"``: the content of x.
     vocabulary : the word of each token number of a text set, those of padding (0) and of unknown words (1) first.
@@ -56,7 +56,7 @@ class Data:
     y_test: Tensor
     classes: tuple[str, ...]
     name: str
-    normalisation: str
+    normalization: str
     source: str
     kind: Kind
     vocabulary: tuple[str, ...] | None = None
@@ -118,7 +118,7 @@ class Data:
     def shown(self, y: Tensor) -> str:
         """A label [] as the name of its class, or standardized targets [outputs] as numbers in their own units.
 
-        >>> data = from_tensors((torch.arange(9.0)[:, None], torch.arange(9) % 2), classes=["even", "odd"])
+        >>> data = from_tensors((torch.arange(9.0)[:, None], torch.arange(9) % 2), class_names=["even", "odd"])
         >>> data.shown(data.y_train[0])
         'even'
         >>> data = from_tensors((torch.arange(9.0)[:, None], 12345.6 * torch.arange(9.0)))
@@ -142,7 +142,7 @@ def from_tensors(
     train: Pair,
     test: Pair | None = None,
     *,
-    classes: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
     name: str = "tensors",
     task: Task | None = None,
 ) -> Data:
@@ -155,7 +155,7 @@ def from_tensors(
     ----------
     train, test : pairs of x ``[n, ...]`` and y: labels ``[n]`` (integers, text, booleans), one-hot rows ``[n, C]``, or
         float targets ``[n]`` or ``[n, outputs]`` of a regression, which are standardized on the training set.
-    classes : the names of labels 0, 1, ..., or one per different label, in ascending order; None = the labels.
+    class_names : the names of labels 0, 1, ..., or one per different label, in ascending order; None = the labels.
     name : short name of the data set.
     task : ``"classification"`` or ``"regression"``; None = a regression where the targets are floats.
 
@@ -167,20 +167,20 @@ def from_tensors(
     Examples
     --------
     >>> x, y = torch.linspace(0, 1, 30).reshape(10, 3), torch.arange(10) % 2
-    >>> from_tensors((x, y), classes=["even", "odd"])
+    >>> from_tensors((x, y), class_names=["even", "odd"])
     Data(tensors: 8 train, 2 test, 2 classes, vectors 3)
     >>> prices = from_tensors((x, 1000 * x.sum(1)))
     >>> prices, prices.targets.names
     (Data(tensors: 8 train, 2 test, 1 target, vectors 3), ('y',))
     """
-    return build(Files(train, test, classes, f"tensors given as {name}"), name, name, task=task)
+    return build(Files(train, test, class_names, f"tensors given as {name}"), name, name, task=task)
 
 
 def from_dataset(
-    dataset: Dataset[Any] | DataLoader,
+    train: Dataset[Any] | DataLoader,
     test: Dataset[Any] | DataLoader | None = None,
     *,
-    classes: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
     name: str | None = None,
     task: Task | None = None,
 ) -> Data:
@@ -191,8 +191,8 @@ def from_dataset(
 
     Parameters
     ----------
-    dataset, test : the training and test sets; without a test set, split 80/20, stratified, always in the same way.
-    classes : class names; None = ``dataset.classes`` if it exists, of a Subset those of the whole.
+    train, test : the training and test sets; without a test set, split 80/20, stratified, always in the same way.
+    class_names : names of the classes; None = ``train.classes`` if it exists, of a Subset those of the whole.
     name : short name; None = the dataset's type.
     task : as in `from_tensors`.
 
@@ -208,15 +208,15 @@ def from_dataset(
     >>> from_dataset(pairs, name="toy")
     Data(toy: 8 train, 2 test, 2 classes, vectors 3)
     """
-    whole = dataset.dataset if isinstance(dataset, DataLoader) else dataset
+    whole = train.dataset if isinstance(train, DataLoader) else train
     kind = type(whole).__name__
     name = name or kind
-    if classes is None and task != "regression":
-        classes = class_names(whole)
+    if class_names is None and task != "regression":
+        class_names = names_of_classes(whole)
     with restored_random_states():
-        train_pair = stack(dataset, name)
+        train_pair = stack(train, name)
         test_pair = None if test is None else stack(test, f"{name} (test)")
-    return build(Files(train_pair, test_pair, classes, f"torch dataset {kind}"), name, name, task=task)
+    return build(Files(train_pair, test_pair, class_names, f"torch dataset {kind}"), name, name, task=task)
 
 
 def build(
@@ -263,7 +263,7 @@ def build(
             source += f"; {count:,} of {len(labels[part]):,} {where} examples, {how}seed {seed}"
             rows[part], labels[part] = rows[part][sample], labels[part][sample]
     inputs = [x if len(index) == len(x) else x[index] for (x, _), index in zip(sets, rows, strict=True)]
-    inputs, normalisation, columns = _scaled(files, inputs, kind, subject)
+    inputs, normalization, columns = _scaled(files, inputs, kind, subject)
     targets = None
     if not names:
         dtype = inputs[0].dtype if inputs[0].is_floating_point() else torch.float32
@@ -276,7 +276,7 @@ def build(
         y_test,
         names,
         name,
-        normalisation,
+        normalization,
         source,
         kind,
         files.vocabulary,

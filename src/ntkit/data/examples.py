@@ -168,12 +168,12 @@ def check_order(loader: DataLoader[Any], subject: str) -> None:
         raise refusal(subject, got="a DataLoader that drops samples", expected="all samples", fix=fix)
 
 
-def class_names(dataset: Any) -> list[str] | None:
+def names_of_classes(dataset: Any) -> list[str] | None:
     """The names of the classes that a dataset has, or the one that it is a part of, or all of those it joins."""
     if isinstance(dataset, Subset):
-        return class_names(dataset.dataset)
+        return names_of_classes(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
-        names = [class_names(part) for part in dataset.datasets]
+        names = [names_of_classes(part) for part in dataset.datasets]
         return names[0] if all(name == names[0] for name in names) else None
     own = getattr(dataset, "classes", None)
     return [str(item) for item in own] if isinstance(own, list | tuple) else None

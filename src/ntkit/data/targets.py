@@ -90,7 +90,7 @@ def read_targets(
     if task == "regression" or (task is None and floats and not hot):
         if names is not None:
             got, fix = "names of classes for targets that are floats", "Give labels, or say task=classification."
-            raise refusal("classes", got=got, expected="none for a regression", fix=fix)
+            raise refusal("class_names", got=got, expected="none for a regression", fix=fix)
         return _numbers(given, task), ()
     labels = {f"{subject}, labels y": _labels(y, f"{subject}, labels y", hot) for subject, y in given.items()}
     columns = {subject: y.shape[1] for subject, y in given.items()} if hot else {}
@@ -208,10 +208,11 @@ def _indices(
         fix = "Give the label of a class for each example; for numbers to predict say task=regression (--task)."
         raise refusal(subject, got=f"{len(own):,} different labels", expected=f"at most {_MOST:,}", fix=fix)
     shown = tuple(str(name) for name in (own if names is None else names))
+    told = "classes" if names is None else "class_names"
     for name in shown:
-        check_name("classes", name, "Rename the class.")
+        check_name(told, name, "Rename the class.")
     if len(set(shown)) < len(shown):
-        raise refusal("classes", got=", ".join(shown[:20]), expected="different names", fix="Rename one.")
+        raise refusal(told, got=", ".join(shown[:20]), expected="different names", fix="Rename one.")
     order = np.argsort(np.array(own), kind="stable")
     sets = [torch.from_numpy(order[np.searchsorted(np.array(own)[order], y)]) for y in labels.values()]
     return sets, shown

@@ -22,7 +22,7 @@ class Evaluation(Shown):
 
     Attributes
     ----------
-    value, error : mean over test points and its standard error.
+    value, standard_error : mean over test points and its standard error.
     by_point : [m], the number for each test point, NaN where it is not defined (scores or outcomes that are all equal).
     protocol : what was done, in words: share of examples removed, kind of runs, seeds, numbers of sets and test points.
     ceiling : the value that a perfect prediction of the mean over seeds would get; None where runs have no chance in
@@ -30,7 +30,7 @@ class Evaluation(Shown):
     """
 
     value: float
-    error: float
+    standard_error: float
     by_point: Tensor
     protocol: str
     ceiling: float | None = None
@@ -38,15 +38,15 @@ class Evaluation(Shown):
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the mean, by the normal distribution."""
-        return self.value - 1.96 * self.error, self.value + 1.96 * self.error
+        return self.value - 1.96 * self.standard_error, self.value + 1.96 * self.standard_error
 
     def __str__(self) -> str:
         ceiling = "" if self.ceiling is None else f" (ceiling {self.ceiling:.3f})"
-        return f"{self.value:.3f} ± {self.error:.3f}{ceiling}: {self.protocol}"
+        return f"{self.value:.3f} ± {self.standard_error:.3f}{ceiling}: {self.protocol}"
 
     def record(self) -> dict[str, Any]:
         """Numbers for a report, as plain JSON."""
-        return {"value": self.value, "error": self.error, "ceiling": self.ceiling, "protocol": self.protocol}
+        return {"value": self.value, "error": self.standard_error, "ceiling": self.ceiling, "protocol": self.protocol}
 
 
 def leave_one_out(scores: Tensor, retrainings: Retrainings, *, examples: Sequence[int] | None = None) -> Evaluation:
@@ -108,7 +108,7 @@ def datamodeling_score(
     protocol = f"{100 * share:g} % of the examples removed, {sets} random sets, {kind}; {retrainings.m} test points"
     predicted, real = (~removed).double() @ scores.T, outcome.mean(0) if fresh else outcome
     result = _correlation(predicted, real, protocol)
-    result.error = math.hypot(result.error, _error_of_rows(predicted, real))
+    result.standard_error = math.hypot(result.standard_error, _error_of_rows(predicted, real))
     if fresh > 1:
         pairs = [_correlation(outcome[a], outcome[b], "").value for a in range(fresh) for b in range(a)]
         between = sum(pairs) / len(pairs)
@@ -132,16 +132,16 @@ class Deletion(Shown):
     shares: list[float]
     changes: Tensor
     area: float
-    error: float
+    standard_error: float
     protocol: str
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the area, by the normal distribution."""
-        return self.area - 1.96 * self.error, self.area + 1.96 * self.error
+        return self.area - 1.96 * self.standard_error, self.area + 1.96 * self.standard_error
 
     def __str__(self) -> str:
-        return f"{self.area:+.4g} ± {self.error:.2g}: {self.protocol}"
+        return f"{self.area:+.4g} ± {self.standard_error:.2g}: {self.protocol}"
 
 
 def case_deletion(
@@ -195,7 +195,7 @@ def case_deletion(
 
 
 def query_loss_difference(
-    scores: Tensor, retrainings: Retrainings, *, share: float = 0.01, random_sets: int = 20
+    scores: Tensor, retrainings: Retrainings, *, share: float = 0.01, sets: int = 20
 ) -> Evaluation:
     """Remove the examples that are most helpful to all test points together, and compare with random ones.
 
@@ -207,11 +207,9 @@ def query_loss_difference(
     sign = -1.0 if retrainings.measure == "loss" else 1.0
     chosen = torch.zeros(1, retrainings.n, dtype=torch.bool)
     chosen[0, (sign * scores.mean(0)).topk(count).indices] = True
-    random = retrainings.without(subsets(retrainings.n, count / retrainings.n, random_sets)).mean(0)
+    random = retrainings.without(subsets(retrainings.n, count / retrainings.n, sets)).mean(0)
     by_point = retrainings.without(chosen)[0] - random
-    protocol = (
-        f"{100 * share:g} % removed, against {random_sets} random sets, the same run; {retrainings.m} test points"
-    )
+    protocol = f"{100 * share:g} % removed, against {sets} random sets, the same run; {retrainings.m} test points"
     return _mean(by_point, protocol)
 
 

@@ -124,10 +124,10 @@ def novelty(
     pairs, diagonal = spectrum(gram), gram.diagonal()
     values, vectors = pairs.eigenvalues, pairs.eigenvectors
     added = RIDGE * float(diagonal.mean()) if ridge is None else ridge
-    usable = values > pairs.noise
+    usable = values > pairs.floor
     inverse = torch.where(usable, 1 / values, 0.0)
     shifted = values.clamp(min=0) + added
-    inverse_shifted = torch.where(shifted > pairs.noise, 1 / shifted, 0.0)
+    inverse_shifted = torch.where(shifted > pairs.floor, 1 / shifted, 0.0)
     parts = []
     for start in range(0, count(x), batch_size):
         part = take(x, slice(start, start + batch_size))

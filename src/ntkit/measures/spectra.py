@@ -43,7 +43,7 @@ class Spectrum(Shown):
         for a kernel [n, n, C, C] (row i C + c).
     trace : sum of the diagonal (not of the eigenvalues); None for an operator that offers neither trace nor diagonal.
     residuals : Tensor [k], |K v - lambda v| / |lambda_1|: the certificate of each pair.
-    noise : eigenvalues up to this size are rounding of K's own precision, not information.
+    floor : eigenvalues up to this size are rounding of K's own precision, not information.
     outputs : C of a kernel [n, n, C, C], 1 for [n, n], None for an operator.
     status : "converged", or what the iteration did not reach (`residuals` say how far it got).
     """
@@ -52,7 +52,7 @@ class Spectrum(Shown):
     eigenvectors: Tensor
     trace: float | None
     residuals: Tensor
-    noise: float = 0.0
+    floor: float = 0.0
     outputs: int | None = 1
     status: str = "converged"
 
@@ -62,8 +62,8 @@ class Spectrum(Shown):
         return None if self.trace is None else self.trace - float(self.eigenvalues.sum())
 
     def plot(self) -> Any:
-        """The eigenvalues against their number, both on logarithmic axes, as a plotly figure; those above `noise`."""
-        positive = [(i, float(v)) for i, v in enumerate(self.eigenvalues, 1) if v > max(self.noise, 0.0)]
+        """The eigenvalues against their number, both on logarithmic axes, as a plotly figure; those above `floor`."""
+        positive = [(i, float(v)) for i, v in enumerate(self.eigenvalues, 1) if v > max(self.floor, 0.0)]
         series = {"eigenvalues": ([i for i, _ in positive], [v for _, v in positive])}
         return curves("Spectrum", "number", "eigenvalue", series, log_x=True, log_y=True)
 
@@ -132,12 +132,12 @@ class Spectrum(Shown):
         True
         """
         N, k = self.eigenvectors.shape
-        usable = int((self.eigenvalues > self.noise).to(torch.int64).cumprod(0).sum())
+        usable = int((self.eigenvalues > self.floor).to(torch.int64).cumprod(0).sum())
         if usable < k:
             raise refusal(
                 "extend",
                 got=f"eigenvalue {usable + 1} of {k} = {float(self.eigenvalues[usable]):.3g}",
-                expected=f"positive eigenvalues, above rounding ({self.noise:.1g})",
+                expected=f"positive eigenvalues, above rounding ({self.floor:.1g})",
                 fix=f"Only the top {usable} of the {k} are usable: take spectrum(K, k={usable})." * (usable > 0)
                 or "None is usable: this Gram matrix has no positive eigenvalue.",
             )
@@ -219,9 +219,9 @@ def spectrum(K: Gram | Matrix | Operator, k: int | None = None) -> Spectrum:
     else:
         values, vectors, residuals = (torch.from_numpy(a).to(device) for a in pairs)
     size = float(values.abs().nan_to_num().max())
-    noise = max(N * 2.0**-52, eps) * size
+    floor = max(N * 2.0**-52, eps) * size
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-    return Spectrum(values, vectors, trace, residuals / size, noise, outputs, status)
+    return Spectrum(values, vectors, trace, residuals / size, floor, outputs, status)
 
 
 def effective_rank(K: Gram | Matrix | Operator) -> float:

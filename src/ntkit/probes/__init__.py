@@ -1,6 +1,7 @@
 """Image transformations, and how alike a kernel finds an image and its transform: the after-kernel paper's measure."""
 
 from ntkit.probes.similarity import Cosines as Cosines
+from ntkit.probes.similarity import ImageCosines as ImageCosines
 from ntkit.probes.similarity import Invariance as Invariance
 from ntkit.probes.similarity import cosines as cosines
 from ntkit.probes.similarity import invariance as invariance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,20 @@ class Cosines:
     raw: Invariance
     centered: Invariance
     paper: Invariance
+
+
+class ImageCosines(NamedTuple):
+    """Cosines of images with their transforms, and of different images: see `cosines`.
+
+    Attributes
+    ----------
+    by_transform : by name of the transform.
+    different : of two different images: per image, the mean cosine with all other images. The standard error of their
+        mean is the jackknife's, since each pair counts for two images.
+    """
+
+    by_transform: dict[str, Cosines]
+    different: Cosines
 
 
 def invariance(kernel: Any, x: Tensor, transform: Function | Sequence[Function]) -> Invariance:
@@ -114,7 +128,7 @@ def invariance(kernel: Any, x: Tensor, transform: Function | Sequence[Function])
 
 def cosines(
     kernel: Any, x: Tensor, transforms: Mapping[str, Function | Sequence[Function]] | None = None
-) -> tuple[dict[str, Cosines], Cosines]:
+) -> ImageCosines:
     """Measure cosines between images and their transforms, and between different images: the baseline beside them.
 
     Raw: ``K(a, b) / sqrt(K(a, a) K(b, b))``. Centered: the same of K minus its means over the images,
@@ -131,9 +145,7 @@ def cosines(
 
     Returns
     -------
-    tuple
-        By name of the transform its `Cosines`; then those of different images: per image, the mean cosine with all
-        other images. The standard error of their mean is the jackknife's, since each pair counts for two images.
+    ImageCosines
 
     Raises
     ------
@@ -154,8 +166,9 @@ def cosines(
     ...     def diagonal(self, x):
     ...         return (x**2).flatten(1).sum(1)
     >>> x = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]]).reshape(2, 1, 1, 4)
-    >>> transformed, different = cosines(Linear(), x, {"shift": shift(1)})
-    >>> [round(c.mean, 6) for c in (transformed["shift"].raw, transformed["shift"].centered, different.raw)]
+    >>> found = cosines(Linear(), x, {"shift": shift(1)})
+    >>> shifted = found.by_transform["shift"]
+    >>> [round(c.mean, 6) for c in (shifted.raw, shifted.centered, found.different.raw)]
     [0.5, -0.276393, 0.5]
     """
     if transforms is not None and not isinstance(transforms, Mapping):
@@ -182,7 +195,7 @@ def cosines(
         alike = _cosine(among, norms[:n, None], norms[:n], shift).fill_diagonal_(math.nan)
         different.append(_over_images("different images", alike.nanmean(1), pairs=True))
     measured = {name: Cosines(*(_over_images(name, form[name]) for form in by_form)) for name in groups}
-    return measured, Cosines(*different)
+    return ImageCosines(measured, Cosines(*different))
 
 
 def _values(kernel: Any, everything: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:

@@ -23,8 +23,8 @@ def finite(value: float | None) -> float | None:
 
 def _spectral(pairs: Spectrum, k: int, values: dict[str, Tensor | None]) -> tuple[dict[str, Any], np.ndarray]:
     """Eigenvalues, numbers derived from them, and energies of [n, C] values."""
-    # an eigenvalue up to `noise` is rounding in the precision of K, and so is the direction of its vector
-    real = int((pairs.eigenvalues[:k] > pairs.noise).sum())
+    # an eigenvalue up to `floor` is rounding in the precision of K, and so is the direction of its vector
+    real = int((pairs.eigenvalues[:k] > pairs.floor).sum())
     eigenvalues = pairs.eigenvalues[:k].tolist()
     first, last = eigenvalues[0], eigenvalues[real - 1] if real else 0.0
     numbers = {

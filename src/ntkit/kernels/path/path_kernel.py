@@ -66,8 +66,8 @@ class PathKernel(Kernel):
         at most this.
     memory : bytes that may be taken (or text such as "2 GB"); half of what is free if None. Test points that do not fit
         together (points x outputs x parameters numbers) are done in parts, each a sweep over the run.
-    model, data, loss, clip : of the run, where `trajectory` was opened from disk (see
-        `ntkit.trajectory.replay.Replay`); the trajectory that `train` returned has them.
+    model, data, loss, clip : of the run, where `trajectory` was opened from disk; the one that `train` returned has
+        them.
     select : the part of the model's output that the loss and `outputs` take, as for `ntkit.TangentKernel`.
 
     Raises

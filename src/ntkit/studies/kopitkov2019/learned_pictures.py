@@ -103,7 +103,7 @@ def _images(run: Trajectory, tracked: Tracked, model: nn.Module, name: str, side
         outputs.append(model(fine).detach().reshape(size).cpu().numpy())
         K = kernel(coarse)
         top = spectrum(K, k=DRAWN)
-        usable = int((top.eigenvalues > top.noise).sum())  # the others are rounding errors: their images stay empty
+        usable = int((top.eigenvalues > top.floor).sum())  # the others are rounding errors: their images stay empty
         images = np.zeros((DRAWN, *size), dtype=np.float32)
         if usable:
             values = eigenfunctions(kernel, spectrum(K, k=usable), coarse, fine)

@@ -61,5 +61,5 @@ def _deletion(work: Work, task: str, seed: int) -> Result:
             found = case_deletion(torch.from_numpy(scores[method]), again, against=against, shares=SHARES)
             name = f"{method}: {'lowest' if against else 'highest'}"
             arrays[name] = found.changes.numpy()
-            numbers[name] = {"area": found.area, "error": found.error, "protocol": found.protocol}
+            numbers[name] = {"area": found.area, "error": found.standard_error, "protocol": found.protocol}
     return Result(numbers, arrays)
