@@ -115,6 +115,7 @@ def certificate(results: Results) -> dict[str, Any]:
 def about(results: Results) -> str:
     """What was done, in a paragraph."""
     s = results.work.sizes
+    left = f" Not finished yet: {', '.join(sorted(results.missing))}." if results.missing else ""
     return (
         f"Three Gaussian clusters in the plane ({plane.TRAIN} training points) are learned by MLPs 2-32-32-3 with "
         f"tanh and ReLU: {s.plane_steps} steps of full-batch gradient descent on the mean cross-entropy, learning rate "
@@ -124,7 +125,7 @@ def about(results: Results) -> str:
         f"other optimizers on minibatches of {pictures.BATCH}; a larger network learns whole images on minibatches of "
         f"{realistic.BATCH}, {s.large_steps} steps ({s.large_train:,} images). Float64 unless said; "
         f"{len(results.work.seeds)} seeds, each with its own start and data; ± is one standard error."
-    )
+    ) + left
 
 
 def departures(results: Results) -> list[str]:

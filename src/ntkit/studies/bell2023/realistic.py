@@ -89,7 +89,8 @@ def claims(results: Results) -> Iterator[Claim]:
                 f"error {mean([r['left'] for r in numbers]):.2g}",
                 conditions,
                 f"{count:,} parameters, {s.large_train:,} images, {s.large_steps} steps on minibatches of {BATCH}; "
-                f"test accuracy {mean([r['accuracy'] for r in numbers]):.2f}, {len(runs)} seeds",
+                f"{100 * mean([r['accuracy'] for r in numbers]).value:.0f} % of the {s.large_test} test images right, "
+                f"{len(runs)} seeds",
             )
 
 
