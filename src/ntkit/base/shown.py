@@ -68,7 +68,7 @@ def _of_array(value: Any) -> str:
         return f"{shape}"
     try:
         low, high = float(value.min()), float(value.max())
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # without an order, or without values
+    except (RuntimeError, TypeError, ValueError):  # without an order, or without values
         return f"{shape} {value.dtype}"
     if not shape:
         return f"{low:.4g}"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import Damaged, Refused
+from ntkit.base.checks import Damaged
 from ntkit.base.files import (
     file_digest,
     read_arrays_and_metadata,
@@ -105,7 +105,7 @@ class StageFiles:
                 return torch.from_numpy(np.load(handle, allow_pickle=False))
         except Damaged:
             raise
-        except (OSError, ValueError, TypeError, EOFError, Refused) as error:
+        except (OSError, ValueError, TypeError, EOFError) as error:
             raise damaged(file, f"no matrix ({error})") from error
 
     def _gram_file(self, name: str) -> Path:

@@ -127,7 +127,7 @@ def _by_autograd(func: Any, args: Any, kwargs: Any, place: int, middle: Tensor) 
         try:
             out = func(*args[:place], leaf, *args[place + 1 :], **kwargs)
             (derivative,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:
             raise no_rule(func) from None
     return derivative.conj().resolve_conj()
 

@@ -119,7 +119,7 @@ class Reruns:
         together = min(self._together(), -(-len(weights) // workers()))
         try:
             ended = all_runs(together)
-        except (RuntimeError, NotImplementedError):  # an operation that cannot be done for several networks at once
+        except RuntimeError:  # an operation that cannot be done for several networks at once
             if together == 1:
                 raise
             ended = all_runs(1)
