@@ -351,3 +351,14 @@ def test_no_correlation_with_a_constant_or_nan():
     assert moments.correlation(torch.full((4,), torch.nan), torch.arange(4.0)) is None
     assert moments.correlation(torch.ones(4), torch.arange(4.0)) is None
     assert moments.correlation(torch.arange(4.0), torch.arange(4.0)) == pytest.approx(1)
+
+
+def test_a_loss_that_is_measured_for_some_of_the_runs_alone_is_left_out():
+    listed = {"0.6": [0, 1], "0.3": [0, 1], "0.1": [1]}
+    moments = {(SETTING, loss): [part(seed, 0.5, [1, 0]) for seed in seeds] for loss, seeds in listed.items()}
+    work = SimpleNamespace(sizes=Sizes(losses=(0.6, 0.3, 0.1)))
+    assert evidence.losses(Results(work, {"moment": moments}), SETTING) == ["0.6", "0.3"]
+    moments[SETTING, "0.1"].insert(0, part(0, 0.5, [1, 0]))
+    assert evidence.losses(Results(work, {"moment": moments}), SETTING) == ["0.6", "0.3", "0.1"]
+    moments[SETTING, "0.1"][0] = Result({"seed": 0, "status": "not reached"}, {})
+    assert evidence.losses(Results(work, {"moment": moments}), SETTING) == ["0.6", "0.3"]

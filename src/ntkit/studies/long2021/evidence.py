@@ -37,7 +37,10 @@ def measured(results: Results, setting: Setting, moment: str, experiment: str = 
 
 
 def losses(results: Results, *settings: Setting) -> list[str]:
-    """Losses that every finished run of each setting has reached, from the largest."""
+    """Losses that every run of each setting has reached, from the largest.
+
+    In unfinished work a loss whose part is missing for some of the runs is left out: its numbers are of fewer seeds.
+    """
     return [
         loss
         for loss in map(str, sorted(results.work.sizes.losses, reverse=True))
@@ -46,8 +49,10 @@ def losses(results: Results, *settings: Setting) -> list[str]:
 
 
 def _all_reached(results: Results, setting: Setting, loss: str) -> bool:
-    runs = results["moment"].get((setting, loss), [])
-    return bool(runs) and all(run.numbers["status"] == "measured" for run in runs)
+    moments = results["moment"]
+    runs = moments.get((setting, loss), [])
+    most = max(len(moments.get((setting, str(other)), [])) for other in results.work.sizes.losses)
+    return bool(runs) and len(runs) == most and all(run.numbers["status"] == "measured" for run in runs)
 
 
 def main_settings(results: Results, network: str | None = None) -> Iterator[Setting]:
