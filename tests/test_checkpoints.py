@@ -186,6 +186,15 @@ def test_refusals(tmp_path, name):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing was loaded
 
 
+def test_a_network_of_two_outputs_for_one_is_told_apart(tmp_path):
+    one, two, other = (nn.Linear(4, outputs) for outputs in (1, 2, 3))
+    for saved, told in ((two, True), (other, False)):
+        torch.save(saved.state_dict(), tmp_path / "w.pt")
+        with pytest.raises(ntkit.Refused, match="2 of another shape") as refused:
+            ntkit.load_weights(one, tmp_path / "w.pt")
+        assert ("the second row minus the first" in str(refused.value)) == told
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "text.ckpt").write_text("weights")

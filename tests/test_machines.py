@@ -422,7 +422,7 @@ def test_refusals_of_ridge():
         KernelRidge(-1)
     with pytest.raises(Refused, match=r"y: got 4 entries; expected 5"):
         KernelRidge(1.0).fit(torch.eye(5), torch.ones(4))
-    with pytest.raises(Refused, match=r"y: got nan at index \[2\]"):
+    with pytest.raises(Refused, match=r"y: got nan at index \[2\]; .*Correct that value of y"):
         KernelRidge(1.0).fit(torch.eye(5), torch.tensor([0, 1, float("nan"), 1, 0]))
     with pytest.raises(Refused, match=r"y: got shape \[5, 1, 1\]"):
         KernelRidge(1.0).fit(torch.eye(5), torch.ones(5, 1, 1))

@@ -81,8 +81,10 @@ def as_floats(value: Any, name: str) -> Tensor:
 
 
 def not_finite(name: str, value: float, index: list[int]) -> Refused:
-    """Build the refusal of a value that is not finite."""
+    """Build the refusal of a value that is not finite: of a kernel's, or of targets and vectors (`y`, `v`)."""
     fix = "Look for overflow in the network, and in the data of that row and column."
+    if name in ("y", "v"):
+        fix = f"Correct that value of {name}, or leave its sample out."
     return refusal(name, got=f"{value} at index {index}", expected="finite values", fix=fix)
 
 

@@ -110,7 +110,8 @@ def real_rows(raw: Any, n: int) -> Tensor:
             "the model's output",
             got=type(raw).__name__,
             expected="a tensor",
-            fix="Pick a tensor with select=lambda y: ..., or one scalar per sample with outputs=lambda y: ...",
+            fix="Pick a tensor with select=lambda y: ..., or one scalar per sample with outputs=lambda y: ...; for a "
+            "command, wrap the model in a module that returns a tensor.",
         )
     if raw.dim() == 0 or raw.shape[0] != n:
         got = f"shape {tuple(raw.shape)} for {n} samples"

@@ -192,10 +192,12 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
         "tied in the model, different here": [],
     }
     new: dict[str, Tensor] = {}
+    two = False  # outputs for two classes
     for name in [name for name in canonical if name in tensors]:
         tensor, target = tensors[name], targets[canonical[name]]
         if tensor.shape != target.shape:
             errors["of another shape"].append(f"{name} {list(tensor.shape)} (model: {list(target.shape)})")
+            two |= tensor.shape[:1] == (2,) and target.shape == (1, *tensor.shape[1:])
         elif not _keeps_digits(tensor.dtype, target.dtype):
             errors["of a dtype that would lose digits"].append(f"{name} {tensor.dtype} (model: {target.dtype})")
         elif (first := new.setdefault(canonical[name], tensor)) is not tensor and not torch.equal(first, tensor):
@@ -204,6 +206,10 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
         texts = {what: ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") for what, names in errors.items()}
         got = "; ".join(f"{len(names)} {what}: {texts[what]}" for what, names in errors.items() if names)
         fix = "Build the model as it was built for that file. Nothing was loaded."
+        if two:
+            fix += (
+                " ntkit asks for one output for two classes: of a last layer with two, the second row minus the first."
+            )
         raise refusal(source, got=got, expected="the model's parameters and buffers by name, shape and dtype", fix=fix)
     with torch.no_grad():
         for name, tensor in new.items():
