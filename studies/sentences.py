@@ -164,7 +164,8 @@ PAPERS: dict[str, tuple[str, str, list[Sentence]]] = {
     "bell2023": (
         "Bell, Geyer, Glickenstein, Fernandez & Moore 2023, “An Exact Kernel Equivalence for Finite Classification "
         "Models”",
-        "quick scale, digits, 5 seeds",
+        "quick scale, digits and MNIST, 5 seeds; the larger network also at the paper’s scale "
+        f"([three seeds]({LINK}/bell2023-paper/claims.md))",
         [
             Sentence(
                 "A model trained by gradient descent is exactly a kernel machine.",
