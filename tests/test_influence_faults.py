@@ -325,7 +325,7 @@ def test_the_error_of_a_datamodeling_score_counts_the_draw_of_the_sets(common):
     again = Outcomes(20, 40, lambda removed, _: (~removed).double() @ true.T)
     found = [datamodeling_score(scores, again, sets=40, seed=seed) for seed in range(60)]
     spread = float(torch.tensor([f.value for f in found]).std())
-    error = sum(f.error for f in found) / 60
+    error = sum(f.standard_error for f in found) / 60
     assert spread < 1.3 * error
     if common:
         assert error < 1.6 * spread  # without common parts the test points are fixed here, but count as drawn

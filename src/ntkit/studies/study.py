@@ -294,7 +294,7 @@ class Study:
     official : data sets that the study uses where it is given their files, by scale.
     official_only : scales at which, with such files, the digits of scikit-learn are left out.
     unfinished : whether claims and sections take what is finished: then the report is also written
-        in between, once a minute at most.
+        in between, once a minute at most, and when it is stopped.
     single_thread : scales that run on one thread, since their networks are small.
     """
 
@@ -347,7 +347,12 @@ class Study:
                     if changed and not finished and time.monotonic() - written > PAUSE:
                         self._write(self.results(work, finished=True), header)
                         changed, written = False, time.monotonic()
-                    work.result(part)
+                    try:
+                        work.result(part)
+                    except KeyboardInterrupt:
+                        if changed:
+                            self._write(self.results(work, finished=True), header)
+                        raise
                     changed = changed or (self.unfinished and not finished)
                 results = self.results(work)
             self._write(results, header)
