@@ -104,7 +104,10 @@ def test_bell_judges_what_is_finished(results, monkeypatch):
     monkeypatch.setattr(Work, "finished", lambda work, part: part.name != "maps-relu-seed-1")
     partial = small(SMALL).results(results.work, finished=True)
     assert (partial.missing, len(partial["maps"][None])) == ({"maps"}, 1)
-    assert bell.about(partial) == bell.about(results) + " Not finished yet: maps."
+    assert (
+        bell.about(partial)
+        == bell.about(results) + " Not all of this is computed yet: claims and figures are of what is."
+    )
 
 
 def test_bell_has_numbers_verdicts_and_a_certificate(bell_folder):

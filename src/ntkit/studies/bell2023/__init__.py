@@ -115,7 +115,7 @@ def certificate(results: Results) -> dict[str, Any]:
 def about(results: Results) -> str:
     """What was done, in a paragraph."""
     s = results.work.sizes
-    left = f" Not finished yet: {', '.join(sorted(results.missing))}." if results.missing else ""
+    left = " Not all of this is computed yet: claims and figures are of what is." if results.missing else ""
     return (
         f"Three Gaussian clusters in the plane ({plane.TRAIN} training points) are learned by MLPs 2-32-32-3 with "
         f"tanh and ReLU: {s.plane_steps} steps of full-batch gradient descent on the mean cross-entropy, learning rate "
