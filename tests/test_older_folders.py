@@ -193,7 +193,7 @@ def test_an_unfinished_run_with_fewer_settings_is_refused_with_the_command_for_a
     assert "without" not in told["settings"]
     write_json(run / "run.json", told | {"status": "running"})
     (run / "results.json").unlink()
-    words = r"version of ntkit \(settings without .*without\).*ntkit analyze .*--data digits .*--out NEW"
+    words = r"version of ntkit \(settings without .*without\).*ntkit analyze .*--data digits --model linear .*--out NEW"
     with pytest.raises(ntkit.Refused, match=words):
         ntkit.analyze(from_run=run)
 
