@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from processes import command
 
 from ntkit.base.checks import Refused
@@ -71,6 +72,28 @@ def test_refusals():
         ({"train": 20, "folds": 5}, "one example per class in every fold"),
         ({"w_std": 1.0}, "b_std"),
         ({"model": "mlpp"}, "Did you mean mlp"),
+        ({"device": "gpu"}, "--device: got 'gpu'; expected one of auto, cpu, cuda"),
     ):
         with pytest.raises(Refused, match=message):
             infinite(InfiniteSettings(**{"train": 100, "folds": 2, **arguments}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(Refused, match="--device: got cuda; expected a device of this machine"):
+        infinite(InfiniteSettings(train=100, folds=2, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("sample", [None, 2])
+def test_the_accuracies_do_not_depend_on_the_device(sample):
+    found = {
+        device: infinite(InfiniteSettings(train=200, folds=2, epochs=2, sample=sample, device=device))
+        for device in ("cpu", "cuda")
+    }
+    for mine, other in zip(found["cuda"]["accuracies"], found["cpu"]["accuracies"], strict=True):
+        assert mine["name"] == other["name"]
+        assert mine["mean"] == pytest.approx(other["mean"], abs=0.01)  # one or two of the 200 examples
+        assert mine["test"] == pytest.approx(other["test"], abs=0.01)
+    assert found["cuda"]["distance"] == pytest.approx(found["cpu"]["distance"], rel=1e-3)

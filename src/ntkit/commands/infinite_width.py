@@ -18,9 +18,10 @@ from ntkit.base.files import ensure_folder, read_json, write_json
 from ntkit.base.imports import same_random_numbers
 from ntkit.base.memory import free_memory
 from ntkit.base.regular_files import check_folder
+from ntkit.base.tensors import chosen_device
 from ntkit.base.trust import code_of_user
 from ntkit.base.versions import versions
-from ntkit.commands.settings import InfiniteSettings, check_seed
+from ntkit.commands.settings import InfiniteSettings
 from ntkit.data import Data
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.kernels.tangent import TangentKernel
@@ -70,17 +71,12 @@ def infinite(
     """
     s = settings or InfiniteSettings()
     check_folder(s.out, "--out")
-    if s.folds < 2 or s.epochs < 1:
-        got, fix = f"{s.folds}, {s.epochs}", "Give larger numbers."
-        raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
-    check_seed(s.seed)
-    s.check_data()
-    if s.w_std == 0:
-        raise refusal("--w-std", got=0, expected="more than 0", fix="With weights of 0 all samples are the same.")
+    s.check()
+    device = chosen_device(s.device)
     with code_of_user({"--model": s.model, "--data": s.data}):
         sets = s.load_data()
         outputs = len(sets.classes) or sets.outputs
-        network = build(s.model, sets.input_shape, outputs, s.seed, sets.tokens)
+        network = build(s.model, sets.input_shape, outputs, s.seed, sets.tokens).to(device)
     n, m = _check_size(sets, s.folds)
     names = ("model", "data", "train", "test", "folds", "epochs", "w_std", "b_std", "seed")
     values = asdict(s) | {"train": n, "test": m}
@@ -96,22 +92,24 @@ def infinite(
             raise refusal("--out", got=f"{s.out}, which holds another run", expected="a new folder", fix=fix)
         write_json(ensure_folder(s.out) / "run.json", {"settings": record, "versions": versions()})
     kernels = {kind: InfiniteKernel(network, kind, s.w_std, s.b_std, sample=s.sample) for kind in ("ntk", "nngp")}
-    layers = _layers(kernels["ntk"], sets.x_train[:1])
+    layers = _layers(kernels["ntk"], sets.x_train[:1].to(device))
     sampled = layers[0].startswith("sampled")
     # random networks are compared in their own precision
-    x, x_test = (t if sampled or not t.is_floating_point() else t.double() for t in (sets.x_train, sets.x_test))
+    x, x_test = (
+        (t if sampled or not t.is_floating_point() else t.double()).to(device) for t in (sets.x_train, sets.x_test)
+    )
     for line in layers:
         say(f"  {line}")
     grams: dict[str, tuple[Tensor, Tensor]] = {}
     for kind, kernel in kernels.items():
         say(f"{kind}: {n:,} x {n:,} and {m:,} x {n:,} values")
-        grams[kind] = kernel(x), kernel(x_test, x)
+        grams[kind] = kernel(x).cpu(), kernel(x_test, x).cpu()
     is_regression = sets.targets is not None
     predictors: dict[str, Predictor] = {
         "NTK, kernel ridge": _ridge(*grams["ntk"], sets),
         "NNGP, kernel ridge": _ridge(*grams["nngp"], sets),
         "kernel ridge, RBF" if is_regression else "SVM, RBF": _rbf(sets),
-        "the network, trained": _network(network, sets, s.epochs, s.seed),
+        "the network, trained": _network(network, sets, s.epochs, s.seed, device),
     }
     results = {
         "r2" if is_regression else "accuracies": [
@@ -232,25 +230,27 @@ def _rbf(sets: Data) -> Predictor:
     return predict
 
 
-def _network(network: nn.Module, sets: Data, epochs: int, seed: int) -> Predictor:
+def _network(network: nn.Module, sets: Data, epochs: int, seed: int, device: torch.device) -> Predictor:
     """The module trained from its own weights, by SGD with momentum on the cross-entropy, or on the squared error."""
     loss = F.cross_entropy if sets.targets is None else half_squared
+    x_train, x_test = (_floats(t).to(device) for t in (sets.x_train, sets.x_test))
+    y_train = sets.y_train.to(device)
     start = {name: t.clone() for name, t in network.state_dict().items()}
 
     def predict(fit: np.ndarray, rows: np.ndarray, of_test: bool) -> np.ndarray:
         network.load_state_dict(start)
-        index = torch.from_numpy(fit)
+        index = torch.from_numpy(fit).to(device)
         steps = epochs * math.ceil(len(fit) / _BATCH)
-        data = (_floats(sets.x_train[index]), sets.y_train[index])
+        data = (x_train[index], y_train[index])
         train_network(
             network, data, loss, lambda p: torch.optim.SGD(p, lr=_LR, momentum=_MOMENTUM), steps,
             batch_size=min(_BATCH, len(fit)), seed=seed,
         )  # fmt: skip
-        x = _floats((sets.x_test if of_test else sets.x_train)[torch.from_numpy(rows)])
+        x = (x_test if of_test else x_train)[torch.from_numpy(rows).to(device)]
         with torch.no_grad():
             out = torch.cat([network(part) for part in x.split(512)])
         network.load_state_dict(start)
-        return (out.argmax(1) if sets.targets is None else out).numpy()
+        return (out.argmax(1) if sets.targets is None else out).cpu().numpy()
 
     return predict
 

@@ -300,8 +300,27 @@ class InfiniteSettings(DataSettings):
     """Number of random wide networks whose mean is taken where the limit has no closed form, such as 16."""
     seed: int = 0
     """Seed of the weights and of the folds."""
+    device: str = "auto"
+    """Where the kernels are computed and the network is trained: auto, cpu or cuda."""
     out: Path | None = None
     """Folder for run.json and results.json; without it no file is written."""
+
+    def check(self) -> None:
+        """Refuse invalid values.
+
+        Raises
+        ------
+        Refused
+            Names the option as the command line spells it.
+        """
+        if self.folds < 2 or self.epochs < 1:
+            got, fix = f"{self.folds}, {self.epochs}", "Give larger numbers."
+            raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
+        _check_choices(self, device=_DEVICES)
+        check_seed(self.seed)
+        self.check_data()
+        if self.w_std == 0:
+            raise refusal("--w-std", got=0, expected="more than 0", fix="With weights of 0 all samples are the same.")
 
 
 @dataclass(frozen=True, kw_only=True)
