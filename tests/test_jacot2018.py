@@ -55,7 +55,9 @@ def folder(tmp_path_factory):
         patched(patch)
         with pytest.raises(KeyboardInterrupt):
             ntkit.study("jacot2018", out=place, say=stop)
-        assert not (place / "results.json").exists()
+        titles = [section["title"] for section in record(place)["sections"]]
+        assert (len(titles), titles[-1]) == (5, "Positive definiteness and convergence")  # what was finished
+        assert (place / "report.html").exists()
         first = list(said)
         assert ntkit.study("jacot2018", out=place, say=said.append) == place
         assert said[len(first)] == first[-1]  # the stopped part is computed again, nothing else

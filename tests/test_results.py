@@ -13,7 +13,7 @@ import torch
 from ntkit.base.files import read_arrays, read_json
 from ntkit.base.integrity import fingerprint
 from ntkit.commands.verify import verify
-from ntkit.studies import bell2023
+from ntkit.studies import bell2023, jacot2018
 from ntkit.studies.bell2023 import other_kernels
 from ntkit.studies.claim import as_markdown
 from ntkit.studies.jacot2018 import definiteness, outputs_at_start
@@ -41,6 +41,35 @@ def test_committed_claims_are_those_of_the_parts(folder):
     assert claims == results["claims"]
     table = as_markdown("", claims).partition("\n")[2]
     assert table in (folder / "claims.md").read_text(encoding="utf-8")
+
+
+def test_unfinished_work_on_jacot2018_is_judged_where_an_experiment_is_complete(monkeypatch):
+    """Without one part, the claims and figures of its experiment are left out; all others are those of the whole."""
+    folder = RESULTS / "jacot2018"
+    told = read_json(folder / "run.json")
+    study = jacot2018.STUDY
+    work = Work(
+        study.scales[told["scale"]], (), told["sets"], folder, {}, id=fingerprint(study.header("quick", ["mnist"]))
+    )
+    whole = study.results(work)
+    claims = {claim.text: claim.record() for listed in study.claims for claim in listed(whole)}
+    titles = [section.title for listed in study.sections for section in listed(whole)]
+    assert (whole.missing, len(study.certificate(whole)["cards"])) == (frozenset(), 4)
+    last = {part.experiment: part.name for part in study._parts(work)}
+    always = set(claims)
+    for experiment, name in last.items():
+        monkeypatch.setattr(Work, "finished", lambda work, part, name=name: part.name != name)
+        partial = study.results(work, finished=True)
+        assert partial.missing == {experiment}
+        found = {claim.text: claim.record() for listed in study.claims for claim in listed(partial)}
+        assert found == {text: claims[text] for text in found}
+        assert 0 < len(found) < len(claims)
+        shown = [section.title for listed in study.sections for section in listed(partial)]
+        assert len(shown) == len(titles) - (2 if experiment == "eigenvalues" else 1)  # figure 3 needs them throughout
+        assert bool(study.certificate(partial)) == (experiment not in ("rate", "learning", "eigenvalues"))
+        assert "Not all of this is computed yet" in study.about(partial)
+        always &= set(found)
+    assert always == set()  # every claim vanishes with an experiment of its own
 
 
 def test_some_results_are_committed():

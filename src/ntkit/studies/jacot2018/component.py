@@ -246,12 +246,8 @@ def learning_claims(results: Results) -> Iterator[Claim]:
     )  # fmt: skip
 
 
-def sections(results: Results) -> list[Section]:
-    """Principal components, and learning along one of them."""
-    return [_components_section(results), _learning_section(results)]
-
-
-def _components_section(results: Results) -> Section:
+def eigenvalue_sections(results: Results) -> Iterator[Section]:
+    """The principal components and their eigenvalues."""
     s = results.work.sizes
     (data,) = results.work.sets
     eigen = results.one("eigenvalues")
@@ -278,7 +274,7 @@ def _components_section(results: Results) -> Section:
         f"Eigenvalues of Θ∞ / N over {s.batches} batches of {s.batch} images, pixels in [0, 1], not centered; ± is the "
         "standard deviation from batch to batch."
     )
-    return Section(f"Figure 3a: principal components of {DIGITS[data]}", "Components", text, items)
+    yield Section(f"Figure 3a: principal components of {DIGITS[data]}", "Components", text, items)
 
 
 def _eigenvalue_text(k: int, value: float | Estimate) -> str:
@@ -288,7 +284,8 @@ def _eigenvalue_text(k: int, value: float | Estimate) -> str:
     return f"{scaled:.{digits}f}"
 
 
-def _learning_section(results: Results) -> Section:
+def learning_sections(results: Results) -> Iterator[Section]:
+    """Learning along one of them."""
     s, rate, t = results.work.sizes, own_rate(results), _steps(results)
     off, beside, halves = _by_width(results)
     infinite = short_curve("infinite width", t, expected(rate, t, s.component_lr), dash="dash")
@@ -315,4 +312,4 @@ def _learning_section(results: Results) -> Section:
         "Networks go from f₀ towards f₀ + f⁽²⁾/2. Of the residual, g is the rest along the second component, h the "
         "part beside it; norms are root mean squares over the batch."
     )
-    return Section("Figures 3b and 3c: learning along one component", "Learning", text, items)
+    yield Section("Figures 3b and 3c: learning along one component", "Learning", text, items)

@@ -24,6 +24,7 @@ LR = 8.0
 KINDS = ("network", "limit")
 LONG = 1_000_000  # steps, of the limit alone
 MORE = 500  # training digits, of the limit alone
+EXPERIMENTS = ("stopping", *(f"stopping of {train}" for train in (TRAIN, MORE)))
 
 
 def parts(work: Work) -> Iterator[StudyPart]:
