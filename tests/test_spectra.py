@@ -455,7 +455,7 @@ def test_wrong_targets_are_refused():
 
 def test_class_labels_are_refused_since_their_numbering_would_count():
     K, y = gram(12), torch.arange(12) % 3
-    values = [float(v) for v in y]
+    values = y.double()
     one_hot = torch.nn.functional.one_hot(y)
     for labels in (y, y.numpy(), y.tolist(), y[:, None], y.to(torch.int8)):
         for call in (spectrum(K, k=3).energy, lambda v: alignment(K, v), lambda v: alignment(K, v, centered=True)):
@@ -467,7 +467,7 @@ def test_class_labels_are_refused_since_their_numbering_would_count():
         # of two classes the centered alignment does not depend on their numbers
         assert alignment(K, two, centered=True) == pytest.approx(alignment(K, 2.0 * two - 1, centered=True), rel=1e-12)
     assert alignment(K, one_hot) == pytest.approx(alignment(K, one_hot @ one_hot.T + 0.0), rel=1e-12)
-    assert alignment(K, values) == pytest.approx(alignment(K, torch.tensor(values).outer(torch.tensor(values))), rel=1e-6)
+    assert alignment(K, values) == pytest.approx(alignment(K, values.outer(values)), rel=1e-12)
     assert alignment(K, torch.arange(12)) == pytest.approx(alignment(K, torch.arange(12.0)), rel=1e-14)  # no two alike
     flat = torch.nn.functional.one_hot(torch.tensor([0, 1, 1])).flatten()  # of all outputs
     assert float(spectrum(full(3, 2)[0]).energy(flat)[-1]) == pytest.approx(1, rel=1e-12)
