@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _OF_ARRAY = 80  # characters of an array's numbers that a message quotes
-_ARRAY = re.compile(r"[\[({]*(tensor|array|Parameter containing:|<Tensor)\b")
+_ARRAY = re.compile(r"[\[({]*(tensor|array|Parameter containing|<Tensor)\b")
 
 _ODD = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates (bytes that are no UTF-8), line breaks
 _REORDER = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # show a line in another order than it has
