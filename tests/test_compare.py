@@ -326,6 +326,11 @@ def test_refusals(material: Path, trained: list[Path], untrained: list[Path], tm
     other = run_in(tmp_path, "other", data="digits", model="linear", train=20, test=10, epochs=1)
     refused("got data with hash .* .digits.; expected the data of .* differ in data", [trained[0], other])
     refused("got a recorded trajectory", [trained[0], trained[1] / "trajectory"])
+    (tmp_path / "best.pt").touch()
+    refused("best.pt: got a file; .* make one: ntkit analyze --weights", [trained[0], tmp_path / "best.pt"])
+    for opened in (lambda place: ntkit.analyze(from_run=place), ntkit.verify):
+        with pytest.raises(ntkit.Refused, match=r"best.pt: got a file; expected the folder of a run"):
+            opened(tmp_path / "best.pt")
     unfinished = shutil.copytree(trained[1], tmp_path / "unfinished")
     write_json(unfinished / "run.json", read_json(unfinished / "run.json") | {"status": "running"})
     refused("not complete; .* go on with: ntkit analyze --from", [trained[0], unfinished])

@@ -374,5 +374,9 @@ def test_refusals():
     ]:
         with pytest.raises(Refused, match=message):
             call()
-    with pytest.raises(AttributeError, match="predict_proba"):
+    with pytest.raises(AttributeError, match="predict_proba") as caught:
         NTKClassifier().fit(x, labels).predict_proba(x_test)
+    assert "machine='ridge'; expected machine=\"gp\"" in str(caught.value.__cause__)
+    single = nn.Sequential(nn.Linear(x.shape[1], 4), nn.ReLU(), nn.Linear(4, 1))
+    with pytest.raises(Refused, match=r"model's is float32; convert one of the two, such as model.double\(\)"):
+        NTKRegressor(TangentKernel(single, "trace")).fit(x, y)

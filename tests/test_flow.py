@@ -374,6 +374,10 @@ def test_refusals():
         (lambda: solved.best_time(K_test, y[:7]), "best_time: got a flow with loss="),
         (lambda: GradientFlow(loss=lambda f, y: f).fit(K, y), r"loss: got shape \[13, 2\]; expected a scalar"),
         (lambda: GradientFlow(loss=lambda f, y: 1.0).fit(K, y), "loss: got float"),
+        (
+            lambda: GradientFlow(loss=torch.nn.functional.cross_entropy).fit(K, torch.arange(13) % 3),
+            r"loss: got .* on outputs \[13\] in float64 and y \[13\] in torch.int64; .*initial, such as zeros \[n, C\]",
+        ),
         (lambda: GradientFlow(loss=lambda f, y: f.log().sum()).fit(K, y), "loss: got no finite value"),
         (
             lambda: flow.ensemble(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from cases import make, tiny_mlp, vectors
@@ -148,6 +149,14 @@ def test_arguments():
         ntkit.TangentKernel(tiny_mlp().forward.__func__)
     with refused(r"params: got '0\.wieght'; expected a parameter's name. Did you mean 0\.weight"):
         kernel(params=["0.wieght"])
+    for array in (torch.rand(40, 9), np.ones((40, 9))):  # of data in the place of a word
+        with pytest.raises(ntkit.Refused) as caught:
+            ntkit.TangentKernel(tiny_mlp(), array)
+        assert len(str(caught.value)) < 250
+        assert "..." in str(caught.value)
+    with refused(r"params: got Parameter containing: tensor\(.* \.\.\.; expected") as caught:
+        kernel(params=[nn.Parameter(torch.rand(30, 30))])
+    assert len(str(caught.value)) < 300
     with refused("params: got no parameter; expected a predicate that accepts"):
         kernel(params=lambda name: False)
     with refused("params: got no parameter; expected a model with at least one parameter"):

@@ -18,6 +18,7 @@ import pytest
 import report_case
 
 from ntkit.base.checks import Refused
+from ntkit.base.files import write_json
 from ntkit.report import analysis_text as readings
 from ntkit.report import draw, invariance_text, render
 
@@ -278,6 +279,20 @@ def test_undefined_values_along_training(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"results\.json: got no such file; expected a JSON file"):
         render(tmp_path)
+    weights = tmp_path / "best.pt"
+    weights.touch()
+    with pytest.raises(Refused, match=r"best.pt: got a file; .* make one: ntkit analyze --weights FILE"):
+        render(weights)
+    start = tmp_path / "run.json"
+    for told, message in [
+        ({"format": "ntkit-trajectory"}, "got a recorded trajectory; .* Follow its kernel: ntkit track"),
+        ({"format": 1, "identity": {}}, "got a run that is not complete; .* go on with: ntkit analyze --from"),
+        ({"kind": "study"}, "got a folder without results; .* End it first"),
+    ]:
+        write_json(start, told)
+        with pytest.raises(Refused, match=message):
+            render(tmp_path)
+    start.unlink()
     results = report_case.minimal()
     results["format"] = 2
     with pytest.raises(Refused, match=r"got format 2, of a newer ntkit; expected format 1, .*Upgrade ntkit"):

@@ -453,6 +453,26 @@ def test_wrong_targets_are_refused():
         alignment(K, draw(6, 6))
 
 
+def test_class_labels_are_refused_since_their_numbering_would_count():
+    K, y = gram(12), torch.arange(12) % 3
+    values = y.double()
+    one_hot = torch.nn.functional.one_hot(y)
+    for labels in (y, y.numpy(), y.tolist(), y[:, None], y.to(torch.int8)):
+        for call in (spectrum(K, k=3).energy, lambda v: alignment(K, v), lambda v: alignment(K, v, centered=True)):
+            with pytest.raises(Refused, match=r"got integers of 3 values \(0 to 2\) .*expected numbers.*one_hot"):
+                call(labels)
+    for two in (y > 1, (y > 1).long()):
+        with pytest.raises(Refused, match=r"Two classes: give 2.0 \* y - 1"):
+            alignment(K, two)
+        # of two classes the centered alignment does not depend on their numbers
+        assert alignment(K, two, centered=True) == pytest.approx(alignment(K, 2.0 * two - 1, centered=True), rel=1e-12)
+    assert alignment(K, one_hot) == pytest.approx(alignment(K, one_hot @ one_hot.T + 0.0), rel=1e-12)
+    assert alignment(K, values) == pytest.approx(alignment(K, values.outer(values)), rel=1e-12)
+    assert alignment(K, torch.arange(12)) == pytest.approx(alignment(K, torch.arange(12.0)), rel=1e-14)  # no two alike
+    flat = torch.nn.functional.one_hot(torch.tensor([0, 1, 1])).flatten()  # of all outputs
+    assert float(spectrum(full(3, 2)[0]).energy(flat)[-1]) == pytest.approx(1, rel=1e-12)
+
+
 def test_nothing_global_changes():
     K = gram(40)
     copy = K.clone()

@@ -129,7 +129,12 @@ def changed(line, old, new):
             "got '0,0' in line 2, column price; expected plain numbers",
         ),
         (["y", "0.1", "0.2", "0.4"], {"target": "y"}, "got no column beside the target"),
-        (["a,y", *(f"text {i},{i / 3}" for i in range(51))], {"target": "y"}, "51 different texts in column a, such"),
+        (["a,y", *(f"{i}th,{i / 3}" for i in range(51))], {"target": "y"}, "51 different texts .*Remove the column"),
+        (
+            ["a,y", *(f"text {i},{i / 3}" for i in range(51))],
+            {"target": "y"},
+            "51 different texts in column a, such.*Sentences: turn them into token numbers .*--data file.py:make",
+        ),
         (LINES, {"target": "price", "classes": ("a", "b")}, "got classes of a regression"),
         (LINES, {"target": "price", "resize": 8}, r"resize .--resize.: got 8 for data that are no folder of images"),
     ],

@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_OF_ARRAY = 80  # characters of an array's numbers that a message quotes
+_ARRAY = re.compile(r"[\[({]*(tensor|array|Parameter containing|<Tensor)\b")
+
 _ODD = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates (bytes that are no UTF-8), line breaks
 _REORDER = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # show a line in another order than it has
 
@@ -93,7 +96,9 @@ def refusal(subject: str, *, got: Any, expected: Any, fix: str) -> Refused:
 
 
 def _shortened(text: str) -> str:
-    """Text without its middle if it is very long: an error of a library may quote a whole file."""
+    """Text without its middle if it is very long (a library's error may quote a whole file); of an array, its start."""
+    if len(text) > _OF_ARRAY and _ARRAY.match(text):  # given in the place of a word: its numbers say nothing
+        return f"{' '.join(text[:_OF_ARRAY].split())} ..."
     return text if len(text) <= 20_000 else f"{text[:5_000]} ... {text[-500:]}"
 
 

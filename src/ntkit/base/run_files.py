@@ -18,6 +18,13 @@ Number = float | None  # None: undefined there
 Numbers = list[Number]
 
 
+def check_is_folder(run: Path) -> None:
+    """Refuse a file in the place of a run's folder, such as a checkpoint; a missing folder is not refused here."""
+    if run.is_file():
+        fix = "Name the folder. Of weights make one: ntkit analyze --weights FILE --model net.py:make --data DATA."
+        raise refusal(str(run), got="a file", expected="the folder of a run", fix=fix)
+
+
 class AnalysisRun(TypedDict):
     """``run.json`` of `ntkit analyze`."""
 

@@ -14,7 +14,7 @@ import ntkit
 from ntkit.base.checks import refusal
 from ntkit.base.factory import source_hash
 from ntkit.base.files import read_json
-from ntkit.base.run_files import AnalysisRun, described
+from ntkit.base.run_files import AnalysisRun, check_is_folder, described
 from ntkit.base.tensors import tensor_hash
 from ntkit.base.versions import RESULTS_FORMAT, check_format, versions
 from ntkit.commands.network_measures import LABELS, TrainingTask
@@ -27,6 +27,7 @@ KERNELS = ("init", "after", "conjugate")
 
 def earlier_run(folder: Path, settings: Settings | None) -> dict[str, Any]:
     """Read the ``run.json`` of an earlier run; refuse any other file, and settings given in addition."""
+    check_is_folder(folder)
     run = read_json(folder / "run.json")
     if not isinstance(run, dict) or not isinstance(run.get("format"), int) or "kind" in run:
         expected, fix = "the run.json of ntkit analyze", "Name the run's own folder, not the trajectory/ inside it."
@@ -58,6 +59,7 @@ def settings_of(path: Path, run: dict[str, Any]) -> Settings:
 def told_by(run: Path) -> dict[str, Any]:
     """The `run.json` of a run of `analyze`; refuses other folders, and says what they hold."""
     expected, fix = "a run folder of ntkit analyze", "Name the folder that ntkit analyze wrote."
+    check_is_folder(run)
     if not (run / "run.json").exists() and (run / "track.json").exists():
         raise refusal(str(run), got="a tracking", expected=expected, fix="Name the run that it follows.")
     told = read_json(run / "run.json")

@@ -17,6 +17,7 @@ from ntkit.base.checks import Refused, defined, refusal
 from ntkit.base.files import read_json
 from ntkit.base.lock import FolderLock
 from ntkit.base.regular_files import check_folder
+from ntkit.base.run_files import check_is_folder
 from ntkit.base.tensors import chosen_device
 from ntkit.base.trust import code_of_run, code_of_user
 from ntkit.commands.results import checked_run, data_of, settings_of
@@ -115,6 +116,7 @@ def _draw(tracked: Tracked, x: Tensor, place: Path) -> None:
 
 def _run_to_follow(run: Path, settings: TrackSettings, trust: bool) -> tuple[Path, nn.Module, Tensor, Tensor]:
     """Trajectory folder, model and points."""
+    check_is_folder(run)
     told = read_json(run / "run.json")
     if isinstance(told, dict) and "identity" in told and (run / "trajectory").is_dir():
         checked_run(run / "run.json", told)

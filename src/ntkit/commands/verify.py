@@ -17,6 +17,7 @@ from ntkit.base.run_files import (
     AnalysisRun,
     PartFile,
     StageFile,
+    check_is_folder,
     described,
     read_step,
     read_steps,
@@ -83,6 +84,7 @@ def verify(run: str | Path) -> list[FileRecord]:
     snapshots/step-00000001.safetensors ok
     """
     folder = Path(run)
+    check_is_folder(folder)
     if not folder.is_dir():
         fix = "Check the folder's name."
         raise refusal(str(folder), got="no such folder", expected="the folder of a run", fix=fix)

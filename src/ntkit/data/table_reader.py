@@ -247,6 +247,8 @@ def _indicators(path: Path, column: _Column) -> dict[str, np.ndarray]:
         got = f"{len(values):,} different texts in column {column.name}, such as {str(values[0])!r}"
         got += f", in {len(cells):,} rows"
         fix = "Remove the column, or group its values; write dates as numbers."
+        if sum(" " in value for value in values) > len(values) / 2:
+            fix = "Sentences: turn them into token numbers in a function of yours (--data file.py:make). Else: " + fix
         expected = f"numbers, or texts that recur, at most {_VALUES} different ones"
         raise refusal(str(path), got=got, expected=expected, fix=fix)
     return {str(value): (cells == value).astype(np.float64) for value in values}

@@ -218,7 +218,9 @@ def mislabeled(suspicion: Tensor, wrong: Tensor) -> Evaluation:
 
     Parameters
     ----------
-    suspicion : [n], the larger, the more suspect: an example's own influence on its loss, its loss, ...
+    suspicion : [n], the larger, the more suspect: an example's loss, |leave-one-out residual|, or how much it does for
+        itself. Of `ntkit.influence` on the training set and its labels that is ``scores.diagonal()`` with
+        measure="margin", and ``-scores.diagonal()`` with measure="loss": more weight on an example lowers its own loss.
     wrong : bool [n], which labels are wrong.
 
     Returns

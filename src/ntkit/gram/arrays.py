@@ -134,3 +134,36 @@ def same_kind(tensor: Tensor, like: Any) -> Any: ...
 def same_kind(tensor: Tensor, like: Any) -> Any:
     """Return a torch tensor where `like` is one (or a Gram of one), else a numpy array."""
     return tensor if getattr(like, "on_torch", isinstance(like, Tensor)) else tensor.cpu().numpy()
+
+
+_LABELS = 20  # distinct integers that recur are labels up to this many, as in a table's column
+
+
+def refuse_labels(value: Any, name: str, *, centered: bool = False) -> None:
+    """Refuse class labels where numbers are asked for: a class is no quantity, and its number would count as one.
+
+    Labels are integers or booleans, [n] or [n, 1], of at most 20 different values that recur. Signs (-1 and 1) are
+    numbers; and where the mean is taken off (`centered`), how two classes are numbered makes no difference.
+
+    Raises
+    ------
+    Refused
+        Says how to write the classes as numbers.
+    """
+    tensor = as_tensor(value, name)
+    array = value if isinstance(value, Tensor) else np.asarray(value)
+    is_float = tensor.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+    if is_float or tensor.ndim not in (1, 2) or tensor.shape[1:].numel() > 1:
+        return
+    distinct = tensor.unique().tolist()
+    if set(distinct) <= {-1, 1} or not (2 if centered else 1) < len(distinct) <= min(_LABELS, tensor.numel() / 2):
+        return
+    fix = "Two classes: give 2.0 * y - 1 for labels 0 and 1."
+    if len(distinct) > 2:
+        fix = "Give a column per class, such as torch.nn.functional.one_hot(y) of labels from 0."
+    raise refusal(
+        name,
+        got=f"integers of {len(distinct)} values ({distinct[0]:g} to {distinct[-1]:g}) that recur, as class labels do",
+        expected="numbers to compare the kernel with",
+        fix=f"{fix} If they are quantities, give them as floats.",
+    )

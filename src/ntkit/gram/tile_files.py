@@ -30,7 +30,7 @@ from ntkit.jacobian.plan import Plan, Step
 DESCRIPTION = "zarr.json"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _FORMAT = 1
-_AGAIN = "GramStore.create(...) with the same arguments computes it again."
+_AGAIN = "GramStore.create(...) with the same arguments, or the same ntkit gram, computes it again."
 
 
 class BadTile(NamedTuple):

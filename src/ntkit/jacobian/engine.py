@@ -69,7 +69,7 @@ class Engine:
     ) -> None:
         check_module(model, fix="Wrap the function in a module.")
         check_select(select)
-        if not callable(outputs) and outputs not in MODES:
+        if not callable(outputs) and (not isinstance(outputs, str) or outputs not in MODES):
             fix = nearest(str(outputs), MODES)
             raise refusal("outputs", got=repr(outputs), expected="a mode or a callable", fix=fix)
         self.model, self.outputs, self.select = model, outputs, select

@@ -349,6 +349,12 @@ def refused_input(model: nn.Module, x: Batch) -> Iterator[None]:
         fix = "Check channels, sizes and dtype against the model's first layer"
         if isinstance(error, TypeError) and "argument" in str(error):
             fix = "Give the arguments that its forward takes"
+        of_model = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        of_input = {t.dtype for t in leaves(x) if t.is_floating_point()}
+        if len(of_model) == 1 and of_input != of_model and "dtype" in str(error):
+            (dtype,) = of_model
+            name = str(dtype).removeprefix("torch.")
+            fix = f"Check the dtype: the model's is {name}; convert one of the two, such as model.double() for float64"
         raise refusal(
             f"model {type(model).__name__}",
             got=f"input {shapes}, on which its forward failed ({error})",

@@ -100,7 +100,7 @@ class InfluenceKernel(Kernel):
         if curvature not in ("gauss-newton", "hessian"):
             fix = "Choose one of the two."
             raise refusal("curvature", got=repr(curvature), expected='"gauss-newton" or "hessian"', fix=fix)
-        if not callable(outputs) and outputs != "full":
+        if not callable(outputs) and (not isinstance(outputs, str) or outputs != "full"):
             fix = "Pick one scalar by a callable: lambda y: y[:, 0]."
             raise refusal("outputs", got=repr(outputs), expected='"full" or a callable', fix=fix)
         self._filter = SpectralFilter(damping, flow_time(time) if isinstance(time, Trajectory) else time)

@@ -34,11 +34,16 @@ def gradient(loss: Loss, outputs: Tensor, y: Any) -> tuple[Tensor, Tensor]:
     Raises
     ------
     Refused
-        When the loss is no scalar tensor that depends on the outputs.
+        When the loss does not take the outputs, or is no scalar tensor that depends on them.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = outputs.detach().clone().requires_grad_(True)
-        value = loss(leaf, y)
+        try:
+            value = loss(leaf, y)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            got = f"{error} on outputs {list(leaf.shape)} in float64 and y {list(y.shape)} in {y.dtype}"
+            fix = "Give y as the loss takes it. Outputs have the shape of y, or that of initial, such as zeros [n, C]."
+            raise refusal("loss", got=got, expected="a loss of these outputs and targets", fix=fix) from error
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             fix = "Let loss(outputs, y) return the mean over samples, computed by torch operations on outputs."

@@ -225,6 +225,15 @@ class NTKRegressor(RegressorMixin, _Estimator):
         return tags
 
 
+def _has_probabilities(classifier: NTKClassifier) -> bool:
+    """Whether the machine gives probabilities; the error says which one does, as scikit-learn's SVC does."""
+    if classifier.machine != "gp":
+        got, expected = f"machine={classifier.machine!r}", 'machine="gp"'
+        fix = "The others have no probabilities: use predict or decision_function, or set machine='gp'."
+        raise AttributeError(str(refusal("predict_proba", got=got, expected=expected, fix=fix)))
+    return True
+
+
 class NTKClassifier(ClassifierMixin, _Estimator):
     """Classification with the kernel of an infinitely wide network, for scikit-learn.
 
@@ -314,7 +323,7 @@ class NTKClassifier(ClassifierMixin, _Estimator):
         values = self.decision_function(X)
         return self.classes_[(values > 0).astype(int) if values.ndim == 1 else values.argmax(axis=1)]
 
-    @available_if(lambda self: self.machine == "gp")
+    @available_if(_has_probabilities)
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return how probable it is that each class's value is the largest, [m, C]; machine="gp" only.
 

@@ -138,7 +138,7 @@ class GradientFlow(Machine):
         ------
         Refused
             When K is not square, symmetric and finite with a non-negative diagonal, its largest entry is not between
-            1e-140 and 1e140, or y or `initial` do not fit it.
+            1e-140 and 1e140, or y or `initial` do not fit it, or the loss does not take them.
         """
         gram = training_gram(K)
         check_squares(gram)

@@ -16,7 +16,7 @@ from ntkit.base.checks import refusal, undefined
 from ntkit.base.memory import free_memory
 from ntkit.base.notebook_figures import curves
 from ntkit.base.shown import Shown
-from ntkit.gram.arrays import Matrix, as_floats, check_finite
+from ntkit.gram.arrays import Matrix, as_floats, check_finite, refuse_labels
 from ntkit.gram.gram_matrix import Gram, as_gram, fits_dense
 from ntkit.gram.krylov import Product, leading
 
@@ -74,8 +74,9 @@ class Spectrum(Shown):
 
         Parameters
         ----------
-        v : [n], or [n, C] (targets, outputs, residuals). Against a kernel [n, n] the energies of the columns are
-            summed; against [n, n, C, C] (or an operator of that size) `v` is flattened to one vector of n C.
+        v : [n], or [n, C] (targets, outputs, residuals), as for `alignment`: numbers, no class labels. Against a kernel
+            [n, n] the energies of the columns are summed; against [n, n, C, C] (or an operator of that size) `v` is
+            flattened to one vector of n C.
 
         Returns
         -------
@@ -84,13 +85,15 @@ class Spectrum(Shown):
         Raises
         ------
         Refused
-            When the shape does not fit, a value is not finite, or `v` is zero, which has no direction.
+            When the shape does not fit, a value is not finite, `v` is zero, which has no direction, or class labels.
 
         Examples
         --------
         >>> spectrum(torch.diag(torch.tensor([3.0, 2.0, 1.0]))).energy([1.0, 0.0, 1.0]).tolist()
         [0.5, 0.5, 1.0]
         """
+        if self.outputs == 1:
+            refuse_labels(v, "v")
         N, C, v = self.eigenvectors.shape[0], self.outputs or 1, as_floats(v, "v").to(self.eigenvectors)
         flat = v.ndim == 2 and v.numel() == N and self.outputs in (None, v.shape[1])
         if v.ndim not in (1, 2) or v.numel() == 0 or (v.shape[0] != N and not flat):
@@ -269,6 +272,7 @@ def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, *, centered: bool = Fal
     K1 : [n, n] or [n, n, C, C], symmetric.
     K2_or_y : a second kernel of the same shape, or targets: y [n] or Y [n, C], meaning ``K2 = Y Y^T``, never formed.
         Against [n, n, C, C], targets are [n, C], taken as one vector of n C. Whatever has K1's shape is a kernel.
+        Classes are written as numbers: ``2.0 * y - 1`` for labels 0 and 1, ``one_hot(y)`` for more.
     centered : center both with ``H = I - 1 1^T / n``: K -> H K H, Y -> H Y (Cortes et al. 2012; CKA). For
         [n, n, C, C] the mean over samples is removed per output (as Baratin et al. 2021 do), so that a constant added
         to one output changes nothing.
@@ -282,7 +286,8 @@ def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, *, centered: bool = Fal
     ------
     Refused
         When the shapes do not match; when one of the two is not symmetric, not finite, empty or zero; when centering
-        leaves nothing of one of them (a constant kernel, equal targets), which has no direction.
+        leaves nothing of one of them (a constant kernel, equal targets), which has no direction; when y holds class
+        labels (integers of at most 20 values that recur), since the result would depend on how classes are numbered.
 
     References
     ----------
@@ -295,6 +300,8 @@ def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, *, centered: bool = Fal
     """
     A = _nonzero(as_gram(K1, "K1"), "K1")
     n, C = len(A) // A.outputs, A.outputs
+    if not isinstance(K2_or_y, Gram):
+        refuse_labels(K2_or_y, "K2_or_y", centered=centered)
     other = K2_or_y if isinstance(K2_or_y, Gram) else as_floats(K2_or_y, "K2_or_y").to(A.device)
     aa = ab = bb = 0.0
     if isinstance(other, Gram) or list(other.shape) in ([n, n, C, C], [n, n, C, C][: 4 if C > 1 else 2]):

@@ -52,7 +52,9 @@ def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: 
 
     Every dense and convolution layer becomes ``z = w_std / √fan_in * W a + b_std * b``, its parameters W and b
     (``layer.parametrizations.weight.original``): gradients, gradient descent and tangent kernels are those of this
-    parametrization. With standard normal W and b the kernel tends to `ntkit.InfiniteKernel` as the widths grow.
+    parametrization. With standard normal W and b the kernel tends to `ntkit.InfiniteKernel` as the widths grow. W and b
+    are the module's own weights over the factors, whatever `w_std` and `b_std` say, and not standard normal: draw them
+    (below), or leave that to `ntkit.monte_carlo` and `ntkit.convergence`.
 
     Parameters
     ----------
@@ -88,6 +90,11 @@ def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: 
     True
     >>> stds(ntk)
     (1.0, 0.1)
+
+    A random network with these stds, whose kernel is near the limit where it is wide:
+
+    >>> for p in ntk.parameters():
+    ...     _ = torch.nn.init.normal_(p)
     """
     check_module(model)
     fix = "Pass a standard deviation, or None for the module's own initialization."

@@ -10,7 +10,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.files import read_arrays_and_metadata, read_json, write_page
 from ntkit.base.integrity import damaged, fingerprint
 from ntkit.base.results_file import DRAWN, AnalysisResults, RegressionResults
-from ntkit.base.run_files import AnalysisRun, described, understood
+from ntkit.base.run_files import AnalysisRun, check_is_folder, described, understood
 from ntkit.base.versions import RESULTS_FORMAT, check_format
 from ntkit.report.analysis_page import analysis_page
 from ntkit.report.compare_page import KIND as COMPARISON
@@ -57,6 +57,9 @@ def render(run: str | Path) -> Path:
     run = Path(run)
     if not (run / "results.json").exists() and (run / "track.json").exists():
         return render_tracked(run)
+    check_is_folder(run)
+    if not (run / "results.json").exists() and (run / "run.json").exists():
+        raise _without_results(run)
     results = read_json(run / "results.json")
     if isinstance(results, dict) and results.get("kind") == KIND:
         return render_study(run)
@@ -79,6 +82,17 @@ def render(run: str | Path) -> Path:
         text = (regression_page if is_regression else analysis_page)(results, arrays)
     write_page(path, text)
     return path
+
+
+def _without_results(run: Path) -> Exception:
+    told, place = read_json(run / "run.json"), shlex.quote(str(run))
+    told = told if isinstance(told, dict) else {}
+    got, fix = "a folder without results", "End it first, with the command that began it."
+    if told.get("format") == "ntkit-trajectory":
+        got, fix = "a recorded trajectory", f"Follow its kernel: ntkit track {place} --model net.py:make --data DATA."
+    elif "identity" in told:
+        got, fix = "a run that is not complete", f"Let it end, or go on with: ntkit analyze --from {place}"
+    return refusal(str(run), got=got, expected="a folder with results.json", fix=fix)
 
 
 def _images(run: Path, results: dict[str, Any]) -> dict[str, dict[str, Any]]:

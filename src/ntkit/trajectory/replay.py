@@ -373,8 +373,9 @@ class Replay:
                 f"snapshot of step {step} in {self._trajectory.path.name}",
                 got=f"'{name}' different from its replay by {size:.2g} of that step's update",
                 expected="the values that the run leads to",
-                fix="Look for a changed snapshot, data, batches (seed), loss, clip or optimizer settings other than in "
-                "training, an optimizer that was not new, a forward pass that differs in train mode, or autocast. "
+                fix="Look for a changed snapshot, data (also by augmentation), batches (seed), loss, clip or optimizer "
+                "settings other than in training, an optimizer that was not new, dropout or another forward pass that "
+                "differs in train mode, or autocast. "
                 "On another machine, number of threads or release of torch, and with gradients summed over parts of a "
                 "batch, rounding accumulates: use record='all'.",
             )

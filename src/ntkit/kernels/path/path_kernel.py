@@ -117,7 +117,7 @@ class PathKernel(Kernel):
         if not isinstance(trajectory, Trajectory):
             fix = "Pass what ntkit.train returned, or ntkit.Trajectory.open(folder)."
             raise refusal("trajectory", got=type(trajectory).__name__, expected="an ntkit.Trajectory", fix=fix)
-        if not callable(outputs) and outputs not in ("full", "trace"):
+        if not callable(outputs) and (not isinstance(outputs, str) or outputs not in ("full", "trace")):
             modes = '"full", "trace" (as a kernel only) or a callable'
             raise refusal("outputs", got=repr(outputs), expected=modes, fix="Pick a scalar by a callable.")
         self._replay = Replay(trajectory, model, data, loss, clip, select=select)
