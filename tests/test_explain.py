@@ -225,6 +225,8 @@ def test_the_default_points(pictured: Path, images: Path) -> None:
     assert by_why["right, most confident"] == int(best.argmax())
     if bool((~right).any()):
         assert by_why["wrong, most confident"] == int(torch.where(right, -1.0, out.abs()).argmax())
+    else:
+        assert "wrong, most confident" not in by_why
     assert by_why["least certain"] == min(
         set(range(12)) - {*by_why.values()} | {by_why["least certain"]}, key=lambda i: out[i].abs()
     )

@@ -88,7 +88,8 @@ def test_a_training_that_diverged(tmp_path: Path) -> None:
     ntkit.analyze(ntkit.Settings(**SMALL, model="mlp", lr=1e9, momentum=0.0), out=tmp_path / "run")
     results = read_json(tmp_path / "run" / "results.json")
     assert results["training"]["stop"] == "diverged"
-    assert results["explained"] is None or results["explained"].keys() == {"unexplained"}
+    assert results["explained"].keys() == {"unexplained"}
+    assert "a run that ended before its first step" in results["explained"]["unexplained"]
 
 
 def test_loaded_weights(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from streamed_gram import StreamedGram
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 import ntkit
 import ntkit.gram.gram_matrix as gram_matrix
 from ntkit.machines.flow import GradientFlow
-from ntkit.machines.modes import filters
+from ntkit.machines.modes import Modes, filters
 from ntkit.machines.tail import Tail
 
 N, M, K_TOP = 293, 29, 12
@@ -83,6 +85,30 @@ def test_the_bound_of_the_polynomials_is_that_of_the_worst_eigenvalue():
         # neither is far from the other until the trivial bound takes over
         assert bool((bound[1:6] <= 30 * worst[1:6] + 1e-12).all())
     assert bool((tail.left_error(times)[:, 0] <= 1.6 * size).all())
+
+
+def test_the_bound_counts_pairs_that_are_not_exact(monkeypatch):
+    """The first vector turned a little to one outside the pairs: the bound of exact pairs no longer holds."""
+    K, K_test, y, _ = problem()
+    values, vectors = (t.flip(-1) for t in torch.linalg.eigh(K))
+    exact, small = GradientFlow().fit(K, y), []
+    for angle in (0.0, 1e-3):
+        V = vectors[:, :K_TOP].clone()
+        V[:, 0] = math.cos(angle) * V[:, 0] + math.sin(angle) * vectors[:, K_TOP + 3]
+        own = (V * (K @ V)).sum(0)
+        defect = float((K @ V - V * own).norm())
+        assert defect == pytest.approx(angle * float(values[0] - values[K_TOP + 3]), rel=1e-4, abs=1e-9)
+        pairs = Modes(own, V, defect, float(values.norm()), float(K.trace() - own.sum()))
+        monkeypatch.setattr("ntkit.machines.flow.decomposed", lambda *_, pairs=pairs: pairs)
+        flow, times = GradientFlow(k=K_TOP).fit(K, y), TIMES[1:4]
+        off = (flow.predict(K_test, times) - exact.predict(K_test, times)).abs()
+        train = (flow.predict_train(times) - exact.predict_train(times)).norm(dim=1)
+        bound, sure = flow.error_bound(K_test, times), flow.error_bound(None, times)[:, 0]
+        assert bool((off <= bound + 1e-10).all())
+        assert bool((train <= sure + 1e-10).all())
+        small.append((bound, sure))
+    assert bool((off > small[0][0]).any())  # so it could not be left out
+    assert bool((train > small[0][1]).any())
 
 
 def test_nothing_is_read_but_products_and_no_more_for_more_times(no_room):

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -374,5 +375,6 @@ def test_an_analysis_whose_folder_is_deleted_ends_in_one_line(tmp_path):
 
     with pytest.raises(Refused) as refused:
         ntkit.analyze(SETTINGS, out=tmp_path / "run", say=say)
+    assert re.search(r"run\S*: got No such file or directory", str(refused.value))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """What a limit reads of a module: calls that look like others, the order of samples, masks and settings that change."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -107,22 +108,32 @@ MOVED = {
 def test_samples_in_another_order_are_refused(name, tokens):
     with pytest.raises(Refused) as refusal:
         kernel(MOVED[name])(tokens)
+    assert re.search("Keep the samples at the first axis|in another order", str(refusal.value))
     assert "sample=" not in str(refusal.value)  # it refuses networks that mix samples, too
 
 
 @pytest.mark.parametrize(
-    "forward",
+    ("forward", "why", "sampled"),
     [
-        lambda s, x: deep(s, attention(s, s.e(x), lambda a: F.dropout(a.softmax(-1)))).mean(1),
-        lambda s, x: s.hd(attention(s, F.rms_norm(s.e(x), (8,)))),
+        (
+            lambda s, x: deep(s, attention(s, s.e(x), lambda a: F.dropout(a.softmax(-1)))).mean(1),
+            "got dropout in train mode",
+            "got a forward pass that draws random numbers",
+        ),
+        (
+            lambda s, x: s.hd(attention(s, F.rms_norm(s.e(x), (8,)))),
+            "got rms_norm, which mixes channels or positions",
+            r"got shape \(5, 1\) per sample; expected a vector",
+        ),
     ],
     ids=["random masks", "a value per position"],
 )
-def test_what_cannot_be_sampled_is_not_offered(forward, tokens):
+def test_what_cannot_be_sampled_is_not_offered(forward, why, sampled, tokens):
     with pytest.raises(Refused) as refusal:
         kernel(forward)(tokens)
+    assert why in str(refusal.value)
     assert "sample=" not in str(refusal.value)
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match=sampled):
         InfiniteKernel(Net(forward), sample=2)(tokens)
 
 

@@ -120,7 +120,10 @@ def test_it_takes_any_kernel():
     variance = path.diagonal(x) - (k_x @ torch.linalg.inv(K + 0.1 * torch.eye(N, dtype=torch.float64)) * k_x).sum(1)
     torch.testing.assert_close(found.deviation, variance.sqrt(), rtol=1e-8, atol=1e-10)
     hidden = ntkit.novelty(ntkit.ConjugateKernel(model), x_train, x)
-    assert 0 <= float(hidden.outside.min()) <= float(hidden.outside.max()) <= 1
+    A, B = (model[:2](part).detach() for part in (x_train, x))  # 12 vectors of 16 features
+    Q, _ = torch.linalg.qr(A.T)
+    outside = (B - B @ Q @ Q.T).norm(dim=1) / B.norm(dim=1)
+    torch.testing.assert_close(hidden.outside, outside, rtol=1e-6, atol=1e-8)
 
 
 def test_refusals():

@@ -643,7 +643,7 @@ def test_a_folder_of_other_outputs_is_refused(tmp_path):
     first = ntkit.PathKernel(run, picks(0)).decompose(x[:2], path=tmp_path / "d")
     again = ntkit.PathKernel(run, picks(0)).decompose(x[:2], path=tmp_path / "d")
     assert torch.equal(first.contributions, again.contributions)
-    with pytest.raises(ntkit.Refused):
+    with pytest.raises(ntkit.Refused, match="got another decomposition"):
         ntkit.PathKernel(run, picks(1)).decompose(x[:2], path=tmp_path / "d")
 
 

@@ -365,6 +365,20 @@ def test_every_kernel_explains():
             assert_equal(found, by_hand(kernel, alpha, [output] * 5), 1e-12, type(kernel).__name__)
 
 
+def test_without_an_output_it_is_the_largest_of_the_sums():
+    """By a kernel that is not symmetric in its outputs, so that one and the other cannot be mixed up."""
+    alpha, blocks = drawn(N, 3, seed=6), drawn(4, 3, 3, 4, seed=7)
+    values = torch.einsum("jp,pcdq,iq->jicd", TEST, blocks, X)
+    sums = torch.einsum("jicd,id->jc", values, alpha)
+    assert (sums.argmax(1) != torch.einsum("jidc,id->jc", values, alpha).argmax(1)).any()
+    for memory in (None, 24 * N * 9):  # the second: one test point at a time
+        kernel = lambda a, b: torch.einsum("jp,pcdq,iq->jicd", a, blocks, b)
+        found = ntkit.explain(kernel, alpha, X, TEST, memory=memory)
+        assert found.outputs.tolist() == sums.argmax(1).tolist()
+        for j, c in enumerate(found.outputs.tolist()):
+            torch.testing.assert_close(found.scores[j], (values[j, :, c] * alpha).sum(1), rtol=1e-12, atol=1e-12)
+
+
 def test_top_gives_the_largest_scores_and_those_against():
     scores = drawn(4, 6)
     found = ntkit.Explanation(scores)

@@ -129,11 +129,17 @@ def pairs(before: Values) -> dict[str, tuple[Values, Values]]:
 # ---------------------------------------------------------------------- operations
 
 
+# these divide by a whole number that is 0
+NOT_FINITE = {(name, "whole") for name in ("two: div, sign changes", "two: plain / h", "product: complex exp")}
+
+
 @pytest.mark.parametrize("name", HOLDS)
 def test_the_law_holds_for(name):
     model = Net(HOLDS[name])
     for kind, (before, after) in pairs(own(model)).items():
-        if torch.isfinite(plainly(model, before, X)).all() and torch.isfinite(plainly(model, after, X)).all():
+        if (name, kind) in NOT_FINITE:
+            assert not all(torch.isfinite(plainly(model, end, X)).all() for end in (before, after))
+        else:
             assert error(model, X, before, after) <= BOUND, kind
 
 

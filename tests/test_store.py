@@ -593,5 +593,5 @@ def test_another_dataset_of_nested_samples_is_refused(tmp_path):
         ntkit.GramStore.create(tmp_path / "K", kernel, Samples(2.0), tile=4)
     L = ntkit.GramStore.create(tmp_path / "L", kernel, loader(Samples(1.0, twice=True)), tile=4)
     torch.testing.assert_close(L.dense(), 4 * K.dense(), rtol=1e-5, atol=1e-6)
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match="another"):
         ntkit.GramStore.create(tmp_path / "L", kernel, loader(Samples(1.0, twice=False)), tile=4)

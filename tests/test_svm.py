@@ -354,6 +354,25 @@ def test_a_kernel_with_a_negative_direction_among_many_points():
     assert "negative eigenvalues" in svm.advice_
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2, 4])
+def test_the_certificate_of_an_unfinished_fit_is_its_definition(monkeypatch, steps):
+    """Far from the optimum: violated margins, or (at a start that is not improved) weights of points above theirs."""
+    monkeypatch.setattr(working_set, "_MAX_STEPS", steps)
+    x, y = problem("square", 8)
+    if not steps:
+        x = y[:, None] * (0.5 + draw(len(y), 1) ** 2 + 0.1 * draw(len(y), 3, seed=1))
+    K = x @ x.T
+    svm = HardMarginSVM().fit(K, y, start=None if steps else torch.ones(len(y)))
+    assert svm.status_ == "inaccurate"
+    a, margins = svm.alpha_, y * (K @ (svm.alpha_ * y))
+    violated, slack = (1 - margins).clamp(min=0).max(), ((a / a.max()) * (margins - 1).abs()).max()
+    assert steps or slack > 1.1 * violated
+    torch.testing.assert_close(svm.kkt_, max(violated, slack).item(), rtol=1e-9, atol=0)
+    primal = (a @ margins) / 2 / margins.min() ** 2  # of the separator at hand, scaled until no margin is violated
+    gap = 1 - (a.sum() - (a @ margins) / 2) / primal if margins.min() > 0 else torch.tensor(1.0)
+    torch.testing.assert_close(svm.gap_, gap.item(), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("seed", [2034, 5228, 7213])
 def test_the_gap_is_that_of_exact_sums(seed):
     """Points of sizes from 1e-2 to 1e2 in seven dimensions with noise: the margins lose digits to cancellation."""

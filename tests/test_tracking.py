@@ -14,6 +14,7 @@ import ntkit
 from ntkit.base.checks import Refused
 from ntkit.jacobian.oracle import tangent_kernel
 from ntkit.tracking import Tracked, half_squared, scalars, track
+from ntkit.tracking import snapshot_numbers as snapshot
 
 N, C = 11, 3
 
@@ -38,6 +39,16 @@ def case():
     return x, y, model, run(model, x, y)
 
 
+def aligned(K, Y):
+    """Cosine between K and Y Y^T."""
+    return float((Y * (K @ Y)).sum() / K.norm() / (Y.T @ Y).norm())
+
+
+def spread(M, probes=32):
+    """Relative standard error of the trace of M as the mean of z^T M z over random signs z."""
+    return float((2 * (M.square().sum() - M.diagonal().square().sum()) / probes).sqrt() / M.trace())
+
+
 @pytest.mark.parametrize("memory", [None, "2 kB"])  # the second: no room for a Gram matrix
 @pytest.mark.parametrize("outputs", ["trace", "full"])
 def test_every_number_is_its_definition(case, outputs, memory):
@@ -49,7 +60,8 @@ def test_every_number_is_its_definition(case, outputs, memory):
     for i, step in enumerate(tracked.steps):
         at = {name: values[i] for name, values in tracked.series.items()}
         trajectory.load(other, step)
-        K4 = tangent_kernel(other, x)
+        shares = {name: tangent_kernel(other, x, params=[f"{name}.weight", f"{name}.bias"]) for name in ("0", "2")}
+        K4 = shares["0"] + shares["2"]
         flat = K4.permute(0, 2, 1, 3).reshape(N * C, N * C)
         K = flat if outputs == "full" else K4.diagonal(dim1=2, dim2=3).sum(2)
         Ks.append(K)
@@ -82,10 +94,25 @@ def test_every_number_is_its_definition(case, outputs, memory):
             assert first["norm_ratio"] == pytest.approx(float(linear.norm() / true.norm()), rel=1e-9)
         cosine = float((K * Ks[0]).sum() / K.norm() / Ks[0].norm())
         change = float((K - Ks[0]).norm() / Ks[0].norm())
+        Y = y.reshape(-1, 1) if outputs == "full" else y
+        middle = torch.eye(N, dtype=torch.float64) - 1 / N
+        J = torch.kron(middle, torch.eye(C, dtype=torch.float64)) if outputs == "full" else middle
+        rest = (vectors[:, 4:] * values[4:] ** 2) @ vectors[:, 4:].T  # K^2 outside the top pairs, which are exact
+        for name, M, Z, part in (("alignment", K, Y, rest), ("alignment_centered", J @ K @ J, J @ Y, None)):
+            part = M @ M if part is None else part
+            tolerance = 1e-9 if memory is None else 2.5 * spread(part) * float(part.trace()) / float(M.norm() ** 2)
+            assert at[name] == pytest.approx(aligned(M, Z), rel=tolerance), name
         if memory is None:
-            Y = y.reshape(-1, 1) if outputs == "full" else y
-            alignment = float((Y * (K @ Y)).sum() / K.norm() / (Y.T @ Y).norm())
-            assert at["alignment"] == pytest.approx(alignment, rel=1e-9)
+            own = [torch.where(torch.arange(C) == c, y, 0).reshape(-1, 1) if outputs == "full" else y[:, [c]]
+                   for c in range(C)]  # fmt: skip
+            assert at["class_alignment"] == pytest.approx([aligned(J @ K @ J, J @ t) for t in own], rel=1e-9)
+            for layer in ("0", "2"):
+                share = shares[layer].diagonal(dim1=2, dim2=3).sum(2)
+                assert at["layer_trace"][layer] == pytest.approx(float(share.trace()), rel=1e-9)
+                wanted = aligned(middle @ share @ middle, middle @ y)
+                assert at["layer_alignment"][layer] == pytest.approx(wanted, rel=1e-9)
+            a, b = J @ K @ J, J @ Ks[0] @ J
+            assert at["cka"] == pytest.approx(float((a * b).sum() / a.norm() / b.norm()), rel=1e-9)
             assert at["distance"] == pytest.approx(max(0.0, 1 - cosine), abs=1e-12)
             assert at["change"] == pytest.approx(change, abs=1e-12)
             assert sum(at["layer_trace"].values()) == pytest.approx(at["trace"], rel=1e-9)
@@ -99,27 +126,59 @@ def test_every_number_is_its_definition(case, outputs, memory):
     assert tracked.series["velocity"][0] is None
 
 
-def test_estimates_get_better_as_the_square_root():
-    from ntkit.tracking import snapshot_numbers as snapshot
+class Products:
+    """A matrix of which a tracking sees products alone."""
 
+    device = torch.device("cpu")
+
+    def __init__(self, K):
+        self.K, self.shape = K, K.shape
+
+    def __matmul__(self, v):
+        return self.K @ v
+
+
+def estimates(pairs):
+    """What is estimated for pairs of kernels, [pairs, 4]: the square of the change, distance, cka; its error."""
+    rows = []
+    for pair in pairs:
+        now, first = (snapshot.KernelProducts(Products(m), len(m)).signature() for m in pair)
+        found = snapshot.kernel_change(now, first, first, 1)
+        rows.append([found["change"] ** 2, found["distance"], found["cka"], found["change_error"]])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_estimates_get_better_as_the_square_root_and_say_their_error(monkeypatch):
+    n, H = 20, torch.eye(20, dtype=torch.float64) - 1 / 20
+    pairs, exact = [], []
+    for seed in range(300):
+        A, B = draw(2, n, n, seed=seed)
+        K, first = A @ A.T + 0.5 * B @ B.T, A @ A.T
+        pairs.append((K, first))
+        a, b = H @ K @ H, H @ first @ H
+        change = (K - first).norm() / first.norm()
+        exact.append([change**2, 1 - (K * first).sum() / K.norm() / first.norm(), (a * b).sum() / a.norm() / b.norm()])
+    exact, off = torch.tensor(exact, dtype=torch.float64), {}
+    for probes in (8, 32, 128):
+        monkeypatch.setattr(snapshot, "_PROBES", probes)
+        found = estimates(pairs)
+        off[probes] = (found[:, :3] - exact).square().mean(0).sqrt() / exact.mean(0)
+        z = (found[:, 0] / exact[:, 0] - 1) / found[:, 3]
+        # of Student's t with probes - 1 degrees of freedom the mean square is (probes - 1) / (probes - 3)
+        assert 0.7 < z.square().mean() * (probes - 3) / (probes - 1) < 1.4, (probes, z.square().mean())
+    for few, many in ((8, 32), (32, 128)):
+        assert ((off[few] / off[many] - 2).abs() < 0.5).all(), (few, off[few] / off[many])
+
+
+def test_the_error_of_a_change_is_that_of_a_ratio():
+    """Three times the same kernel: the ratio is exact. A change of the diagonal: |K - K_0|^2 is exact, |K_0|^2 not."""
     K = draw(40, 40)
     K = K @ K.T
-    first = K + 0.3 * torch.diag(draw(40, seed=5).abs())
-
-    class Products:
-        shape, device = (40, 40), torch.device("cpu")
-
-        def __init__(self, K):
-            self.K = K
-
-        def __matmul__(self, v):
-            return self.K @ v
-
-    a, b = (snapshot.KernelProducts(Products(m), 40).signature() for m in (K, first))
-    found = snapshot.kernel_change(a, b, b, 1)
-    assert found["change"] == pytest.approx(float((K - first).norm() / first.norm()), rel=0.3)
-    assert found["distance"] == pytest.approx(1 - float((K * first).sum() / K.norm() / first.norm()), abs=0.02)
-    assert 0 < found["change_error"] < 1
+    found = estimates([(3 * K, K), (K + 9 * torch.eye(40), K)])
+    assert found[0, [0, 3]].tolist() == pytest.approx([4, 0], abs=1e-12)
+    M = K @ K
+    assert float(found[1, 3]) == pytest.approx(spread(M), rel=5 / (2 * 31) ** 0.5)
+    assert float(81 * 40 / M.trace() / found[1, 0]) == pytest.approx(1, abs=5 * spread(M))
 
 
 def test_each_output_on_its_own(case):
@@ -130,7 +189,9 @@ def test_each_output_on_its_own(case):
         own = tracked.series["per_output"][part][c]
         assert own["eigenvalues"] == pytest.approx(one.series["eigenvalues"][part], rel=1e-9)
         assert own["energy_output"] == pytest.approx(one.series["energy_output"][part], abs=1e-9)
-        assert own["energy_target"][0] <= 1
+        V, t = torch.as_tensor(tracked.eigenvectors(8))[c], y[:, [c]]  # of the last snapshot, part 1
+        energy = ((V.double().T @ t) ** 2).sum(1).cumsum(0) / (t**2).sum()
+        assert own["energy_target"] == pytest.approx(energy.tolist(), abs=1e-6)
     assert tracked.eigenvectors(8).shape == (C, N, 3)
 
 

@@ -78,8 +78,9 @@ def tangent(m, tmp):
 
 
 def refused(m, tmp):
-    for x in (X[:0], X * torch.nan, X.expand(6, 2, 8, 8), X.long()):
-        with pytest.raises(ntkit.Refused):
+    wrong = {"an empty": X[:0], "nan": X * torch.nan, "2 channels": X.expand(6, 2, 8, 8), "int64": X.long()}
+    for why, x in wrong.items():
+        with pytest.raises(ntkit.Refused, match=why):
             ntkit.TangentKernel(m)(x)
 
 
@@ -135,7 +136,7 @@ def path(m, tmp):
     ntkit.PathKernel(
         ntkit.Trajectory.open(run.path), model=net, data=(X, Y), loss=nn.functional.cross_entropy
     ).decompose(X)
-    with pytest.raises(ntkit.Refused):
+    with pytest.raises(ntkit.Refused, match=r"got '0\.weight' absent"):
         ntkit.PathKernel(run, model=m).decompose(X)
 
 
@@ -189,7 +190,7 @@ def stored(m, tmp):
     K = ntkit.GramStore.create(tmp / "kernel", kernel, X, tile=4)
     K @ torch.ones(6), K.rows([1]), K.verify(), K.to_dask().compute(scheduler="synchronous")
     K.export(tmp / "kernel.npy")
-    with pytest.raises(ntkit.Refused):
+    with pytest.raises(ntkit.Refused, match=r"another data .*, samples \(6, not 5\)"):
         ntkit.GramStore.create(tmp / "kernel", kernel, X[:5])
 
 

@@ -252,9 +252,8 @@ def mislabeled(suspicion: Tensor, wrong: Tensor) -> Evaluation:
     area = float((ranks[wrong].sum() - bad * (bad + 1) / 2) / (bad * good))
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
     variance = (area * (1 - area) + (bad - 1) * (q1 - area**2) + (good - 1) * (q2 - area**2)) / (bad * good)
-    return Evaluation(
-        area, math.sqrt(max(variance, 0.0)), torch.full((1,), area), f"{bad} of {len(wrong)} labels wrong"
-    )
+    by_point = torch.full((1,), area, dtype=torch.float64)
+    return Evaluation(area, math.sqrt(max(variance, 0.0)), by_point, f"{bad} of {len(wrong)} labels wrong")
 
 
 def _checked(scores: Tensor, retrainings: Retrainings) -> Tensor:
@@ -284,8 +283,8 @@ def _error_of_rows(predicted: Tensor, outcome: Tensor) -> float:
     if k < 3:
         return math.inf
     rest = [torch.arange(k) != row for row in range(k)]
-    values = torch.tensor([_correlation(predicted[keep], outcome[keep], "").value for keep in rest])
-    return math.sqrt((k - 1) * float(values.double().var(unbiased=False)))
+    values = [_correlation(predicted[keep], outcome[keep], "").value for keep in rest]
+    return math.sqrt((k - 1) * float(torch.tensor(values, dtype=torch.float64).var(unbiased=False)))
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Tracked(Shown):
         - ``layer_trace``, ``layer_alignment`` (centered) {layer: ...}: shares of single layers, if K is a matrix;
         - ``distance`` 1 - cos(K, K_0); ``change`` |K - K_0| / |K_0|; ``cka`` (centered cosine) to the first snapshot;
           ``velocity`` (1 - cos(K, K of the snapshot before)) per step; ``change_error``: relative standard error of
-          |K - K_0|^2 where it is estimated from random vectors (matrix-free), 0 where it is exact;
+          the square of ``change`` where it is estimated from random vectors (matrix-free), 0 where it is exact;
         - ``sharpness``: lambda_max of (1/n) H^1/2 K H^1/2, H the loss's second derivative by the outputs (the
           Gauss-Newton matrix); ``stable_learning_rate`` 2 / sharpness: largest for plain gradient descent. For the
           loss |f - y|^2 / (2 n) that is 2 n / lambda_1; ``sharpness_bound``: largest sharpness at which the run's own

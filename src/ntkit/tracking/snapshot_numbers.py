@@ -156,14 +156,14 @@ def kernel_change(now: Any, first: Any, before: Any, elapsed: int) -> dict[str, 
         cosine, cka = alignment(now, first), defined(alignment, now, first, centered=True)
         last, error = alignment(now, before), 0.0
     else:
-        squares = ((now[0] - first[0]) ** 2).sum(0)
-        norm = float((first[0] ** 2).sum(0).mean())
+        squares, norms = ((now[0] - first[0]) ** 2).sum(0), (first[0] ** 2).sum(0)
+        mean, norm = float(squares.mean()), float(norms.mean())
         if not norm > 0:
             return zero
-        change = (squares.mean() / norm) ** 0.5
+        change = (mean / norm) ** 0.5
         cosine, last, cka = _cosine(now[0], first[0]), _cosine(now[0], before[0]), _cosine(now[1], first[1])
-        mean = float(squares.mean())
-        error = float(squares.std()) / _PROBES**0.5 / mean if mean > 0 else 0.0
+        # of a ratio of two means from the same vectors, to first order
+        error = float((squares / mean - norms / norm).std()) / _PROBES**0.5 if mean > 0 else 0.0
     return {
         "distance": finite(max(0.0, 1 - cosine)),
         "change": finite(float(change)),
