@@ -280,7 +280,8 @@ plain(
     pairwise_distance=lambda h: F.pairwise_distance(h, torch.cos(h) + 1)[..., None] + h,
     rfft=lambda h: torch.view_as_real(torch.fft.rfft(h)).flatten(-2),
     fft=lambda h: torch.fft.fft(torch.tanh(h), dim=1).imag + h,
-    fft_ortho=lambda h: torch.fft.ifft(torch.fft.fft(h, norm="ortho") * 1j, norm="ortho").imag,
+    # copied: of an expanded tensor torch 2.6 has no transform
+    fft_ortho=lambda h: torch.fft.ifft(torch.fft.fft(h.contiguous(), norm="ortho") * 1j, norm="ortho").imag,
     hfft=lambda h: torch.fft.hfft(torch.complex(h, h.sin()), n=4),
     own_axis_max=lambda h: torch.max(h, 1, keepdim=True)[0] + h,
 )

@@ -257,7 +257,7 @@ def test_transformers_rows(tmp_path, workers):
     rows = [traj.batch(step) for step in range(len(traj.losses))]
     assert torch.equal(ids[torch.cat(rows)], torch.cat(spy.seen))
     assert sorted({len(part) for part in rows}) == [2, 6]  # of 20: three steps of two batches, one of a batch of 2
-    assert sorted(torch.cat(rows[: len(rows) // 2]).tolist()) == list(range(20))
+    assert sorted(torch.cat(rows)[:20].tolist()) == list(range(20))  # older releases stop within the second pass
 
 
 def test_transformers_from_recording_to_kernels_and_the_path(tmp_path):

@@ -626,7 +626,7 @@ def break_image(path, what):
         ("RGBA", "got mode RGBA; expected 8-bit gray"),
         ("P", "got mode P;"),
         ("1", "got mode 1;"),
-        ("I;16", "got mode I;16;"),
+        ("I;16", "got mode I(;16)?;"),
         ("RGB", "got 7 x 5 RGB; expected 7 x 5 L, as 0.png"),
         ("size", "got 5 x 7 L; expected 7 x 5 L"),
         ("cut", "cannot be read"),

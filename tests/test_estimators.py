@@ -25,8 +25,7 @@ from ntkit.machines.estimators import NTKClassifier, NTKRegressor
 from ntkit.machines.gaussian_process import GaussianProcess
 from ntkit.machines.ridge import KernelRidge
 
-
-@parametrize_with_checks(
+CHECKS = parametrize_with_checks(
     [
         NTKRegressor(),
         NTKRegressor(machine="gp"),
@@ -34,7 +33,10 @@ from ntkit.machines.ridge import KernelRidge
         NTKClassifier(machine="gp"),
         NTKClassifier(machine="svm"),
     ]
-)
+).mark
+
+
+@pytest.mark.parametrize(CHECKS.args[0], list(CHECKS.args[1]), **CHECKS.kwargs)  # pytest 9 takes no generator
 def test_scikit_learn_accepts(estimator, check):
     check(estimator)
 

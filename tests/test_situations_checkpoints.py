@@ -268,11 +268,9 @@ def a_module_in_a_file_of_the_old_format(folder):
 
 @SITUATIONS.of("suno-ai/bark#653")
 def a_number_of_numpy_beside_the_weights(folder):
-    load(
-        folder,
-        {"model": STATE, "best": np.float64(0.9)},
-        "model; not read: numpy._core.multiarray.scalar, numpy.dtype",
-    )
+    core = "_core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "core"
+    said = f"model; not read: numpy.{core}.multiarray.scalar, numpy.dtype"
+    load(folder, {"model": STATE, "best": np.float64(0.9)}, said)
 
 
 @SITUATIONS.of("amyxlu/cheap-proteins#4", r"got a whole torch\.nn\.modules\.container\.Sequential, .*\.state_dict\(\)")

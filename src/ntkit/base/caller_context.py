@@ -132,7 +132,7 @@ _NOTHING = _Open((), None, 1)
 def _what_is_open() -> _Open:
     # newer releases know more device types, older ones raise for those that they do not know
     types = [t for t in _DEVICES if _autocast(t)]
-    device = torch.get_default_device()
+    device = torch.empty(0).device  # torch.get_default_device() of torch 2.6 says cpu inside torch.device(...)
     autocast = tuple((t, torch.get_autocast_dtype(t)) for t in types)
     return _Open(autocast, None if device.type == "cpu" else device, torch.get_num_threads(), torch.is_grad_enabled())
 

@@ -306,13 +306,7 @@ class InfiniteSettings(DataSettings):
     """Folder for run.json and results.json; without it no file is written."""
 
     def check(self) -> None:
-        """Refuse invalid values.
-
-        Raises
-        ------
-        Refused
-            Names the option as the command line spells it.
-        """
+        """Refuse invalid values, as `Settings.check`."""
         if self.folds < 2 or self.epochs < 1:
             got, fix = f"{self.folds}, {self.epochs}", "Give larger numbers."
             raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
