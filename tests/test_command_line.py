@@ -141,7 +141,7 @@ def test_options_mean_the_same_in_all_commands(parameters):
     # ntkit compare takes several models; ntkit explain RUN --test 3 17 names examples, as many as the others count
     assert {name for name, found in kinds.items() if len(found) > 1} == {"--model", "--test"}
     assert options["--memory"] == {"analyze", "track", "explain", "compare", "gram", "solve"}
-    assert options["--device"] == {"analyze", "track", "gram", "solve"}  # explain and compare: as the run
+    assert options["--device"] == {"analyze", "track", "infinite", "gram", "solve"}  # explain and compare: as the run
     assert options["--model"] == options["--data"] == COMMANDS - {"study", "report", "verify"}
     assert options["--points"] == {"track", "compare"}  # how many
 

@@ -165,6 +165,9 @@ def test_arguments():
         kernel(memory="2 parsecs")
     with refused("memory: got 0"):
         kernel(memory=0)
+    with refused(r"memory: got '8'; expected a number with its unit. Such as '8 GB'."):
+        kernel(memory="8")
+    np.testing.assert_allclose(kernel(memory="30000000")(X), kernel()(X), rtol=1e-12)
 
 
 def test_sets_that_do_not_go_together():

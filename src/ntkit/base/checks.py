@@ -143,7 +143,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
 
 
 def parse_bytes(size: int | str | None, subject: str, fix: str) -> int | None:
-    """Bytes from a number or a text such as "500 MB" or "2 GB".
+    """Bytes from a number or a text such as "500 MB" or "2 GB"; a text of a small number alone has lost its unit.
 
     >>> parse_bytes("2 GB", "memory", "Give the scratch memory allowed.")
     2000000000
@@ -153,6 +153,8 @@ def parse_bytes(size: int | str | None, subject: str, fix: str) -> int | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(size))
     number = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0.0
     value = int(number) if number < 2**63 else 0
+    if isinstance(size, str) and match and not match[2] and 0 < value < 10**6:
+        raise refusal(subject, got=repr(size), expected="a number with its unit", fix=f"Such as '{size} GB'.")
     if isinstance(size, bool) or value <= 0:
         raise refusal(subject, got=repr(size), expected='bytes, or text such as "500 MB" or "2 GB"', fix=fix)
     return value
