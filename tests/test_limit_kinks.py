@@ -102,10 +102,11 @@ def split(function, slope, kinks, a, b, rho):
             edges += [k / root_b / rho + d * tau / rho for d in (-10, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 10)]
     x, of_x = panels(np.unique(np.clip(edges, -REACH, REACH)))
     x, of_x = x.ravel(), of_x.ravel()
+    if not tau:
+        return [float(of_x @ (f(root_a * x) * f(root_b * rho * x))) for f in (function, slope)]
     inner = np.tile(np.linspace(-REACH, REACH, 13), (len(x), 1))
-    if tau:
-        crossings = np.stack([(k / root_b - rho * x) / tau for k in kinks], 1)
-        inner = np.sort(np.concatenate([inner, np.clip(crossings, -REACH, REACH)], 1), 1)
+    crossings = np.stack([(k / root_b - rho * x) / tau for k in kinks], 1)
+    inner = np.sort(np.concatenate([inner, np.clip(crossings, -REACH, REACH)], 1), 1)
     y, of_y = panels(inner)
     v = root_b * (rho * x[:, None, None] + tau * y)
     return [

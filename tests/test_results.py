@@ -18,7 +18,7 @@ from ntkit.studies.bell2023 import other_kernels
 from ntkit.studies.claim import as_markdown
 from ntkit.studies.jacot2018 import definiteness, outputs_at_start
 from ntkit.studies.kopitkov2019.kopitkov_setting import picture
-from ntkit.studies.study import Sizes, Work, mlp
+from ntkit.studies.study import Results, Sizes, Work, mlp
 
 RESULTS = Path(__file__).parents[1] / "studies" / "results"
 FOLDERS = sorted(RESULTS.glob("*"))
@@ -43,24 +43,20 @@ def test_committed_claims_are_those_of_the_parts(folder):
     assert table in (folder / "claims.md").read_text(encoding="utf-8")
 
 
-def test_unfinished_work_on_jacot2018_is_judged_where_an_experiment_is_complete(monkeypatch):
+def test_unfinished_work_on_jacot2018_is_judged_where_an_experiment_is_complete():
     """Without one part, the claims and figures of its experiment are left out; all others are those of the whole."""
-    folder = RESULTS / "jacot2018"
+    folder, study = RESULTS / "jacot2018", jacot2018.STUDY
     told = read_json(folder / "run.json")
-    study = jacot2018.STUDY
-    work = Work(
-        study.scales[told["scale"]], (), told["sets"], folder, {}, id=fingerprint(study.header("quick", ["mnist"]))
-    )
-    whole = study.results(work)
+    id = fingerprint(study.header("quick", ["mnist"]))
+    whole = study.results(Work(study.scales[told["scale"]], (), told["sets"], folder, {}, id=id))
     claims = {claim.text: claim.record() for listed in study.claims for claim in listed(whole)}
     titles = [section.title for listed in study.sections for section in listed(whole)]
     assert (whole.missing, len(study.certificate(whole)["cards"])) == (frozenset(), 4)
-    last = {part.experiment: part.name for part in study._parts(work)}
     always = set(claims)
-    for experiment, name in last.items():
-        monkeypatch.setattr(Work, "finished", lambda work, part, name=name: part.name != name)
-        partial = study.results(work, finished=True)
-        assert partial.missing == {experiment}
+    for experiment, cases in whole.by_experiment.items():
+        case, runs = list(cases.items())[-1]
+        fewer = whole.by_experiment | {experiment: cases | {case: runs[:-1]}}
+        partial = Results(whole.work, fewer, frozenset({experiment}))
         found = {claim.text: claim.record() for listed in study.claims for claim in listed(partial)}
         assert found == {text: claims[text] for text in found}
         assert 0 < len(found) < len(claims)
