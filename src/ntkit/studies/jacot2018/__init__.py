@@ -145,6 +145,20 @@ def departures(results: Results) -> list[str]:
     return texts
 
 
+JUDGED = (  # claims, figures, the experiments that both need
+    (outputs_at_start.claims, outputs_at_start.sections, ("outputs",)),
+    (kernel_gradient.claims, kernel_gradient.sections, ("gradient",)),
+    (random_kernels.claims, random_kernels.sections, ("rate", "kernels")),
+    (kernel_constancy.claims, kernel_constancy.sections, ("constancy",)),
+    (definiteness.claims, definiteness.sections, ("definiteness", "descent")),
+    (function_space.claims, function_space.sections, ("function space",)),
+    (regression.claims, regression.sections, ("regression",)),
+    (component.eigenvalue_claims, component.eigenvalue_sections, ("eigenvalues",)),
+    (component.learning_claims, component.learning_sections, ("eigenvalues", "learning")),
+    (all_components.claims, all_components.sections, ("leading",)),
+    (early_stopping.claims, early_stopping.sections, early_stopping.EXPERIMENTS),
+)
+
 STUDY = Study(
     name="jacot2018",
     title="The neural tangent kernel and its limit",
@@ -167,32 +181,8 @@ STUDY = Study(
         all_components.parts,
         early_stopping.parts,
     ],
-    claims=[
-        once_complete(outputs_at_start.claims, "outputs"),
-        once_complete(kernel_gradient.claims, "gradient"),
-        once_complete(random_kernels.claims, "rate", "kernels"),
-        once_complete(kernel_constancy.claims, "constancy"),
-        once_complete(definiteness.claims, "definiteness", "descent"),
-        once_complete(function_space.claims, "function space"),
-        once_complete(regression.claims, "regression"),
-        once_complete(component.eigenvalue_claims, "eigenvalues"),
-        once_complete(component.learning_claims, "eigenvalues", "learning"),
-        once_complete(all_components.claims, "leading"),
-        once_complete(early_stopping.claims, *early_stopping.EXPERIMENTS),
-    ],
-    sections=[
-        once_complete(outputs_at_start.sections, "outputs"),
-        once_complete(kernel_gradient.sections, "gradient"),
-        once_complete(random_kernels.sections, "rate", "kernels"),
-        once_complete(kernel_constancy.sections, "constancy"),
-        once_complete(definiteness.sections, "definiteness", "descent"),
-        once_complete(function_space.sections, "function space"),
-        once_complete(regression.sections, "regression"),
-        once_complete(component.eigenvalue_sections, "eigenvalues"),
-        once_complete(component.learning_sections, "eigenvalues", "learning"),
-        once_complete(all_components.sections, "leading"),
-        once_complete(early_stopping.sections, *early_stopping.EXPERIMENTS),
-    ],
+    claims=[once_complete(claims, *needed) for claims, _, needed in JUDGED],
+    sections=[once_complete(sections, *needed) for _, sections, needed in JUDGED],
     certificate=certificate,
     about=about,
     departures=departures,
