@@ -12,6 +12,17 @@ from torch import Tensor
 
 from ntkit.base.checks import refusal
 
+_LABELS = 20  # different whole numbers that may be labels of classes; more are quantities
+
+
+def few_enough_for_labels(distinct: int, count: int) -> bool:
+    """Whether so many different whole numbers among `count` may be labels: at most 20, each twice on average.
+
+    >>> few_enough_for_labels(3, 12), few_enough_for_labels(3, 5), few_enough_for_labels(21, 1000)
+    (True, False, False)
+    """
+    return distinct <= min(_LABELS, count / 2)
+
 
 def check_dense(tensor: Tensor, name: str) -> None:
     """Refuse tensors without values (device "meta"), and sparse, quantized and nested ones."""

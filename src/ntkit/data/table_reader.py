@@ -15,6 +15,7 @@ import numpy as np
 
 from ntkit.base.checks import check_name, nearest, printable, refusal
 from ntkit.base.memory import check_room
+from ntkit.base.numbers import few_enough_for_labels
 from ntkit.data.readers import Files, open_data, read_whole
 
 TABLES = (".csv", ".tsv", ".parquet")
@@ -24,7 +25,6 @@ _MISSING = {"", "na", "n/a", "nan", "-nan", "null", "?", "#n/a", "#na", "<na>", 
 _WRITTEN = re.compile(r"[-+(]?\s?[$€£¥]?\s?\d{1,3}(?:[ ,.'\u2019\u00a0\u202f]?\d{3})*(?:[.,]\d+)?\s?[%$€£¥]?\)?")
 _VALUES = 50  # different texts of a column that become indicators
 _FEW = 5  # different texts that need not recur
-_LABELS = 20  # distinct integers of a target that are labels; more are numbers to predict
 _PER_BYTE = 40  # bytes of memory for each byte of a CSV file, while its cells are text
 
 
@@ -265,8 +265,7 @@ def _predicted(path: Path, columns: list[_Column]) -> tuple[np.ndarray, list[str
             got = f"text in column {column.name}"
             raise refusal("target (--target)", got=got, expected="numbers in all targets", fix="Name one target.")
     y = np.stack([numbers for numbers in values if numbers is not None], 1)
-    few = min(_LABELS, len(y) / 2)  # numbers that do not recur are no labels
     whole = (y == np.round(y)).all() and np.abs(y).max() < 2**53  # larger numbers are not exact
-    if len(columns) == 1 and whole and len(np.unique(y)) <= few:
+    if len(columns) == 1 and whole and few_enough_for_labels(len(np.unique(y)), len(y)):
         return y[:, 0].astype(np.int64), names
     return y, names

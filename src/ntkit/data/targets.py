@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import check_name, refusal
-from ntkit.base.numbers import means_and_deviations
+from ntkit.base.numbers import few_enough_for_labels, means_and_deviations
 
 Task = Literal["classification", "regression"]
 TASKS = ("classification", "regression")
-_FEW = 20  # different whole numbers as floats, each several times, that may be labels
 _MOST = 1000  # classes without names: more are numbers or ids in place of labels
 _MISSING = ("nan", "<na>", "nat", "#n/a")  # what becomes of a missing value when pandas makes text of it
 _EXPECTED = "integers, text, booleans or floats of shape [n], one-hot rows [n, C] or floats [n, outputs]"
@@ -137,7 +136,8 @@ def _may_be_labels(y: Tensor) -> str:
         return "rows of 0 and 1, of which some have several 1 or none" if set(distinct) <= {0, 1} else ""
     if len(distinct) == 2:
         return f"floats with two values only, {distinct[0]:g} and {distinct[1]:g}"
-    if 2 < len(distinct) <= _FEW and 2 * len(distinct) <= len(y) and all(value == round(value) for value in distinct):
+    few = len(distinct) > 2 and few_enough_for_labels(len(distinct), len(y))
+    if few and all(value == round(value) for value in distinct):
         return f"floats that are {len(distinct)} different whole numbers, {distinct[0]:g} to {distinct[-1]:g}"
     return ""
 

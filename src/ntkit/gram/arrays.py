@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import Refused, refusal
-from ntkit.base.numbers import check_dense
+from ntkit.base.numbers import check_dense, few_enough_for_labels
 
 Matrix = np.ndarray | Tensor
 AnyMatrix = TypeVar("AnyMatrix", np.ndarray, Tensor)  # numpy in, numpy out; torch in, torch out
@@ -136,9 +136,6 @@ def same_kind(tensor: Tensor, like: Any) -> Any:
     return tensor if getattr(like, "on_torch", isinstance(like, Tensor)) else tensor.cpu().numpy()
 
 
-_LABELS = 20  # distinct integers that recur are labels up to this many, as in a table's column
-
-
 def refuse_labels(value: Any, name: str, *, centered: bool = False) -> None:
     """Refuse class labels where numbers are asked for: a class is no quantity, and its number would count as one.
 
@@ -156,7 +153,8 @@ def refuse_labels(value: Any, name: str, *, centered: bool = False) -> None:
     if is_float or tensor.ndim not in (1, 2) or tensor.shape[1:].numel() > 1:
         return
     distinct = tensor.unique().tolist()
-    if set(distinct) <= {-1, 1} or not (2 if centered else 1) < len(distinct) <= min(_LABELS, tensor.numel() / 2):
+    recur = few_enough_for_labels(len(distinct), tensor.numel())
+    if set(distinct) <= {-1, 1} or len(distinct) <= (2 if centered else 1) or not recur:
         return
     fix = "Two classes: give 2.0 * y - 1 for labels 0 and 1."
     if len(distinct) > 2:
