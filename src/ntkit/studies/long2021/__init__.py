@@ -20,7 +20,7 @@ SCALES = {
     ),
     "paper": Sizes(
         train=None, test=None, losses=(0.6, 0.3, 0.1, 0.03, 0.01), epochs=300, vgg_epochs=100,
-        seeds=5, few=3, probed=200,
+        seeds=5, few=5, probed=200,
     ),
 }  # fmt: skip
 
