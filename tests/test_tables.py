@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -131,9 +133,9 @@ def changed(line, old, new):
         (["y", "0.1", "0.2", "0.4"], {"target": "y"}, "got no column beside the target"),
         (["a,y", *(f"{i}th,{i / 3}" for i in range(51))], {"target": "y"}, "51 different texts .*Remove the column"),
         (
-            ["a,y", *(f"text {i},{i / 3}" for i in range(51))],
+            ["a,b,y", *(f"text {i},{i},{i / 3}" for i in range(51))],
             {"target": "y"},
-            "51 different texts in column a, such.*Sentences: turn them into token numbers .*--data file.py:make",
+            "51 different texts in column a, such.*Sentences: keep a and the target alone in the table",
         ),
         (LINES, {"target": "price", "classes": ("a", "b")}, "got classes of a regression"),
         (LINES, {"target": "price", "resize": 8}, r"resize .--resize.: got 8 for data that are no folder of images"),
@@ -176,3 +178,90 @@ def test_parquet_holds_the_same_table(tmp_path):
     parquet.write_table(pyarrow.table(columns), tmp_path / "homes.parquet")
     with pytest.raises(Refused, match="got no value in row 3, column area"):
         load(tmp_path / "homes.parquet", target="price")
+
+
+def json_lines(folder, rows, name="homes.jsonl", **more):
+    (folder / name).write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return load(folder / name, **more)
+
+
+def rows_of_lines():
+    kinds = {"area": int, "city": str, "rooms": int, "price": float}
+    cells = [line.split(",") for line in LINES[1:]]
+    return [{name: kind(cell) for (name, kind), cell in zip(kinds.items(), row, strict=True)} for row in cells]
+
+
+def test_lines_of_json_hold_the_same_table(tmp_path):
+    rows = rows_of_lines()
+    expected = table(tmp_path, target="price").hash
+    assert json_lines(tmp_path, rows, target="price").hash == expected
+    other_order = [dict(reversed(row.items())) if i else row for i, row in enumerate(rows)]
+    assert json_lines(tmp_path, [*other_order[:3], "\n", *other_order[3:]], target="price").hash == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("[1, 2]\n", "got no object in line 4; expected in each line a JSON object with the same keys"),
+        ('{"area": 1}\n', "got the keys area in line 4"),
+        ('{"area": 1, "area": 2, "city": "a", "rooms": 1, "price": 1.0}\n', "the keys area, area, city, .* in line 4"),
+        ('{"area": [1], "city": "a", "rooms": 1, "price": 1.0}\n', "a list or an object in line 4, key area"),
+        ('{"area": {"m": 1}, "city": "a", "rooms": 1, "price": 1.0}\n', "a list or an object in line 4, key area"),
+        ('{"area": null, "city": "a", "rooms": 1, "price": 1.0}\n', "got no value in line 4, column area"),
+        (
+            '{"area": NaN, "city": "a", "rooms": 1, "price": 1.0}\n',
+            "got the missing value 'nan' in line 4, column area",
+        ),
+        ('{"area": 1,\n', "got line 4, which cannot be read"),
+        ("[" * 100_000 + "\n", "got line 4, which cannot be read"),
+    ],
+)
+def test_refused_lines_of_json(tmp_path, row, message):
+    rows = rows_of_lines()
+    with pytest.raises(Refused, match=message):
+        json_lines(tmp_path, [*rows[:3], row, *rows[3:]], target="price")
+
+
+WORDS = ["Good", "bad", "plot", "plays", "it's", "long", "fun", "dull"]
+SENTENCES = [" ".join([f"Film{i % 13}", *(WORDS[(i * k) % 8] for k in (1, 3, 5)[: 1 + i % 3]), "!"]) for i in range(60)]
+
+
+def test_a_column_of_sentences_alone_becomes_token_numbers_of_the_training_words(tmp_path):
+    rows = [{"text": text, "mark": ("low", "high")[i % 2]} for i, text in enumerate(SENTENCES)]
+    rows[7]["text"] = "Never-seen WORDS, once."
+    data = json_lines(tmp_path, rows, target="mark")
+    assert (data.kind, data.classes, len(data.y_train), len(data.y_test)) == ("tokens", ("high", "low"), 48, 12)
+    assert data.source.startswith("table homes.jsonl: mark from 1 column of text; fixed stratified split")
+    known = {row["text"].lower().replace("-", " - ").replace(",", " ,").replace(".", " .") for row in rows}
+    train = [data.sentence(x) for x in data.x_train]
+    assert set(train) <= known
+    counts = Counter(word for sentence in train for word in sentence.split())
+    assert list(data.vocabulary[2:]) == sorted(counts, key=lambda word: (-counts[word], word))
+    assert data.x_train.shape[1] == data.x_test.shape[1] == max(len(sentence.split()) for sentence in train)
+    marks = {known_text: row["mark"] for row in rows for known_text in [row["text"].lower()]}
+    assert all(marks.get(text, rows[7]["mark"]) == data.classes[y] for text, y in zip(train, data.y_train, strict=True))
+
+
+def test_words_that_only_test_sentences_have_are_unknown(tmp_path):
+    texts = [f"word{i} and others{i}" for i in range(60)]
+    data = json_lines(tmp_path, [{"text": text, "y": i / 7} for i, text in enumerate(texts)], target="y")
+    assert data.targets is not None
+    assert {data.sentence(x) for x in data.x_test} == {"<unknown> and <unknown>"}
+    assert {data.sentence(x) for x in data.x_train} < set(texts)
+    part = load(tmp_path / "homes.jsonl", target="y", train=5)
+    assert part.vocabulary == data.vocabulary
+    assert {data.sentence(x) for x in part.x_train} < set(texts)
+
+
+def test_long_sentences_are_cut_and_said_so(tmp_path):
+    texts = [f"a{i} " + "b " * (150 if i == 3 else 5) for i in range(60)]
+    data = json_lines(tmp_path, [{"text": text, "y": i % 2} for i, text in enumerate(texts)], target="y")
+    assert "1 column of text; 1 text cut after 128 words; fixed" in data.source
+    assert data.x_train.shape[1] <= 128
+
+
+def test_texts_that_recur_are_categories_and_not_sentences(tmp_path):
+    rows = [
+        {"place": f"by the {('sea', 'lake', 'wood', 'road', 'hill', 'town')[i % 6]}", "y": i / 7} for i in range(60)
+    ]
+    assert json_lines(tmp_path, rows, target="y").input_shape == (6,)

@@ -85,8 +85,8 @@ class DataSettings(PartOfData):
     """Which data, for every command that names it by an option."""
 
     data: str | None = "digits"
-    """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a table (.csv, .tsv, .parquet;
-    then give --target), a folder of class-named image folders, or file.py:factory."""
+    """digits (embedded), mnist, cifar10, trec, sst2, rt-polarity, subj, an .npz file, a table (.csv, .tsv, .jsonl,
+    .parquet; then give --target), a folder of class-named image folders, or file.py:factory."""
 
     def load_data(self) -> Any:
         """The `Data` of these settings."""

@@ -19,8 +19,9 @@ from ntkit.data.examples import Kind, examples, names_of_classes, restored_rando
 from ntkit.data.readers import Files
 from ntkit.data.splits import class_indices, draw, held_out
 from ntkit.data.targets import Targets, Task, in_digits, read_targets, standardized
-from ntkit.data.text_reader import PADDING, TEXT_SETS
+from ntkit.data.text_reader import PADDING, TEXT_SETS, of_training
 
+_TEXTS = f"Load one of {', '.join(TEXT_SETS)}, or a table of one column of sentences and a target."
 Pair = tuple[Tensor | ArrayLike, Tensor | ArrayLike]  # x and labels
 
 
@@ -106,7 +107,7 @@ class Data:
         """
         if self.vocabulary is None:
             got, expected = "no vocabulary", "a text data set"
-            raise refusal(f"data {self.name}", got=got, expected=expected, fix=f"Load one of {', '.join(TEXT_SETS)}.")
+            raise refusal(f"data {self.name}", got=got, expected=expected, fix=_TEXTS)
         row = torch.as_tensor(tokens)
         size = len(self.vocabulary)
         if row.ndim != 1 or row.is_floating_point() or ((row < 0) | (row >= size)).any():
@@ -236,9 +237,12 @@ def build(
     x, y, kind = examples(files.train, subject if files.test is None else training_set, float_dtype)
     if files.test is None:
         (target,), names = read_targets({subject: y}, files.classes, task)
-        sets = [(x, target), (x, target)]
         *rows, how = held_out(target if names else torch.zeros(len(target), dtype=torch.int64), subject)
         source += how
+        if files.vocabulary is not None:  # of all examples so far
+            x, vocabulary = of_training(x, files.vocabulary, rows[0])
+            files = files._replace(vocabulary=vocabulary)
+        sets = [(x, target), (x, target)]
     else:
         x_test, y_test, kind_test = examples(files.test, test_set, float_dtype)
         if x.shape[1:] != x_test.shape[1:] or x.dtype != x_test.dtype or kind != kind_test:
@@ -269,20 +273,8 @@ def build(
         dtype = inputs[0].dtype if inputs[0].is_floating_point() else torch.float32
         labels, targets = standardized(labels, files.targets, subject, dtype)
     y_train, y_test = (y.to(x.device) for y in labels)
-    return Data(
-        inputs[0],
-        y_train,
-        inputs[1],
-        y_test,
-        names,
-        name,
-        normalization,
-        source,
-        kind,
-        files.vocabulary,
-        targets,
-        columns,
-    )
+    only_some = files.vocabulary, targets, columns
+    return Data(inputs[0], y_train, inputs[1], y_test, names, name, normalization, source, kind, *only_some)
 
 
 def _of_classes(

@@ -45,15 +45,17 @@ def load(
     name_or_path : ``"digits"`` (embedded in scikit-learn, 8 x 8 pixels / 16; a fixed stratified split, 1,437 / 360),
         ``"mnist"`` or ``"cifar10"`` (official files in `data_dir`); ``"trec"``, ``"sst2"``, ``"rt-polarity"`` or
         ``"subj"``: sentences as token numbers, see `Data.sentence`; or a path: an ``.npz`` file, a table (``.csv``,
-        ``.tsv``, ``.parquet``: columns of numbers are standardized on the training set, columns of text become
-        indicators), or a folder of PNG or JPEG images in ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``), or
-        in ``CLASS/`` (pixels as stored: EXIF orientation does not turn them). Data without a test set is split 80/20,
-        stratified, always in the same way. In an ``.npz`` (``x`` or ``X``, and ``y``; or ``x_train``, ``y_train``,
-        ...): uint8 of rank 3 or 4 is images (/ 255), floats become float32 unscaled, int16/32/64 of rank 2 is tokens.
-        Or ``file.py:factory`` or ``package.module:factory``: a function without arguments that returns tensors
-        ``(x, y)`` or ``(x_train, y_train, x_test, y_test)``, a torch dataset or loader, a pair of any of these
-        (training, test), or a `Data`. Labels are integers, text, booleans or one-hot rows; floats are the targets of a
-        regression and are standardized; floats that may be labels are refused without `task`.
+        ``.tsv``, ``.parquet``, ``.jsonl`` with an object in each line: columns of numbers are standardized on the
+        training set, columns of text become indicators; a single column of sentences becomes token numbers: words in
+        small letters, numbered as in text sets, by the training sentences), or a folder of PNG or JPEG images in
+        ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``), or in ``CLASS/`` (pixels as stored: EXIF orientation
+        does not turn them). Data without a test set is split 80/20, stratified, always in the same way. In an ``.npz``
+        (``x`` or ``X``, and ``y``; or ``x_train``, ``y_train``, ...): uint8 of rank 3 or 4 is images (/ 255), floats
+        become float32 unscaled, int16/32/64 of rank 2 is tokens. Or ``file.py:factory`` or ``package.module:factory``:
+        a function without arguments that returns tensors ``(x, y)`` or ``(x_train, y_train, x_test, y_test)``, a torch
+        dataset or loader, a pair of any of these (training, test), or a `Data`. Labels are integers, text, booleans or
+        one-hot rows; floats are the targets of a regression and are standardized; floats that may be labels are refused
+        without `task`.
     data_dir : folder of the official MNIST or CIFAR-10 files, or of the text sets' files (or with a folder ``text`` of
         them): lines of a label, a blank and words. Their vocabulary is that of the whole training set. Short sentences
         are padded with 0; those longer than the longest of the training set, or than 128 words, are cut there.

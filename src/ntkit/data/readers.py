@@ -36,7 +36,7 @@ class Files(NamedTuple):
     classes: Sequence[str] | None
     source: str
     scale: float = 255.0  # the uint8 pixel value that becomes 1
-    vocabulary: tuple[str, ...] | None = None  # the word of each token number
+    vocabulary: tuple[str, ...] | None = None  # the word of each token number; of all words, without a test set
     targets: Sequence[str] | None = None  # names of the targets of a regression
     numeric: Sequence[bool] | None = None  # of a table: the columns of x that are numbers, to be standardized
     columns: Sequence[str] | None = None  # of a table: names of the columns of x

@@ -1,10 +1,11 @@
-"""Tables: CSV files, and Parquet files where pyarrow is installed; one column is predicted from the others."""
+"""Tables: CSV, lines of JSON, and Parquet where pyarrow is installed; a column is predicted from the others."""
 
 from __future__ import annotations
 
 import csv
 import importlib
 import io
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -17,8 +18,9 @@ from ntkit.base.checks import check_name, nearest, printable, refusal
 from ntkit.base.memory import check_room
 from ntkit.base.numbers import few_enough_for_labels
 from ntkit.data.readers import Files, open_data, read_whole
+from ntkit.data.text_reader import running_text
 
-TABLES = (".csv", ".tsv", ".parquet")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _DELIMITERS = ",;\t|"
 _MISSING = {"", "na", "n/a", "nan", "-nan", "null", "?", "#n/a", "#na", "<na>", "#n/a n/a", "1.#qnan", "-1.#ind"}
 # numbers as people write them: with a currency, grouped by thousands, with a decimal comma, in percent, (1) for -1
@@ -40,17 +42,18 @@ def read_table(path: Path, target: Sequence[str] | None) -> Files:
     """Read a table with named columns; `target` are the columns to predict, the others are x.
 
     Columns of numbers come first and are marked as such (`Files.numeric`); a column of text becomes one indicator, 0
-    or 1, per different value, in alphabetical order. A single target of text, or of at most 20 distinct integers that
-    occur twice on average, is labels; other targets are floats.
+    or 1, per different value, in alphabetical order. A single column of more texts than that, most with a blank, is
+    sentences: token numbers of its words. A single target of text, or of at most 20 distinct integers that occur twice
+    on average, is labels; other targets are floats.
 
     Raises
     ------
     Refused
         With line and column: missing values, rows of another length, text among numbers, numbers that are not written
-        plainly; columns of more than 50 different texts, or of others in most rows; row numbers of pandas; a first line
-        of numbers; a target that is no column.
+        plainly; columns of more than 50 different texts, or of others in most rows, beside others; row numbers of
+        pandas; a first line of numbers; a target that is no column.
     """
-    columns = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
+    columns = {".parquet": _parquet, ".jsonl": _json_lines}.get(path.suffix.lower(), _csv)(path)
     names = [column.name for column in columns]
     for name in names:
         check_name(f"column of {path.name}", name, "Rename the column.")
@@ -63,14 +66,17 @@ def read_table(path: Path, target: Sequence[str] | None) -> Files:
     chosen = _targets(path, names, target)
     by_name = dict(zip(names, columns, strict=True))
     y, targets = _predicted(path, [by_name[name] for name in chosen])
+    others = [column for column in columns if column.name not in chosen]
+    source = f"table {path.name}: {', '.join(chosen)} from {len(others)} column{'s' if len(others) > 1 else ''}"
+    if len(others) == 1 and _numbers(path, others[0]) is None and _are_sentences(others[0].cells):
+        x, vocabulary, cut = running_text(others[0].cells, str(path))
+        return Files((x, y), None, None, f"{source} of text{cut}", vocabulary=vocabulary, targets=targets)
     numbers: list[np.ndarray] = []
     indicators: list[np.ndarray] = []
     names_of_x: list[str] = []
     names_of_texts: list[str] = []
     texts = 0
-    for column in columns:
-        if column.name in chosen:
-            continue
+    for column in others:
         if (values := _numbers(path, column)) is not None:
             numbers.append(values)
             names_of_x.append(column.name)
@@ -84,7 +90,6 @@ def read_table(path: Path, target: Sequence[str] | None) -> Files:
         raise refusal(str(path), got="no column beside the target", expected="columns to predict from", fix=fix)
     numeric = [True] * len(numbers) + [False] * len(indicators)
     x = np.stack([*numbers, *indicators], 1)
-    source = f"table {path.name}: {', '.join(chosen)} from {len(names) - len(chosen)} columns"
     if texts:
         source += f", {texts} of them text as {len(indicators)} indicators"
     return Files((x, y), None, None, source, targets=targets, numeric=numeric, columns=[*names_of_x, *names_of_texts])
@@ -177,6 +182,46 @@ def _numbers_in_place_of_names(names: list[str]) -> list[str]:
     return [] if ascending else [name for name, _ in found]
 
 
+def _json_lines(path: Path) -> list[_Column]:
+    """The columns of a file of JSON objects, one in a line, all with the keys of the first."""
+    expected = "in each line a JSON object with the same keys; values are numbers, text or booleans"
+    raw = read_whole(path, expected)
+    check_room(str(path), _PER_BYTE * len(raw))
+    cells: dict[str, list[str]] = {}
+    lines: list[int] = []
+    for line, content in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not content.strip():
+            continue
+        got, row = "", _Pairs()
+        try:  # numbers as they are written: an integer of many digits is not made a float
+            row = json.loads(content.decode(), parse_int=str, parse_float=str, object_pairs_hook=_Pairs)
+        except (ValueError, RecursionError) as error:
+            got = f"line {line:,}, which cannot be read ({error})"
+        if got or not isinstance(row, _Pairs):
+            got = got or f"no object in line {line:,}"
+        elif len(row.keys) != len(set(row.keys)) or (cells and set(row.keys) != set(cells)):
+            got = f"the keys {', '.join(map(printable, row.keys))} in line {line:,}"
+        elif nested := [key for key, value in row if isinstance(value, list)]:
+            got = f"a list or an object in line {line:,}, key {printable(nested[0])}"
+        if got:
+            raise refusal(str(path), got=got, expected=expected, fix="Correct the line, or save the table as CSV.")
+        for key, value in row:
+            cells.setdefault(key, []).append("" if value is None else str(value).strip())
+        lines.append(line)
+    if not lines or "" in cells:
+        raise refusal(str(path), got="no rows" if not lines else "an empty key", expected=expected, fix="Name columns.")
+    return [_Column(name, values, lambda row: f"line {lines[row]:,}") for name, values in cells.items()]
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """Keys and values of a JSON object, in their order."""
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys, a repeated one as often as it is there."""
+        return [key for key, _ in self]
+
+
 def _parquet(path: Path) -> list[_Column]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
@@ -240,15 +285,26 @@ def _numbers(path: Path, column: _Column) -> np.ndarray | None:
     return np.array(known)
 
 
+def _recur(values: int, rows: int) -> bool:
+    """Whether so many different texts in so many rows are categories."""
+    return values <= _FEW or (values <= _VALUES and 2 * values <= rows)
+
+
+def _are_sentences(cells: list[str]) -> bool:
+    """Whether a column of text is sentences: no categories, and most values have a blank."""
+    values = set(cells)
+    return not _recur(len(values), len(cells)) and 2 * sum(" " in value for value in values) > len(values)
+
+
 def _indicators(path: Path, column: _Column) -> dict[str, np.ndarray]:
     cells = np.array(column.cells)
     values = np.unique(cells)
-    if len(values) > _VALUES or (len(values) > _FEW and 2 * len(values) > len(cells)):
+    if not _recur(len(values), len(cells)):
         got = f"{len(values):,} different texts in column {column.name}, such as {str(values[0])!r}"
         got += f", in {len(cells):,} rows"
         fix = "Remove the column, or group its values; write dates as numbers."
-        if sum(" " in value for value in values) > len(values) / 2:
-            fix = "Sentences: turn them into token numbers in a function of yours (--data file.py:make). Else: " + fix
+        if _are_sentences(column.cells):
+            fix = f"Sentences: keep {column.name} and the target alone in the table. Else: " + fix
         expected = f"numbers, or texts that recur, at most {_VALUES} different ones"
         raise refusal(str(path), got=got, expected=expected, fix=fix)
     return {str(value): (cells == value).astype(np.float64) for value in values}

@@ -1,14 +1,17 @@
-"""Text data sets: each line a label and words, divided by blanks; a file is read whole, or refused by its bad line."""
+"""Sentences as token numbers: of text sets, each line a label and words divided by blanks, and of a table's column."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ntkit.base.checks import refusal
 from ntkit.base.memory import check_room
@@ -19,6 +22,7 @@ PADDING, UNKNOWN = 0, 1  # the first two token numbers
 LONGEST = 128  # words of a sentence that are kept: longer than any training sentence of these sets
 _MIN_COUNT = 1  # how often a word must occur in the training set to have a number of its own
 _PER_BYTE = 40  # bytes of memory for each byte of a file, while its words are text
+_WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")  # of running text: words and marks
 
 
 class _TextSet(NamedTuple):
@@ -125,3 +129,41 @@ def _tokens(sentences: list[list[str]], numbers: dict[str, int], length: int) ->
         own = [numbers.get(word, UNKNOWN - 2) + 2 for word in words[:length]]
         tokens[row, : len(own)] = own
     return tokens
+
+
+def running_text(sentences: Sequence[str], subject: str) -> tuple[np.ndarray, tuple[str, ...], str]:
+    """Token numbers [n, length] of sentences as people write them, the word of each number, and what was cut in words.
+
+    Words are in small letters, marks are words of their own; those after the 128th of a sentence are left out.
+    """
+    words = [_WORD.findall(sentence.lower()) for sentence in sentences]
+    vocabulary = _vocabulary(words)
+    length = min(LONGEST, max(map(len, words)))
+    check_room(subject, 8 * length * len(words))
+    tokens = _tokens(words, {word: number for number, word in enumerate(vocabulary)}, length)
+    cut = sum(len(own) > length for own in words)
+    how = f"; {cut:,} text{'s' if cut > 1 else ''} cut after {length} words" if cut else ""
+    return tokens, ("<padding>", "<unknown>", *vocabulary), how
+
+
+def of_training(tokens: Tensor, vocabulary: Sequence[str], rows: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """Tokens [n, t] and vocabulary renumbered as if the sentences in `rows` were the only ones with words.
+
+    Words that they lack become unknown, the others are in order of their frequency there, then of the alphabet; the
+    length becomes that of the longest of them.
+
+    >>> words = ("<padding>", "<unknown>", "a", "b", "c")
+    >>> of_training(torch.tensor([[2, 3], [3, 0], [4, 3]]), words, torch.tensor([1]))
+    (tensor([[1],
+            [2],
+            [1]]), ('<padding>', '<unknown>', 'b'))
+    """
+    own = tokens[rows]
+    counts = own.flatten().bincount(minlength=len(vocabulary))
+    counts[: UNKNOWN + 1] = 0
+    kept = sorted(counts.nonzero().flatten().tolist(), key=lambda token: (-int(counts[token]), vocabulary[token]))
+    numbers = torch.full((len(vocabulary),), UNKNOWN)
+    numbers[PADDING] = PADDING
+    numbers[kept] = torch.arange(UNKNOWN + 1, UNKNOWN + 1 + len(kept))
+    length = int((own != PADDING).sum(1).max())
+    return numbers[tokens[:, :length]], (*vocabulary[: UNKNOWN + 1], *(vocabulary[token] for token in kept))

@@ -78,7 +78,8 @@ def textcnn(shape: Shape, outputs: int, vocabulary: int | None = None) -> nn.Mod
     """Embeddings of 160 numbers, three convolutions of 128 channels, a maximum over positions, one dense layer."""
     if vocabulary is None or len(shape) != 1:
         what = f"inputs of shape {tuple(shape)}{'' if vocabulary else ' without a vocabulary'}"
-        expected, fix = "sentences [length] with a vocabulary", f"Use a text data set: {', '.join(TEXT_SETS)}."
+        expected = "sentences [length] with a vocabulary"
+        fix = f"Use a text data set ({', '.join(TEXT_SETS)}), or a table of one column of sentences and a target."
         raise refusal("--model textcnn", got=what, expected=expected, fix=fix)
     return TextNetwork(vocabulary, outputs)
 
@@ -139,7 +140,7 @@ def build(name: str, shape: Shape, outputs: int, seed: int, vocabulary: int | No
 
 def _image(shape: Shape, name: str) -> tuple[int, int, int]:
     if len(shape) != 3:
-        expected, fix = "images (channels, height, width)", "Use --model mlp, or your own module."
+        expected, fix = "images (channels, height, width)", "Use --model mlp, textcnn for sentences, or your own module."
         raise refusal(f"--model {name}", got=f"inputs of shape {tuple(shape)}", expected=expected, fix=fix)
     return shape[0], shape[1], shape[2]
 
