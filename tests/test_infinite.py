@@ -883,6 +883,7 @@ def test_refusals_at_the_door():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_gpu_gives_the_same(name):
     model = nn.Sequential(*IMAGES[name]()).double()

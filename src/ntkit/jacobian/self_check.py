@@ -31,10 +31,10 @@ from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
 from ntkit.jacobian.rules import RULES
 from ntkit.jacobian.structure import PROBE, ExpectedGraph, Irregular, Part, SelfCheckError, Size, Structure
 
-# Nodes that can move rows depending on data or on the batch's size: behind them the owners of rows are checked in every
-# batch.
 _FUSED_RNN = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
 
+# Nodes that can move rows depending on data or on the batch's size: behind them the owners of rows are checked in every
+# batch.
 _MOVERS = ("Index", "Gather", "Scatter", "Sort", "Topk", "Masked", "Flip", "Roll", "Take", "Unique", "Nonzero")
 
 
