@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ntkit.base.checks import NoLimit
+from ntkit.base.checks import NoLimit, Refused
 from ntkit.kernels.infinite import shared_weights
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.kernels.infinite.sampled import Sampling
@@ -246,6 +246,74 @@ def test_no_tiling_changes_a_value(monkeypatch):
         assert torch.equal(found, found.T)
         operator = InfiniteKernel(model).operator(X)
         torch.testing.assert_close(operator @ torch.ones(5).double(), expected.sum(1), rtol=1e-10, atol=1e-10)
+
+
+class Tied(nn.Module):
+    """Two layers with weights of their own and one bias, whose outputs are added."""
+
+    def __init__(self, add=torch.add):
+        super().__init__()
+        self.first, self.one, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.other, self.add = nn.Parameter(torch.randn(8, 8)), add
+
+    def forward(self, x):
+        z = self.one(torch.relu(self.first(x)))
+        return self.last(torch.relu(self.add(z, F.linear(torch.relu(z), self.other, self.one.bias))))
+
+
+ADDED = {
+    "sum": (torch.add, 1.0, 1.0),
+    "alpha": (lambda z, y: torch.add(z, y, alpha=-0.5), 1.0, -0.5),
+    "a difference with alpha": (lambda z, y: torch.sub(z, y, alpha=0.5), 1.0, -0.5),
+    "factors": (lambda z, y: 2 * z - y / 4, 2.0, -0.25),
+}
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained bias", "frozen bias"])
+@pytest.mark.parametrize("name", ADDED)
+def test_layers_that_share_their_bias_only(name, trained):
+    """The outputs p z + q y of the two have the covariance of the bias, and its gradients are in both."""
+    add, p, q = ADDED[name]
+    x = X[:, 0]
+
+    def relu(S, T):
+        v = S.diagonal()
+        value, slope = oracle.gaussian(torch.relu, v[:, None], v[None, :], S)
+        return value, T * slope
+
+    def dense(S, T, gain=B**2):
+        return W**2 * S + B**2, W**2 * (S + T) + gain
+
+    gain = B**2 * trained
+    z = dense(*relu(*dense(x @ x.T / 3, 0.0)), gain)
+    y = dense(*relu(*z), gain)
+    both = [p * p * a + q * q * b + 2 * p * q * c for a, b, c in zip(z, y, (B**2, gain), strict=True)]
+    expected = dense(*relu(*both))
+    model = seeded(lambda: Tied(add)).double()
+    model.one.bias.requires_grad_(trained)
+    for kind, wanted in zip(("nngp", "ntk"), expected, strict=True):
+        torch.testing.assert_close(InfiniteKernel(model, kind, W, B)(x), wanted, rtol=1e-7, atol=1e-9)
+
+
+class Twice(nn.Module):
+    """One layer at two depths."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        h = torch.relu(self.inner(torch.relu(self.first(x))))
+        return self.last(torch.relu(self.inner(h)))
+
+
+def test_values_beyond_the_dtype_are_refused():
+    x, kernel = X[:, 0], InfiniteKernel(seeded(Twice), "ntk", W, 0.0)
+    for scale in (1e25, 1e-25):
+        for call in (kernel, kernel.diagonal, lambda x: kernel.paired(x, x.flip(0))):
+            with pytest.raises(Refused, match=r"the kernel: got values up to .*float32.*float64"):
+                call((scale * x).float())
+        torch.testing.assert_close(kernel(scale * x), scale**2 * kernel(x), rtol=1e-12, atol=0)
 
 
 def test_long_sequences_do_not_exceed_the_stack():
