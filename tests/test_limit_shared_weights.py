@@ -249,30 +249,34 @@ def test_no_tiling_changes_a_value(monkeypatch):
 
 
 class Tied(nn.Module):
-    """Two layers with weights of their own and one bias, whose outputs are added."""
+    """Two layers with weights of their own and one bias, or two, whose outputs are added."""
 
-    def __init__(self, add=torch.add):
+    def __init__(self, add, tied):
         super().__init__()
         self.first, self.one, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 1)
-        self.other, self.add = nn.Parameter(torch.randn(8, 8)), add
+        self.other, self.add = nn.Linear(8, 8), add
+        if tied:
+            self.other.bias = self.one.bias
 
     def forward(self, x):
         z = self.one(torch.relu(self.first(x)))
-        return self.last(torch.relu(self.add(z, F.linear(torch.relu(z), self.other, self.one.bias))))
+        return self.last(torch.relu(self.add(z, self.other(torch.relu(z)))))
 
 
 ADDED = {
     "sum": (torch.add, 1.0, 1.0),
     "alpha": (lambda z, y: torch.add(z, y, alpha=-0.5), 1.0, -0.5),
     "a difference with alpha": (lambda z, y: torch.sub(z, y, alpha=0.5), 1.0, -0.5),
+    "a difference the other way round": (lambda z, y: z.__rsub__(y), -1.0, 1.0),
     "factors": (lambda z, y: 2 * z - y / 4, 2.0, -0.25),
 }
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained bias", "frozen bias"])
+@pytest.mark.parametrize("tied", [True, False], ids=["one bias", "two"])
 @pytest.mark.parametrize("name", ADDED)
-def test_layers_that_share_their_bias_only(name, trained):
-    """The outputs p z + q y of the two have the covariance of the bias, and its gradients are in both."""
+def test_sums_of_layers_that_share_no_more_than_their_bias(name, tied, trained):
+    """Of p z + q y: if they share it, z and y have the covariance of the bias, and its gradients are in both."""
     add, p, q = ADDED[name]
     x = X[:, 0]
 
@@ -287,10 +291,11 @@ def test_layers_that_share_their_bias_only(name, trained):
     gain = B**2 * trained
     z = dense(*relu(*dense(x @ x.T / 3, 0.0)), gain)
     y = dense(*relu(*z), gain)
-    both = [p * p * a + q * q * b + 2 * p * q * c for a, b, c in zip(z, y, (B**2, gain), strict=True)]
+    both = [p * p * a + q * q * b + 2 * p * q * c for a, b, c in zip(z, y, (B**2 * tied, gain * tied), strict=True)]
     expected = dense(*relu(*both))
-    model = seeded(lambda: Tied(add)).double()
-    model.one.bias.requires_grad_(trained)
+    model = seeded(lambda: Tied(add, tied)).double()
+    for layer in (model.one, model.other):
+        layer.bias.requires_grad_(trained)
     for kind, wanted in zip(("nngp", "ntk"), expected, strict=True):
         torch.testing.assert_close(InfiniteKernel(model, kind, W, B)(x), wanted, rtol=1e-7, atol=1e-9)
 
