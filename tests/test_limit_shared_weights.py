@@ -361,6 +361,10 @@ class Mixed(nn.Module):
             return self.last(torch.tanh(self.inner(torch.tanh(self.inner(self.state + 0 * v)))))
         if self.what == "input and layer":
             return self.last(torch.relu(self.inner(torch.relu(self.inner(v)))))
+        if self.what in ("cast", "comparison"):
+            z = self.inner(torch.relu(self.inner(torch.relu(self.first(v)))))
+            whole = z.to(torch.int) if self.what == "cast" else z > 0
+            return self.last(whole.to(z.dtype))
         if self.what == "two activations":
             return self.last(self.inner(torch.relu(self.first(v))) + self.inner(torch.tanh(self.first(v))))
         if self.what == "not Gaussian":
@@ -372,7 +376,17 @@ class Mixed(nn.Module):
 
 @pytest.mark.parametrize(
     "what",
-    ["lstm", "initial state", "trained state", "input and layer", "two activations", "not Gaussian", "own input"],
+    [
+        "cast",
+        "comparison",
+        "lstm",
+        "initial state",
+        "trained state",
+        "input and layer",
+        "two activations",
+        "not Gaussian",
+        "own input",
+    ],
 )
 def test_what_has_no_closed_form_is_refused(what):
     with pytest.raises(NoLimit, match="sample=16"):

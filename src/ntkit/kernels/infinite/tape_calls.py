@@ -68,7 +68,7 @@ def factor_of(op: Op) -> float | None:
     """The number by which a call multiplies its one value."""
     others = [a for a in op.args if not isinstance(a, Ref)]
     if op.func in COPIES:
-        return 1.0
+        return 1.0 if op.out.is_floating_point() else None  # a cast to whole numbers rounds
     if op.func in NEGATIONS:
         return -1.0
     if op.func not in PRODUCTS or len(others) != 1 or op.kwargs:
