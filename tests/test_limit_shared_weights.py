@@ -110,6 +110,19 @@ def test_layers_of_recurrent_layers_over_words(nonlinearity):
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_an_embedding_adds_its_variance_and_its_gain(trained):
+    """Words of standard deviation 0.5: their covariance falls by its square, the gradients by words do not."""
+    model = seeded(lambda: Recurrent(lambda o, h: o.mean(1), words=True)).double()
+    p = model.embed.weight.data
+    p.sub_(p.mean()).div_(2 * p.square().mean().sqrt())
+    model.embed.requires_grad_(trained)
+    same = (WORDS[:, :, None, None] == WORDS).permute(1, 3, 0, 2).double()
+    expected = readout(*layer_of_rnn(0.25 * same, trained * same, torch.relu), MEAN, "ntk")
+    found = InfiniteKernel(model, "ntk", W, B)(WORDS)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
 def test_cells_and_loops_are_the_recurrent_layer():
     whole = seeded(lambda: Recurrent(lambda o, h: o[:, -1])).double()
 
