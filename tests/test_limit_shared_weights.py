@@ -406,11 +406,20 @@ def test_what_has_no_closed_form_is_refused(what):
         InfiniteKernel(seeded(lambda: Mixed(what)).double(), "ntk", W, B)(X)
 
 
-def test_a_word_whose_row_is_zero_is_refused():
+def test_a_word_whose_row_is_zero_or_not_trained_is_refused():
     model = seeded(lambda: Recurrent(lambda o, h: o[:, -1], words=True))
     model.embed = nn.Embedding(TOKENS, 3, padding_idx=0)
     with pytest.raises(NoLimit, match=r"layer 'embed' \(Embedding\): got embedding of a parameter"):
         InfiniteKernel(model, "ntk", W, B)(WORDS)
+    assert F.embedding(torch.tensor([0]), model.embed.weight).abs().max() == 0
+    torch.nn.init.normal_(model.embed.weight)  # no zeros, but no gradient of this row, either
+    with pytest.raises(NoLimit, match=r"layer 'embed' \(Embedding\)"):
+        InfiniteKernel(model, "ntk", W, B)(WORDS)
+    sequence = nn.Sequential(model.embed, nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))  # a value per position
+    with pytest.raises(NoLimit, match="Embedding"):
+        InfiniteKernel(sequence, "ntk", W, B)(WORDS)
+    frozen = InfiniteKernel(model.requires_grad_(False), "nngp", W, B)(WORDS)
+    model.embed.padding_idx = None
+    torch.testing.assert_close(InfiniteKernel(model, "nngp", W, B)(WORDS), frozen)
     whole = seeded(lambda: Recurrent(lambda o, h: o[:, -1], words=True))
     assert InfiniteKernel(whole, "ntk", W, B)(WORDS).diagonal().min() > 0  # the same network is taken otherwise
-    assert F.embedding(torch.tensor([0]), model.embed.weight).abs().max() == 0

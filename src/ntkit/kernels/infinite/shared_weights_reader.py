@@ -199,8 +199,8 @@ class _ProgramReader:
         if self._of(words) is not None or not isinstance(words, Ref) or args.get("max_norm") is not None:
             raise self._refusal(op, "an embedding of computed words, or with max_norm", "Pass the words.")
         p, shape = weight.parameter, tuple(self.tape.ops[words.index].out.shape)
-        if (padding := args.get("padding_idx")) is not None and padding >= 0 and not bool(p[padding].any()):
-            raise self._refusal(op, "padding_idx, a word whose row is zero", "Leave it out: every word is drawn alike.")
+        if calls.words_differ(p, args.get("padding_idx")):
+            raise self._refusal(op, "padding_idx, a word whose row is zero or not trained", "Leave it out.")
         # as one axis: torch draws an embedding from the standard normal, whatever its size
         initial = initial_std(p.detach().flatten() * weight.factor, 1, 1, weight.name)
         gain = weight.factor**2 * float(p.requires_grad)

@@ -89,6 +89,11 @@ def arguments(op: Op, *names: str) -> dict[str, Any]:
     return dict(zip(names, op.args, strict=False)) | op.kwargs
 
 
+def words_differ(weight: Tensor, padding: int | None) -> bool:
+    """Whether an embedding has a word unlike others: the gradient of `padding_idx` is 0, and so its row may be."""
+    return padding is not None and (weight.requires_grad or not bool(weight[padding].any()))
+
+
 def batch_norm_arguments(op: Op) -> dict[str, Any]:
     """The arguments of a batch norm by name."""
     names = ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
