@@ -518,6 +518,8 @@ SPELLED = {
         lambda z: F.gelu(z, approximate="tanh"),
     ),
     "scaled inside": (lambda z: (2 * z + z / 2).relu() - z, lambda z: 2.5 * F.relu(z) - z),
+    "a difference the other way round": (lambda z: z.__rsub__(3 * z).relu(), lambda z: 2 * F.relu(z)),
+    "a difference with alpha": (lambda z: torch.sub(z, z / 4, alpha=2).relu(), lambda z: F.relu(z) / 2),
     "of integers": (lambda z: (z.relu().to(torch.int) * 0).to(z.dtype) + z, lambda z: z * 1),
     "nothing": (lambda z: torch.zeros_like(z), lambda z: z * 0),
     "nothing, clamped": (lambda z: z.clamp(0, 0), lambda z: z * 0),

@@ -288,10 +288,23 @@ class Functional(nn.Module):
         return self.last(self.activation(self.factor * F.batch_norm(self.first(x), None, None, training=True)))
 
 
+class Affine(nn.Module):
+    """Batch norm with a trained weight and bias, times a factor."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.first, self.norm, self.last, self.factor = nn.Linear(9, 8), norm(8), nn.Linear(8, 1), factor
+
+    def forward(self, x):
+        return self.last(torch.relu(self.factor * self.norm(self.first(x))))
+
+
 def test_factors_and_functions():
     plain = InfiniteKernel(Functional(1.0), "nngp", W, B)(BATCH) - B**2
     for factor in (2.0, -0.5):
         torch.testing.assert_close(InfiniteKernel(Functional(factor), "nngp", W, B)(BATCH) - B**2, factor**2 * plain)
+        of_gradients, twice = (InfiniteKernel(Affine(f), "ntk", W, B)(BATCH) - B**2 for f in (1.0, abs(factor)))
+        torch.testing.assert_close(twice, factor**2 * of_gradients)  # relu(c z) = c relu(z)
     with_norm = nn.Sequential(nn.Linear(9, 8), nn.BatchNorm1d(8, affine=False), nn.ReLU(), nn.Linear(8, 1))
     torch.testing.assert_close(InfiniteKernel(with_norm, "nngp", W, B)(BATCH) - B**2, plain)
 

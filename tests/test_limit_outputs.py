@@ -192,3 +192,5 @@ def test_refusals():
     pooled = nn.Sequential(conv(2, 8), R(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8, 1)).double()
     with pytest.raises(Refused, match="a graph of layers"):
         InfiniteKernel(pooled, "ntk", W, B, sample=2).positions(X1)
+    with pytest.raises(Refused, match=r"the kernel: got values up to .*float32"):
+        InfiniteKernel(tagger(8), "ntk", W, B).positions(1e25 * S1.float())

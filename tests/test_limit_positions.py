@@ -392,3 +392,24 @@ def test_describe_names_them():
     text = InfiniteKernel(NETWORKS["U-net"](8).double(), "ntk", W, B).describe(X1)
     assert "branches side by side" in text
     assert "sums over positions" in text
+
+
+def test_a_pool_with_a_divisor_of_its_own():
+    """Windows of four, divided by three."""
+
+    class Net(nn.Module):
+        def __init__(self, pool):
+            super().__init__()
+            self.first, self.last, self.pool = nn.Conv2d(2, 8, 1), nn.Linear(8, 1), pool
+
+        def forward(self, x):
+            return self.last(self.pool(torch.relu(self.first(x))).mean((2, 3)))
+
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    own, factor = (
+        InfiniteKernel(Net(pool).double(), "ntk", W, B)
+        for pool in (lambda z: F.avg_pool2d(z, 2, divisor_override=3), lambda z: F.avg_pool2d(z, 2) * (4 / 3))
+    )
+    torch.testing.assert_close(own(x), factor(x), rtol=1e-12, atol=0)
+    torch.testing.assert_close(own(x.clone().requires_grad_()).detach(), factor(x), rtol=1e-12, atol=0)
+    assert (own(x) > 1.2 * InfiniteKernel(Net(nn.AvgPool2d(2)).double(), "ntk", W, B)(x)).all()

@@ -380,6 +380,48 @@ def test_batch_norm_at_its_first_statistics_changes_nothing():
     assert distance(found, exact) < ERRORS
 
 
+@pytest.mark.parametrize("kind", ["ntk", "nngp"])
+def test_an_estimate_is_the_statistics_of_its_networks(kind, monkeypatch):
+    """Mean, standard error and bias from the values of all networks, drawn once more."""
+    from ntkit.kernels.infinite import sampled as module
+
+    monkeypatch.setattr(module, "_WIDTH", 16)
+    model, x, networks = seeded(CLOSED["dense"][0]), images(4, 5, 1).flatten(1).double(), 3
+    limit = sampled(model.double(), x, kind, (1.3, 0.4), networks)
+    found, pairs = limit.gram(x, None), limit.pairs(x, None)
+    means, errors = [], []
+    for place, larger in enumerate(limit.copies):
+        values = []
+        for seed in range(networks):
+            larger.draw(100_000 * place + seed)
+            values.append(module.WeightedKernel(larger, kind, x[:3]).gram(x, None))
+        means.append(torch.stack(values).mean(0))
+        errors.append(torch.stack(values).std(0) / math.sqrt(networks))
+    wanted = means[1], errors[1], means[1] - means[0], (errors[0] ** 2 + errors[1] ** 2).sqrt()
+    for of_gram, of_pairs, expected in zip(vars(found).values(), vars(pairs).values(), wanted, strict=True):
+        torch.testing.assert_close(of_gram, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(of_pairs, expected.diagonal(), rtol=1e-9, atol=1e-12)
+
+
+def test_values_beyond_the_dtype_are_refused():
+    x = 1e25 * images(3, 5, 1).flatten(1)
+    kernel = InfiniteKernel(seeded(Maximum), "ntk", 1.3, 0.0, sample=2)
+    for call in (kernel, kernel.diagonal, kernel.estimate):
+        with pytest.raises(Refused, match=r"the kernel: got values up to .*float32"):
+            call(x)
+
+
+class Maximum(nn.Module):
+    """The larger one of two layers: without a closed form."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(5, 256), nn.Linear(5, 256), nn.Linear(256, 1)
+
+    def forward(self, x):
+        return self.last(torch.maximum(self.one(x), self.two(x)))
+
+
 def test_a_bias_of_the_widths_is_told(monkeypatch):
     """Networks that are too narrow for waves, whose kernel is far from linear in that of the layer before."""
     from ntkit.kernels.infinite import sampled as module

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ntkit.base.checks import NoLimit
+from ntkit.base.checks import NoLimit, Refused
 from ntkit.kernels.infinite import shared_weights
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
 from ntkit.kernels.infinite.sampled import Sampling
@@ -108,6 +108,19 @@ def test_layers_of_recurrent_layers_over_words(nonlinearity):
     found = InfiniteKernel(model, "ntk", W, B)(WORDS)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_an_embedding_adds_its_variance_and_its_gain(trained):
+    """Words of standard deviation 0.5: their covariance falls by its square, the gradients by words do not."""
+    model = seeded(lambda: Recurrent(lambda o, h: o.mean(1), words=True)).double()
+    p = model.embed.weight.data
+    p.sub_(p.mean()).div_(2 * p.square().mean().sqrt())
+    model.embed.requires_grad_(trained)
+    same = (WORDS[:, :, None, None] == WORDS).permute(1, 3, 0, 2).double()
+    expected = readout(*layer_of_rnn(0.25 * same, trained * same, torch.relu), MEAN, "ntk")
+    found = InfiniteKernel(model, "ntk", W, B)(WORDS)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
 def test_cells_and_loops_are_the_recurrent_layer():
@@ -248,6 +261,79 @@ def test_no_tiling_changes_a_value(monkeypatch):
         torch.testing.assert_close(operator @ torch.ones(5).double(), expected.sum(1), rtol=1e-10, atol=1e-10)
 
 
+class Tied(nn.Module):
+    """Two layers with weights of their own and one bias, or two, whose outputs are added."""
+
+    def __init__(self, add, tied):
+        super().__init__()
+        self.first, self.one, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.other, self.add = nn.Linear(8, 8), add
+        if tied:
+            self.other.bias = self.one.bias
+
+    def forward(self, x):
+        z = self.one(torch.relu(self.first(x)))
+        return self.last(torch.relu(self.add(z, self.other(torch.relu(z)))))
+
+
+ADDED = {
+    "sum": (torch.add, 1.0, 1.0),
+    "alpha": (lambda z, y: torch.add(z, y, alpha=-0.5), 1.0, -0.5),
+    "a difference with alpha": (lambda z, y: torch.sub(z, y, alpha=0.5), 1.0, -0.5),
+    "a difference the other way round": (lambda z, y: z.__rsub__(y), -1.0, 1.0),
+    "factors": (lambda z, y: 2 * z - y / 4, 2.0, -0.25),
+}
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained bias", "frozen bias"])
+@pytest.mark.parametrize("tied", [True, False], ids=["one bias", "two"])
+@pytest.mark.parametrize("name", ADDED)
+def test_sums_of_layers_that_share_no_more_than_their_bias(name, tied, trained):
+    """Of p z + q y: if they share it, z and y have the covariance of the bias, and its gradients are in both."""
+    add, p, q = ADDED[name]
+    x = X[:, 0]
+
+    def relu(S, T):
+        v = S.diagonal()
+        value, slope = oracle.gaussian(torch.relu, v[:, None], v[None, :], S)
+        return value, T * slope
+
+    def dense(S, T, gain=B**2):
+        return W**2 * S + B**2, W**2 * (S + T) + gain
+
+    gain = B**2 * trained
+    z = dense(*relu(*dense(x @ x.T / 3, 0.0)), gain)
+    y = dense(*relu(*z), gain)
+    both = [p * p * a + q * q * b + 2 * p * q * c for a, b, c in zip(z, y, (B**2 * tied, gain * tied), strict=True)]
+    expected = dense(*relu(*both))
+    model = seeded(lambda: Tied(add, tied)).double()
+    for layer in (model.one, model.other):
+        layer.bias.requires_grad_(trained)
+    for kind, wanted in zip(("nngp", "ntk"), expected, strict=True):
+        torch.testing.assert_close(InfiniteKernel(model, kind, W, B)(x), wanted, rtol=1e-7, atol=1e-9)
+
+
+class Twice(nn.Module):
+    """One layer at two depths."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        h = torch.relu(self.inner(torch.relu(self.first(x))))
+        return self.last(torch.relu(self.inner(h)))
+
+
+def test_values_beyond_the_dtype_are_refused():
+    x, kernel = X[:, 0], InfiniteKernel(seeded(Twice), "ntk", W, 0.0)
+    for scale in (1e25, 1e-25):
+        for call in (kernel, kernel.diagonal, lambda x: kernel.paired(x, x.flip(0))):
+            with pytest.raises(Refused, match=r"the kernel: got values up to .*float32.*float64"):
+                call((scale * x).float())
+        torch.testing.assert_close(kernel(scale * x), scale**2 * kernel(x), rtol=1e-12, atol=0)
+
+
 def test_long_sequences_do_not_exceed_the_stack():
     x = torch.randn(2, 400, 3, dtype=torch.float64)
     model = seeded(lambda: Recurrent(lambda o, h: o[:, -1])).double()
@@ -288,6 +374,10 @@ class Mixed(nn.Module):
             return self.last(torch.tanh(self.inner(torch.tanh(self.inner(self.state + 0 * v)))))
         if self.what == "input and layer":
             return self.last(torch.relu(self.inner(torch.relu(self.inner(v)))))
+        if self.what in ("cast", "comparison"):
+            z = self.inner(torch.relu(self.inner(torch.relu(self.first(v)))))
+            whole = z.to(torch.int) if self.what == "cast" else z > 0
+            return self.last(whole.to(z.dtype))
         if self.what == "two activations":
             return self.last(self.inner(torch.relu(self.first(v))) + self.inner(torch.tanh(self.first(v))))
         if self.what == "not Gaussian":
@@ -299,18 +389,37 @@ class Mixed(nn.Module):
 
 @pytest.mark.parametrize(
     "what",
-    ["lstm", "initial state", "trained state", "input and layer", "two activations", "not Gaussian", "own input"],
+    [
+        "cast",
+        "comparison",
+        "lstm",
+        "initial state",
+        "trained state",
+        "input and layer",
+        "two activations",
+        "not Gaussian",
+        "own input",
+    ],
 )
 def test_what_has_no_closed_form_is_refused(what):
     with pytest.raises(NoLimit, match="sample=16"):
         InfiniteKernel(seeded(lambda: Mixed(what)).double(), "ntk", W, B)(X)
 
 
-def test_a_word_whose_row_is_zero_is_refused():
+def test_a_word_whose_row_is_zero_or_not_trained_is_refused():
     model = seeded(lambda: Recurrent(lambda o, h: o[:, -1], words=True))
     model.embed = nn.Embedding(TOKENS, 3, padding_idx=0)
     with pytest.raises(NoLimit, match=r"layer 'embed' \(Embedding\): got embedding of a parameter"):
         InfiniteKernel(model, "ntk", W, B)(WORDS)
+    assert F.embedding(torch.tensor([0]), model.embed.weight).abs().max() == 0
+    torch.nn.init.normal_(model.embed.weight)  # no zeros, but no gradient of this row, either
+    with pytest.raises(NoLimit, match=r"layer 'embed' \(Embedding\)"):
+        InfiniteKernel(model, "ntk", W, B)(WORDS)
+    sequence = nn.Sequential(model.embed, nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))  # a value per position
+    with pytest.raises(NoLimit, match="Embedding"):
+        InfiniteKernel(sequence, "ntk", W, B)(WORDS)
+    frozen = InfiniteKernel(model.requires_grad_(False), "nngp", W, B)(WORDS)
+    model.embed.padding_idx = None
+    torch.testing.assert_close(InfiniteKernel(model, "nngp", W, B)(WORDS), frozen)
     whole = seeded(lambda: Recurrent(lambda o, h: o[:, -1], words=True))
     assert InfiniteKernel(whole, "ntk", W, B)(WORDS).diagonal().min() > 0  # the same network is taken otherwise
-    assert F.embedding(torch.tensor([0]), model.embed.weight).abs().max() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from infinite_oracle import Act
 from torch import nn
 
 from ntkit import InfiniteKernel
-from ntkit.kernels.infinite import quadrature
+from ntkit.kernels.infinite import limit_tiles, quadrature
 
 DRAW = torch.Generator().manual_seed(0)
 X = torch.randn(40, 6, generator=DRAW, dtype=torch.float64)
@@ -127,6 +128,69 @@ def test_a_table_of_many_kinks_says_how_inexact_it_is():
         wanted = [plane_integrals(function, slope, *at, rho) for at in zip(a.tolist(), b.tolist(), strict=True)]
         worst = max(worst, float((got - torch.stack(wanted, 1)).abs().max()))
     assert 1e-6 < worst < 2 * table.error
+
+
+class Twice(nn.Module):
+    """One layer at two depths, behind a norm over the batch or none."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.norm = nn.BatchNorm1d(8) if norm else None
+
+    def forward(self, x):
+        h = self.inner(torch.tanh(self.inner(torch.tanh(self.first(x)))))
+        return self.last(torch.tanh(h) if self.norm is None else torch.relu(self.norm(h)))
+
+
+class Tags(nn.Module):
+    """A value per position, of positions weighted by numbers of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        x = x.reshape(-1, 3, 2)
+        return self.last(torch.softmax(x @ x.transpose(1, 2), -1) @ torch.tanh(self.first(x)))
+
+
+def images(*end):
+    return nn.Sequential(nn.Unflatten(1, (2, 3, 1)), nn.Conv2d(2, 8, 1), nn.Tanh(), *end)
+
+
+def calls(k):
+    return k, lambda x: k(x, x[:2]), k.diagonal, lambda x: k.paired(x, x.flip(0))
+
+
+TOLD = {
+    "layers": (lambda: mlp(torch.tanh), calls),
+    "positions": (lambda: images(nn.Conv2d(8, 1, 1)), lambda k: (*calls(k), k.positions)),
+    "a walk over positions": (
+        lambda: images(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1)), lambda k: (*calls(k), k.positions)
+    ),
+    "weights of each sample's own": (Tags, lambda k: (*calls(k), k.positions)),
+    "shared weights": (Twice, calls),
+    "a norm over the batch": (lambda: Twice(norm=True), lambda k: (k,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_every_call_tells_of_an_inexact_table(name, monkeypatch):
+    """Once for a table; those of smooth functions are so exact that the threshold is lowered."""
+    make, of_kernel = TOLD[name]
+    kernel = InfiniteKernel(make().double(), "ntk", W, B)
+    of_kernel(kernel)[0](X[:4])
+    assert 0 < kernel.error < 1e-9
+    monkeypatch.setattr(limit_tiles, "_INEXACT", 0.0)
+    for call in of_kernel(kernel):
+        with pytest.warns(UserWarning, match=r"its kernel is computed with a relative error of"):
+            call(X[:4])
+    monkeypatch.setattr(limit_tiles, "_INEXACT", 2 * kernel.error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for call in of_kernel(kernel):
+            call(X[:4])
 
 
 def conv(inputs):

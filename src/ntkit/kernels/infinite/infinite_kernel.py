@@ -26,6 +26,7 @@ from ntkit.kernels.infinite.limit_tiles import (
     line_of,
     outputs_before_weights,
     state_of_model,
+    warn_of_errors,
     warn_of_masks,
 )
 from ntkit.kernels.infinite.limit_values import at_positions, matrix, pairs
@@ -194,7 +195,9 @@ class InfiniteKernel(Kernel):
         if (sampled := self._sampled(x1)) is None:
             fix = "Call the kernel: its values have no sampling error."
             raise refusal("estimate", got="a limit in closed form", expected="a sampled one", fix=fix)
-        return sampled.gram(x1, x2)
+        found = sampled.gram(x1, x2)
+        self._rounded(found.mean, x1)  # the networks compute in this dtype
+        return found
 
     @torch.inference_mode(False)
     @own_context()
@@ -300,10 +303,11 @@ class InfiniteKernel(Kernel):
                 raise refused("out", "memory to write into", "Leave it out, or call the kernel")
             return self._with_gradients(x1, x2, LimitGradients.matrix)
         if (sampled := self._sampled(x1)) is not None:
-            return written(sampled.gram(x1, x2).mean.to(self._dtype(x1)), out)
+            return written(self._rounded(sampled.gram(x1, x2).mean, x1), out)
         if (program := self._program(x1)) is not None:
             values = program.gram(self._model_for(x1), x1, x2, self.kind)
-            return written(values.to(self._dtype(x1)), out)
+            warn_of_errors(program.inexact())
+            return written(self._rounded(values, x1), out)
         graph, data1, dtype = self._read(x1)
         data2 = None if x2 is None else self._read(x2, like=x1)[1]
         shape = (count(x1), count(x1 if x2 is None else x2))
@@ -318,9 +322,11 @@ class InfiniteKernel(Kernel):
         if wants_gradients(x1, x2, *self._stds or ()):
             return self._with_gradients(x1, x2, LimitGradients.pairs)
         if (sampled := self._sampled(x1)) is not None:
-            return sampled.pairs(x1, x2).mean.to(self._dtype(x1))
+            return self._rounded(sampled.pairs(x1, x2).mean, x1)
         if (program := self._program(x1)) is not None:
-            return program.pairs(self._model_for(x1), x1, x2, self.kind).to(self._dtype(x1))
+            values = program.pairs(self._model_for(x1), x1, x2, self.kind)
+            warn_of_errors(program.inexact())
+            return self._rounded(values, x1)
         graph, data1, dtype = self._read(x1)
         data2 = None if x2 is None else self._read(x2, like=x1)[1]
         return pairs(graph, data1, data2, self.kind == "ntk", dtype).to(x1.device)
@@ -389,6 +395,11 @@ class InfiniteKernel(Kernel):
         """Of a sampled kernel's values: that of the samples, or the parameters' if these are whole numbers."""
         assert isinstance(x, Tensor)
         return x.dtype if x.is_floating_point() else next(self._model.parameters()).dtype
+
+    def _rounded(self, values: Tensor, x: Batch) -> Tensor:
+        """A limit that is no graph of layers in its dtype, if that can represent it."""
+        check_size(float(values.abs().max()), dtype := self._dtype(x))
+        return values.to(dtype)
 
     def _model_for(self, x: Tensor) -> nn.Module:
         return self._in_dtype(x.dtype) if x.is_floating_point() else self._model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def in_float64(t: Tensor) -> Tensor:
 def check_size(largest: float, dtype: torch.dtype) -> None:
     """Refuse values that overflow in the dtype of the samples, or all lose digits to underflow."""
     info = torch.finfo(dtype)
-    if largest > info.max or 0 < largest < 100 * info.tiny:
+    if not largest <= info.max or 0 < largest < 100 * info.tiny:  # NaN, too
         got, expected = f"values up to {largest:.1e}", f"values that {dtype} can represent"
         raise refusal("the kernel", got=got, expected=expected, fix="Scale the data, or pass it in float64.")
 
@@ -132,9 +132,9 @@ def warn_of_masks(graph: Graph) -> None:
         )
 
 
-def warn_of_errors(graph: Graph) -> None:
-    """Warn of activations that are not exact."""
-    for layer, a in inexact(graph):
+def warn_of_errors(activations: Sequence[tuple[Any, Tabulated | Piecewise]]) -> None:
+    """Warn of activations that are not exact; each with the layer that has it."""
+    for layer, a in activations:
         if a.error > _INEXACT:
             warnings.warn(
                 f"{layer.name}: its kernel is computed with a relative error of {a.error:.0e}. Its slope jumps "

@@ -19,6 +19,7 @@ from ntkit.kernels.infinite.limit_tiles import (
     check_size,
     each,
     extend_tables,
+    inexact,
     plane_elements,
     positions,
     side_of,
@@ -65,7 +66,7 @@ def matrix(graph: Graph, data1: Data, data2: Data | None, tangent: bool, out: Te
     if table_versions(graph) != versions:  # another thread extended a table
         return matrix(graph, data1, None if same else data2, tangent, out)
     check_size(max(sizes), out.dtype)
-    warn_of_errors(graph)
+    warn_of_errors(inexact(graph))
     return out
 
 
@@ -89,7 +90,7 @@ def pairs(graph: Graph, data1: Data, data2: Data | None, tangent: bool, dtype: t
     if table_versions(graph) != versions:
         return pairs(graph, data1, None if same else data2, tangent, dtype)
     check_size(float(out.abs().max()), dtype)
-    warn_of_errors(graph)
+    warn_of_errors(inexact(graph))
     return out.to(dtype)
 
 
@@ -140,7 +141,7 @@ def at_positions(graph: Graph, data1: Data, data2: Data | None, tangent: bool, d
     if table_versions(graph) != versions:
         return at_positions(graph, data1, None if same else data2, tangent, dtype)
     check_size(max(sizes), dtype)
-    warn_of_errors(graph)
+    warn_of_errors(inexact(graph))
     count = math.prod(layer.size)
     return out.reshape(n1, n2, count, count)
 

@@ -122,10 +122,9 @@ def embedding(reader: SequenceReader, op: Op, index: int) -> Layer:
     if not isinstance(words, Ref) or reader.value(words) is not None or not isinstance(weight, Weight):
         raise reader.refusal(op, "an embedding of computed words", "Pass the words.")
     p, out = weight.parameter, reader.tape.ops[words.index].out
-    padding = args.get("padding_idx")
-    if args.get("max_norm") is not None or (padding is not None and not bool(p[padding].any())):
-        got = "max_norm, or padding_idx, a word whose row is zero"
-        raise reader.refusal(op, got, "Leave it out: every word is drawn alike.")
+    if args.get("max_norm") is not None or calls.words_differ(p, args.get("padding_idx")):
+        got = "max_norm, or padding_idx, a word whose row is zero or not trained"
+        raise reader.refusal(op, got, "Leave it out: every word is drawn and trained alike.")
     count, size = len(p), grid(out.shape[1:])
     if count > _WORDS or size is None or out.shape[0] != 3:
         got = f"{count} words, or words of shape {tuple(out.shape)}"

@@ -225,8 +225,18 @@ class Program:
     @property
     def error(self) -> float:
         """Largest relative error of an activation so far."""
-        inexact = (c.activation for c in self.curves)
-        return max((a.error for a in inexact if isinstance(a, (BatchNorm, Piecewise, Tabulated))), default=0.0)
+        errors = [a.error for _, a in self.inexact()]
+        return max(
+            [*errors, *(c.activation.error for c in self.curves if isinstance(c.activation, BatchNorm))], default=0.0
+        )
+
+    def inexact(self) -> list[tuple[CurveNode, Tabulated | Piecewise]]:
+        """The activations with an error, each once, with the first layer that has it."""
+        found: dict[int, tuple[CurveNode, Tabulated | Piecewise]] = {}
+        for curve in self.curves:
+            if isinstance(curve.activation, (Piecewise, Tabulated)):
+                found.setdefault(id(curve.activation), (curve, curve.activation))
+        return list(found.values())
 
     def inputs(self) -> set[int]:
         """Indices of the calls whose values are needed."""

@@ -26,7 +26,7 @@ from ntkit.kernels.infinite.weight_layers import batch_norm
 from ntkit.networks.initialization import NORMAL, initial_std
 
 _FUNCTIONS: dict[str, Function] = {"rnn_tanh": torch.tanh, "rnn_relu": torch.relu}
-_LIKE = (Tensor.to, Tensor.type_as, Tensor.new_zeros)  # they may take dtype and device of a weight
+_LIKE = (Tensor.to, Tensor.type_as)  # they may take dtype and device of a weight
 
 
 def read_program(model: nn.Module, x: Tensor, w_std: float | None, b_std: float | None) -> Program | None:
@@ -112,10 +112,10 @@ class _ProgramReader:
         stopped = op.no_grad or op.func in calls.STOPS
         if op.in_place or (stopped and not all(v is None for v in inputs)):
             raise self._refusal(op, f"{op.name} in place or without gradients", "Write it otherwise.")
-        if all(v is None for v in inputs):
+        if op.func is Tensor.new_zeros or all(v is None for v in inputs):
             return None
-        if op.func in _LIKE and op.args and (isinstance(op.args[0], Ref) or op.func is Tensor.new_zeros):
-            return None if op.func is Tensor.new_zeros else self._of(op.args[0])  # a tensor like a weight
+        if op.func in _LIKE and op.args and isinstance(op.args[0], Ref) and op.out.is_floating_point():
+            return self._of(op.args[0])  # a tensor like a weight
         weights = [v for v in inputs if isinstance(v, (Weight, DerivedWeight))]
         inner = [v for v in inputs if isinstance(v, Vectors)]
         if op.func is F.linear:
@@ -199,8 +199,8 @@ class _ProgramReader:
         if self._of(words) is not None or not isinstance(words, Ref) or args.get("max_norm") is not None:
             raise self._refusal(op, "an embedding of computed words, or with max_norm", "Pass the words.")
         p, shape = weight.parameter, tuple(self.tape.ops[words.index].out.shape)
-        if (padding := args.get("padding_idx")) is not None and padding >= 0 and not bool(p[padding].any()):
-            raise self._refusal(op, "padding_idx, a word whose row is zero", "Leave it out: every word is drawn alike.")
+        if calls.words_differ(p, args.get("padding_idx")):
+            raise self._refusal(op, "padding_idx, a word whose row is zero or not trained", "Leave it out.")
         # as one axis: torch draws an embedding from the standard normal, whatever its size
         initial = initial_std(p.detach().flatten() * weight.factor, 1, 1, weight.name)
         gain = weight.factor**2 * float(p.requires_grad)
@@ -309,9 +309,10 @@ class _ProgramReader:
             return op.func(*args, **kwargs)
 
         before = self.tape.ops[op.refs[0].index].out.shape
-        if tuple(op.out.shape) != tuple(before) or not is_elementwise(function, before):
-            advice = calls.ADVICE.get(op.name, calls.SUPPORTED)
-            raise self._refusal(op, f"{op.name}, which mixes channels or positions", advice)
+        moves, rounds = tuple(op.out.shape) != tuple(before), not op.out.is_floating_point()
+        if moves or rounds or not is_elementwise(function, before):
+            got = f"{op.name}, which {'rounds or compares' if rounds else 'mixes channels or positions'}"
+            raise self._refusal(op, got, calls.ADVICE.get(op.name, calls.SUPPORTED))
 
         def any_shape(z: Tensor) -> Tensor:
             return function(z.reshape(-1, *[1] * (len(before) - 1))).reshape(z.shape)

@@ -68,7 +68,7 @@ def factor_of(op: Op) -> float | None:
     """The number by which a call multiplies its one value."""
     others = [a for a in op.args if not isinstance(a, Ref)]
     if op.func in COPIES:
-        return 1.0
+        return 1.0 if op.out.is_floating_point() else None  # a cast to whole numbers rounds
     if op.func in NEGATIONS:
         return -1.0
     if op.func not in PRODUCTS or len(others) != 1 or op.kwargs:
@@ -87,6 +87,11 @@ def factor_of(op: Op) -> float | None:
 def arguments(op: Op, *names: str) -> dict[str, Any]:
     """The arguments of a call by name."""
     return dict(zip(names, op.args, strict=False)) | op.kwargs
+
+
+def words_differ(weight: Tensor, padding: int | None) -> bool:
+    """Whether an embedding has a word unlike others: the gradient of `padding_idx` is 0, and so its row may be."""
+    return padding is not None and (weight.requires_grad or not bool(weight[padding].any()))
 
 
 def batch_norm_arguments(op: Op) -> dict[str, Any]:
