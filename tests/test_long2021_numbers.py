@@ -1,0 +1,283 @@
+"""Long 2021: every number of a part against its definition, from gradients that plain autograd gives one by one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ntkit import HardMarginSVM
+from ntkit.data import from_tensors
+from ntkit.probes import standard
+from ntkit.studies.claim import Estimate
+from ntkit.studies.long2021 import along, by_layer, evidence, long_setting, moments
+from ntkit.studies.long2021.long_setting import START, Extent, Setting
+from ntkit.studies.study import Result, Results, Sizes, Work
+
+N, M = 24, 20
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of the only output by each parameter, side by side in float64: [n, numbers]."""
+    model, rows = copy.deepcopy(model).double(), []
+    params = dict(model.named_parameters())
+    for one in x.double():
+        found = torch.autograd.grad(model(one[None])[0, 0], [*params.values()])
+        rows.append({name: g.flatten() for name, g in zip(params, found, strict=True)})
+    return {name: torch.stack([row[name] for row in rows]) for name in params}
+
+
+def joined(parts: dict[str, Tensor], layer: str | None = None, but: str | None = None) -> Tensor:
+    names = [n for n in parts if (layer is None or n.startswith(layer + ".")) and not (but and n.startswith(but + "."))]
+    return torch.cat([parts[name] for name in names], 1)
+
+
+class Machine:
+    """The hard-margin machine on features, with what is said of it."""
+
+    def __init__(self, phi: Tensor, phi_test: Tensor, data) -> None:
+        K, self.decision = phi @ phi.T, None
+        K = (K + K.T) / 2
+        fitted = HardMarginSVM().fit(K, data.y_train)
+        assert fitted.gap_ < 1
+        self.decision = torch.as_tensor(fitted.decision_function(phi_test @ phi.T))
+        assert float(self.decision.abs().min()) > 1e-4  # no label that rounding decides
+        self.wrong = ((self.decision > 0).long() != data.y_test).numpy()
+        self.scale = float(phi.square().sum(1).mean()) ** 0.5
+        self.margin = fitted.margin_ / self.scale
+        s = (2.0 * data.y_train.double() - 1)[:, None]
+        self.alignment = float((K * (s @ s.T)).sum() / (K.norm() * len(s)))
+        center = torch.eye(len(K), dtype=torch.float64) - 1 / len(K)
+        K_centered, s = center @ K @ center, center @ s
+        self.alignment_centered = float((K_centered * (s @ s.T)).sum() / (K_centered.norm() * (s @ s.T).norm()))
+        self.effective_rank = float(K.trace() / torch.linalg.eigvalsh(K)[-1])
+        self.K = K
+
+    def check(self, entry, tolerance: float = 1e-5) -> None:
+        assert entry["status"] == "optimal"
+        assert entry["test_error"] == pytest.approx(self.wrong.mean(), abs=1e-12)
+        for name in ("scale", "margin", "alignment", "alignment_centered", "effective_rank"):
+            if name in entry:
+                assert entry[name] == pytest.approx(getattr(self, name), rel=tolerance), name
+
+
+def mean_loss(logits: Tensor, y: Tensor) -> float:
+    return float(torch.log1p(torch.exp(-(2 * y - 1) * logits)).mean())
+
+
+@pytest.fixture(scope="module")
+def moment():
+    """Random images, a small network, and what is measured of it."""
+    g = torch.Generator().manual_seed(4)
+    x, x_test = (torch.rand(n, 1, 8, 8, generator=g, dtype=torch.float64) for n in (N, M))
+    labels = [
+        (part[:, 0, 2:5].mean((1, 2)) + 0.1 * torch.rand(len(part), generator=g) > 0.55).long() for part in (x, x_test)
+    ]
+    data = from_tensors((x, labels[0]), (x_test, labels[1]))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.Tanh(), nn.Linear(40, 1)).double().eval()
+    return model, data, moments.measured(SimpleNamespace(sizes=Sizes(probed=7)), model, data)
+
+
+def features(model: nn.Module, data) -> dict[str, tuple[Tensor, Tensor]]:
+    found = {}
+    for name, of in (
+        ("tangent", lambda x: joined(gradients(model, x))),
+        ("conjugate", lambda x: model[:3](x).detach()),
+    ):
+        phi, phi_test = of(data.x_train), of(data.x_test)
+        found[name] = (phi, phi_test)
+        found[f"{name} centered"] = (phi - phi.mean(0), phi_test - phi.mean(0))
+    return found
+
+
+def test_the_networks_losses_and_errors(moment):
+    model, data, (numbers, arrays, _) = moment
+    with torch.no_grad():
+        logits, logits_test = model(data.x_train)[:, 0], model(data.x_test)[:, 0]
+    assert numbers["loss"] == pytest.approx(mean_loss(logits, data.y_train), rel=1e-12)
+    assert numbers["test_loss"] == pytest.approx(mean_loss(logits_test, data.y_test), rel=1e-12)
+    wrong, wrong_test = ((out > 0).long() != y for out, y in ((logits, data.y_train), (logits_test, data.y_test)))
+    assert numbers["error"] == pytest.approx(float(wrong.double().mean()))
+    assert numbers["test_error"] == pytest.approx(float(wrong_test.double().mean()))
+    assert arrays["network.wrong"].tolist() == wrong_test.int().tolist()
+    assert len({numbers["error"], numbers["test_error"], 1 - numbers["error"], 0.5, 0.0}) == 5
+
+
+def test_machines_and_kernels_of_a_moment(moment):
+    model, data, (numbers, arrays, (K, K_test)) = moment
+    with torch.no_grad():
+        logits = model(data.x_test)[:, 0]
+    machines = {name: Machine(*phi, data) for name, phi in features(model, data).items()}
+    for name, machine in machines.items():
+        machine.check(numbers[name], 1e-4)
+        assert arrays[f"{name}.wrong"].tolist() == machine.wrong.astype(int).tolist()
+    for name in ("tangent", "conjugate"):
+        decision = machines[name].decision
+        agreement = float(((decision > 0) == (logits > 0)).double().mean())
+        assert numbers[name]["agreement"] == pytest.approx(agreement)
+        both = torch.stack([decision, logits])
+        assert numbers[name]["correlation"] == pytest.approx(float(both.corrcoef()[0, 1]), rel=1e-4)
+    one, other = machines["tangent"].K, machines["conjugate"].K
+    aligned = float((one * other).sum() / (one.norm() * other.norm()))
+    assert numbers["tangent_conjugate_alignment"] == pytest.approx(aligned, rel=1e-9)
+    phi, phi_test = features(model, data)["tangent"]
+    torch.testing.assert_close(K, phi @ phi.T, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(K_test, phi_test @ phi.T, rtol=1e-9, atol=1e-9)
+    assert len({tuple(machine.wrong) for machine in machines.values()}) > 2  # machines that can be told apart
+
+
+def test_cosines_of_a_moment(moment):
+    model, data, (numbers, arrays, _) = moment
+    x = data.x_test[:7]
+    of = {"tangent": lambda x: joined(gradients(model, x)), "conjugate": lambda x: model[:3](x).detach()}
+    for kernel, phi in of.items():
+        own = phi(x)
+        for form, mean in (("raw", 0 * own.mean(0)), ("centered", own.mean(0))):
+            for row, (name, group) in enumerate(standard((1, 8, 8)).items()):
+                each = [F.cosine_similarity(own - mean, phi(moved(x)) - mean) for moved in group]
+                cosine = sum(each) / len(each)
+                told = numbers[kernel]["cosines"][name][form]
+                assert told["mean"] == pytest.approx(float(cosine.mean()), rel=1e-8)
+                assert told["error"] == pytest.approx(float(cosine.std() / 7**0.5), rel=1e-8)
+                stored = torch.from_numpy(arrays[f"{kernel}.cosine.{form}"][row]).double()
+                torch.testing.assert_close(stored, cosine, rtol=1e-6, atol=1e-6)
+            unit = F.normalize(own - mean)
+            pairs = (unit @ unit.T)[~torch.eye(7, dtype=torch.bool)].mean()
+            assert numbers[kernel]["cosines"]["pairs"][form]["mean"] == pytest.approx(float(pairs), rel=1e-8)
+
+
+# ---------------------------------------------------------------------- parts of a run
+
+
+SETTING = Setting("digits 3/8", "mlp", lr=0.1)
+SIZES = Sizes(train=60, test=40, losses=(1e-9,), epochs=2, vgg_epochs=1, seeds=1, few=1, probed=6)
+FEW = Extent(train=60, test=40, epochs=2, seeds=1, added=1, kernel_train=N, kernel_test=M, ratio=6, probed=6)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run, its work, the sample of its images, and the network at each recorded step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_setting, "QUICK", FEW)
+        work = Work(SIZES, (1,), ["digits"], tmp_path_factory.mktemp("long"))
+        whole = long_setting.examples(work, SETTING)
+        model = long_setting.network(SETTING, whole.input_shape, 1)
+        trajectory = long_setting.trained(work, SETTING, 1, whole, model)
+
+        def at(step: int) -> nn.Module:
+            trajectory.load(model, step)
+            return model
+
+        yield work, whole, long_setting.sample(whole, N, M), trajectory.steps, at
+
+
+def outputs(model: nn.Module, data) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return model(data.x_train)[:, 0], model(data.x_test)[:, 0]
+
+
+def test_numbers_along_a_run(run):
+    work, whole, data, steps, at = run
+    rows = along.along(work, SETTING, 1).numbers["steps"]
+    assert [row["step"] for row in rows] == along.spaced(steps, 6)
+    assert len(rows) > 2
+    for row in (rows[0], rows[1], rows[-1]):
+        model = at(row["step"])
+        logits, logits_test = outputs(model, data)
+        machine = Machine(joined(gradients(model, data.x_train)), joined(gradients(model, data.x_test)), data)
+        machine.check(row, 1e-3)
+        assert row["epochs"] == row["step"] / math.ceil(len(whole.x_train) / 32)
+        assert row["loss"] == pytest.approx(mean_loss(logits, data.y_train), rel=1e-5)
+        assert row["network_error"] == pytest.approx(float(((logits_test > 0).long() != data.y_test).double().mean()))
+        agreement = float(((machine.decision > 0) == (logits_test > 0)).double().mean())
+        assert row["agreement"] == pytest.approx(agreement)
+        both = torch.stack([machine.decision, logits_test.double()])
+        assert row["correlation"] == pytest.approx(float(both.corrcoef()[0, 1]), rel=1e-3)
+    assert len({row["network_error"] for row in rows}) > 1
+
+
+@pytest.mark.parametrize("moment", [START, by_layer.END])
+def test_numbers_of_layers(run, moment):
+    work, _, data, steps, at = run
+    found, arrays = by_layer.layers(work, SETTING, 1, moment)
+    model = at(0 if moment == START else steps[-1])
+    logits, logits_test = outputs(model, data)
+    assert found["step"] == (0 if moment == START else steps[-1])
+    assert found["loss"] == pytest.approx(mean_loss(logits, data.y_train), rel=1e-5)
+    assert found["test_error"] == pytest.approx(float(((logits_test > 0).long() != data.y_test).double().mean()))
+    torch.testing.assert_close(torch.from_numpy(arrays["logit"]).float(), logits_test)
+    train, test = gradients(model, data.x_train), gradients(model, data.x_test)
+    whole = Machine(joined(train), joined(test), data)
+    whole.check(found["whole"], 1e-3)
+    assert arrays["whole.wrong"].tolist() == whole.wrong.astype(int).tolist()
+    np.testing.assert_allclose(arrays["decision"], whole.decision, rtol=1e-2, atol=1e-3)
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in train))
+    assert list(found["layers"]) == [str(place) for place in range(len(layers))]
+    for place, layer in enumerate(layers):
+        own, told = joined(train, layer), found["layers"][str(place)]
+        share = float(own.square().sum() / joined(train).square().sum())
+        assert told["share"] == pytest.approx(share, rel=1e-4)
+        alone = Machine(own, joined(test, layer), data)
+        others = Machine(joined(train, but=layer), joined(test, but=layer), data)
+        alone.check(told["alone"], 1e-3)
+        others.check(told["without"], 1e-3)
+        assert arrays["alone.wrong"][place].tolist() == alone.wrong.astype(int).tolist()
+        assert arrays["without.wrong"][place].tolist() == others.wrong.astype(int).tolist()
+
+
+# ---------------------------------------------------------------------- differences and means over seeds
+
+
+def measured(seed: int, **cosines: tuple[list[float], list[float]]) -> Result:
+    """A part with raw and centered cosines of each image, by name of the transform."""
+    numbers = {
+        name: {"raw": {"mean": float(np.mean(raw))}, "centered": {"mean": float(np.mean(centered))}}
+        for name, (raw, centered) in cosines.items()
+    }
+    arrays = {
+        f"tangent.cosine.{form}": np.array([both[k] for both in cosines.values()])
+        for k, form in enumerate(("raw", "centered"))
+    }
+    tangent = {"cosines": numbers | {"pairs": {}}}
+    return Result({"seed": seed, "status": "measured", "tangent": tangent, "value": float(seed**2)}, arrays)
+
+
+def test_the_change_of_a_cosine_is_that_of_its_transform_and_form():
+    setting = Setting("digits 3/8", "mlp")
+    g = np.random.default_rng(0)
+    draws = g.random((2, 3, 2, 2, 5))  # before and after, seeds, transforms, forms, images
+    names = ("shift", "zoom")
+    runs = {
+        (setting, moment): [
+            measured(seed, **dict(zip(names, draws[k, seed].tolist(), strict=True))) for seed in range(3)
+        ]
+        for k, moment in enumerate((START, "0.3"))
+    }
+    results = Results(SimpleNamespace(sizes=Sizes(losses=(0.3,))), {"moment": runs})
+    assert evidence.probes(results, setting) == list(names)
+    for row, name in enumerate(names):
+        for k, form in enumerate(("raw", "centered")):
+            found = evidence.cosine_change(results, (setting, "0.3"), (setting, START), name, form)
+            change = (draws[1] - draws[0])[:, row, k]  # [seeds, images]
+            assert found.value == pytest.approx(change.mean())
+            assert found.over_seeds == pytest.approx(change.mean(1).std(ddof=1) / 3**0.5)
+            assert found.over_images == pytest.approx(change.mean(0).std(ddof=1) / 5**0.5)
+            assert found.seeds == 3
+            assert found.estimate() == Estimate(found.value, max(found.over_seeds, found.over_images))
+
+
+def test_a_mean_over_some_seeds_is_of_these_alone():
+    setting = Setting("digits 3/8", "mlp")
+    runs = [measured(seed, shift=([0.0], [0.0])) for seed in range(4)]
+    results = Results(SimpleNamespace(sizes=Sizes(losses=(0.3,))), {"moment": {(setting, START): runs}})
+    every = evidence.estimate(results, setting, START, "value")
+    assert (every.value, every.error) == (3.5, pytest.approx(np.std([0, 1, 4, 9], ddof=1) / 2))
+    some = evidence.estimate(results, setting, START, "value", seeds={1, 3})
+    assert (some.value, some.error) == (5.0, pytest.approx(4.0))
