@@ -14,11 +14,13 @@ from torch.nn import functional as F
 
 from ntkit import HardMarginSVM
 from ntkit.data import from_tensors
+from ntkit.gram.gram_matrix import Gram
 from ntkit.probes import standard
 from ntkit.studies.claim import Estimate
 from ntkit.studies.long2021 import along, by_layer, evidence, long_setting, moments
 from ntkit.studies.long2021.long_setting import START, Extent, Setting
 from ntkit.studies.study import Result, Results, Sizes, Work
+from ntkit.trajectory.batch_order import batch_indices
 
 N, M = 24, 20
 
@@ -151,6 +153,49 @@ def test_cosines_of_a_moment(moment):
             unit = F.normalize(own - mean)
             pairs = (unit @ unit.T)[~torch.eye(7, dtype=torch.bool)].mean()
             assert numbers[kernel]["cosines"]["pairs"][form]["mean"] == pytest.approx(float(pairs), rel=1e-8)
+
+
+def test_the_ridge_is_a_share_of_the_mean_diagonal():
+    """One feature is a hundredth of the others: its squares are as small as the ridge."""
+    g = torch.Generator().manual_seed(0)
+    phi = torch.randn(20, 3, generator=g, dtype=torch.float64) * torch.tensor([3.0, 3.0, 0.02])
+    K, targets = phi @ phi.T, torch.randint(0, 2, (20,), generator=g) * 2.0 - 1
+    K, targets = (K + K.T) / 2, targets.double()
+    scale = float(K.diagonal().mean()) ** 0.5
+    machine, weights = moments._ridge(Gram(K), targets, scale)
+    assert machine.startswith("ridge 0.0001, solved")
+    expected = torch.linalg.solve(K + 1e-4 * K.diagonal().mean() * torch.eye(20), targets)
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0.0)
+
+
+def test_the_linearization_reaches_each_loss_at_the_step_of_its_own_training():
+    """Batches of 32, 32 and 6, in the order of the seed."""
+    g = torch.Generator().manual_seed(1)
+    x, x_test = (torch.randn(n, 5, generator=g, dtype=torch.float64) for n in (70, 30))
+    labels = [(part[:, 0] + 0.5 * torch.randn(len(part), generator=g) > 0).long() for part in (x, x_test)]
+    data = from_tensors((x, labels[0]), (x_test, labels[1]))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    jacobian, jacobian_test = (joined(gradients(model, part)) for part in (x, x_test))
+    with torch.no_grad():
+        start, start_test = model(x)[:, 0], model(x_test)[:, 0]
+    moved, losses, errors = torch.zeros(jacobian.shape[1], dtype=torch.float64), [], []
+    for step in range(60):
+        logits, logits_test = start + jacobian @ moved, start_test + jacobian_test @ moved
+        losses.append(mean_loss(logits, labels[0]))
+        errors.append(float(((logits_test > 0).long() != labels[1]).double().mean()))
+        rows = batch_indices(3, 70, 32, step)
+        assert len(rows) == (6 if step % 3 == 2 else 32)
+        slope = torch.sigmoid(logits[rows]) - labels[0][rows]
+        moved -= 0.05 * jacobian[rows].T @ slope / len(rows)
+    wanted = tuple((losses[k - 1] + losses[k]) / 2 for k in range(1, 60) if losses[k] < min(losses[:k]))
+    work = SimpleNamespace(sizes=Sizes(losses=wanted, epochs=20))
+    kernels = jacobian @ jacobian.T, jacobian_test @ jacobian.T
+    found = moments.linearized(work, Setting("", "mlp", 0.05), 3, data, model, *kernels)
+    first = [next(step for step, loss in enumerate(losses) if loss <= one) for one in wanted]
+    assert [entry["step"] for entry in found] == first
+    assert [entry["test_error"] for entry in found] == [errors[step] for step in first]
+    assert len(first) > 20
 
 
 # ---------------------------------------------------------------------- parts of a run
