@@ -17,7 +17,7 @@ from ntkit.data import from_tensors
 from ntkit.gram.gram_matrix import Gram
 from ntkit.probes import standard
 from ntkit.studies.claim import Estimate
-from ntkit.studies.long2021 import along, by_layer, evidence, long_setting, moments
+from ntkit.studies.long2021 import along, by_layer, evidence, long_setting, moments, sentences
 from ntkit.studies.long2021.long_setting import START, Extent, Setting
 from ntkit.studies.study import Result, Results, Sizes, Work
 from ntkit.trajectory.batch_order import batch_indices
@@ -248,6 +248,24 @@ def test_numbers_along_a_run(run):
     assert len({row["network_error"] for row in rows}) > 1
 
 
+def test_without_a_machine_nothing_agrees_with_the_network(run, monkeypatch):
+    """Decisions that are NaN are in no class."""
+    nothing = torch.full((M,), torch.nan, dtype=torch.float64)
+    entry = dict.fromkeys(along.KEPT)
+    monkeypatch.setattr(along, "quality", lambda K, K_test, data: (entry, nothing))
+    for row in along.along(run[0], SETTING, 1).numbers["steps"]:
+        assert row["agreement"] is row["correlation"] is row["test_error"] is None
+
+
+def test_a_share_that_is_zero_separates_nothing(moment):
+    _, data, _ = moment
+    entry, decision = by_layer.separated(torch.zeros(N, N), torch.zeros(M, N), data)
+    assert entry == {"status": "zero", "test_error": None, "alignment": None, "margin": 0.0}
+    assert torch.equal(decision, torch.zeros(M))
+    phi = joined(gradients(moment[0], data.x_train))
+    assert by_layer.separated(phi @ phi.T, torch.zeros(M, N), data)[0]["status"] == "optimal"
+
+
 @pytest.mark.parametrize("moment", [START, by_layer.END])
 def test_numbers_of_layers(run, moment):
     work, _, data, steps, at = run
@@ -326,3 +344,21 @@ def test_a_mean_over_some_seeds_is_of_these_alone():
     assert (every.value, every.error) == (3.5, pytest.approx(np.std([0, 1, 4, 9], ddof=1) / 2))
     some = evidence.estimate(results, setting, START, "value", seeds={1, 3})
     assert (some.value, some.error) == (5.0, pytest.approx(4.0))
+
+
+def test_both_kernels_machines_are_compared_where_there_are_both():
+    """The second seed has no machine with the tangent kernel: its other error would be set beside that of the first."""
+    setting, runs = Setting("digits 3/8", "mlp"), []
+    for seed, (conjugate, tangent) in enumerate([([1, 1, 1, 0, 0], [1, 0, 0, 0, 0]), ([0, 0, 0, 0, 0], None)]):
+        errors = {"conjugate": np.mean(conjugate), "tangent": None if tangent is None else np.mean(tangent)}
+        numbers = {name: {"test_error": error} for name, error in errors.items()}
+        numbers |= {"seed": seed, "status": "measured", "tangent_conjugate_alignment": 0.5 + seed / 4}
+        wrong = {"conjugate.wrong": conjugate, "tangent.wrong": tangent or [1, 1, 1, 1, 1]}
+        runs.append(Result(numbers, {name: np.array(values, np.uint8) for name, values in wrong.items()}))
+    results = Results(SimpleNamespace(sizes=Sizes(losses=())), {"moment": {(setting, START): runs}})
+    claim, total = sentences.conjugate(results)
+    assert claim.number == "test error 60.00 % against 20.00 %; alignment of the two kernels 0.50"
+    # 0.4 above, with a standard error of 0.24 over the images: within two of them
+    assert np.std([0, 1, 1, 0, 0], ddof=1) / 5**0.5 == pytest.approx(0.245, abs=1e-3)
+    assert claim.note.endswith("yes")
+    assert total.number.endswith("in 1 of 1 cases")

@@ -164,10 +164,15 @@ def conjugate(results: Results) -> Iterator[Claim]:
     good = []
     for setting in main_settings(results):
         for moment in (START, *losses(results, setting)[-1:]):
-            runs = measured(results, setting, moment)
-            errors = [estimate(results, setting, moment, f"{name}.test_error") for name in ("conjugate", "tangent")]
-            if any(math.isnan(e.value) for e in errors):
+            paths = ("conjugate.test_error", "tangent.test_error")
+            runs = {  # those with both machines
+                seed: run
+                for seed, run in measured(results, setting, moment).items()
+                if not any(math.isnan(number(run, path)) for path in paths)
+            }
+            if not runs:
                 continue
+            errors = [estimate(results, setting, moment, path, seeds=runs) for path in paths]
             by_image = [r.arrays["conjugate.wrong"].astype(float) - r.arrays["tangent.wrong"] for r in runs.values()]
             spread = np.mean(by_image, 0)
             gap = Estimate(errors[0].value - errors[1].value, float(spread.std(ddof=1) / len(spread) ** 0.5))
@@ -176,7 +181,7 @@ def conjugate(results: Results) -> Iterator[Claim]:
             yield Claim(
                 f"Conjugate kernel in place of the tangent kernel {when}: {setting.pair}, {setting.network}",
                 f"test error {percent(errors[0])} against {percent(errors[1])}; alignment of the two kernels "
-                f"{shown(estimate(results, setting, moment, 'tangent_conjugate_alignment'))}",
+                f"{shown(estimate(results, setting, moment, 'tangent_conjugate_alignment', seeds=runs))}",
                 note="no worse, within 2 standard errors over test images: " + ("yes" if good[-1] else "no"),
             )
     if good:
