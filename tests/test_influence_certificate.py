@@ -128,6 +128,29 @@ def test_finite_differences_and_their_errors_are_those_of_plain_runs(at):
     assert max(own) > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("smooth", "errors", "tried", "chosen"),
+    [
+        (0.9, {1e-6: 3e-3, 1e-7: 1e-3, 1e-8: 2e-3}, [1e-6, 1e-7, 1e-8], 1e-7),  # none is good: the best
+        (0.9, {1e-6: 3e-3, 1e-7: 1e-4, 1e-8: 2e-5}, [1e-6, 1e-7], 1e-7),  # good enough: no more runs
+        (0.5, {1e-6: 9e-5, 1e-7: 2e-5, 1e-8: 1e-5}, [1e-6], 1e-6),
+        (0.4, {1e-6: 1e-3, 1e-7: 3e-3, 1e-8: 2e-3}, [1e-7, 1e-8, 1e-6], 1e-6),
+    ],
+)
+def test_the_step_of_finite_differences_is_the_first_good_one_or_the_best(smooth, errors, tried, chosen, monkeypatch):
+    seen = []
+
+    def found(reruns, weights, examples, step, middle, scores, x, of):
+        assert middle is (seen[0] if seen else None)  # of the run itself: computed once
+        seen.append(torch.tensor(step) if middle is None else step)
+        return module.FiniteDifferences(examples, torch.zeros(3, 2), 0.0, errors[step], step), seen[0]
+
+    monkeypatch.setattr(module, "_differences", found)
+    one = module._certificate(None, torch.ones(N), draw(3, N), TEST, None, 2, smooth)  # type: ignore[arg-type]
+    assert [float(step) for step in seen] == pytest.approx(tried)
+    assert (one.step, one.own_error) == (chosen, errors[chosen])
+
+
 class Wrong(torch.autograd.Function):
     """0.15 x^2, whose derivative by autograd is itself taken for a constant."""
 
