@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from ntkit.data import from_tensors
 from ntkit.gram.gram_matrix import Gram
 from ntkit.probes import standard
 from ntkit.studies.claim import Estimate
-from ntkit.studies.long2021 import along, by_layer, evidence, long_setting, moments, sentences
+from ntkit.studies.long2021 import along, beyond_claims, by_layer, evidence, long_setting, moments, sentences
 from ntkit.studies.long2021.long_setting import START, Extent, Setting
 from ntkit.studies.study import Result, Results, Sizes, Work
 from ntkit.trajectory.batch_order import batch_indices
@@ -362,3 +363,39 @@ def test_both_kernels_machines_are_compared_where_there_are_both():
     assert np.std([0, 1, 1, 0, 0], ddof=1) / 5**0.5 == pytest.approx(0.245, abs=1e-3)
     assert claim.note.endswith("yes")
     assert total.number.endswith("in 1 of 1 cases")
+
+
+def test_errors_before_and_after_are_of_the_seeds_that_have_both():
+    """Seed 0 has no machine before training: its error afterwards, 0, would make the kernel look better."""
+    setting = Setting("digits 3/8", "mlp")
+
+    def one(seed: int, error: float | None) -> Result:
+        wrong = np.zeros(10, np.uint8)
+        wrong[: round(10 * (error or 0))] = 1
+        tangent = {"test_error": error, "agreement": error, "correlation": 0.5}
+        numbers = {"seed": seed, "status": "measured", "test_error": 0.1, "tangent": tangent, "conjugate": tangent}
+        arrays = {"tangent.wrong": wrong, "network.wrong": np.zeros(10, np.uint8)}
+        return Result(numbers, arrays)
+
+    runs = {
+        (setting, START): [one(seed, error) for seed, error in enumerate((None, 0.4, 0.4))],
+        (setting, "0.3"): [one(seed, error) for seed, error in enumerate((0.0, 0.3, 0.3))],
+    }
+    results = Results(SimpleNamespace(sizes=Sizes(losses=(0.3,))), {"moment": runs})
+    (claim,) = sentences.accuracy(results, setting, "Better")
+    assert claim.number.startswith("test error 40.00 ± 0.00 % → 30.00 ± 0.00 % (loss 0.3)")
+    assert claim.conditions[0].values == [pytest.approx(0.75)]
+    (claim,) = beyond_claims.agreement(results)
+    assert "tangent kernel 40.00 ± 0.00 % → 30.00 ± 0.00 %, correlation 0.500" in claim.number
+
+    moments = {}
+    for moment, errors in ((START, (None, 0.4)), (by_layer.END, (0.0, 0.3))):
+        moments[setting, moment] = []
+        for seed, error in enumerate(errors):
+            layer = {"alone": {"test_error": error}, "without": {"test_error": 0.2}}
+            numbers = {"seed": seed, "status": "measured", "kinds": ["dense"], "whole": {"test_error": error}}
+            result = Result(numbers | {"layers": {"0": layer}}, {"alone.wrong": np.zeros((1, 10), np.uint8)})
+            moments[setting, moment].append(result)
+    work = Work(SIZES, (0, 1), ["digits"], Path())
+    (claim,) = beyond_claims.layers(Results(work, {"layers": moments}))
+    assert claim.number == "all layers 40.00 % → 30.00 %; alone: 1 (dense) 40.00 % → 30.00 %, without it 20.00 ± 0.00 %"
