@@ -18,7 +18,7 @@ from ntkit.data import from_tensors
 from ntkit.gram.gram_matrix import Gram
 from ntkit.probes import standard
 from ntkit.studies.claim import Estimate
-from ntkit.studies.long2021 import along, beyond_claims, by_layer, evidence, long_setting, moments, sentences
+from ntkit.studies.long2021 import along, beyond_claims, by_layer, evidence, figures, long_setting, moments, sentences
 from ntkit.studies.long2021.long_setting import START, Extent, Setting
 from ntkit.studies.study import Result, Results, Sizes, Work
 from ntkit.trajectory.batch_order import batch_indices
@@ -399,3 +399,17 @@ def test_errors_before_and_after_are_of_the_seeds_that_have_both():
     work = Work(SIZES, (0, 1), ["digits"], Path())
     (claim,) = beyond_claims.layers(Results(work, {"layers": moments}))
     assert claim.number == "all layers 40.00 % → 30.00 %; alone: 1 (dense) 40.00 % → 30.00 %, without it 20.00 ± 0.00 %"
+
+
+def test_a_table_at_equal_loss_is_of_the_seeds_that_both_have():
+    one, names = Setting("digits 3/8", "mlp"), (*evidence.INVARIANT, evidence.SWAP)
+    runs, other = {}, one._replace(lr=0.1)
+    for setting, errors in ((one, (None, 0.4)), (other, (0.1, 0.3))):
+        tangent = {"cosines": {name: {"raw": {"mean": 0.5}} for name in names}}
+        numbers = [
+            {"seed": s, "status": "measured", "tangent": tangent | {"test_error": e}} for s, e in enumerate(errors)
+        ]
+        runs[setting, "0.3"] = [Result(n, {}) for n in numbers]
+    results = Results(SimpleNamespace(sizes=Sizes(losses=(0.3,))), {"moment": runs})
+    (row,) = figures._comparison_section(results, [(one, other)]).items[0]["rows"]
+    assert row[3] == "0.400 | 0.300"
