@@ -227,3 +227,16 @@ def test_what_has_no_standard_error_has_an_infinite_one():
     assert ntkit.case_deletion(scores, one).standard_error == math.inf
     assert ntkit.query_loss_difference(scores, one, share=0.2).standard_error == math.inf
     assert ntkit.datamodeling_score(draw(3, 9), Few(3), sets=2).standard_error == math.inf  # two sets
+
+
+@pytest.mark.parametrize("name", ["margin", "logit"])
+def test_without_targets_it_is_the_measure_of_the_predicted_class(name):
+    torch.manual_seed(3)
+    model = nn.Linear(2, 4).double()
+    of = OutputMeasure(name, nn.functional.cross_entropy, TEST, None, model)
+    outputs = model(TEST).detach()
+    assert of.targets is not None
+    assert of.targets.tolist() == outputs.argmax(1).tolist()
+    for value, row in zip(of.of_network(model, TEST), outputs.tolist(), strict=True):
+        others = math.log(sum(math.exp(f) for f in sorted(row)[:-1]))
+        assert float(value) == pytest.approx(max(row) - (others if name == "margin" else 0.0))
