@@ -17,7 +17,7 @@ from ntkit.studies.long2021.long_setting import (
     sample,
     trained,
 )
-from ntkit.studies.long2021.moments import correlation, quality
+from ntkit.studies.long2021.moments import agreement, correlation, quality
 from ntkit.studies.study import Result, StudyPart, Work, device
 from ntkit.trajectory.batch_order import steps_per_epoch
 
@@ -47,7 +47,7 @@ def along(work: Work, setting: Setting, seed: int) -> Result:
             "epochs": step / steps_per_epoch(len(whole.x_train), BATCH),
             "loss": float(logistic(logits[:, None], data.y_train)),
             "network_error": float((logits_test > 0).long().ne(data.y_test).double().mean()),
-            "agreement": float((decision > 0).eq(logits_test > 0).double().mean()),
+            "agreement": agreement(decision, logits_test),
             "correlation": correlation(decision, logits_test),
             **{name: entry[name] for name in KEPT},
         })  # fmt: skip

@@ -41,11 +41,14 @@ def layers(results: Results) -> Iterator[Claim]:
         for i, kind in enumerate(kinds):
             path, ends = f"layers.{i}.alone.test_error", ((setting, END), (setting, START))
             change = difference(results, *ends, path, "alone.wrong", i, "layers").estimate()
-            before, after = (estimate(results, setting, moment, path, "layers", seeds) for moment in (START, END))
+            own = common_seeds(results, *ends, paths=[path], experiment="layers")
+            before, after = (estimate(results, setting, moment, path, "layers", own) for moment in (START, END))
             without = estimate(results, setting, END, f"layers.{i}.without.test_error", "layers", seeds)
             changes.append(change)
             texts.append(f"{i + 1} ({kind}) {percent(before)} → {percent(after)}, without it {percent(without)}")
-        whole = (estimate(results, setting, moment, "whole.test_error", "layers", seeds) for moment in (START, END))
+        path = "whole.test_error"
+        own = common_seeds(results, (setting, START), (setting, END), paths=[path], experiment="layers")
+        whole = (estimate(results, setting, moment, path, "layers", own) for moment in (START, END))
         yield Claim(
             f"Not in the paper: each layer’s share alone becomes better: {setting.pair}, {setting.network}",
             f"all layers {' → '.join(percent(value) for value in whole)}; alone: {'; '.join(texts)}",
@@ -127,13 +130,13 @@ def agreement(results: Results) -> Iterator[Claim]:
         last = reached[-1]
         first, second = (measured(results, setting, moment) for moment in (last, START))
         change = paired(first, second, lambda run: number(run, "tangent.agreement"), _alike).estimate()
-        seeds = set(first) & set(second)
-        texts = [
-            f"{kernel} kernel {percent(estimate(results, setting, START, f'{kernel}.agreement', seeds=seeds))} → "
-            f"{percent(estimate(results, setting, last, f'{kernel}.agreement', seeds=seeds))}, correlation "
-            f"{shown(estimate(results, setting, last, f'{kernel}.correlation', seeds=seeds), '.3f')}"
-            for kernel in ("tangent", "conjugate")
-        ]
+        texts = []
+        for kernel in ("tangent", "conjugate"):
+            path, moments = f"{kernel}.agreement", ((setting, START), (setting, last))
+            seeds = common_seeds(results, *moments, paths=[path])
+            before, after = (percent(estimate(results, *moment, path, seeds=seeds)) for moment in moments)
+            alike = shown(estimate(results, setting, last, f"{kernel}.correlation", seeds=seeds), ".3f")
+            texts.append(f"{kernel} kernel {before} → {after}, correlation {alike}")
         yield Claim(
             f"Not in the paper: machine and network agree more after training: {setting.pair}, {setting.network}",
             f"test images put in the same class: {'; '.join(texts)} (loss {last})",

@@ -84,9 +84,18 @@ def estimate(
     return mean_of([number(run, path) for seed, run in runs.items() if seeds is None or seed in seeds])
 
 
-def common_seeds(results: Results, *moments: tuple[Setting, str], experiment: str = "moment") -> set[int]:
-    """The seeds of all these moments: numbers that are set beside one another are of the same runs."""
-    return set.intersection(*(set(measured(results, *moment, experiment)) for moment in moments))
+def common_seeds(
+    results: Results, *moments: tuple[Setting, str], paths: Sequence[str] = (), experiment: str = "moment"
+) -> set[int]:
+    """The seeds of all these moments where all these numbers are defined: numbers set beside one another are of them.
+
+    A kernel without a machine has no test error: a mean that left out its seed would be set beside one that did not.
+    """
+    kept = []
+    for moment in moments:
+        runs = measured(results, *moment, experiment)
+        kept.append({s for s, run in runs.items() if not any(math.isnan(number(run, path)) for path in paths)})
+    return set.intersection(*kept)
 
 
 def mean_of(values: Sequence[float]) -> Estimate:

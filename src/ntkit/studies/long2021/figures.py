@@ -192,9 +192,9 @@ def _comparison_section(results: Results, compared: Sequence[tuple[Setting, Sett
     for one, other in compared:
         for loss in map(str, results.work.sizes.losses):
             if measured(results, one, loss) and measured(results, other, loss):
-                seeds = common_seeds(results, (one, loss), (other, loss))
                 texts = []
                 for path in paths:
+                    seeds = common_seeds(results, (one, loss), (other, loss), paths=[path])
                     values = (estimate(results, s, loss, path, seeds=seeds) for s in (one, other))
                     texts.append(" | ".join(_cell(v, 3) for v in values))
                 what = "augmented" if other.augmented else f"learning rate {other.lr:g}"

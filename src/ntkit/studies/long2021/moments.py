@@ -89,8 +89,7 @@ def measured(
     numbers["tangent_conjugate_alignment"] = defined(alignment, Gram(K), Gram(other))
     for name, kernel, train, test in (("tangent", tangent, K, K_test), ("conjugate", conjugate, other, other_test)):
         entry, decision = quality(train, test, data)
-        agreement = float(((decision > 0) == (logits_test > 0)).double().mean())
-        entry["agreement"] = None if decision.isnan().any() else agreement
+        entry["agreement"] = agreement(decision, logits_test)
         entry["correlation"] = correlation(decision, logits_test)
         arrays[f"{name}.wrong"] = ((decision > 0).long() != data.y_test).numpy().astype(np.uint8)
         centered, decision = quality(*features_centered(train, test), data)
@@ -99,6 +98,11 @@ def measured(
         numbers[name] = entry | {"cosines": cosine.numbers}
         arrays |= {f"{name}.cosine.{key}": value for key, value in cosine.arrays.items()}
     return numbers, arrays, (K, K_test)
+
+
+def agreement(decision: Tensor, logits: Tensor) -> float | None:
+    """Part of the images that machine and network put in the same class; None where there is no machine (NaN)."""
+    return None if decision.isnan().any() else float((decision > 0).eq(logits > 0).double().mean())
 
 
 def correlation(decision: Tensor, logits: Tensor) -> float | None:

@@ -63,7 +63,7 @@ def accuracy(results: Results, setting: Setting, text: str) -> Iterator[Claim]:
     if not reached:
         return
     last, path = reached[-1], "tangent.test_error"
-    seeds = common_seeds(results, (setting, START), (setting, last))
+    seeds = common_seeds(results, *((setting, moment) for moment in (START, *reached)), paths=[path])
     before = estimate(results, setting, START, path, seeds=seeds)
     if math.isnan(before.value):
         return
@@ -164,11 +164,13 @@ def conjugate(results: Results) -> Iterator[Claim]:
     good = []
     for setting in main_settings(results):
         for moment in (START, *losses(results, setting)[-1:]):
-            runs = measured(results, setting, moment)
-            errors = [estimate(results, setting, moment, f"{name}.test_error") for name in ("conjugate", "tangent")]
-            if any(math.isnan(e.value) for e in errors):
+            paths = ("conjugate.test_error", "tangent.test_error")
+            seeds = common_seeds(results, (setting, moment), paths=paths)
+            if not seeds:
                 continue
-            by_image = [r.arrays["conjugate.wrong"].astype(float) - r.arrays["tangent.wrong"] for r in runs.values()]
+            errors = [estimate(results, setting, moment, path, seeds=seeds) for path in paths]
+            runs = [run for seed, run in measured(results, setting, moment).items() if seed in seeds]
+            by_image = [r.arrays["conjugate.wrong"].astype(float) - r.arrays["tangent.wrong"] for r in runs]
             spread = np.mean(by_image, 0)
             gap = Estimate(errors[0].value - errors[1].value, float(spread.std(ddof=1) / len(spread) ** 0.5))
             good.append(Bound("at most", 0, errors=-2).holds([gap]))
@@ -176,7 +178,7 @@ def conjugate(results: Results) -> Iterator[Claim]:
             yield Claim(
                 f"Conjugate kernel in place of the tangent kernel {when}: {setting.pair}, {setting.network}",
                 f"test error {percent(errors[0])} against {percent(errors[1])}; alignment of the two kernels "
-                f"{shown(estimate(results, setting, moment, 'tangent_conjugate_alignment'))}",
+                f"{shown(estimate(results, setting, moment, 'tangent_conjugate_alignment', seeds=seeds))}",
                 note="no worse, within 2 standard errors over test images: " + ("yes" if good[-1] else "no"),
             )
     if good:
