@@ -28,7 +28,8 @@ def page(template: str, figures: Iterable[Figure], **context: Any) -> str:
     from plotly.offline import get_plotlyjs
 
     plots = {panel.id: {"data": panel.data, "layout": panel.layout} for f in figures for panel in f.panels}
-    return _environment().get_template(template).render(
+    form = _environment().get_template(template)
+    return form.render(
         context,
         style=Markup(_part("style.css")),
         plotlyjs=Markup(get_plotlyjs().replace("</script", "<\\/script")),
