@@ -262,7 +262,8 @@ def flip(file: Path, files: list[Path], draw: random.Random) -> None:
 def digit(file: Path, files: list[Path], draw: random.Random) -> None:
     """Another digit in text: still JSON. In other files a byte."""
     blob = bytearray(file.read_bytes())
-    places = [i for i, byte in enumerate(blob) if 48 <= byte < 58]
+    bytes_of = np.frombuffer(bytes(blob), np.uint8)
+    places = np.flatnonzero((bytes_of >= 48) & (bytes_of < 58)).tolist()
     place = draw.choice(places or range(len(blob)))
     blob[place] = 48 + (blob[place] - 47) % 10
     file.write_bytes(blob)

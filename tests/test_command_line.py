@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from processes import command as started
 
 import ntkit
 from ntkit import Refused, cli
@@ -23,10 +24,15 @@ from ntkit.commands.settings import CompareSettings, ExplainSettings, Settings, 
 from ntkit.commands.track import track_run
 
 
-def ntkit_command(*words, cwd):
+def python_m_ntkit(*words, cwd):
+    """The command line as a user starts it, Python and imports included."""
     return subprocess.run(
         [sys.executable, "-m", "ntkit", *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=300
     )
+
+
+def ntkit_command(*words, cwd):
+    return started(*words, cwd=cwd).done()
 
 
 SMALL = ("--train", 60, "--test", 30, "--model", "mlp", "--epochs", 1, "--track-points", 20, "--probe-points", 5)
@@ -36,7 +42,7 @@ SMALL = ("--train", 60, "--test", 30, "--model", "mlp", "--epochs", 1, "--track-
 def run(tmp_path_factory):
     """One small run, asked for as JSON and without notes."""
     folder = tmp_path_factory.mktemp("run")
-    done = ntkit_command("analyze", "--classes", 3, 8, *SMALL, "--out", folder / "a", "--json", "--quiet", cwd=folder)
+    done = python_m_ntkit("analyze", "--classes", 3, 8, *SMALL, "--out", folder / "a", "--json", "--quiet", cwd=folder)
     return folder, done
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -84,10 +85,10 @@ def whole(place) -> Path:
     return place / "whole"
 
 
-def begun(place: Path, out: Path, tiles: int, *more: object) -> Running:
+def begun(place: Path, out: Path, tiles: int, *more: object, **how: Any) -> Running:
     """The command, slow enough to be disturbed, when it has computed some tiles."""
     words = ["gram", "net.py:make", *WORDS, "--out", out, *more]
-    running = command(*words, cwd=place, env={"PAUSE": "0.1", "PYTHONWARNINGS": "ignore"})
+    running = command(*words, cwd=place, env={"PAUSE": "0.1", "PYTHONWARNINGS": "ignore"}, **how)
     assert running.until(lambda: len(list(out.glob("c/*/*"))) >= tiles), running.stderr
     return running
 
@@ -97,11 +98,11 @@ def workers_of(running: Running) -> list[psutil.Process]:
     return [p for p in below if "spawn_main" in " ".join(p.cmdline())]
 
 
-def test_three_workers_one_killed_then_the_whole_run_then_resumed(place, whole, tmp_path):
+def test_two_workers_one_killed_then_the_whole_run_then_resumed(place, whole, tmp_path):
     out = tmp_path / "store"
-    running = begun(place, out, 20, "--workers", 3)
+    running = begun(place, out, 20, "--workers", 2)
     workers = workers_of(running)
-    assert len(workers) == 3
+    assert len(workers) == 2
     os.kill(random.Random(0).choice(workers).pid, signal.SIGKILL)
     assert running.until(lambda: len(list(out.glob("c/*/*"))) >= 60)
     below = workers_of(running)
@@ -110,7 +111,7 @@ def test_three_workers_one_killed_then_the_whole_run_then_resumed(place, whole, 
     psutil.wait_procs(below, timeout=30)
     there = len(list(out.glob("c/*/*")))
     assert 60 <= there < 120
-    done = command("gram", "net.py:make", *WORDS, "--out", out, "--workers", 3, cwd=place).done()
+    done = command("gram", "net.py:make", *WORDS, "--out", out, "--workers", 2, cwd=place).done()
     assert done.returncode == 0, done.stderr
     assert f"of which {there} are there" in done.stderr
     assert files_of(out) == files_of(whole)
@@ -131,21 +132,12 @@ def test_interrupted_it_says_how_far_it_is_and_goes_on(place, whole, tmp_path):
 
 def test_interrupted_in_a_terminal_the_workers_say_nothing(place, whole, tmp_path):
     """Ctrl-C there reaches the command and all of its workers at once."""
-    out, log = tmp_path / "store", tmp_path / "log"
-    code = "from ntkit.cli import main\nif __name__ == '__main__':\n    main()\n"
-    (tmp_path / "started.py").write_text(code)
-    words = [sys.executable, tmp_path / "started.py", "gram", "net.py:make", *WORDS, "--out", out, "--workers", 2]
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = {**os.environ, "PYTHONPATH": path, "PAUSE": "0.1", "PYTHONWARNINGS": "ignore"}
-    with open(log, "w") as stream:
-        how = {"cwd": place, "env": environment, "stderr": stream, "start_new_session": True}
-        process = subprocess.Popen([str(word) for word in words], **how)
-    while len(list(out.glob("c/*/*"))) < 20:
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    lines = [line for line in log.read_text().splitlines() if not line.startswith("kernel matrix: ")]
+    out = tmp_path / "store"
+    running = begun(place, out, 20, "--workers", 2, first=os.setsid)
+    assert all(os.getpgid(worker.pid) == running.pid for worker in workers_of(running))
+    os.killpg(running.pid, signal.SIGINT)
+    assert running.wait() == 130
+    lines = [line for line in running.stderr.splitlines() if not line.startswith("kernel matrix: ")]
     assert re.fullmatch(r"stopped with \d+ of 120 tiles; the same call goes on", lines[-1])
     assert len(lines) == 4, lines  # size, time, workers, this
     done = command("gram", "net.py:make", *WORDS, "--out", out, cwd=place).done()
@@ -159,7 +151,7 @@ class Terminals:
     def __init__(self, folder: Path) -> None:
         dask, file = Path(sys.executable).with_name("dask"), folder / "scheduler.json"
         words = [["scheduler", "--port", "0", "--scheduler-file", file, "--no-dashboard"]]
-        words += [["worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard"]] * 2
+        words += [["worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard", "--no-nanny"]] * 2
         path = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {**os.environ, "PYTHONPATH": path, "PAUSE": "0.1", "OMP_NUM_THREADS": "1"}
         self.processes = []
@@ -187,17 +179,14 @@ def terminals(tmp_path) -> Iterator[Terminals]:
     there.close()
 
 
-def test_a_scheduler_and_workers_started_by_hand(place, whole, terminals, tmp_path):
+def test_a_scheduler_and_workers_started_by_hand_then_it_is_killed_midway(place, whole, terminals, tmp_path):
     words = ["gram", "net.py:make", *WORDS, "--out", tmp_path / "store", "--scheduler", terminals.address]
     done = command(*words, cwd=place).done()
     assert done.returncode == 0, done.stderr
     assert re.search(r"^[12] workers?$", done.stderr, re.M)
     assert "120 tiles computed" in done.stderr
     assert files_of(tmp_path / "store") == files_of(whole)
-
-
-def test_the_scheduler_killed_midway(place, whole, terminals, tmp_path):
-    out = tmp_path / "store"
+    out = tmp_path / "other"
     running = begun(place, out, 10, "--scheduler", terminals.address)
     terminals.processes[0].kill()
     assert running.wait() == 2

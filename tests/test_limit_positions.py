@@ -11,7 +11,8 @@ from infinite_oracle import Cat, Move, Mul, Oracle
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ntkit import InfiniteKernel, Refused, TangentKernel
+from ntkit import InfiniteKernel, Refused
+from ntkit.jacobian.oracle import tangent_kernel
 from ntkit.kernels.infinite.layers import Affine
 from ntkit.networks.parametrization import Scaled
 from ntkit.testing import check_kernel
@@ -273,7 +274,7 @@ def test_wide_networks_tend_to_it(name):
             found = []
             for seed in range(1000, 1000 + seeds):
                 if kind == "ntk":
-                    found.append(TangentKernel(drawn(name, width, seed * width))(X1).reshape(3, 3))
+                    found.append(tangent_kernel(drawn(name, width, seed * width), X1).reshape(3, 3))
                 else:
                     with torch.no_grad():
                         out = drawn(name, width, seed * width, 512)(X1)

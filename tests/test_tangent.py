@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 
@@ -74,24 +75,36 @@ def jacobians(name, outputs):
     return jacobian(model, x1, outputs), jacobian(model, x2, outputs)
 
 
+@cache
+def kernel_of(name, outputs):
+    """A case's kernel, whose self-check serves all routes, and its two sets."""
+    model, x1, x2 = make(name)
+    return ntkit.TangentKernel(model, outputs=outputs), x1, x2
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_route_gives_the_same(route):
+    """All parameters whose gradients come in this form take the route at once: each one's share, and the sum of all."""
     taken = set()
     for name in CASES:
-        model, x1, x2 = make(name)
         for outputs in MODES:
+            kernel, x1, x2 = kernel_of(name, outputs)
             j1, j2 = jacobians(name, outputs if callable(outputs) else "full")
+            engine, routes = kernel._engine, {}
             for parameter in j1:
-                kernel = ntkit.TangentKernel(model, outputs=outputs, params=[parameter], routes={parameter: route})
-                try:
-                    plan = kernel.plan(x1, x2)
-                except ntkit.Refused:
-                    continue  # that parameter's gradient does not come in this form
+                with suppress(Refused):  # that parameter's gradient does not come in this form
+                    structure, wish = engine.structure(x1, unseen=True), {parameter: route}
+                    planning.make_plan(structure, engine.mode, 7, 4, engine.memory(), engine.like, routes=wish)
+                    routes |= wish
+            engine._routes, engine._plans = routes, {}
+            plan, K, shares = kernel.plan(x1, x2), kernel(x1, x2), kernel.layers(x1, x2)
+            exact = {parameter: combined(j1[parameter], j2[parameter], outputs) for parameter in j1}
+            assert_equal(K, sum(exact.values()), 1e-9, f"{name} {outputs}")
+            for parameter in routes:
                 assert plan.route(parameter) in (route, "fallback")
-                exact = combined(j1[parameter], j2[parameter], outputs)
-                if exact.abs().max() > 1e-20:  # less is rounding of a gradient that vanishes by symmetry
+                if exact[parameter].abs().max() > 1e-20:  # less is rounding of a gradient that vanishes by symmetry
                     taken.add(name)
-                    assert_equal(kernel(x1, x2), exact, 1e-9, f"{name} {outputs} {parameter}")
+                    assert_equal(shares[parameter], exact[parameter], 1e-9, f"{name} {outputs} {parameter}")
     assert len(taken) >= {"outer": 12, "tokens": 12, "nested": 10, "rows": 25}[route], taken
 
 

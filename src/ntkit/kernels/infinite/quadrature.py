@@ -260,11 +260,11 @@ def _computed(function: Function, low: float, high: float) -> _Table:
             tables.append(table)
             best = min(tables, key=lambda table: table.error)
             more_nodes, more_angles = more_nodes and count < _MOST_NODES, more_angles and angles < _MOST_ANGLES
-            if best.error <= _TOLERANCE or stalled or not (more_nodes or more_angles):
+            if best.error <= _TOLERANCE or stalled or probes.overlooked or not (more_nodes or more_angles):
                 break
             count = min(3 * count // 2, _MOST_NODES) if more_nodes else count
             angles = angles + 32 if more_angles else angles
-        if best.error <= _ROUGH:
+        if best.error <= _ROUGH or probes.overlooked:  # what no quadrature here sees, no other table has
             break
     return min(tables, key=lambda table: table.error)
 
@@ -309,13 +309,13 @@ class _Probes:
             as_correlations(moments_at(function, a, x, 2), mean_squares(function, a)) for a, x in zip(v, t, strict=True)
         ]
         self._exact = torch.stack(exact, 1).flatten(1)
-        self._overlooked = _overlooked(function, v[:2, 0])
+        self.overlooked = _overlooked(function, v[:2, 0])
         shape = (angles, sides, sides)
         self._at = [s.expand(shape).flatten() for s in (v[:, :, None], v[:, None], t[:, None, None])]
 
     def error(self, table: _Table) -> float:
         """Largest difference of a table from them."""
-        return max(float((table.correlations(*self._at) - self._exact).abs().max()), self._overlooked)
+        return max(float((table.correlations(*self._at) - self._exact).abs().max()), self.overlooked)
 
 
 def _overlooked(function: Function, v: Tensor) -> float:

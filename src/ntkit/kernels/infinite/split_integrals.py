@@ -53,7 +53,9 @@ class Kinked(NamedTuple):
         mean, spread = root_b * rho * x[:, None], root_b * tau
         places = torch.cat([_places(_REACH * root_b), torch.tensor(self.kinks, dtype=torch.float64)])
         own = torch.linspace(-_REACH, _REACH, 13, dtype=torch.float64).expand(len(x), 13)
-        y, of_y = _panels(torch.cat([own, ((places - mean) / spread).clamp(-_REACH, _REACH)], 1).sort(1)[0], nodes)
+        inner_edges = torch.cat([own, ((places - mean) / spread).clamp(-_REACH, _REACH)], 1).sort(1)[0]
+        wide = inner_edges.diff(dim=1).amax(0) > 0  # panels that have no width for any x are left out
+        y, of_y = _panels(inner_edges[:, torch.cat([torch.ones(1, dtype=torch.bool), wide])], nodes)
         inner = [(f * of_y).sum(1) for f in values_and_slopes(self.function, mean + spread * y)]
         outer = values_and_slopes(self.function, root_a[:, None] * x)
         return torch.stack([(f * of_x) @ g for f, g in zip(outer, inner, strict=True)])
