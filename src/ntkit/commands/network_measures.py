@@ -55,7 +55,8 @@ class TrainingTask:
         if self.classes < 2:
             got, fix = f"one class, {data.classes[0]}", "Add examples of another class."
             raise refusal(f"data {data.name}", got=got, expected="at least two classes", fix=fix)
-        self.outputs = outputs_of(model, data.x_train[:2]).shape[1]
+        parameter = next(model.parameters(), data.x_train)
+        self.outputs = outputs_of(model, data.x_train[:2].to(parameter.device)).shape[1]
         if self.outputs not in ({1, 2} if self.classes == 2 else {self.classes}):
             got = f"{self.outputs} outputs for {self.classes} classes"
             expected = "one output per class" + (", or one output" if self.classes == 2 else "")

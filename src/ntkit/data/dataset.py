@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.memory import check_room
 from ntkit.base.tensors import tensor_hash
@@ -220,6 +221,7 @@ def from_dataset(
     return build(Files(train_pair, test_pair, class_names, f"torch dataset {kind}"), name, name, task=task)
 
 
+@own_context()
 def build(
     files: Files,
     name: str,

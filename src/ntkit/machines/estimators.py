@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.numbers import means_and_deviations
+from ntkit.gram.tile_work import device_of
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.kernel import Kernel
 from ntkit.machines.gaussian_process import GaussianProcess
@@ -93,11 +94,10 @@ class _Estimator(BaseEstimator):
         K_test = self._gram(X, self.X_fit_) / self.scale_
         if self.machine == "ridge":
             return self.machine_.predict(K_test).numpy(), None
-        prior = (
-            self._kernel().diagonal(torch.tensor(np.ascontiguousarray(X))).to(torch.float64) / self.scale_
-            if variance
-            else None
-        )
+        prior = None
+        if variance:
+            kernel = self._kernel()
+            prior = kernel.diagonal(_samples(X, kernel)).to("cpu", torch.float64) / self.scale_
         posterior = self.machine_.predict(K_test, prior)
         return posterior.mean.numpy(), posterior.std.numpy() if variance else None
 
@@ -132,8 +132,9 @@ class _Estimator(BaseEstimator):
         """Kernel values in float64; cached by settings and the bytes of the data."""
 
         def compute() -> Tensor:
-            one, other = (None if X is None else torch.tensor(np.ascontiguousarray(X)) for X in (X1, X2))
-            return self._kernel()(one, other).to(torch.float64).cpu()
+            kernel = self._kernel()
+            one, other = (None if X is None else _samples(X, kernel) for X in (X1, X2))
+            return kernel(one, other).to(torch.float64).cpu()
 
         key = None if isinstance(self.model, Kernel) else _identity(self._network())
         if key is None:
@@ -192,7 +193,7 @@ class NTKRegressor(RegressorMixin, _Estimator):
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         y = np.asarray(y, np.float64)
         K = self._start(X)
-        self.offset_, spread = (value.numpy()[()] for value in means_and_deviations(torch.tensor(y)))
+        self.offset_, spread = (value.numpy()[()] for value in means_and_deviations(torch.from_numpy(y)))
         self.spread_ = np.where(spread > 0, spread, 1.0)
         machine = KernelRidge(self.ridge) if self.machine == "ridge" else GaussianProcess(self.ridge)
         self.machine_ = self._solved(machine.fit(K, torch.from_numpy((y - self.offset_) / self.spread_)), "solved")
@@ -344,6 +345,11 @@ class NTKClassifier(ClassifierMixin, _Estimator):
         mean, std = self._posterior(X, True)
         assert std is not None
         return (self.offset_ / self.spread_ + mean) / np.maximum(std, 1e-150)[:, None]
+
+
+def _samples(X: np.ndarray, kernel: Kernel) -> Tensor:
+    """Samples where the kernel's network is."""
+    return torch.from_numpy(X.copy()).to(device_of(kernel) or "cpu")
 
 
 def _mlp(inputs: int, depth: int) -> nn.Module:

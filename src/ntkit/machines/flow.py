@@ -149,7 +149,7 @@ class GradientFlow(Machine):
         if self.loss is None or y_.is_floating_point():
             y_ = as_targets(y_, "y", n, "Pass [n] or [n, C] targets.")
         y_ = y_.to(gram.device)
-        start = torch.zeros(shape, dtype=torch.float64)
+        start = torch.zeros(shape, dtype=torch.float64, device=gram.device)
         if initial is not None:
             expected = shape if self.loss is None else None
             start = as_targets(initial, "initial", n, "Pass the outputs on the training points.", expected)

@@ -146,7 +146,7 @@ def solve(K: Gram, shift: float, y: Tensor, name: str) -> Solution:
     matrix = K.dense().T  # symmetric: the transpose only has the order of entries that LAPACK overwrites in place
     matrix.diagonal().add_(shift)
     rounding = len(K) * _EPS * matrix.diagonal().max().item()
-    lower, failed = torch.linalg.cholesky_ex(matrix, out=(matrix, torch.empty((), dtype=torch.int32).to(K.device)))
+    lower, failed = torch.linalg.cholesky_ex(matrix, out=(matrix, torch.empty((), dtype=torch.int32, device=K.device)))
     if failed or lower.diagonal().square().min() <= rounding:
         advice = (
             f"K + {shift:g} I is not positive definite to working precision: points repeat, or K has a lower rank "

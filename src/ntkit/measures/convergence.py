@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.batch import checked
+from ntkit.base.caller_context import no_context
 from ntkit.base.checks import refusal, undefined
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
@@ -194,6 +195,7 @@ def _check(model: Any, x: Any, seeds: Any, kind: Any) -> None:
         raise refusal("seeds", got=repr(seeds), expected="an integer, at least 2", fix=fix)
 
 
+@no_context()
 def monte_carlo(
     model: nn.Module, x1: Tensor, x2: Tensor | None = None, *, width: int, seeds: int = 10, kind: Kind = "ntk"
 ) -> MonteCarlo:
@@ -229,6 +231,7 @@ def monte_carlo(
     return MonteCarlo(kernels.mean(0), kernels.std(0) / seeds**0.5)
 
 
+@no_context()
 def convergence(
     model: nn.Module, x: Tensor, *, widths: Sequence[int] = (64, 128, 256, 512), seeds: int = 10, kind: Kind = "ntk"
 ) -> Convergence:

@@ -145,9 +145,9 @@ def bandwidth(images: Matrix) -> Tensor:
     """
     values = power(images)
     H, W = values.shape[-2:]
-    rows = torch.fft.fftshift(torch.fft.fftfreq(H, 1 / H, dtype=torch.float64))
-    columns = torch.fft.fftshift(torch.fft.fftfreq(W, 1 / W, dtype=torch.float64))
-    size = (rows[:, None] ** 2 + columns**2).sqrt().to(values.device)
+    as_values = {"dtype": torch.float64, "device": values.device}
+    rows, columns = (torch.fft.fftshift(torch.fft.fftfreq(side, 1 / side, **as_values)) for side in (H, W))
+    size = (rows[:, None] ** 2 + columns**2).sqrt()
     total = values.sum((-2, -1))
     scale = _images(images).abs().amax((-2, -1)) ** 2 * (H * W) ** 2
     mean = (values * size).sum((-2, -1)) / total

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.numbers import as_number
 from ntkit.jacobian.model_calls import check_module
@@ -47,6 +48,7 @@ class Scaled(nn.Module):
         return self
 
 
+@own_context()
 def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: float | None = None) -> nn.Module:
     """Copy of a module that computes the same function with weights in the NTK parametrization.
 

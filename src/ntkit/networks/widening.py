@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ntkit.base.batch import checked
+from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Refused, refusal
 from ntkit.jacobian.model_calls import call, check_module
 from ntkit.networks.initialization import Initial, drawn, initial_std
@@ -18,6 +19,7 @@ from ntkit.networks.paired_runs import reached
 from ntkit.networks.parametrization import LAYERS, NORMS, Scaled, fan_in, fan_out, plain, stds
 
 
+@own_context()
 def widened(model: nn.Module, width: int, example: Tensor, *, seed: int = 0) -> nn.Module:
     """Network of the same architecture whose hidden layers all have `width` features, newly initialized.
 

@@ -220,7 +220,7 @@ def _values(kernel: Any, everything: Tensor, n: int) -> tuple[Tensor, Tensor, Te
         blocks = (_numbers(kernel(part, everything[:n]), (len(part), n), "kernel(x1, x2)") for part in parts)
     means, between, pairs, done = [], [], [], 0
     for block in blocks:
-        rows = torch.arange(done, done + len(block))
+        rows = torch.arange(done, done + len(block), device=block.device)
         means.append(block.mean(1))
         between.append(block.gather(1, (rows % n)[:, None])[:, 0])
         pairs.append(block[: max(0, n - done)].clone())

@@ -85,8 +85,8 @@ def rotate(angle: float) -> Transform:
 
     def apply(x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
-        v = (torch.arange(H, dtype=torch.float64) - (H - 1) / 2)[:, None]
-        u = (torch.arange(W, dtype=torch.float64) - (W - 1) / 2)[None, :]
+        v = (torch.arange(H, dtype=torch.float64, device="cpu") - (H - 1) / 2)[:, None]
+        u = (torch.arange(W, dtype=torch.float64, device="cpu") - (W - 1) / 2)[None, :]
         row = _nearest(u * sin + v * cos + (H - 1) / 2)
         column = _nearest(u * cos - v * sin + (W - 1) / 2)
         inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
@@ -178,11 +178,11 @@ def shuffle_patches(grid: int = 2, seed: int = 0) -> Transform:
     """
     _integer("shuffle_patches: grid", grid, "an integer, 2 or more", least=2)
     _integer("shuffle_patches: seed", seed, "an integer, 0 or more", least=0)
-    generator = torch.Generator().manual_seed(seed)
-    identity = torch.arange(grid * grid)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    identity = torch.arange(grid * grid, device="cpu")
     order = identity
     while torch.equal(order, identity):
-        order = torch.randperm(grid * grid, generator=generator)
+        order = torch.randperm(grid * grid, generator=generator, device="cpu")
 
     def apply(x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
@@ -270,7 +270,7 @@ def _resampled(x: Tensor, dim: int, part: int) -> Tensor:
     """Stretch the central `part` pixels of one dimension over the whole of it, linearly between pixel centers."""
     size = x.shape[dim]
     margin = (size - part) / 2
-    position = (torch.arange(size, dtype=torch.float64) + 0.5) * (part / size) - 0.5
+    position = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) * (part / size) - 0.5
     position = margin + position.clamp(0, part - 1)
     low = position.floor()
     weight = (position - low).to(x).reshape([-1] + [1] * (-dim - 1))
