@@ -57,91 +57,105 @@ def dense() -> nn.Sequential:
         return nn.Sequential(*layers).to(torch.float32)
 
 
-def run() -> ntkit.Trajectory:
-    model, data = network(nn.Identity), (X, LABELS)
-    return ntkit.train(model, data, F.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1), steps=3, batch_size=4)
+def trained(x: Tensor, y: Tensor) -> ntkit.Trajectory:
+    model = network(nn.Identity).to(x.device)
+    return ntkit.train(model, (x, y), F.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1), steps=3, batch_size=4)
 
 
-RUN = run()
-
-
-def followed(model: nn.Module) -> list[Any]:
-    series = ntkit.track(RUN, X, LABELS, model=model, k=3).series
+def followed(run: ntkit.Trajectory, model: nn.Module, x: Tensor, y: Tensor) -> list[Any]:
+    series = ntkit.track(run, x, y, model=model, k=3).series
     return [series["distance"], series["alignment"], series["loss"]]
 
 
-def tangent(outputs: Any, ask: Callable[[ntkit.TangentKernel], Any]) -> tuple[Any, Callable[[Any], Any]]:
-    return ntkit.TangentKernel(network(), outputs), ask
+Case = tuple[Any, Callable[[Any], Any]]  # an object that is built outside of the context, and the call
 
 
-# an object that is built outside of the context, and the call
-VALUES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-    "full": tangent("full", lambda k: k(X)),
-    "trace, two sets": tangent("trace", lambda k: k(X, Z)),
-    "sum": tangent("sum", lambda k: k(X)),
-    "callable": tangent(lambda y: y[:, 0] * y[:, 1], lambda k: k(X)),
-    "diagonal": tangent("diagonal", lambda k: k.diagonal(X)),
-    "paired": tangent("trace", lambda k: k.paired(X, X.flip(0))),
-    "layers": tangent("trace", lambda k: list(k.layers(X).values())),
-    "operator": tangent("trace", lambda k: k.operator(X) @ VECTORS),
-    "KernelRidge of an operator": tangent(
-        "trace", lambda k: ntkit.KernelRidge(0.1).fit(k.operator(X), TARGETS).predict(k(Z, X))
-    ),
-    "GaussianProcess of an operator": tangent(
-        "trace", lambda k: ntkit.GaussianProcess(1.0).fit(k.operator(X), TARGETS).predict(k(Z, X), k(Z)).covariance
-    ),
-    "vjp": tangent("full", lambda k: list(k.vjp(X, VECTORS).values())),
-    "jvp": tangent("full", lambda k: k.jvp(X, {"head.bias": VECTORS[0]})),
-    "SketchedKernel": (ntkit.SketchedKernel(network(), dim=32, outputs="trace"), lambda k: [k(X), k.standard_error(X)]),
-    "ConjugateKernel": (ntkit.ConjugateKernel(network()), lambda k: k(X)),
-    "InfiniteKernel": (ntkit.InfiniteKernel(dense(), w_std=1.4, b_std=0.1), lambda k: k(X)),
-    "PathKernel": (ntkit.PathKernel(RUN), lambda k: k.decompose(Z).contributions),
-    "PathKernel as a kernel": (ntkit.PathKernel(RUN, outputs="trace"), lambda k: k(X, Z)),
-    "track": (network(nn.Identity), followed),
-    "Gram": (ntkit.Gram(K), lambda gram: gram @ VECTORS),
-    "spectrum": (K, lambda matrix: ntkit.spectrum(matrix, k=4).eigenvalues),
-    "alignment": (K, lambda matrix: ntkit.alignment(matrix, TARGETS, centered=True)),
-    "HardMarginSVM": (K, lambda matrix: ntkit.HardMarginSVM().fit(matrix, LABELS).decision_function(matrix)),
-    "KernelRidge": (K, lambda matrix: ntkit.KernelRidge(0.1).fit(matrix, TARGETS).predict(matrix)),
-    "GradientFlow": (K, lambda matrix: ntkit.GradientFlow().fit(matrix, TARGETS).predict(matrix)),
-    "GaussianProcess": (
-        K,
-        lambda matrix: ntkit.GaussianProcess(0.1).fit(matrix, TARGETS).predict(matrix, K).covariance,
-    ),
-    "effective rank": (K, ntkit.effective_rank),
-    "energy": (K, lambda matrix: ntkit.spectrum(matrix, k=4).energy(TARGETS)),
-    "surrogate importance": (K, lambda matrix: ntkit.surrogate_importance(matrix, VECTORS).values),
-    "bandwidth": (X[:, 0], ntkit.bandwidth),
-    "eigenfunctions": tangent("trace", lambda k: ntkit.eigenfunctions(k, ntkit.spectrum(k(X), k=3), X, Z)),
-    "invariance": tangent("trace", lambda k: ntkit.invariance(k, X, ntkit.probes.shift(1, 0)).per_sample),
-    "cosines": tangent(
-        "trace", lambda k: [c.centered.per_sample for c in ntkit.probes.cosines(k, X).by_transform.values()]
-    ),
-    "novelty": tangent("trace", lambda k: ntkit.novelty(k, X, Z).deviation),
-    "widened": (dense(), lambda model: list(ntkit.widened(model, 7, X).parameters())),
-    "to_ntk_parametrization": (dense(), lambda model: list(ntkit.to_ntk_parametrization(model).parameters())),
-    "convergence": (dense(), lambda model: ntkit.convergence(model, X, widths=(8, 16), seeds=2).distance),
-    "influence": (RUN, lambda trajectory: ntkit.influence(trajectory, Z).scores),
-    "Retrainings": (RUN, lambda trajectory: ntkit.Retrainings(trajectory, Z).without([[1]])),
-    "tracking importance": (RUN, lambda trajectory: ntkit.tracking_importance(trajectory).values),
-    "tracin": (RUN, lambda trajectory: ntkit.tracin(trajectory, Z).scores),
-    "explain": (
-        (ntkit.TangentKernel(network(), "trace"), network()),
-        lambda k: ntkit.explain(k[0], ntkit.target_importance(k[1], X, LABELS, F.cross_entropy), X, Z).scores,
-    ),
-    "InfluenceKernel": (ntkit.InfluenceKernel(network(), (X, LABELS), F.cross_entropy, damping=0.1), lambda k: k(X, Z)),
-    "load": (None, lambda _: [(data := ntkit.data.load("digits", train=30)).x_train, data.y_train, data.x_test]),
-    "from_tensors": (X, lambda x: [(data := ntkit.data.from_tensors((x, LABELS))).x_train, data.y_train]),
-    "targets": (X, lambda x: ntkit.data.from_tensors((x, TARGETS * X[:, 0, 0, 0].double())).y_train),
-    "NTKRegressor": (
-        X.flatten(1).numpy(),
-        lambda x: torch.from_numpy(NTKRegressor(machine="gp").fit(x, TARGETS.numpy()).predict(x)),
-    ),
-    "NTKClassifier": (
-        NTKClassifier(dense().double()),
-        lambda c: torch.from_numpy(c.fit(X.flatten(1).numpy(), LABELS.numpy()).decision_function(Z.flatten(1).numpy())),
-    ),
-}
+def cases(device: str = "cpu") -> dict[str, Case]:
+    """What computes numbers, on a device."""
+    x, z, labels, targets, gram, vectors = (t.to(device) for t in (X, Z, LABELS, TARGETS, K, VECTORS))
+    run = trained(x, labels)
+
+    def net(norm: Callable[[], nn.Module] = lambda: nn.BatchNorm2d(3)) -> nn.Module:
+        return network(norm).to(device)
+
+    def mlp() -> nn.Module:
+        return dense().to(device)
+
+    def tangent(outputs: Any, ask: Callable[[ntkit.TangentKernel], Any]) -> Case:
+        return ntkit.TangentKernel(net(), outputs), ask
+
+    return {
+        "full": tangent("full", lambda k: k(x)),
+        "trace, two sets": tangent("trace", lambda k: k(x, z)),
+        "sum": tangent("sum", lambda k: k(x)),
+        "callable": tangent(lambda y: y[:, 0] * y[:, 1], lambda k: k(x)),
+        "diagonal": tangent("diagonal", lambda k: k.diagonal(x)),
+        "paired": tangent("trace", lambda k: k.paired(x, x.flip(0))),
+        "layers": tangent("trace", lambda k: list(k.layers(x).values())),
+        "operator": tangent("trace", lambda k: k.operator(x) @ vectors),
+        "KernelRidge of an operator": tangent(
+            "trace", lambda k: ntkit.KernelRidge(0.1).fit(k.operator(x), targets).predict(k(z, x))
+        ),
+        "GaussianProcess of an operator": tangent(
+            "trace", lambda k: ntkit.GaussianProcess(1.0).fit(k.operator(x), targets).predict(k(z, x), k(z)).covariance
+        ),
+        "vjp": tangent("full", lambda k: list(k.vjp(x, vectors).values())),
+        "jvp": tangent("full", lambda k: k.jvp(x, {"head.bias": vectors[0]})),
+        "SketchedKernel": (ntkit.SketchedKernel(net(), dim=32, outputs="trace"), lambda k: [k(x), k.standard_error(x)]),
+        "ConjugateKernel": (ntkit.ConjugateKernel(net()), lambda k: k(x)),
+        "InfiniteKernel": (ntkit.InfiniteKernel(mlp(), w_std=1.4, b_std=0.1), lambda k: k(x)),
+        "PathKernel": (ntkit.PathKernel(run), lambda k: k.decompose(z).contributions),
+        "PathKernel as a kernel": (ntkit.PathKernel(run, outputs="trace"), lambda k: k(x, z)),
+        "track": (net(nn.Identity), lambda model: followed(run, model, x, labels)),
+        "Gram": (ntkit.Gram(gram), lambda whole: whole @ vectors),
+        "spectrum": (gram, lambda matrix: ntkit.spectrum(matrix, k=4).eigenvalues),
+        "alignment": (gram, lambda matrix: ntkit.alignment(matrix, targets, centered=True)),
+        "HardMarginSVM": (gram, lambda matrix: ntkit.HardMarginSVM().fit(matrix, labels).decision_function(matrix)),
+        "KernelRidge": (gram, lambda matrix: ntkit.KernelRidge(0.1).fit(matrix, targets).predict(matrix)),
+        "GradientFlow": (gram, lambda matrix: ntkit.GradientFlow().fit(matrix, targets).predict(matrix)),
+        "GaussianProcess": (
+            gram,
+            lambda matrix: ntkit.GaussianProcess(0.1).fit(matrix, targets).predict(matrix, matrix).covariance,
+        ),
+        "effective rank": (gram, ntkit.effective_rank),
+        "energy": (gram, lambda matrix: ntkit.spectrum(matrix, k=4).energy(targets)),
+        "surrogate importance": (gram, lambda matrix: ntkit.surrogate_importance(matrix, vectors).values),
+        "bandwidth": (x[:, 0], ntkit.bandwidth),
+        "eigenfunctions": tangent("trace", lambda k: ntkit.eigenfunctions(k, ntkit.spectrum(k(x), k=3), x, z)),
+        "invariance": tangent("trace", lambda k: ntkit.invariance(k, x, ntkit.probes.shift(1, 0)).per_sample),
+        "cosines": tangent(
+            "trace", lambda k: [c.centered.per_sample for c in ntkit.probes.cosines(k, x).by_transform.values()]
+        ),
+        "novelty": tangent("trace", lambda k: ntkit.novelty(k, x, z).deviation),
+        "widened": (mlp(), lambda model: list(ntkit.widened(model, 7, x).parameters())),
+        "to_ntk_parametrization": (mlp(), lambda model: list(ntkit.to_ntk_parametrization(model).parameters())),
+        "convergence": (mlp(), lambda model: ntkit.convergence(model, x, widths=(8, 16), seeds=2).distance),
+        "influence": (run, lambda trajectory: ntkit.influence(trajectory, z).scores),
+        "Retrainings": (run, lambda trajectory: ntkit.Retrainings(trajectory, z).without([[1]])),
+        "tracking importance": (run, lambda trajectory: ntkit.tracking_importance(trajectory).values),
+        "tracin": (run, lambda trajectory: ntkit.tracin(trajectory, z).scores),
+        "explain": (
+            (ntkit.TangentKernel(net(), "trace"), net()),
+            lambda k: ntkit.explain(k[0], ntkit.target_importance(k[1], x, labels, F.cross_entropy), x, z).scores,
+        ),
+        "InfluenceKernel": (ntkit.InfluenceKernel(net(), (x, labels), F.cross_entropy, damping=0.1), lambda k: k(x, z)),
+        "load": (None, lambda _: [(data := ntkit.data.load("digits", train=30)).x_train, data.y_train, data.x_test]),
+        "from_tensors": (x, lambda x: [(data := ntkit.data.from_tensors((x, labels))).x_train, data.y_train]),
+        "targets": (x, lambda x: ntkit.data.from_tensors((x, targets * x[:, 0, 0, 0].double())).y_train),
+        "NTKRegressor": (
+            x.cpu().flatten(1).numpy(),
+            lambda x: torch.from_numpy(NTKRegressor(machine="gp").fit(x, targets.cpu().numpy()).predict(x)),
+        ),
+        "NTKClassifier": (
+            NTKClassifier(mlp().double()),
+            lambda c: torch.from_numpy(
+                c.fit(x.cpu().flatten(1).numpy(), labels.cpu().numpy()).decision_function(z.cpu().flatten(1).numpy())
+            ),
+        ),
+    }
+
+
+VALUES = cases()
 
 
 @contextmanager

@@ -51,8 +51,8 @@ def part_of(x: Samples, index: slice, device: torch.device | None) -> Batch:
 
 def device_of(kernel: Kernel) -> torch.device | None:
     """Where the kernel's network is; samples on a disk go there block by block."""
-    model = kernel.settings().get("model")
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    models = [value for value in kernel.settings().values() if isinstance(value, nn.Module)]
+    parameter = next((parameter for model in models for parameter in model.parameters()), None)
     return None if parameter is None else parameter.device
 
 

@@ -48,6 +48,7 @@ def _rate(work: Work) -> Result:
     x = circle(_PROBES).to(device())
     model = to_ntk_parametrization(template(x, DEPTH), w_std=1.0, b_std=BETA)
     rate = convergence(model, x, widths=work.sizes.rate_widths, seeds=work.sizes.rate_seeds)
+    mean, error, exact = (t[0].cpu().numpy() for t in (rate.mean[-1], rate.standard_error[-1], rate.limit))
     numbers = {
         "widths": list(rate.widths),
         "seeds": rate.seeds,
@@ -56,9 +57,7 @@ def _rate(work: Work) -> Result:
         "agrees": rate.agrees,
         "limit_at_0": float(rate.limit[0, 0]),
         **{n: getattr(rate, n).tolist() for n in ("distance", "distance_error", "mean_distance", "mean_error")},
-        "p": means_test(
-            rate.mean[-1, 0].numpy(), rate.standard_error[-1, 0].numpy(), rate.limit[0].numpy(), rate.seeds
-        ),
+        "p": means_test(mean, error, exact, rate.seeds),
         "mean_at_0": rate.mean[:, 0, 0].tolist(),
         "deviation_at_0": rate.deviation[:, 0, 0].tolist(),
     }
