@@ -193,7 +193,7 @@ class NTKRegressor(RegressorMixin, _Estimator):
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         y = np.asarray(y, np.float64)
         K = self._start(X)
-        self.offset_, spread = (value.numpy()[()] for value in means_and_deviations(torch.from_numpy(y)))
+        self.offset_, spread = (value.numpy()[()] for value in means_and_deviations(torch.tensor(y, device="cpu")))
         self.spread_ = np.where(spread > 0, spread, 1.0)
         machine = KernelRidge(self.ridge) if self.machine == "ridge" else GaussianProcess(self.ridge)
         self.machine_ = self._solved(machine.fit(K, torch.from_numpy((y - self.offset_) / self.spread_)), "solved")
