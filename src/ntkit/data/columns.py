@@ -29,8 +29,8 @@ class Columns(NamedTuple):
         ... )
         'area 90, city Oslo'
         """
-        deviation = torch.tensor(self.deviation, dtype=torch.float64)
-        values = x.double().cpu() * deviation + torch.tensor(self.mean, dtype=torch.float64)
+        deviation = torch.tensor(self.deviation, dtype=torch.float64, device="cpu")
+        values = x.double().cpu() * deviation + torch.tensor(self.mean, dtype=torch.float64, device="cpu")
         values[values.abs() < 1e-6 * deviation] = 0  # x is float32
         each = zip(self.names, values.tolist(), self.numeric, strict=True)
         return ", ".join(f"{name} {v:.6g}" if numeric else name for name, v, numeric in each if numeric or v > 0.5)
@@ -43,7 +43,7 @@ def standardized_columns(
 
     A column that is constant there is only centered.
     """
-    mask = torch.tensor(numeric)
+    mask = torch.tensor(numeric, device="cpu")
     mean, deviation = means_and_deviations(inputs[0])
     constant = mask & (deviation <= 1e-12 * mean.abs())
     mean = torch.where(mask, mean, 0.0)

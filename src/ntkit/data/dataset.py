@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.memory import check_room
 from ntkit.base.tensors import tensor_hash
@@ -82,7 +81,7 @@ class Data:
         """First 16 hex digits of the SHA-256 of the four arrays' dtypes, shapes and bytes, and of targets' units."""
         arrays = [self.x_train, self.y_train, self.x_test, self.y_test]
         if self.targets is not None:
-            arrays.append(torch.tensor([self.targets.mean, self.targets.deviation], dtype=torch.float64))
+            arrays.append(torch.tensor([self.targets.mean, self.targets.deviation], dtype=torch.float64, device="cpu"))
         return tensor_hash(arrays, lambda array: f"{array.dtype} {tuple(array.shape)} ")[:16]
 
     @property
@@ -221,7 +220,6 @@ def from_dataset(
     return build(Files(train_pair, test_pair, class_names, f"torch dataset {kind}"), name, name, task=task)
 
 
-@own_context()
 def build(
     files: Files,
     name: str,
@@ -239,7 +237,7 @@ def build(
     x, y, kind = examples(files.train, subject if files.test is None else training_set, float_dtype)
     if files.test is None:
         (target,), names = read_targets({subject: y}, files.classes, task)
-        *rows, how = held_out(target if names else torch.zeros(len(target), dtype=torch.int64), subject)
+        *rows, how = held_out(target if names else torch.zeros(len(target), dtype=torch.int64, device="cpu"), subject)
         source += how
         if files.vocabulary is not None:  # of all examples so far
             x, vocabulary = of_training(x, files.vocabulary, rows[0])
@@ -253,7 +251,7 @@ def build(
             raise refusal(test_set, got=got, expected=expected, fix="Prepare both sets the same way.")
         pair, names = read_targets({training_set: y, test_set: y_test}, files.classes, task)
         sets = [(x, pair[0]), (x_test, pair[1])]
-        rows = [torch.arange(len(x)), torch.arange(len(x_test))]
+        rows = [torch.arange(len(part), device="cpu") for part in (x, x_test)]
     labels = [y[index] for (_, y), index in zip(sets, rows, strict=True)]
     if classes is not None:
         if not names:
@@ -263,7 +261,7 @@ def build(
         source += f"; classes {', '.join(names)}"
     for part, (count, where) in enumerate(zip(counts, ("train", "test"), strict=True)):
         if count is not None:
-            groups = labels[part] if names else torch.zeros(len(labels[part]), dtype=torch.int64)
+            groups = labels[part] if names else torch.zeros(len(labels[part]), dtype=torch.int64, device="cpu")
             sample = draw(groups, count, where, seed, part)
             how = "stratified, " if names else ""
             source += f"; {count:,} of {len(labels[part]):,} {where} examples, {how}seed {seed}"
@@ -284,8 +282,8 @@ def _of_classes(
 ) -> tuple[list[Tensor], list[Tensor], tuple[str, ...]]:
     """Rows, labels and names of some classes, in the order in which they are named."""
     indices = class_indices(classes, names)
-    new_label = torch.full((len(names),), -1)
-    new_label[indices] = torch.arange(len(indices))
+    new_label = torch.full((len(names),), -1, device="cpu")
+    new_label[indices] = torch.arange(len(indices), device="cpu")
     kept: tuple[list[Tensor], list[Tensor]] = ([], [])
     for own, label, where in zip(rows, labels, ("training", "test"), strict=True):
         new = new_label[label]

@@ -29,7 +29,7 @@ def draw(y: Tensor, count: int, where: str, seed: int, part: int) -> Tensor:
 def held_out(y: Tensor, subject: str) -> tuple[Tensor, Tensor, str]:
     """Rows for training and for testing, ascending, of data without a test set; and the split in words."""
     test = stratified(y, _held_out_quotas(y, subject), _SPLIT_SEED)
-    in_training = torch.ones(len(y), dtype=torch.bool)
+    in_training = torch.ones(len(y), dtype=torch.bool, device="cpu")
     in_training[test] = False
     train = in_training.nonzero().squeeze(1)
     kind = "stratified split" if int(y.max()) else "split"

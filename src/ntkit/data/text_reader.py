@@ -162,8 +162,8 @@ def of_training(tokens: Tensor, vocabulary: Sequence[str], rows: Tensor) -> tupl
     counts = own.flatten().bincount(minlength=len(vocabulary))
     counts[: UNKNOWN + 1] = 0
     kept = sorted(counts.nonzero().flatten().tolist(), key=lambda token: (-int(counts[token]), vocabulary[token]))
-    numbers = torch.full((len(vocabulary),), UNKNOWN)
+    numbers = torch.full((len(vocabulary),), UNKNOWN, device="cpu")
     numbers[PADDING] = PADDING
-    numbers[kept] = torch.arange(UNKNOWN + 1, UNKNOWN + 1 + len(kept))
+    numbers[kept] = torch.arange(UNKNOWN + 1, UNKNOWN + 1 + len(kept), device="cpu")
     length = int((own != PADDING).sum(1).max())
     return numbers[tokens[:, :length]], (*vocabulary[: UNKNOWN + 1], *(vocabulary[token] for token in kept))
