@@ -273,8 +273,8 @@ def build(
         dtype = inputs[0].dtype if inputs[0].is_floating_point() else torch.float32
         labels, targets = standardized(labels, files.targets, subject, dtype)
     y_train, y_test = (y.to(x.device) for y in labels)
-    only_some = files.vocabulary, targets, columns
-    return Data(inputs[0], y_train, inputs[1], y_test, names, name, normalization, source, kind, *only_some)
+    optional = files.vocabulary, targets, columns
+    return Data(inputs[0], y_train, inputs[1], y_test, names, name, normalization, source, kind, *optional)
 
 
 def _of_classes(

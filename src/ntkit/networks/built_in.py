@@ -140,10 +140,8 @@ def build(name: str, shape: Shape, outputs: int, seed: int, vocabulary: int | No
 
 def _image(shape: Shape, name: str) -> tuple[int, int, int]:
     if len(shape) != 3:
-        expected, fix = (
-            "images (channels, height, width)",
-            "Use --model mlp, textcnn for sentences, or your own module.",
-        )
+        expected = "images (channels, height, width)"
+        fix = "Use --model mlp, textcnn for sentences, or your own module."
         raise refusal(f"--model {name}", got=f"inputs of shape {tuple(shape)}", expected=expected, fix=fix)
     return shape[0], shape[1], shape[2]
 
