@@ -225,10 +225,8 @@ class Program:
     @property
     def error(self) -> float:
         """Largest relative error of an activation so far."""
-        errors = [a.error for _, a in self.inexact()]
-        return max(
-            [*errors, *(c.activation.error for c in self.curves if isinstance(c.activation, BatchNorm))], default=0.0
-        )
+        activations = (c.activation for c in self.curves)
+        return max((a.error for a in activations if isinstance(a, (BatchNorm, Piecewise, Tabulated))), default=0.0)
 
     def inexact(self) -> list[tuple[CurveNode, Tabulated | Piecewise]]:
         """The activations with an error, each once, with the first layer that has it."""
