@@ -53,23 +53,34 @@ class PartHook:
     """A forward hook that puts the part that is looked at in place of a model's whole output."""
 
     def __init__(self, select: Select | None) -> None:
-        self._select = select
+        self.select = select
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
         """The part."""
-        return part_of(output, self._select)
+        return part_of(output, self.select)
 
 
 def selected(model: nn.Module, select: Select | None) -> nn.Module:
-    """The model with a part of its output in place of the whole: its parameters and layers, under the same names."""
+    """The model with the part of its output that is looked at in place of the whole: the same parameters and layers."""
     check_module(model)
     check_select(select)
-    if select is None:
-        return model
+    if isinstance(model, torch.jit.ScriptModule):  # it takes no hooks
+        if select is None:
+            return model
+        fix = "Pass the module from which it was scripted."
+        raise refusal("select", got="a scripted module", expected="a module that runs in Python", fix=fix)
     own = copy.copy(model)
     own._forward_hooks = model._forward_hooks.copy()  # or the hook would be the model's, too
     own.register_forward_hook(PartHook(select))
     return own
+
+
+def selected_as(model: nn.Module, other: nn.Module) -> nn.Module:
+    """The model with the same part of its output in place of the whole as in another one, of `selected`."""
+    for hook in other._forward_hooks.values():
+        if isinstance(hook, PartHook):
+            model = selected(model, hook.select)
+    return model
 
 
 def check_finite_outputs(model: nn.Module, out: Tensor) -> None:

@@ -17,7 +17,7 @@ from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.jacobian.forwards import inputs_of_last_linear, raw_outputs
 from ntkit.jacobian.model_calls import check_module
-from ntkit.jacobian.model_outputs import reduce_outputs
+from ntkit.jacobian.model_outputs import Select, reduce_outputs, selected
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.networks.parametrization import (
@@ -197,7 +197,14 @@ def _check(model: Any, x: Any, seeds: Any, kind: Any) -> None:
 
 @no_context()
 def monte_carlo(
-    model: nn.Module, x1: Tensor, x2: Tensor | None = None, *, width: int, seeds: int = 10, kind: Kind = "ntk"
+    model: nn.Module,
+    x1: Tensor,
+    x2: Tensor | None = None,
+    *,
+    width: int,
+    seeds: int = 10,
+    kind: Kind = "ntk",
+    select: Select | None = None,
 ) -> MonteCarlo:
     """Estimate the infinite-width kernel of a network from random wide copies of it.
 
@@ -208,6 +215,7 @@ def monte_carlo(
     width : of all hidden layers.
     seeds : networks, at least 2.
     kind : "ntk" (Theta / C, its trace over the outputs) or "nngp" (the outputs' covariance).
+    select : the part of the model's output that is looked at, as for `TangentKernel`.
 
     Returns
     -------
@@ -227,13 +235,19 @@ def monte_carlo(
     True
     """
     _check(model, x1, seeds, kind)
-    kernels = torch.stack(_kernels(model, x1, x2, width, range(seeds), kind))
+    kernels = torch.stack(_kernels(selected(model, select), x1, x2, width, range(seeds), kind))
     return MonteCarlo(kernels.mean(0), kernels.std(0) / seeds**0.5)
 
 
 @no_context()
 def convergence(
-    model: nn.Module, x: Tensor, *, widths: Sequence[int] = (64, 128, 256, 512), seeds: int = 10, kind: Kind = "ntk"
+    model: nn.Module,
+    x: Tensor,
+    *,
+    widths: Sequence[int] = (64, 128, 256, 512),
+    seeds: int = 10,
+    kind: Kind = "ntk",
+    select: Select | None = None,
 ) -> Convergence:
     """Measure how fast the kernel of a random network tends to `ntkit.InfiniteKernel` as its width n grows.
 
@@ -248,6 +262,7 @@ def convergence(
     widths : at least two.
     seeds : networks of each width, at least 2; no two widths share one.
     kind : "ntk" or "nngp".
+    select : the part of the model's output that is looked at, as for `TangentKernel`.
 
     Returns
     -------
@@ -275,7 +290,7 @@ def convergence(
     if len(set(widths)) < 2:
         raise refusal("widths", got=repr(widths), expected="two widths or more", fix="A rate needs several.")
     _check(model, x, seeds, kind)
-    model = model if in_ntk_parametrization(model) else to_ntk_parametrization(model)
+    model = selected(model if in_ntk_parametrization(model) else to_ntk_parametrization(model), select)
     limit = _limit(model, x, max(widths), kind)
     if not bool(limit.any()):
         fix = "Give samples that differ from zero, or biases."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ntkit.base.checks import Refused, refusal
+from ntkit.jacobian.model_outputs import selected_as
 from ntkit.networks.grown_numbers import Number, check_numbers, missing, sets_to_try, whole_numbers
 from ntkit.networks.initialization import initial_std
 from ntkit.networks.layer_axes import (
@@ -110,7 +111,8 @@ def larger_copy(
             fix = "Return the larger network."
             raise refusal("make", got=type(larger).__name__, expected="an nn.Module", fix=fix)
         like = next(network.parameters())
-        larger = plain(copied(larger)).to(device=like.device, dtype=like.dtype).train(network.training)
+        larger = plain(copied(selected_as(larger, network)))
+        larger = larger.to(device=like.device, dtype=like.dtype).train(network.training)
         check_copy(network, larger, example)
         widths = _hidden_outputs(network, _flow(network, example))
         if factor > 1:

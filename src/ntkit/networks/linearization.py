@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
 from ntkit.jacobian.model_calls import Params, check_mode, check_module, select_parameters
+from ntkit.jacobian.model_outputs import Select, check_select, part_of
 
 
 class Linearized(nn.Module):
@@ -22,13 +23,15 @@ class Linearized(nn.Module):
     ``lin.train()`` does not change them.
     """
 
-    def __init__(self, model: nn.Module, params: Params = None) -> None:
+    def __init__(self, model: nn.Module, params: Params = None, *, select: Select | None = None) -> None:
         super().__init__()
         check_mode(model)
+        check_select(select)
         _load_forward_mode()
         names = set(select_parameters(model, params))
         with torch.no_grad():
             self.start, self.moving = copy.deepcopy(model), copy.deepcopy(model)
+        self._select = select
         self._names = tuple(name for name, _ in model.named_parameters() if name in names)
         for name, p in self.moving.named_parameters():
             p.requires_grad_(name in names)
@@ -36,21 +39,21 @@ class Linearized(nn.Module):
         _freeze(self.start)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return f_lin, [n, ...] as the model itself; differentiable in theta.
+        """Return f_lin, [n, ...] as the part of the model's output that is looked at; differentiable in theta.
 
         Raises
         ------
         Refused
-            When the model does not return one tensor, or has an operation without forward-mode derivative (an LSTM).
+            When that part is not one tensor, or the model has an operation without forward-mode derivative (an LSTM).
         """
         now, start = dict(self.moving.named_parameters()), dict(self.start.named_buffers())
 
         def outputs(theta: dict[str, Tensor]) -> Tensor:
             # copies: a forward pass may write to buffers
             rest = {name: value.clone() for name, value in start.items() if name not in theta}
-            out = torch.func.functional_call(self.start, {**rest, **theta}, args, kwargs)
+            out = part_of(torch.func.functional_call(self.start, {**rest, **theta}, args, kwargs), self._select)
             if not isinstance(out, Tensor):
-                got, fix = type(out).__name__, "Wrap the model so that it returns one."
+                got, fix = type(out).__name__, "Pick one with select=lambda out: ..., or wrap the model."
                 raise refusal(f"the output of {type(self.start).__name__}", got=got, expected="a tensor", fix=fix)
             return out
 
@@ -77,7 +80,7 @@ class Linearized(nn.Module):
         return self
 
 
-def linearized(model: nn.Module, params: Params = None) -> Linearized:
+def linearized(model: nn.Module, params: Params = None, *, select: Select | None = None) -> Linearized:
     r"""Linearize a network in its parameters, around their present values; any optimizer can train the result.
 
     .. math:: f_{lin}(x; \theta) = f(x; \theta_0) + J(x) (\theta - \theta_0)
@@ -91,6 +94,7 @@ def linearized(model: nn.Module, params: Params = None) -> Linearized:
         no dropout (dropout that is not a layer is not detected).
     params : the parameters to expand in and train, as for `TangentKernel`; None = all that require grad. The others are
         constant.
+    select : the part of the model's output that is linearized, as for `TangentKernel`; None: all of it, or its logits.
 
     Returns
     -------
@@ -120,7 +124,7 @@ def linearized(model: nn.Module, params: Params = None) -> Linearized:
     tensor(True)
     """
     check_module(model)
-    return Linearized(model, params)
+    return Linearized(model, params, select=select)
 
 
 @cache

@@ -14,13 +14,14 @@ from ntkit.base.batch import checked
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Refused, refusal
 from ntkit.jacobian.model_calls import call, check_module
+from ntkit.jacobian.model_outputs import Select, check_select, part_of, real_rows
 from ntkit.networks.initialization import Initial, drawn, initial_std
 from ntkit.networks.paired_runs import reached
 from ntkit.networks.parametrization import LAYERS, NORMS, Scaled, fan_in, fan_out, plain, stds
 
 
 @own_context()
-def widened(model: nn.Module, width: int, example: Tensor, *, seed: int = 0) -> nn.Module:
+def widened(model: nn.Module, width: int, example: Tensor, *, seed: int = 0, select: Select | None = None) -> nn.Module:
     """Network of the same architecture whose hidden layers all have `width` features, newly initialized.
 
     The inputs of the first weight layers and the outputs of the last do not change; every other ``Linear`` has `width`
@@ -34,6 +35,7 @@ def widened(model: nn.Module, width: int, example: Tensor, *, seed: int = 0) -> 
     width : features, or channels, of every hidden layer.
     example : a batch of inputs, at least one.
     seed : of the weights; the global random state does not change.
+    select : the part of the model's output whose shape must stay, as for `TangentKernel`; the result returns all of it.
 
     Returns
     -------
@@ -56,7 +58,7 @@ def widened(model: nn.Module, width: int, example: Tensor, *, seed: int = 0) -> 
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise refusal("seed", got=repr(seed)[:80], expected="an integer >= 0", fix="Any will do: it is of the weights.")
-    network, recipe = reshaped(model, width, example)
+    network, recipe = reshaped(model, width, example, select)
     redraw(network, recipe, seed)
     for name, layer in network.named_modules():
         for what in ("weight", "bias"):
@@ -76,11 +78,12 @@ class Draw(NamedTuple):
 Recipe = dict[tuple[str, str], Draw]  # by name of the layer, and "weight" or "bias"
 
 
-def reshaped(model: nn.Module, width: int, example: Tensor) -> tuple[nn.Module, Recipe]:
+def reshaped(model: nn.Module, width: int, example: Tensor, select: Select | None = None) -> tuple[nn.Module, Recipe]:
     """Ordinary network of the new width (see `widened`) with zero weights, and the distributions to draw them from."""
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         raise refusal("width", got=repr(width), expected="a positive integer", fix="Pass the features of a layer.")
     check_module(model)
+    check_select(select)
     if not isinstance(example, Tensor):
         fix = "Wrap a model with several inputs in a module with one."
         raise refusal("example", got=type(example).__name__, expected="a tensor, samples first", fix=fix)
@@ -90,7 +93,7 @@ def reshaped(model: nn.Module, width: int, example: Tensor) -> tuple[nn.Module, 
     initials = {name: _initials(name, layer) for name, layer in layers.items() if isinstance(layer, LAYERS)}
     modes = {layer: layer.training for layer in network.modules()}
     network.eval()  # no dropout, and running statistics do not change
-    _resize(network, layers, _flow(network, layers, example), width, example)
+    _resize(network, layers, _flow(network, layers, example, select), width, example, select)
     for layer, mode in modes.items():
         layer.training = mode
     recipe: Recipe = {}
@@ -185,7 +188,7 @@ class _Flow(NamedTuple):
     last: set[str]
 
 
-def _flow(model: nn.Module, layers: dict[str, Any], example: Tensor) -> _Flow:
+def _flow(model: nn.Module, layers: dict[str, Any], example: Tensor, select: Select | None) -> _Flow:
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in layers}
     input_nodes: dict[str, Any] = {}
     output_nodes: dict[Any, str] = {}  # node of the autograd graph -> name of the layer
@@ -203,7 +206,7 @@ def _flow(model: nn.Module, layers: dict[str, Any], example: Tensor) -> _Flow:
         for p, _ in flags:
             p.requires_grad_(True)
         with _hooks(layers, before, after), torch.enable_grad():
-            output = call(model, checked(example, "example"))
+            output = real_rows(part_of(call(model, checked(example, "example")), select), len(example))
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
@@ -213,7 +216,9 @@ def _flow(model: nn.Module, layers: dict[str, Any], example: Tensor) -> _Flow:
     return _Flow(shapes, tuple(output.shape), first, set(weighted).difference(*sources.values()))
 
 
-def _resize(model: nn.Module, layers: dict[str, Any], flow: _Flow, width: int, example: Tensor) -> None:
+def _resize(
+    model: nn.Module, layers: dict[str, Any], flow: _Flow, width: int, example: Tensor, select: Select | None
+) -> None:
     """Give every layer its new sizes, in the order in which the example reaches them."""
     calls: dict[str, int] = {}
     current = ""
@@ -235,7 +240,7 @@ def _resize(model: nn.Module, layers: dict[str, Any], flow: _Flow, width: int, e
 
     try:
         with _hooks(layers, before, lambda name, layer, y: None), torch.no_grad():
-            output = model(example.detach().clone())
+            output = part_of(model(example.detach().clone()), select)
     except Refused:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -95,7 +95,9 @@ def track(
     ([0.0, 0.0, 0.0, 0.0, 0.0], 1.0)
     """
     x, y = with_labels(x, y)
-    tracker = _Tracker(trajectory, x, y, selected(model, select), loss, k, outputs, memory)
+    part = selected(model, select)
+    whole = model if select is None else part  # of a whole object a callable `outputs` may take any part
+    tracker = _Tracker(trajectory, x, y, whole, loss, k, outputs, memory)
     tracker.settings |= {} if select is None else {"select": function_identity(select)}
     selection = sorted(set(trajectory.steps if steps is None else steps))
     folder = None if path is None else Path(path)

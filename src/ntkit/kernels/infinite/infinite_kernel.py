@@ -15,7 +15,7 @@ from ntkit.base.batch import Batch, checked, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import NoLimit, refusal
 from ntkit.base.shown import of_model
-from ntkit.jacobian.model_calls import check_module
+from ntkit.jacobian.model_outputs import Select, selected
 from ntkit.kernels.infinite.layers import Graph, Input
 from ntkit.kernels.infinite.limit_gradients import LimitGradients, Std, as_numbers, as_std, refused, wants_gradients
 from ntkit.kernels.infinite.limit_tiles import (
@@ -65,6 +65,7 @@ class InfiniteKernel(Kernel):
         that the narrowest has 256 features or more; heads, groups and taps stay as they are. `estimate` returns their
         mean with its standard error. None: refuse. A module with a closed form has that one, whatever `sample` is.
     make : factor -> the module with its hidden widths times that factor, where `sample` cannot enlarge the module.
+    select : the part of the module's output whose limit is wanted, as for `TangentKernel`.
 
     Attributes
     ----------
@@ -135,6 +136,7 @@ class InfiniteKernel(Kernel):
         *,
         sample: int | None = None,
         make: Make | None = None,
+        select: Select | None = None,
     ) -> None:
         if not isinstance(kind, str) or kind not in ("ntk", "nngp"):
             raise refusal("kind", got=repr(kind), expected='"ntk" or "nngp"', fix="Choose one of them.")
@@ -142,9 +144,9 @@ class InfiniteKernel(Kernel):
             missing, other = ("b_std", "w_std") if b_std is None else ("w_std", "b_std")
             raise refusal(missing, got=f"None although {other} is given", expected="both or none", fix="Give both.")
         stds = (as_std(w_std, "w_std"), as_std(b_std, "b_std")) if w_std is not None and b_std is not None else None
-        check_module(model)
         self.kind = kind
-        self._model, self._stds = model, stds
+        self._given, self._select, self._stds = model, select, stds
+        self._model = selected(model, select)
         self._sampling = Sampling.of(kind, sample, make)
         self._programs: dict[tuple[Any, ...], Program | None] = {}
         self._models: dict[torch.dtype, nn.Module] = {}
@@ -283,7 +285,10 @@ class InfiniteKernel(Kernel):
 
     def settings(self) -> dict[str, Any]:
         """As of every kernel; with the values of `w_std` and `b_std`, and how the limit is sampled."""
-        own = vars(self) | {"_stds": as_numbers(self._stds) or (None, None)}
+        own = vars(self) | {"_stds": as_numbers(self._stds) or (None, None), "_model": self._given}
+        del own["_given"]
+        if self._select is None:
+            del own["_select"]
         return own | ({"sample": s.networks, "make": s.make} if (s := self._sampling) else {})
 
     def __repr__(self) -> str:
@@ -365,7 +370,8 @@ class InfiniteKernel(Kernel):
             x = x.to(like.dtype)
         half = x.dtype in (torch.float16, torch.bfloat16)
         dtype, x = x.dtype, x.float() if half else x
-        if (fingerprint := state_of_model(self._model)) != self._fingerprint:  # trained, frozen or changed since
+        if (fingerprint := state_of_model(self._given)) != self._fingerprint:  # trained, frozen or changed since
+            self._model = selected(self._given, self._select)
             self._fingerprint, self._graphs, self._programs, self._models = fingerprint, {}, {}, {}
             if self._sampling:
                 self._sampling.limits.clear()

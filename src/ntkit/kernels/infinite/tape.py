@@ -210,7 +210,7 @@ def record(model: nn.Module, x: Tensor, last: int | None = None, graph: bool = F
             except _Stop:
                 output = recorder.ops[-1].out
     if not isinstance(output, Tensor):
-        fix = "Wrap the model in a module that returns one tensor."
+        fix = "Pick one with select=lambda out: ..., or wrap the model in a module that returns one tensor."
         raise refusal("the model's output", got=type(output).__name__, expected="one tensor", fix=fix)
     if id(output) not in recorder.indices:
         fix = "Check its forward."
