@@ -18,7 +18,17 @@ from ntkit.data import from_tensors
 from ntkit.gram.gram_matrix import Gram
 from ntkit.probes import standard
 from ntkit.studies.claim import Estimate
-from ntkit.studies.long2021 import along, beyond_claims, by_layer, evidence, figures, long_setting, moments, sentences
+from ntkit.studies.long2021 import (
+    along,
+    beyond_claims,
+    beyond_figures,
+    by_layer,
+    evidence,
+    figures,
+    long_setting,
+    moments,
+    sentences,
+)
 from ntkit.studies.long2021.long_setting import START, Extent, Setting
 from ntkit.studies.study import Result, Results, Sizes, Work
 from ntkit.trajectory.batch_order import batch_indices
@@ -399,6 +409,32 @@ def test_errors_before_and_after_are_of_the_seeds_that_have_both():
     work = Work(SIZES, (0, 1), ["digits"], Path())
     (claim,) = beyond_claims.layers(Results(work, {"layers": moments}))
     assert claim.number == "all layers 40.00 % → 30.00 %; alone: 1 (dense) 40.00 % → 30.00 %, without it 20.00 ± 0.00 %"
+    before, after = ([one] for one in (0.4, 0.3))
+    for moment, errors in ((START, before), (by_layer.END, after), (START, before)):
+        found = beyond_figures._layer_errors(Results(work, {"layers": moments}), setting, moment, "alone")
+        assert [value.value for value in found] == errors
+        if moment == by_layer.END:
+            del moments[setting, moment]  # unfinished: the first moment alone is shown
+
+
+def test_a_curve_along_training_is_of_all_seeds_at_each_step():
+    """Seed 1 has no machine at step 8: the mean over the other would be a step of the curve."""
+    setting = Setting("digits 3/8", "mlp")
+
+    def one(seed: int, errors: list[float | None]) -> Result:
+        steps = [
+            {"step": step, "epochs": step / 4, "loss": 0.5, "test_error": error, "network_error": 0.5}
+            for step, error in zip((0, 4, 8, 12), errors, strict=True)
+        ]
+        return Result({"seed": seed, "steps": steps}, {})
+
+    runs = [one(0, [0.5, 0.4, 0.1, 0.2]), one(1, [0.5, 0.2, None, 0.4])]
+    names = {"test_error": "SVM", "network_error": "network"}
+    results = Results(SimpleNamespace(), {"along": {setting: runs}})
+    found = {c["name"]: c for c in beyond_figures._along_curves(results, setting, names, "epochs", 100)}
+    assert found["SVM"]["x"] == [1.0, 3.0]
+    assert found["SVM"]["y"] == pytest.approx([30.0, 30.0])
+    assert found["network"]["x"] == [1.0, 2.0, 3.0]
 
 
 def test_a_table_at_equal_loss_is_of_the_seeds_that_both_have():

@@ -12,7 +12,7 @@ from ntkit.studies.claim import Estimate
 from ntkit.studies.long2021 import beyond
 from ntkit.studies.long2021.beyond import added_runs, main_runs
 from ntkit.studies.long2021.by_layer import END
-from ntkit.studies.long2021.evidence import estimate, main_settings, mean_of, measured, number
+from ntkit.studies.long2021.evidence import common_seeds, estimate, main_settings, mean_of, measured, number
 from ntkit.studies.long2021.figures import MACHINES, cosine_lines, error_lines, kernel_table, loss_curve
 from ntkit.studies.long2021.long_setting import START, TEN, Setting, extent
 from ntkit.studies.long2021.sentences import shown
@@ -125,7 +125,7 @@ def _layer_errors(results: Results, setting: Setting, moment: str, kind: str) ->
     runs = measured(results, setting, moment, "layers")
     count = max((len(run.numbers["layers"]) for run in runs.values()), default=0)
     paths = ["whole.test_error" if kind == "whole" else f"layers.{i}.{kind}.test_error" for i in range(count)]
-    return [estimate(results, setting, moment, path, "layers") for path in paths]
+    return [_of_both(results, setting, moment, path) for path in paths]
 
 
 def _share_curves(results: Results, setting: Setting) -> list[Item]:
@@ -155,8 +155,15 @@ def _layers_table(results: Results, chosen: Sequence[Setting]) -> Item:
 
 def _both(results: Results, setting: Setting, path: str = "whole.test_error") -> str:
     """A number of the layers before training and at the end."""
-    values = (estimate(results, setting, moment, path, "layers") for moment in (START, END))
+    values = (_of_both(results, setting, moment, path) for moment in (START, END))
     return " → ".join("–" if math.isnan(value.value) else shown(value, ".4f") for value in values)
+
+
+def _of_both(results: Results, setting: Setting, moment: str, path: str) -> Estimate:
+    """A number of the layers, of the seeds that have it at both moments, as far as both are computed."""
+    there = [(setting, when) for when in (START, END) if measured(results, setting, when, "layers")]
+    seeds = common_seeds(results, *there, paths=[path], experiment="layers") if there else set()
+    return estimate(results, setting, moment, path, "layers", seeds)
 
 
 def _of(name: str, x: Sequence[float], values: Sequence[Estimate], scale: float, dash: str = "solid") -> Item:
@@ -173,7 +180,7 @@ def _along_section(results: Results, chosen: Sequence[Setting]) -> Section:
         "Machines with the kernel of one recorded step after the other, each step at least "
         f"{sizes.ratio:g} times the one before, on {sizes.kernel_train:,} of the training images and "
         f"{sizes.kernel_test:,} test images at most; the network is trained on all of them. Mean over seeds, at the "
-        "steps that all of them reached."
+        "steps that all of them reached and where the number is defined for all."
     )
     errors = [(f"{s.pair}, {s.network}", _along_curves(results, s, ALONG, "epochs", 100)) for s in chosen]
     machine = {"test_error": ALONG["test_error"]}
@@ -228,7 +235,8 @@ def _along_curves(results: Results, setting: Setting, names: dict[str, str], x: 
 
 
 def _row_mean(rows: Sequence[dict[str, float]], key: str) -> Estimate:
-    return mean_of([math.nan if row[key] is None else row[key] for row in rows])
+    """Mean over all seeds; undefined where it is for one of them: two places of a curve are of the same seeds."""
+    return Estimate(math.nan) if any(row[key] is None for row in rows) else mean_of([row[key] for row in rows])
 
 
 # ---------------------------------------------------------------------- agreement
