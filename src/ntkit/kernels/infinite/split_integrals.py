@@ -8,6 +8,7 @@ nearly the same one. Its moments are known (`piecewise`): a table of the differe
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -54,9 +55,11 @@ class Kinked(NamedTuple):
         places = torch.cat([_places(_REACH * root_b), torch.tensor(self.kinks, dtype=torch.float64)])
         own = torch.linspace(-_REACH, _REACH, 13, dtype=torch.float64).expand(len(x), 13)
         inner_edges = torch.cat([own, ((places - mean) / spread).clamp(-_REACH, _REACH)], 1).sort(1)[0]
-        wide = inner_edges.diff(dim=1).amax(0) > 0  # panels that have no width for any x are left out
-        y, of_y = _panels(inner_edges[:, torch.cat([torch.ones(1, dtype=torch.bool), wide])], nodes)
-        inner = [(f * of_y).sum(1) for f in values_and_slopes(self.function, mean + spread * y)]
+        rows, columns = (inner_edges.diff(dim=1) > 0).nonzero(as_tuple=True)  # panels that have a width
+        ends = torch.stack([inner_edges[rows, columns], inner_edges[rows, columns + 1]], 1)
+        y, of_y = _panels(ends, nodes)
+        both = values_and_slopes(self.function, mean[rows] + spread * y)
+        inner = [torch.zeros_like(x).index_add_(0, rows, (f * of_y).sum(1)) for f in both]
         outer = values_and_slopes(self.function, root_a[:, None] * x)
         return torch.stack([(f * of_x) @ g for f, g in zip(outer, inner, strict=True)])
 
@@ -178,9 +181,16 @@ def _edges(largest: float, kinks: list[float], roots: list[float]) -> Tensor:
     return torch.unique(torch.cat([own, _places(_REACH * largest) / largest, of_kinks]).clamp(-_REACH, _REACH))
 
 
+@cache
+def _legendre(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes in [-1, 1] and weights of Gauss and Legendre."""
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    return torch.from_numpy(nodes), torch.from_numpy(weights)
+
+
 def _panels(edges: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Nodes between neighbors of the last axis, and weights with the normal density."""
-    nodes, weights = (torch.from_numpy(t) for t in np.polynomial.legendre.leggauss(count))
+    nodes, weights = _legendre(count)
     middle, half = (edges[..., :-1, None] + edges[..., 1:, None]) / 2, edges.diff(dim=-1)[..., None] / 2
     x = middle + half * nodes
     return x.flatten(-2), (half * weights * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)).flatten(-2)
