@@ -57,7 +57,7 @@ def _radii(density: int, lowest: float, finer: int) -> tuple[Tensor, Tensor]:
 
 def _sectors(count: int, ends: list[float]) -> tuple[Tensor, Tensor]:
     """Nodes and weights between neighbors of `ends`, denser near them, where a steep function changes its sign."""
-    nodes, weights = _legendre(count)
+    nodes, weights = legendre(count)
     places, weights = (3 * nodes - nodes**3) / 2, weights * (3 - 3 * nodes**2) / 2
     at = torch.tensor(ends, dtype=torch.float64)
     middle, half = (at[:-1, None] + at[1:, None]) / 2, at.diff()[:, None] / 2
@@ -65,7 +65,8 @@ def _sectors(count: int, ends: list[float]) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(8)
-def _legendre(count: int) -> tuple[Tensor, Tensor]:
+def legendre(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes in [-1, 1] and weights of Gauss and Legendre."""
     nodes, weights = np.polynomial.legendre.leggauss(count)
     return torch.from_numpy(nodes), torch.from_numpy(weights)
 

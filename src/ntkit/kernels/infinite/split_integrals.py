@@ -8,7 +8,6 @@ nearly the same one. Its moments are known (`piecewise`): a table of the differe
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from ntkit.kernels.infinite.activations import Function, values_and_slopes
+from ntkit.kernels.infinite.gaussian_integrals import legendre
 from ntkit.kernels.infinite.kinks import Pieces
 from ntkit.kernels.infinite.piecewise import Piecewise
 from ntkit.kernels.infinite.recognition import derivatives
@@ -181,16 +181,9 @@ def _edges(largest: float, kinks: list[float], roots: list[float]) -> Tensor:
     return torch.unique(torch.cat([own, _places(_REACH * largest) / largest, of_kinks]).clamp(-_REACH, _REACH))
 
 
-@cache
-def _legendre(count: int) -> tuple[Tensor, Tensor]:
-    """Nodes in [-1, 1] and weights of Gauss and Legendre."""
-    nodes, weights = np.polynomial.legendre.leggauss(count)
-    return torch.from_numpy(nodes), torch.from_numpy(weights)
-
-
 def _panels(edges: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Nodes between neighbors of the last axis, and weights with the normal density."""
-    nodes, weights = _legendre(count)
+    nodes, weights = legendre(count)
     middle, half = (edges[..., :-1, None] + edges[..., 1:, None]) / 2, edges.diff(dim=-1)[..., None] / 2
     x = middle + half * nodes
     return x.flatten(-2), (half * weights * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)).flatten(-2)
