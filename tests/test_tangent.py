@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -372,6 +373,51 @@ def test_gpu_equals_the_oracle(name):
         return tuple(map(move, x)) if isinstance(x, tuple) else x.cuda()
 
     assert_equal(ntkit.TangentKernel(model.cuda())(move(x1), move(x2)).cpu(), exact, 1e-10, "GPU float64")
+
+
+class Cells(nn.Module):
+    """A step after the other, the state of a cell after the last one, as an output or as a later input."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.cell, self.head = kind(3, 4, **options), nn.Linear(4, 2)
+
+    def forward(self, x):
+        state = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return self.head(state[1] * state[0] if isinstance(state, tuple) else state)
+
+
+RECURRENT = {
+    "LSTM": lambda: nn.LSTM(3, 4, batch_first=True),
+    "LSTM, both directions, two layers": lambda: nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True),
+    "LSTM, projected": lambda: nn.LSTM(3, 4, batch_first=True, proj_size=2),
+    "GRU, both directions, two layers": lambda: nn.GRU(3, 4, 2, batch_first=True, bidirectional=True),
+    "LSTM without biases": lambda: nn.LSTM(3, 4, batch_first=True, bias=False),
+    "LSTM cells": lambda: Cells(nn.LSTMCell),
+    "GRU cells": lambda: Cells(nn.GRUCell),
+    "GRU cells without biases": lambda: Cells(nn.GRUCell, bias=False),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("frozen", [None, "weight", "weight_hh"])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_fused_cells_on_a_gpu(name, frozen):
+    """Their biases have a rule: nothing is computed sample by sample."""
+    torch.manual_seed(0)
+    model, x = RECURRENT[name]().double(), torch.randn(5, 3, 3, dtype=torch.float64)
+    for p_name, p in model.named_parameters():
+        p.requires_grad_(frozen is None or frozen not in p_name or "head" in p_name)
+    if not any(p.requires_grad for p in model.parameters()):
+        return
+    last = None if isinstance(model, Cells) else lambda out: out[0][:, -1]
+    exact = ntkit.TangentKernel(model, "full", select=last)(x)
+    kernel = ntkit.TangentKernel(copy.deepcopy(model).cuda(), "full", select=last)
+    assert_equal(kernel(x.cuda()).cpu(), exact, 1e-12, name)
+    assert kernel.fallback(x.cuda()) == {}
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "tied", "attention, batch first", "experts", "no rule"])

@@ -26,6 +26,8 @@ from ntkit.jacobian.graph import (
     ends_process,
     find_uses,
     nodes_behind,
+    results_of,
+    shapes_of,
     signatures_of,
     sizes_of,
     with_keys,
@@ -348,9 +350,9 @@ class Gradients:
         return whole
 
     def backward(self, out: Tensor, nodes: list, basis: Tensor) -> dict:
-        """Cotangents [K, *node output] of every node for K cotangents of the outputs [K, n, C]."""
+        """Cotangents [K, *`cotangent_shape`] of every node for K cotangents of the outputs [K, n, C]."""
         unique = list(dict.fromkeys(nodes))
-        edges = [GradientEdge(node, 0) for node in unique]
+        edges = [GradientEdge(node, i) for node in unique for i in range(results_of(node))]
         if not edges:
             return {}
         grads: tuple[Tensor | None, ...] | None = None
@@ -361,11 +363,11 @@ class Gradients:
                 self._batched = False
         if grads is None:
             grads = looped_products([out], edges, [basis])
-        shapes = (basis.shape[:1] + tuple(node._input_metadata[0].shape) for node in unique)
-        return {
-            node: out.new_zeros(shape) if grad is None else grad
-            for node, grad, shape in zip(unique, grads, shapes, strict=True)
-        }
+        found: dict[Any, list[Tensor]] = {}
+        for edge, grad in zip(edges, grads, strict=True):
+            shape = basis.shape[:1] + shapes_of(edge.node)[edge.output_nr]
+            found.setdefault(edge.node, []).append(out.new_zeros(shape) if grad is None else grad)
+        return {node: parts[0] if len(parts) == 1 else torch.cat(parts, -1) for node, parts in found.items()}
 
     def plain(self, x: Batch, out: Tensor, s: int, names: list[str], basis: Tensor) -> dict[str, Tensor]:
         """Plain autograd for sample `s` of a batch: {name: [K, entries]}; basis [K, C].

@@ -31,6 +31,9 @@ LAYOUT = {
 }  # fmt: skip
 
 
+# Nodes with several results through which gradients flow: their cotangents stand side by side, along the last axis.
+_RESULTS = {"ThnnFusedLstmCellBackward0": 2}
+
 # What these nodes save of where they cut: another place is another use.
 _CUTS = ("_saved_dim", "_saved_start", "_saved_step", "_saved_index", "_saved_split_size", "_saved_split_sizes")
 
@@ -166,6 +169,17 @@ def _ordered(t: Tensor, channels_last: bool) -> Tensor:
 def shapes_of(node: Node) -> tuple[tuple[int, ...], ...]:
     """Shapes of a node's results; of a leaf none."""
     return () if hasattr(node, "variable") else tuple(tuple(m.shape) for m in node._input_metadata)
+
+
+def results_of(node: Node) -> int:
+    """Number of a node's results through which gradients flow to parameters."""
+    return _RESULTS.get(node.name(), 1)
+
+
+def cotangent_shape(node: Node) -> tuple[int, ...]:
+    """Shape of a node's cotangent: of its one result, or of several side by side."""
+    shape = shapes_of(node)[0]
+    return shape if (count := results_of(node)) == 1 else (*shape[:-1], count * shape[-1])
 
 
 def sizes_of(node: Node) -> tuple[int, ...]:

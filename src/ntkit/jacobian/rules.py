@@ -257,6 +257,33 @@ def _batch_norm(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Facto
     return _summed(cot, use, owner, n, align=1) if use.slot in (1, 2) else None
 
 
+# ---------------------------------------------------------------------- cells of recurrent layers on a GPU
+
+
+@rule("ThnnFusedLstmCellBackward0")
+def _lstm_cell(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
+    """The biases of c' = f c + i g, h' = o tanh(c'): both are added to all gates; `cot` has those of h' and of c'."""
+    if use.slot not in (3, 4):
+        return None
+    node, (by_h, by_c) = use.node, cot.chunk(2, -1)
+    i, f, g, o = node._saved_result2.chunk(4, -1)  # behind their activations
+    t = node._saved_result1.tanh()
+    by_c = by_c + by_h * o * (1 - t * t)
+    gates = by_c * g * i * (1 - i), by_c * node._saved_cx * f * (1 - f), by_c * i * (1 - g * g), by_h * t * o * (1 - o)
+    return _summed(torch.cat(gates, -1), use, owner, n)
+
+
+@rule("ThnnFusedGruCellBackward0")
+def _gru_cell(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Factor | None:
+    """The biases of h' = (1 - z) g + z h with g = tanh(a + r s): of the gates r, z and a, or of r, z and s."""
+    if use.slot not in (3, 4):
+        return None
+    r, z, g, h, s = use.node._saved_result1.chunk(5, -1)
+    by_g = cot * (1 - z) * (1 - g * g)
+    gates = by_g * s * r * (1 - r), cot * (h - g) * z * (1 - z), by_g if use.slot == 3 else by_g * r
+    return _summed(torch.cat(gates, -1), use, owner, n)
+
+
 # ---------------------------------------------------------------------- entry by entry
 
 

@@ -15,6 +15,7 @@ from ntkit.base.checks import refusal
 from ntkit.jacobian.factors import Gradients
 from ntkit.jacobian.graph import (
     Use,
+    cotangent_shape,
     find_uses,
     nodes_behind,
     nodes_from,
@@ -136,7 +137,7 @@ def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> 
     with without_fused_rnn(plain_rnn):
         cotangents = gradients.backward(out, [use.node for use in ruled], masked)
     position = {node: i for i, node in enumerate(nodes)}
-    shapes = {use.node: shapes_of(fewer[position[use.node]])[0] for use in ruled} if same_nodes else {}
+    shapes = {use.node: cotangent_shape(fewer[position[use.node]]) for use in ruled} if same_nodes else {}
     _assign_owners(structure, uses, cotangents, shapes, any(_moves_rows(node) for node in nodes))
     structure.fallback |= irregular
     hooked = {name: "a gradient hook on it" for name, p in gradients.params.items() if p._backward_hooks}
