@@ -356,7 +356,7 @@ def test_of_float32_samples_all_layers_compute_in_float64(monkeypatch):
 
 
 def test_slope_at_zero_is_in_double_precision():
-    """Variance 0 and 1: the side's slope is at_zero 2 / (p + q), here 0.2 / 1.1."""
+    """Variance 0 and 1: the side's mean slope is at_zero, here 0.1, and (p + q) / 2."""
     leaky = Rectifier(1.0, 0.1, at_zero=0.1)
     slope = leaky.state(torch.tensor([0.0, 1.0], dtype=torch.float64))[1]
-    assert slope.tolist() == [0.1 * 2 / 1.1, 1.0]
+    assert slope.tolist() == [0.1, 1.1 / 2]
