@@ -29,7 +29,7 @@ TABLES = {  # networks with an activation by table
 }
 POSITIONS = [  # one of each layer; the others are of the same layers
     "slice", "transposed", "bilinear", "mean of one row", "padding by the border", "transposed, all", "gates",
-    "channels side by side", "U-net", "depthwise", "groups of the input",
+    "nothing the same along both axes", "channels side by side", "U-net", "depthwise", "groups of the input",
 ]  # fmt: skip
 CASES = {
     **{name: (lambda make=make: nn.Sequential(*make()), X1, X2) for name, make in IMAGES.items()},
