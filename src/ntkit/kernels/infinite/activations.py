@@ -174,7 +174,7 @@ def scratch(which: int, like: Tensor) -> Tensor:
 
 
 def gap(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The difference a b - c^2, 0 where it is not above its rounding error: a b may be far larger than what is added."""
+    """The difference a b - c^2; 0 where rounding is as large, for it may be added to far smaller numbers."""
     product = a * b
     difference = torch.addcmul(product, c, c, value=-1)
     return difference.masked_fill_(difference <= product.mul_(16 * torch.finfo(c.dtype).eps), 0)

@@ -113,7 +113,7 @@ class Tabulated(Activation):
     def __init__(self, function: Function, name: str) -> None:
         self.name, self._function, self._key = name, function, fingerprint(function)
         self._steps = (math.inf, -math.inf)  # range of log a so far, in parts of a step
-        # Where values are 0 in every network the function's value and autograd's slope at 0 count, if it jumps or kinks.
+        # The function's value and autograd's slope at 0 count where values are 0 in every network.
         self._at_zero = [float(t) for t in values_and_slopes(function, torch.zeros(1, dtype=torch.float64))]
         self.version = 0  # of the table: states and tables must have the same version
         self._lock = threading.RLock()
