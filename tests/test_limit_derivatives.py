@@ -243,6 +243,17 @@ def test_where_the_variables_coincide_the_derivatives_by_both_are_those_of_one_v
                 torch.testing.assert_close(total, wanted, rtol=1e-10, atol=1e-15)
 
 
+def test_the_same_variable_has_no_angle_whatever_rounding_made_of_its_covariance():
+    """ReLU at a = b = 1: K = (a + b) / 4 along a and b, slope 1 / 2 without a derivative."""
+    same = torch.ones((), dtype=torch.bool)
+    at = [leaf(v) for v in (1.0, 1.0, 1 - 1e-12)]
+    K, slope = moments(closed_form(nn.functional.relu), *at, same)
+    assert float(slope.detach()) == 0.5
+    assert [float(g) for g in torch.autograd.grad(slope, at)] == [0, 0, 0]
+    grads = torch.autograd.grad(K, at)
+    assert sum(float(g) for g in grads) == pytest.approx(0.5, abs=1e-15)
+
+
 # ------------------------------------------------------------------ where samples coincide
 
 

@@ -58,7 +58,7 @@ class Piecewise(Activation):
         return deviation, h, *hermite[0], *hermite[1]
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
-        r = (K / (one[0] * two[0])).clamp_(-1, 1)
+        r = K / (one[0] * two[0])
         # as in `Rectifier`: a correlation of 1 that rounding has reduced is 1 again
         s = ((1 - 16 * _EPS) - r * r).clamp_(min=0).sqrt_().clamp_(min=1e-100)
         orthants: dict[tuple[float, float, int], Orthant] = {}
@@ -114,8 +114,10 @@ class Piecewise(Activation):
         squares = [inner[m].square() / math.factorial(m) for m in range(len(inner))]
         parts = torch.stack(squares).sum(0).sqrt()
         for (i, d), weight in self._terms[which].items():
-            # Beyond a far threshold the moment is smaller than the terms that add up to it.
-            size = one_sided(h[i], 0, 0) * (1 + h[i].clamp(max=1e3)) ** (2 * d)
+            # Beyond a far threshold the moment is smaller than the terms that add up to it, and rounding of the
+            # threshold changes all of them by h^2 times as much.
+            far = h[i].clamp(max=_BEYOND)
+            size = one_sided(h[i], 0, 0) * (1 + far) ** (2 * d) * (1 + far.square() / 16)
             parts = parts + size.sqrt() * deviation**d * abs(weight)
         cancels = torch.where(values.abs() > 1e-250, parts.square() / values.abs(), 0.0)
         self.error = max(self.error, 16 * _EPS * float(cancels.max()))
