@@ -380,6 +380,8 @@ def in_sixty_digits(name, a, b, c):
             return c / 4 + (c * t + top / D) / (2 * mp.pi), mp.mpf(1) / 4 + slope
         if name == "sin":
             return mp.exp(-(a + b) / 2) * mp.sinh(c), mp.exp(-(a + b) / 2) * mp.cosh(c)
+        if name == "odd gabor":  # z up to a relative error of the size of the variance
+            return c, mp.mpf(1)
         even = 1 - mp.exp(-2 * a) - mp.exp(-2 * b) + mp.exp(-2 * a - 2 * b) * mp.cosh(4 * c)
         return c + even / 4, 1 + mp.exp(-2 * a - 2 * b) * mp.sinh(4 * c)
 
@@ -389,6 +391,7 @@ SIZES = {
     "gelu": (torch.nn.functional.gelu, (1e-24, 1e-8, 1.0, 1e6, 1e12, 1e18)),
     "sin": (torch.sin, (1e-24, 1e-16, 1e-8, 1.0)),
     "snake": (lambda z: z + torch.sin(z) ** 2, (1e-24, 1e-16, 1e-8, 1.0)),
+    "odd gabor": (lambda z: torch.exp(-z * z) * torch.sin(z), (1e-24, 1e-16)),
 }
 
 
