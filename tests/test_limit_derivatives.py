@@ -29,7 +29,7 @@ TABLES = {  # networks with an activation by table
 }
 POSITIONS = [  # one of each layer; the others are of the same layers
     "slice", "transposed", "bilinear", "mean of one row", "padding by the border", "transposed, all", "gates",
-    "channels side by side", "U-net", "depthwise", "groups of the input",
+    "nothing the same along both axes", "channels side by side", "U-net", "depthwise", "groups of the input",
 ]  # fmt: skip
 CASES = {
     **{name: (lambda make=make: nn.Sequential(*make()), X1, X2) for name, make in IMAGES.items()},
@@ -241,6 +241,19 @@ def test_where_the_variables_coincide_the_derivatives_by_both_are_those_of_one_v
                 total = sum(torch.autograd.grad(two, at, retain_graph=True))
                 (wanted,) = torch.autograd.grad(one, alone, retain_graph=True)
                 torch.testing.assert_close(total, wanted, rtol=1e-10, atol=1e-15)
+
+
+def test_the_same_variable_has_no_angle_whatever_rounding_made_of_its_covariance():
+    """ReLU at a = b = 1: K = (a + b) / 4 along a and b, slope 1 / 2 without a derivative."""
+    same = torch.ones((), dtype=torch.bool)
+    at = [leaf(v) for v in (1.0, 1.0, 1 - 1e-12)]
+    K, slope = moments(closed_form(nn.functional.relu), *at, same)
+    assert float(slope.detach()) == 0.5
+    assert [float(g) for g in torch.autograd.grad(slope, at)] == [0, 0, 0]
+    grads = torch.autograd.grad(K, at)
+    assert sum(float(g) for g in grads) == pytest.approx(0.5, abs=1e-15)
+    slope = moments(closed_form(torch.erf), *at, same)[1]  # 4 / pi / sqrt(1 + 4 v)
+    assert float(slope.detach()) == pytest.approx(4 / math.pi / math.sqrt(5), rel=1e-14, abs=0)
 
 
 # ------------------------------------------------------------------ where samples coincide

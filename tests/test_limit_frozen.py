@@ -6,8 +6,10 @@ import pytest
 import torch
 from test_limit_norms import arc_cosines
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ntkit import InfiniteKernel
+from ntkit.networks.parametrization import Scaled
 
 W, B = 1.3, 0.4
 X = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -60,3 +62,27 @@ def test_each_parameter_alone_adds_its_part(name):
         if name != "a sequence":  # with weights between positions it has no gradients
             found = kernel(X.clone().requires_grad_()).detach()
             torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-12)
+
+
+def test_a_norms_weight_with_a_factor_adds_the_square_of_the_factor():
+    """Weight 0.5 p, bias 0.25 p': the parts of the kernel by hand."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8, eps=0.5), nn.Linear(8, 1, bias=False)).double()
+    with torch.no_grad():
+        model[1].weight.fill_(3.0)
+    parametrize.register_parametrization(model[1], "weight", Scaled(0.5))
+    parametrize.register_parametrization(model[1], "bias", Scaled(0.25))
+    with torch.no_grad():
+        model[1].parametrizations.weight.original.fill_(3.0)  # a weight of 1.5
+    x = X[:, 0]
+    S = W**2 * x @ x.T / 3 + B**2
+    scale = (S.diagonal() + 0.5).rsqrt()
+    correlation = S * scale * scale[:, None]
+    expected = {
+        "1.parametrizations.weight.original": W**2 * 0.5**2 * correlation,
+        "1.parametrizations.bias.original": W**2 * 0.25**2 * torch.ones_like(S),
+        "2.weight": W**2 * 1.5**2 * correlation,
+    }
+    for trained, wanted in expected.items():
+        for name, p in model.named_parameters():
+            p.requires_grad_(name == trained)
+        torch.testing.assert_close(InfiniteKernel(model, "ntk", W, B)(x), wanted, rtol=1e-12, atol=1e-14)

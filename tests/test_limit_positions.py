@@ -79,6 +79,14 @@ NETWORKS = {
     "padding around": lambda n: between(conv(n, n, padding=1, padding_mode="circular"), n),
     "padding by reflection": lambda n: between(conv(n, n, (3, 2), stride=2, padding=1, padding_mode="reflect"), n),
     "padding by the border": lambda n: between(conv(n, n, 3, dilation=2, padding=2, padding_mode="replicate"), n),
+    "nothing the same along both axes": lambda n: nn.Sequential(
+        conv(2, n, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+        R(),
+        nn.AvgPool2d((2, 3), stride=(1, 2), padding=(0, 1)),
+        conv(n, n, (1, 2), stride=(3, 1), padding=(2, 1)),
+        R(),
+        *pooled(n),
+    ),
     "transposed, stride": lambda n: between(nn.ConvTranspose2d(n, n, 3, stride=2), n),
     "transposed, all": lambda n: between(
         nn.ConvTranspose2d(n, n, (3, 2), stride=(2, 3), padding=1, output_padding=(1, 2), dilation=(1, 2)), n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import mpmath as mp
 import pytest
@@ -12,7 +13,9 @@ from torch.nn import functional as F
 
 import ntkit
 from ntkit.kernels.infinite.activations import Rectifier
+from ntkit.kernels.infinite.differentiable_moments import moments
 from ntkit.kernels.infinite.planes import Planes
+from ntkit.kernels.infinite.recognition import closed_form
 
 mp.mp.dps = 40
 W, B = 1.5, 0.05
@@ -356,7 +359,69 @@ def test_of_float32_samples_all_layers_compute_in_float64(monkeypatch):
 
 
 def test_slope_at_zero_is_in_double_precision():
-    """Variance 0 and 1: the side's slope is at_zero 2 / (p + q), here 0.2 / 1.1."""
+    """Variance 0 and 1: the side's mean slope is at_zero, here 0.1, and (p + q) / 2."""
     leaky = Rectifier(1.0, 0.1, at_zero=0.1)
     slope = leaky.state(torch.tensor([0.0, 1.0], dtype=torch.float64))[1]
-    assert slope.tolist() == [0.1 * 2 / 1.1, 1.0]
+    assert slope.tolist() == [0.1, 1.1 / 2]
+
+
+def in_sixty_digits(name, a, b, c):
+    """E[s(u) s(v)] and E[s'(u) s'(v)] by their formulas, as published."""
+    with mp.workdps(60):
+        a, b, c = mp.mpf(a), mp.mpf(b), mp.mpf(c)
+        if name == "erf":
+            P = (1 + 2 * a) * (1 + 2 * b)
+            return 2 / mp.pi * mp.asin(2 * c / mp.sqrt(P)), 4 / mp.pi / mp.sqrt(P - 4 * c * c)
+        if name == "gelu":
+            P = (1 + a) * (1 + b)
+            D, e, t = mp.sqrt(P - c * c), (1 - a * b) / P, mp.asin(c / mp.sqrt(P))
+            top = a * b + e * c * c
+            slope = (t + c * (1 + 2 * e) / D + c * top / D**3) / (2 * mp.pi)
+            return c / 4 + (c * t + top / D) / (2 * mp.pi), mp.mpf(1) / 4 + slope
+        if name == "sin":
+            return mp.exp(-(a + b) / 2) * mp.sinh(c), mp.exp(-(a + b) / 2) * mp.cosh(c)
+        if name == "odd gabor":  # z up to a relative error of the size of the variance
+            return c, mp.mpf(1)
+        even = 1 - mp.exp(-2 * a) - mp.exp(-2 * b) + mp.exp(-2 * a - 2 * b) * mp.cosh(4 * c)
+        return c + even / 4, 1 + mp.exp(-2 * a - 2 * b) * mp.sinh(4 * c)
+
+
+SIZES = {
+    "erf": (torch.erf, (1e-24, 1e-8, 1.0, 1e6, 1e12, 1e18)),
+    "gelu": (torch.nn.functional.gelu, (1e-24, 1e-8, 1.0, 1e6, 1e12, 1e18)),
+    "sin": (torch.sin, (1e-24, 1e-16, 1e-8, 1.0)),
+    "snake": (lambda z: z + torch.sin(z) ** 2, (1e-24, 1e-16, 1e-8, 1.0)),
+    "odd gabor": (lambda z: torch.exp(-z * z) * torch.sin(z), (1e-24, 1e-16)),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_tiny_and_large_samples_lose_no_digits_with_gradients_or_without(name):
+    function, sizes = SIZES[name]
+    activation = closed_form(function)
+    equal = torch.ones((), dtype=torch.bool)
+    for v in sizes:
+        for rho in (1.0, 1 - 2.0**-30, 0.9, -0.6, -1.0):
+            b = v if abs(rho) > 0.99 else v / 4
+            c = rho * math.sqrt(v * b)
+            wanted = [float(w) for w in in_sixty_digits(name, v, b, c)]
+            at = [torch.full((1, 1, 1, 1), t, dtype=torch.float64) for t in (v, b, c)]
+            K, T = at[2].clone(), torch.ones_like(at[2])
+            factor = activation.apply(K, T, activation.state(at[0]), activation.state(at[1]))
+            same = equal if rho == 1 else None
+            with_gradients = moments(activation, *(t.clone().requires_grad_() for t in at), same)
+            own = zip(*(in_sixty_digits(name, t, t, t) for t in (v, b)), strict=True)
+            scales = [math.sqrt(float(one) * float(two)) for one, two in own]
+            # 1 - rho^2 = 2^-29 is known up to 2^-52 only
+            tolerance = 1e-6 if 0.99 < abs(rho) < 1 else 1e-13
+            for found in ((float(K) * factor, float(T) * factor), [float(t.detach()) for t in with_gradients]):
+                for got, w, scale in zip(found, wanted, scales, strict=True):
+                    assert abs(got - w) <= tolerance * scale, (v, rho)
+            if rho == 1:
+                for got, w in zip(activation.diagonal(at[0]), wanted, strict=True):
+                    assert abs(float(got) - w) <= 1e-14 * abs(w), v
+                # of equal samples whose covariance rounding has moved
+                for c in (v * (1 - 2e-16), v * (1 + 2e-16)):
+                    K, T = torch.full_like(K, c), torch.ones_like(T)
+                    factor = activation.apply(K, T, activation.state(at[0]), activation.state(at[1]))
+                    assert abs(float(T) * factor - wanted[1]) <= 1e-8 * wanted[1], (v, c)

@@ -47,19 +47,21 @@ class Rectifier(Activation):
     """
 
     def __init__(self, p: float, q: float, at_zero: float | None = None) -> None:
-        self.slope, self.even, self.odd = p, ((p - q) / 2) ** 2, ((p + q) / 2) ** 2
+        self.slope, self.mean = p, (p + q) / 2
+        self.even, self.odd = ((p - q) / 2) ** 2, self.mean * self.mean
         # Autograd's slope at 0 counts where values are 0 in every network: black images, padding, zero biases.
-        at_zero = (p + q) / 2 if at_zero is None else at_zero
-        self.at_zero, self.zero_slope = at_zero**2, at_zero * 2 / (p + q) if p + q else 1.0
+        self.at_zero = self.mean if at_zero is None else at_zero
         self.name = f"piecewise linear, slopes {p:g} and {q + 0.0:g}"
 
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
         # Slightly too small, so that a correlation of 1 that rounding has reduced is 1 again: the angle would turn an
         # error of eps into one of sqrt(2 eps).
         rounded = v * (1 - 8 * torch.finfo(v.dtype).eps)
-        if self.zero_slope == 1 or v.all():
-            return (rounded,)
-        return rounded, torch.ones_like(v).masked_fill(v == 0, self.zero_slope)
+        return (rounded,) if self.at_zero == self.mean or v.all() else (rounded, self.mean_slope(v == 0, v))
+
+    def mean_slope(self, black: Tensor, like: Tensor) -> Tensor:
+        """E[s'(u)], which is autograd's slope at 0 where u is always 0."""
+        return torch.full_like(like, self.mean).masked_fill_(black, self.at_zero)
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
         if self.even == 0 == self.odd:  # the caller divides by the factor
@@ -77,15 +79,15 @@ class Rectifier(Activation):
         torch.atan2(K, root, out=angle).add_(self.odd / factor)
         torch.addcmul(root, K, angle, out=K)
         if T is not None:
+            first, second = (side[1] if len(side) > 1 else self.mean for side in (one, two))
+            if isinstance(first, Tensor) or isinstance(second, Tensor):  # of a black side the angle is 0
+                angle.add_(first * second - self.odd, alpha=1 / factor)
             T.mul_(angle)
-            for side in (one, two):
-                if len(side) > 1:
-                    T.mul_(side[1])
         return factor
 
     def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         slope = torch.full_like(v, self.odd + self.even)
-        return v * (self.odd + self.even), slope.masked_fill_(v == 0, self.at_zero) if self.even else slope
+        return v * (self.odd + self.even), slope.masked_fill_(v == 0, self.at_zero**2) if self.even else slope
 
 
 class Erf(Activation):
@@ -94,18 +96,19 @@ class Erf(Activation):
     name = "erf"
 
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
-        return ((0.5 + v).rsqrt_(),)
+        return (v,)
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
-        R, root = scratch(0, K), scratch(1, K)
-        rho = K.mul_(torch.mul(one[0], two[0], out=R))
+        # With root^2 = (1 / 2 + a)(1 / 2 + b) - c^2, the angle is atan(c / root), and E[s' s'] = (2 / pi) / root.
+        root = gap(one[0], two[0], K).add_((one[0] + two[0]).mul_(0.5).add_(0.25)).sqrt_()
         if T is not None:
-            T.mul_(R).mul_(torch.addcmul(K.new_ones(()), rho, rho, value=-1, out=root).rsqrt_())
-        rho.asin_()
-        return 2 / math.pi  # of the slope, R / 2 (4 / pi) / sqrt(1 - rho^2)
+            T.div_(root)
+        torch.atan2(K, root, out=K)
+        return 2 / math.pi
 
     def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.asin(2 * v / (1 + 2 * v)) * (2 / math.pi), (4 / math.pi) * (1 + 4 * v).rsqrt()
+        root = (0.25 + v).sqrt()
+        return torch.atan2(v, root) * (2 / math.pi), (2 / math.pi) / root
 
     def __call__(self, z: Tensor) -> Tensor:
         """s(z)."""
@@ -119,26 +122,26 @@ class Erf(Activation):
 class Gelu(Activation):
     """s(z) = z Phi(z), with the standard normal distribution function Phi.
 
-    With P = (1 + a)(1 + b), D^2 = P - c^2, e = (1 - a b) / P, t = asin(c / sqrt P):
-    E[s s] = c / 4 + (c t + (a b + e c^2) / D) / (2 pi);
-    E[s' s'] = 1 / 4 + (t + c (1 + 2 e) / D + c (a b + e c^2) / D^3) / (2 pi).
-    By Stein's lemma twice and by tilting the Gaussian with its density at u or v.
+    With P = (1 + a)(1 + b), D^2 = P - c^2, t = asin(c / sqrt P):
+    E[s s] = c / 4 + (c t + (a b D + c^2 / D) / P) / (2 pi);
+    E[s' s'] = 1 / 4 + (t + c / D (3 + a + b + c^2 / D^2) / P) / (2 pi).
+    By Stein's lemma twice and by tilting the Gaussian with its density at u or v; no terms cancel.
     """
 
     name = "gelu"
 
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
-        return (v, 1 + v)
+        return (v,)
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
-        P, ab = one[1] * two[1], one[0] * two[0]
-        e = (1 - ab).div_(P)
-        D = torch.addcmul(P, K, K, value=-1).sqrt_()
-        t = (K / P.sqrt_()).asin_()
-        top = ab.addcmul_(e, K.square()).div_(D)
+        a, b = one[0], two[0]
+        P, more = (1 + a) * (1 + b), a + b
+        D = gap(a, b, K).add_(more).add_(1).sqrt_()
+        ratio, t = K / D, torch.atan2(K, D)
         if T is not None:
-            slope = (K / D).mul_(e.mul_(2).add_(1)).add_(t).addcmul_(K / D, top / D)
+            slope = more.add_(3).addcmul_(ratio, ratio).mul_(ratio).div_(P).add_(t)
             T.mul_(slope.mul_(1 / (2 * math.pi)).add_(0.25))
+        top = D.mul_(a * b).addcmul_(K, ratio).div_(P)
         K.mul_(t.mul_(1 / (2 * math.pi)).add_(0.25)).add_(top, alpha=1 / (2 * math.pi))
         return 1.0
 
@@ -168,6 +171,13 @@ def scratch(which: int, like: Tensor) -> Tensor:
     if key not in buffers or buffers[key].numel() < like.numel():
         buffers[key] = torch.empty(like.numel(), dtype=like.dtype)
     return buffers[key][: like.numel()].view(like.shape)
+
+
+def gap(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The difference a b - c^2; 0 where rounding is as large, for it may be added to far smaller numbers."""
+    product = a * b
+    difference = torch.addcmul(product, c, c, value=-1)
+    return difference.masked_fill_(difference <= product.mul_(16 * torch.finfo(c.dtype).eps), 0)
 
 
 def square_root(x: Tensor, other: Tensor) -> Tensor:

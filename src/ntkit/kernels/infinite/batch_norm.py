@@ -99,7 +99,8 @@ class _Integrand:
         self.variances, self.U = variances[real], vectors[:, real]
         still = C.diagonal() <= 4 * _ROUNDING * largest  # always the mean of the batch, up to rounding
         self.U = self.U.masked_fill(still[:, None], 0.0)
-        self.zero_slope = torch.where(still, rectifier.zero_slope, 1.0).to(S)
+        mean = rectifier.mean_slope(still, S.diagonal())
+        self.linear_slopes = torch.outer(mean, mean)
         self.UM = self.U.T @ self.M
         self.inner = self.UM @ self.U
         self.t0 = 1 / (float(self.variances.sum()) / n + eps)
@@ -142,7 +143,7 @@ class _Integrand:
         root = (torch.outer(own, own) * (1 - _ROUNDING) - K.square()).clamp_(min=0).sqrt_()
         angle = torch.atan2(K, root)
         F = self.linear * K + self.kinked * (K * angle + root)
-        D = (self.linear + self.kinked * angle) * torch.outer(self.zero_slope, self.zero_slope)
+        D = self.linear_slopes + self.kinked * angle
         return F, D, self.kinked * root / torch.where(own > 0, own, 1.0)
 
     def _add(self, t: float, weight: float, V: Tensor, J: Tensor) -> None:

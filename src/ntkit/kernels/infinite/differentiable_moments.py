@@ -41,7 +41,7 @@ def moments_of_one(activation: Activation, v: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(activation, Rectifier):
         total = activation.odd + activation.even
         slope = torch.full_like(v, total)
-        return v * total, slope.masked_fill(v == 0, activation.at_zero) if activation.even else slope
+        return v * total, slope.masked_fill(v == 0, activation.at_zero**2) if activation.even else slope
     return moments(activation, v, v, v, torch.ones_like(v, dtype=torch.bool))
 
 
@@ -59,9 +59,8 @@ def _rectifier(s: Rectifier, a: Tensor, b: Tensor, c: Tensor, same: Tensor) -> t
     factor = s.even * 2 / math.pi
     K = _Rectified.apply(a, b, c, same, factor, s.odd / factor)
     slope = factor * (_Angle.apply(a, b, c, same) + s.odd / factor)
-    for v in (a, b):
-        if s.zero_slope != 1:
-            slope = slope * torch.ones_like(v).masked_fill(v == 0, s.zero_slope)
+    if s.at_zero != s.mean:
+        slope = slope + (s.mean_slope(a == 0, a) * s.mean_slope(b == 0, b) - s.odd)
     return K, slope
 
 
@@ -152,7 +151,8 @@ class _Smooth(torch.autograd.Function):
 def _gap(a: Tensor, b: Tensor, c: Tensor, same: Tensor) -> Tensor:
     """The difference a b - c^2, with the value 0 where u = v, and the derivatives that it has there."""
     gap = a * b - c * c
-    return gap - torch.where(same, gap.detach(), 0.0)
+    rounding = same | (gap <= 16 * _EPS * a * b)
+    return gap - torch.where(rounding, gap.detach(), 0.0)
 
 
 def _erf(_: Erf, a: Tensor, b: Tensor, c: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,10 +165,10 @@ def _gelu(_: Gelu, a: Tensor, b: Tensor, c: Tensor, same: Tensor) -> tuple[Tenso
     """As in `Gelu`."""
     P = (1 + a) * (1 + b)
     D = (1 + a + b + _gap(a, b, c, same)).sqrt()
-    e, t = (1 - a * b) / P, torch.atan(c / D)
-    top = (a * b + e * c * c) / D
-    K = c / 4 + (c * t + top) / (2 * math.pi)
-    return K, 0.25 + (t + c / D * (1 + 2 * e) + c / D * (top / D)) / (2 * math.pi)
+    ratio = c / D
+    t = torch.atan(ratio)
+    K = c / 4 + (c * t + (a * b * D + c * ratio) / P) / (2 * math.pi)
+    return K, 0.25 + (t + ratio * (3 + a + b + ratio * ratio) / P) / (2 * math.pi)
 
 
 def _affine_change(s: AffineChange, a: Tensor, b: Tensor, c: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,33 +179,8 @@ def _affine_change(s: AffineChange, a: Tensor, b: Tensor, c: Tensor, same: Tenso
 
 
 def _exponentials(s: Exponentials, a: Tensor, b: Tensor, c: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """As in `Exponentials`: L of each pair of terms, and its derivative by c."""
-    gap = _gap(a, b, c, same)
-    (value1, slope1), (value2, slope2) = (_means(s, v) for v in (a, b))
-    K, T = value1 * value2 + s.r * c * (slope1 + slope2 - s.r), s.r * (slope1 + slope2 - s.r)
-    for first, count in s.firsts:  # one term of each conjugate pair: the other adds the same
-        weight1, b1, q1 = s.terms[first]
-        for weight2, b2, q2 in s.terms:
-            p1, p2, q = 1 + 2 * q1 * a, 1 + 2 * q2 * b, 4 * q1 * q2
-            D = 1 + 2 * q1 * a + 2 * q2 * b + q * gap
-            B = b1 * b1 * q2 / p1 + b2 * b2 * q1 / p2
-            N = c * (b1 * b2 - B * c)
-            start = weight1 + weight2 - 0.5 * (p1 * p2).log() + b1 * b1 * a / (2 * p1) + b2 * b2 * b / (2 * p2)
-            L = N / D - 0.5 * (D / (p1 * p2)).log()
-            by_c = (q * c + b1 * b2 - 2 * B * c + 2 * q * c * N / D) / D
-            K = K + count * (torch.exp(start + L) - torch.exp(start)).real
-            T = T + count * (torch.exp(start + L) * by_c).real
-    return K, T
-
-
-def _means(s: Exponentials, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of s and of s' at variance v."""
-    value, slope = torch.full_like(v, s.t), torch.full_like(v, s.r)
-    for weight, b, q in s.terms:
-        p = 1 + 2 * q * v
-        mean = torch.exp(weight - 0.5 * p.log() + b * b * v / (2 * p))
-        value, slope = value + mean.real, slope + (mean * b / p).real
-    return value, slope
+    """As in `Exponentials`."""
+    return s.moments(c, _gap(a, b, c, same), s.state(a), s.state(b), True)
 
 
 def _polynomial(s: PolynomialActivation, a: Tensor, b: Tensor, c: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:

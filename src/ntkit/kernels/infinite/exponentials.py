@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ntkit.kernels.infinite.activations import Activation
+from ntkit.kernels.infinite.activations import Activation, gap
 
 
 class Term(NamedTuple):
@@ -105,20 +105,24 @@ class Exponentials(Activation):
         return v, value, slope, torch.stack(logs)
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
-        value = one[1] * two[1]
-        value.addcmul_(K, one[2] + two[2] - self.r, value=self.r)
-        slope = None if T is None else one[2] * two[2]
-        for i, count in self.firsts:
-            for j in range(len(self.terms)):
-                pair = self.terms[i], self.terms[j]
-                of_values, of_slopes = _beyond_means(*pair, K, (one[0], one[3][i]), (two[0], two[3][j]), T is not None)
-                value.add_(of_values, alpha=count)
-                if slope is not None:
-                    slope.add_(of_slopes, alpha=count)
+        value, slope = self.moments(K, gap(one[0], two[0], K), one, two, T is not None)
         K.copy_(value)
-        if T is not None and slope is not None:
+        if T is not None:
             T.mul_(slope)
         return 1.0
+
+    def moments(
+        self, c: Tensor, gap: Tensor, one: tuple[Tensor, ...], two: tuple[Tensor, ...], slopes: bool
+    ) -> tuple[Tensor, Tensor]:
+        """E[s(u) s(v)] and, if wanted, E[s'(u) s'(v)], with the gap a b - c^2."""
+        value, slope = one[1] * two[1], one[2] * two[2]
+        value = value.addcmul(c, one[2] + two[2] - self.r, value=self.r)
+        for i, count in self.firsts:
+            for j in range(len(self.terms)):
+                sides = (one[0], one[3][i]), (two[0], two[3][j])
+                of_values, of_slopes = _beyond_means(self.terms[i], self.terms[j], c, gap, *sides, slopes)
+                value, slope = value.add_(of_values, alpha=count), slope.add_(of_slopes, alpha=count)
+        return value, slope
 
     def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         K, T, side = v.clone(), torch.ones_like(v), self.state(v)
@@ -127,7 +131,13 @@ class Exponentials(Activation):
 
 
 def _beyond_means(
-    first: Term, second: Term, c: Tensor, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], slopes: bool
+    first: Term,
+    second: Term,
+    c: Tensor,
+    gap: Tensor,
+    one: tuple[Tensor, Tensor],
+    two: tuple[Tensor, Tensor],
+    slopes: bool,
 ) -> tuple[Tensor, Tensor]:
     """What two terms add to E[s s] and to E[s' s'] beyond the products of their means; (variance, log mean) of each."""
     (weight1, b1, q1), (weight2, b2, q2) = first, second
@@ -136,14 +146,14 @@ def _beyond_means(
         value = _grown(weight, product * c, log)
         return _real(value, weight), _real(value, weight, product)
     p1, p2, q = 1 + 2 * q1 * one[0], 1 + 2 * q2 * two[0], 4 * q1 * q2
-    D = 1 + 2 * q1 * one[0] + 2 * q2 * two[0] + q * (one[0] * two[0] - c * c).clamp(min=0)
+    D = 1 + 2 * q1 * one[0] + 2 * q2 * two[0] + q * gap
     x = q * c * c / (p1 * p2)
     B = _number(b1 * b1) * q2 / p1 + _number(b2 * b2) * q1 / p2
     N = c * (product - B * c)
     L = N / D - 0.5 * torch.where(x < 0.5, torch.log1p(-x.clamp(max=0.5)), (D / (p1 * p2)).log())
     value = _grown(weight, L, log)
     if not slopes:
-        return _real(value, weight), c
+        return _real(value, weight), torch.zeros_like(c)
     increase = (product * x + c * (q - 2 * B) + N * (2 * q * c) / D) / D  # of L', from its value at c = 0
     slope = value * (product / (p1 * p2) + increase) + torch.exp(log + weight.real) * increase
     return _real(value, weight), _real(slope, weight)

@@ -145,7 +145,12 @@ def moments_at(function: Function, a: Tensor, angle: Tensor, finer: int) -> Tens
 
 def mean_squares(function: Function, v: Tensor) -> Tensor:
     """E[s(u)^2] and E[s'(u)^2], [n, 2]."""
+    return means(function, v, 2).clamp(min=1e-300)
+
+
+def means(function: Function, v: Tensor, power: int = 1) -> Tensor:
+    """E[s(u)^power] and E[s'(u)^power], [n, 2]."""
     x, weights = _radii(1, -34.0, 1)
     weights = torch.cat([weights, weights]) / math.sqrt(2 * math.pi)
     both = values_and_slopes(function, v.sqrt()[:, None] * torch.cat([x, -x]))
-    return torch.stack([f.square() @ weights for f in both], 1).clamp(min=1e-300)
+    return torch.stack([f**power @ weights for f in both], 1)

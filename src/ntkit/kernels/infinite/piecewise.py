@@ -18,6 +18,7 @@ from ntkit.kernels.infinite.kinks import Pieces, jumps_at, pieces
 from ntkit.kernels.infinite.truncated_moments import Orthant, one_sided
 
 _AT_ZERO = 1e-150  # a kink at 0 lies here: ratios of thresholds are then defined
+_BEYOND = 1e3  # standard deviations: nothing lies beyond
 _SMALLEST = 1e-200  # variance in place of 0
 _EPS = torch.finfo(torch.float64).eps
 
@@ -27,13 +28,11 @@ Terms = dict[tuple[int, int], float]  # weight of (e z - |k|)_+^d, by the number
 class Piecewise(Activation):
     """A function that is a polynomial between its kinks.
 
-    own_slope : whether its slope at 0 is the function's, where that has a kink at 0.
-
     `error` bounds the rounding error of E[s(u)^2] and E[s'(u)^2] at the variances so far, relative to them: where s is
     bounded and the variances are large, or s is zero up to its kinks and they are small, terms cancel.
     """
 
-    def __init__(self, function: Function, found: Pieces, own_slope: bool = True) -> None:
+    def __init__(self, function: Function, found: Pieces) -> None:
         self.name = f"piecewise polynomial, kinks at {', '.join(f'{k:g}' for k in found.kinks)}"
         self.error = 0.0
         polynomial = found.polynomials[sum(k < 0 for k in found.kinks)]
@@ -46,26 +45,25 @@ class Piecewise(Activation):
         # of the value and of the slope
         self._polynomials = polynomial, np.polynomial.polynomial.polyder(polynomial)
         self._terms: tuple[Terms, Terms] = terms, slopes
-        # Autograd's slope at a kink at 0 counts where values are 0 in every network.
-        at_zero = float(values_and_slopes(function, torch.zeros(1, dtype=torch.float64))[1])
-        steps = [w for (i, d), w in slopes.items() if d == 0 and self._places[i] == _AT_ZERO]
-        average = float(self._polynomials[1][0]) + sum(steps) / 2
-        self._zero_slope = at_zero / average if own_slope and average and steps else 1.0
+        # The function's value and autograd's slope at a kink at 0 count where values are 0 in every network.
+        self._at_zero = [float(t) for t in values_and_slopes(function, torch.zeros(1, dtype=torch.float64))]
 
     def state(self, v: Tensor) -> tuple[Tensor, ...]:
         deviation = v.clamp(min=_SMALLEST).sqrt()
-        h = torch.stack([place / deviation for place in self._places])
+        black = v == 0
+        h = torch.stack([torch.where(black, _BEYOND, place / deviation) for place in self._places])
         hermite = [self._hermite(which, h, deviation) for which in (0, 1)]
-        zero = torch.ones_like(v).masked_fill(v == 0, self._zero_slope)
-        return deviation, zero, h, *hermite[0], *hermite[1]
+        for (inner, _), at_zero in zip(hermite, self._at_zero, strict=True):
+            inner[0].masked_fill_(black, at_zero)
+        return deviation, h, *hermite[0], *hermite[1]
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
-        r = (K / (one[0] * two[0])).clamp_(-1, 1)
+        r = K / (one[0] * two[0])
         # as in `Rectifier`: a correlation of 1 that rounding has reduced is 1 again
         s = ((1 - 16 * _EPS) - r * r).clamp_(min=0).sqrt_().clamp_(min=1e-100)
         orthants: dict[tuple[float, float, int], Orthant] = {}
         if T is not None:
-            T.mul_(self._moments(1, r, s, one, two, orthants)).mul_(one[1] * two[1])
+            T.mul_(self._moments(1, r, s, one, two, orthants))
         K.copy_(self._moments(0, r, s, one, two, orthants))
         return 1.0
 
@@ -80,7 +78,7 @@ class Piecewise(Activation):
         self, which: int, r: Tensor, s: Tensor, one: tuple[Tensor, ...], two: tuple[Tensor, ...], orthants: dict
     ) -> Tensor:
         """E[s(u) s(v)], or E[s'(u) s'(v)] for which = 1."""
-        (inner1, outer1), (inner2, outer2) = (side[3 + 2 * which : 5 + 2 * which] for side in (one, two))
+        (inner1, outer1), (inner2, outer2) = (side[2 + 2 * which : 4 + 2 * which] for side in (one, two))
         total = torch.zeros_like(r)
         for m in reversed(range(len(inner1))):
             part = inner1[m] * (inner2[m] + outer2[m]) + outer1[m] * inner2[m]
@@ -90,7 +88,7 @@ class Piecewise(Activation):
                 sign = self._signs[i] * self._signs[j]
                 key = self._places[i], self._places[j], sign
                 if key not in orthants:
-                    orthants[key] = Orthant(one[2][i], two[2][j], sign * r, s)
+                    orthants[key] = Orthant(one[1][i], two[1][j], sign * r, s)
                 scale = (w1 * w2) * one[0] ** d * two[0] ** e
                 total.addcmul_(scale, orthants[key].moment(d, e))
         return total
@@ -112,12 +110,14 @@ class Piecewise(Activation):
 
     def _bound(self, which: int, values: Tensor, side: tuple[Tensor, ...]) -> None:
         """Raise the error to that of E[s(u)^2] or E[s'(u)^2]: machine precision times the share that cancels."""
-        deviation, _, h, inner = *side[:3], side[3 + 2 * which]
+        deviation, h, inner = *side[:2], side[2 + 2 * which]
         squares = [inner[m].square() / math.factorial(m) for m in range(len(inner))]
         parts = torch.stack(squares).sum(0).sqrt()
         for (i, d), weight in self._terms[which].items():
-            # Beyond a far threshold the moment is smaller than the terms that add up to it.
-            size = one_sided(h[i], 0, 0) * (1 + h[i].clamp(max=1e3)) ** (2 * d)
+            # Beyond a far threshold the moment is smaller than the terms that add up to it, and rounding of the
+            # threshold changes all of them by h^2 times as much.
+            far = h[i].clamp(max=_BEYOND)
+            size = one_sided(h[i], 0, 0) * (1 + far) ** (2 * d) * (1 + far.square() / 16)
             parts = parts + size.sqrt() * deviation**d * abs(weight)
         cancels = torch.where(values.abs() > 1e-250, parts.square() / values.abs(), 0.0)
         self.error = max(self.error, 16 * _EPS * float(cancels.max()))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.kernels.infinite.activations import Activation, Function, scratch, square_root
+from ntkit.kernels.infinite.activations import Activation, Function, scratch, square_root, values_and_slopes
 from ntkit.kernels.infinite.gaussian_integrals import (
     as_correlations,
     barycentric,
@@ -28,6 +28,7 @@ from ntkit.kernels.infinite.gaussian_integrals import (
     chebyshev_transform,
     family_values,
     mean_squares,
+    means,
     moments_at,
     values_one_by_one,
 )
@@ -59,6 +60,7 @@ class _Table(NamedTuple):
     core: Tensor  # coefficients of the correlations of s(u), s(v) and of s'(u), s'(v), [2, angles, rank, rank]
     ranks: list[list[int]]  # that count, of each [rank, rank] of the core; last ones of 0 are left out
     squares: Tensor  # log E[s(u)^2] and log E[s'(u)^2], [nodes, 2]
+    means: Tensor  # E[s(u)] and E[s'(u)], likewise
     error: float = 0.0
     corner: Piecewise | None = None  # its moments are not in the table: see `split_integrals`
 
@@ -91,7 +93,7 @@ class _Table(NamedTuple):
         rows = self.rows(((low + high) / 2 + (high - low) / 2 * nodes).exp())
         basis = rows @ self.basis
         coefficients = torch.einsum("ps,fkst,qt->fkpq", basis, self.core, basis)
-        table = _factored(low, high, nodes, coefficients, rows @ self.squares)
+        table = _factored(low, high, nodes, coefficients, rows @ self.squares, rows @ self.means)
         rng = np.random.default_rng(1)
         a, b = (torch.from_numpy(np.exp(rng.uniform(low, high, 200))) for _ in range(2))
         t = torch.from_numpy(rng.uniform(0, math.pi, 200))
@@ -111,6 +113,8 @@ class Tabulated(Activation):
     def __init__(self, function: Function, name: str) -> None:
         self.name, self._function, self._key = name, function, fingerprint(function)
         self._steps = (math.inf, -math.inf)  # range of log a so far, in parts of a step
+        # The function's value and autograd's slope at 0 count where values are 0 in every network.
+        self._at_zero = [float(t) for t in values_and_slopes(function, torch.zeros(1, dtype=torch.float64))]
         self.version = 0  # of the table: states and tables must have the same version
         self._lock = threading.RLock()
 
@@ -120,18 +124,21 @@ class Tabulated(Activation):
         basis = (rows @ self._table.basis).reshape(*v.shape, -1).movedim(-1, 0)
         value, slope = self._table.roots(v, rows)
         rounded = v * (1 - 8 * torch.finfo(v.dtype).eps)
+        means = (rows @ self._table.means).T.reshape(2, *v.shape).to(v)
+        means = [t.masked_fill(v == 0, at_zero) for t, at_zero in zip(means, self._at_zero, strict=True)]
         corner = self._table.corner.state(v) if self._table.corner else ()
-        return basis.to(v.dtype).to(v.device).contiguous(), rounded, value, slope, *corner
+        return basis.to(v.dtype).to(v.device).contiguous(), rounded, value, slope, *means, *corner
 
     def apply(self, K: Tensor, T: Tensor | None, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
         beyond = None
         if self._table.corner:
             beyond = K.clone(), torch.ones_like(K)
-            self._table.corner.apply(beyond[0], None if T is None else beyond[1], one[4:], two[4:])
+            self._table.corner.apply(beyond[0], None if T is None else beyond[1], one[6:], two[6:])
         root, x = scratch(0, K), scratch(1, K)
         torch.mul(one[1], two[1], out=root).addcmul_(K, K, value=-1)
         square_root(root, x)
         torch.atan2(root, K, out=x).mul_(4 / math.pi).sub_(2)  # twice the coordinate in [-1, 1]
+        black = None if one[1].all() and two[1].all() else (one[1] == 0) | (two[1] == 0)
         axis = -2 if two[0].shape[-2] == 1 else -1  # a grid of samples, or pairs
         for which, target in ((1, T), (0, K)):
             if target is None:
@@ -142,6 +149,7 @@ class Tabulated(Activation):
             )
             value = self._series(which, x.flatten(0, 1), left, right).view(K.shape)
             value = value if beyond is None else value + beyond[which]
+            value = value if black is None else torch.where(black, one[4 + which] * two[4 + which], value)
             if which:
                 target.mul_(value)
             else:
@@ -181,8 +189,11 @@ class Tabulated(Activation):
 
     def diagonal(self, v: Tensor) -> tuple[Tensor, Tensor]:
         self._cover(v)
-        value, slope = self._table.roots(v, self._table.rows(v))
-        return value.square(), slope.square()
+        value, slope = (
+            root.masked_fill(v == 0, at_zero).square()
+            for root, at_zero in zip(self._table.roots(v, self._table.rows(v)), self._at_zero, strict=True)
+        )
+        return value, slope
 
     def _cover(self, v: Tensor) -> None:
         """Extend the table to the range of these variances, if it is not covered.
@@ -252,9 +263,8 @@ def _computed(function: Function, low: float, high: float) -> _Table:
         count, angles, last = min(_NODES * math.ceil((high - low) / _STEP), _MOST_NODES), _ANGLES, math.inf
         while True:
             a = _variances(low, high, count)
-            table, more_nodes, more_angles = _interpolation(
-                function, low, high, mean_squares(function, a), angles, values
-            )
+            squares = mean_squares(function, a), means(function, a)
+            table, more_nodes, more_angles = _interpolation(function, low, high, squares, angles, values)
             table = table._replace(error=probes.error(table))
             stalled, last = table.error > last / 3, table.error  # by a kink, or by rounding
             tables.append(table)
@@ -272,7 +282,8 @@ def _computed(function: Function, low: float, high: float) -> _Table:
 def _computed_with_corner(split: Kinked, low: float, high: float) -> _Table:
     """The same of a function with kinks elsewhere than at 0: a table of the rest beside a piecewise polynomial."""
     count, angles = min(_NODES_BESIDE * math.ceil((high - low) / _STEP), _MOST_NODES), _ANGLES_BESIDE
-    squares = split.squares(_variances(low, high, count))
+    v = _variances(low, high, count)
+    squares = split.squares(v), split.means(v)
     table = _interpolation(split.function, low, high, squares, angles, split.family_values)[0]
     rng, worst = np.random.default_rng(0), 0.0
     for number in range(24):
@@ -328,19 +339,22 @@ def _overlooked(function: Function, v: Tensor) -> float:
 
 
 def _interpolation(
-    function: Function, low: float, high: float, squares: Tensor, angles: int, values: Values
+    function: Function, low: float, high: float, own: tuple[Tensor, Tensor], angles: int, values: Values
 ) -> tuple[_Table, bool, bool]:
-    """A table, and whether the values ask for more nodes and for more angles."""
-    count = len(squares)
+    """A table, and whether the values ask for more nodes and for more angles.
+
+    own : mean squares and means of values and slopes at the nodes, [nodes, 2] each.
+    """
+    squares, count = own[0], len(own[0])
     nodes, places, a = chebyshev_nodes(count), chebyshev_nodes(angles), _variances(low, high, count)
     coefficients = torch.einsum("kx,fxpq->fkpq", chebyshev_transform(angles), values(function, a, squares, places))
     over_nodes = torch.einsum("np,fkpq->fknq", chebyshev_transform(count), coefficients).abs().amax((0, 1, 3))
     size = coefficients.abs().amax((0, 2, 3))
     more = [bool(t[-2:].max() > _TAIL * t.max()) for t in (over_nodes, size)]
-    return _factored(low, high, nodes, coefficients, squares.log()), more[0], more[1]
+    return _factored(low, high, nodes, coefficients, squares.log(), own[1]), more[0], more[1]
 
 
-def _factored(low: float, high: float, nodes: Tensor, coefficients: Tensor, squares: Tensor) -> _Table:
+def _factored(low: float, high: float, nodes: Tensor, coefficients: Tensor, squares: Tensor, means: Tensor) -> _Table:
     """A table from coefficients of the correlations at the nodes, [2, angles, nodes, nodes]; of numerical rank."""
     size = coefficients.abs().amax((2, 3))
     counts = [int((s >= _ROUNDING * s.max()).nonzero().max()) + 1 for s in size]
@@ -351,7 +365,7 @@ def _factored(low: float, high: float, nodes: Tensor, coefficients: Tensor, squa
     u, s, _ = torch.linalg.svd(sides, full_matrices=False)
     basis = u[:, : int((s > _NOTHING * s[0]).sum())]
     core = torch.einsum("ps,fkpq,qt->fkst", basis, coefficients, basis)
-    return _Table(low, high, nodes, basis, core, [_ranks(part) for part in core], squares)
+    return _Table(low, high, nodes, basis, core, [_ranks(part) for part in core], squares, means)
 
 
 def _ranks(core: Tensor) -> list[int]:

@@ -36,12 +36,16 @@ class Kinked(NamedTuple):
 
     def squares(self, v: Tensor) -> Tensor:
         """E[s(u)^2] and E[s'(u)^2], [n, 2]."""
+        return self.means(v, 2).clamp(min=1e-300)
+
+    def means(self, v: Tensor, power: int = 1) -> Tensor:
+        """E[s(u)^power] and E[s'(u)^power], [n, 2]."""
         found = []
         for a in v.tolist():
             x, weights = _panels(_edges(math.sqrt(a), self.kinks, [math.sqrt(a)]), 2 * _NODES)
             both = values_and_slopes(self.function, math.sqrt(a) * x)
-            found.append(torch.stack([f.square() @ weights for f in both]))
-        return torch.stack(found).clamp(min=1e-300)
+            found.append(torch.stack([f**power @ weights for f in both]))
+        return torch.stack(found)
 
     def moments(self, a: Tensor, b: float, t: float, nodes: int = _NODES) -> Tensor:
         """E[s(u) s(v)] and E[s'(u) s'(v)] for all variances a of u, one of v and one angle, [2, len(a)]."""
@@ -87,7 +91,7 @@ def kinked(function: Function) -> Kinked | None:
             kinks = _kinks(function)
             if not any(kinks) or len(kinks) > _MOST:
                 return None
-            corner = Piecewise(function, _with_jumps(function, kinks), own_slope=False)
+            corner = Piecewise(function, _with_jumps(function, kinks))
     except RuntimeError:  # no derivatives of higher order
         return None
     return Kinked(function, kinks, corner)
