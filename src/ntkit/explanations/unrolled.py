@@ -181,7 +181,7 @@ class Unrolled:
             return vectors
         inner: Any = 0.0
         for name, g in graph.gradients.items():
-            inner = inner + (vectors[name] * g).flatten(1).sum(1)
+            inner = inner + (vectors[name] * g)[..., None].flatten(1).sum(1)
         for name, g in graph.gradients.items():
             factor = inner / (norm * (norm + 1e-6))
             vectors[name] -= factor.view(-1, *[1] * g.dim()) * g
