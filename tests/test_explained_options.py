@@ -111,7 +111,7 @@ def test_contributions_to_a_linear_model_are_those_of_its_optimizer_taken_apart(
     ],
     ids=lambda s: ", ".join(s),
 )
-@pytest.mark.parametrize("rate", [lambda step: min(1, step / 3), lambda step: float(step != 4)], ids=["warmup", "pause"])
+@pytest.mark.parametrize("rate", [lambda s: min(1, s / 3), lambda s: float(s != 4)], ids=["warmup", "pause"])
 def test_the_buffer_of_momentum_fills_up_at_a_learning_rate_of_zero(settings, rate):
     model, y = nn.Linear(3, 2, bias=False).double(), drawn(9, 2, seed=3)
     before = model(TEST).detach()

@@ -105,7 +105,7 @@ def flow_time(trajectory: Trajectory) -> float:
     settings = {(group.get("momentum"), group.get("dampening")) for group in groups}
     rates = trajectory.learning_rates
     if any(group.get("maximize") for group in groups):
-        expected, fix = "a run that follows the flow downhill", "Minimize -loss, pass the time as a number, or damping=."
+        expected, fix = "a run that goes downhill", "Minimize -loss, pass the time as a number, or damping=."
         raise refusal("time", got="a run with maximize=True", expected=expected, fix=fix)
     if not name.endswith(".SGD") or len(settings) > 1 or not bool((rates == rates[:, :1]).all()):
         got = name if not name.endswith(".SGD") else "groups of parameters with different settings"
