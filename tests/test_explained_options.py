@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -14,7 +15,10 @@ import ntkit
 from ntkit.base.checks import Refused
 from ntkit.explanations.importances import tracking_importance
 from ntkit.kernels.output_loss import OutputLoss
+from ntkit.trajectory.batch_order import batch_indices
 from ntkit.trajectory.learning_rates import flow_time
+from ntkit.trajectory.replay import Replay
+from ntkit.trajectory.reruns import Reruns
 
 F64 = torch.float64
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
@@ -42,11 +46,14 @@ OPTIMIZERS = {
     ),
     "decoupled": (AdamW, {"lr": 0.05, "betas": (0.7, 0.9), "weight_decay": 0.5}),
 }  # fmt: skip
+if "decoupled_weight_decay" in inspect.signature(Adam).parameters:  # from torch 2.7
+    OPTIMIZERS["decoupled, by Adam"] = (Adam, OPTIMIZERS["decoupled"][1] | {"decoupled_weight_decay": True})
 
 
 def parts_of_a_linear_model(run, kind, settings: dict, factor, rate):
     """theta as a sum over examples (and, last, of weight decay alone), by the formulas of torch's documentation."""
     n, adam = len(X), kind is not SGD
+    decoupled = kind is AdamW or settings.get("decoupled_weight_decay", False)
     theta = run.state(0)["weight"]
     parts, buffer = torch.zeros(n + 1, 3, 3, dtype=F64), torch.zeros(n + 1, 3, 3, dtype=F64)
     square, largest = torch.zeros(3, 3, dtype=F64), torch.zeros(3, 3, dtype=F64)
@@ -62,11 +69,9 @@ def parts_of_a_linear_model(run, kind, settings: dict, factor, rate):
         whole = d.sum(0)
         d *= factor(whole) * (-1 if settings.get("maximize") else 1)
         lr, before = settings["lr"] * rate(step), theta + parts.sum(0)
-        own = parts.clone()
-        own[-1] += theta  # weight decay acts on the start, too
-        if decay and kind is not AdamW:
+        if decay and not decoupled:
             d[-1] += decay * before
-        if kind is AdamW:
+        if decoupled:
             parts[-1] -= lr * decay * before
         if adam:
             buffer = beta1 * buffer + (1 - beta1) * d
@@ -256,3 +261,64 @@ def test_the_influence_kernel_in_half_precision_is_that_of_the_same_network_in_d
     exact = ntkit.InfluenceKernel(double, (x.double(), Y[:n]), F.cross_entropy, damping=1.0)(TEST.to(dtype).double())
     assert float((half - exact).abs().max() / exact.abs().max()) < 4 * torch.finfo(dtype).eps
     assert math.isfinite(float(half.sum()))
+
+
+# ---------------------------------------------------------------------- runs again
+
+
+@pytest.mark.parametrize("together", [64, 2, 1])
+def test_runs_with_batches_and_weights_of_their_own(together, monkeypatch):
+    """Three runs beside plain loops: each with its own start, rows and weights, some at a time."""
+    monkeypatch.setattr("ntkit.trajectory.reruns._TOGETHER", together)
+    torch.manual_seed(0)
+    model = Scaled().double()
+    sgd = lambda params: SGD(params, lr=0.2, momentum=0.5)
+    schedule = lambda step: 1 / (1 + step)
+    run = ntkit.train(model, (X, Y), F.cross_entropy, sgd, steps=6, batch_size=4, schedule=schedule)
+    weights, starts = drawn(3, 9, seed=5).abs(), [Scaled().double() for _ in range(3)]
+    batches = torch.randint(0, 9, (3, 3, 4), generator=torch.Generator().manual_seed(6))  # step, run, row
+    start = {name: torch.stack([dict(net.named_parameters())[name].detach() for net in starts]) for name in _names()}
+    values, ends = Reruns(Replay(run)).run(
+        weights, lambda out, k: out[:, k], TEST, start, lambda step: batches[step], steps=3, keep=2
+    )
+    for k, net in enumerate(starts):
+        opt = sgd(net.parameters())
+        for step, rows in enumerate(batches[:, k]):
+            opt.zero_grad()
+            (F.cross_entropy(net(X[rows]), Y[rows], reduction="none") * weights[k, rows]).mean().backward()
+            opt.param_groups[0]["lr"] = 0.2 * schedule(2 * step)  # three steps go through the schedule of six
+            opt.step()
+        torch.testing.assert_close(values[k], net(TEST).detach()[:, k], rtol=0, atol=1e-12)
+        if k < 2:
+            for name, p in net.named_parameters():
+                torch.testing.assert_close(ends[name][k], p.detach(), rtol=0, atol=1e-12)
+    assert {len(value) for value in ends.values()} == {2}
+
+
+def _names() -> list[str]:
+    return [name for name, _ in Scaled().named_parameters()]
+
+
+def test_fresh_runs_have_as_many_epochs_of_batches_as_the_run():
+    """7 of 9 examples in batches of 4 are two steps in place of three; a part of an epoch is rounded."""
+    x, y = X, Y
+    sgd = lambda params: SGD(params, lr=0.2)
+    for batch, removed, steps, expected in ((4, [0, 1], 6, 4), (2, [0, 8], 9, 7), (4, [3], 7, 5)):
+        run = ntkit.train(nn.Linear(3, 3).double(), (x, y), F.cross_entropy, sgd, steps=steps, batch_size=batch)
+        made = []
+
+        def make(seed: int) -> nn.Module:
+            made.append(seed)
+            return nn.Linear(3, 3).double()
+
+        found = ntkit.Retrainings(run, TEST, measure=lambda out: out[:, 0], make=make).without([removed], fresh=1)
+        kept = torch.tensor([i for i in range(9) if i not in removed])
+        torch.manual_seed(made[-1])
+        net = nn.Linear(3, 3).double()
+        opt = sgd(net.parameters())
+        for step in range(expected):
+            rows = kept[batch_indices(made[-1], len(kept), batch, step)]
+            opt.zero_grad()
+            F.cross_entropy(net(x[rows]), y[rows]).backward()
+            opt.step()
+        torch.testing.assert_close(found[0, 0], net(TEST).detach()[:, 0], rtol=0, atol=1e-12)
