@@ -301,16 +301,15 @@ def _names() -> list[str]:
 
 def test_fresh_runs_have_as_many_epochs_of_batches_as_the_run():
     """7 of 9 examples in batches of 4 are two steps in place of three; a part of an epoch is rounded."""
-    x, y = X, Y
     sgd = lambda params: SGD(params, lr=0.2)
+    made: list[int] = []
+
+    def make(seed: int) -> nn.Module:
+        made.append(seed)
+        return nn.Linear(3, 3).double()
+
     for batch, removed, steps, expected in ((4, [0, 1], 6, 4), (2, [0, 8], 9, 7), (4, [3], 7, 5)):
-        run = ntkit.train(nn.Linear(3, 3).double(), (x, y), F.cross_entropy, sgd, steps=steps, batch_size=batch)
-        made = []
-
-        def make(seed: int) -> nn.Module:
-            made.append(seed)
-            return nn.Linear(3, 3).double()
-
+        run = ntkit.train(nn.Linear(3, 3).double(), (X, Y), F.cross_entropy, sgd, steps=steps, batch_size=batch)
         found = ntkit.Retrainings(run, TEST, measure=lambda out: out[:, 0], make=make).without([removed], fresh=1)
         kept = torch.tensor([i for i in range(9) if i not in removed])
         torch.manual_seed(made[-1])
@@ -319,6 +318,6 @@ def test_fresh_runs_have_as_many_epochs_of_batches_as_the_run():
         for step in range(expected):
             rows = kept[batch_indices(made[-1], len(kept), batch, step)]
             opt.zero_grad()
-            F.cross_entropy(net(x[rows]), y[rows]).backward()
+            F.cross_entropy(net(X[rows]), Y[rows]).backward()
             opt.step()
         torch.testing.assert_close(found[0, 0], net(TEST).detach()[:, 0], rtol=0, atol=1e-12)
