@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import tempfile
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 import ntkit
 from ntkit.base.checks import Refused
 from ntkit.explanations.importances import tracking_importance
+from ntkit.explanations.surrogate import _Problem
+from ntkit.gram.gram_matrix import as_gram
 from ntkit.kernels.output_loss import OutputLoss
 from ntkit.trajectory.batch_order import batch_indices
 from ntkit.trajectory.learning_rates import flow_time
@@ -321,3 +324,59 @@ def test_fresh_runs_have_as_many_epochs_of_batches_as_the_run():
             F.cross_entropy(net(X[rows]), Y[rows]).backward()
             opt.step()
         torch.testing.assert_close(found[0, 0], net(TEST).detach()[:, 0], rtol=0, atol=1e-12)
+
+
+def test_a_run_without_steps_is_not_trained_again():
+    sgd = lambda params: SGD(params, lr=0.2)
+    run = ntkit.train(nn.Linear(3, 3).double(), (X, Y), F.cross_entropy, sgd, steps=5, target_loss=100.0)
+    assert run.stop["step"] == 0
+    with pytest.raises(Refused, match="before its first step"):
+        ntkit.Retrainings(run, TEST)
+
+
+def test_a_folder_of_retrainings_tells_runs_and_targets_apart_whose_measures_are_equal(tmp_path):
+    model, slow = nn.Linear(3, 3).double(), lambda params: SGD(params, lr=1e-12)
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    one, two = (ntkit.train(copy.deepcopy(model), (X, Y), F.cross_entropy, slow, steps=k, batch_size=4) for k in (3, 4))
+    zeros = torch.zeros(4, dtype=torch.int64)
+    ntkit.Retrainings(one, TEST, zeros, measure="logit", path=tmp_path).without([[0]])
+    ntkit.Retrainings(one, TEST, zeros, measure="logit", path=tmp_path)
+    for run, targets in ((two, zeros), (one, zeros + 1)):
+        with pytest.raises(Refused, match="something else"):
+            ntkit.Retrainings(run, TEST, targets, measure="logit", path=tmp_path)
+
+
+def test_tracin_of_a_loop_that_diverged_takes_the_checkpoints_before():
+    model = nn.Linear(3, 3).double()
+    opt = SGD(model.parameters(), lr=0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        with ntkit.record(model, opt, path=f"{folder}/run", record="all") as rec:
+            for step in range(5):
+                loss = F.cross_entropy(model(X), Y) * (math.nan if step == 2 else 1.0)
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                rec.step(torch.arange(9), loss)
+        run = ntkit.Trajectory.open(f"{folder}/run")
+        found = ntkit.tracin(run, TEST, output=0, model=model, data=(X, Y), loss=F.cross_entropy)
+        some = ntkit.tracin(run, TEST, output=0, model=model, data=(X, Y), loss=F.cross_entropy, steps=[0, 1, 2])
+    assert found.certificate["checkpoints"] == 3
+    assert torch.equal(found.scores, some.scores)
+
+
+def test_the_factors_of_the_axioms_come_from_large_entries():
+    """A small entry that is off by 1 % changes the cycles by its own error, not by 1 %."""
+    K, alpha = torch.eye(3, dtype=F64) * 2, torch.tensor([3.0, -1.0, 2.0], dtype=F64)
+    K[0, 1] = K[1, 0] = K[1, 2] = K[2, 1] = 1.0
+    K[0, 2] = K[2, 0] = 1e-6
+    scores = K * alpha
+    scores[2, 0] += 3e-8
+    assert ntkit.check_axioms(scores)["symmetric cycle"] == pytest.approx(1e-8 / 2, rel=1e-6)
+
+
+def test_the_objective_of_the_surrogate_is_the_same_for_a_mean_and_a_sum():
+    f, g, gram = drawn(5, 2), drawn(5, 2, seed=1), as_gram(torch.eye(5, dtype=F64))
+    losses = (lambda a, b: ((a - b) ** 2).sum(1).mean() / 2, lambda a, b: ((a - b) ** 2).sum() / 2)
+    for loss in losses:
+        assert _Problem(gram, f, loss, 1.0).value(g) == pytest.approx(float(((g - f) ** 2).sum()) / 10, rel=1e-12)
