@@ -380,3 +380,12 @@ def test_the_objective_of_the_surrogate_is_the_same_for_a_mean_and_a_sum():
     losses = (lambda a, b: ((a - b) ** 2).sum(1).mean() / 2, lambda a, b: ((a - b) ** 2).sum() / 2)
     for loss in losses:
         assert _Problem(gram, f, loss, 1.0).value(g) == pytest.approx(float(((g - f) ** 2).sum()) / 10, rel=1e-12)
+
+
+@pytest.mark.parametrize("total", [torch.mean, torch.sum], ids=["mean", "sum"])
+def test_the_hessian_over_batches_of_unequal_sizes(total):
+    x, y, model = drawn(150, 3), drawn(150, 1, seed=1), nn.Linear(3, 1, bias=False).double()
+    loss = lambda out, y: total((out - y) ** 2) / 2
+    found = ntkit.InfluenceKernel(model, (x, y), loss, damping=0.7, curvature="hessian")(TEST)[:, :, 0, 0]
+    C = x.T @ x / 150
+    torch.testing.assert_close(found, TEST @ torch.linalg.inv(C + 0.7 * torch.eye(3, dtype=F64)) @ TEST.T)
