@@ -552,7 +552,17 @@ def test_who_contributed():
     for call, words in (
         (lambda: found.top(99), "k: got 99"),
         (lambda: found.of(7), "output"),
+        (lambda: found.top(2.0), "k: got 2.0"),
+        (lambda: found.top(True), "k: got True"),
+        (lambda: found.of(1.0), "output: got torch.float32"),
+        (lambda: found.of(torch.tensor([True, False, True])), "output: got torch.bool"),
+        (lambda: found.of(torch.tensor([0, 1])), r"output: got torch.int64 \[2\]; expected an integer, or int64 \[3\]"),
+        (lambda: found.plot(1.5), "point: got 1.5"),
         (lambda: found.by_class(y[:2]), "labels"),
+        (lambda: found.by_class(y > 0), "labels"),
+        (lambda: found.by_class(y - 1), "labels: got class -1"),
+        (lambda: found.example_over_time(11), "example: got 11; expected 0 to 10"),
+        (lambda: found.example_over_time(-1), "example: got -1"),
         (found.over_time, "steps=True"),
     ):
         with pytest.raises(ntkit.Refused, match=words):

@@ -184,7 +184,7 @@ class TrackingImportance:
         check_finite(values, "slope")
         self._steps += 1
         kept = 1 - update.decoupled - update.direct * update.coupled
-        if not update.buffered:
+        if not (update.entering or update.carry):  # no buffer: one fills up at a learning rate of 0, too
             self._alpha.mul_(kept) if kept != 1 else None
             self._alpha.index_add_(0, rows.long(), values, alpha=-update.direct * update.gradient)
             self._initial *= kept

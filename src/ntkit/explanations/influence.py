@@ -133,8 +133,8 @@ class Influence(Shown):
     def top(self, k: int, *, against: bool = False) -> Top:
         """Training examples that raise the measure of each test point most, or that lower it most (`against`)."""
         n = self.scores.shape[1]
-        if not isinstance(k, int) or not 1 <= k <= n:
-            raise refusal("k", got=k, expected=f"1 <= k <= {n} training examples", fix="Use a smaller k.")
+        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
+            raise refusal("k", got=repr(k), expected=f"1 <= k <= {n} training examples", fix="Use a smaller k.")
         values, examples = self.scores.topk(k, dim=1, largest=not against)
         return Top(examples, values)
 

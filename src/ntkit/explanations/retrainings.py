@@ -96,6 +96,9 @@ class Retrainings:
         x, y = with_labels(x_test, y_test)
         self._x = checked(x, "x_test", infinite=True)
         self._replay = Replay(trajectory, model, data, loss, clip, select=select)
+        if not self._replay.steps:
+            got, fix = "a run that ended before its first step", "Train with a lower target."
+            raise refusal("trajectory", got=got, expected="at least one step", fix=fix)
         self._replay.check()
         assign(self._replay.model, self._replay.final(), "the end of the run")
         self._of = OutputMeasure(measure, self._replay.objective.loss, self._x, y, self._replay.model)
@@ -192,7 +195,7 @@ class Retrainings:
         """Runs on what remains, all of one size; each set has an initialization and an order of its own."""
         kept = torch.stack([(~mask).nonzero()[:, 0] for mask in masks])
         size = kept.shape[1]
-        batch = None if self._batch_size is None else min(self._batch_size, size)
+        batch = self._batch_size
         epochs = self._replay.steps / -(-self.n // (self._batch_size or self.n))
         steps = max(1, round(epochs * -(-size // (batch or size))))
         own = [_seed(mask, seed) for mask in masks]
@@ -204,7 +207,6 @@ class Retrainings:
             return torch.stack([k[o] for k, o in zip(kept, order, strict=True)])
 
         weights = torch.ones(len(masks), self.n)
-        steps = min(steps, self._replay.steps)
         return self._reruns.run(weights, self._measured, self._x, initial, rows, steps, keep=0)[0]
 
     def _fresh_network(self) -> str:

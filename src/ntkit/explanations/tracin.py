@@ -53,7 +53,7 @@ def tracin(
     x_test : m test points.
     output : c: one for all test points, one for each (int64 [m]), or None for the largest at the last checkpoint.
     steps : of a trajectory: the recorded steps that count; by default all of them. eta_t is the learning rate of step t
-        (of the last step, for the end of the run).
+        (of the last step, for the end of the run), times -1 where the optimizer maximizes.
     model, data, loss : as for training; optional for the trajectory that `ntkit.train` returned.
     params, memory : as for `ntkit.TangentKernel` and `explain`.
     select : the part of the model's output that is explained and that the loss is of; as in training.
@@ -94,7 +94,7 @@ def tracin(
     objective = Objective(data, loss)
     network, test = copy.deepcopy(model).eval(), checked(in_memory(x_test), "x_test", infinite=True)
     assign(network, checkpoints[-1][0], "the last checkpoint")
-    last = model_outputs(network, test, select).flatten(1)
+    last = model_outputs(network, test, select)[..., None].flatten(1)
     chosen = last.argmax(1).cpu() if output is None else checked_outputs(output, *last.shape)
     kernel = TangentKernel(network, "full", params=params, select=select)
     scores: Any = 0.0
@@ -112,8 +112,13 @@ def _recorded(run: Trajectory, steps: Iterable[int] | None) -> list[Checkpoint]:
         got = "groups of parameters with different ones" if last else "a run without steps"
         fix = "Pass a list of (state, eta) with rates of your choice."
         raise refusal("learning rates", got=got, expected="one learning rate per step", fix=fix)
+    ascent = {bool(group.get("maximize")) for group in run.settings["optimizer"]["groups"]}
+    if len(ascent) > 1:
+        got, fix = "groups of parameters of which some are maximized", "Pass a list of (state, eta) instead."
+        raise refusal("optimizer", got=got, expected="one direction for all parameters", fix=fix)
     chosen = [s for s in run.steps if s <= last] if steps is None else list(steps)
-    return [(run.state(step), float(rates[min(step, last - 1), 0])) for step in chosen] or _given([], None)
+    sign = -1.0 if ascent.pop() else 1.0  # what a step adds has the opposite sign where the optimizer maximizes
+    return [(run.state(step), sign * float(rates[min(step, last - 1), 0])) for step in chosen] or _given([], None)
 
 
 def _given(run: Any, steps: Any) -> list[Checkpoint]:

@@ -133,9 +133,6 @@ class Unrolled:
         vectors: dict[str, Tensor] = {}
         for name, u in step.updates.items():
             effects, own = self._effects[name][some], graph.rows.get(name)
-            if not u.gradient:  # no gradient: the parameter and its state keep their values
-                vectors[name] = torch.zeros_like(_at(effects, own))
-                continue
             rows = None if u.coupled else own  # with L2, every row of d depends on the parameters
             by_d = _at(effects, rows) * -u.direct if u.direct else torch.zeros_like(_at(effects, rows))
             if (buffers := self._buffers.get(name)) is not None:
@@ -181,7 +178,7 @@ class Unrolled:
             return vectors
         inner: Any = 0.0
         for name, g in graph.gradients.items():
-            inner = inner + (vectors[name] * g).flatten(1).sum(1)
+            inner = inner + (vectors[name] * g)[..., None].flatten(1).sum(1)
         for name, g in graph.gradients.items():
             factor = inner / (norm * (norm + 1e-6))
             vectors[name] -= factor.view(-1, *[1] * g.dim()) * g

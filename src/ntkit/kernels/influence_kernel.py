@@ -233,7 +233,7 @@ class InfluenceKernel(Kernel):
             if raw is not f:  # an object: a callable may look at more than its logits
                 whole, through = (torch.autograd.grad(*of, **again) for of in ((scalar, params), (f, params, slope)))
                 _refuse_other_parts(whole, through)
-        return slope.flatten(1)
+        return slope.reshape(len(slope), -1)
 
     # ------------------------------------------------------------------ the curvature
 
@@ -272,8 +272,8 @@ class InfluenceKernel(Kernel):
             full = self._full
             matrix = hessian(full.model, full.params, x, y, self._loss, own.of_mean, full.select)
         else:
+            self._roots(own)  # refuses a loss that is not convex
             matrix = gauss_newton(self._full, x, own.curvature())
-            self._roots(own.curvature())  # refuses a loss that is not convex
         if has_infinity(x) and not bool(torch.isfinite(matrix).all()):
             raise refuse_infinite_input()
         return self._in_parameter_space(matrix)
@@ -304,7 +304,7 @@ class InfluenceKernel(Kernel):
     def _in_sample_space(self, own: OutputLoss) -> Tensor:
         """R U sqrt((F(0) - F(l)) / (n l)), with D = R R^T and R^T Theta R / n = U l U^T."""
         n, C = own.n, own.C
-        roots = self._roots(own.curvature())
+        roots = self._roots(own)
         theta = self._tangent_full(self._objective.x).to(torch.float64)  # [n, n, C, C]
         half = torch.einsum("ijcd,jde->icje", theta, roots).reshape(n * C, n * C)  # Theta R
         inner = (roots.transpose(1, 2) @ half.view(n, C, n * C)).view(n * C, n * C) / n
@@ -322,7 +322,7 @@ class InfluenceKernel(Kernel):
     def _from_leading(self, own: OutputLoss, most: int) -> Tensor:
         """The factor by samples from leading eigenpairs, as many as the error asks for; the others count as zero."""
         n, C = own.n, own.C
-        roots, k, few = self._roots(own.curvature()), _FIRST, torch.linspace(0, n - 1, min(n, _CHECKED)).long().unique()
+        roots, k, few = self._roots(own), _FIRST, torch.linspace(0, n - 1, min(n, _CHECKED)).long().unique()
         operator, x = self._tangent_full.operator(self._objective.x), take(self._objective.x, few)
         cross = self._tangent_full(x, self._objective.x).transpose(1, 2).flatten(2).to(torch.float64)
         own_values = self._tangent_full.diagonal(x).diagonal(dim1=1, dim2=2).to(torch.float64)
@@ -347,11 +347,11 @@ class InfluenceKernel(Kernel):
             k *= 2
 
     @staticmethod
-    def _roots(blocks: Tensor) -> Tensor:
+    def _roots(own: OutputLoss) -> Tensor:
         """R_i with D_i = R_i R_i^T, [n, C, C]."""
-        values, vectors = torch.linalg.eigh(blocks)
+        values, vectors = torch.linalg.eigh(own.curvature())
         worst = int(values[:, 0].argmin())
-        if values[worst, 0] < -1e-6 * values.abs().max():
+        if values[worst, 0] < -max(1e-6, 4 * own.eps) * values.abs().max():  # more than rounding, in half precision too
             raise refusal(
                 "loss", got=f"a second derivative of {float(values[worst, 0]):.3g} by the outputs of example {worst}",
                 expected="a loss that is convex in the outputs", fix='Use curvature="hessian".',

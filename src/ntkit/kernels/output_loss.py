@@ -59,6 +59,7 @@ class OutputLoss:
     n, C : the numbers of examples, and of outputs of each (all axes but the first together).
     slopes : float64 [n, C], d loss_i / d outputs_i.
     of_mean : whether the batch's loss is the mean (else the sum).
+    eps : relative rounding of the outputs' precision.
 
     Raises
     ------
@@ -82,7 +83,7 @@ class OutputLoss:
             fix = "Give one target per example."
             raise refusal("y", got=got, expected=f"a tensor of {len(outputs)} targets", fix=fix)
         self._loss, self._outputs, self._y = loss, outputs.detach(), y.detach()
-        self.n, self.C = len(outputs), outputs[0].numel()
+        self.n, self.C, self.eps = len(outputs), outputs[0].numel(), torch.finfo(outputs.dtype).eps
         slopes = self._gradient(slice(None))
         self.of_mean = self._is_mean(slopes)
         self._factor = self.n if self.of_mean else 1
@@ -90,18 +91,23 @@ class OutputLoss:
 
     def curvature(self) -> Tensor:
         """Second derivative of each example's loss by its outputs: float64 [n, C, C], symmetric."""
+        blocks = self._second(slice(None)).to(torch.float64) * self._factor
+        return (blocks + blocks.transpose(1, 2)) / 2
+
+    def _second(self, rows: slice) -> Tensor:
+        """Second derivative of the loss of some examples by the outputs of each: [k, C, C]."""
         with torch.enable_grad():
-            out = self._outputs.clone().requires_grad_()
-            (slope,) = torch.autograd.grad(self._value(out, slice(None)), out, create_graph=True)
-            flat, columns = slope.reshape(self.n, self.C), []
+            out = self._outputs[rows].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self._value(out, rows), out, create_graph=True)
+            flat, columns = slope.reshape(len(out), self.C), []
+            signs = 1 - 2 * (torch.arange(len(out), device=out.device)[:, None] % 2)  # other examples do not cancel
             for c in range(self.C):
                 column = torch.zeros_like(out)
                 if flat.requires_grad:
                     again = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-                    (column,) = torch.autograd.grad(flat[:, c].sum(), out, **again)
-                columns.append(column.detach().reshape(self.n, self.C))
-        blocks = torch.stack(columns, 2).to(torch.float64) * self._factor
-        return (blocks + blocks.transpose(1, 2)) / 2
+                    (column,) = torch.autograd.grad((flat[:, c : c + 1] * signs).sum(), out, **again)
+                columns.append(column.detach().reshape(len(out), self.C) * signs)
+        return torch.stack(columns, 2)
 
     def _value(self, outputs: Tensor, rows: slice) -> Tensor:
         value = self._loss(outputs.clone(), self._y[rows])  # a loss may overwrite what it gets
@@ -121,10 +127,13 @@ class OutputLoss:
         return slope.reshape(len(slope), self.C)
 
     def _is_mean(self, slopes: Tensor) -> bool:
-        chosen = sorted({0, self.n - 1, int(slopes.abs().amax(1).argmax())})
-        alone = torch.cat([self._gradient(slice(i, i + 1)) for i in chosen])
+        together, derivative = slopes, self._gradient
+        if not bool(slopes.any()):  # at a minimum the slopes do not tell
+            together, derivative = self._second(slice(None)), self._second
+        chosen = sorted({0, self.n - 1, int(together.flatten(1).abs().amax(1).argmax())})
+        alone = torch.cat([derivative(slice(i, i + 1)) for i in chosen])
         allowed = torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max())
-        together = slopes[chosen]
+        together = together[chosen]
         gaps = [float((alone - factor * together).abs().max()) for factor in (self.n, 1)]
         if min(gaps) > allowed or min(gaps) != min(gaps):
             raise refusal(

@@ -96,7 +96,7 @@ def flow_time(trajectory: Trajectory) -> float:
     Raises
     ------
     Refused
-        When the run has not ended, its optimizer is not SGD, or its groups have different settings.
+        When the run has not ended, its optimizer is not SGD or maximizes, or its groups have different settings.
     """
     if trajectory.status == "running":
         expected, fix = "a run that has ended", "Let it end, or continue it with resume=True; then open it again."
@@ -104,6 +104,9 @@ def flow_time(trajectory: Trajectory) -> float:
     name, groups = (trajectory.settings["optimizer"][key] for key in ("class", "groups"))
     settings = {(group.get("momentum"), group.get("dampening")) for group in groups}
     rates = trajectory.learning_rates
+    if any(group.get("maximize") for group in groups):
+        expected, fix = "a run that goes downhill", "Minimize -loss, pass the time as a number, or damping=."
+        raise refusal("time", got="a run with maximize=True", expected=expected, fix=fix)
     if not name.endswith(".SGD") or len(settings) > 1 or not bool((rates == rates[:, :1]).all()):
         got = name if not name.endswith(".SGD") else "groups of parameters with different settings"
         fix = "Pass the time as a number, or use damping=."

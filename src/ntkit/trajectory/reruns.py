@@ -270,7 +270,7 @@ def plain_attention() -> Iterator[None]:
 def _clip(params: Mapping[str, Tensor], clip: float) -> None:
     """As `torch.nn.utils.clip_grad_norm_`, for each run on its own."""
     grads = [p.grad for p in params.values() if p.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]).norm(dim=0)
+    norms = torch.stack([torch.linalg.vector_norm(g[..., None].flatten(1), dim=1) for g in grads]).norm(dim=0)
     factors = torch.clamp(clip / (norms + 1e-6), max=1.0)
     for g in grads:
         g.mul_(factors.view(-1, *[1] * (g.dim() - 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +76,8 @@ class PathDecomposition(Shown):
         against : the most negative contributions instead of the most positive.
         """
         n = self.contributions.shape[2]
-        if not 1 <= k <= n:
-            raise refusal("k", got=k, expected=f"1 <= k <= {n} training examples", fix="Use a smaller k.")
+        if not _whole(k) or not 1 <= k <= n:
+            raise refusal("k", got=repr(k), expected=f"1 <= k <= {n} training examples", fix="Use a smaller k.")
         values, examples = self.of(output).topk(k, dim=1, largest=not against)
         return Top(examples, values)
 
@@ -85,7 +86,11 @@ class PathDecomposition(Shown):
         m, outputs = self.prediction.shape
         if output is None:
             output = self.prediction.argmax(1)
-        index = torch.as_tensor(output).expand(m)
+        index = torch.as_tensor(output)
+        if index.dtype == torch.bool or index.is_floating_point() or index.shape not in ((), (1,), (m,)):
+            got, expected = f"{index.dtype} {list(index.shape)}", f"an integer, or int64 [{m}]"
+            raise refusal("output", got=got, expected=expected, fix="Pass one output, or one for each test point.")
+        index = index.long().cpu().expand(m)
         if not bool(((index >= -outputs) & (index < outputs)).all()):
             raise refusal("output", got=output, expected=f"outputs below {outputs}", fix="Outputs are numbered from 0.")
         return self.contributions[torch.arange(m), index]
@@ -100,9 +105,9 @@ class PathDecomposition(Shown):
         output : which output; None for the largest (predicted) one.
         """
         m, n = len(self.prediction), self.contributions.shape[2]
-        if not 0 <= point < m:
+        if not _whole(point) or not 0 <= point < m:
             raise refusal("point", got=point, expected=f"0 to {m - 1}", fix="Test points are numbered from 0.")
-        if not isinstance(k, int) or k < 1:
+        if not _whole(k) or k < 1:
             raise refusal("k", got=repr(k), expected="a whole number of examples, at least 1", fix="Use k=10.")
         own = self.of(output)[point]
         order = own.abs().topk(min(k, n)).indices
@@ -112,13 +117,17 @@ class PathDecomposition(Shown):
 
     def by_class(self, labels: Tensor) -> Tensor:
         """Sum of the contributions of each class's examples: [m, C, classes]; labels int64 [n]."""
-        if labels.shape != (self.contributions.shape[2],) or labels.is_floating_point():
+        integers = labels.dtype != torch.bool and not labels.is_floating_point()
+        if labels.shape != (self.contributions.shape[2],) or not integers:
             expected = f"one integer per training example, shape ({self.contributions.shape[2]},)"
             fix = "Pass the classes of the training data in its order."
             raise refusal("labels", got=f"shape {tuple(labels.shape)}, {labels.dtype}", expected=expected, fix=fix)
-        classes = int(labels.max()) + 1
-        total = self.contributions.new_zeros(*self.prediction.shape, classes)
-        return total.index_add_(2, labels.cpu(), self.contributions)
+        labels = labels.long().cpu()
+        if (lowest := int(labels.min())) < 0:
+            fix = "Give the examples without a class one of their own."
+            raise refusal("labels", got=f"class {lowest}", expected="classes numbered from 0", fix=fix)
+        total = self.contributions.new_zeros(*self.prediction.shape, int(labels.max()) + 1)
+        return total.index_add_(2, labels, self.contributions)
 
     def over_time(self) -> Tensor:
         """Sum of the contributions up to each step: [S, m, C]; needs ``decompose(..., steps=True)``."""
@@ -126,6 +135,10 @@ class PathDecomposition(Shown):
 
     def example_over_time(self, example: int) -> Tensor:
         """One training example's contribution up to each step: [S, m, C]; needs ``decompose(..., steps=True)``."""
+        n = self.contributions.shape[2]
+        if not _whole(example) or not 0 <= example < n:
+            fix = "Training examples are numbered from 0."
+            raise refusal("example", got=repr(example), expected=f"0 to {n - 1}", fix=fix)
         own = [(share.values * (share.rows == example)).sum(2) for share in self._steps_or_refusal()]
         return torch.stack(own).cumsum(0)
 
@@ -150,3 +163,7 @@ class PathDecomposition(Shown):
             "largest_residual": float(self.residual.abs().max()),
             "largest_output": float(self.prediction.abs().max()),
         }
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -39,7 +39,7 @@ class Weighted(nn.Module):
 
     def forward(self, ntkit_slope: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Sum over all outputs of a sample."""
-        return (self.network(*args, **kwargs) * ntkit_slope).flatten(1).sum(1, keepdim=True)
+        return (self.network(*args, **kwargs) * ntkit_slope)[..., None].flatten(1).sum(1, keepdim=True)
 
 
 def prepended(first: Tensor, x: Batch, name: str) -> Batch:
