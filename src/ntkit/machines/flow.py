@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import as_number
+from ntkit.base.numbers import as_number, scales
 from ntkit.gram.arrays import AnyMatrix, Matrix, as_tensor, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram, check_squares
 from ntkit.kernels.kernel import KernelOperator
@@ -291,11 +291,15 @@ class GradientFlow(Machine):
             moved = rest + seen @ (phi[0, :, None] * self._gap)
             return moved if tail is None else moved + torch.einsum("d,dmc->mc", tail.done(t)[0], others)
 
+        sizes = torch.stack([rest.abs().max(), (start - self._y).abs().max()])
+        scale = scales(sizes).item()  # squares of very small or large values are not representable
+
         def error(t: float) -> float:
-            value = off(at(t)).square().sum().item()
+            value = (off(at(t)) / scale).square().sum().item()
             return value / (2 * len(rest)) if value == value else float("inf")
 
         best = search(error, self._rates, self._lr, self._momentum)
+        best = replace(best, error=best.error * scale * scale)
         if tail is None:
             return best
         bound = tail.done_error(at(best.t), matrix).norm().item()
