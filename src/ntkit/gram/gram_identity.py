@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ntkit
 from ntkit.base.batch import Batch
-from ntkit.base.function_identity import function_identity
+from ntkit.base.function_identity import function_identity, module_identity
 from ntkit.base.tensors import tensor_hash
 from ntkit.data.streamed_samples import StreamedSamples
 from ntkit.kernels.kernel import Kernel
@@ -58,6 +58,7 @@ def _parts(value: Any) -> Iterator[str]:
         yield tensor_hash(dict([*value.named_parameters(), *value.named_buffers()]))
         yield " ".join(name for name, p in value.named_parameters() if p.requires_grad)
         yield " ".join(name for name, m in value.named_modules() if m.training)
+        yield from module_identity(value)
     elif isinstance(value, Kernel):
         for name, entry in value.settings().items():
             if name != _MEMORY and _is_setting(entry):
