@@ -148,7 +148,8 @@ def estimate(value: float, draws: np.ndarray, what: str) -> dict[str, Any]:
     known = draws[np.isfinite(draws)]
     usable = np.isfinite(value) and len(known) > 0.9 * len(draws) and known.min() < known.max()
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if usable else (None, None)
-    error = float(known.std()) if usable else None
+    with np.errstate(over="ignore"):
+        error = float(known.std()) if usable else None
     entry = number(float(value), error, f"interval from {len(draws):,} resamples of {what}")
     return entry | {"low": finite(low), "high": finite(high)}
 
