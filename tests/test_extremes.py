@@ -144,6 +144,21 @@ def test_the_bandwidth_does_not_depend_on_the_size_of_values(size):
         bandwidth(wave * float("nan"))
 
 
+def test_the_bandwidth_of_images_that_are_not_square_around_any_level():
+    """Five waves down, at the frequencies of the rows; a constant added has no frequency."""
+    down = torch.cos(2 * torch.pi * 5 * torch.arange(24, dtype=torch.float64) / 24)[:, None].expand(24, 10)
+    for image in (down, down.T, down + 7.0):
+        assert bandwidth(image).item() == pytest.approx(5.0)
+
+
+def test_the_floor_is_above_the_rounding_of_the_decomposition():
+    """Eigenvalues of a matrix of rank one, in float64, but for the first: of rounding alone."""
+    n = 200
+    pairs = spectrum(torch.ones(n, n, dtype=torch.float64))
+    assert pairs.floor == pytest.approx(n * 2.0**-52 * n)
+    assert int((pairs.eigenvalues > pairs.floor).sum()) == 1
+
+
 def test_places_in_arrays_of_any_layout():
     K, _, _ = problem()
     G, flat = Gram(K), Gram(torch.kron(K, torch.eye(2, dtype=torch.float64)).reshape(N, 2, N, 2).transpose(1, 2))
@@ -184,7 +199,7 @@ def test_samples_in_a_packed_array():
 )
 def test_results_are_written_only_where_each_has_its_place(out):
     kernel = ntkit.TangentKernel(nn.Linear(3, 1).double(), "trace")
-    with pytest.raises(Refused, match="out: got an? .*Allocate"):
+    with pytest.raises(Refused, match=r"out: got an? .*Allocate"):
         kernel(draw(4, 3), out=out)
 
 

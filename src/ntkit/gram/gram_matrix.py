@@ -165,8 +165,8 @@ class Gram:
             places = range(*index.indices(len(self)))
             return torch.arange(places.start, places.start + len(places) * places.step, places.step, device=self.device)
         try:
-            array = isinstance(index, np.ndarray) and index.dtype.kind in "iu"
-            places = torch.as_tensor(shared(index) if array else index, device=self.device)
+            index = shared(index) if isinstance(index, np.ndarray) and index.dtype.kind in "iu" else index
+            places = torch.as_tensor(index, device=self.device)
             ok = places.ndim == 1 and not places.is_floating_point() and places.dtype != torch.bool
             places = places.long() if ok else places
             ok = ok and (not len(places) or bool(-len(self) <= places.min() and places.max() < len(self)))

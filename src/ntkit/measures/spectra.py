@@ -325,7 +325,7 @@ def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, *, centered: bool = Fal
         bb = float((torch.einsum("icm,icp->mp", Y, Y) ** 2).sum())  # |Y Y^T| = |Y^T Y|
         sizes, second = (aa, float((Y * Y).sum())), ("y", "target")
         constant = max(_ROUNDING, torch.finfo(other.dtype).eps) ** 2 * n * float((middle**2).sum()) * centered
-    nothing = [size <= rounding for size, rounding in zip(sizes, (_rounding(means, A.precision), constant), strict=True)]
+    nothing = [aa <= _rounding(means, A.precision), sizes[1] <= constant]
     if any(nothing):
         name, what = ("K1", "kernel") if nothing[0] else second
         got = f"one constant {what}, of which centering leaves nothing"
@@ -358,7 +358,7 @@ def _nonzero(K: Gram, name: str) -> Gram:
 
 
 def _rows(K: Gram, means: tuple[Tensor, Tensor] | None) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks [i, c, j, d] of K / its largest entry with the samples they are of; less the means over samples, if any."""
+    """Blocks [i, c, j, d] of K / its largest entry with the samples they are of; less means over samples, if any."""
     n, C = len(K) // K.outputs, K.outputs
     for rows, entries in K.blocks():
         samples, block = slice(rows.start // C, rows.stop // C), (entries / K.largest).reshape(-1, C, n, C)
