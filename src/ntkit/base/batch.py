@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import check_dense
+from ntkit.base.numbers import check_dense, refuse_masked
 
 Batch = Any  # Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -158,9 +158,7 @@ def _entry(value: Any, name: str) -> Any:
     """One argument: a tensor, a constant, or tensors in lists, tuples or dicts."""
     if isinstance(value, Tensor) or type(value) in _CONSTANT or isinstance(value, (torch.dtype, torch.device)):
         return value
-    if isinstance(value, np.ma.MaskedArray):
-        fix = "Fill it (x.filled(0.0)), and pass the mask where the model takes one."
-        raise refusal(name, got="a masked array, whose mask would be lost", expected="an array of values", fix=fix)
+    refuse_masked(value, name)
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiubc" and value.dtype.char not in _LONG:
         return _of_array(value)
     if isinstance(value, Mapping):
@@ -199,12 +197,13 @@ def _way_in(value: Any) -> str:
 
 
 def _of_array(array: np.ndarray) -> Tensor:
-    """A tensor over an array's memory; read-only arrays are only read, another order of bytes is turned in a copy."""
+    """A tensor over an array's memory, which is only read; what torch has no such layout of is copied."""
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array if all(stride >= 0 for stride in array.strides) else array.copy())
+        good = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+        return torch.from_numpy(array if good else array.copy())
 
 
 def _places(x: Batch, wanted: Callable[[Tensor], bool]) -> list[str]:

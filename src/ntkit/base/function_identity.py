@@ -19,6 +19,7 @@ OTHER_VERSION = "Where all is the same, another version of ntkit or Python wrote
 """Of a folder that is refused because functions or data in it have another identity."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _BY_VALUE = (*_PLAIN, Tensor, np.ndarray, list, tuple)
+_OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps of each module, its mode among it
 
 
 def function_identity(function: Any) -> str:
@@ -44,6 +45,21 @@ def function_identity(function: Any) -> str:
     settings = {k: v for k, v in own.items() if isinstance(v, (bool, int, float, str)) or v is None}
     name, rest = f"{type(function).__name__} {settings}", list(_of_object(function, seen))
     return f"{name} {_short(iter(rest))}" if rest else name
+
+
+def module_identity(module: nn.Module) -> Iterator[str]:
+    """What a network computes, beside its parameters and buffers: settings, hooks and code of all modules in it.
+
+    Attributes count as `function_identity` says of what a function encloses; code where neither torch nor ntkit has it.
+    """
+    for name, part in module.named_modules():
+        yield f"{name} {type(part).__module__}.{type(part).__qualname__}"
+        seen = {id(part)}
+        yield from _told({k: v for k, v in vars(part).items() if k not in _OF_MODULES}, seen)
+        yield from _told([*part._forward_pre_hooks.values(), *part._forward_hooks.values()], seen)
+        for kind in type(part).__mro__:
+            if kind.__module__.partition(".")[0] not in ("torch", "ntkit", "builtins"):
+                yield from _told([f for f in vars(kind).values() if isinstance(f, FunctionType)], seen)
 
 
 def _short(parts: Iterator[Any]) -> str:

@@ -36,16 +36,37 @@ def check_dense(tensor: Tensor, name: str) -> None:
         raise refusal(name, got=f"a {kind} tensor", expected="a dense one", fix=f"Pass {name}.{convert}{mask}.")
 
 
+def refuse_masked(value: Any, name: str) -> None:
+    """Refuse a numpy array with a mask: what it hides would count as a number."""
+    if isinstance(value, np.ma.MaskedArray):
+        fix = "Fill it (x.filled(0.0)), or leave out what is hidden."
+        raise refusal(name, got="a masked array, whose mask would be lost", expected="an array of values", fix=fix)
+
+
 def means_and_deviations(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (over n, not n - 1) of each column, float64, of any size that the values may have.
 
     >>> means_and_deviations(torch.tensor([[1e200], [3e200]], dtype=torch.float64))
     (tensor([2.0000e+200], dtype=torch.float64), tensor([1.0000e+200], dtype=torch.float64))
     """
-    scale = values.abs().amax(0)
-    scale = torch.where(scale > 0, 2.0 ** scale.log2().floor(), 1.0)  # squares of very small or large values over- or
-    values = values / scale  # underflow; a power of two changes no bit of others
+    scale = scales(values)
+    values = values / scale
     return values.mean(0) * scale, values.std(0, correction=0) * scale
+
+
+def scales(values: Tensor) -> Tensor:
+    """The power of two below the largest size in each column; 1 for zeros.
+
+    Squares of very small or large values over- or underflow; divided by a power of two, no bit of others changes.
+    """
+    largest = values.abs().amax(0)
+    return torch.where(largest > 0, 2.0 ** largest.log2().floor(), 1.0)
+
+
+def relative_residual(rest: Tensor, y: Tensor) -> float:
+    """|rest| / |y| (Frobenius), for values of any size; |rest| where y is zero."""
+    scale = scales(y.reshape(-1))
+    return (rest / scale).norm().item() / ((y / scale).norm().item() or 1.0)
 
 
 def as_number(value: Any, name: str, good: Callable[[float], bool], expected: str, fix: str) -> float:

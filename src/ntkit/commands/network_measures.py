@@ -337,10 +337,10 @@ def kernels_of(models: dict[str, nn.Module], memory: int) -> dict[str, Callable[
 
 def as_pixels(x: Tensor) -> np.ndarray:
     """Images [n, C, H, W] as bytes [n, H, W, 1 or 3]; standardized pixels are stretched to [0, 1]."""
-    x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
+    x = (x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)).double()  # a half's range overflows
     low, high = x.min(), x.max()
     if low < 0 or high > 1:
-        x = (x - low) / (high - low).clamp_min(1e-12)
+        x = (x - low) / (high - low if high > low else 1.0)
     return (x * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
 
 

@@ -131,10 +131,10 @@ def _sums(columns: np.ndarray) -> np.ndarray:
 def _resampled(residuals: np.ndarray, values: np.ndarray, what: str) -> dict[str, Any]:
     """R2, rmse and mae of residuals and values [n, C], each with the deviation and interval of its resamples."""
     n, C = residuals.shape
-    sums = _sums(np.concatenate([residuals**2, np.abs(residuals), values, values**2], 1))
-    squares, absolute, first, second = (sums[:, C * i : C * (i + 1)] for i in range(4))
-    total = second - first**2 / n
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # errors of a network that diverged
+        sums = _sums(np.concatenate([residuals**2, np.abs(residuals), values, values**2], 1))
+        squares, absolute, first, second = (sums[:, C * i : C * (i + 1)] for i in range(4))
+        total = second - first**2 / n
         found = {
             "r2": (1 - squares / np.where(total > 1e-12 * second, total, np.nan)).mean(1),
             "rmse": np.sqrt(squares.mean(1) / n),
@@ -148,7 +148,8 @@ def estimate(value: float, draws: np.ndarray, what: str) -> dict[str, Any]:
     known = draws[np.isfinite(draws)]
     usable = np.isfinite(value) and len(known) > 0.9 * len(draws) and known.min() < known.max()
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if usable else (None, None)
-    error = float(known.std()) if usable else None
+    with np.errstate(over="ignore"):
+        error = float(known.std()) if usable else None
     entry = number(float(value), error, f"interval from {len(draws):,} resamples of {what}")
     return entry | {"low": finite(low), "high": finite(high)}
 
@@ -162,7 +163,8 @@ def comparisons(predicted: dict[str, np.ndarray], data: Data) -> dict[str, Any]:
     values of some test examples.
     """
     values = data.y_test.double().cpu().numpy()
-    squares = {key: ((p - values) ** 2).mean(1) for key, p in predicted.items()}
+    with np.errstate(invalid="ignore", over="ignore"):
+        squares = {key: ((p - values) ** 2).mean(1) for key, p in predicted.items()}
     compared = []
     for other in ("init", "conjugate", "network"):
         if other in squares and "after" in squares:
@@ -176,7 +178,8 @@ def _paired(differences: np.ndarray) -> dict[str, Any]:
     from scipy.stats import t
 
     n, mean = len(differences), float(differences.mean())
-    error = float(differences.std(ddof=1)) / n**0.5 if n > 1 else np.nan
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = float(differences.std(ddof=1)) / n**0.5 if n > 1 else np.nan
     half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * error if n > 1 else np.nan
     entry = number(mean, error, f"Student's interval over {n:,} test examples, in pairs")
     return entry | {"low": finite(mean - half), "high": finite(mean + half)}

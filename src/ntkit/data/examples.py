@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, SequentialSampler, Subset
 
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import refuse_masked
 from ntkit.data.targets import target_array
 
 Kind = Literal["images", "vectors", "tokens"]
@@ -53,6 +54,7 @@ def examples(pair: tuple[Any, Any], subject: str, float_dtype: torch.dtype | Non
 
 
 def _tensor(value: Any, subject: str) -> Tensor:
+    refuse_masked(value, subject)
     try:
         if isinstance(value, Tensor):
             return value.detach()
@@ -114,7 +116,10 @@ def _check_pair(item: Any, where: str) -> None:
 
 def _target(value: Any, first: np.ndarray | None, where: str) -> np.ndarray:
     """The target of one item: a number, text, or a vector of numbers, of the kind of the first one."""
-    target = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.double() if value.is_floating_point() else value  # numpy has no bfloat16
+    target = np.asarray(value)
     kind = "".join(kinds for kinds in ("b", "iu", "f", "U") if target.dtype.kind in kinds)
     if not kind or target.ndim > 1:
         expected = "a label (an integer, text) or numbers"

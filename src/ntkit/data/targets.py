@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import check_name, refusal
-from ntkit.base.numbers import few_enough_for_labels, means_and_deviations
+from ntkit.base.numbers import few_enough_for_labels, means_and_deviations, refuse_masked
 
 Task = Literal["classification", "regression"]
 TASKS = ("classification", "regression")
@@ -37,6 +37,7 @@ class Targets(NamedTuple):
 
 def target_array(y: Any, subject: str) -> np.ndarray:
     """Targets as an array [n] or [n, k] of booleans, integers, floats or text; other things are refused."""
+    refuse_masked(y, f"{subject}, labels y")
     if isinstance(y, Tensor):
         y = y.detach().cpu()
         y = y.double() if y.is_floating_point() else y

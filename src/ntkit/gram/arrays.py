@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import Refused, refusal
-from ntkit.base.numbers import check_dense, few_enough_for_labels
+from ntkit.base.numbers import check_dense, few_enough_for_labels, refuse_masked
 
 Matrix = np.ndarray | Tensor
 AnyMatrix = TypeVar("AnyMatrix", np.ndarray, Tensor)  # numpy in, numpy out; torch in, torch out
@@ -23,8 +23,8 @@ def as_tensor(value: Any, name: str) -> Tensor:
     Raises
     ------
     Refused
-        For complex values, values that are no numbers, rows of unequal length, and tensors that are sparse, quantized,
-        nested or without values (device "meta").
+        For complex values, values that are no numbers, rows of unequal length, masked arrays, and tensors that are
+        sparse, quantized, nested or without values (device "meta").
     """
     fix = "Pass a real array or tensor."
     if isinstance(value, Tensor):
@@ -58,11 +58,12 @@ class _Readable:
 
 
 def as_array(value: Any, name: str, expected: str, fix: str) -> np.ndarray:
-    """Take what numpy takes; refuse rows of unequal length, sparse matrices and what numpy cannot read."""
+    """Take what numpy takes; refuse rows of unequal length, sparse and masked arrays, and what numpy cannot read."""
     if hasattr(value, "toarray"):
         raise refusal(
             name, got=f"a sparse {type(value).__name__}", expected="a dense array", fix="Pass its .toarray()."
         )
+    refuse_masked(value, name)
     try:
         return np.asarray(value)
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from types import FunctionType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import ntkit
 from ntkit.base.batch import Batch
-from ntkit.base.function_identity import function_identity
+from ntkit.base.function_identity import function_identity, module_identity
 from ntkit.base.tensors import tensor_hash
 from ntkit.data.streamed_samples import StreamedSamples
 from ntkit.kernels.kernel import Kernel
@@ -57,6 +58,7 @@ def _parts(value: Any) -> Iterator[str]:
         yield tensor_hash(dict([*value.named_parameters(), *value.named_buffers()]))
         yield " ".join(name for name, p in value.named_parameters() if p.requires_grad)
         yield " ".join(name for name, m in value.named_modules() if m.training)
+        yield from module_identity(value)
     elif isinstance(value, Kernel):
         for name, entry in value.settings().items():
             if name != _MEMORY and _is_setting(entry):
@@ -73,16 +75,21 @@ def _parts(value: Any) -> Iterator[str]:
         for entry in value:
             yield from _parts(entry)
     elif isinstance(value, FunctionType):
-        code = value.__code__
-        yield f"{value.__module__}.{value.__qualname__} {code.co_code.hex()} {code.co_names}"
-        yield from _parts([c for c in code.co_consts if isinstance(c, _PLAIN)])
-        yield from _parts([cell.cell_contents for cell in value.__closure__ or ()])
-        if value.__defaults__:
-            yield from _parts(list(value.__defaults__))
+        yield f"{value.__module__}.{function_identity(value)}"
+        yield from _parts([entry for entry in _given(value) if entry is not value])  # networks that are trained, too
     elif isinstance(value, _PLAIN):
         yield repr(value)
     elif callable(value) and not isinstance(value, type):  # a partial function, a method, an object of the user's
         yield function_identity(value)
+
+
+def _given(function: FunctionType) -> Iterator[Any]:
+    """What a function encloses, and its defaults."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # its variable is not bound yet
+            yield cell.cell_contents
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
 
 
 def _parts_of_samples(samples: StreamedSamples) -> Iterator[str]:

@@ -14,7 +14,7 @@ from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory
 from ntkit.base.notebook_figures import matrix
 from ntkit.base.shown import as_table
-from ntkit.gram.arrays import BLOCK, Matrix, as_floats, as_tensor, not_finite
+from ntkit.gram.arrays import BLOCK, Matrix, as_floats, as_tensor, not_finite, shared
 from ntkit.gram.gram_identity import identity
 from ntkit.kernels.kernel import Kernel
 
@@ -138,6 +138,7 @@ class Gram:
 
     def tile(self, rows: Index, columns: Index) -> Tensor:
         """``K[rows][:, columns]`` in float64, each index a slice or a list of places; it may share memory with K."""
+        rows, columns = (self._places(i) if isinstance(i, slice) and (i.step or 1) < 0 else i for i in (rows, columns))
         if self.outputs > 1:
             return self._tile_of_outputs(self._places(rows), self._places(columns))
         values = self._values[:, :, 0, 0]
@@ -161,17 +162,20 @@ class Gram:
 
     def _places(self, index: Index) -> Tensor:
         if isinstance(index, slice):
-            return torch.arange(len(self), device=self.device)[index]
+            places = range(*index.indices(len(self)))
+            return torch.arange(places.start, places.start + len(places) * places.step, places.step, device=self.device)
         try:
+            index = shared(index) if isinstance(index, np.ndarray) and index.dtype.kind in "iu" else index
             places = torch.as_tensor(index, device=self.device)
             ok = places.ndim == 1 and not places.is_floating_point() and places.dtype != torch.bool
+            places = places.long() if ok else places
             ok = ok and (not len(places) or bool(-len(self) <= places.min() and places.max() < len(self)))
         except (TypeError, ValueError, RuntimeError):
             ok, places = False, torch.empty(0)
         if not ok and not (isinstance(index, list) and not index):
             expected = f"a slice or a list of places from 0 to {len(self) - 1}"
             raise refusal("index", got=repr(index)[:80], expected=expected, fix="Pass e.g. [0, 3].")
-        return places.long()
+        return places.long()  # of an empty list, too
 
     def diagonal(self) -> Tensor:
         """The diagonal of K in float64, [N]."""

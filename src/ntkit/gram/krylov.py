@@ -60,13 +60,16 @@ def _leading(
         if not good or k == 1 or basis.shape[1] >= N:  # a copy of the one value wanted would not change it
             return values, vectors, residuals, "converged" if good else "block Krylov iteration did not converge"
 
-        def outside(v: np.ndarray, basis: np.ndarray = vectors) -> np.ndarray:
-            v = product(v - basis @ (basis.T @ v))
-            return v - basis @ (basis.T @ v)
+        low = 2 * min(values[-1], 0.0)  # what the vectors found are given for a value: one below those still sought
 
-        threshold = max(values[-1], 0.0) + max(1e-10, 10 * tolerance) * abs(values[0])
+        def outside(v: np.ndarray, basis: np.ndarray = vectors, low: float = low) -> np.ndarray:
+            inside = basis.T @ v
+            v = product(v - basis @ inside)
+            return v - basis @ (basis.T @ v - low * inside)
+
+        threshold = values[-1] + max(1e-10, 10 * tolerance) * max(abs(values[0]), abs(values[-1]))
         start = draw.standard_normal((N, block))
-        enough = max(1e-3 / np.sqrt(N), tolerance * abs(values[0]) / threshold) if threshold > 0 else 1e-3
+        enough = max(1e-3 / np.sqrt(N), tolerance * abs(values[0]) / threshold) if threshold > 0 else 1e-3 / np.sqrt(N)
         missed, image, converged = _grow(outside, start, 1, block, enough, draw, threshold)
         missed = missed @ _ritz(missed, image, block)[1]
         missed, _ = np.linalg.qr(missed - vectors @ (vectors.T @ missed))

@@ -73,6 +73,7 @@ class ConjugateKernel(Kernel):
                 fix = nearest(str(layer)[:80], modules)
                 raise refusal("layer", got=repr(layer)[:80], expected="a submodule's name", fix=fix)
             self._layer = modules[layer]
+        self._place = layer  # two layers may have equal settings and weights
 
     def __repr__(self) -> str:
         return of_model(type(self), self._model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -112,7 +113,11 @@ def _writable(out: Any) -> Tensor | None:
     if out is None or isinstance(out, Tensor):
         return out
     if isinstance(out, np.ndarray) and out.flags.writeable and out.dtype.kind in "fiubc":
-        return torch.from_numpy(out)
+        with suppress(TypeError, ValueError):  # other orders of bytes, strides and floats than torch has
+            return torch.from_numpy(out)
+        fix = "Allocate it: np.empty(shape), in the dtype of the values."
+        got = f"an array of {out.dtype.str} with strides {out.strides}"
+        raise refusal("out", got=got, expected="an array whose memory torch can write into", fix=fix)
     got = type(out).__name__
     if isinstance(out, np.ndarray):
         got = f"an array of {out.dtype}" if out.flags.writeable else "a read-only array"
@@ -133,9 +138,13 @@ def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(out.shape) != shape or out.dtype != dtype:
         fix = "Allocate it again with that shape and dtype; its values are overwritten."
         raise refusal("out", got=f"shape {tuple(out.shape)}, {out.dtype}", expected=f"shape {shape}, {dtype}", fix=fix)
-    if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
-        fix = "Allocate it: torch.empty(...), without expand."
-        raise refusal("out", got="an expanded tensor", expected="a place of its own for each value", fix=fix)
+    reach = 0  # the last place of the axes so far, from that of the smallest stride: the next one begins behind it
+    for step, size in sorted((step, size) for step, size in zip(out.stride(), out.shape, strict=True) if size > 1):
+        if step <= reach:
+            fix = "Allocate it: torch.empty(...), without expand or as_strided."
+            got = "an expanded tensor" if step == 0 else f"a tensor of shape {shape} with strides {out.stride()}"
+            raise refusal("out", got=got, expected="a place of its own for each value", fix=fix)
+        reach += step * (size - 1)
 
 
 def refuse_operator_of_diagonal() -> Refused:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ntkit.base.memory import free_memory
+from ntkit.base.numbers import relative_residual, scales
 from ntkit.base.progress import Task, task
 from ntkit.gram.gram_matrix import Gram, check_squares
 from ntkit.gram.operator_gram import OperatorGram
@@ -105,7 +106,7 @@ def conjugate_gradients(
             if stuck:
                 break
         progress.advance(1.0 - progress.done)
-    residual = rest.norm().item() / (y.norm().item() or 1.0)
+    residual = relative_residual(rest, y)
     if bool((sizes <= goals).all()):
         return Iterated(alpha, rest, residual, passes, "solved", "")
     reached = float((sizes / y.norm(dim=0).clamp(min=1e-300)).max())
@@ -170,7 +171,10 @@ class Solver:
 
     def solve(self, y: Tensor) -> Iterated:
         """Solve for y, [n, C], to a relative residual of 1e-8 per column."""
-        return self._solved(y, _RESIDUAL * y.norm(dim=0))
+        scale = scales(y)  # squares of very small or large targets are not representable
+        one = self._solved(y / scale, _RESIDUAL * (y / scale).norm(dim=0))
+        alpha, rest = one.alpha * scale, one.rest * scale
+        return replace(one, alpha=alpha, rest=rest, residual=relative_residual(rest, y))
 
     def _solved(self, y: Tensor, goals: Tensor) -> Iterated:
         return conjugate_gradients(self.K, self.shift, y, goals, self._precondition, self.name)

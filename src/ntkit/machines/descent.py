@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ntkit.base.checks import refusal
 
-_RTOL, _ATOL = 1e-10, 1e-12
+_RTOL, _ATOL = 1e-10, 1e-12  # the latter of outputs of size 1, or of smaller targets and initial outputs
 _BALANCE = 1e-6  # relative: above it, an integration is not accurate enough to use
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -57,6 +57,7 @@ def descend(K: Tensor, loss: Loss, y: Any, start: Tensor, times: Tensor) -> Desc
 
     da/dt = -dL/df and the decrease of the loss, dq/dt = (dL/df)^T K (dL/df), are integrated along with f, by the
     Runge-Kutta method of order 8 of Dormand and Prince. The certificate is the defect of L(f_0) - L(f_t) = q(t).
+    Below 1, what counts as small is relative: to the targets, if they are floats, and initial outputs; for q to L(f_0).
     """
     from scipy.integrate import solve_ivp
 
@@ -74,19 +75,22 @@ def descend(K: Tensor, loss: Loss, y: Any, start: Tensor, times: Tensor) -> Desc
 
     initial = torch.cat([torch.zeros_like(start).reshape(-1), start.reshape(-1), start.new_zeros(1)]).cpu().numpy()
     first, _ = gradient(loss, start, y)
+    largest = max([t.abs().max().item() for t in (start, y) if t.is_floating_point()])
+    least = np.full(2 * size + 1, _ATOL * min(1.0, largest or 1.0))
+    least[-1] = _ATOL * min(1.0, abs(first.item()) or 1.0)
     asked, place = np.unique(times.cpu().numpy(), return_inverse=True)
     reached, states, message = 0.0, [initial] * int(asked[0] == 0), ""
     if asked[-1] > 0:
         later = asked[asked > 0]
         with np.errstate(all="ignore"):  # a trial step may overflow: it is rejected
-            path = solve_ivp(slope, (0.0, later[-1]), initial, "DOP853", t_eval=later, rtol=_RTOL, atol=_ATOL)
+            path = solve_ivp(slope, (0.0, later[-1]), initial, "DOP853", t_eval=later, rtol=_RTOL, atol=least)
         states += list(path.y.T) if len(path.t) else []
         reached, message = float(path.t[-1]) if len(path.t) else 0.0, "" if path.success else path.message
     worst = 0.0
     for state in states:
         value, _ = gradient(loss, split(state)[1], y)
         scale = max(abs(first.item()), abs(value.item()), 1e-300)
-        balance = abs(first.item() - value.item() - state[-1]) / scale
+        balance = abs(first.item() - value.item() - float(state[-1])) / scale
         worst = max(worst, balance if np.isfinite(balance) else np.inf)
     dual = torch.full((len(asked), *start.shape), torch.nan, dtype=start.dtype, device=start.device)
     for i, state in enumerate(states):

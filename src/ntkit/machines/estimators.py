@@ -24,7 +24,7 @@ from sklearn.utils.validation import (
 from torch import Tensor, nn
 
 from ntkit.base.checks import nearest, refusal
-from ntkit.base.numbers import means_and_deviations
+from ntkit.base.numbers import as_number, means_and_deviations
 from ntkit.gram.tile_work import device_of
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.kernel import Kernel
@@ -69,8 +69,8 @@ class _Estimator(BaseEstimator):
             raise refusal(
                 "machine", got=repr(self.machine), expected="a machine", fix=nearest(str(self.machine), self._machines)
             )
-        if not 0 <= self.ridge < float("inf"):
-            raise refusal("ridge", got=self.ridge, expected="a finite number >= 0", fix="The default is 0.001.")
+        good = lambda r: 0 <= r < float("inf")
+        as_number(self.ridge, "ridge", good, "a finite number >= 0", "The default is 0.001.")
         self.X_fit_ = X
         K = self._gram(X)
         self.scale_ = K.diagonal().mean().item()
@@ -406,7 +406,8 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         values = obj.detach().cpu().contiguous()
         content = values.reshape(-1).view(torch.uint8).numpy().tobytes() if values.numel() else b""
-        return str, (f"{values.dtype} {tuple(values.shape)} {_digest(content)}",)
+        # a parameter that is frozen has no share in the kernel
+        return str, (f"{values.dtype} {tuple(values.shape)} {obj.requires_grad} {_digest(content)}",)
 
 
 def _identity(model: nn.Module) -> Any:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import as_number
+from ntkit.base.numbers import as_number, scales
 from ntkit.gram.arrays import AnyMatrix, Matrix, as_tensor, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram, check_squares
 from ntkit.kernels.kernel import KernelOperator
@@ -51,7 +51,6 @@ class GradientFlow(Machine):
     loss : None for the cost above. Otherwise ``loss(outputs, y)``, a scalar (the mean over samples is in it) made of
         torch operations: df/dt = -K dL/df is then integrated numerically, in continuous time, for finite t, at a price
         of some hundred gradients, 2 t lambda_max for long t; ``0.5 * MSELoss`` on [n] targets is the cost above.
-
     k : None for all eigenvectors, by a dense decomposition. Else the top `k`, from products with K alone (`spectrum`),
         for kernel matrices larger than memory and ``kernel.operator(x)``; training outside them by a polynomial in K of
         degree 8, with a bound (`error_bound`): small up to about t = 5 N / lambda_k, so for early stopping; infinite at
@@ -291,11 +290,14 @@ class GradientFlow(Machine):
             moved = rest + seen @ (phi[0, :, None] * self._gap)
             return moved if tail is None else moved + torch.einsum("d,dmc->mc", tail.done(t)[0], others)
 
+        scale = scales(torch.stack([rest.abs().max(), (start - self._y).abs().max()])).item()
+
         def error(t: float) -> float:
-            value = off(at(t)).square().sum().item()
+            value = (off(at(t)) / scale).square().sum().item()
             return value / (2 * len(rest)) if value == value else float("inf")
 
         best = search(error, self._rates, self._lr, self._momentum)
+        best = replace(best, error=best.error * scale * scale)
         if tail is None:
             return best
         bound = tail.done_error(at(best.t), matrix).norm().item()

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import as_number
+from ntkit.base.numbers import as_number, scales
 from ntkit.base.shown import Shown
 from ntkit.gram.arrays import AnyMatrix, Matrix, as_floats, as_tensor, check_finite, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram, as_gram
@@ -191,7 +191,9 @@ class GaussianProcess(Machine):
             solution = self._solver.solve(columns)
             self.residual_, self.passes_, volume = solution.residual, solution.passes, math.nan
         self.status_, self.advice_ = solution.status, solution.advice
-        self.log_marginal_likelihood_ = -0.5 * ((columns * solution.alpha).sum().item() + columns.shape[1] * volume)
+        scale = scales(columns.reshape(-1)).item()  # products of large values of either sign could overflow
+        energy = ((columns / scale) * (solution.alpha / scale)).sum().item() * scale * scale
+        self.log_marginal_likelihood_ = -0.5 * (energy + columns.shape[1] * volume)
         self._alpha = solution.alpha.reshape(values.shape)
         self.alpha_ = same_kind(self._alpha, gram)
         return self

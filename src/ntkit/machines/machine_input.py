@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import Refused, nearest, refusal
+from ntkit.base.numbers import relative_residual
 from ntkit.gram.arrays import Matrix, as_floats, as_matrix, check_finite, float64_product
 from ntkit.gram.gram_matrix import Gram, as_gram, fits_dense
 from ntkit.gram.operator_gram import OperatorGram
@@ -155,5 +156,4 @@ def solve(K: Gram, shift: float, y: Tensor, name: str) -> Solution:
         nan = float("nan")
         return Solution(torch.full_like(y, nan), lower.fill_(nan), nan, "singular", advice)
     alpha = torch.cholesky_solve(y, lower)
-    defect = torch.linalg.vector_norm(K @ alpha + shift * alpha - y).item()
-    return Solution(alpha, lower, defect / (torch.linalg.vector_norm(y).item() or 1.0), "solved", "")
+    return Solution(alpha, lower, relative_residual(K @ alpha + shift * alpha - y, y), "solved", "")

@@ -149,7 +149,7 @@ def _steps(rates: Tensor, t: float, lr: float, momentum: float) -> tuple[Tensor,
     squaring, needs no eigenvalues: repeated and complex ones are no special case.
     """
     if t == float("inf"):
-        left = torch.where(lr * rates < 2 * (1 + momentum), 0.0, torch.nan).where(rates > 0, 1.0)
+        left = torch.zeros_like(rates).where(lr * rates < 2 * (1 + momentum), torch.nan).where(rates > 0, 1.0)
         return left, ((1 - left) / rates).where(rates > 0, torch.inf)
     one, zero = torch.ones_like(rates), torch.zeros_like(rates)
     rows = [1 - lr * rates, lr * momentum * one, lr * one, -rates, momentum * one, one, zero, zero, one]

@@ -11,7 +11,7 @@ from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal, undefined
 from ntkit.base.numbers import as_number
 from ntkit.data.streamed_samples import in_memory
-from ntkit.gram.arrays import Matrix, as_floats
+from ntkit.gram.arrays import Matrix, as_floats, check_finite
 from ntkit.kernels.kernel import Kernel
 from ntkit.measures.spectra import Spectrum
 
@@ -133,7 +133,7 @@ def bandwidth(images: Matrix) -> Tensor:
     Raises
     ------
     Refused
-        When every image is constant: it has no frequencies.
+        When every image is constant: it has no frequencies. For values that are not finite.
 
     Examples
     --------
@@ -143,15 +143,17 @@ def bandwidth(images: Matrix) -> Tensor:
     >>> round(float(bandwidth(wave)), 6)
     3.0
     """
+    images = _images(images)
+    largest = images.abs().amax((-2, -1), keepdim=True)
+    images = images / torch.where(largest > 0, largest, 1.0)  # squares of very small or large values are representable
     values = power(images)
     H, W = values.shape[-2:]
     as_values = {"dtype": torch.float64, "device": values.device}
     rows, columns = (torch.fft.fftshift(torch.fft.fftfreq(side, 1 / side, **as_values)) for side in (H, W))
     size = (rows[:, None] ** 2 + columns**2).sqrt()
     total = values.sum((-2, -1))
-    scale = _images(images).abs().amax((-2, -1)) ** 2 * (H * W) ** 2
     mean = (values * size).sum((-2, -1)) / total
-    varies = total > 1e-24 * scale
+    varies = total > 1e-24 * (H * W) ** 2
     if not bool(varies.any()):
         fix = "Leave out constant images."
         raise undefined("images", got="constant images only", expected="one whose pixels differ", fix=fix)
@@ -164,4 +166,4 @@ def _images(images: Matrix) -> Tensor:
         raise refusal(
             "images", got=f"shape {list(values.shape)}", expected="[..., H, W]", fix="Reshape values on a grid."
         )
-    return values
+    return check_finite(values, "images")

@@ -21,6 +21,7 @@ from ntkit.gram.gram_matrix import Gram, as_gram, fits_dense
 from ntkit.gram.krylov import Product, leading
 
 _COPIES = 3  # of a matrix, that its dense decomposition takes
+_ROUNDING = 4e-16  # of a mean in float64
 
 
 class Operator(Protocol):
@@ -286,7 +287,8 @@ def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, *, centered: bool = Fal
     ------
     Refused
         When the shapes do not match; when one of the two is not symmetric, not finite, empty or zero; when centering
-        leaves nothing of one of them (a constant kernel, equal targets), which has no direction; when y holds class
+        leaves nothing, or the rounding of its dtype (a constant kernel, equal targets): that has no direction; when y
+        holds class
         labels (integers of at most 20 values that recur), since the result would depend on how classes are numbered.
 
     References
@@ -304,24 +306,28 @@ def alignment(K1: Gram | Matrix, K2_or_y: Gram | Matrix, *, centered: bool = Fal
         refuse_labels(K2_or_y, "K2_or_y", centered=centered)
     other = K2_or_y if isinstance(K2_or_y, Gram) else as_floats(K2_or_y, "K2_or_y").to(A.device)
     aa = ab = bb = 0.0
+    means = _means(A) if centered else None
     if isinstance(other, Gram) or list(other.shape) in ([n, n, C, C], [n, n, C, C][: 4 if C > 1 else 2]):
         B = _nonzero(as_gram(other, "K2"), "K2")
         if len(B) != len(A) or B.outputs != C:
             raise _unlike(list(B.shape), n, C)
-        for (_, a), (_, b) in zip(_rows(A, centered), _rows(B, centered), strict=True):
+        others = _means(B) if centered else None
+        for (_, a), (_, b) in zip(_rows(A, means), _rows(B, others), strict=True):
             aa, ab, bb = aa + float((a * a).sum()), ab + float((a * b).sum()), bb + float((b * b).sum())
-        sizes, second = (aa, bb), ("K2", "kernel")
+        sizes, second, constant = (aa, bb), ("K2", "kernel"), _rounding(others, B.precision)
     else:
         Y = _targets(other, n, C)
-        Y = Y - Y.mean(0) if centered else Y
-        for rows, a in _rows(A, centered):
+        middle = Y.mean(0)
+        Y = Y - middle if centered else Y
+        for rows, a in _rows(A, means):
             aa += float((a * a).sum())
             ab += float((torch.einsum("icjd,jdm->icm", a, Y) * Y[rows]).sum())
         bb = float((torch.einsum("icm,icp->mp", Y, Y) ** 2).sum())  # |Y Y^T| = |Y^T Y|
         sizes, second = (aa, float((Y * Y).sum())), ("y", "target")
-    rounding = (n * C * 4e-16) ** 2  # what it leaves of a constant, since entries were scaled to at most 1
-    if min(sizes) <= rounding:
-        name, what = ("K1", "kernel") if sizes[0] <= rounding else second
+        constant = max(_ROUNDING, torch.finfo(other.dtype).eps) ** 2 * n * float((middle**2).sum()) * centered
+    nothing = [aa <= _rounding(means, A.precision), sizes[1] <= constant]
+    if any(nothing):
+        name, what = ("K1", "kernel") if nothing[0] else second
         got = f"one constant {what}, of which centering leaves nothing"
         fix = "Add samples that differ, such as those of another class, or use centered=False."
         raise undefined(f"alignment: {name}", got=got, expected="values that differ between samples", fix=fix)
@@ -351,22 +357,31 @@ def _nonzero(K: Gram, name: str) -> Gram:
     return K
 
 
-def _rows(K: Gram, centered: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks [i, c, j, d] of K / its largest entry with the samples they are of; centered over samples, if asked."""
+def _rows(K: Gram, means: tuple[Tensor, Tensor] | None) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks [i, c, j, d] of K / its largest entry with the samples they are of; less means over samples, if any."""
     n, C = len(K) // K.outputs, K.outputs
+    for rows, entries in K.blocks():
+        samples, block = slice(rows.start // C, rows.stop // C), (entries / K.largest).reshape(-1, C, n, C)
+        yield samples, block if means is None else block - means[0][samples, :, None] - means[1]
 
-    def blocks() -> Iterator[tuple[slice, Tensor]]:
-        for rows, block in K.blocks():
-            yield slice(rows.start // C, rows.stop // C), (block / K.largest).reshape(-1, C, n, C)
 
+def _means(K: Gram) -> tuple[Tensor, Tensor]:
+    """What centering subtracts from entry [i, c, j, d]: [i, c, d] and [c, j, d], the latter of mean 0 over samples."""
+    n, C = len(K) // K.outputs, K.outputs
     over_rows = torch.zeros(C, n, C, dtype=torch.float64, device=K.device)
     over_columns = torch.zeros(n, C, C, dtype=torch.float64, device=K.device)
-    for samples, block in blocks() if centered else ():
+    for samples, block in _rows(K, None):
         over_rows += block.sum(0) / n
         over_columns[samples] = block.mean(2)
-    over_rows -= over_rows.mean(1, keepdim=True)  # so that the grand mean is subtracted once
-    for samples, block in blocks():
-        yield samples, block - over_columns[samples, :, None] - over_rows if centered else block
+    return over_columns, over_rows - over_rows.mean(1, keepdim=True)  # so that the grand mean is subtracted once
+
+
+def _rounding(means: tuple[Tensor, Tensor] | None, precision: float) -> float:
+    """Square of the norm up to which what centering leaves is rounding of what it subtracts; 0 where it does not."""
+    if means is None:
+        return 0.0
+    squares = sum(float((part**2).sum()) for part in means)
+    return max(_ROUNDING, precision) ** 2 * len(means[0]) * squares
 
 
 def _formed(product: Product, N: int) -> Tensor:
