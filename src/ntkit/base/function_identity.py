@@ -19,7 +19,8 @@ OTHER_VERSION = "Where all is the same, another version of ntkit or Python wrote
 """Of a folder that is refused because functions or data in it have another identity."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _BY_VALUE = (*_PLAIN, Tensor, np.ndarray, list, tuple)
-_OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps of each module, its mode among it
+# What torch keeps of each module, its mode among it; of recurrent layers their weights once more, in copies otherwise.
+_OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
 
 
 def function_identity(function: Any) -> str:
