@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntkit
+from ntkit.kernels.path import effects
 from ntkit.kernels.path.decomposition import PathDecomposition
 from ntkit.testing import assert_equal
 
@@ -141,6 +142,36 @@ def test_all_gradients_at_the_start(momentum):
         expected = expected - 0.5 * gradients(start, X_TEST) @ buffer.T
     result = ntkit.PathKernel(run, integration="ntk").decompose(X_TEST)
     assert_equal(result.contributions, expected, 1e-12, "at the start")
+
+
+def test_weight_decay_of_adamw_at_several_nodes():
+    """Embedding rows and dense layers: the sum is the prediction, to the error of the quadrature."""
+    x, y = torch.tensor([[0, 1], [2, 3], [4, 4]]), torch.tensor([0, 1, 2])
+    run = trained(Mixed(torch.float64, torch.float64), OPTIMIZERS["adamw"], 3, x, y)
+    result = ntkit.PathKernel(run, integration="quadrature", nodes=8).decompose(x)
+    assert result.regularization.abs().max() > 1e-3
+    assert result.error < 1e-11
+
+
+def test_many_test_points_in_pieces(monkeypatch):
+    run = trained(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), OPTIMIZERS["sgd"], 2)
+    x = draw(21, 3, seed=2)
+    whole = ntkit.PathKernel(run).decompose(x).contributions
+    monkeypatch.setattr(effects, "_FACTORS", 1)  # one point at a time: more pieces than lanes
+    assert_equal(ntkit.PathKernel(run).decompose(x).contributions, whole, 1e-13, "pieces")
+
+
+def test_the_tolerance_holds_at_every_point_and_step():
+    """One of many test points moves; the first step is short, the second long."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False)).double()
+    run = trained(model, lambda p: torch.optim.SGD(p, lr=6.0), 2, schedule=lambda step: (1e-6, 1.0)[step])
+    x = torch.cat([X_TEST[:1], torch.zeros(60, 3, dtype=torch.float64)])
+    for tolerance, words in ((1e-3, "gauss, at most 2 nodes per step"), (0.9, "gauss, at most 1 node per step")):
+        kernel = ntkit.PathKernel(run, integration="quadrature", nodes=4, tolerance=tolerance)
+        result = kernel.decompose(x)
+        assert result.error <= tolerance
+        assert result.integration == words
 
 
 def test_labels_as_a_list():

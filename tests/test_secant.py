@@ -536,6 +536,34 @@ def test_ends_in_another_layout():
     assert error(model, X[:, :, :, None].expand(-1, -1, -1, 4)[:, :2], before, after) <= BOUND
 
 
+@pytest.mark.parametrize(
+    "function",
+    [F.relu, F.relu6, F.leaky_relu, torch.abs, lambda z: z.clamp(-2e-5, 4e-5), lambda z: F.softshrink(z, 3e-5)],
+)
+def test_values_below_the_normal_numbers_of_float16(function):
+    """Some units stay, some move by the smallest normal number, 2^-14, by which the slope was infinite."""
+
+    class Units(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(600, dtype=torch.float16))
+
+        def forward(self, x):
+            return function(self.w)[None] * x
+
+    draw = torch.Generator().manual_seed(0)
+    before, after = ((6e-5 * torch.randn(600, generator=draw)).half() for _ in range(2))
+    after[:200], after[200:300] = before[:200], before[200:300] - 2.0**-14
+    model = Units()
+    secant = Secant(model, dict(model.named_parameters())).at({"w": before}, {"w": after})
+    (slope,) = torch.autograd.grad(secant(torch.ones(1, 600).half()).sum(), list(secant.params.values()))
+    before, after = before.double().requires_grad_(), after.double()
+    error = slope * (after - before) - (function(after) - function(before))
+    assert error.abs().max() < 1e-6  # of changes up to 2e-4; 6e-8 is the smallest number
+    (own,) = torch.autograd.grad(function(before).sum(), before)
+    assert (slope - own)[:200].abs().max() < 1e-4
+
+
 def test_a_rule_that_loses_the_gradient_is_noticed():
     with SecantMode([], []), pytest.raises(AssertionError, match="lost the gradient"):
         SecantTensor(torch.zeros(2), torch.ones(2), torch.full((2,), 0.5))

@@ -256,8 +256,8 @@ class PathKernel(Kernel):
         integration, rule, nodes, tolerance = self._how
         if integration != "quadrature":
             return integration
-        most = f"at most {segment.most}" if tolerance is not None else str(nodes)
-        return f"{rule}, {most} node{'s' * (most != '1')} per step"
+        bound, most = ("", nodes) if tolerance is None else ("at most ", segment.most)
+        return f"{rule}, {bound}{most} node{'s' * (most != 1)} per step"
 
     def _segment(self, network: nn.Module) -> Segment:
         return Segment(network, self._params, *self._how, self._memory() // 4)
