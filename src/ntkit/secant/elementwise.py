@@ -161,7 +161,8 @@ def square_root(func: Any, args: Any, kwargs: Any) -> SecantTensor:
 def inverse_root(func: Any, args: Any, kwargs: Any) -> SecantTensor:
     """With r = 1 / sqrt(z): r' - r = -(z' - z) r^2 r'^2 / (r + r')."""
     o0, o1 = at_both_ends(func, args, kwargs)
-    return from_slopes(o0, o1, (-((o0 * o1) ** 2) / (o0 + o1), args[0].mid))
+    both = o0 * o1
+    return from_slopes(o0, o1, (-both * (both / (o0 + o1)), args[0].mid))
 
 
 @rule(aten.pow)
