@@ -144,6 +144,21 @@ def test_all_gradients_at_the_start(momentum):
     assert_equal(result.contributions, expected, 1e-12, "at the start")
 
 
+def test_the_kernel_at_the_start():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    start = copy.deepcopy(model)
+    J = gradients(start, X_TEST)
+    kernel = ntkit.PathKernel(trained(model, OPTIMIZERS["sgd"], 3), integration="ntk")
+    assert_equal(kernel(X_TEST), torch.einsum("icp,jdp->ijcd", J, J), 1e-12, "ntk")
+
+
+def test_a_folder_of_another_number_of_nodes(tmp_path):
+    run = trained(nn.Linear(3, 3).double(), OPTIMIZERS["sgd"], 1)
+    ntkit.PathKernel(run, integration="quadrature", nodes=1).decompose(X_TEST, path=tmp_path / "result")
+    with pytest.raises(ntkit.Refused, match=r"another decomposition \(integration differ\)"):
+        ntkit.PathKernel(run, integration="quadrature", nodes=2).decompose(X_TEST, path=tmp_path / "result")
+
+
 def test_weight_decay_of_adamw_at_several_nodes():
     """Embedding rows and dense layers: the sum is the prediction, to the error of the quadrature."""
     x, y = torch.tensor([[0, 1], [2, 3], [4, 4]]), torch.tensor([0, 1, 2])

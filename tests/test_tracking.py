@@ -323,6 +323,29 @@ def test_a_kernel_of_zeros_in_both_forms():
         assert products.series == {name: whole.series[name] for name in products.series}
 
 
+def test_examples_that_come_again_nested_layers_and_groups():
+    """Three points three times: a kernel of rank 3. Where the last layer alone moves, first order is exact."""
+    x, y = draw(3, 4).repeat(3, 1), draw(9, 1, seed=1)
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), nn.Linear(6, 1)).double()
+    groups = lambda p: torch.optim.SGD([{"params": p[:2], "lr": 0.0}, {"params": p[2:]}], lr=0.1)
+    trajectory = ntkit.train(model, (x, y), half_squared, groups, steps=2)
+    tracked = track(trajectory, x, y, model=model, k=5)
+    for i, step in enumerate(tracked.steps):
+        trajectory.load(model, step)
+        K = tangent_kernel(model, x).reshape(9, 9)
+        values, vectors = (t.flip(-1) for t in torch.linalg.eigh(K))
+        found = {name: series[i] for name, series in tracked.series.items()}
+        assert found["eigenvalues"][3:] == [None, None]
+        assert found["eigenvalues"][:3] == pytest.approx(values[:3].tolist())
+        assert found["condition"] == pytest.approx(float(values[0] / values[2]))
+        energy = ((vectors.T @ y) ** 2 / (y**2).sum()).cumsum(0)[:3, 0]
+        assert found["energy_target"][:3] == pytest.approx(energy.tolist())
+        assert found["energy_target"][3:] == [None, None]
+        assert found["layer_trace"].keys() == {"0.0", "1"}
+        assert sum(found["layer_trace"].values()) == pytest.approx(float(K.trace()))
+        assert found["first_order"]["relative_error"] < 1e-10
+
+
 def test_steps_in_any_form(case, tmp_path):
     x, y, model, trajectory = case
     for i, steps in enumerate(([8, 0, 2, 2], np.array([8, 2, 0, 2]), torch.tensor([0, 0, 2, 8]))):

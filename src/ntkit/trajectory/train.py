@@ -74,8 +74,8 @@ def train(
         n-th), a list, or a function step -> bool. The first and the last are always recorded.
     seed : seed of batches and of torch's random numbers during training.
     path : folder to write; None = a temporary one that lives as long as the Trajectory.
-    target_loss : stop once the training loss is at most this: the loss of each step for full batch, else the loss
-        over all rows in eval mode at the end of each epoch.
+    target_loss : stop once the training loss is at most this: the loss of each step for full batch, else the mean of
+        the losses of all batches, by their rows, in eval mode at the end of each epoch.
     resume : continue the run in `path` from its last checkpoint (at most about 10 s before it was killed, or 20 times
         the time that a checkpoint takes to write), whatever the values of the model's parameters. A run that has ended
         is loaded. A folder without a run gets a new one. A run with a damaged or missing file starts from the

@@ -125,7 +125,7 @@ class PathKernel(Kernel):
         check_mode(self._replay.model)
         self._trajectory, self._outputs = trajectory, outputs
         self._budget = parse_memory(memory)
-        self._how: tuple[Any, ...] = (integration, rule, nodes, tolerance)
+        self._how: tuple[str, str, int, float | None] = (integration, rule, nodes, tolerance)
         self._network = self._replay.model
         self._params = {name: p for name, p in self._network.named_parameters() if name in self._replay.names}
         self._readout = _Readout(self._network, "full" if outputs == "trace" else outputs)
