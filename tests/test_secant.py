@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -534,6 +535,100 @@ def test_ends_in_another_layout():
     before, after = own(model), apart(own(model), 1.0)
     after["weight"] = after["weight"].to(memory_format=torch.channels_last)
     assert error(model, X[:, :, :, None].expand(-1, -1, -1, 4)[:, :2], before, after) <= BOUND
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.relu, F.relu6, F.leaky_relu, torch.abs, lambda z: z.clamp(-2e-5, 4e-5), lambda z: F.softshrink(z, 3e-5)],
+)
+def test_values_below_the_normal_numbers_of_float16(function):
+    """Some units stay, some move by the smallest normal number, 2^-14, by which the slope was infinite."""
+
+    class Units(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(600, dtype=torch.float16))
+
+        def forward(self, x):
+            return function(self.w)[None] * x
+
+    draw = torch.Generator().manual_seed(0)
+    before, after = ((6e-5 * torch.randn(600, generator=draw)).half() for _ in range(2))
+    after[:200], after[200:300] = before[:200], before[200:300] - 2.0**-14
+    model = Units()
+    secant = Secant(model, dict(model.named_parameters())).at({"w": before}, {"w": after})
+    (slope,) = torch.autograd.grad(secant(torch.ones(1, 600).half()).sum(), list(secant.params.values()))
+    before, after = before.double().requires_grad_(), after.double()
+    error = slope * (after - before) - (function(after) - function(before))
+    assert error.abs().max() < 1e-6  # of changes up to 2e-4; 6e-8 is the smallest number
+    (own,) = torch.autograd.grad(function(before).sum(), before)
+    assert (slope - own)[:200].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("scale", [1e-3, 400.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_in_half_precision(dtype, scale):
+    """The squares of values of 1e-3 and of 400 are no numbers of float16."""
+
+    class Norms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(scale * torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))
+            self.layer, self.group, self.batch = nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.BatchNorm1d(8)
+            self.sphere = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
+
+        def forward(self, x):
+            z = x @ self.w
+            parts = [
+                self.layer(z), self.group(z), self.batch(z), F.normalize(z), z / z.std(1, keepdim=True),
+                F.instance_norm(z.view(-1, 2, 4)).flatten(1), z.norm(dim=1, keepdim=True) / scale,
+                self.sphere(z) / scale,
+            ]  # fmt: skip
+            return torch.cat(parts, 1)
+
+    model = Norms().eval()
+    with torch.no_grad():
+        for p in (model.batch.running_var, model.sphere.parametrizations.weight.original1):
+            p.mul_(scale)
+    model.to(dtype)
+    params, draw = dict(model.named_parameters()), torch.Generator().manual_seed(1)
+    before = {name: p.detach().clone() for name, p in params.items()}
+    noise = {name: 0.05 * torch.randn(p.shape, generator=draw) * p.float().abs().mean() for name, p in params.items()}
+    after = {name: (1.1 * p.float() + noise[name]).to(dtype) for name, p in before.items()}
+    x = torch.randn(5, 4, generator=draw).to(dtype)
+    secant = Secant(model, params).at(before, after)
+    out, eps = secant(x), torch.finfo(dtype).eps
+    for end, values in zip(secant.ends, (before, after), strict=True):
+        own = plainly(model, values, x).detach().double()
+        assert (end.double() - own).abs().max() < 4 * eps * own.abs().max()
+    wide = copy.deepcopy(model).double()
+    ends = [plainly(wide, {k: t.double() for k, t in end.items()}, x.double()).detach() for end in (before, after)]
+    for c in range(out.shape[1]):
+        slopes = gradients(out[:, c], secant.params.values(), torch.ones_like(out[:, c]))
+        steps = [after[name].double() - before[name].double() for name in params]
+        terms = [slope.double() * step for slope, step in zip(slopes, steps, strict=True)]
+        change, size = (ends[1] - ends[0])[:, c].sum(), sum(t.abs().sum() for t in terms)
+        assert abs(sum(t.sum() for t in terms) - change) < 8 * eps * (size + ends[0][:, c].abs().sum())
+
+
+def test_inverse_roots_in_float16():
+    """The fourth power of 1 / sqrt(z) is 0 there from z = 4100 on."""
+    before, after = torch.tensor([4.0, 0.01, 9e3, 4e4]).half(), torch.tensor([5.0, 0.04, 1.2e4, 6e4]).half()
+
+    class Roots(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(before.clone())
+
+        def forward(self, x):
+            return torch.rsqrt(self.w)[None] * x
+
+    model = Roots()
+    secant = Secant(model, dict(model.named_parameters())).at({"w": before}, {"w": after})
+    (slope,) = torch.autograd.grad(secant(torch.ones(1, 4).half()).sum(), list(secant.params.values()))
+    a, b = before.double(), after.double()
+    expected = (b.rsqrt() - a.rsqrt()) / (b - a)
+    assert ((slope - expected).abs() < 4e-3 * expected.abs() + 2.0**-24).all()
 
 
 def test_a_rule_that_loses_the_gradient_is_noticed():

@@ -161,6 +161,21 @@ def test_standard_error_covers_the_error(name, outputs):
     assert torch.stack(sizes).mean() < 0.5
 
 
+@pytest.mark.parametrize("outputs", ["full", "diagonal", "trace"])
+@pytest.mark.parametrize("scale", [1e-2, 60.0])
+def test_standard_error_in_half_precision(scale, outputs):
+    """The squares of values of 1e-4 and of 1e3 are no numbers of float16."""
+    x = scale * torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    half = nn.Linear(9, 2, bias=False).half()
+    errors = [
+        ntkit.SketchedKernel(model, 4, outputs=outputs).standard_error(x.half().to(model.weight))
+        for model in (half, copy.deepcopy(half).double())
+    ]
+    assert errors[0].dtype == torch.float16
+    assert ((errors[0].double() - errors[1]).abs() <= 0.01 * errors[1]).all()
+    assert (errors[1] > 0).all()
+
+
 @pytest.mark.parametrize("outputs", ["full", "diagonal", "trace", "sum"])
 def test_standard_error_is_the_closed_form_of_the_sketched_values(outputs):
     model, x1, x2 = make("mlp")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -299,12 +301,83 @@ def test_a_dead_network_has_no_spectrum():
     assert tracked.series["stable_learning_rate"] == [None] * 3
 
 
+def test_a_kernel_of_zeros_in_both_forms():
+    """Both factors of a product are zero: neither has a gradient."""
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.u, self.v = (nn.Parameter(torch.zeros(*shape, dtype=torch.float64)) for shape in ((4, 1), (1, C)))
+
+        def forward(self, x):
+            return x @ self.u @ self.v
+
+    x, y = draw(N, 4), draw(N, C, seed=1)
+    trajectory = run(Product(), x, y, steps=2)
+    for outputs in ("trace", "full"):
+        whole, products = (
+            track(trajectory, x, y, model=Product(), k=3, outputs=outputs, memory=memory) for memory in (None, "2 kB")
+        )
+        assert products.settings["kernel"] == "matrix-free"
+        assert products.series["status"] == ["the kernel is zero"] * 3
+        assert products.series == {name: whole.series[name] for name in products.series}
+
+
+def test_examples_that_come_again_nested_layers_and_groups():
+    """Three points three times: a kernel of rank 3. Where the last layer alone moves, first order is exact."""
+    x, y = draw(3, 4).repeat(3, 1), draw(9, 1, seed=1)
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), nn.Linear(6, 1)).double()
+    groups = lambda p: torch.optim.SGD([{"params": p[:2], "lr": 0.0}, {"params": p[2:]}], lr=0.1)
+    trajectory = ntkit.train(model, (x, y), half_squared, groups, steps=2)
+    tracked = track(trajectory, x, y, model=model, k=5)
+    for i, step in enumerate(tracked.steps):
+        trajectory.load(model, step)
+        K = tangent_kernel(model, x).reshape(9, 9)
+        values, vectors = (t.flip(-1) for t in torch.linalg.eigh(K))
+        found = {name: series[i] for name, series in tracked.series.items()}
+        assert found["eigenvalues"][3:] == [None, None]
+        assert found["eigenvalues"][:3] == pytest.approx(values[:3].tolist())
+        assert found["condition"] == pytest.approx(float(values[0] / values[2]))
+        energy = ((vectors.T @ y) ** 2 / (y**2).sum()).cumsum(0)[:3, 0]
+        assert found["energy_target"][:3] == pytest.approx(energy.tolist())
+        assert found["energy_target"][3:] == [None, None]
+        assert found["layer_trace"].keys() == {"0.0", "1"}
+        assert sum(found["layer_trace"].values()) == pytest.approx(float(K.trace()))
+        assert found["first_order"]["relative_error"] < 1e-10
+
+
+def test_steps_in_any_form(case, tmp_path):
+    x, y, model, trajectory = case
+    for i, steps in enumerate(([8, 0, 2, 2], np.array([8, 2, 0, 2]), torch.tensor([0, 0, 2, 8]))):
+        tracked = track(trajectory, x, y, model=model, k=np.int64(2), steps=steps, path=tmp_path / str(i))
+        assert tracked.steps == Tracked.open(tmp_path / str(i)).steps == [0, 2, 8]
+        assert all(type(step) is int for step in tracked.steps)
+
+
+def test_a_tracking_without_a_snapshot_yet(case, tmp_path, monkeypatch):
+    x, y, model, trajectory = case
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ntkit.tracking.tracker._Tracker.measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        track(trajectory, x, y, model=model, k=2, path=tmp_path / "t")
+    assert "snapshots=0" in repr(Tracked.open(tmp_path / "t"))
+
+
 def test_refusals(case):
     x, y, model, trajectory = case
     with pytest.raises(Refused, match=r"y: got shape \(10, 3\)"):
         track(trajectory, x, y[:10], model=model)
-    with pytest.raises(Refused, match="k: got 99; expected 1 to 11"):
+    with pytest.raises(Refused, match="k: got 99; expected an integer from 1 to 11"):
         track(trajectory, x, y, model=model, k=99)
+    for k in ("3", 2.0, True, None):
+        with pytest.raises(Refused, match="k: got"):
+            track(trajectory, x, y, model=model, k=k)
+    for steps, got in (([], "none"), ([5], "5"), ("all", "'all'"), ([True], "True"), ([1, [0]], "[0]")):
+        with pytest.raises(Refused, match=re.escape(f"steps: got {got}; expected")):
+            track(trajectory, x, y, model=model, k=2, steps=steps)
     with pytest.raises(Refused, match="model's parameters"):
         track(trajectory, x, model=mlp(2), k=2)
     with pytest.raises(Refused, match="diagonal"):

@@ -705,3 +705,20 @@ def test_refusals_leave_nothing_behind(tmp_path, change, message):
     with pytest.raises(Refused, match=message):
         train(**arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_numpy():
+    x, y = torch.randn(N, D, dtype=F64), torch.randn(N, 1, dtype=F64)
+    runs = []
+    for whole, real in ((int, float), (np.int64, np.float32)):
+        torch.manual_seed(0)
+        model, numbers = nn.Linear(D, 1).double(), {"batch_size": whole(4), "seed": whole(3), "record": whole(2)}
+        run = train(model, (x, y), mse, SGD, whole(5), **numbers, target_loss=real(2.0**-20))
+        runs.append((run, model.weight.detach().clone()))
+    (one, first), (other, second) = runs
+    assert one.settings == other.settings
+    assert torch.equal(first, second)
+    assert other.settings["record"] == 2
+    for target in ("0.1", torch.tensor(0.1), math.nan):
+        with pytest.raises(Refused, match="target_loss: got"):
+            train(model, (x, y), mse, SGD, 5, target_loss=target)

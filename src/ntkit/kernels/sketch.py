@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -99,12 +100,12 @@ class SketchedKernel(Kernel):
         memory: int | str | None = None,
         select: Callable[[Any], Any] | None = None,
     ) -> None:
-        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+        if not isinstance(dim, Integral) or isinstance(dim, bool) or dim < 1:
             raise refusal("dim", got=repr(dim), expected="a positive integer", fix="Errors decrease as 1 / sqrt(dim).")
-        if not isinstance(seed, int) or isinstance(seed, bool):
+        if not isinstance(seed, Integral) or isinstance(seed, bool):
             raise refusal("seed", got=repr(seed), expected="an integer", fix="Each seed is another random projection.")
         self._engine = Engine(model, outputs, params, memory, select=select)
-        self._mode, self._dim, self._seed = self._engine.mode, dim, seed
+        self._mode, self._dim, self._seed = self._engine.mode, int(dim), int(seed)
         self._trusted: list[Structure] = []  # graphs on which the self-check has passed
 
     def __repr__(self) -> str:
@@ -130,21 +131,22 @@ class SketchedKernel(Kernel):
         """
         x1, x2 = self._checked(x1, "x1"), None if x2 is None else self._checked(x2, "x2")
         phi1, phi2 = self._both(x1, x2)
-        own1, own2 = phi1 @ phi1.transpose(1, 2), phi2 @ phi2.transpose(1, 2)  # [n, C, C]
+        # squares in float64: those of float16 overflow from 256 on and vanish below 2e-4
+        own1, own2 = ((phi @ phi.transpose(1, 2)).double() for phi in (phi1, phi2))  # [n, C, C]
         if self._mode == "trace":
             square = own1.flatten(1) @ own2.flatten(1).T
             n2, outputs = phi2.shape[:2]
-            step = max(1, int(self._engine.memory() * 0.3 / (2 * n2 * outputs**2 * phi1.element_size())))
+            step = max(1, int(self._engine.memory() * 0.3 / (3 * 8 * n2 * outputs**2)))
             for i in range(0, len(phi1), step):
-                block = torch.einsum("icm,jdm->ijcd", phi1[i : i + step], phi2)
+                block = torch.einsum("icm,jdm->ijcd", phi1[i : i + step], phi2).double()
                 square[i : i + step] += (block * block.transpose(2, 3)).sum((2, 3))
             square = mirrored(square) if x2 is None else square
         else:
-            square = self._product(phi1, phi2, symmetric=x2 is None).square()
+            square = self._product(phi1, phi2, symmetric=x2 is None).double().square()
             norm1, norm2 = own1.diagonal(dim1=1, dim2=2), own2.diagonal(dim1=1, dim2=2)  # [n, C]
             full = self._mode == "full"
             square += norm1[:, None, :, None] * norm2[None, :, None] if full else norm1[:, None] * norm2
-        return self._finite((square.clamp(min=0) / self._dim).sqrt(), x1, x2)
+        return self._finite((square.clamp(min=0) / self._dim).sqrt().to(phi1), x1, x2)
 
     def settings(self) -> dict[str, Any]:
         """Those of the tangent kernel, and the random projection."""

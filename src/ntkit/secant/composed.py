@@ -100,8 +100,14 @@ def log_sum(func: Any, args: Any, kwargs: Any) -> Any:
 # ---------------------------------------------------------------------- norms, composed
 
 
+def _wide(z: Any) -> Any:
+    """In half precision squares overflow or vanish: in float32, as PyTorch's own kernels compute."""
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
 def _normalized(z: Any, dims: Any, eps: float) -> tuple[Any, Any, Any]:
     """(z - mean) / sqrt(var + eps) over some axes, with mean and the inverse root."""
+    z = _wide(z)
     mean = z.mean(dims, keepdim=True)
     centered = z - mean
     root = torch.rsqrt((centered * centered).mean(dims, keepdim=True) + eps)
@@ -121,7 +127,7 @@ def layer_norm(func: Any, args: Any, kwargs: Any) -> Any:
         y, mean, root = _normalized(z, list(range(-len(shape), 0)), eps)
     else:  # a constant input with a weight or bias that changes
         y, mean, root = aten.native_layer_norm(z, shape, None, None, eps)
-    return _affine(y, weight, bias), mean, root
+    return _affine(y, weight, bias).to(z.dtype), mean, root
 
 
 @rule(aten.native_group_norm)
@@ -131,7 +137,7 @@ def group_norm(func: Any, args: Any, kwargs: Any) -> Any:
     y, mean, root = _normalized(z.reshape(n, groups, -1), [2], eps)
     shape = [1, channels] + [1] * (z.dim() - 2)
     weight, bias = (None if p is None else p.reshape(shape) for p in (weight, bias))
-    return _affine(y.reshape(z.shape), weight, bias), mean, root
+    return _affine(y.reshape(z.shape), weight, bias).to(z.dtype), mean, root
 
 
 @rule(aten.native_batch_norm, aten.cudnn_batch_norm)
@@ -146,10 +152,10 @@ def batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     rest = [empty] * (len(func._schema.returns) - 1)
     if values["training"]:
         y, _, _ = _normalized(z, [0, *range(2, z.dim())], eps)
-        return _affine(y, weight, bias), *rest
-    factor = torch.rsqrt(var + eps).reshape(shape)
+        return _affine(y, weight, bias).to(z.dtype), *rest
+    factor = torch.rsqrt(_wide(var) + eps).reshape(shape)
     factor, shift = factor if weight is None else factor * weight, mean.reshape(shape)
-    return _affine(z, factor, -shift * factor if bias is None else bias - shift * factor), *rest
+    return _affine(z, factor, -shift * factor if bias is None else bias - shift * factor).to(z.dtype), *rest
 
 
 @rule(aten.var_mean, aten.var, aten.std, aten.std_mean)
@@ -160,7 +166,7 @@ def variance(func: Any, args: Any, kwargs: Any) -> Any:
     correction = 1 if values.get("correction") is None else values["correction"]
     if z.is_complex() or "unbiased" in values:
         raise no_rule(func)
-    mean = z.mean(dims, keepdim=True)
+    mean = _wide(z).mean(dims, keepdim=True)
     centered = z - mean
     size = math.prod(z.shape[dim] for dim in dims)
     value = (centered * centered).sum(dims, keepdim=True) / (size - correction)
@@ -168,7 +174,7 @@ def variance(func: Any, args: Any, kwargs: Any) -> Any:
     value = torch.sqrt(value) if "std" in name else value
     if not keep:
         value, mean = value.squeeze(dims), mean.squeeze(dims)
-    return (value, mean) if "mean" in name else value
+    return (value.to(z.dtype), mean.to(z.dtype)) if "mean" in name else value.to(z.dtype)
 
 
 @rule(aten.linalg_vector_norm, aten.norm)
@@ -183,9 +189,11 @@ def vector_norm(func: Any, args: Any, kwargs: Any) -> Any:
     dims, keep = values.get("dim") or list(range(z.dim())), values.get("keepdim", False)
     if abs(order) == math.inf:
         return z.abs().amax(dims, keep) if order > 0 else z.abs().amin(dims, keep)
+    wide = _wide(z)
     if order == 2 and not z.is_complex():
-        return torch.sqrt((z * z).sum(dims, keepdim=keep))
-    return (z.abs() ** order).sum(dims, keepdim=keep) ** (1 / order)
+        return torch.sqrt((wide * wide).sum(dims, keepdim=keep)).to(z.dtype)
+    value = (wide.abs() ** order).sum(dims, keepdim=keep) ** (1 / order)
+    return value if z.is_complex() else value.to(z.dtype)
 
 
 @rule(aten._cdist_forward)
@@ -201,8 +209,9 @@ def weight_norm(func: Any, args: Any, kwargs: Any) -> Any:
     v, g = args[:2]
     dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
     dims = [d for d in range(v.dim()) if d != dim % v.dim()]
-    norm = torch.sqrt((v * v).sum(dims, keepdim=True))
-    return v * (g / norm), norm
+    wide = _wide(v)
+    norm = torch.sqrt((wide * wide).sum(dims, keepdim=True))
+    return (v * (g / norm)).to(v.dtype), norm
 
 
 @rule(aten._prelu_kernel)

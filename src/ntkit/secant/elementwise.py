@@ -31,7 +31,7 @@ from ntkit.secant.secant_tensor import (
 def ramp(z0: Tensor, z1: Tensor) -> Tensor:
     """Slope of the chord of max(z, 0): the part of the step above 0; for two equal ends 1 above 0, else 0."""
     top = torch.maximum(z0, z1)
-    way = (z1 - z0).abs_().add_(torch.finfo(z0.dtype).tiny)
+    way = (z1 - z0).abs_()  # where it is 0 the quotient is infinite, or undefined for a top of 0
     return top.div_(way).nan_to_num_(nan=0.0).clamp_(0, 1)
 
 
@@ -110,8 +110,9 @@ def _slope(func: Any, args: Any, kwargs: Any, place: int, o0: Tensor, o1: Tensor
     room = rounding - torch.addcmul(change, step, tangent, value=-1).abs()
     if packet in _SMOOTH:
         room = torch.maximum(room, kind.eps ** (1 / 3) - step.abs())
-    near = room.div_(kind.tiny).add_(1).nan_to_num_(nan=0.0).clamp_(0, 1)  # 1 or 0
-    chord = change.div_(step.add_(kind.tiny)).nan_to_num_(nan=0.0)
+    least = kind.tiny if kind.tiny < 1e-30 else kind.tiny * kind.eps  # in float16 the normal numbers end at 6e-5
+    near = room.div_(least).add_(1).nan_to_num_(nan=0.0).clamp_(0, 1)  # 1 or 0
+    chord = change.div_(step).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     return torch.lerp(chord, tangent, near.to(chord.dtype))
 
 
@@ -160,7 +161,8 @@ def square_root(func: Any, args: Any, kwargs: Any) -> SecantTensor:
 def inverse_root(func: Any, args: Any, kwargs: Any) -> SecantTensor:
     """With r = 1 / sqrt(z): r' - r = -(z' - z) r^2 r'^2 / (r + r')."""
     o0, o1 = at_both_ends(func, args, kwargs)
-    return from_slopes(o0, o1, (-((o0 * o1) ** 2) / (o0 + o1), args[0].mid))
+    both = o0 * o1
+    return from_slopes(o0, o1, (-both * (both / (o0 + o1)), args[0].mid))
 
 
 @rule(aten.pow)

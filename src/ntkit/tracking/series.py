@@ -78,7 +78,8 @@ class Tracked(Shown):
 
     def _shown(self) -> dict[str, Any]:
         told = {name: self.settings[name] for name in ("points", "outputs", "kernel") if name in self.settings}
-        return {**told, "snapshots": f"{len(self.steps)}, steps {self.steps[0]} to {self.steps[-1]}",
+        span = f", steps {self.steps[0]} to {self.steps[-1]}" if self.steps else ""  # none yet: it is still running
+        return {**told, "snapshots": f"{len(self.steps)}{span}",
                 "series": ", ".join(self.series), "path": self.path}  # fmt: skip
 
     def plot(self, *names: str) -> Any:

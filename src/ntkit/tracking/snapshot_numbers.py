@@ -106,8 +106,7 @@ class KernelProducts:
 
     def spectral(self, k: int, values: dict[str, Tensor | None], outputs: int) -> tuple[dict[str, Any], np.ndarray]:
         """Top k eigenpairs, energies, alignment with the targets (its norm of K estimated)."""
-        pairs = spectrum(self._operator, k)
-        if not float(pairs.eigenvalues.abs().max()) > 0:
+        if (pairs := defined(spectrum, self._operator, k)) is None:
             return _zero_kernel(k, self._size, values)
         numbers, vectors = _spectral(pairs, k, values)
         target = values.get("target")

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def track(
     whole = model if select is None else part  # of a whole object a callable `outputs` may take any part
     tracker = _Tracker(trajectory, x, y, whole, loss, k, outputs, memory)
     tracker.settings |= {} if select is None else {"select": function_identity(select)}
-    selection = sorted(set(trajectory.steps if steps is None else steps))
+    selection = trajectory.steps if steps is None else _chosen(steps, trajectory.steps)
     folder = None if path is None else Path(path)
     with nullcontext() if folder is None else FolderLock(folder):
         if folder is not None:
@@ -109,6 +110,18 @@ def track(
         if folder is not None:
             close_folder(folder, tracker.settings, selection)
     return assembled(tracker.settings, records, vectors, folder)
+
+
+def _chosen(steps: Any, recorded: list[int]) -> list[int]:
+    """The snapshots to measure, each once and in their order."""
+    steps = steps.tolist() if isinstance(steps, (Tensor, np.ndarray)) else steps
+    given = list(steps) if isinstance(steps, Iterable) and not isinstance(steps, str) else [steps]
+    if wrong := [s for s in given if isinstance(s, bool) or s not in recorded]:
+        expected = f"recorded steps of the run: {', '.join(map(str, recorded[:10]))}{', ...' * (len(recorded) > 10)}"
+        raise refusal("steps", got=repr(wrong[0]), expected=expected, fix="None = all of them.")
+    if not given:
+        raise refusal("steps", got="none", expected="at least one recorded step", fix="None = all of them.")
+    return sorted({int(s) for s in given})
 
 
 def _measured(
@@ -150,7 +163,7 @@ class _Tracker:
         outputs: Outputs,
         memory: int | str | None,
     ) -> None:
-        self.trajectory, self.model, self.k = trajectory, model, k
+        self.trajectory, self.model = trajectory, model
         self.x = checked(x, "x", infinite=True)
         self.n = count(self.x)
         budget = parse_memory(memory) or free_memory(next(model.parameters()).device) // 2
@@ -163,8 +176,9 @@ class _Tracker:
         self.full = TangentKernel(model, "full", memory=memory)
         self.kernel = TangentKernel(model, self.mode, memory=memory)
         self.size = N = self.n * (self.outputs if self.mode == "full" else 1)
-        if not 1 <= k <= N:
-            raise refusal("k", got=k, expected=f"1 to {N}", fix="Use a smaller k.")
+        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= N:
+            raise refusal("k", got=repr(k), expected=f"an integer from 1 to {N}", fix="Use a smaller k.")
+        self.k = int(k)
         itemsize = raw.element_size()
         copies = 3 * self.outputs if self.mode == "diagonal" else 3  # K now, before and at first; one in float64
         self.dense = N * N * (copies * itemsize + 8) <= budget
@@ -177,7 +191,7 @@ class _Tracker:
         self.settings = {
             "format": TRACK_FORMAT,
             "points": self.n,
-            "k": k,
+            "k": self.k,
             "outputs": "callable" if callable(outputs) else self.mode,
             "outputs_of_model": self.outputs,
             "kernel": "dense" if self.dense else "matrix-free",

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -73,8 +74,8 @@ def train(
         n-th), a list, or a function step -> bool. The first and the last are always recorded.
     seed : seed of batches and of torch's random numbers during training.
     path : folder to write; None = a temporary one that lives as long as the Trajectory.
-    target_loss : stop once the training loss is at most this: the loss of each step for full batch, else the loss
-        over all rows in eval mode at the end of each epoch.
+    target_loss : stop once the training loss is at most this: the loss of each step for full batch, else the mean of
+        the losses of all batches, by their rows, in eval mode at the end of each epoch.
     resume : continue the run in `path` from its last checkpoint (at most about 10 s before it was killed, or 20 times
         the time that a checkpoint takes to write), whatever the values of the model's parameters. A run that has ended
         is loaded. A folder without a run gets a new one. A run with a damaged or missing file starts from the
@@ -118,15 +119,17 @@ def train(
     check_module(model, fix="Pass the network to train.")
     objective = Objective(data, loss, select)
     _check_numbers(steps, seed, target_loss, clip, batch_size, objective.n)
+    steps, seed, batch_size = int(steps), int(seed), None if batch_size is None else int(batch_size)  # also numpy's
     recorded = snapshot_steps(record, steps)
     opt = _new_optimizer(optimizer, model)
     rates = RateSchedule(opt, schedule)
+    every = int(record) if isinstance(record, Integral) else None
     settings = {
         "steps": steps,
         "batch_size": batch_size,
-        "record": record if isinstance(record, (str, int)) else sorted(recorded),
+        "record": every or (record if isinstance(record, str) else sorted(recorded)),
         "seed": seed,
-        "target": target_loss,
+        "target": None if target_loss is None else float(target_loss),
         "schedule": schedule and getattr(schedule, "__qualname__", type(schedule).__qualname__),
         "clip": None if clip is None else float(clip),
         "loss": loss_name(loss),
@@ -222,8 +225,9 @@ def _check_numbers(
         raise refusal("steps", got=steps, expected="an integer >= 1", fix="Pass the number of optimization steps.")
     if not _is_integer(seed):
         raise refusal("seed", got=repr(seed), expected="an integer", fix="Pass e.g. seed=0.")
-    if target is not None and not math.isfinite(target):
-        raise refusal("target_loss", got=target, expected="a finite loss or None", fix="None = take all the steps.")
+    if target is not None and not (isinstance(target, Real) and math.isfinite(target)):
+        fix = "None = take all the steps."
+        raise refusal("target_loss", got=repr(target), expected="a finite loss or None", fix=fix)
     if batch_size is not None and (not _is_integer(batch_size) or not 1 <= batch_size <= n):
         expected = f"1 <= batch_size <= {n} rows, or None"
         raise refusal("batch_size", got=batch_size, expected=expected, fix="None = full batch.")
@@ -231,7 +235,7 @@ def _check_numbers(
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _new_optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], model: nn.Module) -> Optimizer:

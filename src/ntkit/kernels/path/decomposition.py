@@ -117,6 +117,7 @@ class PathDecomposition(Shown):
 
     def by_class(self, labels: Tensor) -> Tensor:
         """Sum of the contributions of each class's examples: [m, C, classes]; labels int64 [n]."""
+        labels = torch.as_tensor(labels)
         integers = labels.dtype != torch.bool and not labels.is_floating_point()
         if labels.shape != (self.contributions.shape[2],) or not integers:
             expected = f"one integer per training example, shape ({self.contributions.shape[2]},)"
@@ -131,7 +132,7 @@ class PathDecomposition(Shown):
 
     def over_time(self) -> Tensor:
         """Sum of the contributions up to each step: [S, m, C]; needs ``decompose(..., steps=True)``."""
-        return torch.stack([share.values.sum(2) for share in self._steps_or_refusal()]).cumsum(0)
+        return self._cumulated([share.values.sum(2) for share in self._steps_or_refusal()])
 
     def example_over_time(self, example: int) -> Tensor:
         """One training example's contribution up to each step: [S, m, C]; needs ``decompose(..., steps=True)``."""
@@ -140,7 +141,10 @@ class PathDecomposition(Shown):
             fix = "Training examples are numbered from 0."
             raise refusal("example", got=repr(example), expected=f"0 to {n - 1}", fix=fix)
         own = [(share.values * (share.rows == example)).sum(2) for share in self._steps_or_refusal()]
-        return torch.stack(own).cumsum(0)
+        return self._cumulated(own)
+
+    def _cumulated(self, own: list[Tensor]) -> Tensor:
+        return torch.stack(own).cumsum(0) if own else self.initial.new_zeros(0, *self.initial.shape)
 
     def _steps_or_refusal(self) -> list[StepShare]:
         if self.steps is None:

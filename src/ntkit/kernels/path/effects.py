@@ -44,7 +44,7 @@ class Addition(NamedTuple):
 
 def has_buffer(u: Update) -> bool:
     """Whether a parameter's gradients act on later steps."""
-    return isinstance(u.buffered, Tensor) or u.buffered != 0.0 or u.carry != 0.0
+    return isinstance(u.buffered, Tensor) or u.buffered != 0.0
 
 
 def add_all(additions: Sequence[Addition], weight: float) -> None:

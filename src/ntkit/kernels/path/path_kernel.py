@@ -125,11 +125,12 @@ class PathKernel(Kernel):
         check_mode(self._replay.model)
         self._trajectory, self._outputs = trajectory, outputs
         self._budget = parse_memory(memory)
-        self._how = (integration, rule, nodes, tolerance)
+        self._how: tuple[str, str, int, float | None] = (integration, rule, nodes, tolerance)
         self._network = self._replay.model
         self._params = {name: p for name, p in self._network.named_parameters() if name in self._replay.names}
         self._readout = _Readout(self._network, "full" if outputs == "trace" else outputs)
         self._segment(self._readout)  # checks the settings
+        self._how = (integration, rule, int(nodes), tolerance)
 
     def __repr__(self) -> str:
         return of_model(type(self), self._network, self._params, steps=self._replay.steps, integration=self._how[0])
@@ -197,7 +198,8 @@ class PathKernel(Kernel):
                     if last_step is None or step.step < last_step:
                         sweep.step(step)
                         if step.step in (0, replay.steps - 1):
-                            _compare(segment, take(x, some), initial[some], prediction[some], step.step == 0)
+                            own = initial[some], prediction[some]
+                            _compare(segment, take(x, some), *own, step.step == 0, self._precision())
                         files.keep(sweep, start, fit, step.step)
                     progress.advance()
                 parts.append(sweep)
@@ -215,7 +217,7 @@ class PathKernel(Kernel):
             self._rule_in_words(segment),
             replay.bitwise,
         )
-        eps, missed = torch.finfo(self._like().dtype).eps, float(result.residual.abs().max())
+        eps, missed = self._precision(), float(result.residual.abs().max())
         # outputs that vanish by symmetry are nothing but rounding
         if segment.integration == "secant" and not (result.error <= eps**0.5 or missed <= 1e3 * eps):
             warnings.warn(
@@ -229,8 +231,8 @@ class PathKernel(Kernel):
 
     def _fit(self, outputs: int, layers: bool) -> int:
         """Test points whose sweep fits into memory."""
-        like = self._like()
-        size = sum(p.numel() for p in self._params.values()) * like.element_size()
+        largest = max(p.element_size() for p in self._params.values())
+        size = sum(p.numel() for p in self._params.values()) * largest
         own = outputs * (2 * size + 16 * self._replay.n * (1 + layers * len(self._params)))
         return max(1, int(0.5 * self._memory() / (own + 1)))
 
@@ -254,8 +256,8 @@ class PathKernel(Kernel):
         integration, rule, nodes, tolerance = self._how
         if integration != "quadrature":
             return integration
-        most = f"at most {segment.most}" if tolerance is not None else str(nodes)
-        return f"{rule}, {most} node{'s' * (most != '1')} per step"
+        bound, most = ("", nodes) if tolerance is None else ("at most ", segment.most)
+        return f"{rule}, {bound}{most} node{'s' * (most != 1)} per step"
 
     def _segment(self, network: nn.Module) -> Segment:
         return Segment(network, self._params, *self._how, self._memory() // 4)
@@ -274,6 +276,10 @@ class PathKernel(Kernel):
 
     def _memory(self) -> int:
         return self._budget if self._budget is not None else free_memory(self._like().device) // 2
+
+    def _precision(self) -> float:
+        """Of the coarsest parameter."""
+        return max(torch.finfo(p.dtype).eps for p in self._params.values())
 
     def _like(self) -> Tensor:
         return next(iter(self._params.values()))
@@ -312,6 +318,12 @@ class PathKernel(Kernel):
     def _mean(self, values: Callable[[TangentKernel], Tensor]) -> Tensor:
         """Mean over the run of what a tangent kernel gives, integrated over each step."""
         mode = self._mode()
+        if not self._replay.steps:
+            got, fix = (
+                "a run that ended before its first step",
+                "Train with a lower target, or a smaller learning rate.",
+            )
+            raise refusal("trajectory", got=got, expected="at least one step", fix=fix)
         network = _Readout(self._network, mode if callable(mode) else "full")
         segment = self._segment(network)
         first = self._replay.initial()
@@ -321,12 +333,14 @@ class PathKernel(Kernel):
         outputs = "trace" if callable(mode) else mode
         kernel = TangentKernel(engine.model, outputs, params=lambda name, p: id(p) in own, memory=self._budget)
         total: Any = 0.0
+        now = self._like()
         with task("path kernel", total=self._replay.steps) as progress:
             for step in self._replay.backwards():
                 for weight in segment.places(step.before, step.after, ()):
-                    total = total + weight * values(kernel)
+                    now = values(kernel)
+                    total = total + weight * now.double()  # a long sum in half precision would stop to grow
                 progress.advance()
-        return total / self._replay.steps
+        return (total / self._replay.steps).to(now.dtype)
 
 
 class _Readout(nn.Module):
@@ -351,12 +365,12 @@ class _Readout(nn.Module):
         return reduce_outputs(raw, lambda out: outputs(out, targets), n)
 
 
-def _compare(segment: Segment, x: Batch, initial: Tensor, prediction: Tensor, at_start: bool) -> None:
+def _compare(segment: Segment, x: Batch, initial: Tensor, prediction: Tensor, at_start: bool, eps: float) -> None:
     """Raise unless the secant rules give the outputs of the network itself."""
     if (ends := segment.ends(x)) is None:
         return
     followed, own = (ends[0], initial) if at_start else (ends[1], prediction)
-    eps = torch.finfo(followed.dtype).eps
+    eps = max(eps, torch.finfo(followed.dtype).eps)
     gap, size = float((followed - own).abs().max()), float(own.abs().max())
     if not gap <= eps**0.5 * (size + 1e-30):
         raise SelfCheckError(

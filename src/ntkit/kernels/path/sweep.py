@@ -76,6 +76,7 @@ class Sweep:
         self._segment, self._x = segment, x
         self._train = Engine(Weighted(network), memory=budget, selected=params)
         self._like = next(iter(params.values()))
+        self._wide = segment.engine.dtype  # of gradients, where parameters have several dtypes
         m = count(x)
         options = {"dtype": torch.float64, "device": self._like.device}
         self._total = torch.zeros(n, m, outputs, **options)  # examples first: a step adds whole rows
@@ -165,7 +166,7 @@ class Sweep:
                     product = multiplied(one, other, job.plan.scratch).transpose(0, 1).double()
                     contributions[name] = contributions.get(name, 0.0) + weight * factor * product
             for name, u in step.updates.items():
-                if rate := u.direct * u.coupled + u.decoupled:
+                if rate := u.direct * u.coupled:
                     decay -= weight * rate * _along(test, name, step.before[name])
         return contributions, decay
 
@@ -190,7 +191,8 @@ class Sweep:
                 deltas[name] = None if buffer is None or not u.entering else (u.entering, buffer)
         for name, u in step.updates.items():
             if u.coupled and (delta := deltas[name]) is not None:
-                self.regularization += u.coupled * delta[0] * (delta[1] @ step.before[name].reshape(-1)).double()
+                theta = step.before[name].reshape(-1).to(delta[1])
+                self.regularization += u.coupled * delta[0] * (delta[1] @ theta).double()
         self._carry = {name: u.carry for name, u in step.updates.items()}
         contributions: dict[str, list[Tensor]] = {}
         for examples, gradients in self._train_gradients(step):
@@ -206,13 +208,13 @@ class Sweep:
         """Add Phi of this step to Lambda; returns Phi itself where it also acts directly."""
         m = count(self._x)
         direct: dict[str, Tensor] = {}
-        carry = {name: self._carry.get(name, 0.0) for name in self._buffers}  # once, with the first gradients
+        carry = {name: self._carry[name] for name in self._buffers}  # once, with the first gradients
         for weight in self._segment.places(step.before, step.after, self._x):
             for part, factors in self._segment.engine.batches(self._x, _SHARE):
                 sums = self.regularization[part]
                 additions = []
                 for name, factor in factors.items():
-                    u, theta = step.updates[name], step.before[name].reshape(-1)
+                    u, theta = step.updates[name], step.before[name].reshape(-1).to(self._wide)
                     for needed, own in ((has_buffer(u), self._buffers), (bool(u.direct), direct)):
                         if needed and name not in own:
                             own[name] = theta.new_zeros(m, sums.shape[1], theta.numel())
