@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 import warnings
 
 import numpy as np
@@ -12,6 +15,7 @@ from torch.nn import functional as F
 
 import ntkit
 from ntkit.base.checks import Refused
+from ntkit.base.function_identity import module_identity
 from ntkit.commands import network_measures, regression_measures
 from ntkit.gram.gram_identity import identity
 from ntkit.gram.gram_matrix import Gram
@@ -338,3 +342,14 @@ def test_errors_of_a_network_that_diverged_are_no_warnings():
 @pytest.mark.parametrize("pixels", [torch.tensor([-6e4, 0, 6e4]).half(), torch.tensor([-1e-20, 0, 1e-20])])
 def test_pixels_of_any_range_are_stretched(pixels):
     assert network_measures.as_pixels(pixels.reshape(1, 1, 1, 3)).ravel().tolist() == [0, 128, 255]
+
+
+def test_a_networks_identity_is_that_of_its_copies():
+    """Recurrent layers keep references to their weights, which copies have in another form."""
+    model = nn.Sequential(nn.LSTM(3, 4), nn.MultiheadAttention(4, 2), nn.TransformerEncoderLayer(4, 2))
+    stored = io.BytesIO()
+    pickle.dump(model, stored)
+    for other in (copy.deepcopy(model), pickle.loads(stored.getvalue())):
+        assert list(module_identity(other)) == list(module_identity(model))
+    model[0].dropout = 0.5
+    assert list(module_identity(other)) != list(module_identity(model))
