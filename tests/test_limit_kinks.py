@@ -14,7 +14,7 @@ from infinite_oracle import Act
 from torch import nn
 
 import ntkit
-from ntkit import InfiniteKernel
+from ntkit import InfiniteKernel, Refused
 from ntkit.kernels.infinite.activations import times_slope, values_and_slopes
 from ntkit.kernels.infinite.kinks import pieces
 from ntkit.kernels.infinite.layers import Pointwise
@@ -267,3 +267,29 @@ def test_slopes_are_those_of_autograd():
         wanted = by_pieces(kinks, polynomials, 1)(z.numpy())
         # PyTorch's own slope of hardsigmoid is 1 / 6 in float32
         np.testing.assert_allclose(values_and_slopes(function, z)[1].numpy(), wanted, atol=1e-8, err_msg=name)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6(), nn.Hardtanh(), nn.Hardswish()])
+def test_samples_so_large_that_the_kinks_are_lost_in_rounding_are_refused(activation):
+    """At norm 1e9 a bounded function had a second moment of -90, with a warning."""
+    model = nn.Sequential(nn.Linear(3, 8), activation, nn.Linear(8, 1)).double()
+    kernel = InfiniteKernel(model, "nngp", w_std=1.0, b_std=0.0)
+    x = torch.tensor([[1.0, 2, 3], [3, -1, 2]], dtype=torch.float64)
+    with pytest.raises(Refused, match=r"got standard deviations up to 2.2e\+08, .*rounding; .* Scale the samples"):
+        kernel(1e8 * x)
+    with pytest.raises(Refused, match="Scale the samples"):
+        kernel.diagonal(1e8 * x)
+    assert kernel(x).isfinite().all()  # the same kernel object, afterwards
+
+
+def test_the_error_bounds_what_rounding_takes_of_a_bounded_function():
+    model = nn.Sequential(nn.Linear(3, 8), nn.Hardtanh(), nn.Linear(8, 1)).double()
+    kernel = InfiniteKernel(model, "nngp", w_std=1.0, b_std=0.0)
+    for size in (1e3, 1e4, 1e5):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = float(kernel(torch.tensor([[size, 0, 0]], dtype=torch.float64)))
+        h = 3**0.5 / size  # E = 1 - P(|z| < h) + E[(z / h)^2; |z| < h], to second order in h
+        exact = 1 - (2 / math.pi) ** 0.5 * h * (2 / 3)
+        assert abs(got - exact) <= kernel.error + h**3
+        assert kernel.error < 1e3 * torch.finfo(torch.float64).eps * size**2  # of terms as large as the variance

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntkit.base.checks import refusal
 from ntkit.kernels.infinite.activations import Activation, Function, values_and_slopes
 from ntkit.kernels.infinite.kinks import Pieces, jumps_at, pieces
 from ntkit.kernels.infinite.truncated_moments import Orthant, one_sided
@@ -20,6 +21,7 @@ from ntkit.kernels.infinite.truncated_moments import Orthant, one_sided
 _AT_ZERO = 1e-150  # a kink at 0 lies here: ratios of thresholds are then defined
 _BEYOND = 1e3  # standard deviations: nothing lies beyond
 _SMALLEST = 1e-200  # variance in place of 0
+_NO_DIGIT = 0.1  # relative error of E[s(u)^2] above which it is refused
 _EPS = torch.finfo(torch.float64).eps
 
 Terms = dict[tuple[int, int], float]  # weight of (e z - |k|)_+^d, by the number of the kink and d
@@ -120,7 +122,12 @@ class Piecewise(Activation):
             size = one_sided(h[i], 0, 0) * (1 + far) ** (2 * d) * (1 + far.square() / 16)
             parts = parts + size.sqrt() * deviation**d * abs(weight)
         cancels = torch.where(values.abs() > 1e-250, parts.square() / values.abs(), 0.0)
-        self.error = max(self.error, 16 * _EPS * float(cancels.max()))
+        error = 16 * _EPS * float(cancels.max())
+        if which == 0 and error > _NO_DIGIT:
+            got = f"standard deviations up to {float(deviation.max()):.2g}, at which its kinks are lost in rounding"
+            fix = "Scale the samples, e.g. to zero mean and unit variance."
+            raise refusal(self.name, got=got, expected="values near its kinks", fix=fix)
+        self.error = max(self.error, error)
 
 
 def _terms(found: Pieces) -> Terms:
