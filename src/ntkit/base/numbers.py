@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -67,6 +67,15 @@ def relative_residual(rest: Tensor, y: Tensor) -> float:
     """|rest| / |y| (Frobenius), for values of any size; |rest| where y is zero."""
     scale = scales(y.reshape(-1))
     return (rest / scale).norm().item() / ((y / scale).norm().item() or 1.0)
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Whether a value is an integer of Python or numpy; True and False are none.
+
+    >>> [is_integer(value) for value in (3, np.int64(3), 3.0, True, "3")]
+    [True, True, False, False, False]
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def as_number(value: Any, name: str, good: Callable[[float], bool], expected: str, fix: str) -> float:

@@ -15,6 +15,7 @@ from ntkit.base.batch import checked as checked_batch
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.memory import free_memory, parse_memory
+from ntkit.base.numbers import is_integer
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.data.streamed_samples import with_labels
@@ -27,6 +28,7 @@ from ntkit.trajectory import Trajectory
 from ntkit.trajectory.objective import Inputs, Loss
 from ntkit.trajectory.recorded_run import assign
 from ntkit.trajectory.replay import Replay
+from ntkit.trajectory.replay_checks import check_any_steps
 from ntkit.trajectory.reruns import Reruns
 
 Curvature = Literal["hessian", "gauss-newton"]
@@ -133,7 +135,7 @@ class Influence(Shown):
     def top(self, k: int, *, against: bool = False) -> Top:
         """Training examples that raise the measure of each test point most, or that lower it most (`against`)."""
         n = self.scores.shape[1]
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
+        if not is_integer(k) or not 1 <= k <= n:
             raise refusal("k", got=repr(k), expected=f"1 <= k <= {n} training examples", fix="Use a smaller k.")
         values, examples = self.scores.topk(k, dim=1, largest=not against)
         return Top(examples, values)
@@ -247,15 +249,13 @@ def influence(
     if not isinstance(at, (int, float)) or isinstance(at, bool) or not 0 < at < math.inf:
         fix = "Use 1.0 for single examples, 0.5 for halves of the training set."
         raise refusal("at", got=repr(at), expected="a weight > 0", fix=fix)
-    if not isinstance(checks, int) or isinstance(checks, bool) or checks < 1:
+    if not is_integer(checks) or checks < 1:
         fix = "1 is the least: scores are never returned without a comparison."
         raise refusal("checks", got=repr(checks), expected="a number of examples, at least 1", fix=fix)
     x, y = with_labels(x_test, y_test)
     x = checked_batch(x, "x_test", infinite=True)
     run = Replay(trajectory, model, data, loss, clip, moments=True, select=select)
-    if not run.steps:
-        fix = "Train with a lower target, or a smaller learning rate."
-        raise refusal("trajectory", got="a run that ended before its first step", expected="at least one step", fix=fix)
+    check_any_steps(run.steps)
     run.check()
     weights = torch.full((run.n,), float(at), dtype=torch.float64)
     replay = run if at == 1 else Replay(trajectory, model, data, loss, clip, weights, True, select)

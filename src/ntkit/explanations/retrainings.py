@@ -29,6 +29,7 @@ from ntkit.trajectory.batch_order import batch_indices
 from ntkit.trajectory.objective import Inputs, Loss
 from ntkit.trajectory.recorded_run import assign, read_run
 from ntkit.trajectory.replay import Replay
+from ntkit.trajectory.replay_checks import check_any_steps
 from ntkit.trajectory.reruns import Reruns
 
 _VERSION = 1  # of the files of a folder
@@ -96,9 +97,7 @@ class Retrainings:
         x, y = with_labels(x_test, y_test)
         self._x = checked(x, "x_test", infinite=True)
         self._replay = Replay(trajectory, model, data, loss, clip, select=select)
-        if not self._replay.steps:
-            got, fix = "a run that ended before its first step", "Train with a lower target."
-            raise refusal("trajectory", got=got, expected="at least one step", fix=fix)
+        check_any_steps(self._replay.steps)
         self._replay.check()
         assign(self._replay.model, self._replay.final(), "the end of the run")
         self._of = OutputMeasure(measure, self._replay.objective.loss, self._x, y, self._replay.model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import is_integer
 from ntkit.base.progress import task
 from ntkit.base.shown import of_model
 from ntkit.base.workers import product, workers
@@ -100,9 +100,9 @@ class SketchedKernel(Kernel):
         memory: int | str | None = None,
         select: Callable[[Any], Any] | None = None,
     ) -> None:
-        if not isinstance(dim, Integral) or isinstance(dim, bool) or dim < 1:
+        if not is_integer(dim) or dim < 1:
             raise refusal("dim", got=repr(dim), expected="a positive integer", fix="Errors decrease as 1 / sqrt(dim).")
-        if not isinstance(seed, Integral) or isinstance(seed, bool):
+        if not is_integer(seed):
             raise refusal("seed", got=repr(seed), expected="an integer", fix="Each seed is another random projection.")
         self._engine = Engine(model, outputs, params, memory, select=select)
         self._mode, self._dim, self._seed = self._engine.mode, int(dim), int(seed)

@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ntkit.base.checks import Damaged, refusal
 from ntkit.base.function_identity import function_identity
 from ntkit.base.lock import FolderLock
 from ntkit.base.memory import free_memory, parse_memory
+from ntkit.base.numbers import is_integer
 from ntkit.base.progress import Task, task
 from ntkit.base.run_files import TRACK_FORMAT, tracking_id
 from ntkit.base.tensors import points_hash, tensor_hash
@@ -176,7 +176,7 @@ class _Tracker:
         self.full = TangentKernel(model, "full", memory=memory)
         self.kernel = TangentKernel(model, self.mode, memory=memory)
         self.size = N = self.n * (self.outputs if self.mode == "full" else 1)
-        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= N:
+        if not is_integer(k) or not 1 <= k <= N:
             raise refusal("k", got=repr(k), expected=f"an integer from 1 to {N}", fix="Use a smaller k.")
         self.k = int(k)
         itemsize = raw.element_size()

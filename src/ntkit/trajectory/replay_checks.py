@@ -108,6 +108,13 @@ def replayable_steps(trajectory: Trajectory) -> int:
     return last
 
 
+def check_any_steps(steps: int) -> None:
+    """Refuse a run without a step, of which there is nothing to explain."""
+    if not steps:
+        fix = "Train with a lower target, or a smaller learning rate."
+        raise refusal("trajectory", got="a run that ended before its first step", expected="at least one step", fix=fix)
+
+
 def checked_rates(trajectory: Trajectory, steps: int) -> Tensor:
     """Learning rates of each step, [S, groups]; those in run.json must agree with them."""
     groups, rates = trajectory.settings["optimizer"]["groups"], trajectory.learning_rates[:steps]

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Literal
 
 from ntkit.base.checks import nearest, refusal
+from ntkit.base.numbers import is_integer
 
 SnapshotSteps = Literal["log", "all"] | int | Iterable[int] | Callable[[int], bool]
 
@@ -36,14 +37,14 @@ def snapshot_rule(record: SnapshotSteps | str) -> Callable[[int], bool]:
         return _on_log_grid if record == "log" else lambda step: True
     if callable(record):
         return lambda step: bool(record(step))
-    if isinstance(record, Integral) and not isinstance(record, bool) and record >= 1:
+    if is_integer(record) and record >= 1:
         return lambda step: step % int(record) == 0
     if isinstance(record, (str, Integral)) or not isinstance(record, Iterable):
         expected = "'log', 'all', an interval in steps (>= 1), a list of steps or a function of the step"
         raise refusal("record", got=repr(record), expected=expected, fix=nearest(str(record), ["log", "all"]))
     steps = list(record)
     for s in steps:
-        if isinstance(s, bool) or not isinstance(s, Integral) or s < 0:
+        if not is_integer(s) or s < 0:
             raise refusal("record", got=f"step {s!r}", expected="integers >= 0", fix="Remove that step.")
     return frozenset(map(int, steps)).__contains__
 

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ntkit.base.checks import refusal
 from ntkit.base.function_identity import function_identity
+from ntkit.base.numbers import is_integer
 from ntkit.jacobian.graph import correct_norms, has_norms
 from ntkit.jacobian.model_calls import check_module
 from ntkit.jacobian.model_outputs import Select
@@ -123,7 +124,7 @@ def train(
     recorded = snapshot_steps(record, steps)
     opt = _new_optimizer(optimizer, model)
     rates = RateSchedule(opt, schedule)
-    every = int(record) if isinstance(record, Integral) else None
+    every = int(record) if is_integer(record) else None
     settings = {
         "steps": steps,
         "batch_size": batch_size,
@@ -221,21 +222,17 @@ def _run_steps(
 def _check_numbers(
     steps: int, seed: int, target: float | None, clip: float | None, batch_size: int | None, n: int
 ) -> None:
-    if not _is_integer(steps) or steps < 1:
+    if not is_integer(steps) or steps < 1:
         raise refusal("steps", got=steps, expected="an integer >= 1", fix="Pass the number of optimization steps.")
-    if not _is_integer(seed):
+    if not is_integer(seed):
         raise refusal("seed", got=repr(seed), expected="an integer", fix="Pass e.g. seed=0.")
     if target is not None and not (isinstance(target, Real) and math.isfinite(target)):
         fix = "None = take all the steps."
         raise refusal("target_loss", got=repr(target), expected="a finite loss or None", fix=fix)
-    if batch_size is not None and (not _is_integer(batch_size) or not 1 <= batch_size <= n):
+    if batch_size is not None and (not is_integer(batch_size) or not 1 <= batch_size <= n):
         expected = f"1 <= batch_size <= {n} rows, or None"
         raise refusal("batch_size", got=batch_size, expected=expected, fix="None = full batch.")
     check_clip(clip)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _new_optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], model: nn.Module) -> Optimizer:

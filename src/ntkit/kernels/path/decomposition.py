@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ntkit.base.checks import refusal
 from ntkit.base.notebook_figures import bars
+from ntkit.base.numbers import is_integer
 from ntkit.base.shown import Shown
 
 
@@ -76,7 +76,7 @@ class PathDecomposition(Shown):
         against : the most negative contributions instead of the most positive.
         """
         n = self.contributions.shape[2]
-        if not _whole(k) or not 1 <= k <= n:
+        if not is_integer(k) or not 1 <= k <= n:
             raise refusal("k", got=repr(k), expected=f"1 <= k <= {n} training examples", fix="Use a smaller k.")
         values, examples = self.of(output).topk(k, dim=1, largest=not against)
         return Top(examples, values)
@@ -105,9 +105,9 @@ class PathDecomposition(Shown):
         output : which output; None for the largest (predicted) one.
         """
         m, n = len(self.prediction), self.contributions.shape[2]
-        if not _whole(point) or not 0 <= point < m:
+        if not is_integer(point) or not 0 <= point < m:
             raise refusal("point", got=point, expected=f"0 to {m - 1}", fix="Test points are numbered from 0.")
-        if not _whole(k) or k < 1:
+        if not is_integer(k) or k < 1:
             raise refusal("k", got=repr(k), expected="a whole number of examples, at least 1", fix="Use k=10.")
         own = self.of(output)[point]
         order = own.abs().topk(min(k, n)).indices
@@ -137,7 +137,7 @@ class PathDecomposition(Shown):
     def example_over_time(self, example: int) -> Tensor:
         """One training example's contribution up to each step: [S, m, C]; needs ``decompose(..., steps=True)``."""
         n = self.contributions.shape[2]
-        if not _whole(example) or not 0 <= example < n:
+        if not is_integer(example) or not 0 <= example < n:
             fix = "Training examples are numbered from 0."
             raise refusal("example", got=repr(example), expected=f"0 to {n - 1}", fix=fix)
         own = [(share.values * (share.rows == example)).sum(2) for share in self._steps_or_refusal()]
@@ -167,7 +167,3 @@ class PathDecomposition(Shown):
             "largest_residual": float(self.residual.abs().max()),
             "largest_output": float(self.prediction.abs().max()),
         }
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch
 from ntkit.base.checks import nearest, refusal
+from ntkit.base.numbers import is_integer
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.jacobian.model_calls import call, untouched
@@ -123,7 +123,7 @@ def check_integration(integration: str, rule: str, nodes: int, tolerance: float 
     for label, value, kind in (("integration", integration, Integration), ("rule", rule, Quadrature)):
         if value not in (names := get_args(kind)):
             raise refusal(label, got=repr(value), expected=" or ".join(names), fix=nearest(str(value), names))
-    if not isinstance(nodes, Integral) or isinstance(nodes, bool) or not 1 <= nodes <= MOST:
+    if not is_integer(nodes) or not 1 <= nodes <= MOST:
         raise refusal(
             "nodes", got=repr(nodes), expected=f"an integer from 1 to {MOST}", fix="8 are enough for smooth networks."
         )

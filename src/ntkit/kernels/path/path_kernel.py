@@ -30,6 +30,7 @@ from ntkit.kernels.tangent import TangentKernel
 from ntkit.trajectory import Trajectory
 from ntkit.trajectory.recorded_run import read_run
 from ntkit.trajectory.replay import Replay
+from ntkit.trajectory.replay_checks import check_any_steps
 
 _COMPARED = 64  # test points whose outputs at both ends of the run are compared with the network's own
 
@@ -318,12 +319,7 @@ class PathKernel(Kernel):
     def _mean(self, values: Callable[[TangentKernel], Tensor]) -> Tensor:
         """Mean over the run of what a tangent kernel gives, integrated over each step."""
         mode = self._mode()
-        if not self._replay.steps:
-            got, fix = (
-                "a run that ended before its first step",
-                "Train with a lower target, or a smaller learning rate.",
-            )
-            raise refusal("trajectory", got=got, expected="at least one step", fix=fix)
+        check_any_steps(self._replay.steps)
         network = _Readout(self._network, mode if callable(mode) else "full")
         segment = self._segment(network)
         first = self._replay.initial()
