@@ -78,6 +78,21 @@ def is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def as_integer(value: Any, name: str, expected: str, fix: str, least: int = -(2**63), most: int = 2**63 - 1) -> int:
+    """Take one integer from `least` to `most`, as Python's.
+
+    >>> as_integer(np.int64(3), "k", "1 <= k <= 5", "Use a smaller k.", least=1, most=5)
+    3
+    >>> as_integer(True, "k", "1 <= k <= 5", "Use a smaller k.", least=1, most=5)
+    Traceback (most recent call last):
+        ...
+    ntkit.Refused: k: got True; expected 1 <= k <= 5. Use a smaller k.
+    """
+    if not is_integer(value) or not least <= value <= most:
+        raise refusal(name, got=repr(value)[:80], expected=expected, fix=fix)
+    return int(value)
+
+
 def as_number(value: Any, name: str, good: Callable[[float], bool], expected: str, fix: str) -> float:
     """Take one real number (or a tensor or array without axes) that is `good`, as a float.
 

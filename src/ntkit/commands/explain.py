@@ -22,6 +22,7 @@ from ntkit.base.files import read_json, remove, write_arrays, write_json
 from ntkit.base.integrity import check_place, fingerprint
 from ntkit.base.lock import FolderLock, check_unused
 from ntkit.base.memory import parse_memory
+from ntkit.base.numbers import is_integer
 from ntkit.base.regular_files import check_folder
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
 from ntkit.base.trust import code_of_run
@@ -208,7 +209,7 @@ def _checked_indices(index: tuple[int, ...] | None, task: TrainingTask) -> list[
     if index is None:
         return None
     n = len(task.data.x_test)
-    bad = [i for i in index if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n]
+    bad = [i for i in index if not is_integer(i) or not 0 <= i < n]
     if bad or not index:
         fix = "Test examples are numbered from 0, as in the run's report."
         raise refusal("--test", got=bad[0] if bad else "no number", expected=f"numbers from 0 to {n - 1}", fix=fix)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +47,13 @@ class PartOfData:
     """Test examples to keep (all by default): the same ones whatever --seed is."""
 
     def __post_init__(self) -> None:
-        """Accept numbers, paths and single names in place of text: classes=(3, 8), data=Path(...), target="price"."""
+        """Accept numbers, paths and single names in place of text: classes=(3, 8), data=Path(...), target="price".
+
+        Integers of numpy become Python's.
+        """
+        for name, value in vars(self).items():
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                object.__setattr__(self, name, int(value))
         for name in ("classes", "class_names", "target", "without"):
             if (value := getattr(self, name, None)) is not None:
                 values = (value,) if isinstance(value, str) else value
@@ -60,10 +67,7 @@ class PartOfData:
         for name in ("data", "data_dir"):
             value = getattr(self, name, None)
             check_name("--" + name.replace("_", "-"), value or "", "Rename it: reports name it.")
-        for name in ("train", "test", "resize"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise _bad(name, value, "an integer of at least 1", "Give a larger number.")
+        _check_at_least(self, 1, "train", "test", "resize")
         if self.task is not None and self.task not in TASKS:
             raise _bad("task", self.task, " or ".join(TASKS), nearest(str(self.task), TASKS))
 
@@ -144,14 +148,9 @@ class Settings(DataSettings):
                 raise _bad("without", section, f"sections among {', '.join(SECTIONS)}", nearest(section, SECTIONS))
         for name in ("model", "weights"):
             check_name("--" + name, getattr(self, name) or "", "Rename it: reports name it.")
-        for name in ("epochs", "batch_size", "track_points", "probe_points"):
-            value, low = getattr(self, name), 2 if name == "probe_points" else 1
-            if value is not None and (not isinstance(value, int) or value < low):
-                raise _bad(name, value, f"an integer of at least {low}", "Give a larger number.")
-        for name in ("lr", "momentum", "weight_decay", "target_loss"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= _LARGEST:
-                raise _bad(name, value, f"a number from 0 to {_LARGEST:g}", "Give such a number.")
+        _check_at_least(self, 1, "epochs", "batch_size", "track_points")
+        _check_at_least(self, 2, "probe_points")
+        _check_sizes(self, "lr", "momentum", "weight_decay", "target_loss")
         for name in ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "target_loss"):
             value = getattr(self, name)
             if self.weights is not None and value != getattr(Settings, name):
@@ -223,17 +222,8 @@ class TrackSettings(DataSettings):
     """Folder for TensorBoard events."""
 
     def check(self) -> None:
-        """Refuse invalid values.
-
-        Raises
-        ------
-        Refused
-            Names the option as the command line spells it.
-        """
-        for name in ("points", "k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise _bad(name, value, "an integer of at least 1", "Give a larger number.")
+        """Refuse invalid values, as `Settings.check`."""
+        _check_at_least(self, 1, "points", "k")
         _check_choices(self, outputs=("trace", "full", "diagonal"), device=_DEVICES)
         self.check_data()
 
@@ -270,15 +260,8 @@ class CompareSettings:
     """Folder for the results. A comparison that was stopped goes on there."""
 
     def check(self) -> None:
-        """Refuse invalid values.
-
-        Raises
-        ------
-        Refused
-            Names the option as the command line spells it.
-        """
-        if not isinstance(self.points, int) or self.points < 2:
-            raise _bad("points", self.points, "an integer of at least 2", "Give a larger number.")
+        """Refuse invalid values, as `Settings.check`."""
+        _check_at_least(self, 2, "points")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,9 +290,8 @@ class InfiniteSettings(DataSettings):
 
     def check(self) -> None:
         """Refuse invalid values, as `Settings.check`."""
-        if self.folds < 2 or self.epochs < 1:
-            got, fix = f"{self.folds}, {self.epochs}", "Give larger numbers."
-            raise refusal("--folds, --epochs", got=got, expected="at least 2, at least 1", fix=fix)
+        _check_at_least(self, 2, "folds")
+        _check_at_least(self, 1, "epochs")
         _check_choices(self, device=_DEVICES)
         check_seed(self.seed)
         self.check_data()
@@ -342,13 +324,7 @@ class GramSettings(PartOfData):
     """auto, cpu or cuda."""
 
     def check(self) -> None:
-        """Refuse invalid values.
-
-        Raises
-        ------
-        Refused
-            Names the option as the command line spells it.
-        """
+        """Refuse invalid values, as `Settings.check`."""
         _check_choices(self, outputs=("trace", "sum", "full"), dtype=("float32", "float64"), device=_DEVICES)
         self.check_data()
         check_seed(self.seed)
@@ -377,19 +353,13 @@ class SolveSettings:
     """Where the kernel of the test examples is computed: auto, cpu or cuda."""
 
     def check(self) -> None:
-        """Refuse invalid values.
-
-        Raises
-        ------
-        Refused
-            Names the option as the command line spells it.
-        """
+        """Refuse invalid values, as `Settings.check`."""
         if self.spectrum is None and self.ridge is None and not self.svm:
             fix = "Give at least one of them."
             raise refusal("solve", got="nothing to do", expected="--spectrum K, --ridge R or --svm", fix=fix)
         _check_choices(self, device=_DEVICES)
-        if self.ridge is not None and not 0 <= self.ridge <= _LARGEST:
-            raise _bad("ridge", self.ridge, f"a number from 0 to {_LARGEST:g}", "Give such a number.")
+        _check_at_least(self, 1, "spectrum")
+        _check_sizes(self, "ridge")
 
 
 def in_present_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -410,8 +380,28 @@ def _check_choices(settings: Any, **choices: tuple[str, ...]) -> None:
 
 def check_seed(seed: int) -> None:
     """Refuse a seed that no random generator takes."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise _bad("seed", seed, "an integer from 0 to 2^63 - 1", "Give such a number.")
+
+
+def _given(settings: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Settings of these names, without those that are None where None is allowed."""
+    optional = {f.name for f in dataclasses.fields(settings) if str(f.type).endswith("| None")}
+    for name in names:
+        if (value := getattr(settings, name)) is not None or name not in optional:
+            yield name, value
+
+
+def _check_at_least(settings: Any, least: int, *names: str) -> None:
+    for name, value in _given(settings, names):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise _bad(name, value, f"an integer of at least {least}", "Give a larger number.")
+
+
+def _check_sizes(settings: Any, *names: str) -> None:
+    for name, value in _given(settings, names):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= _LARGEST:
+            raise _bad(name, value, f"a number from 0 to {_LARGEST:g}", "Give such a number.")
 
 
 def _bad(name: str, value: Any, expected: str, fix: str) -> Refused:

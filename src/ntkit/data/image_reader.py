@@ -13,6 +13,7 @@ import numpy as np
 
 from ntkit.base.checks import check_name, refusal
 from ntkit.base.memory import check_room
+from ntkit.base.numbers import as_integer
 from ntkit.data.readers import Files, open_data
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -31,9 +32,9 @@ def read_image_folder(folder: Path, resize: int | None = None) -> Files:
     them. With `resize` the shorter side of each image is resized to that many pixels, and the square in its center
     is cut out.
     """
-    if resize is not None and (isinstance(resize, bool) or not isinstance(resize, int) or not 1 <= resize <= _SIDE):
+    if resize is not None:
         expected = f"a number of pixels from 1 to {_SIDE:,}"
-        raise refusal("resize (--resize)", got=repr(resize), expected=expected, fix="For example 32.")
+        resize = as_integer(resize, "resize (--resize)", expected, "For example 32.", least=1, most=_SIDE)
     roots, unused = _split(folder)
     split = len(roots) == 2
     folders = [_class_folders(root) for root in roots]

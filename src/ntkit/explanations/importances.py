@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from ntkit.base.batch import checked, count
 from ntkit.base.caller_context import no_context, own_context
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import as_integer
 from ntkit.base.shown import Shown
 from ntkit.data.streamed_samples import with_labels
 from ntkit.gram.arrays import as_floats, check_finite
@@ -135,11 +136,9 @@ class TrackingImportance:
     """
 
     def __init__(self, n: int, outputs: int) -> None:
-        for name, value in (("n", n), ("outputs", outputs)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                fix = "Pass TrackingImportance(len(x), outputs of the model)."
-                raise refusal(name, got=repr(value)[:80], expected="an integer of at least 1", fix=fix)
-        self.n, self.outputs = n, outputs
+        expected, fix = "an integer of at least 1", "Pass TrackingImportance(len(x), outputs of the model)."
+        self.n = n = as_integer(n, "n", expected, fix, least=1)
+        self.outputs = outputs = as_integer(outputs, "outputs", expected, fix, least=1)
         self._alpha = torch.zeros(n, outputs, dtype=torch.float64)
         self._buffer: Tensor | None = None  # of momentum, in the same coefficients
         self._initial, self._initial_buffer = 1.0, 0.0

@@ -15,7 +15,7 @@ from ntkit.base.batch import checked as checked_batch
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.memory import free_memory, parse_memory
-from ntkit.base.numbers import is_integer
+from ntkit.base.numbers import as_integer
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.data.streamed_samples import with_labels
@@ -135,8 +135,7 @@ class Influence(Shown):
     def top(self, k: int, *, against: bool = False) -> Top:
         """Training examples that raise the measure of each test point most, or that lower it most (`against`)."""
         n = self.scores.shape[1]
-        if not is_integer(k) or not 1 <= k <= n:
-            raise refusal("k", got=repr(k), expected=f"1 <= k <= {n} training examples", fix="Use a smaller k.")
+        k = as_integer(k, "k", f"1 <= k <= {n} training examples", "Use a smaller k.", least=1, most=n)
         values, examples = self.scores.topk(k, dim=1, largest=not against)
         return Top(examples, values)
 
@@ -249,9 +248,8 @@ def influence(
     if not isinstance(at, (int, float)) or isinstance(at, bool) or not 0 < at < math.inf:
         fix = "Use 1.0 for single examples, 0.5 for halves of the training set."
         raise refusal("at", got=repr(at), expected="a weight > 0", fix=fix)
-    if not is_integer(checks) or checks < 1:
-        fix = "1 is the least: scores are never returned without a comparison."
-        raise refusal("checks", got=repr(checks), expected="a number of examples, at least 1", fix=fix)
+    fix = "1 is the least: scores are never returned without a comparison."
+    checks = as_integer(checks, "checks", "a number of examples, at least 1", fix, least=1)
     x, y = with_labels(x_test, y_test)
     x = checked_batch(x, "x_test", infinite=True)
     run = Replay(trajectory, model, data, loss, clip, moments=True, select=select)

@@ -13,6 +13,7 @@ from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
+from ntkit.base.numbers import as_integer
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.data.streamed_samples import in_memory, with_labels
@@ -90,9 +91,7 @@ class Explanation(Shown):
     def top(self, k: int, *, against: bool = False) -> Top:
         """The k training examples with the largest scores of each test point, or with the most negative (`against`)."""
         n = self.scores.shape[1]
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
-            fix = "Use a smaller k." if isinstance(k, int) else "Pass a number of examples."
-            raise refusal("k", got=k, expected=f"1 <= k <= {n} training examples", fix=fix)
+        k = as_integer(k, "k", f"1 <= k <= {n} training examples", "Use a smaller k.", least=1, most=n)
         values, examples = self.scores.topk(k, dim=1, largest=not against)
         return Top(examples, values)
 

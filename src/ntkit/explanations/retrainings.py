@@ -18,6 +18,7 @@ from ntkit.base.files import ensure_folder
 from ntkit.base.function_identity import OTHER_VERSION, function_identity
 from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import FolderLock
+from ntkit.base.numbers import as_integer
 from ntkit.base.tensors import points_hash, read_tensors_and_metadata, tensor_hash, write_tensors
 from ntkit.base.versions import check_format
 from ntkit.data.streamed_samples import with_labels
@@ -136,9 +137,7 @@ class Retrainings:
             For examples out of range, and for fresh runs without `make`.
         """
         masks = self._masks(removed)
-        if not isinstance(fresh, int) or isinstance(fresh, bool) or fresh < 0:
-            fix = "0 = the same run."
-            raise refusal("fresh", got=repr(fresh), expected="a number of runs per set, >= 0", fix=fix)
+        fresh = as_integer(fresh, "fresh", "a number of runs per set, >= 0", "0 = the same run.", least=0)
         of = self._fresh_network() if fresh else ""
         seeds = range(1, fresh + 1) if fresh else [0]
         keys = {(s, k): _key(mask, s) + of for s in seeds for k, mask in enumerate(masks)}

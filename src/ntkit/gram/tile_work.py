@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from ntkit.base.batch import Batch, checked, count, leaves, take, with_leaves
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
+from ntkit.base.numbers import as_integer
 from ntkit.data.streamed_samples import StreamedSamples
 from ntkit.gram.arrays import not_finite
 from ntkit.gram.tile_files import DTYPES, TileFiles, TileGrid
@@ -73,8 +74,7 @@ def grid_of(first: Tensor, n: int, size: int | None) -> TileGrid:
     if size is None:
         size = max(1, math.isqrt(_TILE_BYTES // (first.element_size() * first.numel())))
         size = math.ceil(n / math.ceil(n / size))  # equal tiles: the last is not a sliver
-    elif isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise refusal("tile", got=repr(size), expected="samples along a side", fix="Give a positive integer, or None.")
+    size = as_integer(size, "tile", "samples along a side", "Give a positive integer, or None.", least=1)
     return TileGrid(n, min(size, n), first.shape[2] if first.dim() == 4 else 0, dtype)
 
 

@@ -26,6 +26,7 @@ import torch
 
 from ntkit.base.batch import mapped
 from ntkit.base.checks import Refused, refusal
+from ntkit.base.numbers import as_integer
 from ntkit.base.versions import versions
 from ntkit.data.streamed_samples import StreamedSamples
 from ntkit.gram.named_kernel import NamedKernel
@@ -44,8 +45,7 @@ _LARGEST = 16  # tiles of a task: what a worker loses of its work at most when i
 
 def check_workers(workers: int, scheduler: str | None) -> None:
     """Refuse a number that is none, both a number and a scheduler, and other processes where Dask is not installed."""
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise refusal("workers", got=repr(workers), expected="a positive integer", fix="Take the number of cores.")
+    as_integer(workers, "workers", "a positive integer", "Take the number of cores.", least=1)
     if scheduler is not None and workers != 1:
         fix = "Leave workers out: the scheduler has its own."
         raise refusal("workers", got="a number and a scheduler", expected="one of them", fix=fix)

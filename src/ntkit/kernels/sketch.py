@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import is_integer
+from ntkit.base.numbers import as_integer
 from ntkit.base.progress import task
 from ntkit.base.shown import of_model
 from ntkit.base.workers import product, workers
@@ -100,12 +100,10 @@ class SketchedKernel(Kernel):
         memory: int | str | None = None,
         select: Callable[[Any], Any] | None = None,
     ) -> None:
-        if not is_integer(dim) or dim < 1:
-            raise refusal("dim", got=repr(dim), expected="a positive integer", fix="Errors decrease as 1 / sqrt(dim).")
-        if not is_integer(seed):
-            raise refusal("seed", got=repr(seed), expected="an integer", fix="Each seed is another random projection.")
+        dim = as_integer(dim, "dim", "a positive integer", "Errors decrease as 1 / sqrt(dim).", least=1)
+        seed = as_integer(seed, "seed", "an integer", "Each seed is another random projection.")
         self._engine = Engine(model, outputs, params, memory, select=select)
-        self._mode, self._dim, self._seed = self._engine.mode, int(dim), int(seed)
+        self._mode, self._dim, self._seed = self._engine.mode, dim, seed
         self._trusted: list[Structure] = []  # graphs on which the self-check has passed
 
     def __repr__(self) -> str:

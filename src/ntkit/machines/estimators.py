@@ -24,7 +24,7 @@ from sklearn.utils.validation import (
 from torch import Tensor, nn
 
 from ntkit.base.checks import nearest, refusal
-from ntkit.base.numbers import as_number, means_and_deviations
+from ntkit.base.numbers import as_integer, as_number, means_and_deviations
 from ntkit.gram.tile_work import device_of
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel, Kind
 from ntkit.kernels.kernel import Kernel
@@ -354,8 +354,7 @@ def _samples(X: np.ndarray, kernel: Kernel) -> Tensor:
 
 def _mlp(inputs: int, depth: int) -> nn.Module:
     """A ReLU network with `depth` hidden layers; its limit does not depend on its weights and width."""
-    if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or depth < 0:
-        raise refusal("depth", got=repr(depth), expected="hidden layers, 0 or more", fix="The default is 3.")
+    depth = as_integer(depth, "depth", "hidden layers, 0 or more", "The default is 3.", least=0)
     sizes = [inputs, *[2] * depth, 1]
     layers: list[nn.Module] = []
     for a, b in zip(sizes, sizes[1:], strict=False):

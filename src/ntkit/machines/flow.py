@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import as_number, scales
+from ntkit.base.numbers import as_integer, as_number, scales
 from ntkit.gram.arrays import AnyMatrix, Matrix, as_tensor, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram, check_squares
 from ntkit.kernels.kernel import KernelOperator
@@ -116,8 +115,8 @@ class GradientFlow(Machine):
             raise refusal(
                 "loss", got=got, expected="a function of outputs and y, in continuous time", fix="Leave out lr=."
             )
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1):
-            raise refusal("k", got=repr(k), expected="None, or an integer from 1", fix="None takes all eigenvectors.")
+        if k is not None:
+            k = as_integer(k, "k", "None, or an integer from 1", "None takes all eigenvectors.", least=1)
         if k is not None and (heavy or loss is not None):
             got = "momentum" if heavy else "a loss"
             raise refusal("k", got=got, expected="the quadratic cost without momentum", fix=f"Leave out k= or {got}.")

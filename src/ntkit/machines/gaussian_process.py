@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Generic
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import as_number, scales
+from ntkit.base.numbers import as_integer, as_number, scales
 from ntkit.base.shown import Shown
 from ntkit.gram.arrays import AnyMatrix, Matrix, as_floats, as_tensor, check_finite, float64_product, same_kind
 from ntkit.gram.gram_matrix import Gram, as_gram
@@ -87,10 +86,9 @@ class Posterior(Shown, Generic[AnyMatrix]):
             raise refusal(
                 "sample", got="variances only", expected="a covariance [m, m]", fix="Pass the test points' full kernel."
             )
-        for name, value, least in (("n", n, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < 2**63:
-                fix = "Pass how many functions to draw, and any seed."
-                raise refusal(name, got=repr(value), expected=f"an integer >= {least}", fix=fix)
+        fix = "Pass how many functions to draw, and any seed."
+        n = as_integer(n, "n", "an integer >= 1", fix, least=1)
+        seed = as_integer(seed, "seed", "an integer >= 0", fix, least=0)
         mean = torch.as_tensor(self.mean).to(covariance)
         values, vectors = torch.linalg.eigh(covariance)  # singular at training points: no Cholesky factor there
         generator = torch.Generator().manual_seed(seed)

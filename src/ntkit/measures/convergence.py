@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import checked
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import refusal, undefined
+from ntkit.base.numbers import as_integer
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.jacobian.forwards import inputs_of_last_linear, raw_outputs
@@ -190,9 +191,7 @@ def _check(model: Any, x: Any, seeds: Any, kind: Any) -> None:
     checked(x, "x")
     if not isinstance(kind, str) or kind not in KINDS:
         raise refusal("kind", got=repr(kind), expected=" or ".join(KINDS), fix="Choose one.")
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 2:
-        fix = "One network has no standard error."
-        raise refusal("seeds", got=repr(seeds), expected="an integer, at least 2", fix=fix)
+    as_integer(seeds, "seeds", "an integer, at least 2", "One network has no standard error.", least=2)
 
 
 @no_context()

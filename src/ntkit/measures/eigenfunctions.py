@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal, undefined
-from ntkit.base.numbers import as_number
+from ntkit.base.numbers import as_integer, as_number
 from ntkit.data.streamed_samples import in_memory
 from ntkit.gram.arrays import Matrix, as_floats, check_finite
 from ntkit.kernels.kernel import Kernel
@@ -22,8 +22,7 @@ def grid(side: int, low: float = -1.0, high: float = 1.0) -> Tensor:
     >>> grid(2).tolist()
     [[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]]
     """
-    if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side < 2**31:
-        raise refusal("side", got=repr(side)[:80], expected="an integer from 1", fix="It is the pixels along one side.")
+    side = as_integer(side, "side", "an integer from 1", "It is the pixels along one side.", least=1, most=2**31 - 1)
     low, high = (
         as_number(v, name, math.isfinite, "a finite number", "It is an end of the square.")
         for name, v in (("low", low), ("high", high))
@@ -71,10 +70,7 @@ def eigenfunctions(kernel: Kernel, spectrum: Spectrum, x: Batch, points: Batch, 
         if not isinstance(value, kind):
             fix = "Pass e.g. ntkit.TangentKernel(model, 'trace') and ntkit.spectrum(kernel(x), k=3)."
             raise refusal(name, got=type(value).__name__, expected=f"an ntkit {kind.__name__}", fix=fix)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise refusal(
-            "batch_size", got=repr(batch_size)[:80], expected="an integer >= 1", fix="It is the points at a time."
-        )
+    batch_size = as_integer(batch_size, "batch_size", "an integer >= 1", "It is the points at a time.", least=1)
     points = checked(in_memory(points), "points")
     parts = [
         spectrum.extend(kernel(take(points, slice(start, start + batch_size)), x))

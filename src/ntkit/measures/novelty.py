@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import as_number
+from ntkit.base.numbers import as_integer, as_number
 from ntkit.base.shown import Shown
 from ntkit.data.streamed_samples import in_memory
 from ntkit.gram.gram_matrix import as_gram, check_squares
@@ -106,13 +106,8 @@ def novelty(
     if ridge is not None:
         expected = "a finite number >= 0, or None"
         ridge = as_number(ridge, "ridge", lambda r: 0 <= r < math.inf, expected, "None = 1e-4 of K's size.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise refusal(
-            "batch_size",
-            got=repr(batch_size),
-            expected="an integer >= 1",
-            fix="It is the number of samples in memory at a time.",
-        )
+    fix = "It is the number of samples in memory at a time."
+    batch_size = as_integer(batch_size, "batch_size", "an integer >= 1", fix, least=1)
     x_train, x = checked(in_memory(x_train), "x_train"), checked(in_memory(x_test), "x_test")
     K = kernel(x_train)
     if K.dim() != 2:

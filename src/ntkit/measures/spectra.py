@@ -15,6 +15,7 @@ from torch import Tensor
 from ntkit.base.checks import refusal, undefined
 from ntkit.base.memory import free_memory
 from ntkit.base.notebook_figures import curves
+from ntkit.base.numbers import as_integer
 from ntkit.base.shown import Shown
 from ntkit.gram.arrays import Matrix, as_floats, check_finite, refuse_labels
 from ntkit.gram.gram_matrix import Gram, as_gram, fits_dense
@@ -203,9 +204,9 @@ def spectrum(K: Gram | Matrix | Operator, k: int | None = None) -> Spectrum:
         gram = _nonzero(as_gram(K), "K")  # pyrefly: ignore[bad-argument-type]
         outputs, device, N, eps = gram.outputs, gram.device, len(gram), gram.precision
         product, trace = gram.__matmul__, float(gram.diagonal().sum())
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= N):
-        raise refusal("k", got=repr(k), expected=f"an integer from 1 to {N}", fix="Use k = None for all of them.")
-    k, status = int(k or N), "converged"
+    fix = "Use k = None for all of them."
+    k = N if k is None else as_integer(k, "k", f"an integer from 1 to {N}", fix, least=1, most=N)
+    status = "converged"
     pairs = None
     dense = gram is None or fits_dense(gram, _COPIES)
     if not dense and k == N:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from ntkit.base.batch import checked
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Refused, refusal
+from ntkit.base.numbers import as_integer
 from ntkit.jacobian.model_calls import call, check_module
 from ntkit.jacobian.model_outputs import Select, check_select, part_of, real_rows
 from ntkit.networks.initialization import Initial, drawn, initial_std
@@ -56,8 +57,7 @@ def widened(model: nn.Module, width: int, example: Tensor, *, seed: int = 0, sel
     >>> [p.shape[0] for p in widened(model, 50, torch.randn(4, 3)).parameters() if p.dim() == 2]
     [50, 50, 2]
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise refusal("seed", got=repr(seed)[:80], expected="an integer >= 0", fix="Any will do: it is of the weights.")
+    seed = as_integer(seed, "seed", "an integer >= 0", "Any will do: it is of the weights.", least=0)
     network, recipe = reshaped(model, width, example, select)
     redraw(network, recipe, seed)
     for name, layer in network.named_modules():
@@ -80,8 +80,7 @@ Recipe = dict[tuple[str, str], Draw]  # by name of the layer, and "weight" or "b
 
 def reshaped(model: nn.Module, width: int, example: Tensor, select: Select | None = None) -> tuple[nn.Module, Recipe]:
     """Ordinary network of the new width (see `widened`) with zero weights, and the distributions to draw them from."""
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise refusal("width", got=repr(width), expected="a positive integer", fix="Pass the features of a layer.")
+    width = as_integer(width, "width", "a positive integer", "Pass the features of a layer.", least=1)
     check_module(model)
     check_select(select)
     if not isinstance(example, Tensor):

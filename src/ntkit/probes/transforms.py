@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import as_number, check_dense
+from ntkit.base.numbers import as_integer, as_number, check_dense, is_integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +48,8 @@ def shift(dx: int = 1, dy: int = 0) -> Transform:
     >>> shift(1)(torch.tensor([[[[1, 2, 3]]]])).tolist()
     [[[[0, 1, 2]]]]
     """
-    for name, value in (("dx", dx), ("dy", dy)):
-        _integer(f"shift: {name}", value, "an integer number of pixels")
+    dx = as_integer(dx, "shift: dx", "an integer number of pixels", "Give an integer.")
+    dy = as_integer(dy, "shift: dy", "an integer number of pixels", "Give an integer.")
 
     def apply(x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
@@ -176,8 +175,8 @@ def shuffle_patches(grid: int = 2, seed: int = 0) -> Transform:
     >>> sorted(shuffle_patches(2)(x).flatten().tolist())
     [0, 1, 2, 3]
     """
-    _integer("shuffle_patches: grid", grid, "an integer, 2 or more", least=2)
-    _integer("shuffle_patches: seed", seed, "an integer, 0 or more", least=0)
+    grid = as_integer(grid, "shuffle_patches: grid", "an integer, 2 or more", "Give an integer.", least=2)
+    seed = as_integer(seed, "shuffle_patches: seed", "an integer, 0 or more", "Give an integer.", least=0)
     generator = torch.Generator("cpu").manual_seed(seed)
     identity = torch.arange(grid * grid, device="cpu")
     order = identity
@@ -221,7 +220,7 @@ def standard(image_shape: Sequence[int]) -> dict[str, tuple[Transform, ...]]:
     >>> [(name, len(group)) for name, group in standard((1, 28, 28)).items()]
     [('shift', 2), ('rotation', 2), ('zoom', 1), ('quadrant swap', 1), ('patch shuffle', 1)]
     """
-    sizes = isinstance(image_shape, (tuple, list)) and all(isinstance(s, int) for s in image_shape)
+    sizes = isinstance(image_shape, (tuple, list)) and all(is_integer(s) for s in image_shape)
     if not sizes or len(image_shape) not in (2, 3) or min(image_shape[-2:]) < 3:
         got = tuple(image_shape) if sizes else type(image_shape).__name__
         expected = "(C, H, W) or (H, W), both sides 3 pixels or more"
@@ -250,11 +249,6 @@ def check_images(x: Tensor) -> None:
         shape = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         fix = "Give at least one image; add the missing dimensions with reshape."
         raise refusal("x", got=shape, expected="images [n, C, H, W], a tensor, not empty", fix=fix)
-
-
-def _integer(subject: str, value: Any, expected: str, least: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-        raise refusal(subject, got=repr(value), expected=expected, fix="Give an integer.")
 
 
 def _nearest(position: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ntkit.base.checks import Damaged, refusal
 from ntkit.base.function_identity import function_identity
 from ntkit.base.lock import FolderLock
 from ntkit.base.memory import free_memory, parse_memory
-from ntkit.base.numbers import is_integer
+from ntkit.base.numbers import as_integer
 from ntkit.base.progress import Task, task
 from ntkit.base.run_files import TRACK_FORMAT, tracking_id
 from ntkit.base.tensors import points_hash, tensor_hash
@@ -176,9 +176,7 @@ class _Tracker:
         self.full = TangentKernel(model, "full", memory=memory)
         self.kernel = TangentKernel(model, self.mode, memory=memory)
         self.size = N = self.n * (self.outputs if self.mode == "full" else 1)
-        if not is_integer(k) or not 1 <= k <= N:
-            raise refusal("k", got=repr(k), expected=f"an integer from 1 to {N}", fix="Use a smaller k.")
-        self.k = int(k)
+        self.k = as_integer(k, "k", f"an integer from 1 to {N}", "Use a smaller k.", least=1, most=N)
         itemsize = raw.element_size()
         copies = 3 * self.outputs if self.mode == "diagonal" else 3  # K now, before and at first; one in float64
         self.dense = N * N * (copies * itemsize + 8) <= budget

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import as_integer
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.jacobian.forwards import inputs_of_last_linear, raw_outputs
@@ -65,9 +66,9 @@ class Sampling:
     @classmethod
     def of(cls, kind: str, sample: int | None, make: Make | None) -> Sampling | None:
         """Check the arguments `sample` and `make` of a kernel; None where nothing is to be sampled."""
-        if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 2):
+        if sample is not None:
             fix = "One network has no standard error; 16 are a start."
-            raise refusal("sample", got=repr(sample), expected="a number of networks, at least 2", fix=fix)
+            sample = as_integer(sample, "sample", "a number of networks, at least 2", fix, least=2)
         if make is not None and (sample is None or not callable(make)):
             fix = "Pass sample=16, too." if callable(make) else "Pass a function."
             raise refusal("make", got=repr(make)[:80], expected="a function of the factor, with sample=", fix=fix)

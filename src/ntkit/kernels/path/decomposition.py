@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ntkit.base.checks import refusal
 from ntkit.base.notebook_figures import bars
-from ntkit.base.numbers import is_integer
+from ntkit.base.numbers import as_integer
 from ntkit.base.shown import Shown
 
 
@@ -76,8 +76,7 @@ class PathDecomposition(Shown):
         against : the most negative contributions instead of the most positive.
         """
         n = self.contributions.shape[2]
-        if not is_integer(k) or not 1 <= k <= n:
-            raise refusal("k", got=repr(k), expected=f"1 <= k <= {n} training examples", fix="Use a smaller k.")
+        k = as_integer(k, "k", f"1 <= k <= {n} training examples", "Use a smaller k.", least=1, most=n)
         values, examples = self.of(output).topk(k, dim=1, largest=not against)
         return Top(examples, values)
 
@@ -105,10 +104,9 @@ class PathDecomposition(Shown):
         output : which output; None for the largest (predicted) one.
         """
         m, n = len(self.prediction), self.contributions.shape[2]
-        if not is_integer(point) or not 0 <= point < m:
-            raise refusal("point", got=point, expected=f"0 to {m - 1}", fix="Test points are numbered from 0.")
-        if not is_integer(k) or k < 1:
-            raise refusal("k", got=repr(k), expected="a whole number of examples, at least 1", fix="Use k=10.")
+        fix = "Test points are numbered from 0."
+        point = as_integer(point, "point", f"0 to {m - 1}", fix, least=0, most=m - 1)
+        k = as_integer(k, "k", "a whole number of examples, at least 1", "Use k=10.", least=1)
         own = self.of(output)[point]
         order = own.abs().topk(min(k, n)).indices
         title = f"Contributions to the output of test point {point}"
@@ -137,9 +135,8 @@ class PathDecomposition(Shown):
     def example_over_time(self, example: int) -> Tensor:
         """One training example's contribution up to each step: [S, m, C]; needs ``decompose(..., steps=True)``."""
         n = self.contributions.shape[2]
-        if not is_integer(example) or not 0 <= example < n:
-            fix = "Training examples are numbered from 0."
-            raise refusal("example", got=repr(example), expected=f"0 to {n - 1}", fix=fix)
+        fix = "Training examples are numbered from 0."
+        example = as_integer(example, "example", f"0 to {n - 1}", fix, least=0, most=n - 1)
         own = [(share.values * (share.rows == example)).sum(2) for share in self._steps_or_refusal()]
         return self._cumulated(own)
 

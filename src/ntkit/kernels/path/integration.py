@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch
 from ntkit.base.checks import nearest, refusal
-from ntkit.base.numbers import is_integer
+from ntkit.base.numbers import as_integer
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.jacobian.model_calls import call, untouched
@@ -123,10 +123,8 @@ def check_integration(integration: str, rule: str, nodes: int, tolerance: float 
     for label, value, kind in (("integration", integration, Integration), ("rule", rule, Quadrature)):
         if value not in (names := get_args(kind)):
             raise refusal(label, got=repr(value), expected=" or ".join(names), fix=nearest(str(value), names))
-    if not is_integer(nodes) or not 1 <= nodes <= MOST:
-        raise refusal(
-            "nodes", got=repr(nodes), expected=f"an integer from 1 to {MOST}", fix="8 are enough for smooth networks."
-        )
+    fix = "8 are enough for smooth networks."
+    nodes = as_integer(nodes, "nodes", f"an integer from 1 to {MOST}", fix, least=1, most=MOST)
     if tolerance is not None and not 0 < tolerance < 1:
         expected = "0 < tolerance < 1, or None"
         raise refusal("tolerance", got=repr(tolerance), expected=expected, fix="None keeps the number of nodes fixed.")
