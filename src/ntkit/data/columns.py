@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,18 +23,37 @@ class Columns(NamedTuple):
     numeric: tuple[bool, ...]
 
     def shown(self, x: Tensor) -> str:
-        """One example [d] as text: numbers as in the file, and the texts that it has.
+        """One example [d] as text: numbers as in the file, to about a hundredth of the deviation; texts that it has.
 
         >>> Columns(("area", "city Bern", "city Oslo"), (100.0, 0, 0), (20.0, 1, 1), (True, False, False)).shown(
-        ...     torch.tensor([-0.5, 0, 1])
+        ...     torch.tensor([-0.5123, 0, 1])
         ... )
-        'area 90, city Oslo'
+        'area 89.8, city Oslo'
         """
         deviation = torch.tensor(self.deviation, dtype=torch.float64, device="cpu")
         values = x.double().cpu() * deviation + torch.tensor(self.mean, dtype=torch.float64, device="cpu")
         values[values.abs() < 1e-6 * deviation] = 0  # x is float32
-        each = zip(self.names, values.tolist(), self.numeric, strict=True)
-        return ", ".join(f"{name} {v:.6g}" if numeric else name for name, v, numeric in each if numeric or v > 0.5)
+        shown = []
+        each = zip(self.names, self.numeric, x.tolist(), values.tolist(), self.deviation, strict=True)
+        for name, numeric, scaled, value, unit in each:
+            if numeric:
+                shown.append(f"{name} {_to_a_hundredth(value, unit) if scaled else f'{value:.6g}'}")
+            elif value > 0.5:
+                shown.append(name)
+        return ", ".join(shown)
+
+
+def _to_a_hundredth(value: float, unit: float) -> str:
+    """A number to a hundredth of a unit, or nearly so, without zeros at its end.
+
+    >>> [_to_a_hundredth(v, u) for v, u in ((1987.0, 10.0), (-0.0236772, 0.0476), (7.91e-5, 0.0476), (1.5e9, 2e8))]
+    ['1987', '-0.0237', '0.0001', '1500000000']
+    """
+    decimals = max(0, 2 - math.floor(math.log10(unit)))
+    if decimals > 6 or abs(value) >= 1e15:
+        return f"{value:.3g}"
+    text = f"{value:z.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if decimals else text
 
 
 def standardized_columns(
