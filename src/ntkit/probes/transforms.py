@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import as_number, check_dense
+from ntkit.base.numbers import as_number, check_dense, is_integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ def shift(dx: int = 1, dy: int = 0) -> Transform:
     """
     for name, value in (("dx", dx), ("dy", dy)):
         _integer(f"shift: {name}", value, "an integer number of pixels")
+    dx, dy = int(dx), int(dy)
 
     def apply(x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
@@ -177,7 +178,8 @@ def shuffle_patches(grid: int = 2, seed: int = 0) -> Transform:
     [0, 1, 2, 3]
     """
     _integer("shuffle_patches: grid", grid, "an integer, 2 or more", least=2)
-    _integer("shuffle_patches: seed", seed, "an integer, 0 or more", least=0)
+    _integer("shuffle_patches: seed", seed, "an integer from 0 to 2^63 - 1", least=0)
+    grid, seed = int(grid), int(seed)  # of numpy, too
     generator = torch.Generator("cpu").manual_seed(seed)
     identity = torch.arange(grid * grid, device="cpu")
     order = identity
@@ -221,7 +223,7 @@ def standard(image_shape: Sequence[int]) -> dict[str, tuple[Transform, ...]]:
     >>> [(name, len(group)) for name, group in standard((1, 28, 28)).items()]
     [('shift', 2), ('rotation', 2), ('zoom', 1), ('quadrant swap', 1), ('patch shuffle', 1)]
     """
-    sizes = isinstance(image_shape, (tuple, list)) and all(isinstance(s, int) for s in image_shape)
+    sizes = isinstance(image_shape, (tuple, list)) and all(map(is_integer, image_shape))
     if not sizes or len(image_shape) not in (2, 3) or min(image_shape[-2:]) < 3:
         got = tuple(image_shape) if sizes else type(image_shape).__name__
         expected = "(C, H, W) or (H, W), both sides 3 pixels or more"
@@ -246,6 +248,9 @@ def check_images(x: Tensor) -> None:
     """Refuse what is not a tensor of images [n, C, H, W], at least one."""
     if isinstance(x, Tensor):
         check_dense(x, "x")
+    if isinstance(x, Tensor) and x.is_complex():
+        got, fix = f"complex numbers ({x.dtype})", "Give real and imaginary part as channels."
+        raise refusal("x", got=got, expected="images of real numbers", fix=fix)
     if not isinstance(x, Tensor) or x.ndim != 4 or x.numel() == 0:
         shape = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         fix = "Give at least one image; add the missing dimensions with reshape."
@@ -253,7 +258,7 @@ def check_images(x: Tensor) -> None:
 
 
 def _integer(subject: str, value: Any, expected: str, least: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+    if not is_integer(value) or not (-(2**63) if least is None else least) <= value < 2**63:
         raise refusal(subject, got=repr(value), expected=expected, fix="Give an integer.")
 
 
