@@ -124,3 +124,12 @@ def test_transforms_take_integers_of_numpy():
 def test_complex_images_are_refused():
     with pytest.raises(Refused, match=r"got complex numbers .*; expected images of real numbers"):
         probes.zoom(0.5)(torch.ones(1, 1, 8, 8, dtype=torch.complex64))
+
+
+def test_characters_that_move_the_cursor_are_shown_as_their_escapes(tmp_path):
+    rows = [json.dumps({"x": f"so \x1b[31m red \u202e and w{x}", "y": y}) for x, y in ROWS]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    found = data.load(tmp_path / "a.jsonl", target="y")
+    assert {"\\x1b", "\\u202e", "red"} <= set(found.vocabulary)
+    assert all(word.isprintable() for word in found.vocabulary)
+    assert found.sentence(found.x_train[0]).startswith("so \\x1b [ 31m red \\u202e and w")
