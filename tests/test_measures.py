@@ -209,7 +209,7 @@ def test_changes_of_cosines_are_paired_over_images():
         different = (change.sum() - change.trace()) / (11 * 10)
         pair.append(float((after - before)[keep].mean() - different))
     error = (11 / 12 * ((np.array(pair) - np.mean(pair)) ** 2).sum()) ** 0.5
-    assert one["beyond"]["error"] == pytest.approx(error, rel=0.1)  # the two differ by terms of order 1 / images
+    assert one["beyond"]["error"] == pytest.approx(error, rel=1e-4)
 
 
 def test_the_picture_of_a_kernel_is_sorted_by_class():

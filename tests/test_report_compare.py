@@ -15,6 +15,7 @@ import pytest
 
 from ntkit.base.files import write_json
 from ntkit.commands.tables import print_comparison
+from ntkit.report import compare_figures as figures
 from ntkit.report import compare_text as text
 from ntkit.report import render
 
@@ -175,6 +176,40 @@ def test_the_terminal_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 # The file
+
+
+@pytest.mark.parametrize("key", ["network", "init", "after"])
+def test_a_mean_that_is_not_finite_is_a_dash(key: str, tmp_path: Path) -> None:
+    """As that of a network whose outputs overflow on the test examples."""
+    r = made_up(regression=True)
+    r["groups"][0]["errors"][key] = over(0.0, None, 1) | {"mean": None}
+    for run in r["runs"][:2]:
+        run["errors"][key] = None
+    assert "lr 0.1 –" in words(page_of(tmp_path / "page", r)) or key != "network"
+    panels = text_of_panels(r)
+    assert panels[key] == 1
+    assert sum(panels.values()) == 5
+
+
+def text_of_panels(r: dict[str, Any]) -> dict[str, int]:
+    """Number of means that the figure of errors draws, by error."""
+    (figure, _) = figures.errors(r)
+    return {
+        panel.id.removeprefix("plot-errors-"): sum(trace["marker"]["size"] == 12 for trace in panel.data)
+        for panel in figure.panels
+    }
+
+
+def test_no_sign_before_zero() -> None:
+    classes, numbers = ({"data": {"regression": regression}} for regression in (False, True))
+    assert [text.shown(classes, v, True) for v in (-4e-4, 4e-4, -6e-4, 6e-4, -0.0)] == [
+        "0.0",
+        "0.0",
+        "−0.1",
+        "+0.1",
+        "0.0",
+    ]
+    assert [text.shown(numbers, v, True) for v in (-1e-300, 1e300, 0.0)] == ["−1e−300", "+1e300", "0"]
 
 
 @pytest.fixture(scope="module")

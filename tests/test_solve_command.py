@@ -187,5 +187,5 @@ def test_the_command(case):
     assert "solve: got nothing to do" in refused.stderr
     with pytest.raises(Refused, match="--ridge: got -1"):
         solve(store, SolveSettings(ridge=-1.0))
-    with pytest.raises(Refused, match="k: got 500"):
+    with pytest.raises(Refused, match="--spectrum: got 500; expected an integer from 1 to 120"):
         solve(store, SolveSettings(spectrum=500))

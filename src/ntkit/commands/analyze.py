@@ -110,7 +110,8 @@ def analyze(
     if (folder / "run.json").exists():
         if not overwrite:
             FolderLock(folder).check()
-            fix = f"Resume the run (--from {folder}), replace it (--overwrite) or name another folder (--out)."
+            resumed = f"--from {shlex.quote(str(folder))}"
+            fix = f"Resume the run ({resumed}), replace it (--overwrite) or name another folder (--out)."
             raise refusal(str(folder), got="a folder that holds a run", expected="a new folder", fix=fix)
         earlier_run(folder, None)  # the run.json of another program is refused
     else:

@@ -137,7 +137,7 @@ def _results(found: list[ComparedRun], work: _Work) -> dict[str, Any]:
         "test": {"common": len(found[0].rows), "of": sorted({len(run.data.x_test) for run in found})},
         "machine": machine,
         "settings": names,
-        "runs": [_told_of(run, errors, runs_of.settings_shown(run, names)) for run in found],
+        "runs": [_told_of(run, errors, runs_of.settings_shown(run, names, found)) for run in found],
         "groups": [group_of(i, label, found, errors) for i, label in enumerate(labels)],
         "over_seeds": between_groups(found, errors, len(labels)),
         "between_runs": between_runs(found, errors),

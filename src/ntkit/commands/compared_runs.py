@@ -71,6 +71,8 @@ class ComparedRun:
             return None if value is None or value >= n else value
         if name == "model":
             return [value, self.identity.get("model file")]
+        if name == "train":  # None is all of them
+            return self.results["data"]["train"]
         return value
 
     @property
@@ -214,11 +216,34 @@ def _name(found: Sequence[ComparedRun]) -> None:
         run.repeats = (run.group, run.luck) in seen
         seen.add((run.group, run.luck))
     labels = group_labels(found)
-    times: Counter[str] = Counter()
-    for run in found:
-        name = f"{labels[run.group]} · seed {run.settings.seed}"
-        times[name] += 1
-        run.name = name if times[name] == 1 else f"{name} ({times[name]})"
+    names = _told_apart([f"{labels[run.group]} · seed {run.settings.seed}" for run in found], found)
+    for run, name in zip(found, names, strict=True):
+        run.name = name
+
+
+def _told_apart(names: Sequence[str], runs: Sequence[ComparedRun]) -> list[str]:
+    """Names of runs; those that are the same with the end of the folder, as much of it as tells these apart."""
+    told = list(names)
+    for name, times in Counter(names).items():
+        if times > 1:
+            same = [i for i, other in enumerate(names) if other == name]
+            for i, end in zip(same, _ends([runs[i].folder.parts for i in same]), strict=True):
+                told[i] = f"{name} ({end})"
+    return told
+
+
+def _ends(parts: Sequence[Sequence[str]]) -> list[str]:
+    """Of each path's parts as many last ones as no other path ends in; all where there are none.
+
+    >>> _ends([("runs", "a", "net"), ("runs", "b", "net"), ("runs", "cnn")])
+    ['a/net', 'b/net', 'cnn']
+    """
+    ends = []
+    for own in parts:
+        others = [other for other in parts if other is not own]
+        count = next((k for k in range(1, len(own)) if all(other[-k:] != own[-k:] for other in others)), len(own))
+        ends.append(str(Path(*own[-count:])))
+    return ends
 
 
 def differing(found: Sequence[ComparedRun]) -> list[str]:
@@ -238,17 +263,44 @@ def group_labels(found: Sequence[ComparedRun]) -> list[str]:
     for i in range(len(firsts)):
         loaded = firsts[i].settings.weights is not None
         own = [name for name in names if (name in _OF_ALL if loaded else name != "weights")] or ["weights"]
-        labels.append(" · ".join(_shown(firsts[i], name) for name in own))
-    return [label if labels.count(label) == 1 else f"{label} ({labels[: i + 1].count(label)})"
-            for i, label in enumerate(labels)]  # fmt: skip
+        labels.append(" · ".join(_shown(firsts[i], name, found) for name in own))
+    return _told_apart(labels, [firsts[i] for i in range(len(firsts))])
 
 
-def _shown(run: ComparedRun, name: str) -> str:
+def _file_of(run: ComparedRun, name: str, found: Sequence[ComparedRun]) -> str:
+    """A model or a file of weights by its name, with its factory and folders as far as others have the same name."""
+    values = list(dict.fromkeys(getattr(other.settings, name) for other in found))
+    values.remove(value := getattr(run.settings, name))
+    if value is None or name == "weights":
+        if value is None:
+            return "trained"
+        own, others = Path(value).parts, [Path(other).parts for other in values if other is not None]
+        return _ends([own, *others])[0]
+    names = [_parts_of_model(other) for other in (value, *values)]
+    short = [parts[-2] for parts in names]  # without the factory
+    if short.count(short[0]) == 1:
+        return short[0]
+    factories = [(*parts[:-2], f"{parts[-2]}:{parts[-1]}" if parts[-1] else parts[-2]) for parts in names]
+    return _ends(factories)[0]
+
+
+def _parts_of_model(value: str) -> tuple[str, ...]:
+    """Folders or packages, name and factory of a model; a built-in one has no factory.
+
+    >>> _parts_of_model("nets/small.py:make"), _parts_of_model("lab.nets:make"), _parts_of_model("mlp")
+    (('nets', 'small', 'make'), ('lab', 'nets', 'make'), ('mlp', ''))
+    """
+    place, _, factory = value.rpartition(":")
+    if not place:
+        return value, ""
+    path = Path(place)
+    return (*path.parts[:-1], path.stem, factory) if path.suffix == ".py" else (*place.split("."), factory)
+
+
+def _shown(run: ComparedRun, name: str, found: Sequence[ComparedRun]) -> str:
     value = getattr(run.settings, name)
-    if name == "weights":
-        return "trained" if value is None else Path(value).name
-    if name == "model":
-        return Path(value.rpartition(":")[0] or value).stem
+    if name in ("model", "weights"):
+        return _file_of(run, name, found)
     if name == "train":
         return f"{run.results['data']['train']:,} examples"
     if name in ("optimizer", "lr", "epochs", "batch_size", "momentum", "weight_decay", "target_loss"):
@@ -257,10 +309,10 @@ def _shown(run: ComparedRun, name: str) -> str:
         return "–"
     if value is None:
         return "full batch" if name == "batch_size" else f"no {_WORDS.get(name, name)}"
-    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    shown = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
     return shown if name == "optimizer" else f"{_WORDS[name]} {shown}"
 
 
-def settings_shown(run: ComparedRun, names: Sequence[str]) -> dict[str, str]:
+def settings_shown(run: ComparedRun, names: Sequence[str], found: Sequence[ComparedRun]) -> dict[str, str]:
     """Setting -> its value as text, for the table of what differs."""
-    return {name: _shown(run, name).removeprefix(f"{_WORDS.get(name, '')} ") for name in names}
+    return {name: _shown(run, name, found).removeprefix(f"{_WORDS.get(name, '')} ") for name in names}

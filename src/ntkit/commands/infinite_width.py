@@ -21,6 +21,7 @@ from ntkit.base.regular_files import check_folder
 from ntkit.base.tensors import chosen_device
 from ntkit.base.trust import code_of_user
 from ntkit.base.versions import versions
+from ntkit.commands.network_measures import finite
 from ntkit.commands.settings import InfiniteSettings
 from ntkit.data import Data
 from ntkit.kernels.infinite.infinite_kernel import InfiniteKernel
@@ -139,6 +140,9 @@ def _check_size(sets: Data, folds: int) -> tuple[int, int]:
     if len(sets.classes) == 1:
         got, fix = f"one class, {sets.classes[0]}", "Add examples of another class."
         raise refusal("--data", got=got, expected="at least two classes", fix=fix)
+    if bool((sets.x_train == sets.x_train[:1]).all()):
+        got, fix = "training examples that are all the same", "Look for what made them so."
+        raise refusal("--data", got=got, expected="examples that differ", fix=fix)
     needed, free = 3 * 8 * n * (n + m), free_memory(torch.device("cpu"))
     if needed > free / 2:
         most = int(math.sqrt(free / 2 / 48))
@@ -168,19 +172,22 @@ def _scores(
     splitter = (StratifiedKFold if sets.targets is None else KFold)(folds, shuffle=True, random_state=seed)
     for i, (fit, rest) in enumerate(splitter.split(np.zeros(len(y)), y)):
         scores.append(_score(predictor(fit, rest, False), y[rest]))
-        shown = f"{scores[-1]:.1%}" if sets.targets is None else f"R2 {scores[-1]:.3f}"
+        shown = f"{scores[-1]:.1%}" if sets.targets is None else f"R2 {scores[-1]:.3f}".replace("nan", "undefined")
         say(f"{name}, fold {i + 1} of {folds}: {shown}")
     error = float(np.std(scores, ddof=1) / math.sqrt(folds))
     every = np.arange(len(y))
     on_test = _score(predictor(every, np.arange(len(y_test)), True), y_test) if len(y_test) else None
-    return {"name": name, "mean": float(np.mean(scores)), "error": error, "test": on_test}
+    return {"name": name, "mean": finite(np.mean(scores)), "error": finite(error), "test": finite(on_test)}
 
 
 def _score(predicted: np.ndarray, y: np.ndarray) -> float:
-    """Share of labels [n] that are right; of targets [n, C] the mean of R2 over them."""
+    """Share of labels [n] that are right; of targets [n, C] the mean of R2 over them, NaN where one is constant."""
     if y.ndim == 1:
         return float((predicted == y).mean())
-    residual, total = ((predicted - y) ** 2).sum(0), ((y - y.mean(0)) ** 2).sum(0)
+    y = y.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # of a network that diverged
+        residual, total = ((predicted - y) ** 2).sum(0), ((y - y.mean(0)) ** 2).sum(0)
+    total = np.where((y == y[0]).all(0), np.nan, total)
     return float((1 - residual / total).mean())
 
 
@@ -213,7 +220,7 @@ def _rbf(sets: Data) -> Predictor:
     y = sets.y_train.numpy()
 
     def predict(fit: np.ndarray, rows: np.ndarray, of_test: bool) -> np.ndarray:
-        unit = 1 / (x.shape[1] * x[fit].var())
+        unit = 1 / (x.shape[1] * (x[fit].var() or 1.0))
         gammas = {"gamma": [g * unit for g in _GAMMA]}
         search = GridSearchCV(SVC(kernel="rbf"), {"C": _C} | gammas, cv=_TUNING)
         mean = 0

@@ -217,8 +217,9 @@ def invariances(kernels: dict[str, Kernel], data: Data, samples: int) -> tuple[d
 def _add_changes(rows: dict[str, dict[str, Any]], before: dict[str, Cosines], after: dict[str, Cosines]) -> None:
     """Mean change of each cosine, image by image, and how much more it is than that of two different images.
 
-    The standard error of the latter takes into account that a pair of images counts for both: it is the deviation of
-    (change of the transform's cosine) - 2 (change of the mean cosine with the other images), over sqrt(images).
+    The standard error of the latter takes into account that a pair of images counts for both (the jackknife): it is the
+    deviation of c - 2 (n - 1) / (n - 2) d over sqrt(n), of the changes c of the transform's cosine and d of the mean
+    cosine with the other images.
     """
     for name, row in rows.items():
         for entry, form in ((row, "raw"), (row["centered"], "centered")):
@@ -226,25 +227,29 @@ def _add_changes(rows: dict[str, dict[str, Any]], before: dict[str, Cosines], af
                 getattr(after[n], form).per_sample - getattr(before[n], form).per_sample for n in (name, DIFFERENT)
             )
             if name == DIFFERENT:
-                entry["change"] = _mean(change, 2 * change)
-            else:
                 entry["change"] = _mean(change, change)
-                entry["beyond"] = _mean(change - different, change - 2 * different)
+            else:
+                entry["change"] = _mean(change)
+                entry["beyond"] = _mean(change - different, -different)
 
 
-def _mean(values: Tensor, spread_of: Tensor) -> dict[str, Any]:
-    """Mean of the defined values, and p of Student's t test that it is 0.
+def _mean(values: Tensor, over_pairs: Tensor | None = None) -> dict[str, Any]:
+    """Mean of the defined values, and p of Student's t test that it is 0; None without any spread.
 
-    The standard error is the deviation of `spread_of` over the root of their number.
+    The standard error is their deviation over the root of their number; the part of them that is each image's mean over
+    its pairs with the others counts as in the jackknife.
     """
     from scipy.stats import t
 
     known = values.isfinite()
-    count, mean = int(known.sum()), float(values[known].mean())
-    if count < 2:
-        return number(None, None, "fewer than two images") | {"p": None}
+    count, mean, fewest = int(known.sum()), float(values[known].mean()), 2 if over_pairs is None else 3
+    if count < fewest:
+        return number(None, None, f"fewer than {fewest} images") | {"p": None}
+    spread_of = values if over_pairs is None else values + over_pairs * count / (count - 2)
     error = float(spread_of[known].std()) / count**0.5
-    p = 2 * float(t.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)
+    if not error and mean:
+        return number(mean, None, f"no spread over {count} images") | {"p": None}
+    p = 2 * float(t.sf(abs(mean) / error, count - 1)) if error else 1.0
     return number(mean, error, f"standard error over {count} images, before and after training") | {"p": p}
 
 

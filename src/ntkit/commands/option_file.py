@@ -10,7 +10,7 @@ from typing import Any
 
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_bytes
-from ntkit.commands.settings import in_present_names
+from ntkit.commands.settings import FULL_BATCH, in_present_names
 
 
 def with_options_of(file: Path, tokens: Iterable[str]) -> list[str]:
@@ -20,7 +20,7 @@ def with_options_of(file: Path, tokens: Iterable[str]) -> list[str]:
     ----------
     file : a TOML file of ``key = value``, or a JSON file of such keys or with them under "settings". A key is an
         option's name, with "-" or "_". True stands for the option alone, a list for several values; false and null are
-        left out.
+        left out (null as a batch size is all examples).
     tokens : the words of the command line; an option among them wins.
 
     Raises
@@ -41,6 +41,8 @@ def with_options_of(file: Path, tokens: Iterable[str]) -> list[str]:
     given = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     for key, value in in_present_names(_read(file)).items():
         option = "--" + key.replace("_", "-")
+        if option == "--batch-size" and value is None:  # of a run made in Python: all examples, not the default
+            value = FULL_BATCH
         if option not in given:
             words += _words(file, option, value)
     return words

@@ -174,12 +174,13 @@ def comparisons(predicted: dict[str, np.ndarray], data: Data) -> dict[str, Any]:
 
 
 def _paired(differences: np.ndarray) -> dict[str, Any]:
-    """Mean of differences on the same examples, with Student's interval of 95 %; none of fewer than two."""
+    """Mean of differences on the same examples, with Student's interval of 95 %; none without any spread."""
     from scipy.stats import t
 
     n, mean = len(differences), float(differences.mean())
     with np.errstate(invalid="ignore", over="ignore"):
-        error = float(differences.std(ddof=1)) / n**0.5 if n > 1 else np.nan
+        spread_is_known = n > 1 and (differences.min() < differences.max() or mean == 0)
+        error = float(differences.std(ddof=1)) / n**0.5 if spread_is_known else np.nan
     half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * error if n > 1 else np.nan
     entry = number(mean, error, f"Student's interval over {n:,} test examples, in pairs")
     return entry | {"low": finite(mean - half), "high": finite(mean + half)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,11 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     >>> over_seeds([1.0, 3.0])["mean"], over_seeds([1.0])["low"]
     (2.0, None)
     """
-    n, (mean, variance) = len(values), _moments(values)
+    n, scale = len(values), _scale(values)
+    mean, variance = _moments(values, scale)
     half = _quantile(n - 1) * (variance / n) ** 0.5 if n > 1 and variance > 0 else None
-    low, high = (None, None) if half is None else (mean - half, mean + half)
-    return {"n": n, "mean": finite(mean), "low": finite(low), "high": finite(high)}
+    low, high = (None, None) if half is None else (scale * (mean - half), scale * (mean + half))
+    return {"n": n, "mean": finite(scale * mean), "low": finite(low), "high": finite(high)}
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
@@ -41,20 +43,20 @@ def welch(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
     """
     from scipy.stats import t
 
-    (mean, variance), (other, variance_of_other) = _moments(first), _moments(second)
-    found: dict[str, Any] = {"difference": finite(mean - other), "low": None, "high": None, "p": None}
+    scale = _scale(first, second)
+    (mean, variance), (other, variance_of_other) = (_moments(values, scale) for values in (first, second))
+    difference = mean - other
+    found: dict[str, Any] = {"difference": finite(scale * difference), "low": None, "high": None, "p": None}
     if min(len(first), len(second)) < 2:
         return found
     parts = variance / len(first), variance_of_other / len(second)
     if sum(parts) == 0:
         return found | {"p": 1.0 if mean == other else None}
-    freedom = sum(parts) ** 2 / sum(
-        part**2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True)
-    )
-    error = sum(parts) ** 0.5
-    half = _quantile(freedom) * error
-    p = 2 * float(t.sf(abs(mean - other) / error, freedom))
-    return found | {"low": finite(mean - other - half), "high": finite(mean - other + half), "p": finite(p)}
+    error, shares = sum(parts) ** 0.5, [part / sum(parts) for part in parts]
+    freedom = 1 / sum(share**2 / (len(values) - 1) for share, values in zip(shares, (first, second), strict=True))
+    low, high = (scale * (difference + sign * _quantile(freedom) * error) for sign in (-1, 1))
+    p = 2 * float(t.sf(abs(difference) / error, freedom))
+    return found | {"low": finite(low), "high": finite(high), "p": finite(p)}
 
 
 def paired_errors(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
@@ -84,13 +86,13 @@ def paired_squares(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     """
     from scipy.stats import t
 
-    differences = first - second
-    n, (mean, variance) = len(differences), _moments(differences)
+    scale = _scale(first, second)
+    n, (mean, variance) = len(first), _moments(first / scale - second / scale)
     if n > 1 and variance > 0:
         p: float | None = 2 * float(t.sf(abs(mean) / (variance / n) ** 0.5, n - 1))
     else:
         p = 1.0 if mean == 0 else None
-    return {"difference": finite(mean), "p": finite(p), "of_second": finite(float(second.mean()))}
+    return {"difference": finite(scale * mean), "p": finite(p), "of_second": finite(float(second.mean()))}
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
@@ -112,9 +114,15 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return result
 
 
-def _moments(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and variance; equal values have a variance of exactly 0, whatever rounding their mean has."""
-    array = np.asarray(values, dtype=np.float64)
+def _scale(*groups: Sequence[float] | np.ndarray) -> float:
+    """A power of two as large as the largest value: divided by it, no square over- or underflows; else 1."""
+    largest = max(float(np.abs(np.asarray(values, dtype=np.float64)).max()) for values in groups)
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1) if 0 < largest < math.inf else 1.0
+
+
+def _moments(values: Sequence[float] | np.ndarray, scale: float = 1.0) -> tuple[float, float]:
+    """Mean and variance over a scale; equal values have a variance of exactly 0, whatever rounding their mean has."""
+    array = np.asarray(values, dtype=np.float64) / scale
     if len(array) < 2 or array.min() == array.max():
         return float(array[0]), 0.0
     return float(array.mean()), float(array.var(ddof=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -12,6 +13,7 @@ from typing import Any, cast
 from ntkit.base.checks import Refused, check_name, nearest, refusal
 
 _LARGEST = 3e38  # of float32
+FULL_BATCH = 10**9  # examples; as --batch-size more than any training set, which means all of it
 _DEVICES = ("auto", "cpu", "cuda")
 SECTIONS = {
     "training": ("along", "against-loss"),
@@ -161,7 +163,7 @@ class Settings(DataSettings):
     def slug(self) -> str:
         """Short folder name, at most 60 characters: a name may have 255 bytes."""
         model = Path(self.model.rpartition(":")[0] or self.model).stem
-        return "-".join([model, Path(self.data).stem, *(self.classes or ())])[:60]
+        return re.sub(r"[/\\]", "_", "-".join([model, Path(self.data).stem, *(self.classes or ())]))[:60]
 
     def named_code(self, *, changed: bool = False) -> dict[str, str]:
         """Option and name of what may be the user's own code; with `changed` only what differs from the defaults."""
@@ -174,7 +176,7 @@ class Settings(DataSettings):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default or field.name in ("data", "model"):
-                values = value if isinstance(value, tuple) else (value,)
+                values = value if isinstance(value, tuple) else (FULL_BATCH if value is None else value,)
                 arguments += ["--" + field.name.replace("_", "-"), *map(str, values)]
         return arguments
 

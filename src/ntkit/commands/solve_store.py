@@ -18,6 +18,7 @@ from ntkit.base.lock import FolderLock
 from ntkit.base.progress import task
 from ntkit.base.trust import code_of_run
 from ntkit.commands.gram_on_disk import RECORDED, in_dtype, kernel_and_samples
+from ntkit.commands.network_measures import finite
 from ntkit.commands.settings import GramSettings, SolveSettings
 from ntkit.data import Data
 from ntkit.gram.gram_identity import what_it_depends_on
@@ -28,6 +29,7 @@ from ntkit.machines import HardMarginSVM, KernelRidge
 from ntkit.measures.spectra import spectrum
 
 SOLVED = "solved.json"
+_NO_ERRORS: dict[str, Any] = {"training_error": None, "test_error": None}  # of a machine that does not exist
 _STRIP = 2**26  # numbers of the kernel between test and training examples at a time
 
 
@@ -59,6 +61,9 @@ def solve(
     K, files = GramStore.open(store), TileFiles(Path(store))
     results: dict[str, Any] = {"tiles": K.checksum, "samples": files.grid.n, "dtype": files.grid.dtype}
     labels, test = None, None
+    if settings.spectrum is not None and not 1 <= settings.spectrum <= len(K):
+        expected = f"an integer from 1 to {len(K):,}, the number of eigenvalues"
+        raise refusal("--spectrum", got=settings.spectrum, expected=expected, fix="Ask for fewer.")
     if settings.ridge is not None or settings.svm:
         labels, test = _labels(files, settings, trust)
     parts: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
@@ -169,8 +174,9 @@ def _ridge(K: GramStore, relative: float, labels: Tensor, test: _Test | None) ->
         return torch.as_tensor(machine.predict(values)).argmax(1).cpu()
 
     names = ("method_", "passes_", "residual_", "status_", "advice_")
-    certificate = {name.strip("_"): getattr(machine, name) for name in names}
-    return {"ridge": ridge, "relative_ridge": relative, **certificate, **_errors(K, predict, labels, test)}
+    certificate = {name.strip("_"): getattr(machine, name) for name in names} | {"residual": finite(machine.residual_)}
+    errors = _NO_ERRORS if machine.status_ == "singular" else _errors(K, predict, labels, test)
+    return {"ridge": ridge, "relative_ridge": relative, **certificate, **errors}
 
 
 def _svm(K: GramStore, labels: Tensor, test: _Test | None) -> dict[str, Any]:
@@ -180,10 +186,11 @@ def _svm(K: GramStore, labels: Tensor, test: _Test | None) -> dict[str, Any]:
         return torch.as_tensor(machine.predict(values)).cpu()
 
     supports = machine.support_ if isinstance(machine.support_, list) else [machine.support_]
-    margins = np.atleast_1d(np.asarray(machine.margin_)).tolist()
-    certificate = {"status": machine.status_, "gap": machine.gap_, "kkt": machine.kkt_, "advice": machine.advice_}
+    margins = [finite(margin) for margin in np.atleast_1d(np.asarray(machine.margin_)).tolist()]
+    certificate = {"status": machine.status_, "gap": finite(machine.gap_), "kkt": finite(machine.kkt_)}
     sizes = [len(support) for support in supports]
-    return {**certificate, "margins": margins, "supports": sizes, **_errors(K, predict, labels, test)}
+    errors = _NO_ERRORS if machine.status_ == "not separable" else _errors(K, predict, labels, test)
+    return {**certificate, "advice": machine.advice_, "margins": margins, "supports": sizes, **errors}
 
 
 def _errors(K: GramStore, predict: Callable[[Any], Tensor], labels: Tensor, test: _Test | None) -> dict[str, Any]:

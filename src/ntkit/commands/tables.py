@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 _SHOWN = 20  # eigenvalues in the terminal, at most
 
 
-def print_table(title: str, columns: str, rows: Iterable[Iterable[str]]) -> None:
-    """Print a table; `columns` names them, separated by "|", and ">" before a name aligns its column right."""
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table; ">" before the name of a column aligns it right. Brackets in a text are brackets, no markup."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for column in columns.split("|"):
-        table.add_column(column.lstrip(">"), justify="right" if column[0] == ">" else "left", overflow="fold")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _percent(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _told(name: str, value: float | None) -> str:
+    """A certificate behind a status; nothing where there is none."""
+    return "" if value is None else f", {name} {value:.0e}"
 
 
 def print_accuracies(results: dict) -> None:
@@ -36,7 +42,7 @@ def print_accuracies(results: dict) -> None:
         for r in scores
     ]
     title = f"{s['model']} at infinite width on {s['data']}, {s['train']:,} examples"
-    print_table(title, f"{of} of|>{s['folds']} folds{unit}|>± s.e.|>test set{unit}", rows)
+    print_table(title, (f"{of} of", f">{s['folds']} folds{unit}", ">± s.e.", f">test set{unit}"), rows)
     if results["distance"] is not None:
         print(f"The module's own tangent kernel, at its weights, is {results['distance']:.1%} from the limit.")
     if results["error"]:
@@ -73,7 +79,7 @@ def _print_regression(results: dict[str, Any]) -> None:
     rows = [("the network", results["network"]["test"], "")]
     rows += [(f"ridge, {m['label']}", m["test"], str(m["ridge"] or "-")) for m in results["machines"]]
     cells = [(name, *(text.joined(*parts.pair(e, key)) for key in ("r2", "rmse")), ridge) for name, e, ridge in rows]
-    columns = f"test errors of|>R² (95 %)|>root mean squared error in {parts.unit} (95 %)|>ridge"
+    columns = ("test errors of", ">R² (95 %)", f">root mean squared error in {parts.unit} (95 %)", ">ridge")
     for warning in text.cautions(results):
         print(warning.replace("\u00a0", " "))
     print_table(results["title"], columns, cells)
@@ -95,7 +101,7 @@ def _print_errors(results: dict[str, Any]) -> None:
     rows = [(name, _percent(e["value"], 2), _percent(e["error"] or None, 2), how) for name, e, how in errors]
     for warning in text.cautions(results):
         print(warning.replace("\u00a0", " "))
-    print_table(results["title"], "test error of|>%|>± s.e.|certificate", rows)
+    print_table(results["title"], ("test error of", ">%", ">± s.e.", "certificate"), rows)
     for lead, sentence in text.in_short(results)[: 2 + any("ridge," in row[0] for row in rows)]:
         print(f"{lead} {sentence}".replace("\u00a0", " "))
 
@@ -109,23 +115,26 @@ def print_solved(results: dict[str, Any]) -> None:
         rows = [(f"{i}", f"{v:.6g}", _percent(s, 2), f"{r:.0e}") for i, (v, s, r) in enumerate(pairs, 1)]
         shown = rows if len(rows) <= _SHOWN else [*rows[: _SHOWN - 1], rows[-1]]
         title = f"spectrum of {results['samples']:,} samples, {found['status']}"
-        print_table(title, ">number|>eigenvalue|>of the trace so far, %|>residual", shown)
-    rows = []
+        print_table(title, (">number", ">eigenvalue", ">of the trace so far, %", ">residual"), shown)
+    rows, advice = [], []
     for name in ("ridge", "svm"):
         if (found := results.get(name)) is None:
             continue
         if name == "svm":
-            label, certificate = "hard-margin SVM", f"{found['status']}, gap {found['gap']:.0e}"
+            label, certificate = "hard-margin SVM", f"{found['status']}{_told('gap', found['gap'])}"
         else:
             passes = f", {found['passes']} passes" if found["passes"] else ""
             label = f"ridge, {found['relative_ridge']:g} of mean diagonal"
-            certificate = f"{found['status']}, residual {found['residual']:.0e}{passes}"
+            certificate = f"{found['status']}{_told('residual', found['residual'])}{passes}"
         test = found["test_error"] or {"value": None, "error": None}
         errors = (found["training_error"], test["value"], test["error"])
         rows.append((label, *(_percent(value, 2) for value in errors), certificate))
+        advice += [f"{label}: {found['advice']}"] if found.get("advice") else []
     if rows:
         title = f"classifiers from {results['samples']:,} samples"
-        print_table(title, "machine|>training error, %|>test error, %|>± s.e.|certificate", rows)
+        columns = ("machine", ">training error, %", ">test error, %", ">± s.e.", "certificate")
+        print_table(title, columns, rows)
+        print(*advice, sep="\n", end="\n" if advice else "")
 
 
 def print_explanation(folder: Path) -> None:
@@ -139,10 +148,10 @@ def print_explanation(folder: Path) -> None:
         print(text.trust(results))
         for point in results["points"]:
             print(f"\ntest {point['test_index']} ({point['why']}). {text.answer(point)}")
-            columns = "training examples that|by accounting|>share|by influence|>score"
+            columns = ("training examples that", "by accounting", ">share", "by influence", ">score")
             print_table("", columns, text.pairs_of_rows(point))
             removed = text.removals(point, results["random_sets"])
-            print_table("", "removed|>predicted change|>real change", removed)
+            print_table("", ("removed", ">predicted change", ">real change"), removed)
         print(f"{text.agreement(results)}\n{text.checks(results)}")
     print(f"report: {folder / 'explain.html'}")
 
@@ -163,7 +172,7 @@ def print_comparison(folder: Path) -> None:
             for group in r["groups"]
         ]
         title = f"{r['title']}: {text.unit(r).removesuffix(', %')}, mean over seeds (95 %)"
-        print_table(title, f"setting|>seeds|>{'|>'.join(names.values())}", rows)
+        print_table(title, ("setting", ">seeds", *(f">{name}" for name in names.values())), rows)
         for lead, sentence in text.in_short(r):
             print(f"{lead} {sentence}".rstrip().replace("\u00a0", " "))
     print(f"report: {folder / 'report.html'}")
@@ -179,5 +188,5 @@ def print_claims(folder: Path) -> None:
         print(certificate["text"])
     verdicts = {True: "holds", False: "does NOT", None: "-"}
     rows = [(claim["claim"], claim["number"], verdicts[claim["holds"]]) for claim in results["claims"]]
-    print_table(f"{paper['authors']} {paper['year']}: {paper['title']}", "claim|measured|holds", rows)
+    print_table(f"{paper['authors']} {paper['year']}: {paper['title']}", ("claim", "measured", "holds"), rows)
     print(f"report: {folder / 'report.html'}")

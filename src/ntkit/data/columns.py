@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ntkit.base.checks import Refused, refusal
 from ntkit.base.numbers import means_and_deviations
 
 
@@ -56,19 +57,31 @@ def _to_a_hundredth(value: float, unit: float) -> str:
     return text.rstrip("0").rstrip(".") if decimals else text
 
 
+def too_far(subject: str, value: float, deviation: float) -> Refused:
+    """Refusal of a value whose distance from the mean, in standard deviations, the dtype of the data does not hold."""
+    got = f"{value:g}, where the training set's standard deviation is {deviation:.3g}"
+    fix = "Correct it, or remove its row."
+    return refusal(subject, got=got, expected="values that can be standardized", fix=fix)
+
+
 def standardized_columns(
-    inputs: list[Tensor], names: tuple[str, ...], numeric: tuple[bool, ...]
+    inputs: list[Tensor], names: tuple[str, ...], numeric: tuple[bool, ...], subject: str
 ) -> tuple[list[Tensor], str, Columns]:
     """Columns of numbers minus their mean on the first set, over their standard deviation there, as float32; in words.
 
-    A column that is constant there is only centered.
+    A column that is constant there is only centered. Values so far from the mean that float32 does not hold their
+    distance in deviations are refused.
     """
     mask = torch.tensor(numeric, device="cpu")
     mean, deviation = means_and_deviations(inputs[0])
     constant = mask & (deviation <= 1e-12 * mean.abs())
     mean = torch.where(mask, mean, 0.0)
     deviation = torch.where(mask & ~constant, deviation, 1.0)
-    inputs = [((x - mean) / deviation).float() for x in inputs]
+    given, inputs = inputs, [((x - mean) / deviation).float() for x in inputs]
+    for x, scaled in zip(given, inputs, strict=True):
+        if len(bad := (~scaled.isfinite()).nonzero()):
+            row, column = bad[0].tolist()
+            raise too_far(f"{subject}, column {names[column]}", float(x[row, column]), float(deviation[column]))
     count, fixed, indicators = int(mask.sum()), int(constant.sum()), int((~mask).sum())
     text = f"{count} column{'s' if count > 1 else ''} of numbers standardized on the training set" if count else ""
     text += f" ({fixed} constant there, only centered)" if fixed else ""

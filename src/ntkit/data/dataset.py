@@ -304,7 +304,7 @@ def _scaled(files: Files, inputs: list[Tensor], kind: Kind, subject: str) -> tup
         inputs = [x.to(torch.float32, memory_format=torch.contiguous_format).div_(files.scale) for x in inputs]
         return inputs, f"pixels / {files.scale:.0f}, no centering", None
     if files.numeric is not None:
-        return standardized_columns(inputs, tuple(files.columns or ()), tuple(files.numeric))
+        return standardized_columns(inputs, tuple(files.columns or ()), tuple(files.numeric), subject)
     if files.vocabulary is not None:
         return inputs, f"words as numbers, {len(files.vocabulary):,} with padding (0) and unknown words (1)", None
     return inputs, "token ids as given" if kind == "tokens" else "values as given, no scaling or centering", None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,14 +34,7 @@ def examples(pair: tuple[Any, Any], subject: str, float_dtype: torch.dtype | Non
         got = f"{len(x):,} examples and {len(y):,} labels"
         raise refusal(subject, got=got, expected="one label per example", fix="Check how x and y were built.")
     if x.is_floating_point():
-        x = x if float_dtype is None else x.to(float_dtype)
-        bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero()
-        if len(bad):
-            row = int(bad[0])
-            value = x[row].flatten()[~torch.isfinite(x[row]).flatten()][0].item()
-            got = f"{value} in row {row:,} ({len(bad):,} such rows)"
-            raise refusal(f"{subject}, x", got=got, expected="finite values", fix="Repair or remove these rows.")
-        return x, y, "images" if x.ndim == 4 else "vectors"
+        return _floats(x, float_dtype, subject), y, "images" if x.ndim == 4 else "vectors"
     if x.dtype == torch.uint8 and x.ndim in (3, 4):
         return _images(x, subject), y, "images"
     if x.dtype in (torch.int16, torch.int32, torch.int64) and x.ndim == 2:
@@ -64,6 +58,25 @@ def _tensor(value: Any, subject: str) -> Tensor:
     except (TypeError, ValueError) as error:
         got = f"{type(value).__name__} that is not a numeric array ({error})"
         raise refusal(subject, got=got, expected="a tensor or a numeric array", fix="Convert it first.") from error
+
+
+def _floats(given: Tensor, dtype: torch.dtype | None, subject: str) -> Tensor:
+    """Finite floats, in `dtype` unless that is None; refuses values that it does not hold."""
+    x = given if dtype is None else given.to(dtype)
+    held, fix = torch.finfo(x.dtype), "Repair or remove these rows."
+    name = str(x.dtype).removeprefix("torch.")
+    bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        value = given[row].flatten()[~torch.isfinite(x[row]).flatten()][0].item()
+        got, expected = f"{value:g} in row {row:,} ({len(bad):,} such rows)", "finite values"
+        if math.isfinite(value):
+            expected, fix = f"values of at most {held.max:.2g}, which {name} holds", "Divide x by a number."
+        raise refusal(f"{subject}, x", got=got, expected=expected, fix=fix)
+    if x.dtype != given.dtype and given.any() and x.abs().max() < held.tiny:
+        got, fix = f"no value above {given.abs().max():.2g}", "Multiply x by a number."
+        raise refusal(f"{subject}, x", got=got, expected=f"some above {held.tiny:.2g}, which {name} holds", fix=fix)
+    return x
 
 
 def _images(x: Tensor, subject: str) -> Tensor:

@@ -49,7 +49,8 @@ def open_data(path: Path, expected: str) -> tuple[io.BufferedReader, int]:
         start, size = handle.read(512), os.fstat(handle.fileno()).st_size
         handle.seek(0)
         if not start:
-            raise refusal(str(path), got="an empty file (0 bytes)", expected=expected, fix=AGAIN)
+            fix = "Write it again, or download it again from its official source. Nothing was loaded."
+            raise refusal(str(path), got="an empty file (0 bytes)", expected=expected, fix=fix)
         check_start(path, start, expected, AGAIN)
     except OSError as error:
         handle.close()

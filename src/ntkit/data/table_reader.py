@@ -27,6 +27,7 @@ _MISSING = {"", "na", "n/a", "nan", "-nan", "null", "?", "#n/a", "#na", "<na>", 
 _WRITTEN = re.compile(r"[-+(]?\s?[$€£¥]?\s?\d{1,3}(?:[ ,.'\u2019\u00a0\u202f]?\d{3})*(?:[.,]\d+)?\s?[%$€£¥]?\)?")
 _VALUES = 50  # different texts of a column that become indicators
 _FEW = 5  # different texts that need not recur
+_QUOTED = 80  # characters of a cell that a message quotes
 _PER_BYTE = 40  # bytes of memory for each byte of a CSV file, while its cells are text
 
 
@@ -121,7 +122,7 @@ def _csv(path: Path) -> list[_Column]:
     rows, lines = [], []
     try:
         for row in lines_of:
-            if row and lines_of.line_num > skipped:
+            if (len(row) > 1 or any(map(str.strip, row))) and lines_of.line_num > skipped:  # no line of blanks alone
                 rows.append([cell.strip() for cell in row])
                 lines.append(lines_of.line_num)
     except csv.Error as error:
@@ -166,7 +167,7 @@ def _check_rows(path: Path, rows: list[list[str]], lines: list[int]) -> None:
         raise refusal(str(path), got=got, expected=expected, fix="Put a line of names first.")
     for row, line in zip(rows[1:], lines[1:], strict=True):
         if len(row) != len(names):
-            got, fix = f"{len(row)} cells in line {line:,}", "Correct the line."
+            got, fix = f"{len(row)} cell{'s' * (len(row) != 1)} in line {line:,}", "Correct the line."
             if len(names) == 1:
                 fix = f"Separate cells by one of these: {' '.join(map(repr, _DELIMITERS))}."
             raise refusal(str(path), got=got, expected=f"{len(names)}, as in line {lines[0]:,}", fix=fix)
@@ -195,12 +196,14 @@ def _json_lines(path: Path) -> list[_Column]:
         got, row = "", _Pairs()
         try:  # numbers as they are written: an integer of many digits is not made a float
             row = json.loads(content.decode(), parse_int=str, parse_float=str, object_pairs_hook=_Pairs)
+            if isinstance(row, _Pairs):  # a half of a pair, as "\\ud800", is no text: no report can show it
+                "".join(f"{key}{value}" for key, value in row).encode()
         except (ValueError, RecursionError) as error:
             got = f"line {line:,}, which cannot be read ({error})"
         if got or not isinstance(row, _Pairs):
             got = got or f"no object in line {line:,}"
-        elif len(row.keys) != len(set(row.keys)) or (cells and set(row.keys) != set(cells)):
-            got = f"the keys {', '.join(map(printable, row.keys))} in line {line:,}"
+        elif not row or len(row.keys) != len(set(row.keys)) or (cells and set(row.keys) != set(cells)):
+            got = f"{'the keys ' if row else 'no key'}{', '.join(map(printable, row.keys))} in line {line:,}"
         elif nested := [key for key, value in row if isinstance(value, list)]:
             got = f"a list or an object in line {line:,}, key {printable(nested[0])}"
         if got:
@@ -241,8 +244,8 @@ def _parquet(path: Path) -> list[_Column]:
     if not table.num_rows:
         raise refusal(str(path), got="no rows", expected="a table", fix="Name a table with rows.")
     columns = []
-    for name in table.column_names:
-        values = table.column(name).to_pylist()
+    for place, name in enumerate(table.column_names):  # by place: two may have one name, which is refused later
+        values = table.column(place).to_pylist()
         odd = next((v for v in values if v is not None and not isinstance(v, (bool, int, float, str))), None)
         if odd is not None:
             got, fix = f"column {name} of {type(odd).__name__}s", "Convert it, or remove it."
@@ -250,6 +253,11 @@ def _parquet(path: Path) -> list[_Column]:
         cells = ["" if v is None else repr(v) if isinstance(v, float) else str(v) for v in values]
         columns.append(_Column(name, cells, lambda row: f"row {row:,}"))
     return columns
+
+
+def _quoted(cell: str) -> str:
+    """A cell in a message; of a long one its start."""
+    return repr(cell if len(cell) <= _QUOTED else f"{cell[:_QUOTED]}…")
 
 
 def _number(cell: str) -> float | None:
@@ -273,13 +281,13 @@ def _numbers(path: Path, column: _Column) -> np.ndarray | None:
     if 2 * len(known) < len(values):
         written = [row for row, cell in enumerate(column.cells) if _number(cell) is None and _WRITTEN.fullmatch(cell)]
         if written and 2 * (len(known) + len(written)) > len(values):
-            got = f"{column.cells[written[0]]!r} in {column.place(written[0])}, column {column.name}"
+            got = f"{_quoted(column.cells[written[0]])} in {column.place(written[0])}, column {column.name}"
             fix = "Write 1.5 and 1234 and -3, not 1,5 or 1,234 or (3), without units."
             raise refusal(str(path), got=got, expected="plain numbers", fix=fix)
         return None
     for row, value in enumerate(values):
         if value is None or not math.isfinite(value):
-            got = f"{column.cells[row]!r} in {column.place(row)}, column {column.name}"
+            got = f"{_quoted(column.cells[row])} in {column.place(row)}, column {column.name}"
             expected = "a finite number, as in most rows of the column"
             raise refusal(str(path), got=got, expected=expected, fix="Correct it, or remove the row.")
     return np.array(known)
@@ -300,7 +308,7 @@ def _indicators(path: Path, column: _Column) -> dict[str, np.ndarray]:
     cells = np.array(column.cells)
     values = np.unique(cells)
     if not _recur(len(values), len(cells)):
-        got = f"{len(values):,} different texts in column {column.name}, such as {str(values[0])!r}"
+        got = f"{len(values):,} different texts in column {column.name}, such as {_quoted(str(values[0]))}"
         got += f", in {len(cells):,} rows"
         fix = "Remove the column, or group its values; write dates as numbers."
         if _are_sentences(column.cells):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ntkit.base.checks import check_name, refusal
 from ntkit.base.numbers import few_enough_for_labels, means_and_deviations, refuse_masked
+from ntkit.data.columns import too_far
 
 Task = Literal["classification", "regression"]
 TASKS = ("classification", "regression")
@@ -64,12 +65,16 @@ def _of_one_kind(array: np.ndarray, subject: str) -> np.ndarray:
     text = isinstance(array.flat[0], str)
     kind = (str, np.str_) if text else (bool, int, np.integer, np.bool_)
     odd = [i for i, value in enumerate(array.flat) if not isinstance(value, kind)]
+    if not odd and not text:
+        odd = [i for i, value in enumerate(array.flat) if not -(2**63) <= int(value) < 2**63]
     if not odd:
         return array.astype(np.str_ if text else np.int64)
     row = odd[0] // (array.size // len(array))
     got = f"{array.flat[odd[0]]!r} in row {row:,}"
-    fix = "Replace missing values, or remove their rows."
-    raise refusal(f"{subject}, labels y", got=got, expected="text everywhere, or integers everywhere", fix=fix)
+    expected, fix = "text everywhere, or integers everywhere", "Replace missing values, or remove their rows."
+    if isinstance(array.flat[odd[0]], kind):
+        expected, fix = "integers below 2^63", "Number the classes; numbers of a regression as floats."
+    raise refusal(f"{subject}, labels y", got=got, expected=expected, fix=fix)
 
 
 def read_targets(
@@ -238,6 +243,11 @@ def standardized(
             got = f"{name}, which is {center:g} in every training example"
             raise refusal(f"{subject}, targets y", got=got, expected="targets that vary", fix="Choose other examples.")
     scaled = [((y - mean) / deviation).to(dtype) for y in sets]
+    for given, y in zip(sets, scaled, strict=True):
+        if len(bad := (~y.isfinite()).nonzero()):
+            row, column = bad[0].tolist()
+            where = f"{subject}, target {names[column]}"
+            raise too_far(where, float(given[row, column]), float(deviation[column]))
     return scaled, Targets(names, tuple(mean.tolist()), tuple(deviation.tolist()))
 
 

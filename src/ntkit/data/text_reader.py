@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.base.checks import refusal
+from ntkit.base.checks import printable, refusal
 from ntkit.base.memory import check_room
 from ntkit.data.readers import AGAIN, NO_DOWNLOAD, Files, read_whole
 from ntkit.data.splits import held_out
@@ -143,7 +143,7 @@ def running_text(sentences: Sequence[str], subject: str) -> tuple[np.ndarray, tu
     tokens = _tokens(words, {word: number for number, word in enumerate(vocabulary)}, length)
     cut = sum(len(own) > length for own in words)
     how = f"; {cut:,} text{'s' if cut > 1 else ''} cut after {length} words" if cut else ""
-    return tokens, ("<padding>", "<unknown>", *vocabulary), how
+    return tokens, ("<padding>", "<unknown>", *map(printable, vocabulary)), how
 
 
 def of_training(tokens: Tensor, vocabulary: Sequence[str], rows: Tensor) -> tuple[Tensor, tuple[str, ...]]:

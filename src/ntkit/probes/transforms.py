@@ -176,7 +176,7 @@ def shuffle_patches(grid: int = 2, seed: int = 0) -> Transform:
     [0, 1, 2, 3]
     """
     grid = as_integer(grid, "shuffle_patches: grid", "an integer, 2 or more", "Give an integer.", least=2)
-    seed = as_integer(seed, "shuffle_patches: seed", "an integer, 0 or more", "Give an integer.", least=0)
+    seed = as_integer(seed, "shuffle_patches: seed", "an integer from 0 to 2^63 - 1", "Give an integer.", least=0)
     generator = torch.Generator("cpu").manual_seed(seed)
     identity = torch.arange(grid * grid, device="cpu")
     order = identity
@@ -245,6 +245,9 @@ def check_images(x: Tensor) -> None:
     """Refuse what is not a tensor of images [n, C, H, W], at least one."""
     if isinstance(x, Tensor):
         check_dense(x, "x")
+    if isinstance(x, Tensor) and x.is_complex():
+        got, fix = f"complex numbers ({x.dtype})", "Give real and imaginary part as channels."
+        raise refusal("x", got=got, expected="images of real numbers", fix=fix)
     if not isinstance(x, Tensor) or x.ndim != 4 or x.numel() == 0:
         shape = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         fix = "Give at least one image; add the missing dimensions with reshape."

@@ -60,7 +60,8 @@ def errors(r: Results) -> FigureAndReading:
                 "marker": {"color": color, "symbol": symbol, "size": 7, "opacity": 0.6},
                 "hovertemplate": "%{customdata}: %{x:.4g}<extra></extra>", "cliponaxis": False,
             })  # fmt: skip
-            if (found := group["errors"][key]) is not None:
+            found = group["errors"][key]
+            if found is not None and found["mean"] is not None:  # of a network that diverged there may be none
                 data.append(_mean(r, found, scale, y + 0.12, (color, symbol), group["label"]))
         names = draw.rows_axis([short(group["label"]) for group in r["groups"]])
         x = draw.axis(unit(r), rangemode="tozero")

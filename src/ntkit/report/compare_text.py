@@ -34,7 +34,8 @@ def shown(r: Results, value: float | None, sign: bool = False) -> str:
     """An error, or a difference of two, in the page's unit, without it."""
     if value is None:
         return "–"
-    text = plain(value) if r["data"]["regression"] else f"{100 * value:.1f}"
+    value = value if r["data"]["regression"] else round(100 * value, 1) + 0.0  # no minus before 0.0
+    text = plain(value) if r["data"]["regression"] else f"{value:.1f}"
     return ("+" if sign and value > 0 else "") + text.replace("-", "−")
 
 

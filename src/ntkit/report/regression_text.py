@@ -20,6 +20,7 @@ from ntkit.report.analysis_text import (
 from ntkit.report.words import beside, counted, digits, listed, plain
 
 R2 = 2
+_LARGEST_R2 = 1e6  # from which R² has an exponent: no card has room for its digits
 """Decimals of R2, at least."""
 _NAMES = {"init": "the kernel at initialization", "conjugate": "the conjugate kernel", "network": "the network itself"}
 
@@ -49,12 +50,16 @@ def separate(entry: dict[str, Any], least: int = 0) -> tuple[str, str]:
 
     >>> separate({"value": 0.873, "low": 0.841, "high": 0.9}), separate({"value": -5.7e24, "low": -1e25, "high": -2e24})
     (('0.873', '0.841 to 0.900'), ('−5.7e24', '−1e25 to −2e24'))
+    >>> diverged = {"value": -286818969867.68, "low": -791371833331.18, "high": -0.5}
+    >>> separate(diverged, R2)
+    ('−2.87e11', '−7.91e11 to −0.5')
     """
     value, low, high = entry["value"], entry["low"], entry["high"]
     if value is None or low is None or not low < high:
         return "undefined" if value is None else digits(value), ""
-    if max(abs(low), abs(high)) >= 1e12:
-        return digits(value), f"{digits(low)} to {digits(high)}"
+    if max(abs(value), abs(low), abs(high)) >= (_LARGEST_R2 if least else 1e12):
+        texts = [plain(v).replace("-", "−") for v in (value, low, high)]
+        return texts[0], f"{texts[1]} to {texts[2]}"
     places = min(12, 1 - math.floor(math.log10(high - low)))
     places = max(places, least) if least else places
     texts = [f"{round(v, places) + 0:,.{max(0, places)}f}".replace("-", "−") for v in (value, low, high)]
