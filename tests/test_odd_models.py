@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import ntkit
 from ntkit.base.batch import call_with, count, take
+from ntkit.networks.larger_copies import larger_copy
 from ntkit.testing import assert_equal
 
 
@@ -165,11 +166,11 @@ def _renormed(m, x):
 @pytest.mark.parametrize("run", [_in_place, _by_data, _replaced, _renormed])
 def test_a_forward_pass_that_writes_to_parameters_is_refused(run):
     model = Odd(run, a=parameter(4, 3), b=parameter(4, 3))
-    with pytest.raises(ntkit.Refused, match="parameter '[ab]': got a forward pass that changes it"):
+    with pytest.raises(ntkit.Refused, match=r"parameter '[ab]': got a forward pass that changes it"):
         ntkit.TangentKernel(model)(numbers(3, 4))
     if run is not _by_data:  # seen in the first comparison of a kernel with autograd alone
         model = Odd(run, a=parameter(4, 3), b=parameter(4, 3))
-        with pytest.raises(ntkit.Refused, match="parameter '[ab]': got a forward pass that changes it"):
+        with pytest.raises(ntkit.Refused, match=r"parameter '[ab]': got a forward pass that changes it"):
             ntkit.ConjugateKernel(model)(numbers(3, 4))
 
 
@@ -255,7 +256,10 @@ def test_what_has_no_gradient_is_a_constant_of_the_linearized_model(run):
 
 def test_the_padding_of_an_embedding_does_not_move_the_linearized_model():
     embedding = nn.Embedding(7, 3, padding_idx=-2)
-    model, words = nn.Sequential(embedding, nn.Flatten(), nn.Linear(9, 2)).double(), torch.tensor([[0, 5, 1], [5, 5, 2]])
+    model, words = (
+        nn.Sequential(embedding, nn.Flatten(), nn.Linear(9, 2)).double(),
+        torch.tensor([[0, 5, 1], [5, 5, 2]]),
+    )
     with torch.no_grad():
         embedding.weight[5] = 1.0
     J, (lin, step) = jacobian(model, words), moved(model)
@@ -288,5 +292,28 @@ class Signs(torch.autograd.Function):
 
 def test_linearized_refuses_functions_without_forward_mode():
     model = Odd(lambda m, x: x @ Signs.apply(m.w), w=parameter(4, 2))
-    with pytest.raises(ntkit.Refused, match="an operation that torch.func.jvp does not take"):
+    with pytest.raises(ntkit.Refused, match=r"an operation that torch\.func\.jvp does not take"):
         ntkit.linearized(model)(numbers(2, 4))
+
+
+# ---------------------------------------------------------------------- larger copies
+
+
+def test_a_group_for_each_channel_stays_one_in_larger_copies():
+    """It is an instance norm then, whose copies normalize each channel by itself."""
+
+    def network(norm):
+        layers = [nn.Conv2d(2, 6, 2), norm, nn.ReLU(), nn.Conv2d(6, 6, 2), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)).double()
+
+    x, one = numbers(3, 2, 5, 5), network(nn.GroupNorm(6, 6))
+    other = network(nn.InstanceNorm2d(6, affine=True))
+    other.load_state_dict(one.state_dict())
+    assert_equal(one(x).detach(), other(x).detach(), 1e-12, "the networks")
+    values = []
+    for model in (one, other):
+        copy_ = larger_copy(model, 3, x)
+        copy_.draw(0)
+        values.append(copy_.network(x).detach())
+    assert_equal(*values, 1e-12, "the copies")
+    assert larger_copy(network(nn.GroupNorm(2, 6)), 3, x).network[1].num_groups == 2

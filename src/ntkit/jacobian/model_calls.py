@@ -260,7 +260,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
 
 
 def _version(p: Tensor) -> tuple[int, int]:
-    """What changes where a tensor is written to, or its values are replaced (but not where its `.data` is written to)."""
+    """What changes where a tensor is written to, or its `.data` is replaced (but not where that is written to)."""
     return (0 if p.is_inference() else p._version), p.data_ptr()
 
 

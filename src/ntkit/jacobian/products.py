@@ -28,7 +28,9 @@ def pulled_back(gradients: Gradients, structure: Structure, x: Batch, v: Tensor,
             out = own.forward(take(x, part), watch=False)
             vectors = v[part].to(out.dtype)
             for column in range(v.shape[2]):
-                grads = torch.autograd.grad([out], params, [vectors[:, :, column]], retain_graph=True, allow_unused=True)
+                grads = torch.autograd.grad(
+                    [out], params, [vectors[:, :, column]], retain_graph=True, allow_unused=True
+                )
                 with torch.no_grad():
                     for sum_, grad in zip(total, grads, strict=True):
                         if grad is not None:

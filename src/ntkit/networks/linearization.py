@@ -118,6 +118,7 @@ def linearized(model: nn.Module, params: Params = None, *, select: Select | None
 
     .. math:: f_{lin}(x; \theta) = f(x; \theta_0) + J(x) (\theta - \theta_0)
 
+    What has no gradient in the model (under `torch.no_grad`, detached, the padding row of an embedding) is constant.
     Its tangent kernel is constant, that of `model` at theta_0: full-batch gradient descent on 0.5 * MSELoss follows
     ``GradientFlow(lr, momentum)`` on that kernel to rounding.
 
@@ -137,7 +138,9 @@ def linearized(model: nn.Module, params: Params = None, *, select: Select | None
     Raises
     ------
     Refused
-        For batch norm in train mode, active dropout, or no parameter to train.
+        For batch norm in train mode, active dropout, a scripted module, or no parameter to train; when it is called,
+        for operations without a forward-mode derivative, and parameters that the forward takes from elsewhere than
+        their layer (a list, a closure).
 
     Notes
     -----
