@@ -97,8 +97,9 @@ def _sums(model: nn.Module) -> dict[str, Tensor]:
 
 def _refuse_changes(model: nn.Module, before: dict[str, Tensor] | None) -> None:
     """Refuse a model whose forward pass has written to parameters, also by their `.data`."""
-    for name, value in (_sums(model) if before else {}).items():
-        if not torch.equal(value, before[name]) and not value.isnan():
+    now = _sums(model) if before else {}
+    for name, value in (before or {}).items():
+        if not torch.equal(value, now[name]) and not value.isnan():
             raise changed_parameter(name)
 
 
