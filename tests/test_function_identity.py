@@ -1,10 +1,14 @@
 """What a function computes, as a text: two that differ by an enclosed value are two, in folders, too."""
 
+import dataclasses
+import enum
 import functools
 import operator
 import subprocess
 import sys
+import types
 from collections import namedtuple
+from fractions import Fraction
 from types import FunctionType
 
 import pytest
@@ -13,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntkit
-from ntkit.base.function_identity import function_identity
+from ntkit.base.function_identity import function_identity, module_identity
 
 ONE, TWO = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0 + 1e-6])
 Named = namedtuple("Named", "weight")
@@ -244,3 +248,75 @@ def test_folders_of_another_enclosed_tensor_are_refused(tmp_path):
             call(tmp_path / f"{name}, some")
         with pytest.raises(ntkit.Refused, match=messages[name]):
             call(tmp_path / f"{name}, none", select=whole)
+
+
+class Configured(nn.Module):
+    """A network whose numbers are in an object of some kind."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.layer, self.given = nn.Linear(2, 1, bias=False), given
+
+
+@dataclasses.dataclass
+class Settings:
+    scale: float
+
+
+class Holder:
+    def __init__(self, scale):
+        self.scale, self.weights = scale, torch.full((2,), scale)
+
+
+class Color(enum.Enum):
+    RED, BLUE = 1, 2
+
+
+def with_class(scale, how):
+    """A network of a class that has the number in its body."""
+
+    def act(h):
+        return h * scale
+
+    bodies = {
+        "attribute": {"scale": scale},
+        "static method": {"act": staticmethod(act)},
+        "property": {"scale": property(lambda self: scale)},
+        "cached property": {"scale": functools.cached_property(lambda self: scale)},
+    }
+    return type("OfClass", (Configured,), bodies[how])(None)
+
+
+def with_hook(scale, where):
+    net = Configured(None)
+    {
+        "parameter": net.layer.weight.register_hook,
+        "layer": net.layer.register_full_backward_hook,
+        "before a layer": net.layer.register_full_backward_pre_hook,
+    }[where](lambda *of: scale)
+    return net
+
+
+NETWORKS = {
+    "data class": lambda v: Configured(Settings(v)),
+    "data class in a list": lambda v: Configured([Settings(v)]),
+    "namespace": lambda v: Configured(types.SimpleNamespace(scale=v)),
+    "object": lambda v: Configured(Holder(v)),
+    "set": lambda v: Configured({v, "a", "b"}),
+    "slice": lambda v: Configured(slice(0, int(v))),
+    "range": lambda v: Configured(range(int(v))),
+    "dtype": lambda v: Configured(torch.float32 if v == 2.0 else torch.float64),
+    "enum": lambda v: Configured(Color(int(v) - 1)),
+    "fraction": lambda v: Configured(Fraction(v)),
+    **{f"class: {how}": lambda v, how=how: with_class(v, how)
+       for how in ("attribute", "static method", "property", "cached property")},
+    **{f"gradient hook: {where}": lambda v, where=where: with_hook(v, where)
+       for where in ("parameter", "layer", "before a layer")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_networks_with_other_settings_are_other_networks(kind):
+    one, again, two = ("\n".join(module_identity(NETWORKS[kind](value))) for value in (2.0, 2.0, 3.0))
+    assert one == again
+    assert one != two

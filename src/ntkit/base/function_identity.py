@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dis
 import hashlib
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from functools import partial
-from types import CodeType, FunctionType, MethodType
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import cached_property, partial
+from numbers import Number
+from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,10 @@ from ntkit.base.tensors import tensor_hash
 OTHER_VERSION = "Where all is the same, another version of ntkit or Python wrote it, which names functions otherwise."
 """Of a folder that is refused because functions or data in it have another identity."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_BY_TEXT = (slice, range, torch.dtype, torch.device, Enum, Number)  # what these are is in their text
+_NAMESPACES = (SimpleNamespace, Namespace)
 _BY_VALUE = (*_PLAIN, Tensor, np.ndarray, list, tuple)
+_HELD = (*_PLAIN, Tensor, np.ndarray)
 # What torch keeps of each module, its mode among it; of recurrent layers their weights once more, in copies otherwise.
 _OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
 
@@ -27,8 +34,9 @@ def function_identity(function: Any) -> str:
     """Name and code of a function, or type and settings of a callable object: what it computes, in files.
 
     What a function encloses, its defaults and what it reads from its module count by their values: plain ones, tensors,
-    arrays, functions, and lists, tuples and dicts of them. A module's tensors count where none of them is trained:
-    those of a network in training are other ones at each call. Of everything else the type counts.
+    arrays, functions, lists, tuples, dicts, sets, data classes and namespaces of them. A module's tensors count where
+    none of them is trained: those of a network in training are other ones at each call. Of everything else the type
+    counts.
 
     Examples
     --------
@@ -51,16 +59,40 @@ def function_identity(function: Any) -> str:
 def module_identity(module: nn.Module) -> Iterator[str]:
     """What a network computes, beside its parameters and buffers: settings, hooks and code of all modules in it.
 
-    Attributes count as `function_identity` says of what a function encloses; code where neither torch nor ntkit has it.
+    Attributes count as `function_identity` says of what a function encloses, and of other objects among them (a
+    configuration) what they hold as plain values, tensors and arrays; code where neither torch nor ntkit has it.
     """
     for name, part in module.named_modules():
         yield f"{name} {type(part).__module__}.{type(part).__qualname__}"
         seen = {id(part)}
-        yield from _told({k: v for k, v in vars(part).items() if k not in _OF_MODULES}, seen)
+        attributes = {k: v for k, v in vars(part).items() if k not in _OF_MODULES}
+        yield from _told(attributes, seen)
+        for value in attributes.values():
+            if not callable(value) and not isinstance(value, (*_NAMESPACES, Number)) and not is_dataclass(value):
+                held = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, _HELD)}
+                yield from _told(held, seen)
         yield from _told([*part._forward_pre_hooks.values(), *part._forward_hooks.values()], seen)
+        of_gradients = [part._backward_pre_hooks, part._backward_hooks]
+        of_gradients += [p._backward_hooks or {} for p in part._parameters.values() if p is not None]
+        yield from _told([hook for hooks in of_gradients for hook in hooks.values()], seen)
         for kind in type(part).__mro__:
             if kind.__module__.partition(".")[0] not in ("torch", "ntkit", "builtins"):
-                yield from _told([f for f in vars(kind).values() if isinstance(f, FunctionType)], seen)
+                yield from _told(_of_class(kind), seen)
+
+
+def _of_class(kind: type) -> Iterator[Any]:
+    """Code of a class, and its plain attributes."""
+    for name, value in vars(kind).items():
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        if isinstance(value, property):
+            yield from (f for f in (value.fget, value.fset) if isinstance(f, FunctionType))
+        elif isinstance(value, cached_property):
+            yield value.func
+        elif isinstance(value, FunctionType):
+            yield value
+        elif isinstance(value, _PLAIN) and not name.startswith("__"):
+            yield (name, value)
 
 
 def _short(parts: Iterator[Any]) -> str:
@@ -160,10 +192,18 @@ def _of_value(value: Any, seen: set[int]) -> Iterator[str]:
         return
     elif isinstance(value, (tuple, list, Mapping)):
         yield from _told(value, inner)
+    elif isinstance(value, (set, frozenset)):  # in another order in each process
+        yield from sorted(" ".join(_of_value(entry, inner)) for entry in value)
+    elif isinstance(value, _BY_TEXT):
+        yield str(value)
     elif isinstance(value, (FunctionType, MethodType)):
         yield from map(str, _of_function(value, inner))
     elif callable(value) and not isinstance(value, type):
         yield from map(str, _of_instance(value, inner))
+    elif isinstance(value, _NAMESPACES):
+        yield from _told(vars(value), inner)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _told({f.name: getattr(value, f.name, None) for f in fields(value)}, inner)
 
 
 def _of_tensor(tensor: Tensor) -> str:

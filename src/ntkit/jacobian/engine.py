@@ -97,8 +97,8 @@ class Engine:
 
     @property
     def like(self) -> Tensor:
-        """A parameter, for its device and precision."""
-        return next(iter(self.params.values()))
+        """A tensor without entries on the device of the parameters, in the precision of results."""
+        return next(iter(self.params.values())).new_empty(0, dtype=self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -389,8 +389,8 @@ class Engine:
 
     @torch.no_grad()
     def _along(self, x: Batch, structure: Structure, directions: list[Tensor], batch: int) -> Tensor:
-        flat = [u.reshape(u.shape[0], -1).T for u in directions]
-        columns = flat[0].new_empty(count(x), structure.outputs, flat[0].shape[1], dtype=self.dtype)
+        flat = [u.reshape(u.shape[0], -1).T.to(self.dtype) for u in directions]
+        columns = flat[0].new_empty(count(x), structure.outputs, flat[0].shape[1])
 
         def keep(part: slice, factors: dict[str, Whole]) -> None:
             along = [factors[name].rows() @ u for name, u in zip(self.params, flat, strict=True)]

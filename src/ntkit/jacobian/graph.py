@@ -95,6 +95,12 @@ def saved_numbers(output: Tensor) -> int:
     return sum(sizes.values())
 
 
+def precisions_of(nodes: list[Node]) -> set[torch.dtype]:
+    """Floating-point types of the results of nodes."""
+    dtypes = {m.dtype for node in nodes if not hasattr(node, "variable") for m in node._input_metadata}
+    return {dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
+
+
 def own_functions(nodes: list[Node]) -> list[str]:
     """Names of the user's own autograd functions among nodes."""
     own = {node: node.name().removesuffix("Backward") for node in nodes if _is_own(node)}

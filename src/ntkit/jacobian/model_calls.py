@@ -216,7 +216,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
 
     requires_grad, buffers and random states are restored, also when threads share a model: one at a time gets in.
     .grad is never written (gradients are returned, not accumulated); the mode (train or eval) is not touched at all.
-    A model that drew random numbers inside is refused at the end.
+    A model that drew random numbers inside, or wrote to its parameters, is refused at the end.
     Compiled modules run uncompiled, since a compiled graph hides what it does with its parameters; convolutions on a
     GPU use TF32 only where matrix products may (`torch.set_float32_matmul_precision`).
     """
@@ -228,6 +228,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
         flags = [(p, p.requires_grad) for p in model.parameters()]
         owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        versions = [(name, p, _version(p)) for name, p in model.named_parameters()]
         devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         outer, behalf, changed = _entered, _ON_BEHALF.set(True), False
         try:
@@ -254,6 +255,24 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
             _ON_BEHALF.reset(behalf)
         if changed:
             raise random_forward(model)
+        if written := [name for name, p, version in versions if _version(p) != version]:
+            raise changed_parameter(written[0])
+
+
+def _version(p: Tensor) -> tuple[int, int]:
+    """What changes where a tensor is written to, or its `.data` is replaced (but not where that is written to)."""
+    return (0 if p.is_inference() else p._version), p.data_ptr()
+
+
+def changed_parameter(name: str) -> Refused:
+    """The refusal of a model whose forward pass changes a parameter."""
+    fix = "Change it outside of forward, and load the weights again: this call has changed them."
+    return refusal(
+        f"parameter '{name}'",
+        got="a forward pass that changes it",
+        expected="parameters that a forward pass does not change",
+        fix=fix,
+    )
 
 
 @contextmanager

@@ -26,8 +26,11 @@ def pulled_back(gradients: Gradients, structure: Structure, x: Batch, v: Tensor,
         total = [p.new_zeros(v.shape[2], *p.shape) for p in params]
         for part in share:
             out = own.forward(take(x, part), watch=False)
+            vectors = v[part].to(out.dtype)
             for column in range(v.shape[2]):
-                grads = torch.autograd.grad([out], params, [v[part, :, column]], retain_graph=True, allow_unused=True)
+                grads = torch.autograd.grad(
+                    [out], params, [vectors[:, :, column]], retain_graph=True, allow_unused=True
+                )
                 with torch.no_grad():
                     for sum_, grad in zip(total, grads, strict=True):
                         if grad is not None:
@@ -59,7 +62,7 @@ def differentiated_twice(
         if columns[0] is not None:
             columns += share_out(gradients, structure, x, lambda own, part: _twice(own, take(x, part), u), parts[1:])
     found = [column for column in columns if column is not None]
-    return torch.cat(found) if len(found) == len(parts) else None
+    return torch.cat(found).to(gradients.dtype) if len(found) == len(parts) else None
 
 
 def _twice(own: Gradients, x: Batch, u: list[Tensor]) -> Tensor | None:

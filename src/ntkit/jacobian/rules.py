@@ -8,7 +8,7 @@ output, or None where it does not apply: the parameters behind that source then 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -145,7 +145,8 @@ def _embedding_bag(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Fa
     if use.slot != 0 or owner.dim != 0 or node._saved_scale_grad_by_freq or node._saved_mode == 2:  # 2: max
         return None
     length = index.numel() // bags
-    if not length or not torch.equal(node._saved_offsets[:bags], length * torch.arange(bags, device=index.device)):
+    equal = torch.equal(node._saved_offsets[:bags], length * torch.arange(bags, device=index.device))
+    if not length or index.numel() != length * bags or not equal:
         return None  # bags of different lengths
     share = cot.new_ones(bags, length)
     if 0 <= node._saved_padding_idx < use.shape[0]:
@@ -184,8 +185,10 @@ def _convolution(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Fact
     if use.slot != 1 or owner.dim != 0:
         return None
     x, kernel, groups = node._saved_input, use.shape[2:], node._saved_groups
-    geometry = (tuple(kernel), tuple(node._saved_stride), tuple(node._saved_dilation))
-    padding = tuple(node._saved_padding)
+    stride, dilation, padding = (
+        _each_axis(numbers, len(kernel)) for numbers in (node._saved_stride, node._saved_dilation, node._saved_padding)
+    )
+    geometry = (tuple(kernel), stride, dilation)
     if not node._saved_transposed:
         return Convolved(owner.split(x, n), owner.split(cot, n, lead=1), Shape(*geometry, padding), groups)
     # The transposed convolution of x is the convolution's gradient: weight [a, o / groups, *kernel] sums over places of
@@ -209,6 +212,11 @@ def _convolution(use: Use, owner: Owner | Assigned, n: int, cot: Tensor) -> Fact
     fields = swapped.pair()
     left = x.flatten(3).transpose(2, 3).reshape(n, 1, -1, x.shape[2])
     return Pair(left, fields.right[:, 0].unflatten(0, (n, outputs)), fields.l, fields.r, data_left=True)
+
+
+def _each_axis(numbers: Sequence[int], axes: int) -> tuple[int, ...]:
+    """A convolution's numbers, one for each axis: autograd stores a single one where it was given so ("valid", [1])."""
+    return tuple(numbers) * axes if len(numbers) == 1 else tuple(numbers)
 
 
 def _each(x: Tensor, times: int) -> Tensor:

@@ -20,12 +20,13 @@ from ntkit.jacobian.graph import (
     nodes_behind,
     nodes_from,
     own_functions,
+    precisions_of,
     shapes_of,
     signatures_of,
     sizes_of,
     with_keys,
 )
-from ntkit.jacobian.model_calls import hooks, untouched, without_fused_rnn
+from ntkit.jacobian.model_calls import changed_parameter, hooks, untouched, without_fused_rnn
 from ntkit.jacobian.model_outputs import refuse_infinite_input
 from ntkit.jacobian.ownership import establish
 from ntkit.jacobian.pairs import Convolved, Pair, Pairs, Whole
@@ -64,7 +65,9 @@ def structure_of(gradients: Gradients, x: Batch, irregular: Mapping[str, str], u
     if unseen and structure is not None and structure.expected is not None and structure.covers(count(x)):
         return structure
     with untouched(gradients.model, gradients.params):
+        before = None if kind in gradients.by_shape else _sums(gradients.model)
         first = gradients.forward(take(x, [0, 0]))
+        _refuse_changes(gradients.model, before)
         nodes = nodes_behind(first)
         graph = tuple((node.name(), shapes_of(node)[:1]) for node in nodes)
         uses = tuple(use.signature for use in find_uses(nodes, gradients.params, set()))
@@ -85,6 +88,19 @@ def structure_of(gradients: Gradients, x: Batch, irregular: Mapping[str, str], u
             gradients.structures[key] = structure
         gradients.by_shape[kind] = structure
         return structure
+
+
+def _sums(model: nn.Module) -> dict[str, Tensor]:
+    """The sum of every parameter: a copy would take as much memory as the model."""
+    return {name: p.detach().sum(dtype=torch.float64) for name, p in model.named_parameters() if not p.is_complex()}
+
+
+def _refuse_changes(model: nn.Module, before: dict[str, Tensor] | None) -> None:
+    """Refuse a model whose forward pass has written to parameters, also by their `.data`."""
+    now = _sums(model) if before else {}
+    for name, value in (before or {}).items():
+        if not torch.equal(value, now[name]) and not value.isnan():
+            raise changed_parameter(name)
 
 
 def _moves_rows(node: Any) -> bool:
@@ -124,7 +140,7 @@ def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> 
     structure = Structure(out.shape[1], unused, signatures_of(uses), len(samples), plain_rnn=plain_rnn)
     if getattr(gradients.model, "one_graph", False):
         structure.together = False  # a pass of both ends sets switches of the whole process
-    structure.eps = max(torch.finfo(dtype).eps for dtype in {out.dtype, *gradients.dtypes(), *_precisions(nodes)})
+    structure.eps = max(torch.finfo(dtype).eps for dtype in {out.dtype, *gradients.dtypes(), *precisions_of(nodes)})
     if any(not use.direct for use in uses):  # else the weight side consists of rearrangements
         structure.names, structure.constant = tuple(node.name() for node in nodes), frozenset(constant)
     generator = torch.Generator().manual_seed(0)
@@ -217,12 +233,6 @@ def _expected(three: list[Any], two: list[Any]) -> ExpectedGraph | None:
         return None
     steps = tuple(tuple(m - b for m, b in zip(more, base, strict=True)) for more, base in sizes)
     return ExpectedGraph(tuple(node.name() for node in three), tuple(base for _, base in sizes), steps)
-
-
-def _precisions(nodes: list[Any]) -> set[torch.dtype]:
-    """Floating-point types of the results of nodes."""
-    dtypes = {m.dtype for node in nodes if not hasattr(node, "variable") for m in node._input_metadata}
-    return {dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
 
 
 def _shared(uses: list[Use], structure: Structure) -> dict[str, str]:

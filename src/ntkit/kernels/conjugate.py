@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, has_infinity
+from ntkit.base.batch import Batch, count, has_infinity, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import Refused, nearest, refusal
 from ntkit.base.shown import of_model
 from ntkit.base.workers import product
 from ntkit.jacobian.forwards import each_forward
-from ntkit.jacobian.graph import Node, find_uses, nodes_behind, nodes_from
+from ntkit.jacobian.graph import Node, find_uses, nodes_behind, nodes_from, precisions_of
 from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched
 from ntkit.jacobian.model_outputs import Select, check_finite_outputs, check_select, part_of, real_rows
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
@@ -90,10 +90,11 @@ class ConjugateKernel(Kernel):
                 self._model,
                 x,
                 _BATCH,
-                lambda modules, part: self._features(part, modules, params),
+                lambda modules, part: self._features(part, modules, params)[0],
                 self._select if self._layer is None else None,
             )
             phi = torch.cat(parts)
+            self._compare_alone(x, phi, params)
         dtype = next(self._model.parameters()).dtype
         return self._finite(phi.to(torch.promote_types(phi.dtype, dtype)), x)
 
@@ -113,16 +114,20 @@ class ConjugateKernel(Kernel):
         phi = self.features(x1)
         return (phi * (phi if x2 is None else self.features(x2))).sum(1)
 
-    def _features(self, x: Batch, modules: dict[nn.Module, nn.Module], params: dict[str, nn.Parameter]) -> Tensor:
+    def _features(
+        self, x: Batch, modules: dict[nn.Module, nn.Module], params: dict[str, nn.Parameter]
+    ) -> tuple[Tensor, Tensor]:
+        """Features [n, d] of a batch, and the tensor that they were read off, with its graph."""
         n, model = count(x), modules[self._model]
         if self._layer is not None:
-            phi = self._output_of(modules[self._layer], model, x, n)
+            out = self._output_of(modules[self._layer], model, x, n)
+            phi = None if out is None else out.detach()
         else:
             out = self._tensor(call(model, x), n)
             if has_infinity(x):
                 check_finite_outputs(self._model, out)
             phi = self._last_hidden(out, params)
-        if phi is None:
+        if phi is None or out is None:
             got = "no dense or convolution layer with a trainable weight behind its output"
             expected = "a weight layer, whose input is the feature map of the conjugate kernel"
             fix = "Name a layer: ConjugateKernel(model, layer=...)."
@@ -131,7 +136,27 @@ class ConjugateKernel(Kernel):
             got = f"shape {tuple(phi.shape)} for {n} samples"
             fix = "Name a layer whose output has the samples first: ConjugateKernel(model, layer=...)."
             raise refusal("the features", got=got, expected=f"({n}, ...)", fix=fix)
-        return phi.reshape(n, -1)
+        return phi.reshape(n, -1), out
+
+    def _compare_alone(self, x: Batch, phi: Tensor, params: dict[str, nn.Parameter]) -> None:
+        """Refuse features of a sample that depend on the other samples, or that are not along the first axis."""
+        if count(x) == 1 or not bool(torch.isfinite(phi).all()):
+            return
+        themselves = {module: module for module in self._model.modules()}
+        for s in {0, count(x) // 2}:
+            twice, out = self._features(take(x, [s, s]), themselves, params)  # some layers take one sample otherwise
+            dtypes = {twice.dtype, *(p.dtype for p in params.values()), *precisions_of(nodes_behind(out))}
+            eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+            bound = eps**0.5 * phi.abs().max()
+            alike = twice.shape[1:] == phi.shape[1:]
+            if not (alike and (twice[0] - phi[s]).abs().max() <= bound):
+                raise refusal(
+                    "the features",
+                    got="other features for one sample when it is evaluated alone",
+                    expected="the same in every batch, with the samples along the first axis",
+                    fix="Look for layers that mix samples (batch statistics), or pick a layer whose output has the "
+                    "samples first: ConjugateKernel(model, layer=...).",
+                )
 
     def _tensor(self, output: Any, n: int) -> Tensor:
         """The part of an output that is looked at; refuses what is no tensor."""

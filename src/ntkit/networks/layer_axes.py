@@ -104,6 +104,8 @@ def set_sizes(layer: Any, inputs: Fraction, outputs: Fraction) -> None:
     }  # fmt: skip
     if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) and is_depthwise(layer):
         grown["groups"] = inputs
+    if isinstance(layer, nn.GroupNorm) and layer.num_groups == layer.num_channels > 1:  # each channel by itself
+        grown["num_groups"] = inputs
     for name, ratio in grown.items():
         if hasattr(layer, name):
             setattr(layer, name, int(getattr(layer, name) * ratio))

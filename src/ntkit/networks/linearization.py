@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ntkit.base.checks import refusal
+from ntkit.jacobian.graph import nodes_behind
 from ntkit.jacobian.model_calls import Params, check_mode, check_module, select_parameters
 from ntkit.jacobian.model_outputs import Select, check_select, part_of
 
@@ -27,6 +31,9 @@ class Linearized(nn.Module):
         super().__init__()
         check_mode(model)
         check_select(select)
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            fix = "Pass the module from which it was scripted."
+            raise refusal("model", got="a scripted module", expected="a module that runs in Python", fix=fix)
         _load_forward_mode()
         names = set(select_parameters(model, params))
         with torch.no_grad():
@@ -57,10 +64,11 @@ class Linearized(nn.Module):
                 raise refusal(f"the output of {type(self.start).__name__}", got=got, expected="a tensor", fix=fix)
             return out
 
-        at = {name: start[name] for name in self._names}
+        at, graph = {name: start[name] for name in self._names}, torch.is_grad_enabled()
         step = {name: now[name] - start[name] for name in self._names}
         try:
-            value, change, *_ = torch.func.jvp(outputs, (at,), (step,))
+            with torch.enable_grad(), _ConstantsWithoutGrad():  # where gradients are off in there, the model wants it
+                value, change, *_ = torch.func.jvp(outputs, (at,), (step,))
         except NotImplementedError as error:
             said = str(error).splitlines()[0].rstrip(".")
             got = f"an operation without a forward-mode derivative ({said})"
@@ -72,7 +80,32 @@ class Linearized(nn.Module):
                     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
                 )
             raise refusal(f"model {type(self.start).__name__}", got=got, expected=expected, fix=fix) from error
-        return value + change
+        except RuntimeError as error:
+            if "functorch" not in str(error):
+                raise
+            raise refusal(
+                f"model {type(self.start).__name__}",
+                got=f"an operation that torch.func.jvp does not take ({str(error).splitlines()[0].rstrip('.')})",
+                expected="operations with a forward-mode derivative",
+                fix="Write that layer with other torch operations.",
+            ) from error
+        self._refuse_other_ways(value, at)
+        return value + change if graph else (value + change).detach()
+
+    @staticmethod
+    def _refuse_other_ways(value: Tensor, at: dict[str, Tensor]) -> None:
+        """Refuse a model that takes a parameter from elsewhere than its layer, where it is still the model's own."""
+        if not value.requires_grad:
+            return
+        leaves = [node.variable for node in nodes_behind(value) if hasattr(node, "variable")]
+        reached = {leaf.data_ptr() for leaf in leaves if isinstance(leaf, nn.Parameter)}
+        if names := [name for name, p in at.items() if p.numel() and p.data_ptr() in reached]:
+            raise refusal(
+                f"parameter '{names[0]}'",
+                got="a use that is not by its layer's attribute (it is in a list or a closure, too)",
+                expected="a model that looks its parameters up where they are registered",
+                fix="Use nn.ParameterList, or the attribute, in its forward.",
+            )
 
     def train(self, mode: bool = True) -> Linearized:
         """Set the flag ``training`` of this module only, not of the layers inside."""
@@ -85,6 +118,7 @@ def linearized(model: nn.Module, params: Params = None, *, select: Select | None
 
     .. math:: f_{lin}(x; \theta) = f(x; \theta_0) + J(x) (\theta - \theta_0)
 
+    What has no gradient in the model (under `torch.no_grad`, detached, the padding row of an embedding) is constant.
     Its tangent kernel is constant, that of `model` at theta_0: full-batch gradient descent on 0.5 * MSELoss follows
     ``GradientFlow(lr, momentum)`` on that kernel to rounding.
 
@@ -104,7 +138,9 @@ def linearized(model: nn.Module, params: Params = None, *, select: Select | None
     Raises
     ------
     Refused
-        For batch norm in train mode, active dropout, or no parameter to train.
+        For batch norm in train mode, active dropout, a scripted module, or no parameter to train; when it is called,
+        for operations without a forward-mode derivative, and parameters that the forward takes from elsewhere than
+        their layer (a list, a closure).
 
     Notes
     -----
@@ -125,6 +161,25 @@ def linearized(model: nn.Module, params: Params = None, *, select: Select | None
     """
     check_module(model)
     return Linearized(model, params, select=select)
+
+
+class _ConstantsWithoutGrad(TorchFunctionMode):
+    """What reverse mode takes for constants are constants in forward mode, too.
+
+    These are the results under `torch.no_grad`, and the padding row of an embedding.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            with forward_ad._set_fwd_grad_enabled(False):
+                return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func is F.embedding and kwargs.get("padding_idx") is not None:
+            words, weight = args[:2]
+            padding = (words == kwargs["padding_idx"] % weight.shape[0])[..., None]
+            out = torch.where(padding, out.detach(), out)
+        return out
 
 
 @cache
