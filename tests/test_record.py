@@ -682,6 +682,32 @@ def test_resume_with_something_else_is_refused(tmp_path):
         run(model, adam(model), tmp_path / "run", 4, record=2, resume=True)
 
 
+def test_groups_that_came_on_the_way_cannot_be_resumed(tmp_path):
+    model, (x, y) = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double(), data()
+    opt = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with suppress(KeyError), record(model, opt, tmp_path / "run") as rec:
+        opt.add_param_group({"params": model[1].parameters()})
+        ((model(x) - y) ** 2).mean().backward()
+        opt.step()
+        rec.step()
+        raise KeyError
+    start = state_of(fresh := nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double())
+    opt = torch.optim.SGD(fresh[0].parameters(), lr=0.1)
+    message = r"got groups of \[2, 2\] parameters in its checkpoint; expected \[2\]"
+    with pytest.raises(Refused, match=message), record(fresh, opt, tmp_path / "run", resume=True):
+        pass
+    assert same_bits(state_of(fresh), start)
+
+
+def test_a_loop_without_a_step(tmp_path):
+    model = Net()
+    with record(model, adam(model), tmp_path / "run"):
+        pass
+    trajectory = Trajectory.open(tmp_path / "run")
+    assert (trajectory.steps, trajectory.status) == ([0], "complete")
+    assert (trajectory.losses.shape, trajectory.learning_rates.shape) == ((0,), (0, 2))
+
+
 # --- refusals ------------------------------------------------------------------------------------------------
 
 

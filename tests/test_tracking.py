@@ -460,6 +460,19 @@ def test_labels_are_numbered_from_zero(labels):
     track(trajectory, x, y.clamp(min=0) % 2, model=model, k=2, steps=[0])  # int32 is as good as int64
 
 
+@pytest.mark.parametrize("y", [draw(N, 1, seed=1)[:, 0], torch.arange(N) % 2])
+def test_a_loss_that_compares_each_output_with_each_target_is_refused(y):
+    x, model = draw(N, 4), mlp(1)
+    trajectory = run(model, x, draw(N, 1), steps=1)
+    pairs = lambda out, y: F.mse_loss(out, y.double())  # [N, 1] and [N] broadcast to [N, N]
+    with pytest.raises(Refused, match="each with each"):
+        track(trajectory, x, y, model=model, k=2, loss=pairs)
+    own = track(trajectory, x, y, model=model, k=2, loss=lambda out, y: F.mse_loss(out[:, 0], y.double()))
+    trajectory.load(model, 1)
+    expected = (model(x)[:, 0] - y).square().mean()
+    assert own.series["loss"][1] == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
 def test_class_weights_and_snapshots_that_are_not_finite(tmp_path):
     x, labels = draw(N, 4).float(), torch.arange(N) % 3
     model = mlp(3).float()
@@ -478,6 +491,8 @@ def test_class_weights_and_snapshots_that_are_not_finite(tmp_path):
     assert tracked.series["eigenvalues"][0] is not None
     assert tracked.series["eigenvalues"][2] is None
     assert tracked.series["status"][2] == "parameters that are not finite"
+    (phase,) = tracked.phases()
+    assert phase["lambda_1"] == [tracked.series["eigenvalues"][0][0], None]
     model.load_state_dict(mlp(3).float().state_dict())
     assert tracked.series["loss"][0] == pytest.approx(float(loss(mlp(3).float()(x), labels).detach()), rel=1e-5)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ntkit.tracking.snapshot_numbers import finite
-from ntkit.trajectory.objective import Loss
+from ntkit.trajectory.objective import Loss, paired
 
 
 def half_squared(out: Any, y: Tensor) -> Tensor:
@@ -25,6 +25,16 @@ def logistic(out: Any, y: Tensor) -> Tensor:
 def cross_entropy(out: Any, y: Tensor) -> Tensor:
     """Cross-entropy of one output per class."""
     return F.cross_entropy(out.reshape(len(y), -1), y)
+
+
+def check_paired(loss: Loss | None, raw: Tensor, y: Tensor) -> None:
+    """Refuse a loss of the caller's that compares each output with each target, as `train` does."""
+    if loss is None:
+        return
+    try:
+        paired(loss, raw.double(), y.double() if y.is_floating_point() else y)
+    except RuntimeError:  # as in `derivatives`
+        paired(loss, raw, y)
 
 
 def derivatives(loss: Loss, raw: Tensor, y: Tensor) -> tuple[float | None, Tensor, Tensor]:

@@ -126,8 +126,8 @@ class Tracked(Shown):
         rates = self.series.get("learning_rate", [None] * len(self.steps))
         for i, (step, rate) in enumerate(zip(self.steps, rates, strict=True)):
             now = {name: self.series[name][i] for name in _TRENDS if name in self.series}
-            if "eigenvalues" in self.series and self.series["eigenvalues"][i]:
-                now["lambda_1"] = self.series["eigenvalues"][i][0]
+            if "eigenvalues" in self.series:
+                now["lambda_1"] = (self.series["eigenvalues"][i] or [None])[0]
             if not phases or phases[-1]["learning_rate"] != rate:
                 phases.append({"start": step, "learning_rate": rate, **{name: [v, v] for name, v in now.items()}})
             phases[-1]["stop"] = step
