@@ -283,7 +283,7 @@ class _Tracker:
         if isinstance(kernel, KernelMatrix):
             record |= kernel.layered(self.targets)
         record |= self._changes(kernel, step, earlier)
-        if slope is not None and curvature is not None:
+        if slope is not None:
             record |= self._sharpness(kernel, curvature)
             optimizer = self.trajectory.settings["optimizer"]
             record["sharpness_bound"] = sharpness_bound(optimizer, rates[0]) if rates else None
@@ -318,8 +318,10 @@ class _Tracker:
         rates = self.trajectory.learning_rates
         return rates[min(step, len(rates) - 1)].tolist() if len(rates) else []
 
-    def _sharpness(self, kernel: KernelMatrix | KernelProducts, curvature: Tensor) -> dict[str, Any]:
+    def _sharpness(self, kernel: KernelMatrix | KernelProducts, curvature: Tensor | None) -> dict[str, Any]:
         """Largest eigenvalue of the Gauss-Newton matrix (1/n) H^1/2 K H^1/2."""
+        if curvature is None:
+            return {"sharpness": None, "stable_learning_rate": None}
         values, vectors = torch.linalg.eigh(curvature)  # per sample, [n, C, C]
         root = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
         if not bool(root.any()):
