@@ -14,11 +14,13 @@ from run_folders import as_an_earlier_version_wrote
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import ntkit
 from ntkit.base.batch import take
 from ntkit.base.checks import Refused
 from ntkit.trajectory import Trajectory, record, train
 from ntkit.trajectory.optimizer_updates import optimizer_class, take_step
 from ntkit.trajectory.replay import Replay
+from ntkit.trajectory.reruns import Reruns
 
 # Files that are changed here are those of an earlier version: with checksums they are refused when they are read.
 pytestmark = pytest.mark.filterwarnings("ignore::ntkit.base.integrity.WithoutChecksum")
@@ -704,6 +706,41 @@ class Returning(nn.Module):
 def test_outputs_that_are_not_one_tensor(how, loss, message):
     with pytest.raises(Refused, match=message):
         Replay(train(Returning(how), data(), loss, SGD, steps=2)).check()
+
+
+class Writing(nn.Module):
+    """Writes into its input, as a first layer with inplace=True does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(D, 1).double()
+
+    def forward(self, x):
+        x -= 0.5
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_model_that_writes_into_its_input(batch_size):
+    x, y = data()
+    kept, model, plain = x.clone(), Writing(), Writing()
+    options = dict(batch_size=batch_size, target_loss=None if batch_size is None else -1.0)
+    trajectory = train(model, (x, y), mse, SGD, steps=7, **options)
+    opt = SGD(list(plain.parameters()))
+    for step in range(7):
+        rows = trajectory.batch(step)
+        opt.zero_grad()
+        mse(plain(kept[rows]), y[rows]).backward()
+        opt.step()
+    assert torch.equal(model.layer.weight, plain.layer.weight)
+    replay = Replay(trajectory)
+    check_updates(replay, 1e-12)
+    assert replay.bitwise
+    outputs, _ = Reruns(replay).run(torch.ones(3, N, dtype=F64), lambda out, k: out.clone(), x)
+    torch.testing.assert_close(outputs, plain(kept.clone()).detach().expand(3, N, 1), rtol=1e-12, atol=1e-14)
+    ntkit.influence(trajectory, x[:2], y[:2])
+    assert torch.equal(x, kept)
 
 
 def test_a_loss_that_goes_round_the_outputs():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ntkit.base.batch import Batch, as_batch, call_with, checked, count, take
+from ntkit.base.batch import Batch, as_batch, call_with, checked, copied, count, take
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.tensors import points_hash
 from ntkit.data.streamed_samples import with_labels
@@ -57,8 +57,10 @@ class Objective:
         return points_hash(self.x, self.y)
 
     def batch(self, rows: Tensor | slice | None) -> tuple[Batch, Tensor]:
-        """Inputs and targets of these rows; None = all."""
-        return (self.x, self.y) if rows is None else (take(self.x, rows), self.y[rows])
+        """Inputs and targets of these rows, None = all: copies, as a model or a loss may write into them."""
+        rows = slice(None) if rows is None else rows
+        x, y = take(self.x, rows), self.y[rows]
+        return (copied(x), y.clone()) if isinstance(rows, slice) else (x, y)
 
     def value(self, model: nn.Module, rows: Tensor | slice | None) -> Tensor:
         """Value of the loss on these rows."""
