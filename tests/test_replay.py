@@ -739,7 +739,7 @@ def test_a_model_that_writes_into_its_input(batch_size):
     assert replay.bitwise
     outputs, _ = Reruns(replay).run(torch.ones(3, N, dtype=F64), lambda out, k: out.clone(), x)
     torch.testing.assert_close(outputs, plain(kept.clone()).detach().expand(3, N, 1), rtol=1e-12, atol=1e-14)
-    ntkit.influence(trajectory, x[:2], y[:2])
+    ntkit.influence(trajectory, x[:2], y[:2], measure="logit")
     assert torch.equal(x, kept)
 
 
