@@ -708,6 +708,45 @@ def test_outputs_that_are_not_one_tensor(how, loss, message):
         Replay(train(Returning(how), data(), loss, SGD, steps=2)).check()
 
 
+class Branching(nn.Module):
+    """Half of the steps do not use the second layer: it gets no gradient there."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(D, 2).double(), nn.Linear(2, 1).double()
+
+    def forward(self, x):
+        h = self.first(x)
+        return h.sum(1, keepdim=True) if float(x[0, 0]) > 0 else self.second(h)
+
+
+@pytest.mark.parametrize("name", ["dampening", "adam l2", "adamw"])
+def test_parameters_without_a_gradient_in_some_steps(name):
+    (x, y), model, plain = data(), Branching(), Branching()
+    trajectory = train(model, (x, y), mse, OPTIMIZERS[name], steps=12, batch_size=2, record="all", clip=1.0)
+    opt = OPTIMIZERS[name](list(plain.parameters()))
+    steps = list((replay := Replay(trajectory)).backwards())[::-1]
+    buffers, unused = dict.fromkeys(replay.names, 0.0), set()
+    for step in steps:
+        before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+        opt.zero_grad()
+        mse(plain(x[step.rows]), y[step.rows]).backward()
+        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in plain.named_parameters()}
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        opt.step()
+        for name, p in plain.named_parameters():
+            assert torch.equal(step.after[name], p)
+            u, gradient = step.updates[name], gradients[name]
+            d = u.coupled * before[name] + (0.0 if gradient is None else u.gradient * gradient)
+            buffers[name] = u.carry * buffers[name] + u.entering * d
+            made = -u.direct * d - u.buffered * buffers[name] - u.decoupled * before[name]
+            assert size(made - (p.detach() - before[name])) <= 1e-13
+            unused |= {step.step} if gradient is None else set()
+    assert 0 < len(unused) < 12
+    assert replay.bitwise
+
+
 class Writing(nn.Module):
     """Writes into its input, as a first layer with inplace=True does."""
 

@@ -444,6 +444,9 @@ def test_target_minibatch_is_the_whole_loss_in_eval_mode_after_an_epoch():
     assert (traj.stop["reason"], traj.stop["step"]) == ("target", first)
     assert traj.stop["loss"] == pytest.approx(after_epoch[first], rel=1e-12)
     assert same_bits(traj.state(first), free.state(first))
+    for limit, last in [(traj.stop["loss"], first), (1e9, 3)]:  # reached exactly; at the start already, but asked later
+        traj = train(mlp(nn.Dropout(0.3)), (x, y), mse, SGD, steps=60, batch_size=4, target_loss=limit)
+        assert (traj.stop["reason"], traj.stop["step"]) == ("target", last)
 
 
 def test_divergence_is_a_status_and_keeps_the_last_finite_step(tmp_path):
