@@ -376,6 +376,21 @@ def test_segments_of_the_log(tmp_path, monkeypatch):
         assert all(torch.equal(traj.batch(step), batch(step)) for step in range(until))
 
 
+def test_of_a_log_with_a_gap_the_steps_before_it_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(import_module("ntkit.trajectory.step_log"), "SEGMENT", 2)
+    model = Net()
+    with suppress(KeyError), record(model, opt := adam(model), tmp_path) as rec:
+        losses = []
+        for step in range(7):
+            rows, loss = advance(model, opt, step)
+            rec.step(rows, loss)
+            losses.append(loss.item())
+        raise KeyError
+    assert Trajectory.open(tmp_path).losses.tolist() == losses
+    (tmp_path / "log" / "00000002.safetensors").unlink()
+    assert Trajectory.open(tmp_path).losses.tolist() == losses[:2]  # not those of steps 4 to 6 as of 2 to 4
+
+
 def test_another_process_can_follow(tmp_path):
     model, seen = Net(), []
 
