@@ -376,6 +376,24 @@ def test_segments_of_the_log(tmp_path, monkeypatch):
         assert all(torch.equal(traj.batch(step), batch(step)) for step in range(until))
 
 
+def test_a_log_that_ends_before_the_checkpoint_is_not_gone_on_with(tmp_path):
+    def until(last, resume, model):
+        with suppress(KeyError), record(model, opt := adam(model), tmp_path, record=[0], resume=resume) as rec:
+            for step in range(rec.done, last):
+                rec.step(*advance(model, opt, step))
+            raise KeyError
+
+    until(2, False, Net())
+    file = tmp_path / "log" / "00000000.safetensors"
+    earlier = file.read_bytes()
+    until(5, True, Net())
+    file.write_bytes(earlier)  # complete, of this run, and too old
+    other = Net()
+    advance(other, adam(other), 0)
+    with pytest.raises(Refused, match="cut off before step 5"):
+        until(7, True, other)
+
+
 def test_of_a_log_with_a_gap_the_steps_before_it_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(import_module("ntkit.trajectory.step_log"), "SEGMENT", 2)
     model = Net()

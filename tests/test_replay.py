@@ -448,6 +448,16 @@ def test_rounding_of_one_step_is_accepted_and_no_more(tmp_path):
         checked(tmp_path / "log")
 
 
+def test_rounding_of_parameters_that_hardly_move(tmp_path):
+    tiny = lambda p: torch.optim.SGD(p, lr=1e-13)  # an update of some 1e-14, of parameters of some 0.5
+    for folder, factor in (("rounding", 1 + 2.0**-52), ("more", 1 + 2.0**-46)):
+        train(mlp(), data(), mse, tiny, 4, record="all", path=tmp_path / folder)
+        scaled(tmp_path / folder, 3, factor)
+    assert not checked(tmp_path / "rounding").bitwise
+    with pytest.raises(Refused, match="snapshot of step 3"):
+        checked(tmp_path / "more")
+
+
 def test_a_file_that_is_gone_or_another(tmp_path):
     train(mlp(), data(), mse, ADAM, steps=9, batch_size=4, path=tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "other")
