@@ -248,6 +248,9 @@ def test_runs_that_maximize_have_no_length_of_flow_and_no_two_directions():
     run = ntkit.train(nn.Linear(3, 3).double(), (X, Y), F.cross_entropy, up, steps=2)
     with pytest.raises(Refused, match="maximize=True"):
         flow_time(run)
+    run = ntkit.train(nn.Linear(3, 3).double(), (X, Y), F.cross_entropy, lambda p: SGD(p, lr=0.1, momentum=1.0), 2)
+    with pytest.raises(Refused, match=r"momentum=1\.0"):
+        flow_time(run)
     both = lambda params: SGD([{"params": params[:1], "maximize": True}, {"params": params[1:]}], lr=0.1)
     run = ntkit.train(nn.Linear(3, 3).double(), (X, Y), F.cross_entropy, both, steps=2)
     with pytest.raises(Refused, match="some are maximized"):

@@ -139,6 +139,8 @@ def test_the_bound_of_sharpness_is_where_a_quadratic_diverges(settings: dict) ->
 def test_other_optimizers_have_no_bound() -> None:
     for name, groups in (("torch.optim.adamw.AdamW", [{"betas": [0.9, 0.999], "weight_decay": 0.01}]),
                          ("torch.optim.sgd.SGD", [GROUP, GROUP | {"momentum": 0.9}]),
-                         ("torch.optim.sgd.SGD", [GROUP | {"maximize": True}])):  # fmt: skip
+                         ("torch.optim.sgd.SGD", [GROUP | {"maximize": True}]),
+                         ("torch.optim.sgd.SGD", [GROUP | {"momentum": 1.0}]),
+                         ("mine.SGD", [GROUP])):  # fmt: skip
         assert sharpness_bound({"class": name, "groups": groups}, 0.1) is None
     assert sharpness_bound({"class": "torch.optim.sgd.SGD", "groups": [GROUP]}, math.nan) is None

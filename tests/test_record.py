@@ -376,6 +376,39 @@ def test_segments_of_the_log(tmp_path, monkeypatch):
         assert all(torch.equal(traj.batch(step), batch(step)) for step in range(until))
 
 
+def test_a_log_that_ends_before_the_checkpoint_is_not_gone_on_with(tmp_path):
+    def until(last, resume, model):
+        with suppress(KeyError), record(model, opt := adam(model), tmp_path, record=[0], resume=resume) as rec:
+            for step in range(rec.done, last):
+                rec.step(*advance(model, opt, step))
+            raise KeyError
+
+    until(2, False, Net())
+    file = tmp_path / "log" / "00000000.safetensors"
+    earlier = file.read_bytes()
+    until(5, True, Net())
+    file.write_bytes(earlier)  # complete, of this run, and too old
+    other = Net()
+    advance(other, adam(other), 0)
+    with pytest.raises(Refused, match="cut off before step 5"):
+        until(7, True, other)
+
+
+def test_of_a_log_with_a_gap_the_steps_before_it_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(import_module("ntkit.trajectory.step_log"), "SEGMENT", 2)
+    model = Net()
+    with suppress(KeyError), record(model, opt := adam(model), tmp_path) as rec:
+        losses = []
+        for step in range(7):
+            rows, loss = advance(model, opt, step)
+            rec.step(rows, loss)
+            losses.append(loss.item())
+        raise KeyError
+    assert Trajectory.open(tmp_path).losses.tolist() == losses
+    (tmp_path / "log" / "00000002.safetensors").unlink()
+    assert Trajectory.open(tmp_path).losses.tolist() == losses[:2]  # not those of steps 4 to 6 as of 2 to 4
+
+
 def test_another_process_can_follow(tmp_path):
     model, seen = Net(), []
 
@@ -680,6 +713,32 @@ def test_resume_with_something_else_is_refused(tmp_path):
             pass
     with pytest.raises(Refused, match=r"record \(was log, now 2\)"):
         run(model, adam(model), tmp_path / "run", 4, record=2, resume=True)
+
+
+def test_groups_that_came_on_the_way_cannot_be_resumed(tmp_path):
+    model, (x, y) = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double(), data()
+    opt = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with suppress(KeyError), record(model, opt, tmp_path / "run") as rec:
+        opt.add_param_group({"params": model[1].parameters()})
+        ((model(x) - y) ** 2).mean().backward()
+        opt.step()
+        rec.step()
+        raise KeyError
+    start = state_of(fresh := nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double())
+    opt = torch.optim.SGD(fresh[0].parameters(), lr=0.1)
+    message = r"got groups of \[2, 2\] parameters in its checkpoint; expected \[2\]"
+    with pytest.raises(Refused, match=message), record(fresh, opt, tmp_path / "run", resume=True):
+        pass
+    assert same_bits(state_of(fresh), start)
+
+
+def test_a_loop_without_a_step(tmp_path):
+    model = Net()
+    with record(model, adam(model), tmp_path / "run"):
+        pass
+    trajectory = Trajectory.open(tmp_path / "run")
+    assert (trajectory.steps, trajectory.status) == ([0], "complete")
+    assert (trajectory.losses.shape, trajectory.learning_rates.shape) == ((0,), (0, 2))
 
 
 # --- refusals ------------------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from run_folders import as_an_earlier_version_wrote
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import ntkit
 from ntkit.base.batch import take
 from ntkit.base.checks import Refused
 from ntkit.trajectory import Trajectory, record, train
 from ntkit.trajectory.optimizer_updates import optimizer_class, take_step
 from ntkit.trajectory.replay import Replay
+from ntkit.trajectory.reruns import Reruns
 
 # Files that are changed here are those of an earlier version: with checksums they are refused when they are read.
 pytestmark = pytest.mark.filterwarnings("ignore::ntkit.base.integrity.WithoutChecksum")
@@ -446,6 +448,16 @@ def test_rounding_of_one_step_is_accepted_and_no_more(tmp_path):
         checked(tmp_path / "log")
 
 
+def test_rounding_of_parameters_that_hardly_move(tmp_path):
+    tiny = lambda p: torch.optim.SGD(p, lr=1e-13)  # an update of some 1e-14, of parameters of some 0.5
+    for folder, factor in (("rounding", 1 + 2.0**-52), ("more", 1 + 2.0**-46)):
+        train(mlp(), data(), mse, tiny, 4, record="all", path=tmp_path / folder)
+        scaled(tmp_path / folder, 3, factor)
+    assert not checked(tmp_path / "rounding").bitwise
+    with pytest.raises(Refused, match="snapshot of step 3"):
+        checked(tmp_path / "more")
+
+
 def test_a_file_that_is_gone_or_another(tmp_path):
     train(mlp(), data(), mse, ADAM, steps=9, batch_size=4, path=tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "other")
@@ -704,6 +716,80 @@ class Returning(nn.Module):
 def test_outputs_that_are_not_one_tensor(how, loss, message):
     with pytest.raises(Refused, match=message):
         Replay(train(Returning(how), data(), loss, SGD, steps=2)).check()
+
+
+class Branching(nn.Module):
+    """Half of the steps do not use the second layer: it gets no gradient there."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(D, 2).double(), nn.Linear(2, 1).double()
+
+    def forward(self, x):
+        h = self.first(x)
+        return h.sum(1, keepdim=True) if float(x[0, 0]) > 0 else self.second(h)
+
+
+@pytest.mark.parametrize("name", ["dampening", "adam l2", "adamw"])
+def test_parameters_without_a_gradient_in_some_steps(name):
+    (x, y), model, plain = data(), Branching(), Branching()
+    trajectory = train(model, (x, y), mse, OPTIMIZERS[name], steps=12, batch_size=2, record="all", clip=1.0)
+    opt = OPTIMIZERS[name](list(plain.parameters()))
+    steps = list((replay := Replay(trajectory)).backwards())[::-1]
+    buffers, unused = dict.fromkeys(replay.names, 0.0), set()
+    for step in steps:
+        before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+        opt.zero_grad()
+        mse(plain(x[step.rows]), y[step.rows]).backward()
+        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in plain.named_parameters()}
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        opt.step()
+        for name, p in plain.named_parameters():
+            assert torch.equal(step.after[name], p)
+            u, gradient = step.updates[name], gradients[name]
+            d = u.coupled * before[name] + (0.0 if gradient is None else u.gradient * gradient)
+            buffers[name] = u.carry * buffers[name] + u.entering * d
+            made = -u.direct * d - u.buffered * buffers[name] - u.decoupled * before[name]
+            assert size(made - (p.detach() - before[name])) <= 1e-13
+            unused |= {step.step} if gradient is None else set()
+    assert 0 < len(unused) < 12
+    assert replay.bitwise
+
+
+class Writing(nn.Module):
+    """Writes into its input, as a first layer with inplace=True does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(D, 1).double()
+
+    def forward(self, x):
+        x -= 0.5
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_model_that_writes_into_its_input(batch_size):
+    x, y = data()
+    kept, model, plain = x.clone(), Writing(), Writing()
+    options = dict(batch_size=batch_size, target_loss=None if batch_size is None else -1.0)
+    trajectory = train(model, (x, y), mse, SGD, steps=7, **options)
+    opt = SGD(list(plain.parameters()))
+    for step in range(7):
+        rows = trajectory.batch(step)
+        opt.zero_grad()
+        mse(plain(kept[rows]), y[rows]).backward()
+        opt.step()
+    assert torch.equal(model.layer.weight, plain.layer.weight)
+    replay = Replay(trajectory)
+    check_updates(replay, 1e-12)
+    assert replay.bitwise
+    outputs, _ = Reruns(replay).run(torch.ones(3, N, dtype=F64), lambda out, k: out.clone(), x)
+    torch.testing.assert_close(outputs, plain(kept.clone()).detach().expand(3, N, 1), rtol=1e-12, atol=1e-14)
+    ntkit.influence(trajectory, x[:2], y[:2], measure="logit")
+    assert torch.equal(x, kept)
 
 
 def test_a_loss_that_goes_round_the_outputs():

@@ -460,6 +460,37 @@ def test_labels_are_numbered_from_zero(labels):
     track(trajectory, x, y.clamp(min=0) % 2, model=model, k=2, steps=[0])  # int32 is as good as int64
 
 
+@pytest.mark.parametrize("y", [draw(N, 1, seed=1)[:, 0], torch.arange(N) % 2])
+def test_a_loss_that_compares_each_output_with_each_target_is_refused(y):
+    x, model = draw(N, 4), mlp(1)
+    trajectory = run(model, x, draw(N, 1), steps=1)
+    pairs = lambda out, y: F.mse_loss(out, y.double())  # [N, 1] and [N] broadcast to [N, N]
+    with pytest.raises(Refused, match="each with each"):
+        track(trajectory, x, y, model=model, k=2, loss=pairs)
+    own = track(trajectory, x, y, model=model, k=2, loss=lambda out, y: F.mse_loss(out[:, 0], y.double()))
+    trajectory.load(model, 1)
+    expected = (model(x)[:, 0] - y).square().mean()
+    assert own.series["loss"][1] == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
+def test_the_sharpness_of_a_loss_that_couples_samples_is_not_told():
+    x, y, model = draw(N, 4), draw(N, 1, seed=1), nn.Linear(4, 1).double()
+    root = lambda out, y: F.mse_loss(out, y).sqrt()
+    trajectory = run(model, x, y, loss=root, steps=1)
+    tracked = track(trajectory, x, y, model=model, k=2, loss=root)
+    assert tracked.series["sharpness"] == tracked.series["stable_learning_rate"] == [None, None]
+    before = model(x).detach()
+    trajectory.load(model, 0)
+    assert tracked.series["loss"][0] == pytest.approx(float(root(model(x), y).detach()), rel=1e-12)
+    change = float((before - model(x).detach()).norm())  # of a linear model, to first order and in truth
+    assert tracked.series["first_order"][0]["relative_error"] * change < 1e-12
+    weighted = lambda out, y: (torch.arange(1.0, N + 1)[:, None] * (out - y) ** 2).mean()  # each sample has its own
+    inputs = torch.cat([x, torch.ones(N, 1)], 1)
+    hessian = 2 / N * inputs.T @ (torch.arange(1.0, N + 1)[:, None] * inputs)
+    found = track(trajectory, x, y, model=model, k=2, loss=weighted, steps=[0]).series["sharpness"][0]
+    assert found == pytest.approx(float(torch.linalg.eigvalsh(hessian.double())[-1]), rel=1e-5)
+
+
 def test_class_weights_and_snapshots_that_are_not_finite(tmp_path):
     x, labels = draw(N, 4).float(), torch.arange(N) % 3
     model = mlp(3).float()
@@ -478,6 +509,8 @@ def test_class_weights_and_snapshots_that_are_not_finite(tmp_path):
     assert tracked.series["eigenvalues"][0] is not None
     assert tracked.series["eigenvalues"][2] is None
     assert tracked.series["status"][2] == "parameters that are not finite"
+    (phase,) = tracked.phases()
+    assert phase["lambda_1"] == [tracked.series["eigenvalues"][0][0], None]
     model.load_state_dict(mlp(3).float().state_dict())
     assert tracked.series["loss"][0] == pytest.approx(float(loss(mlp(3).float()(x), labels).detach()), rel=1e-5)
 

@@ -444,6 +444,9 @@ def test_target_minibatch_is_the_whole_loss_in_eval_mode_after_an_epoch():
     assert (traj.stop["reason"], traj.stop["step"]) == ("target", first)
     assert traj.stop["loss"] == pytest.approx(after_epoch[first], rel=1e-12)
     assert same_bits(traj.state(first), free.state(first))
+    for limit, last in [(traj.stop["loss"], first), (1e9, 3)]:  # reached exactly; at the start already, but asked later
+        traj = train(mlp(nn.Dropout(0.3)), (x, y), mse, SGD, steps=60, batch_size=4, target_loss=limit)
+        assert (traj.stop["reason"], traj.stop["step"]) == ("target", last)
 
 
 def test_divergence_is_a_status_and_keeps_the_last_finite_step(tmp_path):
@@ -541,6 +544,91 @@ def test_tied_weights_and_buffers_are_recorded():
     assert plain.again.weight is plain.middle.weight
     assert plain.calls == 2
     assert same_bits(dict(plain.state_dict()), {k: v for k, v in traj.state(2).items() if k != "calls"})
+
+
+class Counting(nn.Module):
+    """A buffer that each forward pass replaces, in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+        self.register_buffer("calls", torch.zeros((), dtype=F64))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.inner(x) * (1 + self.calls / 10)
+
+
+@pytest.mark.parametrize("target", [None, -1.0])  # the second: evaluated after each epoch, never reached
+def test_a_buffer_that_forward_replaces(tmp_path, target):
+    x, y = data()
+    plain = Counting()
+    opt = SGD(list(plain.parameters()))
+    states = [copy.deepcopy(plain.state_dict())]
+    for step in range(7):
+        rows = batch_indices(0, N, 4, step)
+        opt.zero_grad()
+        mse(plain(x[rows]), y[rows]).backward()
+        opt.step()
+        states.append(copy.deepcopy(plain.state_dict()))
+
+    def stop(step, loss):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    options = dict(steps=7, batch_size=4, record="all", target_loss=target, path=tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(Counting(), (x, y), mse, SGD, on_step=stop, **options)
+    traj = train(model := Counting(), (x, y), mse, SGD, resume=True, **options)
+    for step in range(8):
+        assert same_bits(traj.state(step), states[step])
+    assert same_bits(model.state_dict(), states[7])
+
+
+def test_a_buffer_that_changes_its_shape_is_refused():
+    class Growing(Counting):
+        def forward(self, x):
+            self.calls = torch.zeros(2, dtype=F64)
+            return self.inner(x)
+
+    with pytest.raises(Refused, match=r"model's calls: got \[2\] torch.float64; expected \[\] torch.float64"):
+        train(Growing(), data(), mse, SGD, steps=2)
+
+
+def test_a_state_in_another_dtype_than_its_parameter_resumes_to_the_same_bits(tmp_path):
+    def stop(step, loss):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    nadam = lambda p: torch.optim.NAdam(p, lr=0.05)  # a product in float32, of parameters in float64
+    options = dict(steps=12, path=tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(mlp(), data(), mse, nadam, on_step=stop, **options)
+    train(model := mlp(), data(), mse, nadam, resume=True, **options)
+    plain, (x, y) = mlp(), data()
+    opt = nadam(list(plain.parameters()))
+    for _ in range(12):
+        opt.zero_grad()
+        mse(plain(x), y).backward()
+        opt.step()
+    assert same_bits(model.state_dict(), plain.state_dict())
+
+
+def test_a_learning_rate_in_a_tensor_keeps_its_value():
+    rate = torch.tensor(0.1)
+    sgd = lambda p: torch.optim.SGD([{"params": p[:1]}, {"params": p[1:]}], lr=rate)
+    runs = [train(mlp(), data(), mse, sgd, steps=4, schedule=lambda step: 0.5**step) for _ in range(2)]
+    assert rate == torch.tensor(0.1)
+    for traj in runs:
+        expected = [[0.1 * 0.5**step] * 2 for step in range(4)]
+        torch.testing.assert_close(traj.learning_rates, torch.tensor(expected, dtype=F64), rtol=1e-7, atol=0)
+
+
+def test_clipping_refuses_a_sparse_gradient():
+    rows = torch.arange(N) % 4
+    model = nn.Embedding(4, 1, sparse=True, dtype=F64)
+    with pytest.raises(Refused, match="clip: got a sparse gradient"):
+        train(model, (rows, data()[1]), mse, SGD, steps=2, clip=1.0)
 
 
 def test_the_temporary_folder_lives_as_long_as_the_trajectory():
@@ -694,6 +782,12 @@ BAD[7, 0] = float("inf")
         (dict(optimizer=SGD([nn.Parameter(X.clone())])), "optimizer: got a SGD; expected a function"),
         (dict(optimizer=lambda p: SGD([nn.Parameter(X.clone())])), "got a parameter that is not a trainable one"),
         (dict(optimizer=torch.optim.LBFGS), "LBFGS, which evaluates the loss several times"),
+        (dict(optimizer=lambda p: torch.optim.SGD(p, differentiable=True)), "optimizer: got differentiable=True"),
+        (
+            dict(data=(X, torch.arange(N)), loss=lambda o, y: mse(o, y.double())),
+            r"loss: got outputs \[11, 1\] and targets",
+        ),
+        (dict(data=(X, Y[:, 0] > 0), loss=lambda o, y: mse(o, y.double())), r"loss: got outputs \[11, 1\] and targets"),
         (dict(model=nn.Tanh()), "model: got no trainable parameters"),
         (dict(resume=True), "resume: got no path"),
     ],

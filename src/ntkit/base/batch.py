@@ -86,8 +86,8 @@ def main_output(raw: Any) -> Any:
 
 
 def outputs_of(model: Callable[..., Any], x: Batch) -> Any:
-    """A model's output on a batch, as a tensor where it has logits."""
-    return main_output(call_with(model, x))
+    """A model's output on a copy of a batch, as a tensor where it has logits."""
+    return main_output(call_with(model, copied(x)))
 
 
 def has_infinity(x: Batch) -> bool:
@@ -112,6 +112,11 @@ def tensors_to_hash(x: Batch) -> dict[str, Tensor]:
 def arguments(x: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of that call."""
     return call_with(lambda *args, **kwargs: (args, kwargs), x)
+
+
+def copied(x: Batch) -> Batch:
+    """A copy, for a model that may write into its input."""
+    return with_leaves(x, [t.clone() for t in leaves(x)])
 
 
 def take(x: Batch, index: Any) -> Batch:

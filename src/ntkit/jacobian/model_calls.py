@@ -23,7 +23,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ntkit.base.batch import Batch, call_with, leaves, with_leaves
+from ntkit.base.batch import Batch, call_with, copied, leaves
 from ntkit.base.caller_context import caller_context, own_context
 from ntkit.base.checks import Refused, nearest, refusal
 
@@ -353,7 +353,7 @@ def without_fused_rnn(wanted: bool) -> Iterator[None]:
 def call(model: nn.Module, x: Batch) -> Any:
     """Run the model on a copy of a batch (it may write to it); says which input it got when the model refuses it."""
     with refused_input(model, x), caller_context():
-        return call_with(model, with_leaves(x, [t.clone() for t in leaves(x)]))
+        return call_with(model, copied(x))
 
 
 @contextmanager

@@ -43,9 +43,10 @@ class Tracked(Shown):
           ``velocity`` (1 - cos(K, K of the snapshot before)) per step; ``change_error``: relative standard error of
           the square of ``change`` where it is estimated from random vectors (matrix-free), 0 where it is exact;
         - ``sharpness``: lambda_max of (1/n) H^1/2 K H^1/2, H the loss's second derivative by the outputs (the
-          Gauss-Newton matrix); ``stable_learning_rate`` 2 / sharpness: largest for plain gradient descent. For the
-          loss |f - y|^2 / (2 n) that is 2 n / lambda_1; ``sharpness_bound``: largest sharpness at which the run's own
-          optimizer is stable with full batches, None if it is not SGD (`trajectory.learning_rates.sharpness_bound`);
+          Gauss-Newton matrix), None if a sample's slope depends on the outputs of others; ``stable_learning_rate``
+          2 / sharpness: largest for plain gradient descent. For the loss |f - y|^2 / (2 n) that is 2 n / lambda_1;
+          ``sharpness_bound``: largest sharpness at which the run's own optimizer is stable with full batches, None if
+          it is not SGD (`trajectory.learning_rates.sharpness_bound`);
         - ``first_order`` {cosine, relative_error, norm_ratio}: the change of all outputs in a gradient descent step on
           these points against its first-order prediction -lr K dL/df;
         - ``per_output`` [{...}]: with outputs="diagonal", the spectral numbers of the kernel of each output.
@@ -126,8 +127,8 @@ class Tracked(Shown):
         rates = self.series.get("learning_rate", [None] * len(self.steps))
         for i, (step, rate) in enumerate(zip(self.steps, rates, strict=True)):
             now = {name: self.series[name][i] for name in _TRENDS if name in self.series}
-            if "eigenvalues" in self.series and self.series["eigenvalues"][i]:
-                now["lambda_1"] = self.series["eigenvalues"][i][0]
+            if "eigenvalues" in self.series:
+                now["lambda_1"] = (self.series["eigenvalues"][i] or [None])[0]
             if not phases or phases[-1]["learning_rate"] != rate:
                 phases.append({"start": step, "learning_rate": rate, **{name: [v, v] for name, v in now.items()}})
             phases[-1]["stop"] = step

@@ -32,7 +32,7 @@ from ntkit.jacobian.forwards import raw_outputs
 from ntkit.jacobian.model_calls import Outputs
 from ntkit.jacobian.model_outputs import selected
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.tracking.losses import cross_entropy, derivatives, half_squared, logistic
+from ntkit.tracking.losses import check_paired, cross_entropy, derivatives, half_squared, logistic
 from ntkit.tracking.series import Tracked, assembled, close_folder, open_folder, read_snapshot, write_snapshot
 from ntkit.tracking.snapshot_numbers import KernelMatrix, KernelProducts, finite, kernel_change
 from ntkit.trajectory import Trajectory
@@ -172,7 +172,7 @@ class _Tracker:
             raw = raw_outputs(model, self.x)
         self.outputs = raw.reshape(self.n, -1).shape[1]
         self.mode = outputs if self.outputs > 1 or callable(outputs) else "trace"  # with one output all modes agree
-        self.y, self.targets, self.loss = self._checked_targets(y, loss, raw.device)
+        self.y, self.targets, self.loss = self._checked_targets(y, loss, raw)
         self.full = TangentKernel(model, "full", memory=memory)
         self.kernel = TangentKernel(model, self.mode, memory=memory)
         self.size = N = self.n * (self.outputs if self.mode == "full" else 1)
@@ -203,12 +203,12 @@ class _Tracker:
         }
 
     def _checked_targets(
-        self, y: Tensor | None, loss: Loss | None, device: torch.device
+        self, y: Tensor | None, loss: Loss | None, raw: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Loss | None]:
         """Targets as the loss takes them, as values [n, C], and the loss."""
         if y is None:
             return None, None, None
-        y = torch.as_tensor(y, device=device)
+        y = torch.as_tensor(y, device=raw.device)
         labels = not y.is_floating_point()
         if len(y) != self.n or (labels and y.dim() != 1) or (not labels and y.numel() != self.n * self.outputs):
             got, expected = (
@@ -217,12 +217,14 @@ class _Tracker:
             )
             raise refusal("y", got=got, expected=expected, fix="Pass one target per point.")
         if not labels:
+            check_paired(loss, raw, y)
             return y, y.detach().double().reshape(self.n, -1), loss or half_squared
         y = y.long()
         classes = max(2, self.outputs)
         if int(y.min()) < 0 or int(y.max()) >= classes:
             got, fix = f"labels from {int(y.min())} to {int(y.max())}", "Number the classes from 0, or pass values."
             raise refusal("y", got=got, expected=f"labels from 0 to {classes - 1}", fix=fix)
+        check_paired(loss, raw, y)
         if self.outputs == 1:
             return y, 2.0 * y.double()[:, None] - 1, loss or logistic
         return y, F.one_hot(y, self.outputs).double(), loss or cross_entropy
@@ -279,7 +281,7 @@ class _Tracker:
         if isinstance(kernel, KernelMatrix):
             record |= kernel.layered(self.targets)
         record |= self._changes(kernel, step, earlier)
-        if slope is not None and curvature is not None:
+        if slope is not None:
             record |= self._sharpness(kernel, curvature)
             optimizer = self.trajectory.settings["optimizer"]
             record["sharpness_bound"] = sharpness_bound(optimizer, rates[0]) if rates else None
@@ -314,8 +316,10 @@ class _Tracker:
         rates = self.trajectory.learning_rates
         return rates[min(step, len(rates) - 1)].tolist() if len(rates) else []
 
-    def _sharpness(self, kernel: KernelMatrix | KernelProducts, curvature: Tensor) -> dict[str, Any]:
+    def _sharpness(self, kernel: KernelMatrix | KernelProducts, curvature: Tensor | None) -> dict[str, Any]:
         """Largest eigenvalue of the Gauss-Newton matrix (1/n) H^1/2 K H^1/2."""
+        if curvature is None:
+            return {"sharpness": None, "stable_learning_rate": None}
         values, vectors = torch.linalg.eigh(curvature)  # per sample, [n, C, C]
         root = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
         if not bool(root.any()):

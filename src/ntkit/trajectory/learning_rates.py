@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from ntkit.base.checks import refusal
 from ntkit.trajectory.recorded_run import Trajectory
+
+_SGD = f"{SGD.__module__}.{SGD.__qualname__}"  # another class of this name may have other updates
 
 
 def learning_rates(opt: Optimizer) -> list[float]:
@@ -33,6 +35,9 @@ class RateSchedule:
             got = f"{type(opt).__name__} with learning rates {self.initial}"
             raise refusal("schedule", got=got, expected="finite learning rates", fix="Give every group an lr.")
         self._factor(0)
+        for group in opt.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].clone()  # the caller's own keeps its value
 
     def set(self, step: int) -> list[float]:
         """Set the optimizer to the learning rates of a step, and return them."""
@@ -80,11 +85,11 @@ def sharpness_bound(optimizer: dict[str, Any], rate: float) -> float | None:
     """
     names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
     settings = {tuple(group.get(name) for name in (*names, "lr")) for group in optimizer["groups"]}
-    if not optimizer["class"].endswith(".SGD") or len(settings) != 1 or not rate > 0:
+    if optimizer["class"] != _SGD or len(settings) != 1 or not rate > 0:
         return None
     momentum, dampening, nesterov, decay, maximize = next(iter(settings))[:-1]
     b = momentum or 0.0
-    if maximize or (b and dampening == 1):
+    if maximize or b >= 1 or (b and dampening == 1):
         return None
     free = 2 * (1 + b) / rate / (1 + 2 * b if nesterov else 1 - (dampening or 0.0) if b else 1.0)
     return free - (decay or 0.0)
@@ -96,7 +101,8 @@ def flow_time(trajectory: Trajectory) -> float:
     Raises
     ------
     Refused
-        When the run has not ended, its optimizer is not SGD or maximizes, or its groups have different settings.
+        When the run has not ended, its optimizer is not SGD or maximizes, its groups have different settings, or its
+        momentum is not below 1.
     """
     if trajectory.status == "running":
         expected, fix = "a run that has ended", "Let it end, or continue it with resume=True; then open it again."
@@ -107,9 +113,12 @@ def flow_time(trajectory: Trajectory) -> float:
     if any(group.get("maximize") for group in groups):
         expected, fix = "a run that goes downhill", "Minimize -loss, pass the time as a number, or damping=."
         raise refusal("time", got="a run with maximize=True", expected=expected, fix=fix)
-    if not name.endswith(".SGD") or len(settings) > 1 or not bool((rates == rates[:, :1]).all()):
-        got = name if not name.endswith(".SGD") else "groups of parameters with different settings"
+    if name != _SGD or len(settings) > 1 or not bool((rates == rates[:, :1]).all()):
+        got = name if name != _SGD else "groups of parameters with different settings"
         fix = "Pass the time as a number, or use damping=."
         raise refusal("time", got=got, expected="a run of torch.optim.SGD with one learning rate", fix=fix)
     ((momentum, dampening),) = settings
+    if momentum >= 1:
+        fix = "Pass the time as a number, or use damping=."
+        raise refusal("time", got=f"a run with momentum={momentum}", expected="a momentum below 1", fix=fix)
     return float(rates[:, 0].sum()) * ((1 - dampening) / (1 - momentum) if momentum else 1.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ntkit.base.batch import Batch, as_batch, call_with, checked, count, take
+from ntkit.base.batch import Batch, as_batch, call_with, checked, copied, count, take
 from ntkit.base.checks import Refused, refusal
 from ntkit.base.tensors import points_hash
 from ntkit.data.streamed_samples import with_labels
@@ -57,8 +57,10 @@ class Objective:
         return points_hash(self.x, self.y)
 
     def batch(self, rows: Tensor | slice | None) -> tuple[Batch, Tensor]:
-        """Inputs and targets of these rows; None = all."""
-        return (self.x, self.y) if rows is None else (take(self.x, rows), self.y[rows])
+        """Inputs and targets of these rows, None = all: copies, as a model or a loss may write into them."""
+        rows = slice(None) if rows is None else rows
+        x, y = take(self.x, rows), self.y[rows]
+        return (copied(x), y.clone()) if isinstance(rows, slice) else (x, y)
 
     def value(self, model: nn.Module, rows: Tensor | slice | None) -> Tensor:
         """Value of the loss on these rows."""
@@ -66,28 +68,21 @@ class Objective:
         return self.loss(part_of(call_with(model, x), self.select), y)
 
     def mean(self, model: nn.Module, batch_size: int) -> float:
-        """Mean loss over all rows, in eval mode and in batches; the model is in train mode afterwards."""
+        """Mean over all rows of the losses of batches, in eval mode; the model is in train mode afterwards."""
         total = 0.0
-        model.eval()
-        with torch.no_grad():
+        with _evaluated(model), torch.no_grad():
             for start in range(0, self.n, batch_size):
                 rows = slice(start, min(start + batch_size, self.n))
                 total += float(self.value(model, rows)) * (rows.stop - rows.start)
-        model.train()
         return total / self.n
 
     def check(self, model: nn.Module, rows: int) -> None:
         """Evaluate the loss once, in eval mode, so that a wrong one is refused before anything is written."""
-        model.eval()
         x, y = self.batch(slice(0, rows))
-        outputs = part_of(call_with(model, x), self.select)
-        with _failing(outputs, y), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Using a target size")  # `_check_pairs` says more
-            with _Shapes() as shapes:
-                out = self.loss(outputs, y)
-            if shapes.met(len(y)):
-                _check_pairs(self.loss, outputs, y)
-        model.train()
+        with _evaluated(model):
+            outputs = part_of(call_with(model, x), self.select)
+            with _failing(outputs, y):
+                out = paired(self.loss, outputs, y)
         if not isinstance(out, Tensor) or out.ndim != 0:
             got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise refusal("loss", got=got, expected="a scalar tensor", fix="Return the mean over the batch.")
@@ -95,6 +90,23 @@ class Objective:
             expected = "a differentiable function of model(x)"
             fix = "Do not detach, round or argmax the outputs, and do not use torch.no_grad in the model."
             raise refusal("loss", got="a value that does not depend on the parameters", expected=expected, fix=fix)
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Eval mode; at the end train mode, and the buffers as they were: some networks count their calls."""
+    buffers = [
+        (m._buffers, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
+    ]
+    model.eval()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for owner, name, buffer, value in buffers:
+                buffer.copy_(value)
+                owner[name] = buffer
+        model.train()
 
 
 @contextmanager
@@ -110,6 +122,17 @@ def _failing(outputs: Any, y: Tensor) -> Iterator[None]:
         got = f"a function that failed on outputs {shape} and targets {_form(y)}{values} ({error})"
         fix = "Change the shape, dtype or numbers of the targets, or pass e.g. lambda out, y: loss(out[:, 0], y)."
         raise refusal("loss", got=got, expected="a loss of these outputs and targets", fix=fix) from error
+
+
+def paired(loss: Loss, outputs: Any, y: Tensor) -> Any:
+    """Value of a loss; refuse one that compares each output with each target, because [n, 1] and [n] broadcast."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using a target size")  # `_check_pairs` says more
+        with _Shapes() as shapes:
+            value = loss(outputs, y)
+        if shapes.met(len(y)):
+            _check_pairs(loss, outputs, y)
+    return value
 
 
 def _form(tensor: Tensor) -> str:
@@ -137,8 +160,9 @@ def _check_pairs(loss: Loss, outputs: Any, y: Tensor) -> None:
 
     That is: one example's target changes the gradients of the others, and no longer does in another shape.
     """
-    floats = isinstance(outputs, Tensor) and outputs.is_floating_point() and y.is_floating_point()
-    if not floats or not len(y) == y.numel() == outputs.numel():
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or y.is_complex():
+        return
+    if not len(y) == y.numel() == outputs.numel():
         return
     with torch.random.fork_rng(devices=[]):
         if not _mixes(loss, outputs, y):
@@ -157,7 +181,8 @@ def _mixes(loss: Loss, outputs: Tensor, y: Tensor) -> bool | None:
     out = outputs.detach().requires_grad_()
     both = torch.cat([out.detach().flatten(), y.flatten().to(out.dtype)])
     targets = [y.clone(), y.clone()]
-    targets[0][0], targets[1][0] = both.min() - 1, both.max() + 1  # on either side of all outputs
+    low, high = both.min() - 1, both.max() + 1  # on either side of all outputs
+    targets[0][0], targets[1][0] = (low, high) if y.is_floating_point() else (y.min(), y.max())
     try:
         one, two = (torch.autograd.grad(loss(out.clone(), target), out)[0] for target in targets)
     except (RuntimeError, ValueError, TypeError, IndexError):

@@ -107,7 +107,11 @@ def clip_gradients(params: Iterable[Tensor], clip: float | None) -> float:
     """Scale gradients in place such that their common norm is at most `clip`; return the factor."""
     if clip is None:
         return 1.0
-    norm = torch.nn.utils.clip_grad_norm_(list(params), clip)
+    params = list(params)
+    if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
+        fix = "Build that layer with sparse=False, or remove clip."
+        raise refusal("clip", got="a sparse gradient", expected="dense ones, whose norm PyTorch computes", fix=fix)
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
     return float(torch.clamp(clip / (norm + 1e-6), max=1.0))  # the formula of clip_grad_norm_
 
 

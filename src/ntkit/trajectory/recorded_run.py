@@ -118,12 +118,13 @@ class Trajectory:
     @cached_property
     def _log(self) -> dict[str, Tensor]:
         ended = self.stop["step"] if self.status != "running" else None
+        groups = len(self.settings["optimizer"]["groups"])
         if self._is_recorded_loop:
-            return read_log(self.path / "log", self._id, ended)
+            return read_log(self.path / "log", self._id, groups, ended)
         for name in ("losses.safetensors", "checkpoint.safetensors"):
             if ended is not None or (self.path / name).exists():
                 return read_losses(self.path / name, self._id, ended)
-        empty = torch.zeros(0, len(self.settings["optimizer"]["groups"]), dtype=torch.float64)
+        empty = torch.zeros(0, groups, dtype=torch.float64)
         return {"losses": empty[:, 0], "learning_rates": empty}
 
     def batch(self, step: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ntkit.base.batch import Batch, arguments, leaves, main_output, outputs_of, take, with_leaves
+from ntkit.base.batch import Batch, arguments, copied, leaves, main_output, outputs_of, take, with_leaves
 from ntkit.base.checks import refusal
 from ntkit.base.progress import task
 from ntkit.base.workers import spread, workers
@@ -105,7 +105,7 @@ class Reruns:
             model, params = self._some(weights[part], start, _part(rows, part), steps)
             with torch.no_grad(), self._precision():
                 ends = [{name: p[k] for name, p in params.items()} for k in range(part.stop - part.start)]
-                outputs = (main_output(torch.func.functional_call(model, end, *arguments(x))) for end in ends)
+                outputs = (main_output(torch.func.functional_call(model, end, *arguments(copied(x)))) for end in ends)
                 values = torch.stack([measure(output, part.start + k) for k, output in enumerate(outputs)])
             kept = len(ends) if keep is None else min(max(keep - part.start, 0), len(ends))
             return values.double().cpu(), {name: p[:kept].clone() for name, p in params.items()}

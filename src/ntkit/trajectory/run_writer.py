@@ -95,7 +95,7 @@ class RunWriter:
         try:
             last = self._ended(run)
         except Damaged as error:
-            if tensor_hash(self._parameters()) != run["initial"]:
+            if tensor_hash(self.tensors()) != run["initial"]:
                 raise _without_start(error) from error
             return False
         assign(self.model, last, str(self.folder))
@@ -114,7 +114,8 @@ class RunWriter:
             read_losses(self.folder / "losses.safetensors", self.id, last)
         return read_snapshot(self.folder, last, self.id, settings)
 
-    def _parameters(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's parameters and buffers as they are now (a forward pass may replace a buffer), a tied one once."""
         return {names[0]: tensor for names, tensor in tied_names(self.model)}
 
     def begin(
@@ -173,8 +174,15 @@ class RunWriter:
                 read_snapshot(self.folder, earlier, self.id, run["settings"])
         if run["settings"].get("kind") == "recorded":
             check_log(self.folder / "log", self.id, step)
+        sizes, own = (
+            [len(group["params"]) for group in groups] for groups in (state["param_groups"], self.opt.param_groups)
+        )
+        if sizes != own:
+            got, expected = f"groups of {sizes} parameters in its checkpoint", f"{own}, as the optimizer has now"
+            fix = "A run whose groups changed on the way cannot go on: start it again in another folder."
+            raise refusal(f"resume of {self.folder}", got=got, expected=expected, fix=fix)
         assign(self.model, parameters, str(self._checkpoint))
-        self.opt.load_state_dict(state)
+        _load_state(self.opt, state)
         return tensors, rest
 
     def write_checkpoint(self, step: int, network: dict[str, Tensor], more: dict[str, Tensor], **rest: Any) -> None:
@@ -200,6 +208,17 @@ class RunWriter:
         self.id = run_id(more | {"settings": self.settings})
         run = {"format": FORMAT, "version": VERSION, "torch": torch.__version__, "status": status}
         write_json(self.folder / "run.json", run | more | {"settings": self.settings})
+
+
+def _load_state(opt: Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state with its own dtypes: `load_state_dict` casts it to those of the parameters."""
+    opt.load_state_dict(state)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    for place, saved in state["state"].items():
+        entries = opt.state[params[place]]
+        for name, value in saved.items():
+            if isinstance(value, Tensor) and entries[name].dtype != value.dtype:
+                entries[name] = value.to(entries[name].device)
 
 
 def _without_start(error: Damaged) -> Damaged:

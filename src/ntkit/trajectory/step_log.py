@@ -77,10 +77,11 @@ class StepLog:
         write_tensors(_segment(self.folder, first), _as_tensors(rows), {"run": self.run, "step": f"{first:08d}"})
 
 
-def read_log(folder: Path, run: str, steps: int | None = None) -> dict[str, Tensor]:
+def read_log(folder: Path, run: str, groups: int, steps: int | None = None) -> dict[str, Tensor]:
     """Losses [S] and learning rates [S, groups] (float64) of the steps written so far.
 
-    Of a run that has ended all its `steps` are there: a missing file is refused by name.
+    `groups` is the number at the start: some may have come later. Of a run that has ended all its `steps` are there: a
+    missing file is refused by name.
     """
     losses, rates = [torch.zeros(0, dtype=torch.float64)], []
     for first in sorted(_segments(folder)):
@@ -92,7 +93,7 @@ def read_log(folder: Path, run: str, steps: int | None = None) -> dict[str, Tens
     if steps is not None and (found := sum(map(len, losses))) < steps:
         last = found // SEGMENT * SEGMENT
         raise damaged(_segment(folder, last), f"no step {found} in it, of {steps}")
-    groups = max((part.shape[1] for part in rates), default=0)
+    groups = max([groups, *(part.shape[1] for part in rates)])
     parts = [torch.full((0, groups), math.nan, dtype=torch.float64), *(_padded(part, groups) for part in rates)]
     return {"losses": torch.cat(losses), "learning_rates": torch.cat(parts)}
 

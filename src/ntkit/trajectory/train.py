@@ -75,8 +75,9 @@ def train(
         n-th), a list, or a function step -> bool. The first and the last are always recorded.
     seed : seed of batches and of torch's random numbers during training.
     path : folder to write; None = a temporary one that lives as long as the Trajectory.
-    target_loss : stop once the training loss is at most this: the loss of each step for full batch, else the mean of
-        the losses of all batches, by their rows, in eval mode at the end of each epoch.
+    target_loss : stop once the training loss is at most this: the loss of each step for full batch, else
+        (1 / n) sum_b |b| loss(b) over the epoch's batches in order, in eval mode at its end: the loss of all rows if
+        `loss` is a mean, a mean of sums over a batch if it is a sum (``reduction="sum"``).
     resume : continue the run in `path` from its last checkpoint (at most about 10 s before it was killed, or 20 times
         the time that a checkpoint takes to write), whatever the values of the model's parameters. A run that has ended
         is loaded. A folder without a run gets a new one. A run with a damaged or missing file starts from the
@@ -254,6 +255,9 @@ def _new_optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], model: 
         got = "a parameter that is not a trainable one of the model"
         expected = "the parameters that the function is called with, or some of them"
         raise refusal("optimizer", got=got, expected=expected, fix=fix)
+    if opt.defaults.get("differentiable"):
+        got, fix = "differentiable=True, with which PyTorch takes no step in place", "Remove differentiable=True."
+        raise refusal("optimizer", got=got, expected="an optimizer that changes its parameters", fix=fix)
     closure = inspect.signature(type(opt).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         got = f"{type(opt).__name__}, which evaluates the loss several times per step"

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ntkit.base.checks import refusal
 from ntkit.base.tensors import write_tensors
-from ntkit.trajectory.recorded_run import snapshot_path, tied_names
+from ntkit.trajectory.recorded_run import snapshot_path
 from ntkit.trajectory.run_writer import RunWriter
 
 
@@ -24,10 +25,7 @@ class TrainingRun(RunWriter):
         self._recorded: Collection[int] = ()
         self.losses: list[float] = []
         self.rates: list[list[float]] = []
-        self._tensors = {names[0]: tensor for names, tensor in tied_names(model)}
-        trained = {name for name, _ in model.named_parameters()}
-        self._buffers = [name for name in self._tensors if name not in trained]
-        self._network = {name: tensor.clone() for name, tensor in self._tensors.items()}
+        self._network = {name: tensor.clone() for name, tensor in self.tensors().items()}
 
     def start(self, resume: bool, recorded: Collection[int]) -> None:
         """Write run.json and the first checkpoint, or continue from the last one; `recorded` steps get a snapshot."""
@@ -40,16 +38,21 @@ class TrainingRun(RunWriter):
         self.rates = tensors["learning_rates"].tolist()
         self.copy_network()
 
-    def buffers(self) -> list[Tensor]:
-        """Copies of the model's buffers."""
-        return [self._tensors[name].clone() for name in self._buffers]
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies of the model's buffers, by name."""
+        trained = {name for name, _ in self.model.named_parameters()}
+        return {name: tensor.clone() for name, tensor in self.tensors().items() if name not in trained}
 
-    def copy_network(self, buffers: list[Tensor] | None = None) -> None:
+    def copy_network(self, buffers: dict[str, Tensor] | None = None) -> None:
         """Copy the network as it is now, with these buffers if any are passed."""
-        for name, tensor in self._tensors.items():
-            self._network[name].copy_(tensor)
-        for name, tensor in zip(self._buffers, buffers or [], strict=False):
-            self._network[name].copy_(tensor)
+        now = self.tensors() | (buffers or {})
+        for name, copy in self._network.items():
+            if name not in now or (now[name].shape, now[name].dtype) != (copy.shape, copy.dtype):
+                got = f"{list(now[name].shape)} {now[name].dtype}" if name in now else "no such tensor"
+                expected = f"{list(copy.shape)} {copy.dtype}, as before the training"
+                fix = "Let forward keep each buffer's shape; call the model once before if it sets them up then."
+                raise refusal(f"model's {name}", got=got, expected=expected, fix=fix)
+            copy.copy_(now[name])
 
     def write(self, step: int, snapshot: bool) -> None:
         """Write the copy of the network as a snapshot if asked, and a checkpoint if one is due."""
@@ -66,7 +69,7 @@ class TrainingRun(RunWriter):
     def end(self, step: int, reason: str, loss: float | None, **more: Any) -> None:
         """Put the copy of the network, which is that of `step`, into the model and into the last snapshot."""
         with torch.no_grad():
-            for name, tensor in self._tensors.items():
+            for name, tensor in self.tensors().items():
                 tensor.copy_(self._network[name])
         write_tensors(snapshot_path(self.folder, step), self._network, self.label(step))
         write_tensors(self.folder / "losses.safetensors", self._log(step), {"run": self.id})
