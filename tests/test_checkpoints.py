@@ -249,3 +249,16 @@ def test_values_that_are_no_weights_change_nothing(tmp_path, change, message):
     with pytest.raises(ntkit.Refused, match=message):
         ntkit.load_weights(model, tmp_path / "w.pt")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_real_and_whole_numbers_are_no_complex_weights(tmp_path):
+    model = nn.Linear(2, 1, dtype=torch.complex64)
+    before = model.weight.detach().clone()
+    for dtype in (torch.int8, torch.bool, torch.float32):
+        torch.save({**model.state_dict(), "weight": torch.ones(1, 2, dtype=dtype)}, tmp_path / "w.pt")
+        with pytest.raises(ntkit.Refused, match="a dtype that would lose digits: weight torch"):
+            ntkit.load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model.weight, before)
+    torch.save({**model.state_dict(), "weight": torch.full((1, 2), 1j)}, tmp_path / "w.pt")
+    ntkit.load_weights(model, tmp_path / "w.pt")
+    assert model.weight.tolist() == [[1j, 1j]]

@@ -3,11 +3,12 @@
 import dataclasses
 import enum
 import functools
+import logging
 import operator
 import subprocess
 import sys
 import types
-from collections import namedtuple
+from collections import deque, namedtuple
 from fractions import Fraction
 from types import FunctionType
 
@@ -265,7 +266,28 @@ class Settings:
 
 class Holder:
     def __init__(self, scale):
-        self.scale, self.weights = scale, torch.full((2,), scale)
+        self.scale, self.itself = scale, self
+        self.weights = torch.full((2,), scale) if isinstance(scale, float) else None
+
+
+class Slotted:
+    __slots__ = ("__hidden", "weight")
+
+    def __init__(self, weight):
+        self.weight, self.__hidden = 1.0, weight
+
+    def __call__(self, out):
+        return out * self.__hidden
+
+
+class Attributed(dict):
+    pass
+
+
+def attributed(scale):
+    given = Attributed(a=1)
+    given.scale = scale
+    return given
 
 
 class Color(enum.Enum):
@@ -302,6 +324,14 @@ NETWORKS = {
     "data class in a list": lambda v: Configured([Settings(v)]),
     "namespace": lambda v: Configured(types.SimpleNamespace(scale=v)),
     "object": lambda v: Configured(Holder(v)),
+    "object in an object": lambda v: Configured(Holder(Holder(v))),
+    "object in a list": lambda v: Configured([Holder(v)]),
+    "object in a dict": lambda v: Configured({"a": Holder(v)}),
+    "object in a list of an object": lambda v: Configured(Holder([Holder(v)])),
+    "dict with attributes": lambda v: Configured(attributed(v)),
+    "deque": lambda v: Configured(deque([v])),
+    "deque in an object": lambda v: Configured(Holder(deque([Holder(v)]))),
+    "slots": lambda v: Configured(Slotted(v)),
     "set": lambda v: Configured({v, "a", "b"}),
     "slice": lambda v: Configured(slice(0, int(v))),
     "range": lambda v: Configured(range(int(v))),
@@ -320,3 +350,14 @@ def test_networks_with_other_settings_are_other_networks(kind):
     one, again, two = ("\n".join(module_identity(NETWORKS[kind](value))) for value in (2.0, 2.0, 3.0))
     assert one == again
     assert one != two
+
+
+def test_objects_of_other_packages_within_objects_count_by_their_types():
+    """A logger holds all loggers of the process, a trainer its clock: the same network would be another one later."""
+    one, two = (Configured(Holder(logging.Logger(name))) for name in ("one", "two"))
+    assert list(module_identity(one)) == list(module_identity(two))
+
+
+def test_callable_objects_with_slots():
+    assert function_identity(Slotted(2.0)) == function_identity(Slotted(2.0)) != function_identity(Slotted(3.0))
+    assert function_identity(enclosed(deque([1.0]))) != function_identity(enclosed(deque([2.0])))

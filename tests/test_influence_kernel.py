@@ -314,3 +314,51 @@ def test_refusals(change, message):
     with pytest.raises(Refused) as refused:
         ntkit.InfluenceKernel(network(), **settings)(TEST)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("outputs", ["full", lambda out: out[:, 0]], ids=["full", "callable"])
+def test_the_diagonal_in_narrow_precisions_is_that_of_the_matrix(dtype, outputs):
+    """T times the tangent kernel was computed in half precision there, which ends at 65504."""
+    model, x = nn.Linear(4, 2).to(dtype), X.to(dtype)  # its kernel (|x|^2 + 1) I has few roundings
+    kernel = ntkit.InfluenceKernel(model, (x[:2], drawn(2, 2).to(dtype)), mse_loss, time=1e5, outputs=outputs)
+    theta = ntkit.TangentKernel(model, outputs)
+    own = torch.arange(7)
+    assert_equal(theta.diagonal(x).double(), theta(x)[own, own].double(), 4 * torch.finfo(dtype).eps, "tangent kernel")
+    whole, room = kernel(x)[own, own], 1e5 * 4 * torch.finfo(dtype).eps * float(theta.diagonal(x).double().max())
+    assert kernel.diagonal(x).dtype == kernel.paired(x, x).dtype == F64
+    for found in (kernel.diagonal(x), kernel.paired(x, x)):
+        assert float((found - whole).abs().max()) <= room
+
+
+@pytest.mark.parametrize("way", [{"damping": 1e-200}, {"time": 1e200}, {"damping": 5e-324}], ids=str)
+def test_a_filter_that_leaves_nothing_but_rounding_is_refused(way):
+    model = network(outputs=2, width=40)
+    kernel = ntkit.InfluenceKernel(model, (X, drawn(7, 2)), mse_loss, **way)
+    (name,) = way
+    with pytest.raises(Refused, match=rf"{name}: got .*, at which rounding alone is .* Use a (larger|shorter)"):
+        kernel(TEST)
+
+
+def test_extreme_filters_that_leave_something_are_exact():
+    """Where F hardly depends on the eigenvalue, the kernel is F(0) times the tangent kernel."""
+    model = network(outputs=2, width=40)
+    theta = ntkit.TangentKernel(model)(TEST)
+    for way, at_zero in (({"damping": 1e200}, 1e-200), ({"time": 1e-200}, 1e-200)):
+        found = ntkit.InfluenceKernel(model, (X, drawn(7, 2)), mse_loss, **way)(TEST)
+        assert_equal(found / at_zero, theta, 1e-12, str(way))
+
+
+def test_leading_eigenpairs_where_the_examples_looked_at_have_no_gradient(monkeypatch):
+    for name, value in (("_EXACT", 0), ("_CHECKED", 2)):
+        monkeypatch.setattr(influence_kernel, name, value)
+    model, x = nn.Linear(4, 2, bias=False).double(), drawn(7, 4)
+    x[0] = x[6] = 0.0  # those looked at
+    kernel = ntkit.InfluenceKernel(model, (x, drawn(7, 2)), mse_loss, damping=0.3)
+    second = torch.eye(8, dtype=F64).view(2, 4, 8)
+    J = torch.einsum("ni,cip->ncp", x, second)
+    C = torch.einsum("ncp,ncq->pq", J, J) / 7  # mse_loss of two outputs: D = I
+    exact = torch.einsum("icp,pq,jdq->ijcd", J, torch.linalg.inv(C + 0.3 * torch.eye(8, dtype=F64)), J)
+    assert_equal(kernel(x), exact, 1e-7, "k(x, x)")
+    with pytest.raises(Refused, match="the curvature: got"):  # not one pair fits
+        ntkit.InfluenceKernel(model, (x, drawn(7, 2)), mse_loss, damping=0.3, memory=100)(x)

@@ -140,3 +140,21 @@ def test_drawn_again_at_another_size():
 def test_refusals(values, message):
     with pytest.raises(Refused, match=message):
         initial_std(values, 4, 3, subject="the weight")
+
+
+@pytest.mark.parametrize("unit", [2.0**-700, 2.0**-400, 2.0**400, 2.0**900])
+def test_values_whose_fourth_powers_do_not_exist(unit):
+    draw = torch.Generator().manual_seed(3)
+    w = 0.3 * torch.randn(40, 50, generator=draw, dtype=torch.float64)
+    one, far = initial_std(w + 0.1, 50, 40), initial_std((w + 0.1) * unit, 50, 40)
+    assert (far.std, far.error, far.mean) == (one.std * unit, one.error, one.mean * unit)  # a power of two is exact
+
+
+def test_a_spread_far_below_the_mean():
+    """The mean square less the square of the mean has no digit of it: it was 0, or below."""
+    draw = torch.Generator().manual_seed(4)
+    for size in (1e-9, 1e-11, 1e-13):
+        w = 1 + size * torch.randn(30, 20, generator=draw, dtype=torch.float64)
+        found = initial_std(w, 20, 30)
+        assert found.std == pytest.approx(float((w - 1).std(unbiased=False)), rel=1e-2)
+        assert found.mean == pytest.approx(1.0)

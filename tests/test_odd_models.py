@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 import ntkit
 from ntkit.base.batch import call_with, count, take
+from ntkit.jacobian.forwards import raw_outputs
+from ntkit.kernels.output_loss import model_outputs
 from ntkit.networks.larger_copies import larger_copy
 from ntkit.testing import assert_equal
 
@@ -168,10 +170,26 @@ def test_a_forward_pass_that_writes_to_parameters_is_refused(run):
     model = Odd(run, a=parameter(4, 3), b=parameter(4, 3))
     with pytest.raises(ntkit.Refused, match=r"parameter '[ab]': got a forward pass that changes it"):
         ntkit.TangentKernel(model)(numbers(3, 4))
-    if run is not _by_data:  # seen in the first comparison of a kernel with autograd alone
+    calls = {
+        "conjugate": lambda model, x: ntkit.ConjugateKernel(model)(x),
+        "outputs": lambda model, x: raw_outputs(model, x),
+        "influence": lambda model, x: ntkit.InfluenceKernel(model, (x, numbers(3, 3)), F.mse_loss, damping=1.0)(x),
+        "loss": lambda model, x: model_outputs(model, x),
+    }
+    for call in calls.values():
         model = Odd(run, a=parameter(4, 3), b=parameter(4, 3))
         with pytest.raises(ntkit.Refused, match=r"parameter '[ab]': got a forward pass that changes it"):
-            ntkit.ConjugateKernel(model)(numbers(3, 4))
+            call(model, numbers(3, 4))
+
+
+def test_a_limit_of_a_network_that_writes_to_its_parameters_is_refused():
+    def run(m, x):
+        m.a.weight.data.clamp_(-0.1, 0.1)
+        return m.b(torch.relu(m.a(x)))
+
+    model = Odd(run, a=nn.Linear(4, 50), b=nn.Linear(50, 1)).double()
+    with pytest.raises(ntkit.Refused, match=r"parameter 'a.weight': got a forward pass that changes it"):
+        ntkit.InfiniteKernel(model)(numbers(3, 4))
 
 
 # ---------------------------------------------------------------------- features

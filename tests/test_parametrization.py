@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, spectral_norm
 
 import ntkit
 from ntkit.base.checks import Refused
@@ -65,6 +66,31 @@ class Reshaping(nn.Module):
 
     def forward(self, x):
         return self.down(self.up(x).reshape(-1, self.size))
+
+
+class Gained(nn.Linear):
+    """A layer of the user's own, with more than weight and bias."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.ones(1))
+
+
+def weight_norm(layer):
+    """In the form before parametrizations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+class Computed(nn.Linear):
+    """A layer whose weight is a tensor, no parameter."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        value = 2 * self.weight.detach()
+        del self.weight
+        self.weight = value
 
 
 class Raw(nn.Module):
@@ -205,6 +231,10 @@ def test_tied_weights_stay_tied():
         (Raw(), r"layer '' \(Raw\): got parameters of its own \(shift\)"),
         (to_ntk_parametrization(nn.Linear(3, 2)), r"layer '' \(ParametrizedLinear\): got .* parametrized already"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "parametrized already"),
+        (Gained(3, 2), r"layer '' \(Gained\): got parameters of its own \(gain\)"),
+        (nn.Sequential(weight_norm(nn.Linear(3, 2))), r"layer '0' \(Linear\): got .* own \(weight_g, weight_v\)"),
+        (nn.Sequential(spectral_norm(nn.Linear(3, 2))), r"layer '0' \(Linear\): got .* own \(weight_orig\)"),
+        (nn.Sequential(Computed(3, 2)), r"layer '0' \(Computed\): got a weight that is computed from other tensors"),
     ],
 )
 def test_refused_by_name(model, message):
@@ -295,6 +325,47 @@ def trained_norm():
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 2))
     nn.init.constant_(model[1].bias, 0.1)
     return model
+
+
+@pytest.mark.parametrize("first", [Gained, Computed, weight_norm, spectral_norm])
+def test_a_layer_whose_weights_are_not_its_own_is_not_widened(first):
+    layer = first(5, 8) if isinstance(first, type) else first(nn.Linear(5, 8))
+    with pytest.raises(Refused, match=r"layer '0' \(\w+\): got (parameters of its own|a weight that is computed)"):
+        widened(nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 2)).eval(), 16, FLAT.float())
+
+
+class SharedNorm(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.up, self.across, self.down, self.norm = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 2), norm
+
+    def forward(self, x):
+        return self.down(self.norm(self.across(self.norm(self.up(x)))))
+
+
+class Narrowing(SharedNorm):
+    def forward(self, x):
+        return self.down(self.norm(self.norm(self.up(x))[:, :8]))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda d: nn.LayerNorm(d),
+        lambda d: nn.LayerNorm(d, elementwise_affine=False),
+        lambda d: nn.RMSNorm(d),
+        lambda d: nn.GroupNorm(2, d),
+        lambda d: nn.BatchNorm1d(d, affine=False),
+    ],
+    ids=["layer", "layer without weights", "RMS", "group", "batch without weights"],
+)
+def test_a_norm_that_is_called_twice(norm):
+    made = widened(SharedNorm(norm(8)).double().eval(), 16, FLAT)
+    functions = norm(16).double().eval()  # of the new width, as torch makes it
+    expected = made.down(functions(made.across(functions(made.up(FLAT)))))
+    assert torch.equal(made(FLAT), expected)
+    with pytest.raises(Refused, match=r"layer 'norm' \(\w+\): got input of shape"):
+        widened(Narrowing(norm(8)).double().eval(), 16, FLAT)
 
 
 @pytest.mark.parametrize(

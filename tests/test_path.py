@@ -668,3 +668,24 @@ def test_the_identity_of_a_function_is_the_same_in_every_process():
     assert texts[0] == texts[1]
     one, other = texts[0].split("outer.<locals>.<lambda> ")[1:]
     assert one.strip() != other.strip()
+
+
+def test_second_moments_that_vanish_in_half_precision_are_refused():
+    """Adam with fused=True trains with them: it works in float32 within a step. The factor is infinite afterwards."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3).half(), 0.01 * torch.randn(6, 1).half()
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).to(dtype)
+        fused = lambda p: torch.optim.Adam(p, lr=1e-3, fused=True)
+        run = ntkit.train(net, (x.to(dtype), y.to(dtype)), F.mse_loss, fused, steps=3)
+        assert run.status == "complete"
+        calls = [lambda run=run: ntkit.PathKernel(run).decompose(x[:2].to(run.origin[1][0].dtype)).contributions]
+        if dtype == torch.float16:
+            calls += [lambda run=run: ntkit.influence(run, x[:2], y[:2], measure="loss")]
+        for call in calls:
+            if dtype == torch.bfloat16:  # of float32's range
+                assert bool(call().isfinite().all())
+                continue
+            with pytest.raises(ntkit.Refused, match=r"at step \d: got second moments of Adam that vanish in float16"):
+                call()

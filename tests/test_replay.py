@@ -448,6 +448,15 @@ def test_rounding_of_one_step_is_accepted_and_no_more(tmp_path):
         checked(tmp_path / "log")
 
 
+def test_a_run_that_is_exact_at_its_last_step_alone_is_not_bitwise(tmp_path):
+    still = lambda step: float(step < 8)  # the last step changes nothing: both snapshots are off by the same
+    train(mlp(), data(), mse, SGD, 9, batch_size=4, record="all", schedule=still, path=tmp_path / "run")
+    assert checked(tmp_path / "run").bitwise
+    for step in (8, 9):
+        scaled(tmp_path / "run", step, 1 + 1e-10)
+    assert not checked(tmp_path / "run").bitwise
+
+
 def test_rounding_of_parameters_that_hardly_move(tmp_path):
     tiny = lambda p: torch.optim.SGD(p, lr=1e-13)  # an update of some 1e-14, of parameters of some 0.5
     for folder, factor in (("rounding", 1 + 2.0**-52), ("more", 1 + 2.0**-46)):

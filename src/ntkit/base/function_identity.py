@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import hashlib
 from argparse import Namespace
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -26,6 +27,8 @@ _BY_TEXT = (slice, range, torch.dtype, torch.device, Enum, Number)  # what these
 _NAMESPACES = (SimpleNamespace, Namespace)
 _BY_VALUE = (*_PLAIN, Tensor, np.ndarray, list, tuple)
 _HELD = (*_PLAIN, Tensor, np.ndarray)
+_LISTS = (tuple, list, deque)
+_TOLD = (*_BY_VALUE, *_BY_TEXT, *_NAMESPACES, set, frozenset)  # `_of_value` tells more of these than their type
 # What torch keeps of each module, its mode among it; of recurrent layers their weights once more, in copies otherwise.
 _OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
 
@@ -50,7 +53,7 @@ def function_identity(function: Any) -> str:
     seen = {id(function)}
     if getattr(function, "__code__", None) is not None:
         return f"{function.__qualname__} {_short(_of_function(function, seen))}"
-    own = getattr(function, "__dict__", {})
+    own = _attributes(function)
     settings = {k: v for k, v in own.items() if isinstance(v, (bool, int, float, str)) or v is None}
     name, rest = f"{type(function).__name__} {settings}", list(_of_object(function, seen))
     return f"{name} {_short(iter(rest))}" if rest else name
@@ -60,7 +63,8 @@ def module_identity(module: nn.Module) -> Iterator[str]:
     """What a network computes, beside its parameters and buffers: settings, hooks and code of all modules in it.
 
     Attributes count as `function_identity` says of what a function encloses, and of other objects among them (a
-    configuration) what they hold as plain values, tensors and arrays; code where neither torch nor ntkit has it.
+    configuration) what they hold as plain values, tensors and arrays, as do objects in these, in lists and in dicts if
+    their class is of the model's own package; code where neither torch nor ntkit has it.
     """
     for name, part in module.named_modules():
         yield f"{name} {type(part).__module__}.{type(part).__qualname__}"
@@ -68,9 +72,7 @@ def module_identity(module: nn.Module) -> Iterator[str]:
         attributes = {k: v for k, v in vars(part).items() if k not in _OF_MODULES}
         yield from _told(attributes, seen)
         for value in attributes.values():
-            if not callable(value) and not isinstance(value, (*_NAMESPACES, Number)) and not is_dataclass(value):
-                held = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, _HELD)}
-                yield from _told(held, seen)
+            yield from _held(value, _package(part), seen, inside=False)
         yield from _told([*part._forward_pre_hooks.values(), *part._forward_hooks.values()], seen)
         of_gradients = [part._backward_pre_hooks, part._backward_hooks]
         of_gradients += [p._backward_hooks or {} for p in part._parameters.values() if p is not None]
@@ -78,6 +80,40 @@ def module_identity(module: nn.Module) -> Iterator[str]:
         for kind in type(part).__mro__:
             if kind.__module__.partition(".")[0] not in ("torch", "ntkit", "builtins"):
                 yield from _told(_of_class(kind), seen)
+
+
+def _package(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def _held(value: Any, package: str, seen: set[int], inside: bool = True) -> Iterator[str]:
+    """What objects hold of which `_of_value` tells the type alone; of those `inside` others, only the package's own."""
+    several = isinstance(value, (*_LISTS, Mapping))
+    if id(value) in seen or callable(value) or is_dataclass(value) or (isinstance(value, _TOLD) and not several):
+        return
+    seen, entries = seen | {id(value)}, []
+    if several:
+        entries += value.values() if isinstance(value, Mapping) else value
+    if not inside or _package(value) == package:
+        own = _attributes(value)
+        yield from _told({k: v for k, v in own.items() if isinstance(v, _HELD)}, seen)
+        entries += own.values()
+    for place, entry in enumerate(entries):
+        if told := list(_held(entry, package, seen)):
+            yield from (f"{place}", type(entry).__qualname__, *told)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Attributes of an object by name, those in slots too."""
+    own = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        names = kind.__dict__.get("__slots__", ())
+        for name in [names] if isinstance(names, str) else names:
+            private = name.startswith("__") and not name.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{name}" if private else name
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                own[name] = getattr(value, name)
+    return own
 
 
 def _of_class(kind: type) -> Iterator[Any]:
@@ -125,7 +161,7 @@ def _of_function(function: Any, seen: set[int]) -> Iterator[Any]:
 def _of_instance(value: Any, seen: set[int]) -> Iterator[Any]:
     """Type and settings of an object."""
     yield type(value).__qualname__
-    own = getattr(value, "__dict__", {}).items()
+    own = _attributes(value).items()
     yield {k: v for k, v in own if isinstance(v, _PLAIN) and k != "training"}  # the mode of a network in training
     yield from _of_object(value, seen)
 
@@ -148,7 +184,7 @@ def _of_object(value: Any, seen: set[int]) -> Iterator[Any]:
         ):  # of a built-in function, or a tensor's method
             yield name
             yield from _of_value(getattr(value, "__self__", None), seen)
-        rest = {k: v for k, v in getattr(value, "__dict__", {}).items() if not isinstance(v, _PLAIN)}
+        rest = {k: v for k, v in _attributes(value).items() if not isinstance(v, _PLAIN)}
         yield from _told(rest, seen) if rest else ()
 
 
@@ -190,7 +226,7 @@ def _of_value(value: Any, seen: set[int]) -> Iterator[str]:
         yield f"{value.dtype} {value.shape} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
     elif id(value) in seen:  # a list that holds itself, a function that calls itself
         return
-    elif isinstance(value, (tuple, list, Mapping)):
+    elif isinstance(value, (*_LISTS, Mapping)):
         yield from _told(value, inner)
     elif isinstance(value, (set, frozenset)):  # in another order in each process
         yield from sorted(" ".join(_of_value(entry, inner)) for entry in value)

@@ -34,7 +34,7 @@ from ntkit.base.workers import spread, workers
 from ntkit.explanations.step_graph import StepGraph
 from ntkit.jacobian.graph import nodes_behind
 from ntkit.jacobian.model_calls import without_fused_rnn
-from ntkit.trajectory.optimizer_updates import Moments, Update
+from ntkit.trajectory.optimizer_updates import Moments, Update, check_factors
 from ntkit.trajectory.replay import Replay, ReplayStep
 
 _SHARE = 2**17  # numbers that a step changes for a worker's test points: fewer cost more to share than they save
@@ -85,6 +85,7 @@ class Unrolled:
 
     def step(self, step: ReplayStep) -> None:
         """Go back over one more step."""
+        check_factors(step.updates, step.step)
         for name, u in step.updates.items():
             self._allocate(name, u)
         self._slopes = {name: _slope(u.moments) for name, u in step.updates.items() if u.moments is not None}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count, kind, take
 from ntkit.base.workers import spread, workers
 from ntkit.jacobian.lockstep import known, runs_together, three_sets
-from ntkit.jacobian.model_calls import call, untouched
+from ntkit.jacobian.model_calls import call, untouched, unwritten
 from ntkit.jacobian.model_outputs import Select, part_of, real_rows, reduce_outputs
 from ntkit.jacobian.replicas import in_one_thread, replicas
 
@@ -64,7 +64,7 @@ def raw_outputs(model: nn.Module, x: Batch, batch: int = 128, scalar: Callable[[
         raw = call(modules[model], part)
         return real_rows(raw, count(part)) if scalar is None else reduce_outputs(raw, scalar, count(part))
 
-    with untouched(model, {}), torch.no_grad():
+    with untouched(model, {}), torch.no_grad(), unwritten(model):
         return torch.cat(each_forward(model, x, batch, outputs))
 
 

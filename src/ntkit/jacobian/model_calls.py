@@ -256,7 +256,7 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
         if changed:
             raise random_forward(model)
         if written := [name for name, p, version in versions if _version(p) != version]:
-            raise changed_parameter(written[0])
+            raise _changed_parameter(written[0])
 
 
 def _version(p: Tensor) -> tuple[int, int]:
@@ -264,7 +264,23 @@ def _version(p: Tensor) -> tuple[int, int]:
     return (0 if p.is_inference() else p._version), p.data_ptr()
 
 
-def changed_parameter(name: str) -> Refused:
+@contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Refuse a model that wrote to the `.data` of a parameter inside, which no version shows."""
+    before = _sums(model)
+    yield
+    now = _sums(model)
+    for name, value in before.items():
+        if not torch.equal(value, now[name]) and not value.isnan():
+            raise _changed_parameter(name)
+
+
+def _sums(model: nn.Module) -> dict[str, Tensor]:
+    """The sum of every parameter: a copy would take as much memory as the model."""
+    return {name: p.detach().sum(dtype=torch.float64) for name, p in model.named_parameters() if not p.is_complex()}
+
+
+def _changed_parameter(name: str) -> Refused:
     """The refusal of a model whose forward pass changes a parameter."""
     fix = "Change it outside of forward, and load the weights again: this call has changed them."
     return refusal(

@@ -15,7 +15,7 @@ from ntkit.base.shown import of_model
 from ntkit.base.workers import product
 from ntkit.jacobian.forwards import each_forward
 from ntkit.jacobian.graph import Node, find_uses, nodes_behind, nodes_from, precisions_of
-from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched
+from ntkit.jacobian.model_calls import call, check_mode, check_module, select_parameters, untouched, unwritten
 from ntkit.jacobian.model_outputs import Select, check_finite_outputs, check_select, part_of, real_rows
 from ntkit.kernels.kernel import Kernel, KernelOperator, mirrored, written
 
@@ -86,13 +86,14 @@ class ConjugateKernel(Kernel):
         params = select_parameters(self._model, lambda name: True)  # a frozen layer counts, too
 
         with untouched(self._model, params):
-            parts = each_forward(
-                self._model,
-                x,
-                _BATCH,
-                lambda modules, part: self._features(part, modules, params)[0],
-                self._select if self._layer is None else None,
-            )
+            with unwritten(self._model):
+                parts = each_forward(
+                    self._model,
+                    x,
+                    _BATCH,
+                    lambda modules, part: self._features(part, modules, params)[0],
+                    self._select if self._layer is None else None,
+                )
             phi = torch.cat(parts)
             self._compare_alone(x, phi, params)
         dtype = next(self._model.parameters()).dtype

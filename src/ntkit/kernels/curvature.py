@@ -65,7 +65,7 @@ class SpectralFilter:
         low = torch.where(u < 1, u, 0.0)
         series = sum((-low) ** k / float(math.factorial(k + 2)) for k in range(_TERMS))
         high = torch.where(u < 1, 1.0, u)
-        return self.at_zero**2 * torch.where(u < 1, series, (high + torch.expm1(-high)) / high / high)
+        return self.at_zero * self.at_zero * torch.where(u < 1, series, (high + torch.expm1(-high)) / high / high)
 
 
 def jacobian_rows(engine: Engine, x: Batch) -> Tensor:

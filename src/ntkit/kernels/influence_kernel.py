@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch, count, has_infinity, take
 from ntkit.base.caller_context import own_context
-from ntkit.base.checks import refusal
+from ntkit.base.checks import Refused, refusal
 from ntkit.base.memory import free_memory, parse_memory
 from ntkit.base.shown import of_model
 from ntkit.base.tensors import tensor_hash
@@ -60,8 +60,8 @@ class InfluenceKernel(Kernel):
     ------
     Refused
         As `ntkit.TangentKernel`; for a loss that mixes examples or, under "gauss-newton", is not convex; at the first
-        use, when neither the [n C, n C] nor the [P, P] matrix fits into memory, and when C + damping is not positive
-        definite (with the damping needed).
+        use, when neither the [n C, n C] nor the [P, P] matrix fits into memory, when C + damping is not positive
+        definite (with the damping needed), and when the filter leaves nothing but rounding.
 
     Notes
     -----
@@ -188,7 +188,8 @@ class InfluenceKernel(Kernel):
         else:
             values = self._sign() * (left * right).sum(1)
         if base := self._base():
-            values = values + base * (self._tangent.diagonal(x1) if x2 is None else self._tangent.paired(x1, x2))
+            own = self._tangent.diagonal(x1) if x2 is None else self._tangent.paired(x1, x2)
+            values = values + base * own.to(torch.float64)  # before the product: half precision ends at 65504
         return values
 
     def _base(self) -> float:
@@ -256,7 +257,8 @@ class InfluenceKernel(Kernel):
             needed.pop("samples")
         route = min(needed, key=lambda name: needed[name])
         allowed, rows = self._memory(), samples if route == "samples" else P
-        if self._curvature != "hessian" and (rows > _EXACT or needed[route] > allowed > 16 * _FIRST * samples):
+        by_parts = self._curvature != "hessian" and (rows > _EXACT or needed[route] > allowed)
+        if by_parts and allowed > 16 * _FIRST * samples:
             return self._from_leading(own, min(_MOST, samples - 1, int(allowed / (16 * samples))))
         if needed[route] > allowed:
             small = f"; {own.n} examples x {own.C} outputs" if "samples" in needed else ""
@@ -316,7 +318,10 @@ class InfluenceKernel(Kernel):
         features = n * (inner[few] @ vectors) * weights  # R^T G of these examples
         found = self._filter.at_zero * inner[few, few] - features @ features.T / n
         scale = float(exact.abs().max()) or 1.0
-        self._report("samples", values, float((found - exact).abs().max()) / scale)
+        error = float((found - exact).abs().max()) / scale
+        if not error < 1:
+            raise self._nothing_left(error)
+        self._report("samples", values, error)
         return (roots @ vectors.view(n, C, n * C)).view(n * C, n * C) * weights
 
     def _from_leading(self, own: OutputLoss, most: int) -> Tensor:
@@ -337,14 +342,22 @@ class InfluenceKernel(Kernel):
             factor = (roots @ vectors.view(n, C, -1)).view(n * C, -1) * (missing / n).sqrt()
             features = (cross @ factor).square()
             rest = (own_values - (features / (missing * values)).sum(2)).clamp(min=0)  # what no leading pair sees
-            kept = float((self._filter.at_zero * own_values - features.sum(2)).max())
+            kept = (self._filter.at_zero * own_values - features.sum(2)).max()
             unseen = self._filter.at_zero - float(self._filter.values(values[:1]))
-            error = unseen * float(rest.max()) / kept
+            error = float(unseen * rest.max() / kept) if bool(rest.any()) else 0.0
             if error <= _ENOUGH or len(values) < k or k >= most:
                 self._report("samples", values, error)
                 self._certificate["eigenpairs"] = len(values)
                 return factor
             k *= 2
+
+    def _nothing_left(self, error: float) -> Refused:
+        """The refusal of a filter that leaves less of the tangent kernel than its rounding."""
+        name, value = next((n, v) for n in ("damping", "time") if (v := getattr(self._filter, n)) is not None)
+        fix = "Use a larger damping" if name == "damping" else "Use a shorter time"
+        fix += "." if self._full.dtype == torch.float64 else ", or network and data in float64."
+        got = f"{value:g}, at which rounding alone is {error:.2g} times the kernel"
+        return refusal(name, got=got, expected="one that leaves more than rounding of the tangent kernel", fix=fix)
 
     @staticmethod
     def _roots(own: OutputLoss) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count, has_infinity
 from ntkit.base.checks import refusal
 from ntkit.jacobian.forwards import each_forward
-from ntkit.jacobian.model_calls import call, check_mode, check_module, untouched
+from ntkit.jacobian.model_calls import call, check_mode, check_module, untouched, unwritten
 from ntkit.jacobian.model_outputs import Select, check_finite_outputs, check_select, part_of, real_rows
 from ntkit.trajectory.objective import Loss
 
@@ -38,7 +38,7 @@ def model_outputs(model: nn.Module, x: Batch, select: Select | None = None) -> T
             check_finite_outputs(model, rows)
         return rows
 
-    with untouched(model, {}), torch.no_grad():
+    with untouched(model, {}), torch.no_grad(), unwritten(model):
         return torch.cat(each_forward(model, x, _BATCH, outputs, select))
 
 

@@ -103,26 +103,31 @@ def initial_std(values: Tensor, fan_in: int, fan_out: int, subject: str = "value
         expected = "values drawn at random, or zeros"
         fix = "A constant has no standard deviation at other widths. Draw the entries at random, or give the stds."
         raise refusal(subject, got=f"{n} entries that are all {low:g}", expected=expected, fix=fix)
+    largest, rounding = max(-low, high), 2 * torch.finfo(v.dtype).eps
+    known = 1e-60 < largest < 1e60  # beyond, fourth powers do not exist, and no known distribution is
+    unit = 1.0 if known else 2.0 ** (math.frexp(largest)[1] - 1)
+    v = v if known else v / unit
     mean = float(v.sum(dtype=torch.float64)) / n
     square = float(torch.linalg.vector_norm(v, 2, dtype=torch.float64)) ** 2 / n
     kurtosis = float(torch.linalg.vector_norm(v, 4, dtype=torch.float64)) ** 4 / n / square**2
-    largest, rounding = max(-low, high), 2 * torch.finfo(v.dtype).eps
     accepted = {
         name: abs(square / std**2 - 1)
         for name, (shape, rule) in _RULES.items()
-        if (v.dim() > 1 or name in _BIAS_RULES)
+        if known
+        and (v.dim() > 1 or name in _BIAS_RULES)
         and (std := rule(fan_in, fan_out))
         and _fits(shape, std, n, mean, square, kurtosis, largest, rounding)
     }
     if accepted:
         name = DEFAULT if DEFAULT in accepted else min(accepted, key=lambda name: accepted[name])
         return Initial(_RULES[name][1](fan_in, fan_out), name)
-    variance = square - mean**2
+    # of the deviations themselves: the difference square - mean**2 may have no digit, or another sign
+    variance = float(torch.linalg.vector_norm(v.to(torch.float64) - mean)) ** 2 / n
     shifted = n > 1 and abs(mean) > _MEAN_ERRORS * (variance / n) ** 0.5
     std = (variance if shifted else square) ** 0.5
     error = (max(kurtosis - 1, _SQUARE_VARIANCE["normal"]) / n) ** 0.5 / 2
-    name = f"{MEASURED}, mean {mean:.3g} ± {(variance / n) ** 0.5:.1g}" if shifted else MEASURED
-    return Initial(std, name, error, mean if shifted else 0.0)
+    name = f"{MEASURED}, mean {unit * mean:.3g} ± {unit * (variance / n) ** 0.5:.1g}" if shifted else MEASURED
+    return Initial(unit * std, name, error, unit * mean if shifted else 0.0)
 
 
 def _fits(

@@ -75,8 +75,9 @@ def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: 
     Raises
     ------
     Refused
-        With the layer's name, for another kind of layer with parameters, a layer that is parametrized already, tied
-        weights of different fan in or std, weights that are all zero or all one constant, a std that is not positive.
+        With the layer's name, for another kind of layer with parameters (also of a class of its own that has more than
+        weight and bias), a layer that is parametrized already, tied weights of different fan in or std, weights that
+        are all zero or all one constant, a std that is not positive.
 
     Notes
     -----
@@ -125,6 +126,17 @@ def to_ntk_parametrization(model: nn.Module, w_std: float | None = None, b_std: 
         else:
             getattr(layer, what).requires_grad_(False)
     return ntk
+
+
+def odd_weights(layer: Any) -> str | None:
+    """What a dense or convolution layer has in place of, or beside, a weight and a bias of its own; None: nothing."""
+    if more := {what for what, _ in layer.named_parameters(recurse=False)} - {"weight", "bias"}:
+        return f"parameters of its own ({', '.join(sorted(more))})"
+    for what in ("weight", "bias"):
+        value = getattr(layer, what)
+        if value is not None and not isinstance(value, nn.Parameter) and factor_of(layer, what) is None:
+            return f"a {what} that is computed from other tensors"
+    return None
 
 
 def stds(layer: Any) -> tuple[float | None, float | None]:
@@ -213,10 +225,13 @@ def _check_kinds(model: nn.Module) -> None:
             fix = "Remove it with torch.nn.utils.parametrize.remove_parametrizations."
             raise refusal(where, got="a layer that is parametrized already", expected="ordinary weights", fix=fix)
         own = [what for what, p in layer.named_parameters(recurse=False)]
-        if own and not isinstance(layer, (*LAYERS, *NORMS, nn.PReLU)):
+        got = f"parameters of its own ({', '.join(own)})" if own else None
+        if isinstance(layer, (*LAYERS, *NORMS, nn.PReLU)):
+            got = odd_weights(layer) if isinstance(layer, LAYERS) else None
+        if got is not None:
             expected = "parameters in Linear, Conv1d, Conv2d, norms and PReLU only"
             fix = "Build the layer from these; others have no NTK parametrization."
-            raise refusal(where, got=f"parameters of its own ({', '.join(own)})", expected=expected, fix=fix)
+            raise refusal(where, got=got, expected=expected, fix=fix)
 
 
 def _factors(name: str, layer: Any, w_std: float | None, b_std: float | None) -> dict[str, float]:

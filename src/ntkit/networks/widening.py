@@ -18,7 +18,7 @@ from ntkit.jacobian.model_calls import call, check_module
 from ntkit.jacobian.model_outputs import Select, check_select, part_of, real_rows
 from ntkit.networks.initialization import Initial, drawn, initial_std
 from ntkit.networks.paired_runs import reached
-from ntkit.networks.parametrization import LAYERS, NORMS, Scaled, fan_in, fan_out, plain, stds
+from ntkit.networks.parametrization import LAYERS, NORMS, Scaled, fan_in, fan_out, odd_weights, plain, stds
 
 
 @own_context()
@@ -86,6 +86,10 @@ def reshaped(model: nn.Module, width: int, example: Tensor, select: Select | Non
     if not isinstance(example, Tensor):
         fix = "Wrap a model with several inputs in a module with one."
         raise refusal("example", got=type(example).__name__, expected="a tensor, samples first", fix=fix)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LAYERS) and (got := odd_weights(layer)) is not None:
+            expected, fix = "a weight and a bias of its own", "Build the wider network yourself."
+            raise refusal(f"layer '{name}' ({type(layer).__name__})", got=got, expected=expected, fix=fix)
     ntk_stds = {name: stds(layer) for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
     network = plain(model)
     layers = _layers(network)
@@ -220,6 +224,7 @@ def _resize(
 ) -> None:
     """Give every layer its new sizes, in the order in which the example reaches them."""
     calls: dict[str, int] = {}
+    at_first: dict[str, int] = {}  # features of the first call
     current = ""
 
     def before(name: str, layer: Any, x: Tensor) -> None:
@@ -231,8 +236,7 @@ def _resize(
         old_rest, rest, features = list(old), list(x.shape), x.shape[axis]
         old_rest[axis] = rest[axis] = 0
         new_input = name in flow.first and features != old[axis]
-        at_first = layer.weight.shape[1] * getattr(layer, "groups", 1) if call_index else features
-        if old_rest != rest or new_input or features != at_first:
+        if old_rest != rest or new_input or features != at_first.setdefault(name, features):
             raise _cannot(name, layer, f"input of shape {tuple(x.shape)}, where it was {old}")
         if not call_index:
             _set_sizes(name, layer, features, None if name in flow.last else width)

@@ -148,6 +148,16 @@ def take_step(
     return updates
 
 
+def check_factors(updates: Mapping[str, Update], step: int) -> None:
+    """Refuse a step of Adam whose factors are infinite in the parameters' precision."""
+    for name, u in updates.items():
+        if isinstance(u.buffered, Tensor) and not bool(u.buffered.isfinite().all()):
+            precision = str(u.buffered.dtype).removeprefix("torch.")
+            got = f"second moments of Adam that vanish in {precision}, by whose root its update is divided"
+            fix = "Train in float32 or bfloat16."
+            raise refusal(f"'{name}' at step {step}", got=got, expected="an update that is a finite factor", fix=fix)
+
+
 def _buffer(opt: Optimizer, p: Tensor) -> Tensor | None:
     state = opt.state.get(p, {})
     return state.get("momentum_buffer", state.get("exp_avg"))

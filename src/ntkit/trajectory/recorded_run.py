@@ -219,7 +219,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
 
 def _keeps_digits(source: torch.dtype, target: torch.dtype) -> bool:
     """Whether all values of a dtype are values of the other, and of its kind: integers are no weights."""
-    if source.is_floating_point != target.is_floating_point:
+    if (source.is_floating_point, source.is_complex) != (target.is_floating_point, target.is_complex):
         return False
     try:
         return torch.promote_types(source, target) == target

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ntkit.base.checks import NoLimit, refusal
-from ntkit.jacobian.model_calls import check_mode, refused_input, untouched
+from ntkit.jacobian.model_calls import check_mode, refused_input, untouched, unwritten
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,8 @@ def record(model: nn.Module, x: Tensor, last: int | None = None, graph: bool = F
             raise refusal(f"layer '{name}'" if name else "the model", got=got, expected=expected, fix=fix)
     output: Any = None
     # a complete run has gradients on, so that the places where the model itself switches them off are seen
-    with untouched(model, dict(model.named_parameters())), torch.set_grad_enabled(last is None or graph):
+    params = dict(model.named_parameters())
+    with untouched(model, params), unwritten(model), torch.set_grad_enabled(last is None or graph):
         x = (x if graph else x.detach()).clone()  # the model may write into it
         recorder = _Recorder(model, x, last)
         with _module_names(model, recorder.layers):

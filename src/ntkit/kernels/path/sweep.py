@@ -25,6 +25,7 @@ from ntkit.jacobian.pairs import Whole
 from ntkit.kernels.path.effects import Addition, Delta, add_all, has_buffer, multiplied, times
 from ntkit.kernels.path.integration import Segment
 from ntkit.kernels.path.row_gradients import along
+from ntkit.trajectory.optimizer_updates import check_factors
 from ntkit.trajectory.replay import ReplayStep
 
 _SHARE = 0.15  # of the budget: for the gradients of the training examples in hand
@@ -89,6 +90,7 @@ class Sweep:
     @torch.no_grad()
     def step(self, step: ReplayStep) -> None:
         """Add the contributions of one more step: the one before the last one added."""
+        check_factors(step.updates, step.step)
         plain = not self._buffers and not any(has_buffer(u) for u in step.updates.values())
         self._segment.at(step.before, step.after)
         values = self._plain(step) if plain else self._accumulated(step)
