@@ -19,7 +19,7 @@ from ntkit.base import progress
 from ntkit.base.progress import task
 from ntkit.commands.compare import compare
 from ntkit.commands.explain import explain_run
-from ntkit.commands.option_file import with_options_of
+from ntkit.commands.option_file import of_every_command, with_options_of
 from ntkit.commands.settings import CompareSettings, ExplainSettings, Settings, SolveSettings, TrackSettings
 from ntkit.commands.track import track_run
 
@@ -219,6 +219,25 @@ def test_files_that_hold_no_options(tmp_path, name, text, message):
         with_options_of(tmp_path / name, ["analyze"])
     with pytest.raises(Refused, match="got no such file"):
         with_options_of(tmp_path / "absent.toml", ["analyze"])
+
+
+def test_options_of_every_command_in_a_file(run, tmp_path):
+    """They belong to no command: as its options they were unknown."""
+    folder, _ = run
+    file = tmp_path / "o.toml"
+    file.write_text("quiet = true\njson = true\nlr = 1\n")
+    assert of_every_command(file) == {"quiet": True, "json": True}
+    assert with_options_of(file, ["analyze"]) == ["analyze", "--lr", "1"]
+    file.write_text("quiet = false\njson = true\n")
+    done = ntkit_command("--config", file, "verify", folder / "a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout).keys() == {"files", "summary"}
+    file.write_text('quiet = "yes"')
+    with pytest.raises(Refused, match="--quiet: got 'yes'; expected true or false"):
+        of_every_command(file)
+    file.write_text('config = "other.toml"')
+    with pytest.raises(Refused, match=r"--config: got 'other\.toml'; expected no other file of options"):
+        with_options_of(file, ["analyze"])
 
 
 def test_unknown_option_of_a_file(tmp_path):

@@ -12,8 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 import ntkit
 from ntkit.base.checks import Refused
+from ntkit.commands.explained_points import influence_in_numbers
 from ntkit.explanations.evaluation import datamodeling_score, mislabeled
 from ntkit.explanations.retrainings import Retrainings
+from ntkit.report import explain_text
+from ntkit.trajectory.reruns import Reruns
 
 F64 = torch.float64
 ONES = torch.eye(6)[0]
@@ -346,3 +349,27 @@ def test_refusals_of_suspicion():
     with pytest.raises(Refused, match="a tensor"):
         mislabeled([0.0, 1.0, 2.0], wrong)  # pyrefly: ignore
     assert mislabeled(torch.tensor([2.0, 1.0, 0.0], requires_grad=True), wrong).value == 1
+
+
+def test_a_run_that_does_not_move_misses_nothing(monkeypatch):
+    """At learning rate 0 every change is 0, whatever rounding leaves between outputs of runs beside one another."""
+    x, y = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
+    net = torch.nn.Linear(3, 2)
+    sgd = lambda params: torch.optim.SGD(params, lr=0.0)
+    run = ntkit.train(net, (x, y), torch.nn.functional.cross_entropy, sgd, 2, batch_size=4)
+    plain = Reruns.run
+
+    def rounded(self, *args, **named):
+        values, ends = plain(self, *args, **named)
+        return values * (1 + 1e-7 * (named.get("keep") is None)), ends
+
+    monkeypatch.setattr(Reruns, "run", rounded)
+    found = ntkit.influence(run, x[:2], y[:2])
+    assert float(found.scores.abs().max()) == 0
+    assert (found.miss, found.metasmoothness) == (0.0, 1.0)
+    point = {"influence": {"helped": [], "hurt": []}, "residual": 0.0}
+    told = {"influence": influence_in_numbers(found), "accounting": {"bitwise": True}, "points": [point]}
+    told["influence"] |= {"own_error": 0.9, "finite_differences": 1.0}  # of rounding alone
+    assert "no training example has an influence on these margins" in explain_text.trust(told)
+    assert "kinks" not in explain_text.checks(told)
+    assert "nothing to compare with finite differences" in explain_text.checks(told)

@@ -449,3 +449,45 @@ def test_a_table_at_equal_loss_is_of_the_seeds_that_both_have():
     results = Results(SimpleNamespace(sizes=Sizes(losses=(0.3,))), {"moment": runs})
     (row,) = figures._comparison_section(results, [(one, other)]).items[0]["rows"]
     assert row[3] == "0.400 | 0.300"
+
+
+def test_a_setting_of_one_seed_is_not_counted(monkeypatch):
+    """Its claim has no condition, and all of no conditions hold: a kernel that got worse counted as much better."""
+    setting = Setting("digits 3/8", "mlp")
+
+    def one(seed: int, wrong: int) -> Result:
+        tangent = {"test_error": wrong / 10}
+        numbers = {"seed": seed, "status": "measured", "test_error": 0.1, "tangent": tangent}
+        return Result(numbers, {"tangent.wrong": np.arange(10) < wrong})
+
+    monkeypatch.setattr(beyond_claims, "added_runs", lambda work: [(setting, 0)])
+    monkeypatch.setattr(beyond_claims, "cosine_claim", lambda *_, **named: iter(()))
+    for seeds, told in ((1, []), (3, ["in 0 of 1 settings"])):
+        runs = {(setting, m): [one(seed, wrong) for seed in range(seeds)] for m, wrong in ((START, 2), ("0.3", 8))}
+        results = Results(SimpleNamespace(sizes=Sizes(losses=(0.3,))), {"moment": runs})
+        first, *rest = beyond_claims.added(results)
+        assert first.record()["holds"] is (None if seeds == 1 else False)
+        assert [claim.number for claim in rest] == told
+
+
+def test_layers_and_agreement_of_one_seed_are_not_judged():
+    setting = Setting("digits 3/8", "mlp")
+    tangent = {"test_error": 0.4, "agreement": 0.4, "correlation": 0.5}
+    layer = {"alone": {"test_error": 0.3}, "without": {"test_error": 0.2}}
+    numbers = {
+        "seed": 0,
+        "status": "measured",
+        "kinds": ["dense"],
+        "whole": {"test_error": 0.3},
+        "layers": {"0": layer},
+    }
+    numbers |= {"tangent": tangent, "conjugate": tangent}
+    names = ("tangent.wrong", "network.wrong")
+    run = Result(numbers, {"alone.wrong": np.zeros((1, 10))} | dict.fromkeys(names, np.zeros(10)))
+    work = Work(SIZES, (0,), ["digits"], Path())
+    moments = {(setting, START): [run], (setting, by_layer.END): [run]}
+    (claim,) = beyond_claims.layers(Results(work, {"layers": moments}))
+    assert (claim.record()["holds"], claim.note.partition("; ")[2]) == (None, "one seed, not judged")
+    runs = {(setting, START): [run], (setting, "0.3"): [run]}
+    (claim,) = beyond_claims.agreement(Results(SimpleNamespace(sizes=Sizes(losses=(0.3,))), {"moment": runs}))
+    assert (claim.record()["holds"], claim.note) == (None, "one seed, not judged")

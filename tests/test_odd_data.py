@@ -10,6 +10,7 @@ import torch
 
 from ntkit import data, probes
 from ntkit.base.checks import Refused
+from ntkit.commands.analyze import _unlearned
 
 ROWS = [(i, i % 2) for i in range(30)]
 
@@ -133,3 +134,12 @@ def test_characters_that_move_the_cursor_are_shown_as_their_escapes(tmp_path):
     assert {"\\x1b", "\\u202e", "red"} <= set(found.vocabulary)
     assert all(word.isprintable() for word in found.vocabulary)
     assert found.sentence(found.x_train[0]).startswith("so \\x1b [ 31m red \\u202e and w")
+
+
+def test_classes_in_the_test_set_alone_are_said():
+    x = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
+    names, y = ["a", "b", "c"], torch.tensor([0, 1, 0, 1, 0, 1])
+    told = _unlearned(data.from_tensors((x[:6], y), (x[6:], torch.tensor([0, 2, 2, 1])), class_names=names))
+    assert told.startswith("2 of 4 test examples are of classes without a training example (c): ")
+    assert _unlearned(data.from_tensors((x[:6], y), (x[6:], torch.tensor([0, 1, 0, 1])), class_names=names)) == ""
+    assert _unlearned(data.from_tensors((x[:6], x[:6, 0] ** 2), (x[6:], x[6:, 0] ** 2))) == ""

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO, cast
 
@@ -59,11 +59,15 @@ def launch(
     config
         A file of options, key = value: .toml, or the run.json of an earlier run. Options of the command line win.
     """
-    from ntkit.commands.option_file import with_options_of
+    from ntkit.commands.option_file import of_every_command, with_options_of
 
+    words: Sequence[str] = tokens
+    if config is not None:
+        of_file = of_every_command(config)
+        quiet, json_ = quiet or of_file["quiet"], json_ or of_file["json"]
+        words = with_options_of(config, tokens)
     _form.update(quiet=quiet, json=json_, out=sys.stdout)
     progress.show(not quiet)
-    words = tokens if config is None else with_options_of(config, tokens)
     if not json_:
         app(words)
         return

@@ -212,6 +212,8 @@ class _Run:
     def _open(self) -> None:
         s = self.settings
         self.data = s.load_data()
+        if note := _unlearned(self.data):
+            self.say(note)
         model = build(s.model, self.data.input_shape, self.data.outputs, s.seed, self.data.tokens)
         parts = ("x_train", "y_train", "x_test", "y_test")
         self.data = dataclasses.replace(self.data, **{p: getattr(self.data, p).to(self.device) for p in parts})
@@ -296,3 +298,18 @@ class _Run:
                 resume=(self.folder / "trajectory" / "run.json").exists(),
                 on_step=lambda step, loss: progress.advance(step + 1 - progress.done),
             )
+
+
+def _unlearned(data: Data) -> str:
+    """A note on classes that the test set has and the training set lacks; empty if there are none."""
+    if not data.classes:
+        return ""
+    train, test = (y.cpu().bincount(minlength=len(data.classes)) for y in (data.y_train, data.y_test))
+    alone = ((train == 0) & (test > 0)).nonzero().flatten().tolist()
+    if not alone:
+        return ""
+    names = ", ".join(data.classes[i] for i in alone[:5]) + ", …" * (len(alone) > 5)
+    return (
+        f"{int(test[alone].sum()):,} of {len(data.y_test):,} test examples are of classes without a training example "
+        f"({names}): nothing here can learn these, and they count as errors."
+    )

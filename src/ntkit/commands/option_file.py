@@ -12,6 +12,34 @@ from ntkit.base.checks import refusal
 from ntkit.base.files import read_bytes
 from ntkit.commands.settings import FULL_BATCH, in_present_names
 
+_OF_EVERY_COMMAND = ("quiet", "json")
+
+
+def of_every_command(file: Path) -> dict[str, bool]:
+    r"""Whether a file of options, as `with_options_of` takes it, says ``quiet`` and ``json``.
+
+    Raises
+    ------
+    Refused
+        When one of them is neither true nor false; as `with_options_of`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "mine.toml")
+    ...     _ = file.write_text("quiet = true\nlr = 0.1")
+    ...     of_every_command(file)
+    {'quiet': True, 'json': False}
+    """
+    told = _read(file)
+    values = {name: told.get(name, False) for name in _OF_EVERY_COMMAND}
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            fix = "Write it without quotes, or leave it out."
+            raise refusal(f"{file}, --{name}", got=repr(value)[:80], expected="true or false", fix=fix)
+    return values
+
 
 def with_options_of(file: Path, tokens: Iterable[str]) -> list[str]:
     r"""The words of a command line, and behind them the options of a file that they do not name.
@@ -20,13 +48,13 @@ def with_options_of(file: Path, tokens: Iterable[str]) -> list[str]:
     ----------
     file : a TOML file of ``key = value``, or a JSON file of such keys or with them under "settings". A key is an
         option's name, with "-" or "_". True stands for the option alone, a list for several values; false and null are
-        left out (null as a batch size is all examples).
+        left out (null as a batch size is all examples), and so is what `of_every_command` takes.
     tokens : the words of the command line; an option among them wins.
 
     Raises
     ------
     Refused
-        When the file is neither, or a value is a table.
+        When the file is neither, a value is a table, or it names another file of options.
 
     Examples
     --------
@@ -41,6 +69,11 @@ def with_options_of(file: Path, tokens: Iterable[str]) -> list[str]:
     given = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     for key, value in in_present_names(_read(file)).items():
         option = "--" + key.replace("_", "-")
+        if option.removeprefix("--") in _OF_EVERY_COMMAND:
+            continue
+        if option == "--config":
+            fix = "Write its options here, or name it on the command line."
+            raise refusal(f"{file}, {option}", got=repr(value)[:80], expected="no other file of options", fix=fix)
         if option == "--batch-size" and value is None:  # of a run made in Python: all examples, not the default
             value = FULL_BATCH
         if option not in given:

@@ -327,13 +327,15 @@ def _trial(replay: Replay, weights: Tensor, scores: Tensor, x: Batch, of: Output
     assign(replay.model, start, "the end of the run")
     real = values[0] - of.of_network(replay.model, x)
     predicted = scores @ (rows[0] - weights)
-    miss = float((predicted - real).norm() / real.norm().clamp_min(1e-300))
     moved, whole = 0.0, 0.0
     for name, (middle, last) in ends.items():
         first = start[name].to(middle)
         change = (last - first).abs().double()
         moved += float((change * (middle - first).sign() * (last - middle).sign()).sum())
         whole += float(change.sum())
+    if whole == 0:  # the runs end in the same parameters: outputs that differ, differ by rounding
+        real = torch.zeros_like(real)
+    miss = float((predicted - real).norm() / real.norm().clamp_min(1e-300))
     if not math.isfinite(moved) or not math.isfinite(miss):
         return -1.0, math.inf  # such a run diverged
     return moved / whole if whole else 1.0, miss

@@ -97,6 +97,8 @@ def _cards(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     trusted = "of their size; influence can be used" if r["influence"]["trusted"] else "do not trust the influence"
     error = explain_text.finite_differences(r)
     beside = "relative; runs in float64" if error else "no check: the run jumps at kinks"
+    if explain_text.without_influence(r):
+        error, beside = None, "no check: every influence is 0"
     return [
         ("after", "Changes missed in a trial, weights changed by 5 %", missed_in_trial, trusted),
         (

@@ -36,6 +36,11 @@ def quantity(told: dict[str, Any]) -> str:
 def trust(r: dict[str, Any]) -> str:
     """Whether influence can be trusted in this run; the first thing to say."""
     found = r["influence"]
+    if without_influence(r) and found["miss"] == 0:
+        return (
+            f"{judgments.TRUST.sentences['usable']}: no training example has an influence on these {quantity(r)}s, and "
+            "in a trial with all weights changed at random by 5 % they did not change."
+        )
     trial = (
         f"in a trial with all weights changed at random by 5 %, it missed the changes of the {quantity(r)}s by "
         f"{_share_beside(found['miss'])} of their size"
@@ -68,12 +73,20 @@ def finite_differences(r: dict[str, Any]) -> str | None:
     return plain(found["finite_differences"], 2) if known and 10 * found["own_error"] < 1 else None
 
 
+def without_influence(r: dict[str, Any]) -> bool:
+    """Whether the influence of every training example on every point is 0, as in a run at learning rate 0."""
+    return not any(point["influence"][side] for point in r["points"] for side in ("helped", "hurt"))
+
+
 def checks(r: dict[str, Any]) -> str:
     """Certificates of both methods in one sentence each."""
     found = r["influence"]
     bits = "the recorded bits" if r["accounting"]["bitwise"] else "the recorded values to rounding"
     sums = max(abs(point["residual"]) for point in r["points"])
     error = finite_differences(r)
+    if without_influence(r):
+        beside = "No training example has an influence: there is nothing to compare with finite differences."
+        return _sums(r, bits, sums) + beside
     beside = (
         f"Influence of the {_strongest(found['checked'])} differs from finite differences, from runs in float64 "
         f"with slightly other weights, by {plain(found['finite_differences'], 2)} of its size."
@@ -82,9 +95,13 @@ def checks(r: dict[str, Any]) -> str:
         f"{share(found['own_error'])}, since small changes of the weights cross kinks of the network (ReLU, "
         "max-pooling) and the run jumps. The real changes are the check."
     )
+    return _sums(r, bits, sums) + beside
+
+
+def _sums(r: dict[str, Any], bits: str, residual: float) -> str:
+    missed = plain(residual, 2)
     return (
-        f"The replayed run has {bits}. Sums of the accounting miss the network’s {quantity(r)}s by at most "
-        f"{plain(sums, 2)}. " + beside
+        f"The replayed run has {bits}. Sums of the accounting miss the network’s {quantity(r)}s by at most {missed}. "
     )
 
 
