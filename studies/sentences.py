@@ -195,7 +195,7 @@ PAPERS: dict[str, tuple[str, str, list[Sentence]]] = {
                 (
                     "The kernel machine draws",
                     "The posterior of the representation’s",
-                    "The posterior knows more about the network’s errors than the distance",
+                    "The posterior knows something of the network’s errors that the distance",
                     "Predictions rest on many",
                     "Within the class the nearer",
                 ),

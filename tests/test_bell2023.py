@@ -167,8 +167,8 @@ def changed(results, experiment, case, path, value):
         ("realistic", "digits", ("float32",), 1e-3, realistic.claims, "In single"),
         ("maps", None, ("agree kernel",), 0.99, plane.map_claims, "The kernel machine"),
         ("posterior", "tanh", ("both",), 0.0, generalization.claims, "The posterior of the"),
-        ("posterior", "digits", ("beyond",), 0.0, generalization.claims, "The posterior knows more about the network’s "
-         "errors than the distance to the data, digits"),
+        ("posterior", "digits", ("beyond",), 0.0, generalization.claims, "The posterior knows something of the "
+         "network’s errors that the distance to the data does not, digits"),
         ("made of", "digits", ("same top",), 0.0, generalization.claims, "Predictions rest"),
     ],
 )  # fmt: skip

@@ -192,7 +192,7 @@ def claims(results: Results) -> Iterator[Claim]:
         beyond, pairs = mean(_of(runs, "beyond")), [r for r in runs if r.numbers["auroc distance"] is not None]
         areas = [f"{mean(_of(pairs, f'auroc {w}')):.3f} ({w})" for w in ("deviation", "distance")] if pairs else []
         yield Claim(
-            f"The posterior knows more about the network’s errors than the distance to the data, {name}",
+            f"The posterior knows something of the network’s errors that the distance to the data does not, {name}",
             f"rank correlation with the error: deviation {mean(score):.2f}, distance {mean(distance):.2f}, difference "
             f"{mean(np.subtract(score, distance)):.2f}; deviation given the distance {beyond:.2f}"
             + (f"; AUROC for wrong classes {', '.join(areas)}" if areas else ""),
@@ -203,7 +203,7 @@ def claims(results: Results) -> Iterator[Claim]:
         )  # fmt: skip
     doubt = {name: mean(_of(runs, "beyond doubt")) for name, runs in groups.items()}
     yield Claim(
-        "The posterior knows more about the network’s errors than the network’s own doubt",
+        "The posterior knows something of the network’s errors that the network’s own doubt does not",
         "rank correlation with the error given 1 − largest softmax output: "
         + ", ".join(f"{name} {value:.2f}" for name, value in doubt.items()),
         [Condition("for each network it is", list(doubt.values()), CLEAR)],

@@ -89,7 +89,8 @@ def claims(results: Results) -> Iterator[Claim]:
     """Top contributors against other examples; the sum of contributions against the true change."""
     s = results.work.sizes
     for name, runs in results["removal"].items():
-        for other, words in (("random", "random examples of the same class"), ("near", "its nearest images in pixels")):
+        for other, which in (("random", "random examples"), ("near", "the nearest images")):
+            words = f"{which} of the same class"
             gaps = {
                 share: mean(np.subtract(_means(runs, share, other, "margin"), _means(runs, share, "top", "margin")))
                 for share in s.shares

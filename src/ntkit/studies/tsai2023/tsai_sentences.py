@@ -110,7 +110,7 @@ def exact(results: Results) -> Iterator[Claim]:
             runs = results["scores"][task]
             smooth = mean([run.numbers["certificates"][f"{method}: metasmoothness"] for run in runs])
             yield Claim(
-                f"{method.capitalize()} predicts {words} better than every other method, {task}",
+                f"{method.capitalize()} predicts {words} better than every method that is not exact, {task}",
                 f"rank correlation {correlation(results, task, method, what):.3f}; next best: {best}, "
                 f"{found[best]:.3f}; metasmoothness {smooth.value:.2f}",
                 [Condition("each difference is", gaps, CLEAR)],
