@@ -328,6 +328,7 @@ class GramSettings(PartOfData):
     def check(self) -> None:
         """Refuse invalid values, as `Settings.check`."""
         _check_choices(self, outputs=("trace", "sum", "full"), dtype=("float32", "float64"), device=_DEVICES)
+        _check_at_least(self, 1, "tile", "workers")
         self.check_data()
         check_seed(self.seed)
 

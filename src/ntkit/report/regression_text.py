@@ -20,8 +20,8 @@ from ntkit.report.analysis_text import (
 from ntkit.report.words import beside, counted, digits, listed, plain
 
 R2 = 2
-_LARGEST_R2 = 1e6  # from which R² has an exponent: no card has room for its digits
 """Decimals of R2, at least."""
+_LARGEST_R2 = 1e6  # from which R² has an exponent: no card has room for its digits
 _NAMES = {"init": "the kernel at initialization", "conjugate": "the conjugate kernel", "network": "the network itself"}
 
 
