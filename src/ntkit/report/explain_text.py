@@ -36,7 +36,7 @@ def quantity(told: dict[str, Any]) -> str:
 def trust(r: dict[str, Any]) -> str:
     """Whether influence can be trusted in this run; the first thing to say."""
     found = r["influence"]
-    if without_influence(r) and found["miss"] == 0:
+    if found["miss"] == 0 and without_influence(r):
         return (
             f"{judgments.TRUST.sentences['usable']}: no training example has an influence on these {quantity(r)}s, and "
             "in a trial with all weights changed at random by 5 % they did not change."
