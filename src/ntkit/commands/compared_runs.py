@@ -271,9 +271,9 @@ def _file_of(run: ComparedRun, name: str, found: Sequence[ComparedRun]) -> str:
     """A model or a file of weights by its name, with its factory and folders as far as others have the same name."""
     values = list(dict.fromkeys(getattr(other.settings, name) for other in found))
     values.remove(value := getattr(run.settings, name))
-    if value is None or name == "weights":
-        if value is None:
-            return "trained"
+    if value is None:
+        return "trained"
+    if name == "weights":
         own, others = Path(value).parts, [Path(other).parts for other in values if other is not None]
         return _ends([own, *others])[0]
     names = [_parts_of_model(other) for other in (value, *values)]

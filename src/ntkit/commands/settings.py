@@ -176,7 +176,8 @@ class Settings(DataSettings):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default or field.name in ("data", "model"):
-                values = value if isinstance(value, tuple) else (FULL_BATCH if value is None else value,)
+                value = FULL_BATCH if value is None else value  # None is the default of all others that may be None
+                values = value if isinstance(value, tuple) else (value,)
                 arguments += ["--" + field.name.replace("_", "-"), *map(str, values)]
         return arguments
 
