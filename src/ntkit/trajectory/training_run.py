@@ -40,8 +40,7 @@ class TrainingRun(RunWriter):
 
     def buffers(self) -> dict[str, Tensor]:
         """Copies of the model's buffers, by name."""
-        trained = {name for name, _ in self.model.named_parameters()}
-        return {name: tensor.clone() for name, tensor in self.tensors().items() if name not in trained}
+        return {name: tensor.detach().clone() for name, tensor in self.model.named_buffers()}
 
     def copy_network(self, buffers: dict[str, Tensor] | None = None) -> None:
         """Copy the network as it is now, with these buffers if any are passed."""
