@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from processes import command as started
@@ -22,6 +23,7 @@ from ntkit.commands.explain import explain_run
 from ntkit.commands.option_file import of_every_command, with_options_of
 from ntkit.commands.settings import CompareSettings, ExplainSettings, Settings, SolveSettings, TrackSettings
 from ntkit.commands.track import track_run
+from ntkit.studies import study
 
 
 def python_m_ntkit(*words, cwd):
@@ -193,6 +195,31 @@ def test_an_explanation_keeps_to_the_memory_of_its_run_or_its_own(run, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         explain_run(run[0] / "a", ExplainSettings(test=(3,), memory=given, out=tmp_path / "e"), say=str)
     assert asked == [bytes_]
+
+
+def test_a_study_and_a_tracking_say_that_they_go_on(run, tmp_path, monkeypatch):
+    """Ctrl-C at the first part of a study and at the second snapshot of a run; the snapshot before it is kept."""
+    lines = []
+
+    def stop(line):
+        lines.append(line)
+        if len(lines) == stop.at:
+            raise KeyboardInterrupt
+
+    stop.at = 1
+    with pytest.raises(KeyboardInterrupt):
+        study("jacot2018", out=tmp_path / "s", say=stop)
+    assert lines == ["outputs-8", "Stopped. What is finished is kept; the same command or call goes on."]
+    lines, stop.at = [], 3  # the heading and two snapshots
+    s = TrackSettings(out=tmp_path / "t", points=8, k=2)
+    with pytest.raises(KeyboardInterrupt):
+        track_run(run[0] / "a", s, say=stop)
+    assert lines[3:] == ["Stopped. What is finished is kept; the same command or call goes on."]
+    again, whole = [], []
+    track_run(run[0] / "a", s, say=again.append)
+    track_run(run[0] / "a", replace(s, out=tmp_path / "u"), say=whole.append)
+    assert lines[:3] + again[1:-1] == whole[:-1]
+    assert len(again) == 3  # the heading, the snapshot that was left, the report
 
 
 def test_forms_of_values(tmp_path):

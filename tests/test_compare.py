@@ -290,7 +290,7 @@ def test_stopped_it_goes_on_and_gives_the_same_bytes(
     monkeypatch.setattr(command, "_networks", stopping)
     with pytest.raises(KeyboardInterrupt):
         compare([*trained, *untrained], **s, say=lines.append)
-    assert lines[-1].startswith("Stopped. What is finished is kept. Go on with: ntkit compare ")
+    assert lines[-1] == "Stopped. What is finished is kept; the same command or call goes on."
     computed = []
     monkeypatch.setattr(command, "_networks", lambda run, *rest: computed.append(run.place) or whole(run, *rest))
     compare([*trained, *untrained], **s)
@@ -305,6 +305,7 @@ def test_stopped_it_goes_on_and_gives_the_same_bytes(
 def test_damaged_kernels_are_computed_again(trained: list[Path], tmp_path: Path) -> None:
     s, lines = dict(out=tmp_path / "out", points=5), []
     before = (compare(trained[:2], **s) / "results.json").read_bytes()
+    assert f"--points {s['points']} --out" in json.loads(before)["command"]
     (tmp_path / "out" / "results.json").unlink()
     file = tmp_path / "out" / "arrays" / "kernels-2.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -15,6 +15,16 @@ _SILENT = 2.0  # seconds before the first output: short calls print nothing
 _LONG = 20.0  # expected seconds from which the duration is printed beforehand
 _LINE_EVERY = 20.0  # seconds between plain lines, where no terminal redraws a bar
 _BAR, _BAR_EVERY = 30, 0.2  # of a notebook's bar: characters, and seconds between drawings
+
+
+@contextmanager
+def stop_note(say: Callable[[str], None]) -> Iterator[None]:
+    """On Ctrl-C, say that what is finished is kept, where the same command or call goes on from it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("Stopped. What is finished is kept; the same command or call goes on.")
+        raise
 
 
 class Task:

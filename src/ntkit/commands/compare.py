@@ -23,7 +23,7 @@ from ntkit.base.files import read_arrays_and_metadata, read_json, remove, write_
 from ntkit.base.integrity import check_place, fingerprint
 from ntkit.base.lock import FolderLock, check_unused
 from ntkit.base.memory import parse_memory
-from ntkit.base.progress import task
+from ntkit.base.progress import stop_note, task
 from ntkit.base.regular_files import check_folder
 from ntkit.base.tensors import tensor_hash
 from ntkit.base.versions import check_format, versions
@@ -96,16 +96,11 @@ def compare(
     common = spread(len(found[0].rows), s.points)
     own = {"format": COMPARE_FORMAT, "kind": KIND, "of": [run.id for run in found], "points": len(common)}
     work = _Work(place, s, trust, say, own)
-    try:
-        with FolderLock(place):
-            _begin(place, own, overwrite)
-            if not _is_complete(place, own, found):
-                write_json(place / "results.json", _results(found, work))
-            say(f"report: {render_comparison(place)}")
-    except KeyboardInterrupt:
-        command = ["ntkit", "compare", *map(str, runs), "--points", str(s.points), "--out", str(place)]
-        say(f"Stopped. What is finished is kept. Go on with: {shlex.join(command)}")
-        raise
+    with stop_note(say), FolderLock(place):
+        _begin(place, own, overwrite)
+        if not _is_complete(place, own, found):
+            write_json(place / "results.json", _results(found, work))
+        say(f"report: {render_comparison(place)}")
     return place
 
 
@@ -130,6 +125,7 @@ def _results(found: list[ComparedRun], work: _Work) -> dict[str, Any]:
     labels = runs_of.group_labels(found)
     names = runs_of.differing(found)
     first = found[0].results
+    command = ["ntkit", "compare", *(str(run.folder) for run in found), "--points", str(work.settings.points)]
     return work.own | {
         "title": f"{len(found)} runs on {first['data']['name']}",
         "data": {key: first["data"][key] for key in ("name", "kind", "classes", "input_shape", "normalization")}
@@ -144,7 +140,7 @@ def _results(found: list[ComparedRun], work: _Work) -> dict[str, Any]:
         "kernels": _alignments(found, [pair for pair, _ in kernels]) | {"points": work.own["points"]},
         "certificates": [certificate for _, certificate in kernels],
         "versions": {"now": versions(), "differ": _versions_that_differ(found)},
-        "command": shlex.join(["ntkit", "compare", *(str(run.folder) for run in found), "--out", str(work.place)]),
+        "command": shlex.join([*command, "--out", str(work.place)]),
     }
 
 

@@ -23,6 +23,7 @@ from ntkit.base.integrity import check_place, fingerprint
 from ntkit.base.lock import FolderLock, check_unused
 from ntkit.base.memory import parse_memory
 from ntkit.base.numbers import is_integer
+from ntkit.base.progress import stop_note
 from ntkit.base.regular_files import check_folder
 from ntkit.base.tensors import read_tensors_and_metadata, write_tensors
 from ntkit.base.trust import code_of_run
@@ -97,17 +98,11 @@ def explain_run(
     opened = _opened(run, s, trust)
     points = points_of.chosen_points(opened.task, opened.model, _checked_indices(s.test, opened.task))
     place = s.out or run / "explain"
-    try:
-        with FolderLock(place):
-            _begin(place, opened, points, overwrite)
-            if not _is_complete(place, opened):
-                _explain(place, opened, points, run, say)
-            say(f"report: {render_explanation(place)}")
-    except KeyboardInterrupt:
-        command = ["ntkit", "explain", str(run), *(["--out", str(s.out)] if s.out else [])]
-        command += ["--test", *map(str, s.test)] if s.test else []
-        say(f"Stopped. What is finished is kept. Go on with: {shlex.join(command)}")
-        raise
+    with stop_note(say), FolderLock(place):
+        _begin(place, opened, points, overwrite)
+        if not _is_complete(place, opened):
+            _explain(place, opened, points, run, say)
+        say(f"report: {render_explanation(place)}")
     return place
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ntkit.base.checks import Refused, defined, refusal
 from ntkit.base.files import read_json
 from ntkit.base.lock import FolderLock
+from ntkit.base.progress import stop_note
 from ntkit.base.regular_files import check_folder
 from ntkit.base.run_files import check_is_folder
 from ntkit.base.tensors import chosen_device
@@ -73,6 +74,23 @@ def track_run(
     network, x, y = network.to(device), x.to(device), y.to(device)
     place = s.out or run / "track"
     say(" ".join(f"{title:>{len(form.format(0))}}" for title, _, form in _COLUMNS))
+    with stop_note(say):
+        tracked = _followed(folder, network, x, y, s, place, say)
+    if s.tensorboard is not None:
+        tracked.to_tensorboard(s.tensorboard)
+    from ntkit.report import render_tracked
+
+    with FolderLock(place):
+        if x.dim() == 4 and s.outputs == "trace":
+            _draw(tracked, x, place)
+        say(f"report: {render_tracked(place)}")
+    return place
+
+
+def _followed(
+    folder: Path, network: nn.Module, x: Tensor, y: Tensor, s: TrackSettings, place: Path, say: Callable[[str], None]
+) -> Tracked:
+    """Track the snapshots that are there; with `follow`, also those that come, until the run ends."""
     while True:
         trajectory = Trajectory.open(folder)
         ended = trajectory.status != "running"
@@ -88,17 +106,8 @@ def track_run(
                 raise
             continue
         if ended or not s.follow:
-            break
+            return tracked
         time.sleep(_PAUSE)
-    if s.tensorboard is not None:
-        tracked.to_tensorboard(s.tensorboard)
-    from ntkit.report import render_tracked
-
-    with FolderLock(place):
-        if x.dim() == 4 and s.outputs == "trace":
-            _draw(tracked, x, place)
-        say(f"report: {render_tracked(place)}")
-    return place
 
 
 def _draw(tracked: Tracked, x: Tensor, place: Path) -> None:

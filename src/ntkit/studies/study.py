@@ -31,6 +31,7 @@ from ntkit.base.files import (
 )
 from ntkit.base.integrity import check_place, damaged, fingerprint
 from ntkit.base.lock import FolderLock
+from ntkit.base.progress import stop_note
 from ntkit.base.run_files import PartFile, described
 from ntkit.base.versions import STUDY_FORMAT, check_format, earlier_versions, versions
 from ntkit.studies.claim import Claim, as_markdown
@@ -78,7 +79,8 @@ def study(
         if value not in options:
             raise refusal(what, got=repr(value), expected=" or ".join(options), fix=nearest(value, options))
     folder = Path(out) if out is not None else Path("runs") / f"{name}-{scale}"
-    return import_module(f"ntkit.studies.{name}").STUDY.run(scale, folder, say, data_dir)
+    with stop_note(say):
+        return import_module(f"ntkit.studies.{name}").STUDY.run(scale, folder, say, data_dir)
 
 
 class Sizes(SimpleNamespace):
