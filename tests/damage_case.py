@@ -24,7 +24,8 @@ from ntkit.commands.track import track_run
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report import render
 from ntkit.studies.claim import Bound, Claim, Condition
-from ntkit.studies.study import Result, Section, Sizes, Study, StudyPart, Work, table
+from ntkit.studies.part import Result, Sizes, StudyPart, Work
+from ntkit.studies.study import Section, Study, table
 from ntkit.tracking import Tracked
 from ntkit.trajectory import Trajectory, record, run_writer, train
 

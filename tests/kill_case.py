@@ -22,7 +22,8 @@ from ntkit.commands import analyze as analysis
 from ntkit.commands import track as tracking
 from ntkit.studies import kopitkov2019 as kopitkov
 from ntkit.studies.kopitkov2019 import learned_pictures, optimizers
-from ntkit.studies.study import Results, Section, Sizes, StudyPart, Work, table
+from ntkit.studies.part import Sizes, StudyPart, Work
+from ntkit.studies.study import Results, Section, table
 from ntkit.trajectory import run_writer
 
 IMPORTED = (analysis, tracking)  # a command would import them in the time in which it is killed

@@ -30,7 +30,8 @@ from ntkit.studies.bell2023 import (
     removal,
     unseen,
 )
-from ntkit.studies.study import Result, Results, Sizes, Work
+from ntkit.studies.part import Result, Sizes, Work
+from ntkit.studies.study import Results
 from ntkit.tracking.losses import cross_entropy
 
 SMALL = Sizes(
@@ -60,6 +61,7 @@ def bell_folder(tmp_path_factory):
         patch.setattr(pictures, "RECIPES", {name: pictures.RECIPES[name] for name in ("momentum", "adamw")})
         with pytest.raises(KeyboardInterrupt):
             ntkit.study("bell2023", out=place, say=stop)
+        assert said.pop().startswith("Stopped.")
         assert json.loads((place / "run.json").read_text())["status"] == "running"
         first = list(said)
         ntkit.study("bell2023", out=place, say=said.append)

@@ -20,7 +20,7 @@ from ntkit.commands.gram_on_disk import gram
 from ntkit.commands.settings import ExplainSettings, GramSettings, TrackSettings
 from ntkit.commands.track import track_run
 from ntkit.studies.jacot2018 import random_kernels
-from ntkit.studies.study import Sizes, Work
+from ntkit.studies.part import Sizes, Work
 from ntkit.testing import assert_equal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -14,7 +14,8 @@ import ntkit
 from ntkit.base.checks import Refused
 from ntkit.studies import jacot2018 as jacot
 from ntkit.studies.jacot2018 import component, jacot_setting, random_kernels, regression
-from ntkit.studies.study import Result, Results, Sizes, Work
+from ntkit.studies.part import Result, Sizes, Work
+from ntkit.studies.study import Results
 
 TOY = Sizes(
     output_widths=(4, 80, 160), output_seeds=40, gradient_widths=(16, 64), gradient_seeds=3,
@@ -55,6 +56,7 @@ def folder(tmp_path_factory):
         patched(patch)
         with pytest.raises(KeyboardInterrupt):
             ntkit.study("jacot2018", out=place, say=stop)
+        assert said.pop().startswith("Stopped.")
         titles = [section["title"] for section in record(place)["sections"]]
         assert (len(titles), titles[-1]) == (5, "Positive definiteness and convergence")  # what was finished
         assert (place / "report.html").exists()

@@ -19,7 +19,8 @@ from ntkit.studies.jacot2018 import (
     outputs_at_start,
 )
 from ntkit.studies.jacot2018.jacot_setting import circle, course, limit, network
-from ntkit.studies.study import Result, Results, Sizes, Work
+from ntkit.studies.part import Result, Sizes, Work
+from ntkit.studies.study import Results
 
 SIZES = Sizes(
     output_seeds=800, gradient_seeds=10, constancy_seeds=20, constancy_steps=100, sets=10, flow_seeds=10,

@@ -9,7 +9,8 @@ import torch
 import ntkit
 from ntkit.studies.kopitkov2019 import constant_kernel, decay, kopitkov_setting, learned_pictures, learning_speed
 from ntkit.studies.kopitkov2019.kopitkov_setting import LearnedPicture
-from ntkit.studies.study import Result, Results, Sizes, Work
+from ntkit.studies.part import Result, Sizes, Work
+from ntkit.studies.study import Results
 from ntkit.tracking import half_squared
 
 SIZES = Sizes(seeds=2, side=6, width=8, steps=24, lr=0.05, decay=8, k=12, top=5, points=30, digit_steps=20)

@@ -23,7 +23,8 @@ from ntkit.studies.claim import Bound, Estimate
 from ntkit.studies.long2021 import evidence, figures, long_setting, moments, sentences
 from ntkit.studies.long2021.long_setting import START, Setting
 from ntkit.studies.official_files import official_files
-from ntkit.studies.study import Result, Results, Sizes, Work
+from ntkit.studies.part import Result, Sizes, Work
+from ntkit.studies.study import Results
 from ntkit.trajectory.batch_order import batch_indices
 
 TOY = Sizes(train=100, test=60, losses=(0.6, 0.3, 1e-9), epochs=30, vgg_epochs=1, seeds=2, few=1, probed=20)

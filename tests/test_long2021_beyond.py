@@ -31,7 +31,8 @@ from ntkit.studies.long2021.long_setting import (
 )
 from ntkit.studies.long2021.many_classes import RIDGES, SOFT, chosen_ridge, of_classes
 from ntkit.studies.long2021.moments import moment_part
-from ntkit.studies.study import Result, Results, Sizes, Work
+from ntkit.studies.part import Result, Sizes, Work
+from ntkit.studies.study import Results
 from ntkit.testing import assert_equal, check_kernel
 
 TOY = Sizes(train=60, test=40, losses=(2.5, 0.6), epochs=6, vgg_epochs=3, seeds=1, few=1, probed=6)

@@ -30,7 +30,8 @@ from ntkit.studies.long2021 import (
     sentences,
 )
 from ntkit.studies.long2021.long_setting import START, Extent, Setting
-from ntkit.studies.study import Result, Results, Sizes, Work
+from ntkit.studies.part import Result, Sizes, Work
+from ntkit.studies.study import Results
 from ntkit.trajectory.batch_order import batch_indices
 
 N, M = 24, 20

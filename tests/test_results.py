@@ -18,7 +18,8 @@ from ntkit.studies.bell2023 import other_kernels
 from ntkit.studies.claim import as_markdown
 from ntkit.studies.jacot2018 import definiteness, outputs_at_start
 from ntkit.studies.kopitkov2019.kopitkov_setting import picture
-from ntkit.studies.study import Results, Sizes, Work, mlp
+from ntkit.studies.part import Sizes, Work
+from ntkit.studies.study import Results, mlp
 
 RESULTS = Path(__file__).parents[1] / "studies" / "results"
 FOLDERS = sorted(RESULTS.glob("*"))

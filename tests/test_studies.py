@@ -16,7 +16,8 @@ from ntkit.base.files import read_arrays
 from ntkit.studies import kopitkov2019 as kopitkov
 from ntkit.studies.claim import Between, Bound, Claim, Condition, Estimate, Order, Within, mean
 from ntkit.studies.kopitkov2019 import optimizers
-from ntkit.studies.study import Result, Section, Sizes, Study, StudyPart, curve, lines, mlp, table
+from ntkit.studies.part import Result, Sizes, StudyPart
+from ntkit.studies.study import Section, Study, curve, lines, mlp, table
 
 TOY = Sizes(seeds=2, side=6, width=8, steps=24, lr=0.05, decay=8, k=12, top=5, points=30, digit_steps=20)
 
@@ -46,6 +47,7 @@ def folder(tmp_path_factory):
         ntkit.study("kopitkov2019", out=place, say=again.append)
         assert (place / "results.json").read_bytes() == before  # same run, same bytes
         assert not again  # nothing is trained or measured twice
+    assert said.pop(4) == "Stopped. What is finished is kept; the same command or call goes on."
     assert said[3] == said[4]  # the stopped part is computed again, nothing else
     assert len(set(said)) == len(said) - 1 == 2 * (6 + 1 + 3) + 2
     return place

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import ntkit
 from ntkit.studies import tsai2023 as tsai
-from ntkit.studies.study import Result, Results, Sizes, Work
+from ntkit.studies.part import Result, Sizes, Work
+from ntkit.studies.study import Results
 from ntkit.studies.tsai2023 import methods, tsai_setting, wrong_labels
 from ntkit.studies.tsai2023.tsai_sentences import exact, questions
 
@@ -36,6 +37,7 @@ def folder(tmp_path_factory):
         patch.setattr(tsai, "STUDY", replace(tsai.STUDY, scales={"quick": TOY}))
         with pytest.raises(KeyboardInterrupt):
             ntkit.study("tsai2023", out=place, say=stop)
+        assert said.pop().startswith("Stopped.")
         early = json.loads((place / "results.json").read_text())  # written while the study runs
         assert 0 < len(early["claims"]) < 11
         first = list(said)

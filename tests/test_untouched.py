@@ -24,7 +24,7 @@ from torch import nn
 import ntkit
 from ntkit.probes import rotate, shift, shuffle_patches, swap_quadrants, zoom
 from ntkit.studies import kopitkov2019
-from ntkit.studies.study import Sizes
+from ntkit.studies.part import Sizes
 
 # Importing these adds warning filters and draws random numbers, once a process and by no doing of ours: done before.
 IMPORTED = (jinja2, plotly.offline, scipy.sparse.linalg, sklearn.datasets, sympy, zarr)

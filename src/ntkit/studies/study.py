@@ -8,35 +8,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from ntkit.base.checks import Damaged, nearest, refusal
-from ntkit.base.files import (
-    read_arrays_and_metadata,
-    read_json,
-    read_json_and_checksum,
-    remove,
-    write_arrays,
-    write_json,
-    write_page,
-)
-from ntkit.base.integrity import check_place, damaged, fingerprint
+from ntkit.base.checks import nearest, refusal
+from ntkit.base.files import read_json, write_arrays, write_json, write_page
+from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import FolderLock
 from ntkit.base.progress import stop_note
-from ntkit.base.run_files import PartFile, described
 from ntkit.base.versions import STUDY_FORMAT, check_format, earlier_versions, versions
 from ntkit.studies.claim import Claim, as_markdown
 from ntkit.studies.official_files import official_files
-from ntkit.trajectory import Trajectory
+from ntkit.studies.part import Result, Sizes, StudyPart, Work
+from ntkit.studies.part_processes import compute, one_thread, processes
 
 STUDIES = ("jacot2018", "kopitkov2019", "long2021", "bell2023", "tsai2023")
 SCALES = ("quick", "paper")
@@ -81,98 +72,6 @@ def study(
     folder = Path(out) if out is not None else Path("runs") / f"{name}-{scale}"
     with stop_note(say):
         return import_module(f"ntkit.studies.{name}").STUDY.run(scale, folder, say, data_dir)
-
-
-class Sizes(SimpleNamespace):
-    """Sizes of a study's experiments by name: numbers, and tuples of numbers."""
-
-
-class Result(NamedTuple):
-    """Result of one part: numbers as JSON has them, and arrays."""
-
-    numbers: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class StudyPart:
-    """One experiment, whose finished result is kept as a file.
-
-    Attributes
-    ----------
-    experiment, case : claims and sections find the result in ``results[experiment][case]``, a list over seeds.
-    name : name of its files in the folder ``parts``, and its progress line.
-    compute, arguments : ``compute(work, *arguments)`` gives the result.
-    """
-
-    experiment: str
-    case: Any
-    name: str
-    compute: Callable[..., Result]
-    arguments: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class Work:
-    """Input of every part: the study's sizes, seeds, data sets and folder, folders of official files, progress."""
-
-    sizes: Sizes
-    seeds: Sequence[int]
-    sets: Sequence[str]
-    folder: Path
-    files: Mapping[str, Path] = field(default_factory=dict)
-    progress: Callable[[str], None] = lambda line: None
-    id: str = ""
-    earlier: dict[str, Any] = field(default_factory=dict)  # the entry of run.json on other versions that worked here
-
-    def folder_of(self, data: str) -> Path | None:
-        """Folder of a data set's official files; None for the digits, which come with scikit-learn."""
-        return None if data == "digits" else self.files[data]
-
-    def result(self, part: StudyPart) -> Result:
-        """Read a finished part, or compute it and write its files; a damaged one is computed again."""
-        numbers, arrays = (self.folder / "parts" / f"{part.name}.{kind}" for kind in ("json", "safetensors"))
-        if numbers.exists():
-            try:
-                return self._stored(part.name, numbers, arrays)
-            except Damaged as error:
-                self.progress(f"{error} This part is computed again.")
-        self.progress(part.name)
-        result = part.compute(self, *part.arguments)
-        digest = write_arrays(arrays, result.arrays) if result.arrays else None
-        # written last: with this file the part counts as finished
-        write_json(numbers, {"part": part.name, "study": self.id, "numbers": result.numbers, "arrays": digest})
-        return self._stored(part.name, numbers, arrays)
-
-    def finished(self, part: StudyPart) -> bool:
-        """Whether the part's files are there."""
-        return (self.folder / "parts" / f"{part.name}.json").exists()
-
-    def _stored(self, name: str, numbers: Path, arrays: Path) -> Result:
-        told, checksum = read_json_and_checksum(numbers)
-        if checksum is None and not (isinstance(told, dict) and "part" in told):  # an earlier version: numbers alone
-            return Result(told, read_arrays_and_metadata(arrays)[0] if arrays.exists() else {})
-        described(numbers, told, PartFile)
-        check_place(numbers, told, part=name, study=self.id or told["study"])
-        if told["arrays"] is None:
-            return Result(told["numbers"], {})
-        if not arrays.exists():
-            raise damaged(arrays, "no such file")
-        found, metadata = read_arrays_and_metadata(arrays)
-        if metadata.get("sha256") != told["arrays"]:
-            raise damaged(arrays, f"not the file that {numbers.name} was written with")
-        return Result(told["numbers"], found)
-
-    def trajectory(self, name: str) -> Path:
-        """Folder of a training run, which is resumed where it was stopped; one that cannot be read is deleted."""
-        folder = self.folder / "runs" / name / "trajectory"
-        try:
-            if (folder / "run.json").exists():
-                Trajectory.open(folder)
-        except Damaged as error:
-            self.progress(f"{error} The network is trained again.")
-            remove(folder)
-        return folder
 
 
 @dataclass(frozen=True)
@@ -241,17 +140,6 @@ def table(title: str, columns: Sequence[str], rows: list[list[str]], note: str =
     return {"kind": "table", "title": title, "columns": list(columns), "rows": rows, "note": note, "folded": folded}
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread: in small networks threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -286,7 +174,8 @@ class Study:
     name, title : name on the command line, title of the report.
     paper : authors, title, year, reference.
     scales : sizes of the experiments by name of the scale.
-    parts : functions that list the parts, in the order in which they run.
+    parts : functions that list the parts, in the order in which they run. Parts of one function may run at the same
+        time, on a scale of one thread; they may use what parts of earlier functions left, and not each other.
     claims, sections : functions that list claims and report sections from the results, in the report's order.
     about, departures : what was done, in a paragraph; what differs from the paper.
     certificate : text, cards and table at the top of the report; empty where there is none yet.
@@ -297,7 +186,7 @@ class Study:
     official_only : scales at which, with such files, the digits of scikit-learn are left out.
     unfinished : whether claims and sections take what is finished: then the report is also written
         in between, once a minute at most, and when it is stopped.
-    single_thread : scales that run on one thread, since their networks are small.
+    single_thread : scales whose networks are small: each part runs on one thread, several parts in several processes.
     """
 
     name: str
@@ -341,25 +230,31 @@ class Study:
                 progress(f"Finished parts are kept. Other versions worked here before: {earlier}")
             told |= work.earlier
             write_json(start, told | {"status": "running"})
+            number = processes() if scale in self.single_thread else 1
             with one_thread() if scale in self.single_thread else nullcontext():
-                changed = self.unfinished  # parts may have come from another machine
-                written = -math.inf
-                for part in self._parts(work):
-                    finished = work.finished(part)
-                    if changed and not finished and time.monotonic() - written > PAUSE:
-                        self._write(self.results(work, finished=True), header)
-                        changed, written = False, time.monotonic()
-                    try:
-                        work.result(part)
-                    except KeyboardInterrupt:
-                        if changed:
-                            self._write(self.results(work, finished=True), header)
-                        raise
-                    changed = changed or (self.unfinished and not finished)
+                self._compute(work, header, number)
                 results = self.results(work)
             self._write(results, header)
             write_json(start, told | {"status": "complete", "parts": [part.name for part in self._parts(work)]})
         return folder
+
+    def _compute(self, work: Work, header: dict[str, Any], number: int) -> None:
+        """Compute the parts that are not finished; write the report in between, where it shows unfinished work."""
+        changed, written = self.unfinished, -math.inf  # parts may have come from another machine
+
+        def between(new: bool, pause: float = PAUSE) -> None:
+            nonlocal changed, written
+            changed = changed or (self.unfinished and new)
+            if changed and time.monotonic() - written > pause:
+                self._write(self.results(work, finished=True), header)
+                changed, written = False, time.monotonic()
+
+        try:
+            for listed in self.parts:
+                compute(work, list(listed(work)), number, between)
+        except KeyboardInterrupt:
+            between(new=False, pause=-1)
+            raise
 
     def header(self, scale: str, sets: Sequence[str]) -> dict[str, Any]:
         """What the study is, at a scale and on some data sets: two folders with the same can share their parts."""

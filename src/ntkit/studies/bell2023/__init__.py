@@ -24,7 +24,8 @@ from ntkit.studies.bell2023 import (
     unseen,
 )
 from ntkit.studies.bell2023.bell_setting import SEEDS, relative
-from ntkit.studies.study import Results, Section, Sizes, Study, once_complete
+from ntkit.studies.part import Sizes
+from ntkit.studies.study import Results, Section, Study, once_complete
 
 SCALES = {
     "quick": Sizes(
@@ -160,7 +161,9 @@ STUDY = Study(
     scales=SCALES,
     parts=[
         plane.parts,
+        plane.map_parts,
         pictures.parts,
+        pictures.further_parts,
         architectures.parts,
         realistic.parts,
         other_kernels.parts,

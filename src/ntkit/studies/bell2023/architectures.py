@@ -12,7 +12,8 @@ from ntkit.report.words import plain
 from ntkit.studies.bell2023 import plane
 from ntkit.studies.bell2023.bell_setting import ROUNDING, SURE, images, relative, rounding, sgd
 from ntkit.studies.claim import Bound, Claim, Condition, mean
-from ntkit.studies.study import Item, Result, Results, StudyPart, Work, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Item, Results, table
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import train
 

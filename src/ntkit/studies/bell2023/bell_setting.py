@@ -18,7 +18,8 @@ from ntkit.data import load
 from ntkit.kernels.path.integration import Integration, points
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.studies.claim import Bound
-from ntkit.studies.study import Result, Work, device
+from ntkit.studies.part import Result, Work
+from ntkit.studies.study import device
 from ntkit.trajectory import Trajectory
 
 METHODS: dict[Integration, str] = {"secant": "exact (secant)", "left": "start of each step", "ntk": "initial gradients"}

@@ -14,7 +14,8 @@ from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report.words import plain
 from ntkit.studies.bell2023.bell_setting import gray
 from ntkit.studies.bell2023.pictures import learned, rebuilt
-from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Item, Results, Section, curve, lines, table
 
 CASES, IMAGES = 4, 5  # test images; training images for and against each
 

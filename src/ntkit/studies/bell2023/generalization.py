@@ -16,7 +16,8 @@ from ntkit.studies.bell2023 import pictures, plane
 from ntkit.studies.bell2023.bell_setting import CLEAR, ROUNDING, SURE, errors, images, rounding
 from ntkit.studies.bell2023.own_kernel import definiteness, own_kernel, posterior, rank_correlations, ranks
 from ntkit.studies.claim import Bound, Claim, Condition, mean
-from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Item, Results, Section, table
 
 RULES = {"tanh": ("gauss", 16), "relu": ("midpoint", 20)}  # of the matrices whose eigenvalues are judged
 READINGS = {

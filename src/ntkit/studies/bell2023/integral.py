@@ -27,7 +27,8 @@ from ntkit.studies.bell2023.bell_setting import (
 )
 from ntkit.studies.bell2023.own_kernel import ranks
 from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, curve, device, lines, mlp
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, curve, device, lines, mlp
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 

@@ -26,7 +26,8 @@ from ntkit.studies.bell2023.bell_setting import (
     summed_changes,
 )
 from ntkit.studies.claim import Bound, Claim, Condition, Estimate, mean
-from ntkit.studies.study import Item, Result, Results, StudyPart, Work, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Item, Results, table
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 

@@ -30,7 +30,8 @@ from ntkit.studies.bell2023.bell_setting import (
     weighted_cross_entropy,
 )
 from ntkit.studies.claim import Bound, Claim, Condition, Order, mean
-from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Item, Results, Section, curve, lines, table
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
@@ -70,8 +71,12 @@ RECIPES = {
 
 
 def parts(work: Work) -> Iterator[StudyPart]:
-    """Rebuilt logits by data set; errors by number of nodes; the other optimizers, on digits."""
+    """Rebuilt logits by data set."""
     yield from (rebuilt(name, seed) for name in work.sets for seed in work.seeds)
+
+
+def further_parts(work: Work) -> Iterator[StudyPart]:
+    """Errors by number of nodes, of the networks that `parts` has trained; the other optimizers, on digits."""
     for name in work.sets:
         for seed in work.seeds:
             yield StudyPart("nodes", name, f"{name}-nodes-seed-{seed}", _nodes, (name, seed))

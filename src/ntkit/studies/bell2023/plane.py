@@ -25,7 +25,8 @@ from ntkit.studies.bell2023.bell_setting import (
 )
 from ntkit.studies.bell2023.own_kernel import own_kernel, posterior
 from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
-from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, device, lines, mlp, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Item, Results, Section, curve, device, lines, mlp, table
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 
@@ -65,10 +66,14 @@ def trained(work: Work, activation: str, seed: int) -> tuple[nn.Module, Trajecto
 
 
 def parts(work: Work) -> Iterator[StudyPart]:
-    """Errors of the rules by activation; maps of one ReLU network."""
+    """Errors of the rules by activation."""
     for name in ACTIVATIONS:
         for seed in work.seeds:
             yield StudyPart("plane", name, f"plane-{name}-seed-{seed}", _rule_errors, (name, seed))
+
+
+def map_parts(work: Work) -> Iterator[StudyPart]:
+    """Maps of one ReLU network, of those that `parts` has trained."""
     for seed in work.seeds:
         yield StudyPart("maps", None, f"maps-relu-seed-{seed}", _maps, ("relu", seed))
 

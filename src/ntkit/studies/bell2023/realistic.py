@@ -12,7 +12,8 @@ from ntkit.report.words import plain
 from ntkit.studies.bell2023.bell_setting import ROUNDING, images, rounding, sgd
 from ntkit.studies.bell2023.pictures import accuracy
 from ntkit.studies.claim import Bound, Claim, Condition, mean
-from ntkit.studies.study import Item, Result, Results, StudyPart, Work, device, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Item, Results, device, table
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import train
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from ntkit.studies.bell2023.bell_setting import CLEAR, Images, cnn, images, sgd, weighted, weighted_cross_entropy
 from ntkit.studies.bell2023.pictures import rebuilt
 from ntkit.studies.claim import Claim, Condition, mean
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, curve, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, curve, lines, table
 from ntkit.trajectory import train
 
 CHOICES = {"top": "top contributors", "near": "nearest images", "random": "random, same class"}

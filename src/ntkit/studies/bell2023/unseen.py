@@ -16,7 +16,8 @@ from ntkit.measures.novelty import novelty
 from ntkit.report.words import plain
 from ntkit.studies.bell2023.bell_setting import CLEAR, SURE, cnn, images, sgd
 from ntkit.studies.claim import Bound, Claim, Condition, mean
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, table
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import train
 

@@ -22,7 +22,8 @@ from ntkit.studies.jacot2018 import (
     regression,
 )
 from ntkit.studies.jacot2018.jacot_setting import BETA, DEPTH, LR
-from ntkit.studies.study import Results, Sizes, Study, once_complete
+from ntkit.studies.part import Sizes
+from ntkit.studies.study import Results, Study, once_complete
 
 SCALES = {
     "quick": Sizes(

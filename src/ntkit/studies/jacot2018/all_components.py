@@ -14,7 +14,8 @@ from ntkit.studies.claim import Bound, Claim, Condition, Estimate, mean
 from ntkit.studies.jacot2018.component import DEPTH, digits
 from ntkit.studies.jacot2018.interval_tests import ERRORS, power
 from ntkit.studies.jacot2018.jacot_setting import by_width, course, limit, network, outputs, short_curve
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, device, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, device, lines, table
 
 LEADING = 8
 BATCH = 128

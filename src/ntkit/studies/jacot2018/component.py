@@ -17,7 +17,8 @@ from ntkit.report.words import listed, plain
 from ntkit.studies.claim import Between, Bound, Claim, Condition, Estimate, Order, Within, mean
 from ntkit.studies.jacot2018.interval_tests import ERRORS, slope
 from ntkit.studies.jacot2018.jacot_setting import BETA, by_width, descend, limit, network, short_curve
-from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, device, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Item, Results, Section, device, lines, table
 
 DEPTHS = (4, 5)  # the paper does not state the depth: its eigenvalues decide
 DEPTH = 5  # of the networks trained

@@ -14,7 +14,8 @@ from ntkit.report.words import plain
 from ntkit.studies.claim import Bound, Claim, Condition, mean
 from ntkit.studies.jacot2018.interval_tests import against, power, slope
 from ntkit.studies.jacot2018.jacot_setting import BETA, DEPTH, by_width, circle, course, limit, network, short_curve
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, device, lines, mlp, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, device, lines, mlp, table
 
 ROUNDING = 1e-12  # relative to the largest eigenvalue: what float64 and its sums leave of a 0
 SIZES = (2, 3, 4, 5)  # points of a set

@@ -16,7 +16,8 @@ from ntkit.studies.claim import Bound, Claim, Condition, mean
 from ntkit.studies.jacot2018.component import digits
 from ntkit.studies.jacot2018.interval_tests import ERRORS
 from ntkit.studies.jacot2018.jacot_setting import DEPTH, descend, limit, network, outputs, short_curve
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, lines
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, lines
 
 TRAIN, VALIDATION, TEST = 60, 200, 400
 WRONG = 0.25  # share of the training labels

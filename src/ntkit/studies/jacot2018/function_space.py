@@ -23,7 +23,8 @@ from ntkit.studies.jacot2018.jacot_setting import (
     outputs,
     short_curve,
 )
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, lines, table
 
 TRAIN, NEW = 60, 200
 LR = 8.0

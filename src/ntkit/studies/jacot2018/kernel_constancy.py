@@ -11,7 +11,8 @@ import torch
 from ntkit.studies.claim import Bound, Claim, Condition, Estimate, mean
 from ntkit.studies.jacot2018.interval_tests import ERRORS, jackknife, power, slope
 from ntkit.studies.jacot2018.jacot_setting import DEPTH, by_width, circle, descend, limit, network, outputs, short_curve
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, device, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, device, lines, table
 
 PROBES = torch.arange(8, dtype=torch.float64) * math.pi / 4
 INPUTS = 20

@@ -14,7 +14,8 @@ from ntkit.report.words import plain
 from ntkit.studies.claim import Between, Bound, Claim, Condition, Estimate, mean
 from ntkit.studies.jacot2018.interval_tests import ERRORS, power, slope
 from ntkit.studies.jacot2018.jacot_setting import DEPTH, by_width, limit, network, outputs, short_curve
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, device, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, device, lines, table
 
 TRAIN, NEW = 20, 10  # inputs, standard normal in the plane
 RATES = tuple(2.0**-k for k in range(10, 19))  # of one step of gradient descent

@@ -24,7 +24,8 @@ from ntkit.studies.jacot2018.interval_tests import (
     slope,
 )
 from ntkit.studies.jacot2018.jacot_setting import BETA, DEPTH, by_width, circle, limit, outputs, short, template
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, curve, device, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, curve, device, lines, table
 
 ANGLES = (-2.6, -1.3, 0.0, 0.7, 2.0)
 LEADING = 64  # from this width on the kurtosis is compared with a power of the width

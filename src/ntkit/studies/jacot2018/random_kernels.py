@@ -26,7 +26,8 @@ from ntkit.studies.jacot2018.jacot_setting import (
     short_curve,
     template,
 )
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, device, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, device, lines, table
 
 ANGLES = torch.linspace(-3, 3, 61, dtype=torch.float64)
 TESTED = range(0, 61, 10)

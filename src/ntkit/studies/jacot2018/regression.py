@@ -16,7 +16,8 @@ from ntkit.report.words import plain
 from ntkit.studies.claim import Claim, Condition, Estimate, Within, mean
 from ntkit.studies.jacot2018.interval_tests import ERRORS, mean_test, not_rejected, variance_test
 from ntkit.studies.jacot2018.jacot_setting import DEPTH, by_width, circle, descend, limit, network, short_curve
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, device, lines
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, device, lines
 
 ANGLES = torch.linspace(-math.pi, math.pi, 61, dtype=torch.float64)
 POINTS = (-2.2, -1.0, 1.0, 2.2)  # not in the paper: see the departures

@@ -15,7 +15,8 @@ from ntkit.studies.kopitkov2019 import (
     optimizers,
 )
 from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, PICTURES
-from ntkit.studies.study import Results, Sizes, Study
+from ntkit.studies.part import Sizes
+from ntkit.studies.study import Results, Study
 
 SCALES = {
     "quick": Sizes(

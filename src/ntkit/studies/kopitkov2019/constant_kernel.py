@@ -14,7 +14,8 @@ from torch import Tensor
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.studies.claim import Claim, Condition, mean
 from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, DISPLACED, FALLS, LearnedPicture, displaced, text
-from ntkit.studies.study import Result, Results
+from ntkit.studies.part import Result
+from ntkit.studies.study import Results
 
 
 def losses(K: Tensor, residual: Tensor, steps: Sequence[int], lr: float, decay: int) -> list[float]:

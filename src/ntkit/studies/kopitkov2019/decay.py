@@ -22,7 +22,8 @@ from ntkit.studies.kopitkov2019.kopitkov_setting import (
     recorded_steps,
     text,
 )
-from ntkit.studies.study import Result, Results, StudyPart, Work
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results
 from ntkit.tracking import half_squared, track
 from ntkit.trajectory import train
 

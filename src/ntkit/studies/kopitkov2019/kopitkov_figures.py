@@ -13,7 +13,8 @@ from ntkit.studies.kopitkov2019.decay import PLACES, curves_of, gaps, pairs
 from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, DISPLACED, PICTURES, energy, file_of, picture, text
 from ntkit.studies.kopitkov2019.learned_pictures import DEEP, SHOWN, deep_runs
 from ntkit.studies.kopitkov2019.learning_speed import points
-from ntkit.studies.study import Item, Result, Results, Section, curve, lines, table
+from ntkit.studies.part import Result
+from ntkit.studies.study import Item, Results, Section, curve, lines, table
 from ntkit.tracking.snapshot_numbers import finite
 
 STAGES = ("before training", "after training")

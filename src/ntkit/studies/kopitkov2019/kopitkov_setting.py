@@ -18,7 +18,8 @@ from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.eigenfunctions import grid
 from ntkit.measures.spectra import alignment
 from ntkit.studies.claim import Bound, mean
-from ntkit.studies.study import Result, Work, device, mlp
+from ntkit.studies.part import Result, Work
+from ntkit.studies.study import device, mlp
 from ntkit.tracking import Tracked, half_squared
 from ntkit.trajectory import Trajectory, train
 

@@ -32,7 +32,8 @@ from ntkit.studies.kopitkov2019.kopitkov_setting import (
     text,
 )
 from ntkit.studies.kopitkov2019.learning_speed import one_step
-from ntkit.studies.study import Result, Results, StudyPart, Work, device, mlp
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, device, mlp
 from ntkit.tracking import Tracked, half_squared, track, write_images
 from ntkit.trajectory import Trajectory
 

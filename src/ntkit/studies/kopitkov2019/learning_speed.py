@@ -10,7 +10,8 @@ import torch
 
 from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
 from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, RISES, LearnedPicture
-from ntkit.studies.study import Result, Results
+from ntkit.studies.part import Result
+from ntkit.studies.study import Results
 from ntkit.tracking import Tracked
 
 EXPECTED = Within(2, of=1, unit=" standard errors")

@@ -21,7 +21,8 @@ from ntkit.studies.kopitkov2019.kopitkov_setting import (
     text,
 )
 from ntkit.studies.kopitkov2019.learned_pictures import MOST, change_claim
-from ntkit.studies.study import Result, Results, StudyPart, Work, device, mlp
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, device, mlp
 from ntkit.tracking import track
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import train

@@ -10,7 +10,8 @@ from __future__ import annotations
 from ntkit.studies.long2021 import beyond, beyond_claims, beyond_figures, figures, moments
 from ntkit.studies.long2021.long_setting import BATCH, EARLY
 from ntkit.studies.long2021.sentences import CLAIMS
-from ntkit.studies.study import Results, Sizes, Study
+from ntkit.studies.part import Sizes
+from ntkit.studies.study import Results, Study
 
 SCALES = {
     "quick": Sizes(

@@ -18,7 +18,8 @@ from ntkit.studies.long2021.long_setting import (
     trained,
 )
 from ntkit.studies.long2021.moments import agreement, correlation, quality
-from ntkit.studies.study import Result, StudyPart, Work, device
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import device
 from ntkit.trajectory.batch_order import steps_per_epoch
 
 KEPT = ("status", "test_error", "margin", "alignment", "effective_rank")

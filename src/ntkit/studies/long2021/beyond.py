@@ -10,7 +10,7 @@ from ntkit.studies.long2021.by_layer import END, layer_part
 from ntkit.studies.long2021.long_setting import ADDED, PAIRS, SECOND, START, TEN, Setting, extent, training_part
 from ntkit.studies.long2021.many_classes import class_part
 from ntkit.studies.long2021.moments import moment_part
-from ntkit.studies.study import StudyPart, Work
+from ntkit.studies.part import StudyPart, Work
 
 PAPER_NETWORKS = ("mlp", "vgg")
 # of the settings that are not in the paper: their samples are smaller, so an epoch has fewer steps. The transformer's

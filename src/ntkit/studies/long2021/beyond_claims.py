@@ -25,7 +25,8 @@ from ntkit.studies.long2021.evidence import (
 )
 from ntkit.studies.long2021.long_setting import START, TEN
 from ntkit.studies.long2021.sentences import FALLS, ONE_SEED, RISES, accuracy, cosine_claim, percent, shown
-from ntkit.studies.study import Result, Results
+from ntkit.studies.part import Result
+from ntkit.studies.study import Results
 
 MOST = 0.9  # the part of the machine's gain that counts as most of it
 

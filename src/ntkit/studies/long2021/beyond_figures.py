@@ -16,7 +16,8 @@ from ntkit.studies.long2021.evidence import common_seeds, estimate, main_setting
 from ntkit.studies.long2021.figures import MACHINES, cosine_lines, error_lines, kernel_table, loss_curve
 from ntkit.studies.long2021.long_setting import START, TEN, Setting, extent
 from ntkit.studies.long2021.sentences import shown
-from ntkit.studies.study import Item, Result, Results, Section, curve, lines, table
+from ntkit.studies.part import Result
+from ntkit.studies.study import Item, Results, Section, curve, lines, table
 
 ALONG = {"test_error": "SVM, kernel at this step", "network_error": "network at this step"}
 ALIKE = {"agreement": "same class", "correlation": "correlation", "alignment": "alignment with the labels"}

@@ -13,7 +13,8 @@ from ntkit.jacobian.forwards import raw_outputs
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.studies.long2021.long_setting import Setting, examples, extent, logistic, network, sample, trained
 from ntkit.studies.long2021.moments import quality
-from ntkit.studies.study import Result, StudyPart, Work, device
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import device
 
 END = "end"  # the last recorded step of a run
 KINDS = {"Conv2d": "convolution", "Linear": "dense"}

@@ -10,7 +10,8 @@ import numpy as np
 
 from ntkit.studies.claim import Estimate
 from ntkit.studies.long2021.long_setting import PAIRS, START, Setting
-from ntkit.studies.study import Result, Results
+from ntkit.studies.part import Result
+from ntkit.studies.study import Results
 
 INVARIANT = ("shift", "rotation", "zoom")
 SWAP = "quadrant swap"

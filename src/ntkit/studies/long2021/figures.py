@@ -20,7 +20,8 @@ from ntkit.studies.long2021.evidence import (
     probes,
 )
 from ntkit.studies.long2021.long_setting import PAIRS, START, Setting, images
-from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Item, Results, Section, curve, lines, table
 
 MACHINES = {
     "test_error": "network",

@@ -16,7 +16,8 @@ from ntkit.data import Data, load
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.networks.built_in import build
 from ntkit.studies.long2021 import long_networks
-from ntkit.studies.study import Result, StudyPart, Work, device
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import device
 from ntkit.tracking.losses import cross_entropy
 from ntkit.trajectory import Trajectory, train
 from ntkit.trajectory.batch_order import steps_per_epoch

@@ -19,7 +19,8 @@ from ntkit.machines.svm import HardMarginSVM
 from ntkit.measures.spectra import alignment, effective_rank
 from ntkit.studies.long2021.long_setting import Setting, at_loss, examples, extent
 from ntkit.studies.long2021.moments import cosines, moment_part
-from ntkit.studies.study import Result, StudyPart, Work, device
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import device
 
 SOFT = 1e-4  # of the kernel's mean diagonal: the ridge of squared hinge loss
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # of the kernel's mean diagonal; the one of least leave-one-out error is taken

@@ -33,7 +33,8 @@ from ntkit.studies.long2021.long_setting import (
     settings,
     training_part,
 )
-from ntkit.studies.study import Result, StudyPart, Work, device
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import device
 from ntkit.trajectory.batch_order import batch_indices, steps_per_epoch
 
 RIDGES = (1e-4, 1e-3, 1e-2)  # of the kernel's mean diagonal

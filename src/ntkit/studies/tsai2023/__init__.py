@@ -6,7 +6,8 @@ combination beside existing methods, and exact influence beside all of them, on 
 
 from __future__ import annotations
 
-from ntkit.studies.study import Results, Sizes, Study
+from ntkit.studies.part import Sizes
+from ntkit.studies.study import Results, Study
 from ntkit.studies.tsai2023 import methods, predictions, tsai_figures, wrong_labels
 from ntkit.studies.tsai2023.tsai_sentences import CLAIMS
 from ntkit.studies.tsai2023.tsai_setting import BATCH, MOMENTUM, TASKS

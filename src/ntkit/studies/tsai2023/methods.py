@@ -20,7 +20,7 @@ from ntkit.kernels.influence_kernel import InfluenceKernel
 from ntkit.kernels.kernel import Kernel
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.studies.study import Result, StudyPart, Work
+from ntkit.studies.part import Result, StudyPart, Work
 from ntkit.studies.tsai2023.tsai_setting import Trained, file_of, logistic, signed, tasks, trained
 
 L2 = 3e-3  # of the surrogate

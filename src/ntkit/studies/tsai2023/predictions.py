@@ -9,7 +9,7 @@ import torch
 
 from ntkit.explanations.evaluation import case_deletion, datamodeling_score, leave_one_out
 from ntkit.explanations.retrainings import subsets
-from ntkit.studies.study import Result, StudyPart, Work
+from ntkit.studies.part import Result, StudyPart, Work
 from ntkit.studies.tsai2023.methods import METHODS, score_part
 from ntkit.studies.tsai2023.tsai_setting import file_of, retrainings, tasks, trained
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ntkit.data import Data
 from ntkit.studies.claim import mean
-from ntkit.studies.study import Item, Result, Results, Section, StudyPart, Work, curve, lines, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Item, Results, Section, curve, lines, table
 from ntkit.studies.tsai2023.methods import EXACT, EXISTING, METHODS, NEW, score_part
 from ntkit.studies.tsai2023.predictions import PREDICTIONS, SHARES
 from ntkit.studies.tsai2023.tsai_sentences import area, correlation

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ntkit.data import Data, load
 from ntkit.explanations.retrainings import Retrainings, subsets
 from ntkit.networks.text_network import TextNetwork
-from ntkit.studies.study import Work
+from ntkit.studies.part import Work
 from ntkit.trajectory import Trajectory, train
 from ntkit.trajectory.batch_order import steps_per_epoch
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from ntkit.explanations.evaluation import mislabeled
 from ntkit.studies.claim import Claim, mean
-from ntkit.studies.study import Result, Results, Section, StudyPart, Work, table
+from ntkit.studies.part import Result, StudyPart, Work
+from ntkit.studies.study import Results, Section, table
 from ntkit.studies.tsai2023.methods import EXACT, METHODS, Scores
 from ntkit.studies.tsai2023.tsai_setting import file_of, tasks, trained
 
