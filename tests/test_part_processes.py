@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,13 @@ from ntkit.studies.study import Study
 KOPITKOV = Sizes(seeds=2, side=5, width=4, steps=8, lr=0.05, decay=4, k=6, top=3, points=12, digit_steps=4)
 
 
+@pytest.fixture(autouse=True)
+def room_for_processes(monkeypatch):
+    """As many processes as threads, whatever the machine has."""
+    monkeypatch.setattr("ntkit.studies.part_processes.free_memory", lambda device: 2**40)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def first_parts(work):
     for seed in work.seeds:
         yield StudyPart("square", seed, f"square-{seed}", square, (seed,))
@@ -36,6 +44,8 @@ def later_parts(work):
 def square(work, seed):
     if seed == work.sizes.refused:
         raise Refused(f"seed: got {seed}; expected another. Choose one.")
+    if seed == work.sizes.killed and os.getpid() != work.sizes.parent:
+        os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(work.sizes.seconds)
     where = {"process": os.getpid(), "threads": torch.get_num_threads()}
     (work.folder / f"where-{seed}").write_text(json.dumps(where))
@@ -57,7 +67,7 @@ SQUARES = Study(
     name="squares",
     title="Squares",
     paper={"authors": "A. Author", "title": "On squares", "year": 2026, "reference": "none"},
-    scales={"quick": Sizes(seconds=0.0, refused=-1)},
+    scales={"quick": Sizes(seconds=0.0, refused=-1, killed=-1, parent=os.getpid())},
     parts=[first_parts, later_parts],
     claims=[claims],
     seeds=(1, 2, 3, 4),
@@ -105,6 +115,15 @@ def test_an_error_of_a_part_is_the_callers_and_the_others_are_kept(tmp_path, thr
     assert len(kept) >= 2  # the fourth begins when two processes have ended two of the first three
     assert kept < {"square-1", "square-2", "square-3", "square-4"}
     assert "square-4" not in kept
+
+
+def test_a_process_that_the_system_ends(tmp_path, threads):
+    threads(2)
+    with pytest.raises(Refused, match="study: got a process that the system has ended"):
+        with_sizes(killed=4).run("quick", tmp_path)
+    kept = {file.stem for file in (tmp_path / "parts").glob("*.json")}
+    assert len(kept) >= 2
+    with_sizes().run("quick", tmp_path / "other")  # by new processes
 
 
 def test_ctrl_c_ends_the_processes_and_the_same_call_goes_on(tmp_path, threads):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory
 from ntkit.base.progress import show
 from ntkit.studies.part import StudyPart, Work
@@ -48,6 +49,8 @@ def compute(work: Work, parts: Sequence[StudyPart], number: int, between: Callab
 
     Raises
     ------
+    Refused
+        Where the system has ended a process.
     Exception
         What the first part ended with that failed. Then, and after Ctrl-C, the other processes are ended, too: parts
         they have begun are computed again in the next call, their training from its last checkpoint on.
@@ -69,6 +72,7 @@ def compute(work: Work, parts: Sequence[StudyPart], number: int, between: Callab
 
 def _by_processes(work: Work, parts: Sequence[StudyPart], number: int, between: Callable[[bool], None]) -> None:
     from joblib.externals.loky import get_reusable_executor, wait  # slow to import
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     silent = replace(work, progress=_say_nothing)  # lines of several processes would mix
     work.progress(f"{len(parts)} parts by {number} processes: {parts[0].name} to {parts[-1].name}")
@@ -83,6 +87,9 @@ def _by_processes(work: Work, parts: Sequence[StudyPart], number: int, between: 
                 count += 1
                 work.progress(f"[{count} of {len(parts)}] {name}")
                 between(True)
+    except TerminatedWorkerError as error:
+        got, fix = "a process that the system has ended", "If memory is short, use one: OMP_NUM_THREADS=1. Then go on."
+        raise refusal("study", got=got, expected="processes that live until the end", fix=fix) from error
     except BaseException:
         # a pool that is killed before it has passed on what it was given prints an error of its own
         while not all(future.running() or future.done() for future in running):
