@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 import test_bell2023 as bell_case
 import test_jacot2018 as jacot_case
+import test_tsai2023 as tsai_case
 import torch
 
 from ntkit.base.checks import Refused
-from ntkit.studies import bell2023, jacot2018, kopitkov2019
+from ntkit.studies import bell2023, jacot2018, kopitkov2019, tsai2023
 from ntkit.studies.claim import Claim, Condition, Within
 from ntkit.studies.part import Result, Sizes, StudyPart, Work
 from ntkit.studies.part_processes import processes
@@ -164,40 +166,58 @@ def test_as_many_processes_as_threads_where_memory_allows(monkeypatch, threads):
 
 @dataclass(frozen=True)
 class Watched(Work):
-    """Work that notes which results and training runs a part asks for."""
+    """Work that notes which results and which training runs a part asks for."""
 
     asked: list[str] = field(default_factory=list)
+    runs: set[str] = field(default_factory=set)
 
     def result(self, part):
-        self.asked.append(f"part {part.name}")
+        self.asked.append(part.name)
         return super().result(part)
 
     def trajectory(self, name):
-        self.asked.append(f"run {name}")
+        self.runs.add(name)
         return super().trajectory(name)
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """When each file of the study's runs was written."""
+    return {file: file.stat().st_mtime_ns for file in (folder / "runs").rglob("*") if file.is_file()}
+
+
+def folders(folder: Path, files: Iterable[Path]) -> set[str]:
+    """The runs that files belong to."""
+    return {file.relative_to(folder).parts[1] for file in files}
 
 
 @pytest.mark.parametrize(
     ("study", "sizes"),
-    [(jacot2018.STUDY, jacot_case.TOY), (kopitkov2019.STUDY, KOPITKOV), (bell2023.STUDY, bell_case.SMALL)],
-    ids=["jacot2018", "kopitkov2019", "bell2023"],
+    [
+        (jacot2018.STUDY, jacot_case.TOY),
+        (kopitkov2019.STUDY, KOPITKOV),
+        (bell2023.STUDY, bell_case.SMALL),
+        (tsai2023.STUDY, tsai_case.TOY),
+    ],
+    ids=["jacot2018", "kopitkov2019", "bell2023", "tsai2023"],
 )
 def test_parts_that_may_run_at_the_same_time_share_nothing(study, sizes, tmp_path):
-    """Of the parts of one function none asks for another's result, and no two train the same network."""
+    """Of the parts of one function none asks for another's result, and no two write into the folder of one run."""
+    assert "quick" in study.single_thread
     work = Watched(sizes, study.seeds[:2], ["digits"], tmp_path)
-    trained: set[str] = set()
+    before: dict[Path, int] = {}
     for listed in study.parts:
         parts = list(listed(work))
-        names, users = {f"part {part.name}" for part in parts}, {}
+        names, users, trained = {part.name for part in parts}, {}, folders(tmp_path, before)
         for part in parts:
             work.asked.clear()
+            work.runs.clear()
             work.result(part)
-            own, *asked = work.asked
-            assert own == f"part {part.name}"
-            assert not names.intersection(asked), part.name
-            for run in {name for name in asked if name.startswith("run ")} - trained:
+            assert not names.intersection(work.asked[1:]), part.name
+            after = written(tmp_path)
+            new = folders(tmp_path, [file for file in after if after[file] != before.get(file)])
+            for run in new | (work.runs - trained):
                 assert users.setdefault(run, part.name) == part.name, run
-        trained.update(users)
+            before = after
 
 
 def test_a_damaged_part_is_computed_again(tmp_path, threads):

@@ -65,7 +65,7 @@ STUDY = Study(
         "reference": "NeurIPS 2023; arXiv 2310.18526",
     },
     scales=SCALES,
-    parts=[methods.parts, tsai_figures.parts, predictions.parts, wrong_labels.parts],
+    parts=[methods.parts, tsai_figures.parts, predictions.parts, predictions.deletion_parts, wrong_labels.parts],
     claims=(*CLAIMS, wrong_labels.claims),
     sections=[tsai_figures.sections, wrong_labels.sections],
     about=about,
@@ -74,5 +74,4 @@ STUDY = Study(
     seeds=(0, 1, 2),
     official=dict.fromkeys(SCALES, tuple(dict.fromkeys(OF_TASKS))),
     unfinished=True,
-    single_thread=(),
 )

@@ -19,9 +19,13 @@ PREDICTIONS = ("leave-one-out", "5 % of the examples", "half of the examples", "
 
 
 def parts(work: Work) -> Iterator[StudyPart]:
-    """Retrainings: of random sets, then of each method's own."""
+    """Retrainings without random sets."""
     for task, seed in tasks(work):
         yield StudyPart("predictions", task, f"{file_of(task, seed)}-predictions", _predictions, (task, seed))
+
+
+def deletion_parts(work: Work) -> Iterator[StudyPart]:
+    """Retrainings without each method's own sets, in the folders of those that `parts` has made."""
     for task, seed in tasks(work):
         yield StudyPart("deletion", task, f"{file_of(task, seed)}-deletion", _deletion, (task, seed))
 
