@@ -76,7 +76,8 @@ def _by_processes(work: Work, parts: Sequence[StudyPart], number: int, between: 
 
     silent = replace(work, progress=_say_nothing)  # lines of several processes would mix
     work.progress(f"{len(parts)} parts by {number} processes: {parts[0].name} to {parts[-1].name}")
-    pool, waiting, count = get_reusable_executor(max_workers=number, initializer=_start), iter(parts), 0
+    pool, count = get_reusable_executor(max_workers=number, initializer=_start), 0
+    waiting = reversed(parts)  # widths grow along a list: the long ones first, so that no process waits at the end
     running: set[Any] = set()
     try:
         running |= {pool.submit(_finish, silent, part) for part in islice(waiting, number)}
