@@ -16,6 +16,7 @@ import test_bell2023 as bell_case
 import test_jacot2018 as jacot_case
 import test_tsai2023 as tsai_case
 import torch
+from threadpoolctl import threadpool_info
 
 from ntkit.base.checks import Refused
 from ntkit.studies import bell2023, jacot2018, kopitkov2019, tsai2023
@@ -49,7 +50,8 @@ def square(work, seed):
     if seed == work.sizes.killed and os.getpid() != work.sizes.parent:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(work.sizes.seconds)
-    where = {"process": os.getpid(), "threads": torch.get_num_threads()}
+    pools = {library["filepath"]: library["num_threads"] for library in threadpool_info()}
+    where = {"process": os.getpid(), "threads": torch.get_num_threads(), "of libraries": max(pools.values())}
     (work.folder / f"where-{seed}").write_text(json.dumps(where))
     return Result({"value": seed**2}, {"values": np.arange(seed + 1)})
 
@@ -104,6 +106,7 @@ def test_two_processes_give_the_bytes_of_one(tmp_path, threads):
     assert len(others) == 2
     assert os.getpid() not in others
     assert {place["threads"] for place in (*places(one), *places(two))} == {1}
+    assert {place["of libraries"] for place in places(two)} == {1}
     again: list[str] = []
     with_sizes(seconds=0.2).run("quick", two, again.append)
     assert again == []

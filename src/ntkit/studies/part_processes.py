@@ -18,6 +18,9 @@ from ntkit.base.progress import show
 from ntkit.studies.part import StudyPart, Work
 
 _EACH = 3 * 2**30  # bytes of a process: PyTorch itself, and a part of the scale quick, together at most 1.6 GB
+# NumPy and SciPy bring threads of their own, which PyTorch's number does not reach: two processes with two each wait
+# for each other more than they compute.
+_ALONE = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 def processes() -> int:
@@ -76,7 +79,7 @@ def _by_processes(work: Work, parts: Sequence[StudyPart], number: int, between: 
 
     silent = replace(work, progress=_say_nothing)  # lines of several processes would mix
     work.progress(f"{len(parts)} parts by {number} processes: {parts[0].name} to {parts[-1].name}")
-    pool, count = get_reusable_executor(max_workers=number, initializer=_start), 0
+    pool, count = get_reusable_executor(max_workers=number, initializer=_start, env=_ALONE), 0
     waiting = reversed(parts)  # widths grow along a list: the long ones first, so that no process waits at the end
     running: set[Any] = set()
     try:
