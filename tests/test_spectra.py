@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 import random
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -487,3 +489,21 @@ def test_nothing_global_changes():
     assert pickle.dumps(np.random.get_state()) == before[1]  # noqa: NPY002
     assert random.getstate() == before[2]
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the times of threads from /proc")
+def test_one_thread_is_one_also_in_numpy(threads):
+    """NumPy's own threads wait actively: beside another process, small operations took ten to twenty times as long."""
+
+    def ticks() -> dict[str, int]:
+        """Processor time of each thread but this one."""
+        tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != str(threading.get_native_id())]
+        return {task.name: sum(map(int, (task / "stat").read_text().rsplit(")")[-1].split()[11:13])) for task in tasks}
+
+    threads(1)
+    K = (gram(700, 9) + 9) ** 3
+    before = ticks()
+    for _ in range(3):
+        assert spectrum(K, k=60).status == "converged"
+    after = ticks()
+    assert sum(after[name] - before.get(name, 0) for name in after) <= 1
