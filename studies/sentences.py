@@ -41,8 +41,9 @@ sentence that says "for some"."""
 PAPERS: dict[str, tuple[str, str, list[Sentence]]] = {
     "jacot2018": (
         "Jacot, Gabriel & Hongler 2018, “Neural Tangent Kernel: Convergence and Generalization in Neural Networks”",
-        "quick scale, MNIST; 10 to 1,000 trials each; the paper’s figure 1 at its width of 10,000 "
-        f"([ten networks]({LINK}/jacot2018-paper/claims.md))",
+        "quick scale, MNIST; 10 to 1,000 trials each; the paper’s figure 1 at its width of 10,000, outputs at the "
+        f"start up to 2,048 and training in function space up to 3,000 ([wider networks]({LINK}/jacot2018-paper/"
+        "claims.md))",
         [
             Sentence(
                 "At the start, wide networks are draws from a Gaussian process.",
