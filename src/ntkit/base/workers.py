@@ -202,7 +202,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.device.type != "cpu":
         return a @ b
-    out = torch.empty(len(a), b.shape[1], dtype=a.dtype)
+    out = a.new_empty(len(a), b.shape[1])
 
     def work(start: int) -> None:
         torch.mm(a[start : start + _ROWS], b, out=out[start : start + _ROWS])

@@ -46,7 +46,7 @@ def leading(product: Product, N: int, k: int, tolerance: float) -> tuple[np.ndar
         """Squares of very small or large entries are not representable; a power of two changes no bit of others."""
         nonlocal scale
         with as_outside():
-            image = torch.as_tensor(product(v.numpy()), dtype=torch.float64)
+            image = torch.from_numpy(np.asarray(product(v.numpy()), dtype=np.float64))
         if scale == 0.0:
             largest = float(image.abs().max())
             scale = 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 1.0
