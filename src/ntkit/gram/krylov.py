@@ -46,11 +46,11 @@ def leading(product: Product, N: int, k: int, tolerance: float) -> tuple[np.ndar
         """Squares of very small or large entries are not representable; a power of two changes no bit of others."""
         nonlocal scale
         with as_outside():
-            image = torch.from_numpy(np.asarray(product(v.numpy()), dtype=np.float64))
+            image = np.asarray(product(v.numpy()), dtype=np.float64)
         if scale == 0.0:
-            largest = float(image.abs().max())
+            largest = float(np.abs(image).max())
             scale = 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 1.0
-        return image / scale
+        return torch.from_numpy(image / scale)  # a new array: the user's may be read-only
 
     start = _normal(draw, N, min(N, _block(k)))
     with one_thread():  # of PyTorch's, which wait for each other in small operations; workers have the large ones
