@@ -197,7 +197,7 @@ def test_an_explanation_keeps_to_the_memory_of_its_run_or_its_own(run, tmp_path,
     assert asked == [bytes_]
 
 
-def test_a_study_and_a_tracking_say_that_they_go_on(run, tmp_path, monkeypatch):
+def test_a_study_and_a_tracking_say_that_they_go_on(run, tmp_path):
     """Ctrl-C at the first part of a study and at the second snapshot of a run; the snapshot before it is kept."""
     lines = []
 

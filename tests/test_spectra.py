@@ -493,7 +493,7 @@ def test_nothing_global_changes():
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the times of threads from /proc")
 def test_one_thread_is_one_also_in_numpy(threads):
-    """NumPy's own threads wait actively: beside another process, small operations took ten to twenty times as long."""
+    """NumPy's own threads wait actively: beside another process, small operations took several times as long."""
 
     def ticks() -> dict[str, int]:
         """Processor time of each thread but this one."""
