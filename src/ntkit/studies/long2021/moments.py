@@ -85,8 +85,8 @@ def measured(
     }
     arrays = {"network.wrong": wrong.numpy().astype(np.uint8)}
     tangent, conjugate = TangentKernel(model, outputs="trace"), ConjugateKernel(model)
-    K, K_test = tangent(x).cpu(), tangent(x_test, x).cpu()
-    other, other_test = conjugate(x).cpu(), conjugate(x_test, x).cpu()
+    K, K_test = both(tangent, x, x_test)
+    other, other_test = both(conjugate, x, x_test)
     numbers["tangent_conjugate_alignment"] = defined(alignment, Gram(K), Gram(other))
     for name, kernel, train, test in (("tangent", tangent, K, K_test), ("conjugate", conjugate, other, other_test)):
         entry, decision = quality(train, test, data)
@@ -99,6 +99,12 @@ def measured(
         numbers[name] = entry | {"cosines": cosine.numbers}
         arrays |= {f"{name}.cosine.{key}": value for key, value in cosine.arrays.items()}
     return numbers, arrays, (K, K_test)
+
+
+def both(kernel: Kernel, x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel of the training set and of test against training set, as one: gradients are computed once for both."""
+    n, whole = len(x), kernel(torch.cat([x, x_test])).cpu()
+    return whole[:n, :n].clone(), whole[n:, :n].clone()
 
 
 def agreement(decision: Tensor, logits: Tensor) -> float | None:
