@@ -120,8 +120,10 @@ class ProjectedNewton:
                 moves[moving] = change
                 break
             moving = moving[change[:, 0] >= 0]
-        rest = torch.linalg.solve_triangular(L[:old, :old].T, u[:old] - L[old:, :old].T @ moves, upper=True)
-        return torch.cat([rest, moves])
+        # with this right side the whole factor gives back `moves`; a part of it would first be copied
+        direction = torch.linalg.solve_triangular(L.T, torch.cat([u[:old], trailing.T @ moves]), upper=True)
+        direction[old:] = moves
+        return direction
 
 
 def _trial_lengths(leaves: Tensor) -> Tensor:
