@@ -331,7 +331,7 @@ def test_ridge_in_place_of_a_machine_that_nothing_separates():
     y, y_test = (torch.randint(0, 2, (n,), generator=g) for n in (300, 100))
     data = from_tensors((x, y), (x_test, y_test))
     K, K_test = moments.features_centered(x @ x.T, x_test @ x.T)
-    entry, decision = moments.quality((K + K.T) / 2, K_test, data)
+    entry, decision, svm = moments.quality((K + K.T) / 2, K_test, data)
     assert entry["status"] in ("not separable", "inaccurate")
     if entry["test_error"] is None:
         assert decision.isnan().all()
@@ -340,7 +340,9 @@ def test_ridge_in_place_of_a_machine_that_nothing_separates():
         assert "solved" in entry["machine"]
         assert entry["test_error"] == ((decision > 0).long() != y_test).double().mean().item()
     phi = x[:, :2].double() - x[:, :2].double().mean(0)
-    entry, decision = moments.quality(phi @ phi.T, (x_test[:, :2] - x[:, :2].mean(0)).double() @ phi.T, data)
+    entry, decision, _ = moments.quality(
+        phi @ phi.T, (x_test[:, :2] - x[:, :2].mean(0)).double() @ phi.T, data, start=svm
+    )
     ridge = 1e-4 * float((phi @ phi.T).diagonal().mean())
     w = torch.linalg.solve(phi.T @ phi + ridge * torch.eye(2).double(), phi.T @ (2.0 * y.double() - 1))
     expected = (x_test[:, :2] - x[:, :2].mean(0)).double() @ w

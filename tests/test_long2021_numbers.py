@@ -264,7 +264,7 @@ def test_without_a_machine_nothing_agrees_with_the_network(run, monkeypatch):
     """Decisions that are NaN are in no class."""
     nothing = torch.full((M,), torch.nan, dtype=torch.float64)
     entry = dict.fromkeys(along.KEPT)
-    monkeypatch.setattr(along, "quality", lambda K, K_test, data: (entry, nothing))
+    monkeypatch.setattr(along, "quality", lambda K, K_test, data, start: (entry, nothing, None))
     for row in along.along(run[0], SETTING, 1).numbers["steps"]:
         assert row["agreement"] is row["correlation"] is row["test_error"] is None
 

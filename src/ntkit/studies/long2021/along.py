@@ -38,11 +38,12 @@ def along(work: Work, setting: Setting, seed: int) -> Result:
     data = sample(whole, sizes.kernel_train, sizes.kernel_test)
     x, x_test = data.x_train.to(device()), data.x_test.to(device())
     rows: list[dict[str, Any]] = []
+    svm = None  # of the step before
     for step in spaced(run.steps, sizes.ratio):
         run.load(model, step)
         logits, logits_test = (raw_outputs(model, part)[:, 0].cpu() for part in (x, x_test))
         kernel = TangentKernel(model, outputs="trace")
-        entry, decision = quality(kernel(x).cpu(), kernel(x_test, x).cpu(), data)
+        entry, decision, svm = quality(kernel(x).cpu(), kernel(x_test, x).cpu(), data, start=svm)
         rows.append({
             "step": step,
             "epochs": step / steps_per_epoch(len(whole.x_train), BATCH),

@@ -41,7 +41,7 @@ def layers(work: Work, setting: Setting, seed: int, moment: str) -> Result:
     K, K_test = total(train), total(test)
     trace = float(K.diagonal().sum(dtype=torch.float64))
     outputs, logits = (raw_outputs(model, part)[:, 0].cpu() for part in (x, x_test))
-    entry, decision = quality(K, K_test, data)
+    entry, decision, _ = quality(K, K_test, data)
     arrays = {"whole.wrong": _wrong(decision, data), "decision": decision.numpy(), "logit": logits.double().numpy()}
     alone, without, names = [], [], list(train)
     kinds = [KINDS[type(model.get_submodule(name)).__name__] for name in names]
@@ -89,7 +89,7 @@ def separated(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Te
     """As `quality`; a share that is zero on all images separates nothing."""
     if not K.diagonal().any():
         return {"status": "zero", "test_error": None, "alignment": None, "margin": 0.0}, torch.zeros(len(K_test))
-    return quality(K, K_test, data)
+    return quality(K, K_test, data)[:2]
 
 
 def _wrong(decision: Tensor, data: Data) -> np.ndarray:

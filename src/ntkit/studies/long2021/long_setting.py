@@ -221,7 +221,7 @@ def training(work: Work, setting: Setting, seed: int) -> Result:
     """Train, and find the first recorded step at which the loss over all training examples is at most each target."""
     data = examples(work, setting)
     model, of_outputs = network(setting, data.input_shape, seed), training_loss(setting)
-    model.to(memory_format=torch.channels_last)  # a step of the VGG-like network takes 0.7 of the time on CIFAR-10
+    nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)  # VGG: 0.7 of the time a step on CIFAR-10
     run = trained(work, setting, seed, data, model)
     steps, epoch = dict.fromkeys(map(str, work.sizes.losses)), steps_per_epoch(len(data.x_train), BATCH)
     curve, wanted = [], sorted(work.sizes.losses, reverse=True)

@@ -89,11 +89,11 @@ def measured(
     other, other_test = both(conjugate, x, x_test)
     numbers["tangent_conjugate_alignment"] = defined(alignment, Gram(K), Gram(other))
     for name, kernel, train, test in (("tangent", tangent, K, K_test), ("conjugate", conjugate, other, other_test)):
-        entry, decision = quality(train, test, data)
+        entry, decision, svm = quality(train, test, data)
         entry["agreement"] = agreement(decision, logits_test)
         entry["correlation"] = correlation(decision, logits_test)
         arrays[f"{name}.wrong"] = ((decision > 0).long() != data.y_test).numpy().astype(np.uint8)
-        centered, decision = quality(*features_centered(train, test), data)
+        centered, decision, _ = quality(*features_centered(train, test), data, start=svm)
         arrays[f"{name} centered.wrong"] = ((decision > 0).long() != data.y_test).numpy().astype(np.uint8)
         numbers[f"{name} centered"], cosine = centered, cosines(kernel, x_test[: work.sizes.probed])
         numbers[name] = entry | {"cosines": cosine.numbers}
@@ -119,15 +119,19 @@ def correlation(decision: Tensor, logits: Tensor) -> float | None:
     return float(np.corrcoef(one, other)[0, 1]) if varied else None
 
 
-def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tensor]:
+def quality(
+    K: Tensor, K_test: Tensor, data: Data, start: HardMarginSVM | None = None
+) -> tuple[dict[str, Any], Tensor, HardMarginSVM]:
     """A kernel's machine with its certificate, alignment and effective rank; the machine's decisions on the test set.
 
     The machine is the hard-margin SVM; where nothing separates the classes, ridge regression on the labels -1 and 1:
-    most of thousands of points would be in the support of an SVM with another loss.
+    most of thousands of points would be in the support of an SVM with another loss. Last the SVM, from which the one
+    of a similar kernel starts.
     """
     gram, targets = Gram(K), 2.0 * data.y_train.double() - 1
     scale = float(gram.diagonal().mean()) ** 0.5
-    svm, machine = HardMarginSVM().fit(gram, data.y_train), "hard margin"
+    start = start if start is not None and start.gap_ < 1 else None  # else a combination under which features cancel
+    svm, machine = HardMarginSVM().fit(gram, data.y_train, start=start), "hard margin"
     if not svm.gap_ < 1:  # no separator was found: not separable, or K has negative eigenvalues by rounding
         machine, weights = _ridge(gram, targets, scale)
         decision = float64_product(K_test, weights)
@@ -145,7 +149,7 @@ def quality(K: Tensor, K_test: Tensor, data: Data) -> tuple[dict[str, Any], Tens
         "alignment_centered": defined(alignment, gram, targets, centered=True),
         "effective_rank": defined(effective_rank, gram),
     }
-    return entry, decision
+    return entry, decision, svm
 
 
 def _ridge(gram: Gram, targets: Tensor, scale: float) -> tuple[str, Tensor]:
