@@ -290,9 +290,10 @@ def page() -> str:
         "# Five papers, sentence by sentence",
         "",
         f"What the abstracts say, in our words, and what came out: of {len(verdicts)} sentences {said}. Each is tested "
-        "by claims with intervals and conditions that can fail; `ntkit study NAME` computes them. A sentence holds in "
-        "part where some of its claims fail, or hold at some training losses only; these are named. This page is made "
-        "from the committed results (`python studies/sentences.py`).",
+        "by claims with intervals and conditions that can fail; `ntkit study NAME` computes them. A difference counts "
+        "beyond two standard errors or more, of few seeds as many as Student’s test takes at the same level (2.9 of "
+        "five, 14 of two). A sentence holds in part where some of its claims fail, or hold at some training losses "
+        "only; these are named. This page is made from the committed results (`python studies/sentences.py`).",
         "",
     ]
     for study in PAPERS:

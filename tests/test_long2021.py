@@ -241,7 +241,7 @@ def test_differences_are_paired_by_seed_and_by_image():
     assert found.over_seeds == pytest.approx(0.125)
     each = [-1, -0.5, 0, 0]  # mean over the two seeds, by image
     assert found.over_images == pytest.approx(np.std(each, ddof=1) / 2)
-    assert found.estimate() == Estimate(found.value, found.over_images)
+    assert found.estimate() == Estimate(found.value, found.over_seeds, 2)  # Student's interval of two is the wider one
 
 
 def test_a_seed_that_is_not_trained_yet_does_not_count_as_a_gain():

@@ -14,7 +14,7 @@ import ntkit
 from ntkit.base.checks import Refused
 from ntkit.base.files import read_arrays
 from ntkit.studies import kopitkov2019 as kopitkov
-from ntkit.studies.claim import Between, Bound, Claim, Condition, Estimate, Order, Within, mean
+from ntkit.studies.claim import FALLS, RISES, Between, Bound, Claim, Condition, Estimate, Order, Within, mean
 from ntkit.studies.kopitkov2019 import optimizers
 from ntkit.studies.part import Result, Sizes, StudyPart
 from ntkit.studies.study import Section, Study, curve, lines, mlp, table
@@ -213,18 +213,19 @@ def test_a_new_study_needs_its_experiments_only(tmp_path):
         replace(COINS, seeds=(0, 2)).run("quick", tmp_path / "run")
 
 
+FEW = "2 standard errors (Student’s test for few values)"
 THRESHOLDS = [  # threshold, values that meet it, values that do not, its text
     (Bound("over", 0.9), [1, 2], [1, 0.9], "over 0.9"),
     (Bound("at most", 1e-12), [1e-12], [1e-11], "at most 1e-12"),
-    (Bound("over", 1, errors=2), [(1.3, 0.1)], [(1.1, 0.1)], "over 1 by more than 2 standard errors"),
-    (Bound("under", 1, errors=2), [(0.7, 0.1)], [(0.9, 0.1)], "under 1 by more than 2 standard errors"),
+    (Bound("over", 1, errors=2), [(1.3, 0.1)], [(1.1, 0.1)], f"over 1 by more than {FEW}"),
+    (Bound("under", 1, errors=2), [(0.7, 0.1)], [(0.9, 0.1)], f"under 1 by more than {FEW}"),
     (Bound("at least", 80, " %", -2), [(78, 2)], [(75, 2)], "at least 80 % within 2 standard errors"),
-    (Bound("over", 0, errors=2), [(1, 0.4)], [(1, math.nan)], "over 0 by more than 2 standard errors"),
+    (Bound("over", 0, errors=2), [(1, 0.4)], [(1, math.nan)], f"over 0 by more than {FEW}"),
     (Between(5, 20), [6, 19], [20], "between 5 and 20"),
     (Within(0.2, of=-2), [-2.1], [-2.3, -2], "within 0.2 of −2"),
     (Within(3, 0.5, " standard errors"), [(0.6, 0.05)], [(0.7, 0.05)], "within 3 standard errors of 0.5"),
     (Order("decrease"), [3, 2, 1], [3, 1, 2], "decrease"),
-    (Order("increase", 2), [(1, 0.1), (2, 0.1)], [(1, 0.4), (2, 0.4)], "increase, each by more than 2 standard errors"),
+    (Order("increase", 2), [(1, 0.1), (2, 0.1)], [(1, 0.4), (2, 0.4)], f"increase, each by more than {FEW}"),
 ]
 
 
@@ -234,6 +235,31 @@ def test_thresholds_test_and_print_themselves(threshold, good, bad, text):
     assert Condition("", good, threshold).holds()
     assert not Condition("", bad, threshold).holds()
     assert str(threshold) == text
+
+
+@pytest.mark.parametrize(("trials", "quantile"), [(2, 13.968), (3, 4.527), (5, 2.869), (10, 2.320), (100, 2.026)])
+def test_of_few_values_a_bound_asks_for_more_standard_errors(trials, quantile):
+    """Two-sided quantiles of Student's t at 4.55 %, the level of two standard errors, from a table."""
+    draws = np.random.default_rng(0).normal(size=trials)
+    one = mean(draws)
+    assert one.trials == trials
+    assert one.beyond(2) == pytest.approx(quantile * draws.std(ddof=1) / trials**0.5, rel=1e-3)
+    for factor, holds in ((0.999, False), (1.001, True)):
+        value = Estimate(factor * quantile, 1, trials)
+        assert Bound("over", 0, errors=2).holds([value]) is holds
+        assert Bound("under", 2 * factor * quantile, errors=2).holds([value]) is holds
+        assert Order("increase", 2).holds([Estimate(0, 0), value]) is holds
+    # a value of few may not miss a limit by more than one of many may
+    assert Bound("at most", 0, errors=-2).holds([Estimate(1.999, 1, trials)])
+    assert not Bound("at most", 0, errors=-2).holds([Estimate(2.001, 1, trials)])
+
+
+def test_two_standard_errors_of_few_values_reject_as_often_as_of_many():
+    """Means of three draws from a normal distribution around 0 are called different from 0 in 4.55 % of the cases."""
+    draws = np.random.default_rng(1).normal(size=(4000, 3))
+    found = [mean(row) for row in draws]
+    rate = sum(RISES.holds([m]) or FALLS.holds([m]) for m in found) / len(found)
+    assert abs(rate - 0.0455) < 4 * (0.0455 * 0.9545 / 4000) ** 0.5
 
 
 def test_a_claim_without_conditions_is_not_tested():

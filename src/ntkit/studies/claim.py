@@ -10,12 +10,13 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from ntkit.report.words import plain
 
 
 class Estimate(NamedTuple):
-    """A value and its standard error.
+    """A value, its standard error, and how many independent values that is of (0: so many that it is normal).
 
     >>> f"{mean([1.0, 3.0]):.2f}"
     '2.00 ± 1.00'
@@ -23,6 +24,16 @@ class Estimate(NamedTuple):
 
     value: float
     error: float = math.nan
+    trials: int = 0
+
+    def beyond(self, errors: float) -> float:
+        """As far from the value as `errors` standard errors of many values: for few Student's test takes more of them.
+
+        >>> round(Estimate(0, 1, 5).beyond(2), 2), round(Estimate(0, 1, 2).beyond(2), 1), Estimate(0, 1).beyond(2)
+        (2.87, 14.0, 2)
+        """
+        few = self.trials > 1
+        return self.error * (float(stats.t.ppf(stats.norm.cdf(errors), self.trials - 1)) if few else errors)
 
     def __format__(self, spec: str) -> str:
         return f"{self.value:{spec}} ± {self.error:{spec}}".replace("-", "−")
@@ -31,7 +42,7 @@ class Estimate(NamedTuple):
 def mean(values: Sequence[float] | np.ndarray) -> Estimate:
     """Mean over seeds with its standard error (NaN for one seed)."""
     a = np.asarray(values, dtype=float)
-    return Estimate(float(a.mean()), float(a.std(ddof=1) / len(a) ** 0.5) if len(a) > 1 else math.nan)
+    return Estimate(float(a.mean()), float(a.std(ddof=1) / len(a) ** 0.5) if len(a) > 1 else math.nan, len(a))
 
 
 _COMPARISONS = {"over": operator.gt, "at least": operator.ge, "under": operator.lt, "at most": operator.le}
@@ -39,12 +50,12 @@ _COMPARISONS = {"over": operator.gt, "at least": operator.ge, "under": operator.
 
 @dataclass(frozen=True)
 class Bound:
-    """A limit for every value, which it must keep by so many standard errors.
+    """A limit for every value, which it must keep by so many standard errors, of few values by more (Student's test).
 
     >>> str(Bound("over", 1, errors=2)), str(Bound("at most", 1e-12)), str(Bound("under", 6, unit=" %"))
-    ('over 1 by more than 2 standard errors', 'at most 1e-12', 'under 6 %')
-    >>> Bound("over", 1, errors=2).holds([Estimate(1.3, 0.1)]), Bound("over", 1, errors=2).holds([Estimate(1.1, 0.1)])
-    (True, False)
+    ('over 1 by more than 2 standard errors (Student’s test for few values)', 'at most 1e-12', 'under 6 %')
+    >>> [Bound("over", 1, errors=2).holds([v]) for v in (Estimate(1.3, 0.1), Estimate(1.1, 0.1), Estimate(1.3, 0.1, 3))]
+    [True, False, False]
     """
 
     comparison: Literal["over", "at least", "under", "at most"]
@@ -54,13 +65,16 @@ class Bound:
 
     def holds(self, values: Sequence[Estimate]) -> bool:
         """Whether every value keeps the limit."""
-        errors = self.errors if self.comparison in ("over", "at least") else -self.errors
-        compare = _COMPARISONS[self.comparison]
-        return all(compare(v.value - errors * v.error if errors else v.value, self.limit) for v in values)
+        sign, compare = 1 if self.comparison in ("over", "at least") else -1, _COMPARISONS[self.comparison]
+        return all(compare(v.value - sign * self._distance(v), self.limit) for v in values)
+
+    def _distance(self, value: Estimate) -> float:
+        # few values must be farther beyond a limit, but may not miss it by more
+        return value.beyond(self.errors) if self.errors > 0 else self.errors * value.error if self.errors else 0
 
     def __str__(self) -> str:
-        count = f"{abs(self.errors):g} standard errors"
-        margin = "" if not self.errors else f" by more than {count}" if self.errors > 0 else f" within {count}"
+        margin = f" by more than {_errors(self.errors)}" if self.errors > 0 else ""
+        margin = f" within {-self.errors:g} standard errors" if self.errors < 0 else margin
         return f"{self.comparison} {_number(self.limit)}{self.unit}{margin}"
 
 
@@ -111,7 +125,7 @@ class Order:
     """An order of the values, one step to the next by more than so many standard errors of their difference.
 
     >>> str(Order("increase", errors=2)), Order("decrease").holds([Estimate(3), Estimate(1), Estimate(2)])
-    ('increase, each by more than 2 standard errors', False)
+    ('increase, each by more than 2 standard errors (Student’s test for few values)', False)
     """
 
     direction: Literal["increase", "decrease"]
@@ -120,12 +134,20 @@ class Order:
     def holds(self, values: Sequence[Estimate]) -> bool:
         """Whether every value is beyond the one before."""
         for a, b in pairwise(values if self.direction == "increase" else values[::-1]):
-            if not b.value - a.value > (self.errors * math.hypot(a.error, b.error) if self.errors else 0):
+            if not b.value - a.value > (math.hypot(a.beyond(self.errors), b.beyond(self.errors)) if self.errors else 0):
                 return False
         return True
 
     def __str__(self) -> str:
-        return self.direction + (f", each by more than {self.errors:g} standard errors" if self.errors else "")
+        return self.direction + (f", each by more than {_errors(self.errors)}" if self.errors else "")
+
+
+SURE = 2  # standard errors of many values beyond which a difference counts: a two-sided test at 5 %
+RISES, FALLS = Bound("over", 0, errors=SURE), Bound("under", 0, errors=SURE)
+
+
+def _errors(count: float) -> str:
+    return f"{count:g} standard errors (Student’s test for few values)"
 
 
 def _number(value: float) -> str:

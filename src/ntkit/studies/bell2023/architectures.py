@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report.words import plain
 from ntkit.studies.bell2023 import plane
-from ntkit.studies.bell2023.bell_setting import ROUNDING, SURE, images, relative, rounding, sgd
-from ntkit.studies.claim import Bound, Claim, Condition, mean
+from ntkit.studies.bell2023.bell_setting import ROUNDING, images, relative, rounding, sgd
+from ntkit.studies.claim import RISES, Claim, Condition, mean
 from ntkit.studies.part import Result, StudyPart, Work
 from ntkit.studies.study import Item, Results, table
 from ntkit.tracking.losses import cross_entropy
@@ -129,7 +129,7 @@ def claims(results: Results) -> Iterator[Claim]:
         + ", ".join(f"{name} {plain(max(relative(runs, 'secant')), 2)}" for name, runs in groups.items()),
         [Condition("in units of the rounding of the sum every residual is", units, ROUNDING),
          Condition("the fall of each model’s loss in training is", falls,
-                   Bound("over", 0, errors=SURE))],
+                   RISES)],
         f"float64, {len(next(iter(groups.values())))} seeds each; relative to the largest logit; rounding: √(steps x "
         "examples) x 2⁻⁵²",
     )  # fmt: skip

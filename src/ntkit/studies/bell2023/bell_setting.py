@@ -25,8 +25,6 @@ from ntkit.trajectory import Trajectory
 METHODS: dict[Integration, str] = {"secant": "exact (secant)", "left": "start of each step", "ntk": "initial gradients"}
 ROUNDING = Bound("at most", 1)  # of an error in units of `rounding`
 SEEDS = (0, 1, 2, 3, 4)
-SURE = 2.78  # standard errors of a mean over five seeds beyond which Student's test rejects, two-sided at 5 %
-CLEAR = Bound("over", 0, errors=SURE)
 
 
 class Images(NamedTuple):

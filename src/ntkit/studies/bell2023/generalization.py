@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ntkit.report.words import plain
 from ntkit.studies.bell2023 import pictures, plane
-from ntkit.studies.bell2023.bell_setting import CLEAR, ROUNDING, SURE, errors, images, rounding
+from ntkit.studies.bell2023.bell_setting import ROUNDING, errors, images, rounding
 from ntkit.studies.bell2023.own_kernel import definiteness, own_kernel, posterior, rank_correlations, ranks
-from ntkit.studies.claim import Bound, Claim, Condition, mean
+from ntkit.studies.claim import FALLS, RISES, SURE, Bound, Claim, Condition, mean
 from ntkit.studies.part import Result, StudyPart, Work
 from ntkit.studies.study import Item, Results, Section, table
 
@@ -165,9 +165,9 @@ def kernel_claims(results: Results) -> Iterator[Claim]:
     yield Claim(
         "Other readings of the formula are no kernels",
         "asymmetry, " + "; ".join(texts),
-        [Condition("every asymmetry or change is", every, CLEAR),
+        [Condition("every asymmetry or change is", every, RISES),
          Condition("the smallest eigenvalue of the one kernel’s symmetric part is", negative,
-                   Bound("under", 0, errors=SURE))],
+                   FALLS)],
         "both roles: each point averaged on the left, at the start on the right; held or not: change of the values "
         "between training points when one side counts as new; one kernel: sum over steps of values times ratios of "
         "slopes; all relative to the norm of the values",
@@ -184,7 +184,7 @@ def claims(results: Results) -> Iterator[Claim]:
         "The posterior of the representation’s kernel is uncertain far from the data",
         "rank correlation of deviation and distance to the nearest training point: "
         + ", ".join(f"{name} {value:.2f}" for name, value in both.items()),
-        [Condition("each is", list(both.values()), CLEAR)],
+        [Condition("each is", list(both.values()), RISES)],
         f"{results.work.sizes.judged} points all over the plane; kernel: mean over steps, sum over outputs, training "
         "points held at the start of each step",
     )
@@ -197,7 +197,7 @@ def claims(results: Results) -> Iterator[Claim]:
             f"rank correlation with the error: deviation {mean(score):.2f}, distance {mean(distance):.2f}, difference "
             f"{mean(np.subtract(score, distance)):.2f}; deviation given the distance {beyond:.2f}"
             + (f"; AUROC for wrong classes {', '.join(areas)}" if areas else ""),
-            [Condition("the correlation given the distance is", [beyond], CLEAR)],
+            [Condition("the correlation given the distance is", [beyond], RISES)],
             ("error: distance in total variation from the true shares of the classes" if name in flat else
              f"error: cross-entropy; kernel: mean over each {EVERY}th step")
             + f"; given the distance: partial correlation of ranks; {len(runs)} seeds",
@@ -207,7 +207,7 @@ def claims(results: Results) -> Iterator[Claim]:
         "The posterior knows something of the network’s errors that the network’s own doubt does not",
         "rank correlation with the error given 1 − largest softmax output: "
         + ", ".join(f"{name} {value:.2f}" for name, value in doubt.items()),
-        [Condition("for each network it is", list(doubt.values()), CLEAR)],
+        [Condition("for each network it is", list(doubt.values()), RISES)],
         "the same points and errors",
         further=True,
     )
@@ -219,7 +219,7 @@ def claims(results: Results) -> Iterator[Claim]:
             f"of the {TOP} examples that add most {100 * mean(_of(runs, 'same top')).value:.1f} % are of the predicted "
             f"class, of the {TOP} nearest images {100 * mean(_of(runs, 'same near')).value:.1f} % (difference "
             f"{gain:.3f}); half of all contributions comes from {half:.3f} of the examples",
-            [Condition("the difference is", [gain], CLEAR),
+            [Condition("the difference is", [gain], RISES),
              Condition("the share of the examples that make up half", [half],
                        Bound("over", TOP / results.work.sizes.train, errors=SURE))],
             f"{results.work.sizes.test} test images, {len(runs)} seeds; {TOP} of {results.work.sizes.train} examples "
@@ -228,7 +228,7 @@ def claims(results: Results) -> Iterator[Claim]:
         yield Claim(
             f"Within the class the nearer images add more, {name}",
             f"rank correlation of the size of a contribution and the distance in pixels {slope:.2f}",
-            [Condition("it is", [slope], Bound("under", 0, errors=SURE))],
+            [Condition("it is", [slope], FALLS)],
             f"examples of the predicted class; {results.work.sizes.test} test images, {len(runs)} seeds",
         )
 

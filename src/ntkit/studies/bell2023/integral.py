@@ -14,19 +14,9 @@ from torch.func import vmap
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.report.words import plain
 from ntkit.studies.bell2023 import plane
-from ntkit.studies.bell2023.bell_setting import (
-    ROUNDING,
-    SURE,
-    gradients,
-    nodes_of,
-    order,
-    rounding,
-    sgd,
-    slopes,
-    states,
-)
+from ntkit.studies.bell2023.bell_setting import ROUNDING, gradients, nodes_of, order, rounding, sgd, slopes, states
 from ntkit.studies.bell2023.own_kernel import ranks
-from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
+from ntkit.studies.claim import RISES, Claim, Condition, Within, mean
 from ntkit.studies.part import Result, StudyPart, Work
 from ntkit.studies.study import Results, Section, curve, device, lines, mlp
 from ntkit.tracking.losses import cross_entropy
@@ -129,7 +119,7 @@ def claims(results: Results) -> Iterator[Claim]:
         "distances, " + "; ".join(texts),
         [Condition("the sums’ distance for tanh, in units of the rounding of the sum, is", units, ROUNDING),
          Condition("for both networks the logarithm of the terms’ distance over the sums’ is", list(gaps.values()),
-                   Bound("over", 0, errors=SURE))],
+                   RISES)],
         f"integral by {CONVERGED['tanh'][1]} Gauss–Legendre nodes (tanh) and {CONVERGED['relu'][1]} midpoints (ReLU, "
         f"whose sums miss by the integral’s own error); {TEST} new points",
         further=True,
@@ -144,7 +134,7 @@ def claims(results: Results) -> Iterator[Claim]:
         "The distance of single contributions shrinks with the step size, of smooth networks with its square",
         f"orders {mean(by_size['tanh']):.2f} (tanh) and {mean(by_size['relu']):.2f} (ReLU)",
         [Condition("for tanh every order is", by_size["tanh"], Within(0.2, of=2)),
-         Condition("for ReLU the binary logarithm of each fall is", falls, Bound("over", 0, errors=SURE))],
+         Condition("for ReLU the binary logarithm of each fall is", falls, RISES)],
         f"the step size divided by {', '.join(map(str, shrinks))}, as many more steps",
         further=True,
     )  # fmt: skip
@@ -158,8 +148,8 @@ def claims(results: Results) -> Iterator[Claim]:
         f"orders {mean(by_points['tanh']):.2f} (tanh) and {mean(by_points['relu']):.2f} (ReLU); with {POINTS[-1]} "
         f"midpoints {plateau['tanh']:.2g} and {plateau['relu']:.2g} from the secant’s",
         [Condition("for tanh every order is", by_points["tanh"], Within(0.2, of=2)),
-         Condition("for ReLU the orders are", [mean(by_points["relu"])], Bound("over", 0, errors=SURE)),
-         Condition("the distances from the secant’s are", list(plateau.values()), Bound("over", 0, errors=SURE))],
+         Condition("for ReLU the orders are", [mean(by_points["relu"])], RISES),
+         Condition("the distances from the secant’s are", list(plateau.values()), RISES)],
         f"fitted over {FITTED[0]} to {FITTED[-1]} midpoints per step",
         further=True,
     )  # fmt: skip

@@ -14,18 +14,8 @@ from torch.func import functional_call, jvp, vjp
 from ntkit.networks.linearization import linearized
 from ntkit.report.words import plain
 from ntkit.studies.bell2023 import pictures, plane
-from ntkit.studies.bell2023.bell_setting import (
-    SURE,
-    between,
-    errors,
-    nodes_of,
-    rounding,
-    sgd,
-    slopes,
-    states,
-    summed_changes,
-)
-from ntkit.studies.claim import Bound, Claim, Condition, Estimate, mean
+from ntkit.studies.bell2023.bell_setting import between, errors, nodes_of, rounding, sgd, slopes, states, summed_changes
+from ntkit.studies.claim import RISES, SURE, Bound, Claim, Condition, Estimate, mean
 from ntkit.studies.part import Result, StudyPart, Work
 from ntkit.studies.study import Item, Results, table
 from ntkit.tracking.losses import cross_entropy
@@ -230,7 +220,7 @@ def claims(results: Results) -> Iterator[Claim]:
             "ratio of the errors "
             + ", ".join(f"{plane.LABELS.get(case, case)} {_text(gap)}" for case, gap in gaps.items()),
             [Condition("for each network the logarithm of the ratio is", list(gaps.values()),
-                       Bound("over", 0, errors=SURE))],
+                       RISES)],
             f"{FORMULATIONS[worse]}, over {FORMULATIONS[better]}; paired by seed",
             further=further,
         )  # fmt: skip

@@ -16,7 +16,6 @@ from ntkit.report.words import plain
 from ntkit.studies.bell2023.bell_setting import (
     METHODS,
     ROUNDING,
-    SURE,
     Images,
     cnn,
     errors,
@@ -29,7 +28,7 @@ from ntkit.studies.bell2023.bell_setting import (
     weighted,
     weighted_cross_entropy,
 )
-from ntkit.studies.claim import Bound, Claim, Condition, Order, mean
+from ntkit.studies.claim import SURE, Bound, Claim, Condition, Order, mean
 from ntkit.studies.part import Result, StudyPart, Work
 from ntkit.studies.study import Item, Results, Section, curve, lines, table
 from ntkit.tracking.losses import cross_entropy

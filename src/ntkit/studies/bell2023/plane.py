@@ -13,18 +13,9 @@ from torch import Tensor, nn
 from ntkit.kernels.path.path_kernel import PathKernel
 from ntkit.measures.eigenfunctions import grid
 from ntkit.report.words import plain
-from ntkit.studies.bell2023.bell_setting import (
-    ROUNDING,
-    SURE,
-    errors,
-    errors_by_rule,
-    order,
-    relative,
-    rounding,
-    sgd,
-)
+from ntkit.studies.bell2023.bell_setting import ROUNDING, errors, errors_by_rule, order, relative, rounding, sgd
 from ntkit.studies.bell2023.own_kernel import own_kernel, posterior
-from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
+from ntkit.studies.claim import RISES, SURE, Bound, Claim, Condition, Within, mean
 from ntkit.studies.part import Result, StudyPart, Work
 from ntkit.studies.study import Item, Results, Section, curve, device, lines, mlp, table
 from ntkit.tracking.losses import cross_entropy
@@ -142,9 +133,9 @@ def rule_claims(results: Results) -> Iterator[Claim]:
         "Kinks destroy high orders",
         f"eight Gauss–Legendre nodes: relative error 10^({mean(gauss['relu']):.2f}) for ReLU, "
         f"10^({mean(gauss['tanh']):.2f}) for tanh",
-        [Condition("for ReLU the logarithm of the error over rounding is", [above], Bound("over", 0, errors=SURE)),
+        [Condition("for ReLU the logarithm of the error over rounding is", [above], RISES),
          Condition("for ReLU’s over tanh’s, paired, it is", [mean(gauss["relu"] - gauss["tanh"])],
-                   Bound("over", 0, errors=SURE))],
+                   RISES)],
         "the secant form has no nodes and is exact for both",
         further=True,
     )  # fmt: skip

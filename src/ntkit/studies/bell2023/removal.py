@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.studies.bell2023.bell_setting import CLEAR, Images, cnn, images, sgd, weighted, weighted_cross_entropy
+from ntkit.studies.bell2023.bell_setting import Images, cnn, images, sgd, weighted, weighted_cross_entropy
 from ntkit.studies.bell2023.pictures import rebuilt
-from ntkit.studies.claim import Claim, Condition, mean
+from ntkit.studies.claim import RISES, Claim, Condition, mean
 from ntkit.studies.part import Result, StudyPart, Work
 from ntkit.studies.study import Results, Section, curve, lines, table
 from ntkit.trajectory import train
@@ -100,7 +100,7 @@ def claims(results: Results) -> Iterator[Claim]:
                 f"Without its top contributors a prediction changes more than without {words}, {name}",
                 "additional fall of the margin: "
                 + ", ".join(f"{gap:.2f} ({100 * share:g} % removed)" for share, gap in gaps.items()),
-                [Condition("for each share it is", list(gaps.values()), CLEAR)],
+                [Condition("for each share it is", list(gaps.values()), RISES)],
                 f"retrained from the same start with the same batches; {len(runs)} test images of "
                 f"{len(_means(runs, s.shares[0], other, 'margin'))} networks, the error is over networks"
                 + (f"; {s.draws} draws each" if other == "random" else ""),

@@ -12,7 +12,7 @@ from ntkit.measures.convergence import fitted_slope
 from ntkit.studies.claim import Bound, Condition, Estimate, Within
 
 LEVEL = 0.01
-ERRORS = 3  # standard errors: of 10 trials 1.5 % beyond, of many 0.3 %
+ERRORS = 3  # standard errors: of 10 trials 1.5 % beyond, of many 0.3 %; a bound takes more of few trials
 
 
 def not_rejected(words: str, p: float) -> Condition:
@@ -95,7 +95,7 @@ def jackknife(samples: np.ndarray) -> Estimate:
     square = ((samples - samples.mean(0)) ** 2).sum(1)
     total = square.sum()
     without = (total - square * n / (n - 1)) / (n - 2)  # the variance without each trial
-    return Estimate(float(total / (n - 1)), float(((n - 1) * without.var()) ** 0.5))
+    return Estimate(float(total / (n - 1)), float(((n - 1) * without.var()) ** 0.5), n)
 
 
 def slope(values: Mapping[int, Estimate]) -> Estimate:
@@ -112,7 +112,7 @@ def against(x: ArrayLike, y: ArrayLike) -> Estimate:
     """Slope of the line through (log x, log y) by least squares, and its standard error from the scatter.
 
     >>> against([1, 10, 100], [2, 20, 200])
-    Estimate(value=1.0, error=0.0)
+    Estimate(value=1.0, error=0.0, trials=2)
     """
     found = stats.linregress(np.log(x), np.log(y))
-    return Estimate(round(float(found.slope), 12), round(float(found.stderr), 12))
+    return Estimate(round(float(found.slope), 12), round(float(found.stderr), 12), np.size(x) - 1)  # Student's n - 2

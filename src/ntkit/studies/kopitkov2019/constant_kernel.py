@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ntkit.kernels.tangent import TangentKernel
-from ntkit.studies.claim import Claim, Condition, mean
-from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, DISPLACED, FALLS, LearnedPicture, displaced, text
+from ntkit.studies.claim import FALLS, Claim, Condition, mean
+from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, DISPLACED, LearnedPicture, displaced, text
 from ntkit.studies.part import Result
 from ntkit.studies.study import Results
 

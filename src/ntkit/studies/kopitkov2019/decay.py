@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ntkit.studies.claim import Claim, Condition, Within, mean
+from ntkit.studies.claim import RISES, Claim, Condition, Within, mean
 from ntkit.studies.kopitkov2019.kopitkov_setting import (
     DEPTHS,
     PICTURES,
-    RISES,
     energy,
     file_of,
     learned,

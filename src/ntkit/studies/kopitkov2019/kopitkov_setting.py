@@ -17,7 +17,7 @@ from ntkit.base.imports import same_random_numbers
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.eigenfunctions import grid
 from ntkit.measures.spectra import alignment
-from ntkit.studies.claim import Bound, mean
+from ntkit.studies.claim import mean
 from ntkit.studies.part import Result, Work
 from ntkit.studies.study import device, mlp
 from ntkit.tracking import Tracked, half_squared
@@ -28,7 +28,6 @@ PHOTOGRAPH = "photograph"
 PICTURES = (*RIPPLES, PHOTOGRAPH)
 DISPLACED = "displaced"  # the learned picture, moved by half its side: the same frequencies, not learned
 DEPTHS = (2, 4, 6)
-RISES, FALLS = Bound("over", 0, errors=2), Bound("under", 0, errors=2)
 
 
 def picture(name: str, side: int) -> Tensor:

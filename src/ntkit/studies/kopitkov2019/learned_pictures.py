@@ -12,14 +12,12 @@ from ntkit.base.checks import defined
 from ntkit.kernels.tangent import TangentKernel
 from ntkit.measures.eigenfunctions import bandwidth, eigenfunctions, grid
 from ntkit.measures.spectra import spectrum
-from ntkit.studies.claim import Bound, Claim, Condition, Order, mean
+from ntkit.studies.claim import FALLS, RISES, SURE, Bound, Claim, Condition, Order, mean
 from ntkit.studies.kopitkov2019.constant_kernel import constant_kernel
 from ntkit.studies.kopitkov2019.kopitkov_setting import (
     DEPTHS,
     DISPLACED,
-    FALLS,
     PICTURES,
-    RISES,
     changes,
     displaced,
     energy,
@@ -38,7 +36,7 @@ from ntkit.tracking import Tracked, half_squared, track, write_images
 from ntkit.trajectory import Trajectory
 
 DEEP = DEPTHS[-1]
-MOST = Bound("over", 0.9, errors=2)  # our reading of "almost completely"
+MOST = Bound("over", 0.9, errors=SURE)  # our reading of "almost completely"
 DRAWN = 6  # eigenfunctions of the first seed's pages
 SHOWN = 4  # eigenfunctions in the report's table of images
 
@@ -181,7 +179,7 @@ def alignment_claims(results: Results) -> Iterator[Claim]:
         yield Claim(
             "Deeper networks align more",
             f"E({PICTURES[0]}, {k}) at the end: " + ", ".join(f"depth {d}: {end:.2f}" for d, end in ends.items()),
-            [Condition("the ends by depth", list(ends.values()), Order("increase", errors=2))],
+            [Condition("the ends by depth", list(ends.values()), Order("increase", errors=SURE))],
         )
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ntkit.studies.claim import Bound, Claim, Condition, Within, mean
-from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, RISES, LearnedPicture
+from ntkit.studies.claim import RISES, SURE, Bound, Claim, Condition, Within, mean
+from ntkit.studies.kopitkov2019.kopitkov_setting import DEPTHS, LearnedPicture
 from ntkit.studies.part import Result
 from ntkit.studies.study import Results
 from ntkit.tracking import Tracked
@@ -91,7 +91,7 @@ def claims(results: Results) -> Iterator[Claim]:
             + f"; more of it at {100 * mean(more).value:.0f} % of the snapshots",
             [
                 Condition("the first share less the second is", [mean(parts[:, 0] - parts[:, 1])], RISES),
-                Condition("the share of the snapshots is", [mean(more)], Bound("over", 0.5, errors=2)),
+                Condition("the share of the snapshots is", [mean(more)], Bound("over", 0.5, errors=SURE)),
             ],
             f"depth {deep}; mean over snapshots; what overshoots counts as removed; typically: at most snapshots",
         )

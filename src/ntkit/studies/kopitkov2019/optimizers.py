@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntkit.data import load
-from ntkit.studies.claim import Claim, Condition, mean
-from ntkit.studies.kopitkov2019.kopitkov_setting import (
-    RISES,
-    energy,
-    energy_at,
-    initial_kernels,
-    numbers_of,
-    text,
-)
+from ntkit.studies.claim import RISES, Claim, Condition, mean
+from ntkit.studies.kopitkov2019.kopitkov_setting import energy, energy_at, initial_kernels, numbers_of, text
 from ntkit.studies.kopitkov2019.learned_pictures import MOST, change_claim
 from ntkit.studies.part import Result, StudyPart, Work
 from ntkit.studies.study import Results, device, mlp

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ntkit.studies.claim import Bound, Claim, Condition
+from ntkit.studies.claim import FALLS, RISES, Bound, Claim, Condition
 from ntkit.studies.long2021.beyond import added_runs, main_runs
 from ntkit.studies.long2021.by_layer import END
 from ntkit.studies.long2021.evidence import (
@@ -24,7 +24,7 @@ from ntkit.studies.long2021.evidence import (
     paired,
 )
 from ntkit.studies.long2021.long_setting import START, TEN
-from ntkit.studies.long2021.sentences import FALLS, ONE_SEED, RISES, accuracy, cosine_claim, percent, shown
+from ntkit.studies.long2021.sentences import ONE_SEED, accuracy, cosine_claim, percent, shown
 from ntkit.studies.part import Result
 from ntkit.studies.study import Results
 

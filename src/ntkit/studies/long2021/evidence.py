@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ntkit.studies.claim import Estimate
+from ntkit.studies.claim import SURE, Estimate, mean
 from ntkit.studies.long2021.long_setting import PAIRS, START, Setting
 from ntkit.studies.part import Result
 from ntkit.studies.study import Results
@@ -18,17 +18,18 @@ SWAP = "quadrant swap"
 
 
 class Difference(NamedTuple):
-    """Mean of a difference over seeds, its standard errors over seeds and over test images, and number of seeds."""
+    """Mean of a difference over seeds, its standard errors over seeds and over test images, and numbers of both."""
 
     value: float
     over_seeds: float
     over_images: float
     seeds: int
+    images: int
 
     def estimate(self) -> Estimate:
-        """The value with the larger of both errors."""
-        errors = [e for e in (self.over_seeds, self.over_images) if not math.isnan(e)]
-        return Estimate(self.value, max(errors, default=math.nan))
+        """The value with the error of the wider interval of the two."""
+        both = (Estimate(self.value, self.over_seeds, self.seeds), Estimate(self.value, self.over_images, self.images))
+        return max((e for e in both if not math.isnan(e.error)), key=lambda e: e.beyond(SURE), default=both[0])
 
 
 def measured(results: Results, setting: Setting, moment: str, experiment: str = "moment") -> dict[int, Result]:
@@ -104,7 +105,7 @@ def mean_of(values: Sequence[float]) -> Estimate:
     kept = [v for v in values if not math.isnan(v)]
     if not kept:
         return Estimate(math.nan)
-    return Estimate(float(np.mean(kept)), float(np.std(kept, ddof=1) / len(kept) ** 0.5) if len(kept) > 1 else math.nan)
+    return mean(kept)
 
 
 def difference(
@@ -139,13 +140,11 @@ def paired(
         if not math.isnan(change):
             values[seed] = change
             images.append(by_image(first[seed]) - by_image(second[seed]))
-    mean = mean_of(list(values.values()))
-    over_images = math.nan
-    if images:
-        each = np.nanmean(np.stack(images), 0)
-        each = each[~np.isnan(each)]
-        over_images = float(each.std(ddof=1) / len(each) ** 0.5)
-    return Difference(mean.value, mean.error, over_images, len(values))
+    over_seeds = mean_of(list(values.values()))
+    each = np.nanmean(np.stack(images), 0) if images else np.empty(0)
+    each = each[~np.isnan(each)]
+    over_images = float(each.std(ddof=1) / len(each) ** 0.5) if images else math.nan
+    return Difference(over_seeds.value, over_seeds.error, over_images, len(values), len(each))
 
 
 def error_change(results: Results, setting: Setting, loss: str, kernel: str = "tangent") -> Difference:

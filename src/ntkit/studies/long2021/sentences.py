@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ntkit.studies.claim import Bound, Claim, Condition, Estimate
+from ntkit.studies.claim import FALLS, RISES, Bound, Claim, Condition, Estimate
 from ntkit.studies.long2021.evidence import (
     INVARIANT,
     SWAP,
@@ -26,7 +26,6 @@ from ntkit.studies.study import Results
 
 MUCH = 2 / 3  # the error at most this part of the initial one counts as much more accurate
 ONE_SEED = "; one seed, not judged"
-RISES, FALLS = Bound("over", 0, errors=2), Bound("under", 0, errors=2)
 
 
 def shown(value: Estimate, spec: str = ".2f", unit: str = "") -> str:

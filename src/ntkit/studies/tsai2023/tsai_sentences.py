@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ntkit.studies.claim import Bound, Claim, Condition, Estimate, mean
+from ntkit.studies.claim import RISES, Bound, Claim, Condition, Estimate, mean
 from ntkit.studies.study import Results
 from ntkit.studies.tsai2023.methods import EXACT, EXISTING, IMPORTANCES, KERNELS, METHODS, NEW
 from ntkit.studies.tsai2023.predictions import PREDICTIONS
 
-CLEAR = Bound("over", 0, errors=2)
 Values = Callable[[Results, str, str], np.ndarray]  # results, task, method -> one number per test point, over seeds
 
 
@@ -67,7 +66,7 @@ def _comparison(
             for other, gap in zip(others, gaps, strict=True)
         ]
         every = [gap for gaps in found.values() for gap in gaps]
-        conditions = [Condition("each difference is", every, CLEAR)]
+        conditions = [Condition("each difference is", every, RISES)]
         yield Claim(f"{title}: {name}, {task}", ", ".join(pairs), conditions, _protocol(results, task))
 
 
@@ -113,7 +112,7 @@ def exact(results: Results) -> Iterator[Claim]:
                 f"{method.capitalize()} predicts {words} better than every method that is not exact, {task}",
                 f"rank correlation {correlation(results, task, method, what):.3f}; next best: {best}, "
                 f"{found[best]:.3f}; metasmoothness {smooth.value:.2f}",
-                [Condition("each difference is", gaps, CLEAR)],
+                [Condition("each difference is", gaps, RISES)],
                 "the paper does not ask it; differences are paired over test points",
             )
 
