@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +22,7 @@ from ntkit.networks.linearization import linearized as linearized_module
 from ntkit.probes import shift
 from ntkit.studies import long2021
 from ntkit.studies.claim import Bound, Estimate
-from ntkit.studies.long2021 import evidence, figures, long_setting, moments, sentences
+from ntkit.studies.long2021 import beyond, evidence, figures, long_setting, moments, sentences
 from ntkit.studies.long2021.long_setting import START, Setting
 from ntkit.studies.official_files import official_files
 from ntkit.studies.part import Result, Sizes, Work
@@ -255,7 +257,7 @@ def test_a_seed_that_is_not_trained_yet_does_not_count_as_a_gain():
         one = part(seed, count / 1000, wrong)
         one.numbers["test_error"] = 0.1
         listed[moment].append(one)
-    work = SimpleNamespace(sizes=Sizes(losses=(0.5,)))
+    work = SimpleNamespace(sizes=Sizes(losses=(0.5,), seeds=2))
     results = Results(work, {"moment": {(SETTING, moment): runs for moment, runs in listed.items()}})
     (claim,) = sentences.accuracy(results, SETTING, "Better")
     assert claim.number.startswith("test error 10.00 ± 0.00 % → 8.00 ± 0.00 % (loss 0.5)")
@@ -263,6 +265,10 @@ def test_a_seed_that_is_not_trained_yet_does_not_count_as_a_gain():
     assert ratio.values == [pytest.approx(0.8)]
     assert not ratio.holds()
     assert change.holds()
+    work.sizes.seeds = 3
+    (claim,) = sentences.accuracy(results, SETTING, "Better")
+    assert not claim.conditions  # the study is not finished: a verdict would stop at the seeds that happen to be there
+    assert "2 of 3 seeds so far, not judged" in claim.note
     for runs in results.by_experiment["moment"].values():
         runs.pop()
     (claim,) = sentences.accuracy(results, SETTING, "Better")
@@ -365,3 +371,12 @@ def test_a_loss_that_is_measured_for_some_of_the_runs_alone_is_left_out():
     assert evidence.losses(Results(work, {"moment": moments}), SETTING) == ["0.6", "0.3", "0.1"]
     moments[SETTING, "0.1"][0] = Result({"seed": 0, "status": "not reached"}, {})
     assert evidence.losses(Results(work, {"moment": moments}), SETTING) == ["0.6", "0.3"]
+
+
+@pytest.mark.parametrize("scale", ["quick", "paper"])
+def test_the_seeds_that_a_verdict_waits_for_are_those_that_are_to_come(scale):
+    study = long2021.STUDY
+    work = Work(study.scales[scale], study.seeds, ["digits", "mnist", "cifar10"], Path())
+    runs = Counter(setting for setting, _ in [*long_setting.settings(work), *beyond.added_runs(work)])
+    assert len(runs) > 10
+    assert {setting: long_setting.most_seeds(work, setting) for setting in runs} == runs

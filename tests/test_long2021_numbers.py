@@ -394,7 +394,7 @@ def test_errors_before_and_after_are_of_the_seeds_that_have_both():
         (setting, START): [one(seed, error) for seed, error in enumerate((None, 0.4, 0.4))],
         (setting, "0.3"): [one(seed, error) for seed, error in enumerate((0.0, 0.3, 0.3))],
     }
-    results = Results(SimpleNamespace(sizes=Sizes(losses=(0.3,))), {"moment": runs})
+    results = Results(SimpleNamespace(sizes=Sizes(losses=(0.3,), seeds=3)), {"moment": runs})
     (claim,) = sentences.accuracy(results, setting, "Better")
     assert claim.number.startswith("test error 40.00 ± 0.00 % → 30.00 ± 0.00 % (loss 0.3)")
     assert claim.conditions[0].values == [pytest.approx(0.75)]
@@ -467,7 +467,7 @@ def test_a_setting_of_one_seed_is_not_counted(monkeypatch):
     monkeypatch.setattr(beyond_claims, "cosine_claim", lambda *_, **named: iter(()))
     for seeds, told in ((1, []), (3, ["in 0 of 1 settings"])):
         runs = {(setting, m): [one(seed, wrong) for seed in range(seeds)] for m, wrong in ((START, 2), ("0.3", 8))}
-        results = Results(SimpleNamespace(sizes=Sizes(losses=(0.3,))), {"moment": runs})
+        results = Results(SimpleNamespace(sizes=Sizes(losses=(0.3,), seeds=seeds)), {"moment": runs})
         first, *rest = beyond_claims.added(results)
         assert first.record()["holds"] is (None if seeds == 1 else False)
         assert [claim.number for claim in rest] == told

@@ -20,11 +20,12 @@ from ntkit.studies.long2021.evidence import (
     main_settings,
     mean_of,
     measured,
+    not_judged,
     number,
     paired,
 )
 from ntkit.studies.long2021.long_setting import START, TEN
-from ntkit.studies.long2021.sentences import ONE_SEED, accuracy, cosine_claim, percent, shown
+from ntkit.studies.long2021.sentences import accuracy, cosine_claim, percent, shown
 from ntkit.studies.part import Result
 from ntkit.studies.study import Results
 
@@ -52,13 +53,13 @@ def layers(results: Results) -> Iterator[Claim]:
         path = "whole.test_error"
         own = common_seeds(results, (setting, START), (setting, END), paths=[path], experiment="layers")
         whole = (estimate(results, setting, moment, path, "layers", own) for moment in (START, END))
-        judged = min(change.seeds for change in changes) > 1
+        why = not_judged(results, min(change.seeds for change in changes))
         every = [change.estimate() for change in changes]
         yield Claim(
             f"Not in the paper: each layer’s share alone becomes better: {setting.pair}, {setting.network}",
             f"all layers {' → '.join(percent(value) for value in whole)}; alone: {'; '.join(texts)}",
-            [Condition("the change of every layer’s test error is", every, FALLS)] if judged else (),
-            "before training → at the end of training" + ONE_SEED * (not judged),
+            [Condition("the change of every layer’s test error is", every, FALLS)] if not why else (),
+            "before training → at the end of training" + why,
         )
 
 
@@ -142,13 +143,12 @@ def agreement(results: Results) -> Iterator[Claim]:
             before, after = (percent(estimate(results, *moment, path, seeds=seeds)) for moment in moments)
             alike = shown(estimate(results, setting, last, f"{kernel}.correlation", seeds=seeds), ".3f")
             texts.append(f"{kernel} kernel {before} → {after}, correlation {alike}")
+        why = not_judged(results, change.seeds, setting)
         yield Claim(
             f"Not in the paper: machine and network agree more after training: {setting.pair}, {setting.network}",
             f"test images put in the same class: {'; '.join(texts)} (loss {last})",
-            [Condition("the change with the tangent kernel is", [change.estimate()], RISES)]
-            if change.seeds > 1
-            else (),
-            ONE_SEED.removeprefix("; ") * (change.seeds < 2),
+            () if why else [Condition("the change with the tangent kernel is", [change.estimate()], RISES)],
+            why.removeprefix("; "),
         )
 
 

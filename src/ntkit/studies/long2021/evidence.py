@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ntkit.studies.claim import SURE, Estimate, mean
-from ntkit.studies.long2021.long_setting import PAIRS, START, Setting
+from ntkit.studies.long2021.long_setting import PAIRS, START, Setting, most_seeds
 from ntkit.studies.part import Result
 from ntkit.studies.study import Results
 
@@ -55,6 +55,22 @@ def _all_reached(results: Results, setting: Setting, loss: str) -> bool:
     runs = moments.get((setting, loss), [])
     most = max(len(moments.get((setting, str(other)), [])) for other in results.work.sizes.losses)
     return bool(runs) and len(runs) == most and all(run.numbers["status"] == "measured" for run in runs)
+
+
+def not_judged(results: Results, seeds: int, *settings: Setting) -> str:
+    """Why a claim from so many seeds of these settings is not judged; empty where it is.
+
+    An error takes two seeds. And a verdict waits for all the seeds that are to come: one that is passed whenever some
+    are finished would pass noise more often than its test says.
+    """
+    if seeds < 2:
+        return "; one seed, not judged"
+    for setting in settings:
+        moments, planned = (START, *map(str, results.work.sizes.losses)), most_seeds(results.work, setting)
+        finished = min(len(results["moment"].get((setting, moment), [])) for moment in moments)
+        if finished < planned:
+            return f"; {finished} of {planned} seeds so far, not judged"
+    return ""
 
 
 def main_settings(results: Results, network: str | None = None) -> Iterator[Setting]:

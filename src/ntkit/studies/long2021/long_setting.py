@@ -99,6 +99,14 @@ def settings(work: Work) -> Iterator[tuple[Setting, int]]:
     yield from product([Setting(pair, "sum") for pair in pairs], few)
 
 
+def most_seeds(work: Work, setting: Setting) -> int:
+    """Seeds of a setting when all are finished."""
+    if setting.added:
+        return extent(work).added
+    few = setting.pair == SECOND or setting.lr > 0.01 or setting.augmented or setting.network == "sum"
+    return work.sizes.few if few else work.sizes.seeds
+
+
 def images(work: Work, pair: str) -> Data:
     """Images of two classes, pixels in [0, 1]; label 1 for the second class."""
     data, classes = PAIRS[pair]

@@ -19,13 +19,13 @@ from ntkit.studies.long2021.evidence import (
     losses,
     main_settings,
     measured,
+    not_judged,
     number,
 )
 from ntkit.studies.long2021.long_setting import START, Setting
 from ntkit.studies.study import Results
 
 MUCH = 2 / 3  # the error at most this part of the initial one counts as much more accurate
-ONE_SEED = "; one seed, not judged"
 
 
 def shown(value: Estimate, spec: str = ".2f", unit: str = "") -> str:
@@ -73,15 +73,16 @@ def accuracy(results: Results, setting: Setting, text: str) -> Iterator[Claim]:
         Condition(f"the error at loss {last} over the initial one is", [ratio], Bound("under", MUCH)),
         Condition("the change is", [change], FALLS),
     ]
+    why = not_judged(results, len(seeds), setting)
     yield Claim(
         f"{text}: {setting.pair}, {setting.network}",
         f"test error {percent(before)} → "
         + ", ".join(f"{percent(value)} (loss {loss})" for loss, value in after.items())
         + "; network "
         + percent(estimate(results, setting, last, "test_error", seeds=seeds)),
-        conditions if len(seeds) > 1 else (),
+        () if why else conditions,
         "hard-margin SVM, or ridge regression where nothing separates the classes; error of the change: the larger one "
-        "of that over seeds and that over test images" + ONE_SEED * (len(seeds) < 2),
+        "of that over seeds and that over test images" + why,
     )
 
 
@@ -129,9 +130,9 @@ def cosine_claim(
         "centered": "difference of cosines of features minus their mean",
     }[form]
     words = "at every loss the difference is"
-    conditions = [Condition(words, kept, bound)] if seeds > 1 else []
+    why = not_judged(results, seeds, *(one for one in (setting, other) if one is not None))
     told = _by_loss(changes, bound, names if len(names) > 1 else ())
-    yield Claim(text, told, conditions, note + ONE_SEED * (seeds < 2))
+    yield Claim(text, told, () if why else [Condition(words, kept, bound)], note + why)
 
 
 def globalness(results: Results) -> Iterator[Claim]:
@@ -206,11 +207,12 @@ def larger_rate(results: Results) -> Iterator[Claim]:
         seeds = min(one.seeds for one in found)
         rule = Condition("at every loss the difference of test errors is", kept, FALLS)
         name = f"{setting.pair}, {setting.network}"
+        why = not_judged(results, seeds, setting, fast)
         yield Claim(
             f"A larger learning rate at equal loss gives a better kernel: {name}",
             _by_loss(changes, FALLS),
-            [rule] if seeds > 1 else (),
-            "learning rate 0.1 against 0.01, error of the kernel’s machine" + ONE_SEED * (seeds < 2),
+            () if why else [rule],
+            "learning rate 0.1 against 0.01, error of the kernel’s machine" + why,
         )
         yield from cosine_claim(results, fast, [SWAP], f"and a more global one: {name}", FALLS, setting)
         yield from cosine_claim(results, fast, INVARIANT, f"and a more invariant one: {name}", RISES, setting)
