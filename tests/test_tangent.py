@@ -13,6 +13,7 @@ import torch
 from cases import CASES, make, softplus_sum, tiny_mlp, vectors
 from layout_judge import combined
 from torch import nn
+from torch.nn import functional as F
 
 import ntkit
 from ntkit.base.batch import take
@@ -338,6 +339,71 @@ def test_self_check_catches_a_gradient_the_graph_does_not_show(monkeypatch):
     )
     with pytest.raises(SelfCheckError, match=r"2\.bias"):
         ntkit.TangentKernel(model)(x1)
+
+
+class Rounded(nn.Module):
+    """An MLP whose hidden units are rounded down in batches of one, up in larger ones, as PyTorch's sums may be.
+
+    `kink`: where units are zero; units of a sample that are zero up to rounding are on two sides of it.
+    """
+
+    def __init__(self, kind: str, fallback: bool = False, alone: float = -1.0, change: str = ""):
+        super().__init__()
+        self.first, self.last, self.kind, self.alone, self.change = (
+            nn.Linear(5, 6),
+            nn.Linear(6, 2),
+            kind,
+            alone,
+            change,
+        )
+        self.mix = nn.Parameter(torch.linspace(0, 1, 6)) if fallback else None
+        self.register_buffer("kink", torch.zeros(6))
+
+    def hidden(self, x):
+        h = self.first(x)
+        return h if self.mix is None else torch.lerp(h, torch.sin(h), self.mix)  # which has no rule
+
+    def forward(self, x):
+        h = self.hidden(x) - self.kink
+        h = h + (self.alone if len(x) == 1 else 1) * 8 * torch.finfo(h.dtype).eps
+        if self.change == "size":
+            h = h.detach() + len(x) * (h - h.detach())
+        elif self.change and h.requires_grad:
+            h.register_hook({"mean": lambda g: g - g.mean(0) / 2, "hook": lambda g: g * len(g)}[self.change])
+        h = F.relu(h) if self.kind == "relu" else F.max_pool1d(torch.stack([h, torch.zeros_like(h)], 2), 2)[:, :, 0]
+        return self.last(h)
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+@pytest.mark.parametrize("fallback", [False, True], ids=["rules", "fallback"])
+@pytest.mark.parametrize("kind", ["relu", "max_pool"])
+def test_a_sample_whose_units_are_zero_up_to_rounding_has_a_kernel(kind, fallback, place):
+    """Alone it is on the other side of the kink: gradients differ, neither is wrong, and a batch has its own."""
+    torch.manual_seed(0)
+    model, x = Rounded(kind, fallback).double(), torch.randn(5, 5).double()
+    with torch.no_grad():
+        model.kink[:] = model.hidden(x)[place]
+    rules = ["first.weight", "first.bias", "last.weight", "last.bias"]
+    one_by_one = tangent_kernel(model, x, params=rules)
+    expected = tangent_kernel(model, x, params=["mix"]) if fallback else 0  # what has no rule is computed one by one
+    model.alone = 1.0
+    together = tangent_kernel(model, x, params=rules)
+    model.alone = -1.0
+    assert (one_by_one - together).abs().max() > 1e-2 * together.abs().max()
+    kernel = ntkit.TangentKernel(model)
+    assert_equal(kernel(x), together + expected, 1e-10, "kernel")
+    assert set(kernel.fallback(x)) == ({"mix"} if fallback else set())
+
+
+@pytest.mark.parametrize("change", ["size", "mean", "hook"])
+@pytest.mark.parametrize("at_kink", [False, True])
+def test_gradients_that_depend_on_the_batch_are_refused_at_a_kink_as_elsewhere(change, at_kink):
+    torch.manual_seed(0)
+    model, x = Rounded("relu", change=change).double(), torch.randn(5, 5).double()
+    if at_kink:
+        model.kink[:] = model.hidden(x)[0].detach()
+    with pytest.raises((Refused, SelfCheckError), match="gradient"):
+        ntkit.TangentKernel(model)(x)
 
 
 def test_dead_layers_are_right_and_come_alive():

@@ -369,27 +369,32 @@ class Gradients:
             found.setdefault(edge.node, []).append(out.new_zeros(shape) if grad is None else grad)
         return {node: parts[0] if len(parts) == 1 else torch.cat(parts, -1) for node, parts in found.items()}
 
-    def plain(self, x: Batch, out: Tensor, s: int, names: list[str], basis: Tensor) -> dict[str, Tensor]:
+    def plain(
+        self, x: Batch, out: Tensor, s: int, names: list[str], basis: Tensor, copies: int = 1
+    ) -> dict[str, Tensor]:
         """Plain autograd for sample `s` of a batch: {name: [K, entries]}; basis [K, C].
 
-        The sample is evaluated alone; a `Secant` in its batch, since of several exact secants it is another one alone.
+        The sample is evaluated alone, or as number `s` of so many copies of it; a `Secant` in its batch, since of
+        several exact secants it is another one alone.
         """
         if getattr(self.model, "one_graph", False):
             params, rows = [self.params[name] for name in names], torch.zeros_like(out).expand(len(basis), *out.shape)
             rows = rows.index_put((torch.arange(len(basis)), torch.tensor(s)), basis)
             whole = [self.in_one_pass(out, params, row) for row in rows]
         else:
-            whole = self._alone(take(x, slice(s, s + 1)), names, basis)
+            whole = self._alone(take(x, [s] * copies), s % copies, names, basis)
         return {name: torch.stack([row[j].reshape(-1) for row in whole]) for j, name in enumerate(names)}
 
-    def _alone(self, x: Batch, names: list[str], basis: Tensor) -> list[list[Tensor]]:
+    def _alone(self, x: Batch, place: int, names: list[str], basis: Tensor) -> list[list[Tensor]]:
         out = self.forward(x)
         params = [self.params[name] for name in names]
         inputs = [GradientEdge(*node.next_functions[0]) for node in nodes_behind(out) if ends_process(node)]
         wanted: list[Any] = [*params, *inputs]
         rows = []
         for row in basis.unbind():
-            grads = torch.autograd.grad([out], wanted, [row[None]], retain_graph=True, allow_unused=True)
+            cotangent = torch.zeros_like(out)
+            cotangent[place] = row
+            grads = torch.autograd.grad([out], wanted, [cotangent], retain_graph=True, allow_unused=True)
             rows.append([dense(g, p) for g, p in zip(grads, params, strict=False)])
         return rows
 
