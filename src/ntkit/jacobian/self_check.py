@@ -297,11 +297,9 @@ def _compare(
     for s in range(PROBE):
         gradients.compare_alone(probe, out, s, structure.eps)
     wrong, mixed = _differences(gradients, probe, out, factors, draw, floors, structure, 1)
-    if not (wrong or mixed):
-        return
-    if not _suspects(gradients, out):
+    if (wrong or mixed) and not _suspects(gradients, out):
         among = (_differences(gradients, probe, out, factors, draw, floors, structure, n) for n in (PROBE, 2 * PROBE))
-        if not any(more or other for more, other in among):
+        if all(found == ({}, "") for found in among):
             return
     if wrong:
         _explain(gradients, probe, out, uses, draw, structure, wrong)
