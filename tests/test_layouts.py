@@ -106,11 +106,12 @@ def test_training_takes_the_right_gradient():
 # ---------------------------------------------------------------------- the self-check bites
 
 
+@pytest.mark.parametrize("n", [3, 9])
 @pytest.mark.parametrize("slow", [False, True], ids=["rule", "fallback"])
-def test_the_self_check_sees_a_gradient_that_depends_on_the_batch(slow, monkeypatch):
+def test_the_self_check_sees_a_gradient_that_depends_on_the_batch(slow, n, monkeypatch):
     """Without the repair PyTorch's gradient of one sample alone is wrong: noticed on both paths."""
     monkeypatch.setattr("ntkit.jacobian.factors.correct_norms", lambda out: None)
-    x = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.randn(n, 6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with pytest.raises(SelfCheckError, match="differs from"):
         ntkit.TangentKernel(network("batch norm", "tokens", (3, 2), slow))(x)
 

@@ -260,3 +260,16 @@ def checked(x: Batch, name: str, infinite: bool = False) -> Batch:
             raise refusal(name, got=got, expected="finite values", fix=fix)
     with torch.inference_mode(False):
         return with_leaves(x, [t.clone() if t.is_inference() else t.detach() for t in tensors])
+
+
+def different_samples(x: Batch, most: int) -> list[int]:
+    """Up to so many samples that differ from each other: equal ones could not show that samples mix."""
+    n = count(x)
+    candidates = dict.fromkeys([0, n // 2, n - 1, *torch.linspace(0, n - 1, min(n, 16)).long().tolist()])
+    samples: list[int] = []
+    for i in candidates:
+        if all(any(not torch.equal(t[i], t[j]) for t in leaves(x)) for j in samples):
+            samples.append(i)
+        if len(samples) == most:
+            break
+    return samples

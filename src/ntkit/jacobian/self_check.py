@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.base.batch import Batch, count, has_infinity, leaves, take
+from ntkit.base.batch import Batch, count, different_samples, has_infinity, take
 from ntkit.base.batch import kind as kind_of
 from ntkit.base.checks import refusal
 from ntkit.jacobian.factors import Gradients
@@ -98,21 +98,8 @@ def _moves_rows(node: Any) -> bool:
     )
 
 
-def _different_samples(x: Batch) -> list[int]:
-    """Up to three samples that differ from each other: equal ones could not show that samples mix."""
-    n = count(x)
-    candidates = dict.fromkeys([0, n // 2, n - 1, *torch.linspace(0, n - 1, min(n, 16)).long().tolist()])
-    samples: list[int] = []
-    for i in candidates:
-        if all(any(not torch.equal(t[i], t[j]) for t in leaves(x)) for j in samples):
-            samples.append(i)
-        if len(samples) == PROBE:
-            break
-    return samples
-
-
-def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> Structure:
-    samples = _different_samples(x)
+def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str], again: bool = False) -> Structure:
+    samples = different_samples(x, PROBE)
     probe = take(x, (samples * PROBE)[:PROBE])
     out = gradients.forward(probe)
     nodes = nodes_behind(out)
@@ -157,9 +144,21 @@ def _establish(gradients: Gradients, x: Batch, irregular: Mapping[str, str]) -> 
     for use in ruled:
         for name in use.params:
             floors[name] = torch.maximum(floors.get(name, out.new_zeros(())), cotangents[use.node].norm())
-    _compare(gradients, probe, out, uses, factors, draw, floors, structure)
+    elsewhere = (lambda: False) if again else lambda: _holds_elsewhere(gradients, x, samples, irregular)
+    _compare(gradients, probe, out, uses, factors, draw, floors, structure, elsewhere)
     structure.expected = _expected(nodes, fewer) if same_nodes and not structure.scattered else None
     return structure
+
+
+def _holds_elsewhere(gradients: Gradients, x: Batch, samples: list[int], irregular: Mapping[str, str]) -> bool:
+    """Whether other samples of `x` pass the self-check alone: a kink is at a place, what is wrong is everywhere."""
+    n = count(x)
+    others = [i for i in torch.linspace(0, n - 1, min(n, 16)).long().tolist() if i not in samples]
+    for begin in range(0, min(len(others), 3 * PROBE), PROBE):
+        with suppress(SelfCheckError):
+            _establish(gradients, take(x, others[begin : begin + PROBE]), irregular, again=True)
+            return True
+    return False
 
 
 def _uses_and_constants(gradients: Gradients, nodes: list[Any], fewer: list[Any]) -> tuple[list[Use], set[int]]:
@@ -286,20 +285,21 @@ def _compare(
     draw: Tensor,
     floors: dict[str, Tensor],
     structure: Structure,
+    elsewhere: Callable[[], bool],
 ) -> None:
     """Raise unless outputs and gradients of the probe equal those of its samples taken one at a time.
 
     PyTorch rounds a batch of one otherwise than a larger one. Where that puts a sample on two sides of a kink (of a
     ReLU, of a maximum) its gradients differ, and neither is wrong: each sample is then taken among copies of itself, in
-    batches of two sizes, between which gradients that depend on the size differ. Not with hooks or a user's own
-    functions, which could mix the copies' gradients.
+    batches of two sizes, between which gradients that depend on the size differ; and other samples must pass alone.
+    Not with hooks or a user's own functions, which could mix the copies' gradients.
     """
     for s in range(PROBE):
         gradients.compare_alone(probe, out, s, structure.eps)
     wrong, mixed = _differences(gradients, probe, out, factors, draw, floors, structure, 1)
     if (wrong or mixed) and not _suspects(gradients, out):
         among = (_differences(gradients, probe, out, factors, draw, floors, structure, n) for n in (PROBE, 2 * PROBE))
-        if all(found == ({}, "") for found in among):
+        if all(found == ({}, "") for found in among) and elsewhere():
             return
     if wrong:
         _explain(gradients, probe, out, uses, draw, structure, wrong)
