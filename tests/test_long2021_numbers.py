@@ -369,13 +369,16 @@ def test_both_kernels_machines_are_compared_where_there_are_both():
         numbers |= {"seed": seed, "status": "measured", "tangent_conjugate_alignment": 0.5 + seed / 4}
         wrong = {"conjugate.wrong": conjugate, "tangent.wrong": tangent or [1, 1, 1, 1, 1]}
         runs.append(Result(numbers, {name: np.array(values, np.uint8) for name, values in wrong.items()}))
-    results = Results(SimpleNamespace(sizes=Sizes(losses=())), {"moment": {(setting, START): runs}})
+    results = Results(SimpleNamespace(sizes=Sizes(losses=(), seeds=2)), {"moment": {(setting, START): runs}})
     claim, total = sentences.conjugate(results)
     assert claim.number == "test error 60.00 % against 20.00 %; alignment of the two kernels 0.50"
     # 0.4 above, with a standard error of 0.24 over the images: within two of them
     assert np.std([0, 1, 1, 0, 0], ddof=1) / 5**0.5 == pytest.approx(0.245, abs=1e-3)
     assert claim.note.endswith("yes")
     assert total.number.endswith("in 1 of 1 cases")
+    results.work.sizes.seeds = 3
+    (claim,) = sentences.conjugate(results)  # told, and not counted
+    assert claim.note.endswith("2 of 3 seeds so far, not judged")
 
 
 def test_errors_before_and_after_are_of_the_seeds_that_have_both():

@@ -58,13 +58,16 @@ def _all_reached(results: Results, setting: Setting, loss: str) -> bool:
 
 
 def not_judged(results: Results, seeds: int, *settings: Setting) -> str:
-    """Why a claim from so many seeds of these settings is not judged; empty where it is.
+    """Why a claim from so many seeds of these settings is not judged; empty where it is. An error takes two seeds."""
+    return "; one seed, not judged" if seeds < 2 else unfinished(results, *settings)
 
-    An error takes two seeds. And a verdict waits for all the seeds that are to come: one that is passed whenever some
-    are finished would pass noise more often than its test says.
+
+def unfinished(results: Results, *settings: Setting) -> str:
+    """How many seeds of a setting are finished, where others are to come; else empty.
+
+    A verdict waits for all of them: one that is passed whenever some are finished would pass noise more often than its
+    test says.
     """
-    if seeds < 2:
-        return "; one seed, not judged"
     for setting in settings:
         moments, planned = (START, *map(str, results.work.sizes.losses)), most_seeds(results.work, setting)
         finished = min(len(results["moment"].get((setting, moment), [])) for moment in moments)
