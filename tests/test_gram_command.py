@@ -23,7 +23,7 @@ import pytest
 import torch
 from processes import THERE, Running, command
 from safetensors.torch import save_file
-from test_store import files_of
+from test_store import files_of, tiles_in
 
 import ntkit
 from ntkit.base.checks import Refused
@@ -89,7 +89,7 @@ def begun(place: Path, out: Path, tiles: int, *more: object, **how: Any) -> Runn
     """The command, slow enough to be disturbed, when it has computed some tiles."""
     words = ["gram", "net.py:make", *WORDS, "--out", out, *more]
     running = command(*words, cwd=place, env={"PAUSE": "0.1", "PYTHONWARNINGS": "ignore"}, **how)
-    assert running.until(lambda: len(list(out.glob("c/*/*"))) >= tiles), running.stderr
+    assert running.until(lambda: tiles_in(out) >= tiles), running.stderr
     return running
 
 
@@ -104,12 +104,12 @@ def test_two_workers_one_killed_then_the_whole_run_then_resumed(place, whole, tm
     workers = workers_of(running)
     assert len(workers) == 2
     os.kill(random.Random(0).choice(workers).pid, signal.SIGKILL)
-    assert running.until(lambda: len(list(out.glob("c/*/*"))) >= 60)
+    assert running.until(lambda: tiles_in(out) >= 60)
     below = workers_of(running)
     os.kill(running.pid, signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
     psutil.wait_procs(below, timeout=30)
-    there = len(list(out.glob("c/*/*")))
+    there = tiles_in(out)
     assert 60 <= there < 120
     done = command("gram", "net.py:make", *WORDS, "--out", out, "--workers", 2, cwd=place).done()
     assert done.returncode == 0, done.stderr
@@ -122,7 +122,7 @@ def test_interrupted_it_says_how_far_it_is_and_goes_on(place, whole, tmp_path):
     running = begun(place, out, 10)
     running.send_signal(signal.SIGINT)
     assert running.wait() == 130
-    there = len(list(out.glob("c/*/*")))
+    there = tiles_in(out)
     assert f"stopped with {there} of 120 tiles; the same call goes on" in running.stderr
     assert "Traceback" not in running.stderr
     done = command("gram", "net.py:make", *WORDS, "--out", out, cwd=place).done()

@@ -17,13 +17,14 @@ import store_case
 import torch
 from processes import THERE, forked
 from store_case import TILE, create, kernel, samples
-from test_store import files_of
+from test_store import files_of, tiles_in
 
 import ntkit
 from ntkit.base.checks import Refused
 from ntkit.gram import tile_workers
 
 pytest.importorskip("distributed")
+dask = pytest.importorskip("dask")
 pytestmark = pytest.mark.skipif(not THERE, reason="needs SIGKILL and fork")
 SIZE = 150  # 465 tiles
 
@@ -47,7 +48,7 @@ def begun(folder: Path) -> BaseProcess:
     np.save(folder.with_name("samples.npy"), samples(SIZE).numpy())
     log = folder.with_suffix(".log")
     child = forked(store_case.with_workers, folder, SIZE, log)
-    while len(list(folder.glob("c/*/*"))) < 20:
+    while tiles_in(folder) < 20:
         assert child.is_alive(), log.read_text()
         time.sleep(0.01)
     return child
@@ -115,6 +116,13 @@ def test_refusals(tmp_path):
     assert not (tmp_path / "s").exists()
     with pytest.raises(Refused, match="scheduler: got nonsense://here"):
         ntkit.GramStore.create(tmp_path / "s", kernel(), samples(), scheduler="nonsense://here", tile=TILE)
+    assert dask.config.get("scheduler", None) is None  # such a client would wait for it for ever
+
+
+def test_the_users_own_arrays_are_not_computed_by_its_workers(cluster):
+    for scheduler in (None, cluster):
+        with tile_workers._client(1, scheduler, None):
+            assert dask.config.get("scheduler", None) is None
 
 
 def test_copies_that_do_not_fit_into_memory_are_refused(tmp_path, monkeypatch):

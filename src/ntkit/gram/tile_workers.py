@@ -143,7 +143,7 @@ def compute(
         tasks = {client.submit(compute_strip, given, strip, **how): strip for strip in strips}
         failed: dict[str, tuple[list[Tile], str]] = {}
         # futures that are held would be computed again when the worker that has them dies
-        ended = as_completed(list(tasks))
+        ended = as_completed(list(tasks), loop=client.loop)
         for future in ended:
             strip = tasks.pop(future)
             if future.status == "finished":
@@ -198,17 +198,20 @@ def _last(reason: str) -> str:
 
 @contextmanager
 def _client(workers: int, scheduler: str | None, say: Say | None) -> Iterator[Any]:
-    """Connect to a scheduler, or to worker processes of this machine that end with the work."""
+    """Connect to a scheduler, or to worker processes of this machine that end with the work.
+
+    Never as the default client: the arrays of the user would go to it, and wait for ever where there is no scheduler.
+    """
     dask = distributed()
     if scheduler is None:
         how = {"dashboard_address": ":0", "memory_limit": None, "silence_logs": logging.ERROR}
         cluster = dask.LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **how)
-        with cluster, dask.Client(cluster) as client:
+        with cluster, dask.Client(cluster, set_as_default=False) as client:
             client.register_plugin(_without_interrupts())
             yield client
         return
     try:
-        client = dask.Client(scheduler, timeout=30)
+        client = dask.Client(scheduler, timeout=30, set_as_default=False)
     except (OSError, ValueError) as error:
         fix = "Start it with `dask scheduler`, and give the address that it prints."
         expected = "the address of a running Dask scheduler"
