@@ -296,8 +296,11 @@ def test_runs_at_equal_loss_are_compared_by_their_common_seeds():
     other = SETTING._replace(lr=0.1)
     moments = {(SETTING, "0.3"): [run(0, 0.5), run(1, 0.2)], (other, "0.3"): [run(1, 0.1)]}
     results = Results(SimpleNamespace(sizes=TOY), {"moment": moments})
-    (row,) = figures._comparison_section(results, [(SETTING, other)]).items[0]["rows"]
-    assert row[3:] == ["0.200 | 0.100", *["0.500 | 0.500"] * 4]
+    rows = figures._comparison_section(results, [(SETTING, other)]).items[0]["rows"]
+    assert [row[1:] for row in rows] == [
+        ["0.01", "0.3", "0.2000", *["0.500"] * 4],
+        ["0.1", "0.3", "0.1000", *["0.500"] * 4],
+    ]
 
 
 def test_what_is_not_reached_is_not_measured():

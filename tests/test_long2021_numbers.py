@@ -453,8 +453,8 @@ def test_a_table_at_equal_loss_is_of_the_seeds_that_both_have():
         ]
         runs[setting, "0.3"] = [Result(n, {}) for n in numbers]
     results = Results(SimpleNamespace(sizes=Sizes(losses=(0.3,))), {"moment": runs})
-    (row,) = figures._comparison_section(results, [(one, other)]).items[0]["rows"]
-    assert row[3] == "0.400 | 0.300"
+    rows = figures._comparison_section(results, [(one, other)]).items[0]["rows"]
+    assert [row[3] for row in rows] == ["0.4000", "0.3000"]
 
 
 def test_a_setting_of_one_seed_is_not_counted(monkeypatch):

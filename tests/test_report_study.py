@@ -15,6 +15,7 @@ from test_report_tracked import HOSTILE, _body, _json, _words
 from ntkit.base.checks import Refused
 from ntkit.base.files import write_arrays, write_json
 from ntkit.report import render_study
+from ntkit.report.study_sections import sections
 
 AXES = {"x": {"title": "nodes", "scale": "log"}, "y": {"title": "error", "scale": "log"}}
 
@@ -180,3 +181,21 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"item of a section: got 'pie'; expected lines, scatter, maps, images or table"):
         written(tmp_path, told)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("count", [3, 5, 6])
+def test_the_legend_shows_the_marks_of_its_curves(count: int, ordered: bool) -> None:
+    series = [{"name": f"n{i}", "x": [1, 2], "y": [i, i], "dash": "dash" if i == 2 else "solid"} for i in range(count)]
+    item = {"kind": "lines", "title": "T", "reading": "R", **AXES, "ordered": ordered}
+    entry = {"title": "S", "items": [item | {"panels": [{"heading": "", "series": series}]}]}
+    figure = sections([entry], {})[0]["blocks"][0]["figures"][0][0]
+    curves = figure.panels[0].data
+    assert [color for _, color, _ in figure.legend] == [curve["line"]["color"] for curve in curves]
+    assert [mark for _, _, mark in figure.legend] == [
+        "dash" if i == 2 else curve["marker"]["symbol"] for i, curve in enumerate(curves)
+    ]
+    colors = {color for _, color, _ in figure.legend}
+    assert len(colors) == count
+    assert all("ramp" in color for color in colors) == (ordered and count > 4)
+    assert any("ramp" in color for color in colors) == (ordered and count > 4)

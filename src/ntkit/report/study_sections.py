@@ -3,7 +3,7 @@
 A study's ``sections`` hold a title, a short one, a text and items. Each item has a kind and a title, figures a reading:
 
 - "lines": axes ``x``, ``y`` (title, scale "linear" or "log") and ``panels`` (heading, series of name, x, y, and perhaps
-  error and dash); ``style="dots"`` draws no lines.
+  error and dash); ``style="dots"`` draws no lines, ``ordered`` gives more than four series the colors of the ramp.
 - "scatter": ``x``, ``y`` (axis titles) and panels (heading, names of two arrays), each with its diagonal.
 - "maps": ``extent`` [low, high] of a square, names of arrays ``points`` [n, 2] and ``labels`` [n] to draw on it, and
   panels (heading, name of an array [side, side], colours "classes", "ramp" or "signed", perhaps the index of one of
@@ -31,6 +31,7 @@ from ntkit.report.words import listed, unbroken
 Item = dict[str, Any]
 Arrays = Mapping[str, np.ndarray]
 
+_HUES = (*TONES[:3], "var(--fifth)", "var(--sixth)", TONES[3])  # gray last: a reference for the others
 _FEW = 40  # points of a curve that are marked
 _DIGITS = 5  # significant digits of what is drawn from arrays
 _MAP = 280  # pixels
@@ -90,16 +91,23 @@ def _rounded(values: Any) -> list[float]:
 def _lines(key: str, item: Item, arrays: Arrays) -> Figure:
     series = [s for panel in item["panels"] for s in panel["series"]]
     names = list(dict.fromkeys(s["name"] for s in series))
-    tones = {name: tone(i, len(names)) for i, name in enumerate(names)}
+    tones = dict(zip(names, _tones(len(names), item.get("ordered", False)), strict=True))
     panels = []
     for p, panel in enumerate(item["panels"]):
         data = [_curve(s, *tones[s["name"]], item.get("style") == "dots") for s in panel["series"]]
         axes = (_axis(item[axis], [v for s in panel["series"] for v in s[axis]]) for axis in ("x", "y"))
         panels.append(Panel(f"plot-{key}-{p}", panel["heading"], data, draw.layout(*axes)))
-    dashes = {s["name"]: s.get("dash") for s in series}
-    legend = [(name, color, dashes[name] or symbol) for name, (color, symbol) in tones.items()]
+    dashes = {s["name"]: s["dash"] for s in series if s.get("dash", "solid") != "solid"}
+    legend = [(name, color, dashes.get(name, symbol)) for name, (color, symbol) in tones.items()]
     label = f"{item['title']}: {item['y']['title']} against {item['x']['title']}. {item['reading']}"
     return _figure(key, item, label, panels, legend if len(names) > 1 else [])
+
+
+def _tones(count: int, ordered: bool) -> list[tuple[str, str]]:
+    """Color and symbol of each of so many series: steps of one quantity have an order, other things do not."""
+    if ordered or count <= len(TONES) or count > len(_HUES):
+        return [tone(i, count) for i in range(count)]
+    return [(color, SYMBOLS[i % len(SYMBOLS)]) for i, color in enumerate((*_HUES[: count - 1], _HUES[-1]))]
 
 
 def _curve(series: Item, color: str, symbol: str, dots: bool) -> dict[str, Any]:

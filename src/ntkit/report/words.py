@@ -134,12 +134,22 @@ def counted(count: int, noun: str) -> str:
 
 
 def unbroken(text: str) -> str:
-    r"""Prevent a line break inside numbers such as 3e-16, by a word joiner after the minus.
+    r"""Prevent a line break inside numbers such as 3e-16, and between a number, its error and the percent sign.
 
-    >>> unbroken("about 3e-16") == "about 3e-\u206016"
-    True
+    >>> unbroken("about 3e-16") == "about 3e-\u206016", unbroken("of 3 ± 1 %") == "of 3\xa0±\xa01\xa0%"
+    (True, True)
     """
-    return re.sub(r"(\de-)(\d)", "\\1\u2060\\2", text)
+    text = re.sub(r"(\de-)(\d)", "\\1\u2060\\2", text)
+    return re.sub(r"(?<=\d) (?=%|± )|(?<=\d ±) (?=\d)", "\u00a0", text)
+
+
+def fixed(value: float, digits: int, plus: bool = False) -> str:
+    """Write a number with so many digits after the point, perhaps with a plus.
+
+    >>> fixed(2, 1), fixed(2, 1, plus=True), fixed(-0.25, 2)
+    ('2.0', '+2.0', '−0.25')
+    """
+    return f"{value:{'+' if plus else ''}.{digits}f}".replace("-", "−")
 
 
 def share(value: float | None) -> str:

@@ -151,7 +151,9 @@ def _errors(count: float) -> str:
 
 
 def _number(value: float) -> str:
-    return ("−" if value < 0 else "") + plain(abs(value), 6)
+    text = plain(abs(value), 6)
+    text = text if float(text) == abs(value) else plain(abs(value))  # of 2/3 three digits say as much
+    return ("−" if value < 0 else "") + text
 
 
 class Condition(NamedTuple):

@@ -120,12 +120,11 @@ def lines(
     x: str,
     y: str,
     panels: Sequence[tuple[str, Sequence[Item]]],
-    log: bool = False,
+    log: Literal["", "x", "xy"] = "",
     **more: Any,
 ) -> Item:
-    """A figure of curves: axis titles, and panels, each a heading and `curve`s."""
-    scale = "log" if log else "linear"
-    axes = {"x": {"title": x, "scale": scale}, "y": {"title": y, "scale": scale}}
+    """A figure of curves: axis titles, and panels, each a heading and `curve`s; `log` names the logarithmic axes."""
+    axes = {name: {"title": title, "scale": "log" if name in log else "linear"} for name, title in (("x", x), ("y", y))}
     parts = [{"heading": heading, "series": list(series)} for heading, series in panels]
     return {"kind": "lines", "title": title, "reading": reading, **axes, "panels": parts, **more}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ntkit.kernels.path.decomposition import PathDecomposition
 from ntkit.kernels.path.path_kernel import PathKernel
-from ntkit.report.words import plain
+from ntkit.report.words import fixed, plain
 from ntkit.studies.bell2023.bell_setting import gray
 from ntkit.studies.bell2023.pictures import learned, rebuilt
 from ntkit.studies.part import Result, StudyPart, Work
@@ -90,7 +90,12 @@ def section(results: Results, name: str) -> Section:
     names = [f"predicted {case['predicted']}, is a {case['label']}" for case in cases]
     panels = [(heading, _over_time_curves(case["over_time"])) for case, heading in zip(cases, names, strict=True)]
     rows = [
-        [heading, f"{case['initial']:.2f}", *(f"{v:+.1f}" for v in case["classes"]), f"{case['logit']:.2f}"]
+        [
+            heading,
+            fixed(case["initial"], 2),
+            *(fixed(v, 1, plus=True) for v in case["classes"]),
+            fixed(case["logit"], 2),
+        ]
         for case, heading in zip(cases, names, strict=True)
     ]
     classes = [f"of {c}" for c in range(len(cases[0]["classes"]))]
@@ -129,15 +134,15 @@ def _case(name: str, i: int, case: Item, n: int) -> Item:
     strips = []
     for side, heading in (("for", "largest positive contributions"), ("against", "largest negative contributions")):
         images = [
-            {"image": [f"explained/{name}/{side}", [i, j]], "caption": str(label), "value": f"{value:+.2f}",
+            {"image": [f"explained/{name}/{side}", [i, j]], "caption": str(label), "value": fixed(value, 2, plus=True),
              "other": side == "for" and label != case["predicted"]}
             for j, (label, value) in enumerate(zip(case[side]["labels"], case[side]["values"], strict=True))
         ]  # fmt: skip
         strips.append({"heading": heading, "images": images})
     return {
         "image": [f"explained/{name}/test", [i]],
-        "text": f"Predicted {case['predicted']}, {right}. Output {case['logit']:.2f} = {case['initial']:.2f} at the "
-        f"start {case['logit'] - case['initial']:+.2f} by training; {case['half']} of {n:,} examples make up half of "
-        "all contributions.",
+        "text": f"Predicted {case['predicted']}, {right}. Output {fixed(case['logit'], 2)} = "
+        f"{fixed(case['initial'], 2)} at the start {fixed(case['logit'] - case['initial'], 2, plus=True)} by training; "
+        f"{case['half']} of {n:,} examples make up half of all contributions.",
         "strips": strips,
     }

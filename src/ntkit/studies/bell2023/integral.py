@@ -176,12 +176,12 @@ def section(results: Results) -> Section:
             lines(
                 "Distance of integral and secant, by step size",
                 "Of single contributions, relative to their norm; of their sums, relative to the largest logit.",
-                "steps per step of the run", "distance", [("", sizes)], log=True,
+                "steps per step of the run", "distance", [("", sizes)], log="xy",
             ),
             lines(
                 "Single contributions by midpoints per step",
                 "They tend to the integral’s; from the secant’s they keep a distance.",
-                "points per step", "distance", [("", points)], log=True,
+                "points per step", "distance", [("", points)], log="xy",
             ),
         ],
     )  # fmt: skip

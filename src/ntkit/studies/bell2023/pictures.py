@@ -248,7 +248,7 @@ def section(results: Results, name: str) -> Section:
         "Error against integration points per step",
         f"{min(s.probed, s.test)} test images, mean over {len(nodes)} seeds. With {', '.join(map(str, some))} left end "
         f"points: {by_rule['left']} of the largest logit; midpoints: {by_rule['midpoint']}.",
-        "points per step", "relative error", [("", curves)], log=True, wide=True,
+        "points per step", "relative error", [("", curves)], log="xy", wide=True,
     )  # fmt: skip
     arrays = {f"images/{name}/{key}": runs[0].arrays[key] for key in ("network", "secant")}
     arrays |= {f"formulations/{name}/{key}": others[0].arrays[key] for key in FORMULATIONS_SHOWN}

@@ -226,7 +226,7 @@ def _rule_figure(name: str, runs: list[Result]) -> Item:
         f"Mean over {len(runs)} seeds. Secant {plain(error('secant'), 2)}, eight Gauss nodes "
         f"{plain(error('gauss 8'), 2)}, 200 midpoints {plain(error('midpoint 200'), 2)}, left end point "
         f"{plain(error('left 1'), 2)}.",
-        "nodes per step", "relative error", [("", curves)], log=True,
+        "nodes per step", "relative error", [("", curves)], log="xy",
     )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def sections(results: Results) -> list[Section]:
     rows = [[str(i + 1), f"{1e3 * x[i]:.3f}", *(column[i] for column in columns)] for i in range(LEADING)]
     items = [
         lines("Rate by eigenvalue", "Means over networks and their batches.", "eigenvalue", "rate", [("", curves)],
-              log=True),
+              log="xy"),
         table("Rates, 10⁻³", ["Component", "Eigenvalue", *(f"n = {n:,}" for n in runs)], rows),
     ]  # fmt: skip
     text = f"The target is the network’s own start and {SIZE:g} of one of the leading components."

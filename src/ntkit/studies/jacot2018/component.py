@@ -304,8 +304,9 @@ def learning_sections(results: Results) -> Iterator[Section]:
     items = [
         lines("Left along the component, ‖g‖",
               f"Limit ½ exp(−λ₂t), λ₂ = {plain(rate)}. Largest distance to it: {by_width(off, 3)}.",
-              "step t", "‖g‖", [("", [*curves("g"), infinite])]),
-        lines("Beside the component, ‖h‖", f"Largest: {by_width(beside, 3)}.", "step t", "‖h‖", [("", curves("h"))]),
+              "step t", "‖g‖", [("", [*curves("g"), infinite])], ordered=True),
+        lines("Beside the component, ‖h‖", f"Largest: {by_width(beside, 3)}.", "step t", "‖h‖", [("", curves("h"))],
+              ordered=True),
         table("By width", [*columns, "Largest ‖h‖"], rows,
               f"Rate: ⟨f⁽²⁾, Θ f⁽²⁾⟩ / N² of the network’s own kernel; {1e3 * rate:.3f} · 10⁻³ in the limit."),
     ]  # fmt: skip

@@ -221,7 +221,7 @@ def sections(results: Results) -> list[Section]:
     ]
     items = [
         lines("Cost along training", f"Networks of width {wide:,}, λ of the limit.", "λ t", "cost, of the start",
-              panels, wide=True),
+              panels, wide=True, ordered=True),
         table("Smallest over largest eigenvalue", ["Limit", "smallest", "largest"], rows,
               f"{len(values['relu'])} sets of eight points of the circle. Rounding leaves up to {plain(ROUNDING)}."),
     ]  # fmt: skip

@@ -157,7 +157,7 @@ def sections(results: Results) -> list[Section]:
             curves.append(short_curve(f"limit, {train} digits", late, limit_errors))
         panels.append((heading, curves))
     figure = lines("Test error along training", "Squared error against right labels, mean over trials.",
-                   "step", "error", panels, log=True, wide=True)  # fmt: skip
+                   "step", "error", panels, log="xy", wide=True)  # fmt: skip
     text = (
         f"Networks of width {results.work.sizes.stopping_width:,} learn whether a digit is at least 5 from {TRAIN} "
         f"digits; the limit’s closed form starts from their outputs, and learns from {MORE} digits, too."

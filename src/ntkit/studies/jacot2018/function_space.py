@@ -158,7 +158,7 @@ def sections(results: Results) -> list[Section]:
     columns = ["Width", *(f"{kind}, {where}" for kind in ("Θ∞", "Σ∞") for where in ("training", "new"))]
     items = [
         lines("Distance from the closed form", "Relative to the way since the start, mean over networks.",
-              "step", "|f − closed form| / |f − f₀|", panels, log=True, wide=True),
+              "step", "|f − closed form| / |f − f₀|", panels, log="xy", wide=True),
         table("At the last step", [*columns, "Error", "predicted"], rows,
               f"Distances with the {KERNELS['ntk']} Θ∞ and the {KERNELS['nngp']} Σ∞ in its place, in %; squared errors "
               "at new inputs."),

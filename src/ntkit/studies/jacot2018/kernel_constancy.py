@@ -114,7 +114,7 @@ def sections(results: Results) -> list[Section]:
     ]
     items = [
         lines("By width", "Both are relative, in the Frobenius norm.", "width n", "relative size", [("", by_n)],
-              log=True),
+              log="xy"),
         lines("Along training", "Mean over networks.", "step", "|Θ(t) − Θ(0)| / |Θ(0)|", [("", along)]),
         table("By width", ["Width", "Variance at the start", *(f"Change, step {t}, %" for t in steps)], rows),
     ]  # fmt: skip

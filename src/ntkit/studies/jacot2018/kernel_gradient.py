@@ -133,7 +133,7 @@ def sections(results: Results) -> list[Section]:
     rows = [[f"{n:,}", *(f"{_to_limit(results, cost)[n]:.3f}" for cost in COSTS)] for n in runs]
     items = [
         lines("What one step of descent leaves out", "Relative to the step that the kernel gradient predicts.",
-              "learning rate", "relative difference", [("", by_rate)], log=True),
+              "learning rate", "relative difference", [("", by_rate)], log="xy", ordered=True),
         table("Distance to the limit’s kernel gradient", ["Width", *(f"{cost} cost" for cost in COSTS)], rows,
               f"Relative, mean over {results.work.sizes.gradient_seeds} networks."),
     ]  # fmt: skip

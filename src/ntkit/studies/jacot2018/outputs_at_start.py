@@ -141,7 +141,7 @@ def sections(results: Results) -> list[Section]:
     ]  # fmt: skip
     items = [
         lines("Quantiles of whitened outputs", "On the dashed line they are normal with the limit’s covariance.",
-              "normal quantile", "quantile of the outputs", [("", curves)]),
+              "normal quantile", "quantile of the outputs", [("", curves)], ordered=True),
         table("By width", ["Width", "p value: normal", "p value: covariance", "Excess kurtosis"], rows,
               "p values by Bonferroni over coordinates and over products."),
     ]  # fmt: skip

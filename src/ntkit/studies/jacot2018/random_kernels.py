@@ -185,7 +185,7 @@ def sections(results: Results) -> list[Section]:
               f"Single networks: slope {Estimate(rate['slope'], rate['slope_error']):.3f} (−1/2 expected). The mean of "
               f"{rate['seeds']} of the largest width is {100 * rate['mean_distance'][-1]:.1f} % off; the Monte-Carlo "
               f"error is {100 * rate['mean_error'][-1]:.1f} %.",
-              "width n", "|K − Θ∞| / |Θ∞|", [("", distances)], log=True, wide=True),
+              "width n", "|K − Θ∞| / |Θ∞|", [("", distances)], log="xy", wide=True),
         table("At angle 0", columns, rows,
               f"Limit {rate['limit_at_0']:.4f}. Mean off the limit: over the whole curve, in Monte-Carlo errors."),
     ]  # fmt: skip

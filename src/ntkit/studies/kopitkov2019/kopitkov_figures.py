@@ -124,7 +124,7 @@ def _shares(results: Results, deep: dict[str, list[Result]]) -> Item:
         "Share of the residual that one step removes",
         "The residual’s part in the top eigenfunctions and the rest, mean over seeds. Above 1 a step overshoots; steps "
         "at which a part grows are left out. Step 0 is drawn at 0.5.",
-        "step", "share removed", panels, log=True, wide=True,
+        "step", "share removed", panels, log="xy", wide=True,
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def _losses(deep: dict[str, list[Result]]) -> Item:
         means = {what: np.maximum(np.mean(values, axis=0), FLAT).tolist() for what, values in rows.items()}
         panels.append((name, [curve(what, steps, values) for what, values in means.items()]))
     reading = "Mean over seeds. Step 0 is drawn at 0.5."
-    return lines("Loss, with a kernel that changes and without", reading, "step", "loss", panels, log=True, wide=True)
+    return lines("Loss, with a kernel that changes and without", reading, "step", "loss", panels, log="xy", wide=True)
 
 
 def _ratios(deep: dict[str, list[Result]]) -> Item:

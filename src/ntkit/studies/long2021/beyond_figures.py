@@ -191,21 +191,21 @@ def _along_section(results: Results, chosen: Sequence[Setting]) -> Section:
     items = [
         lines(
             "Test error along training", "Dashed: the machine before training.",
-            "epochs", "test error, %", errors, log=True, wide=True,
+            "epochs", "test error, %", errors, log="xy", wide=True,
         ),
         lines(
             "Test error along training, the machine alone", "As above, without the network.",
-            "epochs", "test error, %", alone, log=True, wide=True,
+            "epochs", "test error, %", alone, log="xy", wide=True,
         ),
         lines(
             "Test error against the training loss of the same step", "Training goes from right to left.",
-            "training loss", "test error, %", by_loss, log=True, wide=True,
+            "training loss", "test error, %", by_loss, log="xy", wide=True,
         ),
         lines(
             "Machine and network, kernel and labels along training",
             "Same class: part of the test images on which machine and network agree. Correlation: of the machine’s "
             "decision with the network’s output.",
-            "epochs", "", alike, log=True, wide=True,
+            "epochs", "", alike, log="xy", wide=True,
         ),
     ]  # fmt: skip
     for item in items:
@@ -258,7 +258,7 @@ def _agreement_section(results: Results, layered: Sequence[Setting]) -> Section:
             for s in main_settings(results)
         ]
         reading = "The machine has the network’s kernel of the same moment. Training goes from right to left."
-        items.append(lines(title, reading, "training loss", words, panels, wide=True))
+        items.append(lines(title, reading, "training loss", words, panels, log="x", wide=True))
     panels, arrays = [], {}
     for setting in layered:
         run = next(iter(measured(results, setting, END, "layers").values()), None)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ntkit.probes import standard
+from ntkit.report.words import fixed
 from ntkit.studies.claim import Estimate
 from ntkit.studies.long2021.evidence import (
     INVARIANT,
@@ -102,7 +103,9 @@ def error_lines(results: Results, chosen: Sequence[Setting], machines: dict[str,
         "guesses, is left out."
     )
     panels = [(s.network, [loss_curve(results, s, path, name, 100) for path, name in machines.items()]) for s in chosen]
-    return lines("Test error against training loss", reading, "training loss", "test error, %", panels, wide=True)
+    return lines(
+        "Test error against training loss", reading, "training loss", "test error, %", panels, log="x", wide=True
+    )
 
 
 def _pair_section(results: Results, pair: str, chosen: Sequence[Setting]) -> Section:
@@ -133,7 +136,7 @@ def cosine_lines(results: Results, chosen: Sequence[Setting], form: str) -> Item
     return lines(
         f"Cosine between an image and its transform, {words}",
         "1: the kernel does not see the transform. Dashed: the mean cosine of two different images, which moves, too.",
-        "training loss", "cosine", panels, wide=True,
+        "training loss", "cosine", panels, log="x", wide=True,
     )  # fmt: skip
 
 
@@ -174,7 +177,7 @@ def _examples(results: Results, pair: str, setting: Setting, pictured: Result) -
         shown = [
             {
                 "image": [f"pictures/{pair}", [i, 1 + j]], "caption": name,
-                "value": f"{ends[0][j, i]:.2f} → {ends[1][j, i]:.2f}", "other": False,
+                "value": " → ".join(fixed(end[j, i], 2) for end in ends), "other": False,
             }
             for j, name in enumerate(names)
         ]  # fmt: skip
@@ -189,19 +192,19 @@ def _examples(results: Results, pair: str, setting: Setting, pictured: Result) -
 def _comparison_section(results: Results, compared: Sequence[tuple[Setting, Setting]]) -> Section:
     """Other learning rates and augmentation beside the main setting, at equal loss."""
     rows = []
-    paths = ["tangent.test_error", *(f"tangent.cosines.{name}.raw.mean" for name in (*INVARIANT, SWAP))]
-    for one, other in compared:
+    numbers = {"tangent.test_error": 4} | {f"tangent.cosines.{name}.raw.mean": 3 for name in (*INVARIANT, SWAP)}
+    for pair in compared:
         for loss in map(str, results.work.sizes.losses):
-            if measured(results, one, loss) and measured(results, other, loss):
-                texts = []
-                for path in paths:
-                    seeds = common_seeds(results, (one, loss), (other, loss), paths=[path])
-                    values = (estimate(results, s, loss, path, seeds=seeds) for s in (one, other))
-                    texts.append(" | ".join(_cell(v, 3) for v in values))
-                what = "augmented" if other.augmented else f"learning rate {other.lr:g}"
-                rows.append([f"{one.pair}, {one.network}", what, loss, *texts])
-    columns = ["Setting", "Beside 0.01, plain", "Loss", "SVM error", *INVARIANT, SWAP]
-    note = "In each cell: learning rate 0.01 without augmentation | the other run; same training loss, same seeds."
+            if all(measured(results, setting, loss) for setting in pair):
+                at = [(setting, loss) for setting in pair]
+                seeds = {path: common_seeds(results, *at, paths=[path]) for path in numbers}
+                for setting in pair:
+                    values = (estimate(results, setting, loss, path, seeds=seeds[path]) for path in numbers)
+                    texts = [_cell(v, digits) for v, digits in zip(values, numbers.values(), strict=True)]
+                    how = f"{setting.lr:g}" + ", augmented" * setting.augmented
+                    rows.append([f"{setting.pair}, {setting.network}", how, loss, *texts])
+    columns = ["Setting", "Learning rate", "Loss", "SVM error", *INVARIANT, SWAP]
+    note = "Rows in pairs: the two runs at the same training loss, over the seeds that both have."
     return Section(
         "Learning rate and augmentation at equal loss", "Equal loss",
         "Each run is stopped at the same training losses, so that kernels are compared at equal loss.",

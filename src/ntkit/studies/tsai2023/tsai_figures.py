@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkit.data import Data
+from ntkit.report.words import fixed
 from ntkit.studies.claim import mean
 from ntkit.studies.part import Result, StudyPart, Work
 from ntkit.studies.study import Item, Results, Section, curve, lines, table
@@ -148,7 +149,7 @@ def _shown(results: Results, task: str) -> Iterator[Item]:
 
 def _told(case: Item) -> str:
     right = "correctly" if case["predicted"] == case["label"] else f"wrongly: it is {case['label']}"
-    return f"Predicted {case['predicted']}, {right}; output {case['output']:+.2f}."
+    return f"Predicted {case['predicted']}, {right}; output {fixed(case['output'], 2, plus=True)}."
 
 
 def _sentences(case: Item) -> Item:
@@ -157,7 +158,7 @@ def _sentences(case: Item) -> Item:
         for side in ("for", "against"):
             top = case["top"][f"{method}/{side}"]
             for text, label, score in zip(top["words"], top["labels"], top["scores"], strict=True):
-                rows.append([f"{side}, by {words}", text, label, f"{score:+.3f}"])
+                rows.append([f"{side}, by {words}", text, label, fixed(score, 3, plus=True)])
     return table(f"“{case['words']}”", ["", "Training sentence", "Class", "Score"], rows, _told(case))
 
 
@@ -168,7 +169,7 @@ def _images(task: str, place: int, case: Item) -> Item:
             top = case["top"][f"{method}/{side}"]
             images = [
                 {"image": [f"examples/{task}/{place}/{method}/{side}", [k]], "caption": str(label),
-                 "value": f"{score:+.2f}", "other": side == "for" and label != case["predicted"]}
+                 "value": fixed(score, 2, plus=True), "other": side == "for" and label != case["predicted"]}
                 for k, (label, score) in enumerate(zip(top["labels"], top["scores"], strict=True))
             ]  # fmt: skip
             strips.append({"heading": f"{side}, by {words}", "images": images})
