@@ -186,16 +186,29 @@ def test_refusals(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("count", [3, 5, 6])
 def test_the_legend_shows_the_marks_of_its_curves(count: int, ordered: bool) -> None:
-    series = [{"name": f"n{i}", "x": [1, 2], "y": [i, i], "dash": "dash" if i == 2 else "solid"} for i in range(count)]
+    long = list(range(50))  # too many points to mark
+    series = [{"name": f"n{i}", "x": [1, 2], "y": [i, i], "dash": "solid"} for i in range(count)]
+    series[0] |= {"x": long, "y": long}
+    series[2] |= {"dash": "dash"}
     item = {"kind": "lines", "title": "T", "reading": "R", **AXES, "ordered": ordered}
     entry = {"title": "S", "items": [item | {"panels": [{"heading": "", "series": series}]}]}
     figure = sections([entry], {})[0]["blocks"][0]["figures"][0][0]
     curves = figure.panels[0].data
-    assert [color for _, color, _ in figure.legend] == [curve["line"]["color"] for curve in curves]
-    assert [mark for _, _, mark in figure.legend] == [
-        "dash" if i == 2 else curve["marker"]["symbol"] for i, curve in enumerate(curves)
+    colors, marks = ([row[k] for row in figure.legend] for k in (1, 2))
+    assert colors == [curve["line"]["color"] for curve in curves]
+    assert (marks[0], marks[2], curves[0]["mode"]) == ("line", "dash", "lines")
+    assert [marks[i] for i in range(count) if i not in (0, 2)] == [
+        curve["marker"]["symbol"] for i, curve in enumerate(curves) if i not in (0, 2)
     ]
-    colors = {color for _, color, _ in figure.legend}
-    assert len(colors) == count
-    assert all("ramp" in color for color in colors) == (ordered and count > 4)
-    assert any("ramp" in color for color in colors) == (ordered and count > 4)
+    assert len(set(colors)) == count
+    assert ["ramp" in color for color in colors] == [ordered and i != 2 for i in range(count)]
+
+
+def test_more_steps_than_the_ramp_has_colors_do_not_begin_again() -> None:
+    series = [{"name": f"n = {2**i}", "x": [1, 2], "y": [i, i]} for i in range(8)]
+    item = {"kind": "lines", "title": "T", "reading": "R", **AXES, "ordered": True}
+    entry = {"title": "S", "items": [item | {"panels": [{"heading": "", "series": series}]}]}
+    legend = sections([entry], {})[0]["blocks"][0]["figures"][0][0].legend
+    places = [int(re.findall(r"\d", color)[0]) for _, color, _ in legend]
+    assert (places, len(set(places))) == (sorted(places), 6)
+    assert len({(color, mark) for _, color, mark in legend}) == 8

@@ -3,7 +3,7 @@
 A study's ``sections`` hold a title, a short one, a text and items. Each item has a kind and a title, figures a reading:
 
 - "lines": axes ``x``, ``y`` (title, scale "linear" or "log") and ``panels`` (heading, series of name, x, y, and perhaps
-  error and dash); ``style="dots"`` draws no lines, ``ordered`` gives more than four series the colors of the ramp.
+  error and dash); ``style="dots"`` draws no lines, ``ordered`` gives series without a dash the colors of the ramp.
 - "scatter": ``x``, ``y`` (axis titles) and panels (heading, names of two arrays), each with its diagonal.
 - "maps": ``extent`` [low, high] of a square, names of arrays ``points`` [n, 2] and ``labels`` [n] to draw on it, and
   panels (heading, name of an array [side, side], colours "classes", "ramp" or "signed", perhaps the index of one of
@@ -23,7 +23,7 @@ import numpy as np
 
 from ntkit.base.checks import refusal
 from ntkit.report import draw
-from ntkit.report.draw import Figure, Panel
+from ntkit.report.draw import RAMP, Figure, Panel
 from ntkit.report.images import thumbnail
 from ntkit.report.study_curves import SYMBOLS, TONES, tone
 from ntkit.report.words import listed, unbroken
@@ -90,30 +90,42 @@ def _rounded(values: Any) -> list[float]:
 
 def _lines(key: str, item: Item, arrays: Arrays) -> Figure:
     series = [s for panel in item["panels"] for s in panel["series"]]
-    names = list(dict.fromkeys(s["name"] for s in series))
-    tones = dict(zip(names, _tones(len(names), item.get("ordered", False)), strict=True))
+    styles, dots = _styles(series, item.get("ordered", False)), item.get("style") == "dots"
     panels = []
     for p, panel in enumerate(item["panels"]):
-        data = [_curve(s, *tones[s["name"]], item.get("style") == "dots") for s in panel["series"]]
+        data = [_curve(s, *styles[s["name"]], dots) for s in panel["series"]]
         axes = (_axis(item[axis], [v for s in panel["series"] for v in s[axis]]) for axis in ("x", "y"))
         panels.append(Panel(f"plot-{key}-{p}", panel["heading"], data, draw.layout(*axes)))
-    dashes = {s["name"]: s["dash"] for s in series if s.get("dash", "solid") != "solid"}
-    legend = [(name, color, dashes.get(name, symbol)) for name, (color, symbol) in tones.items()]
+    marks = {s["name"]: _dash(s) or (None if _marked(s, dots) else "line") for s in series}
+    legend = [(name, color, marks[name] or symbol) for name, (color, symbol) in styles.items()]
     label = f"{item['title']}: {item['y']['title']} against {item['x']['title']}. {item['reading']}"
-    return _figure(key, item, label, panels, legend if len(names) > 1 else [])
+    return _figure(key, item, label, panels, legend if len(styles) > 1 else [])
 
 
-def _tones(count: int, ordered: bool) -> list[tuple[str, str]]:
-    """Color and symbol of each of so many series: steps of one quantity have an order, other things do not."""
-    if ordered or count <= len(TONES) or count > len(_HUES):
-        return [tone(i, count) for i in range(count)]
-    return [(color, SYMBOLS[i % len(SYMBOLS)]) for i, color in enumerate((*_HUES[: count - 1], _HUES[-1]))]
+def _styles(series: Sequence[Item], ordered: bool) -> dict[str, tuple[str, str]]:
+    """Color and symbol of each name: the ramp’s colors for steps of one quantity, gray for what they are beside."""
+    names = list(dict.fromkeys(s["name"] for s in series))
+    if ordered:
+        steps = list(dict.fromkeys(s["name"] for s in series if not _dash(s)))
+        colors = {name: draw.ramp(round(i * (RAMP - 1) / max(1, len(steps) - 1)), RAMP) for i, name in enumerate(steps)}
+    elif len(TONES) < len(names) <= len(_HUES):
+        colors = dict(zip(names, (*_HUES[: len(names) - 1], _HUES[-1]), strict=True))
+    else:
+        colors = {name: tone(i, len(names))[0] for i, name in enumerate(names)}
+    return {name: (colors.get(name, TONES[-1]), SYMBOLS[i % len(SYMBOLS)]) for i, name in enumerate(names)}
+
+
+def _dash(series: Item) -> str | None:
+    return None if series.get("dash", "solid") == "solid" else series["dash"]
+
+
+def _marked(series: Item, dots: bool) -> bool:
+    return dots or (len(series["x"]) <= _FEW and not _dash(series))
 
 
 def _curve(series: Item, color: str, symbol: str, dots: bool) -> dict[str, Any]:
-    dash, name = series.get("dash", "solid"), draw.safe(series["name"])
-    marked = dots or (len(series["x"]) <= _FEW and dash == "solid")
-    trace = draw.line([], [], name, color, dash=dash) | {
+    name, marked = draw.safe(series["name"]), _marked(series, dots)
+    trace = draw.line([], [], name, color, dash=_dash(series) or "solid") | {
         "x": list(series["x"]), "y": list(series["y"]), "customdata": list(series["x"]),
         "mode": "markers" if dots else "lines+markers" if marked else "lines",
         "hovertemplate": f"{name}<br>%{{x:.4g}}: %{{y:.3g}}<extra></extra>",
