@@ -84,7 +84,7 @@ def test_curves_are_means_over_seeds(folder):
 
 def test_the_reports_are_there_and_linked(folder):
     results = json.loads((folder / "results.json").read_text())
-    page = (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text().replace("\u00a0", " ")
     for run in results["runs"]:
         assert (folder / run["track"] / "track.json").exists()
         assert (folder / run["track"] / "track.html").exists()
