@@ -202,3 +202,38 @@ def test_fresh_runs_start_anew_on_what_remains(run):
         torch.testing.assert_close(
             found[seed - 1, k], again(make(own), batches, torch.ones(10).double()), rtol=1e-10, atol=1e-10
         )
+
+
+def test_examples_in_any_list_of_integers_and_no_mask():
+    """A mask was read as the numbers 0 and 1, and 3.7 as 3."""
+    scores, again = draw(M, N), Outcomes()
+    expected = ntkit.leave_one_out(scores, again, examples=[3, 17, 4]).value
+    for examples in (np.array([3, 17, 4]), torch.tensor([3, 17, 4]), (np.int64(3), 17, 4)):
+        assert ntkit.leave_one_out(scores, again, examples=examples).value == expected
+    for wrong in (torch.arange(N) < 3, [True, False], [3.7, 4.0], [-1, 2], [N], 3, "34"):
+        with pytest.raises(ntkit.Refused, match=r"examples: got .*; expected a list of training examples, 0 to 23"):
+            ntkit.leave_one_out(scores, again, examples=wrong)
+
+
+@pytest.mark.parametrize("share", [math.nan, "0.1", None, True, 0, 1, -0.1])
+def test_refused_shares(share):
+    scores, again = draw(M, N), Outcomes()
+    for call in (
+        lambda: ntkit.case_deletion(scores, again, shares=[0.1, share]),
+        lambda: ntkit.datamodeling_score(scores, again, share=share),
+        lambda: ntkit.query_loss_difference(scores, again, share=share),
+    ):
+        with pytest.raises(ntkit.Refused, match=r"(shares?|fraction): got "):
+            call()
+
+
+@pytest.mark.parametrize("sets", [0, 2.0, True])
+def test_refused_numbers_of_sets(sets):
+    with pytest.raises(ntkit.Refused, match="count: got "):
+        ntkit.datamodeling_score(draw(M, N), Outcomes(), sets=sets)
+
+
+def test_shares_in_an_array():
+    scores, again = draw(M, N), Outcomes()
+    expected = ntkit.case_deletion(scores, again, shares=(0.1, 0.2)).area
+    assert ntkit.case_deletion(scores, again, shares=np.array([0.1, 0.2])).area == expected

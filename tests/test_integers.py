@@ -79,3 +79,58 @@ def test_points_of_a_comparison():
     for value in (1, True, "2", None):
         with pytest.raises(Refused, match="--points: got"):
             CompareSettings(points=value).check()
+
+
+NETWORK = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+RUN = ntkit.train(
+    NETWORK, (X, torch.tensor([0, 1, 0, 1, 1, 0])),
+    nn.functional.cross_entropy, lambda params: torch.optim.SGD(params, lr=0.1), steps=3, batch_size=2, record="all",
+)  # fmt: skip
+PARTS = ntkit.PathKernel(RUN).decompose(X[:3])
+STEPS = {
+    "batch": lambda step: RUN.batch(step),
+    "state": lambda step: RUN.state(step)["0.weight"],
+    "eigenvectors": lambda step: torch.as_tensor(ntkit.track(RUN, X, model=NETWORK, k=2).eigenvectors(step)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_are_integers(name):
+    call = STEPS[name]
+    assert torch.equal(call(np.int64(2)), call(2))
+    for other in (True, 1.0, 1.7, "1", None, [1], -1, 99):
+        with pytest.raises(Refused, match="step"):
+            call(other)
+
+
+def test_outputs_are_integers():
+    for call in (PARTS.of, lambda output: ntkit.Explanation.of_path(PARTS, output).scores):
+        assert torch.equal(call(np.int64(1)), call(1))
+        assert torch.equal(call([1, 1, 1]), call(1))
+        for other in (True, 1.0, "1", [True, False, True], [0, 1], 7, 1j):
+            with pytest.raises(Refused, match="output: got"):
+                call(other)
+
+
+NUMBERS = {
+    "at": (0.5, lambda at: torch.tensor(ntkit.influence(RUN, X[:2], measure="logit", at=at).at)),
+    "target_loss": (0.125, lambda loss: torch.tensor(trained(target_loss=loss).stop["step"])),
+    "clip": (0.125, lambda clip: trained(clip=clip).state(1)["weight"]),
+    "tolerance": (0.125, lambda t: ntkit.PathKernel(RUN, tolerance=t).decompose(X[:1]).prediction),
+}
+
+
+def trained(**given):
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)
+    torch.manual_seed(0)
+    return ntkit.train(nn.Linear(3, 1).double(), (X, X[:, :1]), nn.functional.mse_loss, sgd, steps=1, **given)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_any_kind_are_numbers_and_nothing_else_is(name):
+    value, call = NUMBERS[name]
+    for kind in (np.float64, torch.tensor):
+        assert torch.equal(call(kind(value)), call(value))
+    for other in (True, "0.1", float("nan"), [0.1], torch.tensor([0.1])):
+        with pytest.raises(Refused, match=f"{name}: got"):
+            call(other)

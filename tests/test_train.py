@@ -813,6 +813,6 @@ def test_numbers_of_numpy():
     assert one.settings == other.settings
     assert torch.equal(first, second)
     assert other.settings["record"] == 2
-    for target in ("0.1", torch.tensor(0.1), math.nan):
+    for target in ("0.1", torch.tensor([0.1]), math.nan):
         with pytest.raises(Refused, match="target_loss: got"):
             train(model, (x, y), mse, SGD, 5, target_loss=target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -146,5 +147,14 @@ def test_refusals():
         monte_carlo(relu(1), X, width=10, seeds=1)
     with pytest.raises(Refused, match=r"widths: got \(64,\); expected two widths or more"):
         convergence(relu(1), X, widths=(64,))
+    for wrong in ([64, 128.5], [True, 64], "64", [0, 64]):
+        with pytest.raises(Refused, match=r"widths: got .*; expected a list of positive integers"):
+            convergence(relu(1), X, widths=wrong)
     with pytest.raises(Refused, match=r"kind: got 'gp'; expected ntk or nngp"):
         monte_carlo(relu(1), X, width=10, kind="gp")
+
+
+def test_widths_of_numpy():
+    found = [convergence(relu(1), X, widths=w, seeds=2) for w in ([8, 16], np.array([8, 16]), [np.int64(8), 16])]
+    assert len({one.slope for one in found}) == 1
+    assert {one.widths for one in found} == {(8, 16)}

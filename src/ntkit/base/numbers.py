@@ -93,6 +93,36 @@ def as_integer(value: Any, name: str, expected: str, fix: str, least: int = -(2*
     return int(value)
 
 
+def as_integers(values: Any, name: str, expected: str, fix: str, least: int, most: int = 2**63 - 1) -> list[int]:
+    """Take a list of integers (or a tensor or array of one axis) from `least` to `most`, as Python's; not a mask.
+
+    >>> as_integers(np.array([0, 4]), "examples", "0 to 4", "Number them from 0.", least=0, most=4)
+    [0, 4]
+    >>> as_integers([True, False], "examples", "0 to 4", "Number them from 0.", least=0, most=4)
+    Traceback (most recent call last):
+        ...
+    ntkit.Refused: examples: got True; expected 0 to 4. Number them from 0.
+    """
+    listed = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
+    if not isinstance(listed, (list, tuple, range)):
+        raise refusal(name, got=repr(values)[:80], expected=expected, fix=fix)
+    return [as_integer(value, name, expected, fix, least, most) for value in listed]
+
+
+def integers_of(value: Any) -> Tensor | None:
+    """The integers in a number, a list, an array or a tensor, as int64; None where it holds something else.
+
+    >>> integers_of([1, 2]), integers_of(True), integers_of("2"), integers_of(1.0)
+    (tensor([1, 2]), None, None, None)
+    """
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    return found.to(torch.int64) if whole else None
+
+
 def as_number(value: Any, name: str, good: Callable[[float], bool], expected: str, fix: str) -> float:
     """Take one real number (or a tensor or array without axes) that is `good`, as a float.
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ntkit.base.checks import refusal
-from ntkit.base.numbers import check_dense
+from ntkit.base.numbers import as_integers, as_number, check_dense
 from ntkit.base.shown import Shown
 from ntkit.explanations.retrainings import Retrainings, subsets
 
@@ -71,7 +72,9 @@ def leave_one_out(scores: Tensor, retrainings: Retrainings, *, examples: Sequenc
     True
     """
     scores = _checked(scores, retrainings)
-    chosen = list(range(retrainings.n)) if examples is None else [int(i) for i in examples]
+    expected, fix = f"a list of training examples, 0 to {retrainings.n - 1}", "Of a mask: mask.nonzero().ravel()."
+    examples = range(retrainings.n) if examples is None else examples
+    chosen = as_integers(examples, "examples", expected, fix, least=0, most=retrainings.n - 1)
     outcome = retrainings.without([[i] for i in chosen])
     return _correlation(
         -scores[:, chosen].T,
@@ -169,10 +172,13 @@ def case_deletion(
     Tsai, Yeh, Ravikumar 2023 (case deletion diagnostics).
     """
     scores = _checked(scores, retrainings)
-    counts = [max(1, round(share * retrainings.n)) for share in shares]
-    if not counts or min(shares) <= 0 or max(counts) >= retrainings.n:
-        expected = "shares above 0 that leave an example"
-        raise refusal("shares", got=list(shares), expected=expected, fix="Use e.g. (0.02, 0.05, 0.1).")
+    n, expected, fix = retrainings.n, "a list of shares above 0 that leave an example", "Use e.g. (0.02, 0.05, 0.1)."
+    given = shares.tolist() if isinstance(shares, (Tensor, np.ndarray)) else shares
+    if not isinstance(given, (list, tuple)) or not given:
+        raise refusal("shares", got=repr(given)[:80], expected=expected, fix=fix)
+    good = lambda share: 0 < share < 1 and max(1, round(share * n)) < n
+    shares = [as_number(share, "shares", good, expected, fix) for share in given]
+    counts = [max(1, round(share * n)) for share in shares]
     order = scores.argsort(dim=1, descending=not against, stable=True)
     removed = torch.zeros(retrainings.m, len(counts), retrainings.n, dtype=torch.bool)
     for place, count in enumerate(counts):
@@ -203,7 +209,8 @@ def query_loss_difference(
     removing as many at random. With the loss as measure the helpful ones are those with the most negative scores.
     """
     scores = _checked(scores, retrainings)
-    count = max(1, round(share * retrainings.n))
+    good = lambda share: 0 < share < 1
+    count = max(1, round(as_number(share, "share", good, "a share between 0 and 1", "Use e.g. 0.01.") * retrainings.n))
     sign = -1.0 if retrainings.measure == "loss" else 1.0
     chosen = torch.zeros(1, retrainings.n, dtype=torch.bool)
     chosen[0, (sign * scores.mean(0)).topk(count).indices] = True

@@ -15,7 +15,7 @@ from ntkit.base.batch import checked as checked_batch
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import nearest, refusal
 from ntkit.base.memory import free_memory, parse_memory
-from ntkit.base.numbers import as_integer
+from ntkit.base.numbers import as_integer, as_number
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.data.streamed_samples import with_labels
@@ -245,9 +245,8 @@ def influence(
     if curvature not in ("hessian", "gauss-newton"):
         fix = nearest(str(curvature), ["hessian", "gauss-newton"])
         raise refusal("curvature", got=repr(curvature), expected="hessian or gauss-newton", fix=fix)
-    if not isinstance(at, (int, float)) or isinstance(at, bool) or not 0 < at < math.inf:
-        fix = "Use 1.0 for single examples, 0.5 for halves of the training set."
-        raise refusal("at", got=repr(at), expected="a weight > 0", fix=fix)
+    fix = "Use 1.0 for single examples, 0.5 for halves of the training set."
+    at = as_number(at, "at", lambda weight: 0 < weight < math.inf, "a weight > 0", fix)
     fix = "1 is the least: scores are never returned without a comparison."
     checks = as_integer(checks, "checks", "a number of examples, at least 1", fix, least=1)
     x, y = with_labels(x_test, y_test)

@@ -13,7 +13,7 @@ from ntkit.base.batch import Batch, checked, count, take
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import refusal
 from ntkit.base.memory import free_memory, parse_memory
-from ntkit.base.numbers import as_integer
+from ntkit.base.numbers import as_integer, integers_of
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.data.streamed_samples import in_memory, with_labels
@@ -68,8 +68,8 @@ class Explanation(Shown):
     def of_path(cls, decomposition: PathDecomposition, output: int | Tensor | None = None) -> Explanation:
         """Contributions of a path kernel to one output (see `PathDecomposition.top`), with what they should sum to."""
         m = len(decomposition.prediction)
-        chosen = decomposition.prediction.argmax(1) if output is None else torch.as_tensor(output).expand(m)
-        scores = decomposition.of(chosen)
+        scores = decomposition.of(output)
+        chosen = decomposition.prediction.argmax(1) if output is None else torch.as_tensor(output).cpu().expand(m)
         rest = decomposition.prediction - decomposition.initial - decomposition.regularization
         expected = rest[torch.arange(m), chosen]
         chosen = chosen % decomposition.prediction.shape[1]
@@ -177,15 +177,12 @@ def explain(
 
 def checked_outputs(output: int | Tensor, m: int, C: int) -> Tensor:
     """Take one output for all test points, or one for each: int64 [m]."""
-    index = torch.as_tensor(output)
-    whole = not index.is_floating_point() and index.dtype != torch.bool and index.shape in ((), (m,))
-    if not whole or not bool(((index >= 0) & (index < C)).all()):
-        got = index.tolist() if index.ndim == 0 else f"{index.dtype} {list(index.shape)}"
-        if whole and index.ndim:
-            got = f"outputs {int(index.min())} to {int(index.max())}"
+    index = integers_of(output)
+    if index is None or index.shape not in ((), (m,)) or not bool(((index >= 0) & (index < C)).all()):
+        got = repr(output)[:80] if index is None or not index.ndim else f"outputs {index.tolist()[:20]}"
         expected, fix = f"an integer from 0 to {C - 1}, or {m} of them", "Outputs are numbered from 0."
         raise refusal("output", got=got, expected=expected, fix=fix)
-    return index.long().cpu().expand(m)
+    return index.cpu().expand(m)
 
 
 def _checked_expected(expected: Matrix, m: int, C: int) -> Tensor:

@@ -18,7 +18,7 @@ from ntkit.base.files import ensure_folder
 from ntkit.base.function_identity import OTHER_VERSION, function_identity
 from ntkit.base.integrity import fingerprint
 from ntkit.base.lock import FolderLock
-from ntkit.base.numbers import as_integer
+from ntkit.base.numbers import as_integer, as_number
 from ntkit.base.tensors import points_hash, read_tensors_and_metadata, tensor_hash, write_tensors
 from ntkit.base.versions import check_format
 from ntkit.data.streamed_samples import with_labels
@@ -278,10 +278,11 @@ def subsets(n: int, fraction: float, count: int, seed: int = 0) -> Tensor:
     >>> subsets(10, 0.3, 2).sum(1).tolist()
     [3, 3]
     """
-    size = round(fraction * n)
-    if not 1 <= size < n:
-        got, fix = f"{fraction:g} of {n} examples, {size}", "Choose a fraction between 1 / n and 1."
-        raise refusal("fraction", got=got, expected="at least one example, and not all", fix=fix)
+    expected, fix = f"at least one of {n} examples, and not all", "Choose a fraction between 1 / n and 1."
+    good = lambda share: 0 < share < 1 and 1 <= round(share * n) < n
+    size = round(as_number(fraction, "fraction", good, expected, fix) * n)
+    count = as_integer(count, "count", "a number of sets, at least 1", "Use e.g. 50.", least=1)
+    seed = as_integer(seed, "seed", "an integer", "Use seed=0.")
     generator = torch.Generator().manual_seed(seed)
     masks = torch.zeros(count, n, dtype=torch.bool)
     for row in masks:

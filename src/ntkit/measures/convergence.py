@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import checked
 from ntkit.base.caller_context import no_context
 from ntkit.base.checks import refusal, undefined
-from ntkit.base.numbers import as_integer
+from ntkit.base.numbers import as_integer, as_integers
 from ntkit.base.progress import task
 from ntkit.base.shown import Shown
 from ntkit.jacobian.forwards import inputs_of_last_linear, raw_outputs
@@ -283,9 +283,7 @@ def convergence(
     >>> -0.9 < rate.slope < -0.1
     True
     """
-    if not isinstance(widths, (list, tuple, range)) or not all(type(w) is int and w > 0 for w in widths):
-        raise refusal("widths", got=repr(widths)[:80], expected="a list of positive integers", fix="Pass [64, 128].")
-    widths = tuple(widths)
+    widths = tuple(as_integers(widths, "widths", "a list of positive integers", "Pass [64, 128].", least=1))
     if len(set(widths)) < 2:
         raise refusal("widths", got=repr(widths), expected="two widths or more", fix="A rate needs several.")
     _check(model, x, seeds, kind)

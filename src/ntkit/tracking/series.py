@@ -14,6 +14,7 @@ from ntkit.base.files import read_arrays_and_metadata, write_arrays, write_json
 from ntkit.base.function_identity import OTHER_VERSION
 from ntkit.base.integrity import check_place, damaged
 from ntkit.base.notebook_figures import curves
+from ntkit.base.numbers import is_integer
 from ntkit.base.run_files import read_step, read_steps, read_track_settings, tracking_id
 from ntkit.base.shown import Shown
 
@@ -109,7 +110,7 @@ class Tracked(Shown):
 
     def eigenvectors(self, step: int) -> np.ndarray:
         """Top eigenvectors at a snapshot, [N, k] (outputs="diagonal": [C, n, k])."""
-        if step not in self.vectors:
+        if not is_integer(step) or step not in self.vectors:
             raise refusal(f"step {step}", got="no snapshot", expected=f"one of {self.steps}", fix="See .steps.")
         return self.vectors[step]
 

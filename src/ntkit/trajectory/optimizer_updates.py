@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ntkit.base.checks import refusal
+from ntkit.base.numbers import as_number
 
 OptimizerClass = type[SGD] | type[Adam]  # AdamW is a subclass of Adam
 
@@ -99,8 +99,8 @@ def updated_parameters(model: nn.Module, opt: Optimizer) -> dict[str, nn.Paramet
 
 def check_clip(clip: float | None) -> None:
     """Refuse an invalid bound on the norm of the gradient."""
-    if clip is not None and not (isinstance(clip, Real) and 0 < clip < math.inf):
-        raise refusal("clip", got=repr(clip), expected="a finite norm > 0, or None", fix="None = no clipping.")
+    if clip is not None:
+        as_number(clip, "clip", lambda c: 0 < c < math.inf, "a finite norm > 0, or None", "None = no clipping.")
 
 
 def clip_gradients(params: Iterable[Tensor], clip: float | None) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ntkit.base.checks import refusal
 from ntkit.base.files import read_json
 from ntkit.base.integrity import check_place, damaged, fingerprint
+from ntkit.base.numbers import as_integer
 from ntkit.base.run_files import EndedRun, LoopSettings, TrainSettings, described
 from ntkit.base.tensors import read_tensors_and_metadata
 from ntkit.base.versions import check_format
@@ -136,9 +137,8 @@ class Trajectory:
             When the run has no such step, or was recorded without indices.
         """
         last = len(self.losses) if self._is_recorded_loop else self.stop.get("step", self.settings.get("steps"))
-        if not 0 <= step < last:
-            fix = "Step s leads from state s to state s + 1."
-            raise refusal("step", got=step, expected=f"0 <= step < {last}", fix=fix)
+        fix = "Step s leads from state s to state s + 1."
+        step = as_integer(step, "step", f"0 <= step < {last}", fix, least=0, most=last - 1)
         if not self._is_recorded_loop:
             return batch_indices(self.settings["seed"], self.settings["n"], self.settings["batch_size"], step)
         indices = read_indices(self.path / "log", self._id, step)
@@ -155,6 +155,7 @@ class Trajectory:
         Refused
             When the step was not recorded; names the nearest recorded steps. When its file is damaged or missing.
         """
+        step = as_integer(step, "step", "one of trajectory.steps", "Pass one integer.")
         if step not in self.steps:
             near = sorted(sorted(self.steps, key=lambda s: abs(s - step))[:3])
             expected = f"one of trajectory.steps; nearest: {', '.join(map(str, near)) or 'none yet'}"

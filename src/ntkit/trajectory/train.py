@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ntkit.base.checks import refusal
 from ntkit.base.function_identity import function_identity
-from ntkit.base.numbers import is_integer
+from ntkit.base.numbers import as_number, is_integer
 from ntkit.jacobian.graph import correct_norms, has_norms
 from ntkit.jacobian.model_calls import check_module
 from ntkit.jacobian.model_outputs import Select
@@ -227,9 +226,8 @@ def _check_numbers(
         raise refusal("steps", got=steps, expected="an integer >= 1", fix="Pass the number of optimization steps.")
     if not is_integer(seed):
         raise refusal("seed", got=repr(seed), expected="an integer", fix="Pass e.g. seed=0.")
-    if target is not None and not (isinstance(target, Real) and math.isfinite(target)):
-        fix = "None = take all the steps."
-        raise refusal("target_loss", got=repr(target), expected="a finite loss or None", fix=fix)
+    if target is not None:
+        as_number(target, "target_loss", math.isfinite, "a finite loss or None", "None = take all the steps.")
     if batch_size is not None and (not is_integer(batch_size) or not 1 <= batch_size <= n):
         expected = f"1 <= batch_size <= {n} rows, or None"
         raise refusal("batch_size", got=batch_size, expected=expected, fix="None = full batch.")

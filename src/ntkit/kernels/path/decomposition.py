@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ntkit.base.checks import refusal
 from ntkit.base.notebook_figures import bars
-from ntkit.base.numbers import as_integer
+from ntkit.base.numbers import as_integer, integers_of
 from ntkit.base.shown import Shown
 
 
@@ -85,11 +85,12 @@ class PathDecomposition(Shown):
         m, outputs = self.prediction.shape
         if output is None:
             output = self.prediction.argmax(1)
-        index = torch.as_tensor(output)
-        if index.dtype == torch.bool or index.is_floating_point() or index.shape not in ((), (1,), (m,)):
-            got, expected = f"{index.dtype} {list(index.shape)}", f"an integer, or int64 [{m}]"
+        index = integers_of(output)
+        if index is None or index.shape not in ((), (1,), (m,)):
+            got = repr(output)[:80] if index is None else f"{len(index)} outputs"
+            expected = f"an integer, or int64 [{m}]"
             raise refusal("output", got=got, expected=expected, fix="Pass one output, or one for each test point.")
-        index = index.long().cpu().expand(m)
+        index = index.cpu().expand(m)
         if not bool(((index >= -outputs) & (index < outputs)).all()):
             raise refusal("output", got=output, expected=f"outputs below {outputs}", fix="Outputs are numbered from 0.")
         return self.contributions[torch.arange(m), index]

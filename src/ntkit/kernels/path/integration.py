@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ntkit.base.batch import Batch
 from ntkit.base.checks import nearest, refusal
-from ntkit.base.numbers import as_integer
+from ntkit.base.numbers import as_integer, as_number
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.forwards import raw_outputs
 from ntkit.jacobian.model_calls import call, untouched
@@ -125,9 +125,9 @@ def check_integration(integration: str, rule: str, nodes: int, tolerance: float 
             raise refusal(label, got=repr(value), expected=" or ".join(names), fix=nearest(str(value), names))
     fix = "8 are enough for smooth networks."
     nodes = as_integer(nodes, "nodes", f"an integer from 1 to {MOST}", fix, least=1, most=MOST)
-    if tolerance is not None and not 0 < tolerance < 1:
-        expected = "0 < tolerance < 1, or None"
-        raise refusal("tolerance", got=repr(tolerance), expected=expected, fix="None keeps the number of nodes fixed.")
+    if tolerance is not None:
+        expected, fix = "0 < tolerance < 1, or None", "None keeps the number of nodes fixed."
+        as_number(tolerance, "tolerance", lambda t: 0 < t < 1, expected, fix)
 
 
 def points(rule: str, nodes: int) -> tuple[Any, Any]:
