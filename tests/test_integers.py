@@ -30,6 +30,7 @@ CALLS = {
     "side": (2, grid),
     "batch of eigenfunction": (4, lambda n: eigenfunctions(KERNEL, PAIRS, X, X, batch_size=n)),
     "batch of novelty": (4, lambda n: ntkit.novelty(KERNEL, X, X[:3] + 0.1, batch_size=n).outside),
+    "size": (2, lambda n: torch.tensor(KERNEL.plan_for_tiles(X, n, n).steps[0].bytes_per_sample)),
     "dim": (5, lambda n: ntkit.SketchedKernel(MODEL, dim=n)(X)),
     "seed of sketch": (3, lambda n: ntkit.SketchedKernel(MODEL, dim=5, seed=n)(X)),
     "seeds": (2, lambda n: ntkit.monte_carlo(MODEL, X[:2], width=8, seeds=n).mean),

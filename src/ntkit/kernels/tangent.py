@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ntkit.base.batch import Batch, count
 from ntkit.base.caller_context import own_context
 from ntkit.base.checks import nearest, refusal
+from ntkit.base.numbers import as_integer
 from ntkit.base.shown import of_model
 from ntkit.jacobian.engine import Engine
 from ntkit.jacobian.kept_factors import KeptFactors, factors_of, plan_for_tiles, product_of
@@ -105,6 +106,8 @@ class TangentKernel(Kernel):
 
         Each tile comes from the `factors` of two blocks.
         """
+        size = as_integer(size, "size", "samples along a tile, at least 1", "Pass e.g. size=500.", least=1)
+        n = None if n is None else as_integer(n, "n", "a number of samples, or None", "None = those of x.", least=1)
         return plan_for_tiles(self._engine.refresh(), self._checked(x, "x"), size, n)
 
     @own_context()
