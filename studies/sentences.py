@@ -145,7 +145,7 @@ PAPERS: dict[str, tuple[str, str, list[Sentence]]] = {
     "long2021": (
         "Long 2021, “Properties of the After Kernel”",
         "the paper’s scale, as far as it is computed: MNIST 3 and 8, an MLP and a VGG-like net; CIFAR-10 cats "
-        "and dogs, airplanes and automobiles, an MLP; 5 seeds each. Two of five seeds of the VGG-like net on cats and "
+        "and dogs, airplanes and automobiles, an MLP; 5 seeds each. Four of five seeds of the VGG-like net on cats and "
         "dogs are in the claims, and not judged yet",
         [
             Sentence(
