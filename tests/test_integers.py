@@ -105,9 +105,12 @@ def test_steps_are_integers(name):
 
 
 def test_outputs_are_integers():
+    small = ntkit.Explanation.of_path(PARTS, torch.tensor([1, 0, 1], dtype=torch.uint8))
+    assert torch.equal(small.expected, ntkit.Explanation.of_path(PARTS, [1, 0, 1]).expected)
     for call in (PARTS.of, lambda output: ntkit.Explanation.of_path(PARTS, output).scores):
         assert torch.equal(call(np.int64(1)), call(1))
         assert torch.equal(call([1, 1, 1]), call(1))
+        assert torch.equal(call(torch.tensor([1, 1, 1], dtype=torch.uint8)), call(1))  # no mask
         for other in (True, 1.0, "1", [True, False, True], [0, 1], 7, 1j):
             with pytest.raises(Refused, match="output: got"):
                 call(other)

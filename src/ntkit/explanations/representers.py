@@ -69,7 +69,9 @@ class Explanation(Shown):
         """Contributions of a path kernel to one output (see `PathDecomposition.top`), with what they should sum to."""
         m = len(decomposition.prediction)
         scores = decomposition.of(output)
-        chosen = decomposition.prediction.argmax(1) if output is None else torch.as_tensor(output).cpu().expand(m)
+        chosen = (
+            decomposition.prediction.argmax(1) if output is None else torch.as_tensor(output).long().cpu().expand(m)
+        )
         rest = decomposition.prediction - decomposition.initial - decomposition.regularization
         expected = rest[torch.arange(m), chosen]
         chosen = chosen % decomposition.prediction.shape[1]
