@@ -223,13 +223,13 @@ def test_refused_shares(share):
         lambda: ntkit.datamodeling_score(scores, again, share=share),
         lambda: ntkit.query_loss_difference(scores, again, share=share),
     ):
-        with pytest.raises(ntkit.Refused, match=r"(shares?|fraction): got "):
+        with pytest.raises(ntkit.Refused, match=r"shares?: got "):
             call()
 
 
 @pytest.mark.parametrize("sets", [0, 2.0, True])
 def test_refused_numbers_of_sets(sets):
-    with pytest.raises(ntkit.Refused, match="count: got "):
+    with pytest.raises(ntkit.Refused, match="sets: got "):
         ntkit.datamodeling_score(draw(M, N), Outcomes(), sets=sets)
 
 

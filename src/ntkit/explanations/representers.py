@@ -68,14 +68,10 @@ class Explanation(Shown):
     def of_path(cls, decomposition: PathDecomposition, output: int | Tensor | None = None) -> Explanation:
         """Contributions of a path kernel to one output (see `PathDecomposition.top`), with what they should sum to."""
         m = len(decomposition.prediction)
-        scores = decomposition.of(output)
-        chosen = (
-            decomposition.prediction.argmax(1) if output is None else torch.as_tensor(output).long().cpu().expand(m)
-        )
+        chosen = decomposition.chosen_outputs(output)
         rest = decomposition.prediction - decomposition.initial - decomposition.regularization
         expected = rest[torch.arange(m), chosen]
-        chosen = chosen % decomposition.prediction.shape[1]
-        return cls(scores, "path kernel", chosen, expected, {"error": decomposition.error})
+        return cls(decomposition.of(chosen), "path kernel", chosen, expected, {"error": decomposition.error})
 
     @property
     def total(self) -> Tensor:

@@ -270,21 +270,21 @@ def _seed(mask: Tensor, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{_key(mask, seed)}".encode()).digest()[:4], "big")
 
 
-def subsets(n: int, fraction: float, count: int, seed: int = 0) -> Tensor:
-    """Random sets of examples to remove: bool [count, n], each with ``round(fraction * n)`` of them.
+def subsets(n: int, share: float, sets: int, seed: int = 0) -> Tensor:
+    """Random sets of examples to remove: bool [sets, n], each with ``round(share * n)`` of them.
 
     Examples
     --------
     >>> subsets(10, 0.3, 2).sum(1).tolist()
     [3, 3]
     """
-    expected, fix = f"at least one of {n} examples, and not all", "Choose a fraction between 1 / n and 1."
-    good = lambda share: 0 < share < 1 and 1 <= round(share * n) < n
-    size = round(as_number(fraction, "fraction", good, expected, fix) * n)
-    count = as_integer(count, "count", "a number of sets, at least 1", "Use e.g. 50.", least=1)
+    expected, fix = f"at least one of {n} examples, and not all", "Choose a share between 1 / n and 1."
+    good = lambda given: 0 < given < 1 and 1 <= round(given * n) < n
+    size = round(as_number(share, "share", good, expected, fix) * n)
+    sets = as_integer(sets, "sets", "a number of sets, at least 1", "Use e.g. 50.", least=1)
     seed = as_integer(seed, "seed", "an integer", "Use seed=0.")
     generator = torch.Generator().manual_seed(seed)
-    masks = torch.zeros(count, n, dtype=torch.bool)
+    masks = torch.zeros(sets, n, dtype=torch.bool)
     for row in masks:
         row[torch.randperm(n, generator=generator)[:size]] = True
     return masks

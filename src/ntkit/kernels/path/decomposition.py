@@ -82,10 +82,12 @@ class PathDecomposition(Shown):
 
     def of(self, output: int | Tensor | None = None) -> Tensor:
         """Contributions to one output, [m, n]; `output` as in `top`."""
+        return self.contributions[torch.arange(len(self.prediction)), self.chosen_outputs(output)]
+
+    def chosen_outputs(self, output: int | Tensor | None = None) -> Tensor:
+        """The number of one output for each test point, int64 [m]; `output` as in `top`."""
         m, outputs = self.prediction.shape
-        if output is None:
-            output = self.prediction.argmax(1)
-        index = integers_of(output)
+        index = self.prediction.argmax(1) if output is None else integers_of(output)
         if index is None or index.shape not in ((), (1,), (m,)):
             got = repr(output)[:80] if index is None else f"{len(index)} outputs"
             expected = f"an integer, or int64 [{m}]"
@@ -93,7 +95,7 @@ class PathDecomposition(Shown):
         index = index.cpu().expand(m)
         if not bool(((index >= -outputs) & (index < outputs)).all()):
             raise refusal("output", got=output, expected=f"outputs below {outputs}", fix="Outputs are numbered from 0.")
-        return self.contributions[torch.arange(m), index]
+        return index % outputs
 
     def plot(self, point: int = 0, *, k: int = 10, output: int | None = None) -> Any:
         """The k training examples with the largest contributions to one prediction, by size, as a plotly figure.
