@@ -1,4 +1,7 @@
-"""Files made to harm: each maker writes one below a folder and returns what opens it. Numbers are drawn from `rng`."""
+"""Files made to harm: each maker writes one below a folder and returns what opens it. Numbers are drawn from `rng`.
+
+Long by the number of makers.
+"""
 
 from __future__ import annotations
 

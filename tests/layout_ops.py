@@ -2,6 +2,8 @@
 
 Features are [n, d], [n, T, d] or [n, c, h, w], samples along the first axis. An operation is a builder: it draws its
 parameters and numbers for features of a given shape and returns a `Step`. No step mixes samples.
+
+Long by their number.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from page_case import HOSTILE
 
 from ntkit.base.files import write_arrays, write_json
 
@@ -427,3 +428,18 @@ def _neighbors() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _found(index: int, labels: np.ndarray, similarity: float) -> dict[str, Any]:
     return {"index": int(index), "label": str(labels[index]), "similarity": similarity}
+
+
+def _poison(value: Any, key: str = "") -> Any:
+    """Put hostile text into every string that a user could choose."""
+    if isinstance(value, dict):
+        return {k: _poison(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_poison(v, key) for v in value]
+    fixed = {"kind", "kernel", "status", "stop", "kernel_outputs", "method", "with", "machine"}
+    return HOSTILE + value if isinstance(value, str) and key not in fixed else value
+
+
+def hostile() -> dict[str, Any]:
+    """Results in which everything that a user names is text that tries to run."""
+    return _poison(full()[0])

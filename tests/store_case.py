@@ -72,3 +72,22 @@ class Rows(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         self.asked += 1
         return self.x[i] + (self.asked if self.wrong is not None and i >= self.wrong else 0), i
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert found
+    return found
+
+
+def tiles_in(folder: Path) -> int:
+    """How many tiles are written: a killed process leaves one it was writing, under a name of its own."""
+    return sum(file.suffix != ".partial" for file in folder.glob("c/*/*"))
+
+
+def counted(function, calls):
+    def counted(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return counted

@@ -14,8 +14,8 @@ import pytest
 import test_gram_command
 import yaml
 from processes import THERE
+from store_case import files_of
 from test_gram_command import WORDS
-from test_store import files_of
 
 pytest.importorskip("distributed")
 pytestmark = pytest.mark.skipif(not THERE, reason="a POSIX system")

@@ -1,3 +1,5 @@
+"""NTKRegressor and NTKClassifier: scikit-learn's own checks, closed forms, rescaling, refusals."""
+
 from __future__ import annotations
 
 import math

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import html
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from page_case import HOSTILE, Visit, body_of, data_of, words_of
 
 import ntkit
 import ntkit.cli
@@ -32,7 +31,6 @@ from ntkit.commands.verify import verify
 from ntkit.report import render
 from ntkit.report.explain_text import trust
 
-HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
 NET = """
 from torch import nn
 def make(outputs):
@@ -423,24 +421,6 @@ def test_two_processes(vectors: Path, tmp_path: Path) -> None:
 # The page
 
 
-def _body(path: Path) -> str:
-    """The page without plotly.js."""
-    text = path.read_text(encoding="utf-8")
-    start = text.index("<script>", text.index("</main>"))
-    return text[:start] + text[text.index("</script>", start) + len("</script>") :]
-
-
-def _words(path: Path) -> str:
-    text = re.sub(r"(?s)<(style|script)\b.*?</\1>", " ", _body(path))
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text)))
-
-
-def _plots(path: Path) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="plots">(.*?)</script>', _body(path), re.DOTALL)
-    assert found
-    return json.loads(found[1])
-
-
 @pytest.fixture(scope="module")
 def hostile(explained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text for sentences, a low metasmoothness, and names that are no good."""
@@ -455,7 +435,7 @@ def hostile(explained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_says_the_numbers(explained: Path) -> None:
     page, results = explained / "explain.html", read_json(explained / "results.json")
-    words, point = _words(page), results["points"][0]
+    words, point = words_of(page), results["points"][0]
     assert f"metasmoothness {results['influence']['metasmoothness']:.2f}" in words
     assert "Influence can be used here" in words
     assert "Test 2:" in words
@@ -467,7 +447,7 @@ def test_the_page_says_the_numbers(explained: Path) -> None:
     told = [
         (d["predicted"], d["real"]) for p in results["points"] for d in p["deletions"] if d["method"] == "influence"
     ]
-    drawn = next(t for t in _plots(page)["plot-removals"]["data"] if t["name"] == "most helpful by influence")
+    drawn = next(t for t in data_of(page)["plot-removals"]["data"] if t["name"] == "most helpful by influence")
     assert list(zip(drawn["x"], drawn["y"], strict=True)) == told
 
 
@@ -496,8 +476,8 @@ def test_the_first_sentence_follows_from_trial_and_metasmoothness(
 
 
 def test_low_metasmoothness_is_said_first(hostile: Path, capsys: Any) -> None:
-    words = _words(hostile)
-    lede = re.search(r'<p class="lede">(.*?)</p>', _body(hostile), re.DOTALL)
+    words = words_of(hostile)
+    lede = re.search(r'<p class="lede">(.*?)</p>', body_of(hostile), re.DOTALL)
     assert lede
     assert lede[1].startswith("Do not trust the influence in this run: in a trial")
     assert "by 150\u00a0% of their size (at most 50\u00a0% is allowed; metasmoothness 0.20)" in lede[1]
@@ -512,16 +492,16 @@ def test_self_contained_and_valid(which: str, request: pytest.FixtureRequest) ->
 
     path = request.getfixturevalue(which)
     path = path if path.suffix == ".html" else path / "explain.html"
-    body = _body(path)
+    body = body_of(path)
     assert not re.findall(r'(?:src|srcset|poster|action)="(?!data:)[^"]*"', body)
     links = re.findall(r'<(\w+)[^>]*\bhref="(https?://[^"]+)"', body)
     assert {tag for tag, _ in links} == {"a"}
     assert len(re.findall(r"https?://", body)) == len(links)
     assert "<img src=x" not in body
     assert "window.broken = 1</script>" not in body
-    for plot in _plots(path).values():
+    for plot in data_of(path).values():
         Figure(json.loads(re.sub(r'"var\(--[\w-]+\)"', '"#123456"', json.dumps(plot))))
-    assert not re.search(r"\b(None|nan|NaN|null)\b", _words(path))
+    assert not re.search(r"\b(None|nan|NaN|null)\b", words_of(path))
     before = path.read_bytes()
     assert render(path.parent).read_bytes() == before
 
@@ -546,40 +526,18 @@ def test_the_command(vectors: Path, explained: Path, capsys: Any) -> None:
     assert str(explained / "explain.html") in out.replace("\n", "")
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("which", ["explained", "pictured", "hostile"])
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 def test_page_draws(chromium: Any, which: str, width: int, scheme: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(which)
     path = path if path.suffix == ".html" else path / "explain.html"
-    page = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
-    complaints, asked = [], []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda one: asked.append(one.url))
-    page.goto(path.as_uri())
-    page.wait_for_selector("html[data-drawn]")
-    count = "[...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.scatterlayer path').length)"
-    drawn = page.evaluate(count)
-    assert len(drawn) == len(_plots(path))
-    assert max(drawn) >= 10
-    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
-    assert page.evaluate("window.broken") is None
+    visit = Visit(chromium, path, width, scheme)
+    visit.check()
+    assert len(visit.curves()) == len(data_of(path))
+    assert max(visit.curves()) >= 10
+    page = visit.page
     broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
     assert page.evaluate(broken) == 0
     columns = page.evaluate("[...document.querySelectorAll('.near')].map(n => getComputedStyle(n).gridTemplateColumns)")
     assert {len(column.split(" ")) for column in columns} == {1 if width == 390 else 2}
-    assert complaints == []
-    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]

@@ -1,3 +1,5 @@
+"""Gradient flow and SGD with momentum in function space, in closed form: against training itself, laws, refusals."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""The Gaussian process of a kernel and the ensemble of trained networks: against flows, conditioning, scikit-learn."""
+
 from __future__ import annotations
 
 import math

@@ -23,7 +23,7 @@ import pytest
 import torch
 from processes import THERE, Running, command
 from safetensors.torch import save_file
-from test_store import files_of, tiles_in
+from store_case import files_of, tiles_in
 
 import ntkit
 from ntkit.base.checks import Refused

@@ -1,4 +1,7 @@
-"""Exact influence: against finite differences of training itself, closed forms, and real deletions."""
+"""Exact influence: against finite differences of training itself, closed forms, and real deletions.
+
+Long by its slow oracle, training itself made again with other weights, which every part here uses.
+"""
 
 from __future__ import annotations
 

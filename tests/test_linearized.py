@@ -1,3 +1,5 @@
+"""The linearized network: trained, it is the flow on the tangent kernel; modes, buffers and saving as a module's."""
+
 from __future__ import annotations
 
 import pytest

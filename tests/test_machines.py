@@ -1,3 +1,5 @@
+"""The hard-margin SVM: its certificate, exact small cases, an interior-point solver; ridge against plain solves."""
+
 from __future__ import annotations
 
 import gzip

@@ -5,152 +5,26 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from unittest import mock
 
 import pytest
 import torch
+from path_case import (
+    NETWORKS,
+    OPTIMIZERS,
+    drawn,
+    trained,
+)
 from torch import nn
 from torch.nn import functional as F
 
 import ntkit
-from ntkit.kernels.path import effects, sweep
-from ntkit.testing import assert_equal, check_kernel
+from ntkit.kernels.path import sweep
+from ntkit.testing import check_kernel
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-# ---------------------------------------------------------------------- networks
-
-
-class Attention(nn.Module):
-    """Embedding, attention with a causal mask, layer norm, GELU, head tied to the embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(7, 6), nn.LayerNorm(6)
-        self.qkv, self.mix = nn.Linear(6, 18), nn.Linear(6, 6)
-
-    def forward(self, x):
-        h = self.embed(x)
-        q, k, v = self.qkv(self.norm(h)).chunk(3, -1)
-        h = h + F.gelu(self.mix(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
-        return (h @ self.embed.weight.T).mean(1)[:, :3]
-
-
-class Recurrent(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.rnn, self.head = kind(4, 5, batch_first=True), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.rnn(x)[0][:, -1])
-
-
-class Gated(nn.Module):
-    """RMS norm, SiLU gate, residual sum, a raw parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale, self.norm = nn.Parameter(torch.ones(6)), nn.RMSNorm(6)
-        self.up, self.gate, self.down, self.head = (nn.Linear(6, 6) for _ in range(4))
-
-    def forward(self, x):
-        h = self.norm(x * self.scale)
-        return self.head(x + self.down(F.silu(self.gate(h)) * self.up(h)))[:, :3]
-
-
-class Sets(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.phi, self.rho = nn.Sequential(nn.Linear(4, 6), nn.Softplus()), nn.Linear(12, 3)
-
-    def forward(self, x):
-        h = self.phi(x)
-        return self.rho(torch.cat([h.sum(1), h.amax(1)], 1)).log_softmax(1)
-
-
-def mlp(act):
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), act, nn.Linear(8, 8), act, nn.Linear(8, 3))
-
-
-def conv(*layers):
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *layers, nn.Flatten(), nn.LazyLinear(3))
-
-
-def images(n):
-    return torch.randn(n, 1, 4, 4)
-
-
-def rows(n):
-    return torch.randn(n, 6)
-
-
-def series(n):
-    return torch.randn(n, 5, 4)
-
-
-def tokens(n):
-    return torch.randint(0, 7, (n, 5))
-
-
-NETWORKS = {
-    "tanh": (lambda: mlp(nn.Tanh()), images),
-    "relu": (lambda: mlp(nn.ReLU()), images),
-    "max pool": (lambda: conv(nn.ReLU(inplace=True), nn.MaxPool2d(2)), images),
-    "group norm, average pool": (lambda: conv(nn.GroupNorm(2, 4), nn.Hardswish(), nn.AdaptiveAvgPool2d(2)), images),
-    "strided, grouped, dilated": (
-        lambda: conv(nn.LeakyReLU(), nn.Conv2d(4, 4, 2, groups=2, dilation=2, stride=2), nn.ELU()),
-        images,
-    ),
-    "transposed, upsampled": (
-        lambda: conv(nn.Mish(), nn.ConvTranspose2d(4, 2, 2, 2), nn.Upsample(scale_factor=2, mode="bilinear")),
-        images,
-    ),
-    "instance norm": (lambda: conv(nn.InstanceNorm2d(4, affine=True), nn.ReLU6()), images),
-    "attention": (Attention, tokens),
-    "LSTM": (lambda: Recurrent(nn.LSTM), series),
-    "GRU": (lambda: Recurrent(nn.GRU), series),
-    "gated": (Gated, rows),
-    "sets": (Sets, series),
-    "weight norm": (
-        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.PReLU(), nn.Linear(8, 3)),
-        rows,
-    ),
-    "layer norm": (lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.SELU(), nn.Linear(8, 3)), rows),
-}
-OPTIMIZERS = {
-    "sgd": partial(torch.optim.SGD, lr=0.2),
-    "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
-    "nesterov": partial(torch.optim.SGD, lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01),
-    "dampening": partial(torch.optim.SGD, lr=0.2, momentum=0.9, dampening=0.3),
-    "decay": partial(torch.optim.SGD, lr=0.2, weight_decay=0.05),
-    "adam": partial(torch.optim.Adam, lr=0.02, weight_decay=0.01),
-    "amsgrad": partial(torch.optim.Adam, lr=0.02, amsgrad=True),
-    "adamw": partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1),
-}
-
-
-def drawn(name, dtype=torch.float64, n=11, m=3):
-    """Network, training inputs and targets, test points."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        make, data = NETWORKS[name]
-        model, x, test = make(), data(n), data(m)
-        model(x[:2])  # lazy layers
-        y = torch.randint(0, 3, (n,))
-    convert = (lambda t: t.to(dtype)) if x.is_floating_point() else (lambda t: t)
-    return model.to(dtype), convert(x), y, convert(test)
-
-
-def trained(name="relu", optimizer="sgd", dtype=torch.float64, steps=9, batch_size=4, **settings):
-    model, x, y, test = drawn(name, dtype)
-    run = ntkit.train(
-        model, (x, y), F.cross_entropy, OPTIMIZERS[optimizer], steps=steps, batch_size=batch_size, **settings
-    )
-    return run, model, x, y, test
 
 
 # ---------------------------------------------------------------------- the certificate
@@ -415,111 +289,6 @@ def test_the_kernel_of_a_run_that_hardly_moves_is_the_tangent_kernel():
         ntkit.PathKernel(run, outputs=lambda out, y: out[:, 0])(x)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
-def test_a_killed_decomposition_goes_on(optimizer, tmp_path):
-    run, *_, test = trained("relu", optimizer)
-    whole = ntkit.PathKernel(run).decompose(test, layers=True, steps=True)
-    taken, stepped = [], sweep.Sweep.step
-
-    def until(limit):
-        def step(self, made):
-            if len(taken) == limit:
-                raise KeyboardInterrupt
-            taken.append(made.step)
-            stepped(self, made)
-
-        return step
-
-    def again(limit=None):
-        kernel = ntkit.PathKernel(run, memory="40 kB")  # in parts
-        with mock.patch.object(sweep.Sweep, "step", until(limit)):
-            return kernel.decompose(test, layers=True, steps=True, path=tmp_path / "found")
-
-    with (
-        mock.patch("ntkit.trajectory.run_writer.CHECKPOINT_SECONDS", 0),
-        mock.patch("ntkit.trajectory.run_writer.CHECKPOINT_SHARE", 99),
-    ):
-        for limit in (4, 13, 22):
-            with pytest.raises(KeyboardInterrupt):
-                again(limit)
-        found = again()
-    assert len(taken) == 27  # three parts of nine steps, none of them twice
-    assert torch.equal(again(limit=27).contributions, found.contributions)  # read, not made
-    torch.testing.assert_close(found.contributions, whole.contributions, rtol=1e-10, atol=1e-13)
-    assert found.error <= 1e-12
-    assert [s.step for s in found.steps] == [s.step for s in whole.steps]
-    for name, share in whole.layers.items():
-        torch.testing.assert_close(found.layers[name], share, rtol=1e-10, atol=1e-13)
-    with pytest.raises(ntkit.Refused, match=r"another decomposition \(x differ"):
-        ntkit.PathKernel(run).decompose(test + 1, layers=True, steps=True, path=tmp_path / "found")
-
-
-@contextmanager
-def threads(number):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture
-def _small_cuts(monkeypatch):
-    for name, size in {"_PIECE": 400, "_ENTRIES": 16, "_FACTORS": 40}.items():
-        monkeypatch.setattr(effects, name, size)
-
-
-@pytest.mark.usefixtures("_small_cuts")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", ["relu", "max pool"])
-def test_any_number_of_workers_gives_the_same_values(name, optimizer, tmp_path):
-    run, *_, test = trained(name, optimizer, steps=4)
-    calls, spread = [], effects.spread
-
-    def counted(work, items):
-        calls.append(len(items))
-        return spread(work, items)
-
-    found = []
-    with mock.patch.object(effects, "spread", counted):
-        for number in (1, 2, 5):
-            with threads(number):
-                found.append(ntkit.PathKernel(run, memory="1 GB").decompose(test, layers=True, steps=True))
-    assert max(calls) > 1
-    for one in found[1:]:
-        assert_equal(one.contributions, found[0].contributions, 1e-11, "contributions")
-        assert_equal(one.regularization, found[0].regularization, 1e-11, "regularization")
-        for name, share in one.layers.items():
-            assert_equal(share, found[0].layers[name], 1e-11, name)
-    assert found[0].error <= 1e-12
-
-
-@pytest.mark.usefixtures("_small_cuts")
-@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
-def test_gone_on_with_other_workers_it_gives_the_same_values(optimizer, tmp_path):
-    run, *_, test = trained("relu", optimizer)
-    stepped, taken = sweep.Sweep.step, []
-
-    def step(self, made):
-        if len(taken) == 4:
-            raise KeyboardInterrupt
-        taken.append(made.step)
-        stepped(self, made)
-
-    with (
-        mock.patch("ntkit.trajectory.run_writer.CHECKPOINT_SECONDS", 0),
-        mock.patch("ntkit.trajectory.run_writer.CHECKPOINT_SHARE", 99),
-    ):
-        with mock.patch.object(sweep.Sweep, "step", step), threads(1), pytest.raises(KeyboardInterrupt):
-            ntkit.PathKernel(run, memory="1 GB").decompose(test, path=tmp_path / "found")
-        with threads(5):
-            found = ntkit.PathKernel(run, memory="1 GB").decompose(test, path=tmp_path / "found")
-    whole = ntkit.PathKernel(run, memory="1 GB").decompose(test)
-    assert_equal(found.contributions, whole.contributions, 1e-11, "contributions")
-    assert_equal(found.regularization, whole.regularization, 1e-11, "regularization")
-
-
 def test_parameters_are_kept_in_memory_or_read_again(monkeypatch):
     run, *_, test = trained("relu", "adam", record="all")
     read, state = [], type(run).state
@@ -569,69 +338,6 @@ def test_who_contributed():
             call()
 
 
-class Routed(nn.Module):
-    """The largest of two scores decides which expert is used: the output jumps when it changes."""
-
-    def __init__(self):
-        super().__init__()
-        self.score, self.experts = nn.Linear(6, 2), nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
-
-    def forward(self, x):
-        choice = self.score(x).argmax(1)
-        return torch.stack([self.experts[int(c)](row) for row, c in zip(x, choice, strict=True)])
-
-
-def test_what_jumps_and_what_is_unknown_is_refused_by_name():
-    torch.manual_seed(0)
-    x, y = torch.randn(8, 6).double(), torch.arange(8) % 3
-    model = Routed().double()
-    run = ntkit.train(model, (x, y), F.cross_entropy, partial(torch.optim.SGD, lr=0.1), steps=3)
-    moved = ntkit.train(
-        model, (x, y), F.cross_entropy, partial(torch.optim.SGD, lr=0.1, weight_decay=5.0), steps=3, record="all"
-    )
-    assert ntkit.PathKernel(run).decompose(x).error <= 1e-12  # the scores get no gradient: no choice changes
-    with mock.patch.object(Routed, "forward", lambda self, x: x @ torch.linalg.inv(self.experts[0].weight[:, :3])):
-        odd, wide = Routed().double(), torch.randn(8, 3).double()
-        inverse = ntkit.train(odd, (wide, y), F.cross_entropy, partial(torch.optim.SGD, lr=1e-4), steps=2)
-        assert ntkit.PathKernel(inverse).decompose(wide).error <= 1e-12  # no rule: by its averaged Jacobian
-        assert ntkit.PathKernel(inverse, integration="quadrature").decompose(wide).error <= 1e-9
-    turned = lambda self, x: torch.complex(x @ self.experts[0].weight[:3, :3], x).angle()
-    with mock.patch.object(Routed, "forward", turned):
-        odd = Routed().double()
-        angle = ntkit.train(odd, (wide, y), F.cross_entropy, partial(torch.optim.SGD, lr=1e-4), steps=2)
-        with pytest.raises(ntkit.NoSecant, match=r"aten\.angle.*complex numbers.*quadrature"):
-            ntkit.PathKernel(angle).decompose(wide)
-    with pytest.raises(ntkit.Refused, match="outputs"):
-        ntkit.PathKernel(run, outputs="sum")
-    for way, words in (
-        ({"integration": "exact"}, "integration: got 'exact'"),
-        ({"rule": "simpson"}, "rule"),
-        ({"nodes": 0}, "nodes"),
-        ({"tolerance": 2.0}, "tolerance"),
-    ):
-        with pytest.raises(ntkit.Refused, match=words):
-            ntkit.PathKernel(run, **way)
-    with pytest.raises(ntkit.Refused, match="y_test: got"):
-        ntkit.PathKernel(run).decompose(x, y)
-    assert moved.status == "complete"
-
-
-def test_a_route_that_changes_within_a_step_is_refused():
-    class Switch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.tensor([1.0, 0.9], dtype=torch.float64))
-
-        def forward(self, x):
-            return x * self.w[self.w.argmax()] * torch.tensor([1.0, -1.0]).double()[self.w.argmax()]
-
-    x, y = torch.ones(4, 1).double(), torch.zeros(4, 1).double()
-    sgd = partial(torch.optim.SGD, lr=0.4)
-    run = ntkit.train(Switch(), (x, y), F.mse_loss, sgd, steps=2)
-    with pytest.raises(ntkit.NoSecant, match="a choice made from the parameters"):
-        ntkit.PathKernel(run).decompose(x)
-
-
 @CUDA
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
 def test_on_a_gpu(optimizer):
@@ -639,22 +345,6 @@ def test_on_a_gpu(optimizer):
     model, x, y, test = model.cuda(), x.cuda(), y.cuda(), test.cuda()
     run = ntkit.train(model, (x, y), F.cross_entropy, OPTIMIZERS[optimizer], steps=6, batch_size=4, record="all")
     assert ntkit.PathKernel(run).decompose(test).error <= 1e-12
-
-
-def test_a_folder_of_other_outputs_is_refused(tmp_path):
-    """Functions of one name, told apart by their code and by what they enclose."""
-    x, y = torch.randn(6, 3).double(), torch.tensor([0, 1, 0, 1, 1, 0])
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    run = ntkit.train(net, (x, y), nn.functional.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1), steps=3)
-
-    def picks(c):
-        return lambda out: out[:, c]
-
-    first = ntkit.PathKernel(run, picks(0)).decompose(x[:2], path=tmp_path / "d")
-    again = ntkit.PathKernel(run, picks(0)).decompose(x[:2], path=tmp_path / "d")
-    assert torch.equal(first.contributions, again.contributions)
-    with pytest.raises(ntkit.Refused, match="got another decomposition"):
-        ntkit.PathKernel(run, picks(1)).decompose(x[:2], path=tmp_path / "d")
 
 
 def test_the_identity_of_a_function_is_the_same_in_every_process():

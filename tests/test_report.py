@@ -1,28 +1,23 @@
-"""The report: pure, whole, safe, and drawn (the last in a real browser, where one is installed)."""
+"""The report: pure, whole and safe. How a browser draws it: test_report_browser.py."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import re
-import shutil
-from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import report_case
+from page_case import body_of, data_of, words_of
 
 from ntkit.base.checks import Refused
 from ntkit.base.files import write_json
 from ntkit.report import analysis_text as readings
 from ntkit.report import draw, invariance_text, render
-
-HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
 
 
 @pytest.fixture(scope="module")
@@ -42,46 +37,18 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return render(report_case.write(tmp_path_factory.mktemp("hostile"), _poison(report_case.full()[0])))
-
-
-def _poison(value: Any, key: str = "") -> Any:
-    """Put hostile text into every string that a user could choose."""
-    if isinstance(value, dict):
-        return {k: _poison(v, k) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_poison(v, key) for v in value]
-    fixed = {"kind", "kernel", "status", "stop", "kernel_outputs", "method", "with", "machine"}
-    return HOSTILE + value if isinstance(value, str) and key not in fixed else value
-
-
-def _body(path: Path) -> str:
-    """The page without plotly.js and the style sheet: what this package wrote around them."""
-    text = path.read_text(encoding="utf-8")
-    start = text.index("<script>", text.index("</main>"))
-    return text[:start] + text[text.index("</script>", start) + len("</script>") :]
-
-
-def _words(path: Path) -> str:
-    text = re.sub(r"(?s)<(style|script)\b.*?</\1>", " ", _body(path))
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text))).replace("\u2060", "")
+    return render(report_case.write(tmp_path_factory.mktemp("hostile"), report_case.hostile()))
 
 
 def _rows(stage: str) -> list[dict[str, Any]]:
     return report_case.full()[0][stage]["rows"]
 
 
-def _plots(path: Path) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="plots">(.*?)</script>', _body(path), re.DOTALL)
-    assert found
-    return json.loads(found[1])
-
-
 # What is in the file
 
 
 def test_results_appear(full: Path) -> None:
-    words = _words(full)
+    words = words_of(full)
     results = report_case.full()[0]
     for machine in results["machines"]:
         assert machine["label"] in words
@@ -108,7 +75,7 @@ def test_results_appear(full: Path) -> None:
 
 
 def test_every_figure_has_title_reading_and_text_alternative(full: Path) -> None:
-    body, plots = _body(full), _plots(full)
+    body, plots = body_of(full), data_of(full)
     blocks = re.findall(r"<figure\b.*?</figure>", body, re.DOTALL)
     assert len(blocks) == 19
     for block in blocks:
@@ -118,7 +85,7 @@ def test_every_figure_has_title_reading_and_text_alternative(full: Path) -> None
 
 
 def test_curves_are_the_results(full: Path) -> None:
-    along, plots = report_case.full()[0]["along"], _plots(full)
+    along, plots = report_case.full()[0]["along"], data_of(full)
     steps = [0.5, *along["steps"][1:]]
     last = {trace["name"]: trace for trace in plots["plot-eigenvalues"]["data"]}
     assert last["λ<sub>3</sub>"]["y"] == [row[2] for row in along["eigenvalues"]]
@@ -137,7 +104,7 @@ def test_curves_are_the_results(full: Path) -> None:
 def test_figures_are_valid_plotly(full: Path) -> None:
     from plotly.graph_objects import Figure
 
-    for plot in _plots(full).values():
+    for plot in data_of(full).values():
         colours = re.findall(r'"var\((--[\w-]+)\)"', json.dumps(plot))
         style = full.read_text(encoding="utf-8")
         assert colours
@@ -151,7 +118,7 @@ def test_thumbnails_are_the_arrays(full: Path) -> None:
 
     stages = report_case.full()[1]
     arrays = stages["neighbors"]
-    body = _body(full)
+    body = body_of(full)
     body, _, explained = body.partition('<section id="explained">')
     body, cosines = body[body.index('id="neighbors"') :], body[: body.index('id="neighbors"')]
     found = re.findall(r'<img class="thumb" src="data:image/png;base64,([^"]+)" alt="([^"]+)"', body)
@@ -178,17 +145,17 @@ def test_colour_thumbnails_keep_their_colours(tmp_path: Path) -> None:
     results, arrays = report_case.full()
     colour = {name: np.repeat(value, 3, axis=-1) for name, value in arrays["neighbors"].items()}
     colour["test"][0, 2, 3] = (250, 10, 90)
-    text = _body(render(report_case.write(tmp_path, results, {"neighbors": colour})))
+    text = body_of(render(report_case.write(tmp_path, results, {"neighbors": colour})))
     data = re.findall(r'src="data:image/png;base64,([^"]+)"', text)[0]
     assert Image.open(io.BytesIO(base64.b64decode(data))).getpixel((3, 2)) == (250, 10, 90)
 
 
-def test_other_labels_are_marked_in_words(full: Path) -> None:
+def test_other_labels_are_marked_inwords(full: Path) -> None:
     rows = report_case.full()[0]["neighbors"]["rows"]
     other = sum(n["label"] != row["label"] for row in rows for key in ("init", "after") for n in row[key])
     assert other > 0
-    assert _body(full).count('aria-label="other label"') == other
-    assert "✗ network says 8" in _words(full)
+    assert body_of(full).count('aria-label="other label"') == other
+    assert "✗ network says 8" in words_of(full)
 
 
 def test_same_results_same_bytes(full: Path, tmp_path: Path) -> None:
@@ -201,7 +168,7 @@ def test_same_results_same_bytes(full: Path, tmp_path: Path) -> None:
 
 
 def test_self_contained(full: Path) -> None:
-    text, body = full.read_text(encoding="utf-8"), _body(full)
+    text, body = full.read_text(encoding="utf-8"), body_of(full)
     assert len(re.findall(r"\* plotly\.js v\d", text)) == 1
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', body)
     assert policy
@@ -220,13 +187,13 @@ def test_self_contained(full: Path) -> None:
 
 
 def test_hostile_names_are_text(hostile: Path) -> None:
-    body = _body(hostile)
+    body = body_of(hostile)
     assert "<img src=x" not in body
     assert "<script>window.broken" not in body
     assert "&lt;script&gt;window.broken" in body
     assert body.count("</script>") == len(re.findall(r"<script\b", body))
     for name in ("plot-slopes-raw", "plot-loss-cosines-raw"):
-        texts = [trace[key] for trace in _plots(hostile)[name]["data"] for key in ("name", "hovertemplate", "text")
+        texts = [trace[key] for trace in data_of(hostile)[name]["data"] for key in ("name", "hovertemplate", "text")
                  if key in trace]  # fmt: skip
         assert any("onerror" in str(text) for text in texts)
         assert not re.search(
@@ -235,7 +202,7 @@ def test_hostile_names_are_text(hostile: Path) -> None:
 
 
 def test_nulls_become_sentences(minimal: Path) -> None:
-    words, plots = _words(minimal), _plots(minimal)
+    words, plots = words_of(minimal), data_of(minimal)
     assert list(plots) == ["plot-machines"]
     assert plots["plot-machines"]["data"][0]["x"] == [25.0]
     assert len(plots["plot-machines"]["data"]) == 4  # ridge where the kernel does not separate
@@ -255,7 +222,7 @@ def test_images_not_measured_say_so(tmp_path: Path) -> None:
     results = report_case.full()[0]
     for key in ("along", "invariances", "neighbors", "against_loss"):
         results[key] = None
-    words = _words(render(report_case.write(tmp_path, results)))
+    words = words_of(render(report_case.write(tmp_path, results)))
     assert "not followed along training in this run" in words
     assert "invariances were not measured in this run" in words
     assert "neighbors were not looked up in this run" in words
@@ -271,7 +238,7 @@ def test_undefined_values_along_training(tmp_path: Path) -> None:
             along[key] = [report_case.number(None)] * len(value)
         elif key not in ("steps", "energy_ks") and isinstance(value, list):
             along[key] = [[None] * len(row) if isinstance(row, list) else None for row in value]
-    words = _words(render(report_case.write(tmp_path, results)))
+    words = words_of(render(report_case.write(tmp_path, results)))
     assert "Training diverged" in words
     assert not re.search(r"\b(None|nan|NaN)\b", words)
 
@@ -416,7 +383,7 @@ def test_each_finding_leads_to_its_section(full: Path) -> None:
     findings = readings.in_short(results)
     places = readings.places(results, findings)
     assert places == ["quality", "quality", "along", "along", "limit", "invariances", "explained"]
-    body = _body(full)
+    body = body_of(full)
     for place in places:
         assert f'class="to" href="#{place}"' in body
         assert f'<section id="{place}">' in body
@@ -427,7 +394,7 @@ def test_each_finding_leads_to_its_section(full: Path) -> None:
 
 
 def test_runs_of_earlier_versions_have_their_report(earlier: Path) -> None:
-    words, plots = _words(earlier), _plots(earlier)
+    words, plots = words_of(earlier), data_of(earlier)
     assert "plot-slopes-raw" in plots
     assert not [name for name in plots if "loss-" in name or "centered" in name]
     assert "The kernel after training is more invariant to shift and rotation" in words
@@ -437,7 +404,7 @@ def test_runs_of_earlier_versions_have_their_report(earlier: Path) -> None:
 
 
 def test_slopes_are_the_cosines_and_the_baseline_is_dashed(full: Path) -> None:
-    told, plots = report_case.full()[0]["invariances"], _plots(full)
+    told, plots = report_case.full()[0]["invariances"], data_of(full)
     for form in ("raw", "centered"):
         drawn = {trace["name"]: trace for trace in plots[f"plot-slopes-{form}"]["data"] if "name" in trace}
         for row in [*told["rows"], told["different"]]:
@@ -449,7 +416,7 @@ def test_slopes_are_the_cosines_and_the_baseline_is_dashed(full: Path) -> None:
 
 
 def _section(path: Path, heading: str, following: str) -> str:
-    return _words(path).split(heading)[1].split(following)[0]
+    return words_of(path).split(heading)[1].split(following)[0]
 
 
 def test_three_predictions_explained(full: Path) -> None:
@@ -465,7 +432,7 @@ def test_three_predictions_explained(full: Path) -> None:
     assert words.count("5 at random, mean of 3 sets −2.5 −2.2 (sd 0.12)") == 2
     assert "Influence of the strongest example differs from finite differences" in words
     assert "missed the real change of the margin by 0.25 on average" in words
-    drawn = {trace["name"]: trace for trace in _plots(full)["plot-along-41-influence"]["data"]}
+    drawn = {trace["name"]: trace for trace in data_of(full)["plot-along-41-influence"]["data"]}
     for side in ("helped", "hurt"):
         for e in told["points"][1]["influence"][side]:
             assert drawn[f"training example {e['index']}, {e['label']}"]["y"] == e["along"]
@@ -476,7 +443,7 @@ def test_sentences_instead_of_pictures(tmp_path: Path) -> None:
     point = results["explained"]["points"][0]
     point["text"] = point["accounting"]["helped"][2]["text"] = "a <small> film"
     page = render(report_case.write(tmp_path, results))
-    section = _body(page).partition('<section id="explained">')[2].partition("</section>")[0]
+    section = body_of(page).partition('<section id="explained">')[2].partition("</section>")[0]
     assert section.count("a &lt;small&gt; film") == 2
     assert section.count('class="near sentences pair"') == 2
     assert "<img" not in section
@@ -489,12 +456,12 @@ def test_predictions_that_cannot_be_explained(full: Path, minimal: Path, earlier
     assert _section(why, *ends).strip() == "Not here: layer 'x' <b> draws random numbers."
     assert "weights were loaded, so there was no training to replay" in _section(minimal, *ends)
     assert "no prediction was explained in this run" in _section(earlier, *ends)
-    assert "Metasmoothness" in _words(full)
-    assert "Metasmoothness" not in _words(why)
+    assert "Metasmoothness" in words_of(full)
+    assert "Metasmoothness" not in words_of(why)
 
 
 def test_curves_against_the_loss(full: Path) -> None:
-    told, plots, words = report_case.full()[0]["against_loss"], _plots(full), _words(full)
+    told, plots, words = report_case.full()[0]["against_loss"], data_of(full), words_of(full)
     losses = [s["loss"] for s in told["snapshots"]]
     kernel, network = plots["plot-loss-errors"]["data"]
     assert kernel["x"] == network["x"] == losses
@@ -515,21 +482,21 @@ def test_against_the_loss_without_images(tmp_path: Path) -> None:
         snapshot.update(cosines=[], different=None, ridge_error=report_case.number(None, None, "inaccurate"))
     results["against_loss"]["samples"] = 0
     path = render(report_case.write(tmp_path, results))
-    assert "plot-loss-errors" in _plots(path)
-    assert "plot-loss-cosines-raw" not in _plots(path)
-    assert "There are too few errors for a curve." in _words(path)
-    assert not re.search(r"\b(None|nan|NaN)\b", _words(path))
+    assert "plot-loss-errors" in data_of(path)
+    assert "plot-loss-cosines-raw" not in data_of(path)
+    assert "There are too few errors for a curve." in words_of(path)
+    assert not re.search(r"\b(None|nan|NaN)\b", words_of(path))
 
 
 def test_sharpness_stands_beside_a_bound_only_where_there_is_one(full: Path, tmp_path: Path) -> None:
-    assert "the bound of stability" in _words(full)
-    bounds = [t for t in _plots(full)["plot-sharpness"]["data"] if t["name"] == "stable below"]
+    assert "the bound of stability" in words_of(full)
+    bounds = [t for t in data_of(full)["plot-sharpness"]["data"] if t["name"] == "stable below"]
     assert [set(t["y"]) for t in bounds] == [{40.0}]
     results = report_case.full()[0]
     results["along"]["sharpness_bound"] = [None] * 11
     path = render(report_case.write(tmp_path, results))
-    assert "No bound of stability is known for this optimizer." in _words(path)
-    assert [t["name"] for t in _plots(path)["plot-sharpness"]["data"]] == ["sharpness"]
+    assert "No bound of stability is known for this optimizer." in words_of(path)
+    assert [t["name"] for t in data_of(path)["plot-sharpness"]["data"]] == ["sharpness"]
 
 
 def test_ticks_cover_any_range() -> None:
@@ -554,198 +521,6 @@ def test_ticks_cover_any_range() -> None:
     assert draw.log_axis("", [1e-9, 1e-2])["ticktext"][0] == "10⁻⁹"
 
 
-# In a browser
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as play:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = play.chromium.launch(executable_path=path, args=flags)
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page opened in the browser, with everything it complained of or asked for."""
-
-    def __init__(self, browser: Any, path: Path, width: int, height: int, scheme: str) -> None:
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        self.page, self.complaints, self.asked = context.new_page(), [], []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(path.as_uri())
-        self.page.wait_for_selector("html[data-drawn]")
-        self.page.wait_for_timeout(150)
-
-    def check(self, path: Path) -> None:
-        assert self.complaints == []
-        assert [url for url in self.asked if not url.startswith("data:")] == [path.as_uri()]
-        assert self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
-
-    def luminance(self) -> float:
-        """Mean of the background's red, green and blue."""
-        colour = self.page.evaluate("getComputedStyle(document.body).backgroundColor")
-        return float(np.mean([int(c) for c in re.findall(r"\d+", colour)[:3]]))
-
-    def ink(self) -> str:
-        return self.page.evaluate("getComputedStyle(document.querySelector('.plot .xtick text')).fill")
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
-def test_page_draws(chromium: Any, full: Path, width: int, height: int, scheme: str) -> None:
-    visit = Visit(chromium, full, width, height, scheme)
-    visit.check(full)
-    assert (visit.luminance() > 128) == (scheme == "light")
-    paths = visit.page.evaluate(
-        "Object.fromEntries([...document.querySelectorAll('div.plot')].map(plot => "
-        "[plot.id, plot.querySelectorAll('svg .scatterlayer path').length"
-        " + 2 * plot.querySelectorAll('svg .heatmaplayer image').length]))"
-    )
-    assert set(paths) == set(_plots(full))
-    assert min(paths.values()) >= 2
-    too_wide = "svg => svg.clientWidth > svg.closest('figure').clientWidth"
-    assert not visit.page.evaluate(f"[...document.querySelectorAll('svg.main-svg')].some({too_wide})")
-
-
-@pytest.mark.browser
-def test_toggle_repaints_page_and_figures(chromium: Any, full: Path) -> None:
-    visit = Visit(chromium, full, 1280, 900, "light")
-    light, ink = visit.luminance(), visit.ink()
-    visit.page.click("#theme")
-    visit.page.wait_for_timeout(150)
-    assert visit.luminance() < 64 < light
-    assert visit.ink() != ink
-    visit.page.reload()
-    visit.page.wait_for_selector("html[data-drawn]")
-    assert visit.luminance() < 64  # kept
-    visit.page.click("#theme")
-    visit.page.wait_for_timeout(150)
-    assert visit.luminance() == light
-    assert visit.ink() == ink
-    assert visit.complaints == []
-
-
-@pytest.mark.browser
-def test_copy_print_and_policy(chromium: Any, full: Path) -> None:
-    visit = Visit(chromium, full, 1280, 900, "dark")
-    visit.page.click("#copy")
-    visit.page.wait_for_selector("#copy:text-is('Copied')", timeout=3000)
-    ink = visit.ink()
-    visit.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    assert visit.luminance() > 128
-    assert visit.ink() != ink
-    visit.page.evaluate("window.dispatchEvent(new Event('afterprint'))")
-    assert visit.luminance() < 128
-    assert visit.ink() == ink
-    visit.check(full)
-    blocked = visit.page.evaluate(
-        "new Promise(done => { document.addEventListener('securitypolicyviolation', e => done(e.violatedDirective));"
-        " const image = new Image(); image.src = 'https://example.invalid/x.png'; document.body.append(image);"
-        " setTimeout(() => done(''), 2000); })"
-    )
-    assert blocked == "img-src"
-
-
-@pytest.mark.browser
-def test_nothing_is_cut_on_paper(chromium: Any, full: Path) -> None:
-    visit = Visit(chromium, full, 680, 1000, "light")  # the width between the margins of A4
-    visit.page.emulate_media(media="print")
-    visit.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    visit.page.wait_for_timeout(300)
-    cut = """[...document.querySelectorAll("table, figure, .plot, .plot svg, .case, .card, pre")]
-        .filter(e => !e.closest("details:not([open])"))
-        .filter(e => e.getBoundingClientRect().right > document.querySelector("main").getBoundingClientRect().right + 1)
-        .map(e => e.outerHTML.slice(0, 100))"""
-    assert visit.page.evaluate(cut) == []
-    gaps = """[...document.querySelectorAll(".plot")].filter(
-        e => Math.abs(e.clientHeight - e.querySelector("svg").getBoundingClientRect().height) > 2).length"""
-    assert visit.page.evaluate(gaps) == 0
-    visit.page.evaluate("window.dispatchEvent(new Event('afterprint'))")
-    visit.page.emulate_media(media="screen")
-
-
-@pytest.mark.browser
-def test_figures_and_tables_are_saved(chromium: Any, full: Path) -> None:
-    visit, results = Visit(chromium, full, 1280, 900, "dark"), report_case.full()[0]
-
-    def saved(place: str, text: str) -> tuple[str, str]:
-        with visit.page.expect_download() as waiting:
-            visit.page.click(f"{place} >> text='{text}'")
-        return waiting.value.suggested_filename, waiting.value.path().read_text(encoding="utf-8")
-
-    name, drawn = saved("#figure-machines .save", "SVG")
-    assert name == "test-error-of-the-machines.svg"
-    assert drawn.startswith("<svg")
-    assert "var(--" not in drawn
-    soft = re.search(r"--soft: (#\w+)", resources.files("ntkit.report").joinpath("style.css").read_text())
-    assert soft
-    ink = ", ".join(str(int(soft[1][i : i + 2], 16)) for i in (1, 3, 5))
-    assert f"rgb({ink})" in drawn  # the colors of the light page, for paper
-    assert visit.luminance() < 128
-    assert "±" in drawn
-    assert "after kernel" in drawn
-    name, text = saved("#figure-alignment .save", "CSV")
-    rows = [line.split(",") for line in text.splitlines()]
-    assert rows[0] == ["panel", "curve", "x", "y", "error above", "error below", "value"]
-    curve = [row for row in rows if row[1] == "centered"]
-    assert [int(row[2]) for row in curve] == results["along"]["steps"]  # the step, not its place on the axis
-    assert [float(row[3]) for row in curve] == pytest.approx(results["along"]["alignment_centered"])
-    name, text = saved("#figure-gram .save", "CSV")
-    assert len(text.splitlines()) == 1 + 2 * 20**2
-    table = visit.page.locator("table", has_text="The kernels on the training set")
-    buttons = table.locator("xpath=ancestor::div[1]/following-sibling::p[1]")
-    for kind, wanted in (("LaTeX", "after kernel & 0.604 & 0.781 & 5.4 & 159200 & 111 \\\\"),
-                         ("CSV", "after kernel,0.604,0.781,5.4,159200,111")):  # fmt: skip
-        with visit.page.expect_download() as waiting:
-            buttons.get_by_text(kind).click()
-        assert wanted in waiting.value.path().read_text(encoding="utf-8")
-    table = visit.page.locator("table", has_text="Machines and their certificates")
-    with visit.page.expect_download() as waiting:
-        table.locator("xpath=ancestor::div[1]/following-sibling::p[1]").get_by_text("LaTeX").click()
-    text = waiting.value.path().read_text(encoding="utf-8")
-    assert "6.7 $\\pm$ 1.3 \\%" in text
-    assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 1
-    assert len({line.count("&") for line in text.split("\n") if "&" in line}) == 1
-    table = visit.page.locator("table", has_text="Different images").or_(
-        visit.page.get_by_role("region", name="Numbers against the training loss").locator("table")
-    )
-    visit.page.get_by_text("The numbers against the training loss").click()
-    with visit.page.expect_download() as waiting:
-        table.first.locator("xpath=ancestor::div[1]/following-sibling::p[1]").get_by_text("CSV").click()
-    text = waiting.value.path().read_text(encoding="utf-8")
-    assert "0.612 ± 0.010; 0.20 ± 0.02" in text  # raw and centered, apart
-    assert "shift (raw, centered)" in text
-    name, text = saved("#figure-confusion .save", "CSV")
-    assert "8 taken for 3: 9" in text
-    name, drawn = saved("#figure-loss-errors .save", "SVG")
-    assert "SVM on the tangent kernel" in drawn or "ridge regression on the tangent kernel" in drawn  # its legend
-    assert not visit.complaints
-
-
-@pytest.mark.browser
-def test_hostile_and_minimal_pages(chromium: Any, hostile: Path, minimal: Path) -> None:
-    for path in (hostile, minimal):
-        visit = Visit(chromium, path, 390, 844, "light")
-        visit.check(path)
-        assert visit.page.evaluate("window.broken === undefined")
-
-
-@pytest.mark.browser
-def test_without_javascript(chromium: Any, full: Path) -> None:
-    page = chromium.new_context(java_script_enabled=False, viewport={"width": 390, "height": 844}).new_page()
-    page.goto(full.as_uri())
-    assert "JavaScript is off" in page.inner_text("noscript")
-    assert "Training made a better kernel." in page.inner_text("main")
-
-
 def test_a_machine_that_is_not_optimal_is_no_evidence():
     results, _ = report_case.full()
     for m in results["machines"]:
@@ -768,7 +543,7 @@ def test_a_kernel_that_does_not_separate_is_a_finding_with_ridge_in_its_place(tm
     assert "Test error of ridge regression: kernel at initialization 6.9" in found["Training made a better kernel."]
     assert "The test error of ridge regression on the kernel after training is lower than" in readings.answer(results)
     path = render(report_case.write(tmp_path, results, arrays))
-    words, plots = _words(path), _plots(path)
+    words, plots = words_of(path), data_of(path)
     assert "Ridge on the initial kernel, test error 6.9" in words
     assert "51 of" not in words
     assert "✗" not in words.split("What does it think is alike?")[0]
@@ -803,7 +578,7 @@ def test_a_change_within_the_wander_of_its_curve_is_no_turn() -> None:
 
 
 def test_matrices_spectra_and_confusions_are_those_of_the_results(full: Path) -> None:
-    arrays, plots, words = report_case.full()[1], _plots(full), _words(full)
+    arrays, plots, words = report_case.full()[1], data_of(full), words_of(full)
     drawn = np.array(plots["plot-gram-after"]["data"][0]["z"])
     np.testing.assert_allclose(drawn, arrays["gram-after"]["picture"], rtol=1e-4)
     assert plots["plot-gram-init"]["layout"]["xaxis"]["ticktext"] == [str(c) for c in range(10)]

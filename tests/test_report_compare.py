@@ -6,12 +6,11 @@ import copy
 import html
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from page_case import HOSTILE, Visit
 
 from ntkit.base.files import write_json
 from ntkit.commands.tables import print_comparison
@@ -19,7 +18,6 @@ from ntkit.report import compare_figures as figures
 from ntkit.report import compare_text as text
 from ntkit.report import render
 
-HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
 STEPS = [0, 1, 8, 64]
 
 
@@ -246,40 +244,17 @@ def test_figures_are_valid_and_said_in_words(pages: dict[str, Path], which: str)
     assert "<img" not in content.partition("<main")[2].partition("</main>")[0]
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as play:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = play.chromium.launch(executable_path=path, args=flags)
-        yield browser
-        browser.close()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("which", ["full", "numbers", "hostile", "bare"])
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark")])
 def test_the_page_draws_without_a_complaint(
     chromium: Any, pages: dict[str, Path], which: str, width: int, scheme: str
 ) -> None:
-    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page, complaints, asked = context.new_page(), [], []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(pages[which].as_uri())
-    page.wait_for_selector("html[data-drawn]")
-    page.wait_for_timeout(150)
-    assert complaints == []
-    assert [url for url in asked if not url.startswith("data:")] == [pages[which].as_uri()]
-    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
-    assert page.evaluate("window.broken === undefined")
+    visit = Visit(chromium, pages[which], width, scheme)
+    visit.check()
+    page = visit.page
     drawn = page.evaluate("[...document.querySelectorAll('div.plot')].filter(p => p.querySelector('svg')).length")
     assert drawn == page.evaluate("document.querySelectorAll('div.plot').length") >= 3
-    context.close()
 
 
 def test_the_same_results_give_the_same_bytes(pages: dict[str, Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report_tracked import HOSTILE, _body, _json, _words
+from page_case import HOSTILE, body_of, data_of, words_of
 
 from ntkit.base.checks import Refused
 from ntkit.base.files import write_arrays, write_json
@@ -83,7 +83,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_certificate_comes_first(shown: Path) -> None:
-    words = _words(shown).replace("\u2060", "")
+    words = words_of(shown)
     order = [
         "The largest residual is 3e-16.",
         "21 networks",
@@ -102,7 +102,7 @@ def test_the_certificate_comes_first(shown: Path) -> None:
 def test_figures_are_the_numbers(shown: Path) -> None:
     from plotly.graph_objects import Figure
 
-    plots, held, body = _json(shown, "plots"), arrays(), _body(shown)
+    plots, held, body = data_of(shown, "plots"), arrays(), body_of(shown)
     assert list(plots) == ["plot-s0-0-0", "plot-s0-1-0", *(f"plot-s0-3-{p}" for p in range(3)), "plot-s0-5-0"]
     for plot in plots.values():
         Figure(json.loads(re.sub(r'"var\(--[\w-]+\)"', '"#123456"', json.dumps(plot))))  # refuses unknown properties
@@ -128,7 +128,7 @@ def test_figures_are_the_numbers(shown: Path) -> None:
 
 
 def test_images_and_tables(shown: Path, tmp_path: Path) -> None:
-    body, words = _body(shown), _words(shown)
+    body, words = body_of(shown), words_of(shown)
     assert body.count('src="data:image/png;base64,') == 4
     assert body.count('class="other"') == 1
     assert "≠ 2 +2.5" in words
@@ -141,7 +141,7 @@ def test_images_and_tables(shown: Path, tmp_path: Path) -> None:
     plain["sections"][0]["items"] = [plain["sections"][0]["items"][4]]
     for image in plain["sections"][0]["items"][0]["cases"][0]["strips"][0]["images"]:
         image["other"] = False
-    assert "dashed" not in _words(written(tmp_path, plain))
+    assert "dashed" not in words_of(written(tmp_path, plain))
 
 
 def test_same_files_same_bytes(shown: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_hostile_texts_are_text(tmp_path: Path) -> None:
     told = hostile(copy.deepcopy(results()))
     for item, axes in ((0, AXES), (5, {"x": {"title": HOSTILE, "scale": "linear"}})):
         told["sections"][0]["items"][item] |= axes
-    body = _body(written(tmp_path, told))
+    body = body_of(written(tmp_path, told))
     assert "<img src=x" not in body
     assert "<script>window.broken" not in body
     assert "&lt;script&gt;window.broken" in body

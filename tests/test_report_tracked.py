@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import base64
 import copy
-import html
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from page_case import HOSTILE, Visit, body_of, data_of, words_of
 
 from ntkit.base.checks import Refused
 from ntkit.base.files import write_arrays, write_json
 from ntkit.base.run_files import tracking_id
 from ntkit.report import images, render, render_study, render_tracked
 
-HOSTILE = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&'"""
 STEPS = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10000]
 
 
@@ -161,31 +158,13 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return render_study(write_study(tmp_path_factory.mktemp("study"), study()))
 
 
-def _body(path: Path) -> str:
-    """The page without plotly.js: what this package wrote around it."""
-    text = path.read_text(encoding="utf-8")
-    start = text.index("<script>", text.index("</main>"))
-    return text[:start] + text[text.index("</script>", start) + len("</script>") :]
-
-
-def _words(path: Path) -> str:
-    text = re.sub(r"(?s)<(style|script)\b.*?</\1>", " ", _body(path))
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text)))
-
-
-def _json(path: Path, name: str) -> dict[str, Any]:
-    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', _body(path), re.DOTALL)
-    assert found
-    return json.loads(found[1])
-
-
 # Both pages
 
 
 @pytest.mark.parametrize("which", ["full", "studied"])
 def test_self_contained(which: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(which)
-    text, body = path.read_text(encoding="utf-8"), _body(path)
+    text, body = path.read_text(encoding="utf-8"), body_of(path)
     assert len(re.findall(r"\* plotly\.js v\d", text)) == 1
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', body)
     assert policy
@@ -198,11 +177,11 @@ def test_self_contained(which: str, request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.parametrize("which", ["full", "studied"])
-def test_figures_are_valid_and_said_in_words(which: str, request: pytest.FixtureRequest) -> None:
+def test_figures_are_valid_and_said_inwords(which: str, request: pytest.FixtureRequest) -> None:
     from plotly.graph_objects import Figure
 
     path = request.getfixturevalue(which)
-    plots, body = _json(path, "plots"), _body(path)
+    plots, body = data_of(path, "plots"), body_of(path)
     for plot in plots.values():
         Figure(json.loads(re.sub(r'"var\(--[\w-]+\)"', '"#123456"', json.dumps(plot))))  # refuses unknown properties
         for name in re.findall(r'"var\((--[\w-]+)\)"', json.dumps(plot)):
@@ -211,7 +190,7 @@ def test_figures_are_valid_and_said_in_words(which: str, request: pytest.Fixture
     assert {name for name, _ in drawn} == set(plots)
     for block in re.findall(r"<figure id.*?</figure>", body, re.DOTALL):
         assert re.search(r"<h3>[^<]+</h3>\s*<p class=\"reading\">[^<]{15,}</p>", block), block[:200]
-    assert not re.search(r"\b(None|nan|NaN|null)\b", _words(path))
+    assert not re.search(r"\b(None|nan|NaN|null)\b", words_of(path))
 
 
 def test_same_files_same_bytes(full: Path, studied: Path, tmp_path: Path) -> None:
@@ -226,7 +205,7 @@ def test_same_files_same_bytes(full: Path, studied: Path, tmp_path: Path) -> Non
 
 
 def test_curves_are_the_records(full: Path) -> None:
-    plots, found = _json(full, "plots"), records()
+    plots, found = data_of(full, "plots"), records()
     sharp, bound = plots["plot-sharpness"]["data"]
     assert sharp["y"] == [r["sharpness"] for r in found]
     assert sharp["x"] == [0.5, *STEPS[1:]]
@@ -246,7 +225,7 @@ def test_curves_are_the_records(full: Path) -> None:
 
 
 def test_what_it_says(full: Path) -> None:
-    words = _words(full)
+    words = words_of(full)
     sharp = records()[-1]["sharpness"]
     assert f"ends at {sharp / 40:.2g} times the bound of stability; above it at none of 15 snapshots" in words
     assert "followed at 15 steps, 0 to 10,000: its largest eigenvalue grew 23-fold, from 900 to 20700;" in words
@@ -255,7 +234,7 @@ def test_what_it_says(full: Path) -> None:
 
 
 def test_images_are_the_arrays(full: Path) -> None:
-    data, arrays = _json(full, "images"), pictures()
+    data, arrays = data_of(full, "images"), pictures()
     T, size = len(STEPS), 24
     assert (data["steps"], data["height"], data["width"]) == (STEPS, size, size)
     shown = np.frombuffer(base64.b64decode(data["functions"]), np.uint8).reshape(T, 6, size, size).astype(float)
@@ -269,9 +248,9 @@ def test_images_are_the_arrays(full: Path) -> None:
     assert (target.min(), target.max()) == (0, 255)
     np.testing.assert_array_equal(grey[-1], target)
     assert data["captions"][0][0] == "λ₁\u00a0=\u00a0900, 0.5\u00a0cycles"
-    assert 'aria-label="Eigenfunction 6 at step 10000"' in _body(full)
+    assert 'aria-label="Eigenfunction 6 at step 10000"' in body_of(full)
     assert re.search(
-        r'<label for="snapshot">[^<]+</label>\s*<input type="range" id="snapshot" min="0" max="14"', _body(full)
+        r'<label for="snapshot">[^<]+</label>\s*<input type="range" id="snapshot" min="0" max="14"', body_of(full)
     )
 
 
@@ -287,14 +266,14 @@ def test_what_is_absent_is_left_out(tmp_path: Path) -> None:
     """No targets, no loss, no trace, one snapshot; a kernel of one output's own."""
     bare = {"step": 0, "loss": None, "learning_rate": None, "eigenvalues": [3.0, None], "trace": None, "tail": None}
     page = render_tracked(write_track(tmp_path / "bare", [bare], loss=None, k=2))
-    assert list(_json(page, "plots")) == ["plot-eigenvalues"]
-    words = _words(page)
+    assert list(data_of(page, "plots")) == ["plot-eigenvalues"]
+    words = words_of(page)
     assert "Does the kernel predict the next step?" not in words
     assert not re.search(r"\b(None|nan|null)\b", words)
     own = {"eigenvalues": [3.0, 1.0], "trace": 5.0, "alignment_centered": 0.3}
     found = [{"step": s, "distance": 0.0, "per_output": [own, own | {"eigenvalues": [None]}]} for s in (0, 1)]
     page = render_tracked(write_track(tmp_path / "own", found, outputs="diagonal", outputs_of_model=2))
-    assert set(_json(page, "plots")) == {"plot-tops", "plot-classes", "plot-distance"}
+    assert set(data_of(page, "plots")) == {"plot-tops", "plot-classes", "plot-distance"}
 
 
 def test_dead_network(tmp_path: Path) -> None:
@@ -303,16 +282,16 @@ def test_dead_network(tmp_path: Path) -> None:
         for name, value in record.items():
             if name != "step":
                 record[name] = [None] * 50 if isinstance(value, list) else None
-    words = _words(render_tracked(write_track(tmp_path, dead)))
+    words = words_of(render_tracked(write_track(tmp_path, dead)))
     assert not re.search(r"\b(None|nan|null)\b", words)
 
 
 def test_more_layers_than_a_legend_holds(tmp_path: Path) -> None:
     page = render_tracked(write_track(tmp_path, records(depth=14)))
-    block = re.search(r'<figure id="figure-layers".*?</figure>', _body(page), re.DOTALL)
+    block = re.search(r'<figure id="figure-layers".*?</figure>', body_of(page), re.DOTALL)
     assert block
     assert 'class="legend"' not in block[0]
-    assert len(_json(page, "plots")["plot-layers"]["data"]) == 14
+    assert len(data_of(page, "plots")["plot-layers"]["data"]) == 14
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
@@ -329,7 +308,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     results["curves"][0]["title"] = results["curves"][0]["groups"][0]["name"] = results["runs"][0]["title"] = HOSTILE
     results["runs"][0]["track"] = "javascript:alert(1)"
     for path in (page, render_study(write_study(tmp_path / "study", results))):
-        body = _body(path)
+        body = body_of(path)
         assert "<img src=x" not in body
         assert "<script>window.broken" not in body
         assert "&lt;script&gt;window.broken" in body
@@ -341,7 +320,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
 
 
 def test_claims_and_runs(studied: Path) -> None:
-    words, body = _words(studied), _body(studied)
+    words, body = words_of(studied), body_of(studied)
     assert "2 of 4 claims hold here, 1 does not, 1 is not judged." in words
     assert (words.count("✓ holds"), words.count("✗ does not")) == (2, 1)
     for claim in study()["claims"]:
@@ -355,7 +334,7 @@ def test_claims_and_runs(studied: Path) -> None:
 
 
 def test_curves_are_the_means(studied: Path, tmp_path: Path) -> None:
-    plots, group = _json(studied, "plots"), study()["curves"][0]["groups"][1]
+    plots, group = data_of(studied, "plots"), study()["curves"][0]["groups"][1]
     names = (
         "energy_target",
         "energy_output",
@@ -384,9 +363,9 @@ def test_curves_are_the_means(studied: Path, tmp_path: Path) -> None:
     results = study()
     for group in results["curves"][0]["groups"]:
         group["series"]["bound"] = {"mean": [20.0] * len(STEPS)}
-    alike = _json(render_study(write_study(tmp_path, results)), "plots")["plot-0-sharpness"]["data"]
+    alike = data_of(render_study(write_study(tmp_path, results)), "plots")["plot-0-sharpness"]["data"]
     assert [t["line"]["color"] for t in alike if t.get("name") == "2 / learning rate"] == ["var(--network)"]
-    assert "Mean over 3 seeds, in a band of one standard error on either side." in _words(studied)
+    assert "Mean over 3 seeds, in a band of one standard error on either side." in words_of(studied)
 
 
 def test_small_study(tmp_path: Path) -> None:
@@ -398,8 +377,8 @@ def test_small_study(tmp_path: Path) -> None:
     results["curves"] = [{"title": "One", "groups": [one]}]
     write_json(tmp_path / "results.json", results)
     page = render_study(tmp_path)
-    assert list(_json(page, "plots")) == ["plot-0-loss"]
-    words = _words(page)
+    assert list(data_of(page, "plots")) == ["plot-0-loss"]
+    words = words_of(page)
     assert "One seed: no standard errors." in words
     assert not re.search(r"\b(None|nan|null)\b|Claims|Departures|The runs", words)
 
@@ -452,36 +431,16 @@ def test_images_that_do_not_agree(change: dict[str, Any], message: str, tmp_path
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("which", ["full", "studied"])
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 def test_page_draws(chromium: Any, which: str, width: int, scheme: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(which)
-    page = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
-    complaints, asked = [], []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda one: asked.append(one.url))
-    page.goto(path.as_uri())
-    page.wait_for_selector("html[data-drawn]")
-    drawn = page.evaluate(
-        "[...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.scatterlayer path').length)"
-    )
-    assert len(drawn) == len(_json(path, "plots"))
-    assert min(drawn) >= 1
-    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    visit = Visit(chromium, path, width, scheme)
+    visit.check()
+    assert len(visit.curves()) == len(data_of(path))
+    assert min(visit.curves()) >= 1
+    page = visit.page
 
     def pixel(selector: str) -> str:
         return page.evaluate(f"document.querySelector('{selector}').toDataURL()")
@@ -498,5 +457,4 @@ def test_page_draws(chromium: Any, which: str, width: int, scheme: str, request:
     page.click("#theme")
     page.wait_for_timeout(150)
     assert pixel(chosen) != before  # the colour map follows the theme
-    assert complaints == []
-    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    visit.check()

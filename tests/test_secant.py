@@ -1,4 +1,7 @@
-"""The secant Jacobian: f(after) - f(before) = J (after - before), exactly, at any distance, or refused by name."""
+"""The secant Jacobian: f(after) - f(before) = J (after - before), exactly, at any distance, or refused by name.
+
+Long by the tables of hard numbers, of ways to use a parameter, and of what is refused.
+"""
 
 from __future__ import annotations
 

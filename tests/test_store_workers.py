@@ -16,8 +16,7 @@ import pytest
 import store_case
 import torch
 from processes import THERE, forked
-from store_case import TILE, create, kernel, samples
-from test_store import files_of, tiles_in
+from store_case import TILE, create, files_of, kernel, samples, tiles_in
 
 import ntkit
 from ntkit.base.checks import Refused

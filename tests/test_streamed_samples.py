@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from store_case import TILE, N, Rows, kernel, samples
-from test_store import files_of
+from store_case import TILE, N, Rows, files_of, kernel, samples
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 

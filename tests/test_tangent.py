@@ -1,4 +1,7 @@
-"""The engine equals the oracle: every case, every output mode, every route, any tiling."""
+"""The engine equals the oracle: every case, every output mode, every route, any tiling.
+
+One law grid: every case runs every mode, route and tiling.
+"""
 
 from __future__ import annotations
 

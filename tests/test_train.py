@@ -1,87 +1,23 @@
-"""`train` against plain loops, bit for bit; kills at every step; nothing global changed; every refusal."""
+"""`train` against plain loops, bit for bit; nothing global changed; refusals. Broken off: test_train_resume.py."""
 
 from __future__ import annotations
 
 import copy
-import errno
-import json
 import math
-import os
 import random
-import shutil
-import signal
-import textwrap
 from contextlib import nullcontext
-from importlib import import_module
-from pathlib import Path
 
 import numpy as np
-import processes
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from train_case import F64, OPTIMIZERS, SGD, D, N, Noisy, data, halved, mlp, mse, same_bits
 
 from ntkit.base.checks import Refused
-from ntkit.base.files import write_json
-from ntkit.trajectory import Trajectory, load_weights, train
+from ntkit.trajectory import load_weights, train
 from ntkit.trajectory.batch_order import batch_indices
 from ntkit.trajectory.snapshots import snapshot_steps
-
-F64 = torch.float64
-N, D = 11, 3
-
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.02, amsgrad=True),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.02),
-    "groups": lambda p: torch.optim.SGD([{"params": p[:1], "lr": 0.2}, {"params": p[1:]}], lr=0.1, momentum=0.5),
-}
-SGD = OPTIMIZERS["sgd"]
-
-
-def mse(outputs, y):
-    return ((outputs - y) ** 2).mean()
-
-
-def data():
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(N, D, generator=generator, dtype=F64)
-    return x, torch.sin(x.sum(1, keepdim=True))
-
-
-def mlp(*middle):
-    generator = torch.Generator().manual_seed(1)
-    model = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), *middle, nn.Linear(7, 1)).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.5 * torch.randn(p.shape, generator=generator, dtype=F64))
-    return model
-
-
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a
-    )
-
-
-def eval_loss(model, load, step):
-    load(model, step)
-    model.eval()
-    with torch.no_grad():
-        return mse(model(data()[0]), data()[1]).item()
-
-
-def bytes_of(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
-
-
-def always_checkpoint(monkeypatch):
-    monkeypatch.setattr(import_module("ntkit.trajectory.run_writer"), "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(import_module("ntkit.trajectory.run_writer"), "CHECKPOINT_SHARE", math.inf)
-
 
 # --- the same bits as a loop written by hand -----------------------------------------------------------------
 
@@ -170,13 +106,6 @@ def test_recorded_steps():
         traj.batch(9)
 
 
-# --- learning rates ------------------------------------------------------------------------------------------
-
-
-def halved(step):
-    return 0.5 ** (step // 3)
-
-
 @pytest.mark.parametrize("name", ["momentum", "groups"])
 def test_a_schedule_is_that_of_lambda_lr(tmp_path, name):
     (x, y), model = data(), mlp()
@@ -200,215 +129,10 @@ def test_a_schedule_is_that_of_lambda_lr(tmp_path, name):
     assert traj.learning_rates.flatten().tolist() == [0.25, 0.25, 0.25, 0.125]
 
 
-def test_a_scheduled_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
-    always_checkpoint(monkeypatch)
-    arguments = (data(), mse, OPTIMIZERS["adam"], 9)
-    how = {"batch_size": 4, "schedule": halved}
-
-    def stop(step, loss):
-        if step == 5:
-            raise RuntimeError("stop")
-
-    train(mlp(), *arguments, path=tmp_path / "whole", **how)
-    with pytest.raises(RuntimeError, match="stop"):
-        train(mlp(), *arguments, path=tmp_path / "run", **how, on_step=stop)
-    assert Trajectory.open(tmp_path / "run").learning_rates.flatten().tolist() == [0.02] * 3 + [0.01] * 2
-    with pytest.raises(Refused, match=r"schedule \(was halved, now null\)"):
-        train(mlp(), *arguments, path=tmp_path / "run", batch_size=4, resume=True)
-    train(mlp(), *arguments, path=tmp_path / "run", **how, resume=True)
-    assert bytes_of(tmp_path / "run") == bytes_of(tmp_path / "whole")
-
-
 def test_on_step_sees_every_step_and_loss():
     seen = []
     traj = train(mlp(), data(), mse, SGD, steps=5, on_step=lambda step, loss: seen.append((step, loss)))
     assert seen == list(enumerate(traj.losses.tolist()))
-
-
-# --- kill and resume -----------------------------------------------------------------------------------------
-
-
-class Noisy(nn.Module):
-    """Dropout, running statistics, a tied pair and a non-persistent buffer that moves."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(2)
-        self.first, self.norm, self.drop = nn.Linear(D, 7), nn.BatchNorm1d(7), nn.Dropout(0.4)
-        self.middle, self.again = nn.Linear(7, 7), nn.Linear(7, 7)
-        self.again.weight = self.middle.weight
-        self.last = nn.Linear(7, 1)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.double()
-
-    def forward(self, x):
-        if self.training:
-            self.calls += 1
-        h = self.drop(torch.tanh(self.norm(self.first(x))))
-        return self.last(torch.tanh(self.again(self.middle(h)))) * (1 + 0.01 * self.calls)
-
-
-@pytest.mark.parametrize("often", [True, False])
-@pytest.mark.parametrize("early", [False, True])
-def test_resume_after_a_kill_at_any_step_gives_the_same_bytes(tmp_path, monkeypatch, often, early):
-    if often:
-        always_checkpoint(monkeypatch)
-    args = (data(), mse, OPTIMIZERS["adam"])
-    settings = dict(steps=13, batch_size=4, seed=4, record="log")
-    if early:  # a loss that is first reached at the end of epoch 2 or 3
-        probe = Noisy()
-        free = train(probe, *args, **(settings | dict(record="all"))).load
-        settings["target_loss"] = max(eval_loss(probe, free, step) for step in (6, 9)) * (1 + 1e-9)
-    whole, killed_at = tmp_path / "whole", [0, 1, 5, 6, 12]
-
-    def copy_disk(step, loss):
-        if step in killed_at:  # what a kill at this moment would leave
-            shutil.copytree(whole, tmp_path / f"killed-{step}")
-
-    model = Noisy()
-    uninterrupted = train(model, *args, path=whole, on_step=copy_disk, **settings)
-    copies = sorted(tmp_path.glob("killed-*"))
-    assert len(copies) >= 3 if early else len(copies) == 5
-    assert uninterrupted.stop["reason"] == ("target" if early else "steps")
-    assert not early or uninterrupted.stop["step"] in (6, 9)
-    for folder in copies:
-        assert Trajectory.open(folder).status == "running"
-        (folder / "snapshots" / "step-00000099.safetensors.ntkit-part").write_bytes(b"half")
-        fresh, steps = Noisy(), []
-        with torch.no_grad():
-            for p in fresh.parameters():
-                p.add_(1.0)  # the checkpoint counts, not what the model holds
-        train(fresh, *args, path=folder, resume=True, on_step=lambda step, loss, to=steps: to.append(step), **settings)
-        assert same_bits(fresh.state_dict(), model.state_dict())
-        assert fresh.calls == model.calls == uninterrupted.stop["step"]
-        assert bytes_of(folder) == bytes_of(whole)
-        if often:
-            assert steps[0] == int(folder.name.removeprefix("killed-"))
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_resume_after_a_real_kill(tmp_path):
-    script = """
-        import math, os, signal, sys
-        import torch
-        sys.path.insert(0, sys.argv[1])
-        import test_train as t
-        import ntkit.trajectory.run_writer as run
-        run.CHECKPOINT_SECONDS, run.CHECKPOINT_SHARE = 0.0, math.inf
-        kill = lambda step, loss: step == 6 and os.kill(os.getpid(), signal.SIGKILL)
-        t.train(t.Noisy(), t.data(), t.mse, t.OPTIMIZERS["momentum"], 9, batch_size=4, path=sys.argv[2], on_step=kill)
-    """
-    here = Path(__file__).resolve().parent
-    done = processes.script(textwrap.dedent(script), here, tmp_path / "killed").done()
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] == "running"
-    models = [Noisy(), Noisy()]
-    steps: list[int] = []
-    for model, name in zip(models, ("killed", "whole"), strict=True):
-        train(
-            model,
-            data(),
-            mse,
-            OPTIMIZERS["momentum"],
-            9,
-            batch_size=4,
-            path=tmp_path / name,
-            resume=True,
-            on_step=lambda step, loss: steps.append(step),
-        )
-    assert steps == [6, 7, 8, *range(9)]
-    assert same_bits(models[0].state_dict(), models[1].state_dict())
-    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
-
-
-def test_a_kill_before_the_first_checkpoint(tmp_path):
-    folder = tmp_path / "run"
-
-    def stop(step, loss):
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        train(mlp(), data(), mse, SGD, steps=3, path=folder, on_step=stop)
-    (folder / "checkpoint.safetensors").unlink()
-    other = mlp()
-    nn.init.zeros_(other[0].bias)
-    with pytest.raises(Refused, match="got initial parameters with hash"):
-        train(other, data(), mse, SGD, steps=3, path=folder, resume=True)
-    train(mlp(), data(), mse, SGD, steps=3, path=folder, resume=True)
-    train(mlp(), data(), mse, SGD, steps=3, path=tmp_path / "whole")
-    assert bytes_of(folder) == bytes_of(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("how", ["raised", "signal"])
-def test_ctrl_c_keeps_the_last_finished_step(tmp_path, how):
-    folder = tmp_path / "run"
-    calls = 0
-
-    def loss(outputs, y):
-        nonlocal calls
-        calls += 1
-        if how == "signal" and calls == 8:  # one trial call, then step 6: in the middle of a step
-            signal.raise_signal(signal.SIGINT)
-        return mse(outputs, y)
-
-    def on_step(step, loss):
-        if how == "raised" and step == 6:
-            raise KeyboardInterrupt
-
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        train(mlp(), data(), loss, SGD, steps=9, path=folder, on_step=on_step)
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert len(Trajectory.open(folder).losses) == 6  # steps 0 to 5 are done
-    seen = []
-    train(mlp(), data(), loss, SGD, steps=9, path=folder, resume=True, on_step=lambda step, loss: seen.append(step))
-    assert seen == [6, 7, 8]
-    train(mlp(), data(), loss, SGD, steps=9, path=tmp_path / "whole")
-    assert bytes_of(folder) == bytes_of(tmp_path / "whole")
-
-
-def test_ctrl_c_in_the_last_step_is_not_lost(tmp_path):
-    class Interrupting(torch.optim.SGD):
-        def step(self, closure=None):
-            signal.raise_signal(signal.SIGINT)
-            return super().step(closure)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(mlp(), data(), mse, lambda p: Interrupting(p, lr=0.1), steps=1, path=tmp_path / "run")
-    assert Trajectory.open(tmp_path / "run").status == "complete"
-
-
-def test_resume_of_an_ended_run_loads_it(tmp_path):
-    model = mlp()
-    traj = train(model, data(), mse, SGD, steps=4, path=tmp_path / "run")
-    before, fresh = bytes_of(tmp_path / "run"), mlp()
-    again = train(fresh, data(), mse, SGD, steps=4, path=tmp_path / "run", resume=True, on_step=lambda *_: 1 / 0)
-    assert same_bits(fresh.state_dict(), model.state_dict())
-    assert bytes_of(tmp_path / "run") == before
-    assert again.losses.tolist() == traj.losses.tolist()
-
-
-def test_resume_with_something_else_is_refused(tmp_path):
-    (x, y), folder = data(), tmp_path / "run"
-    train(mlp(), (x, y), mse, SGD, steps=4, path=folder)
-    with pytest.raises(Refused, match=r"holds a run.*Pass resume=True"):
-        train(mlp(), (x, y), mse, SGD, steps=4, path=folder)
-    for change, message in [
-        (dict(steps=5), r"steps \(was 4, now 5\)"),
-        (dict(seed=1, steps=4), r"seed \(was 0, now 1\)"),
-        (dict(steps=4, optimizer=lambda p: torch.optim.SGD(p, lr=0.2)), r"optimizer.defaults.lr \(was 0.1, now 0.2\)"),
-        (dict(steps=4, data=(x, y + 1)), r"data \(was \w"),
-        (
-            dict(steps=4, model=mlp(nn.Linear(7, 7).double())),
-            r"parameters.3.weight \(was absent, now \[\[1, 7\], \"torch.float64\"\]\)",
-        ),
-    ]:
-        arguments = dict(model=mlp(), data=(x, y), optimizer=SGD) | change
-        with pytest.raises(Refused, match=message):
-            train(loss=mse, path=folder, resume=True, **arguments)
-    write_json(folder / "run.json", {"format": "other"})
-    with pytest.raises(Refused, match=r"got format other; expected ntkit-trajectory"):
-        Trajectory.open(folder)
 
 
 # --- how a run ends ------------------------------------------------------------------------------------------
@@ -497,33 +221,6 @@ def test_an_update_that_breaks_the_last_step_or_a_start_that_is_broken():
     assert len(traj.losses) == 0
 
 
-@pytest.mark.parametrize("failing", ["run.json", "step-00000004", "checkpoint", "losses"])
-def test_a_full_disk_leaves_no_half_file_and_the_run_can_go_on(tmp_path, monkeypatch, failing):
-    always_checkpoint(monkeypatch)
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    train(mlp(), data(), mse, SGD, steps=6, path=whole)
-    fsync, files = os.fsync, import_module("ntkit.base.files")
-    room = 3
-
-    def full(descriptor):
-        nonlocal room
-        if failing in os.readlink(f"/proc/self/fd/{descriptor}"):
-            room -= 1
-            if room <= 0 or failing != "checkpoint":
-                raise OSError(errno.ENOSPC, "No space left on device")
-        return fsync(descriptor)
-
-    if not Path("/proc/self/fd").exists():
-        pytest.skip("finds the file written through /proc")
-    monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(Refused, match="No space left on device"):
-        train(mlp(), data(), mse, SGD, steps=6, path=folder)
-    monkeypatch.setattr(files.os, "fsync", fsync)
-    assert not list(folder.rglob("*.ntkit-part"))
-    train(mlp(), data(), mse, SGD, steps=6, path=folder, resume=True)
-    assert bytes_of(folder) == bytes_of(whole)
-
-
 # --- what is recorded, and loading ---------------------------------------------------------------------------
 
 
@@ -593,25 +290,6 @@ def test_a_buffer_that_changes_its_shape_is_refused():
 
     with pytest.raises(Refused, match=r"model's calls: got \[2\] torch.float64; expected \[\] torch.float64"):
         train(Growing(), data(), mse, SGD, steps=2)
-
-
-def test_a_state_in_another_dtype_than_its_parameter_resumes_to_the_same_bits(tmp_path):
-    def stop(step, loss):
-        if step == 6:
-            raise KeyboardInterrupt
-
-    nadam = lambda p: torch.optim.NAdam(p, lr=0.05)  # a product in float32, of parameters in float64
-    options = dict(steps=12, path=tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        train(mlp(), data(), mse, nadam, on_step=stop, **options)
-    train(model := mlp(), data(), mse, nadam, resume=True, **options)
-    plain, (x, y) = mlp(), data()
-    opt = nadam(list(plain.parameters()))
-    for _ in range(12):
-        opt.zero_grad()
-        mse(plain(x), y).backward()
-        opt.step()
-    assert same_bits(model.state_dict(), plain.state_dict())
 
 
 def test_a_learning_rate_in_a_tensor_keeps_its_value():

@@ -23,6 +23,8 @@ Where a trap is tested elsewhere, this is where:
   "channels last"; such models here;
 - tuples and dicts: cases "two inputs", "dict input"; small integers: test_adversarial; bytes and masks here;
 - precisions: float32 in test_tangent, mixed in test_adversarial; half precision here.
+
+Long by the number of traps.
 """
 
 from __future__ import annotations
