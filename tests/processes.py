@@ -22,7 +22,15 @@ from unittest import mock
 
 THERE = "forkserver" in multiprocessing.get_all_start_methods()
 IMPORTED = ["torch", "torch._dynamo", "torch.func", "numpy", "scipy.linalg", "scipy.sparse.linalg", "scipy.optimize"]
-IMPORTED += ["sklearn.datasets", "safetensors.torch", "safetensors.numpy", "plotly.offline", "jinja2", "cyclopts"]
+IMPORTED += [
+    "sklearn.datasets",
+    "safetensors.torch",
+    "safetensors.numpy",
+    "plotly.offline",
+    "jinja2",
+    "cyclopts",
+    "zarr",
+]
 
 
 def forked(target: Callable[..., None], *arguments: Any) -> BaseProcess:

@@ -4,6 +4,7 @@
 //
 // PyTorch leaves the dispatch key PrivateUse1 to devices that are not its own.
 
+#include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -16,7 +17,7 @@
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
-#include <torch/extension.h>
+#include <torch/library.h>
 
 using at::IntArrayRef;
 using at::Tensor;
@@ -245,5 +246,3 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("convolution_backward_overrideable", convolution_backward);
   library.impl("_fused_sdp_choice", no_fused_attention);
 }
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {}

@@ -144,15 +144,18 @@ def check_resumed(folder: Path, whole: Path, monkeypatch, n: int = N) -> None:
 
 
 @pytest.mark.skipif(not THERE, reason="needs SIGKILL and fork")
-def test_killed_before_each_file_operation_it_ends_with_the_same_bytes(whole, tmp_path, monkeypatch):
-    assert ended(started(tmp_path / "once"), tmp_path / "once") == 0
+def test_killed_before_each_file_operation_it_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    """Three tiles, two a side, the last not whole."""
+    n = TILE + 3
+    whole = create(tmp_path / "whole", n).path
+    assert ended(started(tmp_path / "once", n), tmp_path / "once") == 0
     assert files_of(tmp_path / "once") == files_of(whole)
     operations = int((tmp_path / "once.log").read_text())
-    assert operations >= 20
+    assert operations >= 10  # a folder and three tiles, each opened, written and renamed
     for last in range(operations):
         folder = tmp_path / f"{last}"
-        assert ended(started(folder, last=last), folder) == -signal.SIGKILL
-        check_resumed(folder, whole, monkeypatch)
+        assert ended(started(folder, n, last), folder) == -signal.SIGKILL
+        check_resumed(folder, whole, monkeypatch, n)
 
 
 @pytest.mark.fuzz
