@@ -228,7 +228,7 @@ def test_what_it_says(full: Path) -> None:
     words = words_of(full)
     sharp = records()[-1]["sharpness"]
     assert f"ends at {sharp / 40:.2g} times the bound of stability; above it at none of 15 snapshots" in words
-    assert "followed at 15 steps, 0 to 10,000: its largest eigenvalue grew 23-fold, from 900 to 20700;" in words
+    assert "followed at 15 steps, 0 to 10,000: its largest eigenvalue grew 23-fold, from 900 to 20,700;" in words
     assert "first → last step: more than 44 → 11 for the targets" in words  # the others are rounding at first
     assert "largest residual 3e-13 of λ" in words
 

@@ -87,18 +87,18 @@ def measure(number: dict[str, Any]) -> str:
 def change(first: float | None, last: float | None) -> str:
     """Say how a positive number changed.
 
-    >>> change(2.0, 7.0), change(1.0, 1.07)
-    ('grew 3.5-fold, from 2 to 7', 'grew 1.07-fold, from 1 to 1.07')
+    >>> change(2.0, 7.0), change(11443.0, 4.27e6)
+    ('grew 3.5-fold, from 2 to 7', 'grew 373-fold, from 11,400 to 4,270,000')
     >>> change(1.0, 1.01).replace("\u00a0", " ")
     'changed by less than 5 %, to 1.01'
     """
     if first is None or last is None or first <= 0 or last <= 0:
-        return f"goes from {plain(first)} to {plain(last)}"
+        return f"goes from {digits(first)} to {digits(last)}"
     ratio = last / first
     if 0.95 < ratio < 1.05:
-        return f"changed by less than 5\u00a0%, to {plain(last)}"
+        return f"changed by less than 5\u00a0%, to {digits(last)}"
     verb, times = "grew" if ratio > 1 else "shrank", max(ratio, 1 / ratio)
-    return f"{verb} {plain(times, 2 if times >= 2 else 3)}-fold, from {plain(first)} to {plain(last)}"
+    return f"{verb} {plain(times, 2 if times >= 2 else 3)}-fold, from {digits(first)} to {digits(last)}"
 
 
 def beside(value: float, limit: float, digits: int = 2) -> str:
