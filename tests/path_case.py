@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 import ntkit
 
-# ---------------------------------------------------------------------- networks
-
 
 class Attention(nn.Module):
     """Embedding, attention with a causal mask, layer norm, GELU, head tied to the embedding."""

@@ -95,8 +95,6 @@ def bytes_of(folder):
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
 
 
-# --- kill and resume -----------------------------------------------------------------------------------------
-
 UNTIL = 11
 
 

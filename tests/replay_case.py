@@ -124,9 +124,6 @@ def check_updates(replay, tolerance):
     return steps
 
 
-# --- what was changed is refused -----------------------------------------------------------------------------
-
-
 def edit(folder, change):
     as_an_earlier_version_wrote(folder)
     run = json.loads((folder / "run.json").read_text())

@@ -10,8 +10,6 @@ from torch.nn.functional import cross_entropy, mse_loss
 import ntkit
 from ntkit.base.checks import Refused
 
-# ---------------------------------------------------------------------- axioms
-
 
 @pytest.mark.parametrize("output", [0, 1])
 def test_axioms_hold_for_importance_times_a_scalar_kernel(output):

@@ -14,8 +14,6 @@ from torch import nn
 
 from ntkit import InfiniteKernel, Refused
 
-# ------------------------------------------------------------------ refusals
-
 
 class Raw(nn.Module):
     def __init__(self, forward):

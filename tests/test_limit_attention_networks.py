@@ -35,8 +35,6 @@ from ntkit import InfiniteKernel
 from ntkit.kernels.infinite.sampled import WeightedKernel
 from ntkit.networks.larger_copies import larger_copy
 
-# ---------------------------------------------------------------------- other networks, and finite ones
-
 
 class Padded(Net):
     """A mask that is computed from the input."""

@@ -34,6 +34,7 @@ from ntkit.base.checks import Refused
 from ntkit.trajectory import Trajectory, record, train
 from ntkit.trajectory.replay import Replay
 
+# Files that are changed here are those of an earlier version: with checksums they are refused when they are read.
 pytestmark = pytest.mark.filterwarnings("ignore::ntkit.base.integrity.WithoutChecksum")
 
 

@@ -11,8 +11,6 @@ import ntkit
 from ntkit.base.checks import Refused
 from ntkit.testing import assert_equal
 
-# ---------------------------------------------------------------------- TracIn
-
 
 def test_tracin_of_one_checkpoint_is_rate_times_target_times_tangent_kernel():
     model = network()

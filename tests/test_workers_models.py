@@ -18,8 +18,6 @@ from ntkit.jacobian.replicas import in_one_thread, replica
 
 pytestmark = pytest.mark.usefixtures("threads")
 
-# ---------------------------------------------------------------------- models that keep something
-
 
 class Keeps(Plain):
     """Stores a value on itself, waits, and reads it again: wrong as soon as two threads share the module."""
