@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from processes import command as started
@@ -294,3 +296,17 @@ def test_logger_and_quiet_progress(caplog, capsys, monkeypatch):
             progress.show(True)
         assert capsys.readouterr().err == ""
     assert [r.getMessage() for r in caplog.records if r.name == "ntkit"] == ["counting: 2 of 2 in 0 s"] * 2
+
+
+@pytest.mark.parametrize("caused", [True, False])
+def test_an_error_that_ctrl_c_caused_is_ctrl_c(caused, monkeypatch):
+    def failing():
+        try:
+            raise KeyboardInterrupt if caused else ValueError("before")
+        except BaseException:
+            raise RuntimeError("release unlocked lock")  # noqa: B904 (as in Python's own locks)
+
+    monkeypatch.setattr(cli, "app", SimpleNamespace(meta=failing))
+    with warnings.catch_warnings(), pytest.raises(SystemExit if caused else RuntimeError) as found:
+        cli.main()
+    assert not caused or found.value.code == 130

@@ -22,6 +22,7 @@ import zarr
 from torch import nn
 
 import ntkit
+from ntkit.jacobian import model_calls
 from ntkit.probes import rotate, shift, shuffle_patches, swap_quadrants, zoom
 from ntkit.studies import kopitkov2019
 from ntkit.studies.part import Sizes
@@ -378,3 +379,30 @@ def test_the_law_would_notice():
     torch.rand(1)
     after = state(m, True)
     assert {k for k in before if before[k] != after[k]} == {"modes", "torch rng"}
+
+
+@pytest.mark.parametrize("moment", ["_random_states", "drew"])
+def test_an_interrupt_before_or_after_the_forward_passes(moment, monkeypatch):
+    """Ctrl-C while what a call changes is read or put back: nothing stays changed, and the next call works."""
+    true, calls = getattr(model_calls, moment), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return true(*args)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().eval()
+    x, names = torch.randn(5, 3, dtype=torch.float64), ["2.weight"]  # the others require no gradient inside
+    expected = ntkit.TangentKernel(model, params=names)(x)
+    kernel = ntkit.TangentKernel(model, params=names)
+    flags, state = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(model_calls, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            kernel(x)
+    assert calls
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(kernel(x), expected)

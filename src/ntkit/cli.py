@@ -319,6 +319,19 @@ def verify(run: Path, /) -> None:
         sys.exit(1)
 
 
+def _run() -> None:
+    """Run the command. An error that Ctrl-C caused (in a lock that was being released, for one) counts as Ctrl-C."""
+    try:
+        app.meta()
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+            cause = cause.__context__
+        raise
+
+
 def main() -> None:
     """Entry point: a refusal prints one line on stderr and exits with 2; Ctrl-C exits with 130."""
     warnings.showwarning = _warn
@@ -327,7 +340,7 @@ def main() -> None:
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8
-        app.meta()
+        _run()
     except Refused as refused:
         print(f"ntkit: {refused}", file=sys.stderr)
         sys.exit(2)

@@ -230,14 +230,13 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
         versions = [(name, p, _version(p)) for name, p in model.named_parameters()]
         devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-        outer, behalf, changed = _entered, _ON_BEHALF.set(True), False
-        try:
-            _entered = _random_states()
-            for p, _ in flags:
-                p.requires_grad_(id(p) in parameters)
-            with torch.random.fork_rng(devices), torch.enable_grad(), _no_overwritten_tensors(model):
-                yield
-        finally:
+        outer, states, behalf, changed = _entered, _random_states(), _ON_BEHALF.get(), False
+
+        def put_back() -> None:
+            global _entered
+            nonlocal changed
+            _entered = states
+            _ON_BEHALF.set(behalf)
             for p, flag in flags:
                 p.requires_grad_(flag)
             with torch.no_grad():
@@ -252,7 +251,20 @@ def untouched(model: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[Non
                 random.setstate(python)
                 np.random.set_state(numpy)  # noqa: NPY002 (put back, not used)
             _entered = outer
-            _ON_BEHALF.reset(behalf)
+
+        try:
+            _entered = states
+            _ON_BEHALF.set(True)
+            for p, _ in flags:
+                p.requires_grad_(id(p) in parameters)
+            with torch.random.fork_rng(devices), torch.enable_grad(), _no_overwritten_tensors(model):
+                yield
+        finally:
+            try:
+                put_back()
+            except KeyboardInterrupt:  # while it is put back: all of it, then stop
+                put_back()
+                raise
         if changed:
             raise random_forward(model)
         if written := [name for name, p, version in versions if _version(p) != version]:
