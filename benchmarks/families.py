@@ -4,7 +4,7 @@
 Depth and topology are those of the real networks, widths are small: the oracle takes one sample and one output at a
 time, in float64. A new family is one class (or none) and one line in `FAMILIES`.
 
-Long by the number of families.
+Long because of the number of families.
 """
 
 from __future__ import annotations

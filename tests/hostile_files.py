@@ -1,6 +1,6 @@
 """Files made to harm: each maker writes one below a folder and returns what opens it. Numbers are drawn from `rng`.
 
-Long by the number of makers.
+Long because of the number of file formats.
 """
 
 from __future__ import annotations

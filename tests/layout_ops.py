@@ -3,7 +3,7 @@
 Features are [n, d], [n, T, d] or [n, c, h, w], samples along the first axis. An operation is a builder: it draws its
 parameters and numbers for features of a given shape and returns a `Step`. No step mixes samples.
 
-Long by their number.
+Long because of their number.
 """
 
 from __future__ import annotations

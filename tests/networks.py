@@ -3,7 +3,7 @@
 Whatever is drawn is a valid network whose samples do not see each other. Parameters are random, and none is near zero
 unless a branch is meant to be dead.
 
-Long by the list of operations: one function each.
+Long because every operation is a function here.
 """
 
 from __future__ import annotations

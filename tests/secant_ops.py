@@ -1,6 +1,6 @@
 """Operations as small functions of two tensors that the parameters move, h and k, both [n, 4, 6], in float64.
 
-Long by their number.
+Long because of their number.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Files of data: MNIST, CIFAR-10, npz, folders of images equal what was written; damaged ones are refused by name."""
+"""Files of data: MNIST, CIFAR-10, npz, folders of images equal what was written; damaged ones are refused by name.
+
+Long because each format has its writer here, apart from the code under test.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The limit of infinite width: against brute force, stored values of another program, wide networks, and by its laws.
 
-Long by its tables of networks. Networks without a limit: test_infinite_refusals.py.
+Long because of its tables of networks. Networks without a limit: test_infinite_refusals.py.
 """
 
 from __future__ import annotations

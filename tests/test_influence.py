@@ -1,6 +1,6 @@
 """Exact influence: against finite differences of training itself, closed forms, and real deletions.
 
-Long by its slow oracle, training itself made again with other weights, which every part here uses.
+Long because every part uses one slow reference: training repeated with other weights of the examples.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The exact path kernel, broken off and gone on with, by any number of workers; what it cannot integrate is refused."""
+"""The exact path kernel, interrupted and resumed, by any number of workers; what it cannot integrate is refused."""
 
 from __future__ import annotations
 

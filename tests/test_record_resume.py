@@ -1,4 +1,4 @@
-"""`record` broken off and gone on with: kills at every file operation, exceptions, a full disk."""
+"""`record` interrupted and resumed: kills at every file operation, exceptions, a full disk."""
 
 from __future__ import annotations
 

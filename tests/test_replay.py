@@ -1,4 +1,4 @@
-"""`Replay`: runs made again bit for bit, updates taken apart. What was changed: test_replay_refusals.py."""
+"""`Replay`: runs repeated bit for bit, updates as sums of gradients. Changed runs: test_replay_refusals.py."""
 
 from __future__ import annotations
 

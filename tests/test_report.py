@@ -1,4 +1,7 @@
-"""The report: pure, whole and safe. How a browser draws it: test_report_browser.py."""
+"""The report: pure, whole and safe. How a browser draws it: test_report_browser.py.
+
+Long because each sentence that the report can say has its case.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The secant Jacobian: f(after) - f(before) = J (after - before), exactly, at any distance, or refused by name.
 
-Long by the tables of hard numbers, of ways to use a parameter, and of what is refused.
+Long because of its tables: hard numbers, ways to use a parameter, what is refused.
 """
 
 from __future__ import annotations

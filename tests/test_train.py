@@ -1,4 +1,4 @@
-"""`train` against plain loops, bit for bit; nothing global changed; refusals. Broken off: test_train_resume.py."""
+"""`train` against plain loops, bit for bit; nothing global changed; refusals. Interrupts: test_train_resume.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`train` broken off and gone on with: the same bytes after a kill at every step, Ctrl-C, a full disk."""
+"""`train` interrupted and resumed: the same bytes after a kill at every step, Ctrl-C, a full disk."""
 
 from __future__ import annotations
 

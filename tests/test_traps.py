@@ -24,7 +24,7 @@ Where a trap is tested elsewhere, this is where:
 - tuples and dicts: cases "two inputs", "dict input"; small integers: test_adversarial; bytes and masks here;
 - precisions: float32 in test_tangent, mixed in test_adversarial; half precision here.
 
-Long by the number of traps.
+Long because of the number of traps.
 """
 
 from __future__ import annotations
